@@ -1,0 +1,365 @@
+"""The configuration of a run: frozen, validated, every default written here and nowhere else.
+
+A run is described by a TOML file, by ``key=value`` words on the command line, or by both (the
+words win). Keys inside a table are written with a dot: ``dropout.mean=0.5``.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from droppeft.errors import DroppeftError
+
+DEFAULT_MEAN_RATE = 1 / 3
+DEFAULT_LOCAL_STEPS = 10
+
+
+# Settings of which only one may be given; the first has the default. A word on the command line
+# replaces the file's choice.
+_RIVALS = {
+    "dropout": ("mean", "count", "rates"),
+    "training": ("local_steps", "local_epochs"),
+}
+
+
+def _with_default(table: object, rivals: Sequence[str], default: object) -> object:
+    """Fill the first of the rival settings where none of them is given."""
+    if not isinstance(table, Mapping) or any(table.get(key) is not None for key in rivals):
+        return table
+    return {**table, rivals[0]: default}
+
+
+def _words(value: object) -> object:
+    """Let a list be written on the command line as ``a,b,c``."""
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+
+
+WordList = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SourceConfig(_Table):
+    """Which columns and which parts of the data are read."""
+
+    text: WordList | None = Field(
+        None, description="text column, or two columns for a pair (found by name if not given)"
+    )
+    label: str | None = Field(None, description="label column (found by name if not given)")
+    train: str | None = Field(None, description="name of the training split (found if not given)")
+    test: str | None = Field(None, description="name of the test split (found if not given)")
+    max_train_rows: int | None = Field(None, ge=1, description="read only so many training rows")
+    max_test_rows: int | None = Field(None, ge=1, description="read only so many test rows")
+
+    @field_validator("text")
+    @classmethod
+    def _one_or_two(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(value) not in (1, 2):
+            raise ValueError("names one text column, or two for a pair")
+        return value
+
+
+class PartitionConfig(_Table):
+    """How the training rows are spread over the devices."""
+
+    kind: Literal["iid", "dirichlet", "dirichlet_by_device", "pathological", "natural"] = Field(
+        "dirichlet",
+        description="`dirichlet`: each class is spread over the devices by Dir(alpha); "
+        "`dirichlet_by_device`: each device draws its label mix from Dir(alpha x class prior), "
+        "equal sizes; `pathological`: a few classes each; `natural`: by a column",
+    )
+    alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
+    classes_per_device: int = Field(2, ge=1, description="for `pathological`")
+    key: str | None = Field(None, description="for `natural`: the column that names the owner")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
+    min_rows: int = Field(20, ge=3, description="fewest rows that make a device")
+    small: Literal["error", "merge"] = Field(
+        "merge",
+        description="a device with fewer than min_rows: `merge` tops it up from the largest "
+        "device, `error` stops",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PartitionConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave no training rows")
+        if self.kind == "natural" and self.key is None:
+            raise ValueError("kind 'natural' needs the column name in partition.key")
+        return self
+
+
+class AdapterConfig(_Table):
+    """The trainable modules that are attached to every layer."""
+
+    type: Literal["lora"] = Field("lora", description="PEFT type")
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA scaling numerator: updates count alpha/r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: WordList = Field(
+        ("default",),
+        description="module names that get an adapter, `default` (peft's choice for the "
+        "architecture) or `all-linear`",
+    )
+
+
+class DropoutConfig(_Table):
+    """Stochastic transformer layer dropout; used by the methods that drop layers."""
+
+    mean: float | None = Field(
+        None, ge=0, le=1, description="mean rate over all layers (a third if nothing is given)"
+    )
+    count: int | None = Field(
+        None, ge=0, description="instead of mean: how many layers a step drops on average"
+    )
+    rates: tuple[float, ...] | None = Field(
+        None, description="instead of mean and shape: the rate of every layer"
+    )
+    shape: Literal["uniform", "incremental", "decay", "normal"] = Field(
+        "uniform", description="how rates vary with depth at equal mean"
+    )
+    sampling: Literal["exact", "bernoulli"] = Field(
+        "exact", description="`exact`: the same number of layers every step; `bernoulli`: coins"
+    )
+    protect_first: int = Field(1, ge=0, description="first layers that are never dropped")
+    protect_last: int = Field(1, ge=0, description="last layers that are never dropped")
+
+    @field_validator("rates")
+    @classmethod
+    def _probabilities(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and not all(0 <= rate <= 1 for rate in value):
+            raise ValueError("every rate must lie between 0 and 1")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_third_unless_said(cls, value: Any) -> Any:
+        return _with_default(value, _RIVALS["dropout"], DEFAULT_MEAN_RATE)
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "DropoutConfig":
+        if sum(value is not None for value in (self.mean, self.count, self.rates)) > 1:
+            raise ValueError("give only one of dropout.mean, dropout.count and dropout.rates")
+        return self
+
+
+class TrainingConfig(_Table):
+    """What a device does in its turn."""
+
+    local_steps: int | None = Field(
+        None, ge=1, description="optimizer steps per turn (10 if neither is given)"
+    )
+    local_epochs: int | None = Field(
+        None, ge=1, description="instead of local_steps: passes over the device's rows"
+    )
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW's peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="course of the learning rate over the whole run"
+    )
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="`bf16` runs the forward under autocast; adapters stay fp32"
+    )
+    max_length: int = Field(128, ge=4, description="tokens after which a text is cut")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_unless_said(cls, value: Any) -> Any:
+        return _with_default(value, _RIVALS["training"], DEFAULT_LOCAL_STEPS)
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "TrainingConfig":
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("give only one of training.local_steps and training.local_epochs")
+        return self
+
+
+class EvaluationConfig(_Table):
+    """When and on how much test data the global model is measured."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations")
+    rows: int = Field(
+        1000, ge=1, description="test rows of a round's evaluation, the same ones every time"
+    )
+    batch_size: int = Field(64, ge=1, description="rows per forward")
+
+
+class Config(_Table):
+    """A whole run."""
+
+    method: str = Field("droppeft", description="federated method")
+    model: str = Field(
+        "builtin",
+        description="`builtin`, a hub id, a folder, or `config:ARCHITECTURE` (random weights)",
+    )
+    data: str = Field("builtin", description="`builtin`, a hub id, a folder, or a file")
+    transport: str = Field("in_process", description="how Plans reach devices")
+    seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
+    rounds: int = Field(20, ge=1, description="federated rounds")
+    devices: int = Field(20, ge=1, description="devices that hold data")
+    cohort: int = Field(5, ge=1, description="devices that train in a round")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="torch threads; 0: all cores (the run's config.toml says how many)",
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where tensors live")
+    target_accuracy: float | None = Field(
+        None, gt=0, lt=1, description="report when this global accuracy was reached"
+    )
+    source: SourceConfig = Field(default_factory=SourceConfig)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> "Config":
+        if self.cohort > self.devices:
+            raise ValueError(
+                f"cohort={self.cohort} is larger than devices={self.devices}; "
+                "lower cohort or raise devices"
+            )
+        return self
+
+
+def load_config(path: Path | None, words: Sequence[str] = ()) -> Config:
+    """Read a TOML file (or none) and apply ``key=value`` words.
+
+    Raises:
+        DroppeftError: unreadable file, unknown key, wrong type or impossible value; the message
+            names the key and, for an unknown one, the nearest that exists.
+    """
+    tree = read_toml(path) if path else {}
+    settings = dict(parse_word(word) for word in words)
+    for key in settings:
+        _drop_rivals(tree, key)
+    for key, value in settings.items():
+        _insert(tree, key, value)
+    return build_config(tree, f"in {path}" if path and not words else "")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file into nested dictionaries, or say why not."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DroppeftError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DroppeftError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DroppeftError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_word(word: str) -> tuple[str, Any]:
+    """Split ``key=value``; the value is read as TOML where it is TOML, else as plain text."""
+    key, equals, text = word.partition("=")
+    if not equals or not key.strip():
+        raise DroppeftError(f"{word!r} is neither a .toml file nor key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        value = text
+    return key.strip(), value
+
+
+def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
+    """Validate nested dictionaries; the first mistake becomes one sentence."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise DroppeftError(_sentence(error, where)) from None
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """Write every key with its value (keys without one are left out), so that the run repeats."""
+    path.write_text(tomli_w.dumps(as_tree(config)), encoding="utf-8")
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of plain values, without absent keys."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def resolve(config: Config, *, cuda: bool) -> Config:
+    """Replace what depends on this machine or folder (cores, accelerator, paths) by its value."""
+    updates = {
+        "threads": config.threads or len(os.sched_getaffinity(0)),
+        "accelerator": ("cuda" if cuda else "cpu")
+        if config.accelerator == "auto"
+        else config.accelerator,
+        "model": _absolute_if_there(config.model),
+        "data": _absolute_if_there(config.data),
+    }
+    if updates["accelerator"] == "cuda" and not cuda:
+        raise DroppeftError("accelerator=cuda, but torch sees no CUDA device here; use cpu")
+    return config.model_copy(update=updates)
+
+
+def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, field) for every setting, in the order of this file."""
+    for name, field in table.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Table):
+            yield from known_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _absolute_if_there(name: str) -> str:
+    return str(Path(name).resolve()) if name != "builtin" and Path(name).exists() else name
+
+
+def _drop_rivals(tree: dict[str, Any], key: str) -> None:
+    table, _, leaf = key.rpartition(".")
+    rivals = _RIVALS.get(table, ())
+    if leaf in rivals and isinstance(tree.get(table), dict):
+        tree[table] = {name: value for name, value in tree[table].items() if name not in rivals}
+
+
+def _insert(tree: dict[str, Any], key: str, value: Any) -> None:
+    *tables, leaf = key.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise DroppeftError(f"{key}: {table} is a value, not a table")
+    tree[leaf] = value
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    place = f" {where}" if where else ""
+    if first["type"] == "extra_forbidden":
+        names = [name for name, _ in known_keys()]
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5) or [
+            name for name in names if name.split(".")[-1] == key.split(".")[-1]
+        ]
+        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for all keys"
+        return f"unknown key {key}{place}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if first["type"] in ("value_error",) and first["loc"] in ((), (key,)) and "=" in message:
+        return message + place
+    got = "" if isinstance(first["input"], Mapping | BaseModel) else f", got {first['input']!r}"
+    return f"{key}{place}: {message}{got}" if key else f"{message}{place}"

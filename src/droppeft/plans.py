@@ -1,0 +1,246 @@
+"""The two messages of a round: the server's Plan for one device, and the device's Update.
+
+Both are frozen values of numbers and numpy arrays: nothing here needs torch or a transport. How
+every method of the comparison is written with them is shown in ``docs/architecture.md``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+LayerKey = int | str
+"""Where a trainable tensor belongs: a layer index (0 is nearest the input), ``"head"`` (the task
+head) or ``"other"`` (trainable, but in no layer, as a soft prompt)."""
+
+HEAD: LayerKey = "head"
+OTHER: LayerKey = "other"
+
+Tensors = Mapping[LayerKey, Mapping[str, Array]]
+"""Trainable tensors by layer, then by parameter name."""
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What is attached to one layer.
+
+    Attributes:
+        type: PEFT type, ``"lora"``.
+        rank: LoRA rank r (0 for types without one).
+        width: bottleneck width (0 for types without one).
+    """
+
+    type: str
+    rank: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The adapter of every layer, and what they have in common.
+
+    Attributes:
+        layers: one entry per layer, ``None`` where the layer has no adapter.
+        alpha: LoRA's scaling numerator; a layer's update counts alpha / rank.
+        dropout: dropout probability on the adapter's input.
+        targets: module names, or ``("default",)`` or ``("all-linear",)``.
+    """
+
+    layers: tuple[LayerAdapter | None, ...]
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("default",)
+
+
+@dataclass(frozen=True)
+class LayerDropout:
+    """Gates of one turn.
+
+    Attributes:
+        rates: probability of being dropped, one per layer, each in [0, 1].
+        sampling: ``"exact"`` (the same count every step) or ``"bernoulli"``.
+    """
+
+    rates: tuple[float, ...]
+    sampling: Literal["exact", "bernoulli"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss a device minimises: the task's, plus what a method adds.
+
+    Attributes:
+        proximal: weight mu of (mu/2)·‖w − w_received‖² over the trainable tensors (FedProx,
+            arXiv:1812.06127); 0 adds nothing and costs nothing.
+    """
+
+    proximal: float = 0.0
+
+
+@dataclass(frozen=True)
+class BaseDelta:
+    """A change of the frozen backbone, in force for one device's turn only.
+
+    Attributes:
+        version: names the content; part of the key of anything cached from the backbone.
+        tensors: what is added, by the backbone's own parameter name.
+    """
+
+    version: str
+    tensors: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work a turn is. Exactly one of the two is given."""
+
+    steps: int | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server asks of one device in one round.
+
+    Attributes:
+        round: 1 for the first.
+        device: the device's stable number (not the engine's node id).
+        adapter: shapes of the trainable tensors.
+        tensors: their values at the start of the turn, as far as the server has them.
+        share: names of the tensors that may travel back; what is not named stays on the device.
+        dropout: gates, or ``None`` for full depth.
+        objective: local loss.
+        base_delta: change of the backbone during the turn, or ``None``.
+        budget: length of the turn.
+        reward_rows: rows of the device's validation part on which the loss is measured before and
+            after training, at full depth; 0 measures nothing.
+        seed: the run's seed; the device derives its own draws from (seed, round, device).
+        nonce: from the operating system, not from the seed; must come back in the Update, so
+            that a replayed or misdirected answer is noticed.
+    """
+
+    round: int
+    device: int
+    adapter: AdapterSpec
+    tensors: Tensors
+    share: frozenset[str]
+    dropout: LayerDropout | None
+    objective: Objective
+    base_delta: BaseDelta | None
+    budget: Budget
+    reward_rows: int
+    seed: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """What a turn really cost on the machine that ran it.
+
+    Attributes:
+        turn_wall_s: the whole turn, loading and packing included.
+        train_wall_s: the training steps alone.
+        reward_wall_s: measuring the reward, 0 if it was not asked for.
+        activation_bytes_peak: most bytes stored for backward in any step, each storage counted
+            once, parameters excluded.
+        tokens: tokens trained on, padding included.
+    """
+
+    turn_wall_s: float
+    train_wall_s: float
+    reward_wall_s: float
+    activation_bytes_peak: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a device answers.
+
+    Attributes:
+        round, device, nonce: copied from the Plan.
+        tensors: trained values by layer: those the Plan lets travel, without layers that no step
+            of the turn ran (they are as they were sent).
+        examples: rows trained on in this turn (repeats counted).
+        steps: optimizer steps taken.
+        active_steps: per layer, in how many of them it ran.
+        importance: per layer, mean over its active steps of the gradient norm of its adapter
+            (METHOD: ``gradient_norm``); 0 for a layer that never ran.
+        train_loss: mean over steps.
+        reward: decrease of the loss on the device's validation rows, ``None`` if not asked for.
+        cost: measured.
+    """
+
+    round: int
+    device: int
+    nonce: str
+    tensors: Tensors
+    examples: int
+    steps: int
+    active_steps: tuple[int, ...]
+    importance: tuple[float, ...]
+    train_loss: float
+    reward: float | None
+    cost: MeasuredCost
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A device that did not answer, or whose answer was refused.
+
+    Attributes:
+        device: which.
+        reason: one sentence.
+    """
+
+    device: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """A model as the server holds it: shapes, values, and the change of the backbone if any."""
+
+    adapter: AdapterSpec
+    tensors: Tensors
+    base_delta: BaseDelta | None = None
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that a method carries from one round to the next.
+
+    Attributes:
+        model: the model that is evaluated and exported.
+        alternatives: further global models by name (the branches of FedAdapter).
+        memory: anything else, as JSON (statistics of arms, who keeps which layers).
+    """
+
+    model: GlobalModel
+    alternatives: Mapping[str, GlobalModel] = field(default_factory=dict)
+    memory: Mapping[str, object] = field(default_factory=dict)
+
+
+def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
+    """Yield (layer, name, array) in the tree's own order."""
+    for key, named in tensors.items():
+        for name, array in named.items():
+            yield key, name, array
+
+
+def payload_bytes(tensors: Tensors) -> int:
+    """Bytes of the arrays themselves, without a transport's framing."""
+    return sum(array.nbytes for _, _, array in flatten(tensors))
+
+
+def restrict(tensors: Tensors, names: frozenset[str]) -> Tensors:
+    """Keep the named tensors; a layer left without any disappears."""
+    kept = {
+        key: {name: array for name, array in named.items() if name in names}
+        for key, named in tensors.items()
+    }
+    return {key: named for key, named in kept.items() if named}
