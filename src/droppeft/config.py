@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Strict,
     ValidationError,
     field_validator,
     model_validator,
@@ -48,11 +49,16 @@ def _words(value: object) -> object:
     return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
 
 
+Whole = Annotated[int, Strict()]
+"""An integer; unlike a plain one it does not take ``true`` for 1."""
+
 WordList = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class SourceConfig(_Table):
@@ -64,8 +70,8 @@ class SourceConfig(_Table):
     label: str | None = Field(None, description="label column (found by name if not given)")
     train: str | None = Field(None, description="name of the training split (found if not given)")
     test: str | None = Field(None, description="name of the test split (found if not given)")
-    max_train_rows: int | None = Field(None, ge=1, description="read only so many training rows")
-    max_test_rows: int | None = Field(None, ge=1, description="read only so many test rows")
+    max_train_rows: Whole | None = Field(None, ge=1, description="read only so many training rows")
+    max_test_rows: Whole | None = Field(None, ge=1, description="read only so many test rows")
 
     @field_validator("text")
     @classmethod
@@ -85,11 +91,11 @@ class PartitionConfig(_Table):
         "equal sizes; `pathological`: a few classes each; `natural`: by a column",
     )
     alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
-    classes_per_device: int = Field(2, ge=1, description="for `pathological`")
+    classes_per_device: Whole = Field(2, ge=1, description="for `pathological`")
     key: str | None = Field(None, description="for `natural`: the column that names the owner")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
-    min_rows: int = Field(20, ge=3, description="fewest rows that make a device")
+    min_rows: Whole = Field(20, ge=3, description="fewest rows that make a device")
     small: Literal["error", "merge"] = Field(
         "merge",
         description="a device with fewer than min_rows: `merge` tops it up from the largest "
@@ -109,7 +115,7 @@ class AdapterConfig(_Table):
     """The trainable modules that are attached to every layer."""
 
     type: Literal["lora"] = Field("lora", description="PEFT type")
-    rank: int = Field(8, ge=1, description="LoRA rank r")
+    rank: Whole = Field(8, ge=1, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="LoRA scaling numerator: updates count alpha/r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: WordList = Field(
@@ -125,7 +131,7 @@ class DropoutConfig(_Table):
     mean: float | None = Field(
         None, ge=0, le=1, description="mean rate over all layers (a third if nothing is given)"
     )
-    count: int | None = Field(
+    count: Whole | None = Field(
         None, ge=0, description="instead of mean: how many layers a step drops on average"
     )
     rates: tuple[float, ...] | None = Field(
@@ -137,8 +143,8 @@ class DropoutConfig(_Table):
     sampling: Literal["exact", "bernoulli"] = Field(
         "exact", description="`exact`: the same number of layers every step; `bernoulli`: coins"
     )
-    protect_first: int = Field(1, ge=0, description="first layers that are never dropped")
-    protect_last: int = Field(1, ge=0, description="last layers that are never dropped")
+    protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
+    protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")
 
     @field_validator("rates")
     @classmethod
@@ -162,16 +168,21 @@ class DropoutConfig(_Table):
 class TrainingConfig(_Table):
     """What a device does in its turn."""
 
-    local_steps: int | None = Field(
+    local_steps: Whole | None = Field(
         None, ge=1, description="optimizer steps per turn (10 if neither is given)"
     )
-    local_epochs: int | None = Field(
+    local_epochs: Whole | None = Field(
         None, ge=1, description="instead of local_steps: passes over the device's rows"
     )
-    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    learning_rate: float = Field(2e-3, gt=0, description="AdamW's peak learning rate")
+    batch_size: Whole = Field(16, ge=1, description="rows per optimizer step")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="AdamW's peak learning rate for the adapters"
+    )
+    head_learning_rate: float = Field(
+        1e-2, gt=0, description="the same for the task head, which starts from nothing"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="course of the learning rate over the whole run"
+        "linear", description="course of both learning rates over the whole run"
     )
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
@@ -179,7 +190,7 @@ class TrainingConfig(_Table):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="`bf16` runs the forward under autocast; adapters stay fp32"
     )
-    max_length: int = Field(128, ge=4, description="tokens after which a text is cut")
+    max_length: Whole = Field(128, ge=4, description="tokens after which a text is cut")
 
     @model_validator(mode="before")
     @classmethod
@@ -196,11 +207,11 @@ class TrainingConfig(_Table):
 class EvaluationConfig(_Table):
     """When and on how much test data the global model is measured."""
 
-    every: int = Field(1, ge=1, description="rounds between evaluations")
-    rows: int = Field(
+    every: Whole = Field(1, ge=1, description="rounds between evaluations")
+    rows: Whole = Field(
         1000, ge=1, description="test rows of a round's evaluation, the same ones every time"
     )
-    batch_size: int = Field(64, ge=1, description="rows per forward")
+    batch_size: Whole = Field(64, ge=1, description="rows per forward")
 
 
 class Config(_Table):
@@ -213,11 +224,11 @@ class Config(_Table):
     )
     data: str = Field("builtin", description="`builtin`, a hub id, a folder, or a file")
     transport: str = Field("in_process", description="how Plans reach devices")
-    seed: int = Field(0, ge=0, lt=2**63, description="everything random follows from it")
-    rounds: int = Field(20, ge=1, description="federated rounds")
-    devices: int = Field(20, ge=1, description="devices that hold data")
-    cohort: int = Field(5, ge=1, description="devices that train in a round")
-    threads: int = Field(
+    seed: Whole = Field(0, ge=0, lt=2**63, description="everything random follows from it")
+    rounds: Whole = Field(20, ge=1, description="federated rounds")
+    devices: Whole = Field(20, ge=1, description="devices that hold data")
+    cohort: Whole = Field(5, ge=1, description="devices that train in a round")
+    threads: Whole = Field(
         0,
         ge=0,
         description="torch threads; 0: all cores (the run's config.toml says how many)",
@@ -285,15 +296,17 @@ def parse_word(word: str) -> tuple[str, Any]:
 
 def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
     """Validate nested dictionaries; the first mistake becomes one sentence."""
+    place = f" {where}" if where else ""
+    _check_keys(tree, place)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise DroppeftError(_sentence(error, where)) from None
+        raise DroppeftError(_sentence(error, place)) from None
 
 
-def write_toml(config: Config, path: Path) -> None:
-    """Write every key with its value (keys without one are left out), so that the run repeats."""
-    path.write_text(tomli_w.dumps(as_tree(config)), encoding="utf-8")
+def to_toml(config: Config) -> str:
+    """Every key with its value (keys without one are left out), so that the run repeats."""
+    return tomli_w.dumps(as_tree(config))
 
 
 def as_tree(config: Config) -> dict[str, Any]:
@@ -304,7 +317,7 @@ def as_tree(config: Config) -> dict[str, Any]:
 def resolve(config: Config, *, cuda: bool) -> Config:
     """Replace what depends on this machine or folder (cores, accelerator, paths) by its value."""
     updates = {
-        "threads": config.threads or len(os.sched_getaffinity(0)),
+        "threads": config.threads or available_cores(),
         "accelerator": ("cuda" if cuda else "cpu")
         if config.accelerator == "auto"
         else config.accelerator,
@@ -314,6 +327,13 @@ def resolve(config: Config, *, cuda: bool) -> Config:
     if updates["accelerator"] == "cuda" and not cuda:
         raise DroppeftError("accelerator=cuda, but torch sees no CUDA device here; use cpu")
     return config.model_copy(update=updates)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -346,20 +366,33 @@ def _insert(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _sentence(error: ValidationError, where: str) -> str:
+def _check_keys(tree: Mapping[str, Any], place: str) -> None:
+    """Refuse the first key that does not exist, and name the nearest that does."""
+    known = {key for key, _ in known_keys()}
+    tables = {key.partition(".")[0] for key in known if "." in key}
+    for key in _dotted(tree):
+        if key not in known | tables:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or [
+                name for name in sorted(known) if name.endswith(f".{key.rpartition('.')[2]}")
+            ]
+            hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists all keys"
+            raise DroppeftError(f"unknown key {key}{place}; {hint}")
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _sentence(error: ValidationError, place: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    place = f" {where}" if where else ""
-    if first["type"] == "extra_forbidden":
-        names = [name for name, _ in known_keys()]
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5) or [
-            name for name in names if name.split(".")[-1] == key.split(".")[-1]
-        ]
-        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for all keys"
-        return f"unknown key {key}{place}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if first["type"] in ("value_error",) and first["loc"] in ((), (key,)) and "=" in message:
-        return message + place
+    if not key:
+        return f"{message}{place}"
     got = "" if isinstance(first["input"], Mapping | BaseModel) else f", got {first['input']!r}"
-    return f"{key}{place}: {message}{got}" if key else f"{message}{place}"
+    return f"{key}{place}: {message}{got}"

@@ -1,0 +1,63 @@
+# `make run` and `make test` are the whole interface: each prepares what it needs.
+#
+# PYTHON       interpreter that makes the virtual environment (3.11 or newer)
+# TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
+#              empty torch comes from the usual index, which gives Linux its CUDA build (several GB)
+# ARGS         words for `droppeft run`, as ARGS="rounds=5 dropout.mean=0.5"
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.PHONY: run test lint install constraints clean
+
+run: $(RUNTIME)
+	$(BIN)/droppeft run $(ARGS)
+
+test: export HF_HUB_OFFLINE := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: export OMP_NUM_THREADS := 1
+test: export DROPPEFT_DATA ?= $(abspath ../shared/data)
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(DEV)
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "droppeft needs Python 3.11 or newer, and '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/python -m pip install --no-deps --index-url $(TORCH_INDEX) \
+	  "$$(grep '^torch==' constraints.txt)"
+endif
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+$(DEV): $(RUNTIME)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The newest set that pyproject.toml allows, from a new environment; run `make test` on it.
+constraints:
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install '.[dev]'
+	build/constraints/bin/python -m pip freeze --all --exclude pip --exclude droppeft \
+	  > build/constraints/frozen
+	grep '^#' constraints.txt > build/constraints/pins
+	sed 's/+.*//' build/constraints/frozen >> build/constraints/pins
+	mv build/constraints/pins constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,170 @@
+"""Write the pages of this folder that are derived from the code.
+
+``python docs/generate.py`` writes them; with ``--check`` it writes nothing and exits with 1 when
+one of them is stale. A new page is a function without arguments and a line in ``PAGES``.
+"""
+
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from droppeft.config import Config, known_keys
+
+FOLDER = Path(__file__).parent
+NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
+
+TYPE_NAMES: dict[object, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+}
+BOUNDS = {
+    annotated_types.Ge: ("≥", "ge"),
+    annotated_types.Gt: (">", "gt"),
+    annotated_types.Le: ("≤", "le"),
+    annotated_types.Lt: ("<", "lt"),
+}
+
+CONFIGURATION_HEAD = """\
+# Configuration
+
+A run is described by a TOML file, by `key=value` words on the command line, or by both. The words
+win.
+
+```
+droppeft run my.toml rounds=50 dropout.mean=0.5
+```
+
+```toml
+rounds = 50
+
+[dropout]
+mean = 0.5
+```
+
+- A key inside a table is written with a dot on the command line.
+- A list is written `[0.0, 0.5, 0.5]` in both places; a list of texts may also be written `a,b` on
+  the command line.
+- An unknown key is an error that names the nearest one, so a typing mistake never passes for a
+  default.
+- Of the settings that are said to stand "instead of" another only one may be given; a word on the
+  command line replaces the file's choice.
+- Every run writes all values, defaults included, to `config.toml` in its result folder; that file
+  repeats the run.
+
+In the tables "–" as a default means that nothing is set.
+"""
+
+
+def main(words: list[str]) -> int:
+    """Run the command line; return the exit code."""
+    if words not in ([], ["--check"]):
+        print("usage: python docs/generate.py [--check]", file=sys.stderr)
+        return 2
+    if not words:
+        write_pages(FOLDER)
+        return 0
+    stale = stale_pages(FOLDER)
+    for name in stale:
+        print(f"docs/{name} is stale; run: python docs/generate.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def write_pages(folder: Path) -> None:
+    """Write every generated page into ``folder``."""
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
+
+
+def stale_pages(folder: Path) -> list[str]:
+    """Name the pages in ``folder`` that are missing or differ from what would be written."""
+    return [
+        name
+        for name, page in PAGES.items()
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != page()
+    ]
+
+
+def configuration_page() -> str:
+    """Every setting with its type, default and meaning, one table per section."""
+    sections = [CONFIGURATION_HEAD, _section("The run", "", Config)]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections.append(_section(f"`[{name}]`", f"{name}.", field.annotation))
+    return f"{NOTICE}\n\n" + "\n".join(sections)
+
+
+def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
+    keys = [(key, field) for key, field in known_keys() if key.rpartition(".")[0] == prefix[:-1]]
+    rows = ([f"`{key}`", _type(field), _default(key), field.description] for key, field in keys)
+    return f"## {title}\n\n{table.__doc__}\n\n" + _markdown_table(
+        ("key", "type", "default", "meaning"), rows
+    )
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {_number(getattr(bound, name))}"
+        for bound in field.metadata
+        for kind, (sign, name) in BOUNDS.items()
+        if isinstance(bound, kind)
+    ]
+    return " ".join([_kind(field.annotation), ", ".join(bounds)]).strip()
+
+
+def _kind(annotation: object) -> str:
+    """Name a type for readers; that a setting may be absent shows in its default."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_kind(arguments[0])}s"
+    return TYPE_NAMES[annotation]
+
+
+def _default(key: str) -> str:
+    value: object = Config()
+    for name in key.split("."):
+        value = getattr(value, name)
+    if value is None:
+        return "–"
+    return f"`{_number(value) if isinstance(value, float) else _plain(value)}`"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _number(value: float) -> str:
+    """Four digits, or a power of two where a bound is one."""
+    if isinstance(value, int) and value > 10**6 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    return f"{value:.4g}"
+
+
+PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration_page}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

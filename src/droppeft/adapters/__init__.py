@@ -1,0 +1,1 @@
+"""What is trained: PEFT modules attached to a frozen backbone, addressed by layer."""

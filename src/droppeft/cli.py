@@ -1,0 +1,140 @@
+"""The command line: ``droppeft run`` and ``droppeft resume``."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from droppeft import __version__
+from droppeft.errors import DroppeftError
+
+if TYPE_CHECKING:
+    from droppeft.federation.run import Watcher
+
+USER_ERROR, FAILED, STOPPED = 2, 1, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of language models with stochastic layer dropout.",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.toml] [KEY=VALUE]...",
+        help="A configuration file, settings such as dropout.mean=0.5, or both (settings win). "
+        "docs/configuration.md lists them all.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accuracy only.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"droppeft {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    words: Words = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
+) -> None:
+    """Fine-tune a model across simulated devices; without arguments: built-in model and data."""
+    from droppeft.config import load_config
+    from droppeft.federation.run import start_run
+    from droppeft.methods import method_named
+
+    path, settings = _split(words or [])
+    config = load_config(path, settings)
+    _check_tables(config.method, method_named(config.method).tables, settings)
+    folder = out or _new_folder(config.method)
+    _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
+    if not (quiet or as_json):
+        typer.echo(f"adapter, ledger and checkpoints: {folder}")
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run that was stopped.")],
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go on with a run that was stopped; it ends as if it had not been."""
+    from droppeft.federation.run import resume_run
+
+    _watched(lambda watcher: resume_run(folder, watcher), quiet, as_json)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, Ctrl-C is 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=True)
+    except DroppeftError as error:
+        _leave(str(error), USER_ERROR)
+    except KeyboardInterrupt:
+        _leave("stopped before the first round; nothing was written", STOPPED)
+
+
+def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> None:
+    from droppeft.federation.run import Interrupted
+    from droppeft.report.screen import JsonLines, Quiet, Screen
+
+    try:
+        if as_json or quiet:
+            work(JsonLines() if as_json else Quiet())
+        else:
+            with Screen() as screen:
+                work(screen)
+    except Interrupted as stop:
+        _leave(
+            f"stopped after round {stop.round}, which is saved; "
+            f"go on with: droppeft resume {stop.folder}",
+            STOPPED,
+        )
+
+
+def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Tell the configuration file from the settings."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise DroppeftError(f"only one configuration file can be given, got {' and '.join(files)}")
+    if files and not files[0].endswith(".toml"):
+        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value")
+    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+
+
+def _check_tables(method: str, tables: frozenset[str], settings: Sequence[str]) -> None:
+    """Refuse a setting on the command line that the method would silently ignore."""
+    from droppeft.methods import METHODS
+
+    optional = frozenset().union(*(other.tables for other in METHODS.values()))
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.partition(".")[0] in optional - tables:
+            raise DroppeftError(f"{key} has no effect with method={method}; leave it out")
+
+
+def _new_folder(method: str) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{method}"
+    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{n}" for n in range(2, 100))]
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stderr.write(f"droppeft: {message}\n")
+    sys.exit(code)

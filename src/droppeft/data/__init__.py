@@ -1,0 +1,1 @@
+"""Text that devices train on: where it comes from, how it is tokenised and who holds which rows."""

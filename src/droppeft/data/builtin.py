@@ -1,0 +1,257 @@
+"""Real text that is on every machine: which library does a docstring's opening paragraph come from?
+
+Ours. The libraries that droppeft depends on are read as text and never imported. Their names and
+well-known give-aways are masked, near-duplicates are dropped, and a source file's paragraphs go
+either all to the training part or all to the test part.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from droppeft.data.cache import store
+from droppeft.data.tables import TextData, TextTable
+from droppeft.errors import DroppeftError
+
+LIBRARIES = {
+    "matplotlib": "matplotlib",
+    "networkx": "networkx",
+    "pandas": "pandas",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "sympy": "sympy",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+"""Package and the name under which it is installed; the packages are the classes.
+
+numpy is left out: it documents itself in places that are not docstrings.
+"""
+
+TRAIN_ROWS, TEST_ROWS = 500, 125
+"""Rows per library."""
+
+RECIPE = 1
+"""Counts changes of what this module does to the text; part of the cache's key."""
+
+EXPECTED_HASH = "ea4154ffc3b9c770"
+"""``content_hash`` under the versions that pyproject.toml pins: who gets another one trains on
+other texts, and figures do not compare."""
+
+MIN_WORDS = 8
+TEXTS_PER_FILE = 24
+MAX_FILE_BYTES = 150_000  # longer ones take more time than their few paragraphs are worth
+SPARE = 1.75  # paragraphs read per row wanted, since near-duplicates go
+SAME_WORDS = 0.6  # overlap (Jaccard) of word sets from which two texts are near-duplicates
+MASK = "LIB"
+
+_NOT_READ = re.compile(
+    r"(^|/)(_?tests?|_?testing|conftest\.py|test_[^/]*|benchmarks|externals?|_?vendor(ed)?|extern"
+    r"|third_party|array_api_compat|array_api_extra|_lib|_numpy)(/|$)"
+)
+_NAMES = (
+    "torch|transformers|hugging ?face|numpy|scipy|scikit|sklearn|pandas|matplotlib|sympy|networkx"
+    "|mplot|mpmath"
+)
+_ALIASES = "np|pd|plt|nx|mpl|hf|pyplot|ndarrays?|dataframes?"
+_GIVE_AWAY = re.compile(rf"[\w.\-]*({_NAMES})[\w.\-]*|\b({_ALIASES})\b(\.\w+)*", re.IGNORECASE)
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_URL = re.compile(r"\w+://\S+")
+_ROLE = re.compile(r":[\w:]+:(?=`)")
+_MARKUP = re.compile(r"[`*\[\]~|]+")
+_SECTION = r"(?:args|arguments|parameters|attributes|returns|raises|yields|notes?|examples?)\s*"
+_PARAGRAPH_END = re.compile(rf"\n\s*\n|\n\s*{_SECTION}:?\s*\n", re.IGNORECASE)
+_NO_PROSE = re.compile(
+    rf">>>|\.\. |:|[-=]{{3}}|{_SECTION}(?::|\n|$)|\S+ ?\(.*(?:\boptional|\bof shape|\) ?:)",
+    re.IGNORECASE,
+)
+
+
+class Row(NamedTuple):
+    """One paragraph; ``file`` is its source, as ``library/path.py``."""
+
+    text: str
+    library: str
+    file: str
+    split: str
+
+
+def load_builtin(cache: Path) -> TextData:
+    """The built-in task, 5,000 rows, every library with as many.
+
+    ``keys`` of both tables name each row's source file. The first call reads some 2,200 files in
+    some ten seconds; later ones read one file of the cache, if it could be written and is whole.
+    Compare ``content_hash`` with ``EXPECTED_HASH`` to know that the texts are those of the pinned
+    versions.
+
+    Raises:
+        DroppeftError: a library is missing.
+    """
+    path = cache / f"builtin-{_versions_key()}.json"
+    cached = _read_cache(path)
+    if cached is not None:
+        return cached
+    data = build()
+    store(path, _serialise(data))
+    return data
+
+
+def build() -> TextData:
+    """Read the libraries' sources, without the cache."""
+    collected = [row for library in LIBRARIES for row in _collect(library)]
+    rows = drop_near_duplicates(collected)
+    return TextData(
+        name="builtin",
+        train=_table(_first(rows, "train", TRAIN_ROWS)),
+        test=_table(_first(rows, "test", TEST_ROWS)),
+        label_names=tuple(LIBRARIES),
+    )
+
+
+def _collect(library: str) -> Iterator[Row]:
+    """Paragraphs of one library until both parts have enough; its first files are the test part."""
+    wanted_test, wanted = SPARE * TEST_ROWS, SPARE * (TEST_ROWS + TRAIN_ROWS)
+    rows = 0
+    for path, name in _files(library):
+        split = "test" if rows < wanted_test else "train"
+        texts = _paragraphs(path)[:TEXTS_PER_FILE]
+        yield from (Row(text, library, name, split) for text in texts)
+        rows += len(texts)
+        if rows >= wanted:
+            return
+
+
+def _files(library: str) -> list[tuple[Path, str]]:
+    """The library's modules and their names, in an order that no machine changes."""
+    root = _root(library)
+    names = (f"{library}/{path.relative_to(root).as_posix()}" for path in root.rglob("*.py"))
+    kept = sorted((name for name in names if not _NOT_READ.search(name)), key=_digest)
+    paths = ((root.parent / name, name) for name in kept)
+    return [(path, name) for path, name in paths if path.stat().st_size <= MAX_FILE_BYTES]
+
+
+def _root(library: str) -> Path:
+    spec = importlib.util.find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        raise DroppeftError(
+            f"the built-in data set is made from the source of {library}, which is not installed; "
+            f"pip install {LIBRARIES[library]}, or give other data"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _paragraphs(path: Path) -> list[str]:
+    with warnings.catch_warnings():  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            return []
+    openings = (opening_paragraph(docstring) for docstring in _docstrings(tree))
+    return list(dict.fromkeys(text for text in openings if text))
+
+
+def _docstrings(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Of classes, methods and functions, nested ones left out, in the order of the file."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+        if isinstance(node, ast.ClassDef):
+            yield from _docstrings(node)
+
+
+def opening_paragraph(docstring: str) -> str:
+    """The masked first paragraph on one line, or "" where it is too short or no prose."""
+    paragraph = _PARAGRAPH_END.split(docstring.strip(), maxsplit=1)[0]
+    if _NO_PROSE.match(paragraph):
+        return ""
+    plain = _MARKUP.sub("", _ROLE.sub("", _URL.sub("", paragraph)))
+    text = " ".join(_GIVE_AWAY.sub(MASK, plain).split())
+    return text if len(_WORD.findall(text)) >= MIN_WORDS else ""
+
+
+def drop_near_duplicates(rows: Sequence[Row]) -> list[Row]:
+    """Drop each row that shares too many words with an earlier one that stays.
+
+    Counts of words are whole numbers, so the outcome cannot hang on a machine's rounding.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(binary=True, dtype=np.int32, stop_words="english")
+    words = counter.fit_transform([row.text for row in rows])
+    sizes = np.asarray(words.sum(axis=1)).ravel()
+    shared = (words @ words.T).tocsr()
+    dropped = np.zeros(len(rows), bool)
+    for row in range(len(rows)):
+        start, end = shared.indptr[row], shared.indptr[row + 1]
+        others, common = shared.indices[start:end], shared.data[start:end]
+        alike = common >= SAME_WORDS * (sizes[row] + sizes[others] - common)
+        dropped[row] = bool(np.any(alike & (others < row) & ~dropped[others]))
+    return [row for row, gone in zip(rows, dropped, strict=True) if not gone]
+
+
+def _first(rows: Sequence[Row], split: str, quota: int) -> list[Row]:
+    mine = [row for row in rows if row.split == split]
+    return [row for library in LIBRARIES for row in _of(library, mine)[:quota]]
+
+
+def _of(library: str, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.library == library]
+
+
+def _table(rows: Sequence[Row]) -> TextTable:
+    index = {library: number for number, library in enumerate(LIBRARIES)}
+    return TextTable(
+        texts=tuple(row.text for row in rows),
+        pairs=None,
+        labels=np.array([index[row.library] for row in rows], np.int64),
+        keys=tuple(row.file for row in rows),
+    )
+
+
+def _versions_key() -> str:
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES.values()}
+    return _digest(json.dumps([RECIPE, versions]))[:16]
+
+
+def _serialise(data: TextData) -> bytes:
+    parts = {split: _as_json(getattr(data, split)) for split in ("train", "test")}
+    return json.dumps({"hash": data.content_hash, **parts}).encode()
+
+
+def _as_json(table: TextTable) -> dict[str, Any]:
+    return {"texts": table.texts, "labels": table.labels.tolist(), "keys": table.keys}
+
+
+def _read_cache(path: Path) -> TextData | None:
+    """The cached task, or ``None`` where there is none or its content is not what was written."""
+    try:
+        kept = json.loads(path.read_bytes())
+        train, test = (_from_json(kept[split]) for split in ("train", "test"))
+        data = TextData("builtin", train, test, tuple(LIBRARIES))
+        return data if data.content_hash == kept["hash"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _from_json(kept: dict[str, Any]) -> TextTable:
+    labels = np.array(kept["labels"], np.int64)
+    return TextTable(tuple(kept["texts"]), None, labels, tuple(kept["keys"]))
+
+
+def package_of(file: str) -> str:
+    """``torch/nn`` for ``torch/nn/modules/linear.py``: a natural owner of a built-in row."""
+    return "/".join(file.split("/")[:2])

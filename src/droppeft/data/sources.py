@@ -1,0 +1,265 @@
+"""Labelled text from the built-in set, the hub, a folder or a file, always as one type; ours."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from droppeft import seeds
+from droppeft.config import SourceConfig
+from droppeft.data.builtin import load_builtin, package_of
+from droppeft.data.cache import cache_dir
+from droppeft.data.splits import READERS, Split, folder_splits, hub_splits, read_file
+from droppeft.data.tables import TextData, TextTable
+from droppeft.errors import DroppeftError
+
+__all__ = ["TextData", "TextTable", "load_text"]
+
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+)
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+TEST_FRACTION = 0.2
+"""Of a single file's rows, per class."""
+
+SUBSET_SEED = 0
+"""Of ``max_train_rows`` and ``max_test_rows``: the same rows in every run, whatever its seed."""
+
+
+def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextData:
+    """Read a classification task.
+
+    Args:
+        data: ``builtin``; a folder of .parquet, .csv or .jsonl files that are named after their
+            splits (shards ``train-00000-of-00002`` are joined); one such file, of which a fixed
+            fifth per class, chosen by a hash of its text, becomes the test part; or a hub id,
+            with ``:name`` behind it for one configuration (``nyu-mll/glue:mrpc``).
+        source: columns and splits, where they cannot be found by their usual names
+            (``TEXT_COLUMNS``, ``LABEL_COLUMNS``, ``TEST_SPLITS``), and how many rows to keep; of
+            more rows a fixed random choice is kept.
+        key: column that names the owner of each training row; the built-in set has ``package``.
+
+    Classes are train's labels in ascending order: whole numbers, truth values or text.
+
+    Raises:
+        DroppeftError: nothing there, unreadable, no such split or column, missing or hidden
+            labels, labels in the test part that train lacks, fewer than two classes.
+    """
+    if data == "builtin":
+        whole = _builtin(source, key)
+    elif (path := Path(data).expanduser()).is_dir():
+        whole = _from_splits(data, folder_splits(path, source), source, key)
+    elif path.is_file():
+        whole = _from_file(data, path, source, key)
+    elif _looks_like_path(data):
+        raise DroppeftError(f"data={data}: no such file or folder")
+    else:
+        whole = _from_splits(data, hub_splits(data, source), source, key)
+    return replace(
+        whole,
+        train=_at_most(whole.train, source.max_train_rows),
+        test=_at_most(whole.test, source.max_test_rows),
+    )
+
+
+def _at_most(table: TextTable, most: int | None) -> TextTable:
+    if most is None or len(table) <= most:
+        return table
+    generator = seeds.numpy_generator(SUBSET_SEED, purpose="subset of rows")
+    return table.take(generator.permutation(len(table))[:most])
+
+
+def _looks_like_path(data: str) -> bool:
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(tuple(READERS))
+
+
+# The built-in set
+
+
+def _builtin(source: SourceConfig, key: str | None) -> TextData:
+    for name in ("text", "label", "train", "test"):
+        if getattr(source, name) is not None:
+            raise DroppeftError(f"source.{name} does not apply to data=builtin; leave it out")
+    if key not in (None, "package"):
+        raise DroppeftError(f"data=builtin has no column {key}; partition.key can be package")
+    data = load_builtin(cache_dir())
+    owners = tuple(package_of(file) for file in data.train.keys or ()) if key else None
+    return replace(data, train=replace(data.train, keys=owners), test=replace(data.test, keys=None))
+
+
+# From splits to a task
+
+
+def _from_splits(
+    name: str, splits: tuple[Split, Split], source: SourceConfig, key: str | None
+) -> TextData:
+    train, test = splits
+    text, label = _text_columns(train, source), _label_column(train, source)
+    train_values, test_values = (_label_values(split, label) for split in splits)
+    classes = np.unique(train_values)
+    _check_classes(classes, test_values, train, test, label)
+    return TextData(
+        name=name,
+        train=_text_table(train, text, np.searchsorted(classes, train_values), key),
+        test=_text_table(test, text, np.searchsorted(classes, test_values), None),
+        label_names=_names(classes, train.table.schema, label),
+    )
+
+
+def _from_file(name: str, path: Path, source: SourceConfig, key: str | None) -> TextData:
+    for setting in ("train", "test"):
+        if getattr(source, setting) is not None:
+            raise DroppeftError(f"source.{setting} does not apply to the single file {path}")
+    whole = read_file(path)
+    label = _label_column(whole, source)
+    values = _label_values(whole, label)
+    classes = np.unique(values)
+    _check_classes(classes, values, whole, whole, label)
+    table = _text_table(whole, _text_columns(whole, source), np.searchsorted(classes, values), key)
+    held_out = _fifth(table)
+    if not held_out.any():
+        raise DroppeftError(f"{path} has too few rows per class to set a test part aside")
+    return TextData(
+        name=name,
+        train=table.take(np.flatnonzero(~held_out)),
+        test=replace(table.take(np.flatnonzero(held_out)), keys=None),
+        label_names=_names(classes, whole.table.schema, label),
+    )
+
+
+def _fifth(table: TextTable) -> npt.NDArray[np.bool_]:
+    """Marks the rows of each class whose text has the smallest hashes."""
+    seconds = table.pairs or ("",) * len(table)
+    texts = zip(table.texts, seconds, strict=True)
+    hashes = np.array([hashlib.sha256(repr(text).encode()).hexdigest() for text in texts])
+    chosen = np.zeros(len(table), bool)
+    for label in np.unique(table.labels):
+        rows = np.flatnonzero(table.labels == label)
+        by_hash = rows[np.argsort(hashes[rows], kind="stable")]
+        chosen[by_hash[: round(TEST_FRACTION * len(rows))]] = True
+    return chosen
+
+
+def _text_columns(split: Split, source: SourceConfig) -> Sequence[str]:
+    if source.text is not None:
+        return source.text
+    present = set(split.table.column_names)
+    found = next((names for names in TEXT_COLUMNS if present.issuperset(names)), None)
+    if found is None:
+        raise _not_found("text", split)
+    return found
+
+
+def _label_column(split: Split, source: SourceConfig) -> str:
+    if source.label is not None:
+        return source.label
+    found = next((name for name in LABEL_COLUMNS if name in split.table.column_names), None)
+    if found is None:
+        raise _not_found("label", split)
+    return found
+
+
+def _not_found(what: str, split: Split) -> DroppeftError:
+    columns = ", ".join(split.table.column_names)
+    return DroppeftError(
+        f"{split.where}: no {what} column found among {columns}; name it with source.{what}"
+    )
+
+
+def _label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
+    """The labels as numpy's int64 or str."""
+    column = split.column(name, "source.label")
+    if _is_text(column.type):
+        return _named_labels(split, name, column)
+    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+        raise DroppeftError(
+            f"{split.where}: {name} holds {column.type}; labels must be whole numbers or text"
+        )
+    values: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
+    if (hidden := np.flatnonzero(values == -1)).size:
+        raise DroppeftError(
+            f"{split.where}: {name} is -1, a hidden label, in row {hidden[0] + 1}; "
+            "use a split with labels, as source.test=validation, or take such rows out"
+        )
+    return values
+
+
+def _named_labels(split: Split, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.str_]:
+    values = np.array(column.to_pylist(), np.str_)
+    if (empty := np.flatnonzero(values == "")).size:
+        raise DroppeftError(f"{split.where}: {name} is missing in row {empty[0] + 1}")
+    return values
+
+
+def _check_classes(
+    classes: npt.NDArray[np.generic],
+    test_values: npt.NDArray[np.generic],
+    train: Split,
+    test: Split,
+    label: str,
+) -> None:
+    if len(classes) < 2:
+        raise DroppeftError(f"{train.where}: {label} has one value only, {classes[0]}")
+    if classes.dtype.kind != test_values.dtype.kind:
+        raise DroppeftError(f"{label} is a number in one of {train.where} and {test.where} only")
+    unknown = np.flatnonzero(~np.isin(test_values, classes))
+    if unknown.size:
+        raise DroppeftError(
+            f"{test.where}: {label} {test_values[unknown[0]]} in row {unknown[0] + 1} "
+            f"does not occur in {train.where}"
+        )
+
+
+def _names(classes: npt.NDArray[np.generic], schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """The classes' names: those that Hugging Face keeps beside the data, else the labels."""
+    names = _stored_names(schema, label)
+    if classes.dtype.kind == "i" and classes[0] >= 0 and classes[-1] < len(names):
+        return tuple(names[value] for value in classes)
+    return tuple(str(value) for value in classes)
+
+
+def _stored_names(schema: pa.Schema, label: str) -> Sequence[str]:
+    try:
+        stored = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(stored["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _text_table(
+    split: Split, columns: Sequence[str], labels: npt.NDArray[np.intp], key: str | None
+) -> TextTable:
+    texts = [_text(split, name) for name in columns]
+    return TextTable(
+        texts=texts[0],
+        pairs=texts[1] if len(texts) == 2 else None,
+        labels=labels.astype(np.int64),
+        keys=_owners(split, key) if key else None,
+    )
+
+
+def _text(split: Split, name: str) -> tuple[str, ...]:
+    column = split.column(name, "source.text")
+    if not _is_text(column.type):
+        raise DroppeftError(f"{split.where}: {name} holds {column.type}, not text")
+    return tuple(column.to_pylist())
+
+
+def _owners(split: Split, key: str) -> tuple[str, ...]:
+    return tuple(str(owner) for owner in split.column(key, "partition.key").to_pylist())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )

@@ -1,0 +1,150 @@
+"""Arrow tables of a task's two splits, from a folder, a file or the hub; ours.
+
+Local files are read with pyarrow and leave nothing behind; only the hub keeps its own cache.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from droppeft.config import SourceConfig
+from droppeft.errors import DroppeftError
+
+TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
+"""Names that are looked for, in this order, where the configuration gives none."""
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+class Split:
+    """One split's rows, and what messages call it."""
+
+    def __init__(self, table: pa.Table, where: str) -> None:
+        if table.num_rows == 0:
+            raise DroppeftError(f"{where} has no rows")
+        self.table = table
+        self.where = where
+
+    def column(self, name: str, setting: str) -> pa.ChunkedArray:
+        """The values of a column of which none is missing; ``setting`` says who asked for it."""
+        if self.table.column_names.count(name) != 1:
+            raise DroppeftError(
+                f"{self.where} has no column {name} ({setting}) or has it twice; "
+                f"columns: {', '.join(self.table.column_names)}"
+            )
+        column = self.table[name]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.null_count:
+            row = pc.index(column.is_null(), True).as_py()
+            raise DroppeftError(f"{self.where}: {name} is missing in row {row + 1}")
+        return column
+
+
+def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split]:
+    """Training and test split of a folder whose files are named after their splits."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in READERS:
+            files.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    if not files:
+        raise DroppeftError(f"{path} holds no {', '.join(READERS)} file")
+    train, test = _choose(files, source, str(path))
+    return _joined(files[train]), _joined(files[test])
+
+
+def _joined(files: Sequence[Path]) -> Split:
+    if len(files) == 1:
+        return read_file(files[0])
+    if not all(_SHARD.search(file.stem) for file in files):
+        raise DroppeftError(f"{files[0]} and {files[1].name} are the same split; keep one")
+    where = f"{files[0]} and its further parts"
+    try:
+        return Split(pa.concat_tables([read_file(file).table for file in files]), where)
+    except pa.ArrowInvalid:
+        raise DroppeftError(f"{where} have different columns") from None
+
+
+def hub_splits(data: str, source: SourceConfig) -> tuple[Split, Split]:
+    """Training and test split of a data set on the hub, ``id`` or ``id:configuration``."""
+    import datasets
+
+    name, _, configuration = data.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None)
+    except Exception as error:  # the library passes on errors of HTTP, file systems and formats
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DroppeftError(
+            f"data={data} is no file or folder here, and the hub did not give it: {reason}"
+        ) from None
+    train, test = _choose(loaded, source, data)
+    return _from_hub(loaded[train], f"{data} ({train})"), _from_hub(
+        loaded[test], f"{data} ({test})"
+    )
+
+
+def _from_hub(dataset: Any, where: str) -> Split:
+    table = dataset.with_format("arrow")[:]
+    return Split(table.replace_schema_metadata(dataset.features.arrow_schema.metadata), where)
+
+
+def _choose(splits: Mapping[str, object], source: SourceConfig, where: str) -> tuple[str, str]:
+    train = source.train or "train"
+    test = source.test or next((name for name in TEST_SPLITS if name in splits), None)
+    for name, wanted in (("train", train), ("test", test)):
+        if wanted not in splits:
+            lacking = wanted or f"{', '.join(TEST_SPLITS[:-1])} or {TEST_SPLITS[-1]}"
+            raise DroppeftError(
+                f"{where} has no split {lacking}, only {', '.join(sorted(splits))}; "
+                f"name one with source.{name}"
+            )
+    if train == test:
+        raise DroppeftError(f"{where}: {train} cannot be both source.train and source.test")
+    return train, str(test)
+
+
+def read_file(path: Path) -> Split:
+    """All rows of one .parquet, .csv or .jsonl file."""
+    read = READERS.get(path.suffix)
+    if read is None:
+        raise DroppeftError(f"{path} is not one of {', '.join(READERS)}")
+    try:
+        return Split(read(path), str(path))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DroppeftError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    # Not pyarrow.parquet.read_table: that makes columns of folder names such as "fold=3".
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read()
+
+
+def _read_csv(path: Path) -> pa.Table:
+    return pyarrow.csv.read_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(block_size=_whole(path)),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+    )
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    return pyarrow.json.read_json(
+        path, read_options=pyarrow.json.ReadOptions(block_size=_whole(path))
+    )
+
+
+def _whole(path: Path) -> int:
+    """Block size that makes one block, so that types are inferred from all rows."""
+    return min(path.stat().st_size + 1, 2**31 - 1)
+
+
+READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -1,0 +1,1 @@
+"""Rounds of Plans and Updates over a transport, and what is kept of them."""

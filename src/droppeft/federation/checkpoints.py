@@ -1,0 +1,159 @@
+"""The server's state on disk: one file per round, atomic, checksummed, the last two kept.
+
+safetensors for the values, JSON in its header for everything else; nothing is ever unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from droppeft.errors import DroppeftError
+from droppeft.files import write_atomically
+from droppeft.plans import (
+    AdapterSpec,
+    Array,
+    BaseDelta,
+    GlobalModel,
+    LayerAdapter,
+    LayerKey,
+    ServerState,
+    flatten,
+)
+
+KEPT = 2
+_SEPARATOR = "|"
+_log = logging.getLogger("droppeft")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        round: the last one that is complete; 0 before the first.
+        state: the server's.
+        facts: what was measured once, before round 1 (JSON).
+    """
+
+    round: int
+    state: ServerState
+    facts: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint and delete all but the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"round-{checkpoint.round:05d}.safetensors"
+    write_atomically(path, _encode(checkpoint))
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path) -> Checkpoint:
+    """Read the newest checkpoint that is whole.
+
+    Raises:
+        DroppeftError: there is none.
+    """
+    for path in _newest_first(folder):
+        try:
+            return _decode(path)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+    raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _encode(checkpoint: Checkpoint) -> bytes:
+    state = checkpoint.state
+    models = {"": state.model, **state.alternatives}
+    arrays = {
+        label: np.ascontiguousarray(array)
+        for name, model in models.items()
+        for label, array in _labelled(name, model)
+    }
+    head = {
+        "round": checkpoint.round,
+        "facts": checkpoint.facts,
+        "memory": state.memory,
+        "models": {name: _describe(model) for name, model in models.items()},
+        "order": list(arrays),
+    }
+    text = json.dumps(head, sort_keys=True)
+    header = {"head": text, "sha256": _digest(text, arrays)}
+    content: bytes = safetensors.numpy.save(arrays, header)
+    return content
+
+
+def _decode(path: Path) -> Checkpoint:
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        text = metadata["head"]
+        head = json.loads(text)
+        arrays = {label: file.get_tensor(label) for label in head["order"]}
+    if _digest(text, arrays) != metadata["sha256"]:
+        raise ValueError("its checksum does not match")
+    models = {
+        name: _assemble(name, description, arrays) for name, description in head["models"].items()
+    }
+    state = ServerState(models.pop(""), models, head["memory"])
+    return Checkpoint(head["round"], state, head["facts"])
+
+
+def _labelled(name: str, model: GlobalModel) -> Iterator[tuple[str, Array]]:
+    for key, tensor, array in flatten(model.tensors):
+        yield _SEPARATOR.join((name, "adapter", str(key), tensor)), array
+    if model.base_delta is not None:
+        for tensor, array in model.base_delta.tensors.items():
+            yield _SEPARATOR.join((name, "base", "", tensor)), array
+
+
+def _describe(model: GlobalModel) -> dict[str, Any]:
+    delta = model.base_delta
+    return {
+        "adapter": dataclasses.asdict(model.adapter),
+        "base_delta_version": None if delta is None else delta.version,
+    }
+
+
+def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array]) -> GlobalModel:
+    tensors: dict[LayerKey, dict[str, Array]] = {}
+    base: dict[str, Array] = {}
+    for label, array in arrays.items():
+        owner, kind, key, tensor = label.split(_SEPARATOR, 3)
+        if owner == name and kind == "adapter":
+            tensors.setdefault(int(key) if key.isdigit() else key, {})[tensor] = array
+        elif owner == name:
+            base[tensor] = array
+    version = description["base_delta_version"]
+    return GlobalModel(
+        _adapter_spec(description["adapter"]),
+        tensors,
+        None if version is None else BaseDelta(version, base),
+    )
+
+
+def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
+    layers = tuple(None if item is None else LayerAdapter(**item) for item in fields["layers"])
+    return AdapterSpec(**{**fields, "layers": layers, "targets": tuple(fields["targets"])})
+
+
+def _digest(text: str, arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for label, array in arrays.items():
+        digest.update(f"{label}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,297 @@
+"""A whole run in a folder: start it, go on with it, and leave what it found.
+
+Whatever the moment of a crash, the folder holds a configuration, whole checkpoints and whole rows;
+what follows from (configuration, checkpoint) is the same as if nothing had happened.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.config import Config, as_tree, load_config, resolve, to_toml
+from droppeft.data.builtin import EXPECTED_HASH
+from droppeft.data.tables import Rows
+from droppeft.errors import DroppeftError
+from droppeft.federation import checkpoints
+from droppeft.federation.checkpoints import Checkpoint
+from droppeft.federation.device import base_delta_applied
+from droppeft.federation.environment import machine, versions
+from droppeft.federation.export import write_adapter
+from droppeft.federation.prepare import Prepared, prepare, references
+from droppeft.federation.rounds import play_round
+from droppeft.federation.transport import Reply
+from droppeft.files import sync_folder, write_atomically
+from droppeft.ledger import (
+    SCHEMA_VERSION,
+    RoundRow,
+    append_rows,
+    device_row,
+    rewind,
+    round_row,
+    summarise,
+)
+from droppeft.plans import GlobalModel
+from droppeft.training import Evaluation, evaluate
+
+CONFIG, ROUNDS, DEVICES, RESULT = "config.toml", "rounds.jsonl", "devices.jsonl", "result.json"
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes; the screen is one."""
+
+    def preparing(self, what: str) -> None:
+        """A step before round 1 begins."""
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
+        """Rounds begin; ``rows`` are those that an earlier process finished."""
+
+    def replied(self, reply: Reply) -> None:
+        """A device of the present round has answered."""
+
+    def round_done(self, row: RoundRow) -> None:
+        """A round is merged, measured and saved."""
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """The result is on disk."""
+
+
+@dataclass(frozen=True)
+class Interrupted(Exception):
+    """The user stopped the run; ``round`` is the last one that is saved, in ``folder``."""
+
+    folder: Path
+    round: int
+
+
+def start_run(config: Config, out: Path, watcher: Watcher) -> dict[str, Any]:
+    """Run a configuration in a new folder and return the content of its ``result.json``.
+
+    Raises:
+        DroppeftError: something the configuration names does not work, or the folder is taken;
+            nothing has been written then.
+        Interrupted: on Ctrl-C after the folder was made.
+    """
+    check_free(out)
+    config = resolve(config, cuda=torch.cuda.is_available())
+    prepared = prepare(config, watcher.preparing)
+    watcher.preparing("measuring the references")
+    facts = _facts(prepared)
+    first = Checkpoint(0, prepared.state, facts)
+    _begin(out, config, first)
+    with _held(out):
+        return _play(prepared, first, [], out, watcher)
+
+
+def resume_run(out: Path, watcher: Watcher) -> dict[str, Any]:
+    """Go on where a run stopped; a finished one is only reported.
+
+    Raises:
+        DroppeftError: the folder holds no run, or another process works in it.
+        Interrupted: on Ctrl-C.
+    """
+    if not (out / CONFIG).is_file():
+        raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
+    with _held(out):
+        if (out / RESULT).exists():
+            result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
+            watcher.finished(result)
+            return result
+        config = load_config(out / CONFIG)
+        prepared = prepare(resolve(config, cuda=torch.cuda.is_available()), watcher.preparing)
+        newest = checkpoints.load_newest(out / "checkpoints")
+        _check_same_data(prepared, newest, out)
+        rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
+        rewind(out / DEVICES, newest.round)
+        return _play(prepared, newest, rows, out, watcher)
+
+
+def check_free(out: Path) -> None:
+    """Refuse an output folder that has content or cannot be made.
+
+    Raises:
+        DroppeftError: with what to do.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DroppeftError(
+            f"--out {out} exists already; choose another folder, "
+            f"or go on with: droppeft resume {out}"
+        )
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")
+
+
+def _play(
+    prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path, watcher: Watcher
+) -> dict[str, Any]:
+    watcher.started(_about(prepared, last.facts), list(rows))
+    try:
+        for _ in range(last.round, prepared.config.rounds):
+            last, row = _one_round(prepared, last, out, watcher)
+            rows.append(row)
+            watcher.round_done(row)
+        return _finish(prepared, last, rows, out, watcher)
+    except KeyboardInterrupt:
+        raise Interrupted(out, last.round) from None
+
+
+def _one_round(
+    prepared: Prepared, last: Checkpoint, out: Path, watcher: Watcher
+) -> tuple[Checkpoint, RoundRow]:
+    """Play, measure and save one round; rows first, since the checkpoint is what counts."""
+    start = time.perf_counter()
+    round = last.round + 1
+    state, closed = play_round(
+        prepared.setup, prepared.method, prepared.transport, last.state, round, watcher.replied
+    )
+    quality = _quality(prepared, state.model, round)
+    row = round_row(
+        closed.plans,
+        closed.replies,
+        quality,
+        closed.server_wall_s,
+        quality["wall_s"] or 0.0,
+        time.perf_counter() - start,
+    )
+    devices = [device_row(*pair) for pair in zip(closed.plans, closed.replies, strict=True)]
+    append_rows(out / DEVICES, devices)
+    append_rows(out / ROUNDS, [asdict(row)])
+    now = Checkpoint(round, state, last.facts)
+    checkpoints.save(out / "checkpoints", now)
+    return now, row
+
+
+def _quality(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
+    config = prepared.config
+    if round % config.evaluation.every and round != config.rounds:
+        return dict.fromkeys(("loss", "accuracy", "f1", "wall_s"))
+    measured = _evaluate(prepared, model, prepared.sample)
+    return {key: asdict(measured)[key] for key in ("loss", "accuracy", "f1", "wall_s")}
+
+
+def _finish(
+    prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path, watcher: Watcher
+) -> dict[str, Any]:
+    config, model = prepared.config, last.state.model
+    watcher.preparing("measuring on the whole test set")
+    whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
+    measured = {
+        "global_accuracy": whole.accuracy,
+        "global_f1": whole.f1,
+        "global_loss": whole.loss,
+        "test_rows": whole.rows,
+    }
+    adapter_hash = write_adapter(prepared, model, asdict(whole), out)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        **_about(prepared, last.facts),
+        **summarise(rows, last.facts["initial_accuracy"], config.target_accuracy),
+        **measured,
+        "adapter_sha256": adapter_hash,
+        "prepare_wall_s": prepared.prepare_wall_s,
+        "versions": versions(),
+        "machine": machine(config.accelerator),
+        "config": as_tree(config),
+    }
+    write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    watcher.finished(result)
+    return result
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What is measured once, before round 1, and kept with every checkpoint."""
+    start = _evaluate(prepared, prepared.state.model, prepared.sample)
+    return {
+        "initial_accuracy": start.accuracy,
+        "initial_loss": start.loss,
+        "data_hash": prepared.data.content_hash,
+        **references(prepared.data),
+    }
+
+
+def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a run, for people and for the result file."""
+    config, data = prepared.config, prepared.data
+    return {
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "seed": config.seed,
+        "devices": config.devices,
+        "cohort_size": config.cohort,
+        "planned_rounds": config.rounds,
+        "num_layers": prepared.setup.num_layers,
+        "trainable_parameters": count_parameters(prepared.site.bench.parameters),
+        "train_rows": len(data.train),
+        "classes": len(data.label_names),
+        "data_hash": data.content_hash,
+        "builtin_data_as_published": data.content_hash == EXPECTED_HASH
+        if config.data == "builtin"
+        else None,
+        "initial_loss": facts["initial_loss"],
+        "majority_accuracy": facts["majority_accuracy"],
+        "tfidf_accuracy": facts["tfidf_accuracy"],
+        "sampled_test_rows": len(prepared.sample),
+    }
+
+
+def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
+    bench, config = prepared.site.bench, prepared.config
+    bench.wear(model.adapter)
+    set_tensors(bench.parameters, model.tensors)
+    with base_delta_applied(bench.model, model.base_delta):
+        return evaluate(
+            bench.model,
+            prepared.test,
+            rows,
+            bench.task,
+            config.evaluation.batch_size,
+            config.training.precision,
+        )
+
+
+def _check_same_data(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
+    before, now = checkpoint.facts["data_hash"], prepared.data.content_hash
+    if before != now:
+        raise DroppeftError(
+            f"{out}: the data have changed since this run began ({before}, now {now}); "
+            "put them back, or start a new run"
+        )
+
+
+def _begin(out: Path, config: Config, first: Checkpoint) -> None:
+    """Make the folder with all it needs to be resumed, in one step."""
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_atomically(partial / CONFIG, to_toml(config).encode())
+        checkpoints.save(partial / "checkpoints", first)
+        partial.replace(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise DroppeftError(f"--out {out}: cannot be made ({error.strerror})") from None
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder; the lock goes with the process."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DroppeftError(f"{out}: another process is working on this run") from None
+    finally:
+        os.close(handle)

@@ -1,0 +1,162 @@
+"""How often each layer is dropped: a mean rate spread over depth by a shape.
+
+Source: layer rates with a mean and a distribution over depth are from DropPEFT
+(arXiv:2503.10217); the shapes' formulas and the redistribution above 1 are ours.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+from droppeft.errors import DroppeftError
+
+# A mean that misses what is possible by less than this is a rounding error, not a mistake.
+_ROUNDING = 1e-9
+# A rate this near to 1 is meant to be 1: the largest possible mean drops with certainty.
+_FULL = 1 - 1e-12
+
+
+def _uniform(num_layers: int) -> tuple[float, ...]:
+    return (1.0,) * num_layers
+
+
+def _incremental(num_layers: int) -> tuple[float, ...]:
+    return tuple(float(depth) for depth in range(1, num_layers + 1))
+
+
+def _decay(num_layers: int) -> tuple[float, ...]:
+    return _incremental(num_layers)[::-1]
+
+
+def _normal(num_layers: int) -> tuple[float, ...]:
+    middle, width = (num_layers - 1) / 2, num_layers / 4
+    return tuple(math.exp(-(((layer - middle) / width) ** 2) / 2) for layer in range(num_layers))
+
+
+SHAPES: dict[str, Callable[[int], tuple[float, ...]]] = {
+    "uniform": _uniform,
+    "incremental": _incremental,
+    "decay": _decay,
+    "normal": _normal,
+}
+"""Shape by name: the number of layers L to L positive weights, of which only ratios count.
+
+``uniform``: all alike; ``incremental``: in proportion to depth 1..L; ``decay``: the reverse;
+``normal``: a Gaussian around the middle with standard deviation L/4. The formulas are ours.
+"""
+
+
+def layer_rates(
+    mean: float, shape: str, num_layers: int, *, protected: Collection[int] = ()
+) -> tuple[float, ...]:
+    """Spread a mean drop rate over depth.
+
+    Rates are in proportion to the shape's weights; what would exceed 1 goes, in the same
+    proportion, to the unprotected layers below 1 (water-filling).
+
+    Args:
+        mean: mean rate over all L layers, in [0, 1]; protected ones count 0.
+        shape: a key of :data:`SHAPES`.
+        num_layers: L.
+        protected: layers that are never dropped, 0 nearest the input.
+
+    Returns:
+        L probabilities of being dropped; their sum is within 1e-9 of mean x L.
+
+    Raises:
+        DroppeftError: unknown shape, no layers, a mean outside [0, 1], a protected layer that
+            does not exist, or a mean above (L - protected) / L.
+    """
+    _check_layers(num_layers)
+    if shape not in SHAPES:
+        raise DroppeftError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
+    if not 0 <= mean <= 1:
+        raise DroppeftError(f"the mean drop rate is {mean}; it must lie between 0 and 1")
+    kept = _existing_layers(protected, num_layers)
+    droppable = num_layers - len(kept)
+    total = mean * num_layers
+    if total > droppable + _ROUNDING:
+        # Rounded down, so that the number we name is itself accepted.
+        largest = droppable * 10_000 // num_layers / 10_000
+        raise DroppeftError(
+            f"a mean drop rate of {mean:g} over {num_layers} layers is impossible with {len(kept)} "
+            f"of them protected: the largest possible mean is {largest:g}; lower the mean or "
+            "protect fewer layers"
+        )
+    weights = SHAPES[shape](num_layers)
+    return _fill(
+        {layer: weights[layer] for layer in range(num_layers) if layer not in kept},
+        total,
+        num_layers,
+    )
+
+
+def protected_ends(num_layers: int, first: int, last: int) -> frozenset[int]:
+    """Return the first and the last layers of L as indices.
+
+    Raises:
+        DroppeftError: a negative number, or more protected layers than there are.
+    """
+    _check_layers(num_layers)
+    if first < 0 or last < 0:
+        raise DroppeftError(
+            f"cannot protect {first} first and {last} last layers; neither may be negative"
+        )
+    if first + last > num_layers:
+        raise DroppeftError(
+            f"cannot protect {first} first and {last} last layers of a model with {num_layers}; "
+            f"protect {num_layers} at most"
+        )
+    return frozenset(range(first)) | frozenset(range(num_layers - last, num_layers))
+
+
+def explicit_rates(rates: Sequence[float], num_layers: int) -> tuple[float, ...]:
+    """Check rates that were given one by one.
+
+    Returns:
+        The same L probabilities, as floats.
+
+    Raises:
+        DroppeftError: not one rate per layer, or a rate outside [0, 1].
+    """
+    if len(rates) != num_layers:
+        raise DroppeftError(
+            f"{len(rates)} drop rates were given for {num_layers} layers; give one per layer"
+        )
+    for layer, rate in enumerate(rates):
+        if not 0 <= rate <= 1:
+            raise DroppeftError(
+                f"the drop rate of layer {layer} is {rate}; it must lie between 0 and 1"
+            )
+    return tuple(map(float, rates))
+
+
+def _fill(weights: dict[int, float], total: float, num_layers: int) -> tuple[float, ...]:
+    """Split ``total`` by weight over the given layers, no rate above 1; the others get 0."""
+    rates = [0.0] * num_layers
+    below = dict(weights)
+    while below:
+        scale = total / math.fsum(below.values())
+        full = [layer for layer, weight in below.items() if weight * scale >= _FULL]
+        if not full:
+            for layer, weight in below.items():
+                rates[layer] = weight * scale
+            break
+        for layer in full:
+            rates[layer] = 1.0
+            del below[layer]
+        total = max(0.0, total - len(full))
+    return tuple(rates)
+
+
+def _check_layers(num_layers: int) -> None:
+    if num_layers < 1:
+        raise DroppeftError(f"a model with {num_layers} layers has nothing to drop")
+
+
+def _existing_layers(layers: Collection[int], num_layers: int) -> frozenset[int]:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise DroppeftError(
+                f"layer {layer} cannot be protected: the layers are 0 to {num_layers - 1}"
+            )
+    return frozenset(layers)

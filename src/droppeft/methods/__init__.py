@@ -1,0 +1,21 @@
+"""The federated methods by name: adding one is a file, a line here, and a row in its test."""
+
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import Method, Setup
+from droppeft.methods.droppeft import DROPPEFT
+from droppeft.methods.fedlora import FEDLORA
+
+METHODS: dict[str, Method] = {method.name: method for method in (DROPPEFT, FEDLORA)}
+
+__all__ = ["METHODS", "Method", "Setup", "method_named"]
+
+
+def method_named(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        DroppeftError: no such method; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise DroppeftError(f"method={name}: unknown method; known are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,114 @@
+"""What a federated method is: three functions over explicit state; the engine is a detail.
+
+The shape follows fedjax's federated algorithm: a method is a value, not a class to inherit from.
+Methods differ by the Plans they write and by how they merge; neither the round loop nor the
+device knows which method it serves.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from droppeft.config import Config
+from droppeft.plans import (
+    AdapterSpec,
+    Budget,
+    GlobalModel,
+    LayerAdapter,
+    LayerDropout,
+    Objective,
+    Plan,
+    ServerState,
+    Tensors,
+    Update,
+    flatten,
+)
+from droppeft.sharing.aggregation import average_over_holders
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every function of a method may read.
+
+    Attributes:
+        config: the run.
+        num_layers: L of the backbone.
+        fresh_tensors: initial values of an adapter of given shapes, from the run's seed.
+    """
+
+    config: Config
+    num_layers: int
+    fresh_tensors: Callable[[AdapterSpec], Tensors]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated method.
+
+    Attributes:
+        name: as on the command line.
+        summary: one line for people.
+        tables: optional tables of the configuration that it reads; setting another on the
+            command line is refused.
+        init: state before round 1. Must raise what :attr:`plan` would raise for a configuration
+            that cannot work, so that nothing is written for a run that cannot start.
+        plan: one Plan per member of the cohort, in its order.
+        merge: the state after a round, from the accepted Updates in Plan order (perhaps none).
+    """
+
+    name: str
+    summary: str
+    tables: frozenset[str]
+    init: Callable[[Setup], ServerState]
+    plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
+    merge: Callable[[Setup, ServerState, Sequence[Update]], ServerState]
+
+
+def uniform_adapter(setup: Setup) -> AdapterSpec:
+    """The configured adapter in every layer."""
+    chosen = setup.config.adapter
+    layer = LayerAdapter(type=chosen.type, rank=chosen.rank)
+    return AdapterSpec(
+        layers=(layer,) * setup.num_layers,
+        alpha=chosen.alpha,
+        dropout=chosen.dropout,
+        targets=chosen.targets,
+    )
+
+
+def start_with(setup: Setup, adapter: AdapterSpec) -> ServerState:
+    """State with a fresh adapter."""
+    return ServerState(GlobalModel(adapter, setup.fresh_tensors(adapter)))
+
+
+def full_plan(
+    setup: Setup,
+    state: ServerState,
+    round: int,
+    device: int,
+    dropout: LayerDropout | None,
+) -> Plan:
+    """The Plan most methods begin from: the whole global adapter, all of it to be shared."""
+    training = setup.config.training
+    return Plan(
+        round=round,
+        device=device,
+        adapter=state.model.adapter,
+        tensors=state.model.tensors,
+        share=frozenset(name for _, name, _ in flatten(state.model.tensors)),
+        dropout=dropout,
+        objective=Objective(),
+        base_delta=state.model.base_delta,
+        budget=Budget(steps=training.local_steps, epochs=training.local_epochs),
+        reward_rows=0,
+        seed=setup.config.seed,
+        nonce=secrets.token_hex(16),
+    )
+
+
+def average_by_examples(setup: Setup, state: ServerState, updates: Sequence[Update]) -> ServerState:
+    """Every tensor becomes its holders' mean, weighted by the rows they trained on."""
+    weights = [float(update.examples) for update in updates]
+    tensors = average_over_holders(state.model.tensors, updates, weights)
+    model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
+    return ServerState(model, state.alternatives, state.memory)

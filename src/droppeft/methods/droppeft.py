@@ -1,0 +1,64 @@
+"""DropPEFT: devices train with stochastic transformer layer dropout and share by layer.
+
+Source: arXiv:2503.10217. In this version the rates are the configuration's, the same on every
+device and in every round, and all layers are shared; the online configurator and personalised
+layer sharing are not built yet. Exact gates and protected ends are ours.
+"""
+
+from collections.abc import Sequence
+
+from droppeft.config import DropoutConfig
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    average_by_examples,
+    full_plan,
+    start_with,
+    uniform_adapter,
+)
+from droppeft.plans import LayerDropout, Plan, ServerState
+
+
+def configured_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
+    """Dropout rate of every layer.
+
+    Raises:
+        DroppeftError: a mean or count that the protected layers make impossible, or a list of
+            rates that does not fit the model.
+    """
+    if config.rates is not None:
+        return explicit_rates(config.rates, num_layers)
+    protected = protected_ends(num_layers, config.protect_first, config.protect_last)
+    if config.count is None:
+        return layer_rates(config.mean or 0.0, config.shape, num_layers, protected=protected)
+    most = num_layers - len(protected)
+    if config.count > most:
+        raise DroppeftError(
+            f"dropout.count={config.count} is impossible: {num_layers} layers of which "
+            f"{len(protected)} are protected leave {most} to drop"
+        )
+    return layer_rates(config.count / num_layers, config.shape, num_layers, protected=protected)
+
+
+def _init(setup: Setup) -> ServerState:
+    configured_rates(setup.config.dropout, setup.num_layers)
+    return start_with(setup, uniform_adapter(setup))
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    settings = setup.config.dropout
+    rates = configured_rates(settings, setup.num_layers)
+    dropout = LayerDropout(rates, settings.sampling)
+    return [full_plan(setup, state, round, device, dropout) for device in cohort]
+
+
+DROPPEFT = Method(
+    name="droppeft",
+    summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
+    tables=frozenset({"dropout"}),
+    init=_init,
+    plan=_plan,
+    merge=average_by_examples,
+)

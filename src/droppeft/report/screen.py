@@ -1,0 +1,269 @@
+"""A run on the terminal: header, progress with rate and time left, a line per round, a table."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from droppeft.federation.transport import Reply
+from droppeft.ledger import RoundRow
+
+BAR_WIDTH = 20
+
+
+class Screen:
+    """Shows a run to a person; use it as a context manager around the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._status = self.console.status("")
+        self._rounds: TaskID | None = None
+        self._members: TaskID | None = None
+        self._about: Mapping[str, Any] = {}
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._status.stop()
+        self._progress.stop()
+
+    def preparing(self, what: str) -> None:
+        """Show a step outside the rounds."""
+        self._progress.stop()
+        self._status.update(f"{what} …")
+        self._status.start()
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
+        """Show the header, and the rounds that an earlier process finished."""
+        self._status.stop()
+        self._about = about
+        self.console.print(_header(about))
+        if rows:
+            self.console.print(Text(f"going on after round {rows[-1].round}", style="yellow"))
+        self._rounds = self._progress.add_task(
+            "rounds ", total=about["planned_rounds"], completed=len(rows)
+        )
+        self._members = self._progress.add_task("devices", total=about["cohort_size"])
+        self._progress.start()
+
+    def replied(self, reply: Reply) -> None:
+        """Move the bar of the present round."""
+        if self._members is not None:
+            self._progress.advance(self._members)
+
+    def round_done(self, row: RoundRow) -> None:
+        """Print the round's line."""
+        if self._rounds is None or self._members is None:
+            return
+        self.console.print(_round_line(row, self._about))
+        for failure in row.failures:
+            self.console.print(
+                Text(f"         device {failure['device']}: {failure['reason']}", style="red")
+            )
+        self._progress.advance(self._rounds)
+        self._progress.reset(self._members)
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """Print the closing table."""
+        self._status.stop()
+        self._progress.stop()
+        self.console.print(closing_table(result))
+
+
+class Quiet:
+    """Says one line, at the end."""
+
+    def preparing(self, what: str) -> None:
+        """Nothing."""
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
+        """Nothing."""
+
+    def replied(self, reply: Reply) -> None:
+        """Nothing."""
+
+    def round_done(self, row: RoundRow) -> None:
+        """Nothing."""
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """The accuracy on the whole test set."""
+        print(f"accuracy {result['global_accuracy']:.4f}")
+
+
+class JsonLines(Quiet):
+    """Prints a JSON object per round and one for the result, for programs."""
+
+    def round_done(self, row: RoundRow) -> None:
+        """The row as in ``rounds.jsonl``."""
+        self._print({"event": "round", **asdict(row)})
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """The content of ``result.json``."""
+        self._print({"event": "result", **result})
+
+    def _print(self, content: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(content) + "\n")
+        sys.stdout.flush()
+
+
+def closing_table(result: Mapping[str, Any]) -> Table:
+    """The result for people: quality beside its references, then what it cost."""
+    table = Table(box=box.SIMPLE_HEAD, title="Result", title_justify="left", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("note", style="dim")
+    for what, value, note in (*_quality_lines(result), *_cost_lines(result)):
+        table.add_row(what, value, note)
+    return table
+
+
+def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    sample = f"on {result['sampled_test_rows']:,} test texts"
+    lines = [
+        ("accuracy", _share(result["global_accuracy"]), f"all {result['test_rows']:,} test texts"),
+        ("F1", _share(result["global_f1"]), ""),
+        ("before training", _share(result["initial_accuracy"]), sample),
+        ("after round 1", _share(result["first_accuracy"]), sample),
+        ("best", _share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
+        ("majority class", _share(result["majority_accuracy"]), "reference"),
+        (
+            "TF-IDF + linear SVM",
+            _share(result["tfidf_accuracy"]),
+            "reference, all data in one place",
+        ),
+    ]
+    if result["target"] is not None:
+        lines.append(_target_line(result))
+    return lines
+
+
+def _target_line(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    name = f"target {_share(result['target'])}"
+    if result["target_round"] is None:
+        return name, "not reached", ""
+    note = f"round {result['target_round']}; devices side by side (measured)"
+    return name, _seconds(result["time_to_target_measured_s"]), note
+
+
+def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rounds, layers = result["rounds"], result["num_layers"]
+    depth = result["mean_active_layers"]
+    return [
+        ("time", _seconds(result["host_wall_s"]), f"{rounds} rounds on this machine (measured)"),
+        ("of it training", _seconds(result["train_wall_s"]), "all devices one after another"),
+        ("upload", _bytes(result["upload_bytes"]), "all devices, all rounds"),
+        ("download", _bytes(result["download_bytes"]), "all devices, all rounds"),
+        ("mean depth", "–" if depth is None else f"{depth:.2f}", f"of {layers} layers per step"),
+        ("activations", _bytes(result["activation_bytes_peak"]), "peak stored for backward"),
+    ]
+
+
+def _header(about: Mapping[str, Any]) -> Panel:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan")
+    grid.add_column()
+    grid.add_row(
+        "model",
+        f"{about['model']}: {about['num_layers']} layers, "
+        f"{about['trainable_parameters']:,} trainable parameters",
+    )
+    grid.add_row(
+        "data", f"{about['data']}: {about['train_rows']:,} texts, {about['classes']} classes"
+    )
+    grid.add_row(
+        "devices",
+        f"{about['devices']}, {about['cohort_size']} per round, {about['planned_rounds']} rounds",
+    )
+    grid.add_row(
+        "references",
+        f"majority class {_share(about['majority_accuracy'])}, "
+        f"TF-IDF + linear SVM {_share(about['tfidf_accuracy'])}",
+    )
+    content: Group | Table = grid
+    if about["builtin_data_as_published"] is False:
+        warning = "other library versions than the published ones: accuracies do not compare"
+        content = Group(grid, Text(warning, style="yellow"))
+    title = f"[bold]droppeft[/] · {about['method']} · seed {about['seed']}"
+    return Panel(content, title=title, title_align="left", box=box.ROUNDED, expand=False)
+
+
+def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
+    width = len(str(about["planned_rounds"]))
+    line = Text(f"round {row.round:>{width}}  ")
+    if row.global_accuracy is None:
+        line.append("accuracy      ", style="dim")
+        line.append(" " * BAR_WIDTH)
+    else:
+        line.append("accuracy ")
+        line.append(_share(row.global_accuracy), style="bold green")
+        filled = round(row.global_accuracy * BAR_WIDTH)
+        line.append(" " + "━" * filled, style="green")
+        line.append("━" * (BAR_WIDTH - filled), style="bright_black")
+    loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
+    depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
+    line.append(f"  loss {loss}  depth {depth}/{about['num_layers']}  {row.host_wall_s:.1f} s")
+    return line
+
+
+class _Rate(ProgressColumn):
+    """Finished items per minute."""
+
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("  –/min", style="dim")
+        return Text(f"{60 * task.speed:.1f}/min", style="dim")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}".removeprefix("0")
+
+
+def _seconds(value: float) -> str:
+    minutes, seconds = divmod(value, 60)
+    return f"{int(minutes)} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

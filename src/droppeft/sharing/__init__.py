@@ -1,0 +1,1 @@
+"""What of an adapter is shared, and how shared parts are merged."""

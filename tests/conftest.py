@@ -1,0 +1,53 @@
+"""What every test shares: no network, one thread, one folder of built-in data."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before torch or transformers is imported, which is why they stand at module level.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A slow machine is not a failing test.
+settings.register_profile("droppeft", deadline=None)
+settings.load_profile("droppeft")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Undo the thread count that an earlier test chose; tests that need another set it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The droppeft cache of this test run, shared by pytest-xdist's workers.
+
+    Two workers may build the same entry at once; the cache's writer replaces files atomically.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "droppeft-cache"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DROPPEFT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets: DROPPEFT_DATA, or ``../shared/data`` beside the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("DROPPEFT_DATA") or beside)
+    if folder.is_dir():
+        return folder
+    reason = f"no real data in {folder}; set DROPPEFT_DATA"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from droppeft.data.cache import cache_dir, store
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "expected"),
+    [
+        ("/a/own", "/b", Path("/a/own")),
+        (None, "/b", Path("/b/droppeft")),
+        (None, None, Path("/home/someone/.cache/droppeft")),
+        ("", "", Path("/home/someone/.cache/droppeft")),
+    ],
+)
+def test_the_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, shared: str | None, expected: Path
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name, value in (("DROPPEFT_CACHE", own), ("XDG_CACHE_HOME", shared)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert cache_dir() == expected
+
+
+def test_store_makes_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "entry"
+    store(path, b"first")
+    store(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "entry"
+    store(path, b"old")
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    store(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    store(tmp_path / "file" / "entry", b"content")
+    assert (tmp_path / "file").read_bytes() == b""

@@ -1,0 +1,243 @@
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppeft.config import PartitionConfig
+from droppeft.data.partition import PARTITIONERS, DeviceRows, partition_rows
+from droppeft.errors import DroppeftError
+
+Labels = npt.NDArray[np.int64]
+
+KINDS = tuple(PARTITIONERS)
+
+
+def balanced(classes: int, rows_per_class: int) -> Labels:
+    return np.repeat(np.arange(classes), rows_per_class)
+
+
+def config(kind: str, **changes: Any) -> PartitionConfig:
+    key = "owner" if kind == "natural" else None
+    return PartitionConfig.model_validate({"kind": kind, "key": key, **changes})
+
+
+def all_rows(device: DeviceRows) -> npt.NDArray[np.int64]:
+    return np.concatenate([device.train, device.validation, device.test])
+
+
+def as_lists(devices: Sequence[DeviceRows]) -> list[list[int]]:
+    return [all_rows(device).tolist() for device in devices]
+
+
+def owners(rows: int, devices: int) -> tuple[str, ...]:
+    return tuple(f"owner {row % devices}" for row in range(rows))
+
+
+def mean_largest_share(labels: Labels, devices: Sequence[DeviceRows]) -> float:
+    """Mean over devices of the share of their most frequent class."""
+    shares = [np.bincount(labels[all_rows(device)]) / len(all_rows(device)) for device in devices]
+    return float(np.mean([share.max() for share in shares]))
+
+
+def test_every_kind_of_the_configuration_exists() -> None:
+    assert set(get_args(PartitionConfig.model_fields["kind"].annotation)) == set(PARTITIONERS)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    devices=st.integers(1, 8),
+    spare=st.integers(0, 60),
+    min_rows=st.integers(3, 9),
+    alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
+    fractions=st.sampled_from([(0.1, 0.1), (0.9, 0.05), (0.05, 0.9), (0.45, 0.45)]),
+    seed=st.integers(0, 2**40),
+)
+def test_every_row_has_one_place_and_every_part_some_row(
+    kind: str,
+    devices: int,
+    spare: int,
+    min_rows: int,
+    alpha: float,
+    fractions: tuple[float, float],
+    seed: int,
+) -> None:
+    rows = devices * min_rows + spare
+    # Two classes: `pathological` gives every device both, so it never lacks rows.
+    labels = np.random.default_rng(seed).permutation(np.arange(rows) % 2)
+    chosen = config(
+        kind,
+        alpha=alpha,
+        min_rows=min_rows,
+        validation_fraction=fractions[0],
+        test_fraction=fractions[1],
+    )
+    parts = partition_rows(labels, owners(rows, devices), devices, chosen, seed)
+    assert len(parts) == devices
+    assert sorted(np.concatenate([all_rows(part) for part in parts])) == list(range(rows))
+    for part in parts:
+        assert len(all_rows(part)) >= min_rows
+        assert min(len(part.train), len(part.validation), len(part.test)) >= 1
+        assert part.train.dtype == part.validation.dtype == part.test.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_decides(kind: str) -> None:
+    labels = balanced(4, 100)
+    keys = owners(400, 8)
+    first, again, other = (
+        partition_rows(labels, keys, 8, config(kind), seed) for seed in (3, 3, 4)
+    )
+    assert as_lists(first) == as_lists(again)
+    assert [part.train.tolist() for part in first] != [part.train.tolist() for part in other]
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"natural"}))
+def test_another_seed_gives_devices_other_rows(kind: str) -> None:
+    first, other = (
+        partition_rows(balanced(4, 100), None, 8, config(kind), seed) for seed in (3, 4)
+    )
+    assert [set(all_rows(part)) for part in first] != [set(all_rows(part)) for part in other]
+
+
+def test_parts_have_the_asked_sizes() -> None:
+    chosen = config("iid", validation_fraction=0.25, test_fraction=0.15)
+    for part in partition_rows(balanced(2, 100), None, 2, chosen, 0):
+        assert (len(part.train), len(part.validation), len(part.test)) == (60, 25, 15)
+
+
+@pytest.mark.parametrize("small", ["merge", "error"])
+def test_parts_are_drawn_at_random(small: str) -> None:
+    """Rows of one owner come sorted by class; its parts must not."""
+    labels = balanced(2, 200)
+    [part] = partition_rows(labels, ("me",) * 400, 1, config("natural", small=small), 0)
+    assert 0.25 < labels[part.test].mean() < 0.75
+    assert 0.25 < labels[part.validation].mean() < 0.75
+
+
+# What each kind means
+
+
+def test_iid_is_equal_in_size_and_in_labels() -> None:
+    labels = balanced(4, 500)
+    parts = partition_rows(labels, None, 7, config("iid"), 0)
+    sizes = [len(all_rows(part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert mean_largest_share(labels, parts) < 0.32
+
+
+def test_the_two_dirichlets_differ_as_derived() -> None:
+    """At alpha = 1, four equal classes and 20 devices.
+
+    ``dirichlet``: a device's four class shares are about independent exponentials, so its mix is
+    uniform on the simplex, whose largest of four parts is (1 + 1/2 + 1/3 + 1/4) / 4 = .52 on
+    average. ``dirichlet_by_device``: the mix is Dir(1/4, 1/4, 1/4, 1/4), concentrated at the
+    corners; its largest part is .72 on average (by simulation of 10^6 draws).
+    """
+    labels = balanced(4, 2000)
+    shares = {
+        kind: np.mean(
+            [
+                mean_largest_share(labels, partition_rows(labels, None, 20, config(kind), seed))
+                for seed in range(6)
+            ]
+        )
+        for kind in ("dirichlet", "dirichlet_by_device")
+    }
+    assert shares["dirichlet"] == pytest.approx(0.52, abs=0.04)
+    assert shares["dirichlet_by_device"] == pytest.approx(0.73, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_by_device"])
+def test_a_large_alpha_is_nearly_iid_and_a_small_one_nearly_one_class(kind: str) -> None:
+    labels = balanced(4, 1000)
+    large = partition_rows(labels, None, 10, config(kind, alpha=1000), 0)
+    small = partition_rows(labels, None, 10, config(kind, alpha=0.02), 0)
+    assert mean_largest_share(labels, large) < 0.35
+    # Not 1: rows that top up a small device are of other classes.
+    assert mean_largest_share(labels, small) > 0.6
+
+
+def test_dirichlet_by_device_gives_equal_sizes_and_follows_the_prior() -> None:
+    labels = np.repeat([0, 1], [900, 101])
+    parts = partition_rows(labels, None, 10, config("dirichlet_by_device", alpha=1000), 0)
+    sizes = sorted(len(all_rows(part)) for part in parts)
+    assert sizes == [100] * 9 + [101]
+    first = labels[all_rows(parts[0])]
+    assert first.mean() == pytest.approx(0.1, abs=0.08)
+
+
+def test_pathological_devices_have_few_classes_and_no_class_is_lost() -> None:
+    labels = balanced(10, 200)
+    parts = partition_rows(labels, None, 20, config("pathological", classes_per_device=3), 0)
+    held = [set(labels[all_rows(part)].tolist()) for part in parts]
+    assert all(len(classes) == 3 for classes in held)
+    assert set.union(*held) == set(range(10))
+
+
+def test_pathological_gives_each_class_a_device_where_there_are_enough() -> None:
+    labels = balanced(10, 50)
+    parts = partition_rows(labels, None, 10, config("pathological", classes_per_device=1), 0)
+    held = [set(labels[all_rows(part)].tolist()) for part in parts]
+    assert held == [{label} for label in range(10)]
+
+
+def test_natural_devices_are_the_largest_owners() -> None:
+    keys = ("b",) * 30 + ("a",) * 25 + ("d",) * 20 + ("c",) * 20 + ("e",) * 10
+    parts = partition_rows(np.zeros(105, np.int64), keys, 3, config("natural"), 0)
+    held = [{keys[row] for row in all_rows(part)} for part in parts]
+    assert held == [{"a"}, {"b"}, {"c"}]
+    assert [len(all_rows(part)) for part in parts] == [25, 30, 20]
+
+
+# Small devices
+
+
+def test_a_small_device_is_topped_up_from_the_largest_alone() -> None:
+    keys = ("a",) * 5 + ("b",) * 60 + ("c",) * 40
+    chosen = config("natural", min_rows=20)
+    small, largest, other = partition_rows(np.zeros(105, np.int64), keys, 3, chosen, 0)
+    assert sorted(all_rows(small))[:5] == list(range(5))
+    assert [len(all_rows(part)) for part in (small, largest, other)] == [20, 45, 40]
+    assert {keys[row] for row in all_rows(small)} == {"a", "b"}
+
+
+def test_what_is_moved_is_a_random_choice() -> None:
+    keys = ("a",) * 5 + ("b",) * 60
+    chosen = config("natural", min_rows=20)
+    small, _ = partition_rows(np.zeros(65, np.int64), keys, 2, chosen, 0)
+    moved = sorted(all_rows(small))[5:]
+    assert moved not in (list(range(5, 20)), list(range(50, 65)))
+
+
+def test_a_small_device_can_be_an_error() -> None:
+    keys = ("a",) * 60 + ("b",) * 7
+    with pytest.raises(DroppeftError, match=r"device 1 gets 7 rows.*set partition\.small=merge"):
+        partition_rows(np.zeros(67, np.int64), keys, 2, config("natural", small="error"), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "keys", "devices", "changes", "message"),
+    [
+        ("iid", balanced(2, 29), None, 3, {}, "58 training rows are too few for devices=3"),
+        ("natural", balanced(2, 30), None, 3, {}, "needs an owner for every row"),
+        ("natural", balanced(2, 30), owners(60, 2), 3, {}, "2 owners, fewer than devices=3"),
+        ("natural", balanced(2, 99), tuple(map(str, range(198))), 3, {}, "3 training rows are too"),
+        ("pathological", balanced(2, 40), None, 2, {"classes_per_device": 3}, "more than the 2"),
+        ("pathological", balanced(5, 40), None, 2, {}, "some of the 5 classes have no device"),
+        ("pathological", np.repeat([0, 1], [99, 1]), None, 3, {}, "a class has fewer rows than"),
+    ],
+)
+def test_the_impossible_is_refused(
+    kind: str,
+    labels: Labels,
+    keys: tuple[str, ...] | None,
+    devices: int,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(DroppeftError, match=message):
+        partition_rows(labels, keys, devices, config(kind, **changes), 0)

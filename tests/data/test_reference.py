@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from droppeft.config import SourceConfig
+from droppeft.data.reference import majority_accuracy, tfidf_accuracy
+from droppeft.data.sources import load_text
+from droppeft.data.tables import TextData, TextTable
+
+
+def _task(train: TextTable, test: TextTable) -> TextData:
+    return TextData("task", train, test, ("no", "yes"))
+
+
+def test_a_word_that_gives_the_class_away_is_learned() -> None:
+    texts = ("good film", "bad film", "good play", "bad play")
+    train = TextTable(texts, None, np.array([1, 0, 1, 0]))
+    test = TextTable(("good song", "bad song", "song bad"), None, np.array([1, 0, 1]))
+    assert tfidf_accuracy(_task(train, test)) == pytest.approx(2 / 3)  # the last label is wrong
+
+
+def test_the_second_text_of_a_pair_counts() -> None:
+    train = TextTable(("film",) * 4, ("good", "bad", "good", "bad"), np.array([1, 0, 1, 0]))
+    test = TextTable(("film", "film"), ("good", "bad"), np.array([1, 0]))
+    assert tfidf_accuracy(_task(train, test)) == 1
+
+
+def test_the_majority_is_trains() -> None:
+    train = TextTable(("a", "b", "c"), None, np.array([1, 1, 0]))
+    test = TextTable(("a", "b", "c", "d"), None, np.array([0, 0, 0, 1]))
+    assert majority_accuracy(_task(train, test)) == 1 / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "tfidf", "majority"), [("cola", 0.68, 0.691), ("mrpc", 0.69, 0.665)]
+)
+def test_real_data(data_folder: Path, name: str, tfidf: float, majority: float) -> None:
+    data = load_text(str(data_folder / name), SourceConfig())
+    assert tfidf_accuracy(data) == pytest.approx(tfidf, abs=0.02)
+    assert majority_accuracy(data) == pytest.approx(majority, abs=0.001)

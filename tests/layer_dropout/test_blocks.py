@@ -1,0 +1,303 @@
+"""A gated model computes exactly what the model without the dropped blocks computes."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks, gated
+
+Batch = dict[str, torch.Tensor]
+LAYERS = 4
+
+
+def step(model: nn.Module, batch: Batch, seed: int = 3) -> tuple[torch.Tensor, list[Any]]:
+    """Forward and backward; return the logits and a copy of every gradient."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return output.logits.detach(), gradients
+
+
+def assert_same(one: tuple[torch.Tensor, list[Any]], other: tuple[torch.Tensor, list[Any]]) -> None:
+    assert torch.equal(one[0], other[0])
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+
+
+def shallow(model: PreTrainedModel, active: tuple[bool, ...]) -> PreTrainedModel:
+    """A model that has the active blocks only, made from its configuration, with their weights."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = sum(active)
+    small = AutoModelForSequenceClassification.from_config(config)
+    name, _ = find_blocks(model)
+    kept = [layer for layer, runs in enumerate(active) if runs]
+    moved = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(kept)}
+    weights = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith(f"{name}."):
+            weights[key] = value
+        for old, new in moved.items():
+            if key.startswith(old):
+                weights[new + key.removeprefix(old)] = value
+    small.load_state_dict(weights)
+    return small.eval()
+
+
+def patterns() -> Iterator[tuple[bool, ...]]:
+    """Gates with at least one open: few enough to try all but the full one."""
+    for number in range(1, 2**LAYERS - 1):
+        yield tuple(bool(number >> layer & 1) for layer in range(LAYERS))
+
+
+def test_all_active_is_the_plain_model(model: PreTrainedModel, batch: Batch) -> None:
+    model.train()
+    plain = step(model, batch)
+    after_plain = torch.get_rng_state()
+    _, blocks = find_blocks(model)
+    with gated(blocks) as gates:
+        assert gates.active == (True,) * LAYERS
+        assert_same(step(model, batch), plain)
+        assert gates.executed == (1,) * LAYERS
+    assert torch.equal(torch.get_rng_state(), after_plain)
+
+
+def test_dropping_blocks_is_having_fewer(
+    model: PreTrainedModel, batch: Batch, architecture: str
+) -> None:
+    model.eval()
+    _, blocks = find_blocks(model)
+    full = model(**batch).logits
+    for active in patterns():
+        if architecture == "deberta-v2-conv" and not active[0]:
+            continue  # the convolution after block 0 would follow another block in the small model
+        small = shallow(model, active)
+        with gated(blocks) as gates, torch.no_grad():
+            gates.active = active
+            logits = model(**batch).logits
+        assert torch.equal(logits, small(**batch).logits), active
+        assert not torch.equal(logits, full), active
+
+
+def test_the_convolution_of_a_dropped_block_0_still_runs(
+    build: Callable[..., PreTrainedModel], batch: Batch
+) -> None:
+    model = build("deberta-v2-conv").eval()
+    _, blocks = find_blocks(model)
+    pairs = []
+    model.deberta.encoder.conv.register_forward_hook(lambda _, args, __: pairs.append(args))
+    with gated(blocks) as gates:
+        gates.active = (False, True, True, True)
+        model(**batch)
+    [(hidden, block_output, _)] = pairs
+    assert block_output is hidden
+
+
+def test_a_dropped_block_returns_the_object_it_got(model: PreTrainedModel, batch: Batch) -> None:
+    _, blocks = find_blocks(model)
+    seen: list[tuple[torch.Tensor, Any]] = []
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with gated(blocks) as gates:
+        gates.active = (False, True, False, True)
+        model(**batch)
+    arities = {isinstance(output, tuple) and len(output) for _, output in seen}
+    assert len(arities) == 1
+    for (given, output), runs in zip(seen, gates.active, strict=True):
+        returned = output[0] if isinstance(output, tuple) else output
+        assert (returned is given) == (not runs)
+
+
+def test_nothing_but_the_head_is_left_when_all_are_dropped(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    _, blocks = find_blocks(model)
+    with gated(blocks) as gates:
+        gates.active = (False,) * LAYERS
+        step(model, batch)
+        assert gates.executed == (0,) * LAYERS
+    assert all(p.grad is None for block in blocks for p in block.parameters())
+
+
+def test_dropped_blocks_get_no_gradient_and_do_not_decay(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    _, blocks = find_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    with gated(blocks) as gates:
+        # The second and third step find momentum from the first.
+        for active in [(True,) * 4, (True, False, True, False), (True, True, False, False)]:
+            gates.active = active
+            before = [[p.detach().clone() for p in block.parameters()] for block in blocks]
+            step(model, batch)
+            gradients = [[p.grad for p in block.parameters()] for block in blocks]
+            optimizer.step()
+            for block, old, grads, runs in zip(blocks, before, gradients, active, strict=True):
+                assert all((grad is not None) == runs for grad in grads)
+                for parameter, value in zip(block.parameters(), old, strict=True):
+                    assert torch.equal(parameter, value) != runs
+
+
+def test_names_and_state_are_untouched(model: PreTrainedModel, batch: Batch) -> None:
+    def look() -> tuple[list[str], list[str], list[str]]:
+        modules = [f"{name} {type(module)}" for name, module in model.named_modules()]
+        return modules, [name for name, _ in model.named_parameters()], list(model.state_dict())
+
+    before = look()
+    attributes = [set(vars(block)) for block in find_blocks(model)[1]]
+    with gated(find_blocks(model)[1]) as gates:
+        gates.active = (False, True, True, False)
+        model(**batch)
+        assert look() == before
+    assert look() == before
+    assert [set(vars(block)) for block in find_blocks(model)[1]] == attributes
+
+
+def test_evaluation_outside_runs_every_layer(model: PreTrainedModel, batch: Batch) -> None:
+    model.eval()
+    _, blocks = find_blocks(model)
+    full = model(**batch).logits
+    with gated(blocks) as gates:
+        gates.active = (False, True, False, False)
+        model(**batch)
+    assert torch.equal(model(**batch).logits, full)
+
+
+def test_an_exception_inside_removes_the_gates(model: PreTrainedModel) -> None:
+    _, blocks = find_blocks(model)
+    with pytest.raises(RuntimeError, match="mine"), gated(blocks):
+        raise RuntimeError("mine")
+    assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_a_forward_that_another_tool_put_there_is_kept(model: PreTrainedModel) -> None:
+    _, blocks = find_blocks(model)
+    theirs = blocks[1].forward
+    vars(blocks[1])["forward"] = theirs
+    with gated(blocks):
+        assert blocks[1].forward is not theirs
+    assert blocks[1].forward is theirs
+
+
+def test_gating_twice_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    _, blocks = find_blocks(build("bert"))
+    with gated(blocks[:2]) as gates:
+        with pytest.raises(DroppeftError, match="gated already"), gated(blocks):
+            pass
+        assert "forward" not in vars(blocks[3])
+        gates.active = (False, True)
+    with pytest.raises(DroppeftError, match="twice"), gated([blocks[0], blocks[0]]):
+        pass
+    with gated(blocks):
+        pass
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_a_wrong_number_of_gates_is_refused(
+    build: Callable[..., PreTrainedModel], number: int
+) -> None:
+    with gated(find_blocks(build("bert"))[1]) as gates:
+        with pytest.raises(DroppeftError, match=f"{number} gates were set for 4 blocks"):
+            gates.active = (False,) * number
+        assert gates.active == (True,) * LAYERS
+
+
+def test_executed_forwards_are_counted(model: PreTrainedModel, batch: Batch) -> None:
+    with gated(find_blocks(model)[1]) as gates:
+        gates.active = (False, True, True, False)
+        model(**batch)
+        gates.active = (False, True, False, True)
+        model(**batch)
+        assert gates.executed == (0, 2, 1, 1)
+        gates.reset_executed()
+        model(**batch)
+        assert gates.executed == (0, 1, 0, 1)
+
+
+def test_learning_what_blocks_return_leaves_no_trace(model: PreTrainedModel, batch: Batch) -> None:
+    model.train()
+    _, blocks = find_blocks(model)
+    active = (False, True, False, True)
+    with gated(blocks) as gates:
+        model(**batch)  # all active: what they return is known from now on
+        gates.active = active
+        known = step(model, batch)
+        after_known = torch.get_rng_state()
+    with gated(blocks) as gates:
+        gates.active = active
+        assert_same(step(model, batch), known)
+        assert torch.equal(torch.get_rng_state(), after_known)
+        assert gates.executed == (0, 1, 0, 1)
+
+
+def test_a_dropped_block_runs_once_at_most_to_learn_what_it_returns(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    _, blocks = find_blocks(model)
+    calls = []
+    for index, block in enumerate(blocks):
+        first = next(block.children())
+        first.register_forward_hook(lambda *_, index=index: calls.append(index))
+    with gated(blocks) as gates:
+        gates.active = (False,) * LAYERS
+        model(**batch)
+        model(**batch)
+    assert calls == [0]
+
+
+def test_a_probe_under_autocast_does_not_lose_gradients(
+    build: Callable[..., PreTrainedModel], batch: Batch
+) -> None:
+    model = build("deberta-v3")
+    _, blocks = find_blocks(model)
+    with gated(blocks) as gates, torch.autocast("cpu", dtype=torch.bfloat16):
+        gates.active = (False, True, True, True)
+        first = model(**batch).loss
+        gates.active = (True,) * LAYERS
+        second = model(**batch).loss
+    (first + second).backward()
+    assert all(p.grad is not None for p in blocks[0].parameters())
+
+
+def test_a_peft_model_is_gated_like_a_plain_one(model: PreTrainedModel, batch: Batch) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", target_modules="all-linear", r=2, init_lora_weights=False
+    )
+    wrapped = get_peft_model(model, lora).train()
+    _, blocks = find_blocks(wrapped)
+    plain = step(wrapped, batch)
+    with gated(blocks) as gates:
+        assert_same(step(wrapped, batch), plain)
+        gates.active = (False, True, False, True)
+        step(wrapped, batch)
+        for block, runs in zip(blocks, gates.active, strict=True):
+            adapters = [p for p in block.parameters() if p.requires_grad]
+            assert adapters
+            assert all((p.grad is not None) == runs for p in adapters)
+    assert_same(step(wrapped, batch), plain)
+
+
+def test_random_gates_train_alike_when_repeated(model: PreTrainedModel, batch: Batch) -> None:
+    def train() -> list[torch.Tensor]:
+        own = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3)
+        rng = random.Random(1)
+        with gated(find_blocks(own)[1]) as gates:
+            for number in range(4):
+                gates.active = [rng.random() < 0.5 for _ in range(LAYERS)]
+                step(own, batch, seed=number)
+                optimizer.step()
+        return list(own.parameters())
+
+    assert all(map(torch.equal, train(), train()))

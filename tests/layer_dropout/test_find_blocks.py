@@ -1,0 +1,90 @@
+"""The block list is found by its documented path, or not at all."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, DistilBertConfig, PreTrainedModel
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import BLOCK_PATHS, find_blocks
+
+NAMES = {
+    "bert": "bert.encoder.layer",
+    "roberta": "roberta.encoder.layer",
+    "xlm-roberta": "roberta.encoder.layer",
+    "deberta-v3": "deberta.encoder.layer",
+    "deberta-v2-conv": "deberta.encoder.layer",
+    "gpt2": "transformer.h",
+    "llama": "model.layers",
+}
+
+
+def test_every_supported_architecture_is_tested() -> None:
+    assert set(BLOCK_PATHS) == {"bert", "roberta", "xlm-roberta", "deberta-v2", "gpt2", "llama"}
+
+
+def test_blocks_of_a_classifier(model: PreTrainedModel, architecture: str) -> None:
+    name, blocks = find_blocks(model)
+    assert name == NAMES[architecture]
+    assert blocks == tuple(model.get_submodule(name))
+    assert len(blocks) == 4
+
+
+def test_blocks_of_a_base_model(model: PreTrainedModel) -> None:
+    name, blocks = find_blocks(AutoModel.from_config(model.config))
+    assert name == BLOCK_PATHS[model.config.model_type]
+    assert len(blocks) == 4
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"], indirect=True)
+def test_blocks_of_a_causal_language_model(model: PreTrainedModel, architecture: str) -> None:
+    name, _ = find_blocks(AutoModelForCausalLM.from_config(model.config))
+    assert name == NAMES[architecture]
+
+
+def test_blocks_under_peft(model: PreTrainedModel, architecture: str) -> None:
+    wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    name, blocks = find_blocks(wrapped)
+    assert name == f"base_model.model.{NAMES[architecture]}"
+    assert blocks == tuple(wrapped.get_submodule(name))
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    config = DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=2, vocab_size=10)
+    with pytest.raises(DroppeftError, match=r"distilbert.* supported: bert, roberta, .*llama"):
+        find_blocks(AutoModel.from_config(config))
+
+
+def test_a_model_without_configuration_is_refused() -> None:
+    with pytest.raises(DroppeftError, match=r"Linear .*None.* supported: bert"):
+        find_blocks(torch.nn.Linear(1, 1))
+
+
+def test_a_list_of_another_length_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    model = build("bert")
+    del model.bert.encoder.layer[2]
+    with pytest.raises(DroppeftError, match=r"has 3 blocks .* says 4"):
+        find_blocks(model)
+
+
+def test_a_second_candidate_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    model = build("llama")
+    model.layers = nn.ModuleList(nn.Identity() for _ in range(4))
+    with pytest.raises(DroppeftError, match="has 2"):
+        find_blocks(model)
+
+
+def test_a_list_whose_name_only_ends_alike_is_none(build: Callable[..., PreTrainedModel]) -> None:
+    model = build("gpt2")
+    model.transformer.branch = nn.ModuleList(nn.Identity() for _ in range(4))
+    assert find_blocks(model)[0] == "transformer.h"
+
+
+def test_a_missing_list_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    model = build("gpt2")
+    model.transformer.h = nn.Sequential(*model.transformer.h)
+    with pytest.raises(DroppeftError, match="has 0"):
+        find_blocks(model)

@@ -1,0 +1,250 @@
+"""Gates: counts, marginals and conditioned draws.
+
+Chi-square tests are at level 1e-3 over all layers together (Bonferroni) with fixed seeds: correct
+code was drawn once and stays drawn, wrong code fails.
+"""
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import (
+    SAMPLINGS,
+    SHAPES,
+    conditioned_rates,
+    expected_active,
+    layer_rates,
+    sample_active,
+)
+
+LEVEL = 1e-3
+DRAWS = 6000
+
+RATES = st.lists(
+    st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 0.1, 1 / 3, 0.5, 1e-12, 1 - 1e-12])),
+    min_size=1,
+    max_size=40,
+)
+NASTY = {
+    "three tenths": (0.1,) * 10,  # one by one: 0.9999999999999999
+    "six thirds": (1 / 3,) * 6,
+    "sevenths": (1 / 7,) * 49,
+    "two thirds": (2 / 3,) * 12,
+    "0.7 + 0.2 + 0.1": (0.7, 0.2, 0.1),  # one by one: 0.9999999999999999
+    "0.1 * 3 + 0.7": (0.1 * 3, 0.7),
+    "tiny and almost one": (1e-10, 1 - 1e-10),
+    "almost nothing": (1e-11, 0.0),
+    "beside a certain one": (1.0, 0.1, 0.2, 0.7, 0.0),
+}
+
+
+def dropped(active: tuple[bool, ...]) -> int:
+    return len(active) - sum(active)
+
+
+def marginals(rates: tuple[float, ...], sampling: str, needed: tuple[int, ...] = ()) -> list[int]:
+    """How often each layer is dropped in DRAWS draws."""
+    rng = random.Random(20)
+    counts = [0] * len(rates)
+    for _ in range(DRAWS):
+        for layer, runs in enumerate(sample_active(rates, sampling, rng, need_one_of=needed)):
+            counts[layer] += not runs
+    return counts
+
+
+def assert_marginals(counts: list[int], rates: tuple[float, ...]) -> None:
+    limit = chi2.isf(LEVEL / len(rates), df=1)
+    for layer, (count, rate) in enumerate(zip(counts, rates, strict=True)):
+        if rate in (0, 1):
+            assert count == rate * DRAWS, layer
+        else:
+            assert (count - DRAWS * rate) ** 2 / (DRAWS * rate * (1 - rate)) < limit, layer
+
+
+@given(rates=RATES, seed=st.integers(0, 2**32))
+def test_exact_drops_the_sum_of_the_rates_or_a_neighbour(rates: list[float], seed: int) -> None:
+    count = dropped(sample_active(rates, "exact", random.Random(seed)))
+    total = math.fsum(rates)
+    if abs(total - round(total)) <= 1e-9:
+        assert count == round(total)
+    else:
+        assert count in (math.floor(total), math.ceil(total))
+
+
+@given(rates=RATES, seed=st.integers(0, 2**32), sampling=st.sampled_from(sorted(SAMPLINGS)))
+def test_rates_of_zero_and_one_are_honoured(rates: list[float], seed: int, sampling: str) -> None:
+    active = sample_active(rates, sampling, random.Random(seed))
+    assert len(active) == len(rates)
+    assert all(runs for runs, rate in zip(active, rates, strict=True) if rate == 0)
+    assert not any(runs for runs, rate in zip(active, rates, strict=True) if rate == 1)
+
+
+@pytest.mark.parametrize("rates", NASTY.values(), ids=NASTY)
+def test_a_sum_that_is_whole_but_for_rounding_is_whole(rates: tuple[float, ...]) -> None:
+    rng = random.Random(0)
+    counts = {dropped(sample_active(rates, "exact", rng)) for _ in range(300)}
+    assert counts == {round(math.fsum(rates))}
+
+
+class Comb(random.Random):
+    """A generator whose order and comb offset are chosen."""
+
+    def __init__(self, order: tuple[int, ...], offset: int) -> None:
+        super().__init__(0)
+        self.order, self.offset = order, offset
+
+    def shuffle(self, x: list[int]) -> None:
+        x[:] = self.order
+
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+        return self.offset % start
+
+
+@pytest.mark.parametrize("rates", NASTY.values(), ids=NASTY)
+def test_no_offset_of_the_comb_changes_a_whole_count(rates: tuple[float, ...]) -> None:
+    # Random offsets would meet a gap of 2^-40 practically never; the ends of the range do.
+    order = tuple(range(len(rates)))
+    for offset in (0, 1, 2, -1, -2):
+        assert dropped(sample_active(rates, "exact", Comb(order, offset))) == round(sum(rates))
+
+
+def test_making_a_count_whole_spares_rates_of_zero_and_one() -> None:
+    # In multiples of 2^-40 six thirds are 2 short of two and three two-thirds 1 over: if layer 0
+    # took the difference, a comb at either end of its range would show it.
+    assert sample_active((0.0, *[1 / 3] * 6), "exact", Comb(tuple(range(7)), -1))[0]
+    assert not sample_active((1.0, *[2 / 3] * 3), "exact", Comb(tuple(range(4)), 0))[0]
+
+
+def test_exact_marginals_hold_in_every_order() -> None:
+    # Rates in quarters: a comb offset matters only through its quarter, so four offsets, equally
+    # likely, are all there is and the marginals come out without any chance.
+    rates = (0.25, 0.5, 0.75, 0.5, 1.0, 0.0)
+    for order in itertools.permutations(range(6)):
+        counts = [0] * 6
+        for quarter in range(4):
+            active = sample_active(rates, "exact", Comb(order, quarter << 38))
+            counts = [count + (not runs) for count, runs in zip(counts, active, strict=True)]
+        assert counts == [1, 2, 3, 2, 4, 0]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mean", [1 / 3, 0.55])
+def test_marginals_are_the_rates(sampling: str, shape: str, mean: float) -> None:
+    rates = layer_rates(mean, shape, 9, protected={0})
+    assert_marginals(marginals(rates, sampling), rates)
+
+
+def test_exact_counts_mix_the_two_neighbours_in_proportion() -> None:
+    rng = random.Random(3)
+    larger = sum(dropped(sample_active((0.45,) * 5, "exact", rng)) == 3 for _ in range(DRAWS))
+    assert_marginals([larger], (0.25,))  # 5 x 0.45 = 2.25
+
+
+def test_exact_draws_every_set_of_layers() -> None:
+    # Without the random order only neighbours at a fixed distance would be dropped together.
+    rng = random.Random(4)
+    drawn = {sample_active((0.5,) * 6, "exact", rng) for _ in range(1000)}
+    assert len(drawn) == math.comb(6, 3)
+
+
+def test_bernoulli_gates_are_independent() -> None:
+    rng = random.Random(5)
+    rates = (0.3, 0.6)
+    both = sum(dropped(sample_active(rates, "bernoulli", rng)) == 2 for _ in range(DRAWS))
+    assert_marginals([both], (0.18,))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_generator_determines_the_gates(sampling: str) -> None:
+    rates = layer_rates(0.4, "normal", 12)
+
+    def ten(seed: int) -> list[tuple[bool, ...]]:
+        rng = random.Random(seed)
+        return [sample_active(rates, sampling, rng) for _ in range(10)]
+
+    assert ten(7) == ten(7)
+    assert ten(7) != ten(8)
+
+
+def test_expected_active_is_the_mean_number_of_layers_that_run() -> None:
+    assert expected_active((0.25, 0.5, 1.0, 0.0)) == 2.25
+
+
+CONDITIONED = [
+    ("bernoulli", (0.5, 0.8, 0.3), (0, 1)),
+    ("bernoulli", (0.9, 0.9, 0.9), (0, 1, 2)),
+    ("bernoulli", (0.7, 1.0, 0.0), (0, 1)),
+    ("exact", (0.9, 0.8, 0.9), (0, 1, 2)),  # 2.6: three in 60 % of the draws, all rejected
+    ("exact", (0.9, 0.8, 1.0, 0.0), (0, 1)),
+    ("exact", (0.5, 0.5, 0.5, 0.5), (0, 1, 3)),
+    ("exact", (0.9, 0.9, 0.6), (0, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("sampling", "rates", "needed"), CONDITIONED)
+def test_conditioned_marginals_are_those_of_the_draws(
+    sampling: str, rates: tuple[float, ...], needed: tuple[int, ...]
+) -> None:
+    assert_marginals(marginals(rates, sampling, needed), conditioned_rates(rates, sampling, needed))
+
+
+def test_conditioned_rates_follow_bayes() -> None:
+    # p = .5 x .8 = .4, so (.5 - .4) / .6 and (.8 - .4) / .6; the layer outside keeps its rate.
+    expected = (1 / 6, 2 / 3, 0.3)
+    assert conditioned_rates((0.5, 0.8, 0.3), "bernoulli", {0, 1}) == pytest.approx(expected)
+
+
+def test_nothing_is_conditioned_when_exact_counts_leave_a_needed_layer() -> None:
+    rates = (0.5, 0.75, 0.75, 0.5)  # 2.5: at most three of four
+    assert conditioned_rates(rates, "exact", range(4)) == rates
+    assert conditioned_rates(rates, "bernoulli", ()) == rates
+    rates = (0.3, 0.4, 1.0)  # 1.7: two, of which one is the last
+    assert conditioned_rates(rates, "exact", {0, 1}) == rates
+
+
+@given(
+    rates=RATES.filter(lambda rates: min(rates) <= 0.999),
+    seed=st.integers(0, 2**32),
+    sampling=st.sampled_from(sorted(SAMPLINGS)),
+)
+def test_a_needed_layer_is_always_active(rates: list[float], seed: int, sampling: str) -> None:
+    needed = {rates.index(min(rates)), len(rates) - 1}
+    active = sample_active(rates, sampling, random.Random(seed), need_one_of=needed)
+    assert any(active[layer] for layer in needed)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("rate", [1.0, 1 - 1e-9])
+def test_waiting_for_a_layer_that_never_runs_is_refused(sampling: str, rate: float) -> None:
+    with pytest.raises(DroppeftError, match="one of them must run"):
+        sample_active((0.0, rate, 1.0), sampling, random.Random(0), need_one_of={1, 2})
+    with pytest.raises(DroppeftError, match="one of them must run"):
+        conditioned_rates((0.0, rate, 1.0), sampling, {1, 2})
+
+
+def test_exact_says_where_it_has_no_closed_form() -> None:
+    with pytest.raises(DroppeftError, match="no closed form"):
+        conditioned_rates((0.5, 0.5, 0.5, 0.5), "exact", {0, 1})
+
+
+@pytest.mark.parametrize(
+    ("rates", "sampling", "needed", "message"),
+    [
+        ((0.5,), "sometimes", (), "exact, bernoulli"),
+        ((0.5, 1.5), "exact", (), "layer 1 is 1.5"),
+        ((0.5, 0.5), "exact", (2,), "layers are 0 to 1"),
+        ((0.5, 0.5), "bernoulli", (-1,), "layers are 0 to 1"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    rates: tuple[float, ...], sampling: str, needed: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(DroppeftError, match=message):
+        sample_active(rates, sampling, random.Random(0), need_one_of=needed)

@@ -1,0 +1,49 @@
+"""The package can be used by itself."""
+
+import inspect
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import droppeft.layer_dropout as package
+
+LOADED = """
+import sys, droppeft.layer_dropout
+print(*(name for name in sys.modules if name.split('.')[0] in
+        {'droppeft', 'transformers', 'peft', 'pydantic', 'flwr', 'datasets', 'scipy', 'pandas'}))
+"""
+
+
+def test_importing_it_loads_nothing_of_the_rest() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
+    )
+    assert set(answer.stdout.split()) == {
+        "droppeft",
+        "droppeft.errors",
+        "droppeft.layer_dropout",
+        "droppeft.layer_dropout.blocks",
+        "droppeft.layer_dropout.gates",
+        "droppeft.layer_dropout.rates",
+    }
+
+
+def test_the_example_of_the_docstring_trains(
+    build: Callable[..., nn.Module], batch: dict[str, torch.Tensor]
+) -> None:
+    _, _, example = (inspect.getdoc(package) or "").partition("::\n")
+    model = build("bert")
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": [batch] * 3}
+    exec(textwrap.dedent(example), names)
+    assert names["gates"].executed[0] == 3  # the protected first block
+    assert sum(names["gates"].executed) == 3 * 2  # half of four layers
+    assert isinstance(names["rng"], random.Random)
+    assert not all(map(torch.equal, before, model.parameters()))

@@ -1,0 +1,369 @@
+"""Configuration: what is accepted, what is refused and in which words, what is written."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from droppeft.config import (
+    DEFAULT_LOCAL_STEPS,
+    DEFAULT_MEAN_RATE,
+    Config,
+    as_tree,
+    build_config,
+    known_keys,
+    load_config,
+    parse_word,
+    read_toml,
+    resolve,
+    to_toml,
+)
+from droppeft.errors import DroppeftError
+
+
+def file(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(*words: str, path: Path | None = None) -> str:
+    with pytest.raises(DroppeftError) as caught:
+        load_config(path, words)
+    message = str(caught.value)
+    assert "\n" not in message
+    shown = caught.value.__context__ if not caught.value.__suppress_context__ else None
+    assert (caught.value.__cause__ or shown) is None, "no other report may precede ours"
+    return message
+
+
+# Defaults
+
+
+def test_nothing_given_is_the_default_run() -> None:
+    assert load_config(None) == Config()
+    assert (Config().model, Config().data) == ("builtin", "builtin")
+
+
+def test_defaults_that_depend_on_rivals() -> None:
+    assert Config().dropout.mean == DEFAULT_MEAN_RATE
+    assert Config().training.local_steps == DEFAULT_LOCAL_STEPS
+    assert load_config(None, ["dropout.shape=decay"]).dropout.mean == DEFAULT_MEAN_RATE
+
+
+def test_every_setting_is_described() -> None:
+    assert all(field.description for _, field in known_keys())
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.rounds = 3
+    with pytest.raises(ValidationError):
+        config.dropout.mean = 0.1
+
+
+# Words and files
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("rounds=5", ("rounds", 5)),
+        ("dropout.mean=0.5", ("dropout.mean", 0.5)),
+        ("dropout.rates=[0, 0.5]", ("dropout.rates", [0, 0.5])),
+        ("method=fedlora", ("method", "fedlora")),
+        ('method="fedlora"', ("method", "fedlora")),
+        ("data=a=b.csv", ("data", "a=b.csv")),
+        (" rounds =5", ("rounds", 5)),
+        ("source.label=", ("source.label", "")),
+    ],
+)
+def test_a_word_is_read_as_toml_or_as_text(word: str, expected: tuple[str, object]) -> None:
+    assert parse_word(word) == expected
+
+
+@pytest.mark.parametrize("word", ["rounds", "=5", " =5", ""])
+def test_a_word_without_key_or_sign_is_refused(word: str) -> None:
+    assert repr(word) in refusal(word)
+
+
+def test_words_win_over_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, "rounds = 7\ndevices = 30\n[adapter]\nrank = 4\nalpha = 8.0\n")
+    config = load_config(path, ["rounds=9", "adapter.rank=2"])
+    assert (config.rounds, config.devices) == (9, 30)
+    assert (config.adapter.rank, config.adapter.alpha) == (2, 8.0)
+
+
+def test_the_last_of_two_words_wins() -> None:
+    assert load_config(None, ["rounds=5", "rounds=6"]).rounds == 6
+
+
+def test_the_order_of_words_on_different_keys_does_not_matter() -> None:
+    words = ["devices=50", "cohort=40", "dropout.count=2"]
+    assert load_config(None, words) == load_config(None, words[::-1])
+
+
+@pytest.mark.parametrize("value", ["a,b", " a , b ", '["a", "b"]'])
+def test_a_list_of_texts_may_be_written_with_commas(value: str) -> None:
+    assert load_config(None, [f"source.text={value}"]).source.text == ("a", "b")
+
+
+# Rivals: mean, count, rates; local_steps, local_epochs
+
+
+def test_a_rival_removes_the_default() -> None:
+    dropout = load_config(None, ["dropout.count=2"]).dropout
+    assert (dropout.mean, dropout.count, dropout.rates) == (None, 2, None)
+    dropout = load_config(None, ["dropout.rates=[0.0, 0.5]"]).dropout
+    assert (dropout.mean, dropout.count, dropout.rates) == (None, None, (0.0, 0.5))
+    training = load_config(None, ["training.local_epochs=1"]).training
+    assert (training.local_steps, training.local_epochs) == (None, 1)
+
+
+@pytest.mark.parametrize("value", ["mean = 0.2", "count = 1", "rates = [0.1, 0.2]"])
+@pytest.mark.parametrize("word", ["mean=0.5", "count=3", "rates=[0.4, 0.4]"])
+def test_a_word_replaces_the_files_choice_among_rivals(
+    tmp_path: Path, value: str, word: str
+) -> None:
+    path = file(tmp_path, f"[dropout]\n{value}\nshape = 'decay'\n")
+    dropout = load_config(path, [f"dropout.{word}"]).dropout
+    assert dropout == load_config(None, [f"dropout.{word}", "dropout.shape=decay"]).dropout
+
+
+def test_a_word_on_another_key_leaves_the_files_choice(tmp_path: Path) -> None:
+    path = file(tmp_path, "[dropout]\ncount = 1\n[training]\nlocal_epochs = 2\n")
+    config = load_config(path, ["dropout.shape=decay", "training.batch_size=8"])
+    assert (config.dropout.count, config.dropout.mean) == (1, None)
+    assert (config.training.local_epochs, config.training.local_steps) == (2, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dropout.mean=0.5", "dropout.count=2"),
+        ("dropout.count=2", "dropout.rates=[0.5]"),
+        ("dropout.mean=0.5", "dropout.rates=[0.5]"),
+    ],
+)
+def test_two_rivals_at_once_are_refused(words: tuple[str, str]) -> None:
+    assert "only one of dropout.mean, dropout.count and dropout.rates" in refusal(*words)
+
+
+def test_steps_and_epochs_at_once_are_refused() -> None:
+    message = refusal("training.local_steps=5", "training.local_epochs=1")
+    assert "only one of training.local_steps and training.local_epochs" in message
+
+
+def test_two_rivals_in_the_file_are_refused(tmp_path: Path) -> None:
+    path = file(tmp_path, "[dropout]\nmean = 0.2\ncount = 1\n")
+    message = refusal(path=path)
+    assert "only one of" in message
+    assert str(path) in message
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("round", "rounds"),
+        ("dropout.maen", "dropout.mean"),
+        ("training.lr_rate", "training.learning_rate"),
+        ("learning_rate", "training.learning_rate"),
+        ("rank", "adapter.rank"),
+        ("kind", "partition.kind"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
+    message = refusal(f"{key}=1")
+    assert "unknown key" in message
+    assert f"did you mean {nearest}?" in message
+
+
+def test_an_unknown_key_without_neighbour_points_to_the_list() -> None:
+    assert "docs/configuration.md" in refusal("qqqqqq=1")
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, "[dropout]\nmaen = 0.5\n")
+    message = refusal(path=path)
+    assert "dropout.maen" in message
+    assert str(path) in message
+    assert "did you mean dropout.mean?" in message
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "rounds=many",
+        "rounds=1.5",
+        "rounds=0",
+        "seed=-1",
+        f"seed={2**63}",
+        "devices=[1]",
+        "transport=true",
+        "accelerator=gpu",
+        "target_accuracy=1.0",
+        "dropout.mean=1.1",
+        "dropout.mean=-0.1",
+        "dropout.mean=nan",
+        "dropout.count=-1",
+        "dropout.count=1.5",
+        "dropout.rates=[0.5, 1.5]",
+        "dropout.rates=[0.5, nan]",
+        "dropout.shape=flat",
+        "dropout.sampling=coin",
+        "dropout.protect_first=-1",
+        "adapter.rank=0",
+        "adapter.alpha=0",
+        "adapter.dropout=1.0",
+        "training.learning_rate=0",
+        "training.learning_rate=inf",
+        "training.local_steps=0",
+        "training.precision=fp16",
+        "partition.kind=random",
+        "partition.alpha=0",
+        "partition.min_rows=2",
+        "source.text=a,b,c",
+        "evaluation.every=0",
+    ],
+)
+def test_a_wrong_value_names_its_key(word: str) -> None:
+    key = word.partition("=")[0]
+    message = refusal(word)
+    assert key in message
+    assert "unknown" not in message
+
+
+def test_a_wrong_value_is_shown() -> None:
+    assert "'many'" in refusal("rounds=many")
+    assert "1.1" in refusal("dropout.mean=1.1")
+
+
+def test_a_value_where_a_table_stands_is_refused() -> None:
+    assert "dropout" in refusal("dropout=0.5")
+    assert refusal("rounds=5", "rounds.more=5").startswith("rounds.more: rounds is a value")
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    message = refusal("cohort=6", "devices=5")
+    assert "cohort=6" in message
+    assert "devices=5" in message
+    assert "partition.key" in refusal("partition.kind=natural")
+    fractions = ("partition.validation_fraction=0.5", "partition.test_fraction=0.5")
+    assert "no training rows" in refusal(*fractions)
+    assert load_config(None, ["partition.kind=natural", "partition.key=user"]).partition.key
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.toml"
+    assert refusal(path=absent) == f"{absent}: no such configuration file"
+    assert f"{tmp_path}: cannot be read" in refusal(path=tmp_path)
+    broken = file(tmp_path, "rounds = \n")
+    assert f"{broken}: not valid TOML" in refusal(path=broken)
+    broken.write_bytes(b"model = '\xff'")
+    assert f"{broken}: cannot be read" in refusal(path=broken)
+
+
+# Round trips
+
+
+def tables() -> st.SearchStrategy[dict[str, object]]:
+    rate = st.floats(0, 1)
+    rivals = st.one_of(
+        st.fixed_dictionaries({"mean": rate}),
+        st.fixed_dictionaries({"count": st.integers(0, 48)}),
+        st.fixed_dictionaries({"rates": st.lists(rate, min_size=1, max_size=24)}),
+        st.just({}),
+    )
+    turns = st.one_of(
+        st.fixed_dictionaries({"local_steps": st.integers(1, 99)}),
+        st.fixed_dictionaries({"local_epochs": st.integers(1, 9)}),
+        st.just({}),
+    )
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+    return st.fixed_dictionaries(
+        {"dropout": rivals, "training": turns},
+        optional={
+            "seed": st.integers(0, 2**63 - 1),
+            "model": text,
+            "devices": st.integers(5, 1000),
+            "target_accuracy": st.floats(0.01, 0.99),
+            "adapter": st.fixed_dictionaries(
+                {"alpha": st.floats(1e-6, 1e6)},
+                optional={"targets": st.lists(text, min_size=1), "rank": st.integers(1, 64)},
+            ),
+            "source": st.fixed_dictionaries({"text": st.lists(text, min_size=1, max_size=2)}),
+        },
+    )
+
+
+@given(tables())
+def test_as_tree_and_build_config_are_inverse(tree: dict[str, object]) -> None:
+    config = build_config(tree)
+    assert build_config(as_tree(config)) == config
+    assert as_tree(build_config(as_tree(config))) == as_tree(config)
+
+
+@given(tables())
+def test_a_written_file_is_the_same_configuration(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
+) -> None:
+    config = build_config(tree)
+    path = tmp_path_factory.getbasetemp() / "round-trip.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_a_written_file_holds_every_setting_that_has_a_value(tmp_path: Path) -> None:
+    tree = read_toml(file(tmp_path, to_toml(Config())))
+    for key, _ in known_keys():
+        table, _, leaf = key.rpartition(".")
+        holder = getattr(Config(), table) if table else Config()
+        written = tree.get(table, {}) if table else tree
+        assert (leaf in written) == (getattr(holder, leaf) is not None)
+
+
+@given(st.sampled_from([key for key, _ in known_keys()]))
+def test_every_known_key_may_be_given_as_its_default(key: str) -> None:
+    table, _, leaf = key.rpartition(".")
+    value = getattr(getattr(Config(), table) if table else Config(), leaf)
+    tree = {table: {leaf: value}} if table else {leaf: value}
+    assert build_config(tree) == Config()
+
+
+# What depends on the machine
+
+
+def test_resolve_fills_in_threads_and_accelerator() -> None:
+    resolved = resolve(Config(), cuda=False)
+    assert resolved.threads == len(os.sched_getaffinity(0))
+    assert resolved.accelerator == "cpu"
+    assert resolve(Config(), cuda=True).accelerator == "cuda"
+
+
+def test_resolve_keeps_what_was_chosen() -> None:
+    config = load_config(None, ["threads=3", "accelerator=cpu"])
+    assert resolve(config, cuda=True) == config
+
+
+def test_resolve_refuses_a_missing_accelerator() -> None:
+    with pytest.raises(DroppeftError, match="no CUDA device"):
+        resolve(load_config(None, ["accelerator=cuda"]), cuda=False)
+
+
+def test_resolve_makes_existing_paths_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "builtin").mkdir()
+    resolved = resolve(load_config(None, ["data=texts", "model=some/hub-id"]), cuda=False)
+    assert resolved.data == str(tmp_path.resolve() / "texts")
+    assert resolved.model == "some/hub-id"
+    assert resolve(Config(), cuda=False).data == "builtin"

@@ -1,0 +1,74 @@
+"""Generated pages are up to date, and staleness is noticed."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from droppeft.config import build_config, known_keys
+
+FOLDER = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", FOLDER / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_are_up_to_date(generate: ModuleType) -> None:
+    assert generate.stale_pages(FOLDER) == [], "run: python docs/generate.py"
+    assert generate.main(["--check"]) == 0
+
+
+def test_written_pages_are_not_stale(generate: ModuleType, tmp_path: Path) -> None:
+    generate.write_pages(tmp_path)
+    assert generate.stale_pages(tmp_path) == []
+
+
+def test_a_missing_or_changed_page_is_stale(
+    generate: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(generate, "FOLDER", tmp_path)
+    assert generate.main(["--check"]) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert generate.main([]) == 0
+    page = tmp_path / "configuration.md"
+    page.write_text(page.read_text(encoding="utf-8") + "typed by hand\n", encoding="utf-8")
+    capsys.readouterr()
+    assert generate.main(["--check"]) == 1
+    assert "docs/configuration.md is stale" in capsys.readouterr().err
+
+
+def test_an_unknown_word_is_refused(generate: ModuleType) -> None:
+    assert generate.main(["--chek"]) == 2
+
+
+def test_every_setting_has_a_row_with_a_meaning(generate: ModuleType) -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.+) \|$", generate.configuration_page(), re.M)
+    assert [key for key, _ in rows] == [key for key, _ in known_keys()]
+
+
+def test_a_row_shows_bounds_default_and_meaning(generate: ModuleType) -> None:
+    page = generate.configuration_page()
+    assert "| `adapter.rank` | whole number ≥ 1 | `8` | LoRA rank r |" in page
+    assert '| `adapter.type` | `lora` | `"lora"` | PEFT type |' in page
+
+
+def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:
+    assert generate._markdown_table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
+
+
+def test_the_example_is_a_configuration(generate: ModuleType) -> None:
+    [example] = re.findall(r"```toml\n(.*?)```", generate.configuration_page(), re.S)
+    assert build_config(tomllib.loads(example)).dropout.mean == 0.5
