@@ -4,11 +4,13 @@
 one of them is stale. A new page is a function without arguments and a line in ``PAGES``.
 """
 
+import json
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import annotated_types
 from pydantic import BaseModel
@@ -63,6 +65,27 @@ In the tables "–" as a default means that nothing is set.
 """
 
 
+RESULTS = FOLDER.parent / "benchmarks" / "results"
+
+RESULTS_HEAD = """\
+# Results
+
+Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
+means a real clock on the machine named; nothing on this page is modelled. These are first
+measurements of one seed: they show that the system works, not how methods compare.
+"""
+
+FIRST_SLICE_HEAD = """\
+## AG News over 20 devices
+
+`benchmarks/first_slice.py`: the 6-layer built-in model, 5 devices per round, 20 rounds of 10 steps,
+Dirichlet alpha 1. `fedlora` runs all layers, `droppeft` drops exactly 2 of 6 in every step. The two
+take turns round by round on one machine.
+
+![Accuracy against wall time of both methods](figures/first_slice.png)
+"""
+
+
 def main(words: list[str]) -> int:
     """Run the command line; return the exit code."""
     if words not in ([], ["--check"]):
@@ -99,6 +122,37 @@ def configuration_page() -> str:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append(_section(f"`[{name}]`", f"{name}.", field.annotation))
     return f"{NOTICE}\n\n" + "\n".join(sections)
+
+
+def results_page() -> str:
+    """What the committed result files say."""
+    return f"{NOTICE}\n\n{RESULTS_HEAD}\n{_first_slice()}"
+
+
+def _first_slice() -> str:
+    content = json.loads((RESULTS / "first_slice.json").read_text(encoding="utf-8"))
+    members = {name: member["result"] for name, member in content["members"].items()}
+    lines: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+        ("accuracy, all 7,600 test texts", lambda r: f"{r['global_accuracy']:.3f}"),
+        ("TF-IDF + linear SVM, all data in one place", lambda r: f"{r['tfidf_accuracy']:.3f}"),
+        ("first round at the target .86", lambda r: str(r["target_round"])),
+        ("… after, this process (measured)", lambda r: _seconds(r["time_to_target_host_s"])),
+        ("… after, side by side (measured)", lambda r: _seconds(r["time_to_target_measured_s"])),
+        ("training steps, all rounds (measured)", lambda r: _seconds(r["train_wall_s"])),
+        ("mean active layers of 6", lambda r: f"{r['mean_active_layers']:.2f}"),
+        ("peak activations (measured)", lambda r: f"{r['activation_bytes_peak'] / 1e6:.0f} MB"),
+        ("upload, all devices and rounds", lambda r: f"{r['upload_bytes'] / 1e6:.1f} MB"),
+    )
+    rows = [[title, *(show(result) for result in members.values())] for title, show in lines]
+    shares = [f"{member['overhead']:.1%}" for member in content["members"].values()]
+    rows.append(["wall time outside training steps and evaluation", *shares])
+    machine = next(iter(members.values()))["machine"]
+    place = f"{machine['cores']} cores ({machine['processor']}), {machine['threads']} threads"
+    return f"{FIRST_SLICE_HEAD}\nMeasured on {place}.\n\n" + _markdown_table(("", *members), rows)
+
+
+def _seconds(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.0f} s"
 
 
 def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
@@ -164,7 +218,10 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": configuration_page,
+    "results.md": results_page,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -51,3 +51,26 @@ def data_folder() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a whole run that takes about a second: a tiny model on 180 texts."""
+    from runs import SETTINGS, write_tiny_data
+    from tiny import save_tiny_model
+
+    model = save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    data = write_tiny_data(tmp_path_factory.mktemp("topics"))
+    return [f"model={model}", f"data={data}", *SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run that nothing disturbed; tests only read it."""
+    from droppeft.config import load_config
+    from droppeft.federation.run import start_run
+    from runs import Recorder
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    start_run(load_config(None, tiny_words), out, Recorder())
+    return out

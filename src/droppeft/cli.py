@@ -26,12 +26,7 @@ app = typer.Typer(
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG.toml] [KEY=VALUE]...",
-        help="A configuration file, settings such as dropout.mean=0.5, or both (settings win). "
-        "docs/configuration.md lists them all.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="CONFIG.toml KEY=VALUE ...", show_default=False),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
@@ -53,7 +48,12 @@ def _top(
 def run(
     words: Words = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
 ) -> None:
-    """Fine-tune a model across simulated devices; without arguments: built-in model and data."""
+    """Fine-tune a model across simulated devices.
+
+    Settings are words such as data=./reviews or dropout.count=3; a .toml file
+    may hold them too, and words win over it. Without any, the built-in model
+    and data are used. docs/configuration.md lists all settings.
+    """
     from droppeft.config import load_config
     from droppeft.federation.run import start_run
     from droppeft.methods import method_named
@@ -83,11 +83,9 @@ def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, Ctrl-C is 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=True)
+        app()
     except DroppeftError as error:
         _leave(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        _leave("stopped before the first round; nothing was written", STOPPED)
 
 
 def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> None:
@@ -100,6 +98,10 @@ def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> No
         else:
             with Screen() as screen:
                 work(screen)
+    except KeyboardInterrupt:
+        _leave("stopped while preparing; nothing is lost", STOPPED)
+    except OSError as error:
+        _leave(f"cannot go on: {error}; rounds that are complete stay saved", FAILED)
     except Interrupted as stop:
         _leave(
             f"stopped after round {stop.round}, which is saved; "
@@ -130,9 +132,9 @@ def _check_tables(method: str, tables: frozenset[str], settings: Sequence[str]) 
 
 
 def _new_folder(method: str) -> Path:
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{method}"
-    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{n}" for n in range(2, 100))]
-    return next(folder for folder in candidates if not folder.exists())
+    """A name for the folder; to the millisecond, for runs that a script starts together."""
+    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return Path("runs") / f"{time}-{method}"
 
 
 def _leave(message: str, code: int) -> None:

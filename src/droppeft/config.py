@@ -52,6 +52,8 @@ def _words(value: object) -> object:
 Whole = Annotated[int, Strict()]
 """An integer; unlike a plain one it does not take ``true`` for 1."""
 
+Real = Annotated[float, Strict()]
+
 WordList = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -90,11 +92,11 @@ class PartitionConfig(_Table):
         "`dirichlet_by_device`: each device draws its label mix from Dir(alpha x class prior), "
         "equal sizes; `pathological`: a few classes each; `natural`: by a column",
     )
-    alpha: float = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
+    alpha: Real = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
     classes_per_device: Whole = Field(2, ge=1, description="for `pathological`")
     key: str | None = Field(None, description="for `natural`: the column that names the owner")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="of a device's rows")
+    validation_fraction: Real = Field(0.1, gt=0, lt=1, description="of a device's rows")
+    test_fraction: Real = Field(0.1, gt=0, lt=1, description="of a device's rows")
     min_rows: Whole = Field(20, ge=3, description="fewest rows that make a device")
     small: Literal["error", "merge"] = Field(
         "merge",
@@ -116,8 +118,8 @@ class AdapterConfig(_Table):
 
     type: Literal["lora"] = Field("lora", description="PEFT type")
     rank: Whole = Field(8, ge=1, description="LoRA rank r")
-    alpha: float = Field(16.0, gt=0, description="LoRA scaling numerator: updates count alpha/r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    alpha: Real = Field(16.0, gt=0, description="LoRA scaling numerator: updates count alpha/r")
+    dropout: Real = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: WordList = Field(
         ("default",),
         description="module names that get an adapter, `default` (peft's choice for the "
@@ -128,7 +130,7 @@ class AdapterConfig(_Table):
 class DropoutConfig(_Table):
     """Stochastic transformer layer dropout; used by the methods that drop layers."""
 
-    mean: float | None = Field(
+    mean: Real | None = Field(
         None, ge=0, le=1, description="mean rate over all layers (a third if nothing is given)"
     )
     count: Whole | None = Field(
@@ -175,18 +177,18 @@ class TrainingConfig(_Table):
         None, ge=1, description="instead of local_steps: passes over the device's rows"
     )
     batch_size: Whole = Field(16, ge=1, description="rows per optimizer step")
-    learning_rate: float = Field(
+    learning_rate: Real = Field(
         1e-3, gt=0, description="AdamW's peak learning rate for the adapters"
     )
-    head_learning_rate: float = Field(
-        1e-2, gt=0, description="the same for the task head, which starts from nothing"
+    head_learning_rate: Real = Field(
+        1e-2, gt=0, description="the same for the head's last linear map, which starts from nothing"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="course of both learning rates over the whole run"
     )
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    warmup_fraction: Real = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
+    weight_decay: Real = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    clip_norm: Real = Field(1.0, gt=0, description="largest global gradient norm")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="`bf16` runs the forward under autocast; adapters stay fp32"
     )
@@ -222,10 +224,12 @@ class Config(_Table):
         "builtin",
         description="`builtin`, a hub id, a folder, or `config:ARCHITECTURE` (random weights)",
     )
-    data: str = Field("builtin", description="`builtin`, a hub id, a folder, or a file")
+    data: str = Field(
+        "builtin", description="`builtin`, a hub id, a folder, or a file; `$VARIABLES` are expanded"
+    )
     transport: str = Field("in_process", description="how Plans reach devices")
     seed: Whole = Field(0, ge=0, lt=2**63, description="everything random follows from it")
-    rounds: Whole = Field(20, ge=1, description="federated rounds")
+    rounds: Whole = Field(15, ge=1, description="federated rounds")
     devices: Whole = Field(20, ge=1, description="devices that hold data")
     cohort: Whole = Field(5, ge=1, description="devices that train in a round")
     threads: Whole = Field(
@@ -234,7 +238,7 @@ class Config(_Table):
         description="torch threads; 0: all cores (the run's config.toml says how many)",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where tensors live")
-    target_accuracy: float | None = Field(
+    target_accuracy: Real | None = Field(
         None, gt=0, lt=1, description="report when this global accuracy was reached"
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
@@ -347,7 +351,10 @@ def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
 
 
 def _absolute_if_there(name: str) -> str:
-    return str(Path(name).resolve()) if name != "builtin" and Path(name).exists() else name
+    """Expand ~ and $VARIABLES; make what exists here a full path, so the run repeats elsewhere."""
+    expanded = os.path.expandvars(name)
+    path = Path(expanded).expanduser()
+    return str(path.resolve()) if name != "builtin" and path.exists() else expanded
 
 
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from droppeft.files import write_atomically
-from droppeft.plans import Failure, Plan, Update, payload_bytes
+from droppeft.files import sync, write_atomically
+from droppeft.plans import Failure, Plan, Reply, Update, payload_bytes, plan_bytes
 
 SCHEMA_VERSION = 1
 SMOOTHED_EVALUATIONS = 3
@@ -37,7 +37,9 @@ class RoundRow:
         round_measured_s: as if devices worked side by side: the slowest turn plus the server.
         train_wall_s: training steps of all devices together.
         evaluation_wall_s: measuring the merged model, for this report only.
-        host_wall_s: the whole round in this process, evaluation and saving included.
+        saving_wall_s: writing the rows and checkpoint of the round before (this row is part of
+            what is written now, so its own saving is not known yet).
+        host_wall_s: the whole round in this process, evaluation and that saving included.
     """
 
     round: int
@@ -55,16 +57,17 @@ class RoundRow:
     round_measured_s: float
     train_wall_s: float
     evaluation_wall_s: float
+    saving_wall_s: float
     host_wall_s: float
 
 
-def device_row(plan: Plan, reply: Update | Failure) -> dict[str, Any]:
+def device_row(plan: Plan, reply: Reply) -> dict[str, Any]:
     """One device's turn as a row of ``devices.jsonl``; a device that failed has a reason."""
     row: dict[str, Any] = {
         "round": plan.round,
         "device": plan.device,
         "accepted": isinstance(reply, Update),
-        "download_bytes": payload_bytes(plan.tensors),
+        "download_bytes": plan_bytes(plan),
         "rates": list(plan.dropout.rates) if plan.dropout else None,
     }
     if isinstance(reply, Failure):
@@ -84,10 +87,11 @@ def device_row(plan: Plan, reply: Update | Failure) -> dict[str, Any]:
 
 def round_row(
     plans: Sequence[Plan],
-    replies: Sequence[Update | Failure],
+    replies: Sequence[Reply],
     quality: Mapping[str, float | None],
     server_wall_s: float,
     evaluation_wall_s: float,
+    saving_wall_s: float,
     host_wall_s: float,
 ) -> RoundRow:
     """Sum a round up."""
@@ -107,10 +111,11 @@ def round_row(
         else None,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in updates), default=0),
         upload_bytes=sum(payload_bytes(update.tensors) for update in updates),
-        download_bytes=sum(payload_bytes(plan.tensors) for plan in plans),
+        download_bytes=sum(plan_bytes(plan) for plan in plans),
         round_measured_s=max((u.cost.turn_wall_s for u in updates), default=0.0) + server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in updates),
         evaluation_wall_s=evaluation_wall_s,
+        saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
     )
 
@@ -166,10 +171,13 @@ def target_round(
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a JSON Lines file and make them durable."""
+    new = not path.exists()
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        sync(path.parent)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

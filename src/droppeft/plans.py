@@ -24,6 +24,10 @@ Tensors = Mapping[LayerKey, Mapping[str, Array]]
 """Trainable tensors by layer, then by parameter name."""
 
 
+Layout = Mapping[str, tuple[LayerKey, tuple[int, ...]]]
+"""The trainable tensors that an adapter has: name to (layer, shape)."""
+
+
 @dataclass(frozen=True)
 class LayerAdapter:
     """What is attached to one layer.
@@ -111,6 +115,9 @@ class Plan:
         device: the device's stable number (not the engine's node id).
         adapter: shapes of the trainable tensors.
         tensors: their values at the start of the turn, as far as the server has them.
+        train: names of the tensors that are trained, ``None`` for all; the others are frozen for
+            this turn, at the values in ``tensors`` or, if they are not there, at those that follow
+            from the seed (FFA-LoRA's A).
         share: names of the tensors that may travel back; what is not named stays on the device.
         dropout: gates, or ``None`` for full depth.
         objective: local loss.
@@ -127,6 +134,7 @@ class Plan:
     device: int
     adapter: AdapterSpec
     tensors: Tensors
+    train: frozenset[str] | None
     share: frozenset[str]
     dropout: LayerDropout | None
     objective: Objective
@@ -201,6 +209,10 @@ class Failure:
     reason: str
 
 
+Reply = Update | Failure
+"""What comes back for a Plan."""
+
+
 @dataclass(frozen=True)
 class GlobalModel:
     """A model as the server holds it: shapes, values, and the change of the backbone if any."""
@@ -217,7 +229,8 @@ class ServerState:
     Attributes:
         model: the model that is evaluated and exported.
         alternatives: further global models by name (the branches of FedAdapter).
-        memory: anything else, as JSON (statistics of arms, who keeps which layers).
+        memory: anything else (statistics of arms, who keeps which layers). The round loop passes
+            it through JSON after each merge, so a resumed run sees what an unbroken one sees.
     """
 
     model: GlobalModel
@@ -235,6 +248,12 @@ def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
 def payload_bytes(tensors: Tensors) -> int:
     """Bytes of the arrays themselves, without a transport's framing."""
     return sum(array.nbytes for _, _, array in flatten(tensors))
+
+
+def plan_bytes(plan: Plan) -> int:
+    """What a Plan downloads: tensors and base delta, without a transport's framing."""
+    delta = plan.base_delta.tensors.values() if plan.base_delta else ()
+    return payload_bytes(plan.tensors) + sum(array.nbytes for array in delta)
 
 
 def restrict(tensors: Tensors, names: frozenset[str]) -> Tensors:

@@ -39,7 +39,7 @@ class TrainOutcome:
         loss: mean over steps.
         active_steps: per layer, in how many steps it ran.
         importance: per layer, mean over its active steps of the norm of its adapter's gradient
-            before clipping; 0 for a layer that never ran or has no adapter.
+            (of the task's loss, before clipping); 0 for a layer that never ran or has no adapter.
         activation_bytes_peak: see :func:`stored_activations`.
         wall_s: the steps alone.
     """
@@ -101,8 +101,9 @@ def train(
             with meter.measuring(), autocast(settings.precision, task.device):
                 loss, _ = task.loss_and_logits(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            norms = _gradient_norms(parameters, len(blocks), task.device)
+            book.note(batch, loss, gates.active, norms)
             _pull_towards(anchors, trained, proximal)
-            book.note(batch, loss, gates.active, _gradient_norms(parameters, len(blocks)))
             _set_learning_rates(optimizer, rate_factors[step])
             clip_grads_with_norm_(trained, settings.clip_norm, _total_norm(trained))
             optimizer.step()
@@ -130,7 +131,9 @@ def evaluate(
             loss_sum += float(loss)
             predicted.append(logits.argmax(dim=-1).cpu().numpy())
             labels.append(table.labels[chosen])
-    accuracy, f1 = accuracy_and_f1(np.concatenate(predicted), np.concatenate(labels))
+    accuracy, f1 = accuracy_and_f1(
+        np.concatenate(predicted), np.concatenate(labels), logits.shape[-1]
+    )
     wall_s = time.perf_counter() - start
     return Evaluation(loss_sum / len(rows), accuracy, f1, len(rows), wall_s)
 
@@ -158,7 +161,7 @@ def turn_batches(
     while len(batches) < steps:
         part = rng.permutation(rows)[: (steps - len(batches)) * batch_size]
         batches += grouped_batches(part, table.lengths, batch_size, rng)
-    return batches[:steps]
+    return batches
 
 
 def rate_factor(settings: TrainingConfig, progress: float) -> float:
@@ -191,7 +194,8 @@ class ActivationMeter:
     """Count what autograd stores for backward: exact, repeatable, the same on every device.
 
     Each storage counts once, whole, however many views of it are saved; the model's own
-    parameters and buffers are no activations. Under gradient checkpointing the recomputed block
+    parameters and buffers are no activations, but the copies of weights that bf16 autocast makes
+    and keeps for backward do count. Under gradient checkpointing the recomputed block
     is not seen.
     """
 
@@ -249,11 +253,11 @@ class _Book:
         )
 
 
-def _gradient_norms(parameters: Parameters, num_layers: int) -> torch.Tensor:
+def _gradient_norms(parameters: Parameters, num_layers: int, device: torch.device) -> torch.Tensor:
     """(L,) norms of the layers' adapter gradients; 0 where a layer has none in this step."""
-    return torch.stack(
-        [_total_norm(list(parameters.get(layer, {}).values())) for layer in range(num_layers)]
-    )
+    norms = [_total_norm(list(parameters.get(layer, {}).values())) for layer in range(num_layers)]
+    # The norm of no gradients is a 0 on the CPU, wherever the others are.
+    return torch.stack([norm.to(device) for norm in norms])
 
 
 def _total_norm(values: Sequence[nn.Parameter]) -> torch.Tensor:
@@ -271,11 +275,20 @@ def _pull_towards(
 
 
 def _groups(parameters: Parameters, settings: TrainingConfig) -> list[dict[str, Any]]:
-    """The head starts from nothing and the adapters next to a pretrained model: two rates."""
-    head = list(parameters.get(HEAD, {}).values())
-    rest = [value for key, named in parameters.items() if key != HEAD for value in named.values()]
+    """The map to the classes starts from nothing, the rest beside pretrained values: two rates."""
+    output = _output_names(parameters)
+    named = [pair for values in parameters.values() for pair in values.items()]
+    rest = [value for name, value in named if name not in output]
+    head = [value for name, value in named if name in output]
     groups = ((rest, settings.learning_rate), (head, settings.head_learning_rate))
     return [{"params": values, "lr": peak, "peak": peak} for values, peak in groups if values]
+
+
+def _output_names(parameters: Parameters) -> set[str]:
+    """The head's last linear map: ``out_proj`` in RoBERTa's head, else all but a pooler."""
+    head = parameters.get(HEAD, {})
+    last = {name for name in head if ".out_proj." in name}
+    return last or {name for name in head if ".pooler." not in name}
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

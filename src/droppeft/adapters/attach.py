@@ -5,12 +5,14 @@ Source: LoRA (arXiv:2106.09685) as implemented by peft; per-layer ranks are ours
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +22,13 @@ from droppeft.plans import AdapterSpec
 LINEAR = (nn.Linear, Conv1D)
 
 
-def attach(model: nn.Module, spec: AdapterSpec, blocks_path: str, seed: int) -> nn.Module:
+def attach(
+    model: nn.Module,
+    spec: AdapterSpec,
+    blocks_path: str,
+    seed: int,
+    new_modules: Sequence[str] = (),
+) -> nn.Module:
     """Wrap ``model`` so that only the adapters named by ``spec`` and the task head are trainable.
 
     Args:
@@ -29,19 +37,34 @@ def attach(model: nn.Module, spec: AdapterSpec, blocks_path: str, seed: int) -> 
         spec: one entry per layer of ``blocks_path``.
         blocks_path: dotted name of the list of layers inside ``model``.
         seed: for the adapters' initial values. The process-wide generator is left as it was.
+        new_modules: modules to train whole, besides the classifier: a pooler without pretrained
+            values would otherwise stay random.
 
     Raises:
         DroppeftError: a target names no linear module of a layer.
     """
-    with torch.random.fork_rng():
+    config = _lora_config(model, spec, blocks_path, new_modules)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers for an attribute that has been renamed: no user can mend that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.manual_seed(seed)
-        wrapped: nn.Module = get_peft_model(model, _lora_config(model, spec, blocks_path))
+        wrapped: nn.Module = get_peft_model(model, config)
     return wrapped
 
 
 def detach(model: Any) -> nn.Module:
-    """Return the backbone of what :func:`attach` returned, as it was before."""
+    """Return the backbone of what :func:`attach` returned, with its old values, frozen.
+
+    peft would leave the trained head in it.
+    """
+    heads = {
+        name: module.original_module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
     backbone: nn.Module = model.unload()
+    for name, head in heads.items():
+        backbone.set_submodule(name, head)
     return backbone
 
 
@@ -51,25 +74,31 @@ def export_adapter(model: Any, folder: Path, card: str) -> None:
     peft keeps module names in sets, whose order changes from process to process, and writes a
     card of its own: both are replaced.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(_sorted_lists(content), indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _lora_config(model: nn.Module, spec: AdapterSpec, blocks_path: str) -> LoraConfig:
+def _lora_config(
+    model: nn.Module, spec: AdapterSpec, blocks_path: str, new_modules: Sequence[str]
+) -> LoraConfig:
     ranks = {index: layer.rank for index, layer in enumerate(spec.layers) if layer is not None}
     usual = max(ranks.values(), default=1)
     names = _target_names(model, spec, blocks_path, ranks)
+    types = {layer.type for layer in spec.layers if layer is not None}
+    if types != {"lora"} or min(ranks.values()) < 1:
+        raise DroppeftError("an adapter needs a layer to sit in, type lora and rank 1 or more")
     return LoraConfig(
         task_type="SEQ_CLS",
         r=usual,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=names,
+        # peft adds "classifier" and "score" by itself for this task.
+        modules_to_save=sorted(set(new_modules) - {"classifier", "score"}) or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         rank_pattern={
             name: ranks[_layer_index(name, blocks_path)]
             for name in names

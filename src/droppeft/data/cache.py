@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
+
+from droppeft.files import write_atomically
 
 
 def cache_dir() -> Path:
@@ -25,15 +26,4 @@ def store(path: Path, content: bytes) -> None:
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write_atomically(path, content)

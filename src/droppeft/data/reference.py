@@ -8,8 +8,10 @@ import numpy as np
 from droppeft.data.tables import TextData, TextTable
 
 
-def tfidf_accuracy(data: TextData) -> float:
+def tfidf_accuracy(data: TextData) -> float | None:
     """Test accuracy of a linear SVM on TF-IDF of words and word pairs, trained on all of train.
+
+    ``None`` where the texts have no words of two letters or more, as in writing without spaces.
 
     The two texts of a pair are joined, so this sees no relation between them.
     """
@@ -18,7 +20,11 @@ def tfidf_accuracy(data: TextData) -> float:
 
     vectoriser = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     model = LinearSVC(random_state=0)
-    model.fit(vectoriser.fit_transform(_joined(data.train)), data.train.labels)
+    try:
+        features = vectoriser.fit_transform(_joined(data.train))
+    except ValueError:  # what scikit-learn raises for an empty vocabulary
+        return None
+    model.fit(features, data.train.labels)
     predicted = model.predict(vectoriser.transform(_joined(data.test)))
     return float(np.mean(predicted == data.test.labels))
 

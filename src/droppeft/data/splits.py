@@ -51,7 +51,11 @@ class Split:
 def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split]:
     """Training and test split of a folder whose files are named after their splits."""
     files: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
+    try:
+        inside = sorted(path.iterdir())
+    except OSError as error:
+        raise DroppeftError(f"{path}: cannot be read ({error.strerror})") from None
+    for file in inside:
         if file.suffix in READERS:
             files.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if not files:

@@ -49,8 +49,11 @@ class Classification:
         return functional.cross_entropy(logits, batch["labels"], reduction=reduction), logits
 
 
-def accuracy_and_f1(predicted: Rows, labels: Rows) -> tuple[float, float]:
-    """Accuracy, and F1: of class 1 where there are two classes, else the macro mean."""
-    binary = set(np.unique(labels)) <= {0, 1}
-    f1 = f1_score(labels, predicted, average="binary" if binary else "macro", zero_division=0.0)
+def accuracy_and_f1(predicted: Rows, labels: Rows, num_classes: int) -> tuple[float, float]:
+    """Accuracy, and F1: of class 1 where the task has two classes, else the macro mean.
+
+    The macro mean is over the classes that occur in either array.
+    """
+    average = "binary" if num_classes == 2 else "macro"
+    f1 = f1_score(labels, predicted, average=average, zero_division=0.0)
     return float(np.mean(predicted == labels)), float(f1)

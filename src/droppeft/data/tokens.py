@@ -16,6 +16,7 @@ import tokenizers
 
 from droppeft.data.cache import store
 from droppeft.data.tables import Rows, TextTable
+from droppeft.errors import DroppeftError
 
 RECIPE = 1
 """Counts changes of what this module stores; part of the cache's key."""
@@ -65,6 +66,9 @@ def tokenise(table: TextTable, tokenizer: Any, max_length: int, cache: Path | No
         cache: folder in which the result is kept, ``None`` for nowhere. The file's name hashes
             texts, pairs, the tokenizer's own serialisation and ``max_length``; a file that is
             not what was written is made anew.
+
+    Raises:
+        DroppeftError: a text without tokens, as an empty one is for a decoder's tokenizer.
     """
     path = cache and cache / f"tokens-{_key(table, tokenizer, max_length)}.safetensors"
     arrays = _read_cache(path, len(table)) if path else None
@@ -73,6 +77,9 @@ def tokenise(table: TextTable, tokenizer: Any, max_length: int, cache: Path | No
         if path:
             store(path, safetensors.numpy.save({**arrays, _DIGEST: _digest(arrays)}))
     offsets = arrays.pop(_OFFSETS)
+    empty = np.flatnonzero(np.diff(offsets) == 0)
+    if len(empty):
+        raise DroppeftError(f"text {empty[0] + 1} has no tokens at all; leave empty texts out")
     return TokenTable(columns=arrays, offsets=offsets, labels=table.labels)
 
 

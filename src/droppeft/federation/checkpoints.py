@@ -81,7 +81,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     state = checkpoint.state
     models = {"": state.model, **state.alternatives}
     arrays = {
-        label: np.ascontiguousarray(array)
+        label: np.asarray(array, order="C")
         for name, model in models.items()
         for label, array in _labelled(name, model)
     }
@@ -92,7 +92,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         "models": {name: _describe(model) for name, model in models.items()},
         "order": list(arrays),
     }
-    text = json.dumps(head, sort_keys=True)
+    text = json.dumps(head)
     header = {"head": text, "sha256": _digest(text, arrays)}
     content: bytes = safetensors.numpy.save(arrays, header)
     return content

@@ -21,6 +21,8 @@ from droppeft.plans import (
     HEAD,
     AdapterSpec,
     BaseDelta,
+    LayerKey,
+    Layout,
     MeasuredCost,
     Plan,
     Tensors,
@@ -48,6 +50,7 @@ class Workbench:
         self._backbone = backbone
         self._seed = seeds.seed_for(seed, purpose="adapter")
         self._spec: AdapterSpec | None = None
+        self._fresh: dict[AdapterSpec, Tensors] = {}
         self.device = torch.device(accelerator)
         self.model: nn.Module = backbone.model.to(self.device)
         self.parameters: Parameters = {}
@@ -68,16 +71,24 @@ class Workbench:
 
     def fresh_tensors(self, spec: AdapterSpec) -> Tensors:
         """Initial values of an adapter of these shapes; they depend on the run's seed alone."""
-        self._change(spec)
-        return get_tensors(self.parameters)
+        if spec not in self._fresh:
+            self._change(spec)
+        return self._fresh[spec]
+
+    def layout(self, spec: AdapterSpec) -> Layout:
+        """The trainable tensors of an adapter of these shapes."""
+        return {name: (key, array.shape) for key, name, array in flatten(self.fresh_tensors(spec))}
 
     def _change(self, spec: AdapterSpec) -> None:
         if self._spec is not None:
             self.model, self._spec = detach(self.model), None
-        model = attach(self.model, spec, self._backbone.blocks_path, self._seed).to(self.device)
+        base = self._backbone
+        model = attach(self.model, spec, base.blocks_path, self._seed, base.new_modules)
+        model = model.to(self.device)
         path, self.blocks = find_blocks(model)
         self.parameters = trainable_by_layer(model, path)
         self.model, self._spec = model, spec
+        self._fresh[spec] = get_tensors(self.parameters)
 
 
 def take_turn(
@@ -96,12 +107,12 @@ def take_turn(
     """
     start = time.perf_counter()
     bench.wear(plan.adapter)
-    _load(bench.parameters, plan)
+    parameters = _load(bench, plan)
     with base_delta_applied(bench.model, plan.base_delta):
         before, reward_wall_s = _validation_loss(bench, table, rows, config, plan)
-        outcome = _train(bench, table, rows, config, plan)
+        outcome = _train(bench, parameters, table, rows, config, plan)
         after, again_wall_s = _validation_loss(bench, table, rows, config, plan)
-    tensors = _trained_and_shared(bench.parameters, plan, outcome)
+    tensors = _trained_and_shared(parameters, plan, outcome)
     return Update(
         round=plan.round,
         device=plan.device,
@@ -156,26 +167,43 @@ def _own_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _load(parameters: Parameters, plan: Plan) -> None:
+def _load(bench: Workbench, plan: Plan) -> Parameters:
+    """Set all values of the turn; return the parameters that it trains.
+
+    Raises:
+        DroppeftError: a tensor is to be trained and the Plan has no value for it.
+    """
     sent = {name for _, name, _ in flatten(plan.tensors)}
-    for named in parameters.values():
-        missing = named.keys() - sent
-        if missing:
+    for name in bench.layout(plan.adapter):
+        if name not in sent and (plan.train is None or name in plan.train):
             raise DroppeftError(
-                f"round {plan.round}, device {plan.device}: the Plan lacks {min(missing)}, "
+                f"round {plan.round}, device {plan.device}: the Plan lacks {name}, "
                 "and this device keeps no tensors of its own"
             )
-    set_tensors(parameters, plan.tensors)
+    set_tensors(bench.parameters, bench.fresh_tensors(plan.adapter))
+    set_tensors(bench.parameters, plan.tensors)
+    trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
+    for key, named in bench.parameters.items():
+        for name, value in named.items():
+            value.requires_grad_(plan.train is None or name in plan.train)
+            if value.requires_grad:
+                trained.setdefault(key, {})[name] = value
+    return trained
 
 
 def _train(
-    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
+    bench: Workbench,
+    parameters: Parameters,
+    table: TokenTable,
+    rows: DeviceRows,
+    config: Config,
+    plan: Plan,
 ) -> TrainOutcome:
     settings = config.training
     rng = seeds.numpy_generator(plan.seed, purpose="batches", round=plan.round, device=plan.device)
     chosen = turn_batches(rows.train, table, settings.batch_size, plan.budget, rng)
     factors = [
-        rate_factor(settings, (plan.round - 1 + (step + 1) / len(chosen)) / config.rounds)
+        rate_factor(settings, (plan.round - 1 + (step + 0.5) / len(chosen)) / config.rounds)
         for step in range(len(chosen))
     ]
     with torch.random.fork_rng():
@@ -186,9 +214,9 @@ def _train(
         return train(
             bench.model,
             bench.blocks,
-            bench.parameters,
+            parameters,
             [bench.task.collate(table, batch) for batch in chosen],
-            _gates(bench, plan),
+            _gates(bench, parameters, plan),
             factors,
             bench.task,
             settings,
@@ -196,13 +224,13 @@ def _train(
         )
 
 
-def _gates(bench: Workbench, plan: Plan) -> ActiveAt:
+def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
     """Which layers run at each step, from (seed, round, device, step) alone."""
     dropout = plan.dropout
     if dropout is None:
         return lambda step: (True,) * bench.num_layers
-    layers = [key for key in bench.parameters if isinstance(key, int)]
-    needed = () if HEAD in bench.parameters else layers
+    layers = [key for key in parameters if isinstance(key, int)]
+    needed = () if HEAD in parameters else layers
     return lambda step: sample_active(
         dropout.rates,
         dropout.sampling,

@@ -8,34 +8,34 @@ from typing import Any
 
 from droppeft.adapters.attach import export_adapter
 from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared
-from droppeft.files import sync_folder
+from droppeft.files import sync
 from droppeft.plans import GlobalModel
 
 
 def write_adapter(
     prepared: Prepared, model: GlobalModel, facts: Mapping[str, Any], out: Path
 ) -> str:
-    """Write ``out/adapter`` in one step and return its hash; an older one is replaced."""
+    """Write ``out/adapter`` in one step and return its tensors' hash; an older one is replaced.
+
+    Raises:
+        DroppeftError: the model has a base delta, for which PEFT's format has no place.
+    """
+    if model.base_delta is not None:
+        raise DroppeftError("a model with a base delta cannot be exported as an adapter alone")
     bench, folder = prepared.site.bench, out / "adapter"
     bench.wear(model.adapter)
     set_tensors(bench.parameters, model.tensors)
     partial = out / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     export_adapter(bench.model, partial, _card(prepared, facts))
+    for path in partial.iterdir():
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
-    sync_folder(out)
-    return folder_hash(folder)
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    sync(out)
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def _card(prepared: Prepared, facts: Mapping[str, Any]) -> str:
@@ -64,7 +64,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base = "{prepared.backbone.path}"
 id2label = {dict(enumerate(names))!r}
-model = AutoModelForSequenceClassification.from_pretrained(base, id2label=id2label)
+model = AutoModelForSequenceClassification.from_pretrained(
+    base, id2label=id2label, ignore_mismatched_sizes=True
+)
 model = PeftModel.from_pretrained(model, "adapter").eval()
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```

@@ -1,5 +1,6 @@
 """Everything before round 1: data, devices, model, transport; nothing is written but caches."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
 from droppeft.data.tables import Rows, TextData
 from droppeft.data.tokens import TokenTable, tokenise
+from droppeft.errors import DroppeftError
 from droppeft.federation.device import Workbench
 from droppeft.federation.transport import Site, Transport, transport_named
 from droppeft.methods import Method, Setup, method_named
@@ -74,8 +76,9 @@ def prepare(config: Config, say: Say) -> Prepared:
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, data.label_names, head_seed)
+    _check_length(config.training.max_length, backbone)
     bench = Workbench(backbone, config.accelerator, config.seed)
-    setup = Setup(config, bench.num_layers, bench.fresh_tensors)
+    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout)
     state = method.init(setup)
     say("tokenising")
     train, test = (
@@ -98,13 +101,34 @@ def prepare(config: Config, say: Say) -> Prepared:
     )
 
 
+def _check_length(max_length: int, backbone: Backbone) -> None:
+    if max_length > backbone.max_length:
+        raise DroppeftError(
+            f"training.max_length={max_length} is more than the {backbone.max_length} positions "
+            f"of model {backbone.path}; lower it"
+        )
+
+
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:
     """Test rows that every round of every run on this data is measured on."""
     rng = seeds.numpy_generator(0, purpose="evaluation sample")
     return np.sort(rng.permutation(test_rows)[:wanted]).astype(np.int64)
 
 
-def references(data: TextData) -> dict[str, float]:
+def identity(prepared: Prepared) -> dict[str, str]:
+    """Hashes of what a resumed run must find as it was: texts, their split, the backbone."""
+    split = hashlib.sha256()
+    for rows in prepared.site.devices:
+        for part in (rows.train, rows.validation, rows.test):
+            split.update(part.tobytes() + b"|")
+    return {
+        "data_hash": prepared.data.content_hash,
+        "split_hash": split.hexdigest()[:16],
+        "model_hash": prepared.backbone.weights_hash,
+    }
+
+
+def references(data: TextData) -> dict[str, float | None]:
     """What a reader compares with: the most frequent class, and TF-IDF with a linear SVM."""
     return {
         "majority_accuracy": majority_accuracy(data),

@@ -4,17 +4,18 @@ Merging waits until the round has closed and then runs in Plan order, so that th
 neither the order of arrival nor the transport.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from droppeft import seeds
-from droppeft.federation.transport import Reply, Transport
+from droppeft.federation.transport import Transport
 from droppeft.federation.validation import why_refused
 from droppeft.methods import Method, Setup
-from droppeft.plans import Failure, Plan, ServerState, Update
+from droppeft.plans import Failure, Plan, Reply, ServerState, Update
 
 OnReply = Callable[[Reply], None]
 
@@ -57,13 +58,12 @@ def play_round(
     plans = method.plan(setup, state, round, draw_cohort(setup, round))
     planned_s = time.perf_counter() - start
     arrived: dict[int, Reply] = {}
-    for reply in transport.exchange(plans):
-        arrived[reply.device] = reply
+    for index, reply in transport.exchange(plans):
+        arrived[index] = reply
         on_reply(reply)
     start = time.perf_counter()
-    replies = tuple(_checked(plan, arrived) for plan in plans)
-    accepted = [reply for reply in replies if isinstance(reply, Update)]
-    state = method.merge(setup, state, accepted)
+    replies = tuple(_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans))
+    state = _as_saved(method.merge(setup, state, plans, replies))
     return state, Closed(tuple(plans), replies, planned_s + time.perf_counter() - start)
 
 
@@ -74,9 +74,16 @@ def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
     return [int(device) for device in np.sort(drawn)]
 
 
-def _checked(plan: Plan, arrived: dict[int, Reply]) -> Reply:
-    reply = arrived.get(plan.device, Failure(plan.device, "sent no reply"))
+def _checked(setup: Setup, plan: Plan, reply: Reply | None) -> Reply:
+    if reply is None:
+        return Failure(plan.device, "sent no reply")
     if isinstance(reply, Failure):
         return reply
-    reason = why_refused(plan, reply)
+    layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
+    reason = why_refused(plan, reply, layout, batch_size)
     return reply if reason is None else Failure(plan.device, f"refused: {reason}")
+
+
+def _as_saved(state: ServerState) -> ServerState:
+    """The state as a checkpoint gives it back: JSON has no tuples and no keys but texts."""
+    return replace(state, memory=json.loads(json.dumps(state.memory)))

@@ -7,11 +7,11 @@ what follows from (configuration, checkpoint) is the same as if nothing had happ
 import fcntl
 import json
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,9 @@ from droppeft.federation.checkpoints import Checkpoint
 from droppeft.federation.device import base_delta_applied
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.export import write_adapter
-from droppeft.federation.prepare import Prepared, prepare, references
+from droppeft.federation.prepare import Prepared, identity, prepare, references
 from droppeft.federation.rounds import play_round
-from droppeft.federation.transport import Reply
-from droppeft.files import sync_folder, write_atomically
+from droppeft.files import sync, write_atomically
 from droppeft.ledger import (
     SCHEMA_VERSION,
     RoundRow,
@@ -41,7 +40,7 @@ from droppeft.ledger import (
     round_row,
     summarise,
 )
-from droppeft.plans import GlobalModel
+from droppeft.plans import GlobalModel, Reply
 from droppeft.training import Evaluation, evaluate
 
 CONFIG, ROUNDS, DEVICES, RESULT = "config.toml", "rounds.jsonl", "devices.jsonl", "result.json"
@@ -66,12 +65,13 @@ class Watcher(Protocol):
         """The result is on disk."""
 
 
-@dataclass(frozen=True)
 class Interrupted(Exception):
     """The user stopped the run; ``round`` is the last one that is saved, in ``folder``."""
 
-    folder: Path
-    round: int
+    def __init__(self, folder: Path, round: int) -> None:
+        super().__init__(folder, round)
+        self.folder = folder
+        self.round = round
 
 
 def start_run(config: Config, out: Path, watcher: Watcher) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def start_run(config: Config, out: Path, watcher: Watcher) -> dict[str, Any]:
         Interrupted: on Ctrl-C after the folder was made.
     """
     check_free(out)
+    out = out.resolve()
     config = resolve(config, cuda=torch.cuda.is_available())
     prepared = prepare(config, watcher.preparing)
     watcher.preparing("measuring the references")
@@ -100,6 +101,7 @@ def resume_run(out: Path, watcher: Watcher) -> dict[str, Any]:
         DroppeftError: the folder holds no run, or another process works in it.
         Interrupted: on Ctrl-C.
     """
+    out = out.resolve()
     if not (out / CONFIG).is_file():
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
     with _held(out):
@@ -110,8 +112,13 @@ def resume_run(out: Path, watcher: Watcher) -> dict[str, Any]:
         config = load_config(out / CONFIG)
         prepared = prepare(resolve(config, cuda=torch.cuda.is_available()), watcher.preparing)
         newest = checkpoints.load_newest(out / "checkpoints")
-        _check_same_data(prepared, newest, out)
+        _check_same_start(prepared, newest, out)
         rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
+        if len(rows) != newest.round:
+            raise DroppeftError(
+                f"{out / ROUNDS} has {len(rows)} of the {newest.round} rounds that are saved; "
+                "put the file back, or start a new run"
+            )
         rewind(out / DEVICES, newest.round)
         return _play(prepared, newest, rows, out, watcher)
 
@@ -127,7 +134,7 @@ def check_free(out: Path) -> None:
             f"--out {out} exists already; choose another folder, "
             f"or go on with: droppeft resume {out}"
         )
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")
 
@@ -135,10 +142,13 @@ def check_free(out: Path) -> None:
 def _play(
     prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path, watcher: Watcher
 ) -> dict[str, Any]:
-    watcher.started(_about(prepared, last.facts), list(rows))
+    saving_wall_s = 0.0
     try:
+        watcher.started(_about(prepared, last.facts), list(rows))
         for _ in range(last.round, prepared.config.rounds):
-            last, row = _one_round(prepared, last, out, watcher)
+            now, row, devices = _one_round(prepared, last, saving_wall_s, watcher)
+            saving_wall_s = _save(out, now, row, devices)
+            last = now
             rows.append(row)
             watcher.round_done(row)
         return _finish(prepared, last, rows, out, watcher)
@@ -147,9 +157,9 @@ def _play(
 
 
 def _one_round(
-    prepared: Prepared, last: Checkpoint, out: Path, watcher: Watcher
-) -> tuple[Checkpoint, RoundRow]:
-    """Play, measure and save one round; rows first, since the checkpoint is what counts."""
+    prepared: Prepared, last: Checkpoint, saving_wall_s: float, watcher: Watcher
+) -> tuple[Checkpoint, RoundRow, list[dict[str, Any]]]:
+    """Play and measure one round; return what is to be saved of it."""
     start = time.perf_counter()
     round = last.round + 1
     state, closed = play_round(
@@ -162,14 +172,20 @@ def _one_round(
         quality,
         closed.server_wall_s,
         quality["wall_s"] or 0.0,
-        time.perf_counter() - start,
+        saving_wall_s,
+        time.perf_counter() - start + saving_wall_s,
     )
     devices = [device_row(*pair) for pair in zip(closed.plans, closed.replies, strict=True)]
+    return Checkpoint(round, state, last.facts), row, devices
+
+
+def _save(out: Path, now: Checkpoint, row: RoundRow, devices: list[dict[str, Any]]) -> float:
+    """Rows first, since the checkpoint is what counts; returns the seconds it took."""
+    start = time.perf_counter()
     append_rows(out / DEVICES, devices)
     append_rows(out / ROUNDS, [asdict(row)])
-    now = Checkpoint(round, state, last.facts)
     checkpoints.save(out / "checkpoints", now)
-    return now, row
+    return time.perf_counter() - start
 
 
 def _quality(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
@@ -215,7 +231,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     return {
         "initial_accuracy": start.accuracy,
         "initial_loss": start.loss,
-        "data_hash": prepared.data.content_hash,
+        **identity(prepared),
         **references(prepared.data),
     }
 
@@ -261,25 +277,28 @@ def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
         )
 
 
-def _check_same_data(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
-    before, now = checkpoint.facts["data_hash"], prepared.data.content_hash
-    if before != now:
-        raise DroppeftError(
-            f"{out}: the data have changed since this run began ({before}, now {now}); "
-            "put them back, or start a new run"
-        )
+def _check_same_start(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
+    """Refuse to go on with other texts, another split or another backbone."""
+    for name, now in identity(prepared).items():
+        before = checkpoint.facts[name]
+        if before != now:
+            raise DroppeftError(
+                f"{out}: the {name.removesuffix('_hash')} changed since this run began "
+                f"({before}, now {now}); put it back, or start a new run"
+            )
 
 
 def _begin(out: Path, config: Config, first: Checkpoint) -> None:
     """Make the folder with all it needs to be resumed, in one step."""
-    partial = out.with_name(f"{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_atomically(partial / CONFIG, to_toml(config).encode())
-        checkpoints.save(partial / "checkpoints", first)
-        partial.replace(out)
-        sync_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            inside = Path(scratch) / "run"
+            inside.mkdir()
+            write_atomically(inside / CONFIG, to_toml(config).encode())
+            checkpoints.save(inside / "checkpoints", first)
+            inside.replace(out)
+        sync(out.parent)
     except OSError as error:
         raise DroppeftError(f"--out {out}: cannot be made ({error.strerror})") from None
 

@@ -9,16 +9,18 @@ from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import Workbench, take_turn
-from droppeft.plans import Failure, Plan, Update
-
-Reply = Update | Failure
+from droppeft.plans import Plan, Reply
 
 
 class Transport(Protocol):
     """The seam between the round loop and wherever devices are."""
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Reply]:
-        """Yield exactly one reply per Plan, in any order; the round closes after the last."""
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Reply]]:
+        """Yield (index of the Plan, its reply), one per Plan, in any order.
+
+        Whose reply it is follows from the transport's own addressing, not from what it claims. The
+        round closes after the last.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class InProcess:
 
     site: Site
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Reply]:
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Reply]]:
         """Yield each device's Update, in Plan order."""
         site = self.site
-        for plan in plans:
+        for index, plan in enumerate(plans):
             rows = site.devices[plan.device]
-            yield take_turn(site.bench, site.table, rows, site.config, plan)
+            yield index, take_turn(site.bench, site.table, rows, site.config, plan)
 
 
 TRANSPORTS: dict[str, Callable[[Site], Transport]] = {"in_process": InProcess}

@@ -1,20 +1,29 @@
 """Decide whether an Update may be merged: nothing a device sends is taken on trust."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from droppeft.plans import Array, LayerKey, Plan, Update, flatten
+from droppeft.plans import HEAD, OTHER, Layout, Plan, Update, flatten
 
 
-def why_refused(plan: Plan, update: Update) -> str | None:
+def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> str | None:
     """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
 
-    Checked: it answers this Plan (round, device, nonce), names only tensors that may travel, with
-    the planned shapes and types, all values and the loss are finite, and its counts add up.
+    Checked: it answers this Plan (round, device, nonce); its counts fit the Plan's budget, since
+    they are its weight; it holds exactly the tensors that may travel, of layers that ran, with
+    the shapes of the Plan's adapter; and every number in it is finite.
+
+    Args:
+        plan: what was asked.
+        update: what came back.
+        layout: the tensors of the Plan's adapter.
+        batch_size: most rows of a step.
     """
-    checks = (_identity(plan, update), _counts(plan, update), _tensors(plan, update))
-    return next((reason for reason in checks if reason is not None), None)
+    return (
+        _identity(plan, update)
+        or _counts(plan, update, batch_size)
+        or _names(plan, update, layout)
+        or _values(update, layout)
+    )
 
 
 def _identity(plan: Plan, update: Update) -> str | None:
@@ -23,27 +32,37 @@ def _identity(plan: Plan, update: Update) -> str | None:
     return None if update.nonce == plan.nonce else "does not carry this Plan's nonce"
 
 
-def _counts(plan: Plan, update: Update) -> str | None:
+def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     layers = len(plan.adapter.layers)
     if len(update.active_steps) != layers or len(update.importance) != layers:
         return f"speaks of {len(update.active_steps)} layers, the model has {layers}"
-    if update.examples < 1 or update.steps < 1:
-        return "trained on nothing"
+    if update.steps < 1 or (plan.budget.steps or update.steps) != update.steps:
+        return f"took {update.steps} steps, the budget says {plan.budget.steps}"
+    if not 1 <= update.examples <= update.steps * batch_size:
+        return f"claims {update.examples} rows in {update.steps} steps of {batch_size} at most"
     if not all(0 <= active <= update.steps for active in update.active_steps):
         return "claims more active steps than steps"
     numbers = (update.train_loss, update.reward or 0.0, *update.importance)
     return None if np.isfinite(numbers).all() else "its loss, reward or importance is not finite"
 
 
-def _tensors(plan: Plan, update: Update) -> str | None:
-    planned: Mapping[tuple[LayerKey, str], Array] = {
-        (key, name): array for key, name, array in flatten(plan.tensors)
+def _names(plan: Plan, update: Update, layout: Layout) -> str | None:
+    sent = {(key, name) for key, name, _ in flatten(update.tensors)}
+    expected = {
+        (key, name)
+        for name, (key, _) in layout.items()
+        if name in plan.share and (key in (HEAD, OTHER) or update.active_steps[int(key)] > 0)
     }
-    for key, name, array in flatten(update.tensors):
-        if (key, name) not in planned or name not in plan.share:
-            return f"sends {name}, which it was not asked for"
-        expected = planned[key, name]
-        if array.shape != expected.shape or array.dtype != expected.dtype:
+    for _, name in sorted(sent - expected, key=str):
+        return f"sends {name}, which it was not asked for or did not train"
+    for _, name in sorted(expected - sent, key=str):
+        return f"lacks {name}"
+    return None
+
+
+def _values(update: Update, layout: Layout) -> str | None:
+    for _, name, array in flatten(update.tensors):
+        if array.shape != layout[name][1] or array.dtype != np.float32:
             return f"sends {name} as {array.dtype}{list(array.shape)}"
         if not np.isfinite(array).all():
             return f"sends {name} with values that are not finite"

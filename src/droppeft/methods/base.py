@@ -16,8 +16,10 @@ from droppeft.plans import (
     GlobalModel,
     LayerAdapter,
     LayerDropout,
+    Layout,
     Objective,
     Plan,
+    Reply,
     ServerState,
     Tensors,
     Update,
@@ -34,11 +36,13 @@ class Setup:
         config: the run.
         num_layers: L of the backbone.
         fresh_tensors: initial values of an adapter of given shapes, from the run's seed.
+        layout: the tensors of such an adapter: name to (layer, shape).
     """
 
     config: Config
     num_layers: int
     fresh_tensors: Callable[[AdapterSpec], Tensors]
+    layout: Callable[[AdapterSpec], Layout]
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Method:
             command line is refused.
         init: state before round 1. Must raise what :attr:`plan` would raise for a configuration
             that cannot work, so that nothing is written for a run that cannot start.
-        plan: one Plan per member of the cohort, in its order.
-        merge: the state after a round, from the accepted Updates in Plan order (perhaps none).
+        plan: one Plan per member of the cohort, in its order; a function of its arguments alone,
+            since what it decides is only remembered in the Plans.
+        merge: the state after a round, from its Plans and, in the same order, their replies; an
+            Update that was refused is a Failure there, and perhaps all are.
     """
 
     name: str
@@ -61,7 +67,7 @@ class Method:
     tables: frozenset[str]
     init: Callable[[Setup], ServerState]
     plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
-    merge: Callable[[Setup, ServerState, Sequence[Update]], ServerState]
+    merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
@@ -95,6 +101,7 @@ def full_plan(
         device=device,
         adapter=state.model.adapter,
         tensors=state.model.tensors,
+        train=None,
         share=frozenset(name for _, name, _ in flatten(state.model.tensors)),
         dropout=dropout,
         objective=Objective(),
@@ -106,8 +113,11 @@ def full_plan(
     )
 
 
-def average_by_examples(setup: Setup, state: ServerState, updates: Sequence[Update]) -> ServerState:
+def average_by_examples(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
     """Every tensor becomes its holders' mean, weighted by the rows they trained on."""
+    updates = [reply for reply in replies if isinstance(reply, Update)]
     weights = [float(update.examples) for update in updates]
     tensors = average_over_holders(state.model.tensors, updates, weights)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)

@@ -25,8 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from droppeft.federation.transport import Reply
 from droppeft.ledger import RoundRow
+from droppeft.plans import Reply
 
 BAR_WIDTH = 20
 
@@ -47,6 +47,7 @@ class Screen:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )
         self._status = self.console.status("")
         self._rounds: TaskID | None = None
@@ -68,8 +69,9 @@ class Screen:
     def preparing(self, what: str) -> None:
         """Show a step outside the rounds."""
         self._progress.stop()
-        self._status.update(f"{what} …")
-        self._status.start()
+        if self.console.is_terminal:
+            self._status.update(f"{what} …")
+            self._status.start()
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
         """Show the header, and the rounds that an earlier process finished."""

@@ -1,0 +1,31 @@
+"""A run that is ready for round 1."""
+
+from collections.abc import Callable
+
+import pytest
+
+from droppeft.config import load_config, resolve
+from droppeft.federation.prepare import Prepared, prepare
+from droppeft.plans import Plan
+
+
+@pytest.fixture
+def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
+    """Make the tiny run with further settings: ``prepare_with("adapter.rank=2")``."""
+
+    def make(*words: str) -> Prepared:
+        config = resolve(load_config(None, [*tiny_words, *words]), cuda=False)
+        return prepare(config, lambda step: None)
+
+    return make
+
+
+@pytest.fixture
+def prepared(prepare_with: Callable[..., Prepared]) -> Prepared:
+    return prepare_with()
+
+
+@pytest.fixture
+def plans(prepared: Prepared) -> list[Plan]:
+    """Round 1 for three devices."""
+    return prepared.method.plan(prepared.setup, prepared.state, 1, [0, 1, 3])

@@ -1,0 +1,161 @@
+"""Checkpoints: everything comes back, and damage is noticed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from droppeft.errors import DroppeftError
+from droppeft.federation.checkpoints import Checkpoint, load_newest, save
+from droppeft.plans import AdapterSpec, BaseDelta, GlobalModel, LayerAdapter, ServerState, flatten
+from messages import filled
+
+arrays = st.builds(
+    lambda shape, kind, seed: np.random.default_rng(seed).normal(size=shape).astype(kind),
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    st.sampled_from((np.float32, np.float64, np.float16)),
+    st.integers(0, 9),
+)
+names = st.text("abc.|/ é", min_size=1, max_size=8)
+named = st.dictionaries(names, arrays, min_size=1, max_size=3)
+layers = st.none() | st.builds(LayerAdapter, st.just("lora"), st.integers(0, 64), st.integers(0, 9))
+specs = st.builds(
+    AdapterSpec,
+    layers=st.lists(layers, max_size=5).map(tuple),
+    alpha=st.floats(0.1, 64),
+    dropout=st.floats(0, 0.9),
+    targets=st.lists(st.sampled_from(("query", "value", "default")), min_size=1).map(tuple),
+)
+keys = st.integers(0, 40) | st.sampled_from(("head", "other"))
+models = st.builds(
+    GlobalModel,
+    adapter=specs,
+    tensors=st.dictionaries(keys, named, max_size=4),
+    base_delta=st.none() | st.builds(BaseDelta, names, st.dictionaries(names, arrays, max_size=2)),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+states = st.builds(
+    ServerState,
+    model=models,
+    alternatives=st.dictionaries(st.text("abc -", min_size=1, max_size=5), models, max_size=2),
+    memory=st.dictionaries(st.text(max_size=4), json_values, max_size=3),
+)
+
+
+def assert_same(one: GlobalModel, other: GlobalModel) -> None:
+    assert one.adapter == other.adapter
+    left, right = list(flatten(one.tensors)), list(flatten(other.tensors))
+    assert [item[:2] for item in left] == [item[:2] for item in right]
+    pairs = [(first[2], second[2]) for first, second in zip(left, right, strict=True)]
+    if one.base_delta is None or other.base_delta is None:
+        assert one.base_delta is other.base_delta
+    else:
+        assert one.base_delta.version == other.base_delta.version
+        assert list(one.base_delta.tensors) == list(other.base_delta.tensors)
+        values = (one.base_delta.tensors.values(), other.base_delta.tensors.values())
+        pairs += zip(*values, strict=True)
+    for first, second in pairs:
+        assert (first.dtype, first.shape) == (second.dtype, second.shape)
+        assert first.tobytes() == second.tobytes()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(state=states, round=st.integers(0, 99999), facts=st.dictionaries(st.text(), json_values))
+def test_any_state_comes_back(
+    tmp_path: Path, state: ServerState, round: int, facts: dict[str, Any]
+) -> None:
+    for old in tmp_path.iterdir():
+        old.unlink()
+    save(tmp_path, Checkpoint(round, state, facts))
+    loaded = load_newest(tmp_path)
+    assert (loaded.round, loaded.facts, loaded.state.memory) == (round, facts, state.memory)
+    assert_same(loaded.state.model, state.model)
+    assert list(loaded.state.alternatives) == list(state.alternatives)
+    for name, model in state.alternatives.items():
+        assert_same(loaded.state.alternatives[name], model)
+
+
+def checkpoint(round: int) -> Checkpoint:
+    spec = AdapterSpec(layers=(None, LayerAdapter("lora", rank=8)), alpha=16.0)
+    model = GlobalModel(spec, filled(float(round)))
+    return Checkpoint(round, ServerState(model, memory={"seen": round}), {"initial": 0.5})
+
+
+def head(loaded: Checkpoint) -> float:
+    return float(loaded.state.model.tensors["head"]["head.W"][0])
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    paths = [save(tmp_path / "checkpoints", checkpoint(round)) for round in (0, 1, 2, 9, 10)]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths[-2:]
+    assert load_newest(tmp_path / "checkpoints").round == 10
+
+
+def truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_the_last(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_the_last, lambda content: b"", lambda content: b"not a checkpoint"]
+)
+def test_a_damaged_newest_falls_back_to_the_one_before(
+    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, checkpoint(1))
+    newest = save(tmp_path, checkpoint(2))
+    newest.write_bytes(damage(newest.read_bytes()))
+    loaded = load_newest(tmp_path)
+    assert (loaded.round, head(loaded), loaded.state.memory) == (1, 1.0, {"seen": 1})
+    assert "round-00002.safetensors is damaged" in caplog.text
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    save(tmp_path, checkpoint(1))
+    newest = save(tmp_path, checkpoint(2))
+    whole = newest.read_bytes()
+    unnoticed = []
+    for place in range(len(whole)):
+        newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        loaded = load_newest(tmp_path)
+        if loaded.round != 1 and head(loaded) != 2.0:
+            unnoticed.append(place)
+    assert unnoticed == []
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DroppeftError, match="holds no readable checkpoint; start the run anew"):
+        load_newest(tmp_path / "nowhere")
+    save(tmp_path, checkpoint(1)).write_bytes(b"")
+    with pytest.raises(DroppeftError, match="holds no readable checkpoint"):
+        load_newest(tmp_path)
+
+
+def test_a_crash_while_writing_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for round in (1, 2):
+        save(tmp_path, checkpoint(round))
+
+    def crash(handle: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", crash)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, checkpoint(3))
+    monkeypatch.undo()
+    assert load_newest(tmp_path).round == 2
+    assert len(list(tmp_path.glob("round-*.safetensors"))) == 2
+    save(tmp_path, checkpoint(3))
+    assert load_newest(tmp_path).round == 3

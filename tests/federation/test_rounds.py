@@ -1,0 +1,138 @@
+"""One round: who is drawn, who is merged, and what is said about the others."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.federation.rounds import Closed, draw_cohort, play_round
+from droppeft.ledger import device_row, round_row
+from droppeft.methods import METHODS
+from droppeft.plans import Failure, Plan, ServerState
+from messages import Scripted, answer_to, setup_for
+
+SETUP = setup_for("method=fedlora")
+METHOD = METHODS["fedlora"]
+COHORT = [4, 5, 8]
+
+
+def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, Closed]:
+    heard: list[Any] = [] if seen is None else seen
+    return play_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
+
+
+def head(state: ServerState) -> float:
+    return float(state.model.tensors["head"]["head.W"][0])
+
+
+def all_but(device: int, reply: Any) -> Scripted:
+    """Everybody trains to their own number but one, who answers as given."""
+
+    def answer(plan: Plan) -> list[Any]:
+        return reply(plan) if plan.device == device else [answer_to(plan, float(plan.device))]
+
+    return Scripted(answer)
+
+
+@pytest.fixture
+def cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices 4, 5 and 8 are drawn."""
+    monkeypatch.setattr("droppeft.federation.rounds.draw_cohort", lambda setup, round: COHORT)
+
+
+@pytest.mark.usefixtures("cohort")
+class TestRound:
+    def test_all_answer(self) -> None:
+        seen: list[Any] = []
+        state, closed = play(Scripted(lambda plan: [answer_to(plan, float(plan.device))]), seen)
+        assert head(state) == pytest.approx((4 + 5 + 8) / 3)
+        assert [plan.device for plan in closed.plans] == COHORT
+        assert list(closed.replies) == seen == list(closed.accepted)
+        assert closed.server_wall_s > 0
+
+    @pytest.mark.parametrize(
+        ("reply", "reason"),
+        [
+            (lambda plan: [], "sent no reply"),
+            (lambda plan: [Failure(5, "ran out of battery")], "ran out of battery"),
+            (
+                lambda plan: [answer_to(plan, math.nan)],
+                "refused: sends layer.0.A with values that are not finite",
+            ),
+            (
+                lambda plan: [answer_to(plan, 5.0, nonce="an old one")],
+                "refused: does not carry this Plan's nonce",
+            ),
+        ],
+    )
+    def test_who_fails_is_left_out_and_listed(self, reply: Any, reason: str) -> None:
+        state, closed = play(all_but(5, reply))
+        assert head(state) == pytest.approx((4 + 8) / 2)
+        assert closed.replies[1] == Failure(5, reason)
+        assert [update.device for update in closed.accepted] == [4, 8]
+        row = row_of(closed)
+        assert (row.cohort, row.accepted) == (COHORT, 2)
+        assert row.failures == [{"device": 5, "reason": reason}]
+        assert device_row(closed.plans[1], closed.replies[1])["reason"] == reason
+
+    def test_who_claims_to_be_another_harms_only_himself(self) -> None:
+        def answer(plan: Plan) -> list[Any]:
+            return [answer_to(plan, float(plan.device), device=5)]
+
+        state, closed = play(Scripted(answer))
+        assert head(state) == 5.0
+        assert [isinstance(reply, Failure) for reply in closed.replies] == [True, False, True]
+
+    def test_memory_is_what_a_checkpoint_would_give_back(self) -> None:
+        def merge(*_: Any) -> ServerState:
+            return replace(METHOD.init(SETUP), memory={3: (1, 2), "a": {"b": 0.5}})
+
+        method, silent = replace(METHOD, merge=merge), Scripted(lambda plan: [])
+        state, _ = play_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
+        assert state.memory == {"3": [1, 2], "a": {"b": 0.5}}
+
+    def test_nobody_answers(self) -> None:
+        state, closed = play(Scripted(lambda plan: []))
+        assert head(state) == 1.0
+        row = row_of(closed)
+        assert (row.accepted, len(row.failures), row.upload_bytes) == (0, 3, 0)
+        assert row.train_loss is None
+        assert row.mean_active_layers is None
+
+
+def row_of(closed: Closed) -> Any:
+    quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0}
+    return round_row(closed.plans, closed.replies, quality, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:
+    for round in range(1, 50):
+        drawn = list(draw_cohort(SETUP, round))
+        assert drawn == list(draw_cohort(SETUP, round)) == sorted(set(drawn))
+        assert len(drawn) == 3
+        assert set(drawn) <= set(range(10))
+
+
+def test_cohorts_follow_seed_and_round() -> None:
+    other = setup_for("method=fedlora", "seed=1")
+    rounds = range(1, 20)
+    assert len({tuple(draw_cohort(SETUP, round)) for round in rounds}) > 10
+    assert [draw_cohort(SETUP, round) for round in rounds] != [
+        draw_cohort(other, round) for round in rounds
+    ]
+
+
+def test_every_device_is_drawn_about_equally_often() -> None:
+    rounds = 2000
+    drawn = Counter(device for round in range(rounds) for device in draw_cohort(SETUP, round))
+    # Each is in a cohort with probability 0.3: 600 of 2000, standard deviation 20.5.
+    counts = np.array([drawn[device] for device in range(10)])
+    assert np.abs(counts - 600).max() < 5 * 20.5
+
+
+def test_the_cohort_may_be_everybody() -> None:
+    everybody = setup_for("cohort=10")
+    assert list(draw_cohort(everybody, 1)) == list(range(10))

@@ -1,0 +1,85 @@
+"""Every reason for which an Update is refused, one by one."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.federation.validation import why_refused
+from messages import answer_to, filled, layout, plan_for
+
+PLAN = plan_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
+SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
+
+
+def said_of(**changes: Any) -> str | None:
+    """What is said of an Update that is in order but for some changes."""
+    update = answer_to(PLAN, **{"tensors": SHARED, **changes})
+    return why_refused(PLAN, update, layout(PLAN.adapter), batch_size=16)
+
+
+def with_layer_0(array: Any) -> dict[str, Any]:
+    return {"tensors": {**SHARED, 0: {"layer.0.A": array}}}
+
+
+def test_an_update_that_is_in_order_is_accepted() -> None:
+    assert said_of() is None
+
+
+def test_a_measured_reward_is_accepted() -> None:
+    assert said_of(reward=-0.25) is None
+
+
+def test_a_layer_that_never_ran_is_not_sent() -> None:
+    without = {key: named for key, named in SHARED.items() if key != 1}
+    assert said_of(active_steps=(2, 0, 1, 2), tensors=without) is None
+    assert said_of(active_steps=(2, 0, 1, 2)) == (
+        "sends layer.1.A, which it was not asked for or did not train"
+    )
+
+
+def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
+    """A layer that a device decides to share is not in what it was sent."""
+    kept = {key: named for key, named in PLAN.tensors.items() if key != 1}
+    plan = replace(PLAN, tensors=kept)
+    update = answer_to(plan, tensors=SHARED)
+    assert why_refused(plan, update, layout(plan.adapter), batch_size=16) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"round": 2}, "answers round 2, device 3"),
+        ({"device": 4}, "answers round 1, device 4"),
+        ({"nonce": "another"}, "does not carry this Plan's nonce"),
+        ({"active_steps": (2, 1, 1)}, "speaks of 3 layers, the model has 4"),
+        ({"importance": (0.0,) * 5}, "the model has 4"),
+        ({"examples": 0}, "claims 0 rows in 2 steps of 16 at most"),
+        ({"examples": 33}, "claims 33 rows in 2 steps of 16 at most"),
+        ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget says 2"),
+        ({"steps": 3}, "took 3 steps, the budget says 2"),
+        ({"tensors": {}}, "lacks head.W"),
+        ({"tensors": {key: SHARED[key] for key in (0, "head")}}, "lacks layer.1.A"),
+        ({"active_steps": (2, 3, 1, 2)}, "claims more active steps than steps"),
+        ({"active_steps": (2, -1, 1, 2)}, "claims more active steps than steps"),
+        ({"train_loss": math.nan}, "its loss, reward or importance is not finite"),
+        ({"reward": math.inf}, "its loss, reward or importance is not finite"),
+        ({"reward": math.nan}, "its loss, reward or importance is not finite"),
+        ({"importance": (0.0, 0.0, math.nan, 0.0)}, "its loss, reward or importance is not finite"),
+        ({"tensors": {0: {"unheard.of": np.zeros(2, np.float32)}}}, "sends unheard.of, which it"),
+        ({"tensors": {**SHARED, 2: filled(5.0)[2]}}, "sends layer.2.A, which it was not asked for"),
+        ({"tensors": {**SHARED, 1: filled(5.0)[0]}}, "sends layer.0.A, which it was not asked for"),
+        (with_layer_0(np.zeros(3, np.float32)), r"sends layer.0.A as float32\[3\]"),
+        (with_layer_0(np.zeros((1, 2), np.float32)), r"sends layer.0.A as float32\[1, 2\]"),
+        (with_layer_0(np.zeros(2, np.float64)), r"sends layer.0.A as float64\[2\]"),
+        (with_layer_0(np.array([0, math.nan], np.float32)), "values that are not finite"),
+        (with_layer_0(np.array([-math.inf, 0], np.float32)), "values that are not finite"),
+    ],
+)
+def test_an_update_is_refused(changes: dict[str, Any], reason: str) -> None:
+    said = said_of(**changes)
+    assert said is not None
+    assert re.search(reason, said)

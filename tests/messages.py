@@ -1,0 +1,111 @@
+"""Plans, Updates and methods' surroundings made by hand, without a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from droppeft.config import load_config
+from droppeft.methods import Setup
+from droppeft.plans import (
+    HEAD,
+    AdapterSpec,
+    Array,
+    Budget,
+    Layout,
+    MeasuredCost,
+    Objective,
+    Plan,
+    Tensors,
+    Update,
+    flatten,
+)
+
+LAYERS = 4
+COST = MeasuredCost(
+    turn_wall_s=3.0, train_wall_s=2.0, reward_wall_s=0.5, activation_bytes_peak=100, tokens=64
+)
+
+
+def filled(value: float, num_layers: int = LAYERS) -> Tensors:
+    """Two values in every layer and one in the head, all alike."""
+    layers: dict[int | str, dict[str, Array]] = {
+        layer: {f"layer.{layer}.A": np.full(2, value, np.float32)} for layer in range(num_layers)
+    }
+    return {**layers, HEAD: {"head.W": np.full(1, value, np.float32)}}
+
+
+def fresh(spec: AdapterSpec) -> Tensors:
+    """What stands in for a model's initial values."""
+    return filled(1.0, len(spec.layers))
+
+
+def layout(spec: AdapterSpec) -> Layout:
+    """The tensors of :func:`fresh`."""
+    return {name: (key, array.shape) for key, name, array in flatten(fresh(spec))}
+
+
+def setup_for(*words: str) -> Setup:
+    """Surroundings of a method: four layers, three of ten devices a round."""
+    return Setup(
+        load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words]),
+        LAYERS,
+        fresh,
+        layout,
+    )
+
+
+def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
+    """A Plan for :func:`filled` tensors, all of them shared."""
+    plan = Plan(
+        round=round,
+        device=device,
+        adapter=AdapterSpec(layers=(None,) * LAYERS, alpha=16.0),
+        tensors=filled(1.0),
+        train=None,
+        share=frozenset({"head.W", *(f"layer.{layer}.A" for layer in range(LAYERS))}),
+        dropout=None,
+        objective=Objective(),
+        base_delta=None,
+        budget=Budget(steps=2),
+        reward_rows=0,
+        seed=0,
+        nonce=f"nonce {round} {device}",
+    )
+    return replace(plan, **changes)
+
+
+def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
+    """An Update that is in order, every tensor set to one value."""
+    update = Update(
+        round=plan.round,
+        device=plan.device,
+        nonce=plan.nonce,
+        tensors={
+            key: {name: np.full_like(array, value) for name, array in named.items()}
+            for key, named in plan.tensors.items()
+        },
+        examples=8,
+        steps=2,
+        active_steps=(2, 1, 1, 2),
+        importance=(0.1, 0.2, 0.3, 0.4),
+        train_loss=0.7,
+        reward=None,
+        cost=COST,
+    )
+    return replace(update, **changes)
+
+
+class Scripted:
+    """A transport whose devices answer as told, in the order told."""
+
+    def __init__(self, answer: Callable[[Plan], list[Any]], *, backwards: bool = False) -> None:
+        self.answer = answer
+        self.backwards = backwards
+
+    def exchange(self, plans: Any) -> Any:
+        replies = [
+            (index, reply) for index, plan in enumerate(plans) for reply in self.answer(plan)
+        ]
+        yield from reversed(replies) if self.backwards else replies

@@ -1,0 +1,232 @@
+"""The contract of every federated method, and what is particular to each."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.checkpoints import Checkpoint, load_newest, save
+from droppeft.federation.rounds import play_round
+from droppeft.federation.run import start_run
+from droppeft.methods import METHODS, Method, Setup, method_named
+from droppeft.plans import Failure, Plan, ServerState, Tensors, Update, flatten
+from messages import LAYERS, Scripted, answer_to, filled, setup_for
+from runs import Recorder
+
+# Settings with which a method's contract is tested: adding a method adds a row.
+ROWS: dict[str, tuple[str, ...]] = {
+    "droppeft": ("dropout.mean=0.25",),
+    "fedlora": (),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def setup(method: Method) -> Setup:
+    return setup_for(f"method={method.name}", *ROWS[method.name])
+
+
+def assert_same(first: Tensors, second: Tensors) -> None:
+    one, other = list(flatten(first)), list(flatten(second))
+    assert [item[:2] for item in one] == [item[:2] for item in other]
+    for (_, name, left), (_, _, right) in zip(one, other, strict=True):
+        assert left.dtype == right.dtype, name
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+def lessons(plan: Plan) -> list[Update]:
+    """Answers whose sum in floating point depends on the order of its terms."""
+    # (1e30 - 1e30) + 1 = 1, but (1 - 1e30) + 1e30 = 0
+    return [answer_to(plan, (1e30, -1e30, 1.0)[plan.device % 3])]
+
+
+def test_every_method_has_a_row_and_its_own_name() -> None:
+    assert ROWS.keys() == METHODS.keys()
+    assert all(method.name == name and method.summary for name, method in METHODS.items())
+
+
+def test_plans_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
+    state = method.init(setup)
+    assert isinstance(state, ServerState)
+    plans = method.plan(setup, state, 2, [7, 1, 4])
+    assert [(plan.round, plan.device) for plan in plans] == [(2, 7), (2, 1), (2, 4)]
+    again = method.plan(setup, state, 2, [7, 1, 4])
+    nonces = [plan.nonce for plan in (*plans, *again)]
+    assert len(set(nonces)) == 6
+    assert min(map(len, nonces)) >= 32
+
+
+def test_a_plan_can_be_carried_out(method: Method, setup: Setup) -> None:
+    for plan in method.plan(setup, method.init(setup), 1, [0, 5]):
+        assert plan.share
+        assert plan.share <= {name for _, name, _ in flatten(plan.tensors)}
+        assert len(plan.adapter.layers) == LAYERS
+        assert plan.seed == setup.config.seed
+        assert (plan.budget.steps is None) != (plan.budget.epochs is None)
+        assert plan.dropout is None or len(plan.dropout.rates) == LAYERS
+
+
+def test_merging_nothing_changes_nothing(method: Method, setup: Setup) -> None:
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1])
+    failed = [Failure(plan.device, "sent no reply") for plan in plans]
+    merged = method.merge(setup, state, plans, failed)
+    assert_same(merged.model.tensors, state.model.tensors)
+    assert replace(merged, model=state.model) == state
+
+
+def test_merging_moves_the_model_towards_what_was_sent(method: Method, setup: Setup) -> None:
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1])
+    updates = [answer_to(plan, 5.0) for plan in plans]
+    assert_same(method.merge(setup, state, plans, updates).model.tensors, filled(5.0))
+
+
+def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
+    setup = setup_for(f"method={method.name}", "devices=3", *ROWS[method.name])
+
+    def play(backwards: bool) -> ServerState:
+        state = method.init(setup)
+        for round in (1, 2):
+            transport = Scripted(lessons, backwards=backwards)
+            state, _ = play_round(setup, method, transport, state, round, lambda reply: None)
+        return state
+
+    assert_same(play(backwards=False).model.tensors, play(backwards=True).model.tensors)
+
+
+def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Path) -> None:
+    state = method.init(setup)
+    state, _ = play_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
+    save(tmp_path, Checkpoint(1, state, {}))
+    loaded = load_newest(tmp_path).state
+    assert_same(loaded.model.tensors, state.model.tensors)
+    assert loaded.model.adapter == state.model.adapter
+    assert (loaded.alternatives, loaded.memory) == (state.alternatives, state.memory)
+    plain = method.plan(setup, state, 2, [0])[0]
+    reloaded = method.plan(setup, loaded, 2, [0])[0]
+    assert (plain.adapter, plain.share, plain.dropout) == (
+        reloaded.adapter,
+        reloaded.share,
+        reloaded.dropout,
+    )
+
+
+def test_a_whole_run_learns_and_leaves_its_files(
+    method: Method, tiny_words: list[str], tmp_path: Path
+) -> None:
+    without_tables = [word for word in tiny_words if not word.startswith("dropout.")]
+    words = [
+        *without_tables,
+        f"method={method.name}",
+        *ROWS[method.name],
+        "training.local_steps=20",
+        "training.batch_size=16",
+        "training.learning_rate=0.02",
+        "partition.kind=iid",
+    ]
+    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    # Three classes in equal parts: chance is a third.
+    assert result["global_accuracy"] > 0.6
+    assert result["initial_accuracy"] < 0.5
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "config.toml",
+        "devices.jsonl",
+        "result.json",
+        "rounds.jsonl",
+    }
+
+
+def test_an_unknown_method_is_named_with_those_there_are() -> None:
+    with pytest.raises(DroppeftError, match="method=fedfoo: unknown method; known are droppeft, f"):
+        method_named("fedfoo")
+
+
+# FedLoRA
+
+
+def test_fedlora_weights_by_rows() -> None:
+    setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
+    state = method.init(setup)
+    one, other = method.plan(setup, state, 1, [0, 1])
+    updates = [answer_to(one, 1.0, examples=10), answer_to(other, 4.0, examples=20)]
+    # (10 · 1 + 20 · 4) / 30 = 3
+    assert_same(method.merge(setup, state, [one, other], updates).model.tensors, filled(3.0))
+
+
+def test_fedlora_never_drops() -> None:
+    setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
+    assert [plan.dropout for plan in method.plan(setup, method.init(setup), 1, [0, 1])] == [
+        None
+    ] * 2
+
+
+# DropPEFT
+
+
+def test_droppeft_averages_a_layer_over_those_who_ran_it() -> None:
+    setup, method = setup_for(), METHODS["droppeft"]
+    state = method.init(setup)
+    one, other = method.plan(setup, state, 1, [0, 1])
+    whole = answer_to(other, 4.0, examples=30)
+    part = answer_to(one, 2.0, examples=10)
+    part = replace(part, tensors={key: v for key, v in part.tensors.items() if key not in (1, 2)})
+    rest = replace(whole, tensors={key: v for key, v in whole.tensors.items() if key != 2})
+    merged = method.merge(setup, state, [one, other], [part, rest]).model.tensors
+    # Layer 0: (10 · 2 + 30 · 4) / 40 = 3.5; layer 1: only 4; layer 2: nobody, so 1 as before.
+    values = [float(next(iter(merged[layer].values()))[0]) for layer in range(LAYERS)]
+    assert values == [3.5, 4.0, 1.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        (["dropout.mean=0.25"], (0.0, 0.5, 0.5, 0.0)),
+        (["dropout.count=2"], (0.0, 1.0, 1.0, 0.0)),
+        (["dropout.count=1", "dropout.protect_first=0"], (1 / 3, 1 / 3, 1 / 3, 0.0)),
+        (["dropout.rates=[0.1, 0.2, 0.3, 0.4]"], (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_droppeft_plans_the_configured_rates(words: list[str], rates: tuple[float, ...]) -> None:
+    setup, method = setup_for(*words, "dropout.sampling=bernoulli"), METHODS["droppeft"]
+    for plan in method.plan(setup, method.init(setup), 1, [0, 1]):
+        assert plan.dropout is not None
+        assert plan.dropout.rates == pytest.approx(rates)
+        assert plan.dropout.sampling == "bernoulli"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dropout.mean=0.6"], "largest possible mean is 0.5"),
+        (["dropout.count=3"], "dropout.count=3 is impossible: 4 layers of which 2 are protected"),
+        (["dropout.rates=[0.5, 0.5]"], "2 drop rates were given for 4 layers"),
+        (["dropout.protect_first=4"], "cannot protect 4 first and 1 last"),
+    ],
+)
+def test_impossible_dropout_stops_before_anything_is_written(
+    words: list[str], message: str, tiny_words: list[str], tmp_path: Path
+) -> None:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    with pytest.raises(DroppeftError, match=message):
+        METHODS["droppeft"].init(setup_for(*words))
+    with pytest.raises(DroppeftError, match=message):
+        start_run(load_config(None, [*usual, *words]), tmp_path / "run", Recorder())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exact_count_runs_the_same_depth_in_every_step(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_words[:-1], "dropout.count=2"]
+    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert result["mean_active_layers"] == 2.0

@@ -1,0 +1,162 @@
+"""What a run shows on a terminal of 80 columns."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from droppeft.ledger import RoundRow
+from droppeft.report.screen import JsonLines, Quiet, Screen
+from runs import rows_of
+
+WIDTH = 80
+
+
+@pytest.fixture
+def result(whole_run: Path) -> dict[str, Any]:
+    return dict(json.loads((whole_run / "result.json").read_text()))
+
+
+@pytest.fixture
+def rows(whole_run: Path) -> list[RoundRow]:
+    return [RoundRow(**row) for row in rows_of(whole_run / "rounds.jsonl")]
+
+
+def shown(about: dict[str, Any], rows: list[RoundRow], earlier: int = 0) -> str:
+    """Show a run to a recording console and return the text."""
+    console = Console(width=WIDTH, file=io.StringIO(), record=True)
+    with Screen(console) as screen:
+        screen.preparing("reading data")
+        screen.started(about, rows[:earlier])
+        for row in rows[earlier:]:
+            for _ in row.cohort:
+                screen.replied(None)
+            screen.round_done(row)
+        screen.preparing("measuring on the whole test set")
+        screen.finished(about)
+    text = console.export_text()
+    assert all(len(line) <= WIDTH for line in text.splitlines())
+    return text
+
+
+def line_with(text: str, start: str) -> str:
+    found = [line for line in text.splitlines() if line.strip().startswith(start)]
+    assert len(found) == 1, text
+    return found[0]
+
+
+def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    text = shown({**result, "model": "builtin", "data": "builtin"}, rows)
+    assert "droppeft · droppeft · seed 0" in text
+    assert "builtin: 4 layers, 4,195 trainable parameters" in text
+    assert "builtin: 180 texts, 3 classes" in text
+    assert "4, 2 per round, 3 rounds" in text
+    for row in rows:
+        line = line_with(text, f"round {row.round}")
+        assert f"accuracy {row.global_accuracy:.3f}".replace("0.", ".") in line
+        assert f"loss {row.train_loss:.3f}" in line
+        assert f"depth 3.00/4  {row.host_wall_s:.1f} s" in line
+    assert "all 60 test texts" in line_with(text, "accuracy")
+    assert "of 4 layers per step" in line_with(text, "mean depth")
+    assert "target" not in text
+
+
+def test_names_that_are_too_long_for_a_line(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    long = "/a/folder/with/a/name" * 8
+    text = shown({**result, "model": long, "data": long}, rows)
+    assert len([line for line in text.splitlines() if line.startswith("round ")]) == len(rows)
+
+
+def test_a_target_that_was_reached(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    reached = {"target": 0.85, "target_round": 2, "time_to_target_measured_s": 83.0}
+    line = line_with(shown({**result, **reached}, rows), "target .850")
+    assert "1 min 23 s" in line
+    assert "round 2; devices side by side" in line
+
+
+def test_a_target_that_was_not_reached(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    missed = {"target": 0.85, "target_round": None, "time_to_target_measured_s": None}
+    assert "not reached" in line_with(shown({**result, **missed}, rows), "target .850")
+
+
+def test_a_round_that_was_not_measured(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    silent = replace(
+        rows[0], global_accuracy=None, global_f1=None, global_loss=None, train_loss=None,
+        mean_active_layers=None,
+    )  # fmt: skip
+    text = shown({**result, "first_accuracy": None, "mean_active_layers": None}, [silent])
+    line = line_with(text, "round 1")
+    assert "loss –  depth –/4" in line
+    # Its columns stand under those of a measured round.
+    measured = line_with(shown(result, rows[:1]), "round 1")
+    assert line.index("loss") == measured.index("loss")
+
+
+def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    failing = replace(rows[0], failures=[{"device": 7, "reason": "refused: its loss is infinite"}])
+    text = shown(result, [failing])
+    assert "device 7: refused: its loss is infinite" in text
+
+
+def test_going_on_says_after_which_round(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    text = shown(result, rows, earlier=2)
+    assert "going on after round 2" in text
+    assert [line[:7] for line in text.splitlines() if line.startswith("round")] == ["round 3"]
+
+
+def test_another_built_in_data_set_is_pointed_out(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    warning = "other library versions than the published ones"
+    assert warning in shown({**result, "builtin_data_as_published": False}, rows)
+    assert warning not in shown({**result, "builtin_data_as_published": True}, rows)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (7e10, "70.0 GB")]
+)
+def test_bytes_for_people(
+    result: dict[str, Any], rows: list[RoundRow], count: float, text: str
+) -> None:
+    assert text in line_with(shown({**result, "upload_bytes": count}, rows), "upload")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (61.0, "1 min 01 s"), (3599.0, "59 min 59 s")],
+)
+def test_seconds_for_people(
+    result: dict[str, Any], rows: list[RoundRow], seconds: float, text: str
+) -> None:
+    assert text in line_with(shown({**result, "host_wall_s": seconds}, rows), "time")
+
+
+def test_quiet_says_one_line(
+    result: dict[str, Any], rows: list[RoundRow], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = Quiet()
+    quiet.preparing("reading data")
+    quiet.started(result, [])
+    quiet.round_done(rows[0])
+    quiet.finished({**result, "global_accuracy": 0.75})
+    assert capsys.readouterr().out == "accuracy 0.7500\n"
+
+
+def test_json_lines_are_the_rows_and_the_result(
+    result: dict[str, Any],
+    rows: list[RoundRow],
+    capsys: pytest.CaptureFixture[str],
+    whole_run: Path,
+) -> None:
+    lines = JsonLines()
+    lines.started(result, [])
+    for row in rows:
+        lines.round_done(row)
+    lines.finished(result)
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kept = rows_of(whole_run / "rounds.jsonl")
+    assert said == [*({"event": "round", **row} for row in kept), {"event": "result", **result}]

@@ -1,0 +1,99 @@
+"""A whole run in about a second: its data, its settings, and how two runs are compared."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from droppeft.federation.transport import Reply
+from droppeft.ledger import RoundRow
+
+TOPICS = {
+    "food": ("bread", "apple", "cheese", "soup", "salt", "rice"),
+    "space": ("planet", "star", "moon", "rocket", "orbit", "comet"),
+    "music": ("violin", "song", "drum", "piano", "chord", "opera"),
+}
+SETTINGS = (
+    "devices=4",
+    "cohort=2",
+    "rounds=3",
+    "training.local_steps=2",
+    "training.batch_size=4",
+    "partition.min_rows=6",
+    "threads=1",
+    "accelerator=cpu",
+    "evaluation.rows=20",
+    "dropout.mean=0.25",
+)
+
+
+def write_tiny_data(folder: Path) -> Path:
+    """Write train.csv (180 rows) and test.csv (60) of three classes whose words differ."""
+    draw = random.Random(0)
+    for split, rows in (("train", 180), ("test", 60)):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("text", "label"))
+            for row in range(rows):
+                label = sorted(TOPICS)[row % len(TOPICS)]
+                writer.writerow((" ".join(draw.choices(TOPICS[label], k=6)), label))
+    return folder
+
+
+def adapter_bytes(out: Path) -> dict[str, bytes]:
+    """Content of every file of the exported adapter."""
+    return {path.name: path.read_bytes() for path in sorted((out / "adapter").iterdir())}
+
+
+def timeless(value: Any) -> Any:
+    """The same without what a clock measured, which no two runs share."""
+    if isinstance(value, dict):
+        return {
+            key: timeless(item)
+            for key, item in value.items()
+            if not key.endswith(("_wall_s", "_measured_s", "_host_s"))
+        }
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file, every line of which must be whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All that two runs of one configuration must share, whatever happened on the way."""
+    return {
+        "adapter": adapter_bytes(out),
+        "config": (out / "config.toml").read_bytes(),
+        "rounds": timeless(rows_of(out / "rounds.jsonl")),
+        "devices": timeless(rows_of(out / "devices.jsonl")),
+        "result": timeless(json.loads((out / "result.json").read_text())),
+    }
+
+
+class Recorder:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.earlier: list[RoundRow] = []
+        self.replies: list[Reply] = []
+        self.rows: list[RoundRow] = []
+        self.results: list[Any] = []
+
+    def preparing(self, what: str) -> None:
+        self.steps.append(what)
+
+    def started(self, about: Any, rows: list[RoundRow]) -> None:
+        self.earlier = rows
+
+    def replied(self, reply: Reply) -> None:
+        self.replies.append(reply)
+
+    def round_done(self, row: RoundRow) -> None:
+        self.rows.append(row)
+
+    def finished(self, result: Any) -> None:
+        self.results.append(result)

@@ -1,0 +1,207 @@
+"""The command line: one sentence for every mistake, and what it prints when all is well."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from droppeft import __version__
+from droppeft.cli import main
+from runs import rows_of
+
+
+@dataclass(frozen=True)
+class Said:
+    """Exit code and the two streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def droppeft(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    # Registered once here and undone by pytest: the handler would outlive the test.
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr("sys.argv", ["droppeft", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        code = left.value.code
+        captured = capfd.readouterr()
+        return Said(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+def assert_refused(said: Said, *parts: str) -> None:
+    """One sentence on stderr, exit code 2."""
+    assert said.code == 2, said
+    assert said.err.startswith("droppeft: "), said.err
+    assert said.err.count("\n") == 1, said.err
+    for part in parts:
+        assert part in said.err
+    assert "Traceback" not in said.out + said.err
+
+
+# What is refused before anything is written
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["rouns=3"], ["unknown key rouns", "did you mean rounds?"]),
+        (["dropout.meen=0.1"], ["unknown key dropout.meen", "did you mean dropout.mean?"]),
+        (["rounds=many"], ["rounds", "'many'"]),
+        (["rounds=2.5"], ["rounds", "2.5"]),
+        (["seed=true"], ["seed"]),
+        (["rounds=0"], ["rounds"]),
+        (["source.text=body"], ["has no column body", "columns: text, label"]),
+        (["data=nowhere.csv"], ["data=", "no such file or folder"]),
+        (["data=broken.parquet"], ["broken.parquet", "cannot be read as parquet"]),
+        (["model=nobody/nothing"], ["model=nobody/nothing", "cannot be loaded from this hub id"]),
+        (["model=config:tiny"], ["unknown architecture; known are bert-large"]),
+        (["method=fedfoo"], ["method=fedfoo: unknown method; known are droppeft"]),
+        (["transport=post"], ["transport=post: unknown transport; known are in_process"]),
+        (["dropout.rates=[0,2,0,0]"], ["dropout.rates", "every rate must lie between 0 and 1"]),
+        (["dropout.rates=[0.5]"], ["1 drop rates were given for 4 layers"]),
+        (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
+        (["dropout.mean=0.1", "dropout.count=1"], ["give only one of dropout.mean"]),
+        (["cohort=9"], ["cohort", "devices"]),
+        (["method=fedlora"], ["dropout.mean has no effect with method=fedlora; leave it out"]),
+        (["one.toml", "two.toml"], ["only one configuration file", "one.toml and two.toml"]),
+        (["one.toml"], ["one.toml: no such configuration file"]),
+        (["broken.toml"], ["broken.toml: not valid TOML"]),
+        (["rounds"], ["'rounds' is neither a .toml file nor key=value"]),
+        (["adapter.targets=nothing"], ["adapter.targets: no layer has a linear module 'nothing'"]),
+        (["devices=100"], ["too few for devices=100"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    droppeft: Command, tiny_words: list[str], tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    (tmp_path / "broken.toml").write_text("rounds = = 3\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
+    usual = tiny_words[:-1] if "dropout." in words[0] else tiny_words
+    for out in ([], ["--out", "run"]):
+        assert_refused(droppeft("run", *usual, *words, *out), *parts)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"broken.toml", "broken.parquet"}
+
+
+def test_a_mistake_in_a_file_names_the_file(droppeft: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[dropout]\nmeen = 0.5\n")
+    assert_refused(droppeft("run", "mine.toml"), "unknown key dropout.meen in mine.toml")
+
+
+def test_a_folder_that_is_taken(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("precious")
+    assert_refused(
+        droppeft("run", *tiny_words, "--out", "run"),
+        "--out run exists already",
+        "droppeft resume run",
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_made(
+    droppeft: Command, tiny_words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for out in ("file", "file/run", "file/deep/run"):
+        assert_refused(droppeft("run", *tiny_words, "--out", out), f"--out {out}")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_resuming_what_is_not_there(droppeft: Command) -> None:
+    assert_refused(droppeft("resume", "nowhere"), "nowhere: holds no run to resume")
+
+
+# What is printed
+
+
+def test_the_version(droppeft: Command) -> None:
+    said = droppeft("--version")
+    assert (said.code, said.out) == (0, f"droppeft {__version__}\n")
+
+
+def test_help_lists_the_commands(droppeft: Command) -> None:
+    said = droppeft("--help")
+    assert said.code == 0
+    assert "run" in said.out
+    assert "resume" in said.out
+    assert "--out" in droppeft("run", "--help").out
+
+
+def test_a_run_on_the_screen(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    said = droppeft("run", *tiny_words)
+    assert (said.code, said.err) == (0, "")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-droppeft")
+    assert f"adapter, ledger and checkpoints: runs/{folder.name}" in said.out
+    assert said.out.count("\nround ") == 3
+    assert "Result" in said.out
+
+
+def test_a_quiet_run_says_one_line(
+    droppeft: Command, tiny_words: list[str], tmp_path: Path
+) -> None:
+    said = droppeft("run", *tiny_words, "--out", "run", "--quiet")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert said == Said(0, f"accuracy {result['global_accuracy']:.4f}\n", "")
+
+
+def test_a_run_for_programs(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    said = droppeft("run", *tiny_words, "--out", "run", "--json")
+    assert (said.code, said.err) == (0, "")
+    *rounds, last = (json.loads(line) for line in said.out.splitlines())
+    kept = rows_of(tmp_path / "run" / "rounds.jsonl")
+    assert rounds == [{"event": "round", **row} for row in kept]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert last == {"event": "result", **result}
+
+
+def test_resuming_a_finished_run_reports_it(
+    droppeft: Command, whole_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    result = json.loads((whole_run / "result.json").read_text())
+    said = droppeft("resume", "run", "--quiet")
+    assert said == Said(0, f"accuracy {result['global_accuracy']:.4f}\n", "")
+    assert "Result" in droppeft("resume", "run").out
+
+
+def test_a_file_and_words(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("rounds = 9\nseed = 5\n")
+    words = [word for word in tiny_words if not word.startswith("rounds=")]
+    said = droppeft("run", "mine.toml", *words, "rounds=1", "--out", "run", "--quiet")
+    assert said.code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["rounds"], result["seed"]) == (1, 5)
+
+
+def test_ctrl_c_before_the_first_round(
+    droppeft: Command, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*values: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("droppeft.federation.prepare.load_backbone", stop)
+    said = droppeft("run", *tiny_words, "--out", "run")
+    assert said.code == 130
+    assert said.err == "droppeft: stopped while preparing; nothing is lost\n"
+    assert not (tmp_path / "run").exists()

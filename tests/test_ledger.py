@@ -1,0 +1,196 @@
+"""Sums, targets and rows on disk, with numbers worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from droppeft.ledger import (
+    RoundRow,
+    append_rows,
+    device_row,
+    read_rows,
+    rewind,
+    round_row,
+    summarise,
+    target_round,
+)
+from droppeft.plans import Failure, LayerDropout
+from messages import COST, answer_to, plan_for
+
+
+def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
+    usual = RoundRow(
+        round=round,
+        cohort=[0],
+        accepted=1,
+        failures=[],
+        global_accuracy=accuracy,
+        global_f1=accuracy,
+        global_loss=None,
+        train_loss=1.0 / round,
+        mean_active_layers=3.0,
+        activation_bytes_peak=100,
+        upload_bytes=10,
+        download_bytes=20,
+        round_measured_s=2.0,
+        train_wall_s=1.0,
+        evaluation_wall_s=0.5,
+        saving_wall_s=0.1,
+        host_wall_s=3.0,
+    )
+    return replace(usual, **changes)
+
+
+def rows_with(*accuracies: float | None) -> list[RoundRow]:
+    return [row(number, value) for number, value in enumerate(accuracies, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "reached"),
+    [
+        ([0.6, 0.9], 0.5, 2),  # (0.0 + 0.6 + 0.9) / 3 = 0.5: what was before round 1 counts
+        ([0.6, 0.9], 0.51, None),
+        ([1.0, 0.0, 0.5, 1.0, 1.0], 0.8, 5),  # (0.5 + 1.0 + 1.0) / 3; a single 1.0 is not enough
+        ([1.0], 0.1, None),  # two measurements are no mean of three
+        ([0.6, None, 0.9], 0.5, 3),  # rounds that were not measured are passed over
+        ([None, None, None], 0.0, None),
+        ([1.0, 1.0, 1.0], None, None),
+        ([], 0.0, None),
+    ],
+)
+def test_a_target_is_reached_by_a_mean_of_three(
+    accuracies: list[float | None], target: float | None, reached: int | None
+) -> None:
+    assert target_round(rows_with(*accuracies), 0.0, target) == reached
+
+
+def test_a_summary_adds_up() -> None:
+    rows = [
+        row(1, 0.5, activation_bytes_peak=300),
+        row(2, None, mean_active_layers=None),
+        row(3, 0.75, mean_active_layers=2.0),
+        row(4, 0.7),
+    ]
+    summary = summarise(rows, 0.25, 0.5)
+    assert summary == {
+        "rounds": 4,
+        "initial_accuracy": 0.25,
+        "first_accuracy": 0.5,
+        "best_accuracy": 0.75,
+        "best_round": 3,
+        "train_loss": 0.25,
+        "mean_active_layers": pytest.approx((3 + 2 + 3) / 3),
+        "activation_bytes_peak": 300,
+        "upload_bytes": 40,
+        "download_bytes": 80,
+        "round_measured_s": 8.0,
+        "train_wall_s": 4.0,
+        "evaluation_wall_s": 2.0,
+        "host_wall_s": 12.0,
+        "target": 0.5,
+        "target_round": 3,  # (0.25 + 0.5 + 0.75) / 3 = 0.5
+        "time_to_target_measured_s": 6.0,  # three rounds of 2 s
+        "time_to_target_host_s": 7.5,  # three rounds of 3 s less 0.5 s of measuring
+    }
+
+
+def test_the_best_round_is_the_first_of_equals() -> None:
+    assert summarise(rows_with(0.5, 0.8, 0.8), 0.1, None)["best_round"] == 2
+
+
+def test_a_summary_of_nothing_measured() -> None:
+    summary = summarise(rows_with(None, None), 0.3, 0.9)
+    assert (summary["best_accuracy"], summary["best_round"]) == (0.3, 0)
+    assert summary["first_accuracy"] is None
+    assert summary["time_to_target_measured_s"] is None
+    assert summary["time_to_target_host_s"] is None
+
+
+def test_a_round_is_summed_up() -> None:
+    plans = [plan_for(device) for device in (1, 4, 6)]
+    slow = replace(COST, turn_wall_s=9.0, activation_bytes_peak=70)
+    replies = [
+        answer_to(plans[0], train_loss=0.5),
+        Failure(4, "sent no reply"),
+        answer_to(
+            plans[2],
+            train_loss=1.0,
+            steps=6,
+            active_steps=(6, 3, 3, 6),
+            tensors={0: answer_to(plans[2]).tensors[0]},
+            cost=slow,
+        ),
+    ]
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
+    assert round_row(plans, replies, quality, 0.25, 1.5, 0.2, 20.0) == RoundRow(
+        round=1,
+        cohort=[1, 4, 6],
+        accepted=2,
+        failures=[{"device": 4, "reason": "sent no reply"}],
+        global_accuracy=0.8,
+        global_f1=0.7,
+        global_loss=0.4,
+        train_loss=0.75,
+        mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over devices
+        activation_bytes_peak=100,
+        upload_bytes=36 + 8,  # nine values of 4 bytes, and two
+        download_bytes=3 * 36,
+        round_measured_s=9.25,
+        train_wall_s=4.0,
+        evaluation_wall_s=1.5,
+        saving_wall_s=0.2,
+        host_wall_s=20.0,
+    )
+
+
+def test_a_device_s_row() -> None:
+    plan = plan_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
+    made = device_row(plan, answer_to(plan, reward=0.1))
+    assert made == json.loads(json.dumps(made))
+    assert (made["round"], made["device"], made["accepted"]) == (1, 4, True)
+    assert made["rates"] == [0.0, 0.5, 0.5, 0.0]
+    assert (made["upload_bytes"], made["download_bytes"]) == (36, 36)
+    assert (made["active_steps"], made["reward"], made["tokens"]) == ([2, 1, 1, 2], 0.1, 64)
+    failed = device_row(plan_for(4), Failure(4, "sent no reply"))
+    assert (failed["accepted"], failed["rates"]) == (False, None)
+    assert failed["reason"] == "sent no reply"
+
+
+# On disk
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_rows(path, [{"round": 1, "é": None}, {"round": 2}])
+    append_rows(path, [])
+    append_rows(path, [{"round": 3}])
+    assert read_rows(path) == [{"round": 1, "é": None}, {"round": 2}, {"round": 3}]
+
+
+@pytest.mark.parametrize("torn", ['{"round": 3', "{", '{"round": 3, "reason": "\\u00'])
+def test_a_torn_last_line_is_passed_over(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"round": 1}, {"round": 2}])
+    with path.open("a") as file:
+        file.write(torn)
+    assert read_rows(path) == [{"round": 1}, {"round": 2}]
+
+
+def test_rewinding_drops_later_rows_for_good(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"round": number} for number in (1, 1, 2, 2, 3)])
+    with path.open("a") as file:
+        file.write('{"round"')
+    kept = [{"round": 1}, {"round": 1}, {"round": 2}, {"round": 2}]
+    assert rewind(path, 2) == kept
+    append_rows(path, [{"round": 3}])
+    assert read_rows(path) == [*kept, {"round": 3}]
+
+
+def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
+    assert rewind(tmp_path / "rows.jsonl", 0) == []
+    assert (tmp_path / "rows.jsonl").read_bytes() == b""
