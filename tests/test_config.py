@@ -367,3 +367,22 @@ def test_resolve_makes_existing_paths_absolute(
     assert resolved.data == str(tmp_path.resolve() / "texts")
     assert resolved.model == "some/hub-id"
     assert resolve(Config(), cuda=False).data == "builtin"
+
+
+@pytest.mark.parametrize("name", ["./not-there", "../not-there", "/not/there"])
+def test_resolve_leaves_a_path_that_is_not_there_as_it_is(name: str) -> None:
+    """Without its ./ it would pass for a hub id."""
+    config = resolve(load_config(None, [f"data={name}", f"model={name}"]), cuda=False)
+    assert (config.data, config.model) == (name, name)
+
+
+def test_resolve_expands_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE_DATA_ARE", str(tmp_path))
+    (tmp_path / "ag").mkdir()
+    config = resolve(load_config(None, ["data=$WHERE_DATA_ARE/ag"]), cuda=False)
+    assert config.data == str(tmp_path / "ag")
+
+
+@pytest.mark.parametrize("key", ["rounds", "training.learning_rate"])
+def test_true_is_no_number(key: str) -> None:
+    assert key in refusal(f"{key}=true")

@@ -51,6 +51,7 @@ def rows_with(*accuracies: float | None) -> list[RoundRow]:
 @pytest.mark.parametrize(
     ("accuracies", "target", "reached"),
     [
+        ([0.7, 0.7, 0.7], 0.7, 3),  # their mean is 0.6999999999999998 in floating point
         ([0.6, 0.9], 0.5, 2),  # (0.0 + 0.6 + 0.9) / 3 = 0.5: what was before round 1 counts
         ([0.6, 0.9], 0.51, None),
         ([1.0, 0.0, 0.5, 1.0, 1.0], 0.8, 5),  # (0.5 + 1.0 + 1.0) / 3; a single 1.0 is not enough

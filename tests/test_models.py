@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -258,3 +259,41 @@ def test_what_has_no_weights_yet_is_named(tmp_path: Path, part: str) -> None:
 
 def test_the_builtin_pooler_has_weights(builtin: Backbone) -> None:
     assert builtin.new_modules == ("classifier",)
+
+
+@pytest.mark.parametrize("name", ["./no-such", "/no/such", "../no-such"])
+def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name: str) -> None:
+    assert sentence(name) == f"model={name}: no such folder"
+
+
+def test_positions_start_behind_the_padding_of_roberta() -> None:
+    assert models._positions(tiny_model(1, "roberta")) == 514 - 1
+    assert models._positions(tiny_model(1, "bert")) == 512
+
+
+def test_the_hash_follows_weights_and_not_the_head(tmp_path: Path) -> None:
+    folder = str(save_tiny_model(tmp_path, 1))
+    two, three = load_backbone(folder, NAMES, 0), load_backbone(folder, ("a", "b", "c"), 1)
+    assert two.weights_hash == three.weights_hash
+    model: Any = two.model
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias[-1] += 1
+    assert models.hash_weights(model) != two.weights_hash
+
+
+def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path) -> None:
+    """As DeBERTa-v3 comes: `spm.model`, no `tokenizer.json`."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    save_tiny_model(tmp_path / "model", 1, "deberta-v2")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "model" / "spm"),
+        vocab_size=30,
+        minloglevel=2,
+    )
+    tokenizer = load_backbone(str(tmp_path / "model"), NAMES, 0).tokenizer
+    assert tokenizer.is_fast
+    assert tokenizer.unk_token_id not in tokenizer("the lazy fox")["input_ids"]

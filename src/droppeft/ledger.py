@@ -15,6 +15,7 @@ from droppeft.files import sync, write_atomically
 from droppeft.plans import Failure, Plan, Reply, Update, payload_bytes, plan_bytes
 
 SCHEMA_VERSION = 1
+ROUNDING = 1e-9
 SMOOTHED_EVALUATIONS = 3
 """A target counts as reached when the mean of so many evaluations in a row reaches it."""
 
@@ -164,7 +165,7 @@ def target_round(
         if row.global_accuracy is None:
             continue
         recent = [*recent, row.global_accuracy][-SMOOTHED_EVALUATIONS:]
-        if len(recent) == SMOOTHED_EVALUATIONS and sum(recent) / len(recent) >= target:
+        if len(recent) == SMOOTHED_EVALUATIONS and sum(recent) / len(recent) >= target - ROUNDING:
             return row.round
     return None
 

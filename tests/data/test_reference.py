@@ -39,3 +39,8 @@ def test_real_data(data_folder: Path, name: str, tfidf: float, majority: float) 
     data = load_text(str(data_folder / name), SourceConfig())
     assert tfidf_accuracy(data) == pytest.approx(tfidf, abs=0.02)
     assert majority_accuracy(data) == pytest.approx(majority, abs=0.001)
+
+
+def test_texts_without_words_have_no_reference() -> None:
+    table = TextTable(("好", "坏"), None, np.array([1, 0]))
+    assert tfidf_accuracy(_task(table, table)) is None

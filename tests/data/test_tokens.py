@@ -17,6 +17,7 @@ from droppeft.data.tokens import (
     pad_batch,
     tokenise,
 )
+from droppeft.errors import DroppeftError
 
 SINGLE = TextTable(("one two three", "", "a b c d e f g h i j"), None, np.array([0, 1, 2]))
 PAIRED = TextTable(("one two three four five", "six"), ("seven", "eight nine"), np.array([1, 0]))
@@ -196,3 +197,20 @@ def test_padding_is_the_tokenizers_own(tokenizer: Any, side: Literal["right", "l
     )
     for name in ("input_ids", "token_type_ids", "attention_mask"):
         assert batch[name].tolist() == expected[name]
+
+
+class _Wordless:
+    """A tokenizer that adds nothing, as a decoder's: an empty text has no tokens."""
+
+    class backend_tokenizer:
+        @staticmethod
+        def to_str() -> str:
+            return "none"
+
+    def __call__(self, texts: list[str], pairs: Any, **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * len(text) for text in texts]}
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(DroppeftError, match="text 2 has no tokens"):
+        tokenise(SINGLE, _Wordless(), 6, None)

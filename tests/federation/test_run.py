@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -258,6 +259,45 @@ def test_data_that_changed_are_refused(tiny_words: list[str], tmp_path: Path) ->
     with pytest.raises(DroppeftError, match="the data changed since this run began"):
         resume_run(out, Recorder())
     assert (out / "rounds.jsonl").read_bytes() == before
+
+
+def test_another_backbone_or_split_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    model = next(word.partition("=")[2] for word in tiny_words if word.startswith("model="))
+    mine = shutil.copytree(model, tmp_path / "model")
+    out = tmp_path / "run"
+    stop_after(1, [*tiny_words, f"model={mine}"], out)
+    changed = (out / "config.toml").read_text().replace("min_rows = 6", "min_rows = 7")
+    weights = load_file(mine / "model.safetensors")
+    name = next(name for name in weights if "layer.0.attention.self.query.weight" in name)
+    save_file({**weights, name: weights[name] + 1}, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DroppeftError, match="the model changed since this run began"):
+        resume_run(out, Recorder())
+    (out / "config.toml").write_text(changed.replace('kind = "dirichlet"', 'kind = "iid"'))
+    with pytest.raises(DroppeftError, match="the split changed since this run began"):
+        resume_run(out, Recorder())
+
+
+def test_rows_that_are_gone_are_noticed(tiny_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop_after(2, tiny_words, out)
+    (out / "rounds.jsonl").write_text("")
+    with pytest.raises(DroppeftError, match="has 0 of the 2 rounds that are saved"):
+        resume_run(out, Recorder())
+
+
+def test_the_present_folder_will_do(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start_run(load_config(None, tiny_words), Path(), Recorder())
+    assert (tmp_path / "result.json").exists()
+
+
+def test_more_tokens_than_positions_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*tiny_words, "training.max_length=1000"])
+    with pytest.raises(DroppeftError, match="max_length=1000 is more than the 512 positions"):
+        start_run(config, tmp_path / "run", Recorder())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:

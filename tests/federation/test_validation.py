@@ -56,7 +56,7 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
         ({"device": 4}, "answers round 1, device 4"),
         ({"nonce": "another"}, "does not carry this Plan's nonce"),
         ({"active_steps": (2, 1, 1)}, "speaks of 3 layers, the model has 4"),
-        ({"importance": (0.0,) * 5}, "the model has 4"),
+        ({"importance": (0.0,) * 5}, "speaks of 5 layers, the model has 4"),
         ({"examples": 0}, "claims 0 rows in 2 steps of 16 at most"),
         ({"examples": 33}, "claims 33 rows in 2 steps of 16 at most"),
         ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget says 2"),

@@ -34,8 +34,9 @@ def _identity(plan: Plan, update: Update) -> str | None:
 
 def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     layers = len(plan.adapter.layers)
-    if len(update.active_steps) != layers or len(update.importance) != layers:
-        return f"speaks of {len(update.active_steps)} layers, the model has {layers}"
+    for said in (len(update.active_steps), len(update.importance)):
+        if said != layers:
+            return f"speaks of {said} layers, the model has {layers}"
     if update.steps < 1 or (plan.budget.steps or update.steps) != update.steps:
         return f"took {update.steps} steps, the budget says {plan.budget.steps}"
     if not 1 <= update.examples <= update.steps * batch_size:
