@@ -308,9 +308,10 @@ def _held(out: Path) -> Iterator[None]:
     """Keep a second process out of the folder; the lock goes with the process."""
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DroppeftError(f"{out}: another process is working on this run") from None
         yield
-    except BlockingIOError:
-        raise DroppeftError(f"{out}: another process is working on this run") from None
     finally:
         os.close(handle)
