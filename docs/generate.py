@@ -71,8 +71,8 @@ RESULTS_HEAD = """\
 # Results
 
 Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
-means a real clock on the machine named; nothing on this page is modelled. These are first
-measurements of one seed: they show that the system works, not how methods compare.
+means a real clock on the machine named; nothing on this page is modelled. Methods were run with one
+seed so far: that shows that the system works, not how methods compare.
 """
 
 FIRST_SLICE_HEAD = """\
