@@ -10,6 +10,7 @@ Writes `benchmarks/results/first_slice.json` and draws `docs/figures/first_slice
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -156,7 +157,9 @@ def main() -> None:
             run_both(Path(folder), arguments.settings)
             content = collect(Path(folder))
         RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1) + "\n"
+        place = str(Path(os.environ["DROPPEFT_DATA"]).resolve())
+        RESULT.write_text(text.replace(place, "$DROPPEFT_DATA"), encoding="utf-8")
     content = json.loads(RESULT.read_text(encoding="utf-8"))
     draw(content)
     for method, member in content["members"].items():
