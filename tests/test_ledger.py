@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from droppeft.ledger import (
@@ -17,7 +18,7 @@ from droppeft.ledger import (
     summarise,
     target_round,
 )
-from droppeft.plans import Failure, LayerDropout
+from droppeft.plans import BaseDelta, Failure, LayerDropout
 from messages import COST, answer_to, plan_for
 
 
@@ -195,3 +196,12 @@ def test_rewinding_drops_later_rows_for_good(tmp_path: Path) -> None:
 def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
     assert rewind(tmp_path / "rows.jsonl", 0) == []
     assert (tmp_path / "rows.jsonl").read_bytes() == b""
+
+
+def test_a_change_of_the_backbone_is_traffic() -> None:
+    delta = BaseDelta("v1", {"w": np.zeros((10, 10), np.float32)})
+    plan = plan_for(4, base_delta=delta)
+    assert device_row(plan, Failure(4, "lost"))["download_bytes"] == 36 + 400
+    nothing = dict.fromkeys(("accuracy", "f1", "loss"))
+    row = round_row([plan], [Failure(4, "lost")], nothing, 0.0, 0.0, 0.0, 0.0)
+    assert row.download_bytes == 36 + 400

@@ -535,3 +535,18 @@ def test_evaluation_in_bf16_is_near_and_not_equal() -> None:
     half = evaluate(on.model, TABLE, rows, TASK, 6, "bf16")
     assert full.loss != half.loss
     assert full.loss == pytest.approx(half.loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("names", "output"),
+    [
+        (["classifier.weight", "classifier.bias"], {"classifier.weight", "classifier.bias"}),
+        (["x.pooler.dense.weight", "classifier.weight"], {"classifier.weight"}),
+        (["classifier.dense.weight", "classifier.out_proj.weight"], {"classifier.out_proj.weight"}),
+    ],
+)
+def test_only_the_map_to_the_classes_has_the_head_s_rate(
+    names: list[str], output: set[str]
+) -> None:
+    head = {name: nn.Parameter(torch.zeros(1)) for name in names}
+    assert training._output_names({0: {"a": nn.Parameter(torch.zeros(1))}, HEAD: head}) == output
