@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tiny import FAMILIES
+
 LAYERS = 4
 _COMMON: dict[str, Any] = {
     "vocab_size": 40,
@@ -25,14 +27,7 @@ _COMMON: dict[str, Any] = {
     "num_labels": 3,
     "initializer_range": 0.3,
 }
-_DEBERTA = {
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 8,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-}
+_DEBERTA = FAMILIES["deberta-v2"]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert"},
     "roberta": {"model_type": "roberta"},

@@ -173,15 +173,17 @@ def _load(bench: Workbench, plan: Plan) -> Parameters:
     Raises:
         DroppeftError: a tensor is to be trained and the Plan has no value for it.
     """
+    fresh = bench.fresh_tensors(plan.adapter)
     sent = {name for _, name, _ in flatten(plan.tensors)}
-    for name in bench.layout(plan.adapter):
-        if name not in sent and (plan.train is None or name in plan.train):
-            raise DroppeftError(
-                f"round {plan.round}, device {plan.device}: the Plan lacks {name}, "
-                "and this device keeps no tensors of its own"
-            )
-    set_tensors(bench.parameters, bench.fresh_tensors(plan.adapter))
+    missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
+    needed = missing if plan.train is None else missing & plan.train
+    if needed:
+        raise DroppeftError(
+            f"round {plan.round}, device {plan.device}: the Plan lacks {min(needed)}, "
+            "and this device keeps no tensors of its own"
+        )
     set_tensors(bench.parameters, plan.tensors)
+    set_tensors(bench.parameters, restrict(fresh, missing))
     trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
     for key, named in bench.parameters.items():
         for name, value in named.items():
