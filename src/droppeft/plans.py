@@ -28,6 +28,9 @@ Layout = Mapping[str, tuple[LayerKey, tuple[int, ...]]]
 """The trainable tensors that an adapter has: name to (layer, shape)."""
 
 
+OptionValue = bool | int | float | str | tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class LayerAdapter:
     """What is attached to one layer.
@@ -52,12 +55,14 @@ class AdapterSpec:
         alpha: LoRA's scaling numerator; a layer's update counts alpha / rank.
         dropout: dropout probability on the adapter's input.
         targets: module names, or ``("default",)`` or ``("all-linear",)``.
+        options: further settings of the PEFT type, by the names of its own configuration class.
     """
 
     layers: tuple[LayerAdapter | None, ...]
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = ("default",)
+    options: tuple[tuple[str, OptionValue], ...] = ()
 
 
 @dataclass(frozen=True)
