@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from droppeft.config import load_config
+from droppeft.federation.transport import Arrival
 from droppeft.methods import Setup
 from droppeft.plans import (
     HEAD,
@@ -106,6 +107,6 @@ class Scripted:
 
     def exchange(self, plans: Any) -> Any:
         replies = [
-            (index, reply) for index, plan in enumerate(plans) for reply in self.answer(plan)
+            Arrival(index, reply) for index, plan in enumerate(plans) for reply in self.answer(plan)
         ]
         yield from reversed(replies) if self.backwards else replies

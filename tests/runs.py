@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from droppeft.federation.transport import Reply
 from droppeft.ledger import RoundRow
+from droppeft.plans import Reply
 
 TOPICS = {
     "food": ("bread", "apple", "cheese", "soup", "salt", "rice"),

@@ -216,6 +216,21 @@ class EvaluationConfig(_Table):
     batch_size: Whole = Field(64, ge=1, description="rows per forward")
 
 
+class FlowerConfig(_Table):
+    """Flower's part, in its simulation and on a SuperLink."""
+
+    deadline_s: Real = Field(
+        3600.0, gt=0, description="seconds after which a round closes without the missing replies"
+    )
+    nodes_timeout_s: Real = Field(
+        120.0, gt=0, description="seconds that the start of a run waits for its devices' nodes"
+    )
+    resident: bool = Field(
+        True,
+        description="on a SuperNode: keep the model in a process of its own between messages",
+    )
+
+
 class Config(_Table):
     """A whole run."""
 
@@ -227,11 +242,17 @@ class Config(_Table):
     data: str = Field(
         "builtin", description="`builtin`, a hub id, a folder, or a file; `$VARIABLES` are expanded"
     )
-    transport: str = Field("in_process", description="how Plans reach devices")
+    transport: str = Field(
+        "in_process",
+        description="how Plans reach devices: `in_process`, or `flower` (its simulation engine)",
+    )
     seed: Whole = Field(0, ge=0, lt=2**63, description="everything random follows from it")
     rounds: Whole = Field(15, ge=1, description="federated rounds")
     devices: Whole = Field(20, ge=1, description="devices that hold data")
     cohort: Whole = Field(5, ge=1, description="devices that train in a round")
+    quorum: Whole = Field(
+        1, ge=1, description="fewest replies that a round merges; with fewer it merges nothing"
+    )
     threads: Whole = Field(
         0,
         ge=0,
@@ -247,6 +268,16 @@ class Config(_Table):
     dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    flower: FlowerConfig = Field(default_factory=FlowerConfig)
+
+    @model_validator(mode="after")
+    def _quorum_fits(self) -> "Config":
+        if self.quorum > self.cohort:
+            raise ValueError(
+                f"quorum={self.quorum} is larger than cohort={self.cohort}; "
+                "lower quorum or raise cohort"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> "Config":

@@ -14,7 +14,7 @@ from typing import Any
 from droppeft.files import sync, write_atomically
 from droppeft.plans import Failure, Plan, Reply, Update, payload_bytes, plan_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROUNDING = 1e-9
 SMOOTHED_EVALUATIONS = 3
 """A target counts as reached when the mean of so many evaluations in a row reaches it."""
@@ -41,6 +41,9 @@ class RoundRow:
         saving_wall_s: writing the rows and checkpoint of the round before (this row is part of
             what is written now, so its own saving is not known yet).
         host_wall_s: the whole round in this process, evaluation and that saving included.
+        upload_framed_bytes, download_framed_bytes: what the transport sent, its framing of
+            messages included and that of the network not; ``None`` where devices are in this
+            process.
     """
 
     round: int
@@ -60,6 +63,8 @@ class RoundRow:
     evaluation_wall_s: float
     saving_wall_s: float
     host_wall_s: float
+    upload_framed_bytes: int | None = None
+    download_framed_bytes: int | None = None
 
 
 def device_row(plan: Plan, reply: Reply) -> dict[str, Any]:
@@ -89,13 +94,18 @@ def device_row(plan: Plan, reply: Reply) -> dict[str, Any]:
 def round_row(
     plans: Sequence[Plan],
     replies: Sequence[Reply],
+    framing: Sequence[tuple[int | None, int | None]],
     quality: Mapping[str, float | None],
     server_wall_s: float,
     evaluation_wall_s: float,
     saving_wall_s: float,
     host_wall_s: float,
 ) -> RoundRow:
-    """Sum a round up."""
+    """Sum a round up.
+
+    Args:
+        framing: bytes sent to and received from each device, as the transport counted them.
+    """
     updates = [reply for reply in replies if isinstance(reply, Update)]
     steps = sum(update.steps for update in updates)
     return RoundRow(
@@ -118,6 +128,8 @@ def round_row(
         evaluation_wall_s=evaluation_wall_s,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
+        upload_framed_bytes=_total([received for _, received in framing]),
+        download_framed_bytes=_total([sent for sent, _ in framing]),
     )
 
 
@@ -141,6 +153,8 @@ def summarise(
         "activation_bytes_peak": max((row.activation_bytes_peak for row in rows), default=0),
         "upload_bytes": sum(row.upload_bytes for row in rows),
         "download_bytes": sum(row.download_bytes for row in rows),
+        "upload_framed_bytes": _total([row.upload_framed_bytes for row in rows]),
+        "download_framed_bytes": _total([row.download_framed_bytes for row in rows]),
         "round_measured_s": sum(row.round_measured_s for row in rows),
         "train_wall_s": sum(row.train_wall_s for row in rows),
         "evaluation_wall_s": sum(row.evaluation_wall_s for row in rows),
@@ -203,6 +217,11 @@ def rewind(path: Path, last_round: int) -> list[dict[str, Any]]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _sum_or_none(reached: int | None, values: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from droppeft.config import load_config, resolve
+from droppeft.federation.loading import Site, site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.plans import Plan
 
@@ -23,6 +24,11 @@ def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
 @pytest.fixture
 def prepared(prepare_with: Callable[..., Prepared]) -> Prepared:
     return prepare_with()
+
+
+@pytest.fixture
+def site(prepared: Prepared) -> Site:
+    return site_of(prepared.loaded)
 
 
 @pytest.fixture

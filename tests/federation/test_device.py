@@ -12,6 +12,7 @@ from torch import nn
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import base_delta_applied, take_turn
+from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
 from droppeft.seeds import seed_for
@@ -23,7 +24,7 @@ PLAIN = "bert.encoder.layer.2.output.dense.bias"
 
 
 def turn(prepared: Prepared, plan: Plan) -> Update:
-    site = prepared.site
+    site = site_of(prepared.loaded)
     return take_turn(site.bench, site.table, site.devices[plan.device], site.config, plan)
 
 
@@ -48,7 +49,7 @@ def delta() -> BaseDelta:
 
 
 def logits(prepared: Prepared) -> torch.Tensor:
-    bench = prepared.site.bench
+    bench = prepared.bench
     bench.model.eval()
     batch = bench.task.collate(prepared.test, np.arange(4))
     with torch.inference_mode():
@@ -62,7 +63,7 @@ def logits(prepared: Prepared) -> torch.Tensor:
 def test_a_base_delta_is_in_force_inside_only(
     prepared: Prepared, delta: BaseDelta, name: str
 ) -> None:
-    model = prepared.site.bench.model
+    model = prepared.bench.model
     alone = BaseDelta("v1", {name: delta.tensors[name]})
     before, plain = bits(model), logits(prepared)
     with base_delta_applied(model, alone):
@@ -72,7 +73,7 @@ def test_a_base_delta_is_in_force_inside_only(
 
 
 def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: BaseDelta) -> None:
-    model = prepared.site.bench.model
+    model = prepared.bench.model
     before = bits(model)
     with pytest.raises(RuntimeError, match="lost"), base_delta_applied(model, delta):
         raise RuntimeError("lost")
@@ -83,7 +84,7 @@ def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: B
 def test_a_base_delta_that_does_not_fit_changes_nothing(
     prepared: Prepared, delta: BaseDelta, tensors: dict[str, np.ndarray]
 ) -> None:
-    model = prepared.site.bench.model
+    model = prepared.bench.model
     before = bits(model)
     wrong = BaseDelta("v2", {WRAPPED: delta.tensors[WRAPPED], **tensors})
     with (
@@ -97,10 +98,10 @@ def test_a_base_delta_that_does_not_fit_changes_nothing(
 def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
     prepared: Prepared, plans: list[Plan], delta: BaseDelta
 ) -> None:
-    before = bits(prepared.site.bench.model)
+    before = bits(prepared.bench.model)
     plain, changed = (turn(prepared, replace(plans[0], base_delta=d)) for d in (None, delta))
     assert plain.train_loss != changed.train_loss
-    assert bits(prepared.site.bench.model) == before
+    assert bits(prepared.bench.model) == before
 
 
 # What a turn sends
@@ -123,7 +124,7 @@ def test_an_update_says_what_was_done(prepared: Prepared, plans: list[Plan]) -> 
 
 def test_a_whole_pass_sees_every_row_once(prepared: Prepared, plans: list[Plan]) -> None:
     update = turn(prepared, replace(plans[0], budget=Budget(epochs=1)))
-    assert update.examples == len(prepared.site.devices[0].train)
+    assert update.examples == len(prepared.loaded.devices[0].train)
 
 
 def test_a_turn_trains_what_it_sends(prepared: Prepared, plans: list[Plan]) -> None:
@@ -162,13 +163,13 @@ def test_a_plan_that_lacks_a_tensor_is_refused(prepared: Prepared, plans: list[P
 def test_the_reward_is_the_decrease_of_the_validation_loss(
     prepared: Prepared, plans: list[Plan]
 ) -> None:
-    bench, rows = prepared.site.bench, prepared.site.devices[0].validation[:3]
+    bench, rows = prepared.bench, prepared.loaded.devices[0].validation[:3]
     assert len(rows) == 3
     update = turn(prepared, replace(plans[0], dropout=None, reward_rows=3))
 
     def loss(tensors: object) -> float:
         set_tensors(bench.parameters, tensors)
-        return evaluate(bench.model, prepared.site.table, rows, bench.task, 64).loss
+        return evaluate(bench.model, site_of(prepared.loaded).table, rows, bench.task, 64).loss
 
     assert update.reward == loss(plans[0].tensors) - loss(update.tensors)
     assert update.reward != 0
@@ -236,7 +237,7 @@ def frozen_a(plan: Plan) -> Plan:
 
 
 def test_frozen_tensors_stay_as_the_seed_made_them(prepared: Prepared, plans: list[Plan]) -> None:
-    bench = prepared.site.bench
+    bench = prepared.bench
     turn(prepared, replace(plans[1], dropout=None))  # leaves its own A on the bench
     plan = frozen_a(replace(plans[0], dropout=None))
     update = turn(prepared, plan)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import take_turn
 from droppeft.federation.export import write_adapter
+from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import BaseDelta, Plan, flatten
 
@@ -60,17 +61,17 @@ def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
 ) -> None:
     model = replace(prepared.state.model, base_delta=BaseDelta("v1", {}))
     with pytest.raises(DroppeftError, match="base delta cannot be exported"):
-        write_adapter(prepared, model, {"rows": 1, "accuracy": 1.0}, tmp_path)
+        write_adapter(prepared.loaded, model, {"rows": 1, "accuracy": 1.0}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_given_model_is_written_whatever_the_bench_wears(
     prepared: Prepared, plans: list[Plan], tmp_path: Path
 ) -> None:
-    site = prepared.site
+    site = site_of(prepared.loaded)
     take_turn(site.bench, site.table, site.devices[0], site.config, plans[0])
     facts = {"rows": 60, "accuracy": 0.5}
-    write_adapter(prepared, prepared.state.model, facts, tmp_path)
+    write_adapter(prepared.loaded, prepared.state.model, facts, tmp_path)
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     sent = {
         name.replace(".modules_to_save", "").replace(".default", ""): array

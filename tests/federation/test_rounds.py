@@ -105,7 +105,7 @@ class TestRound:
 
 def row_of(closed: Closed) -> Any:
     quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0}
-    return round_row(closed.plans, closed.replies, quality, 0.0, 0.0, 0.0, 0.0)
+    return round_row(closed.plans, closed.replies, [], quality, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:

@@ -1,24 +1,28 @@
 """The contract of every transport: what comes back depends on the Plan alone."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from droppeft.config import load_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.federation.prepare import Prepared
+from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.transport import TRANSPORTS, Transport, transport_named
 from droppeft.plans import LayerAdapter, Plan, Update, flatten
 
 
-@pytest.fixture(params=TRANSPORTS)
-def connect(request: pytest.FixtureRequest) -> Callable[[Prepared], Transport]:
-    return lambda prepared: TRANSPORTS[request.param](prepared.site)
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest, tiny_words: list[str]) -> Iterator[Transport]:
+    """One of each, opened once: an engine takes seconds to start."""
+    config = resolve(load_config(None, tiny_words), cuda=False)
+    with TRANSPORTS[request.param](prepare(config, lambda step: None).loaded) as transport:
+        yield transport
 
 
 def ask(transport: Transport, plans: list[Plan]) -> dict[int, Update]:
-    replies = dict(transport.exchange(plans))
+    replies = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
     assert sorted(replies) == list(range(len(plans)))
     answers = {}
     for index, reply in replies.items():
@@ -38,10 +42,8 @@ def assert_same(one: Update, other: Update) -> None:
     assert one.cost.activation_bytes_peak == other.cost.activation_bytes_peak
 
 
-def test_every_plan_is_answered_once(
-    connect: Callable[[Prepared], Transport], prepared: Prepared, plans: list[Plan]
-) -> None:
-    answers = ask(connect(prepared), plans)
+def test_every_plan_is_answered_once(transport: Transport, plans: list[Plan]) -> None:
+    answers = ask(transport, plans)
     assert sorted(answers) == [0, 1, 3]
     for plan in plans:
         answer = answers[plan.device]
@@ -52,55 +54,44 @@ def test_every_plan_is_answered_once(
         )
 
 
-def test_nobody_is_asked_nobody_answers(
-    connect: Callable[[Prepared], Transport], prepared: Prepared
-) -> None:
-    assert list(connect(prepared).exchange([])) == []
+def test_nobody_is_asked_nobody_answers(transport: Transport) -> None:
+    assert list(transport.exchange([])) == []
 
 
-def test_the_same_plan_gives_the_same_answer(
-    connect: Callable[[Prepared], Transport], prepared: Prepared, plans: list[Plan]
-) -> None:
-    transport = connect(prepared)
+def test_the_same_plan_gives_the_same_answer(transport: Transport, plans: list[Plan]) -> None:
     first, second = ask(transport, plans), ask(transport, plans)
     for device, answer in first.items():
         assert_same(answer, second[device])
 
 
-def test_devices_differ(
-    connect: Callable[[Prepared], Transport], prepared: Prepared, plans: list[Plan]
-) -> None:
-    answers = ask(connect(prepared), plans)
+def test_devices_differ(transport: Transport, plans: list[Plan]) -> None:
+    answers = ask(transport, plans)
     assert len({answer.train_loss for answer in answers.values()}) == 3
 
 
 def test_the_order_of_plans_does_not_change_an_answer(
-    connect: Callable[[Prepared], Transport], prepared: Prepared, plans: list[Plan]
+    transport: Transport, plans: list[Plan]
 ) -> None:
-    transport = connect(prepared)
     forwards, backwards = ask(transport, plans), ask(transport, plans[::-1])
     for device, answer in forwards.items():
         assert_same(answer, backwards[device])
 
 
-def test_an_answer_does_not_depend_on_what_was_done_before(
-    connect: Callable[[Prepared], Transport],
-    prepare_with: Callable[..., Prepared],
-    plans: list[Plan],
+def test_an_answer_does_not_depend_on_what_was_done_before_or_where(
+    transport: Transport, prepared: Prepared, plans: list[Plan]
 ) -> None:
-    used, unused = prepare_with(), prepare_with()
     wide = LayerAdapter("lora", rank=2)
     other_spec = replace(plans[0].adapter, layers=(wide, None, wide, None), dropout=0.3)
     other = replace(
         plans[0],
         round=2,
         adapter=other_spec,
-        tensors=used.setup.fresh_tensors(other_spec),
+        tensors=prepared.setup.fresh_tensors(other_spec),
         dropout=None,
     )
-    transport = connect(used)
     ask(transport, [other, plans[2]])
-    assert_same(ask(transport, plans[1:2])[1], ask(connect(unused), plans[1:2])[1])
+    with TRANSPORTS["in_process"](prepared.loaded) as unused:
+        assert_same(ask(transport, plans[1:2])[1], ask(unused, plans[1:2])[1])
 
 
 def test_an_unknown_transport_is_named_with_those_there_are() -> None:

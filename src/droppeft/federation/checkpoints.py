@@ -31,6 +31,7 @@ from droppeft.plans import (
 
 KEPT = 2
 _SEPARATOR = "|"
+_DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 _log = logging.getLogger("droppeft")
 
 
@@ -52,7 +53,7 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint and delete all but the last two."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round-{checkpoint.round:05d}.safetensors"
+    path = _path(folder, checkpoint.round)
     write_atomically(path, _encode(checkpoint))
     for old in _newest_first(folder)[KEPT:]:
         old.unlink()
@@ -68,9 +69,31 @@ def load_newest(folder: Path) -> Checkpoint:
     for path in _newest_first(folder):
         try:
             return _decode(path)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except _DAMAGES as error:
             _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
     raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
+
+
+def load_round(folder: Path, round: int) -> Checkpoint:
+    """Read the checkpoint of one round.
+
+    Raises:
+        DroppeftError: it is not there (the message names those that are), or it is damaged.
+    """
+    path = _path(folder, round)
+    if not path.exists():
+        kept = [str(int(path.stem.removeprefix("round-"))) for path in _newest_first(folder)]
+        raise DroppeftError(
+            f"{folder}: holds no round {round}, only {', '.join(kept) or 'nothing'}"
+        )
+    try:
+        return _decode(path)
+    except _DAMAGES as error:
+        raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:05d}.safetensors"
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -148,7 +171,12 @@ def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array
 
 def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
     layers = tuple(None if item is None else LayerAdapter(**item) for item in fields["layers"])
-    return AdapterSpec(**{**fields, "layers": layers, "targets": tuple(fields["targets"])})
+    options = tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in fields.get("options", ())
+    )
+    targets = tuple(fields["targets"])
+    return AdapterSpec(**{**fields, "layers": layers, "targets": targets, "options": options})
 
 
 def _digest(text: str, arrays: Mapping[str, Array]) -> str:

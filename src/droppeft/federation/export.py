@@ -1,73 +1,290 @@
-"""The adapter that a run leaves: PEFT's format, with a card that says how to load it."""
+"""What a run leaves for others: its adapter in PEFT's format, or a plain transformers model; ours.
+
+Either has a card that says how to load it, and nothing from which a training text could be learnt.
+"""
 
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from droppeft.adapters.attach import export_adapter
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from droppeft.adapters.attach import export_adapter, merged
 from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.federation.prepare import Prepared
+from droppeft.federation.device import Workbench, base_delta_applied
+from droppeft.federation.loading import Loaded
 from droppeft.files import sync
+from droppeft.models import Backbone
 from droppeft.plans import GlobalModel
 
+PROBE = "Whatever it says, the merged model must answer it as the model did that it is made of."
+MERGE_TOLERANCE = 1e-3
+"""Of the largest logit; float32 merging moves a logit by about 1e-6 of it."""
 
-def write_adapter(
-    prepared: Prepared, model: GlobalModel, facts: Mapping[str, Any], out: Path
-) -> str:
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export, and what its card says of it.
+
+    Attributes:
+        config: of the run, resolved.
+        backbone, bench: where the model is worn.
+        label_names: in the order of the class indices.
+        data_hash: content hash of the run's data.
+        model: as the server holds it.
+        round: the last one that is in it; 0 before the first.
+        accuracy: what the run recorded at that round, ``None`` if it was not evaluated then.
+        rows: on how many test texts.
+    """
+
+    config: Config
+    backbone: Backbone
+    bench: Workbench
+    label_names: tuple[str, ...]
+    data_hash: str
+    model: GlobalModel
+    round: int
+    accuracy: float | None
+    rows: int
+
+
+def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], out: Path) -> str:
     """Write ``out/adapter`` in one step and return its tensors' hash; an older one is replaced.
+
+    Args:
+        facts: ``accuracy`` at the end of the run, and on how many ``rows``.
 
     Raises:
         DroppeftError: the model has a base delta, for which PEFT's format has no place.
     """
-    if model.base_delta is not None:
-        raise DroppeftError("a model with a base delta cannot be exported as an adapter alone")
-    bench, folder = prepared.site.bench, out / "adapter"
-    bench.wear(model.adapter)
-    set_tensors(bench.parameters, model.tensors)
-    partial = out / "adapter.partial"
+    config, data = loaded.config, loaded.data
+    source = Source(
+        config=config,
+        backbone=loaded.backbone,
+        bench=loaded.bench,
+        label_names=data.label_names,
+        data_hash=data.content_hash,
+        model=model,
+        round=config.rounds,
+        accuracy=facts["accuracy"],
+        rows=facts["rows"],
+    )
+    folder, partial = out / "adapter", out / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    export_adapter(bench.model, partial, _card(prepared, facts))
-    for path in partial.iterdir():
-        sync(path)
+    _fill_with_adapter(source, partial)
+    _make_durable(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     sync(out)
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def _card(prepared: Prepared, facts: Mapping[str, Any]) -> str:
-    config, names = prepared.config, prepared.data.label_names
+def save_adapter(source: Source, out: Path) -> None:
+    """Write the adapter as the new folder ``out``, in one step.
+
+    Raises:
+        DroppeftError: the model has a base delta, or the folder cannot be written.
+    """
+    with _new_folder(out) as folder:
+        _fill_with_adapter(source, folder)
+
+
+def save_merged(source: Source, out: Path) -> None:
+    """Write backbone and adapter as one plain model, in one step; the bench is used up by that.
+
+    Raises:
+        DroppeftError: an adapter of this type is no change of weights, or the folder cannot be
+            written.
+    """
+    bench, model = source.bench, source.model
+    _wear(bench, model)
+    with base_delta_applied(bench.model, model.base_delta):
+        plain: Any = _merged(source)
+        with _new_folder(out) as folder:
+            plain.save_pretrained(folder)
+            source.backbone.tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(_merged_card(source), encoding="utf-8")
+
+
+def check_alone(model: GlobalModel) -> None:
+    """Refuse a model that an adapter does not hold all of.
+
+    Raises:
+        DroppeftError: it has a base delta.
+    """
+    if model.base_delta is not None:
+        raise DroppeftError(
+            "a model with a base delta cannot be exported as an adapter alone; "
+            "droppeft export --merge writes it with its backbone"
+        )
+
+
+def adapter_lines(source: Source, folder: str) -> str:
+    """Python that loads the adapter in ``folder`` as ``model``, and its ``tokenizer``."""
+    base, tokenizer = source.backbone.path, source.backbone.tokenizer
+    if base.startswith("config:"):
+        return (
+            f"# The weights of {base} are random and in no file:\n"
+            "# droppeft export --merge writes a model that can be loaded.\n"
+        )
+    padding = (
+        'tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"\n'
+        "model.config.pad_token_id = tokenizer.pad_token_id\n"
+        if tokenizer.pad_token == tokenizer.eos_token
+        else ""
+    )
+    return f"""\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = {base!r}
+id2label = {dict(enumerate(source.label_names))!r}
+model = AutoModelForSequenceClassification.from_pretrained(
+    base, id2label=id2label, ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(model, {folder!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained(base)
+{padding}{_cut(source)}"""
+
+
+def merged_lines(source: Source, folder: str) -> str:
+    """Python that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
+    return f"""\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({folder!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+{_cut(source)}"""
+
+
+def _fill_with_adapter(source: Source, folder: Path) -> None:
+    check_alone(source.model)
+    _wear(source.bench, source.model)
+    export_adapter(source.bench.model, folder, _adapter_card(source))
+
+
+def _wear(bench: Workbench, model: GlobalModel) -> None:
+    bench.wear(model.adapter)
+    set_tensors(bench.parameters, model.tensors)
+
+
+def _merged(source: Source) -> nn.Module:
+    """Merge, and compare an answer before and after: not every type's merging is exact."""
+    before = _logits(source, source.bench.model)
+    plain = merged(source.bench.model)
+    after = _logits(source, plain)
+    if float((after - before).abs().max()) > MERGE_TOLERANCE * float(before.abs().max()):
+        raise DroppeftError(
+            f"merging an adapter of type {source.config.adapter.type} changes what this model "
+            "answers; export it without --merge"
+        )
+    return plain
+
+
+def _logits(source: Source, model: nn.Module) -> torch.Tensor:
+    ids = source.backbone.tokenizer(PROBE, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(input_ids=ids).logits
+    return logits
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``out`` in one rename, unless something is raised."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            inside = Path(scratch) / out.name
+            inside.mkdir()
+            yield inside
+            _make_durable(inside)
+            inside.replace(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DroppeftError(
+            f"{out}: cannot be written ({reason}); choose another folder with --out"
+        ) from None
+
+
+def _make_durable(folder: Path) -> None:
+    """Sync all, and open files to whom the folder is open: safetensors keeps its own private."""
+    mode = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode & 0o666)
+        sync(path)
+    sync(folder)
+
+
+def _adapter_card(source: Source) -> str:
+    config = source.config
     return f"""---
 library_name: peft
-base_model: {prepared.backbone.path}
-tags: [lora, federated, droppeft]
+base_model: {json.dumps(source.backbone.path)}
+tags: [{config.adapter.type}, federated, droppeft]
 ---
 # Adapter trained by droppeft
 
+{_table(source)}
+In this folder:
+
+```python
+{adapter_lines(source, ".")}```
+"""
+
+
+def _merged_card(source: Source) -> str:
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(source.backbone.path)}
+tags: [federated, droppeft]
+---
+# Model fine-tuned by droppeft
+
+Adapters ({source.config.adapter.type}) were trained, and are merged into the weights here.
+
+{_table(source)}
+In this folder:
+
+```python
+{merged_lines(source, ".")}```
+"""
+
+
+def _table(source: Source) -> str:
+    config = source.config
+    return f"""\
 | | |
 |---|---|
 | method | {config.method} |
 | base model | {config.model} |
-| data | {config.data} (content hash {prepared.data.content_hash}) |
-| classes | {len(names)} |
-| rounds x cohort of devices | {config.rounds} x {config.cohort} of {config.devices} |
+| data | {config.data} (content hash {source.data_hash}) |
+| classes | {len(source.label_names)} |
+| round | {source.round} of {config.rounds} |
+| cohort | {config.cohort} of {config.devices} devices in each round |
 | seed | {config.seed} |
-| trainable parameters | {count_parameters(prepared.site.bench.parameters):,} |
-| accuracy on {facts["rows"]} test texts | {facts["accuracy"]:.4f} |
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-base = "{prepared.backbone.path}"
-id2label = {dict(enumerate(names))!r}
-model = AutoModelForSequenceClassification.from_pretrained(
-    base, id2label=id2label, ignore_mismatched_sizes=True
-)
-model = PeftModel.from_pretrained(model, "adapter").eval()
-tokenizer = AutoTokenizer.from_pretrained(base)
-```
+| trainable parameters | {count_parameters(source.bench.parameters):,} |
+{_accuracy(source)}
 """
+
+
+def _accuracy(source: Source) -> str:
+    if source.accuracy is None:
+        return "| accuracy | not evaluated at this round |"
+    return f"| accuracy on {source.rows} test texts | {source.accuracy:.4f} |"
+
+
+def _cut(source: Source) -> str:
+    length = source.config.training.max_length
+    return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length})\n"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.federation.transport import Transport
+from droppeft.federation.transport import Arrival, Transport
 from droppeft.federation.validation import why_refused
 from droppeft.methods import Method, Setup
 from droppeft.plans import Failure, Plan, Reply, ServerState, Update
@@ -27,11 +27,13 @@ class Closed:
     Attributes:
         plans: in cohort order.
         replies: in the same order, refused Updates replaced by their Failure.
+        arrivals: what the transport handed over, in order of arrival.
         server_wall_s: planning, checking and merging on the server.
     """
 
     plans: tuple[Plan, ...]
     replies: tuple[Reply, ...]
+    arrivals: tuple[Arrival, ...]
     server_wall_s: float
 
     @property
@@ -48,7 +50,7 @@ def play_round(
     round: int,
     on_reply: OnReply,
 ) -> tuple[ServerState, Closed]:
-    """Play one round; with no acceptable Update the method merges nothing.
+    """Play one round; with fewer acceptable Updates than the quorum, nothing is merged.
 
     Args:
         round: 1 for the first.
@@ -57,14 +59,16 @@ def play_round(
     start = time.perf_counter()
     plans = method.plan(setup, state, round, draw_cohort(setup, round))
     planned_s = time.perf_counter() - start
-    arrived: dict[int, Reply] = {}
-    for index, reply in transport.exchange(plans):
-        arrived[index] = reply
-        on_reply(reply)
+    arrived: dict[int, Arrival] = {}
+    for arrival in transport.exchange(plans):
+        arrived[arrival.index] = arrival
+        on_reply(arrival.reply)
     start = time.perf_counter()
-    replies = tuple(_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans))
+    replies = [_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans)]
+    replies = _with_quorum(replies, setup.config.quorum)
     state = _as_saved(method.merge(setup, state, plans, replies))
-    return state, Closed(tuple(plans), replies, planned_s + time.perf_counter() - start)
+    server_wall_s = planned_s + time.perf_counter() - start
+    return state, Closed(tuple(plans), tuple(replies), tuple(arrived.values()), server_wall_s)
 
 
 def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
@@ -74,14 +78,24 @@ def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
     return [int(device) for device in np.sort(drawn)]
 
 
-def _checked(setup: Setup, plan: Plan, reply: Reply | None) -> Reply:
-    if reply is None:
+def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:
+    if arrival is None:
         return Failure(plan.device, "sent no reply")
+    reply = arrival.reply
     if isinstance(reply, Failure):
-        return reply
+        return Failure(plan.device, reply.reason)
     layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
     reason = why_refused(plan, reply, layout, batch_size)
     return reply if reason is None else Failure(plan.device, f"refused: {reason}")
+
+
+def _with_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
+    """Set the Updates of a round aside that too few devices answered."""
+    found = sum(isinstance(reply, Update) for reply in replies)
+    if found >= quorum:
+        return replies
+    reason = f"set aside: {found} of the {quorum} replies that a round needs"
+    return [Failure(r.device, reason) if isinstance(r, Update) else r for r in replies]
 
 
 def _as_saved(state: ServerState) -> ServerState:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +28,10 @@ from droppeft.federation.checkpoints import Checkpoint
 from droppeft.federation.device import base_delta_applied
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.export import write_adapter
-from droppeft.federation.prepare import Prepared, identity, prepare, references
+from droppeft.federation.loading import identity
+from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
+from droppeft.federation.transport import Connect, Transport, transport_named
 from droppeft.files import sync, write_atomically
 from droppeft.ledger import (
     SCHEMA_VERSION,
@@ -44,6 +46,9 @@ from droppeft.plans import GlobalModel, Reply
 from droppeft.training import Evaluation, evaluate
 
 CONFIG, ROUNDS, DEVICES, RESULT = "config.toml", "rounds.jsonl", "devices.jsonl", "result.json"
+
+LOST_ROUNDS = 3
+"""So many rounds in a row without a merged reply end a run."""
 
 
 class Watcher(Protocol):
@@ -74,8 +79,13 @@ class Interrupted(Exception):
         self.round = round
 
 
-def start_run(config: Config, out: Path, watcher: Watcher) -> dict[str, Any]:
+def start_run(
+    config: Config, out: Path, watcher: Watcher, connect: Connect | None = None
+) -> dict[str, Any]:
     """Run a configuration in a new folder and return the content of its ``result.json``.
+
+    Args:
+        connect: opens the transport; by default the one that the configuration names.
 
     Raises:
         DroppeftError: something the configuration names does not work, or the folder is taken;
@@ -86,15 +96,15 @@ def start_run(config: Config, out: Path, watcher: Watcher) -> dict[str, Any]:
     out = out.resolve()
     config = resolve(config, cuda=torch.cuda.is_available())
     prepared = prepare(config, watcher.preparing)
-    watcher.preparing("measuring the references")
-    facts = _facts(prepared)
-    first = Checkpoint(0, prepared.state, facts)
-    _begin(out, config, first)
-    with _held(out):
-        return _play(prepared, first, [], out, watcher)
+    with _open(prepared, connect, watcher) as transport:
+        watcher.preparing("measuring the references")
+        first = Checkpoint(0, prepared.state, _facts(prepared))
+        _begin(out, config, first)
+        with _held(out):
+            return _play(prepared, transport, first, [], out, watcher)
 
 
-def resume_run(out: Path, watcher: Watcher) -> dict[str, Any]:
+def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> dict[str, Any]:
     """Go on where a run stopped; a finished one is only reported.
 
     Raises:
@@ -120,7 +130,8 @@ def resume_run(out: Path, watcher: Watcher) -> dict[str, Any]:
                 "put the file back, or start a new run"
             )
         rewind(out / DEVICES, newest.round)
-        return _play(prepared, newest, rows, out, watcher)
+        with _open(prepared, connect, watcher) as transport:
+            return _play(prepared, transport, newest, rows, out, watcher)
 
 
 def check_free(out: Path) -> None:
@@ -139,36 +150,66 @@ def check_free(out: Path) -> None:
         raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")
 
 
+def _open(
+    prepared: Prepared, connect: Connect | None, watcher: Watcher
+) -> AbstractContextManager[Transport]:
+    watcher.preparing("reaching the devices")
+    return (connect or transport_named(prepared.config.transport))(prepared.loaded)
+
+
 def _play(
-    prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path, watcher: Watcher
+    prepared: Prepared,
+    transport: Transport,
+    last: Checkpoint,
+    rows: list[RoundRow],
+    out: Path,
+    watcher: Watcher,
 ) -> dict[str, Any]:
     saving_wall_s = 0.0
     try:
         watcher.started(_about(prepared, last.facts), list(rows))
         for _ in range(last.round, prepared.config.rounds):
-            now, row, devices = _one_round(prepared, last, saving_wall_s, watcher)
+            now, row, devices = _one_round(prepared, transport, last, saving_wall_s, watcher)
             saving_wall_s = _save(out, now, row, devices)
             last = now
             rows.append(row)
             watcher.round_done(row)
+            _check_not_lost(rows, out)
         return _finish(prepared, last, rows, out, watcher)
     except KeyboardInterrupt:
         raise Interrupted(out, last.round) from None
 
 
+def _check_not_lost(rows: list[RoundRow], out: Path) -> None:
+    """Stop where going on would only use up rounds: nobody can be merged any more."""
+    recent = rows[-LOST_ROUNDS:]
+    if len(recent) == LOST_ROUNDS and not any(row.accepted for row in recent):
+        last = recent[-1].failures[-1]
+        raise DroppeftError(
+            f"no reply could be merged in {LOST_ROUNDS} rounds in a row "
+            f"(device {last['device']}: {last['reason']}); mend that, "
+            f"then go on with: droppeft resume {out}"
+        )
+
+
 def _one_round(
-    prepared: Prepared, last: Checkpoint, saving_wall_s: float, watcher: Watcher
+    prepared: Prepared,
+    transport: Transport,
+    last: Checkpoint,
+    saving_wall_s: float,
+    watcher: Watcher,
 ) -> tuple[Checkpoint, RoundRow, list[dict[str, Any]]]:
     """Play and measure one round; return what is to be saved of it."""
     start = time.perf_counter()
     round = last.round + 1
     state, closed = play_round(
-        prepared.setup, prepared.method, prepared.transport, last.state, round, watcher.replied
+        prepared.setup, prepared.method, transport, last.state, round, watcher.replied
     )
     quality = _quality(prepared, state.model, round)
     row = round_row(
         closed.plans,
         closed.replies,
+        [(arrival.sent_bytes, arrival.received_bytes) for arrival in closed.arrivals],
         quality,
         closed.server_wall_s,
         quality["wall_s"] or 0.0,
@@ -208,7 +249,7 @@ def _finish(
         "global_loss": whole.loss,
         "test_rows": whole.rows,
     }
-    adapter_hash = write_adapter(prepared, model, asdict(whole), out)
+    adapter_hash = write_adapter(prepared.loaded, model, asdict(whole), out)
     result = {
         "schema_version": SCHEMA_VERSION,
         **_about(prepared, last.facts),
@@ -231,14 +272,16 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     return {
         "initial_accuracy": start.accuracy,
         "initial_loss": start.loss,
-        **identity(prepared),
-        **references(prepared.data),
+        "label_names": list(prepared.loaded.data.label_names),
+        "sampled_test_rows": start.rows,
+        **identity(prepared.loaded),
+        **references(prepared.loaded.data),
     }
 
 
 def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run, for people and for the result file."""
-    config, data = prepared.config, prepared.data
+    config, data = prepared.config, prepared.loaded.data
     return {
         "method": config.method,
         "model": config.model,
@@ -248,7 +291,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "cohort_size": config.cohort,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
-        "trainable_parameters": count_parameters(prepared.site.bench.parameters),
+        "trainable_parameters": count_parameters(prepared.bench.parameters),
         "train_rows": len(data.train),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
@@ -263,7 +306,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
-    bench, config = prepared.site.bench, prepared.config
+    bench, config = prepared.bench, prepared.config
     bench.wear(model.adapter)
     set_tensors(bench.parameters, model.tensors)
     with base_delta_applied(bench.model, model.base_delta):
@@ -279,7 +322,7 @@ def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
 
 def _check_same_start(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
     """Refuse to go on with other texts, another split or another backbone."""
-    for name, now in identity(prepared).items():
+    for name, now in identity(prepared.loaded).items():
         before = checkpoint.facts[name]
         if before != now:
             raise DroppeftError(

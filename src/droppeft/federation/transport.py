@@ -1,43 +1,43 @@
-"""How Plans reach devices and Updates come back; ``in_process`` is the first of them."""
+"""How Plans reach devices and replies come back: the seam between the round loop and the world."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from droppeft.config import Config
-from droppeft.data.partition import DeviceRows
-from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import Workbench, take_turn
+from droppeft.federation.device import take_turn
+from droppeft.federation.loading import Loaded, Site, site_of
 from droppeft.plans import Plan, Reply
 
 
-class Transport(Protocol):
-    """The seam between the round loop and wherever devices are."""
-
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Reply]]:
-        """Yield (index of the Plan, its reply), one per Plan, in any order.
-
-        Whose reply it is follows from the transport's own addressing, not from what it claims. The
-        round closes after the last.
-        """
-
-
 @dataclass(frozen=True)
-class Site:
-    """What a process that runs devices holds.
+class Arrival:
+    """A reply as the transport hands it over.
 
     Attributes:
-        config: of the run, resolved.
-        bench: the shared backbone.
-        table: all tokenised training rows.
-        devices: each device's own rows of it.
+        index: which of the Plans it answers, by the transport's own addressing.
+        reply: what came back, or why nothing did.
+        sent_bytes, received_bytes: what was sent for it and back, framing included; ``None``
+            where nothing was framed.
     """
 
-    config: Config
-    bench: Workbench
-    table: TokenTable
-    devices: tuple[DeviceRows, ...]
+    index: int
+    reply: Reply
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+
+
+class Transport(Protocol):
+    """Whatever carries a round's Plans to devices."""
+
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
+        """Yield one arrival per Plan, in any order; the round closes after the last."""
+
+
+Connect = Callable[[Loaded], AbstractContextManager[Transport]]
+"""Opens a transport for a run; leaving the context closes it."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,43 @@ class InProcess:
 
     site: Site
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Reply]]:
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
         """Yield each device's Update, in Plan order."""
         site = self.site
         for index, plan in enumerate(plans):
             rows = site.devices[plan.device]
-            yield index, take_turn(site.bench, site.table, rows, site.config, plan)
+            yield Arrival(index, take_turn(site.bench, site.table, rows, site.config, plan))
 
 
-TRANSPORTS: dict[str, Callable[[Site], Transport]] = {"in_process": InProcess}
+def in_process(loaded: Loaded) -> AbstractContextManager[Transport]:
+    """Run devices here, on the server's own backbone."""
+    return nullcontext(InProcess(site_of(loaded)))
 
 
-def transport_named(name: str) -> Callable[[Site], Transport]:
+def flower(loaded: Loaded) -> AbstractContextManager[Transport]:
+    """Run devices in processes of Flower's simulation engine."""
+    for name, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from droppeft.federation.simulation import simulated  # seconds that others need not wait for
+
+    return simulated(loaded)
+
+
+ENGINE_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Read when flwr and ray are imported: nothing is reported to anybody, and Ray's processes are
+those of this environment. Whoever has set one already is left alone."""
+
+
+TRANSPORTS: dict[str, Connect] = {"in_process": in_process, "flower": flower}
+
+
+def transport_named(name: str) -> Connect:
     """Look a transport up.
 
     Raises:

@@ -1,0 +1,125 @@
+"""Run a configuration on a SuperLink and three SuperNodes, all started here on loopback.
+
+    python examples/flower_on_loopback.py runs/loopback rounds=3 devices=3 cohort=3
+
+The commands are those that one would type on four machines; see docs/flower.md.
+"""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+APP = Path(__file__).parent / "flower_app"
+NODES = 3
+
+Submit = Callable[[Sequence[str], Path], None]
+"""Run settings such as ``rounds=3`` and leave the run in a folder."""
+
+
+@contextmanager
+def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
+    """A SuperLink and its SuperNodes, as processes; logs and Flower's state go to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, *node_ports = free_ports(1 + nodes)
+    address = f"127.0.0.1:{port}"
+    (folder / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    )
+    with ExitStack() as stack:
+
+        def start(name: str, *command: str) -> None:
+            log = stack.enter_context((folder / f"{name}.log").open("ab"))
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(folder))
+            stack.callback(stop, process)
+
+        start(
+            "superlink",
+            *("flower-superlink", "--insecure", "--port", str(port)),
+            "--disable-runtime-dependency-installation",
+        )
+        wait_for(port)
+        for number, node_port in enumerate(node_ports):
+            start(
+                f"supernode-{number}",
+                *("flower-supernode", "--insecure", "--superlink", address),
+                *("--port", str(node_port)),
+                *("--node-config", f"partition-id={number} num-partitions={nodes}"),
+            )
+        yield lambda settings, out: submit(folder, settings, out)
+
+
+def submit(folder: Path, settings: Sequence[str], out: Path) -> None:
+    """Hand the app to the SuperLink and follow its log to the end."""
+    run_config = {"settings": shlex.join(settings), "out": str(out.resolve())}
+    words = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
+    subprocess.run(
+        ["flwr", "run", str(APP), "here", "--stream", "--run-config", words],
+        env=environment(folder),
+        check=True,
+    )
+    if not (out / "result.json").exists():
+        raise SystemExit(f"the run did not finish; see {folder}/*.log")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Flower's commands first on the path, its files in ``folder``, nothing reported."""
+    commands = Path(sys.executable).parent
+    return {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(folder),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(port: int, timeout_s: float = 60.0) -> None:
+    """Return when somebody listens."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process, gently at first."""
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def main(out: Path, settings: Sequence[str]) -> None:
+    """Run once and show what came out."""
+    with tempfile.TemporaryDirectory() as folder, loopback(Path(folder)) as run:
+        run(settings, out)
+    result = json.loads((out / "result.json").read_text())
+    print(f"accuracy {result['global_accuracy']:.4f}, adapter {result['adapter_sha256'][:16]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

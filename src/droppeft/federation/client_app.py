@@ -1,0 +1,53 @@
+"""Flower's ClientApp: says which devices its node serves, and takes their turns.
+
+Importing it loads neither torch nor transformers: on a SuperNode every message starts a process.
+"""
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from droppeft.federation.messages import packed_of, record_of
+from droppeft.federation.packing import Packed, unpack_plan
+
+app = ClientApp()
+
+
+@app.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Tell the server which part of the devices this node serves."""
+    node = context.node_config
+    about = ConfigRecord(
+        {
+            "partition": _whole(node.get("partition-id"), -1),
+            "partitions": _whole(node.get("num-partitions"), 0),
+        }
+    )
+    return Message(RecordDict({"node": about}), reply_to=message)
+
+
+@app.train()
+def turn(message: Message, context: Context) -> Message:
+    """Answer one device's Plan."""
+    packed = packed_of(message.content)
+    reply = (
+        _resident(packed, context) if unpack_plan(packed)[1].resident else _here(packed, context)
+    )
+    return Message(record_of(reply), reply_to=message)
+
+
+def _here(packed: Packed, context: Context) -> Packed:
+    from droppeft.federation.answering import answer  # loads torch
+
+    return answer(packed, context.node_config)
+
+
+def _resident(packed: Packed, context: Context) -> Packed:
+    from droppeft.federation.resident import ask, available
+
+    if not available():
+        return _here(packed, context)
+    return ask(packed, context.node_id, context.node_config)
+
+
+def _whole(value: object, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise

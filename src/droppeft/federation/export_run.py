@@ -1,0 +1,146 @@
+"""Export the model of a run folder's checkpoint; the run is only read, whoever works on it; ours.
+
+The backbone is loaded, the texts are not: a checkpoint carries the names of the classes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from droppeft import seeds
+from droppeft.config import Config, load_config
+from droppeft.data.sources import load_text
+from droppeft.errors import DroppeftError
+from droppeft.federation import checkpoints
+from droppeft.federation.checkpoints import Checkpoint
+from droppeft.federation.device import Workbench
+from droppeft.federation.export import (
+    Source,
+    adapter_lines,
+    check_alone,
+    merged_lines,
+    save_adapter,
+    save_merged,
+)
+from droppeft.federation.loading import Say
+from droppeft.federation.run import CONFIG, RESULT, ROUNDS
+from droppeft.ledger import read_rows
+from droppeft.models import load_backbone
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        round: the last one that is in the model.
+        accuracy: recorded at that round, ``None`` if it was not evaluated.
+        rows: on how many test texts.
+        lines: Python that loads it.
+    """
+
+    folder: Path
+    round: int
+    accuracy: float | None
+    rows: int
+    lines: str
+
+
+def export_run(
+    run: Path,
+    out: Path | None = None,
+    round: int | None = None,
+    merge: bool = False,
+    say: Say = lambda step: None,
+) -> Exported:
+    """Write the model of a checkpoint as a new folder, in one step.
+
+    Args:
+        run: folder of a run that is finished, stopped, or going on in another process.
+        out: the new folder; by default ``adapter-round-N`` or ``merged-round-N`` in the run's.
+        round: of the checkpoint; by default the newest.
+        merge: a plain transformers model with its tokenizer, in place of an adapter.
+        say: told what is being done, for people.
+
+    Raises:
+        DroppeftError: no such run or round, a folder that is taken, a backbone that changed, or a
+            model that cannot be written in this form; nothing has been written then.
+    """
+    run = run.resolve()
+    if not (run / CONFIG).is_file():
+        raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
+    config = load_config(run / CONFIG)
+    folder = run / "checkpoints"
+    load = checkpoints.load_newest
+    checkpoint = load(folder) if round is None else checkpoints.load_round(folder, round)
+    kind = "merged" if merge else "adapter"
+    out = (out or run / f"{kind}-round-{checkpoint.round}").resolve()
+    if out.exists():
+        raise DroppeftError(f"{out}: exists already; choose another folder with --out")
+    if not merge:
+        check_alone(checkpoint.state.model)
+    source = _source(run, config, checkpoint, say)
+    say("writing")
+    save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
+    save(source, out)
+    return Exported(out, source.round, source.accuracy, source.rows, lines(source, str(out)))
+
+
+def _source(run: Path, config: Config, checkpoint: Checkpoint, say: Say) -> Source:
+    """Load the backbone as the run had it, on the CPU: a file has no accelerator."""
+    facts = _with_labels(run, config, checkpoint.facts, say)
+    names = tuple(facts["label_names"])
+    torch.set_num_threads(config.threads)
+    say("loading model")
+    backbone = load_backbone(config.model, names, seeds.seed_for(config.seed, purpose="head"))
+    if backbone.weights_hash != facts["model_hash"]:
+        raise DroppeftError(
+            f"{run}: the model {config.model} changed since this run began "
+            f"({facts['model_hash']}, now {backbone.weights_hash}); put it back"
+        )
+    accuracy, rows = _recorded(run, checkpoint.round, facts)
+    return Source(
+        config=config,
+        backbone=backbone,
+        bench=Workbench(backbone, "cpu", config.seed),
+        label_names=names,
+        data_hash=facts["data_hash"],
+        model=checkpoint.state.model,
+        round=checkpoint.round,
+        accuracy=accuracy,
+        rows=rows,
+    )
+
+
+def _with_labels(
+    run: Path, config: Config, facts: Mapping[str, Any], say: Say
+) -> Mapping[str, Any]:
+    """Older checkpoints lack two facts, which then come from the data."""
+    if "label_names" in facts:
+        return facts
+    say("reading data")
+    data = load_text(config.data, config.source, config.partition.key)
+    if data.content_hash != facts["data_hash"]:
+        raise DroppeftError(
+            f"{run}: the data {config.data} changed since this run began "
+            f"({facts['data_hash']}, now {data.content_hash}); put them back"
+        )
+    rows = min(len(data.test), config.evaluation.rows)
+    return {**facts, "label_names": data.label_names, "sampled_test_rows": rows}
+
+
+def _recorded(run: Path, round: int, facts: Mapping[str, Any]) -> tuple[float | None, int]:
+    """The accuracy that the run noted for a round, and on how many test texts."""
+    if (run / RESULT).exists():
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        if result["rounds"] == round:
+            return result["global_accuracy"], result["test_rows"]
+    if round == 0:
+        return facts["initial_accuracy"], facts["sampled_test_rows"]
+    noted = [row["global_accuracy"] for row in read_rows(run / ROUNDS) if row["round"] == round]
+    return (noted[-1] if noted else None), facts["sampled_test_rows"]

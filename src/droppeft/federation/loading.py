@@ -1,0 +1,125 @@
+"""What a configuration names, loaded: texts, their split over devices, the backbone.
+
+A server and a device load the same; :mod:`droppeft.federation.prepare` adds the server's part, a
+:class:`Site` the devices'.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from droppeft import seeds
+from droppeft.config import Config
+from droppeft.data.cache import cache_dir
+from droppeft.data.partition import DeviceRows, partition_rows
+from droppeft.data.sources import load_text
+from droppeft.data.tables import TextData, TextTable
+from droppeft.data.tokens import TokenTable, tokenise
+from droppeft.errors import DroppeftError
+from droppeft.federation.device import Workbench
+from droppeft.models import Backbone, load_backbone
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Texts, split and model of a run.
+
+    Attributes:
+        config: resolved.
+        data: texts and labels.
+        devices: each device's own rows of the training texts.
+        backbone: as loaded; the bench has an adapter on it.
+        bench: where adapters are worn.
+    """
+
+    config: Config
+    data: TextData
+    devices: tuple[DeviceRows, ...]
+    backbone: Backbone
+    bench: Workbench
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a process that runs devices holds.
+
+    Attributes:
+        config: of the run, resolved.
+        bench: the shared backbone.
+        table: all tokenised training rows.
+        devices: each device's own rows of it.
+    """
+
+    config: Config
+    bench: Workbench
+    table: TokenTable
+    devices: tuple[DeviceRows, ...]
+
+
+def load(config: Config, say: Say) -> Loaded:
+    """Load texts and model; the thread count is set before the first tensor is made.
+
+    Args:
+        config: resolved.
+        say: told what is being done, for people.
+
+    Raises:
+        DroppeftError: whatever the configuration names does not exist or does not fit.
+    """
+    torch.set_num_threads(config.threads)
+    say("reading data")
+    data = load_text(config.data, config.source, config.partition.key)
+    devices = partition_rows(
+        data.train.labels, data.train.keys, config.devices, config.partition, config.seed
+    )
+    say("loading model")
+    head_seed = seeds.seed_for(config.seed, purpose="head")
+    backbone = load_backbone(config.model, data.label_names, head_seed)
+    _check_length(config.training.max_length, backbone)
+    bench = Workbench(backbone, config.accelerator, config.seed)
+    return Loaded(config, data, tuple(devices), backbone, bench)
+
+
+def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
+    """Tokenise texts for the backbone, or take them from the cache."""
+    max_length = loaded.config.training.max_length
+    return tokenise(texts, loaded.backbone.tokenizer, max_length, cache_dir())
+
+
+def site_of(loaded: Loaded) -> Site:
+    """Make ready to run devices in this process."""
+    table = tokens_of(loaded, loaded.data.train)
+    return Site(loaded.config, loaded.bench, table, loaded.devices)
+
+
+def identity(loaded: Loaded) -> dict[str, str]:
+    """Hashes of what every process of a run, and a resumed one, must have alike."""
+    split = hashlib.sha256()
+    for rows in loaded.devices:
+        for part in (rows.train, rows.validation, rows.test):
+            split.update(part.tobytes() + b"|")
+    return {
+        "data_hash": loaded.data.content_hash,
+        "split_hash": split.hexdigest()[:16],
+        "model_hash": loaded.backbone.weights_hash,
+    }
+
+
+def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """Say which of two identities' hashes differ first, or ``None``."""
+    for name, hash in expected.items():
+        if found.get(name) != hash:
+            return f"the {name.removesuffix('_hash')} is another ({hash}, here {found.get(name)})"
+    return None
+
+
+def _check_length(max_length: int, backbone: Backbone) -> None:
+    if max_length > backbone.max_length:
+        raise DroppeftError(
+            f"training.max_length={max_length} is more than the {backbone.max_length} positions "
+            f"of model {backbone.path}; lower it"
+        )

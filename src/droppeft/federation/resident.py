@@ -1,0 +1,191 @@
+"""A process beside a SuperNode that keeps texts and model from one message to the next; ours.
+
+A SuperNode starts a new ClientApp process for every message, which would load the model every
+time. That process hands its message to this one instead, over a Unix socket in a folder that only
+its user can enter. It is started by the first message and ends with the SuperNode, or when nothing
+was asked for a while.
+
+Run as ``python -m droppeft.federation.resident SOCKET WATCHED_PID``.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from droppeft.errors import DroppeftError
+from droppeft.federation.packing import Packed, pack_reply, unpack_plan
+from droppeft.plans import Failure
+
+IDLE_S = 600.0
+"""A resident process that was asked nothing for so long ends."""
+
+START_S = 60.0
+"""Most that a new one may take before it can be asked."""
+
+
+def available() -> bool:
+    """Whether this system has Unix sockets."""
+    return hasattr(socket, "AF_UNIX")
+
+
+def ask(packed: Packed, node_id: int, node: Mapping[str, Any]) -> Packed:
+    """Have the resident process of this node and run answer, starting it if there is none.
+
+    Args:
+        packed: a Plan.
+        node_id: Flower's; nodes of one machine have resident processes of their own.
+        node: the node's configuration.
+    """
+    plan, errand = unpack_plan(packed)
+    mark = json.dumps([node_id, dict(errand.config), dict(errand.identity)], sort_keys=True)
+    place = _folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}.sock"
+    try:
+        with _connection(place) as connection:
+            _send(connection, packed)
+            connection.send_bytes(json.dumps(dict(node)).encode())
+            return _receive(connection)
+    except (EOFError, OSError) as error:
+        reason = f"its resident process ended ({type(error).__name__}); see {_log_of(place)}"
+        return pack_reply(Failure(plan.device, reason))
+
+
+def serve(place: Path, watched_pid: int) -> None:
+    """Answer at a socket until the watched process is gone or nobody has asked for long."""
+    watch = _Watch(place, watched_pid)
+    with Listener(str(place), "AF_UNIX", backlog=64) as listener:
+        threading.Thread(target=watch.run, daemon=True).start()
+        from droppeft.federation.answering import answer  # loads torch, after the socket is there
+
+        while True:
+            connection = listener.accept()
+            with connection, watch.working():
+                try:
+                    packed = _receive(connection)
+                    _send(connection, answer(packed, json.loads(connection.recv_bytes())))
+                except (EOFError, OSError):
+                    continue  # whoever asked is gone
+
+
+class _Watch:
+    """Ends this process when it has outlived its use."""
+
+    def __init__(self, place: Path, watched_pid: int) -> None:
+        self._place = place
+        self._watched_pid = watched_pid
+        self._busy = False
+        self._since = time.monotonic()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy, self._since = False, time.monotonic()
+
+    def run(self) -> None:
+        while self._needed():
+            time.sleep(0.5)
+        self._place.unlink(missing_ok=True)
+        os._exit(0)
+
+    def _needed(self) -> bool:
+        idle = not self._busy and time.monotonic() - self._since > IDLE_S
+        return _alive(self._watched_pid) and self._place.exists() and not idle
+
+
+@contextmanager
+def _connection(place: Path) -> Iterator[Connection]:
+    connection = _connect(place)
+    if connection is None:
+        with _locked(place.with_suffix(".lock")):
+            connection = _connect(place) or _start(place)
+    with connection:
+        yield connection
+
+
+def _connect(place: Path) -> Connection | None:
+    try:
+        return Client(str(place), "AF_UNIX")
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+
+
+def _start(place: Path) -> Connection:
+    place.unlink(missing_ok=True)
+    # The ClientApp's parent belongs to the SuperNode and ends with it.
+    command = [sys.executable, "-m", "droppeft.federation.resident", str(place), str(os.getppid())]
+    with _log_of(place).open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        connection = _connect(place)
+        if connection is not None:
+            return connection
+        time.sleep(0.05)
+    raise ConnectionRefusedError("could not be started")
+
+
+def _folder() -> Path:
+    """A folder for sockets that nobody else can enter.
+
+    Raises:
+        DroppeftError: somebody else made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"droppeft-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise DroppeftError(f"{folder} can be entered by others; remove it")
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _log_of(place: Path) -> Path:
+    return place.with_suffix(".log")
+
+
+def _send(connection: Connection, packed: Packed) -> None:
+    connection.send_bytes(packed.head.encode())
+    connection.send_bytes(packed.tensors)
+
+
+def _receive(connection: Connection) -> Packed:
+    return Packed(connection.recv_bytes().decode(), connection.recv_bytes())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,105 @@
+"""Flower's simulation engine: one virtual SuperNode per device, in Ray's processes."""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from droppeft.config import Config, available_cores
+from droppeft.errors import DroppeftError
+from droppeft.federation import client_app
+from droppeft.federation.flower import over_grid
+from droppeft.federation.loading import Loaded
+from droppeft.federation.messages import error_reason
+from droppeft.federation.transport import Transport
+
+
+@contextmanager
+def simulated(loaded: Loaded) -> Iterator[Transport]:
+    """Run Flower's simulation engine beside this thread, one virtual SuperNode per device.
+
+    Raises:
+        DroppeftError: the engine could not be started or has stopped.
+    """
+    engine = _Engine(loaded.config)
+    try:
+        yield over_grid(engine.grid(), loaded, engine.check)
+    finally:
+        engine.stop()
+
+
+class _Engine:
+    """Flower's simulation engine in a thread; its ServerApp only lends us the grid."""
+
+    def __init__(self, config: Config) -> None:
+        self._grids: queue.Queue[Grid] = queue.Queue()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._levels = {name: logging.getLogger(name).level for name in ("flwr", "ray")}
+        for name in self._levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        server = ServerApp()
+        server.main()(self._lend)
+        self._thread = threading.Thread(
+            target=self._run, args=(server, config.devices, _resources(config)), daemon=True
+        )
+        self._thread.start()
+
+    def grid(self) -> Grid:
+        """Wait for the engine."""
+        while True:
+            self.check()
+            try:
+                return self._grids.get(timeout=0.5)
+            except queue.Empty:
+                continue
+
+    def check(self) -> None:
+        """Raise if the engine is gone.
+
+        Raises:
+            DroppeftError: with what it said.
+        """
+        if not self._thread.is_alive():
+            said = f": {error_reason(0, str(self._error))}" if self._error else ""
+            raise DroppeftError(
+                f"Flower's simulation engine stopped{said}; rounds that are complete are saved"
+            )
+
+    def stop(self) -> None:
+        """End the engine and its processes."""
+        self._done.set()
+        self._thread.join(timeout=30)
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)
+
+    def _lend(self, grid: Grid, context: Context) -> None:
+        self._grids.put(grid)
+        self._done.wait()
+
+    def _run(self, server: ServerApp, nodes: int, resources: dict[str, Any]) -> None:
+        try:
+            run_simulation(server, client_app.app, nodes, backend_config=resources)
+        except BaseException as error:
+            self._error = error
+
+
+def _resources(config: Config) -> dict[str, Any]:
+    """As many devices at once as cores allow with the run's thread count each."""
+    cores = max(available_cores(), config.threads)
+    on_gpu = config.accelerator == "cuda"
+    return {
+        "client_resources": {"num_cpus": config.threads, "num_gpus": 1.0 if on_gpu else 0.0},
+        "init_args": {
+            "num_cpus": cores,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.CRITICAL,
+        },
+    }
