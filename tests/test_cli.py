@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,8 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
         (["dropout.mean=0.1", "dropout.count=1"], ["give only one of dropout.mean"]),
         (["cohort=9"], ["cohort", "devices"]),
+        (["quorum=3"], ["quorum=3 is larger than cohort=2; lower quorum or raise cohort"]),
+        (["flower.deadline_s=5"], ["flower.deadline_s has no effect with transport=in_process"]),
         (["method=fedlora"], ["dropout.mean has no effect with method=fedlora; leave it out"]),
         (["one.toml", "two.toml"], ["only one configuration file", "one.toml and two.toml"]),
         (["one.toml"], ["one.toml: no such configuration file"]),
@@ -129,6 +132,12 @@ def test_a_folder_that_cannot_be_made(
 
 def test_resuming_what_is_not_there(droppeft: Command) -> None:
     assert_refused(droppeft("resume", "nowhere"), "nowhere: holds no run to resume")
+
+
+def test_exporting_what_is_not_there(droppeft: Command, whole_run: Path) -> None:
+    assert_refused(droppeft("export", "nowhere"), "nowhere: holds no run to export")
+    said = droppeft("export", whole_run, "--round", "1", "--out", "adapter")
+    assert_refused(said, "holds no round 1; the rounds kept are: 3, 2")
 
 
 # What is printed
@@ -183,6 +192,34 @@ def test_resuming_a_finished_run_reports_it(
     said = droppeft("resume", "run", "--quiet")
     assert said == Said(0, f"accuracy {result['global_accuracy']:.4f}\n", "")
     assert "Result" in droppeft("resume", "run").out
+
+
+@pytest.mark.parametrize("form", [[], ["--merge"]])
+def test_exporting_says_where_it_is_and_how_to_load_it(
+    droppeft: Command, whole_run: Path, tmp_path: Path, form: list[str]
+) -> None:
+    said = droppeft("export", whole_run, "--out", "it", *form)
+    result = json.loads((whole_run / "result.json").read_text())
+    first, empty, *lines = said.out.splitlines()
+    accuracy = f"accuracy {result['global_accuracy']:.4f} on 60 test texts"
+    assert first == f"round 3, {accuracy}: {tmp_path / 'it'}"
+    assert (said.code, said.err, empty) == (0, "", "")
+    loaded: dict[str, Any] = {}
+    exec("\n".join(lines), loaded)
+    assert loaded["model"].config.id2label == {0: "food", 1: "music", 2: "space"}
+    assert loaded["tokenizer"]("bread")["input_ids"]
+
+
+def test_ctrl_c_while_exporting(
+    droppeft: Command, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*values: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("droppeft.federation.export.export_adapter", stop)
+    said = droppeft("export", whole_run, "--out", "it")
+    assert (said.code, said.err) == (130, "droppeft: stopped; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_and_words(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:

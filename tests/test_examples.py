@@ -19,7 +19,8 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is
 
 
 def test_every_example_has_a_test() -> None:
-    assert EXAMPLES == ["ag_news.toml", "layer_dropout_alone.py"]
+    """`flower_on_loopback.py` runs in federation/test_three_places.py."""
+    assert EXAMPLES == ["ag_news.toml", "flower_on_loopback.py", "layer_dropout_alone.py"]
 
 
 def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:

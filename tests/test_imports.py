@@ -21,7 +21,7 @@ LEVELS = (
     {"adapters", "models", "data"},
     {"sharing", "configurator", "training"},
     {"methods"},
-    {"federation"},
+    {"federation", "doctor"},
     {"report"},
     {"cli"},
 )

@@ -71,8 +71,8 @@ def test_a_target_is_reached_by_a_mean_of_three(
 
 def test_a_summary_adds_up() -> None:
     rows = [
-        row(1, 0.5, activation_bytes_peak=300),
-        row(2, None, mean_active_layers=None),
+        row(1, 0.5, activation_bytes_peak=300, upload_framed_bytes=11),
+        row(2, None, mean_active_layers=None, upload_framed_bytes=12),
         row(3, 0.75, mean_active_layers=2.0),
         row(4, 0.7),
     ]
@@ -88,6 +88,8 @@ def test_a_summary_adds_up() -> None:
         "activation_bytes_peak": 300,
         "upload_bytes": 40,
         "download_bytes": 80,
+        "upload_framed_bytes": 23,  # of the rounds that were framed
+        "download_framed_bytes": None,
         "round_measured_s": 8.0,
         "train_wall_s": 4.0,
         "evaluation_wall_s": 2.0,
@@ -127,7 +129,8 @@ def test_a_round_is_summed_up() -> None:
         ),
     ]
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
-    assert round_row(plans, replies, quality, 0.25, 1.5, 0.2, 20.0) == RoundRow(
+    framing = [(10, 3), (10, None), (7, 2)]
+    assert round_row(plans, replies, framing, quality, 0.25, 1.5, 0.2, 20.0) == RoundRow(
         round=1,
         cohort=[1, 4, 6],
         accepted=2,
@@ -145,6 +148,8 @@ def test_a_round_is_summed_up() -> None:
         evaluation_wall_s=1.5,
         saving_wall_s=0.2,
         host_wall_s=20.0,
+        upload_framed_bytes=3 + 2,
+        download_framed_bytes=10 + 10 + 7,
     )
 
 
@@ -203,5 +208,6 @@ def test_a_change_of_the_backbone_is_traffic() -> None:
     plan = plan_for(4, base_delta=delta)
     assert device_row(plan, Failure(4, "lost"))["download_bytes"] == 36 + 400
     nothing = dict.fromkeys(("accuracy", "f1", "loss"))
-    row = round_row([plan], [Failure(4, "lost")], nothing, 0.0, 0.0, 0.0, 0.0)
+    row = round_row([plan], [Failure(4, "lost")], [(None, None)], nothing, 0.0, 0.0, 0.0, 0.0)
     assert row.download_bytes == 36 + 400
+    assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

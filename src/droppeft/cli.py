@@ -1,4 +1,4 @@
-"""The command line: ``droppeft run`` and ``droppeft resume``."""
+"""The command line: ``droppeft`` and its commands."""
 
 import signal
 import sys
@@ -61,6 +61,7 @@ def run(
     path, settings = _split(words or [])
     config = load_config(path, settings)
     _check_tables(config.method, method_named(config.method).tables, settings)
+    _check_flower(config.transport, settings)
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
     if not (quiet or as_json):
@@ -77,6 +78,58 @@ def resume(
     from droppeft.federation.run import resume_run
 
     _watched(lambda watcher: resume_run(folder, watcher), quiet, as_json)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    round: Annotated[
+        int | None, typer.Option(help="Which kept checkpoint.", show_default="the newest")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder.", show_default="RUN/adapter-round-N or RUN/merged-round-N"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A plain transformers model instead of an adapter.")
+    ] = False,
+) -> None:
+    """Write a checkpoint's adapter in PEFT's format, or merged into the model."""
+    from droppeft.federation.export_run import export_run
+    from droppeft.report.screen import Screen
+
+    try:
+        with Screen() as screen:
+            done = export_run(folder, out, round, merge, screen.preparing)
+    except KeyboardInterrupt:
+        _leave("stopped; nothing was written", STOPPED)
+    measured = (
+        "not evaluated then"
+        if done.accuracy is None
+        else f"accuracy {done.accuracy:.4f} on {done.rows} test texts"
+    )
+    typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this installation has, what it lacks, and what to do about it.
+
+    The exit code is 1 when a run with the built-in model and data would not work.
+    """
+    from rich.console import Console
+
+    from droppeft.doctor import examine
+    from droppeft.report import doctor as report
+
+    findings = examine()
+    if as_json:
+        typer.echo(report.as_json(findings))
+    else:
+        report.show(findings, Console())
+    raise typer.Exit(0 if report.is_ready(findings) else FAILED)
 
 
 def main() -> None:
@@ -129,6 +182,14 @@ def _check_tables(method: str, tables: frozenset[str], settings: Sequence[str]) 
         key = setting.partition("=")[0].strip()
         if key.partition(".")[0] in optional - tables:
             raise DroppeftError(f"{key} has no effect with method={method}; leave it out")
+
+
+def _check_flower(transport: str, settings: Sequence[str]) -> None:
+    """Refuse a setting of Flower's where Flower takes no part."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.startswith("flower.") and transport != "flower":
+            raise DroppeftError(f"{key} has no effect with transport={transport}; leave it out")
 
 
 def _new_folder(method: str) -> Path:

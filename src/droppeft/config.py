@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import tomli_w
 from pydantic import (
@@ -27,6 +27,15 @@ from droppeft.errors import DroppeftError
 
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
+
+# Of every other type the defaults are those of peft's configuration class.
+ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
+    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "bottleneck": {"width": 64},
+    "prefix_tuning": {"tokens": 20},
+    "prompt_tuning": {"tokens": 20},
+    "p_tuning": {"tokens": 20},
+}
 
 
 # Settings of which only one may be given; the first has the default. A word on the command line
@@ -114,17 +123,47 @@ class PartitionConfig(_Table):
 
 
 class AdapterConfig(_Table):
-    """The trainable modules that are attached to every layer."""
+    """The trainable modules that are attached to the frozen model.
 
-    type: Literal["lora"] = Field("lora", description="PEFT type")
-    rank: Whole = Field(8, ge=1, description="LoRA rank r")
-    alpha: Real = Field(16.0, gt=0, description="LoRA scaling numerator: updates count alpha/r")
-    dropout: Real = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    A setting that the type does not have is refused; one that is not given has the type's own
+    default.
+    """
+
+    type: str = Field("lora", description="PEFT type; [adapters.md](adapters.md) lists them")
+    rank: Whole | None = Field(None, ge=1, description="rank r, of types that have one")
+    alpha: Real | None = Field(
+        None, gt=0, description="scaling numerator, of types that have one: updates count alpha/r"
+    )
+    dropout: Real | None = Field(None, ge=0, lt=1, description="dropout on the adapter's input")
+    width: Whole | None = Field(None, ge=1, description="of a `bottleneck` (64 if not given)")
+    tokens: Whole | None = Field(
+        None, ge=1, description="virtual tokens of a prefix or prompt (20 if not given)"
+    )
     targets: WordList = Field(
         ("default",),
-        description="module names that get an adapter, `default` (peft's choice for the "
-        "architecture) or `all-linear`",
+        description="module names that get an adapter, `default` (peft's choice for type and "
+        "architecture) or `all-linear`; of a `bottleneck`: `attention`, `feed_forward`",
     )
+    options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(
+        {}, description="further settings of the type, by the names of peft's configuration class"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_type(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        defaults = ADAPTER_DEFAULTS.get(str(value.get("type", "lora")), {})
+        return {**defaults, **{key: item for key, item in value.items() if item is not None}}
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any) -> Any:
+        for name, item in value.items() if isinstance(value, Mapping) else ():
+            texts = isinstance(item, list | tuple) and all(isinstance(word, str) for word in item)
+            if not texts and not isinstance(item, bool | int | float | str):
+                raise ValueError(f"{name} must be a number, true or false, a text or some texts")
+        return value
 
 
 class DropoutConfig(_Table):
@@ -264,7 +303,7 @@ class Config(_Table):
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
     dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -406,10 +445,15 @@ def _insert(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _check_keys(tree: Mapping[str, Any], place: str) -> None:
     """Refuse the first key that does not exist, and name the nearest that does."""
-    known = {key for key, _ in known_keys()}
+    fields = dict(known_keys())
+    known = set(fields)
     tables = {key.partition(".")[0] for key in known if "." in key}
+    # Keys of an open table are checked by whoever reads it.
+    opened = tuple(
+        f"{key}." for key, field in fields.items() if get_origin(field.annotation) is dict
+    )
     for key in _dotted(tree):
-        if key not in known | tables:
+        if key not in known | tables and not key.startswith(opened):
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or [
                 name for name in sorted(known) if name.endswith(f".{key.rpartition('.')[2]}")
             ]

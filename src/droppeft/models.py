@@ -119,7 +119,7 @@ def load_backbone(name: str, label_names: Sequence[str], seed: int) -> Backbone:
     """
     labels = dict(enumerate(label_names))
     options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    with _quiet(), torch.random.fork_rng():
+    with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         if name.startswith("config:"):
             path, new = name, HEAD_MODULES
@@ -260,8 +260,8 @@ def _inputs(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting that the head is new: it is meant to be."""
+def quiet() -> Iterator[None]:
+    """Keep transformers from showing bars and from reporting that the head is new: it must be."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

@@ -36,32 +36,37 @@ class LayerAdapter:
     """What is attached to one layer.
 
     Attributes:
-        type: PEFT type, ``"lora"``.
-        rank: LoRA rank r (0 for types without one).
-        width: bottleneck width (0 for types without one).
+        type: a name of ``droppeft.adapters.types.TYPES``, ``"lora"``.
+        rank: r; ``None`` for the type's own default, and for types without one.
+        width: of a bottleneck, ``None`` for other types.
     """
 
     type: str
-    rank: int = 0
-    width: int = 0
+    rank: int | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """The adapter of every layer, and what they have in common.
 
+    A setting that is ``None`` has the type's own default, or the type does not have it.
+
     Attributes:
-        layers: one entry per layer, ``None`` where the layer has no adapter.
+        layers: one entry per layer, ``None`` where the layer has no adapter. A prompt is in no
+            layer: its type stands in every entry.
         alpha: LoRA's scaling numerator; a layer's update counts alpha / rank.
         dropout: dropout probability on the adapter's input.
         targets: module names, or ``("default",)`` or ``("all-linear",)``.
+        tokens: virtual tokens of a prefix or prompt.
         options: further settings of the PEFT type, by the names of its own configuration class.
     """
 
     layers: tuple[LayerAdapter | None, ...]
-    alpha: float
-    dropout: float = 0.0
+    alpha: float | None = None
+    dropout: float | None = None
     targets: tuple[str, ...] = ("default",)
+    tokens: int | None = None
     options: tuple[tuple[str, OptionValue], ...] = ()
 
 

@@ -234,8 +234,6 @@ def test_a_new_pooler_is_trained_and_exported_with_the_head(tmp_path: Path) -> N
     assert "pooler" in kept
 
 
-@pytest.mark.parametrize("ranks", [(None, None), (0, 2)])
-def test_a_specification_without_an_adapter_is_refused(ranks: tuple[int | None, ...]) -> None:
-    layers = tuple(None if rank is None else LayerAdapter("lora", rank) for rank in ranks)
+def test_a_specification_without_an_adapter_is_refused() -> None:
     with pytest.raises(DroppeftError, match="an adapter needs a layer to sit in"):
-        attach(tiny_model(2), AdapterSpec(layers, alpha=16.0), PATH, 0)
+        attach(tiny_model(2), spec(None, None), PATH, 0)

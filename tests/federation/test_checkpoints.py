@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.checkpoints import Checkpoint, load_newest, save
+from droppeft.federation.checkpoints import Checkpoint, load_newest, load_round, save
 from droppeft.plans import AdapterSpec, BaseDelta, GlobalModel, LayerAdapter, ServerState, flatten
 from messages import filled
 
@@ -22,13 +22,21 @@ arrays = st.builds(
 )
 names = st.text("abc.|/ é", min_size=1, max_size=8)
 named = st.dictionaries(names, arrays, min_size=1, max_size=3)
-layers = st.none() | st.builds(LayerAdapter, st.just("lora"), st.integers(0, 64), st.integers(0, 9))
+sizes = st.none() | st.integers(1, 64)
+layers = st.none() | st.builds(LayerAdapter, st.just("lora"), sizes, sizes)
 specs = st.builds(
     AdapterSpec,
     layers=st.lists(layers, max_size=5).map(tuple),
     alpha=st.floats(0.1, 64),
     dropout=st.floats(0, 0.9),
     targets=st.lists(st.sampled_from(("query", "value", "default")), min_size=1).map(tuple),
+    options=st.lists(
+        st.tuples(
+            names,
+            st.booleans() | st.integers(0, 9) | names | st.lists(names, max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
 )
 keys = st.integers(0, 40) | st.sampled_from(("head", "other"))
 models = st.builds(
@@ -89,6 +97,13 @@ def checkpoint(round: int) -> Checkpoint:
     return Checkpoint(round, ServerState(model, memory={"seen": round}), {"initial": 0.5})
 
 
+def test_an_older_checkpoint_has_zeros_for_what_a_type_lacks(tmp_path: Path) -> None:
+    old = AdapterSpec(layers=(LayerAdapter("lora", rank=8, width=0), None), alpha=16.0)
+    save(tmp_path, Checkpoint(1, ServerState(GlobalModel(old, filled(1.0))), {}))
+    layers = load_newest(tmp_path).state.model.adapter.layers
+    assert layers == (LayerAdapter("lora", rank=8, width=None), None)
+
+
 def head(loaded: Checkpoint) -> float:
     return float(loaded.state.model.tensors["head"]["head.W"][0])
 
@@ -97,6 +112,24 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     paths = [save(tmp_path / "checkpoints", checkpoint(round)) for round in (0, 1, 2, 9, 10)]
     assert sorted((tmp_path / "checkpoints").iterdir()) == paths[-2:]
     assert load_newest(tmp_path / "checkpoints").round == 10
+
+
+def test_a_round_can_be_chosen(tmp_path: Path) -> None:
+    for round in (8, 9, 10):
+        save(tmp_path, checkpoint(round))
+    assert head(load_round(tmp_path, 9)) == 9.0
+    with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: 10, 9$"):
+        load_round(tmp_path, 8)
+    with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: none$"):
+        load_round(tmp_path / "nowhere", 8)
+
+
+def test_a_chosen_round_that_is_damaged_is_not_replaced_by_another(tmp_path: Path) -> None:
+    save(tmp_path, checkpoint(1))
+    path = save(tmp_path, checkpoint(2))
+    path.write_bytes(flip_the_last(path.read_bytes()))
+    with pytest.raises(DroppeftError, match=r"round-00002.safetensors: is damaged"):
+        load_round(tmp_path, 2)
 
 
 def truncate(content: bytes) -> bytes:

@@ -139,7 +139,13 @@ def test_what_a_reply_claims_does_not_matter_for_whose_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(1, "cannot load its app"), (2, "ValueError: no rows"), (4, "not fetched in time"), (5, "no sign of life"), (8, "died")],
+    [
+        (1, "cannot load its app"),
+        (2, "ValueError: no rows"),
+        (4, "not fetched in time"),
+        (5, "no sign of life"),
+        (8, "died"),
+    ],
 )
 def test_an_error_reply_is_the_failure_of_its_device(code: int, said: str) -> None:
     def failing(node: int, plan: Plan) -> Any:

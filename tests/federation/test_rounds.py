@@ -94,6 +94,18 @@ class TestRound:
         state, _ = play_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
         assert state.memory == {"3": [1, 2], "a": {"b": 0.5}}
 
+    @pytest.mark.parametrize(("quorum", "merged"), [(1, 2), (2, 2), (3, 0)])
+    def test_too_few_answer(self, quorum: int, merged: int) -> None:
+        setup = setup_for("method=fedlora", f"quorum={quorum}")
+        transport = all_but(5, lambda plan: [Failure(5, "ran out of battery")])
+        state, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        assert len(closed.accepted) == merged
+        assert head(state) == (pytest.approx((4 + 8) / 2) if merged else 1.0)
+        assert closed.replies[1] == Failure(5, "ran out of battery")
+        if not merged:
+            reason = "set aside: 2 of the 3 replies that a round needs"
+            assert closed.replies[2] == Failure(8, reason)
+
     def test_nobody_answers(self) -> None:
         state, closed = play(Scripted(lambda plan: []))
         assert head(state) == 1.0

@@ -1,25 +1,69 @@
-"""Attach trainable modules to a frozen backbone, and take them off again.
+"""Attach trainable modules to a frozen backbone, take them off again, and write them.
 
-Source: LoRA (arXiv:2106.09685) as implemented by peft; per-layer ranks are ours.
+Source: the types of :mod:`droppeft.adapters.types`, as implemented by peft; per-layer ranks and
+bottlenecks are ours.
 """
 
+import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from droppeft.adapters.bottleneck import (
+    attach_bottlenecks,
+    places_of,
+    remove_bottlenecks,
+    save_bottlenecks,
+)
+from droppeft.adapters.by_layer import trainable_by_layer
+from droppeft.adapters.prefix import PrefixModel
+from droppeft.adapters.settings import check, checked_options, config_class
+from droppeft.adapters.targets import layer_fields
+from droppeft.adapters.types import BOTTLENECK, TYPES
 from droppeft.errors import DroppeftError
-from droppeft.plans import AdapterSpec
+from droppeft.layer_dropout import find_blocks
+from droppeft.plans import OTHER, AdapterSpec, LayerKey
 
-LINEAR = (nn.Linear, Conv1D)
+HEADS = ("classifier", "score")
+"""What transformers calls the task head; peft trains modules of these names by itself."""
+
+_WHAT_PEFT_RAISES = (ValueError, TypeError, NotImplementedError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How an exported adapter is loaded into a plain model.
+
+    Attributes:
+        library: whose format it is.
+        module, function: ``from module import function``, then ``function(model, folder)``.
+    """
+
+    library: str
+    module: str
+    function: str
+
+    @property
+    def import_line(self) -> str:
+        """Python that imports it."""
+        return f"from {self.module} import {self.function.partition('.')[0]}"
+
+
+def loading_of(name: str) -> Loading:
+    """How an adapter of a type is loaded."""
+    if name == BOTTLENECK:
+        return Loading("droppeft", "droppeft.adapters.bottleneck", "load_bottleneck")
+    return Loading("peft", "peft", "PeftModel.from_pretrained")
 
 
 def attach(
@@ -41,113 +85,147 @@ def attach(
             values would otherwise stay random.
 
     Raises:
-        DroppeftError: a target names no linear module of a layer.
+        DroppeftError: a specification that does not fit its type or this model, whose modules are
+            as before then.
     """
-    config = _lora_config(model, spec, blocks_path, new_modules)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft asks transformers for an attribute that has been renamed: no user can mend that.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        torch.manual_seed(seed)
-        wrapped: nn.Module = get_peft_model(model, config)
+    name = check(spec)
+    try:
+        with torch.random.fork_rng(), _quiet():
+            torch.manual_seed(seed)
+            wrapped = _wrapped(model, name, spec, blocks_path, new_modules)
+            _check_addresses(wrapped, name, spec)
+    except DroppeftError:
+        _strip(model)
+        raise
+    except _WHAT_PEFT_RAISES as error:
+        _strip(model)
+        reason = str(error).strip().partition("\n")[0]
+        raise DroppeftError(f"adapter.type={name} does not fit this model: {reason}") from None
     return wrapped
 
 
 def detach(model: Any) -> nn.Module:
-    """Return the backbone of what :func:`attach` returned, with its old values, frozen.
-
-    peft would leave the trained head in it.
-    """
-    heads = {
-        name: module.original_module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    backbone: nn.Module = model.unload()
-    for name, head in heads.items():
-        backbone.set_submodule(name, head)
+    """Return the backbone of what :func:`attach` returned, with its old values, frozen."""
+    backbone: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    _strip(backbone)
     return backbone
 
 
 def export_adapter(model: Any, folder: Path, card: str) -> None:
-    """Write the adapter in PEFT's format; the same tensors give the same bytes.
+    """Write the adapter as :func:`loading_of` reads it; the same tensors give the same bytes.
 
     peft keeps module names in sets, whose order changes from process to process, and writes a
     card of its own: both are replaced.
     """
-    model.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(_sorted_lists(content), indent=2, sort_keys=True) + "\n", "utf-8")
+    if isinstance(model, PeftModel):
+        model.eval().save_pretrained(folder)
+        path = folder / "adapter_config.json"
+        content = _sorted_lists(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        save_bottlenecks(model, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _lora_config(
-    model: nn.Module, spec: AdapterSpec, blocks_path: str, new_modules: Sequence[str]
-) -> LoraConfig:
-    ranks = {index: layer.rank for index, layer in enumerate(spec.layers) if layer is not None}
-    usual = max(ranks.values(), default=1)
-    names = _target_names(model, spec, blocks_path, ranks)
-    types = {layer.type for layer in spec.layers if layer is not None}
-    if types != {"lora"} or min(ranks.values()) < 1:
-        raise DroppeftError("an adapter needs a layer to sit in, type lora and rank 1 or more")
-    return LoraConfig(
-        task_type="SEQ_CLS",
-        r=usual,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=names,
-        # peft adds "classifier" and "score" by itself for this task.
-        modules_to_save=sorted(set(new_modules) - {"classifier", "score"}) or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        rank_pattern={
-            name: ranks[_layer_index(name, blocks_path)]
-            for name in names
-            if ranks[_layer_index(name, blocks_path)] != usual
-        },
-    )
+def merged(model: Any) -> nn.Module:
+    """Return the backbone with the adapter and the trained head in its own weights.
 
+    Args:
+        model: what :func:`attach` returned; it is used up.
 
-def _target_names(
-    model: nn.Module, spec: AdapterSpec, blocks_path: str, ranks: dict[int, int]
-) -> list[str]:
-    """Full names of the modules that get an adapter: never outside a layer, never by guess."""
-    wanted = _wanted(model, spec.targets)
-    linear = {
-        name: _layer_index(name, blocks_path)
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR) and name.startswith(f"{blocks_path}.")
-    }
-    names = [
-        name
-        for name, layer in linear.items()
-        if layer in ranks and (wanted is None or name.rpartition(".")[2] in wanted)
-    ]
-    found = {name.rpartition(".")[2] for name in names}
-    for target in wanted or ():
-        if ranks and target not in found:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise DroppeftError(
-                f"adapter.targets: no layer has a linear module {target!r}; "
-                f"this model has {', '.join(known)}"
-            )
-    return names
-
-
-def _wanted(model: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...] | None:
-    if targets == ("all-linear",):
-        return None
-    if targets != ("default",):
-        return targets
-    model_type = model.config.model_type  # type: ignore[union-attr]
-    if model_type not in DEFAULT_TARGETS:
+    Raises:
+        DroppeftError: an adapter of this type is no change of weights, or peft cannot make it one.
+    """
+    is_peft = isinstance(model, PeftModel)
+    kind = str(model.active_peft_config.peft_type.value).lower() if is_peft else BOTTLENECK
+    # peft hands what a wrapper lacks on to the model inside: prompts find nothing there.
+    merge = getattr(model, "merge_and_unload", None)
+    try:
+        if merge is None:
+            raise NotImplementedError("it is not a change of the backbone's weights")
+        plain: nn.Module = merge(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError) as error:
         raise DroppeftError(
-            f"peft has no default targets for {model_type!r}; name them in adapter.targets"
+            f"an adapter of type {kind} cannot be merged into the backbone ({error}); "
+            "export it without --merge"
+        ) from None
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # not every type's merging takes heads out
+            plain.set_submodule(name, module.modules_to_save["default"])
+    return plain
+
+
+def _wrapped(
+    model: Any, name: str, spec: AdapterSpec, blocks_path: str, new_modules: Sequence[str]
+) -> nn.Module:
+    if name == BOTTLENECK:
+        widths = [None if layer is None else layer.width for layer in spec.layers]
+        heads = (*HEADS, *new_modules)
+        return attach_bottlenecks(model, widths, places_of(model, spec.targets), heads)
+    kind = TYPES[name]
+    given = {"alpha": spec.alpha, "dropout": spec.dropout, "tokens": spec.tokens}
+    fields = {
+        "task_type": "SEQ_CLS",
+        # peft adds its own names for this task.
+        "modules_to_save": sorted(set(new_modules) - set(HEADS)) or None,
+        **{kind.settings[key]: value for key, value in given.items() if value is not None},
+        **checked_options(name, spec.options),
+    }
+    if kind.kind == "layered":
+        fields |= layer_fields(model, name, spec, blocks_path)
+    else:
+        _check_prompt(model, name)
+    config = config_class(name)(**fields)
+    wrap = PrefixModel if kind.kind == "sliced" else get_peft_model
+    wrapped: nn.Module = wrap(model, config)
+    return wrapped
+
+
+def _check_prompt(model: Any, name: str) -> None:
+    """Refuse architectures on which peft's prompts fail, or work by chance."""
+    if TYPES[name].kind == "global" and hasattr(model, "score"):
+        raise DroppeftError(
+            f"adapter.type={name}: transformers classifies a {model.config.model_type} by its last "
+            "text token, which it cannot find behind a prompt; use prefix_tuning"
         )
-    return tuple(DEFAULT_TARGETS[model_type])
+    takes = inspect.signature(model.base_model.forward).parameters
+    if TYPES[name].kind == "sliced" and "past_key_values" not in takes:
+        raise DroppeftError(
+            f"adapter.type={name}: a {model.config.model_type} takes no keys and values from "
+            "outside, which a prefix is; use another type"
+        )
 
 
-def _layer_index(name: str, blocks_path: str) -> int:
-    return int(name.removeprefix(f"{blocks_path}.").partition(".")[0])
+def _check_addresses(wrapped: nn.Module, name: str, spec: AdapterSpec) -> None:
+    """Refuse what cannot be dropped, sent and merged by layer, whatever peft made of it."""
+    found = set(trainable_by_layer(wrapped, find_blocks(wrapped)[0]))
+    layers: set[LayerKey] = {index for index, layer in enumerate(spec.layers) if layer is not None}
+    if TYPES[name].kind == "global":
+        layers = {OTHER}
+    for key in layers - found:
+        raise DroppeftError(f"adapter.type={name} trains nothing in layer {key} of this model")
+    if OTHER in found - layers:
+        raise DroppeftError(f"adapter.type={name} trains tensors outside of this model's layers")
+
+
+def _strip(backbone: nn.Module) -> None:
+    """Put back every module that an adapter replaced. peft's own way fails on some heads."""
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            backbone.set_submodule(name, module.original_module)
+        elif isinstance(module, BaseTunerLayer):
+            backbone.set_submodule(name, module.get_base_layer())
+    remove_bottlenecks(backbone)
+    vars(backbone).pop("peft_config", None)
+    backbone.requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute that has been renamed: no user can mend that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
 
 
 def _sorted_lists(value: Any) -> Any:

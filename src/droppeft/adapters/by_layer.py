@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from droppeft.adapters.prefix import PREFIX
 from droppeft.errors import DroppeftError
 from droppeft.plans import HEAD, OTHER, LayerKey, Tensors, flatten
 
@@ -18,8 +19,9 @@ Parameters = Mapping[LayerKey, Mapping[str, nn.Parameter]]
 
 def layer_of(name: str, blocks_path: str) -> LayerKey:
     """Tell where a parameter belongs: its layer's index, ``"head"`` or ``"other"``."""
-    if name.startswith(f"{blocks_path}."):
-        return int(name.removeprefix(f"{blocks_path}.").partition(".")[0])
+    for path in (f"{blocks_path}.", PREFIX):
+        if name.startswith(path):
+            return int(name.removeprefix(path).partition(".")[0])
     return HEAD if ".modules_to_save." in name else OTHER
 
 

@@ -96,13 +96,17 @@ def load_builtin(cache: Path) -> TextData:
     Raises:
         DroppeftError: a library is missing.
     """
-    path = cache / f"builtin-{_versions_key()}.json"
-    cached = _read_cache(path)
+    cached = cached_builtin(cache)
     if cached is not None:
         return cached
     data = build()
-    store(path, _serialise(data))
+    store(_cache_file(cache), _serialise(data))
     return data
+
+
+def cached_builtin(cache: Path) -> TextData | None:
+    """The built-in task as an earlier call left it, ``None`` where it did not or it is damaged."""
+    return _read_cache(_cache_file(cache))
 
 
 def build() -> TextData:
@@ -220,6 +224,10 @@ def _table(rows: Sequence[Row]) -> TextTable:
         labels=np.array([index[row.library] for row in rows], np.int64),
         keys=tuple(row.file for row in rows),
     )
+
+
+def _cache_file(cache: Path) -> Path:
+    return cache / f"builtin-{_versions_key()}.json"
 
 
 def _versions_key() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from droppeft.errors import DroppeftError
@@ -23,7 +24,6 @@ from droppeft.plans import (
     Array,
     BaseDelta,
     GlobalModel,
-    LayerAdapter,
     LayerKey,
     ServerState,
     flatten,
@@ -31,6 +31,7 @@ from droppeft.plans import (
 
 KEPT = 2
 _SEPARATOR = "|"
+_ADAPTER_SPEC = TypeAdapter(AdapterSpec)
 _DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 _log = logging.getLogger("droppeft")
 
@@ -84,7 +85,7 @@ def load_round(folder: Path, round: int) -> Checkpoint:
     if not path.exists():
         kept = [str(int(path.stem.removeprefix("round-"))) for path in _newest_first(folder)]
         raise DroppeftError(
-            f"{folder}: holds no round {round}, only {', '.join(kept) or 'nothing'}"
+            f"{folder}: holds no round {round}; the rounds kept are: {', '.join(kept) or 'none'}"
         )
     try:
         return _decode(path)
@@ -170,13 +171,12 @@ def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array
 
 
 def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
-    layers = tuple(None if item is None else LayerAdapter(**item) for item in fields["layers"])
-    options = tuple(
-        (name, tuple(value) if isinstance(value, list) else value)
-        for name, value in fields.get("options", ())
-    )
-    targets = tuple(fields["targets"])
-    return AdapterSpec(**{**fields, "layers": layers, "targets": targets, "options": options})
+    """Older checkpoints have a 0 for what a type lacks."""
+    layers = [
+        layer and {name: value or None for name, value in layer.items()}
+        for layer in fields["layers"]
+    ]
+    return _ADAPTER_SPEC.validate_python({**fields, "layers": layers})
 
 
 def _digest(text: str, arrays: Mapping[str, Array]) -> str:

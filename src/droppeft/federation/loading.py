@@ -79,7 +79,7 @@ def load(config: Config, say: Say) -> Loaded:
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, data.label_names, head_seed)
-    _check_length(config.training.max_length, backbone)
+    _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     bench = Workbench(backbone, config.accelerator, config.seed)
     return Loaded(config, data, tuple(devices), backbone, bench)
 
@@ -117,9 +117,11 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
     return None
 
 
-def _check_length(max_length: int, backbone: Backbone) -> None:
-    if max_length > backbone.max_length:
+def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:
+    """Virtual tokens of a prompt take positions too."""
+    if max_length + tokens > backbone.max_length:
+        prompt = f" and adapter.tokens={tokens}" if tokens else ""
         raise DroppeftError(
-            f"training.max_length={max_length} is more than the {backbone.max_length} positions "
-            f"of model {backbone.path}; lower it"
+            f"training.max_length={max_length}{prompt} is more than the {backbone.max_length} "
+            f"positions of model {backbone.path}; lower it"
         )

@@ -64,8 +64,8 @@ def packed_of(record: RecordDict) -> Packed:
 def framed_bytes(record: RecordDict) -> int:
     """Count the bytes of all objects that Flower sends for a message's content, each once.
 
-    That is what one device loads or sends, whatever a SuperLink stores only once. Not counted: the
-    Message object around it (addresses and times, some 300 bytes), and HTTP.
+    That is what one device loads or sends, and a function of the content alone. Not counted: the
+    Message object around it (addresses and times, 100 to 300 bytes), and HTTP.
     """
     with no_object_id_recompute():
         return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())

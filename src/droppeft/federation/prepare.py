@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from droppeft import seeds
+from droppeft.adapters.settings import check
 from droppeft.config import Config
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows, TextData
@@ -14,6 +15,7 @@ from droppeft.federation.device import Workbench
 from droppeft.federation.loading import Loaded, Say, load, tokens_of
 from droppeft.federation.transport import transport_named
 from droppeft.methods import Method, Setup, method_named
+from droppeft.methods.base import adapter_spec
 from droppeft.plans import ServerState
 
 
@@ -62,6 +64,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     start = time.perf_counter()
     method = method_named(config.method)
     transport_named(config.transport)
+    check(adapter_spec(config.adapter, num_layers=1))
     loaded = load(config, say)
     bench = loaded.bench
     setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout)

@@ -99,6 +99,8 @@ class _Watch:
         while self._needed():
             time.sleep(0.5)
         self._place.unlink(missing_ok=True)
+        if _log_of(self._place).stat().st_size == 0:
+            _log_of(self._place).unlink()
         os._exit(0)
 
     def _needed(self) -> bool:
@@ -110,7 +112,7 @@ class _Watch:
 def _connection(place: Path) -> Iterator[Connection]:
     connection = _connect(place)
     if connection is None:
-        with _locked(place.with_suffix(".lock")):
+        with _locked(place.parent / "lock"):
             connection = _connect(place) or _start(place)
     with connection:
         yield connection

@@ -91,11 +91,21 @@ class _Engine:
 
 
 def _resources(config: Config) -> dict[str, Any]:
-    """As many devices at once as cores allow with the run's thread count each."""
+    """As many devices at once as cores allow with the run's thread count each.
+
+    Flower hands its "client resources" to Ray as they are, so they may ask that a process which
+    died is started again and its turn taken once more. Flower's pool would keep the dead one and
+    lose what it is given ever after.
+    """
     cores = max(available_cores(), config.threads)
     on_gpu = config.accelerator == "cuda"
     return {
-        "client_resources": {"num_cpus": config.threads, "num_gpus": 1.0 if on_gpu else 0.0},
+        "client_resources": {
+            "num_cpus": config.threads,
+            "num_gpus": 1.0 if on_gpu else 0.0,
+            "max_restarts": -1,
+            "max_task_retries": 1,
+        },
         "init_args": {
             "num_cpus": cores,
             "include_dashboard": False,

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from droppeft.config import Config
+from droppeft.config import AdapterConfig, Config
 from droppeft.plans import (
     AdapterSpec,
     Budget,
@@ -72,13 +72,19 @@ class Method:
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
     """The configured adapter in every layer."""
-    chosen = setup.config.adapter
-    layer = LayerAdapter(type=chosen.type, rank=chosen.rank)
+    return adapter_spec(setup.config.adapter, setup.num_layers)
+
+
+def adapter_spec(chosen: AdapterConfig, num_layers: int) -> AdapterSpec:
+    """The same adapter in each of so many layers."""
+    layer = LayerAdapter(type=chosen.type, rank=chosen.rank, width=chosen.width)
     return AdapterSpec(
-        layers=(layer,) * setup.num_layers,
+        layers=(layer,) * num_layers,
         alpha=chosen.alpha,
         dropout=chosen.dropout,
         targets=chosen.targets,
+        tokens=chosen.tokens,
+        options=tuple(sorted(chosen.options.items())),
     )
 
 

@@ -1,0 +1,149 @@
+"""What may be said of an adapter of a type: our settings, and options of peft's own class; ours."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import TypeAdapter, ValidationError
+
+from droppeft.adapters.types import BOTTLENECK, TYPES, AdapterType, adapter_type
+from droppeft.errors import DroppeftError
+from droppeft.plans import AdapterSpec, LayerAdapter, OptionValue
+
+CLOSED = frozenset(
+    {
+        # Which modules are adapted and trained is said by layers and adapter.targets.
+        "target_modules",
+        "exclude_modules",
+        "feedforward_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "rank_pattern",
+        "bias",
+        # What follows from the model or the task.
+        "auto_mapping",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "inference_mode",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+        "token_dim",
+    }
+)
+"""Options that droppeft sets itself, or that would touch more than single layers."""
+
+NEEDED = ("width", "tokens")
+"""Settings for which peft has no default."""
+
+
+def check(spec: AdapterSpec) -> str:
+    """Return the one type of a specification, if all that it says can be said of that type.
+
+    Raises:
+        DroppeftError: several types or none, an unknown or refused one, a setting or an option
+            that it does not have or that has an impossible value.
+    """
+    layers = [layer for layer in spec.layers if layer is not None]
+    names = {layer.type for layer in layers}
+    if not names:
+        raise DroppeftError("an adapter needs a layer to sit in")
+    if len(names) > 1:
+        some = ", ".join(sorted(names))
+        raise DroppeftError(f"an adapter is of one type in all layers, not {some}")
+    name = names.pop()
+    kind = adapter_type(name)
+    _check_settings(name, kind, spec, layers)
+    if kind.kind != "layered" and len(set(spec.layers)) > 1:
+        raise DroppeftError(f"adapter.type={name} is in every layer alike or in none")
+    checked_options(name, spec.options)
+    return name
+
+
+def checked_options(name: str, options: tuple[tuple[str, OptionValue], ...]) -> dict[str, Any]:
+    """Options as peft's configuration class of a type wants them.
+
+    Raises:
+        DroppeftError: one that the class does not have, that may not be set, or whose value has
+            another type.
+    """
+    kinds = open_options(name)
+    return {option: _checked(name, kinds, option, value) for option, value in options}
+
+
+def open_options(name: str) -> dict[str, Any]:
+    """Types of the options that may be set, by name."""
+    if name == BOTTLENECK:
+        return {}
+    closed = CLOSED | TYPES[name].closed | set(TYPES[name].settings.values())
+    kinds = typing.get_type_hints(config_class(name))
+    names = [entry.name for entry in dataclasses.fields(config_class(name))]
+    return {option: kinds[option] for option in names if option not in closed}
+
+
+def config_class(name: str) -> Any:
+    """peft's configuration class of a type."""
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
+
+
+def has_rank_per_layer(name: str) -> bool:
+    """Whether layers may have different ranks (or widths)."""
+    return name == BOTTLENECK or (
+        "rank" in TYPES[name].settings
+        and "rank_pattern" in {entry.name for entry in dataclasses.fields(config_class(name))}
+    )
+
+
+def _check_settings(
+    name: str, kind: AdapterType, spec: AdapterSpec, layers: list[LayerAdapter]
+) -> None:
+    own_targets = kind.kind == "layered" or spec.targets == ("default",)
+    given: dict[str, list[Any]] = {
+        "rank": [layer.rank for layer in layers],
+        "width": [layer.width for layer in layers],
+        "alpha": [spec.alpha],
+        "dropout": [spec.dropout],
+        "tokens": [spec.tokens],
+        "targets": [None if own_targets else spec.targets],
+    }
+    for setting, values in given.items():
+        if setting not in kind.settings and values != [None] * len(values):
+            raise DroppeftError(f"adapter.{setting}: type {name} has no such setting; leave it out")
+        if setting in kind.settings:
+            _check_values(name, setting, values)
+
+
+def _check_values(name: str, setting: str, values: list[Any]) -> None:
+    if None in values and (setting in NEEDED or set(values) != {None}):
+        raise DroppeftError(f"adapter.type={name} needs adapter.{setting} in every layer")
+    if setting in ("rank", *NEEDED) and any(value is not None and value < 1 for value in values):
+        raise DroppeftError(f"adapter.{setting} must be 1 or more")
+    if len(set(values)) > 1 and not has_rank_per_layer(name):
+        raise DroppeftError(f"adapter.type={name} has one rank for all layers, not one for each")
+
+
+def _checked(name: str, kinds: Mapping[str, Any], option: str, value: OptionValue) -> Any:
+    place = f"adapter.options.{option}"
+    ours = {theirs: setting for setting, theirs in TYPES[name].settings.items()}
+    if option in ours:
+        raise DroppeftError(f"{place}: set adapter.{ours[option]} instead")
+    if option in CLOSED | TYPES[name].closed:
+        raise DroppeftError(
+            f"{place} cannot be set: droppeft sets it, or it would touch more than single layers"
+        )
+    if option not in kinds:
+        known = f"it has {', '.join(sorted(kinds))}" if kinds else "it has none"
+        raise DroppeftError(f"{place}: type {name} has no such option; {known}")
+    try:
+        return TypeAdapter(kinds[option]).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise DroppeftError(f"{place}: {message[:1].lower()}{message[1:]}, got {value!r}") from None

@@ -1,0 +1,126 @@
+"""Which modules of which layers peft adapts, and with which rank: by full names, never by guess.
+
+Ours; the default targets of an architecture are peft's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from droppeft.adapters.settings import config_class
+from droppeft.adapters.types import TYPES
+from droppeft.errors import DroppeftError
+from droppeft.plans import AdapterSpec
+
+_SAME_MODULES = {"xlm-roberta": "roberta"}
+
+
+def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> dict[str, Any]:
+    """What peft's configuration must say of the layers.
+
+    Args:
+        model: the plain backbone.
+        name: a layered type of peft.
+        blocks_path: dotted name of the list of layers inside ``model``.
+
+    Returns:
+        Full names of the modules, and their ranks.
+
+    Raises:
+        DroppeftError: a target that is no module of a layer, or an architecture without defaults.
+    """
+    targets = _target_names(model, name, spec, blocks_path)
+    fields: dict[str, Any] = {"target_modules": targets}
+    known = config_class(name).__dataclass_fields__
+    if "fan_in_fan_out" in known:
+        fields["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    if "feedforward_modules" in known:
+        inside = _of_type(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING, model) or []
+        fields["feedforward_modules"] = [target for target in targets if _named(target, inside)]
+    ranks = {
+        target: layer.rank
+        for target in targets
+        if (layer := spec.layers[_layer_index(target, blocks_path)]) and layer.rank is not None
+    }
+    if ranks:
+        usual = fields[TYPES[name].settings["rank"]] = max(ranks.values())
+        differing = {target: rank for target, rank in ranks.items() if rank != usual}
+        if differing:
+            fields["rank_pattern"] = differing
+    return fields
+
+
+def _target_names(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> list[str]:
+    """Full names of the modules that get an adapter: never outside a layer, never by guess."""
+    on_norms = name == "ln_tuning"
+    possible = {
+        path: _layer_index(path, blocks_path)
+        for path, module in model.named_modules()
+        if path.startswith(f"{blocks_path}.") and _can_carry(module, on_norms)
+    }
+    wanted = _wanted(model, name, spec.targets, on_norms)
+    chosen = {
+        path: layer for path, layer in possible.items() if wanted is None or _named(path, wanted)
+    }
+    for target in wanted or ():
+        if not any(_named(path, [target]) for path in chosen):
+            known = sorted({path.rpartition(".")[2] for path in possible})
+            raise DroppeftError(
+                f"adapter.targets: no layer has a {'normalisation' if on_norms else 'linear'} "
+                f"module {target!r}; this model has {', '.join(known)}"
+            )
+    return [path for path, layer in chosen.items() if spec.layers[layer] is not None]
+
+
+def _can_carry(module: nn.Module, on_norms: bool) -> bool:
+    # Every architecture has normalisation classes of its own; their names have this in common.
+    return "Norm" in type(module).__name__ if on_norms else isinstance(module, nn.Linear | Conv1D)
+
+
+def _wanted(
+    model: Any, name: str, targets: tuple[str, ...], on_norms: bool
+) -> Sequence[str] | None:
+    """Names or ends of names of modules; ``None`` for all that can carry an adapter."""
+    if targets == ("all-linear",) and on_norms:
+        raise DroppeftError("adapter.targets: ln_tuning has no linear modules; leave it out")
+    if targets == ("all-linear",) or (targets == ("default",) and on_norms):
+        return None
+    if targets != ("default",):
+        return targets
+    own = (
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+        if name == "ia3"
+        else PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())].target_module_mapping
+    )
+    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = _of_type(own, model) or _of_type(usual, model)
+    if found is None:
+        raise DroppeftError(
+            f"peft has no default targets for {model.config.model_type!r}; "
+            "name them in adapter.targets"
+        )
+    return found
+
+
+def _of_type(mapping: dict[str, list[str]], model: Any) -> list[str] | None:
+    """peft's list for the model's architecture, or for one with the same modules."""
+    model_type = model.config.model_type
+    return mapping.get(model_type) or mapping.get(_SAME_MODULES.get(model_type, ""))
+
+
+def _named(path: str, ends: Sequence[str]) -> bool:
+    """Tell whether a module's name is, or ends with, one of those: peft's rule."""
+    return any(path == end or path.endswith(f".{end}") for end in ends)
+
+
+def _layer_index(name: str, blocks_path: str) -> int:
+    return int(name.removeprefix(f"{blocks_path}.").partition(".")[0])

@@ -1,0 +1,203 @@
+"""Every adapter type by name: where its tensors belong, what can be set, or why it is refused.
+
+Ours; ``docs/adapters.md`` is made from this table and from what the contract of
+``tests/adapter_contract.py`` found.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from droppeft.errors import DroppeftError
+
+BOTTLENECK = "bottleneck"
+
+Kind = Literal["layered", "sliced", "global", "refused"]
+
+
+@dataclass(frozen=True)
+class AdapterType:
+    """What is to be known of a type before a model is there.
+
+    Attributes:
+        kind: ``"layered"``: every tensor sits in one layer; ``"sliced"``: the type has one tensor
+            for all layers, which is kept as a parameter per layer here; ``"global"``: its tensors
+            are in no layer; ``"refused"``: it cannot be used.
+        title: as its authors write it.
+        source: where it is described.
+        settings: which of our settings it has, and what peft's configuration class calls them.
+        closed: options of that class that may not be set, besides
+            :data:`droppeft.adapters.settings.CLOSED`.
+        note: for people; of a refused type the reason, which completes "… is refused:".
+    """
+
+    kind: Kind
+    title: str
+    source: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    closed: frozenset[str] = frozenset()
+    note: str = ""
+
+
+def _layered(title: str, source: str, note: str = "", /, **settings: str) -> AdapterType:
+    return AdapterType("layered", title, source, settings, note=note)
+
+
+def _prompt(title: str, source: str, note: str) -> AdapterType:
+    return AdapterType("global", title, source, {"tokens": "num_virtual_tokens"}, note=note)
+
+
+def _refused(title: str, source: str, reason: str) -> AdapterType:
+    return AdapterType("refused", title, source, note=reason)
+
+
+_SVD = "frozen parts come from an SVD of the weights: devices of other make may find another one"
+_DRAWN = "frozen parts are drawn from a seed of its own, an option"
+_TIED = "it has one tensor for all layers, which no layer could drop, keep or share"
+_TASKS = "its forward needs a task number for every text"
+_PROMPT = "not for decoders, whose last text token transformers cannot find behind a prompt"
+
+TYPES: dict[str, AdapterType] = {
+    BOTTLENECK: _layered(
+        "Bottleneck adapter",
+        "arXiv:1902.00751",
+        "ours; loaded by load_bottleneck, not by peft",
+        width="width",
+    ),
+    "lora": AdapterType(
+        "layered",
+        "LoRA",
+        "arXiv:2106.09685",
+        {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        # The first may rewrite the backbone's weights, the second reaches outside of layers.
+        closed=frozenset({"init_lora_weights", "target_parameters"}),
+        note="also rsLoRA (options.use_rslora) and DoRA (options.use_dora)",
+    ),
+    "adamss": AdapterType(
+        "layered",
+        "AdaMSS",
+        "openreview:8ZdWmpYxT0",
+        closed=frozenset({"use_asa"}),  # needs calls from the training loop
+        note=_SVD,
+    ),
+    "beft": _layered("BEFT", "arXiv:2509.15974"),
+    "boft": _layered("BOFT", "arXiv:2311.06243"),
+    "c3a": _layered("C3A", "arXiv:2407.19342", "options.block_size must divide the widths"),
+    "deft": _layered("DEFT", "NeurIPS 2025", "", rank="r", alpha="alpha", dropout="deft_dropout"),
+    "delora": _layered("DeLoRA", "arXiv:2503.18225", "", rank="r"),
+    "fourierft": _layered("FourierFT", "arXiv:2405.03003", _DRAWN),
+    "glora": _layered("GLoRA", "arXiv:2306.07967", "", rank="r"),
+    "gralora": _layered(
+        "GraLoRA", "arXiv:2505.20355", "", rank="r", alpha="alpha", dropout="gralora_dropout"
+    ),
+    "hira": _layered("HiRA", "openreview:TwJrTz9cRS", "", rank="r", dropout="hira_dropout"),
+    "hra": _layered("HRA", "arXiv:2405.17484", "the rank must be even", rank="r"),
+    "ia3": _layered("(IA)³", "arXiv:2205.05638"),
+    "ln_tuning": _layered(
+        "LayerNorm tuning", "arXiv:2312.11420", "on the normalisation modules of the layers"
+    ),
+    "loha": _layered("LoHa", "arXiv:2108.06098", "", rank="r", alpha="alpha"),
+    "lokr": _layered("LoKr", "arXiv:2309.14859", "", rank="r", alpha="alpha"),
+    "miss": _layered("MiSS", "arXiv:2409.15371", "", rank="r", dropout="miss_dropout"),
+    "oft": _layered("OFT", "arXiv:2306.07280", "options.oft_block_size must divide the widths"),
+    "osf": _layered("OSF", "arXiv:2504.07097", f"trains half of each matrix; {_SVD}"),
+    "peanut": _layered("PEANuT", "arXiv:2410.01870", "", rank="r"),
+    "psoft": _layered(
+        "PSOFT",
+        "openreview:FSHrinMArK",
+        _SVD,
+        rank="r",
+        alpha="psoft_alpha",
+        dropout="psoft_dropout",
+    ),
+    "pvera": _layered("PVeRA", "arXiv:2512.07703", _DRAWN, rank="r", dropout="pvera_dropout"),
+    "randlora": _layered(
+        "RandLoRA",
+        "arXiv:2502.00987",
+        _DRAWN,
+        rank="r",
+        alpha="randlora_alpha",
+        dropout="randlora_dropout",
+    ),
+    "road": _layered("RoAd", "arXiv:2409.00119", "options.group_size must divide the widths"),
+    "supertuning": _layered("Super-Tuning", "arXiv:2607.09287"),
+    "vera": _layered("VeRA", "arXiv:2310.11454", _DRAWN, rank="r", dropout="vera_dropout"),
+    "waveft": _layered("WaveFT", "arXiv:2505.12532", _DRAWN),
+    "prefix_tuning": AdapterType(
+        "sliced",
+        "Prefix tuning",
+        "arXiv:2101.00190",
+        {"tokens": "num_virtual_tokens"},
+        closed=frozenset({"prefix_projection", "encoder_hidden_size"}),  # one MLP for all layers
+        note="every layer has one; not for models without a key-value cache, as DeBERTa-v2",
+    ),
+    "prompt_tuning": _prompt("Prompt tuning", "arXiv:2104.08691", _PROMPT),
+    "p_tuning": _prompt(
+        "P-tuning",
+        "arXiv:2103.10385",
+        f"{_PROMPT}; the encoder of the prompt is not exported, only what it made",
+    ),
+    "adalora": _refused(
+        "AdaLoRA",
+        "arXiv:2303.10512",
+        "it moves ranks between layers in calls from its own training loop",
+    ),
+    "adaption_prompt": _refused(
+        "Adaption prompt",
+        "arXiv:2303.16199",
+        "it cannot train a task head, and knows decoders alone",
+    ),
+    "cartridge": _refused(
+        "Cartridges",
+        "arXiv:2506.06266",
+        "it is distilled from a long text, not trained on a task; prefix_tuning is",
+    ),
+    "cpt": _refused(
+        "Context-aware prompt tuning", "arXiv:2410.17222", "it is for causal language models alone"
+    ),
+    "frod": _refused(
+        "FRoD",
+        "doi:10.1609/aaai.v40i31.39813",
+        "its frozen basis is computed from all adapted layers together, so that a layer's tensors "
+        "mean something else where another set of layers has adapters",
+    ),
+    "lily": _refused("Lily", "arXiv:2407.09946", _TIED),
+    "multitask_prompt_tuning": _refused("Multitask prompt tuning", "arXiv:2303.02861", _TASKS),
+    "poly": _refused("Poly", "arXiv:2202.13914", _TASKS),
+    "shadow": _refused(
+        "ShadowPEFT", "arXiv:2604.19254", "a second model runs beside all layers of the backbone"
+    ),
+    "shira": _refused(
+        "SHiRA",
+        "arXiv:2406.13175",
+        "it keeps sparse tensors for the backward, whose memory is not counted yet",
+    ),
+    "tinylora": _refused("TinyLoRA", "arXiv:2602.04118", _TIED),
+    "trainable_tokens": _refused(
+        "Trainable tokens", "peft", "it cannot train a task head, only rows of the embedding"
+    ),
+    "unilora": _refused("UniLoRA", "arXiv:2506.00799", _TIED),
+    "vblora": _refused("VB-LoRA", "arXiv:2405.15179", _TIED),
+    "xlora": _refused(
+        "X-LoRA", "arXiv:2402.07148", "it mixes LoRA adapters that were trained before"
+    ),
+}
+"""All types: ours and every one of peft's, in the order of the documentation."""
+
+
+def adapter_type(name: str) -> AdapterType:
+    """Look up a type that can be used.
+
+    Raises:
+        DroppeftError: an unknown name, or a type that is refused, with the reason.
+    """
+    usable = [known for known, kind in TYPES.items() if kind.kind != "refused"]
+    if name not in TYPES:
+        near = difflib.get_close_matches(name.lower(), TYPES, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(usable)}"
+        raise DroppeftError(f"adapter.type={name} is unknown; {hint}")
+    found = TYPES[name]
+    if found.kind == "refused":
+        raise DroppeftError(f"adapter.type={name} is refused: {found.note}")
+    return found

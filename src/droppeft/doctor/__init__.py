@@ -1,0 +1,46 @@
+"""What this installation has and what it lacks: a check is a function, a line here, and its tests.
+
+Ours. Each check imports what it needs by itself, so that a broken library fails its own check and
+no other.
+"""
+
+from collections.abc import Callable
+
+from droppeft.doctor.builtin import check_builtin_data, check_builtin_model, check_data_folder
+from droppeft.doctor.finding import Finding, problem
+from droppeft.doctor.flower import check_flower
+from droppeft.doctor.folders import check_cache_folder, check_runs_folder, check_temporary_folder
+from droppeft.doctor.machine import check_memory, check_processor, check_torch
+from droppeft.doctor.packages import check_dependencies, check_pins, check_python, repair
+
+__all__ = ["CHECKS", "Finding", "examine"]
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "Python": check_python,
+    "dependencies": check_dependencies,
+    "pinned versions": check_pins,
+    "torch": check_torch,
+    "processor": check_processor,
+    "memory": check_memory,
+    "built-in model": check_builtin_model,
+    "built-in data": check_builtin_data,
+    "data folder": check_data_folder,
+    "Flower": check_flower,
+    "runs": check_runs_folder,
+    "cache": check_cache_folder,
+    "temporary files": check_temporary_folder,
+}
+"""In the order in which they are shown."""
+
+
+def examine() -> dict[str, Finding]:
+    """Run all checks; a check that itself fails is a problem, and the others still run."""
+    return {name: _finding(check) for name, check in CHECKS.items()}
+
+
+def _finding(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # whatever is broken, the user gets a table
+        reason = " ".join(str(error).split())
+        return problem(f"this check failed: {type(error).__name__}: {reason}", repair())

@@ -1,0 +1,43 @@
+"""What torch sees here, printed as JSON by a process of its own.
+
+Ours. A torch that was built for another processor or driver can end the process that imports it.
+"""
+
+import json
+import warnings
+from typing import Any
+
+
+def facts() -> dict[str, Any]:
+    """Version, build, CPU threads and the accelerator that ``accelerator=auto`` would take."""
+    with warnings.catch_warnings(record=True) as caught:  # why torch sees no device
+        warnings.simplefilter("always")
+        import torch
+
+        device = _device(torch) if torch.cuda.is_available() else None
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "mps": torch.backends.mps.is_available(),
+        "device": device,
+        "warnings": [" ".join(str(warning.message).split()) for warning in caught],
+    }
+
+
+def _device(torch: Any) -> dict[str, Any]:
+    about = {
+        "name": torch.cuda.get_device_name(),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "error": None,
+    }
+    try:  # a device that is too old for this build shows only when it computes
+        torch.ones(1, device="cuda").sum().item()
+    except RuntimeError as error:
+        about["error"] = " ".join(str(error).split())
+    return about
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts()))

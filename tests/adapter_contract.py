@@ -1,0 +1,308 @@
+"""What every adapter type must do, checked on tiny models.
+
+``python tests/adapter_contract.py`` runs it for all types on all families and writes
+``docs/adapters.json``, from which ``docs/adapters.md`` is made.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+
+from droppeft.adapters.attach import attach, detach, export_adapter
+from droppeft.adapters.bottleneck import load_bottleneck
+from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
+from droppeft.adapters.types import BOTTLENECK, TYPES
+from droppeft.config import AdapterConfig, TrainingConfig
+from droppeft.data.tasks import Classification
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks
+from droppeft.methods.base import adapter_spec
+from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerKey, flatten
+from droppeft.training import train
+from tiny import FAMILIES, tiny_model
+
+LAYERS = 3
+DROPPED = 1
+EVERY = (True,) * LAYERS
+FILE = Path(__file__).parents[1] / "docs" / "adapters.json"
+USABLE = tuple(name for name, kind in TYPES.items() if kind.kind != "refused")
+
+# Settings for models as small as these. A new type gets a row here if its defaults do not fit.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamss": {"options": {"r": 8, "num_subspaces": 2}},
+    BOTTLENECK: {"width": 8},
+    "c3a": {"options": {"block_size": 8}},
+    "fourierft": {"options": {"n_frequency": 50}},
+    "miss": {"rank": 4},
+    "oft": {"options": {"oft_block_size": 4}},
+    "prefix_tuning": {"tokens": 3},
+    "prompt_tuning": {"tokens": 3},
+    "p_tuning": {"tokens": 3},
+    "psoft": {"rank": 4},
+    "pvera": {"rank": 4},
+    "randlora": {"rank": 4},
+    "road": {"options": {"group_size": 8}},
+    "supertuning": {"options": {"sparsity": 0.9}},
+    "vera": {"rank": 4},
+    "waveft": {"options": {"n_frequency": 50}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type with its settings, on a tiny model of a family."""
+
+    name: str
+    family: str
+    settings: Mapping[str, Any]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The same adapter in every layer."""
+        chosen = AdapterConfig.model_validate({"type": self.name, **self.settings})
+        return adapter_spec(chosen, LAYERS)
+
+    @property
+    def kind(self) -> str:
+        """Layered, sliced or global."""
+        return TYPES[self.name].kind
+
+
+class Worn:
+    """A tiny model that wears the adapter of a case."""
+
+    def __init__(self, case: Case, spec: AdapterSpec | None = None) -> None:
+        self.base = backbone(case.family)
+        path, _ = find_blocks(self.base)
+        self.model: Any = attach(self.base, spec or case.spec, path, 7)
+        path, self.blocks = find_blocks(self.model)
+        self.groups: Parameters = trainable_by_layer(self.model, path)
+
+    def scramble(self) -> None:
+        """Trained-looking values everywhere: a fresh adapter changes nothing, so proves nothing."""
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for named in self.groups.values():
+                for value in named.values():
+                    value.add_(torch.randn(value.shape, generator=generator) * 0.1)
+
+    def train(self, gates: list[tuple[bool, ...]], groups: Parameters | None = None) -> None:
+        """Take a step of droppeft's training, decay included, for every entry of ``gates``."""
+        rates = {"learning_rate": 5e-4, "head_learning_rate": 5e-4, "weight_decay": 0.1}
+        torch.manual_seed(11)
+        train(
+            self.model,
+            self.blocks,
+            self.groups if groups is None else groups,
+            [texts()] * len(gates),
+            lambda step: gates[step],
+            [1.0] * len(gates),
+            Classification(("input_ids",), 0, torch.device("cpu")),
+            TrainingConfig.model_validate(rates),
+        )
+
+
+def case(name: str, family: str) -> Case:
+    """The case of a type with the settings that fit tiny models."""
+    return Case(name, family, SETTINGS.get(name, {}))
+
+
+def outcome(case: Case) -> dict[str, Any]:
+    """How many tensors a layer has (or the prompt, if it is in no layer), or why it is refused."""
+    try:
+        groups = Worn(case).groups
+    except DroppeftError as error:
+        return {"refused": str(error)}
+    key: LayerKey = OTHER if case.kind == "global" else 0
+    return {"tensors": len(groups[key])}
+
+
+def backbone(family: str) -> Any:
+    """A tiny model without dropout, with biases and a loud head, so that adapters are heard."""
+    model = tiny_model(LAYERS, family)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        for number, (name, value) in enumerate(model.named_parameters()):
+            if name.endswith("bias"):
+                value.copy_(torch.linspace(-0.1, 0.1, value.numel()).roll(number))
+            elif name.startswith(("classifier", "score")):
+                value.mul_(20.0)
+    return model
+
+
+def texts(rows: int = 8) -> dict[str, torch.Tensor]:
+    """Two classes that differ by their words; rows of different length, padded on the right."""
+    labels = np.arange(rows) % 2
+    ids = np.random.default_rng(0).integers(2, 30, (rows, 7)) + 30 * labels[:, None]
+    ids[::3, 5:] = 0
+    columns = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), "labels": labels}
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def answer(model: Any, **options: Any) -> Any:
+    """What a model says to :func:`texts`."""
+    batch = texts()
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+
+
+def logits(model: Any) -> torch.Tensor:
+    """In evaluation mode, without gradients."""
+    with torch.no_grad():
+        found: torch.Tensor = answer(model.eval()).logits
+    return found
+
+
+def loss(model: Any) -> torch.Tensor:
+    """Cross-entropy of a model as it stands."""
+    return functional.cross_entropy(answer(model).logits, texts()["labels"])
+
+
+def copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All values, buffers included."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Equal names, equal bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def only_adapter_and_head_are_trained(case: Case) -> None:
+    worn = Worn(case)
+    assert list(worn.groups) == [*([OTHER] if case.kind == "global" else range(LAYERS)), HEAD]
+    ours = {id(value) for named in worn.groups.values() for value in named.values()}
+    worn.scramble()
+    loss(worn.model.train()).backward()
+    for name, value in worn.model.named_parameters():
+        assert value.requires_grad == (id(value) in ours), name
+        assert (value.grad is not None and bool(value.grad.any())) == (id(value) in ours), name
+
+
+def the_seed_alone_decides(case: Case) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = Worn(case)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert same(copies(one.model), copies(Worn(case).model))
+
+
+def tensors_survive_the_way_there_and_back(case: Case) -> None:
+    one, other = Worn(case), Worn(case)
+    one.scramble()
+    sent = get_tensors(one.groups)
+    set_tensors(other.groups, sent)
+    back = get_tensors(other.groups)
+    there = [(key, name, array.tobytes()) for key, name, array in flatten(sent)]
+    assert there == [(key, name, array.tobytes()) for key, name, array in flatten(back)]
+    assert torch.equal(logits(one.model), logits(other.model))
+
+
+def a_dropped_layer_is_left_alone(case: Case) -> None:
+    """The first step gives it momentum; the second, without it, must not use that, nor decay it."""
+    without = tuple(layer != DROPPED for layer in range(LAYERS))
+    one, two = Worn(case), Worn(case)
+    start = copies(one.model)
+    one.train([EVERY])
+    two.train([EVERY, without])
+    for key, named in one.groups.items():
+        for name, value in named.items():
+            assert not torch.equal(value, start[name]), name
+            assert torch.equal(value, two.groups[key][name]) == (key == DROPPED), name
+    assert same(copies(one.blocks[DROPPED]), copies(two.blocks[DROPPED]))
+    for name, value in two.model.named_parameters():
+        assert value.requires_grad or torch.equal(value, start[name]), name
+
+
+def training_the_adapter_alone_lowers_the_loss(case: Case) -> None:
+    worn = Worn(case)
+    groups = {key: named for key, named in worn.groups.items() if key != HEAD}
+    before = float(loss(worn.model.eval()))
+    worn.train([EVERY] * 16, groups)
+    assert float(loss(worn.model.eval())) < before
+
+
+def what_is_exported_is_what_was_trained(case: Case) -> None:
+    worn, plain = Worn(case), backbone(case.family)
+    worn.scramble()
+    answers = logits(worn.model)
+    assert not torch.equal(answers, logits(plain))
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / name for name in ("one", "two")]
+        for folder in folders:
+            export_adapter(worn.model.train(), folder, "card")
+        one, two = ({file.name: file.read_bytes() for file in f.iterdir()} for f in folders)
+        assert one == two
+        load = load_bottleneck if case.name == BOTTLENECK else PeftModel.from_pretrained
+        assert torch.equal(logits(load(plain, folders[0])), answers)
+
+
+def detaching_gives_the_backbone_back(case: Case) -> None:
+    untouched, worn = backbone(case.family), Worn(case)
+    worn.scramble()
+    worn.train([EVERY])
+    restored = detach(worn.model)
+    assert restored is worn.base
+    assert same(copies(restored), copies(untouched))
+    assert torch.equal(logits(restored), logits(untouched))
+    assert not any(value.requires_grad for value in restored.parameters())
+    again = attach(restored, case.spec, find_blocks(restored)[0], 7)
+    assert same(copies(again), copies(Worn(case).model))
+
+
+def layers_without_an_adapter_change_nothing_in_others(case: Case) -> None:
+    if case.kind != "layered":
+        return
+    layers = [None if layer == DROPPED else one for layer, one in enumerate(case.spec.layers)]
+    whole, part = Worn(case), Worn(case, replace(case.spec, layers=tuple(layers)))
+    assert list(part.groups) == [layer for layer in range(LAYERS) if layer != DROPPED] + [HEAD]
+    whole.scramble()
+    set_tensors(part.groups, {0: get_tensors(whole.groups)[0]})
+    with torch.no_grad():
+        behind_first, expected = (
+            answer(worn.model.eval(), output_hidden_states=True).hidden_states[1]
+            for worn in (part, whole)
+        )
+    assert torch.equal(behind_first, expected)
+
+
+RULES: tuple[Callable[[Case], None], ...] = (
+    only_adapter_and_head_are_trained,
+    the_seed_alone_decides,
+    tensors_survive_the_way_there_and_back,
+    a_dropped_layer_is_left_alone,
+    training_the_adapter_alone_lowers_the_loss,
+    what_is_exported_is_what_was_trained,
+    detaching_gives_the_backbone_back,
+    layers_without_an_adapter_change_nothing_in_others,
+)
+"""The contract."""
+
+
+def main() -> None:
+    """Run everything; nothing is written if a rule is broken."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in USABLE:
+        for family in FAMILIES:
+            found = rows.setdefault(name, {})[family] = outcome(case(name, family))
+            for rule in RULES if "tensors" in found else ():
+                rule(case(name, family))
+    FILE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,259 @@
+"""Every type of peft has a place in the table, and every type that can be used keeps the contract."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, PeftType, get_peft_model
+
+import adapter_contract as contract
+from adapter_contract import Case, Worn
+from droppeft.adapters.attach import attach, export_adapter
+from droppeft.adapters.by_layer import trainable_by_layer
+from droppeft.adapters.settings import config_class
+from droppeft.adapters.types import BOTTLENECK, TYPES, AdapterType, adapter_type
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks
+from droppeft.plans import AdapterSpec, LayerAdapter
+from tiny import FAMILIES, tiny_model
+
+MAIN = (BOTTLENECK, "lora", "ia3", "prefix_tuning", "prompt_tuning")
+RECORDED = json.loads(contract.FILE.read_text(encoding="utf-8"))
+CASES = [
+    contract.case(name, family)
+    for name in contract.USABLE
+    for family in FAMILIES
+    if (name in MAIN or family in ("bert", "llama")) and "refused" not in RECORDED[name][family]
+]
+VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("lora", {"options": {"use_dora": True}}),
+    ("lora", {"options": {"use_rslora": True}, "targets": ("all-linear",)}),
+    ("loha", {"options": {"module_dropout": 0.3}}),
+    ("ia3", {"targets": ("query", "intermediate.dense")}),
+    ("supertuning", {"options": {"sparsity": 0.9, "r": 2}}),
+    (BOTTLENECK, {"width": 4, "targets": ("feed_forward",)}),
+    ("prefix_tuning", {"tokens": 2, "options": {"init_weights": "zero"}}),
+    ("prompt_tuning", {"tokens": 2, "options": {"prompt_tuning_init": "SAMPLE_VOCAB"}}),
+    ("p_tuning", {"tokens": 2, "options": {"encoder_reparameterization_type": "LSTM"}}),
+)
+
+
+def label(value: Any) -> str:
+    return f"{value.name}-{value.family}" if isinstance(value, Case) else str(value)
+
+
+def test_every_type_of_peft_has_a_place() -> None:
+    """A new version of peft with a new type ends here: look at it, and add a line to TYPES."""
+    assert {kind.value.lower() for kind in PeftType} | {BOTTLENECK} == TYPES.keys()
+
+
+def test_every_type_says_what_it_is() -> None:
+    assert all(kind.title and kind.source for kind in TYPES.values())
+    titles = [kind.title for kind in TYPES.values()]
+    assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_the_contract(case: Case) -> None:
+    for rule in contract.RULES:
+        rule(case)
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_the_contract_with_other_settings(name: str, settings: Mapping[str, Any]) -> None:
+    for rule in contract.RULES:
+        rule(Case(name, "bert", settings))
+
+
+@pytest.mark.parametrize("name", contract.USABLE)
+def test_the_record_is_up_to_date(name: str) -> None:
+    """docs/adapters.json; python tests/adapter_contract.py writes it."""
+    assert RECORDED[name] == {
+        family: contract.outcome(contract.case(name, family)) for family in FAMILIES
+    }
+
+
+def test_the_record_has_no_other_types() -> None:
+    assert RECORDED.keys() == set(contract.USABLE)
+
+
+def test_settings_of_a_type_are_fields_of_its_class() -> None:
+    for name in contract.USABLE:
+        if name != BOTTLENECK:
+            known = config_class(name).__dataclass_fields__
+            assert set(TYPES[name].settings.values()) <= known.keys(), name
+            assert TYPES[name].closed <= known.keys(), name
+            assert "modules_to_save" in known, name
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name not in contract.USABLE])
+def test_a_refused_type_says_why(name: str) -> None:
+    with pytest.raises(DroppeftError) as caught:
+        adapter_type(name)
+    assert str(caught.value) == f"adapter.type={name} is refused: {TYPES[name].note}"
+    assert len(TYPES[name].note) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LoRA", "did you mean lora?"),
+        ("prefix", "did you mean prefix_tuning?"),
+        ("houlsby", f"known are {', '.join(contract.USABLE)}"),
+    ],
+)
+def test_an_unknown_type_gets_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(DroppeftError) as caught:
+        adapter_type(name)
+    assert str(caught.value) == f"adapter.type={name} is unknown; {hint}"
+
+
+def test_what_is_refused_for_its_task_head_cannot_train_one() -> None:
+    for name in ("adaption_prompt", "trainable_tokens", "xlora"):
+        assert "modules_to_save" not in config_class(name).__dataclass_fields__
+
+
+@pytest.mark.parametrize("name", ["lily", "tinylora", "unilora", "vblora"])
+def test_what_is_refused_for_its_ties_has_them(name: str) -> None:
+    options = {"vblora": {"vector_length": 8}}.get(name, {})
+    config = config_class(name)(task_type="SEQ_CLS", target_modules=["query"], **options)
+    model = get_peft_model(tiny_model(3), config)
+    with pytest.raises(DroppeftError, match="are one tensor: it belongs to no single layer"):
+        trainable_by_layer(model, find_blocks(model)[0])
+
+
+@pytest.mark.parametrize("name", ["poly", "multitask_prompt_tuning"])
+def test_what_is_refused_for_its_task_numbers_needs_them(name: str) -> None:
+    options = {"poly": {"target_modules": ["query"]}}.get(name, {"num_virtual_tokens": 2})
+    config = config_class(name)(task_type="SEQ_CLS", **options)
+    model = get_peft_model(tiny_model(3), config)
+    with pytest.raises(ValueError, match="task_ids"):
+        contract.answer(model)
+
+
+def test_cpt_is_for_causal_language_models_alone() -> None:
+    with pytest.raises(ValueError, match="CAUSAL_LM"):
+        peft.CPTConfig(task_type="SEQ_CLS")
+
+
+def test_frod_mixes_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TYPES, "frod", AdapterType("layered", "FRoD", "for this test"))
+    case = Case("frod", "bert", {"options": {"progressbar": False}})
+    with pytest.raises(AssertionError):
+        contract.layers_without_an_adapter_change_nothing_in_others(case)
+
+
+def test_a_type_whose_tensors_are_tied_is_refused_whatever_the_table_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TYPES, "vblora", AdapterType("layered", "VB-LoRA", "for this test"))
+    with pytest.raises(DroppeftError, match="are one tensor"):
+        Worn(Case("vblora", "bert", {"options": {"vector_length": 8}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong_kind", "message"),
+    [
+        ("prompt_tuning", "layered", "trains nothing in layer 0 of this model"),
+        ("lora", "global", "trains nothing in layer other of this model"),
+    ],
+)
+def test_a_type_in_the_wrong_place_of_the_table_is_noticed(
+    name: str, wrong_kind: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = replace(TYPES[name], kind=wrong_kind)
+    monkeypatch.setitem(TYPES, name, kind)
+    monkeypatch.setattr("droppeft.adapters.attach.layer_fields", lambda *_: {})
+    with pytest.raises(DroppeftError, match=message):
+        Worn(contract.case(name, "bert"))
+
+
+@pytest.mark.parametrize(("name", "family"), [("loha", "gpt2"), ("osf", "gpt2")])
+def test_a_model_that_does_not_fit_stays_as_it_was(name: str, family: str) -> None:
+    """peft notices in the middle of its work, or not at all."""
+    base = contract.backbone(family)
+    before, plain = contract.copies(base), contract.logits(base)
+    with pytest.raises(DroppeftError, match=f"^adapter.type={name} "):
+        attach(base, contract.case(name, family).spec, find_blocks(base)[0], 7)
+    assert contract.same(contract.copies(base), before)
+    assert torch.equal(contract.logits(base), plain)
+
+
+def test_a_new_architecture_with_old_modules_has_their_defaults() -> None:
+    """peft knows no targets of (IA)³ for XLM-RoBERTa, which is RoBERTa with another vocabulary."""
+    base = tiny_model(2, "roberta")
+    expected = sorted(trainable(base))
+    other = tiny_model(2, "roberta")
+    other.config.model_type = "xlm-roberta"
+    assert sorted(trainable(other)) == expected
+
+
+def trainable(base: Any) -> list[str]:
+    spec = AdapterSpec((LayerAdapter("ia3"),) * 2)
+    model = attach(base, spec, find_blocks(base)[0], 0)
+    return [name for name, value in model.named_parameters() if value.requires_grad]
+
+
+# Ranks that differ by layer
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "hira", "delora"])
+def test_layers_may_have_ranks_of_their_own(name: str, tmp_path: Path) -> None:
+    spec = AdapterSpec(
+        (LayerAdapter(name, 2), None, LayerAdapter(name, 4)), targets=("all-linear",)
+    )
+    worn = Worn(Case(name, "bert", {}), spec)
+    assert list(worn.groups) == [0, 2, "head"]
+    alone = {
+        rank: Worn(Case(name, "bert", {}), replace(spec, layers=(LayerAdapter(name, rank),) * 3))
+        for rank in (2, 4)
+    }
+    for layer, rank in ((0, 2), (2, 4)):
+        shapes = {key: value.shape for key, value in worn.groups[layer].items()}
+        assert shapes == {key: v.shape for key, v in alone[rank].groups[layer].items()}
+    worn.scramble()
+    export_adapter(worn.model, tmp_path, "card")
+    plain = contract.backbone("bert")
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(contract.logits(loaded), contract.logits(worn.model))
+
+
+def test_feed_forward_modules_of_ia3_scale_their_input() -> None:
+    worn = Worn(contract.case("ia3", "bert"))
+    kinds = {
+        name.rpartition("layer.0.")[2]: module.is_feedforward
+        for name, module in worn.model.named_modules()
+        if hasattr(module, "is_feedforward") and "layer.0." in name
+    }
+    assert kinds == {
+        "attention.self.key": False,
+        "attention.self.value": False,
+        "attention.output.dense": True,
+        "output.dense": True,
+    }
+
+
+# Prefix
+
+
+def test_a_prefix_changes_every_layer_and_no_other() -> None:
+    """What enters layer 1 depends on the prefix of layer 0 and not on its own."""
+    worn = Worn(contract.case("prefix_tuning", "bert"))
+    entering = []
+    for layer in (None, 0, 1):
+        if layer is not None:
+            [value] = worn.groups[layer].values()
+            value.data.add_(1.0)
+        with torch.no_grad():
+            hidden = contract.answer(worn.model.eval(), output_hidden_states=True).hidden_states
+        entering.append(hidden[1])
+    assert not torch.equal(entering[0], entering[1])
+    assert torch.equal(entering[1], entering[2])

@@ -1,0 +1,116 @@
+"""One configuration in this process, in Flower's simulation and on a SuperLink: the same result."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.run import start_run
+from droppeft.ledger import RoundRow
+from runs import Recorder, outcome, rows_of
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_on_loopback.py"
+FRAMED = ("upload_framed_bytes", "download_framed_bytes")
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """The example is the test bed: it starts a SuperLink and three SuperNodes."""
+    spec = importlib.util.spec_from_file_location("flower_on_loopback", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def everywhere(out: Path) -> dict[str, Any]:
+    """What a run leaves, without what may differ: clocks, the transport's name and framing."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in {"transport", *FRAMED}}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    left: dict[str, Any] = strip(outcome(out))
+    lines = left["config"].decode().splitlines()
+    return {**left, "config": [line for line in lines if not line.startswith("transport = ")]}
+
+
+def framed(out: Path) -> list[tuple[int, int]]:
+    return [tuple(row[name] for name in FRAMED) for row in rows_of(out / "rounds.jsonl")]  # type: ignore[misc]
+
+
+def test_a_simulation_is_the_run_in_process_though_one_of_its_processes_is_killed(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    class Kills(Recorder):
+        def round_done(self, row: RoundRow) -> None:
+            super().round_done(row)
+            if row.round == 1:
+                actors().pop().kill()
+
+    out, watcher = tmp_path / "run", Kills()
+    start_run(load_config(None, [*tiny_words, "transport=flower"]), out, watcher)
+    assert everywhere(out) == everywhere(whole_run)
+    for row, (up, down) in zip(watcher.rows, framed(out), strict=True):
+        assert row.upload_bytes < up < 2 * row.upload_bytes + 10_000
+        assert row.download_bytes < down < 2 * row.download_bytes + 20_000
+    assert framed(whole_run) == [(None, None)] * 3
+    assert actors() == []
+
+
+def actors() -> list[psutil.Process]:
+    """Ray's processes of this test."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "ray::ClientAppActor" in " ".join(process.cmdline())
+    ]
+
+
+def test_a_superlink_with_three_supernodes_is_the_run_in_process(
+    example: ModuleType, tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    """Real processes, four devices on three nodes: a run of theirs, and one that began here."""
+    begun, out = tmp_path / "begun", tmp_path / "run"
+    stop_after_a_round(tiny_words, begun)
+    with example.loopback(tmp_path / "flower") as run:
+        run(tiny_words, out)
+        run([], begun)
+    assert everywhere(out) == everywhere(begun) == everywhere(whole_run)
+    assert all(up > 0 and down > 0 for up, down in framed(out))
+    assert [up is None for up, _ in framed(begun)] == [True, False, False]
+
+
+def stop_after_a_round(words: list[str], out: Path) -> None:
+    class Stops(Recorder):
+        def round_done(self, row: Any) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        start_run(load_config(None, words), out, Stops())
+
+
+def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's hashes are falsified: to the devices it is their texts that differ."""
+    from droppeft.federation import flower
+
+    real = flower.identity
+    monkeypatch.setattr(flower, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
+    out = tmp_path / "run"
+    with pytest.raises(DroppeftError, match="3 rounds in a row") as error:
+        start_run(load_config(None, [*tiny_words, "transport=flower"]), out, Recorder())
+    assert "the data is another (other, here " in str(error.value)
+    assert f"droppeft resume {out}" in str(error.value)
+    assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [0, 0, 0]
+    assert not (out / "result.json").exists()
+    assert json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["failures"]
