@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/flower_cost.py
 
 Arms take turns (a short run each, then again from the first), so that all meet the same states of
-a shared machine. One device is asked per round, so the time of a round less evaluation and saving
-is the time of one client-round: planning, carrying, training, checking, merging. The first round
-of a run loads texts and model and is reported apart.
+a shared machine. There is one device, so the time of a round less evaluation and saving is the
+time of one client-round: planning, carrying, training, checking, merging. The first round of a run
+starts processes and loads texts and model; it is reported apart. Each repeat has a seed of its own,
+so that nothing of an earlier one is still loaded.
 
 The two arms with "model built per message" are the usual pattern of Flower's examples: the
 ClientApp builds its model whenever it is called. In simulation the texts stay cached, as a
@@ -38,9 +39,9 @@ from droppeft.plans import Reply
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks/results/flower_cost.json"
 NODES = 3
-SETTINGS = (f"devices={NODES}", "threads=1", "accelerator=cpu", "evaluation.rows=200")
-CLIENT_ROUND = ("rounds=6", "cohort=1", "evaluation.every=6")
-PLACES = ("rounds=4", f"cohort={NODES}")
+SETTINGS = ("threads=1", "accelerator=cpu", "evaluation.rows=200")
+CLIENT_ROUND = ("rounds=6", "devices=1", "cohort=1", "evaluation.every=6")
+PLACES = ("rounds=4", f"devices={NODES}", f"cohort={NODES}")
 
 sys.path.insert(0, str(ROOT / "examples"))
 from flower_on_loopback import Submit, loopback  # noqa: E402
@@ -97,7 +98,7 @@ def client_rounds(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[s
     for repeat in range(repeats):
         for number, (name, run) in enumerate(arms.items()):
             out = folder / f"cost-{repeat}-{number}"
-            run([*SETTINGS, *CLIENT_ROUND], out)
+            run([*SETTINGS, *CLIENT_ROUND, f"seed={repeat}"], out)
             rounds = read_rows(out / "rounds.jsonl")
             turns = [row["turn_wall_s"] for row in read_rows(out / "devices.jsonl")]
             whole = [
@@ -151,17 +152,19 @@ def places(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[str, Any
                 }
             )
             print(f"{repeat} {name}: {wall_s:.1f} s", flush=True)
+    digests = {run["adapter_folder_sha256"] for runs in found.values() for run in runs}
+    if len(digests) > 1:
+        raise SystemExit(f"the places differ: {json.dumps(found, indent=2)}")
     return {name: merged(runs) for name, runs in found.items()}
 
 
 def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last run, with medians of seconds; the hash must be one."""
-    [digest] = {run["adapter_folder_sha256"] for run in runs}
+    """The last run, with medians of seconds."""
     seconds = {
         key: statistics.median(run[key] for run in runs)
         for key in ("command_wall_s", "rounds_wall_s")
     }
-    return {**runs[-1], **seconds, "adapter_folder_sha256": digest, "runs": len(runs)}
+    return {**runs[-1], **seconds, "runs": len(runs)}
 
 
 def folder_hash(folder: Path) -> str:
@@ -193,8 +196,8 @@ def main() -> None:
                     "client_round": CLIENT_ROUND,
                     "places": PLACES,
                 },
-                "client_round": client_rounds(arms, repeats, folder),
                 "places": places(in_three, repeats, folder),
+                "client_round": client_rounds(arms, repeats, folder),
                 "versions": versions(),
                 "machine": machine("cpu"),
             }

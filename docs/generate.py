@@ -66,6 +66,7 @@ In the tables "–" as a default means that nothing is set.
 
 
 RESULTS = FOLDER.parent / "benchmarks" / "results"
+ADAPTERS = FOLDER / "adapters.json"
 
 RESULTS_HEAD = """\
 # Results
@@ -91,6 +92,75 @@ HEAD_RATE_HEAD = """\
 `benchmarks/head_learning_rate.py`: centralised training of the built-in model on the built-in data,
 full depth, {seeds} seeds; mean and standard deviation of the accuracy on its test texts. Made on
 {place}.
+"""
+
+
+PAPERS = {
+    "arXiv": "https://arxiv.org/abs/",
+    "openreview": "https://openreview.net/forum?id=",
+    "doi": "https://doi.org/",
+}
+
+ADAPTERS_COLUMNS = (
+    "type",
+    "name",
+    "kind",
+    "source",
+    "tensors in a layer",
+    "works on",
+    "settings",
+    "remarks",
+)
+REFUSED_COLUMNS = ("type", "name", "source", "it is refused because")
+ADAPTERS_HEAD = """\
+# Adapter types
+
+`adapter.type` chooses what is trained; the default is `lora`. The {usable} types of the first table
+can be used with every method; {refused} more of peft's are refused, for the reason given.
+
+```
+droppeft run adapter.type=ia3
+droppeft run adapter.type=bottleneck adapter.width=32
+droppeft run adapter.type=oft adapter.options.oft_block_size=16
+```
+
+- *layered*: every trained tensor sits in one layer. A step that drops the layer leaves them as they
+  are, bit for bit: no gradient, no momentum, no decay. A layer may have no adapter at all.
+- *sliced*: the type has one tensor for all layers; here it is one parameter per layer, with the
+  same promise, and one tensor again in the exported folder.
+- *global*: the trained tensors belong to no layer (group `other`): nothing to drop or to share by
+  layer, everything else is the same.
+
+What "works" means is written as code in `tests/adapter_contract.py` and run on tiny models: only
+adapter and head are trained; the seed alone decides their first values; a dropped layer is left
+alone; training the adapter lowers the loss; the exported folder, loaded into a plain model, answers
+with the same bits; taking the adapter off gives the old backbone back. It says nothing about
+accuracy. Tensors are counted in a layer of BERT with default targets, or in the whole prompt.
+
+Settings: `rank`, `alpha`, `dropout`, `width` and `tokens` of the table `[adapter]`, where the type
+has them; another one is refused, not ignored. What is not given has peft's own default, except for
+`lora` (rank 8, alpha 16), `bottleneck` (width 64) and prompts (20 tokens). Ranks may differ by
+layer for `lora`, `loha`, `lokr` and `delora`, widths for `bottleneck`. All else that peft's
+configuration class of a type has is an option: `adapter.options.NAME=value`, or a table
+`[adapter.options]`. An unknown option is refused with a list of those that exist; so is one that
+would train or change more than single layers.
+
+Every type but one is exported in peft's format, for `PeftModel.from_pretrained`. The bottleneck is
+ours, since peft has none, and **peft cannot read it**; droppeft's own function does, on a plain
+transformers model:
+
+```python
+from droppeft.adapters.bottleneck import load_bottleneck
+
+model = load_bottleneck(model, "adapter").eval()
+```
+"""
+
+ADAPTERS_REFUSED = """\
+## Refused types
+
+A version of peft with types that are not in these tables fails our tests, until somebody has looked
+at them.
 """
 
 
@@ -135,6 +205,46 @@ def configuration_page() -> str:
 def results_page() -> str:
     """What the committed result files say."""
     return f"{NOTICE}\n\n{RESULTS_HEAD}\n{_first_slice()}\n{_head_learning_rate()}"
+
+
+def adapters_page() -> str:
+    """Every adapter type, with what its contract found on tiny models."""
+    from droppeft.adapters.types import TYPES
+
+    found = json.loads(ADAPTERS.read_text(encoding="utf-8"))
+    usable = [
+        (
+            f"`{name}`",
+            kind.title,
+            kind.kind,
+            _paper(kind.source),
+            *_found(found[name]),
+            ", ".join(f"`{setting}`" for setting in kind.settings) or "–",
+            kind.note,
+        )
+        for name, kind in TYPES.items()
+        if kind.kind != "refused"
+    ]
+    refused = [
+        (f"`{name}`", kind.title, _paper(kind.source), kind.note)
+        for name, kind in TYPES.items()
+        if kind.kind == "refused"
+    ]
+    head = ADAPTERS_HEAD.format(usable=len(usable), refused=len(refused))
+    tables = _markdown_table(ADAPTERS_COLUMNS, usable), _markdown_table(REFUSED_COLUMNS, refused)
+    return f"{NOTICE}\n\n{head}\n{tables[0]}\n{ADAPTERS_REFUSED}\n{tables[1]}"
+
+
+def _found(families: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """How many tensors a layer of BERT has, and on which architectures the contract is kept."""
+    kept = [family for family, outcome in families.items() if "tensors" in outcome]
+    return str(families["bert"]["tensors"]), ", ".join(kept)
+
+
+def _paper(source: str) -> str:
+    kind, _, number = source.partition(":")
+    start = PAPERS.get(kind)
+    return f"[{source}]({start}{number})" if start else source
 
 
 def _first_slice() -> str:
@@ -225,6 +335,8 @@ def _kind(annotation: object) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return f"list of {_kind(arguments[0])}s"
+    if origin is dict:
+        return "table"
     return TYPE_NAMES[annotation]
 
 
@@ -251,6 +363,7 @@ def _number(value: float) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "adapters.md": adapters_page,
     "configuration.md": configuration_page,
     "results.md": results_page,
 }

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 APP = Path(__file__).parent / "flower_app"
@@ -56,17 +56,16 @@ def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
         yield lambda settings, out: submit(folder, settings, out)
 
 
-def submit(folder: Path, settings: Sequence[str], out: Path) -> None:
+def submit(folder: Path, settings: Sequence[str], out: Path, timeout_s: float = 3600.0) -> None:
     """Hand the app to the SuperLink and follow its log to the end."""
     run_config = {"settings": shlex.join(settings), "out": str(out.resolve())}
     words = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
-    subprocess.run(
-        ["flwr", "run", str(APP), "here", "--stream", "--run-config", words],
-        env=environment(folder),
-        check=True,
-    )
+    command = ["flwr", "run", str(APP), "here", "--stream", "--run-config", words]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, env=environment(folder), check=True, timeout=timeout_s)
     if not (out / "result.json").exists():
-        raise SystemExit(f"the run did not finish; see {folder}/*.log")
+        logs = [f"{path.name}:\n{path.read_text()[-2000:]}" for path in folder.glob("*.log")]
+        raise SystemExit("\n\n".join(["the run did not finish", *logs]))
 
 
 def environment(folder: Path) -> dict[str, str]:

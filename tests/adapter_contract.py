@@ -229,9 +229,9 @@ def a_dropped_layer_is_left_alone(case: Case) -> None:
 def training_the_adapter_alone_lowers_the_loss(case: Case) -> None:
     worn = Worn(case)
     groups = {key: named for key, named in worn.groups.items() if key != HEAD}
-    before = float(loss(worn.model.eval()))
+    before = loss(worn.model.eval()).item()
     worn.train([EVERY] * 16, groups)
-    assert float(loss(worn.model.eval())) < before
+    assert loss(worn.model.eval()).item() < before
 
 
 def what_is_exported_is_what_was_trained(case: Case) -> None:

@@ -61,8 +61,24 @@ def test_every_setting_has_a_row_with_a_meaning(generate: ModuleType) -> None:
 
 def test_a_row_shows_bounds_default_and_meaning(generate: ModuleType) -> None:
     page = generate.configuration_page()
-    assert "| `adapter.rank` | whole number ≥ 1 | `8` | LoRA rank r |" in page
-    assert '| `adapter.type` | `lora` | `"lora"` | PEFT type |' in page
+    assert "| `partition.min_rows` | whole number ≥ 3 | `20` | fewest rows that make" in page
+    assert '| `adapter.targets` | list of texts | `["default"]` | module names' in page
+    assert "| `adapter.options` | table | `{}` | further settings of the type" in page
+
+
+def test_every_adapter_type_has_a_row(generate: ModuleType) -> None:
+    from droppeft.adapters.types import TYPES
+
+    rows = re.findall(r"^\| `(\w+)` \| ", generate.adapters_page(), re.M)
+    assert rows == list(TYPES)
+
+
+def test_a_row_of_a_type_shows_what_was_found(generate: ModuleType) -> None:
+    page = generate.adapters_page()
+    every = "bert, roberta, deberta-v2, gpt2, llama"
+    source = "[arXiv:2106.09685](https://arxiv.org/abs/2106.09685)"
+    assert f"| `lora` | LoRA | layered | {source} | 4 | {every} | `rank`" in page
+    assert " | bert, roberta, gpt2, llama | `tokens` | " in page
 
 
 def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:

@@ -123,11 +123,7 @@ class PartitionConfig(_Table):
 
 
 class AdapterConfig(_Table):
-    """The trainable modules that are attached to the frozen model.
-
-    A setting that the type does not have is refused; one that is not given has the type's own
-    default.
-    """
+    """What is trained beside the frozen model; a setting that the type does not have is refused."""
 
     type: str = Field("lora", description="PEFT type; [adapters.md](adapters.md) lists them")
     rank: Whole | None = Field(None, ge=1, description="rank r, of types that have one")

@@ -41,9 +41,10 @@ class RoundRow:
         saving_wall_s: writing the rows and checkpoint of the round before (this row is part of
             what is written now, so its own saving is not known yet).
         host_wall_s: the whole round in this process, evaluation and that saving included.
-        upload_framed_bytes, download_framed_bytes: what the transport sent, its framing of
-            messages included and that of the network not; ``None`` where devices are in this
-            process.
+        upload_framed_bytes, download_framed_bytes: what the transport really carried, its
+            framing of messages included and that of the network not; ``None`` where devices are in
+            this process. They count what was refused or set aside, and not what was never sent;
+            ``upload_bytes`` and ``download_bytes`` follow from accepted Updates and from all Plans.
     """
 
     round: int

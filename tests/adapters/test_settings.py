@@ -91,7 +91,23 @@ def test_an_option_that_does_not_fit_is_refused(words: tuple[str, ...], message:
     assert refusal(*words) == message
 
 
-@pytest.mark.parametrize("option", [*sorted(CLOSED), "init_lora_weights", "target_parameters"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "rank_pattern",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+    ],
+)
 def test_options_that_reach_beyond_layers_are_closed(option: str) -> None:
     assert refusal(f"adapter.options.{option}=x") == (
         f"adapter.options.{option} cannot be set: droppeft sets it, or it would touch more than "
@@ -141,8 +157,8 @@ def one(name: str, **fields: Any) -> LayerAdapter:
         ((one("bottleneck"),), "adapter.type=bottleneck needs adapter.width in every layer"),
         ((one("prompt_tuning"),), "adapter.type=prompt_tuning needs adapter.tokens in every layer"),
         (
-            (one("hra", rank=2), one("hra", rank=4)),
-            "adapter.type=hra has one rank for all layers, not one for each",
+            (one("hira", rank=2), one("hira", rank=4)),
+            "adapter.type=hira has one rank for all layers, not one for each",
         ),
     ],
 )

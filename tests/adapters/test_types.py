@@ -1,4 +1,4 @@
-"""Every type of peft has a place in the table, and every type that can be used keeps the contract."""
+"""Every type of peft has a place in the table, and every usable type keeps the contract."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, PeftType, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 import adapter_contract as contract
 from adapter_contract import Case, Worn
@@ -33,13 +34,19 @@ CASES = [
 VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("lora", {"options": {"use_dora": True}}),
     ("lora", {"options": {"use_rslora": True}, "targets": ("all-linear",)}),
-    ("loha", {"options": {"module_dropout": 0.3}}),
+    ("loha", {"rank": 2, "alpha": 4.0}),
     ("ia3", {"targets": ("query", "intermediate.dense")}),
     ("supertuning", {"options": {"sparsity": 0.9, "r": 2}}),
     (BOTTLENECK, {"width": 4, "targets": ("feed_forward",)}),
     ("prefix_tuning", {"tokens": 2, "options": {"init_weights": "zero"}}),
     ("prompt_tuning", {"tokens": 2, "options": {"prompt_tuning_init": "SAMPLE_VOCAB"}}),
-    ("p_tuning", {"tokens": 2, "options": {"encoder_reparameterization_type": "LSTM"}}),
+    (
+        "p_tuning",
+        {
+            "tokens": 2,
+            "options": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5},
+        },
+    ),
 )
 
 
@@ -176,10 +183,12 @@ def test_a_type_in_the_wrong_place_of_the_table_is_noticed(
         Worn(contract.case(name, "bert"))
 
 
-@pytest.mark.parametrize(("name", "family"), [("loha", "gpt2"), ("osf", "gpt2")])
+@pytest.mark.parametrize(("name", "family"), [("loha", "gpt2"), ("osf", "gpt2"), ("loha", "llama")])
 def test_a_model_that_does_not_fit_stays_as_it_was(name: str, family: str) -> None:
-    """peft notices in the middle of its work, or not at all."""
+    """peft notices at the first module, or not at all, or in the middle of its work."""
     base = contract.backbone(family)
+    if family == "llama":
+        base.set_submodule("model.layers.1.self_attn.v_proj", Conv1D(32, 32))
     before, plain = contract.copies(base), contract.logits(base)
     with pytest.raises(DroppeftError, match=f"^adapter.type={name} "):
         attach(base, contract.case(name, family).spec, find_blocks(base)[0], 7)
@@ -205,7 +214,7 @@ def trainable(base: Any) -> list[str]:
 # Ranks that differ by layer
 
 
-@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "hira", "delora"])
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "delora"])
 def test_layers_may_have_ranks_of_their_own(name: str, tmp_path: Path) -> None:
     spec = AdapterSpec(
         (LayerAdapter(name, 2), None, LayerAdapter(name, 4)), targets=("all-linear",)

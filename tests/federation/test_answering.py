@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from droppeft.config import as_tree
 from droppeft.federation import answering
@@ -75,6 +76,18 @@ def test_a_node_has_its_own_copies_and_settings(
     reply = ask(plans[0], moved, data=data, threads=2, seed=99, **{"partition-id": 0})
     assert isinstance(reply, Update)
     assert (seen[0].data, seen[0].threads, seen[0].seed) == (data, 2, 0)
+
+
+@pytest.mark.parametrize("own", [{"threads": 0}, {"accelerator": "auto"}], ids=str)
+def test_what_a_node_leaves_open_is_found_out_there(
+    plans: list[Plan], errand: Errand, own: dict[str, Any]
+) -> None:
+    assert isinstance(ask(plans[0], errand, **own), Update)
+
+
+def test_an_accelerator_that_is_not_there_is_said(plans: list[Plan], errand: Errand) -> None:
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA device" in reason(ask(plans[0], errand, accelerator="cuda"))
 
 
 @pytest.mark.parametrize("what", ["data", "split", "model"])

@@ -1,10 +1,14 @@
 """Plans over a Flower grid: whose reply is whose, and what becomes of every kind of trouble."""
 
 import itertools
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
@@ -14,7 +18,9 @@ from droppeft.config import FlowerConfig
 from droppeft.federation import client_app
 from droppeft.federation.flower import OverGrid
 from droppeft.federation.messages import framed_bytes, packed_of, record_of
+from droppeft.federation.nodes import Directory
 from droppeft.federation.packing import Errand, pack_reply, unpack_plan
+from droppeft.federation.post import Post
 from droppeft.federation.transport import Arrival
 from droppeft.plans import Failure, Plan, Update
 from messages import answer_to, layout, plan_for
@@ -37,7 +43,7 @@ class Nodes:
         self.answer = answer
         self.sent: list[Message] = []
         self.introduced: list[int] = []
-        self.pulls = 0
+        self.questions: list[Message] = []
         self._numbers = itertools.count(1)
         self._replies: dict[str, Message] = {}
 
@@ -53,7 +59,8 @@ class Nodes:
         node = message.metadata.dst_node_id
         if message.metadata.message_type == "query":
             self.introduced.append(node)
-            content: Any = introduction(**self.parts[node])
+            self.questions.append(message)
+            content: Any = self.introduction_of(node)
         else:
             self.sent.append(message)
             content = self.answer(node, unpack_plan(packed_of(message.content))[0])
@@ -61,8 +68,10 @@ class Nodes:
             self._replies[name] = Message(content, reply_to=message)
         return name
 
+    def introduction_of(self, node: int) -> Any:
+        return introduction(**self.parts[node])
+
     def pull_messages(self, names: list[str]) -> Iterator[Message]:
-        self.pulls += 1
         # Flower's grids hand out everything that has come for those names, once.
         return iter([self._replies.pop(name) for name in names if name in self._replies])
 
@@ -79,8 +88,11 @@ def good(node: int, plan: Plan) -> RecordDict:
     return record_of(pack_reply(answer_to(plan, float(plan.device))))
 
 
-def over(nodes: Nodes, **settings: float) -> OverGrid:
-    return OverGrid(nodes, ERRAND, QUICK.model_copy(update=settings), layout)  # type: ignore[arg-type]
+def over(nodes: Any, devices: int = 0, **settings: float) -> OverGrid:
+    """A transport that waits at its start for so many devices."""
+    post = Post(nodes)
+    chosen = QUICK.model_copy(update=settings)
+    return OverGrid(post, Directory(post), ERRAND, devices, chosen, layout)
 
 
 def exchange(transport: OverGrid, *devices: int) -> dict[int, Arrival]:
@@ -156,7 +168,7 @@ def test_an_error_reply_is_the_failure_of_its_device(code: int, said: str) -> No
     assert isinstance(arrivals[0].reply, Update)
     assert isinstance(arrivals[2].reply, Update)
     assert (arrivals[1].sent_bytes or 0) > 0
-    assert arrivals[1].received_bytes is None
+    assert arrivals[1].received_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -203,23 +215,59 @@ def test_who_is_late_fails_and_a_late_reply_is_nobody_s() -> None:
     assert again.reply.device == 0
 
 
-def test_a_reply_that_flower_cannot_read_hides_no_other() -> None:
-    class Broken(Nodes):
-        def pull_messages(self, names: list[str]) -> Iterator[Message]:
-            if any(message.metadata.message_id in names for message in self.sent[:1]):
-                raise ValueError("chunks do not fit")
-            return super().pull_messages(names)
+class Troubled(Nodes):
+    """Raises an error for the first Plan, as often as told."""
 
-    arrivals = exchange(over(Broken(one_each(2), good)), 0, 1)
-    assert "no reply" in reason(arrivals[0])
+    def __init__(self, error: Exception, times: int) -> None:
+        super().__init__(one_each(2), good)
+        self.error, self.times = error, times
+
+    def pull_messages(self, names: list[str]) -> Iterator[Message]:
+        if self.times and any(sent.metadata.message_id in names for sent in self.sent[:1]):
+            self.times -= 1
+            raise self.error
+        return super().pull_messages(names)
+
+
+def test_a_reply_that_flower_cannot_read_hides_no_other() -> None:
+    arrivals = exchange(over(Troubled(ValueError("chunks do not fit"), 1)), 0, 1)
+    said = "its reply could not be read: ValueError: chunks do not fit"
+    assert reason(arrivals[0]) == said
     assert isinstance(arrivals[1].reply, Update)
 
 
-def test_a_device_without_a_node_fails_after_the_wait_and_only_once_is_waited() -> None:
+def test_a_superlink_out_of_reach_is_asked_again() -> None:
+    arrivals = exchange(over(Troubled(httpx.ConnectError("refused"), 3)), 0, 1)
+    assert isinstance(arrivals[0].reply, Update)
+
+
+@pytest.mark.parametrize("answer", [[], [None], httpx.ConnectError("refused")], ids=str)
+def test_a_plan_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
+    """Two of the three are for one node: each has a failure of its own."""
+
+    class Full(Nodes):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            if messages[0].metadata.message_type == "query":
+                return super().push_messages(messages)
+            if isinstance(answer, Exception):
+                raise answer
+            return list(answer)
+
+    start = time.monotonic()
+    arrivals = exchange(over(Full(one_each(2), good), deadline_s=1000.0), 0, 1, 2)
+    assert time.monotonic() - start < 100
+    for arrival in arrivals.values():
+        assert reason(arrival).startswith("could not be sent: ")
+        assert (arrival.sent_bytes, arrival.received_bytes) == (0, 0)
+
+
+def test_the_start_waits_for_every_device_and_later_nobody_does() -> None:
     nodes = Nodes({5: {"partition": 0, "partitions": 2}}, good)
-    transport = over(nodes, nodes_timeout_s=0.5)
+    transport = over(nodes, devices=2, nodes_timeout_s=0.5)
+    start = time.monotonic()
     arrivals = exchange(transport, 0, 1)
-    assert reason(arrivals[1]).startswith("no node serves this device")
+    assert time.monotonic() - start > 0.5
+    assert reason(arrivals[1]) == "no node serves this device (none is connected)"
     assert isinstance(arrivals[0].reply, Update)
     transport.settings = QUICK.model_copy(update={"nodes_timeout_s": 1000.0})
     assert reason(exchange(transport, 1)[1]).startswith("no node serves this device")
@@ -243,6 +291,41 @@ def test_a_node_that_came_back_under_another_id_serves_again() -> None:
     assert [message.metadata.dst_node_id for message in nodes.sent] == [900, 77]
 
 
+class Shy(Nodes):
+    """Introduces itself late, or answers a first question with an error."""
+
+    def __init__(self, first: Any) -> None:
+        super().__init__(one_each(1), good)
+        self.first = first
+
+    def introduction_of(self, node: int) -> Any:
+        return self.first if self.introduced == [node] else super().introduction_of(node)
+
+
+def test_a_late_introduction_counts_when_it_comes() -> None:
+    nodes = Shy(None)
+    transport = over(nodes)
+    assert reason(exchange(transport, 0)[0]).startswith("no node serves")
+    nodes._replies["message 1"] = Message(introduction(0, 1), reply_to=nodes.questions[0])
+    assert isinstance(exchange(transport, 0)[0].reply, Update)
+    assert nodes.introduced == [900]
+    assert nodes.questions[0].metadata.ttl > 100  # not the deadline of a turn
+
+
+def test_a_node_that_failed_to_introduce_itself_is_asked_again() -> None:
+    nodes = Shy(Error(8, ""))
+    assert isinstance(exchange(over(nodes), 0)[0].reply, Update)
+    assert nodes.introduced == [900, 900]
+
+
+def test_a_node_that_never_introduces_itself_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = Nodes(one_each(1), good)
+    monkeypatch.setattr(nodes, "introduction_of", lambda node: Error(8, ""))
+    assert "(node 900: the device's app died" in reason(exchange(over(nodes), 0)[0])
+
+
 @pytest.mark.parametrize(
     "part",
     [(-1, 0), (2, 2), (0, 0), ("0", 1), (0, 2.5)],
@@ -250,7 +333,7 @@ def test_a_node_that_came_back_under_another_id_serves_again() -> None:
 )
 def test_a_node_without_a_usable_part_serves_nothing(part: tuple[Any, Any]) -> None:
     nodes = Nodes({5: {"partition": part[0], "partitions": part[1]}}, good)
-    assert "node 5: has no partition-id" in reason(exchange(over(nodes), 0)[0])
+    assert "node 5: no partition-id" in reason(exchange(over(nodes), 0)[0])
 
 
 def test_waiting_stops_when_no_reply_can_come() -> None:
@@ -258,7 +341,7 @@ def test_waiting_stops_when_no_reply_can_come() -> None:
         raise RuntimeError("the engine is gone")
 
     nodes = Nodes(one_each(1), lambda node, plan: None)
-    transport = OverGrid(nodes, ERRAND, QUICK, layout, gone)  # type: ignore[arg-type]
+    transport = replace(over(nodes), check=gone)
     with pytest.raises(RuntimeError, match="engine is gone"):
         list(transport.exchange([plan_for(0)]))
 
@@ -275,3 +358,10 @@ def test_the_client_says_which_part_is_its_own() -> None:
         context = Context(1, 7, config, RecordDict(), {})
         record = client_app.app(message, context).content["node"]
         assert (record["partition"], record["partitions"]) == expected
+
+
+def test_a_client_process_starts_without_torch() -> None:
+    """A SuperNode starts one for every message; the resident process has torch already."""
+    code = "import sys, droppeft.federation.client_app; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

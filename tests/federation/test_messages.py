@@ -128,6 +128,7 @@ def test_the_description_that_the_others_change_is_in_order() -> None:
         ({"head": ConfigRecord({"json": 3}), "tensors": described()}, "head is not a text"),
         ({"head": ConfigRecord({"json": b"{}"}), "tensors": described()}, "head is not a text"),
         ({"head": HEAD, "tensors": HEAD}, "not one safetensors array"),
+        ({"head": HEAD, "tensors": ConfigRecord({"safetensors": b"abc"})}, "not one safetensors"),
         ({"head": HEAD, "tensors": ArrayRecord()}, "not one safetensors array"),
         ({"head": HEAD, "tensors": ArrayRecord([np.zeros(3)])}, "not one safetensors array"),
         ({"head": HEAD, "tensors": described(dtype="int8")}, "description"),
@@ -173,6 +174,14 @@ OF_RAY = (
     "flwr.clientapp.client_app.ClientAppException: \n"
     "Exception ClientAppException occurred. Message: 'no such key''>"
 )
+OF_RAY_TWICE = OF_RAY.replace(
+    "The above",
+    "During handling of the above exception, another exception occurred:\n\n"
+    "\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+    '  File "/app/client.py", line 8, in train\n'
+    "ValueError: no such key\n\n"
+    "The above",
+)
 DEAD_ACTOR = (
     "<class 'ray.exceptions.ActorDiedError'>:<'"
     "The actor died unexpectedly before finishing this task.\n"
@@ -196,7 +205,9 @@ NO_HEARTBEAT = "Error: Node Unavailable — The destination node failed to repor
     [
         (2, RAISED, "the device's app raised an error: ZeroDivisionError: division by zero"),
         (2, OF_RAY, "the device's app raised an error: KeyError: 'no such key'"),
+        (2, OF_RAY_TWICE, "the device's app raised an error: ValueError: no such key"),
         (0, "<class 'KeyError'>:<''>", "the device failed: KeyError"),
+        (0, "\x1b[1;31mred\x1b[0m alert", "the device failed: red alert"),
         (0, "", "the device failed"),
         (0, " \n ", "the device failed"),
         (0, "\n  AgentApp failed\nbefore replying.", "the device failed: AgentApp failed"),

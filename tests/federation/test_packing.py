@@ -183,6 +183,10 @@ def test_the_reason_of_a_failure_becomes_one_line() -> None:
     assert len(back.reason) == MOST_TEXT
 
 
+def test_a_cut_line_shows_that_it_was_cut() -> None:
+    assert [one_line("abcd", most) for most in (5, 4, 3, 1)] == ["abcd", "abcd", "ab…", "…"]
+
+
 @given(st.text(max_size=30), st.integers(1, 12))
 def test_one_line_is_printable_and_short(text: str, most: int) -> None:
     line = one_line(text, most)
@@ -276,8 +280,8 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
         (lambda tree: tree["tensors"].append([9, {"a\n": 0}]), "not printable"),
         (lambda tree: tree["tensors"].append([9, {"a": 0}]), "not the number of a tensor"),
         (lambda tree: tree["tensors"].append([9, {"a": 9}]), "not the number of a tensor"),
-        (lambda tree: tree["tensors"].append([9, {"a": "0"}]), "not the number of a tensor"),
-        (lambda tree: tree["tensors"].append([9, {"a": True}]), "not the number of a tensor"),
+        (lambda tree: tree["tensors"][0][1].update({"layer.0.A": "0"}), "is str, not the number"),
+        (lambda tree: tree["tensors"][0][1].update({"layer.0.A": False}), "bool, not the number"),
         (lambda tree: tree["tensors"].pop(), "1 tensors that it does not speak of"),
     ],
 )

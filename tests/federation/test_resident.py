@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
 from droppeft.federation import resident
 from droppeft.federation.loading import identity
-from droppeft.federation.packing import Errand, Packed, pack_plan, unpack_reply
+from droppeft.federation.packing import Errand, pack_plan, unpack_reply
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import Failure, Plan, Reply, Update
 
@@ -23,11 +24,15 @@ MOST = 10**8
 
 
 @pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Sockets of this test alone, with a short path: it may have 107 characters."""
-    short = Path(tempfile.mkdtemp(prefix="d"))
-    monkeypatch.setattr(tempfile, "tempdir", str(short))
-    return short / f"droppeft-{os.getuid()}"
+    with tempfile.TemporaryDirectory(prefix="d") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        found = Path(short) / f"droppeft-{os.getuid()}"
+        yield found
+        for process in residents(found):
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
@@ -40,13 +45,22 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]
 
 
 @pytest.fixture
-def packed(prepared: Prepared, plans: list[Plan]) -> Packed:
-    errand = Errand(as_tree(prepared.config), identity(prepared.loaded), resident=True)
-    return pack_plan(plans[0], errand)
+def errand(prepared: Prepared) -> Errand:
+    return Errand(as_tree(prepared.config), identity(prepared.loaded), resident=True)
 
 
-def ask(packed: Packed, node_id: int = 7) -> Reply:
-    return unpack_reply(resident.ask(packed, node_id, {}), MOST)
+Ask = Callable[..., Reply]
+
+
+@pytest.fixture
+def ask(plans: list[Plan], errand: Errand) -> Ask:
+    """Ask for the first Plan's turn."""
+
+    def one(node_id: int = 7) -> Reply:
+        packed = pack_plan(plans[0], errand)
+        return unpack_reply(resident.ask(packed, errand, node_id, {}), MOST)
+
+    return one
 
 
 def residents(folder: Path) -> list[psutil.Process]:
@@ -65,16 +79,18 @@ def becomes_true(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool
 
 
 def test_one_process_answers_all_and_ends_with_its_supernode(
-    packed: Packed, folder: Path, watched: subprocess.Popen[bytes]
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
-    first, second = ask(packed), ask(packed)
+    first = ask()
+    [process] = residents(folder)
+    opened = process.io_counters().read_chars
+    second = ask()
     assert isinstance(first, Update)
     assert isinstance(second, Update)
     assert first.train_loss == second.train_loss
-    [process] = residents(folder)
-    assert process.pid != os.getpid()
-    # Loading happens within the first turn's message, not within the second's.
-    assert ask(packed, node_id=8) is not None
+    # A model and a tokenizer have megabytes; a Plan has kilobytes.
+    assert process.io_counters().read_chars - opened < 300_000 < opened
+    assert isinstance(ask(node_id=8), Update)
     assert len(residents(folder)) == 2
     watched.kill()
     watched.wait()
@@ -82,35 +98,57 @@ def test_one_process_answers_all_and_ends_with_its_supernode(
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
-def test_a_resident_process_that_died_is_a_failure_once(
-    packed: Packed, folder: Path, watched: subprocess.Popen[bytes]
+def test_after_one_has_died_another_is_started(
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
-    assert isinstance(ask(packed), Update)
+    assert isinstance(ask(), Update)
     [process] = residents(folder)
     process.kill()
     process.wait()
-    assert isinstance(ask(packed), Update)  # its socket is there still; a new one is started
+    assert isinstance(ask(), Update)  # though the old one's socket is there still
 
 
 def test_death_while_it_works_is_said(
-    packed: Packed, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
-    def gone(connection: object) -> Packed:
-        raise EOFError
-
-    monkeypatch.setattr(resident, "_receive", gone)
-    reply = ask(packed)
+    ask()
+    [process] = residents(folder)
+    process.suspend()
+    killer = threading.Timer(1.0, process.kill)
+    killer.start()
+    reply = ask()
     assert isinstance(reply, Failure)
-    assert reply.reason.startswith("its resident process ended (EOFError); see ")
-    for process in residents(folder):
-        process.kill()
+    assert reply.reason.startswith("its resident process is gone (")
+    assert str(folder) in reply.reason
 
 
-def test_a_folder_that_others_can_enter_is_refused(packed: Packed, folder: Path) -> None:
+def test_one_that_cannot_start_is_said(
+    ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    reply = ask()
+    assert isinstance(reply, Failure)
+    assert "could not be started; flower.resident=false does without" in reply.reason
+
+
+def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o755)
     with pytest.raises(DroppeftError, match="can be entered by others"):
-        resident.ask(packed, 7, {})
+        ask()
+
+
+def test_a_long_path_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 100 * "x")
+    assert len(str(resident._folder())) < resident.LONGEST_FOLDER
+
+
+def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) -> None:
+    code = (
+        "from droppeft.federation.resident import _Watch; from pathlib import Path; "
+        f"_Watch(Path({str(tmp_path / 'gone')!r}), 1).run()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_nobody_asks_nobody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

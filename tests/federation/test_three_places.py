@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation.run import start_run
+from droppeft.federation.simulation import _processes
 from droppeft.ledger import RoundRow
 from runs import Recorder, outcome, rows_of
 
@@ -47,32 +49,47 @@ def framed(out: Path) -> list[tuple[int, int]]:
     return [tuple(row[name] for name in FRAMED) for row in rows_of(out / "rounds.jsonl")]  # type: ignore[misc]
 
 
-def test_a_simulation_is_the_run_in_process_though_one_of_its_processes_is_killed(
+def test_a_simulation_is_the_run_in_process(
     tiny_words: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    class Kills(Recorder):
-        def round_done(self, row: RoundRow) -> None:
-            super().round_done(row)
-            if row.round == 1:
-                actors().pop().kill()
-
-    out, watcher = tmp_path / "run", Kills()
+    out, watcher = tmp_path / "run", Recorder()
     start_run(load_config(None, [*tiny_words, "transport=flower"]), out, watcher)
     assert everywhere(out) == everywhere(whole_run)
     for row, (up, down) in zip(watcher.rows, framed(out), strict=True):
         assert row.upload_bytes < up < 2 * row.upload_bytes + 10_000
         assert row.download_bytes < down < 2 * row.download_bytes + 20_000
     assert framed(whole_run) == [(None, None)] * 3
-    assert actors() == []
 
 
-def actors() -> list[psutil.Process]:
-    """Ray's processes of this test."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "ray::ClientAppActor" in " ".join(process.cmdline())
-    ]
+def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    class Kills(Recorder):
+        def round_done(self, row: RoundRow) -> None:
+            super().round_done(row)
+            if row.round == 1:
+                self.processes = _processes()
+                self.processes[0].kill()
+
+    watcher = Kills()
+    many = ["transport=flower", "rounds=8", "cohort=4"]
+    start_run(load_config(None, [*tiny_words, *many]), tmp_path / "run", watcher)
+    accepted = [row.accepted for row in watcher.rows]
+    assert accepted[0] == accepted[-1] == 4
+    assert min(accepted) < 4
+    _, alive = psutil.wait_procs(watcher.processes, timeout=20)
+    assert alive == []
+
+
+def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_words, "transport=flower", "flower.deadline_s=1", "training.local_steps=100000"]
+    start = time.monotonic()
+    with pytest.raises(DroppeftError, match="no reply within 1 s"):
+        start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert time.monotonic() - start < 120
+    assert _processes() == []
 
 
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
@@ -108,9 +125,10 @@ def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     monkeypatch.setattr(flower, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
     out = tmp_path / "run"
     with pytest.raises(DroppeftError, match="3 rounds in a row") as error:
-        start_run(load_config(None, [*tiny_words, "transport=flower"]), out, Recorder())
+        words = [*tiny_words, "transport=flower", "rounds=9"]
+        start_run(load_config(None, words), out, Recorder())
     assert "the data is another (other, here " in str(error.value)
-    assert f"droppeft resume {out}" in str(error.value)
+    assert str(error.value).endswith(f"mend that, then resume {out}")
     assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [0, 0, 0]
     assert not (out / "result.json").exists()
     assert json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["failures"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from droppeft.federation.validation import why_refused
-from messages import answer_to, filled, layout, plan_for
+from messages import COST, answer_to, filled, layout, plan_for
 
 PLAN = plan_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
 SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
@@ -69,6 +69,9 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
         ({"reward": math.inf}, "its loss, reward or importance is not finite"),
         ({"reward": math.nan}, "its loss, reward or importance is not finite"),
         ({"importance": (0.0, 0.0, math.nan, 0.0)}, "its loss, reward or importance is not finite"),
+        ({"cost": replace(COST, turn_wall_s=math.inf)}, "claims impossible costs"),
+        ({"cost": replace(COST, reward_wall_s=math.nan)}, "claims impossible costs"),
+        ({"cost": replace(COST, tokens=-1)}, "claims impossible costs"),
         ({"tensors": {0: {"unheard.of": np.zeros(2, np.float32)}}}, "sends unheard.of, which it"),
         ({"tensors": {**SHARED, 2: filled(5.0)[2]}}, "sends layer.2.A, which it was not asked for"),
         ({"tensors": {**SHARED, 1: filled(5.0)[0]}}, "sends layer.0.A, which it was not asked for"),

@@ -118,7 +118,8 @@ def export_adapter(model: Any, folder: Path, card: str) -> None:
     card of its own: both are replaced.
     """
     if isinstance(model, PeftModel):
-        model.eval().save_pretrained(folder)
+        with torch.no_grad():  # P-tuning runs its encoder: it must do so as in an evaluation
+            model.eval().save_pretrained(folder)
         path = folder / "adapter_config.json"
         content = _sorted_lists(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -223,8 +224,10 @@ def _strip(backbone: nn.Module) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        # peft asks transformers for an attribute that has been renamed: no user can mend that.
+        # peft asks transformers for an attribute that has been renamed, and tells of choices that
+        # it makes for small models or for want of a compiler: no user can mend that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         yield
 
 

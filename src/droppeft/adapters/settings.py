@@ -41,6 +41,10 @@ CLOSED = frozenset(
 )
 """Options that droppeft sets itself, or that would touch more than single layers."""
 
+# peft's HiRA has a table of ranks too, and does not heed it.
+RANK_PER_LAYER = (BOTTLENECK, "lora", "loha", "lokr", "delora")
+"""Types whose rank (or width) may differ by layer."""
+
 NEEDED = ("width", "tokens")
 """Settings for which peft has no default."""
 
@@ -94,14 +98,6 @@ def config_class(name: str) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
 
 
-def has_rank_per_layer(name: str) -> bool:
-    """Whether layers may have different ranks (or widths)."""
-    return name == BOTTLENECK or (
-        "rank" in TYPES[name].settings
-        and "rank_pattern" in {entry.name for entry in dataclasses.fields(config_class(name))}
-    )
-
-
 def _check_settings(
     name: str, kind: AdapterType, spec: AdapterSpec, layers: list[LayerAdapter]
 ) -> None:
@@ -126,7 +122,7 @@ def _check_values(name: str, setting: str, values: list[Any]) -> None:
         raise DroppeftError(f"adapter.type={name} needs adapter.{setting} in every layer")
     if setting in ("rank", *NEEDED) and any(value is not None and value < 1 for value in values):
         raise DroppeftError(f"adapter.{setting} must be 1 or more")
-    if len(set(values)) > 1 and not has_rank_per_layer(name):
+    if len(set(values)) > 1 and name not in RANK_PER_LAYER:
         raise DroppeftError(f"adapter.type={name} has one rank for all layers, not one for each")
 
 

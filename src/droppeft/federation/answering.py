@@ -9,11 +9,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from droppeft.config import build_config
+import torch
+
+from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import take_turn
 from droppeft.federation.loading import Site, difference, identity, load, site_of
-from droppeft.federation.packing import Errand, Packed, pack_reply, unpack_plan
+from droppeft.federation.packing import Errand, Malformed, Packed, pack_reply, unpack_plan
 from droppeft.plans import Failure, Plan, Reply
 
 OVERRIDES = ("model", "data", "threads", "accelerator")
@@ -33,7 +35,10 @@ def answer(packed: Packed, node: Mapping[str, Any]) -> Packed:
         plan, errand = unpack_plan(packed)
     except DroppeftError as error:
         return pack_reply(Failure(-1, f"cannot read its Plan: {error}"))
-    return pack_reply(_reply(plan, errand, node))
+    try:
+        return pack_reply(_reply(plan, errand, node))
+    except Malformed as error:
+        return pack_reply(Failure(plan.device, str(error)))
 
 
 def _reply(plan: Plan, errand: Errand, node: Mapping[str, Any]) -> Reply:
@@ -62,7 +67,8 @@ def _site(key: str) -> Site:
         DroppeftError: it is not what the server has.
     """
     tree, expected = json.loads(key)
-    loaded = load(build_config(tree), _log.info)
+    config = resolve(build_config(tree), cuda=torch.cuda.is_available())
+    loaded = load(config, _log.info)
     wrong = difference(expected, identity(loaded))
     if wrong is not None:
         raise DroppeftError(f"{wrong}: this node's copy is not the server's")

@@ -7,7 +7,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from droppeft.federation.messages import packed_of, record_of
-from droppeft.federation.packing import Packed, unpack_plan
+from droppeft.federation.packing import unpack_plan
+from droppeft.federation.resident import ask
 
 app = ClientApp()
 
@@ -29,24 +30,14 @@ def introduce(message: Message, context: Context) -> Message:
 def turn(message: Message, context: Context) -> Message:
     """Answer one device's Plan."""
     packed = packed_of(message.content)
-    reply = (
-        _resident(packed, context) if unpack_plan(packed)[1].resident else _here(packed, context)
-    )
+    _, errand = unpack_plan(packed)
+    if errand.resident:
+        reply = ask(packed, errand, context.node_id, context.node_config)
+    else:
+        from droppeft.federation.answering import answer  # loads torch
+
+        reply = answer(packed, context.node_config)
     return Message(record_of(reply), reply_to=message)
-
-
-def _here(packed: Packed, context: Context) -> Packed:
-    from droppeft.federation.answering import answer  # loads torch
-
-    return answer(packed, context.node_config)
-
-
-def _resident(packed: Packed, context: Context) -> Packed:
-    from droppeft.federation.resident import ask, available
-
-    if not available():
-        return _here(packed, context)
-    return ask(packed, context.node_id, context.node_config)
 
 
 def _whole(value: object, otherwise: int) -> int:

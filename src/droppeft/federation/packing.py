@@ -293,7 +293,7 @@ def _array(_: Sequence[Any], tree: Any, place: _Place) -> Array:
 
 
 def _literal(allowed: Sequence[Any], tree: Any, place: _Place) -> Any:
-    if not any(type(tree) is type(value) and tree == value for value in allowed):
+    if tree not in allowed:
         raise place.wrong(tree, f"one of {', '.join(map(str, allowed))}")
     return tree
 

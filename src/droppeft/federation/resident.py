@@ -12,20 +12,19 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.packing import Packed, pack_reply, unpack_plan
+from droppeft.federation.packing import Errand, Packed, pack_reply
 from droppeft.plans import Failure
 
 IDLE_S = 600.0
@@ -34,21 +33,19 @@ IDLE_S = 600.0
 START_S = 60.0
 """Most that a new one may take before it can be asked."""
 
-
-def available() -> bool:
-    """Whether this system has Unix sockets."""
-    return hasattr(socket, "AF_UNIX")
+LONGEST_FOLDER = 80
+"""The path of a Unix socket has 107 bytes at most."""
 
 
-def ask(packed: Packed, node_id: int, node: Mapping[str, Any]) -> Packed:
+def ask(packed: Packed, errand: Errand, node_id: int, node: Mapping[str, Any]) -> Packed:
     """Have the resident process of this node and run answer, starting it if there is none.
 
     Args:
         packed: a Plan.
+        errand: what came with it, which tells runs apart.
         node_id: Flower's; nodes of one machine have resident processes of their own.
         node: the node's configuration.
     """
-    plan, errand = unpack_plan(packed)
     mark = json.dumps([node_id, dict(errand.config), dict(errand.identity)], sort_keys=True)
     place = _folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}.sock"
     try:
@@ -57,8 +54,9 @@ def ask(packed: Packed, node_id: int, node: Mapping[str, Any]) -> Packed:
             connection.send_bytes(json.dumps(dict(node)).encode())
             return _receive(connection)
     except (EOFError, OSError) as error:
-        reason = f"its resident process ended ({type(error).__name__}); see {_log_of(place)}"
-        return pack_reply(Failure(plan.device, reason))
+        said = f"{type(error).__name__} {error}".strip()
+        reason = f"its resident process is gone ({said}); see {_log_of(place)}"
+        return pack_reply(Failure(-1, reason))
 
 
 def serve(place: Path, watched_pid: int) -> None:
@@ -72,8 +70,9 @@ def serve(place: Path, watched_pid: int) -> None:
             connection = listener.accept()
             with connection, watch.working():
                 try:
-                    packed = _receive(connection)
-                    _send(connection, answer(packed, json.loads(connection.recv_bytes())))
+                    packed, node = _receive(connection), json.loads(connection.recv_bytes())
+                    if not connection.poll():  # else there is the end of who asked
+                        _send(connection, answer(packed, node))
                 except (EOFError, OSError):
                     continue  # whoever asked is gone
 
@@ -98,9 +97,10 @@ class _Watch:
     def run(self) -> None:
         while self._needed():
             time.sleep(0.5)
-        self._place.unlink(missing_ok=True)
-        if _log_of(self._place).stat().st_size == 0:
-            _log_of(self._place).unlink()
+        with suppress(OSError):
+            self._place.unlink(missing_ok=True)
+            if _log_of(self._place).stat().st_size == 0:
+                _log_of(self._place).unlink()
         os._exit(0)
 
     def _needed(self) -> bool:
@@ -139,7 +139,7 @@ def _start(place: Path) -> Connection:
         if connection is not None:
             return connection
         time.sleep(0.05)
-    raise ConnectionRefusedError("could not be started")
+    raise ConnectionRefusedError("could not be started; flower.resident=false does without")
 
 
 def _folder() -> Path:
@@ -149,6 +149,8 @@ def _folder() -> Path:
         DroppeftError: somebody else made it.
     """
     folder = Path(tempfile.gettempdir()) / f"droppeft-{os.getuid()}"
+    if len(str(folder)) > LONGEST_FOLDER:
+        folder = Path("/tmp") / folder.name
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -174,22 +174,24 @@ def _play(
             last = now
             rows.append(row)
             watcher.round_done(row)
-            _check_not_lost(rows, out)
+            _check_not_lost(rows, prepared.config.rounds, out)
         return _finish(prepared, last, rows, out, watcher)
     except KeyboardInterrupt:
         raise Interrupted(out, last.round) from None
 
 
-def _check_not_lost(rows: list[RoundRow], out: Path) -> None:
-    """Stop where going on would only use up rounds: nobody can be merged any more."""
-    recent = rows[-LOST_ROUNDS:]
-    if len(recent) == LOST_ROUNDS and not any(row.accepted for row in recent):
-        last = recent[-1].failures[-1]
-        raise DroppeftError(
-            f"no reply could be merged in {LOST_ROUNDS} rounds in a row "
-            f"(device {last['device']}: {last['reason']}); mend that, "
-            f"then go on with: droppeft resume {out}"
-        )
+def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:
+    """Stop where going on would only use up rounds, and where nothing at all was learnt."""
+    over = len(rows) == rounds
+    recent = rows if over else rows[-LOST_ROUNDS:]
+    if any(row.accepted for row in recent) or len(recent) < min(LOST_ROUNDS, rounds):
+        return
+    last = recent[-1].failures[-1]
+    then = "start a new run" if over else f"resume {out}"
+    raise DroppeftError(
+        f"no reply could be merged in {len(recent)} rounds in a row "
+        f"(device {last['device']}: {last['reason']}); mend that, then {then}"
+    )
 
 
 def _one_round(

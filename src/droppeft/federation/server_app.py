@@ -2,17 +2,20 @@
 
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from droppeft.config import load_config
+from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation.flower import over_grid
+from droppeft.federation.loading import Loaded
 from droppeft.federation.run import CONFIG, resume_run, start_run
+from droppeft.federation.transport import Transport
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 
@@ -26,19 +29,40 @@ def main(grid: Grid, context: Context) -> None:
     Its keys are ``config`` (path of a TOML file, or empty), ``settings`` (words as for
     ``droppeft run``) and ``out`` (folder; one that holds a run is resumed).
     """
-    given = context.run_config
-    out = Path(str(given["out"])).expanduser()
-    words = [*shlex.split(str(given["settings"])), "transport=flower"]
-    file = Path(str(given["config"])).expanduser() if given["config"] else None
+    given = {key: str(context.run_config[key]) for key in ("config", "settings", "out")}
+    out = Path(given["out"]).expanduser()
+
+    def connect(loaded: Loaded) -> AbstractContextManager[Transport]:
+        return nullcontext(over_grid(grid, loaded))
+
     try:
+        wanted = _configuration(given["config"], given["settings"])
         if (out / CONFIG).is_file():
-            resume_run(out, Log(), lambda loaded: nullcontext(over_grid(grid, loaded)))
+            if given["config"] or given["settings"]:
+                _check_same(wanted, load_config(out / CONFIG), out)
+            _say(f"going on with {out}")
+            resume_run(out, Log(), connect)
         else:
-            config = load_config(file, words)
-            start_run(config, out, Log(), lambda loaded: nullcontext(over_grid(grid, loaded)))
+            start_run(wanted, out, Log(), connect)
     except DroppeftError as error:
         _say(str(error))
         raise
+
+
+def _configuration(file: str, settings: str) -> Config:
+    return load_config(
+        Path(file).expanduser() if file else None, [*shlex.split(settings), "transport=flower"]
+    )
+
+
+def _check_same(wanted: Config, found: Config, out: Path) -> None:
+    """Refuse to give an earlier run out as the one that was asked for."""
+    wanted = resolve(wanted, cuda=torch.cuda.is_available())
+    if wanted != found.model_copy(update={"transport": wanted.transport}):
+        raise DroppeftError(
+            f"{out} holds a run with another configuration: choose another folder, "
+            "or leave config and settings empty to go on with that one"
+        )
 
 
 class Log:

@@ -3,10 +3,12 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -18,6 +20,15 @@ from droppeft.federation.flower import over_grid
 from droppeft.federation.loading import Loaded
 from droppeft.federation.messages import error_reason
 from droppeft.federation.transport import Transport
+
+GRACE_S = 3.0
+"""What the engine may take to end by itself."""
+
+STOP_S = 30.0
+"""What it may take when its processes are ended for it."""
+
+ACTOR = "ray::ClientAppActor"
+"""How Ray names the processes in which Flower runs devices."""
 
 
 @contextmanager
@@ -73,9 +84,15 @@ class _Engine:
             )
 
     def stop(self) -> None:
-        """End the engine and its processes."""
+        """End the engine and its processes, also those that are in the middle of a turn."""
         self._done.set()
-        self._thread.join(timeout=30)
+        self._thread.join(GRACE_S)
+        end = time.monotonic() + STOP_S
+        while self._thread.is_alive() and time.monotonic() < end:
+            # The engine would wait for turns that nobody else waits for.
+            for process in _processes():
+                process.kill()
+            self._thread.join(0.5)
         for name, level in self._levels.items():
             logging.getLogger(name).setLevel(level)
 
@@ -94,8 +111,7 @@ def _resources(config: Config) -> dict[str, Any]:
     """As many devices at once as cores allow with the run's thread count each.
 
     Flower hands its "client resources" to Ray as they are, so they may ask that a process which
-    died is started again and its turn taken once more. Flower's pool would keep the dead one and
-    lose what it is given ever after.
+    died is started again. Flower's pool keeps the dead one and would lose every turn given to it.
     """
     cores = max(available_cores(), config.threads)
     on_gpu = config.accelerator == "cuda"
@@ -104,7 +120,6 @@ def _resources(config: Config) -> dict[str, Any]:
             "num_cpus": config.threads,
             "num_gpus": 1.0 if on_gpu else 0.0,
             "max_restarts": -1,
-            "max_task_retries": 1,
         },
         "init_args": {
             "num_cpus": cores,
@@ -113,3 +128,13 @@ def _resources(config: Config) -> dict[str, Any]:
             "logging_level": logging.CRITICAL,
         },
     }
+
+
+def _processes() -> list[psutil.Process]:
+    """Ray's processes that run devices, below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if ACTOR in " ".join(process.cmdline()):
+                found.append(process)
+    return found

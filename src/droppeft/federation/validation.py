@@ -1,5 +1,7 @@
 """Decide whether an Update may be merged: nothing a device sends is taken on trust."""
 
+from dataclasses import astuple
+
 import numpy as np
 
 from droppeft.plans import HEAD, OTHER, Layout, Plan, Update, flatten
@@ -9,8 +11,8 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
     """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
 
     Checked: it answers this Plan (round, device, nonce); its counts fit the Plan's budget, since
-    they are its weight; it holds exactly the tensors that may travel, of layers that ran, with
-    the shapes of the Plan's adapter; and every number in it is finite.
+    they are its weight; its costs are possible; it holds exactly the tensors that may travel, of
+    layers that ran, with the shapes of the Plan's adapter; and every number in it is finite.
 
     Args:
         plan: what was asked.
@@ -44,7 +46,9 @@ def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     if not all(0 <= active <= update.steps for active in update.active_steps):
         return "claims more active steps than steps"
     numbers = (update.train_loss, update.reward or 0.0, *update.importance)
-    return None if np.isfinite(numbers).all() else "its loss, reward or importance is not finite"
+    if not np.isfinite(numbers).all():
+        return "its loss, reward or importance is not finite"
+    return None if all(0 <= n < np.inf for n in astuple(update.cost)) else "claims impossible costs"
 
 
 def _names(plan: Plan, update: Update, layout: Layout) -> str | None:
