@@ -27,7 +27,8 @@ from droppeft.federation.messages import (
     packed_of,
     record_of,
 )
-from droppeft.federation.packing import Malformed, Packed, pack_reply, unpack_reply
+from droppeft.federation.packing import Packed, pack_reply, unpack_reply
+from droppeft.federation.typed import Malformed
 from droppeft.plans import Update, payload_bytes
 from messages import answer_to, plan_for
 

@@ -18,19 +18,17 @@ from hypothesis import strategies as st
 
 from droppeft.config import as_tree, load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation import packing
+from droppeft.federation import typed
 from droppeft.federation.packing import (
     MOST_HEAD,
-    MOST_TEXT,
     Errand,
-    Malformed,
     Packed,
-    one_line,
     pack_plan,
     pack_reply,
     unpack_plan,
     unpack_reply,
 )
+from droppeft.federation.typed import MOST_TEXT, Malformed, one_line
 from droppeft.plans import AdapterSpec, BaseDelta, Failure, Plan, Update, payload_bytes
 from messages import answer_to, filled, plan_for
 
@@ -475,6 +473,6 @@ class Later:
 @given(values_of(Later))
 def test_fields_of_other_types_need_no_change(later: Later) -> None:
     held: dict[str, Any] = {}
-    tree = json.loads(json.dumps(packing._encode(later, held)))
-    back = packing._decode(Later, tree, packing._Place("later", held))
+    tree = json.loads(json.dumps(typed.encode(later, held)))
+    back = typed.decode(Later, tree, typed.Place("later", held))
     assert fingerprint(back) == fingerprint(later)

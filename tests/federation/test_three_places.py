@@ -124,8 +124,8 @@ def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     real = flower.identity
     monkeypatch.setattr(flower, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
     out = tmp_path / "run"
+    words = [*tiny_words, "transport=flower", "rounds=9"]
     with pytest.raises(DroppeftError, match="3 rounds in a row") as error:
-        words = [*tiny_words, "transport=flower", "rounds=9"]
         start_run(load_config(None, words), out, Recorder())
     assert "the data is another (other, here " in str(error.value)
     assert str(error.value).endswith(f"mend that, then resume {out}")

@@ -17,9 +17,10 @@ from droppeft.config import FlowerConfig, as_tree
 from droppeft.federation.loading import Loaded, identity
 from droppeft.federation.messages import framed_bytes, packed_of, record_of
 from droppeft.federation.nodes import Directory
-from droppeft.federation.packing import Errand, Malformed, pack_plan, unpack_reply
+from droppeft.federation.packing import Errand, pack_plan, unpack_reply
 from droppeft.federation.post import Post, Trouble, Unsent
 from droppeft.federation.transport import Arrival
+from droppeft.federation.typed import Malformed
 from droppeft.plans import AdapterSpec, Failure, Layout, Plan, Reply
 
 BYTES_PER_ARRAY = 200
