@@ -147,7 +147,7 @@ def test_a_forbidden_import_is_noticed(unit: str, source: str, expected: str) ->
     ("unit", "source"),
     [
         ("cli", "from droppeft.report.page import write\nfrom droppeft.federation import rounds"),
-        ("federation", "import flwr\nfrom droppeft.federation.messages import pack"),
+        ("federation", "import flwr\nfrom droppeft.federation.flower.messages import pack"),
         ("methods", "from droppeft.sharing import selection\nfrom droppeft.training import train"),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
         ("adapters", "from peft import LoraConfig\nfrom droppeft.plans import Tensors"),

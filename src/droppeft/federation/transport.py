@@ -63,7 +63,8 @@ def flower(loaded: Loaded) -> AbstractContextManager[Transport]:
     """Run devices in processes of Flower's simulation engine."""
     for name, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from droppeft.federation.simulation import simulated  # seconds that others need not wait for
+    # Seconds of imports that others need not wait for.
+    from droppeft.federation.flower.simulation import simulated
 
     return simulated(loaded)
 

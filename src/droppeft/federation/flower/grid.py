@@ -14,13 +14,13 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from droppeft.config import FlowerConfig, as_tree
+from droppeft.federation.flower.messages import framed_bytes, packed_of, record_of
+from droppeft.federation.flower.nodes import Directory
+from droppeft.federation.flower.packing import Errand, pack_plan, unpack_reply
+from droppeft.federation.flower.post import Post, Trouble, Unsent
+from droppeft.federation.flower.typed import Malformed
 from droppeft.federation.loading import Loaded, identity
-from droppeft.federation.messages import framed_bytes, packed_of, record_of
-from droppeft.federation.nodes import Directory
-from droppeft.federation.packing import Errand, pack_plan, unpack_reply
-from droppeft.federation.post import Post, Trouble, Unsent
 from droppeft.federation.transport import Arrival
-from droppeft.federation.typed import Malformed
 from droppeft.plans import AdapterSpec, Failure, Layout, Plan, Reply
 
 BYTES_PER_ARRAY = 200

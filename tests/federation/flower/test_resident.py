@@ -14,9 +14,9 @@ import pytest
 
 from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
-from droppeft.federation import resident
+from droppeft.federation.flower import resident
+from droppeft.federation.flower.packing import Errand, pack_plan, unpack_reply
 from droppeft.federation.loading import identity
-from droppeft.federation.packing import Errand, pack_plan, unpack_reply
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import Failure, Plan, Reply, Update
 
@@ -145,7 +145,7 @@ def test_a_long_path_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) -> None:
     code = (
-        "from droppeft.federation.resident import _Watch; from pathlib import Path; "
+        "from droppeft.federation.flower.resident import _Watch; from pathlib import Path; "
         f"_Watch(Path({str(tmp_path / 'gone')!r}), 1).run()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from droppeft.config import as_tree
-from droppeft.federation import answering
-from droppeft.federation.answering import answer
+from droppeft.federation.flower import answering
+from droppeft.federation.flower.answering import answer
+from droppeft.federation.flower.packing import Errand, Packed, pack_plan, unpack_reply
 from droppeft.federation.loading import identity
-from droppeft.federation.packing import Errand, Packed, pack_plan, unpack_reply
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.transport import in_process
 from droppeft.plans import Failure, Plan, Reply, Update

@@ -15,10 +15,10 @@ from flwr.simulation import run_simulation
 
 from droppeft.config import Config, available_cores
 from droppeft.errors import DroppeftError
-from droppeft.federation import client_app
-from droppeft.federation.flower import over_grid
+from droppeft.federation.flower import client_app
+from droppeft.federation.flower.grid import over_grid
+from droppeft.federation.flower.messages import error_reason
 from droppeft.federation.loading import Loaded
-from droppeft.federation.messages import error_reason
 from droppeft.federation.transport import Transport
 
 GRACE_S = 3.0

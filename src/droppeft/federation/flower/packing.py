@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from droppeft.federation.typed import Malformed, Place, decode, encode, one_line
+from droppeft.federation.flower.typed import Malformed, Place, decode, encode, one_line
 from droppeft.plans import Array, Failure, Plan, Reply, Update
 
 MOST_HEAD = 1_000_000

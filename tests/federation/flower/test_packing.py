@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from droppeft.config import as_tree, load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation import typed
-from droppeft.federation.packing import (
+from droppeft.federation.flower import typed
+from droppeft.federation.flower.packing import (
     MOST_HEAD,
     Errand,
     Packed,
@@ -28,7 +28,7 @@ from droppeft.federation.packing import (
     unpack_plan,
     unpack_reply,
 )
-from droppeft.federation.typed import MOST_TEXT, Malformed, one_line
+from droppeft.federation.flower.typed import MOST_TEXT, Malformed, one_line
 from droppeft.plans import AdapterSpec, BaseDelta, Failure, Plan, Update, payload_bytes
 from messages import answer_to, filled, plan_for
 
@@ -195,7 +195,8 @@ def test_one_line_is_printable_and_short(text: str, most: int) -> None:
 
 def test_packing_needs_neither_flower_nor_torch() -> None:
     check = (
-        "import sys, droppeft.federation.packing; print(*{'flwr', 'torch'} & sys.modules.keys())"
+        "import sys, droppeft.federation.flower.packing;"
+        "print(*{'flwr', 'torch'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -20,15 +20,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.federation.messages import (
+from droppeft.federation.flower.messages import (
     MOST_REASON,
     error_reason,
     framed_bytes,
     packed_of,
     record_of,
 )
-from droppeft.federation.packing import Packed, pack_reply, unpack_reply
-from droppeft.federation.typed import Malformed
+from droppeft.federation.flower.packing import Packed, pack_reply, unpack_reply
+from droppeft.federation.flower.typed import Malformed
 from droppeft.plans import Update, payload_bytes
 from messages import answer_to, plan_for
 

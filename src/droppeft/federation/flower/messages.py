@@ -14,8 +14,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from droppeft.federation.packing import Packed
-from droppeft.federation.typed import Malformed, one_line
+from droppeft.federation.flower.packing import Packed
+from droppeft.federation.flower.typed import Malformed, one_line
 
 MOST_REASON = 200
 """Characters of the longest sentence about an error."""

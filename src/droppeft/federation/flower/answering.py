@@ -14,9 +14,9 @@ import torch
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import take_turn
+from droppeft.federation.flower.packing import Errand, Packed, pack_reply, unpack_plan
+from droppeft.federation.flower.typed import Malformed
 from droppeft.federation.loading import Site, difference, identity, load, site_of
-from droppeft.federation.packing import Errand, Packed, pack_reply, unpack_plan
-from droppeft.federation.typed import Malformed
 from droppeft.plans import Failure, Plan, Reply
 
 OVERRIDES = ("model", "data", "threads", "accelerator")

@@ -12,12 +12,12 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.federation.flower.simulation import _processes
 from droppeft.federation.run import start_run
-from droppeft.federation.simulation import _processes
 from droppeft.ledger import RoundRow
 from runs import Recorder, outcome, rows_of
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_on_loopback.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_on_loopback.py"
 FRAMED = ("upload_framed_bytes", "download_framed_bytes")
 
 
@@ -119,10 +119,10 @@ def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's hashes are falsified: to the devices it is their texts that differ."""
-    from droppeft.federation import flower
+    from droppeft.federation.flower import grid
 
-    real = flower.identity
-    monkeypatch.setattr(flower, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
+    real = grid.identity
+    monkeypatch.setattr(grid, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
     out = tmp_path / "run"
     words = [*tiny_words, "transport=flower", "rounds=9"]
     with pytest.raises(DroppeftError, match="3 rounds in a row") as error:

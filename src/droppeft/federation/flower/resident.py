@@ -5,7 +5,7 @@ time. That process hands its message to this one instead, over a Unix socket in 
 its user can enter. It is started by the first message and ends with the SuperNode, or when nothing
 was asked for a while.
 
-Run as ``python -m droppeft.federation.resident SOCKET WATCHED_PID``.
+Run as ``python -m droppeft.federation.flower.resident SOCKET WATCHED_PID``.
 """
 
 import fcntl
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.packing import Errand, Packed, pack_reply
+from droppeft.federation.flower.packing import Errand, Packed, pack_reply
 from droppeft.plans import Failure
+
+MODULE = "droppeft.federation.flower.resident"
 
 IDLE_S = 600.0
 """A resident process that was asked nothing for so long ends."""
@@ -64,7 +66,9 @@ def serve(place: Path, watched_pid: int) -> None:
     watch = _Watch(place, watched_pid)
     with Listener(str(place), "AF_UNIX", backlog=64) as listener:
         threading.Thread(target=watch.run, daemon=True).start()
-        from droppeft.federation.answering import answer  # loads torch, after the socket is there
+        from droppeft.federation.flower.answering import (
+            answer,  # loads torch, after the socket is there
+        )
 
         while True:
             connection = listener.accept()
@@ -128,7 +132,7 @@ def _connect(place: Path) -> Connection | None:
 def _start(place: Path) -> Connection:
     place.unlink(missing_ok=True)
     # The ClientApp's parent belongs to the SuperNode and ends with it.
-    command = [sys.executable, "-m", "droppeft.federation.resident", str(place), str(os.getppid())]
+    command = [sys.executable, "-m", MODULE, str(place), str(os.getppid())]
     with _log_of(place).open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

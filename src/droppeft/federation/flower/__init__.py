@@ -1,0 +1,1 @@
+"""Flower beneath the round loop: messages, nodes, its simulation, and the two apps."""
