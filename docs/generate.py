@@ -94,6 +94,26 @@ full depth, {seeds} seeds; mean and standard deviation of the accuracy on its te
 {place}.
 """
 
+FLOWER_HEAD = """\
+## One configuration in three places
+
+`benchmarks/flower_cost.py`: the built-in model and data, {nodes} devices, all of them in each of
+{rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
+{runs} runs that take turns, on {place}. The hash is over all files of `adapter/`: it is the same
+everywhere, or the script stops.
+"""
+
+FLOWER_COST_HEAD = """\
+### What a client-round costs
+
+One device, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
+client-round is a round less evaluation and saving; "beside the turn" is what is not spent in
+setting values, training and packing on the device. "Model built per message" is the usual pattern of Flower's
+examples: the ClientApp builds its model whenever it is called. In a simulation the process stays
+and the texts with it; on a SuperNode every message has a new process, which loads everything. The
+built-in model is small (22 M parameters); what building a model costs grows with it.
+"""
+
 
 PAPERS = {
     "arXiv": "https://arxiv.org/abs/",
@@ -204,7 +224,7 @@ def configuration_page() -> str:
 
 def results_page() -> str:
     """What the committed result files say."""
-    return f"{NOTICE}\n\n{RESULTS_HEAD}\n{_first_slice()}\n{_head_learning_rate()}"
+    return f"{NOTICE}\n\n{RESULTS_HEAD}\n{_first_slice()}\n{_head_learning_rate()}\n{_flower()}"
 
 
 def adapters_page() -> str:
@@ -287,6 +307,64 @@ def _head_learning_rate() -> str:
     ]
     head = HEAD_RATE_HEAD.format(seeds=len(content["seeds"]), place=_place(content["machine"]))
     return head + "\n" + _markdown_table(("accuracy after … steps of 16 texts", *steps), rows)
+
+
+def _flower() -> str:
+    content = json.loads((RESULTS / "flower_cost.json").read_text(encoding="utf-8"))
+    settings = {
+        name: dict(word.split("=") for word in words) for name, words in content["settings"].items()
+    }
+    places = [
+        [
+            name,
+            f"`{place['adapter_folder_sha256'][:16]}`",
+            f"{place['rounds_wall_s']:.0f} s",
+            f"{place['command_wall_s']:.0f} s",
+            *(_bytes(place[key]) for key in TRAFFIC),
+        ]
+        for name, place in content["places"].items()
+    ]
+    costs = [
+        [
+            name,
+            f"{cost['client_round_s']:.2f} s ({low:.2f}–{high:.2f})",
+            f"{cost['turn_s']:.2f} s",
+            f"{cost['beside_turn_s']:.2f} s",
+            f"{cost['first_s']:.1f} s",
+        ]
+        for name, cost in content["client_round"].items()
+        for low, high in [cost["client_round_quartiles_s"]]
+    ]
+    runs = next(iter(content["places"].values()))["runs"]
+    head = FLOWER_HEAD.format(
+        nodes=settings["places"]["devices"],
+        rounds=settings["places"]["rounds"],
+        runs=runs,
+        place=_place(content["machine"]),
+    )
+    costs_head = FLOWER_COST_HEAD.format(rounds=settings["client_round"]["rounds"], runs=runs)
+    places_columns = ("", "adapter", "rounds", "command", *TRAFFIC.values())
+    costs_columns = ("", "client-round (quartiles)", "turn", "beside the turn", "first round")
+    return "\n".join(
+        [
+            head,
+            _markdown_table(places_columns, places),
+            costs_head,
+            _markdown_table(costs_columns, costs),
+        ]
+    )
+
+
+def _bytes(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+TRAFFIC = {
+    "upload_bytes": "bytes up",
+    "download_bytes": "bytes down",
+    "upload_framed_bytes": "framed up",
+    "download_framed_bytes": "framed down",
+}
 
 
 def _place(machine: dict[str, Any]) -> str:

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from droppeft.config import (
-    DEFAULT_LOCAL_STEPS,
-    DEFAULT_MEAN_RATE,
     Config,
     as_tree,
     build_config,
@@ -21,6 +19,7 @@ from droppeft.config import (
     resolve,
     to_toml,
 )
+from droppeft.config.tables import DEFAULT_LOCAL_STEPS, DEFAULT_MEAN_RATE
 from droppeft.errors import DroppeftError
 
 

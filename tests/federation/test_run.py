@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints
+from droppeft.federation.loading import Loaded, site_of
 from droppeft.federation.run import Interrupted, check_free, resume_run, start_run
+from droppeft.federation.transport import Arrival, InProcess
+from droppeft.plans import Failure, Plan
 from runs import Recorder, adapter_bytes, outcome, rows_of
 
 MAIN = "from droppeft.cli import main; main()"
@@ -416,3 +421,51 @@ def test_an_interrupted_process_says_how_to_go_on(
     assert errors.count("\n") == 1
     resume_run(out, Recorder())
     assert outcome(out) == long_run
+
+
+# Devices that do not answer
+
+
+class Deaf:
+    """In process, but in some rounds nobody answers."""
+
+    def __init__(self, loaded: Loaded, lost: Collection[int]) -> None:
+        self.inner = InProcess(site_of(loaded))
+        self.lost = lost
+
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
+        for arrival in self.inner.exchange(plans):
+            device = plans[arrival.index].device
+            lost = plans[0].round in self.lost
+            yield replace(arrival, reply=Failure(device, "asleep")) if lost else arrival
+
+
+def run_with_losses(words: list[str], out: Path, rounds: int, *lost: int) -> None:
+    config = load_config(None, [*words, f"rounds={rounds}"])
+    start_run(config, out, Recorder(), lambda loaded: nullcontext(Deaf(loaded, lost)))
+
+
+def test_three_lost_rounds_end_a_run_that_can_be_resumed(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    said = rf"in 3 rounds in a row \(device \d: asleep\); mend that, then resume {out}$"
+    with pytest.raises(DroppeftError, match=said):
+        run_with_losses(tiny_words, out, 6, 2, 3, 4)
+    assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [2, 0, 0, 0]
+    result = resume_run(out, Recorder())
+    assert result["rounds"] == 6
+
+
+def test_lost_rounds_in_between_are_survived(tiny_words: list[str], tmp_path: Path) -> None:
+    run_with_losses(tiny_words, tmp_path / "run", 6, 1, 2, 5, 6)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_short_run_that_learnt_nothing_is_no_success(
+    tiny_words: list[str], tmp_path: Path, rounds: int
+) -> None:
+    with pytest.raises(DroppeftError, match=f"in {rounds} rounds in a row .* start a new run"):
+        run_with_losses(tiny_words, tmp_path / "run", rounds, 1, 2)
+    assert not (tmp_path / "run" / "adapter").exists()
