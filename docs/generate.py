@@ -99,8 +99,8 @@ FLOWER_HEAD = """\
 
 `benchmarks/flower_cost.py`: the built-in model and data, {nodes} devices, all of them in each of
 {rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
-{runs} runs that take turns, on {place}. The hash is over all files of `adapter/`: it is the same
-everywhere, or the script stops.
+{runs} runs that take turns, on {place}.
+The hash is over all files of `adapter/`: it is the same everywhere, or the script stops.
 """
 
 FLOWER_COST_HEAD = """\
@@ -108,10 +108,10 @@ FLOWER_COST_HEAD = """\
 
 One device, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
 client-round is a round less evaluation and saving; "beside the turn" is what is not spent in
-setting values, training and packing on the device. "Model built per message" is the usual pattern of Flower's
-examples: the ClientApp builds its model whenever it is called. In a simulation the process stays
-and the texts with it; on a SuperNode every message has a new process, which loads everything. The
-built-in model is small (22 M parameters); what building a model costs grows with it.
+setting values, training and packing on the device. "Model built per message" is the usual pattern
+of Flower's examples: the ClientApp builds its model whenever it is called. In a simulation the
+process stays and the texts with it; on a SuperNode every message has a new process, which loads
+everything. The built-in model is small (22 M parameters); what building one costs grows with it.
 """
 
 
