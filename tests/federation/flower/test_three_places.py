@@ -72,7 +72,7 @@ def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
                 self.processes[0].kill()
 
     watcher = Kills()
-    many = ["transport=flower", "rounds=8", "cohort=4"]
+    many = ["transport=flower", "rounds=40", "cohort=4", "evaluation.every=40"]
     start_run(load_config(None, [*tiny_words, *many]), tmp_path / "run", watcher)
     accepted = [row.accepted for row in watcher.rows]
     assert accepted[0] == accepted[-1] == 4
