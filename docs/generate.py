@@ -67,6 +67,7 @@ In the tables "–" as a default means that nothing is set.
 
 RESULTS = FOLDER.parent / "benchmarks" / "results"
 ADAPTERS = FOLDER / "adapters.json"
+ARCHITECTURES = FOLDER / "architectures.json"
 
 RESULTS_HEAD = """\
 # Results
@@ -184,6 +185,74 @@ at them.
 """
 
 
+ARCHITECTURES_COLUMNS = (
+    "model type",
+    "class",
+    "blocks",
+    "a dropped block returns",
+    "reference",
+    "classification in `droppeft run`",
+    "remarks",
+)
+ARCHITECTURES_ANSWERS = {
+    "tensor": "its input",
+    "tuple": "its input, in a tuple",
+    "position bias": "its input and position biases",
+}
+ARCHITECTURES_HEAD = """\
+# Architectures
+
+Layer dropout works on the {types} model types of the first table; {refused} more are refused, for
+the reason given, and so is every type that is in neither table. A model type is what
+`config.model_type` says.
+
+What "works" means is written as code in `tests/architecture_contract.py` and run on tiny models in
+fp32 on a CPU, for every way to drop some of three layers (for six ways where there are two stacks):
+
+- The output and all gradients are, bit for bit, those of a **reference** that knows no gates. A
+  dropped layer's parameters have no gradient at all.
+  - *sliced*: a fresh model of the configuration without those layers, lists with an entry per layer
+    sliced too, with copied weights.
+  - *moved biases*: the same, but the table of position biases stays with its stack: it lies in the
+    first block, whichever that is.
+  - *replaced*: a fresh model of the whole configuration in which modules that do nothing stand in
+    the place of dropped layers. Used where a layer's place has a meaning, so that slicing would
+    change what the others compute; the remark says which.
+- With all gates open it is the plain model: output, gradients, names, `state_dict`, random numbers.
+- A dropped layer does not run, not even once; outside of `gated` every layer runs.
+- With gradient checkpointing (non-reentrant) output and gradients are the same bits, even if the
+  gates change between forward and backward.
+- Hidden states asked for by depth have an entry per layer, a dropped one's being its input.
+- Generation with open gates is the plain model's. With closed ones and a key-value cache it is
+  refused at the second token, since a dropped layer adds nothing to the cache; with
+  `use_cache=False` it is the reference's.
+- A classifier is made as in `droppeft run`, from a saved base model; its adapters get gradients
+  layer by layer, and the longest text it says it takes runs. *yes*: with default settings; *name
+  targets*: peft knows no default modules, so `adapter.targets` must name them; *with a trained
+  head*: the saved model must have a fitting head; *two stacks*: `droppeft run` takes models with
+  one; *–*: transformers has no such class.
+
+A list of blocks is named by its place in the class of the second column; in a model for a task it
+lies below that. Encoder-decoders have two, of which `find_stacks` gives both.
+
+Made with transformers {transformers}.
+"""
+
+ARCHITECTURES_REFUSED = """\
+## Refused types
+"""
+
+ARCHITECTURES_TAIL = """\
+## Another type
+
+Add a line to `ARCHITECTURES` in `src/droppeft/layer_dropout/architectures.py` and a case to
+`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and
+`python docs/generate.py`. What has to be true: hidden states are the first argument and the first
+result of a block, and whatever else later blocks need of it, a dropped one still yields. Blocks of
+your own can be given to `gated` without any of this, on your word that it is so.
+"""
+
+
 def main(words: list[str]) -> int:
     """Run the command line; return the exit code."""
     if words not in ([], ["--check"]):
@@ -253,6 +322,40 @@ def adapters_page() -> str:
     head = ADAPTERS_HEAD.format(usable=len(usable), refused=len(refused))
     tables = _markdown_table(ADAPTERS_COLUMNS, usable), _markdown_table(REFUSED_COLUMNS, refused)
     return f"{NOTICE}\n\n{head}\n{tables[0]}\n{ADAPTERS_REFUSED}\n{tables[1]}"
+
+
+def architectures_page() -> str:
+    """Every model type, with what its contract found on tiny models."""
+    from droppeft.layer_dropout import REFUSED
+
+    found = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    cases = found["cases"]
+    rows = [
+        (
+            f"`{case['model_type']}`" + (f", {case['variant']}" if case["variant"] else ""),
+            case["class"],
+            ", ".join(f"`{name}`" for name in case["blocks"]),
+            ARCHITECTURES_ANSWERS[case["answer"]],
+            case["reference"],
+            case["classification"],
+            case["note"],
+        )
+        for case in cases
+    ]
+    refused = [(f"`{name}`", reason) for name, reason in REFUSED.items()]
+    head = ARCHITECTURES_HEAD.format(
+        types=len({case["model_type"] for case in cases}),
+        refused=len(refused),
+        transformers=found["transformers"],
+    )
+    tables = (
+        _markdown_table(ARCHITECTURES_COLUMNS, rows),
+        _markdown_table(("model type", "it is refused because"), refused),
+    )
+    return (
+        f"{NOTICE}\n\n{head}\n{tables[0]}\n{ARCHITECTURES_REFUSED}\n{tables[1]}\n"
+        f"{ARCHITECTURES_TAIL}"
+    )
 
 
 def _found(families: dict[str, dict[str, Any]]) -> tuple[str, str]:
@@ -442,6 +545,7 @@ def _number(value: float) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "adapters.md": adapters_page,
+    "architectures.md": architectures_page,
     "configuration.md": configuration_page,
     "results.md": results_page,
 }

@@ -78,6 +78,7 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["method=fedfoo"], ["method=fedfoo: unknown method; known are droppeft"]),
         (["transport=post"], ["transport=post: unknown transport; known are in_process"]),
         (["dropout.rates=[0,2,0,0]"], ["dropout.rates", "every rate must lie between 0 and 1"]),
+        (["dropout.every=0"], ["dropout.every: must be a number of steps, 1 or more, or round"]),
         (["dropout.rates=[0.5]"], ["1 drop rates were given for 4 layers"]),
         (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
         (["dropout.mean=0.1", "dropout.count=1"], ["give only one of dropout.mean"]),

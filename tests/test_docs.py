@@ -81,6 +81,21 @@ def test_a_row_of_a_type_shows_what_was_found(generate: ModuleType) -> None:
     assert " | bert, roberta, gpt2, llama | `tokens` | " in page
 
 
+def test_every_architecture_has_a_row_in_one_of_the_tables(generate: ModuleType) -> None:
+    from droppeft.layer_dropout import ARCHITECTURES, REFUSED
+
+    rows = re.findall(r"^\| `([\w-]+)`(?:, [^|]+)? \| ", generate.architectures_page(), re.M)
+    assert list(dict.fromkeys(rows)) == [*ARCHITECTURES, *REFUSED]
+    assert f"on the {len(ARCHITECTURES)} model types" in generate.architectures_page()
+
+
+def test_a_row_of_an_architecture_shows_what_was_found(generate: ModuleType) -> None:
+    page = generate.architectures_page()
+    assert "| `bert` | BertModel | `encoder.layer` | its input | sliced | yes |  |" in page
+    assert "| `t5`, 1.1 | T5Model | `encoder.block`, `decoder.block` | its input and " in page
+    assert "| `albert` | it runs one block at every depth" in page
+
+
 def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:
     assert generate._markdown_table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
 

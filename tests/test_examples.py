@@ -10,7 +10,7 @@ import pytest
 from droppeft.cli import _split
 from droppeft.config import load_config
 from droppeft.federation.run import start_run
-from droppeft.layer_dropout import find_blocks, gated, layer_rates, sample_active
+from droppeft.layer_dropout import find_blocks
 from runs import Recorder
 from tiny import tiny_model
 
@@ -60,24 +60,41 @@ def test_a_readme_command_is_understood(command: str, monkeypatch: pytest.Monkey
     load_config(path if path and path.exists() else None, words)
 
 
-def test_the_readme_s_loop_runs() -> None:
-    [code] = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        if "gated(blocks)" in block
-    ]
+def readme_code(part: str) -> str:
+    """The one block of Python in the README that has this in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if part in block]
+    return str(code)
+
+
+@pytest.mark.parametrize(
+    ("part", "noun"), [("layer_dropout(model", "dropout"), ("gated(blocks)", "gates")]
+)
+def test_the_readme_s_loops_run(part: str, noun: str) -> None:
     import torch
 
     model = tiny_model(4).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     batches = [{"input_ids": ids, "labels": torch.tensor([0, 1])}] * 3
+    before = [value.detach().clone() for value in model.classifier.parameters()]
     names = {"model": model, "optimizer": optimizer, "batches": batches}
-    exec(code, names)
-    assert names["find_blocks"] is find_blocks
-    assert (names["gated"], names["layer_rates"], names["sample_active"]) == (
-        gated,
-        layer_rates,
-        sample_active,
-    )
+    exec(readme_code(part), names)
+    assert sum(names[noun].executed) == 3 * 2  # half of four layers
+    assert not any(map(torch.equal, before, model.classifier.parameters()))
+    assert all("forward" not in vars(block) for block in find_blocks(model)[1])
+
+
+def test_the_readme_s_trainer_runs(tmp_path: Path) -> None:
+    import torch
+    from transformers import TrainingArguments
+
+    model = tiny_model(4)
+    rows = [{"input_ids": torch.tensor([1, 2, row]), "labels": row % 2} for row in range(8)]
+    settings = {"max_steps": 10, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", **settings)
+    names = {"model": model, "args": args, "rows": rows}
+    exec(readme_code("LayerDropoutCallback"), names)
+    logged = [row["active_layers"] for row in names["trainer"].state.log_history if "loss" in row]
+    assert logged == [2.0] * 7 + [4.0] * 3
     assert all("forward" not in vars(block) for block in find_blocks(model)[1])

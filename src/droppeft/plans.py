@@ -77,10 +77,12 @@ class LayerDropout:
     Attributes:
         rates: probability of being dropped, one per layer, each in [0, 1].
         sampling: ``"exact"`` (the same count every step) or ``"bernoulli"``.
+        every: for how many steps a draw holds; ``None`` for the whole turn.
     """
 
     rates: tuple[float, ...]
     sampling: Literal["exact", "bernoulli"]
+    every: int | None = 1
 
 
 @dataclass(frozen=True)

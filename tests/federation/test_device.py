@@ -11,7 +11,7 @@ from torch import nn
 
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import base_delta_applied, take_turn
+from droppeft.federation.device import _gates, base_delta_applied, take_turn
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
@@ -217,6 +217,23 @@ def test_every_draw_of_a_turn_is_the_device_s_own(
         patch.setattr("droppeft.seeds.seed_for", noted)
         turn(prepared, plan)
     assert set(drawn) == {(7, purpose, 2, 1) for purpose in ("batches", "gates", "modules")}
+
+
+@pytest.mark.parametrize(
+    ("every", "held"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4]), (None, [0, 0, 0, 0, 0])]
+)
+def test_a_draw_holds_for_as_many_steps_as_the_plan_says(
+    prepared: Prepared, plans: list[Plan], every: int | None, held: list[int]
+) -> None:
+    dropout = LayerDropout((0.0, 0.5, 0.5, 0.0), "bernoulli", every)
+    plan = replace(plans[1], dropout=dropout, seed=11)
+    prepared.bench.wear(plan.adapter)
+    active_at = _gates(prepared.bench, prepared.bench.parameters, plan)
+    singly = _gates(
+        prepared.bench, prepared.bench.parameters, replace(plan, dropout=replace(dropout, every=1))
+    )
+    assert [active_at(step) for step in range(5)] == [singly(step) for step in held]
+    assert len({singly(step) for step in range(5)}) > 1
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -28,22 +29,28 @@ def test_importing_it_loads_nothing_of_the_rest() -> None:
         "droppeft",
         "droppeft.errors",
         "droppeft.layer_dropout",
+        "droppeft.layer_dropout.alone",
+        "droppeft.layer_dropout.architectures",
         "droppeft.layer_dropout.blocks",
         "droppeft.layer_dropout.gates",
         "droppeft.layer_dropout.rates",
+        "droppeft.layer_dropout.schedules",
     }
 
 
-def test_the_example_of_the_docstring_trains(
+def test_the_examples_of_the_docstring_train(
     build: Callable[..., nn.Module], batch: dict[str, torch.Tensor]
 ) -> None:
-    _, _, example = (inspect.getdoc(package) or "").partition("::\n")
+    _, *examples = (inspect.getdoc(package) or "").split("::\n")
+    alone, own_gates = (re.split(r"\n(?=\S)", example)[0] for example in examples)
     model = build("bert")
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": [batch] * 3}
-    exec(textwrap.dedent(example), names)
+    exec(textwrap.dedent(alone), names)
+    assert sum(names["dropout"].executed) == 3 * 2  # half of four layers
+    exec(textwrap.dedent(own_gates), names)
     assert names["gates"].executed[0] == 3  # the protected first block
-    assert sum(names["gates"].executed) == 3 * 2  # half of four layers
+    assert sum(names["gates"].executed) == 3 * 2
     assert isinstance(names["rng"], random.Random)
     assert not all(map(torch.equal, before, model.parameters()))

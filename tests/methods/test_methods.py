@@ -230,3 +230,35 @@ def test_an_exact_count_runs_the_same_depth_in_every_step(
     words = [*tiny_words[:-1], "dropout.count=2"]
     result = start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert result["mean_active_layers"] == 2.0
+
+
+# Rates of droppeft over a run
+
+
+@pytest.mark.parametrize(
+    ("words", "means"),
+    [
+        ((), [0.25] * 10),
+        # Grows over the first three of ten rounds, from nothing.
+        (("dropout.schedule=warm_up",), [0.0, 0.25 / 3, 0.5 / 3, *[0.25] * 7]),
+        # The last three of ten rounds run at full depth.
+        (("dropout.schedule=recovery",), [*[0.25] * 7, 0.0, 0.0, 0.0]),
+        (("dropout.schedule=recovery", "dropout.schedule_part=0.1"), [*[0.25] * 9, 0.0]),
+    ],
+)
+def test_rates_follow_their_schedule(words: tuple[str, ...], means: list[float]) -> None:
+    setup = setup_for("method=droppeft", "rounds=10", "dropout.mean=0.25", *words)
+    method = METHODS["droppeft"]
+    state = method.init(setup)
+    plans = [method.plan(setup, state, round, [1])[0] for round in range(1, 11)]
+    found = [sum(plan.dropout.rates) / 4 for plan in plans if plan.dropout]
+    assert found == pytest.approx(means)
+
+
+@pytest.mark.parametrize(("word", "every"), [("1", 1), ("5", 5), ("round", None)])
+def test_a_draw_holds_as_the_configuration_says(word: str, every: int | None) -> None:
+    setup = setup_for("method=droppeft", "dropout.mean=0.25", f"dropout.every={word}")
+    method = METHODS["droppeft"]
+    [plan] = method.plan(setup, method.init(setup), 1, [1])
+    assert plan.dropout is not None
+    assert plan.dropout.every == every

@@ -46,6 +46,12 @@ def _words(value: object) -> object:
     return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
 
 
+def _steps_or_round(value: object) -> object:
+    if value == "round" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("must be a number of steps, 1 or more, or round")
+
+
 Whole = Annotated[int, Strict()]
 """An integer; unlike a plain one it does not take ``true`` for 1."""
 
@@ -167,6 +173,19 @@ class DropoutConfig(Table):
     )
     sampling: Literal["exact", "bernoulli"] = Field(
         "exact", description="`exact`: the same number of layers every step; `bernoulli`: coins"
+    )
+    every: Annotated[int | Literal["round"], BeforeValidator(_steps_or_round)] = Field(
+        1,
+        description="optimizer steps for which a draw holds, 1 or more; `round`: a device's whole "
+        "turn",
+    )
+    schedule: Literal["constant", "warm_up", "recovery"] = Field(
+        "constant",
+        description="course of the rates over the run: `warm_up` grows from 0 in its first part, "
+        "`recovery` ends with a part at full depth",
+    )
+    schedule_part: Real = Field(
+        0.3, gt=0, le=1, description="part of the rounds that warm_up or recovery takes"
     )
     protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
     protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")

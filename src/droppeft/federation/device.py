@@ -233,14 +233,16 @@ def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
         return lambda step: (True,) * bench.num_layers
     layers = [key for key in parameters if isinstance(key, int)]
     needed = () if HEAD in parameters else layers
-    return lambda step: sample_active(
-        dropout.rates,
-        dropout.sampling,
-        seeds.python_generator(
-            plan.seed, purpose="gates", round=plan.round, device=plan.device, step=step
-        ),
-        need_one_of=needed,
-    )
+    every = dropout.every
+
+    def active_at(step: int) -> tuple[bool, ...]:
+        drawn_at = 0 if every is None else step - step % every
+        rng = seeds.python_generator(
+            plan.seed, purpose="gates", round=plan.round, device=plan.device, step=drawn_at
+        )
+        return sample_active(dropout.rates, dropout.sampling, rng, need_one_of=needed)
+
+    return active_at
 
 
 def _validation_loss(

@@ -2,6 +2,18 @@
 
 Source: DropPEFT (arXiv:2503.10217); see the modules for what is ours. A plain loop::
 
+    from droppeft.layer_dropout import layer_dropout
+
+    model.train()
+    with layer_dropout(model, optimizer, mean=0.5) as dropout:
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+For transformers' Trainer there is ``droppeft.layer_dropout.trainer``, which is not imported here.
+Underneath lie functions for gates of your own::
+
     import random
     from droppeft.layer_dropout import find_blocks, gated, layer_rates, sample_active
 
@@ -16,10 +28,12 @@ Source: DropPEFT (arXiv:2503.10217); see the modules for what is ours. A plain l
             optimizer.step()
             optimizer.zero_grad()
 
-    model.eval()  # outside of the context every layer runs
+    model.eval()  # outside of `gated` every layer runs
 """
 
-from droppeft.layer_dropout.blocks import BLOCK_PATHS, Gates, find_blocks, gated
+from droppeft.layer_dropout.alone import DrawnGates, layer_dropout
+from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
+from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
 from droppeft.layer_dropout.gates import (
     SAMPLINGS,
     Sampling,
@@ -28,19 +42,27 @@ from droppeft.layer_dropout.gates import (
     sample_active,
 )
 from droppeft.layer_dropout.rates import SHAPES, explicit_rates, layer_rates, protected_ends
+from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
 __all__ = [
-    "BLOCK_PATHS",
+    "ARCHITECTURES",
+    "REFUSED",
     "SAMPLINGS",
+    "SCHEDULES",
     "SHAPES",
+    "Architecture",
+    "DrawnGates",
     "Gates",
     "Sampling",
     "conditioned_rates",
     "expected_active",
     "explicit_rates",
     "find_blocks",
+    "find_stacks",
     "gated",
+    "layer_dropout",
     "layer_rates",
     "protected_ends",
     "sample_active",
+    "scheduled_rates",
 ]

@@ -5,66 +5,138 @@ blocks' own ``forward`` is ours: taking entries out of the block list makes arch
 look up settings by list position compute something else without an error.
 """
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from droppeft.errors import DroppeftError
-
-BLOCK_PATHS: dict[str, str] = {
-    "bert": "encoder.layer",
-    "roberta": "encoder.layer",
-    "xlm-roberta": "encoder.layer",
-    # Also DeBERTa-v3. The optional convolution after block 0 belongs to the encoder, not to the
-    # block: when block 0 is dropped it still runs, on block 0's input.
-    "deberta-v2": "encoder.layer",
-    "gpt2": "h",
-    "llama": "layers",
-}
-"""Supported ``config.model_type``: where the block list lies below the base model."""
+from droppeft.layer_dropout.architectures import (
+    ANSWERS,
+    ARCHITECTURES,
+    BLOCK_ANSWERS,
+    REFUSED,
+    Architecture,
+    Arguments,
+    cache_of,
+    hidden_of,
+)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
     """Find the transformer blocks of a base model, a task model or either wrapped by peft.
 
     Args:
-        model: a transformers model (``model.config`` names its architecture).
+        model: a transformers model with one list of blocks (``model.config`` names its
+            architecture).
 
     Returns:
         The dotted name of the block list inside ``model`` and its L blocks, input first.
 
     Raises:
-        DroppeftError: an architecture that is not in :data:`BLOCK_PATHS`, or a model whose block
-            list is not where or not as long as its architecture says.
+        DroppeftError: as :func:`find_stacks`, and for a model with an encoder and a decoder.
+    """
+    stacks = find_stacks(model)
+    if len(stacks) > 1:
+        raise DroppeftError(
+            f"{type(model).__name__} has {len(stacks)} lists of blocks ({', '.join(stacks)}), but "
+            "one is needed here; use a model with one, or find_stacks in a loop of your own"
+        )
+    [found] = stacks.items()
+    return found
+
+
+def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """Find all lists of transformer blocks: an encoder's and a decoder's where there are both.
+
+    Args:
+        model: a transformers model, as for :func:`find_blocks`.
+
+    Returns:
+        The dotted name of every list inside ``model`` and its blocks, input first, encoder first.
+        Gate all of them by ``gated([block for blocks in stacks.values() for block in blocks])``.
+
+    Raises:
+        DroppeftError: an architecture that is not in ``ARCHITECTURES``, or a model whose lists
+            are not where, not as long or not of what its architecture says.
     """
     config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    path = BLOCK_PATHS.get(model_type or "")
-    if path is None:
+    architecture = _architecture(model, getattr(config, "model_type", None) or "")
+    stacks: dict[str, tuple[nn.Module, ...]] = {}
+    for path, depth in architecture.stacks.items():
+        for name, blocks in _lists(model, path):
+            _check_depth(model, name, blocks, depth)
+            _check_classes(model, name, blocks, architecture)
+            stacks[name] = tuple(blocks)
+    if not stacks:
         raise DroppeftError(
-            f"layer dropout does not know where the blocks of {type(model).__name__} "
-            f"(model_type {model_type!r}) are; supported: {', '.join(BLOCK_PATHS)}"
+            f"a {config.model_type} model has a list of blocks {_paths(architecture)}, but "
+            f"{type(model).__name__} has 0; load it with transformers' own classes"
         )
+    return stacks
+
+
+def _architecture(model: nn.Module, model_type: str) -> Architecture:
+    if model_type in REFUSED:
+        raise DroppeftError(
+            f"layers of {model_type} models cannot be dropped: {REFUSED[model_type]}"
+        )
+    if model_type not in ARCHITECTURES:
+        raise DroppeftError(
+            f"layer dropout does not know where the blocks of {type(model).__name__} (model_type "
+            f"{model_type!r}) are; it knows the {len(ARCHITECTURES)} types of "
+            "docs/architectures.md, which says how one is added"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def _lists(model: nn.Module, path: str) -> list[tuple[str, nn.ModuleList]]:
+    """Lists whose name ends with ``path``: one at most (a task may need no decoder)."""
     found = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{path}")
     ]
-    if len(found) != 1:
+    if len(found) > 1:
         raise DroppeftError(
-            f"a {model_type} model has one block list {path!r}, but {type(model).__name__} has "
-            f"{len(found)}; load it with transformers' own classes"
+            f"there is one list of blocks {path!r} in this architecture, but "
+            f"{type(model).__name__} has {len(found)}; load it with transformers' own classes"
         )
-    [(name, blocks)] = found
-    if len(blocks) != config.num_hidden_layers:
+    return found
+
+
+def _check_depth(model: nn.Module, name: str, blocks: nn.ModuleList, depth: str) -> None:
+    expected = attrgetter(depth)(model.config)
+    if len(blocks) != expected:
         raise DroppeftError(
             f"{type(model).__name__} has {len(blocks)} blocks in {name!r}, but its configuration "
-            f"says {config.num_hidden_layers}; make num_hidden_layers and the blocks agree"
+            f"says {expected}; make {depth} and the blocks agree"
         )
-    return name, tuple(blocks)
+
+
+def _check_classes(
+    model: nn.Module, name: str, blocks: nn.ModuleList, architecture: Architecture
+) -> None:
+    """What another class returns, or expects of those before it, is unknown."""
+    for index, block in enumerate(blocks):
+        if not set(architecture.blocks).intersection(_class_names(block)):
+            raise DroppeftError(
+                f"block {index} of {name!r} in {type(model).__name__} is of class "
+                f"{type(block).__name__}, not {' or '.join(architecture.blocks)}; load it with "
+                "transformers' own classes"
+            )
+
+
+def _class_names(block: nn.Module) -> tuple[str, ...]:
+    return tuple(kind.__name__ for kind in type(block).__mro__)
+
+
+def _paths(architecture: Architecture) -> str:
+    return " or ".join(map(repr, architecture.stacks))
 
 
 class Gates:
@@ -112,27 +184,56 @@ class _Gate:
     def __init__(self, gates: Gates, index: int, block: nn.Module) -> None:
         self.gates = gates
         self.index = index
-        self.kind = type(block)
+        self.block = block
         self.forward = block.forward
+        self.answer = _known_answer(block)
+        self.missed: weakref.ref[Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         gates = self.gates
+        if self.missed is not None:
+            self._refuse_a_gap(cache_of((args, kwargs)))
         if gates._active[self.index]:
             gates._executed[self.index] += 1
             output = self.forward(*args, **kwargs)
-            if self.kind not in gates._arity:
-                gates._arity[self.kind] = _arity(output)
+            if self.answer is None:
+                gates._arity[type(self.block)] = _arity(output)
             return output
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self.kind not in gates._arity:
-            gates._arity[self.kind] = _arity(self._probe(hidden, args, kwargs))
-        arity = gates._arity[self.kind]
+        return self._dropped((args, kwargs))
+
+    def _dropped(self, call: Arguments) -> Any:
+        cache = cache_of(call)
+        if cache is not None:
+            self.missed = weakref.ref(cache)
+        if self.answer is not None:
+            return self.answer(self.block, call)
+        kind, hidden = type(self.block), hidden_of(call)
+        if kind not in self.gates._arity:
+            self.gates._arity[kind] = _arity(self._probe(hidden, call))
+        arity = self.gates._arity[kind]
         return hidden if arity is None else (hidden, *[None] * (arity - 1))
 
-    def _probe(self, hidden: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    def _refuse_a_gap(self, cache: object) -> None:
+        """The same cache in a second forward means that a text is continued."""
+        if cache is not None and self.missed is not None and self.missed() is cache:
+            raise DroppeftError(
+                f"block {self.index} was dropped in an earlier part of this text, so its keys and "
+                "values are missing from the cache; generate outside of `gated`, with all gates "
+                "open, or with use_cache=False"
+            )
+
+    def _probe(self, hidden: torch.Tensor, call: Arguments) -> Any:
         """Run a dropped block once to see what it returns; the run around it notices nothing."""
+        args, kwargs = call
         with torch.no_grad(), torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
             return self.forward(*args, **kwargs)
+
+
+def _known_answer(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:
+    for name in _class_names(block):
+        if name in BLOCK_ANSWERS:
+            return ANSWERS[BLOCK_ANSWERS[name]]
+    return None
 
 
 def _arity(output: object) -> int | None:
@@ -144,14 +245,17 @@ def _arity(output: object) -> int | None:
 def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
     """Put a gate before each block; on leaving, the blocks are as they were.
 
-    A dropped block returns the very tensor it got (in a tuple of the usual length where blocks
-    return tuples) and costs nothing: no forward, no stored activation, no gradient. The module
-    tree, parameter names and ``state_dict`` do not change. Once per context, if the first block
-    asked is dropped, it is run without gradients to learn what blocks of its class return.
-    Generate text outside: a dropped block adds nothing to a key-value cache.
+    A dropped block returns the very tensor it got (in a tuple where its class returns one) and
+    costs nothing: no forward, no stored activation, no gradient. The module tree, parameter names
+    and ``state_dict`` do not change. A dropped block adds nothing to a key-value cache: going on
+    with such a cache is refused, so generate outside, or with ``use_cache=False``.
 
     Args:
-        blocks: the L blocks, as :func:`find_blocks` returns them.
+        blocks: the L blocks, as :func:`find_blocks` returns them. Blocks of a class that is not
+            in :data:`~droppeft.layer_dropout.architectures.ARCHITECTURES` may be given too, if
+            hidden states are their first argument and result and no later block needs more than
+            that: once per context, if the first of them asked is dropped, it is run without
+            gradients to learn how long a tuple blocks of its class return.
 
     Yields:
         The gates; set ``gates.active`` before a forward.

@@ -2,14 +2,14 @@
 
 Source: arXiv:2503.10217. In this version the rates are the configuration's, the same on every
 device and in every round, and all layers are shared; the online configurator and personalised
-layer sharing are not built yet. Exact gates and protected ends are ours.
+layer sharing are not built yet. Exact gates, protected ends and schedules are ours.
 """
 
 from collections.abc import Sequence
 
 from droppeft.config import DropoutConfig
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
+from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
 from droppeft.methods.base import (
     Method,
     Setup,
@@ -49,8 +49,14 @@ def _init(setup: Setup) -> ServerState:
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
     settings = setup.config.dropout
-    rates = configured_rates(settings, setup.num_layers)
-    dropout = LayerDropout(rates, settings.sampling)
+    rates = scheduled_rates(
+        configured_rates(settings, setup.num_layers),
+        settings.schedule,
+        (round - 1) / setup.config.rounds,
+        settings.schedule_part,
+    )
+    every = None if settings.every == "round" else settings.every
+    dropout = LayerDropout(rates, settings.sampling, every)
     return [full_plan(setup, state, round, device, dropout) for device in cohort]
 
 

@@ -1,0 +1,129 @@
+"""Layer dropout in transformers' Trainer, and in what is made of it, such as TRL's SFTTrainer.
+
+Source: ours. The only module of this package that needs more than torch.
+"""
+
+from contextlib import ExitStack
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout.alone import DrawnGates, layer_dropout
+
+
+class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """Drop layers while a Trainer trains: ``Trainer(..., callbacks=[LayerDropoutCallback(0.5)])``.
+
+    A draw per optimizer step (``state.global_step``), the same for all batches that it accumulates;
+    evaluation, prediction and generation run every layer. A run that is resumed from a checkpoint
+    draws what the unbroken run would have drawn. The mean number of layers that ran is logged as
+    ``active_layers`` beside the training loss.
+
+    Several processes drop the same layers, which DistributedDataParallel must be told to expect:
+    the Trainer does so, but for a checkpointed model without adapters, where
+    ``ddp_find_unused_parameters=True`` is needed.
+
+    The gates are put before the blocks when training begins and removed when it ends. The Trainer
+    tells nobody when training *raises*: then they stay until the next training with this callback,
+    until :meth:`remove`, or until the callback is freed. Evaluation runs every layer all the same.
+
+    Args:
+        mean, settings: as in :func:`~droppeft.layer_dropout.layer_dropout`, where they are checked
+            when training begins. ``total_steps`` is the Trainer's; ``seed`` is the Trainer's unless
+            it is given.
+
+    Raises:
+        DroppeftError: when training begins, see there; or with ``torch_compile``, or with several
+            GPUs in one process.
+        TypeError: a setting that does not exist.
+    """
+
+    def __init__(self, mean: float | None = None, **settings: Any) -> None:
+        signature(layer_dropout).bind(None, None, mean, total_steps=None, **settings)
+        self._settings = {"mean": mean, **settings}
+        self._context = ExitStack()
+        self._dropout: DrawnGates | None = None
+        self._forget()
+
+    @property
+    def dropout(self) -> DrawnGates | None:
+        """Layer dropout at work; ``None`` outside of training."""
+        return self._dropout
+
+    def remove(self) -> None:
+        """Take the gates away, if there are any."""
+        self._dropout = None
+        self._context.close()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Put the gates before the blocks."""
+        self.remove()
+        _refuse(args)
+        settings = {"seed": args.seed, **self._settings}
+        self._dropout = self._context.enter_context(
+            layer_dropout(model, None, total_steps=state.max_steps, **settings)
+        )
+        self._forget()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the gates of one optimizer step."""
+        if self._dropout is not None:
+            self._dropout.step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note how many layers the step ran."""
+        if self._dropout is not None:
+            self._ran += sum(self._dropout.active)
+            self._steps += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Add the mean number of layers of the steps since the last log."""
+        if "loss" in logs and self._steps:
+            logs["active_layers"] = self._ran / self._steps
+            # The Trainer has copied `logs` into its history already.
+            state.log_history[-1]["active_layers"] = logs["active_layers"]
+            self._forget()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the gates away."""
+        self.remove()
+
+    def _forget(self) -> None:
+        self._ran = self._steps = 0
+
+
+def _refuse(args: Any) -> None:
+    """Refuse two ways to run a model in which gates in front of blocks do not work."""
+    if args.torch_compile:
+        raise DroppeftError(
+            "torch_compile=True compiles the whole model anew for every pattern of dropped layers; "
+            "leave it out"
+        )
+    if args.n_gpu > 1:
+        raise DroppeftError(
+            f"this process sees {args.n_gpu} GPUs, over which the Trainer would copy the model in "
+            "every step; start one process per GPU, with torchrun or accelerate launch"
+        )

@@ -1,0 +1,771 @@
+"""What layer dropout must do on every architecture, checked on tiny models.
+
+``python tests/architecture_contract.py`` runs it for all of them and writes
+``docs/architectures.json``, from which ``docs/architectures.md`` is made.
+"""
+
+import copy
+import json
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+from transformers.pytorch_utils import Conv1D
+
+from droppeft.adapters.attach import attach
+from droppeft.adapters.by_layer import trainable_by_layer
+from droppeft.config import AdapterConfig
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import ARCHITECTURES, find_blocks, find_stacks, gated
+from droppeft.methods.base import adapter_spec
+from droppeft.models import builtin_model_folder, load_backbone
+from droppeft.plans import HEAD
+
+LAYERS = 3
+FILE = Path(__file__).parents[1] / "docs" / "architectures.json"
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOW = {**MIXED, "sliding_window": 3, "head_dim": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "decoder_sparse_step": 1,
+}
+BART = {
+    "d_model": 16,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "init_std": 0.3,
+}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "initializer_factor": 3.0,
+    "decoder_start_token_id": 0,
+}
+DEBERTA = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "type_vocab_size": 0,
+    "position_biased_input": False,
+    "pooler_hidden_size": 16,
+}
+DEBERTA_V3 = {
+    **DEBERTA,
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
+BIASES = "a dropped first block still yields the position biases that later ones read"
+VISION = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A tiny configuration of a model type, and what its gated model is compared with.
+
+    Attributes:
+        model_type: a key of ``ARCHITECTURES``.
+        settings: of the configuration, beside :data:`COMMON`.
+        variant: what is special about these settings, if the type has several cases.
+        reference: a key of :data:`REFERENCES`.
+        note: what a reader of the page should know.
+    """
+
+    model_type: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    reference: str = "sliced"
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Type and variant."""
+        return f"{self.model_type}, {self.variant}" if self.variant else self.model_type
+
+    def config(self) -> Any:
+        """A new configuration."""
+        return AutoConfig.for_model(self.model_type, **{**COMMON, **self.settings})
+
+
+CASES: tuple[Case, ...] = (
+    # Encoders
+    Case("bert"),
+    Case("big_bird", {"attention_type": "original_full"}, note="checked with full attention"),
+    Case("camembert"),
+    Case("convbert", {"embedding_size": 16, "head_ratio": 1, "conv_kernel_size": 3}),
+    Case("data2vec-text"),
+    Case("deberta", DEBERTA),
+    Case("deberta-v2", DEBERTA_V3),
+    Case(
+        "deberta-v2",
+        {**DEBERTA_V3, "conv_kernel_size": 3},
+        "convolution",
+        "replaced",
+        "the convolution after block 0 is the encoder's: it runs when block 0 is dropped, too",
+    ),
+    Case("distilbert", {"dim": 16, "hidden_dim": 24, "n_layers": LAYERS, "n_heads": 2}),
+    Case("electra", {"embedding_size": 8}),
+    Case("ernie"),
+    Case(
+        "esm",
+        {"position_embedding_type": "rotary", "token_dropout": False},
+        reference="replaced",
+        note="an unused head for contacts has a weight per layer",
+    ),
+    Case("eurobert"),
+    Case("megatron-bert"),
+    Case(
+        "modernbert",
+        {**MIXED, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+        reference="replaced",
+        note="its first block has no normalisation of its input, wherever it comes to stand",
+    ),
+    Case("mpnet"),
+    Case("nomic_bert"),
+    Case("nystromformer", {"num_landmarks": 4, "segment_means_seq_len": 4}),
+    Case("rembert", {"input_embedding_size": 8, "output_embedding_size": 8}),
+    Case("roberta"),
+    Case("roberta-prelayernorm"),
+    Case("roformer", {"embedding_size": 16}),
+    Case("xlm-roberta"),
+    Case("xlm-roberta-xl"),
+    Case("xmod", {"languages": ["en_XX"], "default_language": "en_XX"}),
+    # Decoders
+    Case("apertus"),
+    Case("arcee"),
+    Case("biogpt"),
+    Case("bloom", {"n_layer": LAYERS, "n_head": 2}),
+    Case("codegen", {"num_attention_heads": 4, "rotary_dim": 4}),
+    Case("cohere"),
+    Case("cohere2", WINDOW),
+    Case(
+        "deepseek_v3",
+        {
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        "one dense layer",
+    ),
+    Case("diffllama", {}, "", "replaced", "a block's scaling follows from its depth"),
+    Case("ernie4_5", {"head_dim": 8}),
+    Case("exaone4", WINDOW),
+    Case("falcon", {"alibi": False}, "rotary"),
+    Case("falcon", {"alibi": True, "parallel_attn": False}, "ALiBi"),
+    Case("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}, "new decoder"),
+    Case("gemma", {"head_dim": 8}),
+    Case("gemma2", {**WINDOW, "query_pre_attn_scalar": 8}),
+    Case(
+        "gemma3",
+        {
+            "text_config": {
+                **COMMON,
+                **WINDOW,
+                "model_type": "gemma3_text",
+                "query_pre_attn_scalar": 8,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                **VISION,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 39,
+        },
+        note="text alone; the vision tower always runs at full depth",
+    ),
+    Case("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 8}),
+    Case("glm", {"head_dim": 8}),
+    Case("glm4", {"head_dim": 8}),
+    Case("gpt2"),
+    Case(
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scaled",
+        "replaced",
+        "a block's attention is scaled by its depth",
+    ),
+    Case("gpt_bigcode"),
+    Case(
+        "gpt_neo",
+        {
+            "num_layers": LAYERS,
+            "num_heads": 2,
+            "attention_types": [[["global", "local", "local"], 1]],
+            "window_size": 3,
+        },
+    ),
+    Case("gpt_neox"),
+    Case("gpt_oss", {**WINDOW, **EXPERTS}),
+    Case("gptj", {"rotary_dim": 4}),
+    Case("granite"),
+    Case("granitemoe", EXPERTS),
+    Case("helium", {"head_dim": 8}),
+    Case("llama"),
+    Case("ministral", WINDOW),
+    Case("mistral", {"sliding_window": 3}),
+    Case("mixtral", EXPERTS),
+    Case("mpt", {"d_model": 16, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 32}),
+    Case("nemotron", {"head_dim": 8}),
+    Case("olmo"),
+    Case("olmo2"),
+    Case("olmo3", WINDOW),
+    Case("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Case("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    Case("persimmon"),
+    Case("phi"),
+    Case("phi3"),
+    Case("phimoe", EXPERTS),
+    Case("qwen2", {**WINDOW, "use_sliding_window": True}),
+    Case("qwen2_moe", {**QWEN_EXPERTS, "mlp_only_layers": [1]}, "a dense layer"),
+    Case(
+        "qwen2_moe",
+        {**QWEN_EXPERTS, "decoder_sparse_step": 2},
+        "every second",
+        "replaced",
+        "which blocks have experts follows from their depth",
+    ),
+    Case("qwen3", {**WINDOW, "use_sliding_window": True}),
+    Case("qwen3_moe", {**QWEN_EXPERTS, "head_dim": 8}),
+    Case("seed_oss", {"head_dim": 8}),
+    Case("smollm3", {**WINDOW, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]}),
+    Case("stablelm"),
+    Case("starcoder2", {"sliding_window": 3}),
+    Case("xglm", {"d_model": 16, "ffn_dim": 24, "num_layers": LAYERS, "attention_heads": 2}),
+    # Encoder-decoders
+    Case("bart", BART),
+    Case("blenderbot", BART),
+    Case("blenderbot-small", BART),
+    Case("m2m_100", BART),
+    Case("marian", BART),
+    Case("mbart", BART),
+    Case("mt5", T5, "", "moved biases", BIASES),
+    Case("pegasus", BART),
+    Case("plbart", BART),
+    Case("t5", T5, "", "moved biases", BIASES),
+    Case("t5", {**T5, "feed_forward_proj": "gated-gelu"}, "1.1", "moved biases", BIASES),
+    Case("umt5", T5),
+    # Vision
+    Case("deit", VISION),
+    Case("dinov2", VISION),
+    Case("vit", VISION),
+    Case("vit_msn", VISION),
+)
+"""A new architecture gets a row here."""
+
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+"""Entries of a configuration with one value per layer."""
+
+
+def build(
+    case: Case,
+    auto: Any = AutoModel,
+    attn_implementation: str | None = None,
+    num_labels: int | None = None,
+) -> Any:
+    """A model with random weights, always the same, in evaluation mode."""
+    config = case.config()
+    if num_labels is not None:
+        config.num_labels = num_labels
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto.from_config(config, attn_implementation=attn_implementation).eval()
+        loud(model)
+    return model
+
+
+def loud(model: nn.Module) -> None:
+    """Zeros and ones that transformers starts with would hide a tensor in the wrong place."""
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.numel() and value.is_floating_point():
+                value.add_(torch.randn(value.shape) * 0.1)
+
+
+def batch(case: Case, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Two rows of 7 tokens, the second with padding on the right; or pictures."""
+    generator = torch.Generator().manual_seed(1)
+    if "image_size" in case.settings:
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
+    ids = torch.randint(4, 38, (rows, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[1:, 5:], mask[1:, 5:] = 0, 0
+    columns = {"input_ids": ids, "attention_mask": mask}
+    if case.config().is_encoder_decoder:
+        columns["decoder_input_ids"] = torch.randint(4, 38, (rows, 5), generator=generator)
+    return columns
+
+
+def all_blocks(model: nn.Module) -> list[nn.Module]:
+    """Of all stacks, encoder first."""
+    return [block for blocks in find_stacks(model).values() for block in blocks]
+
+
+def patterns(model: nn.Module) -> Iterator[tuple[bool, ...]]:
+    """One stack: all gates with a closed and an open one. Two: some, with an open one in each."""
+    stacks = [len(blocks) for blocks in find_stacks(model).values()]
+    if len(stacks) == 1:
+        [depth] = stacks
+        for number in range(1, 2**depth - 1):
+            yield tuple(bool(number >> layer & 1) for layer in range(depth))
+        return
+    first = (False, True, True)
+    last = (True, True, False)
+    one = (False, False, True)
+    yield from (one + one, first + last, last + first, (True,) * LAYERS + one)
+    rng = random.Random(len(list(model.parameters())))
+    for _ in range(2):
+        yield tuple(gate for _ in stacks for gate in rng.sample([*first, rng.random() < 0.5], 3))
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """Of the last layer."""
+    found: torch.Tensor = output.last_hidden_state
+    return found
+
+
+def step(
+    model: Any, columns: Mapping[str, torch.Tensor], between: Callable[[], None] | None = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Forward, ``between`` and backward; the last hidden state and a copy of every gradient."""
+    model.zero_grad()
+    answer = hidden(model(**columns))
+    weights = torch.randn(answer.shape, generator=torch.Generator().manual_seed(2))
+    if between is not None:
+        between()
+    (answer * weights).sum().backward()
+    gradients = {
+        name: None if value.grad is None else value.grad.clone()
+        for name, value in model.named_parameters()
+    }
+    return answer.detach(), gradients
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal bits, or both nothing."""
+    return (one is None) == (other is None) and (one is None or torch.equal(one, other))
+
+
+# References: models that never heard of gates
+
+
+def kept_names(model: nn.Module, active: tuple[bool, ...]) -> dict[str, str]:
+    """Name of every kept block in the full model to its name in the small one."""
+    gates = iter(active)
+    names = {}
+    for path, blocks in find_stacks(model).items():
+        kept = [layer for layer, _ in enumerate(blocks) if next(gates)]
+        names.update({f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)})
+    return names
+
+
+def sliced_config(model: Any, active: tuple[bool, ...]) -> Any:
+    """Depths and everything that is written down per layer, for the kept blocks alone."""
+    config = copy.deepcopy(model.config)
+    start = 0
+    for depth in ARCHITECTURES[config.model_type].stacks.values():
+        *parents, last = depth.split(".")
+        owner: Any = config
+        for parent in parents:
+            owner = getattr(owner, parent)
+        gates = active[start : start + getattr(owner, last)]
+        start += len(gates)
+        setattr(owner, last, sum(gates))
+        for name in LAYER_LISTS:
+            values = getattr(owner, name, None)
+            if values is not None:
+                kept = [value for value, runs in zip(values, gates, strict=True) if runs]
+                setattr(owner, name, kept)
+        slice_numbers(owner, gates)
+    return config
+
+
+def slice_numbers(config: Any, gates: tuple[bool, ...]) -> None:
+    """Settings that name layers by number."""
+    if getattr(config, "mlp_only_layers", None):
+        kept = [layer for layer in config.mlp_only_layers if gates[layer]]
+        config.mlp_only_layers = [sum(gates[:layer]) for layer in kept]
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = sum(gates[: config.first_k_dense_replace])
+    if hasattr(config, "attention_types"):
+        config.attention_types = [[config.attention_layers, 1]]
+
+
+Reference = tuple[Any, dict[str, str]]
+"""A model, and for each of its parameters the name in the gated model."""
+
+
+def sliced(
+    model: Any, active: tuple[bool, ...], auto: Any = AutoModel, stays: str = ""
+) -> Reference:
+    """A fresh model of the configuration without the dropped layers, with the kept weights.
+
+    Args:
+        stays: end of the name of a parameter that remains in the first block, whichever that is.
+    """
+    small = auto.from_config(sliced_config(model, active)).eval()
+    moved = kept_names(model, active)
+    paths = tuple(f"{path}." for path in find_stacks(model))
+    origin = {}
+    for old in model.state_dict():
+        if not old.startswith(paths) or (stays and old.endswith(stays)):
+            origin[old] = old
+            continue
+        for before, after in moved.items():
+            if old.startswith(before):
+                origin[after + old.removeprefix(before)] = old
+    values = model.state_dict()
+    small.load_state_dict({new: values[old] for new, old in origin.items()})
+    return small, origin
+
+
+def sliced_with_moved_biases(
+    model: Any, active: tuple[bool, ...], auto: Any = AutoModel
+) -> Reference:
+    """T5: the table of position biases lies in a stack's first block, but belongs to the stack."""
+    return sliced(model, active, auto, "layer.0.SelfAttention.relative_attention_bias.weight")
+
+
+class PassThrough(nn.Module):
+    """Stands where a dropped block stood."""
+
+    def __init__(self, block: nn.Module, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+        self.attention_type = getattr(block, "attention_type", None)  # ModernBERT asks for it
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hand on what came in."""
+        return (hidden, None) if self.in_tuple else hidden
+
+
+def replaced(model: Any, active: tuple[bool, ...], auto: Any = AutoModel) -> Reference:
+    """A fresh model of the full configuration with modules that do nothing for dropped blocks.
+
+    For settings that make a block's place in the list matter: every block keeps its place.
+    """
+    whole = auto.from_config(model.config).eval()
+    whole.load_state_dict(model.state_dict())
+    in_tuple = ARCHITECTURES[model.config.model_type].answer == "tuple"
+    gates = iter(active)
+    for path, blocks in find_stacks(whole).items():
+        for layer, block in enumerate(blocks):
+            if not next(gates):
+                whole.set_submodule(f"{path}.{layer}", PassThrough(block, in_tuple))
+    return whole, {name: name for name, _ in whole.named_parameters()}
+
+
+REFERENCES: dict[str, Callable[..., Reference]] = {
+    "sliced": sliced,
+    "moved biases": sliced_with_moved_biases,
+    "replaced": replaced,
+}
+
+
+# Rules
+
+
+def a_dropped_block_is_absent(case: Case) -> None:
+    model, columns = build(case), batch(case)
+    blocks = all_blocks(model)
+    full = hidden(model(**columns))
+    names = {value: name for name, value in model.named_parameters()}
+    for active in patterns(model):
+        small, origin = REFERENCES[case.reference](model, active)
+        expected, theirs = step(small, columns)
+        with gated(blocks) as gates:
+            gates.active = active
+            found, ours = step(model, columns)
+            assert gates.executed == tuple(map(int, active)), active
+        assert torch.equal(found, expected), active
+        assert not torch.equal(found, full), active
+        for name, gradient in theirs.items():
+            assert same(ours.pop(origin[name]), gradient), (active, name)
+        # What the small model lacks are the dropped blocks' parameters.
+        assert all(gradient is None for gradient in ours.values()), active
+        for block, runs in zip(blocks, active, strict=True):
+            lonely = [names[value] for value in block.parameters() if value.grad is not None]
+            assert runs or not [one for one in lonely if one not in origin.values()], active
+    assert torch.equal(hidden(model(**columns)), full)
+
+
+def open_gates_are_the_plain_model(case: Case) -> None:
+    model, columns = build(case).train(), batch(case)
+    before = (list(model.state_dict()), [name for name, _ in model.named_modules()])
+    torch.manual_seed(3)
+    plain, gradients = step(model, columns)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    with gated(all_blocks(model)):
+        found, ours = step(model, columns)
+        assert (list(model.state_dict()), [name for name, _ in model.named_modules()]) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found, plain)
+    assert all(same(ours[name], gradient) for name, gradient in gradients.items())
+
+
+def a_dropped_block_does_not_run(case: Case) -> None:
+    """Not even once, to see what it returns: what it records would be taken for the model's."""
+    model, columns = build(case), batch(case)
+    blocks, runs = all_blocks(model), []
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if name and not name.endswith("relative_attention_bias"):  # T5's, of the whole stack
+                module.register_forward_hook(lambda *_, index=index: runs.append(index))
+    with gated(blocks) as gates, torch.no_grad():
+        gates.active = [index % LAYERS == 1 for index in range(len(blocks))]
+        model(**columns)
+    assert {index for index in runs if index % LAYERS != 1} == set()
+    assert {index for index in runs if index % LAYERS == 1}
+
+
+def checkpoints_recompute_what_ran(case: Case) -> None:
+    """Whatever the gates say by the time of the backward."""
+    model, columns = build(case).train(), batch(case)
+    if not model.supports_gradient_checkpointing:
+        return
+    blocks = all_blocks(model)
+    active = tuple(index % LAYERS != 0 for index in range(len(blocks)))
+    with gated(blocks) as gates:
+
+        def turn() -> None:
+            gates.active = tuple(not runs for runs in active)
+
+        gates.active = active
+        torch.manual_seed(4)
+        expected, theirs = step(model, columns)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(4)
+        found, ours = step(model, columns, turn)
+        assert gates.executed == tuple(2 * runs for runs in active)
+    assert torch.equal(found, expected)
+    assert all(same(ours[name], gradient) for name, gradient in theirs.items())
+
+
+def hidden_states_are_those_of_every_depth(case: Case) -> None:
+    """Those who read them by layer must not be off by one, nor find another block's attention."""
+    tuples = ARCHITECTURES[case.model_type].answer == "tuple"
+    model = build(case, attn_implementation="eager" if tuples else None)
+    blocks = all_blocks(model)
+    with gated(blocks) as gates, torch.no_grad():
+        gates.active = [index % LAYERS != 1 for index in range(len(blocks))]
+        answer = model(**batch(case), output_hidden_states=True, output_attentions=tuples)
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    depths = [answer[name] for name in names if answer.get(name) is not None]
+    assert len(depths) == len(find_stacks(model))
+    for states in depths:
+        assert len(states) == LAYERS + 1
+        assert [torch.equal(states[1], states[2]), torch.equal(states[0], states[1])] == [1, 0]
+    if tuples:
+        assert [one is None for one in answer.attentions] == [False, True, False]
+
+
+def generation_is_right_or_refused(case: Case) -> None:
+    auto = generator(case)
+    if auto is None:
+        return
+    model = build(case, auto)
+    words = {"input_ids": batch(case)["input_ids"][:1]}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    cached, plain = {**options, "use_cache": True}, {**options, "use_cache": False}
+    blocks = all_blocks(model)
+    full = model.generate(**words, **cached)
+    active = (True,) * (len(blocks) - LAYERS) + (False, True, True)
+    small, _ = REFERENCES[case.reference](model, active, auto)
+    with gated(blocks) as gates:
+        assert torch.equal(model.generate(**words, **cached), full)
+        gates.active = active
+        number = active.index(False)
+        with pytest.raises(DroppeftError, match=f"block {number} was dropped in an earlier part"):
+            model.generate(**words, **cached)
+        assert torch.equal(model.generate(**words, **plain), small.generate(**words, **plain))
+        gates.active = (True,) * len(blocks)
+        assert torch.equal(model.generate(**words, **cached), full)
+
+
+def a_classifier_wears_adapters_by_layer(case: Case) -> None:
+    """As in ``droppeft run``, from a saved base model to the gradients of a step."""
+    found = classification(case)
+    if found not in CLASSIFIES:
+        return
+    worn, max_length = classifier(case, found)
+    path, blocks = find_blocks(worn)
+    groups = trainable_by_layer(worn, path)
+    with gated(blocks) as gates:
+        gates.active = (True, False, True)
+        worn.train()(**batch(case), labels=torch.tensor([0, 1])).loss.backward()
+    for layer in range(LAYERS):
+        gradients = [value.grad for value in groups[layer].values()]
+        assert gradients
+        assert all((gradient is not None) == (layer != 1) for gradient in gradients), layer
+    assert all(value.grad is not None for value in groups[HEAD].values())
+    assert COMMON["max_position_embeddings"] - 2 <= max_length <= COMMON["max_position_embeddings"]
+    worn(input_ids=torch.full((1, max_length), 5))
+
+
+def classifier(case: Case, found: str) -> tuple[Any, int]:
+    """A saved base model as ``droppeft run`` loads it, with LoRA and a new head for two classes.
+
+    Returns:
+        It, and the most tokens that it takes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        build(case).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(builtin_model_folder() / name, folder)
+        backbone = load_backbone(folder, ("one", "other"), 0)
+    model, path = backbone.model, backbone.blocks_path
+    targets = ("default",) if found == "yes" else attention_modules(model, path)
+    spec = adapter_spec(AdapterConfig(targets=targets), LAYERS)
+    return attach(model, spec, path, 0, backbone.new_modules), backbone.max_length
+
+
+def attention_modules(model: nn.Module, path: str) -> tuple[str, ...]:
+    """Names of linear modules that a user would give."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(path) and "att" in name and isinstance(module, nn.Linear | Conv1D)
+    }
+    return tuple(sorted(names))
+
+
+RULES: tuple[Callable[[Case], None], ...] = (
+    a_dropped_block_is_absent,
+    open_gates_are_the_plain_model,
+    a_dropped_block_does_not_run,
+    checkpoints_recompute_what_ran,
+    hidden_states_are_those_of_every_depth,
+    generation_is_right_or_refused,
+    a_classifier_wears_adapters_by_layer,
+)
+"""The contract."""
+
+
+# The record
+
+
+def generator(case: Case) -> Any:
+    """The class of transformers that makes text with this type, if it is made for that."""
+    config = case.config()
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    encoder = "encoder.layer" in ARCHITECTURES[case.model_type].stacks
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and case.model_type != "gemma3"
+    return AutoModelForCausalLM if known and not encoder else None
+
+
+CLASSIFIES = ("yes", "name targets")
+
+
+@cache
+def classification(case: Case) -> str:
+    """Tell whether ``droppeft run`` can classify texts with this type: in :data:`CLASSIFIES`."""
+    if type(case.config()) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return "–"
+    try:
+        classifier(case, "yes")
+    except DroppeftError as error:
+        answers = {
+            "peft has no default targets": "name targets",
+            "no fitting weights for dense": "with a trained head",
+            "has 2 lists of blocks": "two stacks",
+        }
+        [found] = [answer for reason, answer in answers.items() if reason in str(error)]
+        return found
+    return "yes"
+
+
+def outcome(case: Case) -> dict[str, Any]:
+    """A row of the page."""
+    model = build(case)
+    return {
+        "model_type": case.model_type,
+        "variant": case.variant,
+        "class": type(model).__name__,
+        "blocks": list(find_stacks(model)),
+        "answer": ARCHITECTURES[case.model_type].answer,
+        "reference": case.reference,
+        "classification": classification(case),
+        "note": case.note,
+    }
+
+
+def main() -> None:
+    """Run everything; nothing is written if a rule is broken."""
+    rows = []
+    for case in CASES:
+        for rule in RULES:
+            rule(case)
+        rows.append(outcome(case))
+    content = {"transformers": transformers.__version__, "cases": rows}
+    FILE.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,545 @@
+"""Layer dropout that draws by itself: one depth per optimizer step, full depth elsewhere.
+
+Chi-square tests are at level 1e-3 (Bonferroni over layers) with fixed seeds.
+"""
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chi2
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks, gated, layer_dropout, layer_rates
+from droppeft.layer_dropout.alone import gates_of_step
+from tiny import tiny_model
+
+LAYERS = 6
+LEVEL = 1e-3
+Gates = tuple[bool, ...]
+
+
+def batch(rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 60, (rows, 5), generator=generator)
+    return {"input_ids": ids, "labels": torch.arange(rows) % 2}
+
+
+def lora_model(model_type: str = "llama", task_type: str | None = "SEQ_CLS") -> Any:
+    """A classifier of 6 layers with LoRA; its head is frozen when no task is named."""
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        task_type=task_type,
+        r=2,
+        target_modules=["q_proj", "up_proj", "query"],
+        init_lora_weights=False,
+    )
+    return get_peft_model(tiny_model(LAYERS, model_type), lora).train()
+
+
+@pytest.fixture
+def model() -> Any:
+    return lora_model()
+
+
+def adamw(model: Any) -> torch.optim.AdamW:
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
+
+
+def adapters(model: Any) -> list[list[torch.nn.Parameter]]:
+    """Trained tensors by layer."""
+    _, blocks = find_blocks(model)
+    return [[value for value in block.parameters() if value.requires_grad] for block in blocks]
+
+
+def gradients(model: Any) -> list[torch.Tensor | None]:
+    return [
+        None if value.grad is None else value.grad.clone()
+        for value in model.parameters()
+        if value.requires_grad
+    ]
+
+
+def assert_same(ours: list[Any], theirs: list[Any], rtol: float = 0.0) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=rtol, atol=rtol)
+
+
+def test_every_optimizer_step_runs_its_own_layers(model: Any) -> None:
+    optimizer = adamw(model)
+    seen = []
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        for step in range(12):
+            assert dropout.step == step
+            seen.append(dropout.active)
+            before = dropout.executed
+            model(**batch()).loss.backward()
+            ran = [now - then for now, then in zip(dropout.executed, before, strict=True)]
+            assert ran == list(map(int, dropout.active))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(sum(active) == 3 and active[0] and active[-1] for active in seen)
+    assert len(set(seen)) == 4  # one of the four inner layers runs
+
+
+def test_a_dropped_layer_is_neither_moved_nor_decayed(model: Any) -> None:
+    optimizer = adamw(model)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        for _ in range(4):
+            before = [[value.detach().clone() for value in layer] for layer in adapters(model)]
+            active = dropout.active
+            model(**batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for runs, then, now in zip(active, before, adapters(model), strict=True):
+                assert then
+                assert not any(torch.equal(a, b) == runs for a, b in zip(then, now, strict=True))
+
+
+def test_accumulating_is_having_a_larger_batch(model: Any) -> None:
+    optimizer = adamw(model)
+    large = batch(8)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        dropout.step = 3
+        model(**large).loss.backward()
+        at_once = gradients(model)
+        assert None in at_once
+        model.zero_grad()
+        for part in range(4):
+            small = {name: value[2 * part : 2 * part + 2] for name, value in large.items()}
+            (model(**small).loss / 4).backward()
+        assert dropout.step == 3
+    assert_same(gradients(model), at_once, rtol=1e-5)
+
+
+def full_depth(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits.detach()
+
+
+def evaluating(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    model.eval()
+    return model(**inputs).logits.detach()
+
+
+def without_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def inferring(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**inputs).logits.clone()
+
+
+@pytest.mark.parametrize("run", [evaluating, without_gradients, inferring])
+def test_evaluation_inside_runs_every_layer(model: Any, run: Callable[..., torch.Tensor]) -> None:
+    full = full_depth(model, batch())
+    with layer_dropout(model, adamw(model), 0.5) as dropout:
+        training = model(**batch()).loss
+        executed = dropout.executed
+        assert torch.equal(run(model, batch()), full)
+        assert dropout.executed == tuple(count + 1 for count in executed)
+        model.train()
+        training.backward()  # the evaluation in between changes nothing for it
+        assert not torch.equal(full_depth(model, batch()), full)
+    grads = [any(value.grad is not None for value in layer) for layer in adapters(model)]
+    assert tuple(grads) == dropout.active
+
+
+def causal_model() -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def test_generation_inside_runs_every_layer() -> None:
+    model = causal_model()
+    ids = torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    full = model.generate(ids, **settings)
+    with layer_dropout(model, adamw(model), 0.5) as dropout:
+        model(ids, labels=ids).loss.backward()
+        executed = dropout.executed
+        assert torch.equal(model.generate(ids, **settings), full)
+        # One forward for the given tokens and the first new one, then one for each.
+        assert dropout.executed == tuple(count + 6 for count in executed)
+    assert model.training
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_recomputes_what_ran(model: Any, reentrant: bool) -> None:
+    runs = [0] * LAYERS
+    for layer, block in enumerate(find_blocks(model)[1]):
+
+        def count(*_: object, layer: int = layer) -> None:
+            runs[layer] += 1
+
+        block.self_attn.register_forward_pre_hook(count)
+    with layer_dropout(model, adamw(model), 0.5) as dropout:
+        model(**batch()).loss.backward()
+        plain = gradients(model)
+        model.zero_grad()
+        runs[:] = [0] * LAYERS
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(**batch()).loss.backward()
+        assert runs == [2 * active for active in dropout.active]
+    assert_same(gradients(model), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_all_blocks_by_hand(model: Any, reentrant: bool) -> None:
+    """Reentrant: the forward has no gradients and so is full, as must be the recomputation."""
+    embedded = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=hidden).logits
+
+    def whole() -> list[Any]:
+        model.zero_grad()
+        checkpoint(forward, embedded, use_reentrant=reentrant).sum().backward()
+        return gradients(model)
+
+    full = whole()
+    with layer_dropout(model, adamw(model), 0.5):
+        model.zero_grad()
+        forward(embedded).sum().backward()
+        dropped = gradients(model)
+        assert_same(whole(), full if reentrant else dropped)
+    assert None in dropped
+    assert None not in full
+
+
+def test_a_run_goes_on_from_its_step(model: Any) -> None:
+    def run(steps: range) -> list[Gates]:
+        optimizer = adamw(own := copy.deepcopy(model))
+        seen = []
+        with layer_dropout(own, optimizer, 0.4, sampling="bernoulli", seed=3) as dropout:
+            dropout.step = steps.start
+            for _ in steps:
+                seen.append(dropout.active)
+                own(**batch()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return seen
+
+    assert run(range(10))[6:] == run(range(6, 10))
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**40),
+        "every": st.integers(1, 7),
+        "schedule": st.sampled_from(["constant", "warm_up", "recovery"]),
+        "total_steps": st.integers(1, 200),
+    }
+)
+
+
+@given(
+    settings=SETTINGS,
+    step=st.integers(0, 300),
+    mean=st.floats(0, 0.6),
+    sampling=st.sampled_from(["exact", "bernoulli"]),
+)
+def test_gates_follow_from_seed_and_step_and_hold_for_every_steps(
+    settings: dict[str, Any], step: int, mean: float, sampling: str
+) -> None:
+    rates = layer_rates(mean, "incremental", 10, protected={0, 9})
+    active = gates_of_step(step, rates, sampling, **settings)
+    assert active == gates_of_step(step, rates, sampling, **settings)
+    first = step - step % settings["every"]
+    assert active == gates_of_step(first, rates, sampling, **settings)
+    assert active[0]
+    assert active[9]
+
+
+def test_neighbouring_steps_and_seeds_are_unrelated() -> None:
+    """Layers are dropped as often as their rates say, and whatever the step or seed before did."""
+    rates = (0.1, 0.3, 0.5, 0.5, 0.7, 0.9)
+    steps = [gates_of_step(step, rates, "exact", seed=0) for step in range(4000)]
+    seeds = [gates_of_step(0, rates, "exact", seed=seed) for seed in range(4000)]
+    for draws in (steps, seeds):
+        for layer, rate in enumerate(rates):
+            pairs = [(then[layer], now[layer]) for then, now in pairwise(draws)]
+            # Every other pair, so that no draw counts twice: independent pairs, 3 degrees.
+            pairs = pairs[::2]
+            share = {True: 1 - rate, False: rate}
+            statistic = 0.0
+            for a in (True, False):
+                for b in (True, False):
+                    expected = share[a] * share[b] * len(pairs)
+                    statistic += (pairs.count((a, b)) - expected) ** 2 / expected
+            assert statistic < chi2.isf(LEVEL / (2 * len(rates)), df=3), (layer, statistic)
+
+
+def depths(steps: int, **settings: Any) -> Iterator[int]:
+    with layer_dropout(lora_model(), None, 0.5, total_steps=steps, **settings) as dropout:
+        for step in range(steps):
+            dropout.step = step
+            yield sum(dropout.active)
+
+
+def test_a_schedule_changes_the_depth_of_steps() -> None:
+    assert list(depths(10, schedule="recovery", schedule_part=0.3)) == [3] * 7 + [6] * 3
+    # Draws are made at the steps 0, 4 and 8, and the last of them alone lies in the last part.
+    held = list(depths(10, schedule="recovery", schedule_part=0.3, every=4))
+    assert held == [3] * 8 + [6] * 2
+    warming = list(depths(10, schedule="warm_up", schedule_part=0.8))
+    # 3 of 6 are dropped in the end: 3 x step / 8, or a whole neighbour of it.
+    assert all(abs(6 - depth - min(3.0, 3 * s / 8)) < 1 for s, depth in enumerate(warming))
+    assert warming[0] == 6
+    assert warming[8:] == [3, 3]
+
+
+def test_steps_beyond_the_end_are_like_the_last() -> None:
+    rates = (0.5,) * 4
+    settings: dict[str, Any] = {"seed": 0, "schedule": "recovery", "total_steps": 10}
+    assert gates_of_step(11, rates, "exact", **settings) == (True,) * 4
+
+
+@pytest.mark.parametrize(("task_type", "trains_a_head"), [("SEQ_CLS", True), (None, False)])
+def test_something_trainable_always_runs(task_type: str | None, trains_a_head: bool) -> None:
+    """At rate .9 for six layers, coins drop all of them in half of the steps (.9^6 = .53)."""
+    model = lora_model(task_type=task_type)
+    with layer_dropout(model, None, rates=[0.9] * 6, sampling="bernoulli") as dropout:
+        fewest = LAYERS
+        for step in range(40):
+            dropout.step = step
+            fewest = min(fewest, sum(dropout.active))
+            if step < 4:
+                model(**batch()).loss.backward()
+    assert fewest == (0 if trains_a_head else 1)
+
+
+def test_only_layers_with_an_adapter_count_as_trainable() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2])
+    model = get_peft_model(tiny_model(LAYERS, "llama"), lora)
+    with layer_dropout(model, None, rates=[0.9] * 6, sampling="bernoulli") as dropout:
+        for step in range(40):
+            dropout.step = step
+            assert dropout.active[2]
+
+
+def test_autocast_in_bf16(model: Any) -> None:
+    optimizer = adamw(model)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        for _ in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(**batch()).loss
+            loss.backward()
+            for runs, layer in zip(dropout.active, adapters(model), strict=True):
+                assert all((value.grad is not None) == runs for value in layer)
+                assert all(value.grad.isfinite().all() for value in layer if runs)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_accelerate_s_optimizer_counts_real_steps(model: Any) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, adamw(model))
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        steps = []
+        for _ in range(6):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**batch()).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            steps.append(dropout.step)
+    assert steps == [0, 1, 1, 2, 2, 3]
+
+
+def test_both_stacks_of_an_encoder_decoder_are_dropped_from() -> None:
+    config = AutoConfig.for_model(
+        "t5",
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_heads=2,
+        num_layers=6,
+        num_decoder_layers=4,
+        decoder_start_token_id=0,
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config).train()
+    ids = torch.tensor([[5, 6, 7]])
+    with layer_dropout(model, adamw(model), 0.5) as dropout:
+        for step in range(20):
+            dropout.step = step
+            encoder, decoder = dropout.active[:6], dropout.active[6:]
+            assert encoder[0]
+            assert encoder[-1]
+            assert decoder[0]
+            assert decoder[-1]
+            assert sum(dropout.active) == 5
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert dropout.executed == tuple(map(int, dropout.active))
+
+
+def test_nothing_is_left_behind(model: Any) -> None:
+    optimizer = adamw(model)
+    full = full_depth(model, batch())
+    state = list(model.state_dict())
+
+    def hooks() -> list[int]:
+        _, blocks = find_blocks(model)
+        found = [len(block._forward_pre_hooks) for block in blocks]
+        stepping = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        return [*found, *map(len, stepping)]
+
+    before = hooks()
+    with layer_dropout(model, optimizer, 0.5):
+        assert all(now == then + 1 for now, then in zip(hooks(), before, strict=True))
+        assert list(model.state_dict()) == state
+    assert hooks() == before
+    with pytest.raises(RuntimeError, match="mine"), layer_dropout(model, optimizer, 0.5):
+        raise RuntimeError("mine")
+    assert hooks() == before
+    assert all("forward" not in vars(block) for block in find_blocks(model)[1])
+    assert torch.equal(full_depth(model, batch()), full)
+    with gated(find_blocks(model)[1]):
+        pass
+
+
+def test_gradients_of_zeros_at_a_dropped_layer_are_refused(model: Any) -> None:
+    optimizer = adamw(model)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        ran = dropout.active
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        while dropout.active == ran:
+            dropout.step += 1
+        [layer] = [layer for layer in range(LAYERS) if ran[layer] and not dropout.active[layer]]
+        before = [value.detach().clone() for value in adapters(model)[layer]]
+        model(**batch()).loss.backward()
+        with pytest.raises(DroppeftError, match=f"layer {layer} was dropped, but its gradients"):
+            optimizer.step()
+        assert_same(before, adapters(model)[layer])
+
+
+def test_gradients_of_zeros_where_a_layer_ran_are_usual() -> None:
+    """The first gradient of LoRA's A is zero, since B starts at zero."""
+    model = get_peft_model(
+        tiny_model(LAYERS, "llama"), LoraConfig(r=2, target_modules=["q_proj"])
+    ).train()
+    optimizer = adamw(model)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        model(**batch()).loss.backward()
+        optimizer.step()
+        assert dropout.step == 1
+
+
+class Stranger:
+    """Takes steps of its own."""
+
+    def step(self) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either a mean rate or the rates"),
+        ({"mean": 0.5, "rates": [0.5] * 6}, "either a mean rate or the rates"),
+        ({"rates": [0.5] * 5}, "5 drop rates were given for 6 layers"),
+        ({"mean": 0.7}, "the largest possible mean is 0.6666; lower the mean"),
+        ({"mean": 0.5, "shape": "round"}, "unknown shape 'round'"),
+        ({"mean": 0.5, "sampling": "sometimes"}, "unknown sampling 'sometimes'"),
+        ({"mean": 0.5, "protect_last": 9}, "cannot protect 1 first and 9 last layers"),
+        ({"mean": 0.5, "every": 0}, "gates cannot hold for 0 steps; every must be 1 or more"),
+        ({"mean": 0.5, "schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"mean": 0.5, "schedule_part": 0}, "the part of the run that constant takes is 0"),
+        ({"mean": 0.5, "schedule": "recovery"}, "needs to know how long the run is; give total_s"),
+        ({"mean": 0.5, "schedule": "warm_up", "total_steps": 0}, "how long the run is"),
+        (
+            {"mean": 0.5, "optimizer": Stranger()},
+            "cannot see when Stranger takes a step; give None",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(model: Any, settings: dict[str, Any], message: str) -> None:
+    given = {"optimizer": None, **settings}
+    with pytest.raises(DroppeftError, match=re.escape(message)), layer_dropout(model, **given):
+        pass
+    assert all("forward" not in vars(block) for block in find_blocks(model)[1])
+
+
+def test_a_step_before_the_first_is_refused(model: Any) -> None:
+    with layer_dropout(model, None, 0.5) as dropout:
+        with pytest.raises(DroppeftError, match="a run cannot be at step -1; the first step is 0"):
+            dropout.step = -1
+        assert dropout.step == 0
+
+
+ONLY_TORCH = """
+import importlib.abc, sys
+from types import SimpleNamespace
+
+class Nothing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'transformers', 'peft', 'accelerate', 'datasets', 'trl',
+                                  'tokenizers', 'safetensors', 'pydantic', 'flwr'}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from torch import nn
+from droppeft.layer_dropout import layer_dropout
+
+class BertLayer(nn.Linear):
+    pass
+
+class Model(nn.Module):
+    config = SimpleNamespace(model_type='bert', num_hidden_layers=4)
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(BertLayer(2, 2) for _ in range(4))
+
+    def forward(self, hidden):
+        for block in self.encoder.layer:
+            hidden = block(hidden)
+        return hidden
+
+model = Model()
+optimizer = torch.optim.AdamW(model.parameters())
+with layer_dropout(model, optimizer, mean=0.5) as dropout:
+    for _ in range(10):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print(dropout.step, sum(dropout.executed))
+"""
+
+
+def test_it_works_where_torch_alone_is_installed() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ONLY_TORCH], capture_output=True, text=True
+    )
+    assert answer.stderr == ""
+    assert answer.stdout.split() == ["10", "20"]

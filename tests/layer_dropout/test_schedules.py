@@ -1,0 +1,69 @@
+"""Rates over a run: their factors, and what is refused."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import SCHEDULES, scheduled_rates
+
+RATES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+SHARES = st.floats(0, 1)
+PARTS = st.floats(0.001, 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(rates=RATES, progress=SHARES, part=PARTS)
+def test_rates_stay_probabilities_and_keep_their_proportions(
+    schedule: str, rates: list[float], progress: float, part: float
+) -> None:
+    now = scheduled_rates(rates, schedule, progress, part)
+    [factor] = scheduled_rates([1.0], schedule, progress, part)
+    assert 0 <= factor <= 1
+    assert now == tuple(factor * rate for rate in rates)
+
+
+@given(rates=RATES, progress=SHARES, part=PARTS)
+def test_constant_rates_are_the_rates(rates: list[float], progress: float, part: float) -> None:
+    assert scheduled_rates(rates, "constant", progress, part) == tuple(rates)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "part", "factors"),
+    [
+        ("warm_up", 0.4, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        ("warm_up", 1.0, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+        ("recovery", 0.3, [1] * 7 + [0] * 3),
+        ("recovery", 0.7, [1] * 3 + [0] * 7),  # 1 - 0.7 is 0.30000000000000004
+        ("recovery", 0.25, [1] * 8 + [0] * 2),
+        ("recovery", 1.0, [0] * 10),
+    ],
+)
+def test_factors_of_ten_steps(schedule: str, part: float, factors: list[float]) -> None:
+    found = [scheduled_rates([1.0], schedule, step / 10, part)[0] for step in range(10)]
+    assert found == pytest.approx(factors)
+
+
+@given(part=PARTS, steps=st.integers(1, 300))
+def test_recovery_takes_its_part_of_the_steps(part: float, steps: int) -> None:
+    full = [scheduled_rates([1.0], "recovery", step / steps, part) == (0,) for step in range(steps)]
+    assert full == sorted(full)
+    assert abs(sum(full) - part * steps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "part", "message"),
+    [
+        ("cosine", 0.5, 0.3, "unknown schedule 'cosine'; the schedules are constant, warm_up, rec"),
+        ("constant", 1.5, 0.3, "the progress of the run is 1.5; it must lie between 0 and 1"),
+        ("recovery", 0.5, 0.0, "the part of the run that recovery takes is 0.0; it must be above"),
+        ("warm_up", 0.5, 30, "the part of the run that warm_up takes is 30; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    schedule: str, progress: float, part: float, message: str
+) -> None:
+    with pytest.raises(DroppeftError, match=re.escape(message)):
+        scheduled_rates([0.5], schedule, progress, part)

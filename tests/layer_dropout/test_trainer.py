@@ -1,0 +1,407 @@
+"""Layer dropout in transformers' Trainer and in TRL's: per optimizer step, resumed, removed."""
+
+import copy
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks
+from droppeft.layer_dropout.trainer import LayerDropoutCallback
+from droppeft.models import builtin_model_folder
+from tiny import tiny_model
+
+LAYERS = 6
+Gates = tuple[bool, ...]
+
+
+def lora_model() -> Any:
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False
+    )
+    return get_peft_model(tiny_model(LAYERS), lora)
+
+
+def full_model() -> Any:
+    return tiny_model(LAYERS)
+
+
+def rows(number: int = 14) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 60, (number, 6), generator=generator)
+    return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
+
+
+class Witness(TrainerCallback):
+    """Notes what every optimizer step ran and moved; stands after the callback it watches."""
+
+    def __init__(self, watched: LayerDropoutCallback) -> None:
+        self.watched = watched
+        self.gates: list[Gates] = []
+        self.forwards: list[list[int]] = []
+        self.moved: list[Gates] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        assert self.watched.dropout is not None
+        self.gates.append(self.watched.dropout.active)
+        self.executed = self.watched.dropout.executed
+        self.values = trained(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        assert self.watched.dropout is not None
+        counts = zip(self.watched.dropout.executed, self.executed, strict=True)
+        self.forwards.append([now - before for now, before in counts])
+        layers = list(zip(trained(model), self.values, strict=True))
+        moved = [[not torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in layers]
+        assert all(any(layer) == all(layer) for layer in moved)
+        self.moved.append(tuple(map(all, moved)))
+
+
+def trained(model: Any) -> list[list[torch.Tensor]]:
+    """Copies of what is trained, by layer."""
+    _, blocks = find_blocks(model)
+    return [
+        [value.detach().clone() for value in block.parameters() if value.requires_grad]
+        for block in blocks
+    ]
+
+
+def make(
+    folder: Path, model: Any, callback: LayerDropoutCallback, *others: Any, **settings: Any
+) -> Trainer:
+    chosen = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **settings,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **chosen),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        callbacks=[callback, *others],
+    )
+
+
+def train(
+    folder: Path, model: Any, settings: Any = (), **arguments: Any
+) -> tuple[Trainer, Witness]:
+    callback = LayerDropoutCallback(0.5, **dict(settings))
+    witness = Witness(callback)
+    trainer = make(folder, model, callback, witness, **arguments)
+    trainer.train()
+    return trainer, witness
+
+
+def gated_blocks(model: Any) -> int:
+    return sum("forward" in vars(block) for block in find_blocks(model)[1])
+
+
+@pytest.mark.parametrize("build", [lora_model, full_model])
+def test_a_step_moves_the_layers_that_it_runs(tmp_path: Path, build: Callable[[], Any]) -> None:
+    _, witness = train(tmp_path, build(), max_steps=8)
+    assert len(witness.gates) == 8
+    assert len(set(witness.gates)) > 1
+    assert all(sum(active) == 3 for active in witness.gates)
+    # AdamW decays by 0.5 and has momentum, but a dropped layer has no gradient at all.
+    assert witness.moved == witness.gates
+    assert witness.forwards == [list(map(int, active)) for active in witness.gates]
+
+
+def test_accumulated_batches_run_the_same_layers(tmp_path: Path) -> None:
+    """7 batches an epoch by 3: the last step of an epoch has one batch."""
+    _, witness = train(tmp_path, lora_model(), gradient_accumulation_steps=3, max_steps=7)
+    assert len(set(witness.gates)) > 1
+    assert witness.moved == witness.gates
+    numbers = [3, 3, 1, 3, 3, 1, 3]
+    for active, number, counts in zip(witness.gates, numbers, witness.forwards, strict=True):
+        assert counts == [number * runs for runs in active]
+
+
+def test_evaluation_between_steps_is_at_full_depth(tmp_path: Path) -> None:
+    trainer, _ = train(
+        tmp_path, lora_model(), eval_strategy="steps", eval_steps=2, eval_on_start=True, max_steps=6
+    )
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 4
+    # The last one was made within training, at the weights that are still there.
+    assert trainer.evaluate()["eval_loss"] == losses[-1]
+    trainer.remove_callback(LayerDropoutCallback)
+    assert trainer.predict(rows(4)).metrics["test_loss"] == losses[-1]
+
+
+def test_the_mean_depth_is_logged(tmp_path: Path) -> None:
+    """Coins, so that the depth varies; two steps a row."""
+    trainer, witness = train(
+        tmp_path,
+        lora_model(),
+        {"sampling": "bernoulli"},
+        max_steps=6,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    depths = [sum(active) for active in witness.gates]
+    pairs = [(a + b) / 2 for a, b in zip(depths[::2], depths[1::2], strict=True)]
+    history = trainer.state.log_history
+    assert [row["active_layers"] for row in history if "loss" in row] == pairs
+    assert sum("active_layers" in row for row in history) == 3
+
+
+def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path) -> None:
+    arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    whole, unbroken = train(tmp_path, lora_model(), {"every": 2}, **arguments)
+    callback = LayerDropoutCallback(0.5, every=2)
+    witness = Witness(callback)
+    second = make(tmp_path, lora_model(), callback, witness, **arguments)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert witness.gates == unbroken.gates[3:]
+    assert len(set(witness.gates)) > 1
+    for ours, theirs in zip(trained(second.model), trained(whole.model), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def checkpointing(reentrant: bool) -> dict[str, Any]:
+    return {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("build", [lora_model, full_model])
+def test_checkpointing_changes_nothing(
+    tmp_path: Path, build: Callable[[], Any], reentrant: bool
+) -> None:
+    plain, _ = train(tmp_path, build())
+    trainer, witness = train(tmp_path, build(), **checkpointing(reentrant))
+    assert trainer.model.is_activation_checkpointing
+    assert witness.moved == witness.gates
+    for ours, theirs in zip(trained(trainer.model), trained(plain.model), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_autocast_in_bf16(tmp_path: Path) -> None:
+    trainer, witness = train(tmp_path, lora_model(), bf16=True)
+    assert witness.moved == witness.gates
+    assert all(value.isfinite().all() for layer in trained(trainer.model) for value in layer)
+
+
+def test_a_schedule_follows_the_trainer_s_steps(tmp_path: Path) -> None:
+    settings = {"schedule": "recovery", "schedule_part": 0.4}
+    _, witness = train(tmp_path, lora_model(), settings, max_steps=10)
+    assert [sum(active) for active in witness.gates] == [3] * 6 + [6] * 4
+
+
+def test_the_seed_is_the_trainer_s_unless_given(tmp_path: Path) -> None:
+    def gates(settings: dict[str, Any], seed: int) -> list[Gates]:
+        return train(tmp_path, lora_model(), settings, seed=seed, max_steps=8)[1].gates
+
+    first = gates({}, 1)
+    assert gates({"seed": 1}, 2) == first
+    assert gates({}, 2) != first
+
+
+def test_nothing_is_left_after_training(tmp_path: Path) -> None:
+    trainer, witness = train(tmp_path, model := lora_model())
+    assert witness.watched.dropout is None
+    assert gated_blocks(model) == 0
+    trainer.train()  # once more, with the same callback
+    assert len(witness.gates) == 10
+    assert witness.gates[:5] == witness.gates[5:]
+
+
+class Trouble(TrainerCallback):
+    """Raises in the third step, once."""
+
+    def __init__(self) -> None:
+        self.armed = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3 and self.armed:
+            self.armed = False
+            raise RuntimeError("mine")
+
+
+def broken(folder: Path, model: Any) -> tuple[Trainer, LayerDropoutCallback]:
+    callback = LayerDropoutCallback(0.5)
+    trainer = make(folder, model, callback, Trouble())
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer.train()
+    return trainer, callback
+
+
+def test_after_training_raised(tmp_path: Path) -> None:
+    trainer, callback = broken(tmp_path, model := lora_model())
+    assert gated_blocks(model) == LAYERS
+    loss = trainer.evaluate()["eval_loss"]
+    callback.remove()
+    assert gated_blocks(model) == 0
+    assert trainer.evaluate()["eval_loss"] == loss  # it was at full depth already
+    callback.remove()  # which does no harm
+
+
+def test_training_again_after_training_raised(tmp_path: Path) -> None:
+    trainer, callback = broken(tmp_path, model := lora_model())
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert callback.dropout is None
+    assert gated_blocks(model) == 0
+
+
+def test_a_callback_that_is_freed_takes_its_gates_along(tmp_path: Path) -> None:
+    model = lora_model()
+    broken(tmp_path, model)
+    gc.collect()
+    assert gated_blocks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"torch_compile": True}, "compiles the whole model anew for every pattern of dropped"),
+        ({"_n_gpu": 2}, "this process sees 2 GPUs, over which the Trainer would copy the model"),
+    ],
+)
+def test_what_gates_cannot_work_with_is_refused(
+    tmp_path: Path, argument: dict[str, Any], message: str
+) -> None:
+    model, callback = lora_model(), LayerDropoutCallback(0.5)
+    trainer = make(tmp_path, model, callback)
+    [(name, value)] = argument.items()
+    args = copy.copy(trainer.args)
+    setattr(args, name, value)
+    with pytest.raises(DroppeftError, match=re.escape(message)):
+        callback.on_train_begin(args, trainer.state, trainer.control, model=model)
+    assert gated_blocks(model) == 0
+
+
+def test_impossible_rates_are_refused_when_training_begins(tmp_path: Path) -> None:
+    trainer = make(tmp_path, lora_model(), LayerDropoutCallback(0.9))
+    with pytest.raises(DroppeftError, match=r"the largest possible mean is 0\.6666"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["meen", "total_steps", "optimizer"])
+def test_a_setting_that_does_not_exist_is_refused_at_once(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        LayerDropoutCallback(0.5, **{name: 1})
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch.distributed as dist
+from test_trainer import checkpointing, full_model, lora_model, train, trained
+
+folder = sys.argv[1]
+for build, settings in (
+    (lora_model, {}),
+    (lora_model, checkpointing(False)),
+    (full_model, {"ddp_find_unused_parameters": True, **checkpointing(False)}),
+):
+    trainer, witness = train(folder, build(), gradient_accumulation_steps=2, **settings)
+    total = sum(float(value.sum()) for layer in trained(trainer.model) for value in layer)
+    kind = type(trainer.model_wrapped).__name__
+    with open(f"{folder}/{dist.get_rank()}", "a") as file:
+        print(json.dumps([kind, witness.gates, witness.moved, witness.forwards, total]), file=file)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
+    """What no process used has no gradient in any, if unused parameters are looked for."""
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    here = Path(__file__).parent
+    path = os.pathsep.join([*map(str, (here, here.parent)), *sys.path])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", *launch, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    one, other = ((tmp_path / rank).read_text() for rank in "01")
+    assert one == other
+    runs = [json.loads(line) for line in one.splitlines()]
+    assert len(runs) == 3
+    for kind, gates, moved, forwards, _ in runs:
+        assert kind == "DistributedDataParallel"
+        assert len({tuple(active) for active in gates}) > 1
+        assert moved == gates
+        assert all(map(any, forwards))
+
+
+def test_trl_s_trainer(tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer  # slow to import, and needed here alone
+
+    tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
+    tokenizer.eos_token = tokenizer.sep_token
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+    )
+    callback = LayerDropoutCallback(0.5)
+    witness = Witness(callback)
+    words = ["one tree grows", "two rivers meet far below", "a stone", "rain fell on the old roof"]
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_config(config),
+        SFTConfig(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            max_length=16,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict({"text": words * 3}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
+        callbacks=[callback, witness],
+    )
+    trainer.train()
+    assert len(set(witness.gates)) > 1
+    assert witness.moved == witness.gates
+    assert witness.forwards == [[2 * runs for runs in active] for active in witness.gates]
+    logged = [row["active_layers"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == [3.0] * 4
+    assert gated_blocks(trainer.model) == 0
