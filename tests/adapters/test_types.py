@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, PeftType, get_peft_model
+from transformers import AutoModelForSequenceClassification, XLMRobertaConfig
 from transformers.pytorch_utils import Conv1D
 
 import adapter_contract as contract
@@ -200,8 +201,14 @@ def test_a_new_architecture_with_old_modules_has_their_defaults() -> None:
     """peft knows no targets of (IA)³ for XLM-RoBERTa, which is RoBERTa with another vocabulary."""
     base = tiny_model(2, "roberta")
     expected = sorted(trainable(base))
-    other = tiny_model(2, "roberta")
-    other.config.model_type = "xlm-roberta"
+    config = XLMRobertaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    other = AutoModelForSequenceClassification.from_config(config)
     assert sorted(trainable(other)) == expected
 
 

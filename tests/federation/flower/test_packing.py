@@ -295,8 +295,14 @@ def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> 
         ({"share": ["a", "a"]}, "task.plan.share .* something twice"),
         ({"share": "abc"}, "task.plan.share of the message is str, not a list"),
         ({"train": 3}, "task.plan.train of the message is int, not a list"),
-        ({"dropout": {"rates": [], "sampling": "often"}}, "not one of exact, bernoulli"),
-        ({"dropout": {"rates": [], "sampling": ["exact"]}}, "not one of exact, bernoulli"),
+        (
+            {"dropout": {"rates": [], "sampling": "often", "every": 1}},
+            "not one of exact, bernoulli",
+        ),
+        (
+            {"dropout": {"rates": [], "sampling": ["exact"], "every": 1}},
+            "not one of exact, bernoulli",
+        ),
     ],
 )
 def test_a_text_that_is_not_a_plan_is_refused(change: dict[str, Any], expected: str) -> None:
