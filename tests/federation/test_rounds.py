@@ -58,6 +58,8 @@ class TestRound:
         [
             (lambda plan: [], "sent no reply"),
             (lambda plan: [Failure(5, "ran out of battery")], "ran out of battery"),
+            # A device that cannot read its Plan does not know which it is.
+            (lambda plan: [Failure(-1, "cannot read its Plan")], "cannot read its Plan"),
             (
                 lambda plan: [answer_to(plan, math.nan)],
                 "refused: sends layer.0.A with values that are not finite",

@@ -462,6 +462,13 @@ def test_lost_rounds_in_between_are_survived(tiny_words: list[str], tmp_path: Pa
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_what_was_learnt_before_the_last_rounds_were_lost_is_kept(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    run_with_losses(tiny_words, tmp_path / "run", 4, 2, 3, 4)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_short_run_that_learnt_nothing_is_no_success(
     tiny_words: list[str], tmp_path: Path, rounds: int

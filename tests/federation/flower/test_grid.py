@@ -291,6 +291,16 @@ def test_a_node_that_came_back_under_another_id_serves_again() -> None:
     assert [message.metadata.dst_node_id for message in nodes.sent] == [900, 77]
 
 
+def test_a_node_that_has_gone_is_not_asked() -> None:
+    nodes = Nodes(one_each(2), good)
+    transport = over(nodes)
+    exchange(transport, 0, 1)
+    del nodes.parts[893]
+    arrivals = exchange(transport, 0, 1)
+    assert isinstance(arrivals[0].reply, Update)
+    assert reason(arrivals[1]).startswith("no node serves this device")
+
+
 class Shy(Nodes):
     """Introduces itself late, or answers a first question with an error."""
 

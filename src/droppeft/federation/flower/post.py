@@ -79,8 +79,7 @@ class Post:
                 yield name, Trouble(reason)
                 continue
             for message in came:
-                if message.metadata.reply_to_message_id == name:
-                    yield name, message if message.has_content() else Trouble(_error_of(message))
+                yield name, message if message.has_content() else Trouble(_error_of(message))
 
 
 def _error_of(message: Message) -> str:
