@@ -16,7 +16,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from droppeft.config import Config, known_keys
+from droppeft.config import Bandwidth, Config, known_keys
 
 FOLDER = Path(__file__).parent
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
@@ -116,6 +116,59 @@ everything. The built-in model is small (22 M parameters); what building one cos
 """
 
 
+LAYER_DROPOUT_HEAD = """\
+## What dropping layers saves, and what a gate costs
+
+`benchmarks/layer_dropout_cost.py`: training steps (forward, backward, AdamW) of models with random
+weights and LoRA of rank 8 in all layers; exact gates, first and last layer kept. All measured, on
+{place}.
+
+![Cost of gates, savings, and stored bytes of 50 steps](figures/layer_dropout_cost.png)
+
+### Against a model that has only these layers
+
+The *sliced* model is made of the same weights, with the list of blocks cut to those that run. Both
+take the same step, one right after the other, in random order, with new gates for every pair.
+Medians of the pairs' ratios with bootstrap 95 % intervals; within 3 % is *yes* if the upper end of
+the interval of seconds is, *no* if the lower end is not, else *open*. Blocks that ran were counted
+in every step. Stored is what autograd keeps for the backward, parameters excluded.
+"""
+
+LAYER_DROPOUT_PEAKS_HEAD = """\
+### The worst of {steps} steps
+
+{model}, mean rate .5: the most layers that ran in any of {steps} steps, mean of {runs:,} runs,
+beside what is expected of binomial draws; and the bytes that the forwards of one run stored.
+"""
+
+LAYER_DROPOUT_PEERS_HEAD = """\
+### Other ways to drop layers
+
+An OPT model of {layers} layers, rate .5, {pairs} pairs of steps each. *Ours* in the head of the
+columns is `gated`, as in `droppeft run`. Both steps of a pair have the same gates, but for
+torchtune, which draws for every row of a batch, and the model without dropout. transformers'
+`layerdrop` and torchtune have independent gates without protected ends; the loop and the
+multiplication got ours. What a way does with a dropped layer was looked at with a batch of one row.
+`gated` obeys its gates in evaluation mode too: leave it before evaluating; `layer_dropout` sees to
+that by itself.
+"""
+
+
+COMPILE_HEAD = """\
+## torch.compile under layer dropout
+
+`benchmarks/compile_blocks.py`: forward and backward with LoRA of rank 8 in all layers, batches of
+{rows} texts of {tokens} tokens, a third of the layers dropped in every step, gates changing.
+*Block by block*: `block.forward = torch.compile(block.forward)`, as in the README; *whole model*:
+`torch.compile(model)`, which compiles what lies between gates. Times of {rounds} steps that the
+three take in turn, against not compiling: medians of the ratios with bootstrap 95 % intervals.
+Graphs are all that were compiled, first for every pattern of dropped layers that came, then for
+{rounds} more lengths of texts. All measured, on {place}.
+Other work ran there as well: seconds of the processor are
+steadier than those of the clock, and compiling would be quicker on a quiet machine.
+"""
+
+
 PAPERS = {
     "arXiv": "https://arxiv.org/abs/",
     "openreview": "https://openreview.net/forum?id=",
@@ -129,6 +182,8 @@ ADAPTERS_COLUMNS = (
     "source",
     "tensors in a layer",
     "works on",
+    "8-bit",
+    "4-bit",
     "settings",
     "remarks",
 )
@@ -157,6 +212,12 @@ adapter and head are trained; the seed alone decides their first values; a dropp
 alone; training the adapter lowers the loss; the exported folder, loaded into a plain model, answers
 with the same bits; taking the adapter off gives the old backbone back. It says nothing about
 accuracy. Tensors are counted in a layer of BERT with default targets, or in the whole prompt.
+
+The columns "8-bit" and "4-bit" say the same of a backbone with `quantization=8bit` or `4bit`, and
+that all answers and gradients are, up to rounding, those on the values that its codes stand for.
+*yes*: on the same architectures. (GPT-2's maps, which some types do not take whole, are ordinary
+ones once they are quantised.) Where there is a –, `droppeft run` refuses before training: most of
+these types take a weight for a matrix of numbers. LoRA's `use_dora` is refused with 8 bits.
 
 Settings: `rank`, `alpha`, `dropout`, `width` and `tokens` of the table `[adapter]`, where the type
 has them; another one is refused, not ignored. What is not given has peft's own default, except for
@@ -191,6 +252,7 @@ ARCHITECTURES_COLUMNS = (
     "blocks",
     "a dropped block returns",
     "reference",
+    "checkpointing",
     "classification in `droppeft run`",
     "remarks",
 )
@@ -220,8 +282,13 @@ fp32 on a CPU, for every way to drop some of three layers (for six ways where th
     change what the others compute; the remark says which.
 - With all gates open it is the plain model: output, gradients, names, `state_dict`, random numbers.
 - A dropped layer does not run, not even once; outside of `gated` every layer runs.
-- With gradient checkpointing (non-reentrant) output and gradients are the same bits, even if the
-  gates change between forward and backward.
+- With transformers' gradient checkpointing output and gradients are those without, even if the
+  gates change between forward and backward, when the whole model is trained and when parameters in
+  the blocks alone are (as with adapters, after `enable_input_require_grads()`). The bits are the
+  same, except for reentrant checkpointing of two stacks, where gradients are added in another
+  order: within 1e-5 of the largest. *both*: reentrant and non-reentrant; *non-reentrant; both for
+  adapters*: reentrant fails when the whole model is trained, with or without gates; *–*:
+  transformers has none.
 - Hidden states asked for by depth have an entry per layer, a dropped one's being its input.
 - Generation with open gates is the plain model's. With closed ones and a key-value cache it is
   refused at the second token, since a dropped layer adds nothing to the cache; with
@@ -250,6 +317,110 @@ Add a line to `ARCHITECTURES` in `src/droppeft/layer_dropout/architectures.py` a
 `python docs/generate.py`. What has to be true: hidden states are the first argument and the first
 result of a block, and whatever else later blocks need of it, a dropped one still yields. Blocks of
 your own can be given to `gated` without any of this, on your word that it is so.
+"""
+
+
+CALIBRATION = RESULTS / "clock_calibration.json"
+DEVICES_COLUMNS = (
+    "profile",
+    "peak",
+    "effective",
+    "per step",
+    "memory",
+    "idle, training",
+    "download",
+    "upload",
+    "availability",
+    "source",
+)
+CALIBRATION_COLUMNS = (
+    "profile",
+    "data",
+    "tokens",
+    "FLOPs of a step",
+    "anchor",
+    "modelled",
+    "error",
+)
+DEVICES_HEAD = """\
+# Devices
+
+A run stands for devices that are not here. What a turn takes on them is *modelled*, from what the
+device says it computed: which layers ran, for how many tokens. Every figure of that kind has
+`modelled` in its name and stands beside what this machine really took.
+
+```
+droppeft run                                                # three Jetsons, a third each
+droppeft run clock.profiles=phone,laptop_cpu
+droppeft run clock.over_selection=1.3 clock.deadline_s=60   # draw more, merge the first
+```
+
+A turn on the modelled clock is download + training + measuring the reward (if it is asked for) +
+upload:
+
+- **Compute**: FLOPs over effective FLOP/s, and a fixed overhead per optimizer step. The FLOPs of
+  every layer and of the rest are counted by running the model itself without values, at three
+  lengths; a layer counts for the tokens that it computed, padding included.
+- **Transfer**: bytes of the tensors over bandwidth, which may be drawn anew for each device and
+  round (a normal draw, cut off at both ends).
+- **Energy**: full watts while it computes, idle watts while it loads and sends. Waiting for
+  others is not counted.
+
+A round lasts until the slowest merged member has answered. `clock.over_selection` draws more
+devices than the cohort: the first `cohort` of them by modelled time are merged, the others are
+*surplus*. `clock.deadline_s` sets aside who takes longer (*late*); a round that closes with fewer
+than its cohort because somebody was late lasts until the deadline. A device may be *absent*, by
+the availability of its profile: it is drawn and then sent nothing, and nobody waits for it. Late
+and surplus devices have trained: their energy, bytes and rows are in the ledger.
+
+A model whose arithmetic depends on values (of those that classify, `xmod`) cannot be counted: it is
+trained without a modelled clock, and a deadline or over-selection is refused.
+
+All of this follows from the seed, from Plans and from Updates. Neither the transport, nor the
+order of arrival, nor this machine's speed changes it, and a resumed run decides like an unbroken
+one.
+
+## Profiles
+"""
+
+DEVICES_OWN = """\
+Where a profile rests on an assumption its source says so: take such figures for a class of devices,
+not for a product. A profile of your own, or one in place of a known one, is a table of the run's
+TOML file:
+
+```toml
+[clock]
+profiles = ["watch", "jetson_tx2"]
+
+[clock.own.watch]
+effective_flops_per_s = 1e10
+memory_bytes = 5e8
+idle_watts = 0.1
+train_watts = 1.0
+download = 1e6
+upload = {mean = 1e5, deviation = 5e4, least = 1e4, most = 1e6}  # bytes per second
+step_overhead_s = 0.1                                            # 0 if not given, as above
+availability = 0.5                                               # 1 if not given
+```
+"""
+
+CALIBRATION_HEAD = """\
+## Calibration
+
+`benchmarks/clock_calibration.py` fits the effective speed of the three Jetsons to step times that
+an earlier test bed reported for {model} with LoRA in {layers} layers. **Batch and length were not
+stated: batch {batch} and the lengths of this table are our assumption**, and the speed depends on
+it. The fit has the least squared relative errors; an overhead below 0 is not allowed, and 0 is
+what is left: from the shortest to the middle length the anchors grow faster than the arithmetic.
+"""
+
+CALIBRATION_TAIL = """\
+What the clock does not see: memory bandwidth (a small batch is slower than it says), throttling,
+and which kernels a device has. The quadratic part of attention is charged at the mean length of a
+turn's rows: the charge is low by that part times the squared relative spread of the lengths. For
+{model} at {length} tokens the part is {quadratic} of a step, so rows that spread by half their
+mean are {error} too cheap. A layer that is dropped saves its FLOPs, but nothing of the overhead
+per step.
 """
 
 
@@ -293,7 +464,8 @@ def configuration_page() -> str:
 
 def results_page() -> str:
     """What the committed result files say."""
-    return f"{NOTICE}\n\n{RESULTS_HEAD}\n{_first_slice()}\n{_head_learning_rate()}\n{_flower()}"
+    parts = (_first_slice, _head_learning_rate, _flower, _layer_dropout, _compile_blocks)
+    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *(part() for part in parts)])
 
 
 def adapters_page() -> str:
@@ -307,7 +479,9 @@ def adapters_page() -> str:
             kind.title,
             kind.kind,
             _paper(kind.source),
-            *_found(found[name]),
+            *_found(found["none"][name]),
+            _also_on(found["8bit"].get(name, {}), found["none"][name]),
+            _also_on(found["4bit"].get(name, {}), found["none"][name]),
             ", ".join(f"`{setting}`" for setting in kind.settings) or "–",
             kind.note,
         )
@@ -337,6 +511,7 @@ def architectures_page() -> str:
             ", ".join(f"`{name}`" for name in case["blocks"]),
             ARCHITECTURES_ANSWERS[case["answer"]],
             case["reference"],
+            case["checkpointing"],
             case["classification"],
             case["note"],
         )
@@ -358,10 +533,90 @@ def architectures_page() -> str:
     )
 
 
+def devices_page() -> str:
+    """The profiles, and how well those that were fitted give the anchors."""
+    from droppeft.costs.devices import PROFILES
+
+    profiles = [
+        (
+            f"`{name}`",
+            _with_unit(profile.peak_flops_per_s or 0, "FLOP/s"),
+            _with_unit(profile.effective_flops_per_s, "FLOP/s"),
+            f"{1000 * profile.step_overhead_s:g} ms",
+            f"{profile.memory_bytes / 2**30:g} GiB",
+            f"{profile.idle_watts:g} W, {profile.train_watts:g} W",
+            _link(profile.download),
+            _link(profile.upload),
+            f"{profile.availability:g}",
+            profile.source,
+        )
+        for name, profile in PROFILES.items()
+    ]
+    parts = (DEVICES_HEAD, _markdown_table(DEVICES_COLUMNS, profiles), DEVICES_OWN, _calibration())
+    return f"{NOTICE}\n\n" + "\n".join(parts)
+
+
+def _calibration() -> str:
+    from droppeft.costs.clock import compute_seconds
+    from droppeft.costs.devices import PROFILES
+
+    content = json.loads(CALIBRATION.read_text(encoding="utf-8"))
+    rows = []
+    for name, anchors in content["anchors_s"].items():
+        for data, anchor in anchors.items():
+            work = content["steps"][data]
+            modelled = compute_seconds(PROFILES[name], work["flops"], steps=1)
+            rows.append(
+                (
+                    f"`{name}`",
+                    data,
+                    str(work["length"]),
+                    _with_unit(work["flops"], "FLOP"),
+                    f"{anchor:.2f} s",
+                    f"{modelled:.2f} s",
+                    f"{100 * (modelled / anchor - 1):+.0f} %",
+                )
+            )
+    head = CALIBRATION_HEAD.format(**content)
+    tail = CALIBRATION_TAIL.format(
+        model=content["model"],
+        length=content["steps"]["MNLI"]["length"],
+        quadratic=f"{100 * content['quadratic_share']:.1f} %",
+        error=f"{100 * content['quadratic_share'] / 4:.1f} %",
+    )
+    return f"{head}\n{_markdown_table(CALIBRATION_COLUMNS, rows)}\n{tail}"
+
+
+def _link(link: Bandwidth) -> str:
+    if not link.deviation:
+        return f"{link.mean / 1e6:g} MB/s"
+    spread = f"{link.mean / 1e6:g} ± {link.deviation / 1e6:g}"
+    return f"{spread}, within {(link.least or 0) / 1e6:g}–{(link.most or 0) / 1e6:g} MB/s"
+
+
+def _with_unit(value: float, unit: str) -> str:
+    for size, prefix in ((1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
 def _found(families: dict[str, dict[str, Any]]) -> tuple[str, str]:
     """How many tensors a layer of BERT has, and on which architectures the contract is kept."""
-    kept = [family for family, outcome in families.items() if "tensors" in outcome]
-    return str(families["bert"]["tensors"]), ", ".join(kept)
+    return str(families["bert"]["tensors"]), ", ".join(_kept(families))
+
+
+def _also_on(families: dict[str, dict[str, Any]], whole: dict[str, dict[str, Any]]) -> str:
+    """On which architectures the contract is kept when they are quantised."""
+    missing = [family for family in _kept(whole) if family not in _kept(families)]
+    more = [family for family in _kept(families) if family not in _kept(whole)]
+    if missing:
+        return ", ".join(_kept(families)) or "–"
+    return ", ".join(["yes", *(f"{family} too" for family in more)])
+
+
+def _kept(families: dict[str, dict[str, Any]]) -> list[str]:
+    return [family for family, outcome in families.items() if "tensors" in outcome]
 
 
 def _paper(source: str) -> str:
@@ -458,6 +713,200 @@ def _flower() -> str:
     )
 
 
+def _layer_dropout() -> str:
+    content = json.loads((RESULTS / "layer_dropout_cost.json").read_text(encoding="utf-8"))
+    [peaks], [peers] = content["peaks"].values(), content["peers"].values()
+    cells = [
+        (entry, rate, found)
+        for part in ("sliced", "sliced_cuda")
+        for entry in content.get(part, {}).values()
+        for rate, found in entry["rates"].items()
+    ]
+    place = _place(next(iter(content["sliced"].values()))["machine"])
+    peaks_head = LAYER_DROPOUT_PEAKS_HEAD.format(
+        model=peaks["shape"].partition(":")[0], steps=peaks["steps"], runs=peaks["runs"]
+    )
+    return "\n".join(
+        [
+            LAYER_DROPOUT_HEAD.format(place=place),
+            _markdown_table(SLICED_COLUMNS, [_sliced_row(*cell) for cell in cells]),
+            peaks_head,
+            _markdown_table(PEAKS_COLUMNS, _peaks_rows(peaks)),
+            LAYER_DROPOUT_PEERS_HEAD.format(layers=peers["layers"], pairs=peers["pairs"]),
+            _markdown_table(PEERS_COLUMNS, _peers_rows(peers)),
+        ]
+    )
+
+
+SLICED_COLUMNS = (
+    "model, batch",
+    "rate",
+    "layers",
+    "pairs",
+    "time / sliced",
+    "CPU time / sliced",
+    "within 3 %",
+    "stored bytes = sliced",
+    "losses = sliced",
+    "time / full depth",
+    "stored / full depth",
+)
+
+
+def _sliced_row(entry: dict[str, Any], rate: str, found: dict[str, Any]) -> Sequence[str]:
+    name, _, size = entry["shape"].partition(":")
+    accelerator = entry["machine"]["accelerator"]
+    return (
+        f"{name}, {size}" + ("" if accelerator == "none" else f", {accelerator}"),
+        rate,
+        f"{found['raw']['layers'][0]} of {entry['layers']}",
+        str(entry["pairs"]),
+        _ratio(found["wall_to_sliced"]),
+        _ratio(found["cpu_to_sliced"]),
+        _within(found["wall_to_sliced"], entry["pairs"]),
+        _yes(found["same_bytes"]),
+        f"{found['same_losses']} of {entry['pairs']}",
+        _ratio(found["wall_to_full"]),
+        f"{found['bytes_to_full']:.3f}",
+    )
+
+
+PEAKS_COLUMNS = (
+    "gates",
+    "most layers, mean (range)",
+    "… expected",
+    "most bytes / full depth",
+    "… of the blocks' bytes",
+    "bytes follow the count",
+)
+
+
+def _peaks_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
+    return [
+        (
+            sampling,
+            f"{peak['mean']:.2f} ({peak['least']}–{peak['most']}) of {entry['layers']}",
+            f"{entry['expected_peak_active'][sampling]:.2f}",
+            f"{found['peak_share']:.1%}",
+            f"{found['peak_share_of_blocks']:.1%}",
+            _yes(found["bytes_follow_count"]),
+        )
+        for sampling, found in entry["samplings"].items()
+        for peak in [found["peak_active"]]
+    ]
+
+
+PEERS_COLUMNS = (
+    "",
+    "time / ours",
+    "CPU time / ours",
+    "stored / ours",
+    "share of layers that ran",
+    "output = sliced model's",
+    "a dropped layer's gradient",
+    "AdamW moves it",
+    "full depth after `eval()`",
+    "same gradients when checkpointed",
+    "parameter names kept",
+    "hidden states returned",
+)
+PEERS = {
+    "gated": "droppeft, `gated`",
+    "layer_dropout": "droppeft, `layer_dropout`",
+    "if": "an `if` in a loop written for this model",
+    "layerdrop": "transformers, `layerdrop`",
+    "torchtune": "torchtune, `prepare_layer_dropout`",
+    "multiplied": "multiplied by 0 or 1 (stochastic depth)",
+    "none": "no dropout",
+}
+
+
+def _peers_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
+    return [_peer_row(title, entry["ways"][name], entry) for name, title in PEERS.items()]
+
+
+def _peer_row(title: str, found: dict[str, Any], entry: dict[str, Any]) -> Sequence[str]:
+    if "not_run" in found:
+        return (title, f"not run: {found['not_run']}", *[""] * (len(PEERS_COLUMNS) - 2))
+    return (title, *_peer_costs(found), *_peer_behaviour(found, entry["layers"]))
+
+
+def _peer_costs(found: dict[str, Any]) -> Sequence[str]:
+    if "wall_to_ours" not in found:  # ours itself
+        return ("1", "1", "1", "–")
+    return (
+        _ratio(found["wall_to_ours"]),
+        _ratio(found["cpu_to_ours"]),
+        f"{found['bytes_to_ours']:.3f}",
+        f"{found['ran_least']:.2f}–{found['ran_most']:.2f}",
+    )
+
+
+def _peer_behaviour(found: dict[str, Any], layers: int) -> Sequence[str]:
+    if "equals_sliced" not in found:  # without dropout there is nothing to look at
+        return ("–",) * 7
+    states = found["hidden_states"]
+    return (
+        _yes(found["equals_sliced"]),
+        found["dropped_gradient"],
+        _yes(found["dropped_moves"]),
+        _yes(found["evaluates_in_full"]),
+        _yes(found["checkpoints"]),
+        _yes(found["names_kept"]),
+        "–" if states is None else "all" if states == layers + 1 else "of layers that ran",
+    )
+
+
+def _compile_blocks() -> str:
+    content = json.loads((RESULTS / "compile_blocks.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            name,
+            way,
+            _ratio(found["wall_to_not_compiled"]),
+            _ratio(found["cpu_to_not_compiled"]),
+            _seconds(found["first_steps_wall_s"]),
+            str(found["graphs"]),
+            str(found["graphs_of_other_lengths"]),
+            f"{found['gradients_differ_by']:.0e}",
+        )
+        for name, ways in content["models"].items()
+        for way, found in ways.items()
+        if "graphs" in found
+    ]
+    head = COMPILE_HEAD.format(**content["settings"], place=_place(content["machine"]))
+    return head + "\n" + _markdown_table(COMPILE_COLUMNS, rows)
+
+
+COMPILE_COLUMNS = (
+    "model",
+    "compiled",
+    "time of a step",
+    "CPU time of a step",
+    "first 6 steps",
+    "graphs",
+    "other lengths",
+    "gradients, largest difference",
+)
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
+
+
+def _within(found: dict[str, float], pairs: int) -> str:
+    """Whether a ratio is at most 1.03, as far as its interval says."""
+    if pairs < 30:
+        return "too few pairs"
+    if found["high"] <= 1.03:
+        return "yes"
+    return "no" if found["low"] > 1.03 else "open"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def _bytes(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
@@ -547,6 +996,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "adapters.md": adapters_page,
     "architectures.md": architectures_page,
     "configuration.md": configuration_page,
+    "devices.md": devices_page,
     "results.md": results_page,
 }
 

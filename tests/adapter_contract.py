@@ -1,7 +1,7 @@
 """What every adapter type must do, checked on tiny models.
 
-``python tests/adapter_contract.py`` runs it for all types on all families and writes
-``docs/adapters.json``, from which ``docs/adapters.md`` is made.
+``python tests/adapter_contract.py`` runs it for all types on all families, whole and quantised, and
+writes ``docs/adapters.json``, from which ``docs/adapters.md`` is made. It takes half an hour.
 """
 
 import json
@@ -17,17 +17,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from droppeft.adapters.attach import attach, detach, export_adapter
 from droppeft.adapters.bottleneck import load_bottleneck
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
-from droppeft.adapters.types import BOTTLENECK, TYPES
+from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES
 from droppeft.config import AdapterConfig, TrainingConfig
 from droppeft.data.tasks import Classification
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.base import adapter_spec
+from droppeft.models import HEAD_MODULES, quiet
 from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerKey, flatten
+from droppeft.quantization import put_values, quantised, settle
 from droppeft.training import train
 from tiny import FAMILIES, tiny_model
 
@@ -36,6 +39,7 @@ DROPPED = 1
 EVERY = (True,) * LAYERS
 FILE = Path(__file__).parents[1] / "docs" / "adapters.json"
 USABLE = tuple(name for name, kind in TYPES.items() if kind.kind != "refused")
+QUANTIZATIONS = ("none", *NOT_ON)
 
 # Settings for models as small as these. A new type gets a row here if its defaults do not fit.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,11 +64,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A type with its settings, on a tiny model of a family."""
+    """A type with its settings, on a tiny model of a family, whole or quantised."""
 
     name: str
     family: str
     settings: Mapping[str, Any]
+    quantization: str = "none"
 
     @property
     def spec(self) -> AdapterSpec:
@@ -81,8 +86,8 @@ class Case:
 class Worn:
     """A tiny model that wears the adapter of a case."""
 
-    def __init__(self, case: Case, spec: AdapterSpec | None = None) -> None:
-        self.base = backbone(case.family)
+    def __init__(self, case: Case, spec: AdapterSpec | None = None, base: Any = None) -> None:
+        self.base = backbone(case.family, case.quantization) if base is None else base
         path, _ = find_blocks(self.base)
         self.model: Any = attach(self.base, spec or case.spec, path, 7)
         path, self.blocks = find_blocks(self.model)
@@ -112,9 +117,14 @@ class Worn:
         )
 
 
-def case(name: str, family: str) -> Case:
+def case(name: str, family: str, quantization: str = "none") -> Case:
     """The case of a type with the settings that fit tiny models."""
-    return Case(name, family, SETTINGS.get(name, {}))
+    return Case(name, family, SETTINGS.get(name, {}), quantization)
+
+
+def usable_on(quantization: str) -> list[str]:
+    """Types that the table does not refuse."""
+    return [name for name in USABLE if name not in NOT_ON.get(quantization, {})]
 
 
 def outcome(case: Case) -> dict[str, Any]:
@@ -127,18 +137,41 @@ def outcome(case: Case) -> dict[str, Any]:
     return {"tensors": len(groups[key])}
 
 
-def backbone(family: str) -> Any:
+def backbone(family: str, quantization: str = "none") -> Any:
     """A tiny model without dropout, with biases and a loud head, so that adapters are heard."""
     model = tiny_model(LAYERS, family)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     with torch.no_grad():
         for number, (name, value) in enumerate(model.named_parameters()):
             if name.endswith("bias"):
                 value.copy_(torch.linspace(-0.1, 0.1, value.numel()).roll(number))
             elif name.startswith(("classifier", "score")):
                 value.mul_(20.0)
+    with quiet():
+        made = quantised(model, quantization, HEAD_MODULES)
+    settle(made)
+    return without_dropout(made)
+
+
+def dequantised(case: Case) -> Any:
+    """The backbone of a case in full precision, with the values that its codes stand for.
+
+    Its linear maps are of the same class in all families, as they are when quantised.
+    """
+    plain = backbone(case.family)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(*module.weight.shape)
+            linear.bias = module.bias
+            plain.set_submodule(name, linear)
+    put_values(backbone(case.family, case.quantization), plain)
+    return plain
+
+
+def without_dropout(model: Any) -> Any:
+    """The same model, without dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model
 
 
@@ -235,7 +268,7 @@ def training_the_adapter_alone_lowers_the_loss(case: Case) -> None:
 
 
 def what_is_exported_is_what_was_trained(case: Case) -> None:
-    worn, plain = Worn(case), backbone(case.family)
+    worn, plain = Worn(case), backbone(case.family, case.quantization)
     worn.scramble()
     answers = logits(worn.model)
     assert not torch.equal(answers, logits(plain))
@@ -250,7 +283,7 @@ def what_is_exported_is_what_was_trained(case: Case) -> None:
 
 
 def detaching_gives_the_backbone_back(case: Case) -> None:
-    untouched, worn = backbone(case.family), Worn(case)
+    untouched, worn = backbone(case.family, case.quantization), Worn(case)
     worn.scramble()
     worn.train([EVERY])
     restored = detach(worn.model)
@@ -278,6 +311,32 @@ def layers_without_an_adapter_change_nothing_in_others(case: Case) -> None:
     assert torch.equal(behind_first, expected)
 
 
+def quantised_weights_count_as_their_values(case: Case) -> None:
+    """Fresh and trained, in values and gradients: codes taken for numbers would show in one."""
+    if case.quantization == "none":
+        return
+    codes, values = Worn(case), Worn(case, base=dequantised(case))
+    for _ in ("fresh", "trained"):
+        found, expected = (answers_and_gradients(worn) for worn in (codes, values))
+        for name, value in expected.items():
+            near = 1e-3 * float(value.abs().max())
+            torch.testing.assert_close(found[name], value, rtol=0, atol=near, msg=name)
+        codes.scramble()
+        values.scramble()
+
+
+def answers_and_gradients(worn: Worn) -> dict[str, torch.Tensor]:
+    """In training mode, as an 8-bit layer rounds its inputs when it is evaluated on a CPU."""
+    torch.manual_seed(5)
+    given = answer(worn.model.train()).logits
+    worn.model.zero_grad()
+    functional.cross_entropy(given, texts()["labels"]).backward()
+    named = [pair for values in worn.groups.values() for pair in values.items()]
+    missing = torch.zeros(())
+    gradients = {name: missing if v.grad is None else v.grad.clone() for name, v in named}
+    return {"logits": given.detach(), **gradients}
+
+
 RULES: tuple[Callable[[Case], None], ...] = (
     only_adapter_and_head_are_trained,
     the_seed_alone_decides,
@@ -287,19 +346,23 @@ RULES: tuple[Callable[[Case], None], ...] = (
     what_is_exported_is_what_was_trained,
     detaching_gives_the_backbone_back,
     layers_without_an_adapter_change_nothing_in_others,
+    quantised_weights_count_as_their_values,
 )
 """The contract."""
 
 
 def main() -> None:
     """Run everything; nothing is written if a rule is broken."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in USABLE:
-        for family in FAMILIES:
-            found = rows.setdefault(name, {})[family] = outcome(case(name, family))
-            for rule in RULES if "tensors" in found else ():
-                rule(case(name, family))
-    FILE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    record: dict[str, dict[str, dict[str, Any]]] = {}
+    for quantization in QUANTIZATIONS:
+        for name in usable_on(quantization):
+            families = record.setdefault(quantization, {}).setdefault(name, {})
+            for family in FAMILIES:
+                one = case(name, family, quantization)
+                found = families[family] = outcome(one)
+                for rule in RULES if "tensors" in found else ():
+                    rule(one)
+    FILE.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 
 from droppeft.config import load_config
+from droppeft.costs.clock import Arithmetic
+from droppeft.costs.counts import BlockCounts, StepCounts
+from droppeft.costs.devices import make_fleet
+from droppeft.federation.modelled import make_clock
 from droppeft.federation.transport import Arrival
 from droppeft.methods import Setup
 from droppeft.plans import (
@@ -25,8 +29,28 @@ from droppeft.plans import (
 
 LAYERS = 4
 COST = MeasuredCost(
-    turn_wall_s=3.0, train_wall_s=2.0, reward_wall_s=0.5, activation_bytes_peak=100, tokens=64
+    turn_wall_s=3.0,
+    train_wall_s=2.0,
+    reward_wall_s=0.5,
+    activation_bytes_peak=100,
+    tokens=64,
+    rows=8,
+    layer_tokens=(64, 32, 32, 64),
+    reward_tokens=0,
 )
+FORWARD, BACKWARD, REST = 10**9, 2 * 10**9, 10**10
+"""FLOPs per token of the made-up model: of a layer, and of the rest (as much again backward)."""
+
+
+def counts_at(length: int, batch: int = 2) -> StepCounts:
+    """A model whose arithmetic is linear in tokens."""
+    tokens = batch * length
+    block = BlockCounts(FORWARD * tokens, BACKWARD * tokens, 0, 0, 0, 0)
+    rest = BlockCounts(REST * tokens, REST * tokens, 0, 0, 0, 0)
+    return StepCounts(batch, length, (block,) * LAYERS, rest, 0)
+
+
+ARITHMETIC = Arithmetic((counts_at(4), counts_at(8), counts_at(16)))
 
 
 def filled(value: float, num_layers: int = LAYERS) -> Tensors:
@@ -49,12 +73,9 @@ def layout(spec: AdapterSpec) -> Layout:
 
 def setup_for(*words: str) -> Setup:
     """Surroundings of a method: four layers, three of ten devices a round."""
-    return Setup(
-        load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words]),
-        LAYERS,
-        fresh,
-        layout,
-    )
+    config = load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words])
+    fleet = make_fleet(config.clock, config.devices, config.seed)
+    return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
 
 
 def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:

@@ -6,6 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from droppeft.config import load_config
+from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 
@@ -71,6 +75,17 @@ def outcome(out: Path) -> dict[str, Any]:
         "devices": timeless(rows_of(out / "devices.jsonl")),
         "result": timeless(json.loads((out / "result.json").read_text())),
     }
+
+
+def stop_after_a_round(words: list[str], out: Path) -> None:
+    """A run in process that ends when its first round is saved."""
+
+    class Stops(Recorder):
+        def round_done(self, row: RoundRow) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        start_run(load_config(None, words), out, Stops())
 
 
 class Recorder:

@@ -1,6 +1,7 @@
 """Configuration: what is accepted, what is refused and in which words, what is written."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         "training.learning_rate=0",
         "training.learning_rate=inf",
         "training.local_steps=0",
-        "training.precision=fp16",
+        "training.precision=fp8",
         "partition.kind=random",
         "partition.alpha=0",
         "partition.min_rows=2",
@@ -385,3 +386,84 @@ def test_resolve_expands_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("key", ["rounds", "training.learning_rate"])
 def test_true_is_no_number(key: str) -> None:
     assert key in refusal(f"{key}=true")
+
+
+# Devices on the modelled clock
+
+WATCH = """
+[clock]
+profiles = ["watch", "jetson_tx2"]
+[clock.own.watch]
+effective_flops_per_s = 1e10
+memory_bytes = 5e8
+idle_watts = 0.1
+train_watts = 1
+download = 1e6
+upload = {mean = 1e5, deviation = 1e5, least = 1e4, most = 1e6}
+"""
+
+
+def test_an_own_profile_is_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(WATCH)
+    config = load_config(path)
+    watch = config.clock.own["watch"]
+    assert (watch.step_overhead_s, watch.availability, watch.train_watts) == (0.0, 1.0, 1.0)
+    assert (watch.download.mean, watch.download.deviation) == (1e6, 0.0)
+    assert (watch.upload.least, watch.upload.most) == (1e4, 1e6)
+    path.write_text(to_toml(config))
+    assert load_config(path) == config
+
+
+def test_a_word_changes_a_profile_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(WATCH)
+    config = load_config(path, ["clock.own.watch.availability=0.5"])
+    assert config.clock.own["watch"].availability == 0.5
+    assert config.clock.own["watch"].memory_bytes == 5e8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("memory_bytes = 5e8", "", "clock.own.watch.memory_bytes in .*: field required"),
+        ("memory_bytes = 5e8", "memory_bytes = 0", "memory_bytes in .*greater than 0, got 0"),
+        ("memory_bytes =", "memory_byts =", "clock.own.watch in .*: memory_byts is no part of a"),
+        ("1e10", '"fast"', "effective_flops_per_s in .*valid number, got 'fast'"),
+        ("1e10", "1e10\npeak_flops_per_s = 1e9", "effective_flops_per_s is more than peak_flops"),
+        ("1e6\nupload", "0\nupload", "clock.own.watch.download.mean in .*greater than 0, got 0"),
+        (", least = 1e4, most = 1e6", "", "a bandwidth with a deviation needs least and most"),
+        ("least = 1e4", "least = 1e7", "watch.upload in .*: least is more than most"),
+        ("train_watts = 1", "train_watts = 1\navailability = 2", "less than or equal to 1, got 2"),
+    ],
+)
+def test_a_mistake_in_a_profile_is_one_sentence(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    path = tmp_path / "run.toml"
+    assert old in WATCH
+    path.write_text(WATCH.replace(old, new))
+    message = refusal(path=path)
+    assert re.search(said, message)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("cohort", "factor", "drawn"), [(5, 1.0, 5), (5, 1.3, 7), (10, 1.1, 11), (1, 1.01, 2)]
+)
+def test_over_selection_is_rounded_up(cohort: int, factor: float, drawn: int) -> None:
+    # 10 x 1.1 is 11.000000000000002.
+    config = load_config(None, [f"cohort={cohort}", f"clock.over_selection={factor}"])
+    assert config.drawn == drawn
+
+
+def test_more_devices_than_there_are_cannot_be_drawn() -> None:
+    message = refusal("cohort=15", "clock.over_selection=1.5")
+    assert "draws 23 devices for a cohort of 15, there are 20" in message
+
+
+@pytest.mark.parametrize(
+    "word", ["clock.over_selection=0.9", "clock.deadline_s=0", "clock.profiles=[]"]
+)
+def test_a_clock_that_cannot_be_is_refused(word: str) -> None:
+    assert word.partition("=")[0] in refusal(word)

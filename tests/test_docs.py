@@ -77,8 +77,9 @@ def test_a_row_of_a_type_shows_what_was_found(generate: ModuleType) -> None:
     page = generate.adapters_page()
     every = "bert, roberta, deberta-v2, gpt2, llama"
     source = "[arXiv:2106.09685](https://arxiv.org/abs/2106.09685)"
-    assert f"| `lora` | LoRA | layered | {source} | 4 | {every} | `rank`" in page
-    assert " | bert, roberta, gpt2, llama | `tokens` | " in page
+    assert f"| `lora` | LoRA | layered | {source} | 4 | {every} | yes | yes | `rank`" in page
+    assert " | bert, roberta, gpt2, llama | yes | yes | `tokens` | " in page
+    assert " | bert, roberta, deberta-v2, llama | yes, gpt2 too | – | `rank`, `alpha` | " in page
 
 
 def test_every_architecture_has_a_row_in_one_of_the_tables(generate: ModuleType) -> None:
@@ -91,7 +92,7 @@ def test_every_architecture_has_a_row_in_one_of_the_tables(generate: ModuleType)
 
 def test_a_row_of_an_architecture_shows_what_was_found(generate: ModuleType) -> None:
     page = generate.architectures_page()
-    assert "| `bert` | BertModel | `encoder.layer` | its input | sliced | yes |  |" in page
+    assert "| `bert` | BertModel | `encoder.layer` | its input | sliced | both | yes |  |" in page
     assert "| `t5`, 1.1 | T5Model | `encoder.block`, `decoder.block` | its input and " in page
     assert "| `albert` | it runs one block at every depth" in page
 
@@ -103,3 +104,21 @@ def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:
 def test_the_example_is_a_configuration(generate: ModuleType) -> None:
     [example] = re.findall(r"```toml\n(.*?)```", generate.configuration_page(), re.S)
     assert build_config(tomllib.loads(example)).dropout.mean == 0.5
+
+
+def test_every_profile_has_a_row_and_every_anchor_an_error(generate: ModuleType) -> None:
+    from droppeft.costs.devices import PROFILES
+
+    page = generate.devices_page()
+    rows = re.findall(r"^\| `(\w+)` \| ", page, re.M)
+    assert rows[: len(PROFILES)] == list(PROFILES)
+    assert "| `jetson_tx2` | MNLI | 128 | 721 GFLOP | 2.09 s | 1.75 s | -16 % |" in page
+    assert "| 1 ± 2.25, within 1–3 MB/s |" in page
+
+
+def test_the_example_of_a_profile_is_a_configuration(generate: ModuleType) -> None:
+    from droppeft.costs.devices import make_fleet
+
+    [example] = re.findall(r"```toml\n(.*?)```", generate.devices_page(), re.S)
+    clock = build_config(tomllib.loads(example)).clock
+    assert set(make_fleet(clock, 10, 0).names) == {"watch", "jetson_tx2"}

@@ -138,6 +138,16 @@ def test_packages_that_are_not_at_their_pins(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_quantisation_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, bitsandbytes="0.50.2")
+    assert packages.check_quantization() == ok("bitsandbytes 0.50.2")
+    pretend(monkeypatch, bitsandbytes=None)
+    assert packages.check_quantization() == note(
+        "bitsandbytes is not installed; only quantization=8bit and 4bit need it",
+        f"{PIP} install -c {REPOSITORY / 'constraints.txt'} 'droppeft[quantization]'",
+    )
+
+
 def test_pins_of_a_checkout() -> None:
     assert packages.constraints_file() == REPOSITORY / "constraints.txt"
 

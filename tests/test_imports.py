@@ -16,12 +16,16 @@ PACKAGE = Path(droppeft.__file__).parent
 LEVELS = (
     {"", "errors", "files"},
     {"seeds", "config", "plans", "devices"},
-    {"ledger"},
-    {"layer_dropout"},
+    {"layer_dropout", "quantization"},
     {"adapters", "models", "data"},
+    {"checkpointing", "precision"},
+    {"memory", "frozen_prefix"},
     {"sharing", "configurator", "training"},
+    {"costs"},
+    {"ledger"},
     {"methods"},
     {"federation", "doctor"},
+    {"sizing"},
     {"report"},
     {"cli"},
 )

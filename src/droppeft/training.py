@@ -6,8 +6,8 @@ around it is ours.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,16 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from droppeft.adapters.by_layer import Parameters
+from droppeft.checkpointing import checkpointed, without_cache
 from droppeft.config import TrainingConfig
 from droppeft.data.tables import Rows
 from droppeft.data.tasks import Batch, Classification, accuracy_and_f1
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
+from droppeft.frozen_prefix.turn import PrefixOfTurn
 from droppeft.layer_dropout import gated
+from droppeft.memory import ActivationMeter
 from droppeft.plans import HEAD, Budget
+from droppeft.precision import autocast, loss_scaler, move
 
 ActiveAt = Callable[[int], Sequence[bool]]
 """Step within the turn -> which layers run."""
@@ -32,21 +36,28 @@ ActiveAt = Callable[[int], Sequence[bool]]
 class TrainOutcome:
     """What a turn of training did.
 
+    A step that was skipped since fp16 overflowed has been paid for, but nothing was learnt: it
+    counts in ``steps``, ``rows`` and tokens, in the activations and the time, and nowhere else.
+
     Attributes:
-        steps: optimizer steps.
-        examples: rows seen, repeats counted.
+        steps: batches, each one step of the optimizer unless it was skipped.
+        examples: rows trained on, repeats counted.
         tokens: tokens computed, padding included.
-        loss: mean over steps.
+        rows: rows computed.
+        layer_tokens: per layer, how many of the tokens it computed.
+        loss: mean over steps; not a number if all were skipped.
         active_steps: per layer, in how many steps it ran.
         importance: per layer, mean over its active steps of the norm of its adapter's gradient
             (of the task's loss, before clipping); 0 for a layer that never ran or has no adapter.
-        activation_bytes_peak: see :func:`stored_activations`.
+        activation_bytes_peak: see :class:`~droppeft.memory.ActivationMeter`.
         wall_s: the steps alone.
     """
 
     steps: int
     examples: int
     tokens: int
+    rows: int
+    layer_tokens: tuple[int, ...]
     loss: float
     active_steps: tuple[int, ...]
     importance: tuple[float, ...]
@@ -56,13 +67,17 @@ class TrainOutcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality at full depth: mean loss, accuracy, F1, rows, and what measuring took."""
+    """Quality at full depth: mean loss, accuracy, F1, rows, and what measuring took.
+
+    ``tokens`` are those that were computed, padding included.
+    """
 
     loss: float
     accuracy: float
     f1: float
     rows: int
     wall_s: float
+    tokens: int
 
 
 def train(
@@ -75,11 +90,14 @@ def train(
     task: Classification,
     settings: TrainingConfig,
     proximal: float = 0.0,
+    prefix: PrefixOfTurn | None = None,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; layers that a step drops are left exactly as they were.
 
     A dropped layer has no gradient in that step (not a zero one), so that AdamW neither moves
-    nor decays it. The optimizer starts afresh: nothing but the adapter outlives a turn.
+    nor decays it. The optimizer and, in fp16, the scale of the loss start afresh: nothing but the
+    adapter outlives a turn. A step that fp16 makes overflow is skipped: it moves nothing, momentum
+    included, and uses up its batch, its gates and its place in the schedule.
 
     Args:
         blocks: the model's L layers, as :func:`droppeft.layer_dropout.find_blocks` gives them.
@@ -87,27 +105,35 @@ def train(
         active_at: gate of each step.
         rate_factors: part of the peak learning rates in force, one per batch.
         proximal: FedProx's mu (arXiv:1812.06127), 0 for none.
+        prefix: stands for the first layers in every step; they do not run, and count as dropped.
     """
     trained = [value for named in parameters.values() for value in named.values()]
     anchors = [value.detach().clone() for value in trained] if proximal else []
     optimizer = torch.optim.AdamW(_groups(parameters, settings), weight_decay=settings.weight_decay)
+    scaler = loss_scaler(settings.precision, task.device)
     book = _Book(len(blocks))
     meter = ActivationMeter(model)
+    recomputing = (
+        checkpointed(model, blocks, meter.note) if settings.checkpointing else nullcontext()
+    )
     model.train()
     start = time.perf_counter()
-    with gated(blocks) as gates:
+    with without_cache(model), recomputing, gated(blocks) as gates:
         for step, batch in enumerate(batches):
             gates.active = tuple(active_at(step))
-            with meter.measuring(), autocast(settings.precision, task.device):
+            if prefix is not None:
+                prefix.skip(gates, step, batch)
+            with autocast(settings.precision, task.device), meter.measuring():
                 loss, _ = task.loss_and_logits(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
             norms = _gradient_norms(parameters, len(blocks), task.device)
-            book.note(batch, loss, gates.active, norms)
             _pull_towards(anchors, trained, proximal)
             _set_learning_rates(optimizer, rate_factors[step])
             clip_grads_with_norm_(trained, settings.clip_norm, _total_norm(trained))
-            optimizer.step()
+            moved = move(optimizer, scaler)
             optimizer.zero_grad(set_to_none=True)
+            book.note(batch, loss, gates.active, norms, moved)
     return book.outcome(meter.peak_bytes, time.perf_counter() - start)
 
 
@@ -122,20 +148,21 @@ def evaluate(
     """Measure the full model on rows of a table; leaves the model in evaluation mode."""
     start = time.perf_counter()
     model.eval()
-    loss_sum, predicted, labels = 0.0, [], []
+    loss_sum, tokens, predicted, labels = 0.0, 0, [], []
     with torch.inference_mode():
         for chosen in ordered_batches(rows, table.lengths, batch_size):
             batch = task.collate(table, chosen)
             with autocast(precision, task.device):
                 loss, logits = task.loss_and_logits(model, batch, reduction="sum")
             loss_sum += float(loss)
+            tokens += batch["input_ids"].numel()
             predicted.append(logits.argmax(dim=-1).cpu().numpy())
             labels.append(table.labels[chosen])
     accuracy, f1 = accuracy_and_f1(
         np.concatenate(predicted), np.concatenate(labels), logits.shape[-1]
     )
     wall_s = time.perf_counter() - start
-    return Evaluation(loss_sum / len(rows), accuracy, f1, len(rows), wall_s)
+    return Evaluation(loss_sum / len(rows), accuracy, f1, len(rows), wall_s, tokens)
 
 
 def turn_batches(
@@ -183,43 +210,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Part of the peak rate left, by the part of the run (after warm-up) that has passed."""
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    """The forward's precision; adapters, gradients and optimizer stay fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-class ActivationMeter:
-    """Count what autograd stores for backward: exact, repeatable, the same on every device.
-
-    Each storage counts once, whole, however many views of it are saved; the model's own
-    parameters and buffers are no activations, but the copies of weights that bf16 autocast makes
-    and keeps for backward do count. Under gradient checkpointing the recomputed block
-    is not seen.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.peak_bytes = 0
-        tensors = [*model.parameters(), *model.buffers()]
-        self._owned = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Count the forward inside; :attr:`peak_bytes` keeps the largest."""
-        stored: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            stored[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-        total = sum(size for place, size in stored.items() if place not in self._owned)
-        self.peak_bytes = max(self.peak_bytes, total)
-
-
 class _Book:
     """Sums over the steps of a turn."""
 
@@ -227,25 +217,39 @@ class _Book:
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
         self.active = np.zeros(num_layers, dtype=np.int64)
-        self.examples = self.tokens = 0
+        self.layer_tokens = np.zeros(num_layers, dtype=np.int64)
+        self.steps = self.examples = self.rows = self.tokens = 0
 
     def note(
-        self, batch: Batch, loss: torch.Tensor, active: Sequence[bool], norms: torch.Tensor
+        self,
+        batch: Batch,
+        loss: torch.Tensor,
+        active: Sequence[bool],
+        norms: torch.Tensor,
+        moved: bool,
     ) -> None:
-        self.losses.append(loss.detach())
-        self.norms.append(norms)
-        self.active += np.asarray(active, dtype=np.int64)
-        self.examples += len(batch["labels"])
+        ran = np.asarray(active, dtype=np.int64)
+        self.steps += 1
+        self.rows += len(batch["labels"])
         self.tokens += batch["input_ids"].numel()
+        self.layer_tokens += batch["input_ids"].numel() * ran
+        if moved:
+            self.losses.append(loss.detach())
+            self.norms.append(norms)
+            self.active += ran
+            self.examples += len(batch["labels"])
 
     def outcome(self, peak_bytes: int, wall_s: float) -> TrainOutcome:
-        norm_sums = torch.stack(self.norms).double().sum(dim=0).cpu().numpy()
-        importance = norm_sums / np.maximum(self.active, 1)
+        losses = torch.stack(self.losses or [torch.tensor(math.nan)]).double()
+        norms = torch.stack(self.norms or [torch.zeros(len(self.active))]).double()
+        importance = norms.sum(dim=0).cpu().numpy() / np.maximum(self.active, 1)
         return TrainOutcome(
-            steps=len(self.losses),
+            steps=self.steps,
             examples=self.examples,
             tokens=self.tokens,
-            loss=float(torch.stack(self.losses).double().mean()),
+            rows=self.rows,
+            layer_tokens=tuple(int(count) for count in self.layer_tokens),
+            loss=float(losses.mean()),
             active_steps=tuple(int(count) for count in self.active),
             importance=tuple(float(value) for value in importance),
             activation_bytes_peak=peak_bytes,

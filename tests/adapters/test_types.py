@@ -18,7 +18,7 @@ from adapter_contract import Case, Worn
 from droppeft.adapters.attach import attach, export_adapter
 from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.adapters.settings import config_class
-from droppeft.adapters.types import BOTTLENECK, TYPES, AdapterType, adapter_type
+from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES, AdapterType, adapter_type
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.plans import AdapterSpec, LayerAdapter
@@ -30,7 +30,19 @@ CASES = [
     contract.case(name, family)
     for name in contract.USABLE
     for family in FAMILIES
-    if (name in MAIN or family in ("bert", "llama")) and "refused" not in RECORDED[name][family]
+    if (name in MAIN or family in ("bert", "llama"))
+    and "refused" not in RECORDED["none"][name][family]
+]
+QUANTISED = [
+    contract.case(name, "bert" if quantization == "4bit" else "llama", quantization)
+    for quantization in NOT_ON
+    for name in contract.usable_on(quantization)
+    if name not in MAIN and TYPES[name].kind == "layered"
+]
+NOT_QUANTISED = [
+    contract.case(name, "bert", quantization)
+    for quantization in NOT_ON
+    for name in NOT_ON[quantization]
 ]
 VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("lora", {"options": {"use_dora": True}}),
@@ -52,7 +64,10 @@ VARIANTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 
 
 def label(value: Any) -> str:
-    return f"{value.name}-{value.family}" if isinstance(value, Case) else str(value)
+    if not isinstance(value, Case):
+        return str(value)
+    bits = "" if value.quantization == "none" else f"-{value.quantization}"
+    return f"{value.name}-{value.family}{bits}"
 
 
 def test_every_type_of_peft_has_a_place() -> None:
@@ -78,16 +93,39 @@ def test_the_contract_with_other_settings(name: str, settings: Mapping[str, Any]
         rule(Case(name, "bert", settings))
 
 
+@pytest.mark.parametrize("quantization", NOT_ON)
+@pytest.mark.parametrize("name", MAIN)
+def test_the_contract_on_a_quantised_backbone(name: str, quantization: str) -> None:
+    for rule in contract.RULES:
+        rule(contract.case(name, "bert", quantization))
+
+
+@pytest.mark.parametrize("case", QUANTISED, ids=label)
+def test_what_else_works_on_a_quantised_backbone(case: Case) -> None:
+    contract.a_dropped_layer_is_left_alone(case)
+    contract.quantised_weights_count_as_their_values(case)
+
+
 @pytest.mark.parametrize("name", contract.USABLE)
 def test_the_record_is_up_to_date(name: str) -> None:
     """docs/adapters.json; python tests/adapter_contract.py writes it."""
-    assert RECORDED[name] == {
+    assert RECORDED["none"][name] == {
         family: contract.outcome(contract.case(name, family)) for family in FAMILIES
     }
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("quantization", NOT_ON)
+def test_the_record_of_quantised_backbones_is_up_to_date(family: str, quantization: str) -> None:
+    for name, outcomes in RECORDED[quantization].items():
+        found = contract.outcome(contract.case(name, family, quantization))
+        assert outcomes[family] == found, name
+
+
 def test_the_record_has_no_other_types() -> None:
-    assert RECORDED.keys() == set(contract.USABLE)
+    for quantization in contract.QUANTIZATIONS:
+        assert list(RECORDED[quantization]) == contract.usable_on(quantization)
+        assert all(list(found) == list(FAMILIES) for found in RECORDED[quantization].values())
 
 
 def test_settings_of_a_type_are_fields_of_its_class() -> None:
@@ -108,6 +146,32 @@ def test_a_refused_type_says_why(name: str) -> None:
         adapter_type(name)
     assert str(caught.value) == f"adapter.type={name} is refused: {TYPES[name].note}"
     assert len(TYPES[name].note) > 20
+
+
+@pytest.mark.parametrize("case", NOT_QUANTISED, ids=label)
+def test_what_is_refused_on_a_quantised_backbone_does_not_work_there(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = contract.backbone(case.family, case.quantization)
+    before = contract.copies(base)
+    with pytest.raises(DroppeftError) as caught:
+        Worn(case, base=base)
+    assert str(caught.value) == (
+        f"adapter.type={case.name} does not work on weights of {case.quantization[0]} bits: "
+        f"{NOT_ON[case.quantization][case.name]}; set quantization=none, or take "
+        f"{', '.join(contract.usable_on(case.quantization))}"
+    )
+    assert contract.same(contract.copies(base), before)
+    monkeypatch.setattr("droppeft.adapters.attach.check_on", lambda *_: None)
+    with pytest.raises((DroppeftError, RuntimeError, AssertionError)):
+        contract.quantised_weights_count_as_their_values(case)
+
+
+def test_dora_is_refused_on_8_bits_and_works_on_4() -> None:
+    settings = {"options": {"use_dora": True}}
+    with pytest.raises(DroppeftError, match=r"adapter.options.use_dora: peft loses the scales"):
+        Worn(Case("lora", "bert", settings, "8bit"))
+    contract.quantised_weights_count_as_their_values(Case("lora", "bert", settings, "4bit"))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,25 @@ def test_the_reward_is_the_decrease_of_the_validation_loss(
     assert update.cost.reward_wall_s > 0
 
 
+def test_tokens_of_the_reward_are_counted(prepared: Prepared, plans: list[Plan]) -> None:
+    table, rows = site_of(prepared.loaded).table, prepared.loaded.devices[0].validation[:3]
+    update = turn(prepared, replace(plans[0], reward_rows=3))
+    # Two forwards of one batch, padded to its longest row.
+    assert update.cost.reward_tokens == 2 * 3 * table.lengths[rows].max()
+    assert turn(prepared, plans[0]).cost.reward_tokens == 0
+
+
+def test_tokens_are_counted_where_a_layer_ran(prepared: Prepared, plans: list[Plan]) -> None:
+    gates = LayerDropout((0.0, 1.0, 0.5, 0.0), "exact")
+    update = turn(prepared, replace(plans[0], dropout=gates, budget=Budget(steps=9)))
+    cost = update.cost
+    assert cost.layer_tokens[:2] == (cost.tokens, 0)
+    assert 0 < cost.layer_tokens[2] < cost.tokens
+    assert cost.rows == update.examples
+    full = turn(prepared, replace(plans[0], dropout=None)).cost
+    assert full.layer_tokens == (full.tokens,) * 4
+
+
 def test_measuring_the_reward_does_not_change_training(
     prepared: Prepared, plans: list[Plan]
 ) -> None:

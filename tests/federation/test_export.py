@@ -22,9 +22,10 @@ from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints, export, export_run
 from droppeft.federation.device import Workbench, take_turn
 from droppeft.federation.export import Source, save_merged, write_adapter
+from droppeft.federation.folder import held
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, evaluation_sample
-from droppeft.federation.run import Interrupted, _evaluate, _held, start_run
+from droppeft.federation.run import Interrupted, _evaluate, start_run
 from droppeft.models import load_backbone
 from droppeft.plans import (
     AdapterSpec,
@@ -218,7 +219,7 @@ def test_a_stopped_run(tiny_words: list[str], tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_going_on(whole_run: Path, tmp_path: Path) -> None:
-    with _held(whole_run):
+    with held(whole_run):
         done = export_run.export_run(whole_run, tmp_path / "adapter")
     assert files_of(done.folder) == adapter_bytes(whole_run)
 

@@ -78,7 +78,10 @@ class TestRound:
         row = row_of(closed)
         assert (row.cohort, row.accepted) == (COHORT, 2)
         assert row.failures == [{"device": 5, "reason": reason}]
-        assert device_row(closed.plans[1], closed.replies[1])["reason"] == reason
+        made = device_row(
+            closed.plans[1], closed.answers[1], closed.replies[1], closed.modelled.turns[1]
+        )
+        assert made["reason"] == reason
 
     def test_who_claims_to_be_another_harms_only_himself(self) -> None:
         def answer(plan: Plan) -> list[Any]:
@@ -119,7 +122,19 @@ class TestRound:
 
 def row_of(closed: Closed) -> Any:
     quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0}
-    return round_row(closed.plans, closed.replies, [], quality, 0.0, 0.0, 0.0, 0.0)
+    return round_row(
+        1,
+        closed.plans,
+        closed.answers,
+        closed.replies,
+        closed.modelled,
+        [],
+        quality,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:

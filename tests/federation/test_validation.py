@@ -25,6 +25,22 @@ def with_layer_0(array: Any) -> dict[str, Any]:
     return {"tensors": {**SHARED, 0: {"layer.0.A": array}}}
 
 
+def with_layer_tokens(*tokens: int) -> dict[str, Any]:
+    return {"cost": replace(COST, layer_tokens=tokens)}
+
+
+def test_tokens_of_steps_that_were_skipped_are_accepted() -> None:
+    """They count in rows and tokens, but not in examples and active steps."""
+    assert said_of(examples=4, **with_layer_tokens(64, 32, 64, 64)) is None
+
+
+def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
+    plan = replace(PLAN, frozen=1, share=PLAN.share - {"layer.0.A"})
+    update = answer_to(plan, tensors={key: SHARED[key] for key in (1, "head")})
+    idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
+    assert why_refused(plan, idle, layout(plan.adapter), batch_size=16) is None
+
+
 def test_an_update_that_is_in_order_is_accepted() -> None:
     assert said_of() is None
 
@@ -57,7 +73,7 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
         ({"nonce": "another"}, "does not carry this Plan's nonce"),
         ({"active_steps": (2, 1, 1)}, "speaks of 3 layers, the model has 4"),
         ({"importance": (0.0,) * 5}, "speaks of 5 layers, the model has 4"),
-        ({"examples": 0}, "claims 0 rows in 2 steps of 16 at most"),
+        ({"examples": 0}, "trained on nothing: in every step fp16 overflowed"),
         ({"examples": 33}, "claims 33 rows in 2 steps of 16 at most"),
         ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget says 2"),
         ({"steps": 3}, "took 3 steps, the budget says 2"),
@@ -72,6 +88,21 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
         ({"cost": replace(COST, turn_wall_s=math.inf)}, "claims impossible costs"),
         ({"cost": replace(COST, reward_wall_s=math.nan)}, "claims impossible costs"),
         ({"cost": replace(COST, tokens=-1)}, "claims impossible costs"),
+        ({"cost": replace(COST, reward_tokens=10**400)}, "claims impossible costs"),
+        ({"cost": replace(COST, rows=7)}, "claims 64 tokens in 7 rows for 8 examples"),
+        ({"cost": replace(COST, rows=65)}, "claims 64 tokens in 65 rows for 8 examples"),
+        (
+            {"cost": replace(COST, rows=33, tokens=66, layer_tokens=(66, 32, 32, 66))},
+            "claims 66 tokens in 33 rows for 8 examples",
+        ),
+        (
+            {"cost": replace(COST, layer_tokens=(64, 32, 32))},
+            "speaks of tokens in 3 layers, the model has 4",
+        ),
+        (with_layer_tokens(64, 32, 65, 64), "claims 65 of 64 tokens in layer 2, active 1 times"),
+        (with_layer_tokens(64, 0, 32, 64), "claims 0 of 64 tokens in layer 1, active 1 times"),
+        (with_layer_tokens(63, 32, 32, 64), "claims 63 of 64 tokens in layer 0, active 2 times"),
+        (with_layer_tokens(64, -1, 32, 64), "claims impossible costs"),
         ({"tensors": {0: {"unheard.of": np.zeros(2, np.float32)}}}, "sends unheard.of, which it"),
         ({"tensors": {**SHARED, 2: filled(5.0)[2]}}, "sends layer.2.A, which it was not asked for"),
         ({"tensors": {**SHARED, 1: filled(5.0)[0]}}, "sends layer.0.A, which it was not asked for"),

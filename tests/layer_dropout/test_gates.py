@@ -1,8 +1,4 @@
-"""Gates: counts, marginals and conditioned draws.
-
-Chi-square tests are at level 1e-3 over all layers together (Bonferroni) with fixed seeds: correct
-code was drawn once and stays drawn, wrong code fails.
-"""
+"""Gates: counts, marginals and conditioned draws."""
 
 import itertools
 import math
@@ -11,7 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chi2
+from marginals import DRAWS, assert_marginals, assert_share
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import (
@@ -20,11 +16,9 @@ from droppeft.layer_dropout import (
     conditioned_rates,
     expected_active,
     layer_rates,
+    protected_ends,
     sample_active,
 )
-
-LEVEL = 1e-3
-DRAWS = 6000
 
 RATES = st.lists(
     st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 0.1, 1 / 3, 0.5, 1e-12, 1 - 1e-12])),
@@ -48,23 +42,11 @@ def dropped(active: tuple[bool, ...]) -> int:
     return len(active) - sum(active)
 
 
-def marginals(rates: tuple[float, ...], sampling: str, needed: tuple[int, ...] = ()) -> list[int]:
-    """How often each layer is dropped in DRAWS draws."""
+def draws(
+    rates: tuple[float, ...], sampling: str, needed: tuple[int, ...] = ()
+) -> list[tuple[bool, ...]]:
     rng = random.Random(20)
-    counts = [0] * len(rates)
-    for _ in range(DRAWS):
-        for layer, runs in enumerate(sample_active(rates, sampling, rng, need_one_of=needed)):
-            counts[layer] += not runs
-    return counts
-
-
-def assert_marginals(counts: list[int], rates: tuple[float, ...]) -> None:
-    limit = chi2.isf(LEVEL / len(rates), df=1)
-    for layer, (count, rate) in enumerate(zip(counts, rates, strict=True)):
-        if rate in (0, 1):
-            assert count == rate * DRAWS, layer
-        else:
-            assert (count - DRAWS * rate) ** 2 / (DRAWS * rate * (1 - rate)) < limit, layer
+    return [sample_active(rates, sampling, rng, need_one_of=needed) for _ in range(DRAWS)]
 
 
 @given(rates=RATES, seed=st.integers(0, 2**32))
@@ -135,16 +117,28 @@ def test_exact_marginals_hold_in_every_order() -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mean", [1 / 3, 0.55])
-def test_marginals_are_the_rates(sampling: str, shape: str, mean: float) -> None:
-    rates = layer_rates(mean, shape, 9, protected={0})
-    assert_marginals(marginals(rates, sampling), rates)
+@pytest.mark.parametrize(
+    ("mean", "ends", "clipped"),
+    [
+        (1 / 3, (0, 0), {}),
+        (0.55, (1, 0), {"incremental": 1, "decay": 1}),
+        (0.7, (0, 2), {"incremental": 5, "decay": 4, "normal": 5}),
+    ],
+    ids=["every layer", "first protected", "last two protected"],
+)
+def test_marginals_are_the_rates(
+    sampling: str, shape: str, mean: float, ends: tuple[int, int], clipped: dict[str, int]
+) -> None:
+    rates = layer_rates(mean, shape, 9, protected=protected_ends(9, *ends))
+    assert (rates.count(0.0), rates.count(1.0)) == (sum(ends), clipped.get(shape, 0))
+    assert math.fsum(rates) == pytest.approx(9 * mean)
+    assert_marginals(draws(rates, sampling), rates)
 
 
 def test_exact_counts_mix_the_two_neighbours_in_proportion() -> None:
     rng = random.Random(3)
     larger = sum(dropped(sample_active((0.45,) * 5, "exact", rng)) == 3 for _ in range(DRAWS))
-    assert_marginals([larger], (0.25,))  # 5 x 0.45 = 2.25
+    assert_share(larger, 0.25)  # 5 x 0.45 = 2.25
 
 
 def test_exact_draws_every_set_of_layers() -> None:
@@ -158,7 +152,7 @@ def test_bernoulli_gates_are_independent() -> None:
     rng = random.Random(5)
     rates = (0.3, 0.6)
     both = sum(dropped(sample_active(rates, "bernoulli", rng)) == 2 for _ in range(DRAWS))
-    assert_marginals([both], (0.18,))
+    assert_share(both, 0.18)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -192,7 +186,8 @@ CONDITIONED = [
 def test_conditioned_marginals_are_those_of_the_draws(
     sampling: str, rates: tuple[float, ...], needed: tuple[int, ...]
 ) -> None:
-    assert_marginals(marginals(rates, sampling, needed), conditioned_rates(rates, sampling, needed))
+    conditioned = conditioned_rates(rates, sampling, needed)
+    assert_marginals(draws(rates, sampling, needed), conditioned)
 
 
 def test_conditioned_rates_follow_bayes() -> None:

@@ -1,13 +1,22 @@
-"""Rates over a run: their factors, and what is refused."""
+"""Rates over a run: their factors, how often layers are really dropped, and what is refused."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marginals import DRAWS, assert_marginals
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import SCHEDULES, scheduled_rates
+from droppeft.layer_dropout import (
+    SAMPLINGS,
+    SCHEDULES,
+    conditioned_rates,
+    layer_rates,
+    scheduled_rates,
+)
+from droppeft.layer_dropout.alone import gates_of_step
 
 RATES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 SHARES = st.floats(0, 1)
@@ -51,6 +60,57 @@ def test_recovery_takes_its_part_of_the_steps(part: float, steps: int) -> None:
     full = [scheduled_rates([1.0], "recovery", step / steps, part) == (0,) for step in range(steps)]
     assert full == sorted(full)
     assert abs(sum(full) - part * steps) <= 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("schedule", "every", "step", "factor"),
+    [
+        ("constant", 1, 50, 1.0),
+        ("constant", 5, 54, 1.0),
+        ("warm_up", 1, 0, 0.0),
+        ("warm_up", 1, 10, 0.25),
+        ("warm_up", 1, 30, 0.75),
+        ("warm_up", 1, 40, 1.0),
+        ("warm_up", 1, 99, 1.0),
+        ("warm_up", 7, 34, 0.7),  # drawn at step 28
+        ("recovery", 1, 0, 1.0),
+        ("recovery", 1, 59, 1.0),
+        ("recovery", 1, 60, 0.0),
+        ("recovery", 7, 62, 1.0),  # drawn at step 56
+        ("recovery", 7, 63, 0.0),
+    ],
+)
+def test_marginals_at_a_step_are_the_scheduled_rates(
+    sampling: str, schedule: str, every: int, step: int, factor: float
+) -> None:
+    rates = layer_rates(0.5, "incremental", 8, protected={0, 7})
+    run: dict[str, Any] = {"schedule": schedule, "schedule_part": 0.4, "total_steps": 100}
+    draws = (gates_of_step(step, rates, sampling, seed=n, every=every, **run) for n in range(DRAWS))
+    assert_marginals(draws, [factor * rate for rate in rates])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_marginals_over_a_run_are_the_rates(sampling: str, every: int) -> None:
+    rates = layer_rates(0.5, "normal", 8)
+    steps = range(0, every * DRAWS, every)
+    draws = [gates_of_step(step, rates, sampling, seed=0, every=every) for step in steps]
+    held = [gates_of_step(step + every - 1, rates, sampling, seed=0, every=every) for step in steps]
+    assert held == draws
+    assert_marginals(draws, rates)
+
+
+def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
+    """When one of two layers has to run, at three quarters of their rates."""
+    rates, needed = (0.9, 0.8, 0.6), (0, 1)
+    run: dict[str, Any] = {"schedule": "warm_up", "schedule_part": 0.4, "total_steps": 100}
+    draws = [
+        gates_of_step(30, rates, "bernoulli", seed=n, need_one_of=needed, **run)
+        for n in range(DRAWS)
+    ]
+    now = [0.75 * rate for rate in rates]
+    assert_marginals(draws, conditioned_rates(now, "bernoulli", needed))
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,18 @@ import copy
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -208,6 +209,31 @@ def test_checkpointing_changes_nothing(
         assert all(map(torch.equal, ours, theirs))
 
 
+def test_the_gates_count_a_skipped_step_as_the_trainer_does(tmp_path: Path) -> None:
+    """With a loss scaler under which the first step overflows, as it may in fp16 on a GPU."""
+    callback = LayerDropoutCallback(0.5)
+    witness = Witness(callback)
+    trainer = make(tmp_path, lora_model(), callback, witness)
+    trainer.accelerator.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**127, backoff_factor=2.0**-120
+    )
+    with torch.no_grad():
+        trainer.model.get_submodule("base_model.model.classifier").weight.mul_(100.0)
+    trainer.train()
+    _, usual = train(tmp_path, lora_model())
+    assert witness.gates == usual.gates
+    assert witness.moved == [(False,) * LAYERS, *witness.gates[1:]]
+
+
+def test_without_a_gpu_the_trainer_passes_fp16_over(tmp_path: Path) -> None:
+    plain, asked = lora_model(), lora_model()
+    train(tmp_path, plain)
+    trainer, _ = train(tmp_path, asked, fp16=True)
+    assert trainer.accelerator.scaler is None
+    pairs = zip(plain.parameters(), asked.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_autocast_in_bf16(tmp_path: Path) -> None:
     trainer, witness = train(tmp_path, lora_model(), bf16=True)
     assert witness.moved == witness.gates
@@ -283,24 +309,45 @@ def test_a_callback_that_is_freed_takes_its_gates_along(tmp_path: Path) -> None:
     assert gated_blocks(model) == 0
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"torch_compile": True}, "compiles the whole model anew for every pattern of dropped"),
-        ({"_n_gpu": 2}, "this process sees 2 GPUs, over which the Trainer would copy the model"),
-    ],
-)
-def test_what_gates_cannot_work_with_is_refused(
-    tmp_path: Path, argument: dict[str, Any], message: str
-) -> None:
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     model, callback = lora_model(), LayerDropoutCallback(0.5)
     trainer = make(tmp_path, model, callback)
-    [(name, value)] = argument.items()
     args = copy.copy(trainer.args)
-    setattr(args, name, value)
-    with pytest.raises(DroppeftError, match=re.escape(message)):
+    args._n_gpu = 2
+    message = "this process sees 2 GPUs, over which the Trainer would copy the model"
+    with pytest.raises(DroppeftError, match=message):
         callback.on_train_begin(args, trainer.state, trainer.control, model=model)
     assert gated_blocks(model) == 0
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither before nor after; the Trainer leaves its choice where others would find it."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_compiled_model_is_trained_alike(tmp_path: Path) -> None:
+    """In more than eight patterns, after which torch would give up on a graph."""
+
+    def run(**arguments: Any) -> tuple[Any, ...]:
+        model = lora_model()
+        _, witness = train(tmp_path, model, {"sampling": "bernoulli"}, max_steps=16, **arguments)
+        return witness.gates, witness.forwards, witness.moved, trained(model)
+
+    plain = run()
+    assert len(set(plain[0])) > 8
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled = run(torch_compile=True, torch_compile_backend="eager")
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+    assert compiled[:3] == plain[:3]
+    for ours, theirs in zip(compiled[3], plain[3], strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_impossible_rates_are_refused_when_training_begins(tmp_path: Path) -> None:

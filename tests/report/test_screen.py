@@ -55,14 +55,35 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     assert "builtin: 4 layers, 4,195 trainable parameters" in text
     assert "builtin: 180 texts, 3 classes" in text
     assert "4, 2 per round, 3 rounds" in text
+    assert "jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
+    [head] = [line for line in text.splitlines() if line.endswith("here    modelled")]
+    assert head.split() == ["accuracy", "loss", "depth", "here", "modelled"]
     for row in rows:
         line = line_with(text, f"round {row.round}")
-        assert f"accuracy {row.global_accuracy:.3f}".replace("0.", ".") in line
-        assert f"loss {row.train_loss:.3f}" in line
-        assert f"depth 3.00/4  {row.host_wall_s:.1f} s" in line
-    assert "all 60 test texts" in line_with(text, "accuracy")
+        assert f"round {row.round}  {row.global_accuracy:.3f} ━".replace("0.", ".") in line
+        seconds = [f"{value:.1f} s" for value in (row.host_wall_s, row.round_modelled_s)]
+        for column, value in zip(
+            ("loss", "depth", "here", "modelled"),
+            (f"{row.train_loss:.3f}", "3.00/4", *seconds),
+            strict=True,
+        ):
+            assert line[: head.index(column) + len(column)].endswith(value)
+    [accuracy] = [line for line in text.splitlines() if "all 60 test texts" in line]
+    assert "accuracy" in accuracy
+    modelled = f"{sum(row.round_modelled_s or 0 for row in rows):.1f} s"
+    assert modelled in line_with(text, "modelled time")
+    assert f"{result['energy_modelled_j']:.1f} J" in line_with(text, "energy")
     assert "of 4 layers per step" in line_with(text, "mean depth")
     assert "target" not in text
+
+
+def test_over_selection_and_a_missing_clock_are_in_the_header(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    text = shown({**result, "drawn_size": 3, "without_clock": "it cannot be counted"}, rows)
+    assert "4, 2 per round (the first of 3), 3 rounds" in text
+    assert "profiles    it cannot be counted" in text
+    assert "jetson" not in text
 
 
 def test_names_that_are_too_long_for_a_line(result: dict[str, Any], rows: list[RoundRow]) -> None:
@@ -73,9 +94,11 @@ def test_names_that_are_too_long_for_a_line(result: dict[str, Any], rows: list[R
 
 def test_a_target_that_was_reached(result: dict[str, Any], rows: list[RoundRow]) -> None:
     reached = {"target": 0.85, "target_round": 2, "time_to_target_measured_s": 83.0}
-    line = line_with(shown({**result, **reached}, rows), "target .850")
+    text = shown({**result, **reached, "time_to_target_modelled_s": 7.25}, rows)
+    line = line_with(text, "target .850")
     assert "1 min 23 s" in line
     assert "round 2; devices side by side" in line
+    assert "7.2 s" in line_with(text, "7.2 s   on their profiles")
 
 
 def test_a_target_that_was_not_reached(result: dict[str, Any], rows: list[RoundRow]) -> None:
@@ -90,16 +113,30 @@ def test_a_round_that_was_not_measured(result: dict[str, Any], rows: list[RoundR
     )  # fmt: skip
     text = shown({**result, "first_accuracy": None, "mean_active_layers": None}, [silent])
     line = line_with(text, "round 1")
-    assert "loss –  depth –/4" in line
+    assert line.split()[2:5] == ["–", "–", "–/4"]
     # Its columns stand under those of a measured round.
     measured = line_with(shown(result, rows[:1]), "round 1")
-    assert line.index("loss") == measured.index("loss")
+    assert line.index("–/4") + 3 == measured.index("3.00/4") + 6
 
 
 def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> None:
     failing = replace(rows[0], failures=[{"device": 7, "reason": "refused: its loss is infinite"}])
     text = shown(result, [failing])
     assert "device 7: refused: its loss is infinite" in text
+
+
+def test_who_was_left_out_on_the_modelled_clock_is_named(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    text = shown(result, [replace(rows[0], absent=[3], late=[0, 7], surplus=[])])
+    assert "         on the modelled clock: absent 3; late 0, 7\n" in text
+
+
+def test_a_round_without_a_modelled_clock(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    old = replace(rows[0], absent=None, round_modelled_s=None, energy_modelled_j=None)
+    text = shown({**result, "round_modelled_s": None, "energy_modelled_j": None}, [old])
+    assert line_with(text, "round 1").endswith(f"{old.host_wall_s:.1f} s           –")
+    assert "–" in line_with(text, "energy")
 
 
 def test_going_on_says_after_which_round(result: dict[str, Any], rows: list[RoundRow]) -> None:

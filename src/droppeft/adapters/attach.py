@@ -29,10 +29,11 @@ from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.adapters.prefix import PrefixModel
 from droppeft.adapters.settings import check, checked_options, config_class
 from droppeft.adapters.targets import layer_fields
-from droppeft.adapters.types import BOTTLENECK, TYPES
+from droppeft.adapters.types import BOTTLENECK, TYPES, check_on
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.plans import OTHER, AdapterSpec, LayerKey
+from droppeft.quantization import quantization_of
 
 HEADS = ("classifier", "score")
 """What transformers calls the task head; peft trains modules of these names by itself."""
@@ -85,10 +86,11 @@ def attach(
             values would otherwise stay random.
 
     Raises:
-        DroppeftError: a specification that does not fit its type or this model, whose modules are
-            as before then.
+        DroppeftError: a specification that does not fit its type or this model (also because of
+            its quantisation), whose modules are as before then.
     """
     name = check(spec)
+    check_on(name, [option for option, _ in spec.options], quantization_of(model))
     try:
         with torch.random.fork_rng(), _quiet():
             torch.manual_seed(seed)

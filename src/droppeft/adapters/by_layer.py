@@ -38,7 +38,8 @@ def trainable_by_layer(model: nn.Module, blocks_path: str) -> Parameters:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        owner = owners.setdefault(parameter.untyped_storage().data_ptr(), name)
+        # Not by address: weights without values (on the meta device) have none.
+        owner = owners.setdefault(parameter.untyped_storage()._cdata, name)
         if owner != name:
             raise DroppeftError(f"{name} and {owner} are one tensor: it belongs to no single layer")
         groups.setdefault(layer_of(name, blocks_path), {})[name] = parameter

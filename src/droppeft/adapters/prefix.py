@@ -34,6 +34,18 @@ class PrefixRows(nn.Module):
         return torch.cat(list(self.layer), dim=1).detach().cpu()
 
 
+class Prefix(DynamicCache):  # type: ignore[misc]
+    """Keys and values before those of the text; only read, so that a layer may run twice."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the prefix before a layer's keys and values (B, heads, S, size of a head)."""
+        own = self.layers[layer_idx]
+        keys, values = ((own.keys, key_states), (own.values, value_states))
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+
 class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
     """peft's model for prefix tuning, whose prefix is a :class:`PrefixRows`.
 
@@ -48,7 +60,7 @@ class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
 
     def get_prompt(
         self, batch_size: int, task_ids: object = None, max_cache_len: object = None
-    ) -> DynamicCache:
+    ) -> Prefix:
         """Keys and values of the prefix, per layer (B, heads, tokens, size of a head)."""
         config = self.active_peft_config
         heads, tokens = config.num_attention_heads, config.num_virtual_tokens
@@ -56,7 +68,7 @@ class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
         for row in self.prompt_encoder["default"].layer:
             parts = row.view(tokens, 2, heads, config.token_dim // heads).permute(1, 2, 0, 3)
             pairs.append(tuple(parts.unsqueeze(1).expand(-1, batch_size, -1, -1, -1)))
-        return DynamicCache(pairs)
+        return Prefix(pairs)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The tensor that peft writes, (tokens, L x 2 x H_kv)."""

@@ -5,7 +5,7 @@ Ours; ``docs/adapters.md`` is made from this table and from what the contract of
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,7 +130,8 @@ TYPES: dict[str, AdapterType] = {
         "arXiv:2101.00190",
         {"tokens": "num_virtual_tokens"},
         closed=frozenset({"prefix_projection", "encoder_hidden_size"}),  # one MLP for all layers
-        note="every layer has one; not for models without a key-value cache, as DeBERTa-v2",
+        note="every layer has one; not for models without a key-value cache, as DeBERTa-v2, nor in "
+        "a loop of your own with transformers' own gradient checkpointing, which takes it away",
     ),
     "prompt_tuning": _prompt("Prompt tuning", "arXiv:2104.08691", _PROMPT),
     "p_tuning": _prompt(
@@ -201,3 +202,56 @@ def adapter_type(name: str) -> AdapterType:
     if found.kind == "refused":
         raise DroppeftError(f"adapter.type={name} is refused: {found.note}")
     return found
+
+
+_MATRIX = "it takes the weights for a matrix of numbers"
+_IN_PLACE = "it changes a layer's output in place, which bitsandbytes forbids"
+
+NOT_ON: dict[str, dict[str, str]] = {
+    "8bit": {
+        "adamss": _MATRIX,
+        "c3a": _IN_PLACE,
+        "deft": _MATRIX,
+        "delora": _MATRIX,
+        "glora": _MATRIX,
+        "gralora": _IN_PLACE,
+        "hra": _MATRIX,
+        "osf": _MATRIX,
+        "peanut": _MATRIX,
+        "psoft": _MATRIX,
+        "supertuning": _MATRIX,
+    },
+}
+"""By quantisation: types that train and cannot sit on such a backbone, with the reason."""
+
+NOT_ON["4bit"] = {**NOT_ON["8bit"], "loha": _MATRIX, "lokr": _MATRIX}
+
+
+def check_on(name: str, options: Collection[str], quantization: str) -> None:
+    """Refuse a type, or one of its options, on a quantised backbone.
+
+    Args:
+        name: a type that can be used.
+        options: names of those that are given.
+        quantization: of the backbone.
+
+    Raises:
+        DroppeftError: with the reason, and what can be used there.
+    """
+    refused = NOT_ON.get(quantization, {})
+    bits = quantization.removesuffix("bit")
+    if name in refused:
+        usable = [
+            known
+            for known, kind in TYPES.items()
+            if kind.kind != "refused" and known not in refused
+        ]
+        raise DroppeftError(
+            f"adapter.type={name} does not work on weights of {bits} bits: {refused[name]}; "
+            f"set quantization=none, or take {', '.join(usable)}"
+        )
+    if quantization == "8bit" and "use_dora" in options:
+        raise DroppeftError(
+            "adapter.options.use_dora: peft loses the scales of 8-bit weights when it computes "
+            "DoRA's norms on a CPU; use quantization=4bit or quantization=none"
+        )

@@ -1,5 +1,6 @@
 """The configuration of a run: its tables, and how they are read and written."""
 
+from droppeft.config.devices import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.reading import (
     as_tree,
     available_cores,
@@ -17,6 +18,7 @@ from droppeft.config.tables import (
     DropoutConfig,
     EvaluationConfig,
     FlowerConfig,
+    FrozenConfig,
     PartitionConfig,
     SourceConfig,
     TrainingConfig,
@@ -24,10 +26,14 @@ from droppeft.config.tables import (
 
 __all__ = [
     "AdapterConfig",
+    "Bandwidth",
+    "ClockConfig",
     "Config",
+    "DeviceProfile",
     "DropoutConfig",
     "EvaluationConfig",
     "FlowerConfig",
+    "FrozenConfig",
     "PartitionConfig",
     "SourceConfig",
     "TrainingConfig",

@@ -13,7 +13,8 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from droppeft.config.tables import RIVALS, Config, Table
+from droppeft.config.base import Table
+from droppeft.config.tables import RIVALS, Config
 from droppeft.errors import DroppeftError
 
 

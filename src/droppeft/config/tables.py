@@ -1,17 +1,13 @@
 """The tables of a configuration: frozen, validated, every default written here and nowhere else."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from droppeft.config.base import Real, Table, Whole, WordList
+from droppeft.config.devices import ClockConfig
 
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
@@ -41,29 +37,10 @@ def _with_default(table: object, rivals: Sequence[str], default: object) -> obje
     return {**table, rivals[0]: default}
 
 
-def _words(value: object) -> object:
-    """Let a list be written on the command line as ``a,b,c``."""
-    return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
-
-
 def _steps_or_round(value: object) -> object:
     if value == "round" or (type(value) is int and value >= 1):
         return value
     raise ValueError("must be a number of steps, 1 or more, or round")
-
-
-Whole = Annotated[int, Strict()]
-"""An integer; unlike a plain one it does not take ``true`` for 1."""
-
-Real = Annotated[float, Strict()]
-
-WordList = Annotated[tuple[str, ...], BeforeValidator(_words)]
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
-    )
 
 
 class SourceConfig(Table):
@@ -209,6 +186,28 @@ class DropoutConfig(Table):
         return self
 
 
+class FrozenConfig(Table):
+    """First layers in which nothing is trained and that are never dropped."""
+
+    layers: Whole = Field(
+        0,
+        ge=0,
+        description="how many; they get no adapter, and their dropout modules are off. "
+        "dropout.mean, dropout.count and the protected ends are of the layers behind them",
+    )
+    cache: bool = Field(
+        True,
+        description="keep what they make of an example on the device's disk, so that they run once "
+        "per example; otherwise they run in every step, without a backward",
+    )
+    precision: Literal["fp16", "bf16", "fp32"] = Field(
+        "fp16", description="of what is kept; it is the same on an example's first visit"
+    )
+    limit_mb: Real = Field(
+        2048.0, gt=0, description="disk that a device spends; beyond it the oldest goes"
+    )
+
+
 class TrainingConfig(Table):
     """What a device does in its turn."""
 
@@ -231,8 +230,15 @@ class TrainingConfig(Table):
     warmup_fraction: Real = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
     weight_decay: Real = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     clip_norm: Real = Field(1.0, gt=0, description="largest global gradient norm")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="`bf16` runs the forward under autocast; adapters stay fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="`bf16` and `fp16` run the forward under autocast, `fp16` with a scaled loss; "
+        "adapters stay fp32",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of the layers that run, and compute the rest again in "
+        "the backward: less memory, a second forward, the same adapter",
     )
     max_length: Whole = Field(128, ge=4, description="tokens after which a text is cut")
 
@@ -281,6 +287,11 @@ class Config(Table):
         "builtin",
         description="`builtin`, a hub id, a folder, or `config:ARCHITECTURE` (random weights)",
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="bits of the frozen model's linear maps, by bitsandbytes "
+        "(`pip install 'droppeft[quantization]'`); heads, adapters and embeddings stay fp32",
+    )
     data: str = Field(
         "builtin", description="`builtin`, a hub id, a folder, or a file; `$VARIABLES` are expanded"
     )
@@ -309,7 +320,9 @@ class Config(Table):
     adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
     dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    frozen: FrozenConfig = Field(default_factory=lambda: FrozenConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 
     @model_validator(mode="after")
@@ -328,4 +341,15 @@ class Config(Table):
                 f"cohort={self.cohort} is larger than devices={self.devices}; "
                 "lower cohort or raise devices"
             )
+        if self.drawn > self.devices:
+            raise ValueError(
+                f"clock.over_selection={self.clock.over_selection} draws {self.drawn} devices "
+                f"for a cohort of {self.cohort}, there are {self.devices}; lower one of them"
+            )
         return self
+
+    @property
+    def drawn(self) -> int:
+        """Devices drawn for a round: the cohort times the over-selection, rounded up."""
+        # 10 x 1.1 is 11 and a little more in binary.
+        return math.ceil(round(self.cohort * self.clock.over_selection, 6))

@@ -11,7 +11,13 @@ from droppeft.doctor.finding import Finding, problem
 from droppeft.doctor.flower import check_flower
 from droppeft.doctor.folders import check_cache_folder, check_runs_folder, check_temporary_folder
 from droppeft.doctor.machine import check_memory, check_processor, check_torch
-from droppeft.doctor.packages import check_dependencies, check_pins, check_python, repair
+from droppeft.doctor.packages import (
+    check_dependencies,
+    check_pins,
+    check_python,
+    check_quantization,
+    repair,
+)
 
 __all__ = ["CHECKS", "Finding", "examine"]
 
@@ -19,6 +25,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Python": check_python,
     "dependencies": check_dependencies,
     "pinned versions": check_pins,
+    "quantisation": check_quantization,
     "torch": check_torch,
     "processor": check_processor,
     "memory": check_memory,

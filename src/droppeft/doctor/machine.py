@@ -16,7 +16,7 @@ from droppeft.doctor.packages import reinstall
 TORCH_PATIENCE_S = 120
 
 ENOUGH_MEMORY_BYTES = 2e9
-"""A run with the built-in model and data takes 1.3 GB (measured)."""
+"""For a run with the built-in model and data, with room to spare."""
 
 MEMORY = Path("/proc/meminfo")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")

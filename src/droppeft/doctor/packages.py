@@ -72,6 +72,17 @@ def check_pins() -> Finding:
     )
 
 
+def check_quantization() -> Finding:
+    """bitsandbytes, which only ``quantization=8bit`` and ``4bit`` need."""
+    version = installed("bitsandbytes")
+    if version is None:
+        return note(
+            "bitsandbytes is not installed; only quantization=8bit and 4bit need it",
+            repair("[quantization]"),
+        )
+    return ok(f"bitsandbytes {version}")
+
+
 def constraints_file() -> Path | None:
     """``constraints.txt``: a wheel carries it inside the package, a checkout at its root."""
     checkout = PACKAGE.parents[1]
@@ -130,15 +141,18 @@ def _needed_by(packages: "Iterable[Requirement]") -> "Iterator[tuple[str, Requir
                 waiting.append(name)
 
 
-def repair() -> str:
+def repair(extra: str = "") -> str:
     """The command that brings all required packages to the versions that are known to work.
 
     pip takes the droppeft that is installed and mends what it requires.
+
+    Args:
+        extra: of droppeft, in brackets.
     """
     file = constraints_file()
     pinned = ("-c", str(file)) if file else ()
     what = (DISTRIBUTION,) if installed(DISTRIBUTION) else ("-e", str(PACKAGE.parents[1]))
-    return pip("install", *pinned, *what)
+    return pip("install", *pinned, *what[:-1], what[-1] + extra)
 
 
 def reinstall(*names: str) -> str:

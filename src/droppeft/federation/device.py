@@ -1,10 +1,13 @@
 """One device's turn, from a Plan to an Update: the same code on every transport."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from droppeft import seeds
@@ -12,9 +15,12 @@ from droppeft.adapters.attach import attach, detach
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
+from droppeft.data.tables import Rows
 from droppeft.data.tasks import Classification
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
+from droppeft.frozen_prefix import FrozenPrefix, StateStore
+from droppeft.frozen_prefix.turn import PrefixOfTurn, content_name, state_folder
 from droppeft.layer_dropout import find_blocks, sample_active
 from droppeft.models import Backbone
 from droppeft.plans import (
@@ -25,12 +31,23 @@ from droppeft.plans import (
     Layout,
     MeasuredCost,
     Plan,
+    PrefixCost,
     Tensors,
     Update,
     flatten,
     restrict,
 )
-from droppeft.training import ActiveAt, TrainOutcome, evaluate, rate_factor, train, turn_batches
+from droppeft.precision import autocast
+from droppeft.quantization import is_quantised, on_device
+from droppeft.training import (
+    ActiveAt,
+    Evaluation,
+    TrainOutcome,
+    evaluate,
+    rate_factor,
+    train,
+    turn_batches,
+)
 
 
 class Workbench:
@@ -52,12 +69,17 @@ class Workbench:
         self._spec: AdapterSpec | None = None
         self._fresh: dict[AdapterSpec, Tensors] = {}
         self.device = torch.device(accelerator)
-        self.model: nn.Module = backbone.model.to(self.device)
+        self.model = on_device(backbone.model, self.device)
         self.parameters: Parameters = {}
         self.blocks: tuple[nn.Module, ...] = ()
         self.task = Classification(
             backbone.inputs, int(backbone.tokenizer.pad_token_id), self.device
         )
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the backbone's weights."""
+        return self._backbone.weights_hash
 
     @property
     def num_layers(self) -> int:
@@ -109,9 +131,9 @@ def take_turn(
     bench.wear(plan.adapter)
     parameters = _load(bench, plan)
     with base_delta_applied(bench.model, plan.base_delta):
-        before, reward_wall_s = _validation_loss(bench, table, rows, config, plan)
-        outcome = _train(bench, parameters, table, rows, config, plan)
-        after, again_wall_s = _validation_loss(bench, table, rows, config, plan)
+        before = _validation(bench, table, rows, config, plan)
+        outcome, prefix = _train(bench, parameters, table, rows, config, plan)
+        after = _validation(bench, table, rows, config, plan)
     tensors = _trained_and_shared(parameters, plan, outcome)
     return Update(
         round=plan.round,
@@ -123,15 +145,58 @@ def take_turn(
         active_steps=outcome.active_steps,
         importance=outcome.importance,
         train_loss=outcome.loss,
-        reward=None if before is None or after is None else before - after,
+        reward=before.loss - after.loss if before and after else None,
         cost=MeasuredCost(
             turn_wall_s=time.perf_counter() - start,
             train_wall_s=outcome.wall_s,
-            reward_wall_s=reward_wall_s + again_wall_s,
+            reward_wall_s=sum(measured.wall_s for measured in (before, after) if measured),
             activation_bytes_peak=outcome.activation_bytes_peak,
             tokens=outcome.tokens,
+            rows=outcome.rows,
+            layer_tokens=outcome.layer_tokens,
+            reward_tokens=sum(measured.tokens for measured in (before, after) if measured),
+            prefix=prefix,
         ),
     )
+
+
+def rehearse(bench: Workbench, table: TokenTable, config: Config, spec: AdapterSpec) -> None:
+    """Take a step that moves nothing, where settings ask for more than every model and adapter can.
+
+    Some adapters answer in fp32 where a model counts on what autocast makes: DeBERTa-v2 then fails.
+
+    Args:
+        bench: left with whatever values it has.
+        table: the rows of the step are its first ones.
+
+    Raises:
+        DroppeftError: the step failed; with what to set.
+    """
+    settings = config.training
+    if settings.precision == "fp32" and not settings.checkpointing:
+        return
+    bench.wear(spec)
+    batch = bench.task.collate(table, np.arange(min(2, len(table))))
+    every = (True,) * bench.num_layers
+    try:
+        with torch.random.fork_rng():
+            train(
+                bench.model,
+                bench.blocks,
+                bench.parameters,
+                [batch],
+                lambda step: every,
+                [0.0],
+                bench.task,
+                settings,
+            )
+    except RuntimeError as error:
+        checkpointing = str(settings.checkpointing).lower()
+        raise DroppeftError(
+            f"adapter.type={config.adapter.type} on this model cannot be trained with "
+            f"training.precision={settings.precision} and training.checkpointing={checkpointing} "
+            f"({str(error).strip().partition(chr(10))[0]}); use fp32 and false, or another type"
+        ) from None
 
 
 @contextmanager
@@ -141,13 +206,18 @@ def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[No
     The old values are kept, not recomputed: w + d − d is not w in floating point.
 
     Raises:
-        DroppeftError: a name or shape that the backbone does not have.
+        DroppeftError: a name or shape that the backbone does not have, or a quantised weight.
     """
     if delta is None:
         yield
         return
     own = {_own_name(name): value for name, value in model.named_parameters()}
     for name, array in delta.tensors.items():
+        if name in own and is_quantised(own[name]):
+            raise DroppeftError(
+                f"base delta {delta.version}: {name} is quantised, and nothing can be added to it; "
+                "set quantization=none, or take a method without base deltas"
+            )
         if name not in own or tuple(own[name].shape) != array.shape:
             raise DroppeftError(f"base delta {delta.version}: {name} does not fit the backbone")
     kept = {name: own[name].detach().clone() for name in delta.tensors}
@@ -200,7 +270,7 @@ def _train(
     rows: DeviceRows,
     config: Config,
     plan: Plan,
-) -> TrainOutcome:
+) -> tuple[TrainOutcome, PrefixCost]:
     settings = config.training
     rng = seeds.numpy_generator(plan.seed, purpose="batches", round=plan.round, device=plan.device)
     chosen = turn_batches(rows.train, table, settings.batch_size, plan.budget, rng)
@@ -208,12 +278,13 @@ def _train(
         rate_factor(settings, (plan.round - 1 + (step + 0.5) / len(chosen)) / config.rounds)
         for step in range(len(chosen))
     ]
+    prefix = _prefix(bench, table, chosen, config, plan) if plan.frozen else None
     with torch.random.fork_rng():
         # For dropout inside the backbone and the adapter: torch's global generator is theirs.
         torch.manual_seed(
             seeds.seed_for(plan.seed, purpose="modules", round=plan.round, device=plan.device)
         )
-        return train(
+        outcome = train(
             bench.model,
             bench.blocks,
             parameters,
@@ -223,7 +294,42 @@ def _train(
             bench.task,
             settings,
             plan.objective.proximal,
+            prefix,
         )
+    if prefix is None:
+        return outcome, PrefixCost()
+    prefix.close()
+    return outcome, prefix.cost
+
+
+def _prefix(
+    bench: Workbench, table: TokenTable, chosen: Sequence[Rows], config: Config, plan: Plan
+) -> PrefixOfTurn:
+    """The first layers, which nobody trains, with what this device keeps of them."""
+    settings, training, store = config.frozen, config.training, None
+    if settings.cache:
+        content = content_name(
+            weights=bench.weights_hash,
+            base_delta=plan.base_delta.version if plan.base_delta else "",
+            depth=plan.frozen,
+            stored=settings.precision,
+            computed=training.precision,
+            threads=torch.get_num_threads(),
+            accelerator=str(bench.device),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        )
+        folder = state_folder(config) / f"device-{plan.device}"
+        store = StateStore(folder, content, plan.round, int(settings.limit_mb * 1e6))
+    return PrefixOfTurn(
+        FrozenPrefix(bench.model, bench.blocks, plan.frozen),
+        store,
+        settings.precision,
+        table,
+        bench.task,
+        chosen,
+        partial(autocast, training.precision, bench.device),
+    )
 
 
 def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
@@ -245,14 +351,14 @@ def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
     return active_at
 
 
-def _validation_loss(
+def _validation(
     bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
-) -> tuple[float | None, float]:
-    """Loss at full depth on the first rows of the validation part, and what it took."""
+) -> Evaluation | None:
+    """Measure at full depth on the first rows of the validation part, if the Plan says so."""
     if plan.reward_rows == 0:
-        return None, 0.0
+        return None
     chosen = rows.validation[: plan.reward_rows]
-    measured = evaluate(
+    return evaluate(
         bench.model,
         table,
         chosen,
@@ -260,7 +366,6 @@ def _validation_loss(
         config.evaluation.batch_size,
         config.training.precision,
     )
-    return measured.loss, measured.wall_s
 
 
 def _trained_and_shared(parameters: Parameters, plan: Plan, outcome: TrainOutcome) -> Tensors:

@@ -25,8 +25,9 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.device import Workbench, base_delta_applied
 from droppeft.federation.loading import Loaded
 from droppeft.files import sync
-from droppeft.models import Backbone, quiet
+from droppeft.models import HEAD_MODULES, Backbone, quiet
 from droppeft.plans import GlobalModel
+from droppeft.quantization import settings
 
 PROBE = "Whatever it says, the merged model must answer it as the model did that it is made of."
 MERGE_TOLERANCE = 1e-3
@@ -152,14 +153,15 @@ def adapter_lines(source: Source, folder: str) -> str:
         else ""
     )
     loading = loading_of(source.adapter_type)
+    quantised, options = _quantised_lines(source)
     return f"""\
 {loading.import_line}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base = {base!r}
 id2label = {dict(enumerate(source.label_names))!r}
-model = AutoModelForSequenceClassification.from_pretrained(
-    base, id2label=id2label, ignore_mismatched_sizes=True
+{quantised}model = AutoModelForSequenceClassification.from_pretrained(
+    base, id2label=id2label, ignore_mismatched_sizes=True{options}
 )
 model = {loading.function}(model, {folder!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained(base)
@@ -174,6 +176,21 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model = AutoModelForSequenceClassification.from_pretrained({folder!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 {_cut(source)}"""
+
+
+def _quantised_lines(source: Source) -> tuple[str, str]:
+    """Lines that say how a base is quantised, and what ``from_pretrained`` is given of them."""
+    if source.config.quantization == "none":
+        return "", ""
+    chosen = settings(source.config.quantization, HEAD_MODULES)
+    words = "".join(f"    {name}={value!r},\n" for name, value in chosen.items())
+    return (
+        "# As it was trained: with bitsandbytes, and on the GPU where there is one.\n"
+        "import torch\n"
+        "from transformers import BitsAndBytesConfig\n\n"
+        f"quantization = BitsAndBytesConfig(\n{words})\n",
+        ",\n    quantization_config=quantization, dtype=torch.float32",
+    )
 
 
 def _fill_with_adapter(source: Source, folder: Path) -> None:
@@ -260,7 +277,7 @@ tags: [federated, droppeft]
 # Model fine-tuned by droppeft
 
 Adapters ({source.adapter_type}) were trained, and are merged into the weights here.
-
+{_merged_values(source.config)}
 {_table(source)}
 In this folder:
 
@@ -275,7 +292,7 @@ def _table(source: Source) -> str:
 | | |
 |---|---|
 | method | {config.method} |
-| base model | {config.model} |
+| base model | {config.model}{_bits(config)} |
 | data | {config.data} (content hash {source.data_hash}) |
 | classes | {len(source.label_names)} |
 | round | {source.round} of {config.rounds} |
@@ -284,6 +301,23 @@ def _table(source: Source) -> str:
 | trainable parameters | {count_parameters(source.bench.parameters):,} |
 {_accuracy(source)}
 """
+
+
+def _merged_values(config: Config) -> str:
+    if config.quantization == "none":
+        return ""
+    return f"""\
+They were trained on a base{_bits(config)}.
+Here these are the numbers that the bits stand for, in full precision; the accuracy was recorded
+with the bits.
+"""
+
+
+def _bits(config: Config) -> str:
+    if config.quantization == "none":
+        return ""
+    bits = config.quantization.removesuffix("bit")
+    return f" with its linear maps in {bits} bits (bitsandbytes)"
 
 
 def _accuracy(source: Source) -> str:

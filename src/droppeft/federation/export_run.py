@@ -26,10 +26,10 @@ from droppeft.federation.export import (
     save_adapter,
     save_merged,
 )
+from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.loading import Say
-from droppeft.federation.run import CONFIG, RESULT, ROUNDS
 from droppeft.ledger import read_rows
-from droppeft.models import load_backbone
+from droppeft.models import load_backbone, load_dequantised
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def export_run(
         run: folder of a run that is finished, stopped, or going on in another process.
         out: the new folder; by default ``adapter-round-N`` or ``merged-round-N`` in the run's.
         round: of the checkpoint; by default the newest.
-        merge: a plain transformers model with its tokenizer, in place of an adapter.
+        merge: a plain transformers model with its tokenizer, in place of an adapter; in full
+            precision, whatever the run's quantisation.
         say: told what is being done, for people.
 
     Raises:
@@ -84,20 +85,26 @@ def export_run(
         raise DroppeftError(f"{out}: exists already; choose another folder with --out")
     if not merge:
         check_alone(checkpoint.state.model)
-    source = _source(run, config, checkpoint, say)
+    source = _source(run, config, checkpoint, merge, say)
     say("writing")
     save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
     save(source, out)
     return Exported(out, source.round, source.accuracy, source.rows, lines(source, str(out)))
 
 
-def _source(run: Path, config: Config, checkpoint: Checkpoint, say: Say) -> Source:
-    """Load the backbone as the run had it, on the CPU: a file has no accelerator."""
+def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say) -> Source:
+    """Load the backbone as the run had it, on the CPU: a file has no accelerator.
+
+    To merge, quantised weights are loaded as the values that they stand for, which is what the
+    adapter was trained on: there is no adding to codes without losing some of the sum.
+    """
     facts = _with_labels(run, config, checkpoint.facts, say)
     names = tuple(facts["label_names"])
     torch.set_num_threads(config.threads)
     say("loading model")
-    backbone = load_backbone(config.model, names, seeds.seed_for(config.seed, purpose="head"))
+    seed = seeds.seed_for(config.seed, purpose="head")
+    load = load_dequantised if merge and config.quantization != "none" else load_backbone
+    backbone = load(config.model, names, seed, config.quantization)
     if backbone.weights_hash != facts["model_hash"]:
         raise DroppeftError(
             f"{run}: the model {config.model} changed since this run began "

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from droppeft import seeds
+from droppeft.adapters.types import TYPES
+from droppeft.checkpointing import check_checkpointing
 from droppeft.config import Config
 from droppeft.data.cache import cache_dir
 from droppeft.data.partition import DeviceRows, partition_rows
@@ -19,6 +21,7 @@ from droppeft.data.tables import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import Workbench
+from droppeft.layer_dropout import find_blocks
 from droppeft.models import Backbone, load_backbone
 
 Say = Callable[[str], None]
@@ -78,8 +81,11 @@ def load(config: Config, say: Say) -> Loaded:
     )
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
-    backbone = load_backbone(config.model, data.label_names, head_seed)
+    backbone = load_backbone(config.model, data.label_names, head_seed, config.quantization)
+    _check_frozen(config)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
+    if config.training.checkpointing:
+        check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     bench = Workbench(backbone, config.accelerator, config.seed)
     return Loaded(config, data, tuple(devices), backbone, bench)
 
@@ -115,6 +121,16 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
         if found.get(name) != hash:
             return f"the {name.removesuffix('_hash')} is another ({hash}, here {found.get(name)})"
     return None
+
+
+def _check_frozen(config: Config) -> None:
+    """Virtual tokens stand before the first layer: then its output is not the text's alone."""
+    name, layers = config.adapter.type, config.frozen.layers
+    if layers and TYPES[name].kind != "layered":
+        raise DroppeftError(
+            f"frozen.layers={layers} needs an adapter in the layers behind, and {name} is not in a "
+            "layer; choose another adapter.type, or frozen.layers=0"
+        )
 
 
 def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:

@@ -7,16 +7,20 @@ import numpy as np
 
 from droppeft import seeds
 from droppeft.adapters.settings import check
+from droppeft.adapters.types import check_on
 from droppeft.config import Config
+from droppeft.costs.devices import make_fleet
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows, TextData
 from droppeft.data.tokens import TokenTable
-from droppeft.federation.device import Workbench
+from droppeft.federation.device import Workbench, rehearse
 from droppeft.federation.loading import Loaded, Say, load, tokens_of
+from droppeft.federation.modelled import clock_for
 from droppeft.federation.transport import transport_named
 from droppeft.methods import Method, Setup, method_named
 from droppeft.methods.base import adapter_spec
 from droppeft.plans import ServerState
+from droppeft.quantization import check_installed
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Prepared:
         state: before round 1.
         test: tokenised test rows.
         sample: test rows of a round's evaluation.
+        without_clock: why there is no modelled clock, ``None`` if there is one.
         prepare_wall_s: what all this took.
     """
 
@@ -38,6 +43,7 @@ class Prepared:
     state: ServerState
     test: TokenTable
     sample: Rows
+    without_clock: str | None
     prepare_wall_s: float
 
     @property
@@ -65,12 +71,17 @@ def prepare(config: Config, say: Say) -> Prepared:
     method = method_named(config.method)
     transport_named(config.transport)
     check(adapter_spec(config.adapter, num_layers=1))
+    check_on(config.adapter.type, config.adapter.options, config.quantization)
+    check_installed(config.quantization)
+    fleet = make_fleet(config.clock, config.devices, config.seed)
     loaded = load(config, say)
     bench = loaded.bench
-    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout)
+    clock, without_clock = clock_for(config, fleet, loaded.backbone)
+    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, clock)
     state = method.init(setup)
     say("tokenising")
     test = tokens_of(loaded, loaded.data.test)
+    rehearse(bench, test, config, state.model.adapter)
     return Prepared(
         loaded=loaded,
         method=method,
@@ -78,6 +89,7 @@ def prepare(config: Config, say: Say) -> Prepared:
         state=state,
         test=test,
         sample=evaluation_sample(len(test), config.evaluation.rows),
+        without_clock=without_clock,
         prepare_wall_s=time.perf_counter() - start,
     )
 

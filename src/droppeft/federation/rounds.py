@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.costs.clock import RoundCost
+from droppeft.federation.modelled import close_round
 from droppeft.federation.transport import Arrival, Transport
 from droppeft.federation.validation import why_refused
 from droppeft.methods import Method, Setup
@@ -26,13 +28,17 @@ class Closed:
 
     Attributes:
         plans: in cohort order.
-        replies: in the same order, refused Updates replaced by their Failure.
+        answers: in the same order, refused Updates replaced by their Failure.
+        replies: those that may be merged, the others replaced by a Failure.
+        modelled: the round on the modelled clock.
         arrivals: what the transport handed over, in order of arrival.
         server_wall_s: planning, checking and merging on the server.
     """
 
     plans: tuple[Plan, ...]
+    answers: tuple[Reply, ...]
     replies: tuple[Reply, ...]
+    modelled: RoundCost
     arrivals: tuple[Arrival, ...]
     server_wall_s: float
 
@@ -57,25 +63,47 @@ def play_round(
         on_reply: called once per reply as it arrives, for progress.
     """
     start = time.perf_counter()
-    plans = method.plan(setup, state, round, draw_cohort(setup, round))
+    present, absent = _presence(setup, round)
+    plans = method.plan(setup, state, round, present)
     planned_s = time.perf_counter() - start
     arrived: dict[int, Arrival] = {}
     for arrival in transport.exchange(plans):
         arrived[arrival.index] = arrival
         on_reply(arrival.reply)
     start = time.perf_counter()
-    replies = [_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans)]
+    answers = [_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans)]
+    replies, modelled = close_round(setup.clock, setup.config, plans, answers)
     replies = _with_quorum(replies, setup.config.quorum)
     state = _as_saved(method.merge(setup, state, plans, replies))
     server_wall_s = planned_s + time.perf_counter() - start
-    return state, Closed(tuple(plans), tuple(replies), tuple(arrived.values()), server_wall_s)
+    return state, Closed(
+        plans=tuple(plans),
+        answers=tuple(answers),
+        replies=tuple(replies),
+        modelled=replace(modelled, absent=absent),
+        arrivals=tuple(arrived.values()),
+        server_wall_s=server_wall_s,
+    )
 
 
 def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
-    """The devices of a round, uniformly without replacement, from (seed, round) alone."""
+    """The devices of a round, uniformly without replacement, from (seed, round) alone.
+
+    More than the cohort if the configuration over-selects.
+    """
     rng = seeds.numpy_generator(setup.config.seed, purpose="cohort", round=round)
-    drawn = rng.choice(setup.config.devices, size=setup.config.cohort, replace=False)
+    drawn = rng.choice(setup.config.devices, size=setup.config.drawn, replace=False)
     return [int(device) for device in np.sort(drawn)]
+
+
+def _presence(setup: Setup, round: int) -> tuple[list[int], tuple[int, ...]]:
+    """The drawn devices that are there, and those that are not: no Plan is made for them."""
+    drawn = list(draw_cohort(setup, round))
+    if setup.clock is None:
+        return drawn, ()
+    there = {device for device in drawn if setup.clock.fleet.is_there(round, device)}
+    present = [device for device in drawn if device in there]
+    return present, tuple(device for device in drawn if device not in there)
 
 
 def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:

@@ -4,13 +4,11 @@ Whatever the moment of a crash, the folder holds a configuration, whole checkpoi
 what follows from (configuration, checkpoint) is the same as if nothing had happened.
 """
 
-import fcntl
 import json
-import os
-import tempfile
+import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 from droppeft.adapters.by_layer import count_parameters, set_tensors
-from droppeft.config import Config, as_tree, load_config, resolve, to_toml
+from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.builtin import EXPECTED_HASH
 from droppeft.data.tables import Rows
 from droppeft.errors import DroppeftError
@@ -28,11 +26,13 @@ from droppeft.federation.checkpoints import Checkpoint
 from droppeft.federation.device import base_delta_applied
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.export import write_adapter
-from droppeft.federation.loading import identity
+from droppeft.federation.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, check_free, held
+from droppeft.federation.loading import difference, identity
 from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
 from droppeft.federation.transport import Connect, Transport, transport_named
-from droppeft.files import sync, write_atomically
+from droppeft.files import write_atomically
+from droppeft.frozen_prefix.turn import state_folder
 from droppeft.ledger import (
     SCHEMA_VERSION,
     RoundRow,
@@ -44,8 +44,6 @@ from droppeft.ledger import (
 )
 from droppeft.plans import GlobalModel, Reply
 from droppeft.training import Evaluation, evaluate
-
-CONFIG, ROUNDS, DEVICES, RESULT = "config.toml", "rounds.jsonl", "devices.jsonl", "result.json"
 
 LOST_ROUNDS = 3
 """So many rounds in a row without a merged reply end a run."""
@@ -99,8 +97,8 @@ def start_run(
     with _open(prepared, connect, watcher) as transport:
         watcher.preparing("measuring the references")
         first = Checkpoint(0, prepared.state, _facts(prepared))
-        _begin(out, config, first)
-        with _held(out):
+        begin(out, config, first)
+        with held(out):
             return _play(prepared, transport, first, [], out, watcher)
 
 
@@ -114,7 +112,7 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
     out = out.resolve()
     if not (out / CONFIG).is_file():
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
-    with _held(out):
+    with held(out):
         if (out / RESULT).exists():
             result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
             watcher.finished(result)
@@ -132,22 +130,6 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
         rewind(out / DEVICES, newest.round)
         with _open(prepared, connect, watcher) as transport:
             return _play(prepared, transport, newest, rows, out, watcher)
-
-
-def check_free(out: Path) -> None:
-    """Refuse an output folder that has content or cannot be made.
-
-    Raises:
-        DroppeftError: with what to do.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DroppeftError(
-            f"--out {out} exists already; choose another folder, "
-            f"or go on with: droppeft resume {out}"
-        )
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")
 
 
 def _open(
@@ -186,12 +168,21 @@ def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:
     recent = rows if over else rows[-LOST_ROUNDS:]
     if any(row.accepted for row in recent) or len(recent) < min(LOST_ROUNDS, rounds):
         return
-    last = recent[-1].failures[-1]
     then = "start a new run" if over else f"resume {out}"
     raise DroppeftError(
         f"no reply could be merged in {len(recent)} rounds in a row "
-        f"(device {last['device']}: {last['reason']}); mend that, then {then}"
+        f"({_why_nobody(recent[-1])}); mend that, then {then}"
     )
+
+
+def _why_nobody(row: RoundRow) -> str:
+    """Why nothing of a round was merged, by an example."""
+    if row.failures:
+        last = row.failures[-1]
+        return f"device {last['device']}: {last['reason']}"
+    if row.late:
+        return f"modelled turns are longer than clock.deadline_s, as that of device {row.late[-1]}"
+    return "by the availability of their profiles no device was there"
 
 
 def _one_round(
@@ -209,8 +200,11 @@ def _one_round(
     )
     quality = _quality(prepared, state.model, round)
     row = round_row(
+        round,
         closed.plans,
+        closed.answers,
         closed.replies,
+        closed.modelled,
         [(arrival.sent_bytes, arrival.received_bytes) for arrival in closed.arrivals],
         quality,
         closed.server_wall_s,
@@ -218,7 +212,9 @@ def _one_round(
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
     )
-    devices = [device_row(*pair) for pair in zip(closed.plans, closed.replies, strict=True)]
+    turns = closed.modelled.turns
+    parts = zip(closed.plans, closed.answers, closed.replies, turns, strict=True)
+    devices = [device_row(*each) for each in parts]
     return Checkpoint(round, state, last.facts), row, devices
 
 
@@ -264,6 +260,7 @@ def _finish(
         "config": as_tree(config),
     }
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    shutil.rmtree(state_folder(config), ignore_errors=True)
     watcher.finished(result)
     return result
 
@@ -291,6 +288,9 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
         "devices": config.devices,
         "cohort_size": config.cohort,
+        "drawn_size": config.drawn,
+        "profiles": list(config.clock.profiles),
+        "without_clock": prepared.without_clock,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
         "trainable_parameters": count_parameters(prepared.bench.parameters),
@@ -324,39 +324,9 @@ def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
 
 def _check_same_start(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
     """Refuse to go on with other texts, another split or another backbone."""
-    for name, now in identity(prepared.loaded).items():
-        before = checkpoint.facts[name]
-        if before != now:
-            raise DroppeftError(
-                f"{out}: the {name.removesuffix('_hash')} changed since this run began "
-                f"({before}, now {now}); put it back, or start a new run"
-            )
-
-
-def _begin(out: Path, config: Config, first: Checkpoint) -> None:
-    """Make the folder with all it needs to be resumed, in one step."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            inside = Path(scratch) / "run"
-            inside.mkdir()
-            write_atomically(inside / CONFIG, to_toml(config).encode())
-            checkpoints.save(inside / "checkpoints", first)
-            inside.replace(out)
-        sync(out.parent)
-    except OSError as error:
-        raise DroppeftError(f"--out {out}: cannot be made ({error.strerror})") from None
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; the lock goes with the process."""
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DroppeftError(f"{out}: another process is working on this run") from None
-        yield
-    finally:
-        os.close(handle)
+    now = identity(prepared.loaded)
+    wrong = difference({name: checkpoint.facts[name] for name in now}, now)
+    if wrong:
+        raise DroppeftError(
+            f"{out}: this run began otherwise: {wrong}; put it back, or start a new run"
+        )

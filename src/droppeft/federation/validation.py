@@ -1,6 +1,8 @@
 """Decide whether an Update may be merged: nothing a device sends is taken on trust."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +13,9 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
     """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
 
     Checked: it answers this Plan (round, device, nonce); its counts fit the Plan's budget, since
-    they are its weight; its costs are possible; it holds exactly the tensors that may travel, of
-    layers that ran, with the shapes of the Plan's adapter; and every number in it is finite.
+    they are its weight; its costs are possible and agree with the counts; it holds exactly the
+    tensors that may travel, of layers that ran, with the shapes of the Plan's adapter; and every
+    number in it is finite.
 
     Args:
         plan: what was asked.
@@ -23,6 +26,7 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
     return (
         _identity(plan, update)
         or _counts(plan, update, batch_size)
+        or _cost(plan, update, batch_size)
         or _names(plan, update, layout)
         or _values(update, layout)
     )
@@ -41,6 +45,8 @@ def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
             return f"speaks of {said} layers, the model has {layers}"
     if update.steps < 1 or (plan.budget.steps or update.steps) != update.steps:
         return f"took {update.steps} steps, the budget says {plan.budget.steps}"
+    if update.examples == 0:
+        return "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
     if not 1 <= update.examples <= update.steps * batch_size:
         return f"claims {update.examples} rows in {update.steps} steps of {batch_size} at most"
     if not all(0 <= active <= update.steps for active in update.active_steps):
@@ -48,7 +54,32 @@ def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     numbers = (update.train_loss, update.reward or 0.0, *update.importance)
     if not np.isfinite(numbers).all():
         return "its loss, reward or importance is not finite"
-    return None if all(0 <= n < np.inf for n in astuple(update.cost)) else "claims impossible costs"
+    return None
+
+
+def _cost(plan: Plan, update: Update, batch_size: int) -> str | None:
+    cost, layers = update.cost, len(plan.adapter.layers)
+    # A whole number may be larger than any float; the modelled clock divides by these.
+    if not all(0 <= number < 2**63 for number in _numbers(astuple(cost))):
+        return "claims impossible costs"
+    if not update.examples <= cost.rows <= min(cost.tokens, update.steps * batch_size):
+        return f"claims {cost.tokens} tokens in {cost.rows} rows for {update.examples} examples"
+    if len(cost.layer_tokens) != layers:
+        return f"speaks of tokens in {len(cost.layer_tokens)} layers, the model has {layers}"
+    for layer in range(plan.frozen, layers):
+        ran, tokens = update.active_steps[layer], cost.layer_tokens[layer]
+        least = cost.tokens if ran == update.steps else min(ran, 1)
+        if not least <= tokens <= cost.tokens:
+            return f"claims {tokens} of {cost.tokens} tokens in layer {layer}, active {ran} times"
+    return None
+
+
+def _numbers(values: Iterable[Any]) -> Iterator[float]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        else:
+            yield value
 
 
 def _names(plan: Plan, update: Update, layout: Layout) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.blocks import Gates, find_stacks, gated
+from droppeft.layer_dropout.blocks import Gates, find_stacks, gated, untraced
 from droppeft.layer_dropout.gates import sample_active
 from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
 from droppeft.layer_dropout.schedules import check_schedule, scheduled_rates
@@ -38,7 +38,8 @@ class DrawnGates:
     def step(self) -> int:
         """The optimizer step that is being prepared, from 0; assign it to go on with a run.
 
-        It advances by itself after each step of the optimizer that :func:`layer_dropout` got.
+        It advances by itself after each step of the optimizer that :func:`layer_dropout` got; not
+        after one that torch's ``GradScaler`` skips.
         """
         return self._step
 
@@ -81,8 +82,11 @@ class DrawnGates:
                     "default"
                 )
 
-    def _after_optimizer(self, *_: object) -> None:
-        self.step += 1
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # Of other optimizers torch's GradScaler does not even call the step that it skips; a fused
+        # one it calls, with this beside it.
+        if not getattr(optimizer, "found_inf", False):
+            self.step += 1
 
 
 @contextmanager
@@ -113,6 +117,11 @@ def layer_dropout(
     At least one layer with something to train runs in every step, unless something outside of the
     blocks is trained as well (a head); which this is, is looked up on entering. Gates follow from
     ``seed`` and the step alone, so that all processes of a distributed run drop the same layers.
+
+    A step that torch's ``GradScaler`` skips, because gradients overflowed in fp16, is none: the
+    next batch runs the same layers. So the steps that are taken have the rates that were asked for,
+    even if some layers overflow more easily than others, and ``step`` counts what the optimizer
+    counts.
 
     Args:
         model: a transformers model, wrapped by peft or not, as :func:`find_stacks` takes it. The L
@@ -160,7 +169,7 @@ def layer_dropout(
     with gated(blocks) as gates, ExitStack() as hooks:
         dropout = DrawnGates(gates, draw, blocks)
         for layer, block in enumerate(blocks):
-            answer = partial(dropout._answer, layer)
+            answer = partial(untraced(dropout._answer), layer)
             hooks.callback(block.register_forward_pre_hook(answer).remove)
         if optimizer is not None:
             inner = _hookable(optimizer)

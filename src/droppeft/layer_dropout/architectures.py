@@ -21,6 +21,12 @@ def hidden_of(call: Arguments) -> torch.Tensor:
     return hidden
 
 
+def with_hidden(call: Arguments, hidden: torch.Tensor) -> Arguments:
+    """The same call with other hidden states."""
+    args, kwargs = call
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
 def cache_of(call: Arguments) -> Any:
     """The key-value cache that a block was called with, by whatever name; ``None`` without one."""
     args, kwargs = call

@@ -8,6 +8,7 @@ look up settings by list position compute something else without an error.
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +25,7 @@ from droppeft.layer_dropout.architectures import (
     Arguments,
     cache_of,
     hidden_of,
+    with_hidden,
 )
 
 
@@ -132,7 +134,13 @@ def _check_classes(
 
 
 def _class_names(block: nn.Module) -> tuple[str, ...]:
-    return tuple(kind.__name__ for kind in type(block).__mro__)
+    return tuple(kind.__name__ for kind in type(_uncompiled(block)).__mro__)
+
+
+def _uncompiled(block: nn.Module) -> nn.Module:
+    """``torch.compile(block)`` is another module, with the block inside."""
+    inner: nn.Module = getattr(block, "_orig_mod", block)
+    return inner
 
 
 def _paths(architecture: Architecture) -> str:
@@ -145,6 +153,8 @@ class Gates:
     def __init__(self, num_layers: int) -> None:
         self._active = (True,) * num_layers
         self._executed = [0] * num_layers
+        self.stand_ins: dict[int, torch.Tensor] = {}
+        """By block: what it hands on instead of its input while it is dropped."""
         self._arity: dict[type[nn.Module], int | None] = {}
 
     @property
@@ -184,7 +194,7 @@ class _Gate:
     def __init__(self, gates: Gates, index: int, block: nn.Module) -> None:
         self.gates = gates
         self.index = index
-        self.block = block
+        self.block = _uncompiled(block)
         self.forward = block.forward
         self.answer = _known_answer(block)
         self.missed: weakref.ref[Any] | None = None
@@ -205,6 +215,9 @@ class _Gate:
         cache = cache_of(call)
         if cache is not None:
             self.missed = weakref.ref(cache)
+        stand_in = self.gates.stand_ins.get(self.index)
+        if stand_in is not None:
+            call = with_hidden(call, stand_in)
         if self.answer is not None:
             return self.answer(self.block, call)
         kind, hidden = type(self.block), hidden_of(call)
@@ -229,6 +242,15 @@ class _Gate:
             return self.forward(*args, **kwargs)
 
 
+# torch.compile must not look into a gate: every pattern of dropped blocks would be a graph of its
+# own, and after eight of them it gives up. As it is, it compiles what lies between the gates.
+untraced = partial(
+    torch.compiler.disable,
+    recursive=False,
+    reason="a gate chooses in every step whether its block runs; compile without fullgraph=True",
+)
+
+
 def _known_answer(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:
     for name in _class_names(block):
         if name in BLOCK_ANSWERS:
@@ -250,6 +272,9 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
     and ``state_dict`` do not change. A dropped block adds nothing to a key-value cache: going on
     with such a cache is refused, so generate outside, or with ``use_cache=False``.
 
+    ``torch.compile`` stops at gates, whatever it was given: it compiles blocks and what lies
+    between them, and nothing anew when gates change.
+
     Args:
         blocks: the L blocks, as :func:`find_blocks` returns them. Blocks of a class that is not
             in :data:`~droppeft.layer_dropout.architectures.ARCHITECTURES` may be given too, if
@@ -269,7 +294,7 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
     # A tool that moves weights between devices may already have put its own forward there.
     before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
-        vars(block)["forward"] = _Gate(gates, index, block)
+        vars(block)["forward"] = untraced(_Gate(gates, index, block).__call__)
     try:
         yield gates
     finally:
@@ -283,5 +308,10 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
 def _refuse_gated(blocks: tuple[nn.Module, ...]) -> None:
     if len(set(blocks)) < len(blocks):
         raise DroppeftError("the same block was given twice; give every block once")
-    if any(isinstance(vars(block).get("forward"), _Gate) for block in blocks):
+    if any(map(_is_gated, blocks)):
         raise DroppeftError("these blocks are gated already; leave the first `gated` before")
+
+
+def _is_gated(block: nn.Module) -> bool:
+    gate = getattr(vars(block).get("forward"), "__wrapped__", None)
+    return isinstance(getattr(gate, "__self__", None), _Gate)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from droppeft.config import AdapterConfig, Config
+from droppeft.costs.clock import Clock
+from droppeft.errors import DroppeftError
 from droppeft.plans import (
     AdapterSpec,
     Budget,
@@ -37,12 +39,16 @@ class Setup:
         num_layers: L of the backbone.
         fresh_tensors: initial values of an adapter of given shapes, from the run's seed.
         layout: the tensors of such an adapter: name to (layer, shape).
+        clock: what turns take on the devices that the run stands for; ``None`` for a model whose
+            arithmetic cannot be counted. Decisions about time are made by it and not by what this
+            machine measured, so that a seed determines a run.
     """
 
     config: Config
     num_layers: int
     fresh_tensors: Callable[[AdapterSpec], Tensors]
     layout: Callable[[AdapterSpec], Layout]
+    clock: Clock | None
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,24 @@ class Method:
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
-    """The configured adapter in every layer."""
-    return adapter_spec(setup.config.adapter, setup.num_layers)
+    """The configured adapter in every layer behind the frozen ones.
+
+    Raises:
+        DroppeftError: all layers are frozen.
+    """
+    frozen = setup.config.frozen.layers
+    if frozen >= setup.num_layers:
+        raise DroppeftError(
+            f"frozen.layers={frozen} leaves none of the {setup.num_layers} layers to train"
+        )
+    return adapter_spec(setup.config.adapter, setup.num_layers, frozen)
 
 
-def adapter_spec(chosen: AdapterConfig, num_layers: int) -> AdapterSpec:
-    """The same adapter in each of so many layers."""
+def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> AdapterSpec:
+    """The same adapter in each of so many layers, but for the first ``frozen``."""
     layer = LayerAdapter(type=chosen.type, rank=chosen.rank, width=chosen.width)
     return AdapterSpec(
-        layers=(layer,) * num_layers,
+        layers=(None,) * frozen + (layer,) * (num_layers - frozen),
         alpha=chosen.alpha,
         dropout=chosen.dropout,
         targets=chosen.targets,
@@ -116,6 +131,7 @@ def full_plan(
         reward_rows=0,
         seed=setup.config.seed,
         nonce=secrets.token_hex(16),
+        frozen=setup.config.frozen.layers,
     )
 
 

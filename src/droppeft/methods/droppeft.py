@@ -21,15 +21,29 @@ from droppeft.methods.base import (
 from droppeft.plans import LayerDropout, Plan, ServerState
 
 
-def configured_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
-    """Dropout rate of every layer.
+def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
+    """Dropout rate of every layer; 0 for the first ``frozen``, the others as if there were no more.
 
     Raises:
         DroppeftError: a mean or count that the protected layers make impossible, or a list of
             rates that does not fit the model.
     """
     if config.rates is not None:
-        return explicit_rates(config.rates, num_layers)
+        return _of_all_layers(config.rates, num_layers, frozen)
+    return (0.0,) * frozen + _spread(config, num_layers - frozen)
+
+
+def _of_all_layers(given: Sequence[float], num_layers: int, frozen: int) -> tuple[float, ...]:
+    rates = explicit_rates(given, num_layers)
+    if any(rates[:frozen]):
+        raise DroppeftError(
+            f"dropout.rates drops one of the first {frozen} layers, which are frozen "
+            f"(frozen.layers={frozen}); set the first {frozen} rates to 0"
+        )
+    return rates
+
+
+def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
     protected = protected_ends(num_layers, config.protect_first, config.protect_last)
     if config.count is None:
         return layer_rates(config.mean or 0.0, config.shape, num_layers, protected=protected)
@@ -43,14 +57,15 @@ def configured_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...
 
 
 def _init(setup: Setup) -> ServerState:
-    configured_rates(setup.config.dropout, setup.num_layers)
-    return start_with(setup, uniform_adapter(setup))
+    adapter = uniform_adapter(setup)
+    configured_rates(setup.config.dropout, setup.num_layers, setup.config.frozen.layers)
+    return start_with(setup, adapter)
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
     settings = setup.config.dropout
     rates = scheduled_rates(
-        configured_rates(settings, setup.num_layers),
+        configured_rates(settings, setup.num_layers, setup.config.frozen.layers),
         settings.schedule,
         (round - 1) / setup.config.rounds,
         settings.schedule_part,
@@ -63,7 +78,7 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 DROPPEFT = Method(
     name="droppeft",
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
-    tables=frozenset({"dropout"}),
+    tables=frozenset({"dropout", "frozen"}),
     init=_init,
     plan=_plan,
     merge=average_by_examples,

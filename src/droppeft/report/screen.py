@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,7 @@ from rich.text import Text
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 
-BAR_WIDTH = 20
+BAR_WIDTH = 18
 
 
 class Screen:
@@ -41,7 +41,7 @@ class Screen:
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            _Rate(),
+            Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -83,7 +83,8 @@ class Screen:
         self._rounds = self._progress.add_task(
             "rounds ", total=about["planned_rounds"], completed=len(rows)
         )
-        self._members = self._progress.add_task("devices", total=about["cohort_size"])
+        self._members = self._progress.add_task("devices", total=about["drawn_size"])
+        self.console.print(_round_head(about))
         self._progress.start()
 
     def replied(self, reply: Reply) -> None:
@@ -96,10 +97,8 @@ class Screen:
         if self._rounds is None or self._members is None:
             return
         self.console.print(_round_line(row, self._about))
-        for failure in row.failures:
-            self.console.print(
-                Text(f"         device {failure['device']}: {failure['reason']}", style="red")
-            )
+        for line in _left_out(row):
+            self.console.print(line)
         self._progress.advance(self._rounds)
         self._progress.reset(self._members)
 
@@ -173,16 +172,17 @@ def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
     ]
     if result["target"] is not None:
-        lines.append(_target_line(result))
+        lines += _target_lines(result)
     return lines
 
 
-def _target_line(result: Mapping[str, Any]) -> tuple[str, str, str]:
+def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     name = f"target {_share(result['target'])}"
     if result["target_round"] is None:
-        return name, "not reached", ""
+        return [(name, "not reached", "")]
+    here, modelled = (result[f"time_to_target_{clock}_s"] for clock in ("measured", "modelled"))
     note = f"round {result['target_round']}; devices side by side (measured)"
-    return name, _seconds(result["time_to_target_measured_s"]), note
+    return [(name, _seconds(here), note), ("", _seconds(modelled), "on their profiles (modelled)")]
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -191,10 +191,16 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         ("time", _seconds(result["host_wall_s"]), f"{rounds} rounds on this machine (measured)"),
         ("of it training", _seconds(result["train_wall_s"]), "all devices one after another"),
-        ("upload", _bytes(result["upload_bytes"]), "all devices, all rounds"),
-        ("download", _bytes(result["download_bytes"]), "all devices, all rounds"),
+        (
+            "modelled time",
+            _seconds(result["round_modelled_s"]),
+            "devices side by side on their profiles",
+        ),
+        ("energy", _joules(result["energy_modelled_j"]), "all devices (modelled)"),
+        ("upload", bytes_text(result["upload_bytes"]), "all devices, all rounds"),
+        ("download", bytes_text(result["download_bytes"]), "all devices, all rounds"),
         ("mean depth", "–" if depth is None else f"{depth:.2f}", f"of {layers} layers per step"),
-        ("activations", _bytes(result["activation_bytes_peak"]), "peak stored for backward"),
+        ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),
     ]
 
 
@@ -210,10 +216,15 @@ def _header(about: Mapping[str, Any]) -> Panel:
     grid.add_row(
         "data", f"{about['data']}: {about['train_rows']:,} texts, {about['classes']} classes"
     )
+    drawn = about["drawn_size"]
+    of_drawn = f" (the first of {drawn})" if drawn > about["cohort_size"] else ""
     grid.add_row(
         "devices",
-        f"{about['devices']}, {about['cohort_size']} per round, {about['planned_rounds']} rounds",
+        f"{about['devices']}, {about['cohort_size']} per round{of_drawn}, "
+        f"{about['planned_rounds']} rounds",
     )
+    modelled = about["without_clock"] or f"{', '.join(about['profiles'])} (modelled)"
+    grid.add_row("profiles", modelled)
     grid.add_row(
         "references",
         f"majority class {_share(about['majority_accuracy'])}, "
@@ -227,25 +238,43 @@ def _header(about: Mapping[str, Any]) -> Panel:
     return Panel(content, title=title, title_align="left", box=box.ROUNDED, expand=False)
 
 
+def _round_head(about: Mapping[str, Any]) -> Text:
+    """What the columns of :func:`_round_line` are."""
+    indent = " " * len(_round_name(about["planned_rounds"], about))
+    columns = f"{'loss':>7}{'depth':>10}{'here':>12}{'modelled':>12}"
+    return Text(f"{indent}{'accuracy':<{5 + BAR_WIDTH}}{columns}", style="dim")
+
+
+def _round_name(round: int, about: Mapping[str, Any]) -> str:
+    return f"round {round:>{len(str(about['planned_rounds']))}}  "
+
+
 def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
-    width = len(str(about["planned_rounds"]))
-    line = Text(f"round {row.round:>{width}}  ")
-    if row.global_accuracy is None:
-        line.append("accuracy      ", style="dim")
-        line.append(" " * BAR_WIDTH)
-    else:
-        line.append("accuracy ")
-        line.append(_share(row.global_accuracy), style="bold green")
-        filled = round(row.global_accuracy * BAR_WIDTH)
-        line.append(" " + "━" * filled, style="green")
-        line.append("━" * (BAR_WIDTH - filled), style="bright_black")
+    line = Text(_round_name(row.round, about))
+    line.append(f"{_share(row.global_accuracy):<5}", style="bold green")
+    filled = round((row.global_accuracy or 0.0) * BAR_WIDTH)
+    unmeasured = row.global_accuracy is None
+    line.append("━" * filled, style="green")
+    line.append((" " if unmeasured else "━") * (BAR_WIDTH - filled), style="bright_black")
     loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
     depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
-    line.append(f"  loss {loss}  depth {depth}/{about['num_layers']}  {row.host_wall_s:.1f} s")
+    line.append(f"{loss:>7}{depth + '/' + str(about['num_layers']):>10}")
+    line.append(f"{_seconds(row.host_wall_s):>12}{_seconds(row.round_modelled_s):>12}")
     return line
 
 
-class _Rate(ProgressColumn):
+def _left_out(row: RoundRow) -> Iterator[Text]:
+    """Who was not merged in a round, and why."""
+    indent = " " * 9
+    for failure in row.failures:
+        yield Text(f"{indent}device {failure['device']}: {failure['reason']}", style="red")
+    groups = {"absent": row.absent, "late": row.late, "surplus": row.surplus}
+    named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
+    if named:
+        yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
+
+
+class Rate(ProgressColumn):
     """Finished items per minute."""
 
     def render(self, task: Task) -> Text:
@@ -258,12 +287,21 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}".removeprefix("0")
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
     minutes, seconds = divmod(value, 60)
     return f"{int(minutes)} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
 
 
-def _bytes(value: float) -> str:
+def _joules(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f} J" if value < 1000 else f"{value / 1000:.1f} kJ"
+
+
+def bytes_text(value: float) -> str:
+    """Decimal units, for people."""
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

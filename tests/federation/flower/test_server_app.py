@@ -10,9 +10,8 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation.flower import server_app
 from droppeft.federation.loading import Loaded
-from droppeft.federation.run import start_run
 from droppeft.federation.transport import Transport, in_process
-from runs import Recorder, adapter_bytes
+from runs import adapter_bytes, stop_after_a_round
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +45,6 @@ def test_a_run_starts_from_settings_and_a_file(
     assert load_config(tmp_path / "run" / "config.toml").transport == "flower"
 
 
-def begin(words: list[str], out: Path) -> None:
-    """A run in process that stops after its first round."""
-
-    class Stops(Recorder):
-        def round_done(self, row: object) -> None:
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        start_run(load_config(None, words), out, Stops())
-
-
 @pytest.mark.parametrize("again", [True, False], ids=["same settings", "no settings"])
 def test_a_folder_with_a_run_is_gone_on_with(
     tiny_words: list[str],
@@ -66,7 +54,7 @@ def test_a_folder_with_a_run_is_gone_on_with(
     again: bool,
 ) -> None:
     out = tmp_path / "run"
-    begin(tiny_words, out)
+    stop_after_a_round(tiny_words, out)
     run(out, " ".join(tiny_words) if again else "")
     assert adapter_bytes(out) == adapter_bytes(whole_run)
     said = capsys.readouterr().out
@@ -78,7 +66,7 @@ def test_another_configuration_is_not_answered_with_an_old_run(
     tiny_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    begin(tiny_words, out)
+    stop_after_a_round(tiny_words, out)
     with pytest.raises(DroppeftError, match="holds a run with another configuration"):
         run(out, " ".join([*tiny_words, "seed=5"]))
     assert "droppeft: " + str(out) in capsys.readouterr().out

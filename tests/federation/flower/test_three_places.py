@@ -15,7 +15,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.flower.simulation import _processes
 from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow
-from runs import Recorder, outcome, rows_of
+from runs import Recorder, outcome, rows_of, stop_after_a_round
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_on_loopback.py"
 FRAMED = ("upload_framed_bytes", "download_framed_bytes")
@@ -104,15 +104,6 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
     assert everywhere(out) == everywhere(begun) == everywhere(whole_run)
     assert all(up > 0 and down > 0 for up, down in framed(out))
     assert [up is None for up, _ in framed(begun)] == [True, False, False]
-
-
-def stop_after_a_round(words: list[str], out: Path) -> None:
-    class Stops(Recorder):
-        def round_done(self, row: Any) -> None:
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        start_run(load_config(None, words), out, Stops())
 
 
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(

@@ -13,8 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation.flower.grid import over_grid
+from droppeft.federation.folder import CONFIG
 from droppeft.federation.loading import Loaded
-from droppeft.federation.run import CONFIG, resume_run, start_run
+from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.transport import Transport
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply

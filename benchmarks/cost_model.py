@@ -1,0 +1,177 @@
+"""How far plan is from profile: memory and time of a step, modelled and measured.
+
+    OMP_NUM_THREADS=1 DROPPEFT_DATA=... python benchmarks/cost_model.py
+
+Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and modelled
+as `droppeft plan` does it.
+
+Memory: peak resident memory of the process less that of a process that has taken a first small turn
+(libraries, tokenizer, workspaces), in a process that gives freed memory back to the system at once.
+What glibc keeps by default is measured apart, in the processes that measure time; it is no property
+of the model and is not modelled.
+
+Time: cells take turns, some trials each, medians. Speed and overhead per step of this machine are
+fitted to all fp32 cells by `droppeft.costs.clock.calibrated`; their errors are those of the fit. Cells
+with quantised weights are left out: their kernels have another speed.
+
+Writes `benchmarks/results/cost_model.json` and `docs/figures/cost_model`. About 40 minutes on 2 cores,
+nothing else running. `--cells WORD` takes only cells with this in their name, `--draw` draws again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from droppeft.config import Config, load_config, resolve
+from droppeft.costs.clock import calibrated
+from droppeft.costs.memory import Memory
+from droppeft.federation.environment import machine, versions
+from droppeft.sizing.planning import Option, mean_flops, option
+from droppeft.sizing.profiling import in_fresh_process
+from droppeft.sizing.trial import Trial
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks/results/cost_model.json"
+FIGURE = ROOT / "docs/figures/cost_model"
+STEPS = 3
+SETTINGS = ("accelerator=cpu", "threads=1", "dropout.protect_first=0", "dropout.protect_last=0")
+MODELS = {
+    "builtin": ("model=builtin", "training.batch_size=16", "training.max_length=128"),
+    "deep12": (
+        "model=$DROPPEFT_DATA/deep12",
+        "training.batch_size=16",
+        "training.max_length=128",
+    ),
+    "bert-large": ("model=config:bert-large", "training.batch_size=4", "training.max_length=64"),
+}
+HALF = {"builtin": 3, "deep12": 6, "bert-large": 12}
+
+
+def cells() -> dict[str, tuple[str, ...]]:
+    """Name to settings: rates alone, and every other saving with and without half of the layers."""
+    found = {}
+    for model, words in MODELS.items():
+        plain = {"": (), ", checkpointing": ("training.checkpointing=true",)}
+        frozen = {f", {HALF[model]} frozen": (f"frozen.layers={HALF[model]}",)}
+        small = {f", {kind}": (f"quantization={kind}",) for kind in ("8bit", "4bit")}
+        for name, more in {**plain, **frozen, **small}.items():
+            for rate in (0, 0.25, 0.5, 0.75) if name == "" else (0, 0.5):
+                found[f"{model}, rate {rate}{name}"] = (*words, *more, f"dropout.mean={rate}")
+    return found
+
+
+def configuration(words: Sequence[str]) -> Config:
+    opened = [os.path.expandvars(word) for word in (*SETTINGS, *words)]
+    return resolve(load_config(None, opened), cuda=False)
+
+
+def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[Trial]]:
+    """Trials of every cell, the frugal one first; cells take turns."""
+    found: dict[str, list[Trial]] = {name: [] for name in chosen}
+    for turn in range(repeats + 1):
+        for number, (name, words) in enumerate(chosen.items()):
+            trial = in_fresh_process(configuration(words), STEPS, frugal=turn == 0)
+            found[name].append(trial)
+            print(f"{turn}/{repeats}, {number + 1}/{len(chosen)}: {name}", file=sys.stderr)
+    return found
+
+
+def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[str, Any]:
+    """One cell: modelled beside measured."""
+    modelled: Option = option(configuration(words), None)
+    frugal, *timed = trials
+    measured = frugal.peak_bytes - frugal.process_bytes
+    memory: Memory = modelled.memory
+    return {
+        "cell": name,
+        "words": list(words),
+        "modelled_bytes": memory.model,
+        "measured_bytes": measured,
+        "memory_error": memory.model / measured - 1,
+        "by_part_bytes": {key: value for key, value in vars(memory).items() if key != "process"},
+        "process_bytes": frugal.process_bytes,
+        "kept_by_malloc_bytes": max(one.peak_bytes for one in timed) - frugal.peak_bytes,
+        "activation_bytes_peak": max(one.activation_bytes_peak for one in trials),
+        "flops": mean_flops(configuration(words)),
+        "step_s": statistics.median(one.step_s for one in timed),
+        "trials": [vars(one) for one in trials],
+    }
+
+
+def with_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fit this machine's speed to the fp32 cells; put modelled times beside the measured ones."""
+    fitted = [row for row in rows if "bit" not in row["cell"]]
+    speed, overhead = calibrated([r["flops"] for r in fitted], [r["step_s"] for r in fitted])
+    for row in fitted:
+        row["step_modelled_s"] = row["flops"] / speed + overhead
+        row["time_error"] = row["step_modelled_s"] / row["step_s"] - 1
+    return {"effective_flops_per_s": speed, "step_overhead_s": overhead}
+
+
+def draw(content: Mapping[str, Any]) -> None:
+    """Modelled against measured, with the line on which they are equal and 10 % on either side."""
+    mpl.rcParams["svg.hashsalt"] = "droppeft"
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    panels = (
+        ("memory of a step, GB", "measured_bytes", "modelled_bytes", 1e9),
+        ("time of a step, s (speed fitted)", "step_s", "step_modelled_s", 1.0),
+    )
+    colours = dict(zip(MODELS, ("#00798c", "#edae49", "#d1495b"), strict=True))
+    for axis, (title, across, up, unit) in zip(axes, panels, strict=True):
+        rows = [row for row in content["cells"] if up in row]
+        for model, colour in colours.items():
+            points = [row for row in rows if row["cell"].startswith(model)]
+            pairs = [(row[across] / unit, row[up] / unit) for row in points]
+            axis.plot(*zip(*pairs, strict=True), "o", color=colour, label=model) if pairs else None
+        ends = [f(row[across] / unit for row in rows) for f in (min, max)]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        for factor in (0.9, 1.1):
+            axis.plot(ends, [end * factor for end in ends], color="black", linewidth=0.5, ls=":")
+        axis.set(title=title, xlabel="measured", ylabel="modelled", xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
+    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="trials per cell that measure time")
+    parser.add_argument("--cells", default="", help="only cells with this in their name")
+    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
+    parser.add_argument("--out", type=Path, default=RESULT, help="result file")
+    arguments = parser.parse_args()
+    if not arguments.draw:
+        chosen = {name: words for name, words in cells().items() if arguments.cells in name}
+        trials = measure(chosen, arguments.repeats)
+        rows = [compared(name, words, trials[name]) for name, words in chosen.items()]
+        content = {
+            "schema_version": 1,
+            "command": " ".join(["python", *sys.argv]),
+            "settings": SETTINGS,
+            "steps_per_trial": STEPS,
+            "fit": with_times(rows),
+            "cells": rows,
+            "versions": versions(),
+            "machine": {**machine("cpu"), "threads": 1},
+        }
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = json.loads(arguments.out.read_text(encoding="utf-8"))
+    if arguments.out == RESULT:
+        draw(content)
+    for row in content["cells"]:
+        time = f"  time {row['time_error']:+.1%}" if "time_error" in row else ""
+        print(f"{row['cell']:40} memory {row['memory_error']:+.1%}{time}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Kinds of device by name, and which of them each device of a run is.
+
+Sources: data sheets of the Jetsons; their effective speed is fitted to step times of an earlier
+test bed by ``benchmarks/clock_calibration.py``. What is said to be an assumption is ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from droppeft import seeds
+from droppeft.config import Bandwidth, ClockConfig, DeviceProfile
+from droppeft.errors import DroppeftError
+
+GIB = float(2**30)
+
+# The earlier test bed: upload about N(1, 2.25^2) clipped to 1-3 MB/s, download 15 MB/s.
+_DOWNLOAD = Bandwidth(mean=15e6)
+_UPLOAD = Bandwidth(mean=1e6, deviation=2.25e6, least=1e6, most=3e6)
+_FITTED = "peak, memory and watts: data sheet; effective speed: fitted; idle watts: assumption"
+
+PROFILES: dict[str, DeviceProfile] = {
+    "jetson_tx2": DeviceProfile(
+        peak_flops_per_s=1.33e12,
+        effective_flops_per_s=4.11e11,
+        memory_bytes=8 * GIB,
+        idle_watts=3.0,
+        train_watts=15.0,
+        download=_DOWNLOAD,
+        upload=_UPLOAD,
+        source=_FITTED,
+    ),
+    "jetson_xavier_nx": DeviceProfile(
+        peak_flops_per_s=6e12,
+        effective_flops_per_s=7.87e11,
+        memory_bytes=8 * GIB,
+        idle_watts=4.0,
+        train_watts=20.0,
+        download=_DOWNLOAD,
+        upload=_UPLOAD,
+        source=_FITTED,
+    ),
+    "jetson_agx_xavier": DeviceProfile(
+        peak_flops_per_s=11e12,
+        effective_flops_per_s=1.18e12,
+        memory_bytes=32 * GIB,
+        idle_watts=7.0,
+        train_watts=30.0,
+        download=_DOWNLOAD,
+        upload=_UPLOAD,
+        source=_FITTED,
+    ),
+    "phone": DeviceProfile(
+        peak_flops_per_s=1e12,
+        effective_flops_per_s=1.5e11,
+        step_overhead_s=0.05,
+        memory_bytes=3 * GIB,
+        idle_watts=1.0,
+        train_watts=5.0,
+        download=Bandwidth(mean=5e6, deviation=3e6, least=1e6, most=12e6),
+        upload=Bandwidth(mean=1.5e6, deviation=1e6, least=0.25e6, most=4e6),
+        availability=0.8,
+        source="assumption: a graphics unit of 1 TFLOP/s in half precision, of which training "
+        "reaches 15 %; 3 of 8 GiB are left to it; on a mobile network",
+    ),
+    "laptop_cpu": DeviceProfile(
+        peak_flops_per_s=7.7e11,
+        effective_flops_per_s=3e11,
+        step_overhead_s=0.02,
+        memory_bytes=16 * GIB,
+        idle_watts=5.0,
+        train_watts=28.0,
+        download=Bandwidth(mean=12.5e6),
+        upload=Bandwidth(mean=2.5e6),
+        source="assumption: 8 cores of 32 FLOPs per cycle at 3 GHz in fp32, of which training "
+        "reaches 40 %; 100 and 20 Mbit/s",
+    ),
+    "datacentre_gpu": DeviceProfile(
+        peak_flops_per_s=3.12e14,
+        effective_flops_per_s=1e14,
+        step_overhead_s=0.03,
+        memory_bytes=80 * GIB,
+        idle_watts=60.0,
+        train_watts=400.0,
+        download=Bandwidth(mean=1.25e9),
+        upload=Bandwidth(mean=1.25e9),
+        source="peak, memory and watts: data sheet of an A100 in bf16; assumption: training "
+        "reaches a third; 10 Gbit/s",
+    ),
+}
+"""Profiles by name; more are defined in the configuration, as tables ``[clock.own.NAME]``."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The devices of a run on the modelled clock; every draw follows from (seed, round, device).
+
+    Attributes:
+        seed: of the run.
+        names: the name of each device's profile.
+        profiles: those profiles by name.
+    """
+
+    seed: int
+    names: tuple[str, ...]
+    profiles: Mapping[str, DeviceProfile]
+
+    def profile(self, device: int) -> DeviceProfile:
+        """What kind of device it is."""
+        return self.profiles[self.names[device]]
+
+    def is_there(self, round: int, device: int) -> bool:
+        """Whether the device can be asked in a round."""
+        rng = seeds.python_generator(self.seed, purpose="presence", round=round, device=device)
+        return rng.random() < self.profile(device).availability
+
+    def download_bytes_per_s(self, round: int, device: int) -> float:
+        """To the device, in a round."""
+        return self._drawn(self.profile(device).download, "download", round, device)
+
+    def upload_bytes_per_s(self, round: int, device: int) -> float:
+        """From the device, in a round."""
+        return self._drawn(self.profile(device).upload, "upload", round, device)
+
+    def _drawn(self, link: Bandwidth, purpose: str, round: int, device: int) -> float:
+        rng = seeds.python_generator(self.seed, purpose=purpose, round=round, device=device)
+        drawn = rng.gauss(link.mean, link.deviation)
+        return min(max(drawn, link.least or drawn), link.most or drawn)
+
+
+def make_fleet(settings: ClockConfig, devices: int, seed: int) -> Fleet:
+    """Give each device one of the configured profiles, in equal shares but for a remainder.
+
+    Raises:
+        DroppeftError: a profile is neither known nor defined in the configuration.
+    """
+    profiles = {name: profile_named(name, settings.own) for name in settings.profiles}
+    order = seeds.numpy_generator(seed, purpose="profiles").permutation(devices)
+    names = tuple(settings.profiles[place % len(settings.profiles)] for place in order)
+    return Fleet(seed, names, profiles)
+
+
+def profile_named(name: str, own: Mapping[str, DeviceProfile]) -> DeviceProfile:
+    """Look a profile up; one of the configuration's own hides a known one of its name.
+
+    Raises:
+        DroppeftError: no such profile; the message lists those there are.
+    """
+    known = {**PROFILES, **own}
+    if name not in known:
+        raise DroppeftError(
+            f"unknown profile {name!r}; known are {', '.join(known)}; "
+            f"others are defined in tables [clock.own.NAME]"
+        )
+    return known[name]

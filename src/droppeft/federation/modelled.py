@@ -1,0 +1,105 @@
+"""When a round closes on the modelled clock: who is there, who is merged, and how long it takes.
+
+Ours. All of it follows from Plans, Updates and the seed, never from the order of arrival, so that
+every transport and a resumed run decide alike.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from droppeft.config import Config, TrainingConfig
+from droppeft.costs.clock import Arithmetic, Clock, RoundCost
+from droppeft.costs.devices import Fleet
+from droppeft.costs.paper import PaperModel, count_step
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import adapter_spec
+from droppeft.models import Backbone
+from droppeft.plans import AdapterSpec, Failure, Plan, Reply, Update
+
+
+def make_clock(fleet: Fleet, arithmetic: Callable[[AdapterSpec], Arithmetic]) -> Clock:
+    """The clock of a run; an adapter is counted once, when it is first needed."""
+    return Clock(fleet, cache(arithmetic))
+
+
+def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock | None, str | None]:
+    """The clock of a run, or ``None`` and why there cannot be one.
+
+    Raises:
+        DroppeftError: there is none and the configuration has rounds close by it.
+    """
+    clock = make_clock(fleet, lambda spec: count_rows(backbone, spec, config.training))
+    try:
+        clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers))
+    except DroppeftError as error:
+        if config.clock.deadline_s is not None or config.drawn > config.cohort:
+            raise DroppeftError(
+                f"clock.deadline_s and clock.over_selection cannot be kept: {error}; leave them out"
+            ) from None
+        return None, str(error)
+    return clock, None
+
+
+def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) -> Arithmetic:
+    """Count what rows of any length cost: a polynomial of second degree has three places.
+
+    Precision and quantisation change no FLOPs; what they save is in a profile's effective speed.
+
+    Raises:
+        DroppeftError: the model cannot be run without values.
+    """
+    paper = PaperModel(backbone.model.config, spec, backbone.new_modules)
+    longest = training.max_length
+    return Arithmetic(
+        tuple(
+            count_step(paper, training.batch_size, length, checkpointing=training.checkpointing)
+            for length in (longest // 4, longest // 2, longest)
+        )
+    )
+
+
+def close_round(
+    clock: Clock | None, config: Config, plans: Sequence[Plan], answers: Sequence[Reply]
+) -> tuple[list[Reply], RoundCost]:
+    """Keep the first ``cohort`` Updates by modelled time that are not late; the rest fail.
+
+    Without a clock all are kept.
+
+    The round lasts until the last of those has arrived; until the deadline if it closed with fewer
+    and somebody was late. Nobody waits for a device that fails. Whoever trained has spent the
+    energy, merged or not.
+
+    Args:
+        plans: of the round.
+        answers: in their order, refused ones replaced by their Failure.
+
+    Returns:
+        What is merged, in Plan order, and what it cost.
+    """
+    if clock is None:
+        return list(answers), RoundCost((None,) * len(plans), late=(), surplus=(), round_s=None)
+    deadline_s, cohort = config.clock.deadline_s, config.cohort
+    turns = [
+        clock.turn_cost(plan, answer) if isinstance(answer, Update) else None
+        for plan, answer in zip(plans, answers, strict=True)
+    ]
+    # Equal times are told apart by their place among the Plans.
+    finished = sorted((turn.turn_s, place) for place, turn in enumerate(turns) if turn)
+    in_time = [pair for pair in finished if deadline_s is None or pair[0] <= deadline_s]
+    merged, surplus, late = in_time[:cohort], in_time[cohort:], finished[len(in_time) :]
+    replies = list(answers)
+    for turn_s, place in surplus:
+        replies[place] = Failure(
+            plans[place].device, f"surplus: {cohort} others were done in {turn_s:.1f} modelled s"
+        )
+    for turn_s, place in late:
+        replies[place] = Failure(
+            plans[place].device, f"late: {turn_s:.1f} modelled s, the deadline is {deadline_s:g} s"
+        )
+    last_s = merged[-1][0] if merged else 0.0
+    return replies, RoundCost(
+        turns=tuple(turns),
+        late=tuple(sorted(plans[place].device for _, place in late)),
+        surplus=tuple(sorted(plans[place].device for _, place in surplus)),
+        round_s=deadline_s if deadline_s and late and len(merged) < cohort else last_s,
+    )

@@ -1,0 +1,134 @@
+"""Behind the prefix in every step of a turn: states from the disk where they are, else made.
+
+Source: ours.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from droppeft.config import Config
+from droppeft.data.cache import cache_dir
+from droppeft.data.tables import Rows
+from droppeft.data.tasks import Batch, Classification
+from droppeft.data.tokens import TokenTable
+from droppeft.errors import DroppeftError
+from droppeft.frozen_prefix.states import FrozenPrefix
+from droppeft.frozen_prefix.store import StateStore, digest_of
+from droppeft.layer_dropout.blocks import Gates
+from droppeft.plans import PrefixCost
+
+STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Precision of stored states, by its name in the configuration."""
+
+
+class PrefixOfTurn:
+    """The prefix at work in a turn: states of each step's rows, from the disk or new.
+
+    With a store, an example's states are computed without padding, in a batch of one, and rounded
+    to the stored precision even when they were computed just now: they are a function of the
+    example, whoever else is in its batch and whatever was lost or evicted. Without a store they
+    are computed for the batch as it is, in full precision, in every visit.
+
+    Args:
+        prefix: of the model that trains.
+        store: the device's own, or ``None``.
+        stored: a key of :data:`STORED`.
+        table, task: where rows and batches come from.
+        steps: rows of every step of the turn.
+        forward: a context for the forward: the run's autocast.
+    """
+
+    def __init__(
+        self,
+        prefix: FrozenPrefix,
+        store: StateStore | None,
+        stored: str,
+        table: TokenTable,
+        task: Classification,
+        steps: Sequence[Rows],
+        forward: Callable[[], Any],
+    ) -> None:
+        self.cost = PrefixCost()
+        self._prefix = prefix
+        self._store, self._stored = store, stored
+        self._table, self._task, self._steps, self._forward = table, task, steps, forward
+
+    def skip(self, gates: Gates, step: int, batch: Batch) -> None:
+        """Let a step start behind the prefix; the gates of the other layers stay as they are."""
+        active = gates.active
+        self._prefix.open(gates)
+        self._prefix.skip(gates, active, self._states(self._steps[step], batch))
+
+    def _states(self, rows: Rows, batch: Batch) -> torch.Tensor:
+        """(B, S, H) in fp32: of the rows of a batch, zeros where it is padded."""
+        start = time.perf_counter()
+        if self._store is None:
+            found = self._computed(batch)
+            self._add(built=len(rows), built_tokens=batch["input_ids"].numel())
+        else:
+            found = self._padded([self._of_row(row, self._store) for row in rows], batch)
+        self._add(build_wall_s=time.perf_counter() - start)
+        return found
+
+    def close(self) -> None:
+        """Write what is new."""
+        if self._store is not None:
+            start = time.perf_counter()
+            self._store.flush()
+            self._add(stored_bytes=self._store.bytes, build_wall_s=time.perf_counter() - start)
+
+    def _of_row(self, row: int, store: StateStore) -> torch.Tensor:
+        columns = self._table.row(row)
+        digest = digest_of(*(columns[name].tobytes() for name in self._task.inputs))
+        states = store.get(digest)
+        if states is not None:
+            self._add(hits=1)
+            return states
+        alone = self._task.collate(self._table, np.asarray([row]))
+        states = self._computed(alone)[0].to("cpu", STORED[self._stored])
+        if not torch.isfinite(states).all():
+            raise DroppeftError(
+                f"hidden states behind layer {self._prefix.depth} do not fit into {self._stored}; "
+                "set frozen.precision=bf16"
+            )
+        store.put(digest, states)
+        self._add(built=1, built_tokens=len(states))
+        return states
+
+    def _computed(self, batch: Batch) -> torch.Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with self._forward():
+            return self._prefix.states(inputs).float()
+
+    def _padded(self, states: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+        length = batch["input_ids"].shape[1]
+        found = torch.zeros(len(states), length, states[0].shape[1])
+        for place, one in zip(found, states, strict=True):
+            place[: len(one)] = one
+        return found.to(self._task.device)
+
+    def _add(self, **amounts: float) -> None:
+        sums = {name: getattr(self.cost, name) + value for name, value in amounts.items()}
+        self.cost = replace(self.cost, **sums)
+
+
+def state_folder(config: Config) -> Path:
+    """Where the states of a run's devices are kept; of no use after the run.
+
+    A run of another configuration has another folder.
+    """
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    return cache_dir() / "frozen-prefix" / digest[:16]
+
+
+def content_name(**facts: str | int) -> str:
+    """Name everything but the example that its states depend on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

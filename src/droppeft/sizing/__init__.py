@@ -1,0 +1,1 @@
+"""What a step takes: measured on this machine, or planned for another one."""

@@ -1,0 +1,71 @@
+"""The profiles are what the committed calibration says, and it is what the anchors say."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from droppeft.costs.clock import compute_seconds
+from droppeft.costs.counts import step_flops
+from droppeft.costs.devices import PROFILES
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
+
+
+@pytest.fixture(scope="module")
+def calibration() -> dict[str, Any]:
+    return dict(json.loads((FOLDER / "results/clock_calibration.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = FOLDER / "clock_calibration.py"
+    spec = importlib.util.spec_from_file_location("clock_calibration", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", JETSONS)
+def test_a_profile_is_its_fit_to_three_digits(calibration: dict[str, Any], name: str) -> None:
+    fit = calibration["fits"][name]
+    assert PROFILES[name].effective_flops_per_s == float(f"{fit['effective_flops_per_s']:.2e}")
+    assert PROFILES[name].step_overhead_s == round(fit["step_overhead_s"], 3)
+
+
+def test_the_fits_follow_from_counts_and_anchors(
+    calibration: dict[str, Any], script: ModuleType
+) -> None:
+    flops = {data: step["flops"] for data, step in calibration["steps"].items()}
+    for name, anchors_s in calibration["anchors_s"].items():
+        assert script.fit(anchors_s, flops) == pytest.approx(calibration["fits"][name])
+
+
+def test_a_count_is_what_the_model_computes_now(
+    calibration: dict[str, Any], script: ModuleType
+) -> None:
+    counted = script.count(64)
+    assert step_flops(counted, [True] * 12) == calibration["steps"]["QQP"]["flops"]
+
+
+def test_a_count_is_near_what_a_formula_gives(calibration: dict[str, Any]) -> None:
+    # BERT-base, forward and backward to the input: twice 2 (4 H^2 + 2 H F) per token and layer,
+    # attention 4 S H and twice that; LoRA and head are below 2 %, the lowest layer is spared some.
+    width, inner, layers, length, batch = 768, 3072, 12, 128, 16
+    per_token = 2 * 2 * (4 * width**2 + 2 * width * inner) + 3 * 4 * length * width
+    counted = calibration["steps"]["MNLI"]["flops"]
+    assert counted == pytest.approx(layers * batch * length * per_token, rel=0.03)
+
+
+@pytest.mark.parametrize("name", JETSONS)
+def test_anchors_are_met_within_a_fifth(calibration: dict[str, Any], name: str) -> None:
+    for data, anchor in calibration["anchors_s"][name].items():
+        flops = calibration["steps"][data]["flops"]
+        modelled = compute_seconds(PROFILES[name], flops, steps=1)
+        assert modelled == pytest.approx(anchor, rel=0.2)

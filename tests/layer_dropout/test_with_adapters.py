@@ -1,0 +1,166 @@
+"""Every adapter type under layer dropout in a loop of one's own, with what such loops are made of.
+
+A step that drops a layer gives its adapter no gradient and leaves its bits alone, and moves all
+others: with both kinds of checkpointing (as without any), in half precision, when accumulating.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import adapter_contract as contract
+from adapter_contract import DROPPED, EVERY, LAYERS, Worn
+from architecture_contract import calls_inside
+from droppeft.adapters.types import TYPES
+from droppeft.layer_dropout import layer_dropout
+from droppeft.plans import LayerKey
+
+WITHOUT = tuple(layer != DROPPED for layer in range(LAYERS))
+RATES = [0.0 if runs else 0.5 for runs in WITHOUT]
+Optimizer = torch.optim.Optimizer
+
+
+def loss(worn: Worn, rows: slice = slice(None)) -> torch.Tensor:
+    columns = {name: column[rows] for name, column in contract.texts().items()}
+    found: torch.Tensor = worn.model(**columns).loss
+    return found
+
+
+def plainly(worn: Worn, optimizer: Optimizer) -> None:
+    loss(worn).backward()
+    optimizer.step()
+
+
+def recomputing(worn: Worn, optimizer: Optimizer, reentrant: bool) -> None:
+    worn.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    worn.model.enable_input_require_grads()
+    plainly(worn, optimizer)
+
+
+def reentrant(worn: Worn, optimizer: Optimizer) -> None:
+    recomputing(worn, optimizer, reentrant=True)
+
+
+def non_reentrant(worn: Worn, optimizer: Optimizer) -> None:
+    recomputing(worn, optimizer, reentrant=False)
+
+
+def in_bf16(worn: Worn, optimizer: Optimizer) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(worn)
+    found.backward()
+    optimizer.step()
+
+
+def in_fp16(worn: Worn, optimizer: Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = loss(worn)
+    scaler.scale(found).backward()
+    scaler.step(optimizer)
+
+
+def accumulating(worn: Worn, optimizer: Optimizer) -> None:
+    for rows in (slice(4), slice(4, None)):
+        (loss(worn, rows) / 2).backward()
+    optimizer.step()
+
+
+class Step(NamedTuple):
+    """What a step left behind: by group, gradient and value of each tensor; calls by layer."""
+
+    gradients: dict[LayerKey, list[torch.Tensor | None]]
+    values: dict[LayerKey, list[torch.Tensor]]
+    calls: list[int]
+
+
+def train(name: str, way: Callable[[Worn, Optimizer], None]) -> list[Step]:
+    """Two steps: of every layer, which gives all of them momentum, and without one of them."""
+    worn = Worn(contract.case(name, "bert"))
+    worn.scramble()
+    trained = [value for value in worn.model.train().parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    steps = []
+    with layer_dropout(worn.model, optimizer, rates=RATES) as dropout:
+        for active in (EVERY, WITHOUT):
+            while dropout.active != active:
+                dropout.step += 1
+            number = dropout.step
+            torch.manual_seed(5)
+            with calls_inside(list(worn.blocks)) as calls:
+                way(worn, optimizer)
+            assert dropout.step == number + 1
+            steps.append(Step(gradients(worn), values(worn), calls))
+            optimizer.zero_grad()
+    return steps
+
+
+def gradients(worn: Worn) -> dict[LayerKey, list[torch.Tensor | None]]:
+    return {
+        key: [None if value.grad is None else value.grad.clone() for value in named.values()]
+        for key, named in worn.groups.items()
+    }
+
+
+def values(worn: Worn) -> dict[LayerKey, list[torch.Tensor]]:
+    return {
+        key: [value.detach().clone() for value in named.values()]
+        for key, named in worn.groups.items()
+    }
+
+
+def assert_left_alone(steps: list[Step]) -> None:
+    """The dropped layer in the second step, and nothing else."""
+    first, second = steps
+    for key, found in first.gradients.items():
+        assert all(value is not None and value.isfinite().all() for value in found), key
+    for key, found in second.gradients.items():
+        assert found
+        assert all((value is None) == (key == DROPPED) for value in found), key
+        pairs = zip(first.values[key], second.values[key], strict=True)
+        assert all(torch.equal(*pair) == (key == DROPPED) for pair in pairs), key
+
+
+@cache
+def without_checkpoints(name: str) -> list[Step]:
+    return train(name, plainly)
+
+
+@pytest.mark.parametrize("way", [plainly, in_bf16, in_fp16, accumulating])
+@pytest.mark.parametrize("name", contract.USABLE)
+def test_a_dropped_layer_s_adapter_is_left_alone(name: str, way: Callable[..., None]) -> None:
+    steps = without_checkpoints(name) if way is plainly else train(name, way)
+    if TYPES[name].kind != "global":
+        assert {*range(LAYERS)} <= steps[0].values.keys()
+    assert_left_alone(steps)
+
+
+@pytest.mark.parametrize("way", [non_reentrant, reentrant])
+@pytest.mark.parametrize("name", [name for name in contract.USABLE if name != "prefix_tuning"])
+def test_checkpointing_changes_no_bit(name: str, way: Callable[..., None]) -> None:
+    steps = train(name, way)
+    assert_left_alone(steps)
+    for ours, theirs in zip(steps, without_checkpoints(name), strict=True):
+        for part in ("gradients", "values"):
+            mine, plain = flat(getattr(ours, part)), flat(getattr(theirs, part))
+            for one, other in zip(mine, plain, strict=True):
+                assert (one is None) == (other is None)
+                assert one is None or torch.equal(one, other)
+        for now, before in zip(ours.calls, theirs.calls, strict=True):
+            assert before < now <= 2 * before if before else now == 0  # it was really on
+
+
+def flat(groups: dict[LayerKey, list[Any]]) -> list[Any]:
+    return [value for found in groups.values() for value in found]
+
+
+def test_prefixes_cannot_be_checkpointed_by_transformers() -> None:
+    """With gates or without: it takes them for a cache. The table of adapters says so."""
+    worn = Worn(contract.case("prefix_tuning", "bert"))
+    worn.model.train().activation_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(RuntimeError, match="must match the size"):
+        loss(worn)
+    assert "transformers' own gradient checkpointing" in TYPES["prefix_tuning"].note
