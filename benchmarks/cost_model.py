@@ -2,19 +2,19 @@
 
     OMP_NUM_THREADS=1 DROPPEFT_DATA=... python benchmarks/cost_model.py
 
-Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and modelled
-as `droppeft plan` does it.
+Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and
+modelled as `droppeft plan` does it.
 
-Memory: peak resident memory of the process less that of a process that has taken a first small turn
-(libraries, tokenizer, workspaces), in a process that gives freed memory back to the system at once.
-What glibc keeps by default is measured apart, in the processes that measure time; it is no property
-of the model and is not modelled.
+Memory: peak resident memory of a process that keeps resident what is in use and no more (freed
+memory goes back to the system at once), less what it had after a first small turn: libraries,
+tokenizer, workspaces. What glibc keeps by default is measured apart, in the processes that measure
+time; it is no property of the model and is not modelled.
 
-Time: cells take turns, some trials each, medians. Speed and overhead per step of this machine are
-fitted to all fp32 cells by `droppeft.costs.clock.calibrated`; their errors are those of the fit. Cells
-with quantised weights are left out: their kernels have another speed.
+Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
+step of this machine are fitted to its fp32 cells by `droppeft.costs.clock.calibrated`; errors are
+those of the fit. Quantised weights are left out of it: their kernels have another speed.
 
-Writes `benchmarks/results/cost_model.json` and `docs/figures/cost_model`. About 40 minutes on 2 cores,
+Writes `benchmarks/results/cost_model.json` and `docs/figures/cost_model`. About an hour on 2 cores,
 nothing else running. `--cells WORD` takes only cells with this in their name, `--draw` draws again.
 """
 
@@ -29,6 +29,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from droppeft.config import Config, load_config, resolve
 from droppeft.costs.clock import calibrated
@@ -107,13 +108,17 @@ def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[s
 
 
 def with_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fit this machine's speed to the fp32 cells; put modelled times beside the measured ones."""
-    fitted = [row for row in rows if "bit" not in row["cell"]]
-    speed, overhead = calibrated([r["flops"] for r in fitted], [r["step_s"] for r in fitted])
-    for row in fitted:
-        row["step_modelled_s"] = row["flops"] / speed + overhead
-        row["time_error"] = row["step_modelled_s"] / row["step_s"] - 1
-    return {"effective_flops_per_s": speed, "step_overhead_s": overhead}
+    """Fit the speed at which this machine does a model; put modelled times beside measured ones."""
+    fits = {}
+    for model in MODELS:
+        cells = [row for row in rows if row["cell"].startswith(model) and "bit" not in row["cell"]]
+        if cells:
+            speed, overhead = calibrated([r["flops"] for r in cells], [r["step_s"] for r in cells])
+            fits[model] = {"effective_flops_per_s": speed, "step_overhead_s": overhead}
+            for row in cells:
+                row["step_modelled_s"] = row["flops"] / speed + overhead
+                row["time_error"] = row["step_modelled_s"] / row["step_s"] - 1
+    return fits
 
 
 def draw(content: Mapping[str, Any]) -> None:
@@ -122,7 +127,7 @@ def draw(content: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     panels = (
         ("memory of a step, GB", "measured_bytes", "modelled_bytes", 1e9),
-        ("time of a step, s (speed fitted)", "step_s", "step_modelled_s", 1.0),
+        ("time of a step, s (speed fitted by model)", "step_s", "step_modelled_s", 1.0),
     )
     colours = dict(zip(MODELS, ("#00798c", "#edae49", "#d1495b"), strict=True))
     for axis, (title, across, up, unit) in zip(axes, panels, strict=True):
@@ -136,7 +141,11 @@ def draw(content: Mapping[str, Any]) -> None:
         for factor in (0.9, 1.1):
             axis.plot(ends, [end * factor for end in ends], color="black", linewidth=0.5, ls=":")
         axis.set(title=title, xlabel="measured", ylabel="modelled", xscale="log", yscale="log")
-        axis.grid(alpha=0.3, which="both")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter("{x:g}")
+            one.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
     axes[0].legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
@@ -159,7 +168,7 @@ def main() -> None:
             "command": " ".join(["python", *sys.argv]),
             "settings": SETTINGS,
             "steps_per_trial": STEPS,
-            "fit": with_times(rows),
+            "fits": with_times(rows),
             "cells": rows,
             "versions": versions(),
             "machine": {**machine("cpu"), "threads": 1},

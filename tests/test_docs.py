@@ -98,7 +98,7 @@ def test_a_row_of_an_architecture_shows_what_was_found(generate: ModuleType) -> 
 
 
 def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:
-    assert generate._markdown_table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
+    assert generate.markdown_table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
 
 
 def test_the_example_is_a_configuration(generate: ModuleType) -> None:

@@ -162,7 +162,8 @@ def test_an_architecture_is_fed_by_the_builtin_tokenizer(name: str) -> None:
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     assert sentence("config:bert-huge") == (
         "model=config:bert-huge: unknown architecture; "
-        "known are bert-large, roberta-large, deberta-v3-large, llama-1b"
+        "known are bert-large, roberta-large, deberta-v3-large, llama-1b, llama-3b, llama-7b, "
+        "llama-13b, qwen2-1.5b"
     )
 
 
@@ -267,8 +268,8 @@ def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name: str) -> None
 
 
 def test_positions_start_behind_the_padding_of_roberta() -> None:
-    assert models._positions(tiny_model(1, "roberta")) == 514 - 1
-    assert models._positions(tiny_model(1, "bert")) == 512
+    assert models.most_tokens(tiny_model(1, "roberta")) == 514 - 1
+    assert models.most_tokens(tiny_model(1, "bert")) == 512
 
 
 def test_the_hash_follows_weights_and_not_the_head(tmp_path: Path) -> None:
@@ -297,3 +298,21 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path) -> None:
     tokenizer = load_backbone(str(tmp_path / "model"), NAMES, 0).tokenizer
     assert tokenizer.is_fast
     assert tokenizer.unk_token_id not in tokenizer("the lazy fox")["input_ids"]
+
+
+def test_an_outline_knows_what_the_model_would_be(tmp_path: Path) -> None:
+    """Its head's parts without weights included, and no file of weights is loaded for it."""
+    folder = save_tiny_model(tmp_path / "model")
+    outline = models.load_outline(str(folder), ("a", "b", "c"))
+    assert outline.config.num_labels == 3
+    assert outline.config.num_hidden_layers == 4
+    assert not {"classifier", "pooler"} & set(outline.new_modules)
+    backbone = load_backbone("builtin", ("a", "b"), 0)
+    builtin = models.load_outline("builtin", ("a", "b"))
+    assert set(builtin.new_modules) >= set(backbone.new_modules)
+    assert "pooler" not in builtin.new_modules
+    assert models.load_outline("config:llama-13b", ("a", "b")).config.num_hidden_layers == 40
+    with pytest.raises(DroppeftError, match="config:nothing: unknown architecture"):
+        models.load_outline("config:nothing", ("a", "b"))
+    with pytest.raises(DroppeftError, match="no such folder"):
+        models.load_outline("./nothing", ("a", "b"))

@@ -75,7 +75,10 @@ class ActivationMeter:
             return
         again = dict(stored)
         device = call.tensors[0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _storing_in(again):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _storing_in(again, for_backward=False),
+        ):
             call.function(*call.inputs)
         known[shape] = self._bytes(again) - kept
         self.peak_bytes = max(self.peak_bytes, kept + known[shape])
@@ -93,10 +96,11 @@ class ActivationMeter:
 
 
 @contextmanager
-def _storing_in(stored: Storages) -> Iterator[None]:
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+def _storing_in(stored: Storages, *, for_backward: bool = True) -> Iterator[None]:
+    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
         stored.update([_addressed(tensor)])
-        return tensor
+        # A node that keeps its own output holds itself until its backward, which may never come.
+        return tensor if for_backward else None
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

@@ -134,6 +134,8 @@ def train(
             moved = move(optimizer, scaler)
             optimizer.zero_grad(set_to_none=True)
             book.note(batch, loss, gates.active, norms, moved)
+    if task.device.type == "cuda":
+        torch.cuda.synchronize()  # the time is that of work done, not of work ordered
     return book.outcome(meter.peak_bytes, time.perf_counter() - start)
 
 

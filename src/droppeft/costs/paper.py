@@ -87,8 +87,8 @@ class PaperModel:
             _make_fake(self.model, self.task.device)
 
     def batch(self, rows: int, length: int) -> Batch:
-        """Columns (B, S), with a mask as where rows are padded; a single row never is."""
-        names = [*self.task.inputs, *(["attention_mask"] if rows > 1 else [])]
+        """Columns (B, S), with a mask, as where rows are padded."""
+        names = [*self.task.inputs, "attention_mask"]
         column = torch.ones(rows, length, dtype=torch.int64, device=self.task.device)
         return {**{name: column.clone() for name in names}, "labels": column.new_zeros(rows)}
 
@@ -135,7 +135,7 @@ def count_step(
 
     Args:
         paper: what is counted.
-        batch: B.
+        batch: B. A single row counts as if it were padded, for which torch keeps a little more.
         length: S.
         precision: as ``training.precision``.
         checkpointing: ``stored_bytes`` are then the blocks' inputs, ``backward_flops`` contain the

@@ -44,13 +44,13 @@ class Storage:
         size: how many.
         made_by: the region that made them.
         stored_by: the regions that store them for the backward.
-        roles: ``("input", block)`` and ``("output", block)`` of hidden states.
+        input_of: the block of which it is the hidden states.
     """
 
     size: int
     made_by: Region
     stored_by: set[Region] = field(default_factory=set)
-    roles: set[tuple[str, int]] = field(default_factory=set)
+    input_of: Region = None
 
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -59,7 +59,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         region, phase: where the model is now.
         flops: of each region and phase.
-        peak_bytes: most that was alive at once, of what was made inside.
+        alive_bytes: of what was made inside and is still there.
+        peak_bytes: most that this ever was.
 
     Args:
         model: its parameters and buffers are neither made nor stored by anybody.
@@ -73,7 +74,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._own = {_name(one) for one in (*model.parameters(), *model.buffers())}
         self._alive: dict[int, Storage] = {}
-        self._alive_bytes = 0
+        self.alive_bytes = 0
         self._stored: set[Storage] = set()
         self._ends: dict[int, weakref.ref[Any]] = {}
 
@@ -98,8 +99,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             self._alive[name] = Storage(storage.nbytes(), self.region)
             self._ends[name] = weakref.ref(storage, lambda _: self._end(name))
-            self._alive_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+            self.alive_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
         return self._alive[name]
 
     def storing(self) -> Any:
@@ -128,23 +129,16 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(storage.size for storage in self._stored)
 
     def stored_for(self, block: int) -> int:
-        """Bytes that are stored because a block runs.
+        """Bytes that are stored because a block runs: of what it made, and its input.
 
-        Not what is stored outside of all blocks as well, nor what was made there (masks,
-        positions). A block's input counts, unless blocks store their outputs too: then it was
-        counted for the block below.
+        Not what was made outside of all blocks (masks, positions). No block of transformers stores
+        its output too, which would be the next one's input.
         """
-        inside = (one for one in self._stored if None not in one.stored_by)
-        found = [one for one in inside if block in one.stored_by]
-        stores_output = any(("output", block) in one.roles for one in found)
-        return sum(
-            one.size
-            for one in found
-            if one.made_by == block or (("input", block) in one.roles and not stores_output)
-        )
+        found = [one for one in self._stored if block in one.stored_by]
+        return sum(one.size for one in found if block in (one.made_by, one.input_of))
 
     def _end(self, name: int) -> None:
-        self._alive_bytes -= self._alive.pop(name).size
+        self.alive_bytes -= self._alive.pop(name).size
         del self._ends[name]
 
 
@@ -170,7 +164,9 @@ def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) 
                 call = with_hidden(call, hidden)
             if not any(hidden is one for one in last):
                 _on_gradient(tally, hidden, None)
-            _note(tally, hidden, "input", index)
+            storage = tally.storage(hidden)
+            if storage is not None:
+                storage.input_of = index
             tally.region = index
             return call
 
@@ -181,7 +177,6 @@ def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) 
             if tally.phase == "forward":
                 hidden = output[0] if isinstance(output, tuple) else output
                 _on_gradient(tally, hidden, index)
-                _note(tally, hidden, "output", index)
                 last[:] = [hidden]
                 tally.region = None
 
@@ -206,12 +201,6 @@ def _on_gradient(tally: Tally, hidden: torch.Tensor, region: Region) -> None:
 
     if hidden.requires_grad:
         hidden.register_hook(hook)  # type: ignore[no-untyped-call]
-
-
-def _note(tally: Tally, hidden: torch.Tensor, role: str, block: int) -> None:
-    storage = tally.storage(hidden)
-    if storage is not None:
-        storage.roles.add((role, block))
 
 
 def _name(tensor: torch.Tensor) -> int:

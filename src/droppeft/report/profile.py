@@ -62,31 +62,39 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """The table, and what its columns mean."""
     config, rows = result["config"], result["rates"]
     training = config["training"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{config['model']} · {config['adapter']['type']} · batch {training['batch_size']} x "
+    title = (
+        f"{config['model']} · {config['adapter']['type']} · batch {training['batch_size']} x "
         f"{training['max_length']} tokens · {training['precision']} · measured on "
-        f"{config['accelerator']}",
-        title_justify="left",
+        f"{config['accelerator']}"
     )
-    names = ("rate", "layers run", "step", "quartiles", "stored", "peak used", "peak resident")
-    for name in (*names, "energy"):
-        table.add_column(name, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    energy = any(row["step_j"] is not None for row in rows)
+    names = ["rate", "run", "step", "quartiles", "stored", "peak used", "peak resident"]
+    for name in (*names, *(["energy"] if energy else [])):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        low, high = row["step_quartiles_s"]
-        energy = row["step_j"]
-        table.add_row(
-            f"{row['rate']:g}",
-            f"{row['executed']:.2f}/{result['num_layers']}",
-            f"{row['step_s']:.3f} s",
-            f"{low:.3f}–{high:.3f}",
-            bytes_text(row["activation_bytes_peak"]),
-            bytes_text(row["used_bytes"]),
-            bytes_text(row["resident_bytes"]),
-            "not reported" if energy is None else f"{energy:.2f} J",
-        )
+        table.add_row(*_cells(row, result["num_layers"]), *([_joules(row)] if energy else []))
     console.print(table)
-    console.print(_note(rows, config["accelerator"]), style="dim", highlight=False)
+    note = _note(rows, config["accelerator"])
+    reported = "" if energy else " energy: not reported by this hardware."
+    console.print(f"run: layers in a step. {note}{reported}", style="dim", highlight=False)
+
+
+def _cells(row: Mapping[str, Any], layers: int) -> list[str]:
+    low, high = row["step_quartiles_s"]
+    return [
+        f"{row['rate']:g}",
+        f"{row['executed']:.2f}/{layers}",
+        f"{row['step_s']:.3f} s",
+        f"{low:.3f}–{high:.3f}",
+        bytes_text(row["activation_bytes_peak"]),
+        bytes_text(row["used_bytes"]),
+        bytes_text(row["resident_bytes"]),
+    ]
+
+
+def _joules(row: Mapping[str, Any]) -> str:
+    return "–" if row["step_j"] is None else f"{row['step_j']:.2f} J"
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
@@ -166,14 +174,14 @@ def _row(one: Measured) -> dict[str, Any]:
 
 def _note(rows: Sequence[Mapping[str, Any]], accelerator: str) -> str:
     if accelerator == "cuda":
-        return "peak: most that torch had allocated on the device; its context comes on top"
+        return "peak: most that torch had on the device; its context comes on top."
     process = bytes_text(rows[0]["process_bytes"])
     note = (
-        f"peak: of the whole process, of which {process} are libraries. used: freed memory was "
-        "given back at once; resident: as malloc has it by default, with what it keeps"
+        f"peak: of the whole process, of which {process} are libraries; used: all that is freed "
+        "goes back at once, and no weight stays in a mapped file; resident: as in a run."
     )
     loading = any(row["frugal_trial"]["with_loading"] for row in rows)
-    return f"{note}; loading the model is in both" if loading else note
+    return f"{note} Loading the model is in both." if loading else note
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
     Args:
         config: resolved; its model, adapter, dropout, frozen prefix and training are what is tried.
         steps: of the measured turn.
-        frugal: give freed memory back at once, so that what is resident is in use. Costs time.
+        frugal: keep resident what is in use, and all of that: give freed memory back at once, and
+            map no weights from files. Costs time.
     """
     if frugal:
         give_memory_back()
@@ -78,7 +79,8 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
         gc.collect()
         process_bytes = 0 if cuda else resident_bytes()
         backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
-        _read_all(backbone.model)
+        if frugal:
+            _let_go_of_files(backbone.model)
         table = _random_table(backbone, config)
         bench = Workbench(backbone, config.accelerator, config.seed)
         _turn(bench, table, config, round=1, steps=1)
@@ -136,10 +138,14 @@ def _first_small_turn(config: Config) -> None:
     _turn(bench, table, config, round=1, steps=1)
 
 
-def _read_all(model: nn.Module) -> None:
-    """Weights are mapped from their file, and come into memory where they are first read."""
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy weights that are mapped from a file, and come into memory in pages of it, as read.
+
+    What is resident is then the weights, all of them, and not what was read to quantise them.
+    """
     for value in model.parameters():
-        value.view(torch.uint8).sum()
+        if value.is_floating_point():
+            value.data = value.data.clone()
 
 
 def _forget_peak(cuda: bool) -> bool:
@@ -172,8 +178,8 @@ def _watts(cuda: bool) -> Iterator[list[float]]:
 
 
 def _reports_power() -> bool:
-    """NVML is reached through a package that torch does not bring along."""
+    """NVML is reached through a package that torch does not bring along, with errors of its own."""
     try:
         return bool(torch.cuda.power_draw() > 0)
-    except (ModuleNotFoundError, RuntimeError):
+    except Exception:
         return False

@@ -1,5 +1,6 @@
 """What a forward stores for its backward, counted from a derivation and from the outside."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from adapter_contract import Worn, case, texts
 from droppeft.checkpointing import checkpointed
 from droppeft.config import TrainingConfig
+from droppeft.costs.tally import Tally
 from droppeft.data.tasks import Classification
 from droppeft.memory import ActivationMeter
 from droppeft.training import train
@@ -162,6 +164,22 @@ def test_a_block_may_be_the_largest_in_a_step_that_keeps_less() -> None:
                 loss = hidden.square().sum()
             loss.backward()
     assert meter.peak_bytes == 5 * (2 * 4 + 100) * FLOAT
+
+
+def test_what_counting_a_block_stores_is_let_go() -> None:
+    """Its graph has no backward that would take it apart: kept outputs must not hold themselves."""
+    on = Worn(case("lora", "bert"))
+    meter, tally = ActivationMeter(on.model), Tally(on.model)
+    with checkpointed(on.model.train(), on.blocks, meter.note), tally:
+        for _ in range(2):
+            with meter.measuring():
+                loss, _ = TASK.loss_and_logits(on.model, texts())
+            loss.backward()
+            del loss
+            on.model.zero_grad()
+            gc.collect()
+    assert meter.peak_bytes > 5 * HIDDEN
+    assert tally.alive_bytes < HIDDEN
 
 
 def test_what_a_failed_forward_noted_is_forgotten() -> None:

@@ -1,0 +1,516 @@
+"""The page of results: what the committed result files say."""
+
+import json
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from statistics import mean, median, stdev
+from typing import Any
+
+from cost_model_section import cost_model
+from tables import NOTICE, RESULTS, markdown_table
+
+RESULTS_HEAD = """\
+# Results
+
+Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
+means a real clock on the machine named; what is modelled says so. Federated methods were run with
+one seed so far: that shows that the system works, not how methods compare.
+"""
+
+FIRST_SLICE_HEAD = """\
+## AG News over {devices} devices
+
+`benchmarks/first_slice.py`: the {layers}-layer built-in model, {cohort} devices per round, {rounds}
+rounds of {steps} steps, Dirichlet alpha {alpha}, one seed. `fedlora` runs all layers, `droppeft`
+drops exactly 2 in every step. The two take turns round by round on one machine: {place}.
+
+![Accuracy against wall time of both methods](figures/first_slice.png)
+"""
+
+HEAD_RATE_HEAD = """\
+## A learning rate for the head
+
+`benchmarks/head_learning_rate.py`: centralised training of the built-in model on the built-in data,
+full depth, {seeds} seeds; mean and standard deviation of the accuracy on its test texts. Made on
+{place}.
+"""
+
+FLOWER_HEAD = """\
+## One configuration in three places
+
+`benchmarks/flower_cost.py`: the built-in model and data, {nodes} devices, all of them in each of
+{rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
+{runs} runs that take turns, on {place}.
+The hash is over all files of `adapter/`: it is the same everywhere, or the script stops.
+"""
+
+FLOWER_COST_HEAD = """\
+### What a client-round costs
+
+One device, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
+client-round is a round less evaluation and saving; "beside the turn" is what is not spent in
+setting values, training and packing on the device. "Model built per message" is the usual pattern
+of Flower's examples: the ClientApp builds its model whenever it is called. In a simulation the
+process stays and the texts with it; on a SuperNode every message has a new process, which loads
+everything. The built-in model is small (22 M parameters); what building one costs grows with it.
+"""
+
+
+LAYER_DROPOUT_HEAD = """\
+## What dropping layers saves, and what a gate costs
+
+`benchmarks/layer_dropout_cost.py`: training steps (forward, backward, AdamW) of models with random
+weights and LoRA of rank 8 in all layers; exact gates, first and last layer kept. All measured, on
+{place}.
+
+![Cost of gates, savings, and stored bytes of 50 steps](figures/layer_dropout_cost.png)
+
+### Against a model that has only these layers
+
+The *sliced* model is made of the same weights, with the list of blocks cut to those that run. Both
+take the same step, one right after the other, in random order, with new gates for every pair.
+Medians of the pairs' ratios with bootstrap 95 % intervals; within 3 % is *yes* if the upper end of
+the interval of seconds is, *no* if the lower end is not, else *open*. Blocks that ran were counted
+in every step. Stored is what autograd keeps for the backward, parameters excluded.
+"""
+
+LAYER_DROPOUT_PEAKS_HEAD = """\
+### The worst of {steps} steps
+
+{model}, mean rate .5: the most layers that ran in any of {steps} steps, mean of {runs:,} runs,
+beside what is expected of binomial draws; and the bytes that the forwards of one run stored.
+"""
+
+LAYER_DROPOUT_PEERS_HEAD = """\
+### Other ways to drop layers
+
+An OPT model of {layers} layers, rate .5, {pairs} pairs of steps each. *Ours* in the head of the
+columns is `gated`, as in `droppeft run`. Both steps of a pair have the same gates, but for
+torchtune, which draws for every row of a batch, and the model without dropout. transformers'
+`layerdrop` and torchtune have independent gates without protected ends; the loop and the
+multiplication got ours. What a way does with a dropped layer was looked at with a batch of one row.
+`gated` obeys its gates in evaluation mode too: leave it before evaluating; `layer_dropout` sees to
+that by itself.
+"""
+
+
+COMPILE_HEAD = """\
+## torch.compile under layer dropout
+
+`benchmarks/compile_blocks.py`: forward and backward with LoRA of rank 8 in all layers, batches of
+{rows} texts of {tokens} tokens, a third of the layers dropped in every step, gates changing.
+*Block by block*: `block.forward = torch.compile(block.forward)`, as in the README; *whole model*:
+`torch.compile(model)`, which compiles what lies between gates. Times of {rounds} steps that the
+three take in turn, against not compiling: medians of the ratios with bootstrap 95 % intervals.
+Graphs are all that were compiled, first for every pattern of dropped layers that came, then for
+{rounds} more lengths of texts. All measured, on {place}.
+Other work ran there as well: seconds of the processor are
+steadier than those of the clock, and compiling would be quicker on a quiet machine.
+"""
+
+
+QUALITY_HEAD = """\
+## What dropping layers costs in accuracy
+
+`benchmarks/layer_dropout_quality.py`: one device, QQP, LoRA of rank 8, batches of 16, constant
+learning rate after {warm_up} steps; accuracy on {rows:,} rows cut from the training part
+(development data), at full depth. *Equal steps*: after {budget} steps. *Equal work*: after as many
+steps as cost what {budget} steps at full depth cost, counted as tokens times layers that ran. In
+brackets the mean difference to full depth with the same seeds. The centre is a third of the layers
+dropped, exact counts, uniform, first and last layer kept. A single seed says little: another one
+moves a cell by {noise:.3f} (standard deviation over the seeds of a cell, median of the cells). What
+follows from it is in [findings.md](findings.md).
+"""
+
+
+def results_page() -> str:
+    """What the committed result files say."""
+    parts = (
+        _first_slice,
+        _head_learning_rate,
+        _flower,
+        _layer_dropout,
+        _quality,
+        _compile_blocks,
+    )
+    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *(part() for part in parts), *cost_model()])
+
+
+def _first_slice() -> str:
+    content = json.loads((RESULTS / "first_slice.json").read_text(encoding="utf-8"))
+    members = {name: member["result"] for name, member in content["members"].items()}
+    one = next(iter(members.values()))
+    config, target = one["config"], f"{one['target']:.2f}".removeprefix("0")
+    lines: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+        (f"accuracy, all {one['test_rows']:,} test texts", lambda r: f"{r['global_accuracy']:.3f}"),
+        ("TF-IDF + linear SVM, all data in one place", lambda r: f"{r['tfidf_accuracy']:.3f}"),
+        (f"first round at the target {target}", lambda r: str(r["target_round"])),
+        ("… after, this process (measured)", lambda r: _seconds(r["time_to_target_host_s"])),
+        ("… after, side by side (measured)", lambda r: _seconds(r["time_to_target_measured_s"])),
+        ("training steps, all rounds (measured)", lambda r: _seconds(r["train_wall_s"])),
+        (f"mean active layers of {one['num_layers']}", lambda r: f"{r['mean_active_layers']:.2f}"),
+        ("peak activations (measured)", lambda r: f"{r['activation_bytes_peak'] / 1e6:.0f} MB"),
+        ("upload, all devices and rounds", lambda r: f"{r['upload_bytes'] / 1e6:.1f} MB"),
+    )
+    rows = [[title, *(show(result) for result in members.values())] for title, show in lines]
+    shares = [f"{member['overhead']:.1%}" for member in content["members"].values()]
+    rows.append(["wall time outside training steps and evaluation", *shares])
+    head = FIRST_SLICE_HEAD.format(
+        layers=one["num_layers"],
+        cohort=config["cohort"],
+        devices=config["devices"],
+        rounds=config["rounds"],
+        steps=config["training"]["local_steps"],
+        alpha=config["partition"]["alpha"],
+        place=_place(one["machine"]),
+    )
+    return head + "\n" + markdown_table(("", *members), rows)
+
+
+def _head_learning_rate() -> str:
+    content = json.loads((RESULTS / "head_learning_rate.json").read_text(encoding="utf-8"))
+    steps = [str(cell["steps"]) for cell in next(iter(content["summary"].values()))]
+    rows = [
+        [name, *(f"{cell['mean']:.3f} ± {cell['sd']:.3f}" for cell in cells)]
+        for name, cells in content["summary"].items()
+    ]
+    head = HEAD_RATE_HEAD.format(seeds=len(content["seeds"]), place=_place(content["machine"]))
+    return head + "\n" + markdown_table(("accuracy after … steps of 16 texts", *steps), rows)
+
+
+def _flower() -> str:
+    content = json.loads((RESULTS / "flower_cost.json").read_text(encoding="utf-8"))
+    settings = {
+        name: dict(word.split("=") for word in words) for name, words in content["settings"].items()
+    }
+    places = [
+        [
+            name,
+            f"`{place['adapter_folder_sha256'][:16]}`",
+            f"{place['rounds_wall_s']:.0f} s",
+            f"{place['command_wall_s']:.0f} s",
+            *(_bytes(place[key]) for key in TRAFFIC),
+        ]
+        for name, place in content["places"].items()
+    ]
+    costs = [
+        [
+            name,
+            f"{cost['client_round_s']:.2f} s ({low:.2f}–{high:.2f})",
+            f"{cost['turn_s']:.2f} s",
+            f"{cost['beside_turn_s']:.2f} s",
+            f"{cost['first_s']:.1f} s",
+        ]
+        for name, cost in content["client_round"].items()
+        for low, high in [cost["client_round_quartiles_s"]]
+    ]
+    runs = next(iter(content["places"].values()))["runs"]
+    head = FLOWER_HEAD.format(
+        nodes=settings["places"]["devices"],
+        rounds=settings["places"]["rounds"],
+        runs=runs,
+        place=_place(content["machine"]),
+    )
+    costs_head = FLOWER_COST_HEAD.format(rounds=settings["client_round"]["rounds"], runs=runs)
+    places_columns = ("", "adapter", "rounds", "command", *TRAFFIC.values())
+    costs_columns = ("", "client-round (quartiles)", "turn", "beside the turn", "first round")
+    return "\n".join(
+        [
+            head,
+            markdown_table(places_columns, places),
+            costs_head,
+            markdown_table(costs_columns, costs),
+        ]
+    )
+
+
+def _layer_dropout() -> str:
+    content = json.loads((RESULTS / "layer_dropout_cost.json").read_text(encoding="utf-8"))
+    [peaks], [peers] = content["peaks"].values(), content["peers"].values()
+    cells = [
+        (entry, rate, found)
+        for part in ("sliced", "sliced_cuda")
+        for entry in content.get(part, {}).values()
+        for rate, found in entry["rates"].items()
+    ]
+    place = _place(next(iter(content["sliced"].values()))["machine"])
+    peaks_head = LAYER_DROPOUT_PEAKS_HEAD.format(
+        model=peaks["shape"].partition(":")[0], steps=peaks["steps"], runs=peaks["runs"]
+    )
+    return "\n".join(
+        [
+            LAYER_DROPOUT_HEAD.format(place=place),
+            markdown_table(SLICED_COLUMNS, [_sliced_row(*cell) for cell in cells]),
+            peaks_head,
+            markdown_table(PEAKS_COLUMNS, _peaks_rows(peaks)),
+            LAYER_DROPOUT_PEERS_HEAD.format(layers=peers["layers"], pairs=peers["pairs"]),
+            markdown_table(PEERS_COLUMNS, _peers_rows(peers)),
+        ]
+    )
+
+
+SLICED_COLUMNS = (
+    "model, batch",
+    "rate",
+    "layers",
+    "pairs",
+    "time / sliced",
+    "CPU time / sliced",
+    "within 3 %",
+    "stored bytes = sliced",
+    "losses = sliced",
+    "time / full depth",
+    "stored / full depth",
+)
+
+
+def _sliced_row(entry: dict[str, Any], rate: str, found: dict[str, Any]) -> Sequence[str]:
+    name, _, size = entry["shape"].partition(":")
+    accelerator = entry["machine"]["accelerator"]
+    return (
+        f"{name}, {size}" + ("" if accelerator == "none" else f", {accelerator}"),
+        rate,
+        f"{found['raw']['layers'][0]} of {entry['layers']}",
+        str(entry["pairs"]),
+        _ratio(found["wall_to_sliced"]),
+        _ratio(found["cpu_to_sliced"]),
+        _within(found["wall_to_sliced"], entry["pairs"]),
+        _yes(found["same_bytes"]),
+        f"{found['same_losses']} of {entry['pairs']}",
+        _ratio(found["wall_to_full"]),
+        f"{found['bytes_to_full']:.3f}",
+    )
+
+
+PEAKS_COLUMNS = (
+    "gates",
+    "most layers, mean (range)",
+    "… expected",
+    "most bytes / full depth",
+    "… of the blocks' bytes",
+    "bytes follow the count",
+)
+
+
+def _peaks_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
+    return [
+        (
+            sampling,
+            f"{peak['mean']:.2f} ({peak['least']}–{peak['most']}) of {entry['layers']}",
+            f"{entry['expected_peak_active'][sampling]:.2f}",
+            f"{found['peak_share']:.1%}",
+            f"{found['peak_share_of_blocks']:.1%}",
+            _yes(found["bytes_follow_count"]),
+        )
+        for sampling, found in entry["samplings"].items()
+        for peak in [found["peak_active"]]
+    ]
+
+
+PEERS_COLUMNS = (
+    "",
+    "time / ours",
+    "CPU time / ours",
+    "stored / ours",
+    "share of layers that ran",
+    "output = sliced model's",
+    "a dropped layer's gradient",
+    "AdamW moves it",
+    "full depth after `eval()`",
+    "same gradients when checkpointed",
+    "parameter names kept",
+    "hidden states returned",
+)
+PEERS = {
+    "gated": "droppeft, `gated`",
+    "layer_dropout": "droppeft, `layer_dropout`",
+    "if": "an `if` in a loop written for this model",
+    "layerdrop": "transformers, `layerdrop`",
+    "torchtune": "torchtune, `prepare_layer_dropout`",
+    "multiplied": "multiplied by 0 or 1 (stochastic depth)",
+    "none": "no dropout",
+}
+
+
+def _peers_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
+    return [_peer_row(title, entry["ways"][name], entry) for name, title in PEERS.items()]
+
+
+def _peer_row(title: str, found: dict[str, Any], entry: dict[str, Any]) -> Sequence[str]:
+    if "not_run" in found:
+        return (title, f"not run: {found['not_run']}", *[""] * (len(PEERS_COLUMNS) - 2))
+    return (title, *_peer_costs(found), *_peer_behaviour(found, entry["layers"]))
+
+
+def _peer_costs(found: dict[str, Any]) -> Sequence[str]:
+    if "wall_to_ours" not in found:  # ours itself
+        return ("1", "1", "1", "–")
+    return (
+        _ratio(found["wall_to_ours"]),
+        _ratio(found["cpu_to_ours"]),
+        f"{found['bytes_to_ours']:.3f}",
+        f"{found['ran_least']:.2f}–{found['ran_most']:.2f}",
+    )
+
+
+def _peer_behaviour(found: dict[str, Any], layers: int) -> Sequence[str]:
+    if "equals_sliced" not in found:  # without dropout there is nothing to look at
+        return ("–",) * 7
+    states = found["hidden_states"]
+    return (
+        _yes(found["equals_sliced"]),
+        found["dropped_gradient"],
+        _yes(found["dropped_moves"]),
+        _yes(found["evaluates_in_full"]),
+        _yes(found["checkpoints"]),
+        _yes(found["names_kept"]),
+        "–" if states is None else "all" if states == layers + 1 else "of layers that ran",
+    )
+
+
+QUALITY_COLUMNS = (
+    "condition",
+    "seeds",
+    "accuracy, equal steps",
+    "accuracy, equal work",
+    "CPU time of the steps / full depth",
+    "peak stored / full depth",
+)
+
+
+def _quality() -> str:
+    """Per model a table of conditions, with what has been run so far."""
+    lines = (RESULTS / "layer_dropout_quality.jsonl").read_text(encoding="utf-8").splitlines()
+    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        seeds = cells.setdefault((row["model"], row["condition"]), {})
+        seeds[row["seed"]] = {**seeds.get(row["seed"], {}), **row["measured"]}
+    parts = [QUALITY_HEAD.format(warm_up=20, budget=160, rows=1500, noise=_noise(cells))]
+    for model in dict.fromkeys(model for model, _ in cells):
+        rows = [
+            _quality_row(condition, found, cells[model, "full depth"])
+            for (owner, condition), found in cells.items()
+            if owner == model
+        ]
+        parts += [f"### {model}\n", markdown_table(QUALITY_COLUMNS, rows)]
+    return "\n".join(parts)
+
+
+def _quality_row(
+    condition: str, found: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]
+) -> Sequence[str]:
+    shared = sorted(found.keys() & full.keys())
+    return (
+        condition,
+        str(len(found)),
+        _accuracy("steps", found, full),
+        _accuracy("work", found, full),
+        _share("train_cpu_s", found, full, shared),
+        _share("activation_bytes_peak", found, full, shared),
+    )
+
+
+def _accuracy(end: str, found: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]) -> str:
+    values = [measured[end]["accuracy"] for measured in found.values() if end in measured]
+    if not values:
+        return "–"
+    shared = [seed for seed in found if seed in full and end in found[seed]]
+    gaps = [found[seed][end]["accuracy"] - full[seed]["steps"]["accuracy"] for seed in shared]
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread} ({mean(gaps):+.3f})"
+
+
+def _share(
+    key: str,
+    found: dict[int, dict[str, Any]],
+    full: dict[int, dict[str, Any]],
+    shared: Sequence[int],
+) -> str:
+    """Per step, against full depth."""
+    ratios = []
+    for seed in shared:
+        ours = found[seed].get("steps") or found[seed]["work"]
+        theirs = full[seed]["steps"]
+        per_step = (lambda one: one[key] / one["step"]) if key == "train_cpu_s" else itemgetter(key)
+        ratios.append(per_step(ours) / per_step(theirs))
+    return f"{median(ratios):.2f}"
+
+
+def _noise(cells: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> float:
+    spreads = [
+        stdev([one[end]["accuracy"] for one in found.values()])
+        for found in cells.values()
+        for end in ("steps", "work")
+        if len(found) > 1 and all(end in one for one in found.values())
+    ]
+    return median(spreads) if spreads else 0.0
+
+
+def _compile_blocks() -> str:
+    content = json.loads((RESULTS / "compile_blocks.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            name,
+            way,
+            _ratio(found["wall_to_not_compiled"]),
+            _ratio(found["cpu_to_not_compiled"]),
+            _seconds(found["first_steps_wall_s"]),
+            str(found["graphs"]),
+            str(found["graphs_of_other_lengths"]),
+            f"{found['gradients_differ_by']:.0e}",
+        )
+        for name, ways in content["models"].items()
+        for way, found in ways.items()
+        if "graphs" in found
+    ]
+    head = COMPILE_HEAD.format(**content["settings"], place=_place(content["machine"]))
+    return head + "\n" + markdown_table(COMPILE_COLUMNS, rows)
+
+
+COMPILE_COLUMNS = (
+    "model",
+    "compiled",
+    "time of a step",
+    "CPU time of a step",
+    "first 6 steps",
+    "graphs",
+    "other lengths",
+    "gradients, largest difference",
+)
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
+
+
+def _within(found: dict[str, float], pairs: int) -> str:
+    """Whether a ratio is at most 1.03, as far as its interval says."""
+    if pairs < 30:
+        return "too few pairs"
+    if found["high"] <= 1.03:
+        return "yes"
+    return "no" if found["low"] > 1.03 else "open"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _bytes(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+TRAFFIC = {
+    "upload_bytes": "bytes up",
+    "download_bytes": "bytes down",
+    "upload_framed_bytes": "framed up",
+    "download_framed_bytes": "framed down",
+}
+
+
+def _place(machine: dict[str, Any]) -> str:
+    return f"{machine['cores']} cores ({machine['processor']}), {machine['threads']} threads"
+
+
+def _seconds(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.0f} s"

@@ -1,0 +1,17 @@
+"""What the written pages have in common."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, one line per row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
