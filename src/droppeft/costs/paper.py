@@ -192,7 +192,6 @@ def _executed(
     recomputing = checkpointed(paper.model, paper.blocks, note) if checkpointing else nullcontext()
     try:
         with (
-            torch.random.fork_rng(),
             paper.fake,
             _ExpertsInFp32(),  # type: ignore[no-untyped-call]
             without_cache(paper.model),
