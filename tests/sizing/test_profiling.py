@@ -15,12 +15,14 @@ from droppeft import cli
 from droppeft.config import Config, load_config
 from droppeft.costs.counts import step_stored_bytes
 from droppeft.errors import DroppeftError
+from droppeft.models import load_backbone
 from droppeft.report import profile as report
 from droppeft.sizing import profiling
+from droppeft.sizing.outlines import CLASSES
 from droppeft.sizing.planning import counts_of, option
 from droppeft.sizing.profiling import Measured, at_rate, in_fresh_process, profile
 from droppeft.sizing.resident import forget_peak, peak_resident_bytes, resident_bytes
-from droppeft.sizing.trial import Trial
+from droppeft.sizing.trial import Trial, random_table
 from tiny import save_tiny_model
 
 SETTINGS = ("training.batch_size=4", "training.max_length=16", "accelerator=cpu", "threads=1")
@@ -74,6 +76,20 @@ def test_profile_from_the_command_line_to_its_files(
         assert row["resident_bytes"] > row["process_bytes"]
         assert row["step_j"] is None
         assert [trial["executed"] for trial in row["trials"]] == [row["executed"]]
+
+
+def test_random_rows_are_as_long_as_said_but_for_padding(folder: Path) -> None:
+    """A batch without padding has no mask, and torch other kernels for it."""
+    backbone = load_backbone(str(folder), CLASSES, 0)
+    table = random_table(backbone, config_of(folder))
+    assert table.lengths.tolist() == [16, 15, 16, 16]
+    assert table.columns.keys() == {"input_ids", "token_type_ids"}
+    again = random_table(backbone, config_of(folder)).columns["input_ids"]
+    assert (table.columns["input_ids"] == again).all()
+    assert 0 <= again.min() < again.max() < 30522
+    single = random_table(backbone, config_of(folder, "training.batch_size=1", "seed=1"))
+    assert single.lengths.tolist() == [16]
+    assert (single.columns["input_ids"] != again[:16]).any()
 
 
 def test_memory_in_use_is_what_is_planned() -> None:

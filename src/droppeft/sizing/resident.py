@@ -8,7 +8,7 @@ import platform
 import resource
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_MMAP_THRESHOLD = -3
 GIVEN_BACK_FROM = 1 << 16
 """Bytes from which an allocation gets pages of its own, which go back when it is freed."""
 
@@ -23,9 +23,7 @@ def give_memory_back() -> None:
     and the more the longer it runs. Pages of their own are slower, since the system clears them.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, GIVEN_BACK_FROM)
-        libc.mallopt(M_TRIM_THRESHOLD, GIVEN_BACK_FROM)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK_FROM)
 
 
 def resident_bytes() -> int:

@@ -81,7 +81,7 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
         backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
         if frugal:
             _let_go_of_files(backbone.model)
-        table = _random_table(backbone, config)
+        table = random_table(backbone, config)
         bench = Workbench(backbone, config.accelerator, config.seed)
         _turn(bench, table, config, round=1, steps=1)
         with_loading = not _forget_peak(cuda)
@@ -110,7 +110,7 @@ def _turn(bench: Workbench, table: TokenTable, config: Config, round: int, steps
     return take_turn(bench, table, DeviceRows(rows, rows[:0], rows[:0]), config, plan)
 
 
-def _random_table(backbone: Backbone, config: Config) -> TokenTable:
+def random_table(backbone: Backbone, config: Config) -> TokenTable:
     """As many rows as a batch has; the second is shorter, since real batches have padding."""
     rng = seeds.numpy_generator(config.seed, purpose="random tokens")
     rows = config.training.batch_size
@@ -133,7 +133,7 @@ def _first_small_turn(config: Config) -> None:
         training=config.training.model_copy(update=small),
     )
     backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
-    table = _random_table(backbone, config)
+    table = random_table(backbone, config)
     bench = Workbench(backbone, config.accelerator, config.seed)
     _turn(bench, table, config, round=1, steps=1)
 
