@@ -12,7 +12,8 @@ time; it is no property of the model and is not modelled.
 
 Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
 step of this machine are fitted to its fp32 cells by `droppeft.costs.clock.calibrated`; errors are
-those of the fit. Quantised weights are left out of it: their kernels have another speed.
+those of the fit. Quantised weights are left out of it: their kernels have another speed. So are
+those that are mapped from a file.
 
 Writes `benchmarks/results/cost_model.json` and `docs/figures/cost_model`. About an hour on 2 cores,
 nothing else running. `--cells WORD` takes only cells with this in their name, `--draw` draws again.
@@ -57,7 +58,7 @@ HALF = {"builtin": 3, "deep12": 6, "bert-large": 12}
 
 
 def cells() -> dict[str, tuple[str, ...]]:
-    """Name to settings: rates alone, and every other saving with and without half of the layers."""
+    """Name to settings: rates alone, every other saving with and without half, and all together."""
     found = {}
     for model, words in MODELS.items():
         plain = {"": (), ", checkpointing": ("training.checkpointing=true",)}
@@ -66,7 +67,23 @@ def cells() -> dict[str, tuple[str, ...]]:
         for name, more in {**plain, **frozen, **small}.items():
             for rate in (0, 0.25, 0.5, 0.75) if name == "" else (0, 0.5):
                 found[f"{model}, rate {rate}{name}"] = (*words, *more, f"dropout.mean={rate}")
+        for name, more in together(HALF[model]).items():
+            found[f"{model}, {name}"] = (*words, *more)
     return found
+
+
+def together(half: int) -> dict[str, tuple[str, ...]]:
+    """Savings that need one another, and all that go together; rate .5 unless a name says 0."""
+    drop, frozen = ("dropout.mean=0.5",), (f"frozen.layers={half}",)
+    turn, off = ("dropout.every=round",), ("training.offload=true",)
+    lean = (*drop, *frozen, "training.checkpointing=true")
+    return {
+        f"rate 0, {half} frozen, offload": ("dropout.mean=0", *frozen, *off),
+        "rate 0.5 per turn, offload": (*drop, *turn, *off),
+        f"rate 0.5 per turn, {half} frozen, offload, checkpointing": (*lean, *turn, *off),
+        f"rate 0.5, {half} frozen, checkpointing, 8bit": (*lean, "quantization=8bit"),
+        f"rate 0.5, {half} frozen, checkpointing, 4bit": (*lean, "quantization=4bit"),
+    }
 
 
 def configuration(words: Sequence[str]) -> Config:
@@ -111,7 +128,7 @@ def with_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Fit the speed at which this machine does a model; put modelled times beside measured ones."""
     fits = {}
     for model in MODELS:
-        cells = [row for row in rows if row["cell"].startswith(model) and "bit" not in row["cell"]]
+        cells = [row for row in rows if row["cell"].startswith(model) and not unlike(row)]
         if cells:
             speed, overhead = calibrated([r["flops"] for r in cells], [r["step_s"] for r in cells])
             fits[model] = {"effective_flops_per_s": speed, "step_overhead_s": overhead}
@@ -119,6 +136,11 @@ def with_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 row["step_modelled_s"] = row["flops"] / speed + overhead
                 row["time_error"] = row["step_modelled_s"] / row["step_s"] - 1
     return fits
+
+
+def unlike(row: Mapping[str, Any]) -> bool:
+    """Whether its weights are read by other kernels or from other places than a plain step's."""
+    return "bit" in row["cell"] or "offload" in row["cell"]
 
 
 def draw(content: Mapping[str, Any]) -> None:

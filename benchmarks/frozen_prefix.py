@@ -31,8 +31,8 @@ import torch
 from droppeft.config import TrainingConfig
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.federation.device import Workbench
 from droppeft.federation.environment import machine, versions
+from droppeft.federation.workbench import Workbench
 from droppeft.frozen_prefix import FrozenPrefix, StateStore
 from droppeft.frozen_prefix.turn import PrefixOfTurn
 from droppeft.layer_dropout import sample_active

@@ -12,11 +12,12 @@ from flwr.clientapp import ClientApp
 
 from droppeft import seeds
 from droppeft.config import build_config
-from droppeft.federation.device import Workbench, take_turn
+from droppeft.federation.device import take_turn
 from droppeft.federation.flower.client_app import introduce
 from droppeft.federation.flower.messages import packed_of, record_of
 from droppeft.federation.flower.packing import pack_reply, unpack_plan
 from droppeft.federation.loading import Loaded, Site, load, site_of
+from droppeft.federation.workbench import Workbench
 from droppeft.models import load_backbone
 
 app = ClientApp()

@@ -18,7 +18,7 @@ LEVELS = (
     {"seeds", "config", "plans", "devices"},
     {"layer_dropout", "quantization"},
     {"adapters", "models", "data"},
-    {"checkpointing", "precision"},
+    {"checkpointing", "precision", "offloading"},
     {"memory", "frozen_prefix"},
     {"sharing", "configurator", "training"},
     {"costs"},

@@ -49,6 +49,32 @@ def test_frozen_layers_have_no_adapter_and_do_not_run() -> None:
         step_memory(COUNTS, active=2, frozen=2)
 
 
+def test_weights_that_are_not_held_are_not_counted() -> None:
+    """A block has 1,000 frozen values, the rest of the model too."""
+    plain = step_memory(COUNTS, active=1)
+    held = step_memory(COUNTS, active=1, held=1)
+    assert held == replace(plain, weights=4 * 2000)
+    assert step_memory(COUNTS, active=1, held=3) == plain
+    assert step_memory(COUNTS, active=1, frozen=1, held=2).weights == 4 * 3000
+
+
+def test_the_largest_weights_are_held() -> None:
+    sizes = zip(COUNTS.blocks, (50, 70, 60), strict=True)
+    counts = replace(COUNTS, blocks=tuple(replace(b, weight_bytes=size) for b, size in sizes))
+    apart = step_memory(counts, 1, held=0).weights
+    assert [step_memory(counts, 1, held=n).weights - apart for n in (1, 2)] == [30, 50]
+
+
+def test_making_states_can_be_the_worse_moment() -> None:
+    """Two frozen layers' weights against one layer's with all that it stores."""
+    heavy = replace(COUNTS.blocks[2], stored_bytes=9000)
+    step = step_memory(replace(COUNTS, blocks=(*COUNTS.blocks[:2], heavy)), 1, frozen=2, held=1)
+    assert (step.weights, step.stored) == (4 * 2000, 9000 + 70)
+    building = step_memory(COUNTS, 1, frozen=2, held=1)
+    assert (building.stored, building.gradients, building.optimizer) == (0, 0, 0)
+    assert (building.weights, building.trained) == (4 * 3000, 4 * 15)
+
+
 @given(st.integers(0, 2), st.integers(0, 2))
 def test_more_layers_never_take_less(active: int, frozen: int) -> None:
     fewer = min(active, 3 - frozen)

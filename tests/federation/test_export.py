@@ -20,12 +20,13 @@ from transformers import AutoModelForSequenceClassification
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints, export, export_run
-from droppeft.federation.device import Workbench, take_turn
+from droppeft.federation.device import take_turn
 from droppeft.federation.export import Source, save_merged, write_adapter
 from droppeft.federation.folder import held
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, evaluation_sample
 from droppeft.federation.run import Interrupted, _evaluate, start_run
+from droppeft.federation.workbench import Workbench
 from droppeft.models import load_backbone
 from droppeft.plans import (
     AdapterSpec,

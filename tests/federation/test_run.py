@@ -362,6 +362,8 @@ def launch(words: list[str], out: Path, before: str = "") -> "subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "80"},
+        # A test that was started in the background of a script hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -178,11 +178,45 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
     )
 
 
-def test_words_of_an_option_make_it_again(tiny: str) -> None:
-    one = one_option(tiny, "frozen.layers=2", "dropout.mean=0.25", "quantization=8bit")
-    again = load_config(None, one.words)
-    for key in GRID:
-        assert value_of(again, key) == value_of(one.config, key), key
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frozen.layers=2", "dropout.mean=0.25", "quantization=8bit"],
+        ["dropout.every=round", "training.offload=true", "adapter.rank=4", "threads=3"],
+        ["adapter.type=oft", "adapter.options.oft_block_size=16"],
+        ["dropout.protect_first=0", "data=some where", "target_accuracy=0.5"],
+    ],
+)
+def test_words_of_an_option_make_it_again(tiny: str, words: list[str]) -> None:
+    one = one_option(tiny, *words)
+    assert load_config(None, one.words) == one.config
+    assert len(one.words) <= len(GRID) + len(words)
+
+
+def test_rates_of_each_layer_are_words_too(tiny: str) -> None:
+    words = [word for word in ONE if word != "frozen.layers=0"]
+    rates = "dropout.rates=[0, 0.5, 0.5, 0.25, 0, 0]"
+    fixed = ("training.precision=fp32", "training.checkpointing=false", "frozen.layers=0")
+    [config] = combinations(None, [tiny, *words, *fixed, rates])
+    one = option(config, None)
+    assert load_config(None, one.words) == config
+
+
+def test_offloaded_weights_are_those_of_layers_that_a_turn_runs(tiny: str) -> None:
+    def weights(*words: str) -> int:
+        return one_option(tiny, *words).memory.weights
+
+    half, every = ("dropout.mean=0.5", "dropout.protect_first=0"), "dropout.every=round"
+    block = (weights() - weights("training.offload=true", every, *half)) / 3
+    assert block > 0
+    for words, kept in (
+        (("frozen.layers=2",), 4),
+        (("frozen.layers=2", *half), 4),
+        (("frozen.layers=2", *half, every), 2),
+        ((every,), 6),
+    ):
+        left = weights() - weights("training.offload=true", *words)
+        assert left == pytest.approx((6 - kept) * block), words
 
 
 # What is shown

@@ -240,6 +240,11 @@ class TrainingConfig(Table):
         description="keep only the inputs of the layers that run, and compute the rest again in "
         "the backward: less memory, a second forward, the same adapter",
     )
+    offload: bool = Field(
+        False,
+        description="keep weights of layers that a turn does not run in a memory-mapped file, off "
+        "the accelerator; for frozen.layers with their cache, or dropout.every=round",
+    )
     max_length: Whole = Field(128, ge=4, description="tokens after which a text is cut")
 
     @model_validator(mode="before")

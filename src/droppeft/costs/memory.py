@@ -6,7 +6,7 @@ trained values are in fp32, with a gradient each and AdamW's two moments.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
@@ -29,7 +29,8 @@ class Memory:
 
     Attributes:
         weights: of all layers and the head, in the precision in which they are kept; dropped and
-            frozen layers' too, since another step or another text needs them.
+            frozen layers' too, since another step or another text needs them, unless they are kept
+            in a file.
         trained: values of adapter and head.
         gradients: of what the step trains.
         optimizer: AdamW's moments of all that is trained.
@@ -65,15 +66,24 @@ class Memory:
 
 
 def step_memory(
-    counts: StepCounts, active: int, frozen: int = 0, process: int = PROCESS_BYTES
+    counts: StepCounts,
+    active: int,
+    frozen: int = 0,
+    process: int = PROCESS_BYTES,
+    held: int | None = None,
 ) -> Memory:
     """Memory of a step with so many active blocks, the largest ones.
+
+    Where weights are kept in a file it is that of the worse moment of a turn: a step, or before it
+    making the frozen layers' states, for which their weights are in memory and the others not.
 
     Args:
         counts: of the model with an adapter in every layer, at the batch and length wanted.
         active: how many blocks run.
         frozen: so many first layers have no adapter and do not run: their states are on the disk.
         process: of everything else.
+        held: of how many blocks behind the frozen ones a turn keeps weights in memory, the largest;
+            ``None`` for those of all blocks.
 
     Raises:
         DroppeftError: more active blocks than there are behind the frozen ones.
@@ -83,9 +93,9 @@ def step_memory(
         raise DroppeftError(f"{active} of {len(behind)} layers cannot be active")
     running = sorted(behind, key=lambda block: block.stored_bytes)[len(behind) - active :]
     trained = VALUE_BYTES * _trained((*behind, counts.rest))
-    everywhere = (*counts.blocks, counts.rest)
-    return Memory(
-        weights=sum(part.weight_bytes for part in everywhere) - VALUE_BYTES * _trained(everywhere),
+    kept = counts.blocks if held is None else _heaviest(behind, held)
+    step = Memory(
+        weights=_frozen_bytes((*kept, counts.rest)),
         trained=trained,
         gradients=VALUE_BYTES * _trained((*running, counts.rest)),
         optimizer=2 * trained,
@@ -93,6 +103,16 @@ def step_memory(
         passing=counts.passing_bytes,
         process=process,
     )
+    if held is None or frozen == 0:
+        return step
+    building = replace(
+        step,
+        weights=_frozen_bytes((*counts.blocks[:frozen], counts.rest)),
+        gradients=0,
+        optimizer=0,
+        stored=0,
+    )
+    return max(step, building, key=lambda memory: memory.total)
 
 
 def most_active(rates: Sequence[float], sampling: str, steps: int) -> int:
@@ -124,6 +144,15 @@ def _active_distribution(rates: Sequence[float]) -> list[float]:
         dropped = [*(value * rate for value in distribution), 0.0]
         distribution = [a + b for a, b in zip(runs, dropped, strict=True)]
     return distribution
+
+
+def _heaviest(blocks: Sequence[BlockCounts], count: int) -> list[BlockCounts]:
+    return sorted(blocks, key=lambda block: block.weight_bytes)[len(blocks) - count :]
+
+
+def _frozen_bytes(parts: Sequence[BlockCounts]) -> int:
+    """Of weights that are not trained."""
+    return sum(part.weight_bytes for part in parts) - VALUE_BYTES * _trained(parts)
 
 
 def _trained(parts: Sequence[BlockCounts]) -> int:

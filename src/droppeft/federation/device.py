@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,24 +12,21 @@ import transformers
 from torch import nn
 
 from droppeft import seeds
-from droppeft.adapters.attach import attach, detach
-from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
+from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tables import Rows
-from droppeft.data.tasks import Classification
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
+from droppeft.federation.workbench import Workbench
 from droppeft.frozen_prefix import FrozenPrefix, StateStore
 from droppeft.frozen_prefix.turn import PrefixOfTurn, content_name, state_folder
-from droppeft.layer_dropout import find_blocks, sample_active
-from droppeft.models import Backbone
+from droppeft.layer_dropout import sample_active
 from droppeft.plans import (
     HEAD,
     AdapterSpec,
     BaseDelta,
     LayerKey,
-    Layout,
     MeasuredCost,
     Plan,
     PrefixCost,
@@ -38,7 +36,7 @@ from droppeft.plans import (
     restrict,
 )
 from droppeft.precision import autocast
-from droppeft.quantization import is_quantised, on_device
+from droppeft.quantization import is_quantised
 from droppeft.training import (
     ActiveAt,
     Evaluation,
@@ -48,69 +46,6 @@ from droppeft.training import (
     train,
     turn_batches,
 )
-
-
-class Workbench:
-    """A frozen backbone wearing one adapter at a time.
-
-    All simulated devices of a process share it: a device is its adapter's tensors, not a copy of
-    the model.
-
-    Attributes:
-        model: backbone with the adapter of the last :meth:`wear`.
-        parameters: its trainable parameters by layer.
-        blocks: its L layers.
-        task: batches, loss and metrics.
-    """
-
-    def __init__(self, backbone: Backbone, accelerator: str, seed: int) -> None:
-        self._backbone = backbone
-        self._seed = seeds.seed_for(seed, purpose="adapter")
-        self._spec: AdapterSpec | None = None
-        self._fresh: dict[AdapterSpec, Tensors] = {}
-        self.device = torch.device(accelerator)
-        self.model = on_device(backbone.model, self.device)
-        self.parameters: Parameters = {}
-        self.blocks: tuple[nn.Module, ...] = ()
-        self.task = Classification(
-            backbone.inputs, int(backbone.tokenizer.pad_token_id), self.device
-        )
-
-    @property
-    def weights_hash(self) -> str:
-        """Of the backbone's weights."""
-        return self._backbone.weights_hash
-
-    @property
-    def num_layers(self) -> int:
-        """L of the backbone."""
-        return self._backbone.num_layers
-
-    def wear(self, spec: AdapterSpec) -> None:
-        """Attach an adapter of these shapes, unless it is on already."""
-        if spec != self._spec:
-            self._change(spec)
-
-    def fresh_tensors(self, spec: AdapterSpec) -> Tensors:
-        """Initial values of an adapter of these shapes; they depend on the run's seed alone."""
-        if spec not in self._fresh:
-            self._change(spec)
-        return self._fresh[spec]
-
-    def layout(self, spec: AdapterSpec) -> Layout:
-        """The trainable tensors of an adapter of these shapes."""
-        return {name: (key, array.shape) for key, name, array in flatten(self.fresh_tensors(spec))}
-
-    def _change(self, spec: AdapterSpec) -> None:
-        if self._spec is not None:
-            self.model, self._spec = detach(self.model), None
-        base = self._backbone
-        model = attach(self.model, spec, base.blocks_path, self._seed, base.new_modules)
-        model = model.to(self.device)
-        path, self.blocks = find_blocks(model)
-        self.parameters = trainable_by_layer(model, path)
-        self.model, self._spec = model, spec
-        self._fresh[spec] = get_tensors(self.parameters)
 
 
 def take_turn(
@@ -130,6 +65,8 @@ def take_turn(
     start = time.perf_counter()
     bench.wear(plan.adapter)
     parameters = _load(bench, plan)
+    if plan.base_delta is not None:
+        bench.hold()  # what is added to is then where it will be used
     with base_delta_applied(bench.model, plan.base_delta):
         before = _validation(bench, table, rows, config, plan)
         outcome, prefix = _train(bench, parameters, table, rows, config, plan)
@@ -176,6 +113,7 @@ def rehearse(bench: Workbench, table: TokenTable, config: Config, spec: AdapterS
     if settings.precision == "fp32" and not settings.checkpointing:
         return
     bench.wear(spec)
+    bench.hold()
     batch = bench.task.collate(table, np.arange(min(2, len(table))))
     every = (True,) * bench.num_layers
     try:
@@ -278,7 +216,13 @@ def _train(
         rate_factor(settings, (plan.round - 1 + (step + 0.5) / len(chosen)) / config.rounds)
         for step in range(len(chosen))
     ]
-    prefix = _prefix(bench, table, chosen, config, plan) if plan.frozen else None
+    active_at = _gates(bench, parameters, plan)
+    drawn = [active_at(step) for step in range(len(chosen))]
+    needed = {layer for layer, active in enumerate(zip(*drawn, strict=True)) if any(active)}
+    start = time.perf_counter()
+    prefix = _prefix(bench, table, chosen, config, plan, needed) if plan.frozen else None
+    bench.hold(needed)
+    before_s = time.perf_counter() - start
     with torch.random.fork_rng():
         # For dropout inside the backbone and the adapter: torch's global generator is theirs.
         torch.manual_seed(
@@ -289,13 +233,14 @@ def _train(
             bench.blocks,
             parameters,
             [bench.task.collate(table, batch) for batch in chosen],
-            _gates(bench, parameters, plan),
+            drawn.__getitem__,
             factors,
             bench.task,
             settings,
             plan.objective.proximal,
             prefix,
         )
+    outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
     if prefix is None:
         return outcome, PrefixCost()
     prefix.close()
@@ -303,9 +248,27 @@ def _train(
 
 
 def _prefix(
-    bench: Workbench, table: TokenTable, chosen: Sequence[Rows], config: Config, plan: Plan
+    bench: Workbench,
+    table: TokenTable,
+    chosen: Sequence[Rows],
+    config: Config,
+    plan: Plan,
+    needed: set[int],
 ) -> PrefixOfTurn:
-    """The first layers, which nobody trains, with what this device keeps of them."""
+    """The first layers, which nobody trains, with what this device keeps of them.
+
+    Args:
+        needed: layers that the turn's steps run, the first ones as if they ran too. Those that it
+            does not need when their states are on the disk are taken out.
+    """
+    first = range(plan.frozen)
+
+    @contextmanager
+    def at_hand() -> Iterator[None]:
+        bench.hold({*needed, *first})
+        yield
+        bench.hold(needed)
+
     settings, training, store = config.frozen, config.training, None
     if settings.cache:
         content = content_name(
@@ -321,7 +284,7 @@ def _prefix(
         )
         folder = state_folder(config) / f"device-{plan.device}"
         store = StateStore(folder, content, plan.round, int(settings.limit_mb * 1e6))
-    return PrefixOfTurn(
+    prefix = PrefixOfTurn(
         FrozenPrefix(bench.model, bench.blocks, plan.frozen),
         store,
         settings.precision,
@@ -329,7 +292,16 @@ def _prefix(
         bench.task,
         chosen,
         partial(autocast, training.precision, bench.device),
+        at_hand if bench.is_offloading else nullcontext,
     )
+    if store is None:
+        needed.update(first)
+    else:
+        needed.difference_update(first)
+        if bench.is_offloading:
+            bench.hold(first)
+            prefix.build()
+    return prefix
 
 
 def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
@@ -357,6 +329,7 @@ def _validation(
     """Measure at full depth on the first rows of the validation part, if the Plan says so."""
     if plan.reward_rows == 0:
         return None
+    bench.hold()
     chosen = rows.validation[: plan.reward_rows]
     return evaluate(
         bench.model,

@@ -17,7 +17,6 @@ from droppeft.data.sources import load_text
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints
 from droppeft.federation.checkpoints import Checkpoint
-from droppeft.federation.device import Workbench
 from droppeft.federation.export import (
     Source,
     adapter_lines,
@@ -28,6 +27,7 @@ from droppeft.federation.export import (
 )
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.loading import Say
+from droppeft.federation.workbench import Workbench
 from droppeft.ledger import read_rows
 from droppeft.models import load_backbone, load_dequantised
 

@@ -20,9 +20,10 @@ from droppeft.data.sources import load_text
 from droppeft.data.tables import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import Workbench
+from droppeft.federation.workbench import Workbench
 from droppeft.layer_dropout import find_blocks
 from droppeft.models import Backbone, load_backbone
+from droppeft.offloading import check_offload
 
 Say = Callable[[str], None]
 
@@ -74,6 +75,7 @@ def load(config: Config, say: Say) -> Loaded:
         DroppeftError: whatever the configuration names does not exist or does not fit.
     """
     torch.set_num_threads(config.threads)
+    check_offload(config)
     say("reading data")
     data = load_text(config.data, config.source, config.partition.key)
     devices = partition_rows(
@@ -86,7 +88,8 @@ def load(config: Config, say: Say) -> Loaded:
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
-    bench = Workbench(backbone, config.accelerator, config.seed)
+    offload = config.training.offload
+    bench = Workbench(backbone, config.accelerator, config.seed, offload=offload)
     return Loaded(config, data, tuple(devices), backbone, bench)
 
 

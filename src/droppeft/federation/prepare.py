@@ -13,10 +13,11 @@ from droppeft.costs.devices import make_fleet
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows, TextData
 from droppeft.data.tokens import TokenTable
-from droppeft.federation.device import Workbench, rehearse
+from droppeft.federation.device import rehearse
 from droppeft.federation.loading import Loaded, Say, load, tokens_of
 from droppeft.federation.modelled import clock_for
 from droppeft.federation.transport import transport_named
+from droppeft.federation.workbench import Workbench
 from droppeft.methods import Method, Setup, method_named
 from droppeft.methods.base import adapter_spec
 from droppeft.plans import ServerState

@@ -311,6 +311,7 @@ def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
     bench, config = prepared.bench, prepared.config
     bench.wear(model.adapter)
     set_tensors(bench.parameters, model.tensors)
+    bench.hold()
     with base_delta_applied(bench.model, model.base_delta):
         return evaluate(
             bench.model,

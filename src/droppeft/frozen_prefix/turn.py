@@ -4,9 +4,11 @@ Source: ours.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ class PrefixOfTurn:
         table, task: where rows and batches come from.
         steps: rows of every step of the turn.
         forward: a context for the forward: the run's autocast.
+        at_hand: a context in which the prefix's weights are where it can run, in the midst of the
+            turn.
     """
 
     def __init__(
@@ -55,11 +59,27 @@ class PrefixOfTurn:
         task: Classification,
         steps: Sequence[Rows],
         forward: Callable[[], Any],
+        at_hand: Callable[[], Any] = nullcontext,
     ) -> None:
         self.cost = PrefixCost()
         self._prefix = prefix
         self._store, self._stored = store, stored
-        self._table, self._task, self._steps, self._forward = table, task, steps, forward
+        self._table, self._task, self._steps = table, task, steps
+        self._forward, self._at_hand = forward, at_hand
+        self._unvisited: set[int] = set()
+
+    def build(self) -> None:
+        """Make all states that the turn lacks now, and not when its steps come to them.
+
+        It has a store. With one that cannot hold a turn's states some are made twice.
+        """
+        start = time.perf_counter()
+        for row in dict.fromkeys(map(int, itertools.chain.from_iterable(self._steps))):
+            digest = self._digest(row)
+            if self._store is not None and self._store.get(digest) is None:
+                self._made(row, digest, self._store)
+                self._unvisited.add(row)
+        self._add(build_wall_s=time.perf_counter() - start)
 
     def skip(self, gates: Gates, step: int, batch: Batch) -> None:
         """Let a step start behind the prefix; the gates of the other layers stay as they are."""
@@ -71,7 +91,8 @@ class PrefixOfTurn:
         """(B, S, H) in fp32: of the rows of a batch, zeros where it is padded."""
         start = time.perf_counter()
         if self._store is None:
-            found = self._computed(batch)
+            with self._at_hand():
+                found = self._computed(batch)
             self._add(built=len(rows), built_tokens=batch["input_ids"].numel())
         else:
             found = self._padded([self._of_row(row, self._store) for row in rows], batch)
@@ -86,12 +107,22 @@ class PrefixOfTurn:
             self._add(stored_bytes=self._store.bytes, build_wall_s=time.perf_counter() - start)
 
     def _of_row(self, row: int, store: StateStore) -> torch.Tensor:
-        columns = self._table.row(row)
-        digest = digest_of(*(columns[name].tobytes() for name in self._task.inputs))
+        digest = self._digest(row)
         states = store.get(digest)
-        if states is not None:
+        if states is None:
+            with self._at_hand():
+                return self._made(row, digest, store)
+        if row in self._unvisited:
+            self._unvisited.remove(row)
+        else:
             self._add(hits=1)
-            return states
+        return states
+
+    def _digest(self, row: int) -> str:
+        columns = self._table.row(row)
+        return digest_of(*(columns[name].tobytes() for name in self._task.inputs))
+
+    def _made(self, row: int, digest: str, store: StateStore) -> torch.Tensor:
         alone = self._task.collate(self._table, np.asarray([row]))
         states = self._computed(alone)[0].to("cpu", STORED[self._stored])
         if not torch.isfinite(states).all():

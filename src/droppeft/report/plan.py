@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ SETTINGS: dict[str, Callable[[Option], str]] = {
     "precision": lambda one: one.config.training.precision,
     "bits": lambda one: one.config.quantization.removesuffix("bit").replace("none", "32"),
     "ckpt": lambda one: "yes" if one.config.training.checkpointing else "no",
+    "offload": lambda one: "yes" if one.config.training.offload else "no",
 }
 """Columns of the table, and what stands in them."""
 
@@ -111,15 +113,18 @@ def show(answer: Answer, console: Console, *, everything: bool) -> None:
         console.print(_table(answer, shown))
         console.print(_summary(answer, len(shown)), style="dim", highlight=False)
         console.print(Text("\nthe first of them:", style="bold"))
-        console.print(f"  droppeft run {' '.join(shown[0].words)}", soft_wrap=True, style="cyan")
+        console.print(_command(shown[0]), soft_wrap=True, style="cyan", highlight=False)
     else:
         console.print(_nothing(answer), highlight=False)
-        command = f"  droppeft run {' '.join(answer.nearest.words)}"
-        console.print(command, soft_wrap=True, style="cyan")
+        console.print(_command(answer.nearest), soft_wrap=True, style="cyan", highlight=False)
     if answer.refused:
         count, reason = sum(answer.refused.values()), next(iter(answer.refused))
         text = f"{count} left out, which a run refuses, for instance: {reason}"
         console.print(text, style="yellow", highlight=False)
+
+
+def _command(one: Option) -> str:
+    return f"  droppeft run {shlex.join(one.words)}"
 
 
 def _table(answer: Answer, shown: Sequence[Option]) -> Table:

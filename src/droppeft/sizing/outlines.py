@@ -11,6 +11,7 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.droppeft import configured_rates
 from droppeft.models import load_outline, most_tokens
+from droppeft.offloading import check_offload
 
 CLASSES = ("no", "yes")
 """Of the task; more of them make the head a little larger."""
@@ -59,6 +60,7 @@ def check_runnable(config: Config) -> None:
         )
     if frozen and adapter_type(kind).kind != "layered":
         raise DroppeftError(f"frozen.layers={frozen} needs an adapter in the layers, not {kind}")
+    check_offload(config)
     check_on(kind, config.adapter.options, config.quantization)
     tokens = config.training.max_length + (config.adapter.tokens or 0)
     if tokens > outline.most_tokens:

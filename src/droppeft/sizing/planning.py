@@ -4,6 +4,7 @@ Ours. Nothing is loaded and nothing is trained: costs are counted (:mod:`droppef
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ from typing import Any
 
 import torch
 
-from droppeft.config import AdapterConfig, Config, DeviceProfile, load_config, read_toml
+from droppeft.config import (
+    AdapterConfig,
+    Config,
+    DeviceProfile,
+    as_tree,
+    load_config,
+    read_toml,
+)
 from droppeft.config.tables import RIVALS
 from droppeft.costs.clock import compute_seconds
 from droppeft.costs.counts import StepCounts
@@ -37,6 +45,7 @@ GRID: dict[str, tuple[str, ...]] = {
     "training.precision": ("fp32", "bf16"),
     "quantization": ("none", "8bit", "4bit"),
     "training.checkpointing": ("false", "true"),
+    "training.offload": (),
 }
 """Settings that may have several values, and those that are tried where nothing is said; where
 there are none it is a run's default. ``half`` is half of a model's layers."""
@@ -99,14 +108,15 @@ class Option:
             ("fp32", "bf16", "fp16").index(training.precision),
             ("none", "8bit", "4bit").index(config.quantization),
             training.checkpointing,
+            training.offload,
         )
 
     @property
     def words(self) -> list[str]:
         """What ``droppeft run`` has to be told for it."""
-        tree = self.config.model_dump(mode="json")
-        pairs = ((key, _value(tree, key)) for key in GRID)
-        return [f"{key}={_text(value)}" for key, value in pairs if value is not None]
+        usual, own = _flat(as_tree(Config())), _flat(as_tree(self.config))
+        unusual = [key for key, value in own.items() if key not in GRID and value != usual.get(key)]
+        return [f"{key}={_text(own[key])}" for key in (*GRID, *unusual) if key in own]
 
     def excess(self, limits: Limits) -> float:
         """What it takes of the tighter limit, as a part: above 1 it does not fit."""
@@ -203,11 +213,14 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
     layers, frozen = outlined(config.model).num_layers, config.frozen.layers
     rates = configured_rates(config.dropout, layers, frozen)[frozen:]
     active = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
+    held = active if config.dropout.every == "round" else layers - frozen
     return Option(
         config=config,
         num_layers=layers,
         active=active,
-        memory=step_memory(counts_of(config), active, frozen),
+        memory=step_memory(
+            counts_of(config), active, frozen, held=held if config.training.offload else None
+        ),
         step_s=compute_seconds(profile, mean_flops(config), 1) if profile else None,
     )
 
@@ -306,12 +319,14 @@ def _counts(
     return count_step(paper, batch, length, precision, checkpointing)
 
 
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        value = value[part]
-    return value
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -19,7 +19,8 @@ from droppeft import seeds
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
-from droppeft.federation.device import Workbench, take_turn
+from droppeft.federation.device import take_turn
+from droppeft.federation.workbench import Workbench
 from droppeft.methods.base import Setup
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models import Backbone, load_backbone
@@ -45,7 +46,8 @@ class Trial:
         activation_bytes_peak: stored for the backward in any step.
         process_bytes: resident with all libraries loaded and a first small turn taken, before the
             model; 0 on CUDA, where torch counts tensors alone.
-        peak_bytes: most that was resident in a step, or that torch had on the CUDA device.
+        peak_bytes: most that was resident in a step, or that torch had on the CUDA device; the
+            first visit to the examples included.
         with_loading: whether that peak contains loading the model, because this system cannot
             start its count anew.
         step_j: energy of a step, ``None`` where the hardware does not report it.
@@ -82,9 +84,10 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
         if frugal:
             _let_go_of_files(backbone.model)
         table = random_table(backbone, config)
-        bench = Workbench(backbone, config.accelerator, config.seed)
-        _turn(bench, table, config, round=1, steps=1)
+        offload = config.training.offload
+        bench = Workbench(backbone, config.accelerator, config.seed, offload=offload)
         with_loading = not _forget_peak(cuda)
+        _turn(bench, table, config, round=1, steps=1)
         with _watts(cuda) as watts:
             update = _turn(bench, table, config, round=2, steps=steps)
         peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()

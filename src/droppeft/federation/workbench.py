@@ -1,0 +1,105 @@
+"""The model of a process that runs devices, and the adapter that it wears; ours."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from droppeft import seeds
+from droppeft.adapters.attach import attach, detach
+from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
+from droppeft.data.cache import cache_dir
+from droppeft.data.tasks import Classification
+from droppeft.layer_dropout import find_blocks
+from droppeft.models import Backbone
+from droppeft.offloading import OffloadedWeights
+from droppeft.plans import AdapterSpec, Layout, Tensors, flatten
+from droppeft.quantization import on_device
+
+
+class Workbench:
+    """A frozen backbone wearing one adapter at a time.
+
+    All simulated devices of a process share it: a device is its adapter's tensors, not a copy of
+    the model.
+
+    Args:
+        offload: keep the layers' frozen weights in a file, in memory those that :meth:`hold` says.
+
+    Attributes:
+        model: backbone with the adapter of the last :meth:`wear`.
+        parameters: its trainable parameters by layer.
+        blocks: its L layers.
+        task: batches, loss and metrics.
+    """
+
+    def __init__(
+        self, backbone: Backbone, accelerator: str, seed: int, *, offload: bool = False
+    ) -> None:
+        self._backbone = backbone
+        self._seed = seeds.seed_for(seed, purpose="adapter")
+        self._spec: AdapterSpec | None = None
+        self._fresh: dict[AdapterSpec, Tensors] = {}
+        self.device = torch.device(accelerator)
+        self._offloaded: OffloadedWeights | None = None
+        if offload:
+            self.model = backbone.model
+            _, blocks = find_blocks(self.model)
+            folder = cache_dir() / "offloaded"
+            self._offloaded = OffloadedWeights(self.model, blocks, self.device, folder)
+        else:
+            self.model = on_device(backbone.model, self.device)
+        self.parameters: Parameters = {}
+        self.blocks: tuple[nn.Module, ...] = ()
+        self.task = Classification(
+            backbone.inputs, int(backbone.tokenizer.pad_token_id), self.device
+        )
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the backbone's weights."""
+        return self._backbone.weights_hash
+
+    @property
+    def num_layers(self) -> int:
+        """L of the backbone."""
+        return self._backbone.num_layers
+
+    @property
+    def is_offloading(self) -> bool:
+        """Whether :meth:`hold` does anything."""
+        return self._offloaded is not None
+
+    def hold(self, layers: Collection[int] | None = None) -> None:
+        """Have these layers' weights at hand, or all; others need not be in memory from now on."""
+        if self._offloaded is not None:
+            self._offloaded.hold(range(self.num_layers) if layers is None else layers)
+
+    def wear(self, spec: AdapterSpec) -> None:
+        """Attach an adapter of these shapes, unless it is on already."""
+        if spec != self._spec:
+            self._change(spec)
+
+    def fresh_tensors(self, spec: AdapterSpec) -> Tensors:
+        """Initial values of an adapter of these shapes; they depend on the run's seed alone."""
+        if spec not in self._fresh:
+            self._change(spec)
+        return self._fresh[spec]
+
+    def layout(self, spec: AdapterSpec) -> Layout:
+        """The trainable tensors of an adapter of these shapes."""
+        return {name: (key, array.shape) for key, name, array in flatten(self.fresh_tensors(spec))}
+
+    def _change(self, spec: AdapterSpec) -> None:
+        if self._spec is not None:
+            self.model, self._spec = detach(self.model), None
+        base = self._backbone
+        model = attach(self.model, spec, base.blocks_path, self._seed, base.new_modules)
+        if self._offloaded is None:
+            model = model.to(self.device)
+        else:
+            self._offloaded.bring_rest(model)
+        path, self.blocks = find_blocks(model)
+        self.parameters = trainable_by_layer(model, path)
+        self.model, self._spec = model, spec
+        self._fresh[spec] = get_tensors(self.parameters)

@@ -1,0 +1,141 @@
+"""Runs with weights in a file: the bits of runs without, and what is held when."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.device import take_turn
+from droppeft.federation.loading import site_of
+from droppeft.federation.prepare import Prepared
+from droppeft.federation.run import start_run
+from droppeft.frozen_prefix.states import FrozenPrefix
+from droppeft.offloading import OffloadedWeights
+from droppeft.plans import BaseDelta
+from runs import Recorder, adapter_bytes, rows_of, timeless
+
+OFFLOAD = "training.offload=true"
+ROUND = ("dropout.every=round", "dropout.mean=0.5")
+WHOLE = ("dropout.every=round", "dropout.mean=0")
+FROZEN = ("frozen.layers=2", "dropout.mean=0.25", "dropout.protect_first=0")
+
+
+def run(words: list[str], out: Path, *more: str) -> tuple[dict[str, bytes], list[Any]]:
+    start_run(load_config(None, [*words, *more]), out, Recorder())
+    return adapter_bytes(out), [timeless(row) for row in rows_of(out / "devices.jsonl")]
+
+
+@pytest.mark.parametrize("more", [ROUND, FROZEN, (*FROZEN, *ROUND[:1])], ids=" ".join)
+def test_adapter_and_rows_are_those_without(
+    more: tuple[str, ...], tiny_words: list[str], tmp_path: Path
+) -> None:
+    plain = run(tiny_words, tmp_path / "plain", *more)
+    assert run(tiny_words, tmp_path / "offloaded", *more, OFFLOAD) == plain
+
+
+@pytest.mark.parametrize("limit", ["0.002", "0.000001"])
+def test_the_adapter_is_the_same_when_the_disk_holds_too_few_states(
+    limit: str, tiny_words: list[str], tmp_path: Path
+) -> None:
+    small = (*FROZEN, f"frozen.limit_mb={limit}")
+    plain, _ = run(tiny_words, tmp_path / "plain", *FROZEN)
+    assert run(tiny_words, tmp_path / "offloaded", *small, OFFLOAD)[0] == plain
+
+
+def test_a_run_that_would_keep_nothing_off_is_refused_before_it_starts(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(DroppeftError, match="keeps nothing off"):
+        run(tiny_words, tmp_path / "run", OFFLOAD)
+    assert not (tmp_path / "run").exists()
+
+
+def turn(prepared: Prepared, **changes: Any) -> Any:
+    site = site_of(prepared.loaded)
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
+    plan = replace(plan, **changes)
+    return plan, take_turn(site.bench, site.table, site.devices[0], site.config, plan)
+
+
+@pytest.fixture
+def holds(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """What is held, in order; a step or a prefix that needs more fails."""
+    found: list[set[int]] = [set()]
+    hold, states = OffloadedWeights.hold, FrozenPrefix.states
+
+    def noting(self: OffloadedWeights, layers: Collection[int]) -> None:
+        found.append(set(layers))
+        hold(self, layers)
+
+    def checking(self: FrozenPrefix, inputs: Any) -> Any:
+        assert set(range(self.depth)) <= found[-1]
+        return states(self, inputs)
+
+    monkeypatch.setattr(OffloadedWeights, "hold", noting)
+    monkeypatch.setattr(FrozenPrefix, "states", checking)
+    return found
+
+
+def test_a_turn_holds_the_layers_that_it_runs(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    _, update = turn(prepare_with(OFFLOAD, *ROUND))
+    ran = {layer for layer, steps in enumerate(update.active_steps) if steps}
+    assert len(ran) == 2
+    assert holds[-1] == ran
+
+
+def test_a_turn_makes_its_states_before_it_holds_the_layers_behind(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    prepared = prepare_with(OFFLOAD, *FROZEN)
+    del holds[:]
+    turn(prepared)
+    assert holds == [{0, 1}, {2, 3}]
+
+
+def test_states_that_do_not_fit_bring_the_prefix_back_for_a_moment(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    prepared = prepare_with(OFFLOAD, *FROZEN, "frozen.limit_mb=0.000001")
+    del holds[:]
+    turn(prepared)
+    assert holds[:2] == [{0, 1}, {2, 3}]
+    assert holds[2:4] == [{0, 1, 2, 3}, {2, 3}]
+    assert holds[-1] == {2, 3}
+
+
+def test_the_first_layers_are_held_where_they_run_in_every_step(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    words = ("frozen.layers=1", "frozen.cache=false", "dropout.every=round")
+    _, update = turn(prepare_with(OFFLOAD, *words))
+    ran = {layer for layer, steps in enumerate(update.active_steps) if steps}
+    assert holds[-1] == {0, *ran}
+
+
+def test_measuring_holds_every_layer(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    prepared = prepare_with(OFFLOAD, *ROUND)
+    del holds[:]
+    turn(prepared, reward_rows=4)
+    assert holds[0] == holds[-1] == {0, 1, 2, 3}
+
+
+def test_a_base_delta_is_not_lost(prepare_with: Callable[..., Prepared]) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    values = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    delta = BaseDelta("v1", {name: values})
+    found = []
+    for words in ((), (OFFLOAD,)):
+        prepared = prepare_with(*WHOLE, *words)
+        updates = [turn(prepared, base_delta=change)[1] for change in (delta, None, delta)]
+        found.append([update.train_loss for update in updates])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
