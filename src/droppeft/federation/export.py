@@ -22,8 +22,9 @@ from droppeft.adapters.attach import export_adapter, loading_of, merged
 from droppeft.adapters.by_layer import count_parameters, set_tensors
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import Workbench, base_delta_applied
+from droppeft.federation.device import base_delta_applied
 from droppeft.federation.loading import Loaded
+from droppeft.federation.workbench import Workbench
 from droppeft.files import sync
 from droppeft.models import HEAD_MODULES, Backbone, quiet
 from droppeft.plans import GlobalModel
