@@ -90,9 +90,8 @@ FROZEN: dict[str, dict[str, Any]] = {
 
 WAVES: tuple[tuple[str, slice, tuple[int, ...]], ...] = (
     ("builtin", slice(9), (0, 1, 2)),
-    ("deep12", slice(6), (0,)),
-    ("deep24", slice(4), (0,)),
-    ("deep12", slice(6), (1, 2)),
+    ("deep12", slice(5), (0, 1, 2)),
+    ("deep24", slice(3), (0,)),
     ("builtin", slice(9, None), (0, 1, 2)),
 )
 """Model, which of the CONDITIONS, seeds: in this order."""

@@ -6,7 +6,7 @@ from operator import itemgetter
 from statistics import mean, median, stdev
 from typing import Any
 
-from cost_model_section import cost_model
+from cost_sections import cost_sections
 from tables import NOTICE, RESULTS, markdown_table
 
 RESULTS_HEAD = """\
@@ -133,7 +133,7 @@ def results_page() -> str:
         _quality,
         _compile_blocks,
     )
-    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *(part() for part in parts), *cost_model()])
+    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *(part() for part in parts), *cost_sections()])
 
 
 def _first_slice() -> str:

@@ -1,0 +1,176 @@
+"""The parts of the results about costs: planned and measured, frozen layers, savings together."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tables import RESULTS, markdown_table
+
+Row = Mapping[str, Any]
+
+COST_MODEL_HEAD = """\
+## What was planned, and what it took
+
+`benchmarks/cost_model.py`: memory and time of a step as `droppeft plan` has them (modelled), beside
+what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
+and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
+stands in the last column. Largest error: {memory}. Time: medians of {trials} trials that take
+turns; for each model one speed and one overhead per step are fitted to its cells, so that the
+errors are those of the fit. Largest: {time}. Quantised and offloaded weights are read by other
+kernels or from other places, and their time is not modelled. Made on {place}; another process was
+busy on the other core.
+
+![Modelled against measured: memory and time of a step](figures/cost_model.png)
+"""
+COST_MODEL_COLUMNS = (
+    *("cell", "memory measured", "modelled", "error"),
+    *("step measured", "modelled", "error", "kept by malloc (measured)"),
+)
+
+SAVINGS_HEAD = """\
+## Memory of training, savings alone and together
+
+The same measurements, against LoRA in all layers at full depth: what the model and its training
+add to a process (measured), the same with the {process:.1f} GB of the process itself, and at batches
+of 16 texts of 128 tokens (modelled; the measured batch is {batch}). The paper reports 40 to 67 % for
+dropout alone on its devices. A rate of .5 is exact, without protected ends; *per turn* means that a
+draw holds for a device's whole turn; *offload* is `training.offload=true`. Measured is the worse of
+an example's first and later visits.
+"""
+SAVINGS_COLUMNS = ("savings", "memory measured", "less", "less, with process", "less at 16 x 128")
+
+FROZEN_PREFIX_HEAD = """\
+## Frozen first layers
+
+`benchmarks/frozen_prefix.py`: one training step with LoRA of rank 8 in the layers behind the frozen
+ones, against LoRA in all layers at full depth; arms take turns. *No cache*: LoRA in the last
+layers, the first run forward in every step. *First visit*: their states are computed one by one and
+kept. *Later visit*: the states are on the disk. The limit is the share of layers that still run.
+Medians of {repeats} ratios with quartiles, all measured, on {place}; another process was busy on the
+other core.
+
+![Step time and stored bytes against the number of frozen layers](figures/frozen_prefix.png)
+"""
+FROZEN_PREFIX_COLUMNS = (
+    *("frozen", "visit", "dropped", "limit", "step time", "stored for the backward"),
+    *("making states", "on disk per example"),
+)
+
+
+def cost_sections() -> list[str]:
+    """Each section, if its measurement was made."""
+    parts = (
+        (_cost_model, "cost_model.json"),
+        (_savings, "cost_model.json"),
+        (_frozen_prefix, "frozen_prefix.json"),
+    )
+    found = ((make, RESULTS / name) for make, name in parts)
+    return [
+        make(json.loads(path.read_text(encoding="utf-8"))) for make, path in found if path.is_file()
+    ]
+
+
+def _cost_model(content: Row) -> str:
+    rows = content["cells"]
+    timed = [row for row in rows if "time_error" in row]
+    head = COST_MODEL_HEAD.format(
+        memory=f"{max(abs(row['memory_error']) for row in rows):.1%}",
+        time=f"{max(abs(row['time_error']) for row in timed):.0%}",
+        trials=len(timed[0]["trials"]) - 1,
+        place=_place(content["machine"]),
+    )
+    lines = [
+        [
+            row["cell"],
+            _megabytes(row["measured_bytes"]),
+            _megabytes(row["modelled_bytes"]),
+            f"{row['memory_error']:+.1%}",
+            *(_times(row) if row in timed else ["–"] * 4),
+        ]
+        for row in rows
+    ]
+    return f"{head}\n{markdown_table(COST_MODEL_COLUMNS, lines)}"
+
+
+def _times(row: Row) -> list[str]:
+    return [
+        f"{row['step_s']:.2f} s",
+        f"{row['step_modelled_s']:.2f} s",
+        f"{row['time_error']:+.0%}",
+        _megabytes(row["kept_by_malloc_bytes"]),
+    ]
+
+
+def _savings(content: Row) -> str:
+    by_model: dict[str, dict[str, Row]] = {}
+    for row in content["cells"]:
+        model, _, cell = row["cell"].partition(", ")
+        by_model.setdefault(model, {})[cell] = row
+    batches = {model: _batch(next(iter(cells.values()))) for model, cells in by_model.items()}
+    process = [row["process_bytes"] for row in content["cells"]]
+    batch = "; ".join(f"{model} {size}" for model, size in batches.items())
+    parts = [SAVINGS_HEAD.format(process=max(process) / 1e9, batch=batch)]
+    for model, cells in by_model.items():
+        full = cells["rate 0"]
+        lines = [_saving(cell, row, full) for cell, row in cells.items() if _is_shown(cell)]
+        parts += [f"### {model}\n", markdown_table(SAVINGS_COLUMNS, lines)]
+    return "\n".join(parts)
+
+
+def _is_shown(cell: str) -> bool:
+    """All at rate .5, and each saving without it."""
+    return not re.match(r"rate 0\.[27]5", cell)
+
+
+def _saving(cell: str, row: Row, full: Row) -> Sequence[str]:
+    def less(key: str, besides: int = 0) -> str:
+        return f"{1 - (row[key] + besides) / (full[key] + besides):.0%}"
+
+    name = cell.removeprefix("rate 0, ").replace("rate 0.5", "half dropped")
+    return (
+        "none" if cell == "rate 0" else name,
+        _megabytes(row["measured_bytes"]),
+        less("measured_bytes"),
+        less("measured_bytes", full["process_bytes"]),
+        less("modelled_16x128_bytes"),
+    )
+
+
+def _batch(row: Row) -> str:
+    words = dict(word.split("=") for word in row["words"])
+    return f"{words['training.batch_size']} x {words['training.max_length']}"
+
+
+def _frozen_prefix(content: Row) -> str:
+    models = content["models"]
+    repeats = min(model["repeats"] for model in models.values())
+    parts = [FROZEN_PREFIX_HEAD.format(repeats=repeats, place=_place(content["machine"]))]
+    for name, model in models.items():
+        title = f"### {name}, {model['layers']} layers, {model['batch']} x {model['length']} tokens"
+        lines = [_arm(arm) for arm in model["arms"]]
+        parts += [f"{title}\n", markdown_table(FROZEN_PREFIX_COLUMNS, lines)]
+    return "\n".join(parts)
+
+
+def _arm(arm: Row) -> Sequence[str]:
+    kept = arm["disk_bytes_per_example"]
+    within = f"{arm['time_ratio_low']:.3f} to {arm['time_ratio_high']:.3f}"
+    return (
+        str(arm["frozen"]),
+        arm["visit"] if arm["frozen"] else "–",
+        str(arm["dropped"]),
+        f"{arm['limit']:.3f}",
+        f"{arm['time_ratio']:.3f} ({within})",
+        f"{arm['stored_ratio']:.3f}",
+        f"{arm['build_s']:.2f} s" if arm["visit"] != "no cache" else "–",
+        f"{kept / 1e3:,.0f} kB" if kept else "–",
+    )
+
+
+def _place(machine: Row) -> str:
+    return f"{machine['cores']} cores ({machine['processor']}), one thread"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB"
