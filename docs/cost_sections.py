@@ -32,11 +32,11 @@ SAVINGS_HEAD = """\
 ## Memory of training, savings alone and together
 
 The same measurements, against LoRA in all layers at full depth: what the model and its training
-add to a process (measured), the same with the {process:.1f} GB of the process itself, and at batches
-of 16 texts of 128 tokens (modelled; the measured batch is {batch}). The paper reports 40 to 67 % for
-dropout alone on its devices. A rate of .5 is exact, without protected ends; *per turn* means that a
-draw holds for a device's whole turn; *offload* is `training.offload=true`. Measured is the worse of
-an example's first and later visits.
+add to a process (measured), the same with the {process:.1f} GB of the process itself, and at
+batches of 16 texts of 128 tokens (modelled; the measured batch is {batch}). The paper reports 40 to
+67 % for dropout alone on its devices. A rate of .5 is exact, without protected ends; *per turn*
+means that a draw holds for a device's whole turn; *offload* is `training.offload=true`. Measured is
+the worse of an example's first and later visits.
 """
 SAVINGS_COLUMNS = ("savings", "memory measured", "less", "less, with process", "less at 16 x 128")
 
@@ -47,8 +47,8 @@ FROZEN_PREFIX_HEAD = """\
 ones, against LoRA in all layers at full depth; arms take turns. *No cache*: LoRA in the last
 layers, the first run forward in every step. *First visit*: their states are computed one by one and
 kept. *Later visit*: the states are on the disk. The limit is the share of layers that still run.
-Medians of {repeats} ratios with quartiles, all measured, on {place}; another process was busy on the
-other core.
+Medians of {repeats} ratios with quartiles, all measured, on {place}; another process was busy on
+the other core.
 
 ![Step time and stored bytes against the number of frozen layers](figures/frozen_prefix.png)
 """

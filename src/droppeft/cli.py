@@ -22,7 +22,8 @@ USER_ERROR, FAILED, STOPPED = 2, 1, 130
 COSTLY = (
     *("model", "quantization", "accelerator", "threads", "seed"),
     *("adapter.", "dropout.", "frozen.", "clock.own."),
-    *("training.batch_size", "training.max_length", "training.precision", "training.checkpointing"),
+    *("training.batch_size", "training.max_length", "training.precision"),
+    *("training.checkpointing", "training.offload"),
 )
 """Settings, or beginnings of some, that ``profile`` and ``plan`` heed."""
 
@@ -178,16 +179,17 @@ def plan(
     Settings are a run's; these may have several values, and are tried with
     some where nothing is said: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
-    dropout.mean, frozen.layers (also half), quantization. Of what fits, that
-    is shown which saves no more than it must.
+    training.offload, dropout.mean, frozen.layers (also half), quantization.
+    Of what fits, that is shown which saves no more than it must.
     """
+    path, settings = _split(words or [])
+    _check_costly(settings)
+
     from rich.console import Console
 
     from droppeft.report import plan as report
     from droppeft.sizing.planning import combinations, limits
 
-    path, settings = _split(words or [])
-    _check_costly(settings)
     configs = list(combinations(path, settings))
     found = limits(memory, seconds, device, configs[0].clock.own)
     console = Console(stderr=True) if as_json else Console()

@@ -110,6 +110,7 @@ def show(answer: Answer, console: Console, *, everything: bool) -> None:
     fitting = answer.fitting
     shown = fitting if everything else least_savings(fitting)
     if shown:
+        console.print(_heading(answer, shown), style="italic", highlight=False)
         console.print(_table(answer, shown))
         console.print(_summary(answer, len(shown)), style="dim", highlight=False)
         console.print(Text("\nthe first of them:", style="bold"))
@@ -127,18 +128,25 @@ def _command(one: Option) -> str:
     return f"  droppeft run {shlex.join(one.words)}"
 
 
+def _heading(answer: Answer, shown: Sequence[Option]) -> str:
+    """Settings that are alike in all rows, and what they fit."""
+    title = " · ".join(f"{name} {SETTINGS[name](shown[0])}" for name in _alike(shown))
+    return f"{title}\nfits {_limits(answer)}"
+
+
+def _alike(shown: Sequence[Option]) -> list[str]:
+    return [name for name, cell in SETTINGS.items() if len({cell(one) for one in shown}) == 1]
+
+
 def _table(answer: Answer, shown: Sequence[Option]) -> Table:
-    """Settings that are alike in all rows stand in the title."""
-    alike = [name for name, cell in SETTINGS.items() if len({cell(one) for one in shown}) == 1]
+    alike = _alike(shown)
     columns = {name: cell for name, cell in SETTINGS.items() if name not in alike}
     columns["run"] = lambda one: f"{one.active}/{one.num_layers}"
     columns["memory"] = lambda one: bytes_text(one.memory.total)
     columns["headroom"] = lambda one: bytes_text(answer.limits.memory_bytes - one.memory.total)
     if answer.device is not None:
         columns["step"] = lambda one: f"{one.step_s:.2f} s"
-    title = " · ".join(f"{name} {SETTINGS[name](shown[0])}" for name in alike)
-    heading = f"{title}\nfits {_limits(answer)}"
-    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         left = name in ("model", "adapter")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
