@@ -6,6 +6,7 @@ from operator import itemgetter
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 from cost_sections import cost_sections
 from tables import NOTICE, RESULTS, markdown_table
 
@@ -241,6 +242,9 @@ def _layer_dropout() -> str:
         [
             LAYER_DROPOUT_HEAD.format(place=place),
             markdown_table(SLICED_COLUMNS, [_sliced_row(*cell) for cell in cells]),
+            "All rates at which something is dropped together, clock time and CPU time: "
+            + "; ".join(map(_together, content["sliced"].values()))
+            + ".\n",
             peaks_head,
             markdown_table(PEAKS_COLUMNS, _peaks_rows(peaks)),
             LAYER_DROPOUT_PEERS_HEAD.format(layers=peers["layers"], pairs=peers["pairs"]),
@@ -262,6 +266,19 @@ SLICED_COLUMNS = (
     "time / full depth",
     "stored / full depth",
 )
+
+
+def _together(entry: dict[str, Any]) -> str:
+    """The median ratio of a gated step to a sliced model's over the pairs of all rates."""
+    found = []
+    for kind in ("wall_s", "cpu_s"):
+        raws = [cell["raw"] for rate, cell in entry["rates"].items() if float(rate) > 0]
+        pairs = [zip(raw[f"gated_{kind}"], raw[f"sliced_{kind}"], strict=True) for raw in raws]
+        ratios = np.array([ours / theirs for some in pairs for ours, theirs in some])
+        again = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+        low, high = np.quantile(np.median(again, axis=1), [0.025, 0.975])
+        found.append(_ratio({"median": float(np.median(ratios)), "low": low, "high": high}))
+    return f"{entry['shape'].partition(':')[0]} {' and '.join(found)}, {len(ratios)} pairs"
 
 
 def _sliced_row(entry: dict[str, Any], rate: str, found: dict[str, Any]) -> Sequence[str]:

@@ -19,7 +19,7 @@ LEVELS = (
     {"layer_dropout", "quantization"},
     {"adapters", "models", "data"},
     {"checkpointing", "precision", "offloading"},
-    {"memory", "frozen_prefix"},
+    {"memory", "frozen_prefix", "objectives"},
     {"sharing", "configurator", "training"},
     {"costs"},
     {"ledger"},

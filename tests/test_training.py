@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,16 @@ from droppeft.config import TrainingConfig
 from droppeft.data.tasks import Batch, Classification
 from droppeft.data.tokens import TokenTable
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.plans import HEAD, AdapterSpec, Budget, LayerAdapter, Tensors
+from droppeft.plans import (
+    HEAD,
+    TASK_ALONE,
+    AdapterSpec,
+    Budget,
+    LayerAdapter,
+    Objective,
+    RankPenalty,
+    Tensors,
+)
 from droppeft.training import (
     SCHEDULES,
     TrainOutcome,
@@ -91,7 +100,7 @@ def run(
     config: TrainingConfig,
     gates: Gates = (ALL,) * STEPS,
     factors: Sequence[float] = FACTORS,
-    proximal: float = 0.0,
+    objective: Objective = TASK_ALONE,
 ) -> TrainOutcome:
     """Train one step per entry of ``gates``."""
     torch.manual_seed(2)
@@ -104,7 +113,7 @@ def run(
         factors,
         TASK,
         config,
-        proximal,
+        objective,
     )
 
 
@@ -112,7 +121,7 @@ def plain_loop(
     on: Bench,
     config: TrainingConfig,
     gates: Gates = (ALL,) * STEPS,
-    proximal: float = 0.0,
+    term: Callable[[Bench, Sequence[torch.Tensor], Sequence[bool]], torch.Tensor] | None = None,
 ) -> tuple[list[float], list[list[float]]]:
     """What `train` means, in the words of a PyTorch tutorial: losses, and norms by step."""
     torch.manual_seed(2)
@@ -134,10 +143,8 @@ def plain_loop(
         losses.append(loss.item())
         loss.backward()
         norms.append([_norm(on.parameters[layer].values()) for layer in range(LAYERS)])
-        if proximal:
-            pairs = zip(on.trained, starts, strict=True)
-            far = [((w - s) ** 2).sum() for w, s in pairs if _runs(on, w, active)]
-            (proximal / 2 * torch.stack(far).sum()).backward()
+        if term is not None:
+            term(on, starts, active).backward()
         nn.utils.clip_grad_norm_(on.trained, config.clip_norm)
         optimizer.param_groups[0]["lr"] = config.learning_rate * FACTORS[step]
         optimizer.param_groups[1]["lr"] = config.head_learning_rate * FACTORS[step]
@@ -260,11 +267,41 @@ def test_norms_lie_on_the_device_where_the_gradients_are() -> None:
     assert (norms.device, norms.shape) == (device, (3,))
 
 
+def proximal_term(
+    on: Bench, starts: Sequence[torch.Tensor], active: Sequence[bool]
+) -> torch.Tensor:
+    pairs = zip(on.trained, starts, strict=True)
+    far = [((w - s) ** 2).sum() for w, s in pairs if _runs(on, w, active)]
+    return 3.0 / 2 * torch.stack(far).sum()
+
+
+def tail_term(on: Bench, starts: Sequence[torch.Tensor], active: Sequence[bool]) -> torch.Tensor:
+    """Of ranks but the first; a fresh B is 0, where a norm has no gradient and ours is 0."""
+    terms = []
+    for layer in range(LAYERS):
+        named = on.parameters[layer]
+        for name, a in named.items():
+            b = named[name.replace("lora_A", "lora_B")]
+            if ".lora_A." in name and active[layer] and bool(b[:, 1:].any()):
+                terms.append(a[1:].norm() * b[:, 1:].norm())
+    return 2.0 * torch.stack([*terms, torch.zeros((), requires_grad=True)]).sum()
+
+
 @pytest.mark.parametrize("gates", [(ALL,) * STEPS, SOME], ids=["full depth", "dropped"])
-def test_the_proximal_term_is_the_one_that_autograd_derives(gates: Gates) -> None:
+@pytest.mark.parametrize(
+    ("objective", "term"),
+    [
+        (Objective(proximal=3.0), proximal_term),
+        (Objective(rank_penalty=RankPenalty(weight=2.0, kept=1)), tail_term),
+    ],
+    ids=["proximal", "rank penalty"],
+)
+def test_an_added_term_is_the_one_that_autograd_derives(
+    gates: Gates, objective: Objective, term: Any
+) -> None:
     ours, plain, without = bench(), bench(), bench()
-    outcome = run(ours, settings(), gates, proximal=3.0)
-    _, norms = plain_loop(plain, settings(), gates, proximal=3.0)
+    outcome = run(ours, settings(), gates, objective=objective)
+    _, norms = plain_loop(plain, settings(), gates, term)
     run(without, settings(), gates)
     derived = get_tensors(plain.parameters)
     for key, named in get_tensors(ours.parameters).items():
@@ -401,7 +438,9 @@ def test_a_skipped_step_moves_and_decays_nothing(
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
     on = bench()
     before = get_tensors(on.parameters)
-    outcome = run(on, settings(precision="fp16", weight_decay=1.0), SOME, proximal=proximal)
+    outcome = run(
+        on, settings(precision="fp16", weight_decay=1.0), SOME, objective=Objective(proximal)
+    )
     assert same(get_tensors(on.parameters), before)
     assert all(value.grad is None for value in on.trained)
     assert math.isnan(outcome.loss)

@@ -86,15 +86,34 @@ class LayerDropout:
 
 
 @dataclass(frozen=True)
+class RankPenalty:
+    """What makes the last ranks of LoRA small (HetLoRA, arXiv:2401.06432).
+
+    Attributes:
+        weight: of the sum over LoRA's pairs of ‖B[:, kept:]‖·‖A[kept:]‖ (Frobenius).
+        kept: ranks that are spared.
+    """
+
+    weight: float
+    kept: int
+
+
+@dataclass(frozen=True)
 class Objective:
     """The loss a device minimises: the task's, plus what a method adds.
 
     Attributes:
         proximal: weight mu of (mu/2)·‖w − w_received‖² over the trainable tensors (FedProx,
             arXiv:1812.06127); 0 adds nothing and costs nothing.
+        rank_penalty: on LoRA's last ranks, or ``None``.
     """
 
     proximal: float = 0.0
+    rank_penalty: RankPenalty | None = None
+
+
+TASK_ALONE = Objective()
+"""Nothing is added to the task's loss."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.frozen_prefix.turn import PrefixOfTurn
 from droppeft.layer_dropout import gated
 from droppeft.memory import ActivationMeter
-from droppeft.plans import HEAD, Budget
+from droppeft.objectives import Terms
+from droppeft.plans import HEAD, TASK_ALONE, Budget, Objective
 from droppeft.precision import autocast, loss_scaler, move
 
 ActiveAt = Callable[[int], Sequence[bool]]
@@ -89,7 +90,7 @@ def train(
     rate_factors: Sequence[float],
     task: Classification,
     settings: TrainingConfig,
-    proximal: float = 0.0,
+    objective: Objective = TASK_ALONE,
     prefix: PrefixOfTurn | None = None,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; layers that a step drops are left exactly as they were.
@@ -104,11 +105,11 @@ def train(
         parameters: what is trained, by layer.
         active_at: gate of each step.
         rate_factors: part of the peak learning rates in force, one per batch.
-        proximal: FedProx's mu (arXiv:1812.06127), 0 for none.
+        objective: what is added to the task's loss.
         prefix: stands for the first layers in every step; they do not run, and count as dropped.
     """
     trained = [value for named in parameters.values() for value in named.values()]
-    anchors = [value.detach().clone() for value in trained] if proximal else []
+    terms = Terms(objective, parameters)
     optimizer = torch.optim.AdamW(_groups(parameters, settings), weight_decay=settings.weight_decay)
     scaler = loss_scaler(settings.precision, task.device)
     book = _Book(len(blocks))
@@ -128,7 +129,7 @@ def train(
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
             norms = _gradient_norms(parameters, len(blocks), task.device)
-            _pull_towards(anchors, trained, proximal)
+            terms.add_gradients()
             _set_learning_rates(optimizer, rate_factors[step])
             clip_grads_with_norm_(trained, settings.clip_norm, _total_norm(trained))
             moved = move(optimizer, scaler)
@@ -269,15 +270,6 @@ def _gradient_norms(parameters: Parameters, num_layers: int, device: torch.devic
 def _total_norm(values: Sequence[nn.Parameter]) -> torch.Tensor:
     gradients = [value.grad for value in values if value.grad is not None]
     return get_total_norm(gradients).detach()
-
-
-def _pull_towards(
-    anchors: Sequence[torch.Tensor], trained: Sequence[nn.Parameter], proximal: float
-) -> None:
-    """Add the gradient of (mu/2)·‖w − anchor‖² where the step has a gradient at all."""
-    for anchor, value in zip(anchors, trained, strict=False):
-        if value.grad is not None:
-            value.grad.add_(value.detach() - anchor, alpha=proximal)
 
 
 def _groups(parameters: Parameters, settings: TrainingConfig) -> list[dict[str, Any]]:

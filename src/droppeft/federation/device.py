@@ -237,7 +237,7 @@ def _train(
             factors,
             bench.task,
             settings,
-            plan.objective.proximal,
+            plan.objective,
             prefix,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + before_s)

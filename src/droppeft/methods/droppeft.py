@@ -58,18 +58,28 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 
 def _init(setup: Setup) -> ServerState:
     adapter = uniform_adapter(setup)
-    configured_rates(setup.config.dropout, setup.num_layers, setup.config.frozen.layers)
+    rates_of_round(setup, 1)
     return start_with(setup, adapter)
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
+    """The configuration's rates as their schedule has them in a round.
+
+    Raises:
+        DroppeftError: as :func:`configured_rates`.
+    """
     settings = setup.config.dropout
-    rates = scheduled_rates(
+    return scheduled_rates(
         configured_rates(settings, setup.num_layers, setup.config.frozen.layers),
         settings.schedule,
         (round - 1) / setup.config.rounds,
         settings.schedule_part,
     )
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    settings = setup.config.dropout
+    rates = rates_of_round(setup, round)
     every = None if settings.every == "round" else settings.every
     dropout = LayerDropout(rates, settings.sampling, every)
     return [full_plan(setup, state, round, device, dropout) for device in cohort]

@@ -1,0 +1,196 @@
+"""FedHetLoRA: devices have LoRA of different ranks, which they prune themselves.
+
+Source: HetLoRA (arXiv:2401.06432). A device gets the global matrices cut to its rank, trains with a
+penalty on the last part of its ranks, and loses that part when training made its norm smaller; the
+server pads with zeros and weighs an update by the Frobenius norm of its product B·A. Ours where the
+paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of device) and all of
+it (the fastest), in equal shares by seed where all are of one kind; the factor alpha / rank stays
+that of the full rank, so that cutting changes nothing but what is cut off; one norm per update,
+over all its matrices; devices whose products are all zero are weighed by their rows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from droppeft import seeds
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import Method, Setup, full_plan, start_with, uniform_adapter
+from droppeft.plans import (
+    AdapterSpec,
+    Array,
+    GlobalModel,
+    Objective,
+    Plan,
+    RankPenalty,
+    Reply,
+    ServerState,
+    Tensors,
+    Update,
+    flatten,
+)
+from droppeft.sharing.aggregation import average_over_holders
+
+LEAST_PART = 1 / 4
+"""Of the full rank, on the slowest devices."""
+
+PENALTY, KEPT_PART = 1e-3, 0.9
+"""Weight of the penalty, and the part of a device's ranks that it spares. The paper's are tuned in
+1e-6 to 1e-3 and .85 to 1."""
+
+RANKS = "ranks"
+"""Key of the devices' ranks in the state's memory."""
+
+
+def resized(tensors: Tensors, rank: int) -> Tensors:
+    """Cut LoRA's matrices to a rank or pad them with zeros; other tensors stay."""
+    return {
+        key: {name: _resized(name, value, rank) for name, value in named.items()}
+        for key, named in tensors.items()
+    }
+
+
+def _resized(name: str, value: Array, rank: int) -> Array:
+    axis = _rank_axis(name)
+    if axis is None:
+        return value
+    shape = list(value.shape)
+    shape[axis] = rank
+    made = np.zeros(shape, value.dtype)
+    kept = tuple(slice(min(a, b)) for a, b in zip(shape, value.shape, strict=True))
+    made[kept] = value[kept]
+    return made
+
+
+def _rank_axis(name: str) -> int | None:
+    """Which axis of a tensor is LoRA's rank: A is (r, in), B is (out, r)."""
+    if ".lora_A." in name:
+        return 0
+    return 1 if ".lora_B." in name else None
+
+
+def product_norm(tensors: Tensors) -> float:
+    """Frobenius norm of all products B·A together."""
+    return math.sqrt(sum(_square(a, b) for a, b in _pairs(tensors)))
+
+
+def _square(a: Array, b: Array) -> float:
+    """||B·A||² is the sum of (BᵀB)∘(AAᵀ), which is small."""
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    return max(0.0, float(((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum()))
+
+
+def _pairs(tensors: Tensors) -> list[tuple[Array, Array]]:
+    named = {name: value for _, name, value in flatten(tensors)}
+    firsts = [name for name in named if ".lora_A." in name]
+    return [(named[a], named[a.replace(".lora_A.", ".lora_B.")]) for a in firsts]
+
+
+def tail_norm(tensors: Tensors, kept: int) -> float:
+    """Sum over all matrices of ||B[:, kept:]||·||A[kept:]||, which the penalty makes small."""
+    return sum(
+        float(np.linalg.norm(b[:, kept:]) * np.linalg.norm(a[kept:])) for a, b in _pairs(tensors)
+    )
+
+
+def first_ranks(setup: Setup, full: int) -> list[int]:
+    """The rank with which each device begins."""
+    count = setup.config.devices
+    least = max(1, math.ceil(LEAST_PART * full))
+    speeds = _speeds(setup)
+    if len(set(speeds)) > 1:
+        low, high = min(speeds), max(speeds)
+        return [round(least + (full - least) * (speed - low) / (high - low)) for speed in speeds]
+    order = seeds.numpy_generator(setup.config.seed, purpose="ranks").permutation(count)
+    choices = (least, (least + full) // 2, full)
+    return [choices[place % len(choices)] for place in order]
+
+
+def _speeds(setup: Setup) -> list[float]:
+    if setup.clock is None:
+        return [1.0] * setup.config.devices
+    fleet = setup.clock.fleet
+    return [
+        math.log(fleet.profile(device).effective_flops_per_s)
+        for device in range(setup.config.devices)
+    ]
+
+
+def _init(setup: Setup) -> ServerState:
+    chosen = setup.config.adapter
+    if chosen.type != "lora" or chosen.rank is None:
+        raise DroppeftError(
+            f"method=fedhetlora cuts LoRA's matrices to ranks, and adapter.type={chosen.type}; "
+            "set adapter.type=lora"
+        )
+    state = start_with(setup, uniform_adapter(setup))
+    return replace(state, memory={RANKS: first_ranks(setup, chosen.rank)})
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    return [_at_rank(setup, state, round, device) for device in cohort]
+
+
+def _at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    rank = _ranks(state.memory)[device]
+    plan = full_plan(setup, state, round, device, dropout=None)
+    return replace(
+        plan,
+        adapter=_cut(state.model.adapter, rank),
+        tensors=resized(plan.tensors, rank),
+        objective=Objective(rank_penalty=RankPenalty(PENALTY, _kept(rank))),
+    )
+
+
+def _cut(full: AdapterSpec, rank: int) -> AdapterSpec:
+    """An adapter of a smaller rank with the same alpha / rank."""
+    whole = max(layer.rank or 0 for layer in full.layers if layer)
+    layers = tuple(replace(layer, rank=rank) if layer else None for layer in full.layers)
+    alpha = None if full.alpha is None else full.alpha * rank / whole
+    return replace(full, layers=layers, alpha=alpha)
+
+
+def _kept(rank: int) -> int:
+    """Ranks that the penalty spares; with one rank all."""
+    return max(1, math.floor(KEPT_PART * rank))
+
+
+def _ranks(memory: Mapping[str, object]) -> list[int]:
+    ranks = memory[RANKS]
+    return list(ranks) if isinstance(ranks, list) else []
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    full = setup.config.adapter.rank or 0
+    ranks, updates = _ranks(state.memory), []
+    for plan, reply in zip(plans, replies, strict=True):
+        if isinstance(reply, Update):
+            rank = _pruned(ranks[plan.device], plan.tensors, reply.tensors)
+            ranks[plan.device] = rank
+            tensors = resized(resized(reply.tensors, rank), full)
+            updates.append(replace(reply, tensors=tensors))
+    norms = [product_norm(update.tensors) for update in updates]
+    weights = norms if any(norms) else [float(update.examples) for update in updates]
+    tensors = average_over_holders(state.model.tensors, updates, weights)
+    model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
+    return replace(state, model=model, memory={**state.memory, RANKS: ranks})
+
+
+def _pruned(rank: int, sent: Tensors, trained: Tensors) -> int:
+    """The rank after a turn: without its last part if training made that smaller."""
+    kept = _kept(rank)
+    return kept if tail_norm(trained, kept) < tail_norm(sent, kept) else rank
+
+
+FEDHETLORA = Method(
+    name="fedhetlora",
+    summary="LoRA of each device's own rank, pruned by itself (HetLoRA)",
+    tables=frozenset({"frozen"}),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+)

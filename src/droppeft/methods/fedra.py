@@ -1,0 +1,71 @@
+"""FedRA: in every round each device runs, trains and shares a random set of layers.
+
+Source: arXiv:2311.11227, whose allocation matrix is drawn here from (seed, round, device). There a
+device's memory says how many layers it gets; here `dropout.mean` or `dropout.count` does, for all
+alike, and `dropout`'s shape and protected ends say how likely each is (ours; no ends are protected
+there). It is layer dropout with one draw per turn, of which only the layers that run travel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from droppeft import seeds
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import sample_active
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    average_by_examples,
+    full_plan,
+    start_with,
+    uniform_adapter,
+)
+from droppeft.methods.droppeft import rates_of_round
+from droppeft.plans import LayerDropout, Plan, ServerState, flatten, restrict
+
+
+def _init(setup: Setup) -> ServerState:
+    if setup.config.dropout.every not in (1, "round"):
+        raise DroppeftError(
+            f"method=fedra draws layers for a device's whole turn; dropout.every="
+            f"{setup.config.dropout.every} is not possible, leave it out"
+        )
+    state = start_with(setup, uniform_adapter(setup))
+    rates_of_round(setup, 1)
+    return state
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    rates = rates_of_round(setup, round)
+    plans = []
+    for device in cohort:
+        rng = seeds.python_generator(
+            setup.config.seed, purpose="layers", round=round, device=device
+        )
+        active = sample_active(rates, setup.config.dropout.sampling, rng)
+        plans.append(_of_layers(setup, state, round, device, active))
+    return plans
+
+
+def _of_layers(
+    setup: Setup, state: ServerState, round: int, device: int, active: Sequence[bool]
+) -> Plan:
+    """A Plan in which these layers run, travel and are trained, and the head."""
+    gates = LayerDropout(tuple(0.0 if on else 1.0 for on in active), "exact", every=None)
+    plan = full_plan(setup, state, round, device, gates)
+    names = frozenset(
+        name
+        for key, name, _ in flatten(state.model.tensors)
+        if not isinstance(key, int) or active[key]
+    )
+    return replace(plan, tensors=restrict(plan.tensors, names), train=names, share=names)
+
+
+FEDRA = Method(
+    name="fedra",
+    summary="a random set of layers per device and round (FedRA)",
+    tables=frozenset({"dropout", "frozen"}),
+    init=_init,
+    plan=_plan,
+    merge=average_by_examples,
+)

@@ -1,0 +1,101 @@
+"""LEGEND: adapters in as many last layers as a device has time for, larger towards the output.
+
+Source: arXiv:2412.20004. There ranks grow in arithmetic progression towards the output and a
+device's depth follows from what it can compute. The numbers are ours: the rank of layer l of L is
+``adapter.rank`` times (l + 1) / L + (L - 1) / 2L, which is between a half and one and a half of it
+and ``adapter.rank`` on average; the fastest kind of device trains all layers, every other kind as
+many of the last ones as it can in the same modelled time, and a quarter of them at least. Below
+the lowest adapter a layer runs forward only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from droppeft.config import DeviceProfile, TrainingConfig
+from droppeft.costs.clock import Arithmetic, compute_seconds
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    average_by_examples,
+    full_plan,
+    start_with,
+    uniform_adapter,
+)
+from droppeft.plans import AdapterSpec, Plan, ServerState, restrict
+
+LEAST_PART = 1 / 4
+"""Of the layers that every device trains."""
+
+
+def ranks(rank: int, num_layers: int) -> tuple[int, ...]:
+    """Rank of every layer, the first is nearest the input; 1 at least."""
+    first = (num_layers + 1) / 2
+    grown = (rank * (first + layer) / num_layers for layer in range(num_layers))
+    return tuple(max(1, round(each)) for each in grown)
+
+
+def depth_of(setup: Setup, full: AdapterSpec, device: int) -> int:
+    """How many of the last layers a device trains; all of them without a modelled clock."""
+    if setup.clock is None:
+        return setup.num_layers
+    fleet, arithmetic = setup.clock.fleet, setup.clock.arithmetic(full)
+
+    def seconds(profile: DeviceProfile, depth: int) -> float:
+        return _step_seconds(arithmetic, profile, setup.num_layers - depth, setup.config.training)
+
+    shortest = min(seconds(profile, setup.num_layers) for profile in fleet.profiles.values())
+    least, own = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(device)
+    deeper = range(least, setup.num_layers + 1)
+    return max((depth for depth in deeper if seconds(own, depth) <= shortest), default=least)
+
+
+def _step_seconds(
+    arithmetic: Arithmetic, profile: DeviceProfile, lower: int, training: TrainingConfig
+) -> float:
+    """Modelled seconds of a step of full texts in which the layers above ``lower`` are trained."""
+    forward, _ = arithmetic.forward(training.max_length)
+    both, rest = arithmetic.training(training.max_length)
+    flops = sum(forward[:lower]) + sum(both[lower:]) + rest
+    return compute_seconds(profile, training.batch_size * flops, steps=1)
+
+
+def _init(setup: Setup) -> ServerState:
+    adapter = uniform_adapter(setup)
+    if setup.config.adapter.rank is None:
+        raise DroppeftError(
+            f"method=legend gives every layer its rank, and "
+            f"adapter.type={setup.config.adapter.type} has none; set adapter.type=lora"
+        )
+    sized = ranks(setup.config.adapter.rank, setup.num_layers)
+    layers = tuple(
+        replace(layer, rank=rank) if layer else None
+        for layer, rank in zip(adapter.layers, sized, strict=True)
+    )
+    return start_with(setup, replace(adapter, layers=layers))
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    return [_last_layers(setup, state, round, device) for device in cohort]
+
+
+def _last_layers(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    full = state.model.adapter
+    lower = setup.num_layers - depth_of(setup, full, device)
+    adapter = replace(full, layers=(None,) * lower + full.layers[lower:])
+    plan = full_plan(setup, state, round, device, dropout=None)
+    names = frozenset(setup.layout(adapter))
+    return replace(
+        plan, adapter=adapter, tensors=restrict(plan.tensors, names), share=plan.share & names
+    )
+
+
+LEGEND = Method(
+    name="legend",
+    summary="adapters in as many last layers as a device has time for (LEGEND)",
+    tables=frozenset(),
+    init=_init,
+    plan=_plan,
+    merge=average_by_examples,
+)
