@@ -42,6 +42,7 @@ from droppeft.ledger import (
     round_row,
     summarise,
 )
+from droppeft.methods import method_named
 from droppeft.plans import GlobalModel, Reply
 from droppeft.training import Evaluation, evaluate
 
@@ -92,7 +93,7 @@ def start_run(
     """
     check_free(out)
     out = out.resolve()
-    config = resolve(config, cuda=torch.cuda.is_available())
+    config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
     prepared = prepare(config, watcher.preparing)
     with _open(prepared, connect, watcher) as transport:
         watcher.preparing("measuring the references")

@@ -2,10 +2,18 @@
 
 from droppeft.errors import DroppeftError
 from droppeft.methods.base import Method, Setup
+from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.droppeft import DROPPEFT
+from droppeft.methods.fedadapter import FEDADAPTER
+from droppeft.methods.fedhetlora import FEDHETLORA
 from droppeft.methods.fedlora import FEDLORA
+from droppeft.methods.fedra import FEDRA
+from droppeft.methods.legend import LEGEND
 
-METHODS: dict[str, Method] = {method.name: method for method in (DROPPEFT, FEDLORA)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (DROPPEFT, FEDLORA, FEDADAPTER, FEDHETLORA, FEDRA, LEGEND, CENTRALISED)
+}
 
 __all__ = ["METHODS", "Method", "Setup", "method_named"]
 

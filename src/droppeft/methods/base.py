@@ -51,6 +51,10 @@ class Setup:
     clock: Clock | None
 
 
+def _as_it_is(config: Config) -> Config:
+    return config
+
+
 @dataclass(frozen=True)
 class Method:
     """A federated method.
@@ -66,6 +70,8 @@ class Method:
             since what it decides is only remembered in the Plans.
         merge: the state after a round, from its Plans and, in the same order, their replies; an
             Update that was refused is a Failure there, and perhaps all are.
+        adjust: the configuration that its run has instead of the given one; of an adjusted one it
+            makes nothing else.
     """
 
     name: str
@@ -74,6 +80,7 @@ class Method:
     init: Callable[[Setup], ServerState]
     plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
     merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
+    adjust: Callable[[Config], Config] = _as_it_is
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:

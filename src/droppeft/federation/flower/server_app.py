@@ -18,6 +18,7 @@ from droppeft.federation.loading import Loaded
 from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.transport import Transport
 from droppeft.ledger import RoundRow
+from droppeft.methods import method_named
 from droppeft.plans import Reply
 
 app = ServerApp()
@@ -58,7 +59,7 @@ def _configuration(file: str, settings: str) -> Config:
 
 def _check_same(wanted: Config, found: Config, out: Path) -> None:
     """Refuse to give an earlier run out as the one that was asked for."""
-    wanted = resolve(wanted, cuda=torch.cuda.is_available())
+    wanted = method_named(wanted.method).adjust(resolve(wanted, cuda=torch.cuda.is_available()))
     if wanted != found.model_copy(update={"transport": wanted.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "

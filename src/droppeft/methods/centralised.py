@@ -1,0 +1,33 @@
+"""Centralised: one device that holds everybody's rows; an upper reference, not a federated method.
+
+A round takes as many steps as the cohort of the federated run would take together, at full depth,
+with one optimizer for all of them; ours.
+"""
+
+from droppeft.config import Config
+from droppeft.methods.base import Method, average_by_examples
+from droppeft.methods.fedlora import FEDLORA
+
+
+def _alone(config: Config) -> Config:
+    """One device with all rows; the same again for what is alone already."""
+    training, steps = config.training, config.training.local_steps
+    if steps is not None:
+        training = training.model_copy(update={"local_steps": steps * config.cohort})
+    partition = config.partition.model_copy(update={"kind": "iid"})
+    clock = config.clock.model_copy(update={"over_selection": 1.0, "deadline_s": None})
+    alone = {"devices": 1, "cohort": 1, "quorum": 1}
+    return config.model_copy(
+        update={**alone, "training": training, "partition": partition, "clock": clock}
+    )
+
+
+CENTRALISED = Method(
+    name="centralised",
+    summary="one device that holds all rows: an upper reference",
+    tables=frozenset({"frozen"}),
+    init=FEDLORA.init,
+    plan=FEDLORA.plan,
+    merge=average_by_examples,
+    adjust=_alone,
+)

@@ -1,0 +1,218 @@
+"""FedAdapter: bottleneck adapters that grow, in depth from the output and in width, while training.
+
+Source: arXiv:2205.10162. The cohort is split into trial groups: one keeps the present depth and
+width, one has adapters in one layer more, one is 8 wider; groups get equal time, after a trial the
+best one's model continues, and what the layers below all adapters make of a text is kept on the
+device. Ours where the paper is silent: the first depth and width; trials of 3 rounds; devices
+change groups from round to round; equal time is modelled time, by the number of steps; the best
+group is the one whose devices' loss on their validation rows fell most per turn; a new layer and
+new widths start as fresh adapters, which change nothing until they are trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from droppeft.costs.clock import compute_seconds
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    adapter_spec,
+    average_by_examples,
+    full_plan,
+    start_with,
+)
+from droppeft.plans import (
+    AdapterSpec,
+    Array,
+    GlobalModel,
+    Plan,
+    Reply,
+    ServerState,
+    Tensors,
+    Update,
+)
+
+FIRST_DEPTH, FIRST_WIDTH, WIDER_BY, MOST_DEPTH = 2, 8, 8, 12
+TRIAL_ROUNDS, REWARD_ROWS = 3, 32
+SAME, DEEPER, WIDER = "same", "deeper", "wider"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where the search stands; the content of the state's memory.
+
+    Attributes:
+        depth, width: of the model that all groups began from.
+        rounds: of this trial that are over.
+        gains: per group, the sum of its devices' rewards.
+        turns: per group, how many rewards that are.
+    """
+
+    depth: int
+    width: int
+    rounds: int
+    gains: Mapping[str, float]
+    turns: Mapping[str, int]
+
+    @property
+    def best(self) -> str:
+        """The group with the largest mean gain; of equal ones the one that grows less."""
+        means = {
+            group: self.gains[group] / turns for group, turns in self.turns.items() if turns > 0
+        }
+        return max(means, key=lambda group: means[group], default=SAME)
+
+
+def _init(setup: Setup) -> ServerState:
+    chosen = setup.config.adapter
+    if chosen.type != "bottleneck":
+        raise DroppeftError(
+            f"method=fedadapter grows bottlenecks, and adapter.type={chosen.type}; "
+            "set adapter.type=bottleneck"
+        )
+    if setup.config.frozen.layers:
+        raise DroppeftError(
+            f"method=fedadapter freezes the layers below its adapters by itself; leave "
+            f"frozen.layers={setup.config.frozen.layers} out"
+        )
+    if setup.config.cohort < 3:
+        raise DroppeftError(
+            f"method=fedadapter splits the cohort into three groups, and cohort="
+            f"{setup.config.cohort}; set it to 3 or more"
+        )
+    depth, width = min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, chosen.width or FIRST_WIDTH)
+    return _begin_trial(setup, start_with(setup, _spec(setup, depth, width)).model, depth, width)
+
+
+def _spec(setup: Setup, depth: int, width: int) -> AdapterSpec:
+    """Bottlenecks of a width in the last ``depth`` layers."""
+    chosen = setup.config.adapter.model_copy(update={"width": width})
+    return adapter_spec(chosen, setup.num_layers, setup.num_layers - depth)
+
+
+def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> ServerState:
+    """All groups begin with the same function: what is new in a model changes nothing yet."""
+    grown = {}
+    if depth < min(MOST_DEPTH, setup.num_layers):
+        grown[DEEPER] = _grown(setup, model, _spec(setup, depth + 1, width))
+    widest = setup.config.adapter.width or FIRST_WIDTH
+    if width < widest:
+        grown[WIDER] = _grown(setup, model, _spec(setup, depth, min(width + WIDER_BY, widest)))
+    groups = (SAME, *grown)
+    trial = Trial(depth, width, 0, dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0))
+    return ServerState(model, grown, asdict(trial))
+
+
+def _grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
+    """A larger adapter with the smaller one's values where it has them, fresh ones elsewhere."""
+    fresh = setup.fresh_tensors(spec)
+    tensors: Tensors = {
+        key: {
+            name: _put_into(value, model.tensors.get(key, {}).get(name))
+            for name, value in named.items()
+        }
+        for key, named in fresh.items()
+    }
+    return GlobalModel(spec, tensors, model.base_delta)
+
+
+def _put_into(larger: Array, smaller: Array | None) -> Array:
+    if smaller is None:
+        return larger
+    made = np.array(larger)
+    made[tuple(slice(size) for size in smaller.shape)] = smaller
+    return made
+
+
+def _trial(state: ServerState) -> Trial:
+    return Trial(**dict(state.memory))  # type: ignore[arg-type]
+
+
+def _model(state: ServerState, group: str) -> GlobalModel:
+    return state.model if group == SAME else state.alternatives[group]
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    trial = _trial(state)
+    groups = list(trial.gains)
+    # Nobody stays in a group for good: devices differ in data and speed.
+    return [
+        _of_group(setup, state, trial, groups[(place + round) % len(groups)], round, device)
+        for place, device in enumerate(cohort)
+    ]
+
+
+def _of_group(
+    setup: Setup, state: ServerState, trial: Trial, group: str, round: int, device: int
+) -> Plan:
+    plan = full_plan(setup, replace(state, model=_model(state, group)), round, device, None)
+    # The same layers are kept for all groups, so that a device's states outlive a change of groups.
+    frozen = setup.num_layers - trial.depth - (DEEPER in trial.gains)
+    budget = plan.budget
+    if budget.steps is not None:
+        budget = replace(budget, steps=_steps(setup, state, group, frozen, device, budget.steps))
+    return replace(plan, frozen=frozen, budget=budget, reward_rows=REWARD_ROWS)
+
+
+def _steps(
+    setup: Setup, state: ServerState, group: str, frozen: int, device: int, steps: int
+) -> int:
+    """As many as take the modelled time of so many with the present adapter; 1 at least."""
+    clock, training = setup.clock, setup.config.training
+    if clock is None or group == SAME:
+        return steps
+    arithmetic, profile = clock.arithmetic, clock.fleet.profile(device)
+
+    def seconds(model: GlobalModel) -> float:
+        layers, rest = arithmetic(model.adapter).training(training.max_length)
+        flops = training.batch_size * (sum(layers[frozen:]) + rest)
+        return compute_seconds(profile, flops, steps=1)
+
+    return max(1, round(steps * seconds(state.model) / seconds(_model(state, group))))
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    """Average each group's model; after the last round of a trial go on with the best one.
+
+    A round in which nobody answered is none of the trial.
+    """
+    if not any(isinstance(reply, Update) for reply in replies):
+        return state
+    trial = _trial(state)
+    gains, turns, models = dict(trial.gains), dict(trial.turns), {}
+    for group in trial.gains:
+        model = _model(state, group)
+        pairs = [
+            (plan, reply)
+            for plan, reply in zip(plans, replies, strict=True)
+            if plan.adapter == model.adapter
+        ]
+        own = [reply for _, reply in pairs]
+        of_group = replace(state, model=model)
+        models[group] = average_by_examples(setup, of_group, [p for p, _ in pairs], own).model
+        rewards = [r.reward for r in own if isinstance(r, Update) and r.reward is not None]
+        gains[group] += sum(rewards)
+        turns[group] += len(rewards)
+    now = replace(trial, rounds=trial.rounds + 1, gains=gains, turns=turns)
+    if now.rounds < TRIAL_ROUNDS:
+        others = {group: model for group, model in models.items() if group != SAME}
+        return ServerState(models[SAME], others, asdict(now))
+    depth = now.depth + (now.best == DEEPER)
+    width = now.width + (WIDER_BY if now.best == WIDER else 0)
+    widest = setup.config.adapter.width or FIRST_WIDTH
+    return _begin_trial(setup, models[now.best], depth, min(width, widest))
+
+
+FEDADAPTER = Method(
+    name="fedadapter",
+    summary="bottlenecks that grow in depth and width, by trial groups (FedAdapter)",
+    tables=frozenset({"frozen"}),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+)

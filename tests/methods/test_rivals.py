@@ -1,0 +1,431 @@
+"""Each rival's own rule, against numbers derived by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.config import DeviceProfile, load_config, resolve
+from droppeft.costs.clock import Arithmetic
+from droppeft.costs.counts import BlockCounts, StepCounts
+from droppeft.costs.devices import PROFILES, make_fleet
+from droppeft.errors import DroppeftError
+from droppeft.federation.modelled import make_clock
+from droppeft.federation.run import start_run
+from droppeft.methods import METHODS, Setup
+from droppeft.methods.fedadapter import DEEPER, SAME, TRIAL_ROUNDS, WIDER
+from droppeft.methods.fedhetlora import RANKS, product_norm, resized, tail_norm
+from droppeft.methods.legend import ranks
+from droppeft.plans import (
+    HEAD,
+    AdapterSpec,
+    Array,
+    Layout,
+    Plan,
+    Tensors,
+    Update,
+    flatten,
+)
+from messages import ARITHMETIC, LAYERS, answer_to, setup_for
+from runs import Recorder
+
+WIDTH_OF_MODEL = 3
+
+
+def fresh(spec: AdapterSpec) -> Tensors:
+    """LoRA or bottlenecks where a layer has them; A and down-projections of ones, the rest 0."""
+    made: dict[Any, dict[str, Array]] = {}
+    for layer, adapter in enumerate(spec.layers):
+        if adapter is None:
+            continue
+        rank = adapter.rank or adapter.width or 0
+        first, last = ("lora_A", "lora_B") if adapter.rank else ("down", "up")
+        made[layer] = {
+            f"{layer}.{first}.weight": np.ones((rank, WIDTH_OF_MODEL), np.float32),
+            f"{layer}.{last}.weight": np.zeros((WIDTH_OF_MODEL, rank), np.float32),
+        }
+    return {**made, HEAD: {"head.W": np.zeros(1, np.float32)}}
+
+
+def layout(spec: AdapterSpec) -> Layout:
+    return {name: (key, array.shape) for key, name, array in flatten(fresh(spec))}
+
+
+def shaped(*words: str) -> Setup:
+    """Surroundings in which adapters have the shapes that they say."""
+    plain = setup_for(*words)
+    config = resolve(plain.config, cuda=False)
+    fleet = make_fleet(config.clock, config.devices, config.seed)
+    clock = make_clock(fleet, lambda spec: ARITHMETIC)
+    return Setup(config, LAYERS, fresh, layout, clock)
+
+
+def layers_of(plan: Plan) -> list[int]:
+    return [key for key in plan.tensors if isinstance(key, int)]
+
+
+MIXED = "clock.profiles=jetson_tx2,jetson_agx_xavier"
+
+
+# FedRA
+
+
+def test_fedra_runs_trains_and_shares_the_layers_that_were_drawn() -> None:
+    setup = setup_for("method=fedra", "dropout.count=2", "dropout.protect_first=0")
+    method = METHODS["fedra"]
+    seen = set()
+    for round in range(1, 9):
+        for plan in method.plan(setup, method.init(setup), round, [0, 1]):
+            layers = layers_of(plan)
+            assert len(layers) == 2
+            assert 3 in layers  # the last one is kept
+            assert plan.dropout is not None
+            assert plan.dropout.rates == tuple(float(layer not in layers) for layer in range(4))
+            assert plan.dropout.every is None
+            names = {name for _, name, _ in flatten(plan.tensors)}
+            assert plan.train == plan.share == names
+            assert "head.W" in names
+            seen.add(tuple(layers))
+    assert seen == {(0, 3), (1, 3), (2, 3)}
+
+
+def test_fedra_draws_again_for_every_device_and_round_and_the_same_in_another_life() -> None:
+    setup, method = setup_for("method=fedra", "dropout.count=1"), METHODS["fedra"]
+    rows = [
+        [tuple(layers_of(plan)) for plan in method.plan(setup, method.init(setup), r, range(8))]
+        for r in (1, 2, 1)
+    ]
+    assert rows[0] == rows[2] != rows[1]
+    assert set(rows[0]) == {(0, 1, 3), (0, 2, 3)}  # the ends are kept
+
+
+def test_fedra_averages_a_layer_over_those_who_drew_it() -> None:
+    setup, method = setup_for("method=fedra", "dropout.count=1"), METHODS["fedra"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, range(8))
+    with_one = [plan for plan in plans if 1 in layers_of(plan)]
+    other = next(plan for plan in plans if 2 in layers_of(plan))
+    chosen = [with_one[0], other]
+    updates = [answer_to(chosen[0], 3.0, examples=10), answer_to(chosen[1], 7.0, examples=30)]
+    merged = method.merge(setup, state, chosen, updates).model.tensors
+    values = [float(next(iter(merged[layer].values()))[0]) for layer in range(LAYERS)]
+    assert values == [6.0, 3.0, 7.0, 6.0]  # (10 · 3 + 30 · 7) / 40 = 6
+
+
+def test_fedra_refuses_a_draw_that_is_not_the_turn_s() -> None:
+    with pytest.raises(DroppeftError, match=r"dropout.every=5 is not possible"):
+        METHODS["fedra"].init(setup_for("method=fedra", "dropout.every=5"))
+
+
+# LEGEND
+
+
+def test_legend_s_ranks_grow_from_half_to_one_and_a_half() -> None:
+    assert ranks(8, 4) == (5, 7, 9, 11)  # 8 · (2.5, 3.5, 4.5, 5.5) / 4
+    for rank, depth in ((8, 12), (16, 24), (4, 6)):
+        found = ranks(rank, depth)
+        assert sum(found) / depth == pytest.approx(rank, rel=0.05)
+        assert list(found) == sorted(found)
+        assert (found[0], found[-1]) == pytest.approx((rank / 2, rank * 1.5), abs=1)
+    assert min(ranks(1, 24)) == 1
+
+
+def test_legend_gives_a_device_the_layers_it_has_time_for() -> None:
+    """The fastest trains all four; in its time the slower one has no more than a quarter, one."""
+    setup, method = shaped("method=legend", MIXED), METHODS["legend"]
+    assert setup.clock is not None
+    state = method.init(setup)
+    assert [layer.rank for layer in state.model.adapter.layers if layer] == [5, 7, 9, 11]
+    names = setup.clock.fleet.names
+    depths = {}
+    for plan in method.plan(setup, state, 1, range(10)):
+        depth = depths[names[plan.device]] = len(layers_of(plan))
+        assert layers_of(plan) == list(range(LAYERS - depth, LAYERS))
+        assert plan.adapter.layers[: LAYERS - depth] == (None,) * (LAYERS - depth)
+        assert plan.share == set(layout(plan.adapter))
+    assert depths == {"jetson_tx2": 1, "jetson_agx_xavier": 4}
+
+
+@pytest.mark.parametrize(
+    ("speed", "depth"),
+    # Per token: layers 1 forward and 2 backward, the rest 20. All four: 4 · 3 + 20 = 32; with two
+    # of them 4 · 1 + 2 · 2 + 20 = 28; with three 30.
+    [(1.0, 4), (31 / 32, 3), (30 / 32, 3), (29 / 32, 2), (28.01 / 32, 2), (27 / 32, 1), (0.1, 1)],
+)
+def test_legend_s_depth_by_hand(speed: float, depth: int) -> None:
+    setup = shaped("method=legend", MIXED)
+    assert setup.clock is not None
+    kind = replace_profile(PROFILES["jetson_tx2"], 1e12)
+    slow = replace_profile(PROFILES["jetson_tx2"], speed * 1e12)
+    fleet = replace(setup.clock.fleet, profiles={"jetson_tx2": slow, "jetson_agx_xavier": kind})
+    setup = replace(setup, clock=replace(setup.clock, fleet=fleet))
+    device = fleet.names.index("jetson_tx2")
+    [plan] = METHODS["legend"].plan(setup, METHODS["legend"].init(setup), 1, [device])
+    assert len(layers_of(plan)) == depth
+
+
+def replace_profile(profile: DeviceProfile, speed: float) -> DeviceProfile:
+    """Another speed, and no overhead."""
+    return profile.model_copy(update={"effective_flops_per_s": speed, "step_overhead_s": 0.0})
+
+
+def test_legend_with_one_kind_of_device_trains_every_layer() -> None:
+    setup, method = shaped("method=legend", "clock.profiles=jetson_tx2"), METHODS["legend"]
+    for plan in method.plan(setup, method.init(setup), 1, [0, 1]):
+        assert layers_of(plan) == [0, 1, 2, 3]
+
+
+def test_legend_without_a_clock_trains_every_layer() -> None:
+    setup, method = replace(shaped("method=legend", MIXED), clock=None), METHODS["legend"]
+    for plan in method.plan(setup, method.init(setup), 1, range(10)):
+        assert layers_of(plan) == [0, 1, 2, 3]
+
+
+def test_legend_needs_ranks() -> None:
+    with pytest.raises(DroppeftError, match=r"adapter.type=ia3 has none; set adapter.type=lora"):
+        METHODS["legend"].init(shaped("method=legend", "adapter.type=ia3"))
+
+
+# FedHetLoRA
+
+A, B = "x.lora_A.weight", "x.lora_B.weight"
+
+
+def pair(a: Any, b: Any) -> Tensors:
+    return {0: {A: np.array(a, np.float32), B: np.array(b, np.float32)}}
+
+
+def test_cutting_and_padding_change_ranks_alone() -> None:
+    tensors = pair([[1, 2], [3, 4]], [[5, 6]])
+    cut = resized(tensors, 1)
+    np.testing.assert_array_equal(cut[0][A], [[1, 2]])
+    np.testing.assert_array_equal(cut[0][B], [[5]])
+    back = resized(cut, 3)
+    np.testing.assert_array_equal(back[0][A], [[1, 2], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(back[0][B], [[5, 0, 0]])
+    head: Tensors = {HEAD: {"head.W": np.ones((4, 4), np.float32)}}
+    np.testing.assert_array_equal(resized(head, 1)[HEAD]["head.W"], np.ones((4, 4)))
+
+
+def test_the_norm_of_a_product() -> None:
+    """B·A = [[1, 2], [6, 8]] · ... by numpy, and over two pairs the root of the sum of squares."""
+    one = pair([[1, 2], [3, 4]], [[1, 0], [0, 2]])
+    assert product_norm(one) == pytest.approx(np.linalg.norm([[1, 2], [6, 8]]))
+    two: Tensors = {**one, 1: {name.replace("x", "y"): v for name, v in one[0].items()}}
+    assert product_norm(two) == pytest.approx(np.sqrt(2 * 105))
+    assert product_norm({HEAD: {"head.W": np.ones(3, np.float32)}}) == 0
+
+
+def test_fedhetlora_weighs_by_the_products_norms() -> None:
+    """Ranks 2 and 1, norms 3 and 1: (3 · x + 1 · y) / 4, where the second is padded with zeros."""
+    setup, method = (
+        shaped("method=fedhetlora", "adapter.rank=2"),
+        METHODS["fedhetlora"],
+    )
+    state = replace(method.init(setup), memory={RANKS: [2, 1, *[2] * 8]})
+    plans = method.plan(setup, state, 1, [0, 1])
+    assert [plan.adapter.layers[0].rank for plan in plans if plan.adapter.layers[0]] == [2, 1]
+    assert [plan.adapter.alpha for plan in plans] == [16.0, 8.0]  # alpha / rank stays 8
+    updates = [answer_to(plan, 0.0) for plan in plans]
+    for update, size in zip(updates, (3.0, 1.0), strict=True):
+        named = update.tensors[0]
+        assert isinstance(named, dict)
+        named["0.lora_A.weight"][0, 0] = 1.0
+        named["0.lora_B.weight"][0, 0] = size
+    updates[0].tensors[0]["0.lora_A.weight"][1, 2] = 8.0  # type: ignore[index]
+    merged = method.merge(setup, state, plans, updates).model.tensors[0]
+    np.testing.assert_allclose(merged["0.lora_B.weight"][0], [(3 * 3 + 1 * 1) / 4, 0])
+    np.testing.assert_allclose(merged["0.lora_A.weight"], [[1, 0, 0], [0, 0, 3 * 8 / 4]])
+
+
+def test_fedhetlora_prunes_what_training_made_smaller() -> None:
+    setup, method = (
+        shaped("method=fedhetlora", "adapter.rank=2"),
+        METHODS["fedhetlora"],
+    )
+    state = replace(method.init(setup), memory={RANKS: [2] * 10})
+    tensors = {
+        key: {name: np.ones_like(value) for name, value in named.items()}
+        for key, named in state.model.tensors.items()
+    }
+    state = replace(state, model=replace(state.model, tensors=tensors))
+    plans = method.plan(setup, state, 1, [0, 1])
+    assert {plan.objective.rank_penalty.kept for plan in plans if plan.objective.rank_penalty} == {
+        1
+    }
+    updates = [answer_to(plans[0], 0.5), answer_to(plans[1], 2.0)]
+    after = method.merge(setup, state, plans, updates)
+    assert after.memory == {RANKS: [1, *[2] * 9]}
+    # The first device's second rank is gone before averaging: its part of the mean is 0.
+    a = after.model.tensors[0]["0.lora_A.weight"]
+    cut = resized(updates[0].tensors, 1)
+    norms = [product_norm(cut), product_norm(updates[1].tensors)]
+    np.testing.assert_allclose(a[1], 2.0 * norms[1] / sum(norms), rtol=1e-6)
+    np.testing.assert_allclose(a[0], (0.5 * norms[0] + 2.0 * norms[1]) / sum(norms), rtol=1e-6)
+    [again, _] = method.plan(setup, after, 2, [0, 1])
+    assert again.adapter.layers[0] is not None
+    assert again.adapter.layers[0].rank == 1
+
+
+def test_the_tail_is_what_the_penalty_measures() -> None:
+    assert tail_norm(pair([[9, 9], [3, 4]], [[9, 2], [9, 0]]), kept=1) == pytest.approx(5 * 2)
+    assert tail_norm(pair([[9, 9]], [[9], [9]]), kept=1) == 0
+
+
+def test_fedhetlora_s_first_ranks_follow_speed_or_the_seed() -> None:
+    method = METHODS["fedhetlora"]
+    mixed = shaped("method=fedhetlora", MIXED)
+    assert mixed.clock is not None
+    ranks_of = method.init(mixed).memory[RANKS]
+    assert isinstance(ranks_of, list)
+    by_kind = dict(zip(mixed.clock.fleet.names, ranks_of, strict=True))
+    assert by_kind == {"jetson_tx2": 2, "jetson_agx_xavier": 8}
+    alike = method.init(shaped("method=fedhetlora", "clock.profiles=jetson_tx2")).memory[RANKS]
+    assert isinstance(alike, list)
+    assert sorted(alike) == [2, 2, 2, 2, 5, 5, 5, 8, 8, 8]
+
+
+def test_fedhetlora_needs_lora() -> None:
+    with pytest.raises(DroppeftError, match=r"adapter.type=ia3; set adapter.type=lora"):
+        METHODS["fedhetlora"].init(shaped("method=fedhetlora", "adapter.type=ia3"))
+
+
+# FedAdapter
+
+GROWING = ("method=fedadapter", "adapter.type=bottleneck", "adapter.width=16")
+
+
+def rewarded(plan: Plan, gains: dict[int, float]) -> Update:
+    """An answer whose reward is that of the widths and depths of its adapter."""
+    [width] = {layer.width for layer in plan.adapter.layers if layer}
+    depth = sum(layer is not None for layer in plan.adapter.layers)
+    return answer_to(plan, 5.0, reward=gains[10 * depth + (width or 0)])
+
+
+def play(setup: Setup, gains: dict[int, float], state: Any = None) -> Any:
+    method = METHODS["fedadapter"]
+    state = state or method.init(setup)
+    for round in range(1, TRIAL_ROUNDS + 1):
+        plans = method.plan(setup, state, round, [0, 1, 2])
+        state = method.merge(setup, state, plans, [rewarded(plan, gains) for plan in plans])
+    return state
+
+
+def test_fedadapter_s_groups_have_one_more_layer_or_eight_more_widths() -> None:
+    setup, method = shaped(*GROWING), METHODS["fedadapter"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [4, 5, 6])
+    shapes = [
+        (layers_of(plan), {layer.width for layer in plan.adapter.layers if layer}) for plan in plans
+    ]
+    assert sorted(shapes, key=str) == [([1, 2, 3], {8}), ([2, 3], {16}), ([2, 3], {8})]
+    assert {plan.frozen for plan in plans} == {1}
+    assert all(plan.reward_rows > 0 for plan in plans)
+    groups = [[id(p.adapter) for p in method.plan(setup, state, r, [4, 5, 6])] for r in (1, 2)]
+    assert groups[0] != groups[1]
+
+
+@pytest.mark.parametrize(
+    ("gains", "depth", "width"),
+    [
+        ({28: 0.3, 38: 0.2, 36: 0.1}, 2, 8),
+        ({28: 0.1, 38: 0.3, 36: 0.2}, 3, 8),
+        ({28: 0.1, 38: 0.2, 36: 0.3}, 2, 16),
+        ({28: 0.2, 38: 0.2, 36: 0.2}, 2, 8),
+    ],
+)
+def test_fedadapter_goes_on_with_the_group_that_gained_most(
+    gains: dict[int, float], depth: int, width: int
+) -> None:
+    state = play(shaped(*GROWING), gains)
+    assert (state.memory["depth"], state.memory["width"]) == (depth, width)
+    assert state.memory["rounds"] == 0
+    assert sum(layer is not None for layer in state.model.adapter.layers) == depth
+    values = {float(value) for _, _, array in flatten(state.model.tensors) for value in array.flat}
+    assert values == {5.0}
+
+
+def test_fedadapter_stops_growing_at_its_caps() -> None:
+    setup = shaped(*GROWING)
+    state = play(setup, {28: 0.1, 38: 0.2, 36: 0.3})
+    assert set(state.alternatives) == {DEEPER}  # width 16 is all that was asked for
+    for depth in (3, 4):
+        state = play(setup, {26 + 10: 0.1, 10 * (depth - 1) + 16: 0.1, 10 * depth + 16: 0.5}, state)
+        assert state.memory["depth"] == depth
+    assert set(state.alternatives) == set()
+    assert set(state.memory["gains"]) == {SAME}
+
+
+def test_fedadapter_s_growth_changes_nothing_yet() -> None:
+    setup = shaped(*GROWING)
+    state = play(setup, {28: 0.3, 38: 0.2, 36: 0.1})
+    wider = state.alternatives[WIDER].tensors[2]
+    np.testing.assert_array_equal(wider["2.up.weight"][:, :8], 5.0)
+    np.testing.assert_array_equal(wider["2.up.weight"][:, 8:], 0.0)
+    np.testing.assert_array_equal(wider["2.down.weight"][:8], 5.0)
+    np.testing.assert_array_equal(wider["2.down.weight"][8:], 1.0)
+    deeper = state.alternatives[DEEPER].tensors
+    np.testing.assert_array_equal(deeper[1]["1.up.weight"], 0.0)
+    np.testing.assert_array_equal(deeper[3]["3.up.weight"], 5.0)
+
+
+def doubled(counts: StepCounts) -> StepCounts:
+    """Twice the arithmetic in every part."""
+
+    def part(one: BlockCounts) -> BlockCounts:
+        return replace(
+            one, forward_flops=2 * one.forward_flops, backward_flops=2 * one.backward_flops
+        )
+
+    return replace(counts, blocks=tuple(map(part, counts.blocks)), rest=part(counts.rest))
+
+
+def test_fedadapter_s_groups_take_equal_modelled_time() -> None:
+    """A deeper group's arithmetic is made twice the others': it takes half of the steps."""
+    setup = shaped(*GROWING, "training.local_steps=10")
+    assert setup.clock is not None
+    twice = Arithmetic(tuple(map(doubled, ARITHMETIC.counts)))
+
+    def arithmetic(spec: AdapterSpec) -> Any:
+        return twice if sum(layer is not None for layer in spec.layers) == 3 else ARITHMETIC
+
+    setup = replace(setup, clock=make_clock(setup.clock.fleet, arithmetic))
+    plans = METHODS["fedadapter"].plan(setup, METHODS["fedadapter"].init(setup), 1, [0, 1, 2])
+    steps = {len(layers_of(plan)): plan.budget.steps for plan in plans}
+    assert steps == {2: 10, 3: 5}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["adapter.type=lora"], "adapter.type=lora; set adapter.type=bottleneck"),
+        (["adapter.type=bottleneck", "cohort=2"], "cohort=2; set it to 3 or more"),
+        (["adapter.type=bottleneck", "frozen.layers=1"], "leave frozen.layers=1 out"),
+    ],
+)
+def test_fedadapter_refuses_what_it_cannot_do(words: list[str], sentence: str) -> None:
+    with pytest.raises(DroppeftError, match=sentence):
+        METHODS["fedadapter"].init(shaped("method=fedadapter", *words))
+
+
+# Centralised
+
+
+def test_centralised_is_one_device_with_all_the_work() -> None:
+    config = load_config(None, ["method=centralised", "devices=20", "cohort=5", "quorum=3"])
+    adjust = METHODS["centralised"].adjust
+    alone = adjust(config)
+    assert (alone.devices, alone.cohort, alone.quorum, alone.drawn) == (1, 1, 1, 1)
+    assert alone.training.local_steps == 5 * (config.training.local_steps or 0)
+    assert adjust(alone) == alone
+    epochs = adjust(load_config(None, ["method=centralised", "training.local_epochs=2"]))
+    assert (epochs.training.local_epochs, epochs.training.local_steps) == (2, None)
+    assert METHODS["fedlora"].adjust(config) == config
+
+
+def test_centralised_trains_on_everybody_s_rows(tiny_words: list[str], tmp_path: Any) -> None:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    config = load_config(None, [*usual, "method=centralised"])
+    result = start_run(config, tmp_path / "run", Recorder())
+    assert (result["devices"], result["cohort_size"]) == (1, 1)
