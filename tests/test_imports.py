@@ -25,7 +25,7 @@ LEVELS = (
     {"ledger"},
     {"methods"},
     {"federation", "doctor"},
-    {"sizing"},
+    {"sizing", "comparison"},
     {"report"},
     {"cli"},
 )

@@ -91,6 +91,55 @@ def resume(
 
 
 @app.command()
+def compare(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; go on in it.", show_default="runs/compare-NAME")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of methods named here.")] = "0,1,2",
+) -> None:
+    """Run methods side by side, and say what each is worth.
+
+    A .toml file names members, data, models, seeds and a target; or methods
+    are named here, with settings for all of them. What is done is not run
+    again: the same command goes on where it was stopped.
+    """
+    from rich.console import Console
+
+    from droppeft.comparison import cells, playing, summary, written
+    from droppeft.federation.run import Interrupted
+    from droppeft.report import compare as report
+
+    files = [word for word in words or [] if word.endswith(".toml") and "=" not in word]
+    methods = [word for word in words or [] if "=" not in word and word not in files]
+    settings = [word for word in words or [] if "=" in word]
+    if len(files) > 1 or (files and (methods or settings)) or not (files or methods):
+        raise DroppeftError(
+            "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
+        )
+    chosen = (
+        cells.read_comparison(Path(files[0]))
+        if files
+        else cells.named_on_the_command_line(methods, settings, _whole_numbers(seeds))
+    )
+    name = Path(files[0]).stem if files else "-".join(methods)
+    folder, console = out or Path("runs") / f"compare-{name}", Console()
+    try:
+        played = playing.play(cells.cells(chosen), folder, report.Lines(console))
+    except (Interrupted, KeyboardInterrupt):
+        _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
+    parts = summary.summary(chosen, played)
+    written.write(folder, chosen, played, parts)
+    report.show(parts, console)
+    typer.echo(f"tables, JSON and a folder per run: {folder}")
+    if any(one.result is None for one in played):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[
@@ -306,6 +355,13 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise DroppeftError(f"--rates {text!r}: write numbers as 0,0.25,0.5") from None
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DroppeftError(f"--seeds {text!r}: write whole numbers as 0,1,2") from None
 
 
 def _new_folder(method: str) -> Path:

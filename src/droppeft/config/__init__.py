@@ -10,6 +10,7 @@ from droppeft.config.reading import (
     parse_word,
     read_toml,
     resolve,
+    sentence,
     to_toml,
 )
 from droppeft.config.tables import (
@@ -45,5 +46,6 @@ __all__ = [
     "parse_word",
     "read_toml",
     "resolve",
+    "sentence",
     "to_toml",
 ]

@@ -65,7 +65,7 @@ def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise DroppeftError(_sentence(error, place)) from None
+        raise DroppeftError(sentence(error, place)) from None
 
 
 def to_toml(config: Config) -> str:
@@ -159,7 +159,8 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _sentence(error: ValidationError, place: str) -> str:
+def sentence(error: ValidationError, place: str) -> str:
+    """The first mistake that pydantic found, for people."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

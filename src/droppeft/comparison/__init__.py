@@ -1,0 +1,1 @@
+"""Methods side by side: which runs, playing them, and what they come to."""

@@ -1,0 +1,167 @@
+"""What is compared: members, data, models and seeds, and the run of each cell; ours."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from droppeft.config import Config, load_config, read_toml, sentence
+from droppeft.config.base import Real, Table, Whole, WordList
+from droppeft.errors import DroppeftError
+from droppeft.methods import METHODS, method_named
+
+
+class Target(Table):
+    """The accuracy whose time is asked for: a number, or what a member ends with and a distance."""
+
+    accuracy: Real | None = Field(None, gt=0, lt=1)
+    member: str | None = None
+    minus: Real = Field(0.01, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Target":
+        if (self.accuracy is None) == (self.member is None):
+            raise ValueError("give target.accuracy or target.member")
+        return self
+
+
+class Comparison(Table):
+    """A file of ``droppeft compare``.
+
+    Attributes:
+        members: name to settings, in the order of the table.
+        settings: of all members.
+        data, models: each member runs on each; none for what the settings say.
+        baseline: the member that others' times are divided by.
+    """
+
+    members: Mapping[str, WordList] = Field(min_length=1)
+    settings: WordList = ()
+    data: WordList = ()
+    models: WordList = ()
+    seeds: tuple[Whole, ...] = Field((0, 1, 2), min_length=1)
+    baseline: str | None = None
+    target: Target | None = None
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _all_different(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(set(map(str, value))) < len(value):
+            raise ValueError("the same seed stands there twice")
+        return value
+
+    @model_validator(mode="after")
+    def _members_exist(self) -> "Comparison":
+        known = ", ".join(self.members)
+        for role, name in (("baseline", self.baseline), ("target.member", self._target_member)):
+            if name is not None and name not in self.members:
+                raise ValueError(f"{role}={name!r} is none of the members {known}")
+        return self
+
+    @property
+    def _target_member(self) -> str | None:
+        return self.target.member if self.target else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        member, seed: which.
+        data, model: as its configuration has them.
+        config: of the run.
+    """
+
+    member: str
+    data: str
+    model: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> str:
+        """A name that people can read, and that no other cell has."""
+        parts = [self.member, Path(self.data).name, Path(self.model).name, f"seed{self.seed}"]
+        digest = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:8]
+        return "-".join([*(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts), digest])
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What its accuracy can be compared on."""
+        return self.data, self.model
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read a TOML file.
+
+    Raises:
+        DroppeftError: it cannot be read, or says what is not possible.
+    """
+    return _validated(read_toml(path), f" in {path}")
+
+
+def named_on_the_command_line(
+    methods: Sequence[str], settings: Sequence[str], seeds: Sequence[int]
+) -> Comparison:
+    """Methods with their defaults; of the settings each takes those that it heeds.
+
+    Raises:
+        DroppeftError: an unknown method, or a setting that none of them heeds.
+    """
+    optional = frozenset().union(*(method.tables for method in METHODS.values()))
+    members: dict[str, list[str]] = {}
+    for name in methods:
+        ignored = optional - method_named(name).tables
+        own = [word for word in settings if word.partition(".")[0] not in ignored]
+        members[name] = [f"method={name}", *own]
+    for word in settings:
+        if not any(word in words for words in members.values()):
+            raise DroppeftError(f"{word}: none of {', '.join(methods)} heeds it; leave it out")
+    return _validated({"members": members, "seeds": list(seeds)}, "")
+
+
+def cells(comparison: Comparison) -> list[Cell]:
+    """All runs, so ordered that members take turns: what a machine does to one it does to all.
+
+    Raises:
+        DroppeftError: a setting that no run takes, with the member that has it; or two cells that
+            are the same run.
+    """
+    found = list(_each(comparison))
+    names: dict[str, Cell] = {}
+    for cell in found:
+        other = names.setdefault(cell.folder.rpartition("-")[2], cell)
+        if other is not cell:
+            raise DroppeftError(
+                f"members {other.member!r} and {cell.member!r} are the same run; take one out"
+            )
+    return found
+
+
+def _each(comparison: Comparison) -> Iterator[Cell]:
+    data, models = comparison.data or (None,), comparison.models or (None,)
+    for seed, on, model, name in itertools.product(
+        comparison.seeds, data, models, comparison.members
+    ):
+        words = [*comparison.settings, *comparison.members[name], f"seed={seed}"]
+        words += [f"data={on}"] if on else []
+        words += [f"model={model}"] if model else []
+        try:
+            config = load_config(None, words)
+            method_named(config.method)
+        except DroppeftError as error:
+            raise DroppeftError(f"member {name!r}: {error}") from None
+        yield Cell(name, config.data, config.model, seed, config)
+
+
+def _validated(tree: Mapping[str, Any], place: str) -> Comparison:
+    try:
+        return Comparison.model_validate(tree)
+    except ValidationError as error:
+        raise DroppeftError(sentence(error, place)) from None

@@ -1,0 +1,174 @@
+"""What the runs of a comparison come to: a row per member, and the target's time. Ours."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from droppeft.comparison.cells import Comparison, Target
+from droppeft.comparison.playing import Played
+from droppeft.ledger import SMOOTHED_EVALUATIONS, RoundRow, summarise
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds; no deviation of a single one."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class MemberRow:
+    """A member on one data set and model; over the seeds that have a result.
+
+    Attributes:
+        member: which.
+        seeds: how many have a result.
+        failures: why others have none, each reason once.
+        accuracy: of the global model on the whole test set.
+        reached: how many seeds reached the target; ``None`` without one.
+        time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
+            all seeds did.
+        speed_up_measured, speed_up_modelled: the baseline's mean time through the member's.
+        activation_bytes_peak: the largest of any run.
+        upload_bytes, download_bytes: of a run, mean.
+        energy_modelled_j, round_modelled_s, round_measured_s: of a whole run, mean.
+    """
+
+    member: str
+    seeds: int
+    failures: tuple[str, ...]
+    accuracy: Spread | None
+    reached: int | None
+    time_to_target_measured_s: Spread | None
+    time_to_target_modelled_s: Spread | None
+    speed_up_measured: float | None
+    speed_up_modelled: float | None
+    activation_bytes_peak: int | None
+    upload_bytes: float | None
+    download_bytes: float | None
+    energy_modelled_j: float | None
+    round_modelled_s: float | None
+    round_measured_s: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """All members on one data set and model.
+
+    Attributes:
+        data, model: which.
+        target: accuracy whose time was asked for, ``None`` if there is none (yet).
+        rows: in the order of the members.
+    """
+
+    data: str
+    model: str
+    target: float | None
+    rows: tuple[MemberRow, ...]
+
+
+def summary(comparison: Comparison, played: Sequence[Played]) -> list[Part]:
+    """Sum up what there is, by data set and model in the order of the cells."""
+    places = dict.fromkeys(one.cell.place for one in played)
+    return [_part(comparison, [one for one in played if one.cell.place == p]) for p in places]
+
+
+def _part(comparison: Comparison, played: Sequence[Played]) -> Part:
+    target = target_accuracy(comparison.target, played)
+    by_member = {
+        name: [one for one in played if one.cell.member == name] for name in comparison.members
+    }
+    base = comparison.baseline or next(iter(by_member))
+    times = {name: _times(runs, target) for name, runs in by_member.items()}
+    rows = (_row(name, runs, target, times[name], times[base]) for name, runs in by_member.items())
+    return Part(*played[0].cell.place, target, tuple(rows))
+
+
+def target_accuracy(target: Target | None, played: Sequence[Played]) -> float | None:
+    """The number that is asked for; of a member the mean over seeds of its last evaluations.
+
+    ``None`` while a seed of that member has no result.
+    """
+    if target is None:
+        return None
+    if target.accuracy is not None:
+        return target.accuracy
+    runs = [one for one in played if one.cell.member == target.member]
+    if any(one.result is None for one in runs):
+        return None
+    ends = [fmean(_evaluations(one)[-SMOOTHED_EVALUATIONS:]) for one in runs]
+    return fmean(ends) - target.minus
+
+
+def _evaluations(played: Played) -> list[float]:
+    found = [row["global_accuracy"] for row in played.rows]
+    return [accuracy for accuracy in found if accuracy is not None]
+
+
+def _times(runs: Sequence[Played], target: float | None) -> Mapping[str, list[float | None]]:
+    """Seconds to the target by clock, of every run with a result."""
+    found: dict[str, list[float | None]] = {"measured": [], "modelled": []}
+    for run in runs if target is not None else ():
+        if run.result is not None:
+            rows = [RoundRow(**row) for row in run.rows]
+            sums = summarise(rows, run.result["initial_accuracy"], target)
+            for clock, times in found.items():
+                times.append(sums[f"time_to_target_{clock}_s"])
+    return found
+
+
+def _row(
+    name: str,
+    runs: Sequence[Played],
+    target: float | None,
+    own: Mapping[str, list[float | None]],
+    base: Mapping[str, list[float | None]],
+) -> MemberRow:
+    results = [run.result for run in runs if run.result is not None]
+    spreads = {clock: _if_all(times) for clock, times in own.items()}
+    bases = {clock: _if_all(times) for clock, times in base.items()}
+    reached = sum(time is not None for time in own["measured"])
+
+    def mean_of(key: str) -> float | None:
+        return _mean([result[key] for result in results])
+
+    return MemberRow(
+        member=name,
+        seeds=len(results),
+        failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
+        accuracy=_spread([result["global_accuracy"] for result in results]),
+        reached=None if target is None else reached,
+        time_to_target_measured_s=spreads["measured"],
+        time_to_target_modelled_s=spreads["modelled"],
+        speed_up_measured=_ratio(bases["measured"], spreads["measured"]),
+        speed_up_modelled=_ratio(bases["modelled"], spreads["modelled"]),
+        activation_bytes_peak=max((r["activation_bytes_peak"] for r in results), default=None),
+        upload_bytes=mean_of("upload_bytes"),
+        download_bytes=mean_of("download_bytes"),
+        energy_modelled_j=mean_of("energy_modelled_j"),
+        round_modelled_s=mean_of("round_modelled_s"),
+        round_measured_s=mean_of("round_measured_s"),
+    )
+
+
+def _if_all(times: Sequence[float | None]) -> Spread | None:
+    known = [time for time in times if time is not None]
+    return _spread(known) if len(known) == len(times) else None
+
+
+def _spread(values: Iterable[float]) -> Spread | None:
+    found = list(values)
+    if not found:
+        return None
+    return Spread(fmean(found), stdev(found) if len(found) > 1 else None, len(found))
+
+
+def _ratio(base: Spread | None, own: Spread | None) -> float | None:
+    return base.mean / own.mean if base and own and own.mean > 0 else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None

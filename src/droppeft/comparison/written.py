@@ -1,0 +1,148 @@
+"""A comparison as files: one JSON object, a CSV, and a table in Markdown. Ours."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from droppeft.comparison.cells import Comparison
+from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import MemberRow, Part, Spread
+from droppeft.config import as_tree
+from droppeft.files import write_atomically
+
+SCHEMA_VERSION = 1
+JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "comparison.md"
+
+
+def _accuracy(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
+    return f"{spread.mean:.3f}{deviation}".replace("0.", ".")
+
+
+def _seconds(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:,.0f}"
+    return f"{spread.mean:,.0f}{deviation} s"
+
+
+def _to_target(row: MemberRow, spread: Spread | None) -> str:
+    if spread is None and row.reached is not None:
+        return f"{row.reached} of {row.seeds} seeds"
+    return _seconds(spread)
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} x"
+
+
+def _scaled(value: float | None, unit: float, name: str) -> str:
+    return "–" if value is None else f"{value / unit:,.1f} {name}"
+
+
+COLUMNS: dict[str, Callable[[MemberRow], str]] = {
+    "member": lambda row: row.member,
+    "seeds": lambda row: str(row.seeds),
+    "accuracy": lambda row: _accuracy(row.accuracy),
+    "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
+    "speed-up": lambda row: _times(row.speed_up_modelled),
+    "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
+    "speed-up (m.)": lambda row: _times(row.speed_up_measured),
+    "whole run, modelled": lambda row: _scaled(row.round_modelled_s, 1, "s"),
+    "activations": lambda row: _scaled(row.activation_bytes_peak, 1e6, "MB"),
+    "up": lambda row: _scaled(row.upload_bytes, 1e6, "MB"),
+    "down": lambda row: _scaled(row.download_bytes, 1e6, "MB"),
+    "energy, modelled": lambda row: _scaled(row.energy_modelled_j, 1e3, "kJ"),
+}
+"""Columns of the tables for people, and what stands in them."""
+
+
+def heading(part: Part) -> str:
+    """What a table is of."""
+    target = "" if part.target is None else f", target {part.target:.3f}"
+    return f"{Path(part.model).name} on {Path(part.data).name}{target}"
+
+
+def write(
+    out: Path, comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
+) -> None:
+    """Write all three, each whole or not at all."""
+    content = json.dumps(as_json(comparison, played, parts), indent=1) + "\n"
+    write_atomically(out / JSON, content.encode())
+    write_atomically(out / CSV, as_csv(parts).encode())
+    write_atomically(out / MARKDOWN, as_markdown(parts).encode())
+
+
+def as_json(
+    comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
+) -> dict[str, Any]:
+    """Everything, with the rounds and the configuration of each run."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "comparison": comparison.model_dump(mode="json"),
+        "parts": [asdict(part) for part in parts],
+        "runs": [
+            {
+                "member": one.cell.member,
+                "seed": one.cell.seed,
+                "data": one.cell.data,
+                "model": one.cell.model,
+                "folder": one.cell.folder,
+                "config": as_tree(one.cell.config),
+                "failure": one.failure,
+                "result": one.result,
+                "rounds": list(one.rows),
+            }
+            for one in played
+        ],
+    }
+
+
+def as_csv(parts: Sequence[Part]) -> str:
+    """A line per member and part; numbers as they are, units in the names."""
+    lines = [
+        {"data": part.data, "model": part.model, "target": part.target, **_flat(row)}
+        for part in parts
+        for row in part.rows
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(row: MemberRow) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in vars(row).items():
+        if name == "failures":
+            flat[name] = "; ".join(value)
+        elif name in ("accuracy", "time_to_target_measured_s", "time_to_target_modelled_s"):
+            flat[name] = value and value.mean
+            flat[f"{name}_sd"] = value and value.deviation
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_markdown(parts: Sequence[Part]) -> str:
+    """A table per data set and model, for people."""
+    sections = []
+    for part in parts:
+        lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+        lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        notes = "".join(f"\n{note}\n" for note in failures(part))
+        sections.append(f"## {heading(part)}\n\n{table}{notes}")
+    return "\n".join(sections)
+
+
+def failures(part: Part) -> list[str]:
+    """What failed, a line each."""
+    return [f"{row.member} failed: {reason}" for row in part.rows for reason in row.failures]

@@ -1,0 +1,358 @@
+"""Methods side by side: which runs there are, that each is played once, and what they come to."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from droppeft import cli
+from droppeft.comparison.cells import (
+    Comparison,
+    Target,
+    cells,
+    named_on_the_command_line,
+    read_comparison,
+)
+from droppeft.comparison.playing import Played, play
+from droppeft.comparison.summary import summary, target_accuracy
+from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_markdown
+from droppeft.errors import DroppeftError
+from droppeft.federation import run as running
+from droppeft.federation.run import Interrupted
+from runs import Recorder, rows_of, stop_after_a_round, timeless
+
+
+def comparison(**settings: Any) -> Comparison:
+    members = {"full": ["method=fedlora"], "dropped": ["dropout.mean=0.25"]}
+    return Comparison.model_validate({"members": members, "seeds": [0, 1], **settings})
+
+
+# Which runs
+
+
+def test_members_take_turns_within_every_seed_and_place() -> None:
+    found = cells(comparison(data=["a", "b"], models=["m"]))
+    order = [(cell.seed, cell.data, cell.member) for cell in found]
+    assert order == [
+        (seed, data, member)
+        for seed in (0, 1)
+        for data in ("a", "b")
+        for member in ("full", "dropped")
+    ]
+    assert {cell.model for cell in found} == {"m"}
+    assert found[0].config.method == "fedlora"
+    assert found[1].config.dropout.mean == 0.25
+    assert len({cell.folder for cell in found}) == 8
+
+
+def test_a_member_s_settings_win_over_those_of_all() -> None:
+    [cell] = cells(
+        Comparison.model_validate(
+            {"settings": ["rounds=3", "cohort=2"], "members": {"a": ["rounds=7"]}, "seeds": [4]}
+        )
+    )
+    assert (cell.config.rounds, cell.config.cohort, cell.config.seed) == (7, 2, 4)
+
+
+def test_a_folder_s_name_follows_from_the_configuration() -> None:
+    [one, _] = cells(comparison(seeds=[0], data=["/x/ag_news"]))
+    assert one.folder.startswith("full-ag_news-builtin-seed0-")
+    [again, _] = cells(comparison(seeds=[0], data=["/x/ag_news"]))
+    assert again.folder == one.folder
+    [changed, _] = cells(comparison(seeds=[0], data=["/x/ag_news"], settings=["rounds=4"]))
+    assert changed.folder != one.folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"members": {}}, "members"),
+        ({"seeds": [1, 1]}, "the same seed stands there twice"),
+        ({"baseline": "nobody"}, "baseline='nobody' is none of the members full, dropped"),
+        ({"target": {"member": "x"}}, "target.member='x' is none of the members"),
+        ({"target": {}}, "give target.accuracy or target.member"),
+        ({"target": {"accuracy": 0.5, "member": "full"}}, "give target.accuracy or target.member"),
+        ({"targets": {}}, "targets"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_one_sentence(
+    settings: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    import tomli_w
+
+    path = tmp_path / "c.toml"
+    tree = {"members": {"full": ["method=fedlora"], "dropped": ["method=droppeft"]}, **settings}
+    path.write_text(tomli_w.dumps(tree))
+    with pytest.raises(DroppeftError, match=sentence) as found:
+        read_comparison(path)
+    assert "\n" not in str(found.value)
+
+
+def test_a_member_s_mistake_names_the_member() -> None:
+    with pytest.raises(DroppeftError, match=r"member 'a': unknown key dropout.maen; did you mean"):
+        cells(Comparison.model_validate({"members": {"a": ["dropout.maen=1"]}}))
+    with pytest.raises(DroppeftError, match="member 'a': method=fedfoo: unknown method"):
+        cells(Comparison.model_validate({"members": {"a": ["method=fedfoo"]}}))
+
+
+def test_the_same_run_twice_is_refused() -> None:
+    members = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=15"]}
+    with pytest.raises(DroppeftError, match="'a' and 'b' are the same run"):
+        cells(Comparison.model_validate({"members": members}))
+
+
+def test_methods_on_the_command_line_take_the_settings_that_they_heed() -> None:
+    found = named_on_the_command_line(["fedlora", "fedra"], ["rounds=5", "dropout.count=2"], [3])
+    assert found.members == {
+        "fedlora": ("method=fedlora", "rounds=5"),
+        "fedra": ("method=fedra", "rounds=5", "dropout.count=2"),
+    }
+    assert found.seeds == (3,)
+    with pytest.raises(DroppeftError, match=r"dropout.count=2: none of fedlora, legend heeds it"):
+        named_on_the_command_line(["fedlora", "legend"], ["dropout.count=2"], [0])
+
+
+# Playing
+
+
+class Silent:
+    """Notes what was played and what was there."""
+
+    def __init__(self) -> None:
+        self.played: list[tuple[str, int]] = []
+        self.there: list[tuple[str, int]] = []
+
+    def begins(self, cell: Any, number: int, of: int) -> Any:
+        return Recorder()
+
+    def done(self, played: Played, wall_s: float | None) -> None:
+        place = self.there if wall_s is None else self.played
+        place.append((played.cell.member, played.cell.seed))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_words: list[str]) -> Callable[..., Comparison]:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+
+    def make(**settings: Any) -> Comparison:
+        return comparison(settings=[*usual, "rounds=2"], **settings)
+
+    return make
+
+
+def test_what_is_done_is_not_done_again(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    first, second = Silent(), Silent()
+    chosen = cells(tiny(seeds=[0]))
+    played = play(chosen, tmp_path, first)
+    assert first.played == [("full", 0), ("dropped", 0)]
+    again = play(cells(tiny(seeds=[0, 1])), tmp_path, second)
+    assert second.there == first.played
+    assert second.played == [("full", 1), ("dropped", 1)]
+    assert [one.result for one in again[:2]] == [one.result for one in played]
+    assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in played]
+
+
+def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    [cell] = cells(
+        Comparison.model_validate(
+            {**tiny(seeds=[0]).model_dump(), "members": {"full": ["method=fedlora"]}}
+        )
+    )
+    words = [*tiny().settings, "method=fedlora", "seed=0"]
+    stop_after_a_round(words, tmp_path / cell.folder)
+    [played] = play([cell], tmp_path, Silent())
+    [whole] = play([cell], tmp_path / "whole", Silent())
+    assert timeless(played.result) == timeless(whole.result)
+
+
+def test_a_member_that_fails_does_not_stop_the_others(
+    tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    chosen = tiny(seeds=[0])
+    members = {"wrong": ["method=fedadapter"], **chosen.members}
+    chosen = Comparison.model_validate({**chosen.model_dump(), "members": members})
+    played = play(cells(chosen), tmp_path, Silent())
+    assert [one.result is None for one in played] == [True, False, False]
+    assert "set adapter.type=bottleneck" in (played[0].failure or "")
+    [part] = summary(chosen, played)
+    assert part.rows[0].accuracy is None
+    assert part.rows[1].accuracy is not None
+    assert "wrong failed: method=fedadapter grows bottlenecks" in as_markdown([part])
+
+
+def test_a_stop_goes_through(
+    tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> Any:
+        raise Interrupted(tmp_path, 0)
+
+    monkeypatch.setattr("droppeft.comparison.playing.start_run", stopped)
+    with pytest.raises(Interrupted):
+        play(cells(tiny()), tmp_path, Silent())
+    assert running.start_run is not stopped
+
+
+# What it comes to
+
+
+def a_run(member: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> Played:
+    """A run with a round per accuracy, each of so many modelled and twice as many real seconds."""
+    [cell] = [
+        one for one in cells(comparison(seeds=[seed])) if (one.member, one.seed) == (member, seed)
+    ]
+    row = {
+        **dict.fromkeys(
+            (
+                *("global_f1", "global_loss", "train_loss", "mean_active_layers"),
+                *("upload_framed_bytes", "download_framed_bytes"),
+            )
+        ),
+        **dict.fromkeys(
+            (
+                *("activation_bytes_peak", "upload_bytes", "download_bytes", "train_wall_s"),
+                *("evaluation_wall_s", "saving_wall_s", "host_wall_s", "accepted"),
+            ),
+            1,
+        ),
+        **{name: [] for name in ("cohort", "failures", "absent", "late", "surplus")},
+        "round_modelled_s": round_s,
+        "round_measured_s": 2 * round_s,
+        "energy_modelled_j": 1.0,
+    }
+    rows = [
+        {**row, "round": number, "global_accuracy": accuracy}
+        for number, accuracy in enumerate(accuracies, start=1)
+    ]
+    result = {
+        "global_accuracy": accuracies[-1],
+        "initial_accuracy": 0.1,
+        "activation_bytes_peak": 100 * (seed + 1),
+        "upload_bytes": 10,
+        "download_bytes": 20 + seed,
+        "energy_modelled_j": None if member == "dropped" else 5.0,
+        "round_modelled_s": round_s * len(rows),
+        "round_measured_s": 2 * round_s * len(rows),
+    }
+    return Played(cell, result, rows, None)
+
+
+FULL = [a_run("full", 0, [0.5, 0.6, 0.7, 0.7]), a_run("full", 1, [0.5, 0.7, 0.8, 0.8])]
+DROPPED = [a_run("dropped", seed, [0.6, 0.6, 0.6, 0.6], 5.0) for seed in (0, 1)]
+
+
+def test_a_member_s_row_by_hand() -> None:
+    target = {"accuracy": 0.6}
+    [part] = summary(comparison(target=target), [*FULL, *DROPPED])
+    full, dropped = part.rows
+    assert full.accuracy is not None
+    assert full.accuracy.mean == pytest.approx(0.75)
+    assert full.accuracy.deviation == pytest.approx(0.05 * 2**0.5)
+    # The mean of three evaluations reaches .6 in round 3: (.5 + .6 + .7) / 3.
+    assert full.time_to_target_modelled_s is not None
+    assert full.time_to_target_modelled_s.mean == 30.0
+    assert full.time_to_target_measured_s is not None
+    assert full.time_to_target_measured_s.mean == 60.0
+    assert dropped.time_to_target_modelled_s is not None
+    assert dropped.time_to_target_modelled_s.mean == 15.0
+    assert (full.speed_up_modelled, dropped.speed_up_modelled) == (1.0, 2.0)
+    assert (full.speed_up_measured, dropped.speed_up_measured) == (1.0, 2.0)
+    assert (full.reached, full.seeds) == (2, 2)
+    assert (full.activation_bytes_peak, full.download_bytes) == (200, 20.5)
+    assert (full.energy_modelled_j, dropped.energy_modelled_j) == (5.0, None)
+
+
+def test_times_need_every_seed() -> None:
+    runs = [a_run("dropped", 0, [0.6] * 4), a_run("dropped", 1, [0.5] * 4)]
+    [part] = summary(comparison(target={"accuracy": 0.6}), [*FULL, *runs])
+    dropped = part.rows[1]
+    assert (dropped.reached, dropped.seeds) == (1, 2)
+    assert dropped.time_to_target_modelled_s is None
+    assert dropped.speed_up_modelled is None
+    assert "| dropped | 2 | .550 ± .071 | 1 of 2 seeds |" in as_markdown([part])
+
+
+def test_the_baseline_can_be_named() -> None:
+    chosen = comparison(target={"accuracy": 0.6}, baseline="dropped")
+    [part] = summary(chosen, [*FULL, *DROPPED])
+    assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
+
+
+def test_a_target_is_what_a_member_ends_with_less_a_distance() -> None:
+    """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
+    target = Target.model_validate({"member": "full", "minus": 0.1})
+    assert target_accuracy(target, FULL) == pytest.approx((2.0 + 2.3) / 6 - 0.1)
+    assert target_accuracy(None, FULL) is None
+    failed = Played(FULL[0].cell, None, [], "lost")
+    assert target_accuracy(target, [failed, FULL[1]]) is None
+
+
+# From the command line
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["droppeft", *words])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_compare_from_the_command_line_to_its_files(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [*tiny().settings, "dropout.mean=0.25"]
+    code, shown, _ = command(
+        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+    )
+    assert code == 0
+    assert "1/2 fedlora, seed 5" in shown
+    assert "1 runs to go: about" in shown
+    assert {JSON, CSV, MARKDOWN} < {path.name for path in out.iterdir()}
+    content = json.loads((out / JSON).read_text())
+    assert [run["member"] for run in content["runs"]] == ["fedlora", "droppeft"]
+    for run in content["runs"]:
+        rows = rows_of(out / run["folder"] / "rounds.jsonl")
+        assert run["rounds"] == rows
+        assert run["config"]["seed"] == 5
+    with (out / CSV).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["member"] for line in lines] == ["fedlora", "droppeft"]
+    result = content["runs"][0]["result"]
+    assert float(lines[0]["accuracy"]) == result["global_accuracy"]
+    assert (out / MARKDOWN).read_text().count("| fedlora | 1 |") == 1
+    code, shown, _ = command(
+        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+    )
+    assert (code, shown.count("done before")) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "name one .toml file, or methods and settings"),
+        (["a.toml", "b.toml"], "name one .toml file, or methods"),
+        (["a.toml", "fedlora"], "name one .toml file, or methods"),
+        (["nothing.toml"], "nothing.toml: no such configuration file"),
+        (["fedlora", "fedfoo"], "method=fedfoo: unknown method"),
+        (["fedlora", "--seeds", "a"], "--seeds 'a': write whole numbers as 0,1,2"),
+    ],
+)
+def test_a_mistake_in_compare_is_one_sentence(
+    command: Command, words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    code, _, errors = command("compare", *words, "--out", str(tmp_path / "out"))
+    assert code == cli.USER_ERROR
+    assert sentence in errors
+    assert not (tmp_path / "out").exists()
