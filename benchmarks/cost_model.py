@@ -16,7 +16,8 @@ those of the fit. Quantised weights are left out of it: their kernels have anoth
 those that are mapped from a file.
 
 Writes `benchmarks/results/cost_model.json` and `docs/figures/cost_model`. About an hour on 2 cores,
-nothing else running. `--cells WORD` takes only cells with this in their name, `--draw` draws again.
+nothing else running. `--cells WORD` measures only cells with this in their name anew, `--draw`
+draws again.
 """
 
 import argparse
@@ -192,7 +193,10 @@ def main() -> None:
     if not arguments.draw:
         chosen = {name: words for name, words in cells().items() if arguments.cells in name}
         trials = measure(chosen, arguments.repeats)
-        rows = [compared(name, words, trials[name]) for name, words in chosen.items()]
+        before = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
+        rows = [row for row in before.get("cells", ()) if row["cell"] not in chosen]
+        rows += [compared(name, words, trials[name]) for name, words in chosen.items()]
+        rows.sort(key=lambda row: list(cells()).index(row["cell"]))
         content = {
             "schema_version": 1,
             "command": " ".join(["python", *sys.argv]),

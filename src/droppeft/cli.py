@@ -112,6 +112,7 @@ def compare(
     from droppeft.comparison import cells, playing, summary, written
     from droppeft.federation.run import Interrupted
     from droppeft.report import compare as report
+    from droppeft.report.page import write_page
 
     files = [word for word in words or [] if word.endswith(".toml") and "=" not in word]
     methods = [word for word in words or [] if "=" not in word and word not in files]
@@ -134,9 +135,19 @@ def compare(
     parts = summary.summary(chosen, played)
     written.write(folder, chosen, played, parts)
     report.show(parts, console)
-    typer.echo(f"tables, JSON and a folder per run: {folder}")
+    typer.echo(f"page: {write_page(folder)}; tables, JSON and a folder per run beside it")
     if any(one.result is None for one in played):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run or a comparison.")],
+) -> None:
+    """Write one page about a run or a comparison, and its figures as PNG and SVG."""
+    from droppeft.report.page import write_page
+
+    typer.echo(write_page(folder))
 
 
 @app.command()

@@ -66,6 +66,9 @@ def play_round(
     present, absent = _presence(setup, round)
     plans = method.plan(setup, state, round, present)
     planned_s = time.perf_counter() - start
+    if setup.clock is not None:
+        for plan in plans:
+            setup.clock.arithmetic(plan.adapter)  # counted once; for the clock, no server's work
     arrived: dict[int, Arrival] = {}
     for arrival in transport.exchange(plans):
         arrived[arrival.index] = arrival

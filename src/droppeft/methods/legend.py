@@ -73,7 +73,10 @@ def _init(setup: Setup) -> ServerState:
         replace(layer, rank=rank) if layer else None
         for layer, rank in zip(adapter.layers, sized, strict=True)
     )
-    return start_with(setup, replace(adapter, layers=layers))
+    state = start_with(setup, replace(adapter, layers=layers))
+    if setup.clock is not None:
+        setup.clock.arithmetic(state.model.adapter)  # counted here and not in the first round
+    return state
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:

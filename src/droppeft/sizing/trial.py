@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from droppeft.federation.workbench import Workbench
 from droppeft.methods.base import Setup
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models import Backbone, load_backbone
-from droppeft.plans import Update
+from droppeft.plans import Budget, Update
 from droppeft.sizing.outlines import CLASSES
 from droppeft.sizing.resident import (
     forget_peak,
@@ -104,11 +104,14 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
 
 
 def _turn(bench: Workbench, table: TokenTable, config: Config, round: int, steps: int) -> Update:
-    """A turn in which every step has all rows of the table."""
-    training = config.training.model_copy(update={"local_steps": steps, "local_epochs": None})
-    config = config.model_copy(update={"training": training})
+    """A turn in which every step has all rows of the table.
+
+    The configuration is the same in all turns, so that a later one finds the hidden states that an
+    earlier one left.
+    """
     setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, None)
     [plan] = DROPPEFT.plan(setup, DROPPEFT.init(setup), round, [0])
+    plan = replace(plan, budget=Budget(steps=steps))
     rows = np.arange(len(table))
     return take_turn(bench, table, DeviceRows(rows, rows[:0], rows[:0]), config, plan)
 

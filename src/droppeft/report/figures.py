@@ -1,0 +1,216 @@
+"""Figures of a comparison: accuracy against what it cost, times to the target, memory and traffic.
+
+Ours. Members differ by marker, line and name, not by colour alone. One ink colour is used for all
+that is neither, so that a page can turn it into its own.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import fmean, pstdev
+from typing import Any
+
+from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import MemberRow, Part, Spread
+
+INK = "#262626"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+"""Okabe and Ito's, which people with any colour vision tell apart; the last is ours."""
+
+MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), "-")
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What accuracy is shown against.
+
+    Attributes:
+        label: for people.
+        fields: of a round's row that add to it.
+        unit: how much of it is 1 there.
+    """
+
+    label: str
+    fields: tuple[str, ...]
+    unit: float = 1.0
+
+
+AXES = {
+    "accuracy-modelled-time": Axis("modelled time, s", ("round_modelled_s",)),
+    "accuracy-measured-time": Axis("measured time, devices side by side, s", ("round_measured_s",)),
+    "accuracy-traffic": Axis("traffic, all devices, MB", ("upload_bytes", "download_bytes"), 1e6),
+    "accuracy-energy": Axis("modelled energy, all devices, kJ", ("energy_modelled_j",), 1e3),
+}
+BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
+    "time-modelled": (
+        "modelled time to target, s",
+        lambda row: _mean_of(row.time_to_target_modelled_s),
+    ),
+    "time-measured": (
+        "measured time to target, s",
+        lambda row: _mean_of(row.time_to_target_measured_s),
+    ),
+    "activations": ("stored activations, peak, MB", lambda row: _in_mb(row.activation_bytes_peak)),
+    "upload": ("up, all devices, MB", lambda row: _in_mb(row.upload_bytes)),
+    "download": ("down, all devices, MB", lambda row: _in_mb(row.download_bytes)),
+}
+OF_THE_TARGET = ("time-modelled", "time-measured")
+
+
+def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
+    """Matplotlib figures by name, small enough for a phone.
+
+    Args:
+        part: whose members they show.
+        played: its runs.
+    """
+    with _style():
+        made = {name: _accuracy(part, played, axis) for name, axis in AXES.items()}
+        for name, (title, value) in BARS.items():
+            if part.target is not None or name not in OF_THE_TARGET:
+                made[name] = _bars(part, title, value)
+    return made
+
+
+def svg(figure: Any) -> str:
+    """As text of its own size, without a header, the same in every run."""
+    text = io.StringIO()
+    with _style():
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    return text.getvalue()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    rules: Any = {
+        **dict.fromkeys(inked, INK),
+        "svg.fonttype": "none",
+        "svg.hashsalt": "droppeft",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9.5,
+        "grid.color": INK,
+        "grid.alpha": 0.15,
+    }
+    with mpl.rc_context(rules):
+        yield
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
+    figure, axis = _figure(3.4)
+    ends = []
+    for number, row in enumerate(part.rows):
+        runs = [one for one in played if one.cell.member == row.member and one.result]
+        points = [found for one in runs if (found := _points(one.rows, of))]
+        if points:
+            ends.append((*_curve(axis, number, points), row.member))
+    if part.target is not None:
+        axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+    axis.set(xlabel=of.label, ylabel="accuracy", xlim=(0, None))
+    axis.grid(visible=True)
+    _name_ends(axis, ends)
+    return figure
+
+
+def _points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
+    """(cost so far, accuracy) of every round that was measured; nothing where a cost is unknown."""
+    if any(row[field] is None for row in rows for field in of.fields):
+        return []
+    sums = accumulate(sum(row[field] for field in of.fields) for row in rows)
+    return [
+        (cost / of.unit, row["global_accuracy"])
+        for cost, row in zip(sums, rows, strict=True)
+        if row["global_accuracy"] is not None
+    ]
+
+
+def _curve(
+    axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]]
+) -> tuple[float, float]:
+    """Mean over seeds by round, with a band of one standard deviation; where it ends."""
+    by_round = list(zip(*runs, strict=False))
+    across = [fmean(cost for cost, _ in points) for points in by_round]
+    up = [fmean(accuracy for _, accuracy in points) for points in by_round]
+    spread = [pstdev([accuracy for _, accuracy in points]) for points in by_round]
+    colour = COLOURS[number % len(COLOURS)]
+    axis.plot(
+        across,
+        up,
+        color=colour,
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=LINES[number % len(LINES)],
+        markevery=max(1, len(across) // 8),
+        markersize=4.5,
+        linewidth=1.6,
+    )
+    low = [a - b for a, b in zip(up, spread, strict=True)]
+    high = [a + b for a, b in zip(up, spread, strict=True)]
+    axis.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
+    return across[-1], up[-1]
+
+
+def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Each curve's name beside the plot, at the height of its end if there is room."""
+    low, high = axis.get_ylim()
+    right, least = axis.get_xlim()[1], 0.075 * (high - low)
+    place = -float("inf")
+    heights = []
+    for _, height, _ in sorted(ends, key=lambda end: end[1]):
+        place = max(height, place + least)
+        heights.append(place)
+    over = max(0.0, place - high)
+    for (across, height, name), shown in zip(
+        sorted(ends, key=lambda end: end[1]), heights, strict=True
+    ):
+        axis.annotate(
+            name,
+            xy=(across, height),
+            xytext=(1.03 * right, shown - over),
+            annotation_clip=False,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
+        )
+    axis.set(ylim=(low, high), xlim=(0, right))
+
+
+def _mean_of(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.mean
+
+
+def _in_mb(value: float | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) -> Any:
+    """A bar per member with its number; a word where there is none."""
+    figure, axis = _figure(0.6 + 0.36 * len(part.rows))
+    values = [value(row) for row in part.rows]
+    places = range(len(values))
+    colours = [COLOURS[number % len(COLOURS)] for number in places]
+    axis.barh(places, [one or 0.0 for one in values], color=colours, height=0.62)
+    largest = max((one for one in values if one is not None), default=1.0) or 1.0
+    for place, (row, one) in enumerate(zip(part.rows, values, strict=True)):
+        lacking = "not by all seeds" if row.seeds else "no result"
+        text = lacking if one is None else f"{one:,.3g}" if one < 1000 else f"{one:,.0f}"
+        axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
+    axis.set(xlim=(0, 1.35 * largest), yticks=list(places))
+    axis.set_yticklabels([row.member for row in part.rows])
+    axis.set_title(title, loc="left", fontsize=9.5)
+    axis.invert_yaxis()
+    axis.spines["bottom"].set_visible(False)
+    axis.tick_params(bottom=False, labelbottom=False, left=False)
+    return figure

@@ -1,0 +1,207 @@
+"""A comparison, or one run, as a page that needs nothing but itself; its figures as files. Ours.
+
+The page has no script and asks no network. It follows the reader's choice of light or dark.
+"""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from droppeft.comparison.cells import Cell, Comparison
+from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import Part, summary
+from droppeft.comparison.written import COLUMNS, failures, heading
+from droppeft.comparison.written import JSON as COMPARISON
+from droppeft.config import as_tree, build_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.folder import RESULT, ROUNDS
+from droppeft.files import write_atomically
+from droppeft.ledger import read_rows
+from droppeft.report.figures import AXES, BARS, INK, OF_THE_TARGET, figures, svg
+
+PAGE, FIGURES = "report.html", "figures"
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2125; --soft: #5b6470; --line: #d8dde3;
+  --ground: #ffffff; --panel: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4af; --line: #333b44;
+  --ground: #14171a; --panel: #1c2126; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; color: var(--ink);
+  background: var(--ground); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem; }
+p, summary { color: var(--soft); max-width: 48rem; }
+figure { margin: 1rem 0; padding: .8rem; background: var(--panel); border-radius: .6rem; }
+.panels { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
+figure svg { width: 100%; height: auto; color: var(--ink); display: block; }
+figure svg text { font-family: system-ui, sans-serif; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); padding: .8rem;
+  border-radius: .6rem; font-size: .85rem; }
+.failed { color: #c2410c; }
+"""
+
+GROUPS = {
+    tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
+    "band of one standard deviation. Dotted: the target.",
+    OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
+    tuple(name for name in BARS if name not in OF_THE_TARGET): "Most bytes that a step stored for "
+    "its backward, and bytes of tensors that travelled in a whole run. Measured.",
+}
+"""Figures that stand together, and what is said of them."""
+
+
+def write_page(folder: Path) -> Path:
+    """Write ``report.html`` and figures beside a comparison or a run.
+
+    Raises:
+        DroppeftError: the folder holds neither, or it is not finished.
+    """
+    title, comparison, played = _read(folder)
+    parts = summary(comparison, played)
+    sections: list[str] = []
+    drawn: dict[str, Any] = {}
+    for number, part in enumerate(parts):
+        runs = [one for one in played if one.cell.place == (part.data, part.model)]
+        made = figures(part, runs)
+        sections.append(_section(part, made))
+        drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
+    text = _page(title, sections, played)
+    for name, figure in drawn.items():
+        path = folder / FIGURES / name
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
+        figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
+    write_atomically(folder / PAGE, text.encode())
+    return folder / PAGE
+
+
+def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
+    if (folder / COMPARISON).is_file():
+        content = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+        comparison = Comparison.model_validate(content["comparison"])
+        return folder.name, comparison, [_played(run) for run in content["runs"]]
+    if (folder / RESULT).is_file():
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        name, target = result["method"], result["target"]
+        comparison = Comparison.model_validate(
+            {
+                "members": {name: [f"method={name}"]},
+                "seeds": [result["seed"]],
+                "target": None if target is None else {"accuracy": target},
+            }
+        )
+        run = {
+            **{key: result[key] for key in ("seed", "data", "model", "config")},
+            **{"member": name, "result": result, "rounds": read_rows(folder / ROUNDS)},
+            "failure": None,
+        }
+        return folder.name, comparison, [_played(run)]
+    raise DroppeftError(
+        f"{folder}: holds no finished run ({RESULT}) and no comparison ({COMPARISON})"
+    )
+
+
+def _played(run: Mapping[str, Any]) -> Played:
+    config = build_config(run["config"])
+    cell = Cell(run["member"], run["data"], run["model"], run["seed"], config)
+    return Played(cell, run["result"], run["rounds"], run["failure"])
+
+
+def _page(title: str, sections: Sequence[str], played: Sequence[Played]) -> str:
+    shown = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(played)}"
+        f"{''.join(sections)}{_settings(played)}</body></html>\n"
+    )
+
+
+def _lead(played: Sequence[Played]) -> str:
+    members = len({one.cell.member for one in played})
+    seeds = len({one.cell.seed for one in played})
+    lines = f"{members} method{'s' * (members > 1)}, {seeds} seed{'s' * (seeds > 1)}."
+    return (
+        f"<p>{lines} <em>Modelled</em> is on the devices' profiles, all side by side; "
+        "<em>measured</em> on the machine that ran them, as if devices worked side by side.</p>\n"
+    )
+
+
+def _section(part: Part, made: Mapping[str, Any]) -> str:
+    shown = "".join(
+        _group([made[name] for name in names if name in made], caption)
+        for names, caption in GROUPS.items()
+    )
+    lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
+    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}"
+
+
+def _group(drawn: Sequence[Any], caption: str) -> str:
+    if not drawn:
+        return ""
+    least = 20 if len(drawn) == 3 else 26  # in rows of three, or of two
+    panels = "".join(f"<div>{_inline(svg(figure))}</div>" for figure in drawn)
+    return (
+        f'<figure><div class="panels" style="--least: {least}rem">{panels}</div>'
+        f"<figcaption>{caption}</figcaption></figure>\n"
+    )
+
+
+def _inline(text: str) -> str:
+    """Without header and fixed size, its ink the page's own."""
+    start = text.index("<svg")
+    end = text.index(">", start)
+    opening = " ".join(
+        word for word in text[start:end].split() if not word.startswith(("width=", "height="))
+    )
+    return (opening + text[end:]).replace(INK, "currentColor")
+
+
+def _table(part: Part) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
+    texts = ([html.escape(cell(row)) for cell in COLUMNS.values()] for row in part.rows)
+    lines = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in texts)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+        "</div>\n"
+    )
+
+
+def _settings(played: Sequence[Played]) -> str:
+    """What all runs have in common, what each member has alone, versions and machine."""
+    flat = {one.cell.member: _flat(as_tree(one.cell.config)) for one in played}
+    every = [set(settings.items()) for settings in flat.values()]
+    common = set.intersection(*every)
+    parts = [("Settings of all", dict(sorted(common)))]
+    for member, settings in flat.items():
+        own = sorted(set(settings.items()) - common)
+        parts += [(f"Settings of {member} alone", dict(own))] if own else []
+    results = [one.result for one in played if one.result is not None]
+    if results:
+        parts += [("Versions", results[0]["versions"]), ("Machine", results[0]["machine"])]
+    blocks = "".join(
+        f"<details><summary>{html.escape(title)}</summary><pre>"
+        + html.escape("\n".join(f"{key} = {value}" for key, value in content.items()))
+        + "</pre></details>\n"
+        for title, content in parts
+    )
+    return f"<h2>Settings, versions, machine</h2>\n{blocks}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in tree.items():
+        if name == "seed" and not prefix:
+            continue
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": str(value)}
+    return found

@@ -1,0 +1,146 @@
+"""The page about a comparison or a run: whole, alone, the same every time."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from droppeft.comparison.cells import Comparison, cells
+from droppeft.comparison.playing import Played, play
+from droppeft.comparison.summary import summary
+from droppeft.comparison.written import COLUMNS, JSON, write
+from droppeft.errors import DroppeftError
+from droppeft.report.figures import AXES, BARS, INK, OF_THE_TARGET
+from droppeft.report.page import FIGURES, PAGE, write_page
+from runs import Recorder
+
+
+class Silent:
+    """Is told, and does not tell."""
+
+    def begins(self, cell: Any, number: int, of: int) -> Any:
+        return Recorder()
+
+    def done(self, played: Played, wall_s: float | None) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two members that ran, one whose name a page must not take for markup, one that failed."""
+    out = tmp_path_factory.mktemp("compared") / "a & b"
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    chosen = Comparison.model_validate(
+        {
+            "settings": [*usual, "rounds=4"],
+            "members": {
+                "full": ["method=fedlora"],
+                "<b>dropped</b>": ["dropout.mean=0.25"],
+                "wrong": ["method=fedadapter"],
+            },
+            "seeds": [0, 1],
+            "target": {"accuracy": 0.02},
+        }
+    )
+    played = play(cells(chosen), out, Silent())
+    write(out, chosen, played, summary(chosen, played))
+    write_page(out)
+    return out
+
+
+class Reader(HTMLParser):
+    """Notes tags, what they point to, and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.links += [value or "" for name, value in attrs if name == "xlink:href"]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
+    text = (compared / PAGE).read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
+    assert all(link.startswith("#") for link in reader.links)
+    assert "@import" not in text
+    assert not re.findall(r"url\((?!#)", text)
+
+
+def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
+    text = (compared / PAGE).read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert reader.tags.count("svg") == len(AXES) + len(BARS)
+    assert [name for name in COLUMNS if name not in reader.texts] == []
+    for member in ("full", "<b>dropped</b>", "wrong"):
+        # In the table, in every bar chart, and beside each curve if it has a result.
+        least = 1 + len(BARS) + (len(AXES) if member != "wrong" else 0)
+        assert reader.texts.count(member) >= least, member
+    assert "b" not in reader.tags
+    assert any("wrong failed: method=fedadapter grows" in part for part in reader.texts)
+    assert "a & b" in reader.texts
+
+
+def test_figures_take_the_page_s_ink(compared: Path) -> None:
+    """So that they can be read in the dark."""
+    text = (compared / PAGE).read_text(encoding="utf-8")
+    assert INK not in text
+    assert text.count("currentColor") > 100
+    assert "prefers-color-scheme: dark" in text
+    assert "width=device-width" in text
+
+
+def test_figures_are_files_too(compared: Path) -> None:
+    names = {path.name for path in (compared / FIGURES).iterdir()}
+    assert names == {f"{name}.{kind}" for name in (*AXES, *BARS) for kind in ("png", "svg")}
+    for path in (compared / FIGURES).glob("*.svg"):
+        assert ET.parse(path).getroot().tag.endswith("svg")
+    for path in (compared / FIGURES).glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
+    before = (compared / PAGE).read_bytes()
+    write_page(compared)
+    assert (compared / PAGE).read_bytes() == before
+
+
+def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    text = write_page(folder).read_text(encoding="utf-8")
+    reader = Reader(text)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["method"] in reader.texts
+    assert reader.tags.count("svg") == len(AXES) + len(BARS) - len(OF_THE_TARGET)
+    assert f"{result['global_accuracy']:.3f}".replace("0.", ".", 1) in reader.texts
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DroppeftError, match="holds no finished run"):
+        write_page(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_of_which_all_failed_has_a_page(compared: Path, tmp_path: Path) -> None:
+    content = json.loads((compared / JSON).read_text())
+    for run in content["runs"]:
+        run["result"], run["rounds"], run["failure"] = None, [], "lost"
+    (tmp_path / JSON).write_text(json.dumps(content))
+    reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
+    assert any("full failed: lost" in part for part in reader.texts)
