@@ -20,9 +20,11 @@ from droppeft.comparison.cells import (
 from droppeft.comparison.playing import Played, play
 from droppeft.comparison.summary import summary, target_accuracy
 from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_markdown
+from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation import run as running
 from droppeft.federation.run import Interrupted
+from droppeft.methods import method_named
 from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
@@ -356,3 +358,25 @@ def test_a_mistake_in_compare_is_one_sentence(
     assert code == cli.USER_ERROR
     assert sentence in errors
     assert not (tmp_path / "out").exists()
+
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_experiments_can_be_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
+) -> None:
+    monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
+    found = cells(read_comparison(path))
+    assert {cell.seed for cell in found} == {0, 1, 2}
+    for cell in found:
+        assert Path(resolve(cell.config, cuda=False).data).is_dir()
+        assert not method_named(cell.config.method).adjust(cell.config).clock.deadline_s
+
+
+def test_there_are_experiments() -> None:
+    assert {path.stem for path in EXPERIMENTS} == {
+        *("one_device", "one_device_paper"),
+        *("many_devices", "many_devices_paper"),
+    }
