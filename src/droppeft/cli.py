@@ -15,7 +15,7 @@ from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
     from droppeft.config import Config
-    from droppeft.federation.run import Watcher
+    from droppeft.federation.tracking import Watcher
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
 

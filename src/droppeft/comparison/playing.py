@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from droppeft.comparison.cells import Cell
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
-from droppeft.federation.run import Watcher, resume_run, start_run
+from droppeft.federation.run import resume_run, start_run
+from droppeft.federation.tracking import Watcher
 from droppeft.ledger import read_rows
 
 

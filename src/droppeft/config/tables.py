@@ -317,6 +317,11 @@ class Config(Table):
         description="torch threads; 0: all cores (the run's config.toml says how many)",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where tensors live")
+    tracker: Literal["none", "tensorboard", "mlflow", "wandb", "trackio"] = Field(
+        "none",
+        description="where rounds are written besides the ledger, offline, in the run's folder; "
+        "its package has to be installed",
+    )
     target_accuracy: Real | None = Field(
         None, gt=0, lt=1, description="report when this global accuracy was reached"
     )

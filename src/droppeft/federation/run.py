@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from droppeft.federation.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, c
 from droppeft.federation.loading import difference, identity
 from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
+from droppeft.federation.tracking import Watcher, check_tracker, tracked
 from droppeft.federation.transport import Connect, Transport, transport_named
 from droppeft.files import write_atomically
 from droppeft.frozen_prefix.turn import state_folder
@@ -43,30 +44,11 @@ from droppeft.ledger import (
     summarise,
 )
 from droppeft.methods import method_named
-from droppeft.plans import GlobalModel, Reply
+from droppeft.plans import GlobalModel
 from droppeft.training import Evaluation, evaluate
 
 LOST_ROUNDS = 3
 """So many rounds in a row without a merged reply end a run."""
-
-
-class Watcher(Protocol):
-    """Who is told how a run goes; the screen is one."""
-
-    def preparing(self, what: str) -> None:
-        """A step before round 1 begins."""
-
-    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """Rounds begin; ``rows`` are those that an earlier process finished."""
-
-    def replied(self, reply: Reply) -> None:
-        """A device of the present round has answered."""
-
-    def round_done(self, row: RoundRow) -> None:
-        """A round is merged, measured and saved."""
-
-    def finished(self, result: Mapping[str, Any]) -> None:
-        """The result is on disk."""
 
 
 class Interrupted(Exception):
@@ -136,6 +118,7 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
 def _open(
     prepared: Prepared, connect: Connect | None, watcher: Watcher
 ) -> AbstractContextManager[Transport]:
+    check_tracker(prepared.config.tracker)
     watcher.preparing("reaching the devices")
     return (connect or transport_named(prepared.config.transport))(prepared.loaded)
 
@@ -149,6 +132,7 @@ def _play(
     watcher: Watcher,
 ) -> dict[str, Any]:
     saving_wall_s = 0.0
+    watcher = tracked(watcher, prepared.config, out)
     try:
         watcher.started(_about(prepared, last.facts), list(rows))
         for _ in range(last.round, prepared.config.rounds):

@@ -20,7 +20,7 @@ from droppeft.comparison.cells import Cell
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
 from droppeft.comparison.written import COLUMNS, failures, heading
-from droppeft.federation.run import Watcher
+from droppeft.federation.tracking import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 from droppeft.report.screen import Rate

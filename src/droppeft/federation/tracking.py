@@ -1,0 +1,137 @@
+"""Rounds to TensorBoard, MLflow, Weights & Biases or Trackio, through accelerate's trackers; ours.
+
+All of them write into the run's folder, and none asks the network, unless the environment says so
+(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``).
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from droppeft.config import Config, as_tree
+from droppeft.errors import DroppeftError
+from droppeft.ledger import RoundRow
+from droppeft.plans import Reply
+
+FOLDER = "tracker"
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes; the screen is one."""
+
+    def preparing(self, what: str) -> None:
+        """A step before round 1 begins."""
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
+        """Rounds begin; ``rows`` are those that an earlier process finished."""
+
+    def replied(self, reply: Reply) -> None:
+        """A device of the present round has answered."""
+
+    def round_done(self, row: RoundRow) -> None:
+        """A round is merged, measured and saved."""
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """The result is on disk."""
+
+
+def check_tracker(name: str) -> None:
+    """Say what is missing for a tracker.
+
+    Raises:
+        DroppeftError: its package is not installed.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise DroppeftError(
+            f"tracker={name} needs the package {name}; run: pip install {name}, or tracker=none"
+        )
+
+
+def tracked(watcher: Watcher, config: Config, out: Path) -> Watcher:
+    """The same watcher, with the configured tracker beside it."""
+    return watcher if config.tracker == "none" else Tracked(watcher, config, out)
+
+
+class Tracked:
+    """Tells a watcher, and writes every round's numbers to a tracker.
+
+    Args:
+        watcher: who else is told.
+        config: of the run; what its tracker is, and what is noted as the run's settings.
+        out: folder of the run.
+    """
+
+    def __init__(self, watcher: Watcher, config: Config, out: Path) -> None:
+        self._watcher, self._config, self._out = watcher, config, out
+        self._tracker: Any = None
+
+    def preparing(self, what: str) -> None:
+        """Passed on."""
+        self._watcher.preparing(what)
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
+        """Open the tracker; rounds of an earlier process are there already."""
+        self._tracker = _opened(self._config.tracker, self._out)
+        if not rows:
+            self._tracker.store_init_configuration(_flat(as_tree(self._config)))
+        self._watcher.started(about, rows)
+
+    def replied(self, reply: Reply) -> None:
+        """Passed on."""
+        self._watcher.replied(reply)
+
+    def round_done(self, row: RoundRow) -> None:
+        """Write the numbers of a round's row, at the step of its number."""
+        numbers = {
+            name: value
+            for name, value in asdict(row).items()
+            if isinstance(value, int | float) and name != "round"
+        }
+        self._tracker.log(numbers, step=row.round)
+        self._watcher.round_done(row)
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """Write how good the model is on the whole test set, and close."""
+        if self._tracker is not None:
+            names = ("global_accuracy", "global_f1", "global_loss")
+            final = {f"final_{name}": result[name] for name in names}
+            self._tracker.log(final, step=result["rounds"])
+            self._tracker.finish()
+        self._watcher.finished(result)
+
+
+def _opened(name: str, out: Path) -> Any:
+    """accelerate's tracker, writing to the run's folder."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # trackers ask it whether this is the main process
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    os.environ.setdefault("TRACKIO_DIR", str(folder))
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"logging_dir": folder},
+        "wandb": {"dir": str(folder), "name": out.name},
+        "mlflow": {"run_name": out.name},
+        "trackio": {"name": out.name},
+    }
+    tracker = LOGGER_TYPE_TO_CLASS[name]("droppeft", **options[name])
+    tracker.start()
+    return tracker
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float]:
+    """Settings by dotted key, as texts where a tracker takes no other value."""
+    found: dict[str, str | int | float] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, int | float) else str(value)
+    return found

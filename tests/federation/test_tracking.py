@@ -1,0 +1,66 @@
+"""Rounds in a tracker: what the ledger says, offline, in the run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation import tracking
+from droppeft.federation.run import resume_run, start_run
+from droppeft.federation.tracking import FOLDER
+from runs import Recorder, adapter_bytes, rows_of, stop_after_a_round
+
+TRACKER = "tracker=tensorboard"
+
+
+def scalars(out: Path) -> dict[str, dict[int, float]]:
+    """By name and step, from all event files of a run."""
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted((out / FOLDER).rglob("events.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            places = found.setdefault(name, {})
+            places |= {event.step: event.value for event in events.Scalars(name)}
+    return found
+
+
+def assert_rows_are_there(out: Path, rounds: int) -> None:
+    written, rows = scalars(out), rows_of(out / "rounds.jsonl")
+    assert len(rows) == rounds
+    for name in ("global_accuracy", "train_loss", "upload_bytes", "round_modelled_s"):
+        expected = {row["round"]: pytest.approx(row[name]) for row in rows}
+        assert written[name] == expected, name
+
+
+def test_every_round_is_in_the_tracker(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = start_run(load_config(None, [*tiny_words, TRACKER]), out, Recorder())
+    assert_rows_are_there(out, result["rounds"])
+    final = scalars(out)["final_global_accuracy"]
+    assert final == {result["rounds"]: pytest.approx(result["global_accuracy"])}
+    assert adapter_bytes(out) == adapter_bytes(whole_run)
+
+
+def test_a_resumed_run_goes_on_in_the_tracker(tiny_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop_after_a_round([*tiny_words, TRACKER], out)
+    result = resume_run(out, Recorder())
+    assert_rows_are_there(out, result["rounds"])
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str) -> Any:
+        return None
+
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", nothing)
+    with pytest.raises(DroppeftError, match="tracker=mlflow needs the package mlflow; run: pip"):
+        start_run(load_config(None, [*tiny_words, "tracker=mlflow"]), tmp_path / "r", Recorder())
+    assert not (tmp_path / "r").exists()
