@@ -1,7 +1,9 @@
 """Runs whose first layers are frozen: the same bits whatever their devices' disks still hold."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,18 @@ def test_quality_is_measured_with_the_whole_model(frozen_run: Path) -> None:
     result = json.loads((frozen_run / "result.json").read_text())
     assert np.isfinite(result["global_loss"])
     assert result["num_layers"] == 4
+
+
+def test_states_of_runs_that_nobody_finished_go_after_a_week(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path))
+    ages = {"old": 8, "recent": 6}
+    for name, days in ages.items():
+        file = tmp_path / turn.STATES / name / "device-0" / "round-000001-0000.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"states")
+        for path in (file, file.parent, file.parent.parent):
+            os.utime(path, times=(time.time() - days * 86400,) * 2)
+    run(tiny_words, tmp_path / "run")
+    assert {path.name for path in (tmp_path / turn.STATES).iterdir()} == {"recent"}

@@ -21,6 +21,7 @@ from droppeft.data.tables import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
 from droppeft.errors import DroppeftError
 from droppeft.federation.workbench import Workbench
+from droppeft.frozen_prefix.turn import forget_old_runs
 from droppeft.layer_dropout import find_blocks
 from droppeft.models import Backbone, load_backbone
 from droppeft.offloading import check_offload
@@ -101,6 +102,7 @@ def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
 
 def site_of(loaded: Loaded) -> Site:
     """Make ready to run devices in this process."""
+    forget_old_runs()
     table = tokens_of(loaded, loaded.data.train)
     return Site(loaded.config, loaded.bench, table, loaded.devices)
 

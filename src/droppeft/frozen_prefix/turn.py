@@ -6,6 +6,7 @@ Source: ours.
 import hashlib
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ from droppeft.frozen_prefix.states import FrozenPrefix
 from droppeft.frozen_prefix.store import StateStore, digest_of
 from droppeft.layer_dropout.blocks import Gates
 from droppeft.plans import PrefixCost
+
+STATES, FORGOTTEN_AFTER_S = "frozen-prefix", 7 * 24 * 3600.0
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Precision of stored states, by its name in the configuration."""
@@ -157,7 +160,20 @@ def state_folder(config: Config) -> Path:
     A run of another configuration has another folder.
     """
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    return cache_dir() / "frozen-prefix" / digest[:16]
+    return cache_dir() / STATES / digest[:16]
+
+
+def forget_old_runs() -> None:
+    """Delete states of runs that nothing was written for in a week.
+
+    A run deletes its own when it ends where it was started. On other machines nobody tells that it
+    has ended; should it go on after all, its states are made again, to the same bits.
+    """
+    folder = cache_dir() / STATES
+    for run in folder.iterdir() if folder.is_dir() else ():
+        newest = max((path.stat().st_mtime for path in run.rglob("*")), default=run.stat().st_mtime)
+        if time.time() - newest > FORGOTTEN_AFTER_S:
+            shutil.rmtree(run, ignore_errors=True)
 
 
 def content_name(**facts: str | int) -> str:
