@@ -92,7 +92,8 @@ WAVES: tuple[tuple[str, slice, tuple[int, ...]], ...] = (
     ("builtin", slice(9), (0, 1, 2)),
     ("deep12", slice(5), (0, 1, 2)),
     ("deep24", slice(3), (0,)),
-    ("builtin", slice(9, None), (0, 1, 2)),
+    ("builtin", slice(9, 14), (0, 1, 2)),
+    ("builtin", slice(14, None), (0, 1, 2)),
 )
 """Model, which of the CONDITIONS, seeds: in this order."""
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tables import RESULTS, markdown_table
@@ -15,8 +15,8 @@ COST_MODEL_HEAD = """\
 `benchmarks/cost_model.py`: memory and time of a step as `droppeft plan` has them (modelled), beside
 what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
 and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
-stands in the last column. Largest error: {memory}. Time: medians of {trials} trials that take
-turns; for each model one speed and one overhead per step are fitted to its cells, so that the
+stands in the last column. Largest error: {memory}. Time: medians of {trials} trials (more
+where they disagreed) that take turns; for each model one speed and one overhead per step are fitted to its cells, so that the
 errors are those of the fit. Largest: {time}. Quantised and offloaded weights are read by other
 kernels or from other places, and their time is not modelled. Made on {place}; another process was
 busy on the other core.
@@ -77,7 +77,7 @@ def _cost_model(content: Row) -> str:
     head = COST_MODEL_HEAD.format(
         memory=f"{max(abs(row['memory_error']) for row in rows):.1%}",
         time=f"{max(abs(row['time_error']) for row in timed):.0%}",
-        trials=len(timed[0]["trials"]) - 1,
+        trials=_range(len(row["trials"]) - 1 for row in timed),
         place=_place(content["machine"]),
     )
     lines = [
@@ -91,6 +91,11 @@ def _cost_model(content: Row) -> str:
         for row in rows
     ]
     return f"{head}\n{markdown_table(COST_MODEL_COLUMNS, lines)}"
+
+
+def _range(counts: Iterable[int]) -> str:
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _times(row: Row) -> list[str]:
