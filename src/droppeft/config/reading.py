@@ -78,6 +78,15 @@ def as_tree(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
 def resolve(config: Config, *, cuda: bool) -> Config:
     """Replace what depends on this machine or folder (cores, accelerator, paths) by its value."""
     updates = {
@@ -142,21 +151,13 @@ def _check_keys(tree: Mapping[str, Any], place: str) -> None:
     opened = tuple(
         f"{key}." for key, field in fields.items() if get_origin(field.annotation) is dict
     )
-    for key in _dotted(tree):
+    for key in flat(tree):
         if key not in known | tables and not key.startswith(opened):
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or [
                 name for name in sorted(known) if name.endswith(f".{key.rpartition('.')[2]}")
             ]
             hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists all keys"
             raise DroppeftError(f"unknown key {key}{place}; {hint}")
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def sentence(error: ValidationError, place: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from droppeft.config import Config, as_tree
+from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
@@ -76,7 +76,9 @@ class Tracked:
         """Open the tracker; rounds of an earlier process are there already."""
         self._tracker = _opened(self._config.tracker, self._out)
         if not rows:
-            self._tracker.store_init_configuration(_flat(as_tree(self._config)))
+            settings = flat(as_tree(self._config))
+            plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+            self._tracker.store_init_configuration(plain)
         self._watcher.started(about, rows)
 
     def replied(self, reply: Reply) -> None:
@@ -124,14 +126,3 @@ def _opened(name: str, out: Path) -> Any:
     tracker = LOGGER_TYPE_TO_CLASS[name]("droppeft", **options[name])
     tracker.start()
     return tracker
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float]:
-    """Settings by dotted key, as texts where a tracker takes no other value."""
-    found: dict[str, str | int | float] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value if isinstance(value, int | float) else str(value)
-    return found

@@ -14,7 +14,7 @@ from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.written import COLUMNS, failures, heading
 from droppeft.comparison.written import JSON as COMPARISON
-from droppeft.config import as_tree, build_config
+from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
@@ -178,11 +178,11 @@ def _table(part: Part) -> str:
 
 def _settings(played: Sequence[Played]) -> str:
     """What all runs have in common, what each member has alone, versions and machine."""
-    flat = {one.cell.member: _flat(as_tree(one.cell.config)) for one in played}
-    every = [set(settings.items()) for settings in flat.values()]
+    own_of = {one.cell.member: _settings_of(one) for one in played}
+    every = [set(settings.items()) for settings in own_of.values()]
     common = set.intersection(*every)
     parts = [("Settings of all", dict(sorted(common)))]
-    for member, settings in flat.items():
+    for member, settings in own_of.items():
         own = sorted(set(settings.items()) - common)
         parts += [(f"Settings of {member} alone", dict(own))] if own else []
     results = [one.result for one in played if one.result is not None]
@@ -197,11 +197,7 @@ def _settings(played: Sequence[Played]) -> str:
     return f"<h2>Settings, versions, machine</h2>\n{blocks}"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in tree.items():
-        if name == "seed" and not prefix:
-            continue
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": str(value)}
-    return found
+def _settings_of(played: Played) -> dict[str, str]:
+    """As texts; its seed is one of several."""
+    settings = flat(as_tree(played.cell.config))
+    return {name: str(value) for name, value in settings.items() if name != "seed"}

@@ -19,6 +19,7 @@ from droppeft.config import (
     Config,
     DeviceProfile,
     as_tree,
+    flat,
     load_config,
     read_toml,
 )
@@ -114,7 +115,7 @@ class Option:
     @property
     def words(self) -> list[str]:
         """What ``droppeft run`` has to be told for it."""
-        usual, own = _flat(as_tree(Config())), _flat(as_tree(self.config))
+        usual, own = flat(as_tree(Config())), flat(as_tree(self.config))
         unusual = [key for key, value in own.items() if key not in GRID and value != usual.get(key)]
         return [f"{key}={_text(own[key])}" for key in (*GRID, *unusual) if key in own]
 
@@ -317,15 +318,6 @@ def _counts(
 ) -> StepCounts:
     paper = _paper(model, adapter, quantization, device)
     return count_step(paper, batch, length, precision, checkpointing)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
 
 
 def _text(value: object) -> str:
