@@ -119,8 +119,10 @@ learning rate after {warm_up} steps; accuracy on {rows:,} rows cut from the trai
 steps as cost what {budget} steps at full depth cost, counted as tokens times layers that ran. In
 brackets the mean difference to full depth with the same seeds. The centre is a third of the layers
 dropped, exact counts, uniform, first and last layer kept. A single seed says little: another one
-moves a cell by {noise:.3f} (standard deviation over the seeds of a cell, median of the cells). What
-follows from it is in [findings.md](findings.md).
+moves a cell by {noise:.3f} (standard deviation over the seeds of a cell, median of the cells).
+*Frozen* rows have LoRA in the layers behind the frozen ones alone; they ran at equal steps and
+without a cache, whose gain in time comes on top ([below](#frozen-first-layers)). What follows from
+all this is in [findings.md](findings.md).
 """
 
 

@@ -103,6 +103,16 @@ def test_on_an_accelerator_only_layers_that_are_held_are_there(
         assert all(map(torch.equal, stack.weights(), expected))
 
 
+def test_what_is_held_already_is_not_copied_again(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, CUDA)
+    weights.hold((0, 1))
+    first = [weight.data_ptr() for weight in stack.weights()]
+    weights.hold((0, 2))
+    assert stack.weights()[0].data_ptr() == first[0]
+
+
 def test_what_comes_later_is_brought_to_the_accelerator(
     stack: Stack, tmp_path: Path, there: set[int]
 ) -> None:

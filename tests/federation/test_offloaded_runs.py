@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -16,7 +17,7 @@ from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import start_run
 from droppeft.frozen_prefix.states import FrozenPrefix
 from droppeft.offloading import OffloadedWeights
-from droppeft.plans import BaseDelta
+from droppeft.plans import AdapterSpec, BaseDelta, LayerAdapter
 from runs import Recorder, adapter_bytes, rows_of, timeless
 
 OFFLOAD = "training.offload=true"
@@ -126,6 +127,33 @@ def test_measuring_holds_every_layer(
     del holds[:]
     turn(prepared, reward_rows=4)
     assert holds[0] == holds[-1] == {0, 1, 2, 3}
+
+
+def test_a_base_delta_is_added_where_the_weights_are_used(
+    prepare_with: Callable[..., Prepared], holds: list[set[int]]
+) -> None:
+    prepared = prepare_with(OFFLOAD, *ROUND)
+    del holds[:]
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    turn(prepared, base_delta=BaseDelta("v1", {name: np.ones((32, 32), np.float32)}))
+    assert holds[0] == {0, 1, 2, 3}
+
+
+def test_a_new_adapter_is_brought_to_the_device(
+    prepare_with: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = prepare_with(OFFLOAD, *ROUND).bench
+    brought: list[int] = []
+
+    def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        brought.append(values.data_ptr())
+        return values
+
+    monkeypatch.setattr("droppeft.offloading._copied", copied)
+    spec = AdapterSpec((LayerAdapter("lora", 3),) * bench.num_layers, alpha=3.0)
+    bench.wear(spec)
+    own = {value.data_ptr() for named in bench.parameters.values() for value in named.values()}
+    assert own <= set(brought)
 
 
 def test_a_base_delta_is_not_lost(prepare_with: Callable[..., Prepared]) -> None:

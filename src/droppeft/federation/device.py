@@ -294,9 +294,7 @@ def _prefix(
         partial(autocast, training.precision, bench.device),
         at_hand if bench.is_offloading else nullcontext,
     )
-    if store is None:
-        needed.update(first)
-    else:
+    if store is not None:
         needed.difference_update(first)
         if bench.is_offloading:
             bench.hold(first)
