@@ -199,7 +199,7 @@ def main() -> None:
         rows.sort(key=lambda row: list(cells()).index(row["cell"]))
         content = {
             "schema_version": 1,
-            "command": " ".join(["python", *sys.argv]),
+            "commands": [*before.get("commands", ()), " ".join(["python", *sys.argv])],
             "settings": SETTINGS,
             "steps_per_trial": STEPS,
             "fits": with_times(rows),

@@ -15,11 +15,12 @@ COST_MODEL_HEAD = """\
 `benchmarks/cost_model.py`: memory and time of a step as `droppeft plan` has them (modelled), beside
 what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
 and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
-stands in the last column. Largest error: {memory}. Time: medians of {trials} trials (more where
-they disagreed) that take turns; for each model one speed and one overhead per step are fitted to
-its cells, so that the errors are those of the fit. Largest: {time}. Quantised and offloaded weights
-are read by other kernels or from other places, and their time is not modelled. Made on {place};
-another process was busy on the other core.
+stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for each model
+one speed and one overhead per step are fitted to its cells, so that the errors are those of the
+fit. Largest: {time}. Quantised and offloaded weights are read by other kernels or from other
+places, and their time is not modelled. Cells with frozen layers and all of BERT-large were measured
+again after a mistake in the trial had been mended, and two whose trials disagreed once more: the
+file has the commands. Made on {place}; another process was busy on the other core.
 
 ![Modelled against measured: memory and time of a step](figures/cost_model.png)
 """

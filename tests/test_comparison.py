@@ -18,7 +18,7 @@ from droppeft.comparison.cells import (
     read_comparison,
 )
 from droppeft.comparison.playing import Played, play
-from droppeft.comparison.summary import summary, target_accuracy
+from droppeft.comparison.summary import summary, target_accuracies
 from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_markdown
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
@@ -99,6 +99,41 @@ def test_a_member_s_mistake_names_the_member() -> None:
         cells(Comparison.model_validate({"members": {"a": ["dropout.maen=1"]}}))
     with pytest.raises(DroppeftError, match="member 'a': method=fedfoo: unknown method"):
         cells(Comparison.model_validate({"members": {"a": ["method=fedfoo"]}}))
+
+
+@pytest.mark.parametrize("word", ["seed=3", "data=x"])
+def test_what_a_comparison_varies_is_refused_among_the_settings(word: str) -> None:
+    tree = {"members": {"a": ["method=fedlora"]}, "data": ["y"], "settings": [word]}
+    with pytest.raises(DroppeftError, match="is what the comparison varies; leave it out"):
+        cells(Comparison.model_validate(tree))
+
+
+def test_a_member_s_word_wins_over_a_rival_of_all() -> None:
+    members = {"a": ["training.local_epochs=1", "dropout.count=2"]}
+    tree = {"members": members, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
+    [cell, *_] = cells(Comparison.model_validate(tree))
+    training = cell.config.training
+    assert (training.local_epochs, training.local_steps) == (1, None)
+    assert (cell.config.dropout.count, cell.config.dropout.mean) == (2, None)
+
+
+def test_paths_are_whole_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a variable points elsewhere there is another run."""
+    tree = {"members": {"a": ["method=fedlora"]}, "data": ["$SOME_DATA/x"], "seeds": [0]}
+    names = []
+    for place in ("one", "other"):
+        (tmp_path / place / "x").mkdir(parents=True)
+        monkeypatch.setenv("SOME_DATA", str(tmp_path / place))
+        [cell] = cells(Comparison.model_validate(tree))
+        assert cell.config.data == str(tmp_path / place / "x")
+        names.append(cell.folder)
+    assert names[0] != names[1]
+
+
+def test_a_target_on_the_command_line_is_the_comparison_s() -> None:
+    found = named_on_the_command_line(["fedlora"], ["target_accuracy=0.8"], [0])
+    assert found.target is not None
+    assert found.target.accuracy == 0.8
 
 
 def test_the_same_run_twice_is_refused() -> None:
@@ -184,6 +219,17 @@ def test_a_member_that_fails_does_not_stop_the_others(
     assert part.rows[0].accuracy is None
     assert part.rows[1].accuracy is not None
     assert "wrong failed: method=fedadapter grows bottlenecks" in as_markdown([part])
+
+
+def test_whatever_goes_wrong_is_the_member_s(
+    tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ValueError("a\nb")
+
+    monkeypatch.setattr("droppeft.comparison.playing.start_run", broken)
+    played = play(cells(tiny(seeds=[0])), tmp_path, Silent())
+    assert [one.failure for one in played] == ["a", "a"]
 
 
 def test_a_stop_goes_through(
@@ -283,13 +329,31 @@ def test_the_baseline_can_be_named() -> None:
     assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
 
 
-def test_a_target_is_what_a_member_ends_with_less_a_distance() -> None:
+def test_a_target_is_what_a_member_ends_with_on_the_same_seed_less_a_distance() -> None:
     """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
     target = Target.model_validate({"member": "full", "minus": 0.1})
-    assert target_accuracy(target, FULL) == pytest.approx((2.0 + 2.3) / 6 - 0.1)
-    assert target_accuracy(None, FULL) is None
+    found = target_accuracies(target, [*FULL, *DROPPED])
+    assert found == {0: pytest.approx(2.0 / 3 - 0.1), 1: pytest.approx(2.3 / 3 - 0.1)}
+    assert target_accuracies(None, FULL) == {}
+    number = Target.model_validate({"accuracy": 0.6})
+    assert target_accuracies(number, FULL) == {0: 0.6, 1: 0.6}
     failed = Played(FULL[0].cell, None, [], "lost")
-    assert target_accuracy(target, [failed, FULL[1]]) is None
+    assert target_accuracies(target, [failed, FULL[1]])[0] is None
+
+
+def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
+    chosen = comparison(target={"member": "full", "minus": 0.01})
+    [part] = summary(chosen, [*FULL, *DROPPED])
+    assert [row.reached for row in part.rows] == [2, 0]
+    assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
+
+
+def test_a_seed_that_failed_did_not_reach_the_target() -> None:
+    lost = Played(DROPPED[1].cell, None, [], "lost")
+    [part] = summary(comparison(target={"accuracy": 0.6}), [*FULL, DROPPED[0], lost])
+    dropped = part.rows[1]
+    assert (dropped.seeds, dropped.reached) == (1, 1)
+    assert dropped.time_to_target_modelled_s is None
 
 
 # From the command line
@@ -338,6 +402,27 @@ def test_compare_from_the_command_line_to_its_files(
         "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
     )
     assert (code, shown.count("done before")) == (0, 2)
+
+
+def test_a_comparison_of_which_all_failed_leaves_its_reasons(
+    command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    code, shown, _ = command("compare", "fedadapter", "--seeds", "0", "--out", str(out))
+    assert code == cli.FAILED
+    assert "fedadapter failed: method=fedadapter grows bottlenecks" in shown
+    assert "fedadapter failed" in (out / MARKDOWN).read_text()
+
+
+def test_names_are_no_markup(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    import tomli_w
+
+    tree = {"members": {"a [/2]": ["method=fedadapter"]}, "seeds": [0]}
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
+    _, shown, _ = command("compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"))
+    assert shown.count("a [/2]") >= 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Weights in a file: the same values, in memory only where they are held."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,44 @@ def test_on_an_accelerator_only_layers_that_are_held_are_there(
         assert [layer for layer in range(3) if now[layer] != mapped[layer]] == list(held)
         assert {now[layer] for layer in held} <= there
         assert all(map(torch.equal, stack.weights(), expected))
+
+
+def test_layers_go_before_others_come(
+    stack: Stack, tmp_path: Path, there: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an accelerator never has more than what is held, or was."""
+    weights = offloaded(stack, tmp_path, CUDA)
+    weights.hold((2,))
+    copied, counts = droppeft.offloading._copied, []
+
+    def counting(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        mapped = [weight.mapped.data_ptr() for [weight] in weights._weights]
+        now = [weight.data_ptr() for weight in stack.weights()]
+        counts.append(sum(a != b for a, b in zip(now, mapped, strict=True)))
+        return copied(values, device)
+
+    monkeypatch.setattr(droppeft.offloading, "_copied", counting)
+    weights.hold((0, 1))
+    assert counts == [0, 1]
+
+
+def test_a_weight_that_was_written_to_is_brought_along(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, CUDA)
+    stack.blocks[0].weight.data = torch.ones(WIDTH, WIDTH)
+    weights.hold((0,))
+    assert stack.weights()[0].data_ptr() in there
+    assert torch.equal(stack.weights()[0], torch.ones(WIDTH, WIDTH))
+
+
+def test_what_a_killed_process_left_is_deleted(stack: Stack, tmp_path: Path) -> None:
+    for name, age in (("old", 7200), ("new", 60)):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(b"weights")
+        os.utime(file, times=(time.time() - age,) * 2)
+    offloaded(stack, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
 
 
 def test_what_is_held_already_is_not_copied_again(

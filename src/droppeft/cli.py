@@ -128,12 +128,17 @@ def compare(
     )
     name = Path(files[0]).stem if files else "-".join(methods)
     folder, console = out or Path("runs") / f"compare-{name}", Console()
+    lines = report.Lines(console)
     try:
-        played = playing.play(cells.cells(chosen), folder, report.Lines(console))
+        played = playing.play(cells.cells(chosen), folder, lines)
+        parts = summary.summary(chosen, played)
+        written.write(folder, chosen, played, parts)
     except (Interrupted, KeyboardInterrupt):
         _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
-    parts = summary.summary(chosen, played)
-    written.write(folder, chosen, played, parts)
+    except OSError as error:
+        _leave(f"cannot go on: {error}; runs that are complete stay saved", FAILED)
+    finally:
+        lines.close()
     report.show(parts, console)
     typer.echo(f"page: {write_page(folder)}; tables, JSON and a folder per run beside it")
     if any(one.result is None for one in played):

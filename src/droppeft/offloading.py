@@ -1,10 +1,12 @@
 """Weights of layers that a turn does not run: in a memory-mapped file, not in memory. Ours."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,10 @@ def keeps_off(config: Config) -> bool:
     """Whether there are layers that no step of a turn runs."""
     cached = config.frozen.layers > 0 and config.frozen.cache
     return cached or config.dropout.every == "round"
+
+
+LEFT_BEHIND_S = 3600.0
+"""Age at which a file that still has its name belongs to nobody."""
 
 
 @dataclass
@@ -119,16 +125,20 @@ class OffloadedWeights:
                 value.data = _copied(value.data, self._device)
 
     def hold(self, layers: Collection[int]) -> None:
-        """Have the weights of these layers at hand, and those of no other."""
+        """Have the weights of these layers at hand, and those of no other; first the others go."""
+        on_cpu = self._device.type == "cpu"
         for layer, weights in enumerate(self._weights):
-            for weight in weights:
+            for weight in weights if layer not in layers else ():
                 if weight.changed:
                     continue
-                if self._device.type == "cpu":
-                    if layer not in layers:
-                        _let_go(weight.mapped)
-                elif layer not in layers:
+                if on_cpu:
+                    _let_go(weight.mapped)
+                else:
                     weight.use(weight.mapped)
+        for layer in () if on_cpu else sorted(layers):
+            for weight in self._weights[layer]:
+                if weight.changed:
+                    weight.parameter.data = _copied(weight.parameter.data, self._device)
                 elif weight.used is weight.mapped:
                     weight.use(_copied(weight.mapped, self._device))
 
@@ -139,6 +149,7 @@ def _mapped(values: Sequence[nn.Parameter], folder: Path) -> dict[nn.Parameter, 
     path = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         handle, path = tempfile.mkstemp(".safetensors", dir=folder)
         os.close(handle)
         safetensors.torch.save_file(names, path)
@@ -153,6 +164,14 @@ def _mapped(values: Sequence[nn.Parameter], folder: Path) -> dict[nn.Parameter, 
     finally:
         if path is not None:
             Path(path).unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Delete what processes left that were killed while they wrote."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
+                path.unlink()
 
 
 def _copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:

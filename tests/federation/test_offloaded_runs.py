@@ -22,7 +22,6 @@ from runs import Recorder, adapter_bytes, rows_of, timeless
 
 OFFLOAD = "training.offload=true"
 ROUND = ("dropout.every=round", "dropout.mean=0.5")
-WHOLE = ("dropout.every=round", "dropout.mean=0")
 FROZEN = ("frozen.layers=2", "dropout.mean=0.25", "dropout.protect_first=0")
 
 
@@ -65,7 +64,7 @@ def turn(prepared: Prepared, **changes: Any) -> Any:
 
 @pytest.fixture
 def holds(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """What is held, in order; a step or a prefix that needs more fails."""
+    """What is held, in order; a prefix that runs without being held fails."""
     found: list[set[int]] = [set()]
     hold, states = OffloadedWeights.hold, FrozenPrefix.states
 
@@ -157,13 +156,14 @@ def test_a_new_adapter_is_brought_to_the_device(
 
 
 def test_a_base_delta_is_not_lost(prepare_with: Callable[..., Prepared]) -> None:
-    name = "bert.encoder.layer.0.attention.self.query.weight"
-    values = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    """It is in layers that the steps do not run, and that measuring reads again."""
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    values = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     delta = BaseDelta("v1", {name: values})
     found = []
     for words in ((), (OFFLOAD,)):
-        prepared = prepare_with(*WHOLE, *words)
-        updates = [turn(prepared, base_delta=change)[1] for change in (delta, None, delta)]
-        found.append([update.train_loss for update in updates])
+        prepared = prepare_with(*FROZEN, *words)
+        turns = [turn(prepared, base_delta=d, reward_rows=8)[1] for d in (delta, None, delta)]
+        found.append([(update.train_loss, update.reward) for update in turns])
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]

@@ -1,5 +1,6 @@
 """Rounds in a tracker: what the ledger says, offline, in the run's folder."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,28 @@ def test_every_round_is_in_the_tracker(
     final = scalars(out)["final_global_accuracy"]
     assert final == {result["rounds"]: pytest.approx(result["global_accuracy"])}
     assert adapter_bytes(out) == adapter_bytes(whole_run)
+
+
+def test_the_environment_is_as_it_was(tiny_words: list[str], tmp_path: Path) -> None:
+    """The next run of a process has its own folder."""
+    before = dict(os.environ)
+    start_run(load_config(None, [*tiny_words, TRACKER]), tmp_path / "run", Recorder())
+    assert dict(os.environ) == before
+
+
+def test_a_run_that_fails_closes_its_tracker(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(tracking.Tracked, "close", lambda self: closed.append(True))
+
+    class Lost(Recorder):
+        def round_done(self, row: Any) -> None:
+            raise OSError("lost")
+
+    with pytest.raises(OSError, match="lost"):
+        start_run(load_config(None, [*tiny_words, TRACKER]), tmp_path / "run", Lost())
+    assert closed == [True]
 
 
 def test_a_resumed_run_goes_on_in_the_tracker(tiny_words: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from droppeft.config import DeviceProfile, load_config, resolve
 from droppeft.costs.clock import Arithmetic
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.costs.devices import PROFILES, make_fleet
+from droppeft.data.partition import partition_rows
 from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import make_clock
 from droppeft.federation.run import start_run
@@ -28,7 +29,7 @@ from droppeft.plans import (
     flatten,
 )
 from messages import ARITHMETIC, LAYERS, answer_to, setup_for
-from runs import Recorder
+from runs import Recorder, rows_of
 
 WIDTH_OF_MODEL = 3
 
@@ -168,6 +169,12 @@ def test_legend_s_depth_by_hand(speed: float, depth: int) -> None:
 def replace_profile(profile: DeviceProfile, speed: float) -> DeviceProfile:
     """Another speed, and no overhead."""
     return profile.model_copy(update={"effective_flops_per_s": speed, "step_overhead_s": 0.0})
+
+
+def test_legend_asks_what_devices_there_are_and_not_what_profiles() -> None:
+    setup, method = shaped("method=legend", MIXED, "devices=1", "cohort=1"), METHODS["legend"]
+    [plan] = method.plan(setup, method.init(setup), 1, [0])
+    assert layers_of(plan) == [0, 1, 2, 3]
 
 
 def test_legend_with_one_kind_of_device_trains_every_layer() -> None:
@@ -355,6 +362,8 @@ def test_fedadapter_stops_growing_at_its_caps() -> None:
         assert state.memory["depth"] == depth
     assert set(state.alternatives) == set()
     assert set(state.memory["gains"]) == {SAME}
+    plans = METHODS["fedadapter"].plan(setup, state, 1, [0, 1, 2])
+    assert {plan.reward_rows for plan in plans} == {0}
 
 
 def test_fedadapter_s_growth_changes_nothing_yet() -> None:
@@ -409,6 +418,14 @@ def test_fedadapter_refuses_what_it_cannot_do(words: list[str], sentence: str) -
         METHODS["fedadapter"].init(shaped("method=fedadapter", *words))
 
 
+def test_fedadapter_counts_in_steps() -> None:
+    setup = shaped(*GROWING)
+    epochs = setup.config.training.model_copy(update={"local_steps": None, "local_epochs": 1})
+    config = setup.config.model_copy(update={"training": epochs})
+    with pytest.raises(DroppeftError, match=r"instead of training.local_epochs"):
+        METHODS["fedadapter"].init(replace(setup, config=config))
+
+
 # Centralised
 
 
@@ -419,8 +436,9 @@ def test_centralised_is_one_device_with_all_the_work() -> None:
     assert (alone.devices, alone.cohort, alone.quorum, alone.drawn) == (1, 1, 1, 1)
     assert alone.training.local_steps == 5 * (config.training.local_steps or 0)
     assert adjust(alone) == alone
-    epochs = adjust(load_config(None, ["method=centralised", "training.local_epochs=2"]))
-    assert (epochs.training.local_epochs, epochs.training.local_steps) == (2, None)
+    assert alone.clock.profiles == ("datacentre_gpu",)
+    with pytest.raises(DroppeftError, match=r"which epochs do not tell; set training.local_steps"):
+        adjust(load_config(None, ["method=centralised", "training.local_epochs=2"]))
     assert METHODS["fedlora"].adjust(config) == config
 
 
@@ -429,3 +447,10 @@ def test_centralised_trains_on_everybody_s_rows(tiny_words: list[str], tmp_path:
     config = load_config(None, [*usual, "method=centralised"])
     result = start_run(config, tmp_path / "run", Recorder())
     assert (result["devices"], result["cohort_size"]) == (1, 1)
+    [row, *_] = rows_of(tmp_path / "run" / "devices.jsonl")
+    # Two steps of two devices, and of all rows but those kept for validation and test.
+    assert row["steps"] == 4
+    [rows] = partition_rows(
+        np.zeros(result["train_rows"], dtype=np.int64), None, 1, config.partition, config.seed
+    )
+    assert len(rows.train) > 0.75 * result["train_rows"]

@@ -163,6 +163,31 @@ def test_larger_tasks_take_more(tiny: str) -> None:
     assert len(set(totals)) == 5
 
 
+def test_a_schedule_needs_room_for_full_depth(tiny: str) -> None:
+    plain = one_option(tiny, "dropout.mean=0.5")
+    for schedule in ("recovery", "warm_up"):
+        one = one_option(tiny, "dropout.mean=0.5", f"dropout.schedule={schedule}")
+        assert (plain.active, one.active) == (3, 6)
+        assert one.memory.stored > plain.memory.stored
+
+
+def test_a_method_that_drops_nothing_needs_full_depth(tiny: str) -> None:
+    one = one_option(tiny, "dropout.mean=0.5", "method=fedlora")
+    assert one.active == 6
+    assert one.step_s == one_option(tiny).step_s
+
+
+def test_frozen_layers_that_are_not_kept_run_forward(tiny: str) -> None:
+    kept, again = (
+        one_option(tiny, "frozen.layers=3", f"frozen.cache={c}") for c in ("true", "false")
+    )
+    full = one_option(tiny)
+    assert kept.step_s is not None
+    assert again.step_s is not None
+    assert full.step_s is not None
+    assert kept.step_s < again.step_s < full.step_s
+
+
 def test_rates_count_the_layers_behind_the_frozen_ones(tiny: str) -> None:
     """Of six layers three are frozen; a third of three is one."""
     one = one_option(tiny, "frozen.layers=3", "dropout.mean=0.33333333333333331")
@@ -213,6 +238,7 @@ def test_offloaded_weights_are_those_of_layers_that_a_turn_runs(tiny: str) -> No
         (("frozen.layers=2",), 4),
         (("frozen.layers=2", *half), 4),
         (("frozen.layers=2", *half, every), 2),
+        (("frozen.layers=2", "frozen.cache=false", *half, every), 4),
         ((every,), 6),
     ):
         left = weights() - weights("training.offload=true", *words)

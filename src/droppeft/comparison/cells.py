@@ -3,15 +3,16 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from droppeft.config import Config, load_config, read_toml, sentence
+from droppeft.config import Config, load_config, parse_word, read_toml, resolve, sentence
 from droppeft.config.base import Real, Table, Whole, WordList
+from droppeft.config.tables import RIVALS
 from droppeft.errors import DroppeftError
 from droppeft.methods import METHODS, method_named
 
@@ -115,6 +116,7 @@ def named_on_the_command_line(
         DroppeftError: an unknown method, or a setting that none of them heeds.
     """
     optional = frozenset().union(*(method.tables for method in METHODS.values()))
+    targets = [word for word in settings if word.partition("=")[0].strip() == "target_accuracy"]
     members: dict[str, list[str]] = {}
     for name in methods:
         ignored = optional - method_named(name).tables
@@ -123,7 +125,8 @@ def named_on_the_command_line(
     for word in settings:
         if not any(word in words for words in members.values()):
             raise DroppeftError(f"{word}: none of {', '.join(methods)} heeds it; leave it out")
-    return _validated({"members": members, "seeds": list(seeds)}, "")
+    target = {"accuracy": parse_word(targets[-1])[1]} if targets else None
+    return _validated({"members": members, "seeds": list(seeds), "target": target}, "")
 
 
 def cells(comparison: Comparison) -> list[Cell]:
@@ -149,15 +152,32 @@ def _each(comparison: Comparison) -> Iterator[Cell]:
     for seed, on, model, name in itertools.product(
         comparison.seeds, data, models, comparison.members
     ):
-        words = [*comparison.settings, *comparison.members[name], f"seed={seed}"]
-        words += [f"data={on}"] if on else []
-        words += [f"model={model}"] if model else []
+        varied = {"seed": str(seed), "data": on, "model": model}
         try:
-            config = load_config(None, words)
-            method_named(config.method)
+            config = _config(comparison.settings, comparison.members[name], varied)
         except DroppeftError as error:
             raise DroppeftError(f"member {name!r}: {error}") from None
         yield Cell(name, config.data, config.model, seed, config)
+
+
+def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
+    """A member's configuration: its own words win, also over rivals of theirs; paths are whole."""
+    keys = {word.partition("=")[0].strip() for word in (*common, *own)}
+    chosen = {key: value for key, value in varied.items() if value is not None}
+    for key in keys & chosen.keys():
+        raise DroppeftError(f"{key} is what the comparison varies; leave it out of the settings")
+    beaten = _rivals({word.partition("=")[0].strip() for word in own})
+    kept = [word for word in common if word.partition("=")[0].strip() not in beaten]
+    config = load_config(None, [*kept, *own, *(f"{key}={value}" for key, value in chosen.items())])
+    method_named(config.method)
+    here = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)
+    return config.model_copy(update={"data": here.data, "model": here.model})
+
+
+def _rivals(keys: Collection[str]) -> set[str]:
+    """Settings that cannot stand beside one of these."""
+    groups = [{f"{table}.{key}" for key in names} for table, names in RIVALS.items()]
+    return {rival for group in groups if group & set(keys) for rival in group}
 
 
 def _validated(tree: Mapping[str, Any], place: str) -> Comparison:

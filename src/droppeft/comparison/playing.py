@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from droppeft.comparison.cells import Cell
-from droppeft.errors import DroppeftError
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
-from droppeft.federation.run import resume_run, start_run
+from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.federation.tracking import Watcher
 from droppeft.ledger import read_rows
 
@@ -68,7 +67,10 @@ def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:
             resume_run(folder, watcher)
         else:
             start_run(cell.config, folder, watcher)
-    except (DroppeftError, OSError, RuntimeError, MemoryError) as error:
+    except Interrupted:
+        raise
+    except Exception as error:
+        # Whatever it is, it is this member's: the others get their runs.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return Played(cell, None, read_rows(folder / ROUNDS), reason)
     return _read(cell, folder)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from droppeft.comparison.cells import Comparison, Target
 from droppeft.comparison.playing import Played
@@ -27,7 +28,7 @@ class MemberRow:
         seeds: how many have a result.
         failures: why others have none, each reason once.
         accuracy: of the global model on the whole test set.
-        reached: how many seeds reached the target; ``None`` without one.
+        reached: how many seeds reached their target; ``None`` without one.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
             all seeds did.
         speed_up_measured, speed_up_modelled: the baseline's mean time through the member's.
@@ -59,7 +60,7 @@ class Part:
 
     Attributes:
         data, model: which.
-        target: accuracy whose time was asked for, ``None`` if there is none (yet).
+        target: accuracy whose time was asked for, mean over seeds; ``None`` if there is none.
         rows: in the order of the members.
     """
 
@@ -76,30 +77,36 @@ def summary(comparison: Comparison, played: Sequence[Played]) -> list[Part]:
 
 
 def _part(comparison: Comparison, played: Sequence[Played]) -> Part:
-    target = target_accuracy(comparison.target, played)
+    targets = target_accuracies(comparison.target, played)
     by_member = {
         name: [one for one in played if one.cell.member == name] for name in comparison.members
     }
     base = comparison.baseline or next(iter(by_member))
-    times = {name: _times(runs, target) for name, runs in by_member.items()}
-    rows = (_row(name, runs, target, times[name], times[base]) for name, runs in by_member.items())
-    return Part(*played[0].cell.place, target, tuple(rows))
+    times = {name: _times(runs, targets) for name, runs in by_member.items()}
+    known = [target for target in targets.values() if target is not None]
+    rows = (_row(name, runs, times[name], times[base]) for name, runs in by_member.items())
+    return Part(*played[0].cell.place, fmean(known) if known else None, tuple(rows))
 
 
-def target_accuracy(target: Target | None, played: Sequence[Played]) -> float | None:
-    """The number that is asked for; of a member the mean over seeds of its last evaluations.
+def target_accuracies(
+    target: Target | None, played: Sequence[Played]
+) -> Mapping[int, float | None]:
+    """The number that is asked for, by seed; of a member what it ends with on the same seed.
 
-    ``None`` while a seed of that member has no result.
+    What it ends with is the mean of its last evaluations, ``None`` if that run has no result. A
+    seed of its own each, since seeds differ by more than the distance that is asked for.
     """
     if target is None:
-        return None
+        return {}
     if target.accuracy is not None:
-        return target.accuracy
-    runs = [one for one in played if one.cell.member == target.member]
-    if any(one.result is None for one in runs):
-        return None
-    ends = [fmean(_evaluations(one)[-SMOOTHED_EVALUATIONS:]) for one in runs]
-    return fmean(ends) - target.minus
+        return {one.cell.seed: target.accuracy for one in played}
+    runs = {one.cell.seed: one for one in played if one.cell.member == target.member}
+    return {
+        seed: fmean(_evaluations(run)[-SMOOTHED_EVALUATIONS:]) - target.minus
+        if run.result is not None
+        else None
+        for seed, run in runs.items()
+    }
 
 
 def _evaluations(played: Played) -> list[float]:
@@ -107,29 +114,32 @@ def _evaluations(played: Played) -> list[float]:
     return [accuracy for accuracy in found if accuracy is not None]
 
 
-def _times(runs: Sequence[Played], target: float | None) -> Mapping[str, list[float | None]]:
-    """Seconds to the target by clock, of every run with a result."""
+def _times(
+    runs: Sequence[Played], targets: Mapping[int, float | None]
+) -> Mapping[str, list[float | None]]:
+    """Seconds to the target by clock, of every run; ``None`` for one that failed."""
     found: dict[str, list[float | None]] = {"measured": [], "modelled": []}
-    for run in runs if target is not None else ():
-        if run.result is not None:
+    for run in runs if targets else ():
+        sums: Mapping[str, Any] = {}
+        target = targets.get(run.cell.seed)
+        if run.result is not None and target is not None:
             rows = [RoundRow(**row) for row in run.rows]
             sums = summarise(rows, run.result["initial_accuracy"], target)
-            for clock, times in found.items():
-                times.append(sums[f"time_to_target_{clock}_s"])
+        for clock, times in found.items():
+            times.append(sums.get(f"time_to_target_{clock}_s"))
     return found
 
 
 def _row(
     name: str,
     runs: Sequence[Played],
-    target: float | None,
     own: Mapping[str, list[float | None]],
     base: Mapping[str, list[float | None]],
 ) -> MemberRow:
     results = [run.result for run in runs if run.result is not None]
     spreads = {clock: _if_all(times) for clock, times in own.items()}
     bases = {clock: _if_all(times) for clock, times in base.items()}
-    reached = sum(time is not None for time in own["measured"])
+    reached = [time for time in own["measured"] if time is not None]
 
     def mean_of(key: str) -> float | None:
         return _mean([result[key] for result in results])
@@ -139,7 +149,7 @@ def _row(
         seeds=len(results),
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
         accuracy=_spread([result["global_accuracy"] for result in results]),
-        reached=None if target is None else reached,
+        reached=len(reached) if own["measured"] else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],
         speed_up_measured=_ratio(bases["measured"], spreads["measured"]),

@@ -72,7 +72,8 @@ def heading(part: Part) -> str:
 def write(
     out: Path, comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
 ) -> None:
-    """Write all three, each whole or not at all."""
+    """Write all three, each whole or not at all; the folder is made if no run made it."""
+    out.mkdir(parents=True, exist_ok=True)
     content = json.dumps(as_json(comparison, played, parts), indent=1) + "\n"
     write_atomically(out / JSON, content.encode())
     write_atomically(out / CSV, as_csv(parts).encode())
@@ -94,7 +95,7 @@ def as_json(
                 "data": one.cell.data,
                 "model": one.cell.model,
                 "folder": one.cell.folder,
-                "config": as_tree(one.cell.config),
+                "config": one.result["config"] if one.result else as_tree(one.cell.config),
                 "failure": one.failure,
                 "result": one.result,
                 "rounds": list(one.rows),

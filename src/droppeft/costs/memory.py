@@ -71,6 +71,7 @@ def step_memory(
     frozen: int = 0,
     process: int = PROCESS_BYTES,
     held: int | None = None,
+    cached: bool = True,
 ) -> Memory:
     """Memory of a step with so many active blocks, the largest ones.
 
@@ -84,6 +85,8 @@ def step_memory(
         process: of everything else.
         held: of how many blocks behind the frozen ones a turn keeps weights in memory, the largest;
             ``None`` for those of all blocks.
+        cached: whether the frozen layers' states are kept; else they run in every step, and a turn
+            has their weights too.
 
     Raises:
         DroppeftError: more active blocks than there are behind the frozen ones.
@@ -93,7 +96,8 @@ def step_memory(
         raise DroppeftError(f"{active} of {len(behind)} layers cannot be active")
     running = sorted(behind, key=lambda block: block.stored_bytes)[len(behind) - active :]
     trained = VALUE_BYTES * _trained((*behind, counts.rest))
-    kept = counts.blocks if held is None else _heaviest(behind, held)
+    first = () if cached else counts.blocks[:frozen]
+    kept = counts.blocks if held is None else (*first, *_heaviest(behind, held))
     step = Memory(
         weights=_frozen_bytes((*kept, counts.rest)),
         trained=trained,
@@ -103,7 +107,7 @@ def step_memory(
         passing=counts.passing_bytes,
         process=process,
     )
-    if held is None or frozen == 0:
+    if held is None or frozen == 0 or not cached:
         return step
     building = replace(
         step,

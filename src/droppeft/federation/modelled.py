@@ -4,8 +4,8 @@ Ours. All of it follows from Plans, Updates and the seed, never from the order o
 every transport and a resumed run decide alike.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from functools import cache
 
 from droppeft.config import Config, TrainingConfig
 from droppeft.costs.clock import Arithmetic, Clock, RoundCost
@@ -17,9 +17,32 @@ from droppeft.models import Backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, Update
 
 
+class Counting:
+    """Counts an adapter's arithmetic once, when it is first needed, and notes how long it took."""
+
+    def __init__(self, arithmetic: Callable[[AdapterSpec], Arithmetic]) -> None:
+        self.wall_s = 0.0
+        self._arithmetic = arithmetic
+        self._known: dict[AdapterSpec, Arithmetic] = {}
+
+    def __call__(self, spec: AdapterSpec) -> Arithmetic:
+        """The same as the function's."""
+        if spec not in self._known:
+            start = time.perf_counter()
+            self._known[spec] = self._arithmetic(spec)
+            self.wall_s += time.perf_counter() - start
+        return self._known[spec]
+
+
 def make_clock(fleet: Fleet, arithmetic: Callable[[AdapterSpec], Arithmetic]) -> Clock:
-    """The clock of a run; an adapter is counted once, when it is first needed."""
-    return Clock(fleet, cache(arithmetic))
+    """The clock of a run."""
+    return Clock(fleet, Counting(arithmetic))
+
+
+def counting_wall_s(clock: Clock | None) -> float:
+    """Seconds that this process spent on counting for a clock: no work of a server's."""
+    arithmetic = clock.arithmetic if clock else None
+    return arithmetic.wall_s if isinstance(arithmetic, Counting) else 0.0
 
 
 def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock | None, str | None]:

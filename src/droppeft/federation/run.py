@@ -131,8 +131,19 @@ def _play(
     out: Path,
     watcher: Watcher,
 ) -> dict[str, Any]:
+    with tracked(watcher, prepared.config, out) as told:
+        return _play_on(prepared, transport, last, rows, out, told)
+
+
+def _play_on(
+    prepared: Prepared,
+    transport: Transport,
+    last: Checkpoint,
+    rows: list[RoundRow],
+    out: Path,
+    watcher: Watcher,
+) -> dict[str, Any]:
     saving_wall_s = 0.0
-    watcher = tracked(watcher, prepared.config, out)
     try:
         watcher.started(_about(prepared, last.facts), list(rows))
         for _ in range(last.round, prepared.config.rounds):
@@ -142,6 +153,7 @@ def _play(
             rows.append(row)
             watcher.round_done(row)
             _check_not_lost(rows, prepared.config.rounds, out)
+        _check_not_lost(rows, prepared.config.rounds, out)  # of a run whose last process stopped so
         return _finish(prepared, last, rows, out, watcher)
     except KeyboardInterrupt:
         raise Interrupted(out, last.round) from None

@@ -1,12 +1,14 @@
 """Rounds to TensorBoard, MLflow, Weights & Biases or Trackio, through accelerate's trackers; ours.
 
 All of them write into the run's folder, and none asks the network, unless the environment says so
-(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``).
+(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A run that is resumed goes on in
+TensorBoard's curves; the others show its later rounds as a second run of the same name.
 """
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,9 +52,17 @@ def check_tracker(name: str) -> None:
         )
 
 
-def tracked(watcher: Watcher, config: Config, out: Path) -> Watcher:
-    """The same watcher, with the configured tracker beside it."""
-    return watcher if config.tracker == "none" else Tracked(watcher, config, out)
+@contextmanager
+def tracked(watcher: Watcher, config: Config, out: Path) -> Iterator[Watcher]:
+    """The same watcher, with the configured tracker beside it, which is closed in the end."""
+    if config.tracker == "none":
+        yield watcher
+        return
+    both = Tracked(watcher, config, out)
+    try:
+        yield both
+    finally:
+        both.close()
 
 
 class Tracked:
@@ -67,6 +77,7 @@ class Tracked:
     def __init__(self, watcher: Watcher, config: Config, out: Path) -> None:
         self._watcher, self._config, self._out = watcher, config, out
         self._tracker: Any = None
+        self._own: dict[str, str] = {}
 
     def preparing(self, what: str) -> None:
         """Passed on."""
@@ -74,11 +85,12 @@ class Tracked:
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
         """Open the tracker; rounds of an earlier process are there already."""
+        self._own = {k: v for k, v in _places(self._out).items() if k not in os.environ}
+        os.environ.update(self._own)
         self._tracker = _opened(self._config.tracker, self._out)
-        if not rows:
-            settings = flat(as_tree(self._config))
-            plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
-            self._tracker.store_init_configuration(plain)
+        settings = flat(as_tree(self._config))
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        self._tracker.store_init_configuration(plain)
         self._watcher.started(about, rows)
 
     def replied(self, reply: Reply) -> None:
@@ -96,13 +108,30 @@ class Tracked:
         self._watcher.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Write how good the model is on the whole test set, and close."""
+        """Write how good the model is on the whole test set."""
         if self._tracker is not None:
             names = ("global_accuracy", "global_f1", "global_loss")
             final = {f"final_{name}": result[name] for name in names}
             self._tracker.log(final, step=result["rounds"])
-            self._tracker.finish()
         self._watcher.finished(result)
+
+    def close(self) -> None:
+        """End it, whatever became of the run; the environment is as it was."""
+        if self._tracker is not None:
+            self._tracker.finish()
+        for name in self._own:
+            os.environ.pop(name, None)
+
+
+def _places(out: Path) -> dict[str, str]:
+    """What the trackers read from the environment."""
+    folder = out / FOLDER
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "TRACKIO_DIR": str(folder),
+    }
 
 
 def _opened(name: str, out: Path) -> Any:
@@ -113,10 +142,6 @@ def _opened(name: str, out: Path) -> Any:
     PartialState()  # trackers ask it whether this is the main process
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    os.environ.setdefault("TRACKIO_DIR", str(folder))
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"logging_dir": folder},
         "wandb": {"dir": str(folder), "name": out.name},

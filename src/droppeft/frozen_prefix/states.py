@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from droppeft.checkpointing import without_cache
 from droppeft.layer_dropout.blocks import Gates
 
 
@@ -41,7 +42,7 @@ class FrozenPrefix:
 
         hook = self._last.register_forward_hook(stop)
         try:
-            with torch.no_grad(), _evaluating(self._model):
+            with torch.no_grad(), without_cache(self._model), _evaluating(self._model):
                 self._model(**inputs)
         except _BehindThePrefix:
             pass

@@ -17,7 +17,7 @@ import torch
 
 from droppeft.data.cache import store
 
-SEGMENT_BYTES = 64 << 20
+SEGMENT_BYTES = 16 << 20
 """States that are held in memory before they are written."""
 
 _NAME = re.compile(r"round-(\d{6})-(\d{4})\.safetensors")

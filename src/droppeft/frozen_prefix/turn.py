@@ -3,6 +3,7 @@
 Source: ours.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -82,6 +83,8 @@ class PrefixOfTurn:
             if self._store is not None and self._store.get(digest) is None:
                 self._made(row, digest, self._store)
                 self._unvisited.add(row)
+        if self._store is not None:
+            self._store.flush()  # not in memory through all steps
         self._add(build_wall_s=time.perf_counter() - start)
 
     def skip(self, gates: Gates, step: int, batch: Batch) -> None:
@@ -113,6 +116,7 @@ class PrefixOfTurn:
         digest = self._digest(row)
         states = store.get(digest)
         if states is None:
+            self._unvisited.discard(row)
             with self._at_hand():
                 return self._made(row, digest, store)
         if row in self._unvisited:
@@ -171,9 +175,10 @@ def forget_old_runs() -> None:
     """
     folder = cache_dir() / STATES
     for run in folder.iterdir() if folder.is_dir() else ():
-        newest = max((path.stat().st_mtime for path in run.rglob("*")), default=run.stat().st_mtime)
-        if time.time() - newest > FORGOTTEN_AFTER_S:
-            shutil.rmtree(run, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may be deleting there
+            newest = max(path.stat().st_mtime for path in (run, *run.rglob("*")))
+            if time.time() - newest > FORGOTTEN_AFTER_S:
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def content_name(**facts: str | int) -> str:

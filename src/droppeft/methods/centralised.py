@@ -1,21 +1,27 @@
 """Centralised: one device that holds everybody's rows; an upper reference, not a federated method.
 
 A round takes as many steps as the cohort of the federated run would take together, at full depth,
-with one optimizer for all of them; ours.
+with one optimizer for all of them. On the modelled clock it is the data-centre GPU. All ours.
 """
 
 from droppeft.config import Config
+from droppeft.errors import DroppeftError
 from droppeft.methods.base import Method, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 
 
 def _alone(config: Config) -> Config:
     """One device with all rows; the same again for what is alone already."""
-    training, steps = config.training, config.training.local_steps
-    if steps is not None:
-        training = training.model_copy(update={"local_steps": steps * config.cohort})
+    steps = config.training.local_steps
+    if steps is None:
+        raise DroppeftError(
+            "method=centralised takes the steps of a whole cohort, which epochs do not tell; "
+            "set training.local_steps"
+        )
+    training = config.training.model_copy(update={"local_steps": steps * config.cohort})
     partition = config.partition.model_copy(update={"kind": "iid"})
-    clock = config.clock.model_copy(update={"over_selection": 1.0, "deadline_s": None})
+    where = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
+    clock = config.clock.model_copy(update=where)
     alone = {"devices": 1, "cohort": 1, "quorum": 1}
     return config.model_copy(
         update={**alone, "training": training, "partition": partition, "clock": clock}

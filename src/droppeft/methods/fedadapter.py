@@ -78,6 +78,11 @@ def _init(setup: Setup) -> ServerState:
             f"method=fedadapter freezes the layers below its adapters by itself; leave "
             f"frozen.layers={setup.config.frozen.layers} out"
         )
+    if setup.config.training.local_epochs is not None:
+        raise DroppeftError(
+            "method=fedadapter gives its groups equal time by their steps; set "
+            "training.local_steps instead of training.local_epochs"
+        )
     if setup.config.cohort < 3:
         raise DroppeftError(
             f"method=fedadapter splits the cohort into three groups, and cohort="
@@ -154,7 +159,8 @@ def _of_group(
     budget = plan.budget
     if budget.steps is not None:
         budget = replace(budget, steps=_steps(setup, state, group, frozen, device, budget.steps))
-    return replace(plan, frozen=frozen, budget=budget, reward_rows=REWARD_ROWS)
+    rewards = REWARD_ROWS if len(trial.gains) > 1 else 0  # there is nothing left to choose
+    return replace(plan, frozen=frozen, budget=budget, reward_rows=rewards)
 
 
 def _steps(

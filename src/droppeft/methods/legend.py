@@ -45,7 +45,8 @@ def depth_of(setup: Setup, full: AdapterSpec, device: int) -> int:
     def seconds(profile: DeviceProfile, depth: int) -> float:
         return _step_seconds(arithmetic, profile, setup.num_layers - depth, setup.config.training)
 
-    shortest = min(seconds(profile, setup.num_layers) for profile in fleet.profiles.values())
+    there = {name: fleet.profiles[name] for name in fleet.names}
+    shortest = min(seconds(profile, setup.num_layers) for profile in there.values())
     least, own = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(device)
     deeper = range(least, setup.num_layers + 1)
     return max((depth for depth in deeper if seconds(own, depth) <= shortest), default=least)

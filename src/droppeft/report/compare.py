@@ -59,6 +59,10 @@ class Lines:
             self._walls.append(wall_s)
             self._estimate()
 
+    def close(self) -> None:
+        """Take the bar away, whatever happened."""
+        self._run.close()
+
     def _estimate(self) -> None:
         """Once, after the first run: what is left, if the others are like it."""
         left = self._of - self._number
@@ -74,7 +78,7 @@ class _Run:
     def __init__(self, console: Console, name: str) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             Rate(),
@@ -129,7 +133,7 @@ def _table(part: Part, columns: Sequence[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name == "member" else "right", no_wrap=True)
     for row in part.rows:
-        table.add_row(*(COLUMNS[name](row) for name in columns))
+        table.add_row(*(Text(COLUMNS[name](row)) for name in columns))
     return table
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from droppeft.comparison.playing import Played
@@ -19,7 +19,8 @@ INK = "#262626"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 """Okabe and Ito's, which people with any colour vision tell apart; the last is ours."""
 
-MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), "-")
+MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+"""As many of each that no two members look alike before there are 280."""
 
 Row = Mapping[str, Any]
 
@@ -145,7 +146,8 @@ def _curve(
     by_round = list(zip(*runs, strict=False))
     across = [fmean(cost for cost, _ in points) for points in by_round]
     up = [fmean(accuracy for _, accuracy in points) for points in by_round]
-    spread = [pstdev([accuracy for _, accuracy in points]) for points in by_round]
+    alone = len(runs) == 1
+    spread = [0.0 if alone else stdev([up for _, up in points]) for points in by_round]
     colour = COLOURS[number % len(COLOURS)]
     axis.plot(
         across,

@@ -88,7 +88,8 @@ def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
     if (folder / COMPARISON).is_file():
         content = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
         comparison = Comparison.model_validate(content["comparison"])
-        return folder.name, comparison, [_played(run) for run in content["runs"]]
+        name = folder.resolve().name
+        return name, comparison, [_played(run) for run in content["runs"]]
     if (folder / RESULT).is_file():
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         name, target = result["method"], result["target"]
@@ -104,7 +105,7 @@ def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
             **{"member": name, "result": result, "rounds": read_rows(folder / ROUNDS)},
             "failure": None,
         }
-        return folder.name, comparison, [_played(run)]
+        return folder.resolve().name, comparison, [_played(run)]
     raise DroppeftError(
         f"{folder}: holds no finished run ({RESULT}) and no comparison ({COMPARISON})"
     )
@@ -198,6 +199,7 @@ def _settings(played: Sequence[Played]) -> str:
 
 
 def _settings_of(played: Played) -> dict[str, str]:
-    """As texts; its seed is one of several."""
-    settings = flat(as_tree(played.cell.config))
-    return {name: str(value) for name, value in settings.items() if name != "seed"}
+    """As texts, as its run had them; seeds, data and models are said above."""
+    config = played.result["config"] if played.result else as_tree(played.cell.config)
+    several = ("seed", "data", "model")
+    return {name: str(value) for name, value in flat(config).items() if name not in several}

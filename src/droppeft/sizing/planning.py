@@ -30,6 +30,7 @@ from droppeft.costs.devices import profile_named
 from droppeft.costs.memory import Memory, most_active, step_memory
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
+from droppeft.methods import method_named
 from droppeft.methods.base import adapter_spec
 from droppeft.methods.droppeft import configured_rates
 from droppeft.sizing.outlines import check_runnable, outlined
@@ -212,7 +213,9 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
     """
     check_runnable(config)
     layers, frozen = outlined(config.model).num_layers, config.frozen.layers
-    rates = configured_rates(config.dropout, layers, frozen)[frozen:]
+    rates = _rates(config, layers)[frozen:]
+    if config.dropout.schedule != "constant":
+        rates = (0.0,) * len(rates)  # some rounds run at full depth
     active = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
     held = active if config.dropout.every == "round" else layers - frozen
     return Option(
@@ -220,18 +223,34 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
         num_layers=layers,
         active=active,
         memory=step_memory(
-            counts_of(config), active, frozen, held=held if config.training.offload else None
+            counts_of(config),
+            active,
+            frozen,
+            held=held if config.training.offload else None,
+            cached=config.frozen.cache,
         ),
         step_s=compute_seconds(profile, mean_flops(config), 1) if profile else None,
     )
 
 
 def mean_flops(config: Config) -> float:
-    """FLOPs of a mean step, the frozen layers' states being on the disk."""
+    """FLOPs of a mean step at the configured rates; of frozen layers with kept states on the disk.
+
+    Without kept states they run forward in every step.
+    """
     counts, frozen = counts_of(config), config.frozen.layers
-    rates = configured_rates(config.dropout, len(counts.blocks), frozen)
+    rates = _rates(config, len(counts.blocks))
     behind = list(zip(counts.blocks, rates, strict=True))[frozen:]
-    return counts.rest.flops + sum(block.flops * (1 - rate) for block, rate in behind)
+    first = () if config.frozen.cache else counts.blocks[:frozen]
+    forward = sum(block.forward_flops for block in first)
+    return counts.rest.flops + forward + sum(block.flops * (1 - rate) for block, rate in behind)
+
+
+def _rates(config: Config, layers: int) -> tuple[float, ...]:
+    """Of every layer, in a method that drops layers."""
+    if "dropout" not in method_named(config.method).tables:
+        return (0.0,) * layers
+    return configured_rates(config.dropout, layers, config.frozen.layers)
 
 
 def counts_of(config: Config) -> StepCounts:
