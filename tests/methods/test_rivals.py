@@ -298,6 +298,12 @@ def test_fedhetlora_needs_lora() -> None:
         METHODS["fedhetlora"].init(shaped("method=fedhetlora", "adapter.type=ia3"))
 
 
+def test_fedhetlora_refuses_another_scale() -> None:
+    words = ("method=fedhetlora", "adapter.options.use_rslora=true")
+    with pytest.raises(DroppeftError, match=r"leave adapter.options.use_rslora out"):
+        METHODS["fedhetlora"].init(shaped(*words))
+
+
 # FedAdapter
 
 GROWING = ("method=fedadapter", "adapter.type=bottleneck", "adapter.width=16")

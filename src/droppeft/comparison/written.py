@@ -28,8 +28,9 @@ def _accuracy(spread: Spread | None) -> str:
 def _seconds(spread: Spread | None) -> str:
     if spread is None:
         return "–"
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:,.0f}"
-    return f"{spread.mean:,.0f}{deviation} s"
+    places = 0 if spread.mean >= 100 else 2
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:,.{places}f}"
+    return f"{spread.mean:,.{places}f}{deviation} s"
 
 
 def _to_target(row: MemberRow, spread: Spread | None) -> str:

@@ -6,7 +6,7 @@ server pads with zeros and weighs an update by the Frobenius norm of its product
 paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of device) and all of
 it (the fastest), in equal shares by seed where all are of one kind; the factor alpha / rank stays
 that of the full rank, so that cutting changes nothing but what is cut off; one norm per update,
-over all its matrices; devices whose products are all zero are weighed by their rows.
+over all its matrices; if all products are zero, updates are weighed by their rows.
 """
 
 import math
@@ -124,6 +124,11 @@ def _init(setup: Setup) -> ServerState:
         raise DroppeftError(
             f"method=fedhetlora cuts LoRA's matrices to ranks, and adapter.type={chosen.type}; "
             "set adapter.type=lora"
+        )
+    if chosen.options.get("use_rslora"):
+        raise DroppeftError(
+            "method=fedhetlora keeps alpha / rank alike on all devices, and use_rslora divides by "
+            "the root of the rank; leave adapter.options.use_rslora out"
         )
     state = start_with(setup, uniform_adapter(setup))
     return replace(state, memory={RANKS: first_ranks(setup, chosen.rank)})
