@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tables import RESULTS, markdown_table
+from tables import RESULTS, markdown_table, processor
 
 Row = Mapping[str, Any]
 
@@ -175,7 +175,7 @@ def _arm(arm: Row) -> Sequence[str]:
 
 
 def _place(machine: Row) -> str:
-    return f"{machine['cores']} cores ({machine['processor']}), one thread"
+    return f"{processor(machine)}, one thread"
 
 
 def _megabytes(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from cost_sections import cost_sections
-from tables import NOTICE, RESULTS, markdown_table
+from tables import NOTICE, RESULTS, markdown_table, processor
 
 RESULTS_HEAD = """\
 # Results
@@ -528,7 +528,7 @@ TRAFFIC = {
 
 
 def _place(machine: dict[str, Any]) -> str:
-    return f"{machine['cores']} cores ({machine['processor']}), {machine['threads']} threads"
+    return f"{processor(machine)}, {machine['threads']} threads"
 
 
 def _seconds(value: float | None) -> str:

@@ -1,7 +1,8 @@
 """What the written pages have in common."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -11,6 +12,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of texts, one line per row."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """Cores that the process might use, and their make."""
+    count = machine["cores"]
+    return f"{count} core{'s' * (count > 1)} ({machine['processor']})"
 
 
 def _cell(text: str) -> str:
