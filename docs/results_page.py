@@ -528,7 +528,8 @@ TRAFFIC = {
 
 
 def _place(machine: dict[str, Any]) -> str:
-    return f"{processor(machine)}, {machine['threads']} threads"
+    threads = machine["threads"]
+    return f"{processor(machine)}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _seconds(value: float | None) -> str:
