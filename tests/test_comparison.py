@@ -379,12 +379,16 @@ def test_compare_from_the_command_line_to_its_files(
 ) -> None:
     out = tmp_path / "out"
     words = [*tiny().settings, "dropout.mean=0.25"]
+    target = [*tiny().settings, "target_accuracy=0.1", "--seeds", "5"]
+    _, shown, _ = command("compare", "fedlora", *target, "--out", str(tmp_path / "target"))
+    assert "to target, modelled" in shown
     code, shown, _ = command(
         "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
     )
     assert code == 0
     assert "1/2 fedlora, seed 5" in shown
-    assert "1 runs to go: about" in shown
+    assert "1 run to go: about" in shown
+    assert "to target" not in shown
     assert {JSON, CSV, MARKDOWN} < {path.name for path in out.iterdir()}
     content = json.loads((out / JSON).read_text())
     assert [run["member"] for run in content["runs"]] == ["fedlora", "droppeft"]

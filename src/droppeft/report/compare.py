@@ -68,7 +68,8 @@ class Lines:
         left = self._of - self._number
         if len(self._walls) == 1 and left:
             minutes = left * self._walls[0] / 60
-            text = f"{left} runs to go: about {minutes:.0f} minutes if they are like the first"
+            runs, they = ("run", "it is") if left == 1 else ("runs", "they are")
+            text = f"{left} {runs} to go: about {minutes:.0f} minutes if {they} like the first"
             self._console.print(Text(text, style="yellow"))
 
 
@@ -129,6 +130,9 @@ def show(parts: Sequence[Part], console: Console) -> None:
 
 
 def _table(part: Part, columns: Sequence[str]) -> Table:
+    """Without what is said of a target, if there is none."""
+    if part.target is None:
+        columns = [name for name in columns if "target" not in name and "speed-up" not in name]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, justify="left" if name == "member" else "right", no_wrap=True)
