@@ -15,7 +15,7 @@ from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
     from droppeft.config import Config
-    from droppeft.federation.tracking import Watcher
+    from droppeft.federation.watcher import Watcher
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
 
@@ -66,11 +66,10 @@ def run(
     """
     from droppeft.config import load_config
     from droppeft.federation.run import start_run
-    from droppeft.methods import method_named
 
     path, settings = _split(words or [])
     config = load_config(path, settings)
-    _check_tables(config.method, method_named(config.method).tables, settings)
+    _check_tables(config.method, settings)
     _check_flower(config.transport, settings)
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
@@ -327,14 +326,13 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
 
 
-def _check_tables(method: str, tables: frozenset[str], settings: Sequence[str]) -> None:
+def _check_tables(method: str, settings: Sequence[str]) -> None:
     """Refuse a setting on the command line that the method would silently ignore."""
-    from droppeft.methods import METHODS
+    from droppeft.config import key_of
+    from droppeft.methods import ignores, method_named
 
-    optional = frozenset().union(*(other.tables for other in METHODS.values()))
-    for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key.partition(".")[0] in optional - tables:
+    for key in map(key_of, settings):
+        if ignores(method_named(method), key):
             raise DroppeftError(f"{key} has no effect with method={method}; leave it out")
 
 

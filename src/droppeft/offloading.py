@@ -33,17 +33,12 @@ def check_offload(config: Config) -> None:
             "training.offload=true keeps weights in a file as they are, and "
             f"quantization={config.quantization} makes others of them; choose one"
         )
-    if not keeps_off(config):
+    cached = config.frozen.layers > 0 and config.frozen.cache
+    if not cached and config.dropout.every != "round":
         raise DroppeftError(
             "training.offload=true keeps nothing off when every step may run other layers; set "
             "dropout.every=round, or frozen.layers with frozen.cache=true"
         )
-
-
-def keeps_off(config: Config) -> bool:
-    """Whether there are layers that no step of a turn runs."""
-    cached = config.frozen.layers > 0 and config.frozen.cache
-    return cached or config.dropout.every == "round"
 
 
 LEFT_BEHIND_S = 3600.0

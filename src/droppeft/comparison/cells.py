@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from droppeft.config import Config, load_config, parse_word, read_toml, resolve, sentence
+from droppeft.config import Config, key_of, load_config, parse_word, read_toml, resolve, sentence
 from droppeft.config.base import Real, Table, Whole, WordList
 from droppeft.config.tables import RIVALS
 from droppeft.errors import DroppeftError
-from droppeft.methods import METHODS, method_named
+from droppeft.methods import ignores, method_named
 
 
 class Target(Table):
@@ -74,16 +74,27 @@ class Cell:
     """One run of a comparison.
 
     Attributes:
-        member, seed: which.
-        data, model: as its configuration has them.
+        member: which.
         config: of the run.
     """
 
     member: str
-    data: str
-    model: str
-    seed: int
     config: Config
+
+    @property
+    def data(self) -> str:
+        """What it runs on."""
+        return self.config.data
+
+    @property
+    def model(self) -> str:
+        """What it runs with."""
+        return self.config.model
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.config.seed
 
     @property
     def folder(self) -> str:
@@ -115,12 +126,11 @@ def named_on_the_command_line(
     Raises:
         DroppeftError: an unknown method, or a setting that none of them heeds.
     """
-    optional = frozenset().union(*(method.tables for method in METHODS.values()))
-    targets = [word for word in settings if word.partition("=")[0].strip() == "target_accuracy"]
+    targets = [word for word in settings if key_of(word) == "target_accuracy"]
     members: dict[str, list[str]] = {}
     for name in methods:
-        ignored = optional - method_named(name).tables
-        own = [word for word in settings if word.partition(".")[0] not in ignored]
+        method = method_named(name)
+        own = [word for word in settings if not ignores(method, key_of(word))]
         members[name] = [f"method={name}", *own]
     for word in settings:
         if not any(word in words for words in members.values()):
@@ -157,17 +167,17 @@ def _each(comparison: Comparison) -> Iterator[Cell]:
             config = _config(comparison.settings, comparison.members[name], varied)
         except DroppeftError as error:
             raise DroppeftError(f"member {name!r}: {error}") from None
-        yield Cell(name, config.data, config.model, seed, config)
+        yield Cell(name, config)
 
 
 def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
     """A member's configuration: its own words win, also over rivals of theirs; paths are whole."""
-    keys = {word.partition("=")[0].strip() for word in (*common, *own)}
+    keys = {*map(key_of, common), *map(key_of, own)}
     chosen = {key: value for key, value in varied.items() if value is not None}
     for key in keys & chosen.keys():
         raise DroppeftError(f"{key} is what the comparison varies; leave it out of the settings")
-    beaten = _rivals({word.partition("=")[0].strip() for word in own})
-    kept = [word for word in common if word.partition("=")[0].strip() not in beaten]
+    beaten = _rivals({*map(key_of, own)})
+    kept = [word for word in common if key_of(word) not in beaten]
     config = load_config(None, [*kept, *own, *(f"{key}={value}" for key, value in chosen.items())])
     method_named(config.method)
     here = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from droppeft.comparison.cells import Cell
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.run import Interrupted, resume_run, start_run
-from droppeft.federation.tracking import Watcher
+from droppeft.federation.watcher import Watcher
 from droppeft.ledger import read_rows
 
 

@@ -46,6 +46,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise DroppeftError(f"{path}: not valid TOML: {error}") from None
 
 
+def key_of(word: str) -> str:
+    """The setting that a word ``key=value`` is about."""
+    return word.partition("=")[0].strip()
+
+
 def parse_word(word: str) -> tuple[str, Any]:
     """Split ``key=value``; the value is read as TOML where it is TOML, else as plain text."""
     key, equals, text = word.partition("=")

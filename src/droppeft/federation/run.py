@@ -30,8 +30,9 @@ from droppeft.federation.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, c
 from droppeft.federation.loading import difference, identity
 from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
-from droppeft.federation.tracking import Watcher, check_tracker, tracked
+from droppeft.federation.tracking import check_tracker, tracked
 from droppeft.federation.transport import Connect, Transport, transport_named
+from droppeft.federation.watcher import Watcher
 from droppeft.files import write_atomically
 from droppeft.frozen_prefix.turn import state_folder
 from droppeft.ledger import (

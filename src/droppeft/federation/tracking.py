@@ -11,33 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
+from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 
 FOLDER = "tracker"
-
-
-class Watcher(Protocol):
-    """Who is told how a run goes; the screen is one."""
-
-    def preparing(self, what: str) -> None:
-        """A step before round 1 begins."""
-
-    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """Rounds begin; ``rows`` are those that an earlier process finished."""
-
-    def replied(self, reply: Reply) -> None:
-        """A device of the present round has answered."""
-
-    def round_done(self, row: RoundRow) -> None:
-        """A round is merged, measured and saved."""
-
-    def finished(self, result: Mapping[str, Any]) -> None:
-        """The result is on disk."""
 
 
 def check_tracker(name: str) -> None:

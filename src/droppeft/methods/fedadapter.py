@@ -11,6 +11,7 @@ new widths start as fresh adapters, which change nothing until they are trained.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -98,15 +99,25 @@ def _spec(setup: Setup, depth: int, width: int) -> AdapterSpec:
     return adapter_spec(chosen, setup.num_layers, setup.num_layers - depth)
 
 
-def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> ServerState:
-    """All groups begin with the same function: what is new in a model changes nothing yet."""
-    grown = {}
+def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
+    """Depth and width of every group's adapters; no group for what has grown to its cap."""
+    shapes = {SAME: (depth, width)}
     if depth < min(MOST_DEPTH, setup.num_layers):
-        grown[DEEPER] = _grown(setup, model, _spec(setup, depth + 1, width))
+        shapes[DEEPER] = (depth + 1, width)
     widest = setup.config.adapter.width or FIRST_WIDTH
     if width < widest:
-        grown[WIDER] = _grown(setup, model, _spec(setup, depth, min(width + WIDER_BY, widest)))
-    groups = (SAME, *grown)
+        shapes[WIDER] = (depth, min(width + WIDER_BY, widest))
+    return shapes
+
+
+def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> ServerState:
+    """All groups begin with the same function: what is new in a model changes nothing yet."""
+    groups = _shapes(setup, depth, width)
+    grown = {
+        group: _grown(setup, model, _spec(setup, *shape))
+        for group, shape in groups.items()
+        if group != SAME
+    }
     trial = Trial(depth, width, 0, dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0))
     return ServerState(model, grown, asdict(trial))
 
@@ -133,7 +144,8 @@ def _put_into(larger: Array, smaller: Array | None) -> Array:
 
 
 def _trial(state: ServerState) -> Trial:
-    return Trial(**dict(state.memory))  # type: ignore[arg-type]
+    memory: Mapping[str, Any] = state.memory
+    return Trial(**memory)
 
 
 def _model(state: ServerState, group: str) -> GlobalModel:
@@ -208,10 +220,8 @@ def _merge(
     if now.rounds < TRIAL_ROUNDS:
         others = {group: model for group, model in models.items() if group != SAME}
         return ServerState(models[SAME], others, asdict(now))
-    depth = now.depth + (now.best == DEEPER)
-    width = now.width + (WIDER_BY if now.best == WIDER else 0)
-    widest = setup.config.adapter.width or FIRST_WIDTH
-    return _begin_trial(setup, models[now.best], depth, min(width, widest))
+    depth, width = _shapes(setup, now.depth, now.width)[now.best]
+    return _begin_trial(setup, models[now.best], depth, width)
 
 
 FEDADAPTER = Method(

@@ -12,6 +12,7 @@ over all its matrices; if all products are zero, updates are weighed by their ro
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -162,9 +163,8 @@ def _kept(rank: int) -> int:
     return max(1, math.floor(KEPT_PART * rank))
 
 
-def _ranks(memory: Mapping[str, object]) -> list[int]:
-    ranks = memory[RANKS]
-    return list(ranks) if isinstance(ranks, list) else []
+def _ranks(memory: Mapping[str, Any]) -> list[int]:
+    return list(memory[RANKS])
 
 
 def _merge(

@@ -5,14 +5,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,10 +12,10 @@ from droppeft.comparison.cells import Cell
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
 from droppeft.comparison.written import COLUMNS, failures, heading
-from droppeft.federation.tracking import Watcher
+from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
-from droppeft.report.screen import Rate
+from droppeft.report.screen import bar
 
 QUALITY = ("member", "seeds", "accuracy", "to target, modelled", "speed-up", "energy, modelled")
 COSTS = ("member", "to target, measured", "speed-up (m.)", "activations", "up", "down")
@@ -77,17 +69,7 @@ class _Run:
     """Watches one run."""
 
     def __init__(self, console: Console, name: str) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            Rate(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = bar(console)
         self._name = name
         self._task = self._progress.add_task(name, total=None)
 

@@ -101,8 +101,10 @@ def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
             }
         )
         run = {
-            **{key: result[key] for key in ("seed", "data", "model", "config")},
-            **{"member": name, "result": result, "rounds": read_rows(folder / ROUNDS)},
+            "member": name,
+            "config": result["config"],
+            "result": result,
+            "rounds": read_rows(folder / ROUNDS),
             "failure": None,
         }
         return folder.resolve().name, comparison, [_played(run)]
@@ -112,8 +114,7 @@ def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
 
 
 def _played(run: Mapping[str, Any]) -> Played:
-    config = build_config(run["config"])
-    cell = Cell(run["member"], run["data"], run["model"], run["seed"], config)
+    cell = Cell(run["member"], build_config(run["config"]))
     return Played(cell, run["result"], run["rounds"], run["failure"])
 
 

@@ -15,8 +15,7 @@ from rich.text import Text
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.report.profile import bar
-from droppeft.report.screen import bytes_text
+from droppeft.report.screen import bar, bytes_text
 from droppeft.sizing.planning import Limits, Option, counted_on, least_savings, option
 
 SCHEMA_VERSION = 1

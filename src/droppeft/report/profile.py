@@ -2,30 +2,20 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from droppeft.config import Config, as_tree
 from droppeft.errors import DroppeftError
 from droppeft.federation.environment import machine, versions
 from droppeft.files import write_atomically
-from droppeft.report.screen import Rate, bytes_text
+from droppeft.report.screen import bar, bytes_text
 from droppeft.sizing.outlines import outlined
 from droppeft.sizing.profiling import Measured, profile
 
@@ -182,22 +172,3 @@ def _note(rows: Sequence[Mapping[str, Any]], accelerator: str) -> str:
     )
     loading = any(row["frugal_trial"]["with_loading"] for row in rows)
     return f"{note} Loading the model is in both." if loading else note
-
-
-@contextmanager
-def bar(console: Console) -> Iterator[Progress]:
-    """Progress with its rate and the time left, where there is a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        yield progress

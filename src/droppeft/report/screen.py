@@ -36,19 +36,7 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = bar(self.console)
         self._status = self.console.status("")
         self._rounds: TaskID | None = None
         self._members: TaskID | None = None
@@ -272,6 +260,23 @@ def _left_out(row: RoundRow) -> Iterator[Text]:
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:
         yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
+
+
+def bar(console: Console) -> Progress:
+    """Progress with its rate and the time left, where there is a terminal; not started yet."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 class Rate(ProgressColumn):
