@@ -37,6 +37,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DROPPEFT_CACHE", str(folder))
+        patch.setenv("DROPPEFT_STATE", str(folder / "state"))
         yield folder
 
 

@@ -25,6 +25,7 @@ from droppeft.plans import (
     Tensors,
     Update,
     flatten,
+    restrict,
 )
 
 LAYERS = 4
@@ -99,15 +100,18 @@ def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
 
 
 def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
-    """An Update that is in order, every tensor set to one value."""
+    """An Update that is in order, every tensor that travels set to one value."""
     update = Update(
         round=plan.round,
         device=plan.device,
         nonce=plan.nonce,
-        tensors={
-            key: {name: np.full_like(array, value) for name, array in named.items()}
-            for key, named in plan.tensors.items()
-        },
+        tensors=restrict(
+            {
+                key: {name: np.full_like(array, value) for name, array in named.items()}
+                for key, named in plan.tensors.items()
+            },
+            plan.share,
+        ),
         examples=8,
         steps=2,
         active_steps=(2, 1, 1, 2),

@@ -11,6 +11,7 @@ import pytest
 
 from droppeft import __version__
 from droppeft.cli import main
+from droppeft.report.screen import accuracy_line
 from runs import rows_of
 
 
@@ -162,7 +163,7 @@ def test_a_run_on_the_screen(droppeft: Command, tiny_words: list[str], tmp_path:
     assert (said.code, said.err) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-droppeft")
-    assert f"adapter, ledger and checkpoints: runs/{folder.name}" in said.out
+    assert f"result, ledger and checkpoints: runs/{folder.name}" in said.out
     assert said.out.count("\nround ") == 3
     assert "Result" in said.out
 
@@ -172,7 +173,7 @@ def test_a_quiet_run_says_one_line(
 ) -> None:
     said = droppeft("run", *tiny_words, "--out", "run", "--quiet")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert said == Said(0, f"accuracy {result['global_accuracy']:.4f}\n", "")
+    assert said == Said(0, f"{accuracy_line(result)}\n", "")
 
 
 def test_a_run_for_programs(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_resuming_a_finished_run_reports_it(
     shutil.copytree(whole_run, tmp_path / "run")
     result = json.loads((whole_run / "result.json").read_text())
     said = droppeft("resume", "run", "--quiet")
-    assert said == Said(0, f"accuracy {result['global_accuracy']:.4f}\n", "")
+    assert said == Said(0, f"{accuracy_line(result)}\n", "")
     assert "Result" in droppeft("resume", "run").out
 
 

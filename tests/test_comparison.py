@@ -320,7 +320,7 @@ def test_times_need_every_seed() -> None:
     assert (dropped.reached, dropped.seeds) == (1, 2)
     assert dropped.time_to_target_modelled_s is None
     assert dropped.speed_up_modelled is None
-    assert "| dropped | 2 | .550 ± .071 | 1 of 2 seeds |" in as_markdown([part])
+    assert "| dropped | 2 | .550 ± .071 | – | – | 1 of 2 seeds |" in as_markdown([part])
 
 
 def test_the_baseline_can_be_named() -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(droppeft.__file__).parent
 LEVELS = (
     {"", "errors", "files"},
     {"seeds", "config", "plans", "devices"},
-    {"layer_dropout", "quantization"},
+    {"layer_dropout", "quantization", "sealed"},
     {"adapters", "models", "data"},
     {"checkpointing", "precision", "offloading"},
     {"memory", "frozen_prefix", "objectives"},
@@ -37,7 +37,7 @@ BESIDE_TORCH = {"layer_dropout/trainer.py": {"transformers"}}
 # Libraries that only one package may import.
 OWNER = {"flwr": "federation", "peft": "adapters"}
 
-WITHOUT_TORCH = {"", "errors", "files", "seeds", "config", "plans", "devices"}
+WITHOUT_TORCH = {"", "errors", "files", "seeds", "config", "plans", "devices", "sealed"}
 
 
 def imports_of(source: str) -> Iterator[str]:

@@ -115,7 +115,7 @@ def test_the_best_round_is_the_first_of_equals() -> None:
 
 def test_a_summary_of_nothing_measured() -> None:
     summary = summarise(rows_with(None, None), 0.3, 0.9)
-    assert (summary["best_accuracy"], summary["best_round"]) == (0.3, 0)
+    assert (summary["best_accuracy"], summary["best_round"]) == (None, None)
     assert summary["first_accuracy"] is None
     assert summary["time_to_target_measured_s"] is None
     assert summary["time_to_target_host_s"] is None

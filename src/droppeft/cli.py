@@ -74,7 +74,7 @@ def run(
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
     if not (quiet or as_json):
-        typer.echo(f"adapter, ledger and checkpoints: {folder}")
+        typer.echo(f"result, ledger and checkpoints: {folder}")
 
 
 @app.command()

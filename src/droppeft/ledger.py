@@ -160,7 +160,7 @@ def round_row(
         cohort=[plan.device for plan in plans],
         accepted=len(updates),
         failures=[
-            asdict(reply)
+            {"device": reply.device, "reason": reply.reason}
             for reply in replies
             if isinstance(reply, Failure)
             and reply.device not in (*modelled.late, *modelled.surplus)
@@ -195,7 +195,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Totals, bests and the time to the target over all rounds, under the rows' own names."""
     measured = [(row.global_accuracy, row.round) for row in rows if row.global_accuracy is not None]
-    best, best_round = max(measured, default=(initial_accuracy, 0), key=lambda pair: pair[0])
+    best, best_round = max(measured, default=(None, None), key=lambda pair: pair[0])
     reached = target_round(rows, initial_accuracy, target)
     until = [row for row in rows if reached is not None and row.round <= reached]
     depth = [row.mean_active_layers for row in rows if row.mean_active_layers is not None]

@@ -131,7 +131,7 @@ class BaseDelta:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work a turn is. Exactly one of the two is given."""
+    """How much work a turn is. Exactly one of the two is given; 0 steps only to measure."""
 
     steps: int | None = None
     epochs: int | None = None
@@ -161,6 +161,11 @@ class Plan:
             that a replayed or misdirected answer is noticed.
         frozen: so many of the first layers have no adapter and are never dropped: what they make
             of an example may be kept on the device.
+        run: names the run; part of the place where a device keeps what is its own.
+        kept: the round at whose end the device kept the tensors that are trained and not in
+            ``tensors``; ``None`` if there are none.
+        measure: the turn ends with a :class:`Measurement` of the device's own test rows, and
+            changes nothing.
     """
 
     round: int
@@ -177,6 +182,9 @@ class Plan:
     seed: int
     nonce: str
     frozen: int = 0
+    run: str = ""
+    kept: int | None = None
+    measure: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,19 +266,40 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What a device's own model is worth on its own test rows.
+
+    Attributes:
+        round, device, nonce: copied from the Plan.
+        rows: how many were measured.
+        accuracy: share of them that is right.
+        loss: mean cross-entropy.
+    """
+
+    round: int
+    device: int
+    nonce: str
+    rows: int
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Failure:
     """A device that did not answer, or whose answer was refused.
 
     Attributes:
         device: which.
         reason: one sentence.
+        lost: it no longer has what it kept, and needs all tensors at its next turn.
     """
 
     device: int
     reason: str
+    lost: bool = False
 
 
-Reply = Update | Failure
+Reply = Update | Measurement | Failure
 """What comes back for a Plan."""
 
 
@@ -297,6 +326,11 @@ class ServerState:
     model: GlobalModel
     alternatives: Mapping[str, GlobalModel] = field(default_factory=dict)
     memory: Mapping[str, object] = field(default_factory=dict)
+
+
+def layer_key(text: str) -> LayerKey:
+    """The key that ``str`` made this text of."""
+    return int(text) if text.isdigit() else text
 
 
 def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:

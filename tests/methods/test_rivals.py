@@ -22,6 +22,7 @@ from droppeft.plans import (
     HEAD,
     AdapterSpec,
     Array,
+    Failure,
     Layout,
     Plan,
     Tensors,
@@ -460,3 +461,35 @@ def test_centralised_trains_on_everybody_s_rows(tiny_words: list[str], tmp_path:
         np.zeros(result["train_rows"], dtype=np.int64), None, 1, config.partition, config.seed
     )
     assert len(rows.train) > 0.75 * result["train_rows"]
+
+
+# Local
+
+
+def test_local_brings_all_values_once_and_shares_none() -> None:
+    setup, method = setup_for("method=local"), METHODS["local"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1])
+    assert all(plan.kept is None and len(plan.tensors) == LAYERS + 1 for plan in plans)
+    replies = [answer_to(plans[0]), Failure(1, "asleep")]
+    assert all(not reply.tensors for reply in replies if isinstance(reply, Update))
+    state = method.merge(setup, state, plans, replies)
+    first, second, third = method.plan(setup, state, 2, [0, 1, 2])
+    assert (first.kept, first.tensors) == (1, {})
+    assert second.kept is third.kept is None
+    assert not any(plan.share for plan in (first, second, third))
+    own = method.own(setup, state, 2, 0)
+    assert (own.kept, own.tensors, own.measure, own.budget.steps) == (1, {}, True, 0)
+
+
+def test_a_local_device_that_lost_its_values_gets_them_again() -> None:
+    setup, method = setup_for("method=local"), METHODS["local"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1])
+    state = method.merge(setup, state, plans, [answer_to(plan) for plan in plans])
+    plans = method.plan(setup, state, 2, [0, 1])
+    lost = [Failure(0, "it is gone", lost=True), Failure(1, "asleep")]
+    state = method.merge(setup, state, plans, lost)
+    again, other = method.plan(setup, state, 3, [0, 1])
+    assert (again.kept, len(again.tensors)) == (None, LAYERS + 1)
+    assert (other.kept, other.tensors) == (1, {})

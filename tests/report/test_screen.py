@@ -179,8 +179,10 @@ def test_quiet_says_one_line(
     quiet.preparing("reading data")
     quiet.started(result, [])
     quiet.round_done(rows[0])
-    quiet.finished({**result, "global_accuracy": 0.75})
-    assert capsys.readouterr().out == "accuracy 0.7500\n"
+    quiet.finished({**result, "global_accuracy": 0.75, "personalised_accuracy": 0.5})
+    assert capsys.readouterr().out == "accuracy 0.7500, personalised 0.5000\n"
+    quiet.finished({**result, "global_accuracy": None, "personalised_accuracy": 0.5})
+    assert capsys.readouterr().out == "personalised 0.5000\n"
 
 
 def test_json_lines_are_the_rows_and_the_result(

@@ -27,7 +27,9 @@ class MemberRow:
         member: which.
         seeds: how many have a result.
         failures: why others have none, each reason once.
-        accuracy: of the global model on the whole test set.
+        accuracy: of the global model on the whole test set; ``None`` without such a model.
+        personalised: mean over devices of their own models on their own test rows.
+        worst_tenth: of the devices, by the same measure.
         reached: how many seeds reached their target; ``None`` without one.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
             all seeds did.
@@ -41,6 +43,8 @@ class MemberRow:
     seeds: int
     failures: tuple[str, ...]
     accuracy: Spread | None
+    personalised: Spread | None
+    worst_tenth: Spread | None
     reached: int | None
     time_to_target_measured_s: Spread | None
     time_to_target_modelled_s: Spread | None
@@ -93,7 +97,8 @@ def target_accuracies(
 ) -> Mapping[int, float | None]:
     """The number that is asked for, by seed; of a member what it ends with on the same seed.
 
-    What it ends with is the mean of its last evaluations, ``None`` if that run has no result. A
+    What it ends with is the mean of its last evaluations, ``None`` if that run has no result or no
+    global model. A
     seed of its own each, since seeds differ by more than the distance that is asked for.
     """
     if target is None:
@@ -102,8 +107,8 @@ def target_accuracies(
         return {one.cell.seed: target.accuracy for one in played}
     runs = {one.cell.seed: one for one in played if one.cell.member == target.member}
     return {
-        seed: fmean(_evaluations(run)[-SMOOTHED_EVALUATIONS:]) - target.minus
-        if run.result is not None
+        seed: fmean(found[-SMOOTHED_EVALUATIONS:]) - target.minus
+        if run.result is not None and (found := _evaluations(run))
         else None
         for seed, run in runs.items()
     }
@@ -148,7 +153,9 @@ def _row(
         member=name,
         seeds=len(results),
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
-        accuracy=_spread([result["global_accuracy"] for result in results]),
+        accuracy=_if_all([result["global_accuracy"] for result in results]),
+        personalised=_if_all([result.get("personalised_accuracy") for result in results]),
+        worst_tenth=_if_all([result.get("personalised_worst_tenth") for result in results]),
         reached=len(reached) if own["measured"] else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],

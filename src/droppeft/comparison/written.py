@@ -51,6 +51,8 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
     "member": lambda row: row.member,
     "seeds": lambda row: str(row.seeds),
     "accuracy": lambda row: _accuracy(row.accuracy),
+    "personalised": lambda row: _accuracy(row.personalised),
+    "worst tenth": lambda row: _accuracy(row.worst_tenth),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
     "speed-up": lambda row: _times(row.speed_up_modelled),
     "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
@@ -62,6 +64,15 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
     "energy, modelled": lambda row: _scaled(row.energy_modelled_j, 1e3, "kJ"),
 }
 """Columns of the tables for people, and what stands in them."""
+
+
+SPREADS = (
+    "accuracy",
+    "personalised",
+    "worst_tenth",
+    "time_to_target_measured_s",
+    "time_to_target_modelled_s",
+)
 
 
 def heading(part: Part) -> str:
@@ -125,7 +136,7 @@ def _flat(row: MemberRow) -> dict[str, Any]:
     for name, value in vars(row).items():
         if name == "failures":
             flat[name] = "; ".join(value)
-        elif name in ("accuracy", "time_to_target_measured_s", "time_to_target_modelled_s"):
+        elif name in SPREADS:
             flat[name] = value and value.mean
             flat[f"{name}_sd"] = value and value.deviation
         else:

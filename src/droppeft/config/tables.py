@@ -267,6 +267,11 @@ class EvaluationConfig(Table):
         1000, ge=1, description="test rows of a round's evaluation, the same ones every time"
     )
     batch_size: Whole = Field(64, ge=1, description="rows per forward")
+    personalised: bool = Field(
+        True,
+        description="when the run ends, measure every device's own model on its own test rows, "
+        "whether it ever trained or not",
+    )
 
 
 class FlowerConfig(Table):

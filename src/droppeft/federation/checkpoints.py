@@ -1,21 +1,13 @@
-"""The server's state on disk: one file per round, atomic, checksummed, the last two kept.
-
-safetensors for the values, JSON in its header for everything else; nothing is ever unpickled.
-"""
+"""The server's state on disk: one file per round, atomic, checksummed, the last two kept."""
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
 
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
@@ -27,12 +19,13 @@ from droppeft.plans import (
     LayerKey,
     ServerState,
     flatten,
+    layer_key,
 )
+from droppeft.sealed import DAMAGES, seal, unseal
 
 KEPT = 2
 _SEPARATOR = "|"
 _ADAPTER_SPEC = TypeAdapter(AdapterSpec)
-_DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 _log = logging.getLogger("droppeft")
 
 
@@ -70,7 +63,7 @@ def load_newest(folder: Path) -> Checkpoint:
     for path in _newest_first(folder):
         try:
             return _decode(path)
-        except _DAMAGES as error:
+        except DAMAGES as error:
             _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
     raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
 
@@ -89,7 +82,7 @@ def load_round(folder: Path, round: int) -> Checkpoint:
         )
     try:
         return _decode(path)
-    except _DAMAGES as error:
+    except DAMAGES as error:
         raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
 
 
@@ -105,31 +98,19 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     state = checkpoint.state
     models = {"": state.model, **state.alternatives}
     arrays = {
-        label: np.asarray(array, order="C")
-        for name, model in models.items()
-        for label, array in _labelled(name, model)
+        label: array for name, model in models.items() for label, array in _labelled(name, model)
     }
     head = {
         "round": checkpoint.round,
         "facts": checkpoint.facts,
         "memory": state.memory,
         "models": {name: _describe(model) for name, model in models.items()},
-        "order": list(arrays),
     }
-    text = json.dumps(head)
-    header = {"head": text, "sha256": _digest(text, arrays)}
-    content: bytes = safetensors.numpy.save(arrays, header)
-    return content
+    return seal(arrays, head)
 
 
 def _decode(path: Path) -> Checkpoint:
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        text = metadata["head"]
-        head = json.loads(text)
-        arrays = {label: file.get_tensor(label) for label in head["order"]}
-    if _digest(text, arrays) != metadata["sha256"]:
-        raise ValueError("its checksum does not match")
+    arrays, head = unseal(path)
     models = {
         name: _assemble(name, description, arrays) for name, description in head["models"].items()
     }
@@ -159,7 +140,7 @@ def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array
     for label, array in arrays.items():
         owner, kind, key, tensor = label.split(_SEPARATOR, 3)
         if owner == name and kind == "adapter":
-            tensors.setdefault(int(key) if key.isdigit() else key, {})[tensor] = array
+            tensors.setdefault(layer_key(key), {})[tensor] = array
         elif owner == name:
             base[tensor] = array
     version = description["base_delta_version"]
@@ -177,11 +158,3 @@ def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
         for layer in fields["layers"]
     ]
     return _ADAPTER_SPEC.validate_python({**fields, "layers": layers})
-
-
-def _digest(text: str, arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for label, array in arrays.items():
-        digest.update(f"{label}{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

@@ -26,10 +26,13 @@ from droppeft.plans import (
     HEAD,
     AdapterSpec,
     BaseDelta,
+    Failure,
     LayerKey,
     MeasuredCost,
+    Measurement,
     Plan,
     PrefixCost,
+    Reply,
     Tensors,
     Update,
     flatten,
@@ -37,6 +40,7 @@ from droppeft.plans import (
 )
 from droppeft.precision import autocast
 from droppeft.quantization import is_quantised
+from droppeft.sharing.kept import Lost, folder_of, keep, recall
 from droppeft.training import (
     ActiveAt,
     Evaluation,
@@ -48,10 +52,50 @@ from droppeft.training import (
 )
 
 
+def carry_out(
+    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
+) -> Reply:
+    """Do what a Plan asks for: a turn, or a measurement.
+
+    Args:
+        as :func:`take_turn`.
+
+    Raises:
+        DroppeftError: a Plan that does not fit this device or model.
+    """
+    try:
+        take = measure_own if plan.measure else take_turn
+        return take(bench, table, rows, config, plan)
+    except Lost as error:
+        return Failure(plan.device, str(error), lost=True)
+
+
+def measure_own(
+    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
+) -> Measurement:
+    """Measure this device's model at full depth on rows that it never trains on; keep nothing.
+
+    Args:
+        as :func:`take_turn`; a Plan with a budget trains first.
+
+    Raises:
+        DroppeftError: as :func:`take_turn`.
+    """
+    bench.wear(plan.adapter)
+    parameters = _load(bench, plan)
+    batch_size, precision = config.evaluation.batch_size, config.training.precision
+    with base_delta_applied(bench.model, plan.base_delta):
+        if plan.budget.steps != 0:
+            _train(bench, parameters, table, rows, config, plan)
+        bench.hold()
+        found = evaluate(bench.model, table, rows.test, bench.task, batch_size, precision)
+    return Measurement(plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss)
+
+
 def take_turn(
     bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
 ) -> Update:
-    """Load, train, measure and pack.
+    """Load, train, measure and pack; what the Plan does not let travel is kept on this device.
 
     Args:
         bench: may be shared by devices that take turns; left with this device's values.
@@ -60,7 +104,9 @@ def take_turn(
         config: of the run; what the Plan says goes first.
 
     Raises:
-        DroppeftError: a Plan that does not fit this device or model.
+        DroppeftError: a Plan that does not fit this device or model, or tensors that cannot be
+            kept.
+        Lost: what this device kept is not there any more.
     """
     start = time.perf_counter()
     bench.wear(plan.adapter)
@@ -72,6 +118,7 @@ def take_turn(
         outcome, prefix = _train(bench, parameters, table, rows, config, plan)
         after = _validation(bench, table, rows, config, plan)
     tensors = _trained_and_shared(parameters, plan, outcome)
+    _keep_the_rest(parameters, plan)
     return Update(
         round=plan.round,
         device=plan.device,
@@ -184,14 +231,17 @@ def _load(bench: Workbench, plan: Plan) -> Parameters:
     fresh = bench.fresh_tensors(plan.adapter)
     sent = {name for _, name, _ in flatten(plan.tensors)}
     missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
-    needed = missing if plan.train is None else missing & plan.train
+    kept = _kept(plan, missing)
+    own = {name for _, name, _ in flatten(kept)}
+    needed = (missing if plan.train is None else missing & plan.train) - own
     if needed:
         raise DroppeftError(
             f"round {plan.round}, device {plan.device}: the Plan lacks {min(needed)}, "
-            "and this device keeps no tensors of its own"
+            "and this device has not kept it"
         )
     set_tensors(bench.parameters, plan.tensors)
-    set_tensors(bench.parameters, restrict(fresh, missing))
+    set_tensors(bench.parameters, kept)
+    set_tensors(bench.parameters, restrict(fresh, missing - own))
     trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
     for key, named in bench.parameters.items():
         for name, value in named.items():
@@ -199,6 +249,21 @@ def _load(bench: Workbench, plan: Plan) -> Parameters:
             if value.requires_grad:
                 trained.setdefault(key, {})[name] = value
     return trained
+
+
+def _kept(plan: Plan, missing: frozenset[str]) -> Tensors:
+    """Of what this device keeps, the tensors that the Plan does not bring."""
+    if plan.kept is None:
+        return {}
+    return restrict(recall(folder_of(plan.run, plan.device), plan.kept), missing)
+
+
+def _keep_the_rest(parameters: Parameters, plan: Plan) -> None:
+    """Keep all that was to be trained and may not travel, trained or not."""
+    own = frozenset(name for named in parameters.values() for name in named) - plan.share
+    if own:
+        tensors = restrict(get_tensors(parameters), own)
+        keep(folder_of(plan.run, plan.device), plan.round, plan.kept, tensors)
 
 
 def _train(

@@ -29,6 +29,7 @@ from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.loading import Say
 from droppeft.federation.workbench import Workbench
 from droppeft.ledger import read_rows
+from droppeft.methods import method_named
 from droppeft.models import load_backbone, load_dequantised
 
 
@@ -76,6 +77,8 @@ def export_run(
     if not (run / CONFIG).is_file():
         raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
     config = load_config(run / CONFIG)
+    if not method_named(config.method).has_global_model:
+        raise DroppeftError(f"{run}: method={config.method} has no global model to export")
     folder = run / "checkpoints"
     load = checkpoints.load_newest
     checkpoint = load(folder) if round is None else checkpoints.load_round(folder, round)

@@ -58,12 +58,13 @@ class Prepared:
         return self.loaded.bench
 
 
-def prepare(config: Config, say: Say) -> Prepared:
+def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     """Load texts and model, start the method.
 
     Args:
         config: resolved.
         say: told what is being done, for people.
+        run: names it where devices keep something for it.
 
     Raises:
         DroppeftError: whatever the configuration names does not exist or does not fit.
@@ -78,7 +79,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     loaded = load(config, say)
     bench = loaded.bench
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
-    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, clock)
+    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, clock, run)
     state = method.init(setup)
     say("tokenising")
     test = tokens_of(loaded, loaded.data.test)

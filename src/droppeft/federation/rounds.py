@@ -17,7 +17,7 @@ from droppeft.federation.modelled import close_round, counting_wall_s
 from droppeft.federation.transport import Arrival, Transport
 from droppeft.federation.validation import why_refused
 from droppeft.methods import Method, Setup
-from droppeft.plans import Failure, Plan, Reply, ServerState, Update
+from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
 
 OnReply = Callable[[Reply], None]
 
@@ -112,7 +112,9 @@ def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:
         return Failure(plan.device, "sent no reply")
     reply = arrival.reply
     if isinstance(reply, Failure):
-        return Failure(plan.device, reply.reason)
+        return replace(reply, device=plan.device)
+    if isinstance(reply, Measurement):
+        return Failure(plan.device, "refused: answers with a measurement")
     layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
     reason = why_refused(plan, reply, layout, batch_size)
     return reply if reason is None else Failure(plan.device, f"refused: {reason}")

@@ -5,8 +5,10 @@ what follows from (configuration, checkpoint) is the same as if nothing had happ
 """
 
 import json
+import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -28,6 +30,7 @@ from droppeft.federation.environment import machine, versions
 from droppeft.federation.export import write_adapter
 from droppeft.federation.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, check_free, held
 from droppeft.federation.loading import difference, identity
+from droppeft.federation.personalised import measure_devices, personalised_sums
 from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
 from droppeft.federation.tracking import check_tracker, tracked
@@ -40,6 +43,7 @@ from droppeft.ledger import (
     RoundRow,
     append_rows,
     device_row,
+    read_rows,
     rewind,
     round_row,
     summarise,
@@ -77,7 +81,7 @@ def start_run(
     check_free(out)
     out = out.resolve()
     config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
-    prepared = prepare(config, watcher.preparing)
+    prepared = prepare(config, watcher.preparing, secrets.token_hex(8))
     with _open(prepared, connect, watcher) as transport:
         watcher.preparing("measuring the references")
         first = Checkpoint(0, prepared.state, _facts(prepared))
@@ -102,8 +106,9 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
             watcher.finished(result)
             return result
         config = load_config(out / CONFIG)
-        prepared = prepare(resolve(config, cuda=torch.cuda.is_available()), watcher.preparing)
         newest = checkpoints.load_newest(out / "checkpoints")
+        config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")
+        prepared = prepare(config, watcher.preparing, run)
         _check_same_start(prepared, newest, out)
         rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
         if len(rows) != newest.round:
@@ -155,7 +160,7 @@ def _play_on(
             watcher.round_done(row)
             _check_not_lost(rows, prepared.config.rounds, out)
         _check_not_lost(rows, prepared.config.rounds, out)  # of a run whose last process stopped so
-        return _finish(prepared, last, rows, out, watcher)
+        return _finish(prepared, transport, last, rows, out, watcher)
     except KeyboardInterrupt:
         raise Interrupted(out, last.round) from None
 
@@ -227,31 +232,30 @@ def _save(out: Path, now: Checkpoint, row: RoundRow, devices: list[dict[str, Any
 
 def _quality(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
     config = prepared.config
-    if round % config.evaluation.every and round != config.rounds:
+    due = round % config.evaluation.every == 0 or round == config.rounds
+    if not (due and prepared.method.has_global_model):
         return dict.fromkeys(("loss", "accuracy", "f1", "wall_s"))
     measured = _evaluate(prepared, model, prepared.sample)
     return {key: asdict(measured)[key] for key in ("loss", "accuracy", "f1", "wall_s")}
 
 
 def _finish(
-    prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path, watcher: Watcher
+    prepared: Prepared,
+    transport: Transport,
+    last: Checkpoint,
+    rows: list[RoundRow],
+    out: Path,
+    watcher: Watcher,
 ) -> dict[str, Any]:
-    config, model = prepared.config, last.state.model
-    watcher.preparing("measuring on the whole test set")
-    whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
-    measured = {
-        "global_accuracy": whole.accuracy,
-        "global_f1": whole.f1,
-        "global_loss": whole.loss,
-        "test_rows": whole.rows,
-    }
-    adapter_hash = write_adapter(prepared.loaded, model, asdict(whole), out)
+    config = prepared.config
+    measured = _global_result(prepared, last.state.model, out, watcher)
+    if config.evaluation.personalised:
+        measured |= _personalised_result(prepared, transport, last, out, watcher)
     result = {
         "schema_version": SCHEMA_VERSION,
         **_about(prepared, last.facts),
         **summarise(rows, last.facts["initial_accuracy"], config.target_accuracy),
         **measured,
-        "adapter_sha256": adapter_hash,
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
         "machine": machine(config.accelerator),
@@ -263,6 +267,34 @@ def _finish(
     return result
 
 
+def _global_result(
+    prepared: Prepared, model: GlobalModel, out: Path, watcher: Watcher
+) -> dict[str, Any]:
+    """What the global model is worth, and its adapter as files; nothing where there is none."""
+    names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
+    if not prepared.method.has_global_model:
+        return {**dict.fromkeys(names), "test_rows": 0}
+    watcher.preparing("measuring on the whole test set")
+    whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
+    return {
+        "global_accuracy": whole.accuracy,
+        "global_f1": whole.f1,
+        "global_loss": whole.loss,
+        "adapter_sha256": write_adapter(prepared.loaded, model, asdict(whole), out),
+        "test_rows": whole.rows,
+    }
+
+
+def _personalised_result(
+    prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, watcher: Watcher
+) -> dict[str, Any]:
+    watcher.preparing("measuring each device's model on its own test rows")
+    setup, method = prepared.setup, prepared.method
+    found = measure_devices(setup, method, transport, last.state, last.round + 1)
+    turns = Counter(row["device"] for row in read_rows(out / DEVICES) if row["accepted"])
+    return personalised_sums(found, turns)
+
+
 def _facts(prepared: Prepared) -> dict[str, Any]:
     """What is measured once, before round 1, and kept with every checkpoint."""
     start = _evaluate(prepared, prepared.state.model, prepared.sample)
@@ -271,6 +303,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "initial_loss": start.loss,
         "label_names": list(prepared.loaded.data.label_names),
         "sampled_test_rows": start.rows,
+        "run": prepared.setup.run,
         **identity(prepared.loaded),
         **references(prepared.loaded.data),
     }

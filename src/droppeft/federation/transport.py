@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import take_turn
+from droppeft.federation.device import carry_out
 from droppeft.federation.loading import Loaded, Site, site_of
 from droppeft.plans import Plan, Reply
 
@@ -47,11 +47,11 @@ class InProcess:
     site: Site
 
     def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
-        """Yield each device's Update, in Plan order."""
+        """Yield each device's reply, in Plan order."""
         site = self.site
         for index, plan in enumerate(plans):
             rows = site.devices[plan.device]
-            yield Arrival(index, take_turn(site.bench, site.table, rows, site.config, plan))
+            yield Arrival(index, carry_out(site.bench, site.table, rows, site.config, plan))
 
 
 def in_process(loaded: Loaded) -> AbstractContextManager[Transport]:

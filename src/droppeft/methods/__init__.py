@@ -9,10 +9,11 @@ from droppeft.methods.fedhetlora import FEDHETLORA
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.fedra import FEDRA
 from droppeft.methods.legend import LEGEND
+from droppeft.methods.local import LOCAL
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (DROPPEFT, FEDLORA, FEDADAPTER, FEDHETLORA, FEDRA, LEGEND, CENTRALISED)
+    for method in (DROPPEFT, FEDLORA, FEDADAPTER, FEDHETLORA, FEDRA, LEGEND, LOCAL, CENTRALISED)
 }
 
 __all__ = ["METHODS", "Method", "Setup", "ignores", "method_named"]

@@ -7,7 +7,7 @@ device knows which method it serves.
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from droppeft.config import AdapterConfig, Config
 from droppeft.costs.clock import Clock
@@ -42,6 +42,7 @@ class Setup:
         clock: what turns take on the devices that the run stands for; ``None`` for a model whose
             arithmetic cannot be counted. Decisions about time are made by it and not by what this
             machine measured, so that a seed determines a run.
+        run: names the run where devices keep something for it.
     """
 
     config: Config
@@ -49,10 +50,15 @@ class Setup:
     fresh_tensors: Callable[[AdapterSpec], Tensors]
     layout: Callable[[AdapterSpec], Layout]
     clock: Clock | None
+    run: str = ""
 
 
 def _as_it_is(config: Config) -> Config:
     return config
+
+
+def _global_model(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    return without_steps(full_plan(setup, state, round, device, dropout=None))
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class Method:
             Update that was refused is a Failure there, and perhaps all are.
         adjust: the configuration that its run has instead of the given one; of an adjusted one it
             makes nothing else.
+        own: the Plan that measures a device's own model, as it would begin the turn of that round:
+            the global model, where devices keep nothing to themselves.
+        has_global_model: otherwise the state's model is only where devices begin.
     """
 
     name: str
@@ -81,6 +90,8 @@ class Method:
     plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
     merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
     adjust: Callable[[Config], Config] = _as_it_is
+    own: Callable[[Setup, ServerState, int, int], Plan] = _global_model
+    has_global_model: bool = True
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
@@ -139,7 +150,13 @@ def full_plan(
         seed=setup.config.seed,
         nonce=secrets.token_hex(16),
         frozen=setup.config.frozen.layers,
+        run=setup.run,
     )
+
+
+def without_steps(plan: Plan) -> Plan:
+    """The same model on the device's test rows: nothing is trained, shared or kept."""
+    return replace(plan, budget=Budget(steps=0), share=frozenset(), measure=True)
 
 
 def average_by_examples(

@@ -15,10 +15,18 @@ from droppeft.comparison.written import COLUMNS, failures, heading
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
-from droppeft.report.screen import bar
+from droppeft.report.screen import accuracy_line, bar
 
-QUALITY = ("member", "seeds", "accuracy", "to target, modelled", "speed-up", "energy, modelled")
-COSTS = ("member", "to target, measured", "speed-up (m.)", "activations", "up", "down")
+QUALITY = ("member", "seeds", "accuracy", "personalised", "to target, modelled", "speed-up")
+COSTS = (
+    "member",
+    "to target, measured",
+    "speed-up (m.)",
+    "activations",
+    "up",
+    "down",
+    "energy, modelled",
+)
 """Columns of the two tables: on the modelled clock, and what was measured."""
 
 
@@ -44,7 +52,7 @@ class Lines:
         if played.result is None:
             line.append(f"failed: {played.failure}", style="red")
         else:
-            line.append(f"{played.result['global_accuracy']:.3f}", style="bold green")
+            line.append(accuracy_line(played.result), style="bold green")
             line.append(" done before" if wall_s is None else f" in {wall_s:.0f} s", style="dim")
         self._console.print(line)
         if wall_s is not None and played.result is not None:

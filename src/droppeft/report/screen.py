@@ -114,7 +114,7 @@ class Quiet:
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """The accuracy on the whole test set."""
-        print(f"accuracy {result['global_accuracy']:.4f}")
+        print(accuracy_line(result))
 
 
 class JsonLines(Quiet):
@@ -147,11 +147,9 @@ def closing_table(result: Mapping[str, Any]) -> Table:
 def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     sample = f"on {result['sampled_test_rows']:,} test texts"
     lines = [
-        ("accuracy", _share(result["global_accuracy"]), f"all {result['test_rows']:,} test texts"),
-        ("F1", _share(result["global_f1"]), ""),
+        *_global_lines(result, sample),
+        *_personalised_lines(result),
         ("before training", _share(result["initial_accuracy"]), sample),
-        ("after round 1", _share(result["first_accuracy"]), sample),
-        ("best", _share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
         ("majority class", _share(result["majority_accuracy"]), "reference"),
         (
             "TF-IDF + linear SVM",
@@ -162,6 +160,39 @@ def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if result["target"] is not None:
         lines += _target_lines(result)
     return lines
+
+
+def _global_lines(result: Mapping[str, Any], sample: str) -> list[tuple[str, str, str]]:
+    if result["global_accuracy"] is None:
+        return [("accuracy", "–", "there is no global model")]
+    return [
+        ("accuracy", _share(result["global_accuracy"]), f"all {result['test_rows']:,} test texts"),
+        ("F1", _share(result["global_f1"]), ""),
+        ("after round 1", _share(result["first_accuracy"]), sample),
+        ("best", _share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
+    ]
+
+
+def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Nothing in a run that did not measure it, as those of earlier versions."""
+    if result.get("personalised_accuracy") is None:
+        return []
+    devices, rows = result["personalised_devices"], result["personalised_rows"]
+    note = f"mean of {devices:,} devices' own models on their own {rows:,} test texts"
+    worst = max(1, -(-devices // 10))
+    return [
+        ("personalised", _share(result["personalised_accuracy"]), note),
+        ("worst tenth", _share(result["personalised_worst_tenth"]), f"of them: {worst} devices"),
+    ]
+
+
+def accuracy_line(result: Mapping[str, Any]) -> str:
+    """Both accuracies, those that there are."""
+    found = {
+        "accuracy": result["global_accuracy"],
+        "personalised": result.get("personalised_accuracy"),
+    }
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
 
 
 def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -108,7 +108,7 @@ def test_an_error_is_a_failure_with_its_name(
     def broken(*_: Any) -> Update:
         raise ZeroDivisionError("no rows")
 
-    monkeypatch.setattr(answering, "take_turn", broken)
+    monkeypatch.setattr(answering, "carry_out", broken)
     assert reason(ask(plans[1], errand)) == "ZeroDivisionError: no rows"
 
 

@@ -29,7 +29,16 @@ from droppeft.federation.flower.packing import (
     unpack_reply,
 )
 from droppeft.federation.flower.typed import MOST_TEXT, Malformed, one_line
-from droppeft.plans import AdapterSpec, BaseDelta, Failure, Plan, Update, payload_bytes
+from droppeft.plans import (
+    AdapterSpec,
+    BaseDelta,
+    Failure,
+    Measurement,
+    Plan,
+    Reply,
+    Update,
+    payload_bytes,
+)
 from messages import answer_to, filled, plan_for
 
 ENOUGH = 10**9
@@ -120,8 +129,8 @@ def test_every_plan_comes_back(plan: Plan, errand: Errand) -> None:
 
 
 @settings(max_examples=60)
-@given(values_of(Update) | values_of(Failure))
-def test_every_reply_comes_back(reply: Update | Failure) -> None:
+@given(values_of(Update) | values_of(Measurement) | values_of(Failure))
+def test_every_reply_comes_back(reply: Reply) -> None:
     packed = pack_reply(reply)
     assert fingerprint(unpack_reply(packed, ENOUGH)) == fingerprint(reply)
 
@@ -327,10 +336,10 @@ EMPTY = safetensors.numpy.save({})
         ('{"failure": {"device": 1, "device": 1, "reason": "r"}}', "twice"),
         ("[]", "not a JSON object"),
         ("null", "not a JSON object"),
-        ("{}", "no update and no failure"),
-        ('{"task": {}}', "no update and no failure"),
-        ('{"failure": {}, "update": {}}', "no update and no failure"),
-        ('{"failure": {}}', "lacks device, reason"),
+        ("{}", "no update and no measurement and no failure"),
+        ('{"task": {}}', "no update and no measurement and no failure"),
+        ('{"failure": {}, "update": {}}', "no update and no measurement"),
+        ('{"failure": {}}', "lacks device, lost, reason"),
         ('{"failure": []}', "not an object"),
     ],
 )

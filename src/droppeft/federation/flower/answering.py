@@ -13,7 +13,7 @@ import torch
 
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import take_turn
+from droppeft.federation.device import carry_out
 from droppeft.federation.flower.packing import Errand, Packed, pack_reply, unpack_plan
 from droppeft.federation.flower.typed import Malformed
 from droppeft.federation.loading import Site, difference, identity, load, site_of
@@ -46,7 +46,7 @@ def _reply(plan: Plan, errand: Errand, node: Mapping[str, Any]) -> Reply:
     try:
         site = _site(_key(errand, node))
         rows = site.devices[plan.device]
-        return take_turn(site.bench, site.table, rows, site.config, plan)
+        return carry_out(site.bench, site.table, rows, site.config, plan)
     except DroppeftError as error:
         return Failure(plan.device, str(error))
     except Exception as error:

@@ -14,10 +14,17 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from droppeft.federation.flower.typed import Malformed, Place, decode, encode, one_line
-from droppeft.plans import Array, Failure, Plan, Reply, Update
+from droppeft.plans import Array, Failure, Measurement, Plan, Reply, Update
 
 MOST_HEAD = 1_000_000
 """Characters of the longest head."""
+
+
+_KINDS: dict[type[Reply], str] = {
+    Update: "update",
+    Measurement: "measurement",
+    Failure: "failure",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def pack_reply(reply: Reply) -> Packed:
     """
     if isinstance(reply, Failure):
         return _pack("failure", dataclasses.replace(reply, reason=one_line(reply.reason)))
-    return _pack("update", reply)
+    return _pack(_KINDS[type(reply)], reply)
 
 
 def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
@@ -99,7 +106,7 @@ def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
         raise Malformed(
             f"the message has {len(packed.tensors)} bytes of tensors, {most_bytes} at most are due"
         )
-    reply: Reply = _unpack(packed, {"update": Update, "failure": Failure})
+    reply: Reply = _unpack(packed, {name: kind for kind, name in _KINDS.items()})
     return reply
 
 

@@ -94,8 +94,12 @@ class Log:
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Say how it ended."""
-        _say(f"accuracy on {result['test_rows']} test texts {result['global_accuracy']:.4f}")
-        _say(f"adapter {result['adapter_sha256']}")
+        if result["global_accuracy"] is not None:
+            _say(f"accuracy on {result['test_rows']} test texts {result['global_accuracy']:.4f}")
+            _say(f"adapter {result['adapter_sha256']}")
+        if result.get("personalised_accuracy") is not None:
+            devices = result["personalised_devices"]
+            _say(f"mean of {devices} devices' own models {result['personalised_accuracy']:.4f}")
 
 
 def _say(text: str) -> None:

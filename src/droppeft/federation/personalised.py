@@ -1,0 +1,113 @@
+"""Every device's own model on its own test rows: the second of the two accuracies; ours.
+
+It is asked for when a run ends, for the report alone: no clock counts it and nothing follows from
+it. Devices that never trained are asked too.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, isfinite
+from statistics import fmean, pstdev
+from typing import Any
+
+from droppeft.federation.transport import Transport
+from droppeft.methods import Method, Setup
+from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState
+
+
+@dataclass(frozen=True)
+class Personalised:
+    """What all devices answered.
+
+    Attributes:
+        measurements: of those that did, in the order of the devices.
+        failures: of the others.
+        wall_s: on this machine.
+    """
+
+    measurements: tuple[Measurement, ...]
+    failures: tuple[Failure, ...]
+    wall_s: float
+
+
+def measure_devices(
+    setup: Setup, method: Method, transport: Transport, state: ServerState, round: int
+) -> Personalised:
+    """Ask every device of the run.
+
+    Args:
+        round: the one that would come next.
+    """
+    start = time.perf_counter()
+    plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
+    came: dict[int, Reply] = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
+    answers = [_checked(plan, came.get(index)) for index, plan in enumerate(plans)]
+    return Personalised(
+        tuple(one for one in answers if isinstance(one, Measurement)),
+        tuple(one for one in answers if isinstance(one, Failure)),
+        time.perf_counter() - start,
+    )
+
+
+def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[str, Any]:
+    """What goes into ``result.json``; a device counts as one, however many rows it has.
+
+    The worst tenth is the mean of the lowest tenth of all devices' accuracies, rounded up to whole
+    devices; the deviation is theirs around the mean.
+
+    Args:
+        trained: merged turns of each device that has any.
+    """
+    accuracies = [one.accuracy for one in found.measurements]
+    worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
+    seen = [one.accuracy for one in found.measurements if trained.get(one.device)]
+    return {
+        "personalised_accuracy": _mean(accuracies),
+        "personalised_worst_tenth": _mean(worst),
+        "personalised_deviation": pstdev(accuracies) if accuracies else None,
+        "personalised_accuracy_trained": _mean(seen),
+        "personalised_devices": len(accuracies),
+        "personalised_rows": sum(one.rows for one in found.measurements),
+        "personalised_wall_s": found.wall_s,
+        "personalised": [
+            {
+                "device": one.device,
+                "turns": trained.get(one.device, 0),
+                "rows": one.rows,
+                "accuracy": one.accuracy,
+                "loss": one.loss,
+            }
+            for one in found.measurements
+        ],
+        "personalised_failures": [
+            {"device": one.device, "reason": one.reason} for one in found.failures
+        ],
+    }
+
+
+def _checked(plan: Plan, reply: Reply | None) -> Measurement | Failure:
+    if reply is None:
+        return Failure(plan.device, "sent no reply")
+    if isinstance(reply, Failure):
+        return Failure(plan.device, reply.reason)
+    reason = _why_refused(plan, reply)
+    if isinstance(reply, Measurement) and reason is None:
+        return reply
+    return Failure(plan.device, f"refused: {reason}")
+
+
+def _why_refused(plan: Plan, reply: Reply) -> str | None:
+    if not isinstance(reply, Measurement):
+        return "answers with no measurement"
+    if (reply.round, reply.device) != (plan.round, plan.device):
+        return f"answers round {reply.round}, device {reply.device}"
+    if reply.nonce != plan.nonce:
+        return "does not carry this Plan's nonce"
+    if not (reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss)):
+        return "its measurement is none"
+    return None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,104 @@
+"""What a device keeps to itself from one turn to the next: atomic files with checksums.
+
+Ours. A file per turn. Which one a turn begins with the server says (:attr:`Plan.kept`), because
+only it knows which turns count: after a lost reply, or when it goes on from an older checkpoint,
+the device begins again where the server believes it to be.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from droppeft.errors import DroppeftError
+from droppeft.files import write_atomically
+from droppeft.plans import Array, LayerKey, Tensors, flatten, layer_key
+from droppeft.sealed import DAMAGES, seal, unseal
+
+EARLIER = 2
+"""Files that stay of the turns that count, so that a server can go back to its older checkpoint."""
+
+_NAME = re.compile(r"round-(\d{6})\.safetensors")
+_RUN = re.compile(r"[0-9a-f]{1,64}")
+_log = logging.getLogger("droppeft")
+
+
+class Lost(DroppeftError):
+    """A device no longer has what it kept; it gets everything at its next turn."""
+
+
+def state_dir() -> Path:
+    """``$DROPPEFT_STATE``, else ``droppeft`` in ``$XDG_STATE_HOME`` or ``~/.local/state``.
+
+    What is there cannot be made again, and nothing here deletes a run's.
+    """
+    if own := os.environ.get("DROPPEFT_STATE"):
+        return Path(own)
+    shared = os.environ.get("XDG_STATE_HOME")
+    return (Path(shared) if shared else Path.home() / ".local" / "state") / "droppeft"
+
+
+def folder_of(run: str, device: int) -> Path:
+    """Where one device keeps what is its own; no other run has the same folder.
+
+    Raises:
+        DroppeftError: the name of the run is none; it comes from a server.
+    """
+    if not _RUN.fullmatch(run):
+        raise DroppeftError("the Plan names no run, and this device cannot keep anything for it")
+    return state_dir() / run / f"device-{device:06}"
+
+
+def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
+    """Write what a turn has made; older files than can be asked for again go.
+
+    Args:
+        folder: of the device; made when it is not there.
+        round: of the turn.
+        before: :attr:`Plan.kept` of the same turn.
+        tensors: to be kept.
+
+    Raises:
+        DroppeftError: the disk does not take it.
+    """
+    arrays = {f"{key}|{name}": array for key, name, array in flatten(tensors)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(_path(folder, round), seal(arrays, {"round": round}))
+        counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
+        for one in {*_rounds(folder)} - {round, *counted[-EARLIER:]}:
+            _path(folder, one).unlink(missing_ok=True)
+    except OSError as error:
+        raise DroppeftError(f"{folder}: cannot keep this device's tensors ({error})") from None
+
+
+def recall(folder: Path, round: int) -> Tensors:
+    """Read what the turn of a round has made.
+
+    Raises:
+        Lost: it is not there, or damaged.
+    """
+    path = _path(folder, round)
+    try:
+        arrays, _ = unseal(path)
+    except DAMAGES as error:
+        why = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        _log.warning("%s %s; the server is asked for the global values", path, why)
+        raise Lost(f"what it kept in round {round} {why.partition(' (')[0]}") from None
+    tensors: dict[LayerKey, dict[str, Array]] = {}
+    for label, array in arrays.items():
+        key, name = label.split("|", 1)
+        tensors.setdefault(layer_key(key), {})[name] = array
+    return tensors
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:06}.safetensors"
+
+
+def _rounds(folder: Path) -> Iterator[int]:
+    for path in folder.iterdir():
+        found = _NAME.fullmatch(path.name)
+        if found:
+            yield int(found[1])

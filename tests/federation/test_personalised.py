@@ -1,0 +1,354 @@
+"""Devices that keep their tensors to themselves, and every device's model on its own rows."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.adapters.by_layer import set_tensors
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.device import carry_out
+from droppeft.federation.export_run import export_run
+from droppeft.federation.loading import Site, site_of
+from droppeft.federation.personalised import (
+    Personalised,
+    measure_devices,
+    personalised_sums,
+)
+from droppeft.federation.prepare import Prepared
+from droppeft.federation.run import Interrupted, resume_run, start_run
+from droppeft.federation.transport import Arrival, InProcess
+from droppeft.methods.base import without_steps
+from droppeft.plans import Budget, Failure, Measurement, Plan, Update, flatten, layer_key
+from droppeft.sharing.kept import folder_of, recall
+from droppeft.training import evaluate
+from messages import Scripted, answer_to
+from runs import Recorder, outcome, rows_of, stop_after_a_round
+
+RUN = "00c0ffee"
+OWN_LAYER = 1
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def first(prepared: Prepared) -> Plan:
+    """Device 1's first: one layer stays with it, everything else travels."""
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    own = {name for key, name, _ in flatten(plan.tensors) if key == OWN_LAYER}
+    return replace(plan, share=plan.share - own, run=RUN, dropout=None)
+
+
+def next_visit(plan: Plan, round: int, kept: int | None) -> Plan:
+    """The server sends what it has of the device's layers, of the personal one nothing."""
+    sent = {key: named for key, named in plan.tensors.items() if key != OWN_LAYER}
+    return replace(plan, round=round, tensors=sent, kept=kept)
+
+
+def ask(site: Site, plan: Plan) -> Any:
+    return carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+
+
+def update(site: Site, plan: Plan) -> Update:
+    reply = ask(site, plan)
+    assert isinstance(reply, Update)
+    return reply
+
+
+def layers_of(reply: Update) -> set[Any]:
+    return set(reply.tensors)
+
+
+def test_what_may_not_travel_stays(site: Site, first: Plan) -> None:
+    reply = update(site, first)
+    assert OWN_LAYER not in reply.tensors
+    assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
+    kept = recall(folder_of(RUN, 1), 1)
+    assert set(kept) == {OWN_LAYER}
+    for name, array in kept[OWN_LAYER].items():
+        assert not np.array_equal(array, first.tensors[OWN_LAYER][name])
+
+
+def test_a_turn_begins_with_what_the_last_one_kept(site: Site, first: Plan) -> None:
+    """The same as if the server had sent it."""
+    update(site, first)
+    kept = recall(folder_of(RUN, 1), 1)
+    later = next_visit(first, round=2, kept=1)
+    found = update(site, later)
+    told = replace(later, tensors={**later.tensors, **kept}, kept=None)
+    expected = update(site, told)
+    assert found.train_loss == expected.train_loss
+    for key, name, array in flatten(found.tensors):
+        np.testing.assert_array_equal(array, expected.tensors[key][name])
+    fresh = update(site, replace(first, round=2))
+    assert fresh.train_loss != found.train_loss
+
+
+def test_what_the_plan_brings_goes_before_what_was_kept(site: Site, first: Plan) -> None:
+    """A layer that becomes shared takes the global value."""
+    update(site, first)
+    whole = replace(first, round=2, share=first.share)
+    assert update(site, replace(whole, kept=1)).train_loss == update(site, whole).train_loss
+
+
+def test_a_turn_that_the_server_never_heard_of_does_not_count(site: Site, first: Plan) -> None:
+    update(site, first)
+    expected = update(site, next_visit(first, round=3, kept=1))
+    update(site, next_visit(first, round=2, kept=1))  # its reply is lost
+    assert update(site, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
+
+
+def test_a_device_that_lost_what_it_kept_says_so(site: Site, first: Plan) -> None:
+    update(site, first)
+    (folder_of(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
+    reply = ask(site, next_visit(first, round=2, kept=1))
+    assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
+
+
+def test_a_plan_without_what_it_needs_is_an_error(site: Site, first: Plan) -> None:
+    with pytest.raises(DroppeftError, match="and this device has not kept it"):
+        ask(site, next_visit(first, round=2, kept=None))
+
+
+def test_a_method_that_shares_all_keeps_nothing(site: Site, first: Plan, state: Path) -> None:
+    every = frozenset(name for _, name, _ in flatten(first.tensors))
+    update(site, replace(first, share=every, run=""))
+    assert not state.exists()
+
+
+# Measuring
+
+
+def test_a_measurement_is_of_the_model_on_the_device_s_own_test_rows(
+    site: Site, first: Plan, state: Path
+) -> None:
+    reply = ask(site, without_steps(first))
+    rows = site.devices[1].test
+    set_tensors(site.bench.parameters, first.tensors)
+    expected = evaluate(site.bench.model, site.table, rows, site.bench.task, 64, "fp32")
+    assert reply == Measurement(1, 1, first.nonce, len(rows), expected.accuracy, expected.loss)
+    assert not state.exists()
+
+
+def test_a_measurement_is_of_what_was_kept(site: Site, first: Plan) -> None:
+    update(site, first)
+    before = rows_kept(1)
+    own = ask(site, without_steps(next_visit(first, round=2, kept=1)))
+    plain = ask(site, without_steps(replace(first, round=2)))
+    assert own.loss != plain.loss
+    assert rows_kept(1) == before
+
+
+def rows_kept(device: int) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder_of(RUN, device).iterdir()}
+
+
+def test_a_measurement_may_follow_training_that_leaves_nothing(site: Site, first: Plan) -> None:
+    update(site, first)
+    before = rows_kept(1)
+    plan = next_visit(first, round=2, kept=1)
+    trained = ask(site, replace(without_steps(plan), budget=Budget(steps=3)))
+    assert isinstance(trained, Measurement)
+    assert trained.loss != ask(site, without_steps(plan)).loss
+    assert rows_kept(1) == before
+
+
+def measurements(plan: Plan) -> list[Any]:
+    """Devices 0 to 3 say what is wrong in different ways, and 4 nothing."""
+    good = Measurement(plan.round, plan.device, plan.nonce, 8, 0.5, 1.0)
+    bad = {
+        1: replace(good, nonce="another"),
+        2: replace(good, accuracy=1.5),
+        3: Failure(9, "asleep", lost=True),
+        5: answer_to(plan),
+        6: replace(good, loss=float("nan")),
+        7: replace(good, rows=0),
+        8: replace(good, round=1),
+    }
+    return [] if plan.device == 4 else [bad.get(plan.device, good)]
+
+
+def test_nothing_is_taken_on_trust(prepare_with: Callable[..., Prepared]) -> None:
+    prepared = prepare_with("devices=10")
+    setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
+    found = measure_devices(setup, method, transport, prepared.state, 4)
+    assert [one.device for one in found.measurements] == [0, 9]
+    assert {one.device: one.reason for one in found.failures} == {
+        1: "refused: does not carry this Plan's nonce",
+        2: "refused: its measurement is none",
+        3: "asleep",
+        4: "sent no reply",
+        5: "refused: answers with no measurement",
+        6: "refused: its measurement is none",
+        7: "refused: its measurement is none",
+        8: "refused: answers round 1, device 8",
+    }
+
+
+def test_sums_count_every_device_as_one() -> None:
+    accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
+    found = Personalised(
+        tuple(Measurement(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
+    )
+    sums = personalised_sums(found, {0: 2, 10: 1})
+    assert sums["personalised_accuracy"] == pytest.approx(5.4 / 11)
+    # A tenth of eleven devices, rounded up: .2 and .3.
+    assert sums["personalised_worst_tenth"] == pytest.approx(0.25)
+    assert sums["personalised_deviation"] == pytest.approx(np.std(accuracies))
+    assert sums["personalised_accuracy_trained"] == pytest.approx(0.6)
+    assert (sums["personalised_devices"], sums["personalised_rows"]) == (11, 165)
+    assert sums["personalised"][0] == {
+        "device": 0,
+        "turns": 2,
+        "rows": 10,
+        "accuracy": 0.9,
+        "loss": 1.0,
+    }
+
+
+def test_nobody_measured_is_no_number() -> None:
+    sums = personalised_sums(Personalised((), (Failure(0, "asleep"),), 0.0), {})
+    assert sums["personalised_accuracy"] is sums["personalised_worst_tenth"] is None
+    assert sums["personalised_failures"] == [{"device": 0, "reason": "asleep"}]
+
+
+# Whole runs
+
+
+LOCAL = ("method=local", "devices=3", "rounds=5")
+
+
+@pytest.fixture
+def words(tiny_words: list[str]) -> list[str]:
+    return [*(word for word in tiny_words if not word.startswith("dropout.")), *LOCAL]
+
+
+def test_a_local_run_has_one_accuracy_and_sends_its_values_once(
+    words: list[str], tmp_path: Path
+) -> None:
+    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert result["global_accuracy"] is result["adapter_sha256"] is result["best_accuracy"] is None
+    assert result["personalised_devices"] == 3
+    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    assert all(row["upload_bytes"] == 0 for row in rows)
+    seen: set[int] = set()
+    for row in rows:
+        assert (row["download_bytes"] > 0) == (row["device"] not in seen)
+        seen.add(row["device"])
+    assert [one["turns"] for one in result["personalised"]] == [
+        sum(row["device"] == device for row in rows) for device in range(3)
+    ]
+
+
+def test_devices_of_a_local_run_learn_by_themselves(words: list[str], tmp_path: Path) -> None:
+    more = ("rounds=8", "training.local_steps=20", "training.learning_rate=0.02", "devices=2")
+    config = load_config(None, [*words, *more, "training.batch_size=16", "partition.kind=iid"])
+    result = start_run(config, tmp_path / "run", Recorder())
+    assert result["personalised_accuracy"] > 0.6
+    assert result["initial_accuracy"] < 0.5
+
+
+def test_a_local_run_goes_on_as_if_nothing_had_happened(words: list[str], tmp_path: Path) -> None:
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    assert own_outcome(tmp_path / "run") == own_outcome(tmp_path / "whole")
+
+
+def test_a_turn_that_was_kept_and_not_saved_is_taken_again(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server dies after the devices of round 3 have kept what they made."""
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+
+    class Dies(Recorder):
+        def replied(self, reply: Any) -> None:
+            super().replied(reply)
+            if isinstance(reply, Update) and reply.round == 3 and len(self.replies) % 2 == 0:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        start_run(load_config(None, words), tmp_path / "run", Dies())
+    resume_run(tmp_path / "run", Recorder())
+    assert own_outcome(tmp_path / "run") == own_outcome(tmp_path / "whole")
+
+
+def own_outcome(out: Path) -> Any:
+    (out / "adapter").mkdir()  # there is none
+    found = outcome(out)
+    (out / "adapter").rmdir()
+    return found
+
+
+def test_a_device_that_lost_its_values_begins_again(
+    words: list[str], tmp_path: Path, state: Path
+) -> None:
+    """One turn is lost; with the next one all values come from the server."""
+
+    class Forgetful:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
+
+        def exchange(self, plans: Any) -> Any:
+            for plan in plans:
+                if plan.round == 3 and not plan.measure and plan.kept is not None:
+                    for path in folder_of(plan.run, plan.device).iterdir():
+                        path.unlink()
+            yield from self.inner.exchange(plans)
+
+    config = load_config(None, [*words, "devices=2", "rounds=5"])
+    start_run(
+        config,
+        tmp_path / "run",
+        Recorder(),
+        lambda loaded: nullcontext(Forgetful(InProcess(site_of(loaded)))),
+    )
+    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    third = [row for row in rows if row["round"] == 3]
+    assert [row["reason"] for row in third] == ["what it kept in round 2 is gone"] * 2
+    fourth = [row for row in rows if row["round"] == 4]
+    assert all(row["accepted"] and row["download_bytes"] > 0 for row in fourth)
+    assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)
+
+
+def test_a_local_run_has_nothing_to_export(words: list[str], tmp_path: Path) -> None:
+    start_run(load_config(None, [*words, "rounds=1"]), tmp_path / "run", Recorder())
+    with pytest.raises(DroppeftError, match="method=local has no global model to export"):
+        export_run(tmp_path / "run")
+
+
+def test_the_measurement_can_be_left_out(tiny_words: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*tiny_words, "evaluation.personalised=false", "rounds=1"])
+    start_run(config, tmp_path / "run", Recorder())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert not any(name.startswith("personalised") for name in result)
+
+
+def test_a_measurement_for_a_turn_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    class Confused:
+        def exchange(self, plans: Any) -> Any:
+            for index, plan in enumerate(plans):
+                yield Arrival(index, Measurement(plan.round, plan.device, plan.nonce, 1, 1.0, 0.1))
+
+    with pytest.raises(DroppeftError, match="refused: answers with a measurement"):
+        start_run(
+            load_config(None, tiny_words),
+            tmp_path / "run",
+            Recorder(),
+            lambda loaded: nullcontext(Confused()),
+        )
+
+
+@pytest.mark.parametrize("key", [0, 17, "head", "other"])
+def test_a_layer_s_key_comes_back_from_its_text(key: Any) -> None:
+    assert layer_key(str(key)) == key
