@@ -98,6 +98,7 @@ def test_a_summary_adds_up() -> None:
         "round_measured_s": 8.0,
         "round_modelled_s": 60.0,
         "energy_modelled_j": 28.0,
+        "idle_modelled_share": None,
         "train_wall_s": 4.0,
         "evaluation_wall_s": 2.0,
         "host_wall_s": 12.0,
@@ -147,8 +148,11 @@ def test_a_round_is_summed_up() -> None:
     ]
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
     framing = [(10, 3), (10, None), (7, 2)]
-    modelled = RoundCost((TURN, None, TURN), late=(), surplus=(), round_s=15.0, absent=(8,))
-    made = round_row(1, plans, replies, replies, modelled, framing, quality, 0.25, 1.5, 0.2, 20.0)
+    faster = replace(TURN, train_s=3.0)
+    modelled = RoundCost((TURN, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
+    made = round_row(
+        1, plans, replies, replies, modelled, framing, quality, 0.25, 1.5, 0.2, 20.0, {"arm": 1}
+    )
     assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
@@ -174,6 +178,8 @@ def test_a_round_is_summed_up() -> None:
         surplus=[],
         round_modelled_s=15.0,
         energy_modelled_j=14.0,
+        idle_modelled_share=pytest.approx(1 - (15 + 10) / (2 * 15)),
+        notes={"arm": 1},
     )
 
 

@@ -55,6 +55,9 @@ class RoundRow:
             round waited for.
         energy_modelled_j: of all devices that trained. These five are unknown for rounds that an
             earlier version played.
+        idle_modelled_share: of the merged devices' time until the slowest of them is done, the part
+            in which they wait for it.
+        notes: what the method says of the round; of `droppeft` the configurator's arms.
     """
 
     round: int
@@ -81,6 +84,8 @@ class RoundRow:
     surplus: list[int] | None = None
     round_modelled_s: float | None = None
     energy_modelled_j: float | None = None
+    idle_modelled_share: float | None = None
+    notes: dict[str, Any] | None = None
 
 
 def device_row(plan: Plan, answer: Reply, reply: Reply, turn: TurnCost | None) -> dict[str, Any]:
@@ -143,6 +148,7 @@ def round_row(
     evaluation_wall_s: float,
     saving_wall_s: float,
     host_wall_s: float,
+    notes: Mapping[str, Any] | None = None,
 ) -> RoundRow:
     """Sum a round up.
 
@@ -151,6 +157,7 @@ def round_row(
         replies: what of it was merged.
         modelled: the round on the modelled clock.
         framing: bytes sent to and received from each device, as the transport counted them.
+        notes: what the method says of it.
     """
     came = [answer for answer in answers if isinstance(answer, Update)]
     updates = [reply for reply in replies if isinstance(reply, Update)]
@@ -187,7 +194,17 @@ def round_row(
         surplus=list(modelled.surplus),
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
+        idle_modelled_share=_idle_share(modelled, replies),
+        notes=None if notes is None else dict(notes),
     )
+
+
+def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
+    turns = zip(modelled.turns, replies, strict=True)
+    seconds = [turn.turn_s for turn, reply in turns if turn and isinstance(reply, Update)]
+    if not seconds or max(seconds) <= 0:
+        return None
+    return 1 - sum(seconds) / (len(seconds) * max(seconds))
 
 
 def summarise(
@@ -215,6 +232,9 @@ def summarise(
         "round_measured_s": sum(row.round_measured_s for row in rows),
         "round_modelled_s": _whole([row.round_modelled_s for row in rows]),
         "energy_modelled_j": _whole([row.energy_modelled_j for row in rows]),
+        "idle_modelled_share": _mean(
+            [row.idle_modelled_share for row in rows if row.idle_modelled_share is not None]
+        ),
         "train_wall_s": sum(row.train_wall_s for row in rows),
         "evaluation_wall_s": sum(row.evaluation_wall_s for row in rows),
         "host_wall_s": sum(row.host_wall_s for row in rows),

@@ -340,6 +340,15 @@ def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
             yield key, name, array
 
 
+def first_trained_layer(plan: Plan) -> int:
+    """Index of the first layer in which something is trained; below it nothing runs backward."""
+    if plan.train is None:
+        return plan.frozen
+    trained = {key for key, name, _ in flatten(plan.tensors) if name in plan.train}
+    layers = [key for key in trained if isinstance(key, int)]
+    return min(layers, default=len(plan.adapter.layers))
+
+
 def payload_bytes(tensors: Tensors) -> int:
     """Bytes of the arrays themselves, without a transport's framing."""
     return sum(array.nbytes for _, _, array in flatten(tensors))

@@ -1,5 +1,6 @@
 """The configuration of a run: its tables, and how they are read and written."""
 
+from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.devices import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.reading import (
     as_tree,
@@ -32,6 +33,7 @@ __all__ = [
     "Bandwidth",
     "ClockConfig",
     "Config",
+    "ConfiguratorConfig",
     "DeviceProfile",
     "DropoutConfig",
     "EvaluationConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from droppeft.config.base import Real, Table, Whole, WordList
+from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.devices import ClockConfig
 
 DEFAULT_MEAN_RATE = 1 / 3
@@ -337,6 +338,7 @@ class Config(Table):
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     frozen: FrozenConfig = Field(default_factory=lambda: FrozenConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 

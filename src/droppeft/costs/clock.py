@@ -16,6 +16,7 @@ from droppeft.plans import (
     MeasuredCost,
     Plan,
     Update,
+    first_trained_layer,
     payload_bytes,
     plan_bytes,
 )
@@ -129,7 +130,7 @@ class Clock:
         round, device = plan.round, plan.device
         profile = self.fleet.profile(device)
         arithmetic = self.arithmetic(plan.adapter)
-        work = training_flops(arithmetic, update.cost, plan.frozen)
+        work = training_flops(arithmetic, update.cost, plan.frozen, first_trained_layer(plan))
         down = plan_bytes(plan) / self.fleet.download_bytes_per_s(round, device)
         up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, device)
         train = compute_seconds(profile, work, update.steps)
@@ -144,18 +145,25 @@ class Clock:
         )
 
 
-def training_flops(arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0) -> float:
+def training_flops(
+    arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0, untrained: int = 0
+) -> float:
     """FLOPs of a turn's training: each layer counts for the tokens that it computed.
 
     Args:
         cost: what the device says it computed.
         frozen: so many of the first layers run without a backward, for the rows whose states
             were not on the device yet.
+        untrained: so many of the first layers run without a backward in every step, as far as they
+            are not frozen.
     """
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
+    forward, _ = arithmetic.forward(row_length)
     rows = [tokens / row_length for tokens in cost.layer_tokens]
-    total = _dot(rows[frozen:], layers[frozen:]) + cost.rows * rest
+    lower = max(frozen, untrained)
+    total = _dot(rows[frozen:lower], forward[frozen:lower])
+    total += _dot(rows[lower:], layers[lower:]) + cost.rows * rest
     if cost.prefix.built:
         layers, _ = arithmetic.forward(cost.prefix.built_tokens / cost.prefix.built)
         total += cost.prefix.built * sum(layers[:frozen])

@@ -214,6 +214,7 @@ def _one_round(
         quality["wall_s"] or 0.0,
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
+        prepared.method.note(prepared.setup, state),
     )
     turns = closed.modelled.turns
     parts = zip(closed.plans, closed.answers, closed.replies, turns, strict=True)

@@ -41,7 +41,13 @@ from droppeft.layer_dropout.gates import (
     expected_active,
     sample_active,
 )
-from droppeft.layer_dropout.rates import SHAPES, explicit_rates, layer_rates, protected_ends
+from droppeft.layer_dropout.rates import (
+    SHAPES,
+    explicit_rates,
+    layer_rates,
+    protected_ends,
+    weighted_rates,
+)
 from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
 __all__ = [
@@ -65,4 +71,5 @@ __all__ = [
     "protected_ends",
     "sample_active",
     "scheduled_rates",
+    "weighted_rates",
 ]

@@ -6,8 +6,9 @@ device knows which method it serves.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from droppeft.config import AdapterConfig, Config
 from droppeft.costs.clock import Clock
@@ -57,6 +58,10 @@ def _as_it_is(config: Config) -> Config:
     return config
 
 
+def _nothing(setup: Setup, state: ServerState) -> None:
+    return None
+
+
 def _global_model(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     return without_steps(full_plan(setup, state, round, device, dropout=None))
 
@@ -81,6 +86,7 @@ class Method:
         own: the Plan that measures a device's own model, as it would begin the turn of that round:
             the global model, where devices keep nothing to themselves.
         has_global_model: otherwise the state's model is only where devices begin.
+        note: plain values about the last round that a reader wants in the ledger, or ``None``.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Method:
     adjust: Callable[[Config], Config] = _as_it_is
     own: Callable[[Setup, ServerState, int, int], Plan] = _global_model
     has_global_model: bool = True
+    note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:

@@ -1,15 +1,18 @@
 """DropPEFT: devices train with stochastic transformer layer dropout and share by layer.
 
-Source: arXiv:2503.10217. In this version the rates are the configuration's, the same on every
-device and in every round, and all layers are shared; the online configurator and personalised
-layer sharing are not built yet. Exact gates, protected ends and schedules are ours.
+Source: arXiv:2503.10217. The rates are the configuration's, or those that the configurator finds
+(`methods/configured.py`); all layers are shared, personalised layer sharing is not built yet. Exact
+gates, protected ends and schedules are ours.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from droppeft.config import DropoutConfig
+from droppeft.configurator import Arm, first_trained
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
+from droppeft.methods import configured
 from droppeft.methods.base import (
     Method,
     Setup,
@@ -18,7 +21,7 @@ from droppeft.methods.base import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import LayerDropout, Plan, ServerState
+from droppeft.plans import LayerDropout, Plan, Reply, ServerState, flatten
 
 
 def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
@@ -57,9 +60,11 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 
 
 def _init(setup: Setup) -> ServerState:
-    adapter = uniform_adapter(setup)
+    state = start_with(setup, uniform_adapter(setup))
+    if not configured.is_fixed(setup):
+        return configured.first_memory(setup, state)
     rates_of_round(setup, 1)
-    return start_with(setup, adapter)
+    return state
 
 
 def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
@@ -78,18 +83,60 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    if configured.is_fixed(setup):
+        gates = _gates(setup, rates_of_round(setup, round))
+        return [full_plan(setup, state, round, device, gates) for device in cohort]
+    arms = configured.arms_of_round(setup, state, round, cohort)
+    importance = configured.memory_of(state).importance
+    return [
+        _with_arm(setup, state, round, device, arm, importance)
+        for device, (_, arm) in zip(cohort, arms, strict=True)
+    ]
+
+
+def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
     settings = setup.config.dropout
-    rates = rates_of_round(setup, round)
-    every = None if settings.every == "round" else settings.every
-    dropout = LayerDropout(rates, settings.sampling, every)
-    return [full_plan(setup, state, round, device, dropout) for device in cohort]
+    return LayerDropout(
+        rates, settings.sampling, None if settings.every == "round" else settings.every
+    )
+
+
+def _with_arm(
+    setup: Setup,
+    state: ServerState,
+    round: int,
+    device: int,
+    arm: Arm,
+    importance: Sequence[float] | None,
+) -> Plan:
+    """All values travel to the device, back those of the layers that it trains."""
+    rates = configured.rates_of_arm(setup, round, arm, importance)
+    plan = full_plan(setup, state, round, device, _gates(setup, rates))
+    plan = replace(plan, reward_rows=configured.reward_rows(setup))
+    lower = first_trained(arm, configured.depth_of_run(setup))
+    if lower == setup.config.frozen.layers:
+        return plan
+    names = frozenset(
+        name for key, name, _ in flatten(plan.tensors) if not isinstance(key, int) or key >= lower
+    )
+    return replace(plan, train=names, share=names)
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    merged = average_by_examples(setup, state, plans, replies)
+    if configured.is_fixed(setup):
+        return merged
+    return configured.learned(setup, state, merged, plans, replies)
 
 
 DROPPEFT = Method(
     name="droppeft",
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
-    tables=frozenset({"dropout", "frozen"}),
+    tables=frozenset({"dropout", "configurator", "frozen"}),
     init=_init,
     plan=_plan,
-    merge=average_by_examples,
+    merge=_merge,
+    note=configured.note,
 )

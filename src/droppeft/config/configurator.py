@@ -1,0 +1,65 @@
+"""The configurator's table: which arms there are, and how they are chosen."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from droppeft.config.base import Real, Table, Whole
+
+Shape = Literal["uniform", "incremental", "decay", "normal", "importance"]
+
+
+class ConfiguratorConfig(Table):
+    """What a device drops and trains is found out while the run trains.
+
+    With `policy=fixed` there is no configurator, and the rates are those of `dropout`. With another
+    `dropout.mean`, `count`, `rates` and `shape` are not used; its other settings hold for all arms.
+    """
+
+    policy: Literal[
+        "fixed",
+        "uniform_random",
+        "epsilon_greedy",
+        "sliding_window_ucb",
+        "budgeted_thompson",
+        "successive_halving",
+    ] = Field("fixed", description="how arms are chosen; `fixed`: the rates of `dropout`")
+    means: tuple[Real, ...] = Field(
+        (0.0, 0.25, 0.5),
+        min_length=1,
+        description="drop rates of the candidates, mean over the layers that are trained; what "
+        "the protected layers make impossible is left out",
+    )
+    shapes: tuple[Shape, ...] = Field(
+        ("uniform",),
+        min_length=1,
+        description="their shapes over depth; `importance`: drop most what matters least, by the "
+        "gradient norms of the run",
+    )
+    prefixes: tuple[Real, ...] = Field(
+        (0.0, 0.5),
+        min_length=1,
+        description="share of the layers behind `frozen.layers`, from the first, that run and are "
+        "not trained",
+    )
+    reward_rows: Whole = Field(
+        16, ge=1, description="validation rows on which a device measures what its turn gained"
+    )
+    window: Whole = Field(10, ge=1, description="rounds after which a gain is forgotten")
+    epsilon: Real = Field(
+        0.2, ge=0, le=1, description="of `epsilon_greedy`: part of the turns that explore"
+    )
+    stage: Whole = Field(
+        3, ge=1, description="of `successive_halving`: rounds until the worse half goes"
+    )
+    refresh: Whole = Field(
+        0,
+        ge=0,
+        description="rounds after which the worst arm makes room for a neighbour of the best; 0: "
+        "never; not of `successive_halving`",
+    )
+    by_class: bool = Field(
+        True,
+        description="what an arm takes is that of the kind of device, so that a cohort finishes "
+        "together; otherwise devices are taken as alike",
+    )

@@ -1,0 +1,64 @@
+"""From scores and seconds to an arm for each device: most gain per second of the round. Ours."""
+
+import numpy as np
+import numpy.typing as npt
+
+from droppeft.configurator.policies import FORCED, Scored
+from droppeft.errors import DroppeftError
+
+LEAST = 0.02
+"""Part of the typical gain that a turn counts for at least: time counts where nothing gains."""
+
+Matrix = npt.NDArray[np.float64]
+
+
+def choose_together(
+    scored: Scored, seconds: Matrix, fits: npt.NDArray[np.bool_]
+) -> tuple[int, ...]:
+    """Choose for a cohort whose slowest member ends the round.
+
+    For a round of T seconds each device takes the best score among its arms that end by T; of all
+    T that has the largest sum of scores per second. A device that explores takes what it must.
+
+    Args:
+        scored: of (devices, A).
+        seconds: (devices, A) what a turn takes.
+        fits: (devices, A) whether the device has the memory.
+
+    Returns:
+        An arm's place for every device; of equally good ones the first.
+
+    Raises:
+        DroppeftError: no arm fits a device.
+    """
+    scores = _allowed(scored.scores, fits)
+    if not scored.by_cost:
+        return tuple(int(one) for one in scores.argmax(axis=1))
+    forced = (scores >= FORCED).any(axis=1)
+    must = scores.argmax(axis=1)
+    if forced.all():
+        return tuple(int(one) for one in must)
+    free = ~forced
+    own, times = _worth(scores[free], fits[free]), np.where(fits[free], seconds[free], np.inf)
+    begun = max(seconds[forced, must[forced]], default=0.0)
+    soonest = max(begun, float(times.min(axis=1).max()))
+    best, chosen = -np.inf, must
+    for end in np.unique(np.append(times[np.isfinite(times) & (times > soonest)], soonest)):
+        picked = np.where(times <= end, own, -np.inf).argmax(axis=1)
+        places = np.arange(len(picked))
+        took = max(begun, float(times[places, picked].max()))
+        worth = own[places, picked].sum() / took
+        if worth > best:
+            best, chosen = worth, must.copy()
+            chosen[free] = picked
+    return tuple(int(one) for one in chosen)
+
+
+def _allowed(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
+    if not fits.any(axis=1).all():
+        raise DroppeftError("no arm of the configurator fits the memory of every device")
+    return np.where(fits, scores, -np.inf)
+
+
+def _worth(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
+    return np.where(fits, np.maximum(scores, LEAST), -np.inf)

@@ -1,0 +1,165 @@
+"""All that the configurator remembers between rounds, and what it does at the end of one. Ours."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from droppeft.configurator.arms import Arm, Depth, neighbours
+from droppeft.configurator.arms import as_json as arm_as_json
+from droppeft.configurator.arms import from_json as arm_from_json
+from droppeft.configurator.learning import Estimate, Trial, estimate
+
+SMOOTHING = 0.2
+"""Weight of a round's importance in the running mean."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is known.
+
+    Attributes:
+        arms: those that may be given, by number; a number is never used twice.
+        next_number: of the next new arm.
+        trials: of the window's rounds.
+        row_length: tokens of a row, padding included, mean of the last rounds.
+        importance: of each layer, running mean; ``None`` before any is known.
+        changed: the round after which arms were last taken out or exchanged.
+    """
+
+    arms: Mapping[int, Arm]
+    next_number: int
+    trials: tuple[Trial, ...]
+    row_length: float
+    importance: tuple[float, ...] | None
+    changed: int
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the arms, in their order."""
+        return tuple(self.arms)
+
+    def known(self, window: int) -> Estimate:
+        """Of the arms, in their order."""
+        last = max((trial.round for trial in self.trials), default=0)
+        return estimate(self.trials, self.numbers, last, window)
+
+
+def begin(arms: Sequence[Arm], row_length: float) -> Memory:
+    """Nothing is known but the candidates."""
+    return Memory(dict(enumerate(arms)), len(arms), (), row_length, None, 0)
+
+
+def as_json(memory: Memory) -> dict[str, Any]:
+    """Plain values, as they come back from a checkpoint."""
+    return {
+        "arms": [[number, *arm_as_json(arm)] for number, arm in memory.arms.items()],
+        "next_number": memory.next_number,
+        "trials": [[trial.round, trial.arm, trial.gain] for trial in memory.trials],
+        "row_length": memory.row_length,
+        "importance": None if memory.importance is None else list(memory.importance),
+        "changed": memory.changed,
+    }
+
+
+def from_json(tree: Mapping[str, Any]) -> Memory:
+    """What :func:`as_json` gave."""
+    importance = tree["importance"]
+    return Memory(
+        arms={number: arm_from_json(arm) for number, *arm in tree["arms"]},
+        next_number=tree["next_number"],
+        trials=tuple(Trial(*trial) for trial in tree["trials"]),
+        row_length=tree["row_length"],
+        importance=None if importance is None else tuple(importance),
+        changed=tree["changed"],
+    )
+
+
+def with_round(
+    memory: Memory,
+    trials: Sequence[Trial],
+    round: int,
+    window: int,
+    row_length: float | None,
+    importance: Sequence[float] | None,
+) -> Memory:
+    """Add what a round has shown; forget what is older than the window.
+
+    Args:
+        row_length: mean of the round's turns, ``None`` if nothing was merged.
+        importance: of each layer, mean over the round's turns in which it ran and was trained; 0
+            where there was none. ``None`` if nothing was merged.
+    """
+    kept = [trial for trial in memory.trials if trial.round > round - window]
+    return replace(
+        memory,
+        trials=(*kept, *trials),
+        row_length=memory.row_length if row_length is None else row_length,
+        importance=_smoothed(memory.importance, importance),
+    )
+
+
+def _smoothed(
+    old: tuple[float, ...] | None, new: Sequence[float] | None
+) -> tuple[float, ...] | None:
+    if new is None or old is None:
+        return old if new is None else tuple(new)
+    return tuple(
+        after if before == 0 else before if after == 0 else before + SMOOTHING * (after - before)
+        for before, after in zip(old, new, strict=True)
+    )
+
+
+def halved(memory: Memory, round: int, every: int, window: int, seconds: Sequence[float]) -> Memory:
+    """Take out the worse half, when a stage of so many rounds is over; the last arm stays.
+
+    Args:
+        seconds: what a turn takes with each arm, mean over the kinds of device.
+    """
+    if len(memory.arms) == 1 or round - memory.changed < every:
+        return memory
+    worth = _worth(memory, window, seconds)
+    best = sorted(range(len(worth)), key=lambda place: -worth[place])
+    stay = sorted(best[: (len(best) + 1) // 2])
+    numbers = memory.numbers
+    arms = {numbers[place]: memory.arms[numbers[place]] for place in stay}
+    return replace(memory, arms=arms, changed=round)
+
+
+def refreshed(
+    memory: Memory,
+    round: int,
+    every: int,
+    window: int,
+    seconds: Sequence[float],
+    step: float,
+    shapes: Sequence[str],
+    depth: Depth,
+    rng: np.random.Generator,
+) -> Memory:
+    """Exchange the worst arm for a neighbour of the best, every so many rounds; 0 never.
+
+    Arms that were not tried in the window are not judged.
+    """
+    if every == 0 or round - memory.changed < every or len(memory.arms) < 2:
+        return memory
+    worth, tried = _worth(memory, window, seconds), memory.known(window).count > 0
+    if not tried.any():
+        return memory
+    numbers = memory.numbers
+    judged = [place for place in range(len(worth)) if tried[place]]
+    best = max(judged, key=lambda place: worth[place])
+    worst = min(judged, key=lambda place: worth[place])
+    near = neighbours(memory.arms[numbers[best]], step, shapes, depth)
+    new = [arm for arm in near if arm not in memory.arms.values()]
+    if best == worst or not new:
+        return replace(memory, changed=round)
+    arms = {number: arm for number, arm in memory.arms.items() if number != numbers[worst]}
+    arms[memory.next_number] = new[int(rng.integers(len(new)))]
+    return replace(memory, arms=arms, next_number=memory.next_number + 1, changed=round)
+
+
+def _worth(memory: Memory, window: int, seconds: Sequence[float]) -> list[float]:
+    quality = memory.known(window).quality
+    return [float(one) / took for one, took in zip(quality, seconds, strict=True)]

@@ -1,0 +1,380 @@
+"""The configurator on a run: Plans by arm, seconds by the clock, nothing learnt from failures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from droppeft.config import DeviceProfile, load_config, resolve
+from droppeft.configurator import Arm
+from droppeft.configurator.memory import as_json
+from droppeft.costs.devices import PROFILES, make_fleet
+from droppeft.errors import DroppeftError
+from droppeft.federation.modelled import make_clock
+from droppeft.federation.rounds import play_round
+from droppeft.federation.run import resume_run, start_run
+from droppeft.methods import METHODS, Setup, configured
+from droppeft.methods.droppeft import configured_rates
+from droppeft.plans import Failure, Plan, ServerState, Update, first_trained_layer, flatten
+from messages import (
+    ARITHMETIC,
+    BACKWARD,
+    FORWARD,
+    LAYERS,
+    REST,
+    Scripted,
+    answer_to,
+    plan_for,
+    setup_for,
+)
+from runs import Recorder, outcome, rows_of, stop_after_a_round
+
+DROPPEFT = METHODS["droppeft"]
+THOMPSON = "configurator.policy=budgeted_thompson"
+UNPROTECTED = ("dropout.protect_first=0", "dropout.protect_last=0")
+
+
+def setup(*words: str) -> Setup:
+    return setup_for(THOMPSON, *UNPROTECTED, "rounds=40", *words)
+
+
+def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[Arm]:
+    return [arm for _, arm in configured.arms_of_round(setup, state, round, cohort)]
+
+
+def as_saved(state: ServerState) -> ServerState:
+    return replace(state, memory=json.loads(json.dumps(state.memory)))
+
+
+# Plans
+
+
+def test_fixed_plans_what_was_planned_without_a_configurator() -> None:
+    fixed = setup_for("dropout.mean=0.25")
+    state = DROPPEFT.init(fixed)
+    assert state.memory == {}
+    for plan in DROPPEFT.plan(fixed, state, 1, [0, 1]):
+        assert plan.dropout is not None
+        assert plan.dropout.rates == configured_rates(fixed.config.dropout, LAYERS)
+        assert (plan.train, plan.reward_rows) == (None, 0)
+    assert DROPPEFT.note(fixed, state) is None
+
+
+def test_a_plan_drops_and_trains_what_its_arm_says() -> None:
+    own = setup("configurator.reward_rows=7")
+    state = DROPPEFT.init(own)
+    seen = set()
+    for round in range(1, 20):
+        cohort = [0, 3, 7]
+        plans = DROPPEFT.plan(own, state, round, cohort)
+        for plan, arm in zip(plans, given(own, state, round, cohort), strict=True):
+            lower = 2 if arm.prefix else 0
+            seen.add(arm)
+            assert plan.dropout is not None
+            assert sum(plan.dropout.rates[lower:]) == pytest.approx(arm.mean * (LAYERS - lower))
+            assert not any(plan.dropout.rates[:lower])
+            assert first_trained_layer(plan) == lower
+            assert plan.reward_rows == 7
+            assert len(plan.tensors) == LAYERS + 1  # every value travels to the device
+            if lower:
+                assert plan.train == plan.share == {"head.W", "layer.2.A", "layer.3.A"}
+    assert len(seen) > 3
+
+
+def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
+    own = setup()
+    state = DROPPEFT.init(own)
+    first = given(own, state, 1, [1, 2, 3])
+    assert given(own, as_saved(state), 1, [1, 2, 3]) == first
+    rounds = [given(own, state, round, [1, 2, 3]) for round in range(1, 9)]
+    assert len(set(map(tuple, rounds))) > 3
+    other = setup("seed=1")
+    assert [given(other, state, round, [1, 2, 3]) for round in range(1, 9)] != rounds
+
+
+def test_a_schedule_holds_for_every_arm() -> None:
+    own = setup("rounds=10", "dropout.schedule=recovery")
+    state = DROPPEFT.init(own)
+    late = DROPPEFT.plan(own, state, 9, [0, 1, 2])
+    assert all(plan.dropout is not None and not any(plan.dropout.rates) for plan in late)
+
+
+def test_random_measures_nothing() -> None:
+    own = setup_for("configurator.policy=uniform_random", *UNPROTECTED)
+    state = DROPPEFT.init(own)
+    plans = DROPPEFT.plan(own, state, 1, [0, 1, 2])
+    assert {plan.reward_rows for plan in plans} == {0}
+
+
+# What is learnt
+
+
+def test_gains_count_for_the_arm_that_the_device_had() -> None:
+    own = setup()
+    state = DROPPEFT.init(own)
+    cohort = [0, 1, 2, 3, 4]
+    plans = DROPPEFT.plan(own, state, 1, cohort)
+    rewards = [0.1, None, 0.3, 0.4, 0.5]
+    replies = [answer_to(plan, reward=reward) for plan, reward in zip(plans, rewards, strict=True)]
+    replies[2] = Failure(2, "asleep")  # type: ignore[call-overload]
+    after = as_saved(DROPPEFT.merge(own, state, plans, replies))
+    numbers = [number for number, _ in configured.arms_of_round(own, state, 1, cohort)]
+    trials = configured.memory_of(after).trials
+    assert [(trial.arm, trial.gain) for trial in trials] == [
+        (numbers[0], 0.1),
+        (numbers[3], 0.4),
+        (numbers[4], 0.5),
+    ]
+    note = DROPPEFT.note(own, after)
+    assert note is not None
+    assert note["chosen"] == {str(device): number for device, number in enumerate(numbers)}
+    assert sum(note["trials"]) == 3
+    assert set(note["labels"]) == {str(number) for number in note["present"]}
+
+
+def test_a_round_of_failures_shows_nothing() -> None:
+    own = setup()
+    state = DROPPEFT.init(own)
+    plans = DROPPEFT.plan(own, state, 1, [0, 1])
+    after = DROPPEFT.merge(own, state, plans, [Failure(plan.device, "x") for plan in plans])
+    assert configured.memory_of(after) == configured.memory_of(state)
+
+
+def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
+    """Layers 2 and 3 alone are trained by device 1; layer 2 does not run on device 0."""
+    own = setup()
+    state = DROPPEFT.init(own)
+    whole, part = plan_for(0), plan_for(1)
+    names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
+    part = replace(part, train=names, share=names)
+    updates = [
+        answer_to(whole, importance=(1.0, 2.0, 0.0, 4.0), active_steps=(2, 2, 0, 2)),
+        answer_to(part, importance=(0.0, 0.0, 5.0, 8.0), active_steps=(2, 2, 2, 2)),
+    ]
+    memory = configured.memory_of(configured.learned(own, state, state, [whole, part], updates))
+    assert memory.importance == (1.0, 2.0, 5.0, 6.0)
+    assert memory.row_length == 64 / 8
+
+
+# What arms take
+
+
+def test_seconds_are_those_that_the_clock_will_charge() -> None:
+    """Ten steps of 16 rows: what is expected is a turn whose rows and gates are the mean ones."""
+    own = setup("training.local_steps=10", "clock.profiles=laptop_cpu")
+    state = DROPPEFT.init(own)
+    memory = replace(configured.memory_of(state), row_length=8.0)
+    assert own.clock is not None
+    for arm in memory.arms.values():
+        plan = _plan_of(own, state, arm)
+        lower = first_trained_layer(plan)
+        rates = plan.dropout.rates if plan.dropout else ()
+        tokens = 10 * 16 * 8
+        update = _update_of(plan, tokens, [round(tokens * (1 - rate)) for rate in rates])
+        charged = own.clock.turn_cost(plan, update)
+        profile = own.clock.fleet.profile(0)
+        expected = configured._turn_seconds(own, state, memory, 1, arm, profile)
+        uploaded = charged.upload_s
+        whole = 4 * (2 * LAYERS + 1) / profile.upload.mean
+        assert expected - whole == pytest.approx(charged.turn_s - uploaded, rel=1e-6)
+        # By hand: per token forward below, both above, head and embeddings always.
+        active = sum(1 - rate for rate in rates[lower:])
+        flops = tokens * (lower * FORWARD + active * (FORWARD + BACKWARD) + 2 * REST)
+        assert charged.train_s == pytest.approx(flops / 3e11 + 10 * 0.02, rel=1e-6)
+
+
+def _plan_of(own: Setup, state: ServerState, arm: Arm) -> Plan:
+    memory = replace(configured.memory_of(state), arms={0: arm})
+    only = replace(state, memory={**state.memory, configured.KEY: as_json(memory)})
+    [plan] = DROPPEFT.plan(own, only, 1, [0])
+    return plan
+
+
+def _update_of(plan: Plan, tokens: int, layer_tokens: list[int]) -> Update:
+    update = answer_to(plan, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160)
+    cost = replace(
+        update.cost,
+        tokens=tokens,
+        rows=160,
+        layer_tokens=tuple(layer_tokens),
+        reward_tokens=2 * plan.reward_rows * tokens // 160,
+    )
+    return replace(update, cost=cost)
+
+
+def with_memory_limits(*limits: float) -> Setup:
+    """One profile for each number of bytes."""
+    own = {
+        f"kind{place}": {
+            "effective_flops_per_s": 1e12,
+            "memory_bytes": limit,
+            "idle_watts": 1.0,
+            "train_watts": 1.0,
+            "download": 1e6,
+            "upload": 1e6,
+        }
+        for place, limit in enumerate(limits)
+    }
+    plain = setup()
+    profiles = {name: DeviceProfile.model_validate(one) for name, one in own.items()}
+    clock = plain.config.clock.model_copy(update={"own": profiles, "profiles": tuple(profiles)})
+    config = plain.config.model_copy(update={"clock": clock})
+    fleet = make_fleet(clock, config.devices, config.seed)
+    # Each layer stores a megabyte, the rest nothing.
+    counts = [
+        replace(count, blocks=tuple(replace(one, stored_bytes=10**6) for one in count.blocks))
+        for count in ARITHMETIC.counts
+    ]
+    stored = replace(ARITHMETIC, counts=tuple(counts))
+    return replace(plain, config=config, clock=make_clock(fleet, lambda spec: stored))
+
+
+PROCESS = 500_000_000
+
+
+def test_an_arm_that_does_not_fit_is_never_given() -> None:
+    """Two megabytes: two of four layers at a time, and no more."""
+    own = with_memory_limits(PROCESS + 2.5e6, PROCESS + 1e9)
+    state = DROPPEFT.init(own)
+    assert own.clock is not None
+    small = [device for device in range(10) if own.clock.fleet.names[device] == "kind0"]
+    assert len(small) == 5
+    for policy in ("budgeted_thompson", "uniform_random", "epsilon_greedy", "sliding_window_ucb"):
+        chosen = own.config.configurator.model_copy(update={"policy": policy})
+        other = replace(own, config=own.config.model_copy(update={"configurator": chosen}))
+        for round in range(1, 15):
+            for arm in given(other, state, round, small):
+                lower = 2 if arm.prefix else 0
+                assert (LAYERS - lower) * (1 - arm.mean) <= 2
+
+
+def test_a_device_that_no_arm_fits_stops_the_run() -> None:
+    said = "no arm of the configurator fits a kind0: the least takes 0.50 GB, it has 0.50; lower"
+    with pytest.raises(DroppeftError, match=said):
+        DROPPEFT.init(with_memory_limits(PROCESS + 0.5e6))
+
+
+def test_a_device_without_the_memory_for_the_last_rounds_stops_the_run() -> None:
+    """At full depth only an arm with a prefix fits, and there is none."""
+    fits = with_memory_limits(PROCESS + 2.5e6)
+    words = {"prefixes": (0.0,)}
+    settings = fits.config.configurator.model_copy(update=words)
+    config = fits.config.model_copy(update={"configurator": settings})
+    DROPPEFT.init(replace(fits, config=config))
+    recovers = config.dropout.model_copy(update={"schedule": "recovery"})
+    with pytest.raises(DroppeftError, match="no arm of the configurator fits a kind0"):
+        DROPPEFT.init(replace(fits, config=config.model_copy(update={"dropout": recovers})))
+
+
+def test_slower_devices_get_cheaper_arms() -> None:
+    """Once it is known that dropping costs little: the cohort finishes together."""
+    own = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
+    state = DROPPEFT.init(own)
+    for round in range(1, 30):
+        plans = DROPPEFT.plan(own, state, round, list(range(10)))
+        arms = given(own, state, round, list(range(10)))
+        replies = [
+            answer_to(plan, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.prefix)
+            for plan, arm in zip(plans, arms, strict=True)
+        ]
+        state = as_saved(DROPPEFT.merge(own, state, plans, replies))
+    assert own.clock is not None
+    names = own.clock.fleet.names
+    last = given(own, state, 30, list(range(10)))
+    work = {
+        name: np.mean([1 - arm.mean for place, arm in enumerate(last) if names[place] == name])
+        for name in ("jetson_tx2", "jetson_agx_xavier")
+    }
+    assert work["jetson_tx2"] < work["jetson_agx_xavier"]
+
+
+def test_devices_can_be_taken_as_alike() -> None:
+    """Then which of them is slow changes nothing."""
+    words = ("training.local_steps=100", "configurator.by_class=false")
+    mixed = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", *words)
+    turned = setup("clock.profiles=jetson_agx_xavier,jetson_tx2", *words)
+    state = DROPPEFT.init(mixed)
+    for round in range(1, 9):
+        cohort = list(range(10))
+        assert given(mixed, state, round, cohort) == given(turned, state, round, cohort)
+    by_class = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", words[0])
+    assert any(
+        given(by_class, state, round, [0, 1, 2]) != given(mixed, state, round, [0, 1, 2])
+        for round in range(1, 9)
+    )
+
+
+def test_without_a_clock_there_is_no_configurator() -> None:
+    with pytest.raises(DroppeftError, match=r"set configurator\.policy=fixed"):
+        DROPPEFT.init(replace(setup(), clock=None))
+
+
+def test_impossible_arms_stop_before_anything_is_written() -> None:
+    with pytest.raises(DroppeftError, match="no arm of the configurator is possible"):
+        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.prefixes=[0]"))
+
+
+# Rounds and runs
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_of_arrival_does_not_matter(backwards: bool) -> None:
+    own = setup("configurator.refresh=2")
+    state = DROPPEFT.init(own)
+    for round in range(1, 7):
+        transport = Scripted(
+            lambda plan: [answer_to(plan, reward=0.1 * (plan.device % 4))], backwards=backwards
+        )
+        state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
+    memory = configured.memory_of(state)
+    assert memory.next_number > len(memory.arms)  # some arm was exchanged
+    assert as_json(memory) == EXPECTED.setdefault("memory", as_json(memory))
+
+
+EXPECTED: dict[str, object] = {}
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    words = [*usual, THOMPSON, "configurator.reward_rows=4", *UNPROTECTED, "rounds=5"]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    rows = rows_of(tmp_path / "whole" / "rounds.jsonl")
+    assert all(row["notes"]["chosen"].keys() == {str(d) for d in row["cohort"]} for row in rows)
+    assert all(0 <= row["idle_modelled_share"] < 1 for row in rows)
+    devices = rows_of(tmp_path / "whole" / "devices.jsonl")
+    assert all(row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices)
+
+
+@pytest.mark.parametrize("policy", ["epsilon_greedy", "successive_halving", "uniform_random"])
+def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: Path) -> None:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    words = [*usual, f"configurator.policy={policy}", *UNPROTECTED, "configurator.stage=1"]
+    start_run(load_config(None, words), tmp_path / "run", Recorder())
+    present = [row["notes"]["present"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
+    assert len(present[-1]) < len(present[0]) if policy == "successive_halving" else True
+
+
+def test_what_an_untrained_layer_costs_is_its_forward() -> None:
+    """The clock, on a Plan that trains from layer 2 up."""
+    names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
+    plan = plan_for(0, train=names, share=names)
+    assert first_trained_layer(plan) == 2
+    assert first_trained_layer(plan_for(0)) == 0
+    assert first_trained_layer(replace(plan, train=frozenset({"head.W"}))) == LAYERS
+    config = resolve(load_config(None, ["devices=1", "cohort=1"]), cuda=False)
+    clock = config.clock.model_copy(update={"profiles": ("laptop_cpu",)})
+    fleet = make_fleet(clock, 1, 0)
+    update = answer_to(plan, active_steps=(2, 2, 2, 2))
+    update = replace(update, cost=replace(update.cost, layer_tokens=(64,) * 4))
+    charged = make_clock(fleet, lambda spec: ARITHMETIC).turn_cost(plan, update).train_s
+    flops = 64 * (2 * FORWARD + 2 * (FORWARD + BACKWARD) + 2 * REST)
+    profile = PROFILES["laptop_cpu"]
+    assert charged == pytest.approx(flops / profile.effective_flops_per_s + 2 * 0.02)
+    assert [key for key, _, _ in flatten(update.tensors)] == [2, 3, "head"]
