@@ -116,8 +116,8 @@ def test_neighbours_differ_in_one_thing_and_are_possible() -> None:
 
 
 def test_labels_are_for_people() -> None:
-    assert Arm(0.0, "uniform", 0.0).label == "0% dropped"
-    assert Arm(0.25, "decay", 0.5).label == "25% dropped decay, first 50% not trained"
+    assert Arm(0.0, "uniform", 0.0).label == "nothing dropped"
+    assert Arm(0.25, "decay", 0.5).label == "25% dropped (decay), first 50% not trained"
 
 
 @given(st.builds(Arm, st.floats(0, 1), st.sampled_from(["uniform", "decay"]), st.floats(0, 1)))

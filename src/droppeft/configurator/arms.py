@@ -30,7 +30,9 @@ class Arm:
     def label(self) -> str:
         """For people."""
         prefix = f", first {self.prefix:.0%} not trained" if self.prefix else ""
-        shape = f" {self.shape}" if self.mean and self.shape != "uniform" else ""
+        if not self.mean:
+            return f"nothing dropped{prefix}"
+        shape = "" if self.shape == "uniform" else f" ({self.shape})"
         return f"{self.mean:.0%} dropped{shape}{prefix}"
 
 

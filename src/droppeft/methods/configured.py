@@ -154,18 +154,41 @@ def learned(
         )
         if _unfitted(setup, before, memory, round) is not None:
             memory = replace(memory, arms=memory_of(before).arms)
-    chosen = {plan.device: number for plan, (number, _) in zip(plans, given, strict=True)}
-    labels = {number: arm.label for number, arm in given}
-    return _with_memory(after, memory, {"chosen": chosen, "labels": labels})
+    return _with_memory(after, memory, _shown(setup, plans, replies, given))
+
+
+def _shown(
+    setup: Setup,
+    plans: Sequence[Plan],
+    replies: Sequence[Reply],
+    given: Sequence[tuple[int, Arm]],
+) -> Mapping[str, Any]:
+    """What people want to see of a round; nothing is decided by it."""
+    rates = [plan.dropout.rates for plan in plans if plan.dropout]
+    lowest = [first_trained_layer(plan) for plan in plans]
+    return {
+        "chosen": {
+            str(plan.device): number for plan, (number, _) in zip(plans, given, strict=True)
+        },
+        "labels": {str(number): arm.label for number, arm in given},
+        "gains": {
+            str(plan.device): reply.reward
+            for plan, reply in zip(plans, replies, strict=True)
+            if isinstance(reply, Update)
+        },
+        "rates": [fmean(layer) for layer in zip(*rates, strict=True)],
+        "trained": [fmean(layer >= lower for lower in lowest) for layer in range(setup.num_layers)],
+    }
 
 
 def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
     """What the configurator did in the last round and thinks now, for the ledger.
 
-    ``chosen``: number of the arm of each device; ``labels``: of those numbers and of all present
-    arms; ``quality``, ``deviation``, ``trials``, ``seconds``: of the present arms, in units of the
-    typical gain and modelled seconds of a turn, mean over the kinds of device; ``best``: number of
-    the arm with most gain per second.
+    ``chosen``: number of the arm of each device; ``gains``: of those that were merged; ``rates``,
+    ``trained``: of each layer, mean drop rate and share of the devices that trained it; ``labels``:
+    of the arms' numbers, chosen or present; ``quality``, ``deviation``, ``trials``, ``seconds``: of
+    the present arms, in units of the typical gain and modelled seconds of a turn, mean over the
+    kinds of device; ``best``: number of the arm with most gain per second.
     """
     last = state.memory.get(LAST)
     if is_fixed(setup) or not isinstance(last, Mapping) or not last:
@@ -177,8 +200,8 @@ def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
     numbers = memory.numbers
     present = {str(number): arm.label for number, arm in memory.arms.items()}
     return {
-        "chosen": {str(device): number for device, number in last["chosen"].items()},
-        "labels": {**{str(number): label for number, label in last["labels"].items()}, **present},
+        **last,
+        "labels": {**last["labels"], **present},
         "present": list(numbers),
         "quality": [float(one) for one in known.quality],
         "deviation": [float(one) for one in known.deviation],

@@ -55,11 +55,22 @@ BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
         "measured time to target, s",
         lambda row: _mean_of(row.time_to_target_measured_s),
     ),
+    "personalised": (
+        "personalised accuracy, mean of devices",
+        lambda row: _mean_of(row.personalised),
+    ),
+    "worst-tenth": (
+        "personalised accuracy, worst tenth of devices",
+        lambda row: _mean_of(row.worst_tenth),
+    ),
     "activations": ("stored activations, peak, MB", lambda row: _in_mb(row.activation_bytes_peak)),
     "upload": ("up, all devices, MB", lambda row: _in_mb(row.upload_bytes)),
     "download": ("down, all devices, MB", lambda row: _in_mb(row.download_bytes)),
 }
 OF_THE_TARGET = ("time-modelled", "time-measured")
+OF_DEVICES = ("personalised", "worst-tenth")
+RATES, SHARES = "rates", "arms"
+"""Figures of a member with a configurator; their names go on with the member's number."""
 
 
 def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
@@ -72,8 +83,15 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
     with _style():
         made = {name: _accuracy(part, played, axis) for name, axis in AXES.items()}
         for name, (title, value) in BARS.items():
-            if part.target is not None or name not in OF_THE_TARGET:
+            wanted = part.target is not None or name not in OF_THE_TARGET
+            if wanted and (name not in OF_DEVICES or any(value(row) for row in part.rows)):
                 made[name] = _bars(part, title, value)
+        for number, row in enumerate(part.rows):
+            runs = [one.rows for one in played if one.cell.member == row.member and one.result]
+            noted = [rows for rows in runs if all((one.get("notes") or {}) for one in rows)]
+            if noted:
+                made[f"{RATES}-{number}"] = _rates(row.member, noted)
+                made[f"{SHARES}-{number}"] = _shares(row.member, noted)
     return made
 
 
@@ -187,6 +205,68 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
             arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
         )
     axis.set(ylim=(low, high), xlim=(0, right))
+
+
+def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
+    """Layers by rounds: how often each is dropped, mean over a round's devices and over seeds."""
+    by_round = list(zip(*runs, strict=False))
+    rates = [
+        [fmean(layer) for layer in zip(*(row["notes"]["rates"] for row in rows), strict=True)]
+        for rows in by_round
+    ]
+    layers, rounds = len(rates[0]), len(rates)
+    figure, axis = _figure(3.0)
+    image = axis.imshow(
+        list(zip(*rates, strict=True)),
+        aspect="auto",
+        origin="lower",
+        cmap="cividis",
+        vmin=0,
+        vmax=1,
+        extent=(0.5, rounds + 0.5, -0.5, layers - 0.5),
+        interpolation="nearest",
+    )
+    axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
+    axis.set_title(f"{member}: drop rate of each layer", loc="left", fontsize=9.5)
+    axis.yaxis.set_major_locator(_whole_numbers())
+    axis.xaxis.set_major_locator(_whole_numbers())
+    figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    return figure
+
+
+def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
+    """Of a round's devices, the share that had each arm; over seeds, mean of three rounds."""
+    rounds = min(map(len, runs))
+    arms: dict[str, list[float]] = {}
+    for place in range(rounds):
+        near = range(max(0, place - 1), min(rounds, place + 2))
+        notes = [rows[one]["notes"] for rows in runs for one in near]
+        given = [note["labels"][str(arm)] for note in notes for arm in note["chosen"].values()]
+        for label in given:
+            arms.setdefault(label, [0.0] * rounds)[place] += 1 / len(given)
+    figure, axis = _figure(3.0 + 0.16 * len(arms))
+    stack = axis.stackplot(
+        range(1, rounds + 1),
+        list(arms.values()),
+        labels=list(arms),
+        colors=[COLOURS[number % len(COLOURS)] for number in range(len(arms))],
+        alpha=0.85,
+    )
+    for number, layer in enumerate(stack):
+        layer.set_hatch(("", "//", "..", "xx", "--", "oo", "\\\\", "++")[number % 8])
+        layer.set_edgecolor("#ffffff")
+        layer.set_linewidth(0.3)
+    axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
+    axis.set_title(f"{member}: arms, means of three rounds", loc="left", fontsize=9.5)
+    axis.xaxis.set_major_locator(_whole_numbers())
+    figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
+    return figure
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
 
 
 def _mean_of(spread: Spread | None) -> float | None:

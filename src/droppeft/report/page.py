@@ -19,7 +19,17 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
 from droppeft.ledger import read_rows
-from droppeft.report.figures import AXES, BARS, INK, OF_THE_TARGET, figures, svg
+from droppeft.report.figures import (
+    AXES,
+    BARS,
+    INK,
+    OF_DEVICES,
+    OF_THE_TARGET,
+    RATES,
+    SHARES,
+    figures,
+    svg,
+)
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -53,7 +63,11 @@ GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
     "band of one standard deviation. Dotted: the target.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
-    tuple(name for name in BARS if name not in OF_THE_TARGET): "Most bytes that a step stored for "
+    OF_DEVICES: "Every device's own model on its own test texts when the run ended, whether it "
+    "ever trained or not; a device counts as one. Without personal layers: the global model.",
+    tuple(
+        name for name in BARS if name not in (*OF_THE_TARGET, *OF_DEVICES)
+    ): "Most bytes that a step stored for "
     "its backward, and bytes of tensors that travelled in a whole run. Measured.",
 }
 """Figures that stand together, and what is said of them."""
@@ -143,8 +157,13 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         _group([made[name] for name in names if name in made], caption)
         for names, caption in GROUPS.items()
     )
+    thought = _group(
+        [made[name] for name in made if name.startswith((f"{RATES}-", f"{SHARES}-"))],
+        "What the configurator chose, mean over seeds. An arm says what is dropped of the layers "
+        "that it trains; patterns and the legend's order tell arms apart without colour.",
+    )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}"
+    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}"
 
 
 def _group(drawn: Sequence[Any], caption: str) -> str:

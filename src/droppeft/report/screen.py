@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from types import TracebackType
@@ -85,7 +86,7 @@ class Screen:
         if self._rounds is None or self._members is None:
             return
         self.console.print(_round_line(row, self._about))
-        for line in _left_out(row):
+        for line in (*_left_out(row), *_thought(row)):
             self.console.print(line)
         self._progress.advance(self._rounds)
         self._progress.reset(self._members)
@@ -291,6 +292,17 @@ def _left_out(row: RoundRow) -> Iterator[Text]:
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:
         yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
+
+
+def _thought(row: RoundRow) -> Iterator[Text]:
+    """Which arms the configurator tried in a round, and which it holds for the best."""
+    notes = row.notes or {}
+    if "chosen" not in notes:
+        return
+    counts = Counter(str(number) for number in notes["chosen"].values())
+    tried = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
+    best = notes["labels"][str(notes["best"])]
+    yield Text(f"{' ' * 9}arms: {tried} (best so far: {best})", style="dim")
 
 
 def bar(console: Console) -> Progress:
