@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.configurator import POLICIES, Arm, Asked, Trial, choose_together
+from droppeft.configurator import POLICIES, Arm, Asked, Trial, choose_together, score
 from droppeft.configurator.memory import begin, halved, with_round
 from droppeft.federation.environment import machine, versions
 
 RESULT = Path(__file__).resolve().parent / "results/configurator_synthetic.json"
 SEEDS, DEVICES, WINDOW, EPSILON, MOST = 20, 10, 10, 0.2, 3000
+WINDOWS = (5, 20, 40)
 TARGET = 0.05
 ARMS = [Arm(mean, "uniform", prefix) for prefix in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
 # A step's time is forward 1 and backward 2 of every layer that runs, a twelfth for the rest.
@@ -87,28 +88,29 @@ def seconds_of(kinds: Sequence[int]) -> np.ndarray:
 class Player:
     """A policy as the run plays it."""
 
-    def __init__(self, policy: str, *, by_class: bool = True) -> None:
-        self.policy, self.by_class = policy, by_class
+    def __init__(self, policy: str, *, by_class: bool = True, window: int = WINDOW) -> None:
+        self.policy, self.by_class, self.window = policy, by_class, window
         self.memory = begin(ARMS, 64.0)
 
     def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
         """An arm for each device."""
         numbers = list(self.memory.numbers)
         seconds = seconds_of(kinds)[:, numbers]
-        usual = (TIMES[None, :] / SPEEDS[:, None]).mean(axis=0)[numbers]
-        asked = Asked(usual, EPSILON, rng)
-        scored = POLICIES[self.policy](self.memory.known(WINDOW), len(kinds), asked)
-        counted = seconds if self.by_class else np.tile(usual, (len(kinds), 1))
-        places = choose_together(scored, counted, seconds > 0)
-        return tuple(numbers[place] for place in places)
+        if not self.by_class:
+            usual = (TIMES[None, :] / SPEEDS[:, None]).mean(axis=0)[numbers]
+            seconds = np.tile(usual, (len(kinds), 1))
+        untried = np.array([number not in self.memory.tried for number in numbers])
+        asked = Asked(seconds, seconds > 0, untried, EPSILON, rng)
+        scored = score(self.policy, self.memory.known(self.window), asked)
+        return tuple(numbers[place] for place in choose_together(scored, seconds, asked.fits))
 
     def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
         """What the round has shown."""
         trials = [Trial(round, arm, float(gain)) for arm, gain in zip(arms, gains, strict=True)]
-        self.memory = with_round(self.memory, trials, round, WINDOW, None, None)
+        self.memory = with_round(self.memory, trials, round, self.window, None, None)
         if self.policy == "successive_halving":
             usual = (TIMES[None, :] / SPEEDS[:, None]).mean(axis=0)[list(self.memory.numbers)]
-            self.memory = halved(self.memory, round, 3, WINDOW, usual)
+            self.memory = halved(self.memory, round, 3, self.window, usual)
 
 
 class Fixed:
@@ -167,6 +169,12 @@ def study(problem: Problem) -> dict[str, Any]:
         "best fixed arm per kind of device": lambda: Fixed(by_kind),
         **{name: (lambda name=name: Player(name)) for name in POLICIES},
         "budgeted_thompson, as if alike": lambda: Player("budgeted_thompson", by_class=False),
+        **{
+            f"budgeted_thompson, window {window}": (
+                lambda window=window: Player("budgeted_thompson", window=window)
+            )
+            for window in WINDOWS
+        },
     }
     for name, make in players.items():
         played = [play(problem, make(), seed) for seed in seeds]
@@ -206,6 +214,7 @@ def main() -> None:
             "seeds": SEEDS,
             "devices": DEVICES,
             "window": WINDOW,
+            "other_windows": list(WINDOWS),
             "epsilon": EPSILON,
             "target": TARGET,
             "arms": [arm.label for arm in ARMS],

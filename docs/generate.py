@@ -4,6 +4,7 @@
 one of them is stale. A new page is a function without arguments and a line in ``PAGES``.
 """
 
+import inspect
 import json
 import sys
 import types
@@ -521,7 +522,7 @@ def _paper(source: str) -> str:
 def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
     keys = [(key, field) for key, field in known_keys() if key.rpartition(".")[0] == prefix[:-1]]
     rows = ([f"`{key}`", _type(field), _default(key), field.description] for key, field in keys)
-    return f"## {title}\n\n{table.__doc__}\n\n" + markdown_table(
+    return f"## {title}\n\n{inspect.cleandoc(table.__doc__ or '')}\n\n" + markdown_table(
         ("key", "type", "default", "meaning"), rows
     )
 

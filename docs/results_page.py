@@ -7,6 +7,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+from comparison_sections import comparison_sections
 from cost_sections import cost_sections
 from tables import NOTICE, RESULTS, markdown_table, processor
 
@@ -136,7 +137,15 @@ def results_page() -> str:
         _quality,
         _compile_blocks,
     )
-    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *(part() for part in parts), *cost_sections()])
+    return "\n".join(
+        [
+            f"{NOTICE}\n",
+            RESULTS_HEAD,
+            *(part() for part in parts),
+            *cost_sections(),
+            *comparison_sections(),
+        ]
+    )
 
 
 def _first_slice() -> str:

@@ -341,10 +341,15 @@ def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
 
 
 def first_trained_layer(plan: Plan) -> int:
-    """Index of the first layer in which something is trained; below it nothing runs backward."""
+    """Index of the first layer in which something is trained; below it nothing runs backward.
+
+    What is trained in no layer, as a prompt, stands before the first.
+    """
     if plan.train is None:
         return plan.frozen
     trained = {key for key, name, _ in flatten(plan.tensors) if name in plan.train}
+    if OTHER in trained:
+        return plan.frozen
     layers = [key for key in trained if isinstance(key, int)]
     return min(layers, default=len(plan.adapter.layers))
 

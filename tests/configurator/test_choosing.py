@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.configurator.choosing import LEAST, choose_together
+from droppeft.configurator.choosing import choose_together
+from droppeft.configurator.learning import LEAST
 from droppeft.configurator.policies import FORCED, Scored
 from droppeft.errors import DroppeftError
 
 
 def together(scores: list[list[float]], seconds: list[list[float]], **more: object) -> list[int]:
     fits = np.array(more.get("fits", np.ones(np.shape(scores), bool)))
-    by_cost = bool(more.get("by_cost", True))
-    return list(choose_together(Scored(np.array(scores), by_cost), np.array(seconds), fits))
+    expected = np.array(more.get("expected", np.zeros(len(scores[0]))))
+    scored = Scored(np.array(scores), expected, bool(more.get("by_cost", True)))
+    return list(choose_together(scored, np.array(seconds), fits))
 
 
 def test_a_cohort_finishes_together() -> None:
@@ -38,6 +40,13 @@ def test_a_device_that_explores_takes_what_it_must_and_the_others_know_it() -> N
     assert together([[FORCED, 1.0], [1.0, FORCED]], seconds) == [0, 1]
 
 
+def test_what_explorers_are_expected_to_gain_counts() -> None:
+    """One gains 1 in 1 s anyhow: 1.5 / 1 is more than 2 / 1.9."""
+    scores, seconds = [[FORCED, 0.0, 0.0], [0.0, 1.0, 0.5]], [[1.0, 9.0, 9.0], [9.0, 1.9, 1.0]]
+    assert together(scores, seconds, expected=[1.0, 1.0, 0.5]) == [0, 2]
+    assert together(scores, seconds, expected=[0.0, 1.0, 0.5]) == [0, 1]
+
+
 def test_an_arm_that_does_not_fit_is_never_taken() -> None:
     fits = [[False, True], [True, True]]
     assert together([[9.0, 0.1], [9.0, 0.1]], [[1.0, 1.0]] * 2, fits=fits) == [1, 0]
@@ -52,7 +61,7 @@ def test_without_costs_the_best_score_is_taken() -> None:
 
 
 def test_where_nothing_gains_the_cheapest_is_taken() -> None:
-    assert together([[-1.0, -0.5], [-3.0, -9.0]], [[1.0, 2.0], [1.0, 2.0]]) == [0, 0]
+    assert together([[-1.0, -0.5], [-3.0, -9.0]], [[2.0, 1.0], [2.0, 1.0]]) == [1, 1]
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10_000))
@@ -62,7 +71,7 @@ def test_it_is_the_best_of_all_choices(devices: int, arms: int, seed: int) -> No
     seconds = rng.uniform(0.5, 5, (devices, arms))
     fits = rng.random((devices, arms)) < 0.8
     fits[:, 0] |= ~fits.any(axis=1)
-    chosen = choose_together(Scored(scores), seconds, fits)
+    chosen = choose_together(Scored(scores, np.zeros(arms)), seconds, fits)
 
     def worth(choice: tuple[int, ...]) -> float:
         places = range(devices), choice

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from droppeft.configurator.learning import PRIOR, Trial, estimate
+from droppeft.configurator.learning import FREE, PRIOR, ROUNDS, Trial, estimate
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -16,26 +16,34 @@ def test_nothing_is_known_at_first() -> None:
     assert known.count.tolist() == [0, 0]
 
 
-def test_two_arms_in_one_round_by_hand() -> None:
-    """Gains 3 and 1: root mean square √5, level 2/√5. Within the round ±1/√5 with design ±1/2.
+def test_the_posterior_is_that_of_jointly_normal_gains() -> None:
+    """The same from the other side: gains that are correlated by round, arm and level."""
+    rng = np.random.default_rng(0)
+    rounds, arms = np.array([1, 1, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 2, 2])
+    gains = rng.normal(1, 0.5, 6)
+    trials = [Trial(int(r), int(a), float(g)) for r, a, g in zip(rounds, arms, gains, strict=True)]
+    known = estimate(trials, [0, 1, 2], last=3, window=5)
+    scaled = gains / np.sqrt(np.mean(gains**2))
+    by_round = ROUNDS**2 * (rounds[:, None] == rounds)
+    by_arm = PRIOR**2 * (arms[:, None] == arms)
+    noise = known.noise**2 * np.eye(6)
+    inverse = np.linalg.inv(FREE**2 + by_round + by_arm + noise)
+    shared = PRIOR**2 * (np.arange(3)[:, None] == arms)
+    value = shared @ inverse @ scaled
+    differences = np.eye(3) - 1 / 3
+    covariance = differences @ (PRIOR**2 * np.eye(3) - shared @ inverse @ shared.T) @ differences
+    assert known.value == pytest.approx(value - value.mean(), abs=0.01)
+    np.testing.assert_allclose(known.covariance, covariance, atol=0.01)
+    assert known.count.tolist() == [2, 2, 2]
 
-    With noise 1 and prior .5 the precision is [[.5, -.5], [-.5, .5]] + 4·1, whose inverse times
-    (1/√5)·(1, -1) is (1/√5)/5 · (1, -1).
-    """
-    known = estimate([Trial(1, 0, 3.0), Trial(1, 1, 1.0)], [0, 1], last=1, window=5)
-    assert known.level == pytest.approx(2 / 5**0.5)
-    assert known.covariance == pytest.approx(np.array([[0.1, -0.1], [-0.1, 0.1]]))
-    assert known.value == pytest.approx([1 / 5**1.5, -1 / 5**1.5])
-    assert known.quality == pytest.approx(known.level + known.value)
-    assert known.count.tolist() == [1, 1]
 
-
-def test_a_level_of_a_round_says_nothing_of_its_arms() -> None:
-    """Arm 0 was only tried in a good round, arm 1 only in a bad one."""
-    good = [Trial(1, 0, 10.0)] * 3
-    bad = [Trial(2, 1, 1.0)] * 3
-    known = estimate(good + bad, [0, 1], last=2, window=5)
-    assert known.value == pytest.approx([0.0, 0.0])
+def test_a_round_s_own_level_counts_more_than_those_around_it() -> None:
+    """Arm 0 only in a good round, arm 1 only in a bad one: less than half of it is the arms'."""
+    known = estimate([*[Trial(1, 0, 2.0)] * 3, *[Trial(2, 1, 1.0)] * 3], [0, 1], 2, 5)
+    apart = float(known.value[0] - known.value[1])
+    together = [Trial(r, arm, 2.0 - arm) for r in (1, 2) for arm in (0, 1)] * 2
+    within = estimate(together, [0, 1], 2, 5).value
+    assert 0 < apart < float(within[0] - within[1])
 
 
 def test_arms_meet_over_a_third() -> None:
@@ -66,6 +74,21 @@ def test_no_gain_at_all_is_no_error() -> None:
     assert known.quality.tolist() == [0.0, 0.0]
 
 
+def test_one_device_s_word_moves_no_arm_alone() -> None:
+    """Arm 2 is the worst, but for one turn of which somebody says that it gained a million."""
+    trials = [Trial(r, arm, (0.1, 0.05, 0.01)[arm]) for r in range(10) for arm in (0, 1, 2)]
+    known = estimate([*trials, Trial(9, 2, 1e6)], [0, 1, 2], last=9, window=10)
+    assert int(known.value.argmax()) == 0
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_little_is_known_for_sure_of_few_turns(rounds: int) -> None:
+    """Even if they happen to agree with each other."""
+    trials = [Trial(r, arm, 1.0 - 0.5 * arm) for r in range(rounds) for arm in (0, 1)]
+    known = estimate(trials, [0, 1], last=rounds, window=10)
+    assert known.noise > 0.7
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_better_arm_is_found_through_noise_and_levels(seed: int) -> None:
     """Values .2, 0 and −.2 of the typical gain, noise .5, levels that decay from 1 to .1."""
@@ -90,5 +113,5 @@ def test_the_level_is_that_of_an_arm_of_mean_worth() -> None:
     ]
     known = estimate(trials, [0, 1], last=39, window=40)
     unit = np.sqrt((3 * 9 + 1) / 4)
-    assert known.level * unit == pytest.approx(2.0, abs=0.02)
-    assert known.quality * unit == pytest.approx([3.0, 1.0], abs=0.03)
+    assert known.level * unit == pytest.approx(2.0, abs=0.05)
+    assert known.quality * unit == pytest.approx([3.0, 1.0], abs=0.08)

@@ -9,7 +9,7 @@ from droppeft.configurator.arms import Arm, Depth
 from droppeft.configurator.choosing import choose_together
 from droppeft.configurator.learning import Estimate, Trial
 from droppeft.configurator.memory import Memory, begin, halved, with_round
-from droppeft.configurator.policies import FORCED, POLICIES, Asked
+from droppeft.configurator.policies import FORCED, POLICIES, Asked, score
 
 SOME = Estimate(
     level=1.0,
@@ -21,13 +21,13 @@ SOME = Estimate(
 
 
 def scores(policy: str, devices: int, epsilon: float = 0.2, seed: int = 0) -> np.ndarray:
-    return POLICIES[policy](SOME, devices, asked(epsilon, seed)).scores
+    return POLICIES[policy](SOME, asked(devices, epsilon, seed)).scores
 
 
-def asked(
-    epsilon: float = 0.2, seed: int = 0, seconds: tuple[float, ...] = (2.0, 1.0, 1.0)
-) -> Asked:
-    return Asked(np.array(seconds), epsilon, np.random.default_rng(seed))
+def asked(devices: int, epsilon: float = 0.2, seed: int = 0) -> Asked:
+    seconds = np.tile([2.0, 1.0, 1.0], (devices, 1))
+    none, rng = np.zeros(3, bool), np.random.default_rng(seed)
+    return Asked(seconds, np.ones((devices, 3), bool), none, epsilon, rng)
 
 
 def test_ucb_lets_one_device_try_the_arm_with_the_highest_bound() -> None:
@@ -43,7 +43,7 @@ def test_ucb_lets_one_device_try_the_arm_with_the_highest_bound() -> None:
 
 def test_ucb_tries_nothing_that_cannot_be_the_best() -> None:
     sure = replace(SOME, covariance=np.diag([0.0, 0.0, 0.0001]))
-    found = POLICIES["sliding_window_ucb"](sure, 2, asked()).scores
+    found = POLICIES["sliding_window_ucb"](sure, asked(2)).scores
     np.testing.assert_allclose(found, [[1.2, 1.0, 0.9]] * 2)
 
 
@@ -60,7 +60,7 @@ def test_greedy_explores_as_often_as_it_is_told() -> None:
 
 
 def test_random_asks_nobody() -> None:
-    found = POLICIES["uniform_random"](SOME, 30_000, asked())
+    found = POLICIES["uniform_random"](SOME, asked(30_000))
     assert not found.by_cost
     share = np.bincount(found.scores.argmax(axis=1)) / 30_000
     np.testing.assert_allclose(share, [1 / 3] * 3, atol=0.01)
@@ -73,6 +73,37 @@ def test_halving_tries_what_was_tried_least() -> None:
     assert set(forced[4:]) == {1, 2}
 
 
+def test_arms_that_nobody_had_are_tried_at_once_the_longest_by_the_fastest() -> None:
+    seconds = np.array([[8.0, 4.0, 2.0], [4.0, 2.0, 1.0], [2.0, 1.0, 0.5]])
+    untried, fits = np.array([True, False, True]), np.ones((3, 3), bool)
+    for policy in ("epsilon_greedy", "sliding_window_ucb", "budgeted_thompson"):
+        rng = np.random.default_rng(0)
+        found = score(policy, SOME, Asked(seconds, fits, untried, 0.0, rng)).scores
+        assert found[2, 0] == FORCED
+        assert found[1, 2] == FORCED
+        tight = np.array([[True] * 3, [True] * 3, [False, True, True]])
+        found = score(policy, SOME, Asked(seconds, tight, untried, 0.0, rng)).scores
+        assert found[1, 0] == FORCED
+        assert found[2, 2] == FORCED
+    alone = Asked(seconds[:1], np.zeros((1, 3), bool), untried, 0.0, np.random.default_rng(0))
+    assert (score("epsilon_greedy", SOME, alone).scores < FORCED).all()
+    by_lot = Asked(seconds, fits, untried, 0.0, np.random.default_rng(0))
+    assert (score("uniform_random", SOME, by_lot).scores < FORCED).all()
+
+
+def test_nobody_is_told_to_try_what_does_not_fit() -> None:
+    fits = np.array([[True, True, False], [True, True, False], [True, False, True]])
+    for policy in ("sliding_window_ucb", "successive_halving"):
+        tried = set()
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            given = Asked(np.ones((3, 3)), fits, np.zeros(3, bool), 0.0, rng)
+            found = score(policy, SOME, given).scores
+            tried |= {(int(d), int(a)) for d, a in np.argwhere(found == FORCED)}
+        assert tried
+        assert all(fits[device, arm] for device, arm in tried)
+
+
 # A known problem: three arms of worth 1.0, .9 and .5 that take 4, 2 and 1.9 seconds
 
 
@@ -80,20 +111,27 @@ WORTH, SECONDS = (1.0, 0.9, 0.5), (4.0, 2.0, 1.9)
 ARMS = [Arm(mean, "uniform", 0.0) for mean in (0.0, 0.25, 0.5)]
 
 
-def play(policy: str, seed: int, rounds: int = 60, devices: int = 5) -> list[int]:
+def play(
+    policy: str,
+    seed: int,
+    rounds: int = 60,
+    devices: int = 5,
+    seconds: tuple[float, ...] = SECONDS,
+    worth: tuple[float, ...] = WORTH,
+) -> list[int]:
     """Gains decay and are noisy; the arms of the last twenty rounds."""
     rng = np.random.default_rng(seed)
     memory, given = begin(ARMS, 64.0), []
     for round in range(1, rounds + 1):
         level = 0.98**round
-        places = [SECONDS[number] for number in memory.numbers]
-        also = Asked(np.array(places), 0.2, rng)
-        scored = POLICIES[policy](memory.known(20), devices, also)
-        fits = np.ones((devices, len(places)), bool)
-        picked = choose_together(scored, np.tile(places, (devices, 1)), fits)
+        places = [seconds[number] for number in memory.numbers]
+        times, fits = np.tile(places, (devices, 1)), np.ones((devices, len(places)), bool)
+        untried = np.array([number not in memory.tried for number in memory.numbers])
+        also = Asked(times, fits, untried, 0.2, rng)
+        picked = choose_together(score(policy, memory.known(20), also), times, fits)
         numbers = [memory.numbers[place] for place in picked]
         trials = [
-            Trial(round, number, level * (WORTH[number] + 0.4 * float(rng.normal())))
+            Trial(round, number, level * (worth[number] + 0.3 * float(rng.normal())))
             for number in numbers
         ]
         memory = with_round(memory, trials, round, 20, None, None)
@@ -112,6 +150,20 @@ def test_every_policy_finds_the_arm_with_most_gain_per_second(policy: str) -> No
     shares = [play(policy, seed).count(1) / 100 for seed in range(6)]
     assert np.mean(shares) > 0.5
     assert play(policy, 3) == play(policy, 3)
+
+
+@pytest.mark.parametrize("policy", ["sliding_window_ucb", "budgeted_thompson"])
+@pytest.mark.parametrize(
+    ("seconds", "worth"), [((3.0, 1.5, 1.0), (1.0, 0.15, 0.1)), ((1.9, 1.4, 1.0), (1.0, 0.6, 0.3))]
+)
+def test_a_long_arm_that_is_the_best_is_found(
+    policy: str, seconds: tuple[float, ...], worth: tuple[float, ...]
+) -> None:
+    """Nobody would try it for what is believed before anything is known."""
+    shares = [
+        play(policy, seed, 40, seconds=seconds, worth=worth).count(0) / 100 for seed in range(6)
+    ]
+    assert np.mean(shares) > 0.5
 
 
 def test_halving_ends_with_one() -> None:
@@ -168,6 +220,18 @@ def test_the_worst_arm_makes_room_for_a_neighbour_of_the_best() -> None:
     assert new.arms[3] in near
     assert (new.next_number, new.changed) == (4, 3)
     assert new.trials == memory.trials
+
+
+def test_where_nothing_gains_the_longest_go_first() -> None:
+    trials = [Trial(round, arm, -0.01) for round in (1, 2) for arm in (0, 1, 2)]
+    memory = with_round(begin(ARMS, 64.0), trials, 2, 20, None, None)
+    assert halved(memory, 3, 3, 20, (4.0, 2.0, 1.0)).numbers == (1, 2)
+
+
+def test_halving_keeps_what_was_not_tried() -> None:
+    trials = [Trial(1, 1, 1.0), Trial(1, 2, 0.1)]
+    memory = with_round(begin(ARMS, 64.0), trials, 1, 20, None, None)
+    assert halved(memory, 3, 3, 20, SECONDS).numbers == (0, 1)
 
 
 def test_arms_that_were_not_tried_are_not_judged() -> None:

@@ -195,6 +195,24 @@ def test_nothing_is_taken_on_trust(prepare_with: Callable[..., Prepared]) -> Non
     }
 
 
+def test_no_more_devices_are_asked_at_once_than_in_a_round(
+    prepare_with: Callable[..., Prepared],
+) -> None:
+    prepared = prepare_with("devices=7", "cohort=3")
+    asked: list[int] = []
+
+    class Counting(Scripted):
+        def exchange(self, plans: Any) -> Any:
+            asked.append(len(plans))
+            yield from super().exchange(plans)
+
+    found = measure_devices(
+        prepared.setup, prepared.method, Counting(measurements), prepared.state, 4
+    )
+    assert asked == [3, 3, 1]
+    assert [one.device for one in found.failures] == [1, 2, 3, 4, 5, 6]
+
+
 def test_sums_count_every_device_as_one() -> None:
     accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
     found = Personalised(
@@ -319,6 +337,16 @@ def test_a_device_that_lost_its_values_begins_again(
     fourth = [row for row in rows if row["round"] == 4]
     assert all(row["accepted"] and row["download_bytes"] > 0 for row in fourth)
     assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)
+
+
+def test_a_local_run_without_its_accuracy_is_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DroppeftError, match="local has no accuracy but the personalised one"):
+        start_run(
+            load_config(None, [*words, "evaluation.personalised=false"]),
+            tmp_path / "run",
+            Recorder(),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_local_run_has_nothing_to_export(words: list[str], tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from droppeft.config import DeviceProfile, load_config, resolve
-from droppeft.configurator import Arm
-from droppeft.configurator.memory import as_json
-from droppeft.costs.devices import PROFILES, make_fleet
+from droppeft.configurator import POLICIES, Arm
+from droppeft.configurator.memory import Memory, as_json
+from droppeft.costs.devices import PROFILES, make_fleet, seconds_per_byte
 from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import make_clock
 from droppeft.federation.rounds import play_round
@@ -44,6 +44,16 @@ def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> li
     return [arm for _, arm in configured.arms_of_round(setup, state, round, cohort)]
 
 
+def learnt(setup: Setup) -> ServerState:
+    """After two rounds in which every arm was tried, with gains that say little."""
+    state = DROPPEFT.init(setup)
+    for round in (1, 2):
+        plans = DROPPEFT.plan(setup, state, round, list(range(6)))
+        gains = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
+        state = as_saved(DROPPEFT.merge(setup, state, plans, gains))
+    return state
+
+
 def as_saved(state: ServerState) -> ServerState:
     return replace(state, memory=json.loads(json.dumps(state.memory)))
 
@@ -64,9 +74,9 @@ def test_fixed_plans_what_was_planned_without_a_configurator() -> None:
 
 def test_a_plan_drops_and_trains_what_its_arm_says() -> None:
     own = setup("configurator.reward_rows=7")
-    state = DROPPEFT.init(own)
+    state = learnt(own)
     seen = set()
-    for round in range(1, 20):
+    for round in range(3, 20):
         cohort = [0, 3, 7]
         plans = DROPPEFT.plan(own, state, round, cohort)
         for plan, arm in zip(plans, given(own, state, round, cohort), strict=True):
@@ -85,11 +95,11 @@ def test_a_plan_drops_and_trains_what_its_arm_says() -> None:
 
 def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
     own = setup()
-    state = DROPPEFT.init(own)
+    state = learnt(own)
     first = given(own, state, 1, [1, 2, 3])
     assert given(own, as_saved(state), 1, [1, 2, 3]) == first
     rounds = [given(own, state, round, [1, 2, 3]) for round in range(1, 9)]
-    assert len(set(map(tuple, rounds))) > 3
+    assert len(set(map(tuple, rounds))) > 2
     other = setup("seed=1")
     assert [given(other, state, round, [1, 2, 3]) for round in range(1, 9)] != rounds
 
@@ -176,9 +186,7 @@ def test_seconds_are_those_that_the_clock_will_charge() -> None:
         charged = own.clock.turn_cost(plan, update)
         profile = own.clock.fleet.profile(0)
         expected = configured._turn_seconds(own, state, memory, 1, arm, profile)
-        uploaded = charged.upload_s
-        whole = 4 * (2 * LAYERS + 1) / profile.upload.mean
-        assert expected - whole == pytest.approx(charged.turn_s - uploaded, rel=1e-6)
+        assert expected == pytest.approx(charged.turn_s, rel=1e-6)
         # By hand: per token forward below, both above, head and embeddings always.
         active = sum(1 - rate for rate in rates[lower:])
         flops = tokens * (lower * FORWARD + active * (FORWARD + BACKWARD) + 2 * REST)
@@ -241,7 +249,7 @@ def test_an_arm_that_does_not_fit_is_never_given() -> None:
     assert own.clock is not None
     small = [device for device in range(10) if own.clock.fleet.names[device] == "kind0"]
     assert len(small) == 5
-    for policy in ("budgeted_thompson", "uniform_random", "epsilon_greedy", "sliding_window_ucb"):
+    for policy in (*POLICIES,):
         chosen = own.config.configurator.model_copy(update={"policy": policy})
         other = replace(own, config=own.config.model_copy(update={"configurator": chosen}))
         for round in range(1, 15):
@@ -295,7 +303,7 @@ def test_devices_can_be_taken_as_alike() -> None:
     words = ("training.local_steps=100", "configurator.by_class=false")
     mixed = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", *words)
     turned = setup("clock.profiles=jetson_agx_xavier,jetson_tx2", *words)
-    state = DROPPEFT.init(mixed)
+    state = learnt(mixed)
     for round in range(1, 9):
         cohort = list(range(10))
         assert given(mixed, state, round, cohort) == given(turned, state, round, cohort)
@@ -316,24 +324,95 @@ def test_impossible_arms_stop_before_anything_is_written() -> None:
         DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.prefixes=[0]"))
 
 
+def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
+    """Where a device has none in time it may have any."""
+    words = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
+    plain = setup(*words)
+    state = learnt(plain)
+    memory = configured.memory_of(state)
+    assert plain.clock is not None
+    fleet = plain.clock.fleet
+    slow = next(d for d in range(10) if fleet.names[d] == "jetson_tx2")
+    takes = dict(
+        zip(
+            memory.arms.values(),
+            configured._seconds(plain, state, memory, 3, fleet.profile(slow)),
+            strict=True,
+        )
+    )
+    middle = sorted(takes.values())[2]
+    tight = setup(*words, f"clock.deadline_s={middle + 1e-6}")
+    for round in range(3, 20):
+        [arm] = given(tight, state, round, [slow])
+        assert takes[arm] <= middle
+    never = setup(*words, "clock.deadline_s=0.001")
+    assert given(never, state, 3, [slow])
+
+
+def test_prompts_have_no_prefixes() -> None:
+    """They stand before the first layer: all others have a backward."""
+    own = setup("adapter.type=prompt_tuning")
+    arms = configured.memory_of(DROPPEFT.init(own)).arms.values()
+    assert {arm.prefix for arm in arms} == {0.0}
+    plan = plan_for(0, train=frozenset({"prompt"}))
+    prompt = {**plan.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
+    assert first_trained_layer(replace(plan, tensors=prompt)) == 0
+
+
+def test_rounds_at_a_schedule_s_full_depth_show_nothing_of_arms() -> None:
+    own = setup("dropout.schedule=recovery", "configurator.refresh=1")
+    state = learnt(own)
+    plans = DROPPEFT.plan(own, state, 39, [0, 1, 2])
+    assert {plan.reward_rows for plan in plans} == {0}
+    after = DROPPEFT.merge(own, state, plans, [answer_to(plan, reward=9.0) for plan in plans])
+    assert configured.memory_of(after).arms == configured.memory_of(state).arms
+    assert 9.0 not in [trial.gain for trial in configured.memory_of(after).trials]
+
+
+def test_a_round_without_devices_leaves_no_note() -> None:
+    own = setup()
+    state = learnt(own)
+    assert DROPPEFT.note(own, state) is not None
+    after = DROPPEFT.merge(own, state, [], [])
+    assert configured.memory_of(after) == configured.memory_of(state)
+    assert DROPPEFT.note(own, after) is None
+
+
+def test_a_bandwidth_that_varies_takes_longer_than_its_mean() -> None:
+    """Half of the draws of N(1, 2.25²) are cut off at 1 MB/s; found by drawing."""
+    link = PROFILES["jetson_tx2"].upload
+    drawn = np.random.default_rng(0).normal(link.mean, link.deviation, 200_000)
+    expected = np.mean(1 / np.clip(drawn, link.least, link.most))
+    assert seconds_per_byte(link) == pytest.approx(expected, rel=0.01)
+    assert seconds_per_byte(PROFILES["laptop_cpu"].upload) == 1 / 2.5e6
+
+
+@pytest.mark.parametrize(
+    "word", ["configurator.prefixes=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"]
+)
+def test_shares_are_shares(word: str) -> None:
+    with pytest.raises(DroppeftError, match=r"configurator\.(means|prefixes)"):
+        load_config(None, [word])
+
+
 # Rounds and runs
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_the_order_of_arrival_does_not_matter(backwards: bool) -> None:
+def test_the_order_of_arrival_does_not_matter() -> None:
     own = setup("configurator.refresh=2")
-    state = DROPPEFT.init(own)
-    for round in range(1, 7):
-        transport = Scripted(
-            lambda plan: [answer_to(plan, reward=0.1 * (plan.device % 4))], backwards=backwards
-        )
-        state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
-    memory = configured.memory_of(state)
+
+    def play(*, backwards: bool) -> Memory:
+        state = DROPPEFT.init(own)
+        for round in range(1, 7):
+            transport = Scripted(
+                lambda plan: [answer_to(plan, reward=0.1 * (plan.device % 4))], backwards=backwards
+            )
+            state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
+        return configured.memory_of(state)
+
+    memory = play(backwards=False)
     assert memory.next_number > len(memory.arms)  # some arm was exchanged
-    assert as_json(memory) == EXPECTED.setdefault("memory", as_json(memory))
-
-
-EXPECTED: dict[str, object] = {}
+    assert memory == play(backwards=True)
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
@@ -357,8 +436,12 @@ def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: 
     usual = [word for word in tiny_words if not word.startswith("dropout.")]
     words = [*usual, f"configurator.policy={policy}", *UNPROTECTED, "configurator.stage=1"]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
-    present = [row["notes"]["present"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
-    assert len(present[-1]) < len(present[0]) if policy == "successive_halving" else True
+    notes = [row["notes"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
+    present = [len(note["present"]) for note in notes]
+    halves = policy == "successive_halving"
+    assert (present[-1] < present[0]) == halves
+    devices = rows_of(tmp_path / "run" / "devices.jsonl")
+    assert all((row["reward"] is None) == (policy == "uniform_random") for row in devices)
 
 
 def test_what_an_untrained_layer_costs_is_its_forward() -> None:

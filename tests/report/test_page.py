@@ -19,6 +19,10 @@ from droppeft.report.page import FIGURES, PAGE, write_page
 from runs import Recorder
 
 
+THOUGHTS = ("rates-2", "arms-2")
+"""Of the third member, which has a configurator."""
+
+
 class Silent:
     """Is told, and does not tell."""
 
@@ -40,6 +44,12 @@ def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) ->
             "members": {
                 "full": ["method=fedlora"],
                 "<b>dropped</b>": ["dropout.mean=0.25"],
+                "thinks": [
+                    "configurator.policy=budgeted_thompson",
+                    "configurator.reward_rows=4",
+                    "dropout.protect_first=0",
+                ],
+                "alone": ["method=local"],
                 "wrong": ["method=fedadapter"],
             },
             "seeds": [0, 1],
@@ -83,11 +93,13 @@ def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
 def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
-    assert reader.tags.count("svg") == len(AXES) + len(BARS)
+    assert reader.tags.count("svg") == len(AXES) + len(BARS) + len(THOUGHTS)
+    assert "thinks: drop rate of each layer" in reader.texts
+    assert any("not trained" in part or "dropped" in part for part in reader.texts)
     assert [name for name in COLUMNS if name not in reader.texts] == []
-    for member in ("full", "<b>dropped</b>", "wrong"):
-        # In the table, in every bar chart, and beside each curve if it has a result.
-        least = 1 + len(BARS) + (len(AXES) if member != "wrong" else 0)
+    for member in ("full", "<b>dropped</b>", "alone", "wrong"):
+        # In the table, in every bar chart, and beside each curve if it has a global model.
+        least = 1 + len(BARS) + (len(AXES) if member not in ("alone", "wrong") else 0)
         assert reader.texts.count(member) >= least, member
     assert "b" not in reader.tags
     assert any("wrong failed: method=fedadapter grows" in part for part in reader.texts)
@@ -105,7 +117,8 @@ def test_figures_take_the_page_s_ink(compared: Path) -> None:
 
 def test_figures_are_files_too(compared: Path) -> None:
     names = {path.name for path in (compared / FIGURES).iterdir()}
-    assert names == {f"{name}.{kind}" for name in (*AXES, *BARS) for kind in ("png", "svg")}
+    every = (*AXES, *BARS, *THOUGHTS)
+    assert names == {f"{name}.{kind}" for name in every for kind in ("png", "svg")}
     for path in (compared / FIGURES).glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")
     for path in (compared / FIGURES).glob("*.png"):

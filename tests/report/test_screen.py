@@ -125,6 +125,33 @@ def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> Non
     assert "device 7: refused: its loss is infinite" in text
 
 
+def test_a_round_says_which_arms_were_tried_and_which_is_best(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    labels = {"0": "nothing dropped", "3": "25% dropped"}
+    notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0}
+    text = shown(result, [replace(rows[0], notes=notes)])
+    said = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
+    assert said in " ".join(text.split())
+    assert "\n         arms: 2 x 25% dropped" in text
+    assert "arms:" not in shown(result, rows)
+
+
+def test_without_a_global_model_there_is_one_accuracy(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    own = {
+        "personalised_accuracy": 0.5,
+        "personalised_worst_tenth": 0.25,
+        "personalised_devices": 11,
+        "personalised_rows": 55,
+    }
+    text = shown({**result, "global_accuracy": None, **own}, rows)
+    assert "–   there is no global model" in text
+    assert ".500" in line_with(text, "personalised")
+    assert "of them: 2 devices" in line_with(text, "worst tenth")
+
+
 def test_who_was_left_out_on_the_modelled_clock_is_named(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:

@@ -68,8 +68,36 @@ def test_a_server_that_goes_back_finds_what_it_knows(tmp_path: Path) -> None:
         before = round
     assert rounds(tmp_path) == [f"round-00000{round}.safetensors" for round in (7, 8, 9)]
     keep(tmp_path, 8, 7, tensors(80.0))
-    assert rounds(tmp_path) == [f"round-00000{round}.safetensors" for round in (7, 8)]
+    assert rounds(tmp_path) == [f"round-00000{round}.safetensors" for round in (7, 8, 9)]
     np.testing.assert_array_equal(recall(tmp_path, 8)[HEAD]["W"], [80.0])
+
+
+def test_a_turn_that_is_late_takes_nothing_from_a_later_one(tmp_path: Path) -> None:
+    """Two processes of a simulation: round 5 was given up, and ends after round 6 was merged."""
+    keep(tmp_path, 4, None, tensors(4.0))
+    keep(tmp_path, 6, 4, tensors(6.0))
+    keep(tmp_path, 5, 4, tensors(5.0))
+    np.testing.assert_array_equal(recall(tmp_path, 6)[HEAD]["W"], [6.0])
+
+
+def test_what_cannot_be_read_now_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "round-000002.safetensors").mkdir()
+    with pytest.raises(DroppeftError, match="cannot be read") as error:
+        recall(tmp_path, 2)
+    assert not isinstance(error.value, Lost)
+
+
+def test_the_state_folder_is_the_same_tomorrow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DROPPEFT_STATE", "here")
+    with pytest.raises(DroppeftError, match="DROPPEFT_STATE=here is not an absolute path"):
+        folder_of(RUN, 0)
+    monkeypatch.delenv("DROPPEFT_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert folder_of(RUN, 3) == tmp_path / "droppeft" / RUN / "device-000003"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert folder_of(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "device-000000"
 
 
 def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

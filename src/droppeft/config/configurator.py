@@ -1,11 +1,12 @@
 """The configurator's table: which arms there are, and how they are chosen."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from droppeft.config.base import Real, Table, Whole
 
+Share = Annotated[Real, Field(ge=0, lt=1)]
 Shape = Literal["uniform", "incremental", "decay", "normal", "importance"]
 
 
@@ -24,7 +25,7 @@ class ConfiguratorConfig(Table):
         "budgeted_thompson",
         "successive_halving",
     ] = Field("fixed", description="how arms are chosen; `fixed`: the rates of `dropout`")
-    means: tuple[Real, ...] = Field(
+    means: tuple[Share, ...] = Field(
         (0.0, 0.25, 0.5),
         min_length=1,
         description="drop rates of the candidates, mean over the layers that are trained; what "
@@ -36,7 +37,7 @@ class ConfiguratorConfig(Table):
         description="their shapes over depth; `importance`: drop most what matters least, by the "
         "gradient norms of the run",
     )
-    prefixes: tuple[Real, ...] = Field(
+    prefixes: tuple[Share, ...] = Field(
         (0.0, 0.5),
         min_length=1,
         description="share of the layers behind `frozen.layers`, from the first, that run and are "

@@ -6,8 +6,8 @@ policies and the choice for a whole cohort are ours.
 
 from droppeft.configurator.arms import Arm, arm_rates, candidates, first_trained, neighbours
 from droppeft.configurator.choosing import choose_together
-from droppeft.configurator.learning import Estimate, Trial, estimate
-from droppeft.configurator.policies import POLICIES, Asked, Scored
+from droppeft.configurator.learning import Estimate, Trial, estimate, per_second
+from droppeft.configurator.policies import POLICIES, Asked, Scored, score
 
 __all__ = [
     "POLICIES",
@@ -22,4 +22,6 @@ __all__ = [
     "estimate",
     "first_trained",
     "neighbours",
+    "per_second",
+    "score",
 ]

@@ -12,6 +12,10 @@ IMPORTANCE = "importance"
 """The shape that drops what matters least: rates in inverse proportion to a layer's importance."""
 
 
+LEAST_PART = 1e-9
+"""Of the largest importance: below it a layer's is not known."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """What a device does in one turn.
@@ -117,7 +121,7 @@ def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tup
 def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Sequence[float]:
     if shape != IMPORTANCE:
         return SHAPES[shape](layers)
-    if importance is None or min(importance) <= 0:
+    if importance is None or min(importance) <= LEAST_PART * max(importance):
         return (1.0,) * layers
     return tuple(1 / each for each in importance)
 

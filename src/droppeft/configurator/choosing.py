@@ -3,11 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
+from droppeft.configurator.learning import LEAST
 from droppeft.configurator.policies import FORCED, Scored
 from droppeft.errors import DroppeftError
-
-LEAST = 0.02
-"""Part of the typical gain that a turn counts for at least: time counts where nothing gains."""
 
 Matrix = npt.NDArray[np.float64]
 
@@ -40,6 +38,7 @@ def choose_together(
         return tuple(int(one) for one in must)
     free = ~forced
     own, times = _worth(scores[free], fits[free]), np.where(fits[free], seconds[free], np.inf)
+    sure = float(np.maximum(scored.expected[must[forced]], LEAST).sum())
     begun = max(seconds[forced, must[forced]], default=0.0)
     soonest = max(begun, float(times.min(axis=1).max()))
     best, chosen = -np.inf, must
@@ -47,7 +46,7 @@ def choose_together(
         picked = np.where(times <= end, own, -np.inf).argmax(axis=1)
         places = np.arange(len(picked))
         took = max(begun, float(times[places, picked].max()))
-        worth = own[places, picked].sum() / took
+        worth = (sure + own[places, picked].sum()) / took
         if worth > best:
             best, chosen = worth, must.copy()
             chosen[free] = picked

@@ -1,9 +1,10 @@
-"""What arms are worth: gains of a window of rounds, each against the others of its round. Ours.
+"""What arms are worth: gains of a window of rounds, each against the level of its round. Ours.
 
-gain = level of the round + value of the arm + noise. Values have the prior N(0, PRIOR²), levels are
-free; with noise of known size the values' posterior is normal (Bayesian linear regression, after
-taking each round's mean out of both sides). What all arms have in common cannot be told from the
-levels, so values are given less their mean, and their covariance without it.
+gain = level + what is particular to the round + value of the arm + noise. The level is free; rounds
+and arms have the priors N(0, ROUNDS²) and N(0, PRIOR²). With noise of known size the posterior is
+normal (Bayesian linear regression). So a gain counts against those of its own round first, and less
+against those of the rounds around it, whose model was nearly the same. What all arms have in common
+cannot be told from the level, so values are given less their mean, and their covariance without it.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,21 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-PRIOR = 0.5
-"""Deviation of an arm's value before anything is known, in units of the typical gain."""
+PRIOR, ROUNDS = 1.0, 0.5
+"""Deviations of an arm's value, and of a round from the level, before anything is known; in units
+of the typical gain."""
 
-LEAST_NOISE = 0.05
-"""The same units."""
+FREE = 1e3
+"""The same of the level: as good as nothing is believed of it."""
+
+BELIEF = 4
+"""So many turns' worth of belief that a gain is as noisy as it is large."""
+
+FARTHEST = 5.0
+"""Gains count for at most so many times the median size: one device's word moves no arm alone."""
+
+LEAST = 0.02
+"""Part of the typical gain that a turn counts for at least: time counts where nothing gains."""
 
 
 @dataclass(frozen=True)
@@ -76,43 +87,53 @@ def estimate(trials: Sequence[Trial], arms: Sequence[int], last: int, window: in
     """
     recent = [trial for trial in trials if last - window < trial.round <= last]
     known = sorted({*arms, *(trial.arm for trial in recent)})
-    place = {arm: index for index, arm in enumerate(known)}
     gains = np.array([trial.gain for trial in recent])
+    usual = float(np.median(np.abs(gains))) if len(recent) else 0.0
+    gains = np.clip(gains, -FARTHEST * usual, FARTHEST * usual) if usual > 0 else gains
     unit = float(np.sqrt(np.mean(gains**2))) if len(recent) else 1.0
     gains = gains / unit if unit > 0 else gains
-    design = np.zeros((len(recent), len(known)))
-    design[np.arange(len(recent)), [place[trial.arm] for trial in recent]] = 1.0
-    rounds = np.array([trial.round for trial in recent])
-    inner, outer = _within(design, rounds), _within(gains[:, None], rounds)[:, 0]
-    noise = _noise(inner, outer, len(set(rounds.tolist())))
-    precision = inner.T @ inner / noise**2 + np.eye(len(known)) / PRIOR**2
-    covariance = np.linalg.inv(precision).astype(np.float64)
-    value = covariance @ inner.T @ outer / noise**2
-    chosen = [place[arm] for arm in arms]
-    common = float(value[chosen].mean())
+    arm = _indicators([trial.arm for trial in recent], known)
+    rounds = sorted({trial.round for trial in recent})
+    round_ = _indicators([trial.round for trial in recent], rounds)
+    design = np.hstack([np.ones((len(recent), 1)), round_, arm])
+    prior = np.array([FREE, *(ROUNDS for _ in rounds), *(PRIOR for _ in known)])
+    mean, covariance, noise = _posterior(design, gains, prior)
+    behind = 1 + len(rounds)
+    chosen = [behind + known.index(number) for number in arms]
+    common = float(mean[chosen].mean())
     differences = np.eye(len(chosen)) - 1 / len(chosen)
+    level = float(mean[0] + mean[1:behind].mean()) + common if recent else 1.0
     return Estimate(
-        level=float((gains - design @ value).mean()) + common if len(recent) else 1.0,
-        value=value[chosen] - common,
+        level=level,
+        value=mean[chosen] - common,
         covariance=differences @ covariance[np.ix_(chosen, chosen)] @ differences,
         noise=noise,
-        count=design.sum(axis=0).astype(np.int64)[chosen],
+        count=np.array([sum(trial.arm == number for trial in recent) for number in arms], np.int64),
     )
 
 
-def _within(values: Vector, rounds: npt.NDArray[np.int64]) -> Vector:
-    """Each row less its round's mean."""
-    found = values.copy()
-    for round in np.unique(rounds):
-        own = rounds == round
-        found[own] -= values[own].mean(axis=0)
-    return found
+def _indicators(values: Sequence[int], known: Sequence[int]) -> Vector:
+    """(values, known) 1 where they are the same."""
+    same = np.array(values, int)[:, None] == np.array(known, int)[None, :]
+    return np.asarray(same, np.float64)
 
 
-def _noise(design: Vector, gains: Vector, rounds: int) -> float:
-    """Deviation of what arms do not explain; 1, the typical gain, while little is known."""
-    free = len(gains) - rounds - int(np.linalg.matrix_rank(design)) if len(gains) else 0
-    if free < 2:
-        return 1.0
-    fitted = design @ np.linalg.lstsq(design, gains, rcond=None)[0]
-    return max(LEAST_NOISE, float(np.sqrt(np.sum((gains - fitted) ** 2) / free)))
+def _posterior(design: Vector, gains: Vector, prior: Vector) -> tuple[Vector, Vector, float]:
+    """Mean and covariance of the coefficients, and the noise that goes with them.
+
+    The noise is what they do not explain, shrunk towards 1, the typical gain; as it decides how
+    much they explain, a few turns are taken.
+    """
+    noise, inner = 1.0, design.T @ design
+    for _ in range(4):
+        covariance = np.linalg.inv(inner / noise**2 + np.diag(prior**-2)).astype(np.float64)
+        mean = covariance @ (design.T @ gains) / noise**2
+        explained = float(np.trace(covariance @ inner)) / noise**2
+        left = float(np.sum((gains - design @ mean) ** 2))
+        noise = float(np.sqrt((left + BELIEF) / (max(0.0, len(gains) - explained) + BELIEF)))
+    return mean, covariance, noise
+
+
+def per_second(quality: Vector, seconds: Vector) -> Vector:
+    """What arms are worth: gain per second, the least of a gain being :data:`LEAST`."""
+    return np.maximum(quality, LEAST) / seconds

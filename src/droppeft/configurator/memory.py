@@ -9,7 +9,7 @@ import numpy as np
 from droppeft.configurator.arms import Arm, Depth, neighbours
 from droppeft.configurator.arms import as_json as arm_as_json
 from droppeft.configurator.arms import from_json as arm_from_json
-from droppeft.configurator.learning import Estimate, Trial, estimate
+from droppeft.configurator.learning import Estimate, Trial, estimate, per_second
 
 SMOOTHING = 0.2
 """Weight of a round's importance in the running mean."""
@@ -25,6 +25,7 @@ class Memory:
         trials: of the window's rounds.
         row_length: tokens of a row, padding included, mean of the last rounds.
         importance: of each layer, running mean; ``None`` before any is known.
+        tried: numbers of the arms that some turn had, ever.
         changed: the round after which arms were last taken out or exchanged.
     """
 
@@ -33,6 +34,7 @@ class Memory:
     trials: tuple[Trial, ...]
     row_length: float
     importance: tuple[float, ...] | None
+    tried: frozenset[int]
     changed: int
 
     @property
@@ -48,7 +50,7 @@ class Memory:
 
 def begin(arms: Sequence[Arm], row_length: float) -> Memory:
     """Nothing is known but the candidates."""
-    return Memory(dict(enumerate(arms)), len(arms), (), row_length, None, 0)
+    return Memory(dict(enumerate(arms)), len(arms), (), row_length, None, frozenset(), 0)
 
 
 def as_json(memory: Memory) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def as_json(memory: Memory) -> dict[str, Any]:
         "trials": [[trial.round, trial.arm, trial.gain] for trial in memory.trials],
         "row_length": memory.row_length,
         "importance": None if memory.importance is None else list(memory.importance),
+        "tried": sorted(memory.tried),
         "changed": memory.changed,
     }
 
@@ -72,6 +75,7 @@ def from_json(tree: Mapping[str, Any]) -> Memory:
         trials=tuple(Trial(*trial) for trial in tree["trials"]),
         row_length=tree["row_length"],
         importance=None if importance is None else tuple(importance),
+        tried=frozenset(tree["tried"]),
         changed=tree["changed"],
     )
 
@@ -95,6 +99,7 @@ def with_round(
     return replace(
         memory,
         trials=(*kept, *trials),
+        tried=memory.tried | {trial.arm for trial in trials},
         row_length=memory.row_length if row_length is None else row_length,
         importance=_smoothed(memory.importance, importance),
     )
@@ -114,14 +119,18 @@ def _smoothed(
 def halved(memory: Memory, round: int, every: int, window: int, seconds: Sequence[float]) -> Memory:
     """Take out the worse half, when a stage of so many rounds is over; the last arm stays.
 
+    Arms that were not tried in the window are not judged, and stay.
+
     Args:
         seconds: what a turn takes with each arm, mean over the kinds of device.
     """
     if len(memory.arms) == 1 or round - memory.changed < every:
         return memory
-    worth = _worth(memory, window, seconds)
-    best = sorted(range(len(worth)), key=lambda place: -worth[place])
-    stay = sorted(best[: (len(best) + 1) // 2])
+    worth, count = _worth(memory, window, seconds), memory.known(window).count
+    judged = [place for place in range(len(worth)) if count[place]]
+    best = sorted(judged, key=lambda place: -worth[place])
+    gone = best[(len(best) + 1) // 2 :]
+    stay = [place for place in range(len(worth)) if place not in gone]
     numbers = memory.numbers
     arms = {numbers[place]: memory.arms[numbers[place]] for place in stay}
     return replace(memory, arms=arms, changed=round)
@@ -161,5 +170,4 @@ def refreshed(
 
 
 def _worth(memory: Memory, window: int, seconds: Sequence[float]) -> list[float]:
-    quality = memory.known(window).quality
-    return [float(one) / took for one, took in zip(quality, seconds, strict=True)]
+    return [float(one) for one in per_second(memory.known(window).quality, np.array(seconds))]

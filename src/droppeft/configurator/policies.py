@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from droppeft.configurator.learning import Estimate, Vector
+from droppeft.configurator.learning import Estimate, Vector, per_second
+
+Flags = npt.NDArray[np.bool_]
 
 BONUS = 1.0
 """Of ``sliding_window_ucb``, in deviations per root of the logarithm of the trials."""
@@ -28,10 +31,12 @@ class Scored:
 
     Attributes:
         scores: (devices, A) expected gain, or :data:`FORCED` in one place of a row.
+        expected: (A,) what is expected of an arm, also where it is forced.
         by_cost: whether seconds count; otherwise the best score is taken whatever it takes.
     """
 
     scores: Vector
+    expected: Vector
     by_cost: bool = True
 
 
@@ -40,67 +45,99 @@ class Asked:
     """What a policy may need besides an estimate.
 
     Attributes:
-        seconds: (A,) of a turn with each arm, mean over the kinds of device.
+        seconds: (devices, A) of a turn.
+        fits: (devices, A) whether the device may have the arm.
+        untried: (A,) whether no turn ever had the arm.
         epsilon: part of the turns that explore.
         rng: of this round.
     """
 
     seconds: Vector
+    fits: Flags
+    untried: Flags
     epsilon: float
     rng: np.random.Generator
 
-
-Policy = Callable[[Estimate, int, Asked], Scored]
-"""(estimate, devices, what else) to scores."""
-
-
-def _random(known: Estimate, devices: int, asked: Asked) -> Scored:
-    return Scored(asked.rng.random((devices, len(known.value))), by_cost=False)
+    @property
+    def devices(self) -> int:
+        """Of the round."""
+        return len(self.seconds)
 
 
-def _greedy(known: Estimate, devices: int, asked: Asked) -> Scored:
-    scores = np.tile(known.quality, (devices, 1))
-    explores = asked.rng.random(devices) < asked.epsilon
-    arms = asked.rng.integers(len(known.value), size=devices)
+Policy = Callable[[Estimate, Asked], Scored]
+
+
+def score(policy: str, known: Estimate, asked: Asked) -> Scored:
+    """What a policy hopes; one that learns tries every arm once before it believes anything.
+
+    As many devices as there are untried arms get one each, the longest arms the fastest devices.
+
+    Args:
+        policy: a key of :data:`POLICIES`.
+    """
+    found = POLICIES[policy](known, asked)
+    if found.by_cost:
+        fastest = np.argsort(asked.seconds.mean(axis=1), kind="stable").tolist()
+        longest = np.argsort(-asked.seconds.mean(axis=0), kind="stable").tolist()
+        for arm in (arm for arm in longest if asked.untried[arm]):
+            device = next((one for one in fastest if asked.fits[one, arm]), None)
+            if device is not None:
+                fastest.remove(device)
+                found.scores[device] = known.quality
+                found.scores[device, arm] = FORCED
+    return found
+
+
+def _random(known: Estimate, asked: Asked) -> Scored:
+    scores = asked.rng.random((asked.devices, len(known.value)))
+    return Scored(scores, known.quality, by_cost=False)
+
+
+def _greedy(known: Estimate, asked: Asked) -> Scored:
+    scores = np.tile(known.quality, (asked.devices, 1))
+    explores = asked.rng.random(asked.devices) < asked.epsilon
+    arms = asked.rng.integers(len(known.value), size=asked.devices)
     scores[explores, arms[explores]] = FORCED
-    return Scored(scores)
+    return Scored(scores, known.quality)
 
 
-def _ucb(known: Estimate, devices: int, asked: Asked) -> Scored:
+def _ucb(known: Estimate, asked: Asked) -> Scored:
     """All but one device have the best arm; one tries that of the others with the highest bound.
 
     A gain counts against those of its round, so a round in which all do the same shows nothing.
     When no bound is above what is expected of the best arm, nobody tries others.
     """
-    scores = np.tile(known.quality, (devices, 1))
+    scores = np.tile(known.quality, (asked.devices, 1))
+    seconds = asked.seconds.mean(axis=0)
     bonus = BONUS * np.sqrt(np.log(max(2, known.count.sum()))) * known.deviation
-    worth, bound = known.quality / asked.seconds, (known.quality + bonus) / asked.seconds
+    worth = per_second(known.quality, seconds)
+    bound = per_second(known.quality + bonus, seconds)
     best = int(worth.argmax())
     bound[best] = -np.inf
-    if bound.max() > worth[best]:
-        scores[asked.rng.integers(devices), int(bound.argmax())] = FORCED
-    return Scored(scores)
+    challenger = int(bound.argmax())
+    able = np.flatnonzero(asked.fits[:, challenger])
+    if bound[challenger] > worth[best] and len(able):
+        scores[asked.rng.choice(able), challenger] = FORCED
+    return Scored(scores, known.quality)
 
 
-def _thompson(known: Estimate, devices: int, asked: Asked) -> Scored:
+def _thompson(known: Estimate, asked: Asked) -> Scored:
     drawn = asked.rng.multivariate_normal(
-        known.value, known.covariance, size=devices, method="eigh"
+        known.value, known.covariance, size=asked.devices, method="eigh"
     )
-    return Scored(known.level + drawn)
+    return Scored(known.level + drawn, known.quality)
 
 
-def _in_turn(known: Estimate, devices: int, asked: Asked) -> Scored:
+def _in_turn(known: Estimate, asked: Asked) -> Scored:
     """Those that were tried least are next; the best by cost when one is left."""
-    arms = len(known.value)
-    if arms == 1:
-        return Scored(np.tile(known.quality, (devices, 1)))
-    tried = known.count.astype(float) + asked.rng.random(arms) / 2
-    scores = np.tile(known.quality, (devices, 1))
-    for device in range(devices):
-        next_arm = int(np.argmin(tried))
-        scores[device, next_arm] = FORCED
-        tried[next_arm] += 1
-    return Scored(scores)
+    scores = np.tile(known.quality, (asked.devices, 1))
+    if len(known.value) > 1:
+        tried = known.count.astype(float) + asked.rng.random(len(known.value)) / 2
+        for device in range(asked.devices):
+            able = np.where(asked.fits[device], tried, np.inf)
+            scores[device, int(able.argmin())] = FORCED
+            tried[int(able.argmin())] += 1
+    return Scored(scores, known.quality)
 
 
 POLICIES: dict[str, Policy] = {

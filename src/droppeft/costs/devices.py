@@ -6,12 +6,15 @@ test bed by ``benchmarks/clock_calibration.py``. What is said to be an assumptio
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist, fmean
 
 from droppeft import seeds
 from droppeft.config import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.errors import DroppeftError
 
 GIB = float(2**30)
+DRAWS = 1000
 
 # The earlier test bed: upload about N(1, 2.25^2) clipped to 1-3 MB/s, download 15 MB/s.
 _DOWNLOAD = Bandwidth(mean=15e6)
@@ -125,6 +128,16 @@ class Fleet:
         rng = seeds.python_generator(self.seed, purpose=purpose, round=round, device=device)
         drawn = rng.gauss(link.mean, link.deviation)
         return min(max(drawn, link.least or drawn), link.most or drawn)
+
+
+@cache
+def seconds_per_byte(link: Bandwidth) -> float:
+    """Mean over rounds: of a drawn and cut off bandwidth, which is not what its mean would take."""
+    if not link.deviation:
+        return 1 / link.mean
+    normal = NormalDist(link.mean, link.deviation)
+    drawn = [normal.inv_cdf((place + 0.5) / DRAWS) for place in range(DRAWS)]
+    return fmean(1 / min(max(one, link.least or one), link.most or one) for one in drawn)
 
 
 def make_fleet(settings: ClockConfig, devices: int, seed: int) -> Fleet:

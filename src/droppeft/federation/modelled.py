@@ -6,9 +6,11 @@ every transport and a resumed run decide alike.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from droppeft.config import Config, TrainingConfig
 from droppeft.costs.clock import Arithmetic, Clock, RoundCost
+from droppeft.costs.counts import StepCounts
 from droppeft.costs.devices import Fleet
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
@@ -79,6 +81,24 @@ def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) 
             for length in (longest // 4, longest // 2, longest)
         )
     )
+
+
+def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], StepCounts]:
+    """Counts the step of a run whose rows are all as long as can be; each adapter's once."""
+
+    @cache
+    def count(spec: AdapterSpec) -> StepCounts:
+        training = config.training
+        paper = PaperModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
+        return count_step(
+            paper,
+            training.batch_size,
+            training.max_length,
+            training.precision,
+            training.checkpointing,
+        )
+
+    return count
 
 
 def close_round(

@@ -40,9 +40,13 @@ def measure_devices(
         round: the one that would come next.
     """
     start = time.perf_counter()
-    plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
-    came: dict[int, Reply] = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
-    answers = [_checked(plan, came.get(index)) for index, plan in enumerate(plans)]
+    answers: list[Measurement | Failure] = []
+    every, at_once = range(setup.config.devices), setup.config.drawn
+    for first in range(0, len(every), at_once):  # never more than in a round
+        some = every[first : first + at_once]
+        plans = [method.own(setup, state, round, device) for device in some]
+        came = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
+        answers += [_checked(plan, came.get(index)) for index, plan in enumerate(plans)]
     return Personalised(
         tuple(one for one in answers if isinstance(one, Measurement)),
         tuple(one for one in answers if isinstance(one, Failure)),

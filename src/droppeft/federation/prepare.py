@@ -15,7 +15,7 @@ from droppeft.data.tables import Rows, TextData
 from droppeft.data.tokens import TokenTable
 from droppeft.federation.device import rehearse
 from droppeft.federation.loading import Loaded, Say, load, tokens_of
-from droppeft.federation.modelled import clock_for
+from droppeft.federation.modelled import clock_for, longest_step
 from droppeft.federation.transport import transport_named
 from droppeft.federation.workbench import Workbench
 from droppeft.methods import Method, Setup, method_named
@@ -79,7 +79,15 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     loaded = load(config, say)
     bench = loaded.bench
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
-    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, clock, run)
+    setup = Setup(
+        config,
+        bench.num_layers,
+        bench.fresh_tensors,
+        bench.layout,
+        clock,
+        run,
+        longest_step(config, loaded.backbone),
+    )
     state = method.init(setup)
     say("tokenising")
     test = tokens_of(loaded, loaded.data.test)

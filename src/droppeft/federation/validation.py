@@ -8,6 +8,9 @@ import numpy as np
 
 from droppeft.plans import HEAD, OTHER, Layout, Plan, Update, flatten
 
+MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
+"""What devices say of these steers arms: no larger loss or norm of gradients is one of a model."""
+
 
 def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> str | None:
     """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
@@ -54,6 +57,10 @@ def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     numbers = (update.train_loss, update.reward or 0.0, *update.importance)
     if not np.isfinite(numbers).all():
         return "its loss, reward or importance is not finite"
+    if abs(update.reward or 0.0) > MOST_GAIN or not all(
+        0 <= one < MOST_IMPORTANCE for one in update.importance
+    ):
+        return "claims an impossible gain or importance"
     return None
 
 

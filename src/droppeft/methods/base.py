@@ -12,6 +12,7 @@ from typing import Any
 
 from droppeft.config import AdapterConfig, Config
 from droppeft.costs.clock import Clock
+from droppeft.costs.counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.plans import (
     AdapterSpec,
@@ -44,6 +45,8 @@ class Setup:
             arithmetic cannot be counted. Decisions about time are made by it and not by what this
             machine measured, so that a seed determines a run.
         run: names the run where devices keep something for it.
+        longest_step: a step of the longest rows in the run's precision, quantisation included;
+            for what fits a device's memory.
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Setup:
     layout: Callable[[AdapterSpec], Layout]
     clock: Clock | None
     run: str = ""
+    longest_step: Callable[[AdapterSpec], StepCounts] | None = None
 
 
 def _as_it_is(config: Config) -> Config:

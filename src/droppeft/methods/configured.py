@@ -6,11 +6,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from droppeft import seeds
+from droppeft.adapters.types import TYPES
 from droppeft.config import DeviceProfile
 from droppeft.configurator import (
-    POLICIES,
     Arm,
     Asked,
     Trial,
@@ -18,6 +19,8 @@ from droppeft.configurator import (
     candidates,
     choose_together,
     first_trained,
+    per_second,
+    score,
 )
 from droppeft.configurator.arms import Depth
 from droppeft.configurator.memory import (
@@ -30,7 +33,8 @@ from droppeft.configurator.memory import (
     with_round,
 )
 from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
-from droppeft.costs.memory import most_active, step_memory
+from droppeft.costs.devices import seconds_per_byte
+from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import scheduled_rates
 from droppeft.methods.base import Setup
@@ -61,7 +65,10 @@ def first_memory(setup: Setup, state: ServerState) -> ServerState:
         DroppeftError: no candidate is possible, none fits some device, or there is no clock.
     """
     settings = setup.config.configurator
-    found = candidates(settings.means, settings.shapes, settings.prefixes, depth_of_run(setup))
+    # A prompt stands before the first layer: everything behind it has a backward.
+    layered = TYPES[setup.config.adapter.type].kind == "layered"
+    prefixes = settings.prefixes if layered else (0.0,)
+    found = candidates(settings.means, settings.shapes, prefixes, depth_of_run(setup))
     memory = begin(found, setup.config.training.max_length / 2)
     _check_fits(setup, state, memory)
     return _with_memory(state, memory, {})
@@ -82,16 +89,28 @@ def arms_of_round(
     if not cohort:
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
-    known = memory.known(settings.window)
     common = (setup, state, memory, round)
-    asked = Asked(np.array(_usual_seconds(*common)), settings.epsilon, rng)
-    scored = POLICIES[settings.policy](known, len(cohort), asked)
+    seconds = np.array(_of_kinds(setup, cohort, lambda kind: _seconds(*common, kind)))
     fits = np.array(_of_kinds(setup, cohort, lambda kind: _fitting(*common, kind)))
-    seconds = np.tile(asked.seconds, (len(cohort), 1))
-    if settings.by_class:
-        seconds = np.array(_of_kinds(setup, cohort, lambda kind: _seconds(*common, kind)))
-    places, numbers = choose_together(scored, seconds, fits), memory.numbers
+    if not settings.by_class:
+        seconds = np.tile(_usual_seconds(*common), (len(cohort), 1))
+    fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
+    numbers = memory.numbers
+    untried = np.array([number not in memory.tried for number in numbers])
+    asked = Asked(seconds, fits, untried, settings.epsilon, rng)
+    scored = score(settings.policy, memory.known(settings.window), asked)
+    places = choose_together(scored, seconds, fits)
     return [(numbers[place], memory.arms[numbers[place]]) for place in places]
+
+
+def _in_time(
+    fits: npt.NDArray[np.bool_], seconds: npt.NDArray[np.float64], deadline_s: float | None
+) -> npt.NDArray[np.bool_]:
+    """Arms that end by the deadline, on devices that have one."""
+    if deadline_s is None:
+        return fits
+    ends = fits & (seconds <= deadline_s)
+    return np.where(ends.any(axis=1, keepdims=True), ends, fits)
 
 
 def rates_of_arm(
@@ -100,8 +119,19 @@ def rates_of_arm(
     """Drop rates of an arm as the run's schedule has them in a round."""
     dropout = setup.config.dropout
     rates = arm_rates(arm, depth_of_run(setup), importance)
-    progress = (round - 1) / setup.config.rounds
-    return scheduled_rates(rates, dropout.schedule, progress, dropout.schedule_part)
+    return scheduled_rates(rates, dropout.schedule, _progress(setup, round), dropout.schedule_part)
+
+
+def _progress(setup: Setup, round: int) -> float:
+    return (round - 1) / setup.config.rounds
+
+
+def is_deciding(setup: Setup, round: int) -> bool:
+    """Whether arms differ in a round in what they drop; at a schedule's full depth none does."""
+    dropout = setup.config.dropout
+    return any(
+        scheduled_rates((1.0,), dropout.schedule, _progress(setup, round), dropout.schedule_part)
+    )
 
 
 def learned(
@@ -118,14 +148,14 @@ def learned(
         after: with the merged model.
     """
     if not plans:
-        return after
+        return _with_memory(after, memory_of(before), {})
     settings, memory, round = setup.config.configurator, memory_of(before), plans[0].round
     given = arms_of_round(setup, before, round, [plan.device for plan in plans])
     trials, merged = [], []
     for plan, reply, (number, _) in zip(plans, replies, given, strict=True):
         if isinstance(reply, Update):
             merged.append((plan, reply))
-            if reply.reward is not None:
+            if reply.reward is not None and is_deciding(setup, round):
                 trials.append(Trial(round, number, reply.reward))
     lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
     memory = with_round(
@@ -137,9 +167,12 @@ def learned(
         _importance(setup, merged) if merged else None,
     )
     seconds = _usual_seconds(setup, before, memory, round)
-    if settings.policy == "successive_halving":
+    if not is_deciding(setup, round):
+        pass
+    elif settings.policy == "successive_halving":
         fewer = halved(memory, round, settings.stage, settings.window, seconds)
-        memory = memory if _unfitted(setup, before, fewer, round) else fewer
+        stays = _unfitted(setup, before, fewer, round) is not None
+        memory = replace(memory, changed=fewer.changed) if stays else fewer
     else:
         memory = refreshed(
             memory,
@@ -167,6 +200,7 @@ def _shown(
     rates = [plan.dropout.rates for plan in plans if plan.dropout]
     lowest = [first_trained_layer(plan) for plan in plans]
     return {
+        "round": plans[0].round,
         "chosen": {
             str(plan.device): number for plan, (number, _) in zip(plans, given, strict=True)
         },
@@ -195,8 +229,8 @@ def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
         return None
     memory = memory_of(state)
     known = memory.known(setup.config.configurator.window)
-    seconds = _usual_seconds(setup, state, memory, 1)
-    worth = [float(one) / took for one, took in zip(known.quality, seconds, strict=True)]
+    seconds = _usual_seconds(setup, state, memory, last["round"])
+    worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     present = {str(number): arm.label for number, arm in memory.arms.items()}
     return {
@@ -277,7 +311,7 @@ def _kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
 def _turn_seconds(
     setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm, profile: DeviceProfile
 ) -> float:
-    """Of a turn as it is expected: rows as long as lately, links at their mean."""
+    """Of a turn as it is expected: rows as long as lately, links as they are on average."""
     config = setup.config
     arithmetic = _clock(setup).arithmetic(state.model.adapter)
     steps = config.training.local_steps or USUAL_STEPS
@@ -285,12 +319,13 @@ def _turn_seconds(
     lower = first_trained(arm, depth_of_run(setup))
     row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
     forward, rest = arithmetic.forward(memory.row_length)
-    measuring = 2 * reward_rows(setup) * (sum(forward) + rest)
-    values = payload_bytes(state.model.tensors)
+    measuring = 2 * reward_rows(setup, round) * (sum(forward) + rest)
+    values = state.model.tensors
+    sent = {key: named for key, named in values.items() if not isinstance(key, int) or key >= lower}
     return (
         compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
-        + values / profile.download.mean
-        + values / profile.upload.mean
+        + payload_bytes(values) * seconds_per_byte(profile.download)
+        + payload_bytes(sent) * seconds_per_byte(profile.upload)
     )
 
 
@@ -304,10 +339,11 @@ def _row_flops(
     return trained + sum(forward[frozen if cached else 0 : lower]) + rest
 
 
-def reward_rows(setup: Setup) -> int:
-    """None for a policy that learns nothing."""
+def reward_rows(setup: Setup, round: int) -> int:
+    """None for a policy that learns nothing, and in rounds that show nothing."""
     settings = setup.config.configurator
-    return 0 if settings.policy in ("fixed", "uniform_random") else settings.reward_rows
+    idle = settings.policy in ("fixed", "uniform_random") or not is_deciding(setup, round)
+    return 0 if idle else settings.reward_rows
 
 
 def _fitting(
@@ -323,14 +359,18 @@ def _fitting(
 def bytes_of_arm(setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm) -> int:
     """What a process takes that trains with an arm, at the longest rows.
 
-    Weights are counted in fp32: a quantised backbone takes less.
+    With `training.offload` as if all weights were in memory, which they are while gains are
+    measured.
     """
     rates = rates_of_arm(setup, round, arm, memory.importance)
     lower = first_trained(arm, depth_of_run(setup))
     steps = setup.config.training.local_steps or USUAL_STEPS
     active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
-    counts = _clock(setup).arithmetic(state.model.adapter).counts[-1]
-    return step_memory(counts, active, lower).total
+    adapter = state.model.adapter
+    counts = setup.longest_step(adapter) if setup.longest_step else None
+    counts = counts or _clock(setup).arithmetic(adapter).counts[-1]
+    untrained = sum(block.trainable_parameters for block in counts.blocks[:lower])
+    return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
 
 
 def _unfitted(setup: Setup, state: ServerState, memory: Memory, round: int) -> str | None:

@@ -112,7 +112,7 @@ def _with_arm(
     """All values travel to the device, back those of the layers that it trains."""
     rates = configured.rates_of_arm(setup, round, arm, importance)
     plan = full_plan(setup, state, round, device, _gates(setup, rates))
-    plan = replace(plan, reward_rows=configured.reward_rows(setup))
+    plan = replace(plan, reward_rows=configured.reward_rows(setup, round))
     lower = first_trained(arm, configured.depth_of_run(setup))
     if lower == setup.config.frozen.layers:
         return plan

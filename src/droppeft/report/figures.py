@@ -84,12 +84,14 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
         made = {name: _accuracy(part, played, axis) for name, axis in AXES.items()}
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
-            if wanted and (name not in OF_DEVICES or any(value(row) for row in part.rows)):
+            if wanted and (
+                name not in OF_DEVICES or any(value(row) is not None for row in part.rows)
+            ):
                 made[name] = _bars(part, title, value)
         for number, row in enumerate(part.rows):
             runs = [one.rows for one in played if one.cell.member == row.member and one.result]
-            noted = [rows for rows in runs if all((one.get("notes") or {}) for one in rows)]
-            if noted:
+            noted = [[one for one in rows if one.get("notes")] for rows in runs]
+            if noted and all(noted):
                 made[f"{RATES}-{number}"] = _rates(row.member, noted)
                 made[f"{SHARES}-{number}"] = _shares(row.member, noted)
     return made
@@ -216,21 +218,21 @@ def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
     ]
     layers, rounds = len(rates[0]), len(rates)
     figure, axis = _figure(3.0)
-    image = axis.imshow(
+    edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
+    image = axis.pcolormesh(
+        [edge + 1 for edge in edges[0]],
+        edges[1],
         list(zip(*rates, strict=True)),
-        aspect="auto",
-        origin="lower",
         cmap="cividis",
         vmin=0,
         vmax=1,
-        extent=(0.5, rounds + 0.5, -0.5, layers - 0.5),
-        interpolation="nearest",
     )
     axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
     axis.set_title(f"{member}: drop rate of each layer", loc="left", fontsize=9.5)
     axis.yaxis.set_major_locator(_whole_numbers())
     axis.xaxis.set_major_locator(_whole_numbers())
-    figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
     return figure
 
 

@@ -79,7 +79,7 @@ def write_page(folder: Path) -> Path:
     Raises:
         DroppeftError: the folder holds neither, or it is not finished.
     """
-    title, comparison, played = _read(folder)
+    title, comparison, played = read_folder(folder)
     parts = summary(comparison, played)
     sections: list[str] = []
     drawn: dict[str, Any] = {}
@@ -98,7 +98,12 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _read(folder: Path) -> tuple[str, Comparison, list[Played]]:
+def read_folder(folder: Path) -> tuple[str, Comparison, list[Played]]:
+    """Title, comparison and runs of a comparison's folder, or of a run's.
+
+    Raises:
+        DroppeftError: the folder holds neither, or it is not finished.
+    """
     if (folder / COMPARISON).is_file():
         content = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
         comparison = Comparison.model_validate(content["comparison"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -86,8 +87,10 @@ class Screen:
         if self._rounds is None or self._members is None:
             return
         self.console.print(_round_line(row, self._about))
-        for line in (*_left_out(row), *_thought(row)):
+        for line in _left_out(row):
             self.console.print(line)
+        for line in _thought(row):
+            self.console.print(Padding(line, (0, 0, 0, 9)))
         self._progress.advance(self._rounds)
         self._progress.reset(self._members)
 
@@ -302,7 +305,7 @@ def _thought(row: RoundRow) -> Iterator[Text]:
     counts = Counter(str(number) for number in notes["chosen"].values())
     tried = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
     best = notes["labels"][str(notes["best"])]
-    yield Text(f"{' ' * 9}arms: {tried} (best so far: {best})", style="dim")
+    yield Text(f"arms: {tried} (best so far: {best})", style="dim")
 
 
 def bar(console: Console) -> Progress:

@@ -32,15 +32,20 @@ def state_dir() -> Path:
     """``$DROPPEFT_STATE``, else ``droppeft`` in ``$XDG_STATE_HOME`` or ``~/.local/state``.
 
     What is there cannot be made again, and nothing here deletes a run's.
+
+    Raises:
+        DroppeftError: the first is no absolute path, and would be another folder tomorrow.
     """
     if own := os.environ.get("DROPPEFT_STATE"):
+        if not Path(own).is_absolute():
+            raise DroppeftError(f"DROPPEFT_STATE={own} is not an absolute path; write it in full")
         return Path(own)
-    shared = os.environ.get("XDG_STATE_HOME")
-    return (Path(shared) if shared else Path.home() / ".local" / "state") / "droppeft"
+    shared = Path(os.environ.get("XDG_STATE_HOME") or "")
+    return (shared if shared.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
 
 
 def folder_of(run: str, device: int) -> Path:
-    """Where one device keeps what is its own; no other run has the same folder.
+    """Where one device keeps what is its own; a run's copy in another folder has the same.
 
     Raises:
         DroppeftError: the name of the run is none; it comes from a server.
@@ -67,7 +72,8 @@ def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(_path(folder, round), seal(arrays, {"round": round}))
         counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
-        for one in {*_rounds(folder)} - {round, *counted[-EARLIER:]}:
+        # Not those of later rounds: this turn may be the one that is late.
+        for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
             _path(folder, one).unlink(missing_ok=True)
     except OSError as error:
         raise DroppeftError(f"{folder}: cannot keep this device's tensors ({error})") from None
@@ -78,11 +84,14 @@ def recall(folder: Path, round: int) -> Tensors:
 
     Raises:
         Lost: it is not there, or damaged.
+        DroppeftError: it cannot be read now, and perhaps later.
     """
     path = _path(folder, round)
     try:
         arrays, _ = unseal(path)
     except DAMAGES as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise DroppeftError(f"{path} cannot be read ({error})") from None
         why = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         _log.warning("%s %s; the server is asked for the global values", path, why)
         raise Lost(f"what it kept in round {round} {why.partition(' (')[0]}") from None

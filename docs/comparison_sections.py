@@ -1,0 +1,121 @@
+"""The parts of the results about methods side by side, and about the configurator's policies."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tables import RESULTS, markdown_table, processor
+
+from droppeft.comparison.summary import summary
+from droppeft.comparison.written import COLUMNS, failures
+from droppeft.report.page import read_folder
+
+COMPARISONS = {
+    "one_device": (
+        "One device, rates from none to half",
+        "One device holds all rows: what a rate costs and gives without federation.",
+    ),
+    "many_devices": (
+        "Twenty devices of three kinds, all layers shared",
+        "Layer dropout alone beside rivals and controls, Dirichlet alpha 1.",
+    ),
+}
+COMPARISON_HEAD = """\
+## {title}
+
+`droppeft compare experiments/{name}.toml`: development data (20 Newsgroups), the built-in model,
+{seeds} seeds. {about} The target is what `{member}` ends with on the same seed, less
+{minus:g}{target}. Modelled: on the devices' profiles; measured (m.): devices as if side by side, on
+{place}, while other work ran on the machine: compare measured times as ratios only. A run took
+{cell:.0f} seconds (median). Everything is in `benchmarks/results/{name}/comparison.json`;
+`droppeft report benchmarks/results/{name}` draws
+[the page](../benchmarks/results/{name}/report.html).
+"""
+
+SYNTHETIC_HEAD = """\
+## Policies on problems whose answer is known
+
+`benchmarks/configurator_synthetic.py`: no model and no data. A made-up run whose turns take off a
+part of the remaining loss, seen through noise; three kinds of device, {devices} a round, {arms}
+arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
+(mean, bootstrap 95 % interval); below 1 is faster than any one arm for all devices can be, because
+slower devices get cheaper arms. "As if alike": arms are chosen without knowing which device is
+slow. Idle: part of the devices' time in which they wait for the slowest of their round.
+"""
+PLAYERS = (
+    "best fixed arm per kind of device",
+    "budgeted_thompson",
+    "sliding_window_ucb",
+    "epsilon_greedy",
+    "successive_halving",
+    "budgeted_thompson, as if alike",
+    "uniform_random",
+)
+
+
+def comparison_sections() -> list[str]:
+    """Each section, if its measurement was made."""
+    found = [
+        _comparison(name) for name in COMPARISONS if (RESULTS / name / "comparison.json").is_file()
+    ]
+    synthetic = RESULTS / "configurator_synthetic.json"
+    if synthetic.is_file():
+        found.append(_synthetic(json.loads(synthetic.read_text(encoding="utf-8"))))
+    return found
+
+
+def _comparison(name: str) -> str:
+    _, comparison, played = read_folder(RESULTS / name)
+    [part] = summary(comparison, played)
+    results = [one.result for one in played if one.result is not None]
+    walls = sorted(result["host_wall_s"] for result in results)
+    title, about = COMPARISONS[name]
+    target = comparison.target
+    head = COMPARISON_HEAD.format(
+        title=title,
+        name=name,
+        about=about,
+        seeds=len(comparison.seeds),
+        member=target.member if target else "",
+        minus=target.minus if target else 0,
+        target=f" ({part.target:.3f} on average)" if part.target else "",
+        place=processor(results[0]["machine"]),
+        cell=walls[len(walls) // 2],
+    )
+    table = markdown_table(
+        list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
+    )
+    return "\n".join([head, table, *(f"{line}\n" for line in failures(part))])
+
+
+def _synthetic(content: Mapping[str, Any]) -> str:
+    settings = content["settings"]
+    head = SYNTHETIC_HEAD.format(
+        devices=settings["devices"], arms=len(settings["arms"]), seeds=settings["seeds"]
+    )
+    rows = [
+        [
+            name,
+            found["best_fixed_arm"],
+            *(_ratio(found["players"][player]) for player in PLAYERS),
+            f"{found['mean_fixed_ratio']:.2f}",
+        ]
+        for name, found in content["problems"].items()
+    ]
+    columns = ("problem", "best fixed arm", *PLAYERS, "mean fixed arm")
+    thompson = [found["players"]["budgeted_thompson"] for found in content["problems"].values()]
+    fixed = [found["best_fixed_idle_share"] for found in content["problems"].values()]
+    idle = (
+        f"Idle: {_range([one['idle_share'] for one in thompson])} with `budgeted_thompson`, "
+        f"{_range(fixed)} with the best fixed arm.\n"
+    )
+    return "\n".join([head, markdown_table(columns, rows), idle])
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.0%} to {max(values):.0%}"
