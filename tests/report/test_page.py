@@ -18,7 +18,6 @@ from droppeft.report.figures import AXES, BARS, INK, OF_THE_TARGET
 from droppeft.report.page import FIGURES, PAGE, write_page
 from runs import Recorder
 
-
 THOUGHTS = ("rates-2", "arms-2")
 """Of the third member, which has a configurator."""
 
