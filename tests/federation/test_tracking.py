@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import accelerate.tracking
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation import tracking
+from droppeft.federation import run, tracking
 from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.tracking import FOLDER
 from runs import Recorder, adapter_bytes, rows_of, stop_after_a_round
@@ -87,3 +89,36 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     with pytest.raises(DroppeftError, match="tracker=mlflow needs the package mlflow; run: pip"):
         start_run(load_config(None, [*tiny_words, "tracker=mlflow"]), tmp_path / "r", Recorder())
     assert not (tmp_path / "r").exists()
+
+
+class Noting:
+    """Stands for accelerate's trackers: what they are opened with, and the run they then have."""
+
+    opened: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, project: str, **options: Any) -> None:
+        self.opened.append(options)
+        found = options.get("run_id") or f"run {len(self.opened)}"
+        self.active_run = SimpleNamespace(info=SimpleNamespace(run_id=found))
+
+    def start(self) -> None: ...
+    def store_init_configuration(self, settings: Any) -> None: ...
+    def log(self, numbers: Any, step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("mlflow", "run_id")])
+def test_a_resumed_run_is_the_same_run_there(
+    name: str, key: str, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, name, Noting)
+    monkeypatch.setattr(tracking, "check_tracker", lambda name: None)
+    monkeypatch.setattr(run, "check_tracker", lambda name: None)
+    monkeypatch.setattr(Noting, "opened", [])
+    out = tmp_path / "run"
+    stop_after_a_round([*tiny_words, f"tracker={name}"], out)
+    resume_run(out, Recorder())
+    start_run(load_config(None, [*tiny_words, f"tracker={name}"]), tmp_path / "other", Recorder())
+    first, second, other = (options[key] for options in Noting.opened)
+    assert second == (first or "run 1")
+    assert other != second

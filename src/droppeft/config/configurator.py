@@ -46,7 +46,7 @@ class ConfiguratorConfig(Table):
     reward_rows: Whole = Field(
         16, ge=1, description="validation rows on which a device measures what its turn gained"
     )
-    window: Whole = Field(10, ge=1, description="rounds after which a gain is forgotten")
+    window: Whole = Field(20, ge=1, description="rounds after which a gain is forgotten")
     epsilon: Real = Field(
         0.2, ge=0, le=1, description="of `epsilon_greedy`: part of the turns that explore"
     )

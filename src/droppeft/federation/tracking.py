@@ -1,10 +1,11 @@
 """Rounds to TensorBoard, MLflow, Weights & Biases or Trackio, through accelerate's trackers; ours.
 
 All of them write into the run's folder, and none asks the network, unless the environment says so
-(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A run that is resumed goes on in
-TensorBoard's curves; the others show its later rounds as a second run of the same name.
+(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A run that is resumed goes on as the
+same run; Weights & Biases keeps its offline parts apart, under one id for ``wandb sync``.
 """
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,11 @@ from typing import Any
 from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.watcher import Watcher
+from droppeft.files import write_atomically
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 
-FOLDER = "tracker"
+FOLDER, MLFLOW_RUN = "tracker", "mlflow-run"
 
 
 def check_tracker(name: str) -> None:
@@ -90,10 +92,11 @@ class Tracked:
         self._watcher.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Write how good the model is on the whole test set."""
+        """Write how good the models are, the global one and the devices' own."""
         if self._tracker is not None:
-            names = ("global_accuracy", "global_f1", "global_loss")
-            final = {f"final_{name}": result[name] for name in names}
+            names = ("global_accuracy", "global_f1", "global_loss", "personalised_accuracy")
+            found = {f"final_{name}": result.get(name) for name in names}
+            final = {name: value for name, value in found.items() if value is not None}
             self._tracker.log(final, step=result["rounds"])
         self._watcher.finished(result)
 
@@ -126,10 +129,21 @@ def _opened(name: str, out: Path) -> Any:
     folder.mkdir(exist_ok=True)
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"logging_dir": folder},
-        "wandb": {"dir": str(folder), "name": out.name},
-        "mlflow": {"run_name": out.name},
-        "trackio": {"name": out.name},
+        # The same run for a resumed process: by an id, or by the id that mlflow gave it.
+        "wandb": {"dir": str(folder), "name": out.name, "id": _id(out), "resume": "allow"},
+        "mlflow": {"run_name": out.name, "run_id": _noted(folder / MLFLOW_RUN)},
+        "trackio": {"name": out.name, "resume": "allow"},
     }
     tracker = LOGGER_TYPE_TO_CLASS[name]("droppeft", **options[name])
     tracker.start()
+    if name == "mlflow":
+        write_atomically(folder / MLFLOW_RUN, tracker.active_run.info.run_id.encode())
     return tracker
+
+
+def _id(out: Path) -> str:
+    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+
+
+def _noted(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
