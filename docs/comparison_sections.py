@@ -40,8 +40,8 @@ part of the remaining loss, seen through noise; three kinds of device, {devices}
 arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
 (mean, bootstrap 95 % interval); below 1 is faster than any one arm for all devices can be, because
 slower devices get cheaper arms. "As if alike": arms are chosen without knowing which device is
-slow. The window is {window} rounds where nothing is said; the default of a run is 20. Idle: part of the
-devices' time in which they wait for the slowest of their round.
+slow. The window is {window} rounds where nothing is said; the default of a run is 20. Idle: part of
+the devices' time in which they wait for the slowest of their round.
 """
 PLAYERS = (
     "best fixed arm per kind of device",
@@ -126,4 +126,5 @@ def _ratio(row: Mapping[str, Any]) -> str:
 
 
 def _range(values: list[float]) -> str:
-    return f"{min(values):.0%} to {max(values):.0%}"
+    ends = (f"{min(values):.0%}", f"{max(values):.0%}")
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
