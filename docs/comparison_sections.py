@@ -40,14 +40,15 @@ part of the remaining loss, seen through noise; three kinds of device, {devices}
 arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
 (mean, bootstrap 95 % interval); below 1 is faster than any one arm for all devices can be, because
 slower devices get cheaper arms. "As if alike": arms are chosen without knowing which device is
-slow. The window is {window} rounds where nothing is said; the default of a run is 20. Idle: part of
-the devices' time in which they wait for the slowest of their round.
+slow. Policies that learn pay {measuring:.1%} of a whole turn for measuring its gain, as with the
+defaults of a run; fixed arms and the lot pay nothing. The window is {window} rounds where nothing
+is said. Idle: part of the devices' time in which they wait for the slowest of their round.
 """
 PLAYERS = (
     "best fixed arm per kind of device",
-    "budgeted_thompson, window 20",
     "budgeted_thompson",
     "budgeted_thompson, window 5",
+    "budgeted_thompson, window 40",
     "sliding_window_ucb",
     "epsilon_greedy",
     "successive_halving",
@@ -98,6 +99,7 @@ def _synthetic(content: Mapping[str, Any]) -> str:
         arms=len(settings["arms"]),
         seeds=settings["seeds"],
         window=settings["window"],
+        measuring=settings["measuring"],
     )
     rows = [
         [
@@ -109,9 +111,7 @@ def _synthetic(content: Mapping[str, Any]) -> str:
         for name, found in content["problems"].items()
     ]
     columns = ("problem", "best fixed arm", *PLAYERS, "mean fixed arm")
-    thompson = [
-        found["players"]["budgeted_thompson, window 20"] for found in content["problems"].values()
-    ]
+    thompson = [found["players"]["budgeted_thompson"] for found in content["problems"].values()]
     fixed = [found["best_fixed_idle_share"] for found in content["problems"].values()]
     idle = (
         f"Idle: {_range([one['idle_share'] for one in thompson])} with `budgeted_thompson`, "

@@ -51,12 +51,12 @@ def adapter_bytes(out: Path) -> dict[str, bytes]:
 
 
 def timeless(value: Any) -> Any:
-    """The same without what a clock measured, which no two runs share."""
+    """The same without what a clock measured and the run's own name, which no two runs share."""
     if isinstance(value, dict):
         return {
             key: timeless(item)
             for key, item in value.items()
-            if not key.endswith(("_wall_s", "_measured_s", "_host_s"))
+            if not key.endswith(("_wall_s", "_measured_s", "_host_s")) and key != "run"
         }
     return [timeless(item) for item in value] if isinstance(value, list) else value
 

@@ -244,3 +244,21 @@ def test_ctrl_c_before_the_first_round(
     assert said.code == 130
     assert said.err == "droppeft: stopped while preparing; nothing is lost\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["configurator.refresh=3"],
+        ["configurator.policy=budgeted_thompson", "dropout.count=2"],
+        ["configurator.policy=uniform_random", "dropout.shape=decay"],
+    ],
+)
+def test_settings_that_the_configurator_would_ignore_are_refused(
+    droppeft: Command, words: list[str]
+) -> None:
+    said = droppeft("run", *words)
+    assert said.code != 0
+    assert f"droppeft: {words[-1].partition('=')[0]} has no effect with configurator.policy=" in (
+        said.err
+    )

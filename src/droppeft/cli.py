@@ -70,6 +70,7 @@ def run(
     path, settings = _split(words or [])
     config = load_config(path, settings)
     _check_tables(config.method, settings)
+    _check_configurator(config, settings)
     _check_flower(config.transport, settings)
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
@@ -334,6 +335,24 @@ def _check_tables(method: str, settings: Sequence[str]) -> None:
     for key in map(key_of, settings):
         if ignores(method_named(method), key):
             raise DroppeftError(f"{key} has no effect with method={method}; leave it out")
+
+
+def _check_configurator(config: "Config", settings: Sequence[str]) -> None:
+    """Refuse a setting on the command line of arms that there are not, or of rates that arms have.
+
+    A file may have both: it is for several runs.
+    """
+    from droppeft.config import key_of
+
+    policy = config.configurator.policy
+    rates = ("dropout.mean", "dropout.count", "dropout.rates", "dropout.shape")
+    for key in map(key_of, settings) if config.method == "droppeft" else ():
+        of_arms = key.startswith("configurator.") and key != "configurator.policy"
+        if of_arms if policy == "fixed" else key in rates:
+            raise DroppeftError(
+                f"{key} has no effect with configurator.policy={policy}; leave it out, or set "
+                "another policy"
+            )
 
 
 def _check_flower(transport: str, settings: Sequence[str]) -> None:

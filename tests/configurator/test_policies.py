@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from droppeft.configurator.arms import Arm, Depth
+from droppeft.configurator.arms import Arm
 from droppeft.configurator.choosing import choose_together
 from droppeft.configurator.learning import Estimate, Trial
 from droppeft.configurator.memory import Memory, begin, halved, with_round
@@ -152,6 +152,18 @@ def test_every_policy_finds_the_arm_with_most_gain_per_second(policy: str) -> No
     assert play(policy, 3) == play(policy, 3)
 
 
+def test_an_arm_that_nobody_can_have_keeps_no_other_from_being_tried() -> None:
+    """It would be the challenger of every round: nobody knows anything of it."""
+    fits = np.tile([True, True, False], (4, 1))
+    rng, none = np.random.default_rng(0), np.zeros(3, bool)
+    unsure = replace(SOME, covariance=np.diag([1.0, 1.0, 4.0]))
+    found = score("sliding_window_ucb", unsure, Asked(np.ones((4, 3)), fits, none, 0.0, rng))
+    assert (found.scores == FORCED).sum(axis=0).tolist() == [0, 1, 0]
+    greedy = score("epsilon_greedy", SOME, Asked(np.ones((4, 3)), fits, none, 1.0, rng)).scores
+    assert (greedy == FORCED).any(axis=1).all()
+    assert not (greedy[:, 2] == FORCED).any()
+
+
 @pytest.mark.parametrize("policy", ["sliding_window_ucb", "budgeted_thompson"])
 @pytest.mark.parametrize(
     ("seconds", "worth"), [((3.0, 1.5, 1.0), (1.0, 0.15, 0.1)), ((1.9, 1.4, 1.0), (1.0, 0.6, 0.3))]
@@ -178,7 +190,8 @@ def test_halving_ends_with_one() -> None:
     assert halved(memory, 9, 3, 20, SECONDS[1:2]) == memory
 
 
-DEPTH = Depth(12, 0, 0, 0)
+def near(arm: Arm) -> list[Arm]:
+    return [Arm(arm.mean + change, "uniform", 0.0) for change in (-0.125, 0.125)]
 
 
 def learnt(memory: Memory) -> Memory:
@@ -211,13 +224,13 @@ def test_the_worst_arm_makes_room_for_a_neighbour_of_the_best() -> None:
 
     memory = learnt(begin(ARMS, 64.0))
     rng = np.random.default_rng(0)
-    args = (20, SECONDS, 0.125, ("uniform",), DEPTH, rng)
+    args = (20, SECONDS, near, rng)
     assert refreshed(memory, 9, 0, *args) is memory
     assert refreshed(memory, 2, 3, *args) is memory
     new = refreshed(memory, 3, 3, *args)
     assert new.numbers == (1, 2, 3)
-    near = {Arm(0.125, "uniform", 0.0), Arm(0.375, "uniform", 0.0), Arm(0.25, "uniform", 1 / 12)}
-    assert new.arms[3] in near
+    assert new.arms[3] in near(ARMS[1])
+    assert refreshed(memory, 3, 3, 20, SECONDS, lambda arm: [], rng).numbers == (0, 1, 2)
     assert (new.next_number, new.changed) == (4, 3)
     assert new.trials == memory.trials
 
@@ -226,6 +239,21 @@ def test_where_nothing_gains_the_longest_go_first() -> None:
     trials = [Trial(round, arm, -0.01) for round in (1, 2) for arm in (0, 1, 2)]
     memory = with_round(begin(ARMS, 64.0), trials, 2, 20, None, None)
     assert halved(memory, 3, 3, 20, (4.0, 2.0, 1.0)).numbers == (1, 2)
+
+
+def test_halving_takes_of_the_worse_half_what_can_be_spared() -> None:
+    """Somebody can have none but the best, and somebody none but the worst."""
+    four = [*ARMS, Arm(0.125, "uniform", 0.0)]
+    trials = [Trial(1, arm, gain) for arm, gain in enumerate((1.0, 0.5, 0.25, 0.1))] * 2
+    memory = with_round(begin(four, 64.0), trials, 1, 20, None, None)
+    left = halved(memory, 3, 3, 20, (1.0,) * 4, lambda numbers: {0, 3} <= set(numbers))
+    assert left.numbers == (0, 1, 3)
+    assert left.changed == 3
+
+
+def test_an_arm_counts_as_tried_when_it_was_given() -> None:
+    memory = with_round(begin(ARMS, 64.0), [Trial(1, 0, 1.0)], 1, 20, None, None, given=[2, 0])
+    assert memory.tried == {0, 2}
 
 
 def test_halving_keeps_what_was_not_tried() -> None:
@@ -239,5 +267,5 @@ def test_arms_that_were_not_tried_are_not_judged() -> None:
 
     trials = [Trial(1, 1, 1.0), Trial(1, 2, 0.1)]
     memory = with_round(begin(ARMS, 64.0), trials, 1, 20, None, None)
-    new = refreshed(memory, 3, 3, 20, SECONDS, 0.125, (), DEPTH, np.random.default_rng(0))
+    new = refreshed(memory, 3, 3, 20, SECONDS, near, np.random.default_rng(0))
     assert new.numbers == (0, 1, 3)

@@ -25,7 +25,7 @@ from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.federation.transport import Arrival, InProcess
 from droppeft.methods.base import without_steps
-from droppeft.plans import Budget, Failure, Measurement, Plan, Update, flatten, layer_key
+from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_key
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import Scripted, answer_to
@@ -151,16 +151,6 @@ def test_a_measurement_is_of_what_was_kept(site: Site, first: Plan) -> None:
 
 def rows_kept(device: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder_of(RUN, device).iterdir()}
-
-
-def test_a_measurement_may_follow_training_that_leaves_nothing(site: Site, first: Plan) -> None:
-    update(site, first)
-    before = rows_kept(1)
-    plan = next_visit(first, round=2, kept=1)
-    trained = ask(site, replace(without_steps(plan), budget=Budget(steps=3)))
-    assert isinstance(trained, Measurement)
-    assert trained.loss != ask(site, without_steps(plan)).loss
-    assert rows_kept(1) == before
 
 
 def measurements(plan: Plan) -> list[Any]:
@@ -347,6 +337,32 @@ def test_a_local_run_without_its_accuracy_is_refused(words: list[str], tmp_path:
             Recorder(),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path: Path) -> None:
+    """Its result is not written before there is one."""
+
+    class Gone:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
+
+        def exchange(self, plans: Any) -> Any:
+            for arrival in self.inner.exchange(plans):
+                gone = Failure(plans[arrival.index].device, "asleep")
+                yield replace(arrival, reply=gone) if plans[0].measure else arrival
+
+    out = tmp_path / "run"
+    with pytest.raises(DroppeftError, match=r"no device could be measured \(device 0: asleep\)"):
+        start_run(
+            load_config(None, words),
+            out,
+            Recorder(),
+            lambda loaded: nullcontext(Gone(InProcess(site_of(loaded)))),
+        )
+    assert not (out / "result.json").exists()
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    resume_run(out, Recorder())
+    assert own_outcome(out) == own_outcome(tmp_path / "whole")
 
 
 def test_a_local_run_has_nothing_to_export(words: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import make_clock
 from droppeft.federation.rounds import play_round
 from droppeft.federation.run import resume_run, start_run
-from droppeft.methods import METHODS, Setup, configured
+from droppeft.methods import METHODS, Setup, arm_costs, configured
 from droppeft.methods.droppeft import configured_rates
 from droppeft.plans import Failure, Plan, ServerState, Update, first_trained_layer, flatten
 from messages import (
@@ -149,7 +149,9 @@ def test_a_round_of_failures_shows_nothing() -> None:
     state = DROPPEFT.init(own)
     plans = DROPPEFT.plan(own, state, 1, [0, 1])
     after = DROPPEFT.merge(own, state, plans, [Failure(plan.device, "x") for plan in plans])
-    assert configured.memory_of(after) == configured.memory_of(state)
+    known, before = configured.memory_of(after), configured.memory_of(state)
+    assert replace(known, tried=before.tried) == before
+    assert known.tried == {number for number, _ in configured.arms_of_round(own, state, 1, [0, 1])}
 
 
 def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
@@ -185,7 +187,7 @@ def test_seconds_are_those_that_the_clock_will_charge() -> None:
         update = _update_of(plan, tokens, [round(tokens * (1 - rate)) for rate in rates])
         charged = own.clock.turn_cost(plan, update)
         profile = own.clock.fleet.profile(0)
-        expected = configured._turn_seconds(own, state, memory, 1, arm, profile)
+        expected = arm_costs.turn_seconds(own, state, memory, 1, arm, profile)
         assert expected == pytest.approx(charged.turn_s, rel=1e-6)
         # By hand: per token forward below, both above, head and embeddings always.
         active = sum(1 - rate for rate in rates[lower:])
@@ -336,7 +338,7 @@ def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
     takes = dict(
         zip(
             memory.arms.values(),
-            configured._seconds(plain, state, memory, 3, fleet.profile(slow)),
+            arm_costs.seconds_of(plain, state, memory, 3, fleet.profile(slow)),
             strict=True,
         )
     )
@@ -354,6 +356,8 @@ def test_prompts_have_no_prefixes() -> None:
     own = setup("adapter.type=prompt_tuning")
     arms = configured.memory_of(DROPPEFT.init(own)).arms.values()
     assert {arm.prefix for arm in arms} == {0.0}
+    state = learnt(setup("adapter.type=prompt_tuning", "configurator.refresh=1"))
+    assert {arm.prefix for arm in configured.memory_of(state).arms.values()} == {0.0}
     plan = plan_for(0, train=frozenset({"prompt"}))
     prompt = {**plan.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
     assert first_trained_layer(replace(plan, tensors=prompt)) == 0
@@ -367,6 +371,35 @@ def test_rounds_at_a_schedule_s_full_depth_show_nothing_of_arms() -> None:
     after = DROPPEFT.merge(own, state, plans, [answer_to(plan, reward=9.0) for plan in plans])
     assert configured.memory_of(after).arms == configured.memory_of(state).arms
     assert 9.0 not in [trial.gain for trial in configured.memory_of(after).trials]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_where_nothing_is_measured_nothing_is_tried(policy: str) -> None:
+    own = setup("dropout.schedule=recovery", f"configurator.policy={policy}")
+    state = learnt(own)
+    arms = {tuple(given(own, state, round, [0, 1, 2])) for round in range(30, 40)}
+    assert len(arms) == 1
+
+
+def test_new_arms_are_such_as_the_configuration_has() -> None:
+    words = ("configurator.prefixes=[0]", 'configurator.shapes=["decay"]', "configurator.refresh=1")
+    own = setup(*words)
+    state = learnt(own)
+    for round in range(3, 12):
+        plans = DROPPEFT.plan(own, state, round, list(range(6)))
+        gains = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
+        state = as_saved(DROPPEFT.merge(own, state, plans, gains))
+        arms = configured.memory_of(state).arms.values()
+        assert {arm.prefix for arm in arms} == {0.0}
+        assert {arm.shape for arm in arms} <= {"uniform", "decay"}  # nothing dropped is uniform
+    assert configured.memory_of(state).next_number > 5
+
+
+def test_arms_that_fit_nobody_are_no_candidates() -> None:
+    own = with_memory_limits(PROCESS + 2.5e6)
+    state = DROPPEFT.init(own)
+    for arm in configured.memory_of(state).arms.values():
+        assert (LAYERS - 2 * bool(arm.prefix)) * (1 - arm.mean) <= 2
 
 
 def test_a_round_without_devices_leaves_no_note() -> None:

@@ -145,11 +145,13 @@ def test_without_a_global_model_there_is_one_accuracy(
         "personalised_worst_tenth": 0.25,
         "personalised_devices": 11,
         "personalised_rows": 55,
+        "personalised_failures": [{"device": 3, "reason": "asleep"}],
     }
     text = shown({**result, "global_accuracy": None, **own}, rows)
     assert "–   there is no global model" in text
     assert ".500" in line_with(text, "personalised")
     assert "of them: 2 devices" in line_with(text, "worst tenth")
+    assert "1 could not be measured (asleep)" in " ".join(text.split())
 
 
 def test_who_was_left_out_on_the_modelled_clock_is_named(

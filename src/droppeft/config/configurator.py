@@ -57,7 +57,7 @@ class ConfiguratorConfig(Table):
         0,
         ge=0,
         description="rounds after which the worst arm makes room for a neighbour of the best; 0: "
-        "never; not of `successive_halving`",
+        "never; of the policies that learn, but for `successive_halving`",
     )
     by_class: bool = Field(
         True,

@@ -126,18 +126,22 @@ def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Seq
     return tuple(1 / each for each in importance)
 
 
-def neighbours(arm: Arm, step: float, shapes: Sequence[str], depth: Depth) -> tuple[Arm, ...]:
+def neighbours(
+    arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, prefixes: bool = True
+) -> tuple[Arm, ...]:
     """Arms that differ in one thing: a little more or less dropped, another shape, one layer more
     or less trained.
 
     Args:
         step: of the mean.
+        shapes: that there may be.
+        prefixes: whether there may be another prefix.
     """
     layer = 1 / (depth.layers - depth.frozen)
     near = [
         *(replace(arm, mean=round(arm.mean + change, 6)) for change in (-step, step)),
         *(replace(arm, shape=shape) for shape in shapes),
-        *(replace(arm, prefix=arm.prefix + change) for change in (-layer, layer)),
+        *(replace(arm, prefix=arm.prefix + change) for change in (-layer, layer) if prefixes),
     ]
     inside = [one for one in near if 0 <= one.mean < 1 and -1e-9 <= one.prefix < 1]
     found = dict.fromkeys(_plain(one, depth) for one in inside if is_possible(one, depth))

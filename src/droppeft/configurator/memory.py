@@ -1,12 +1,12 @@
 """All that the configurator remembers between rounds, and what it does at the end of one. Ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from droppeft.configurator.arms import Arm, Depth, neighbours
+from droppeft.configurator.arms import Arm
 from droppeft.configurator.arms import as_json as arm_as_json
 from droppeft.configurator.arms import from_json as arm_from_json
 from droppeft.configurator.learning import Estimate, Trial, estimate, per_second
@@ -25,7 +25,7 @@ class Memory:
         trials: of the window's rounds.
         row_length: tokens of a row, padding included, mean of the last rounds.
         importance: of each layer, running mean; ``None`` before any is known.
-        tried: numbers of the arms that some turn had, ever.
+        tried: numbers of the arms that some device was given, ever, merged or not.
         changed: the round after which arms were last taken out or exchanged.
     """
 
@@ -87,10 +87,12 @@ def with_round(
     window: int,
     row_length: float | None,
     importance: Sequence[float] | None,
+    given: Collection[int] = (),
 ) -> Memory:
     """Add what a round has shown; forget what is older than the window.
 
     Args:
+        given: numbers of the arms that devices were given, besides those of the trials.
         row_length: mean of the round's turns, ``None`` if nothing was merged.
         importance: of each layer, mean over the round's turns in which it ran and was trained; 0
             where there was none. ``None`` if nothing was merged.
@@ -99,7 +101,7 @@ def with_round(
     return replace(
         memory,
         trials=(*kept, *trials),
-        tried=memory.tried | {trial.arm for trial in trials},
+        tried=memory.tried | {trial.arm for trial in trials} | set(given),
         row_length=memory.row_length if row_length is None else row_length,
         importance=_smoothed(memory.importance, importance),
     )
@@ -116,23 +118,32 @@ def _smoothed(
     )
 
 
-def halved(memory: Memory, round: int, every: int, window: int, seconds: Sequence[float]) -> Memory:
+def halved(
+    memory: Memory,
+    round: int,
+    every: int,
+    window: int,
+    seconds: Sequence[float],
+    suffice: Callable[[Collection[int]], bool] = lambda numbers: True,
+) -> Memory:
     """Take out the worse half, when a stage of so many rounds is over; the last arm stays.
 
     Arms that were not tried in the window are not judged, and stay.
 
     Args:
         seconds: what a turn takes with each arm, mean over the kinds of device.
+        suffice: whether every kind of device can have one of these arms; what is needed stays.
     """
     if len(memory.arms) == 1 or round - memory.changed < every:
         return memory
     worth, count = _worth(memory, window, seconds), memory.known(window).count
-    judged = [place for place in range(len(worth)) if count[place]]
-    best = sorted(judged, key=lambda place: -worth[place])
-    gone = best[(len(best) + 1) // 2 :]
-    stay = [place for place in range(len(worth)) if place not in gone]
     numbers = memory.numbers
-    arms = {numbers[place]: memory.arms[numbers[place]] for place in stay}
+    judged = [place for place in range(len(worth)) if count[place]]
+    worst_first = sorted(judged, key=lambda place: worth[place])
+    arms = dict(memory.arms)
+    for place in worst_first[: len(judged) // 2]:
+        if suffice(arms.keys() - {numbers[place]}):
+            del arms[numbers[place]]
     return replace(memory, arms=arms, changed=round)
 
 
@@ -142,14 +153,15 @@ def refreshed(
     every: int,
     window: int,
     seconds: Sequence[float],
-    step: float,
-    shapes: Sequence[str],
-    depth: Depth,
+    near: Callable[[Arm], Sequence[Arm]],
     rng: np.random.Generator,
 ) -> Memory:
     """Exchange the worst arm for a neighbour of the best, every so many rounds; 0 never.
 
     Arms that were not tried in the window are not judged.
+
+    Args:
+        near: neighbours of an arm, those that some device can have.
     """
     if every == 0 or round - memory.changed < every or len(memory.arms) < 2:
         return memory
@@ -160,8 +172,7 @@ def refreshed(
     judged = [place for place in range(len(worth)) if tried[place]]
     best = max(judged, key=lambda place: worth[place])
     worst = min(judged, key=lambda place: worth[place])
-    near = neighbours(memory.arms[numbers[best]], step, shapes, depth)
-    new = [arm for arm in near if arm not in memory.arms.values()]
+    new = [arm for arm in near(memory.arms[numbers[best]]) if arm not in memory.arms.values()]
     if best == worst or not new:
         return replace(memory, changed=round)
     arms = {number: arm for number, arm in memory.arms.items() if number != numbers[worst]}

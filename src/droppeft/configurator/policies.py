@@ -21,6 +21,9 @@ Flags = npt.NDArray[np.bool_]
 BONUS = 1.0
 """Of ``sliding_window_ucb``, in deviations per root of the logarithm of the trials."""
 
+LOT = "uniform_random"
+"""The policy that learns nothing."""
+
 FORCED = 1e6
 """A score that no gain reaches: this device tries this arm."""
 
@@ -47,7 +50,7 @@ class Asked:
     Attributes:
         seconds: (devices, A) of a turn.
         fits: (devices, A) whether the device may have the arm.
-        untried: (A,) whether no turn ever had the arm.
+        untried: (A,) whether no device was ever given the arm.
         epsilon: part of the turns that explore.
         rng: of this round.
     """
@@ -76,7 +79,7 @@ def score(policy: str, known: Estimate, asked: Asked) -> Scored:
         policy: a key of :data:`POLICIES`.
     """
     found = POLICIES[policy](known, asked)
-    if found.by_cost:
+    if policy != LOT:
         fastest = np.argsort(asked.seconds.mean(axis=1), kind="stable").tolist()
         longest = np.argsort(-asked.seconds.mean(axis=0), kind="stable").tolist()
         for arm in (arm for arm in longest if asked.untried[arm]):
@@ -95,9 +98,10 @@ def _random(known: Estimate, asked: Asked) -> Scored:
 
 def _greedy(known: Estimate, asked: Asked) -> Scored:
     scores = np.tile(known.quality, (asked.devices, 1))
-    explores = asked.rng.random(asked.devices) < asked.epsilon
-    arms = asked.rng.integers(len(known.value), size=asked.devices)
-    scores[explores, arms[explores]] = FORCED
+    for device in np.flatnonzero(asked.rng.random(asked.devices) < asked.epsilon):
+        able = np.flatnonzero(asked.fits[device])
+        if len(able):
+            scores[device, asked.rng.choice(able)] = FORCED
     return Scored(scores, known.quality)
 
 
@@ -110,13 +114,14 @@ def _ucb(known: Estimate, asked: Asked) -> Scored:
     scores = np.tile(known.quality, (asked.devices, 1))
     seconds = asked.seconds.mean(axis=0)
     bonus = BONUS * np.sqrt(np.log(max(2, known.count.sum()))) * known.deviation
-    worth = per_second(known.quality, seconds)
-    bound = per_second(known.quality + bonus, seconds)
+    possible = asked.fits.any(axis=0)
+    worth = np.where(possible, per_second(known.quality, seconds), -np.inf)
+    bound = np.where(possible, per_second(known.quality + bonus, seconds), -np.inf)
     best = int(worth.argmax())
     bound[best] = -np.inf
     challenger = int(bound.argmax())
-    able = np.flatnonzero(asked.fits[:, challenger])
-    if bound[challenger] > worth[best] and len(able):
+    if bound[challenger] > worth[best]:
+        able = np.flatnonzero(asked.fits[:, challenger])
         scores[asked.rng.choice(able), challenger] = FORCED
     return Scored(scores, known.quality)
 
@@ -129,11 +134,11 @@ def _thompson(known: Estimate, asked: Asked) -> Scored:
 
 
 def _in_turn(known: Estimate, asked: Asked) -> Scored:
-    """Those that were tried least are next; the best by cost when one is left."""
+    """Those that were tried least are next; a device that can have one alone has that."""
     scores = np.tile(known.quality, (asked.devices, 1))
-    if len(known.value) > 1:
-        tried = known.count.astype(float) + asked.rng.random(len(known.value)) / 2
-        for device in range(asked.devices):
+    tried = known.count.astype(float) + asked.rng.random(len(known.value)) / 2
+    for device in range(asked.devices):
+        if asked.fits[device].sum() > 1:
             able = np.where(asked.fits[device], tried, np.inf)
             scores[device, int(able.argmin())] = FORCED
             tried[int(able.argmin())] += 1
@@ -141,7 +146,7 @@ def _in_turn(known: Estimate, asked: Asked) -> Scored:
 
 
 POLICIES: dict[str, Policy] = {
-    "uniform_random": _random,
+    LOT: _random,
     "epsilon_greedy": _greedy,
     "sliding_window_ucb": _ucb,
     "budgeted_thompson": _thompson,

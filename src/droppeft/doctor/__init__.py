@@ -9,7 +9,12 @@ from collections.abc import Callable
 from droppeft.doctor.builtin import check_builtin_data, check_builtin_model, check_data_folder
 from droppeft.doctor.finding import Finding, problem
 from droppeft.doctor.flower import check_flower
-from droppeft.doctor.folders import check_cache_folder, check_runs_folder, check_temporary_folder
+from droppeft.doctor.folders import (
+    check_cache_folder,
+    check_runs_folder,
+    check_state_folder,
+    check_temporary_folder,
+)
 from droppeft.doctor.machine import check_memory, check_processor, check_torch
 from droppeft.doctor.packages import (
     check_dependencies,
@@ -35,6 +40,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Flower": check_flower,
     "runs": check_runs_folder,
     "cache": check_cache_folder,
+    "devices' own": check_state_folder,
     "temporary files": check_temporary_folder,
 }
 """In the order in which they are shown."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from droppeft.data.cache import cache_dir
 from droppeft.doctor.finding import Finding, note, ok, problem, size
+from droppeft.errors import DroppeftError
+from droppeft.sharing.kept import state_dir
 
 FULL_BYTES = 50e6
 """Less is not enough for the checkpoints of a run."""
@@ -31,6 +33,18 @@ def check_cache_folder() -> Finding:
     folder, remedy = cache_dir(), "export DROPPEFT_CACHE=~/droppeft-cache"
     if reason := why_not(folder):
         return note(f"{folder} {reason}; every run prepares its data anew", remedy)
+    return _with_room(folder, remedy)
+
+
+def check_state_folder() -> Finding:
+    """Where devices keep what is their own; without it `method=local` does not work."""
+    remedy = "export DROPPEFT_STATE=~/droppeft-state"
+    try:
+        folder = state_dir()
+    except DroppeftError as error:
+        return problem(f"{error}", remedy)
+    if reason := why_not(folder):
+        return note(f"{folder} {reason}; devices cannot keep anything to themselves", remedy)
     return _with_room(folder, remedy)
 
 

@@ -76,18 +76,16 @@ def measure_own(
     """Measure this device's model at full depth on rows that it never trains on; keep nothing.
 
     Args:
-        as :func:`take_turn`; a Plan with a budget trains first.
+        as :func:`take_turn`.
 
     Raises:
         DroppeftError: as :func:`take_turn`.
     """
     bench.wear(plan.adapter)
-    parameters = _load(bench, plan)
+    _load(bench, plan)
+    bench.hold()
     batch_size, precision = config.evaluation.batch_size, config.training.precision
     with base_delta_applied(bench.model, plan.base_delta):
-        if plan.budget.steps != 0:
-            _train(bench, parameters, table, rows, config, plan)
-        bench.hold()
         found = evaluate(bench.model, table, rows.test, bench.task, batch_size, precision)
     return Measurement(plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss)
 

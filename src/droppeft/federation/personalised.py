@@ -12,6 +12,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from droppeft.federation.transport import Transport
+from droppeft.federation.validation import why_not_its_own
 from droppeft.methods import Method, Setup
 from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState
 
@@ -104,13 +105,9 @@ def _checked(plan: Plan, reply: Reply | None) -> Measurement | Failure:
 def _why_refused(plan: Plan, reply: Reply) -> str | None:
     if not isinstance(reply, Measurement):
         return "answers with no measurement"
-    if (reply.round, reply.device) != (plan.round, plan.device):
-        return f"answers round {reply.round}, device {reply.device}"
-    if reply.nonce != plan.nonce:
-        return "does not carry this Plan's nonce"
-    if not (reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss)):
-        return "its measurement is none"
-    return None
+    if reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss):
+        return why_not_its_own(plan, reply)
+    return "its measurement is none"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -292,6 +292,12 @@ def _personalised_result(
     watcher.preparing("measuring each device's model on its own test rows")
     setup, method = prepared.setup, prepared.method
     found = measure_devices(setup, method, transport, last.state, last.round + 1)
+    if not found.measurements:
+        example = found.failures[0]
+        raise DroppeftError(
+            f"no device could be measured (device {example.device}: {example.reason}); mend that, "
+            f"then resume {out}"
+        )
     turns = Counter(row["device"] for row in read_rows(out / DEVICES) if row["accepted"])
     return personalised_sums(found, turns)
 
@@ -315,6 +321,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     config, data = prepared.config, prepared.loaded.data
     return {
         "method": config.method,
+        "run": prepared.setup.run,
         "model": config.model,
         "data": config.data,
         "seed": config.seed,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.plans import HEAD, OTHER, Layout, Plan, Update, flatten
+from droppeft.plans import HEAD, OTHER, Layout, Measurement, Plan, Update, flatten
 
 MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
 """What devices say of these steers arms: no larger loss or norm of gradients is one of a model."""
@@ -27,7 +27,7 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
         batch_size: most rows of a step.
     """
     return (
-        _identity(plan, update)
+        why_not_its_own(plan, update)
         or _counts(plan, update, batch_size)
         or _cost(plan, update, batch_size)
         or _names(plan, update, layout)
@@ -35,10 +35,11 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
     )
 
 
-def _identity(plan: Plan, update: Update) -> str | None:
-    if (update.round, update.device) != (plan.round, plan.device):
-        return f"answers round {update.round}, device {update.device}"
-    return None if update.nonce == plan.nonce else "does not carry this Plan's nonce"
+def why_not_its_own(plan: Plan, answer: Update | Measurement) -> str | None:
+    """What is wrong if an answer is to another Plan."""
+    if (answer.round, answer.device) != (plan.round, plan.device):
+        return f"answers round {answer.round}, device {answer.device}"
+    return None if answer.nonce == plan.nonce else "does not carry this Plan's nonce"
 
 
 def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:

@@ -1,6 +1,6 @@
-"""The configurator on a run: what arms take on the clock, and what turns have shown; ours."""
+"""The configurator on a run: which arms a round has, and what its turns have shown. Ours."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -10,19 +10,17 @@ import numpy.typing as npt
 
 from droppeft import seeds
 from droppeft.adapters.types import TYPES
-from droppeft.config import DeviceProfile
 from droppeft.configurator import (
     Arm,
     Asked,
+    Scored,
     Trial,
-    arm_rates,
     candidates,
     choose_together,
-    first_trained,
+    neighbours,
     per_second,
     score,
 )
-from droppeft.configurator.arms import Depth
 from droppeft.configurator.memory import (
     Memory,
     as_json,
@@ -32,30 +30,28 @@ from droppeft.configurator.memory import (
     refreshed,
     with_round,
 )
-from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
-from droppeft.costs.devices import seconds_per_byte
-from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
-from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import scheduled_rates
+from droppeft.methods.arm_costs import (
+    check_fits,
+    depth_of_run,
+    fits_somewhere,
+    fitting,
+    is_deciding,
+    of_kinds,
+    seconds_of,
+    unfitted,
+    usual_seconds,
+)
 from droppeft.methods.base import Setup
-from droppeft.plans import Plan, Reply, ServerState, Update, first_trained_layer, payload_bytes
+from droppeft.plans import Plan, Reply, ServerState, Update, first_trained_layer
 
 KEY, LAST = "configurator", "last_arms"
-SHAPES_OF_NEIGHBOURS, STEP = ("uniform", "incremental", "decay", "importance"), 0.125
-USUAL_STEPS = 10
-"""Steps of a turn that is said in epochs, whose number the server does not know."""
+STEP = 0.125
+"""Of the mean drop rate, between neighbours."""
 
 
 def is_fixed(setup: Setup) -> bool:
     """Whether nothing is to be found out."""
     return setup.config.configurator.policy == "fixed"
-
-
-def depth_of_run(setup: Setup) -> Depth:
-    """The layers that arms are about."""
-    dropout = setup.config.dropout
-    frozen = setup.config.frozen.layers
-    return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
 
 
 def first_memory(setup: Setup, state: ServerState) -> ServerState:
@@ -65,13 +61,17 @@ def first_memory(setup: Setup, state: ServerState) -> ServerState:
         DroppeftError: no candidate is possible, none fits some device, or there is no clock.
     """
     settings = setup.config.configurator
-    # A prompt stands before the first layer: everything behind it has a backward.
-    layered = TYPES[setup.config.adapter.type].kind == "layered"
-    prefixes = settings.prefixes if layered else (0.0,)
-    found = candidates(settings.means, settings.shapes, prefixes, depth_of_run(setup))
+    found = candidates(settings.means, settings.shapes, _prefixes(setup), depth_of_run(setup))
     memory = begin(found, setup.config.training.max_length / 2)
-    _check_fits(setup, state, memory)
-    return _with_memory(state, memory, {})
+    check_fits(setup, state, memory)
+    possible = [arm for arm in found if fits_somewhere(setup, state, memory, arm, 1)]
+    return _with_memory(state, begin(possible, memory.row_length), {})
+
+
+def _prefixes(setup: Setup) -> Sequence[float]:
+    """A prompt stands before the first layer: everything behind it has a backward."""
+    layered = TYPES[setup.config.adapter.type].kind == "layered"
+    return setup.config.configurator.prefixes if layered else (0.0,)
 
 
 def memory_of(state: ServerState) -> Memory:
@@ -90,15 +90,19 @@ def arms_of_round(
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
     common = (setup, state, memory, round)
-    seconds = np.array(_of_kinds(setup, cohort, lambda kind: _seconds(*common, kind)))
-    fits = np.array(_of_kinds(setup, cohort, lambda kind: _fitting(*common, kind)))
+    seconds = np.array(of_kinds(setup, cohort, lambda kind: seconds_of(*common, kind)))
+    fits = np.array(of_kinds(setup, cohort, lambda kind: fitting(*common, kind)))
     if not settings.by_class:
-        seconds = np.tile(_usual_seconds(*common), (len(cohort), 1))
+        seconds = np.tile(usual_seconds(*common), (len(cohort), 1))
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
     untried = np.array([number not in memory.tried for number in numbers])
     asked = Asked(seconds, fits, untried, settings.epsilon, rng)
-    scored = score(settings.policy, memory.known(settings.window), asked)
+    known = memory.known(settings.window)
+    if is_deciding(setup, round):
+        scored = score(settings.policy, known, asked)
+    else:
+        scored = Scored(np.tile(known.quality, (len(cohort), 1)), known.quality)
     places = choose_together(scored, seconds, fits)
     return [(numbers[place], memory.arms[numbers[place]]) for place in places]
 
@@ -111,27 +115,6 @@ def _in_time(
         return fits
     ends = fits & (seconds <= deadline_s)
     return np.where(ends.any(axis=1, keepdims=True), ends, fits)
-
-
-def rates_of_arm(
-    setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
-) -> tuple[float, ...]:
-    """Drop rates of an arm as the run's schedule has them in a round."""
-    dropout = setup.config.dropout
-    rates = arm_rates(arm, depth_of_run(setup), importance)
-    return scheduled_rates(rates, dropout.schedule, _progress(setup, round), dropout.schedule_part)
-
-
-def _progress(setup: Setup, round: int) -> float:
-    return (round - 1) / setup.config.rounds
-
-
-def is_deciding(setup: Setup, round: int) -> bool:
-    """Whether arms differ in a round in what they drop; at a schedule's full depth none does."""
-    dropout = setup.config.dropout
-    return any(
-        scheduled_rates((1.0,), dropout.schedule, _progress(setup, round), dropout.schedule_part)
-    )
 
 
 def learned(
@@ -165,29 +148,34 @@ def learned(
         settings.window,
         fmean(lengths) if lengths else None,
         _importance(setup, merged) if merged else None,
+        [number for number, _ in given] if is_deciding(setup, round) else (),
     )
-    seconds = _usual_seconds(setup, before, memory, round)
-    if not is_deciding(setup, round):
-        pass
-    elif settings.policy == "successive_halving":
-        fewer = halved(memory, round, settings.stage, settings.window, seconds)
-        stays = _unfitted(setup, before, fewer, round) is not None
-        memory = replace(memory, changed=fewer.changed) if stays else fewer
-    else:
-        memory = refreshed(
-            memory,
-            round,
-            settings.refresh,
-            settings.window,
-            seconds,
-            STEP,
-            SHAPES_OF_NEIGHBOURS,
-            depth_of_run(setup),
-            seeds.numpy_generator(setup.config.seed, purpose="new arm", round=round),
-        )
-        if _unfitted(setup, before, memory, round) is not None:
-            memory = replace(memory, arms=memory_of(before).arms)
+    if is_deciding(setup, round):
+        memory = _other_arms(setup, before, memory, round)
     return _with_memory(after, memory, _shown(setup, plans, replies, given))
+
+
+def _other_arms(setup: Setup, state: ServerState, memory: Memory, round: int) -> Memory:
+    """Fewer, or one exchanged, as the policy has it; every kind of device has one that fits."""
+    settings = setup.config.configurator
+    seconds = usual_seconds(setup, state, memory, round)
+
+    def suffice(numbers: Collection[int]) -> bool:
+        left = {number: memory.arms[number] for number in numbers}
+        return unfitted(setup, state, replace(memory, arms=left), round) is None
+
+    def near(arm: Arm) -> list[Arm]:
+        several = any(_prefixes(setup))
+        depth = depth_of_run(setup)
+        found = neighbours(arm, STEP, settings.shapes, depth, prefixes=several)
+        return [one for one in found if fits_somewhere(setup, state, memory, one, round)]
+
+    if settings.policy == "successive_halving":
+        return halved(memory, round, settings.stage, settings.window, seconds, suffice)
+    rng = seeds.numpy_generator(setup.config.seed, purpose="new arm", round=round)
+    new = refreshed(memory, round, settings.refresh, settings.window, seconds, near, rng)
+    stays = unfitted(setup, state, new, round) is not None
+    return replace(memory, changed=new.changed) if stays else new
 
 
 def _shown(
@@ -229,7 +217,7 @@ def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
         return None
     memory = memory_of(state)
     known = memory.known(setup.config.configurator.window)
-    seconds = _usual_seconds(setup, state, memory, last["round"])
+    seconds = usual_seconds(setup, state, memory, last["round"])
     worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     present = {str(number): arm.label for number, arm in memory.arms.items()}
@@ -262,138 +250,3 @@ def _importance(setup: Setup, merged: Sequence[tuple[Plan, Update]]) -> list[flo
         ]
         found.append(fmean(seen) if seen else 0.0)
     return found
-
-
-# What arms take
-
-
-def _clock(setup: Setup) -> Clock:
-    if setup.clock is None:
-        raise DroppeftError(
-            f"configurator.policy={setup.config.configurator.policy} needs the modelled clock, and "
-            "this model's arithmetic cannot be counted; set configurator.policy=fixed"
-        )
-    return setup.clock
-
-
-def _of_kinds(
-    setup: Setup, cohort: Sequence[int], value: Callable[[DeviceProfile], list[Any]]
-) -> list[list[Any]]:
-    """A value of every device, found once for each kind."""
-    fleet = _clock(setup).fleet
-    names = [fleet.names[device] for device in cohort]
-    found = {name: value(fleet.profiles[name]) for name in dict.fromkeys(names)}
-    return [found[name] for name in names]
-
-
-def _seconds(
-    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
-) -> list[float]:
-    """Modelled seconds of a turn with each arm."""
-    return [
-        _turn_seconds(setup, state, memory, round, arm, profile) for arm in memory.arms.values()
-    ]
-
-
-def _usual_seconds(
-    setup: Setup, state: ServerState, memory: Memory, round: int
-) -> tuple[float, ...]:
-    """The same, mean over the kinds of device that there are."""
-    by_kind = [_seconds(setup, state, memory, round, kind) for kind in _kinds(setup).values()]
-    return tuple(fmean(seconds) for seconds in zip(*by_kind, strict=True))
-
-
-def _kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
-    fleet = _clock(setup).fleet
-    return {name: fleet.profiles[name] for name in dict.fromkeys(fleet.names)}
-
-
-def _turn_seconds(
-    setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm, profile: DeviceProfile
-) -> float:
-    """Of a turn as it is expected: rows as long as lately, links as they are on average."""
-    config = setup.config
-    arithmetic = _clock(setup).arithmetic(state.model.adapter)
-    steps = config.training.local_steps or USUAL_STEPS
-    rates = rates_of_arm(setup, round, arm, memory.importance)
-    lower = first_trained(arm, depth_of_run(setup))
-    row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
-    forward, rest = arithmetic.forward(memory.row_length)
-    measuring = 2 * reward_rows(setup, round) * (sum(forward) + rest)
-    values = state.model.tensors
-    sent = {key: named for key, named in values.items() if not isinstance(key, int) or key >= lower}
-    return (
-        compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
-        + payload_bytes(values) * seconds_per_byte(profile.download)
-        + payload_bytes(sent) * seconds_per_byte(profile.upload)
-    )
-
-
-def _row_flops(
-    setup: Setup, arithmetic: Arithmetic, length: float, rates: Sequence[float], lower: int
-) -> float:
-    frozen, cached = setup.config.frozen.layers, setup.config.frozen.cache
-    both, rest = arithmetic.training(length)
-    forward, _ = arithmetic.forward(length)
-    trained = sum((1 - rates[layer]) * both[layer] for layer in range(lower, setup.num_layers))
-    return trained + sum(forward[frozen if cached else 0 : lower]) + rest
-
-
-def reward_rows(setup: Setup, round: int) -> int:
-    """None for a policy that learns nothing, and in rounds that show nothing."""
-    settings = setup.config.configurator
-    idle = settings.policy in ("fixed", "uniform_random") or not is_deciding(setup, round)
-    return 0 if idle else settings.reward_rows
-
-
-def _fitting(
-    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
-) -> list[bool]:
-    """For which arms a kind of device has the memory."""
-    return [
-        bytes_of_arm(setup, state, memory, round, arm) <= profile.memory_bytes
-        for arm in memory.arms.values()
-    ]
-
-
-def bytes_of_arm(setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm) -> int:
-    """What a process takes that trains with an arm, at the longest rows.
-
-    With `training.offload` as if all weights were in memory, which they are while gains are
-    measured.
-    """
-    rates = rates_of_arm(setup, round, arm, memory.importance)
-    lower = first_trained(arm, depth_of_run(setup))
-    steps = setup.config.training.local_steps or USUAL_STEPS
-    active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
-    adapter = state.model.adapter
-    counts = setup.longest_step(adapter) if setup.longest_step else None
-    counts = counts or _clock(setup).arithmetic(adapter).counts[-1]
-    untrained = sum(block.trainable_parameters for block in counts.blocks[:lower])
-    return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
-
-
-def _unfitted(setup: Setup, state: ServerState, memory: Memory, round: int) -> str | None:
-    """A kind of device that none of the arms fits, in this round or the last.
-
-    Schedules have full depth in the first round or the last.
-    """
-    for name, kind in _kinds(setup).items():
-        for one in (round, setup.config.rounds):
-            if not any(_fitting(setup, state, memory, one, kind)):
-                return name
-    return None
-
-
-def _check_fits(setup: Setup, state: ServerState, memory: Memory) -> None:
-    name = _unfitted(setup, state, memory, 1)
-    if name is not None:
-        arms, rounds = memory.arms.values(), (1, setup.config.rounds)
-        least = max(
-            min(bytes_of_arm(setup, state, memory, round, arm) for arm in arms) for round in rounds
-        )
-        raise DroppeftError(
-            f"no arm of the configurator fits a {name}: the least takes {least / 1e9:.2f} GB, it "
-            f"has {_kinds(setup)[name].memory_bytes / 1e9:.2f}; lower training.batch_size or "
-            "training.max_length, or add larger configurator.means or prefixes"
-        )

@@ -13,6 +13,7 @@ from droppeft.configurator import Arm, first_trained
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
 from droppeft.methods import configured
+from droppeft.methods.arm_costs import depth_of_run, rates_of_arm, reward_rows
 from droppeft.methods.base import (
     Method,
     Setup,
@@ -110,10 +111,10 @@ def _with_arm(
     importance: Sequence[float] | None,
 ) -> Plan:
     """All values travel to the device, back those of the layers that it trains."""
-    rates = configured.rates_of_arm(setup, round, arm, importance)
+    rates = rates_of_arm(setup, round, arm, importance)
     plan = full_plan(setup, state, round, device, _gates(setup, rates))
-    plan = replace(plan, reward_rows=configured.reward_rows(setup, round))
-    lower = first_trained(arm, configured.depth_of_run(setup))
+    plan = replace(plan, reward_rows=reward_rows(setup, round))
+    lower = first_trained(arm, depth_of_run(setup))
     if lower == setup.config.frozen.layers:
         return plan
     names = frozenset(

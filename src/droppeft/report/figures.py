@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from statistics import fmean, stdev
 from typing import Any
 
@@ -211,12 +211,15 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
 
 def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
     """Layers by rounds: how often each is dropped, mean over a round's devices and over seeds."""
-    by_round = list(zip(*runs, strict=False))
+    by_round: dict[int, list[Sequence[float]]] = {}
+    for row in chain.from_iterable(runs):
+        by_round.setdefault(row["round"], []).append(row["notes"]["rates"])
+    rounds, layers = max(by_round), len(runs[0][0]["notes"]["rates"])
+    unknown = [[float("nan")] * layers]  # of a round without devices
     rates = [
-        [fmean(layer) for layer in zip(*(row["notes"]["rates"] for row in rows), strict=True)]
-        for rows in by_round
+        [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
+        for round in range(1, rounds + 1)
     ]
-    layers, rounds = len(rates[0]), len(rates)
     figure, axis = _figure(3.0)
     edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
     image = axis.pcolormesh(
@@ -238,11 +241,11 @@ def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
 
 def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
     """Of a round's devices, the share that had each arm; over seeds, mean of three rounds."""
-    rounds = min(map(len, runs))
+    every = list(chain.from_iterable(runs))
+    rounds = max(row["round"] for row in every)
     arms: dict[str, list[float]] = {}
     for place in range(rounds):
-        near = range(max(0, place - 1), min(rounds, place + 2))
-        notes = [rows[one]["notes"] for rows in runs for one in near]
+        notes = [row["notes"] for row in every if abs(row["round"] - place - 1) <= 1]
         given = [note["labels"][str(arm)] for note in notes for arm in note["chosen"].values()]
         for label in given:
             arms.setdefault(label, [0.0] * rounds)[place] += 1 / len(given)

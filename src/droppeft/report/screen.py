@@ -184,6 +184,9 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     devices, rows = result["personalised_devices"], result["personalised_rows"]
     note = f"mean of {devices:,} devices' own models on their own {rows:,} test texts"
     worst = max(1, -(-devices // 10))
+    failed = result["personalised_failures"]
+    if failed:
+        note += f"; {len(failed)} could not be measured ({failed[0]['reason']})"
     return [
         ("personalised", _share(result["personalised_accuracy"]), note),
         ("worst tenth", _share(result["personalised_worst_tenth"]), f"of them: {worst} devices"),

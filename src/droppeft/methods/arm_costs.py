@@ -1,0 +1,186 @@
+"""What an arm of the configurator takes on each kind of device: seconds and bytes. Ours."""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from droppeft.config import DeviceProfile
+from droppeft.configurator import Arm, arm_rates, first_trained
+from droppeft.configurator.arms import Depth
+from droppeft.configurator.memory import Memory
+from droppeft.configurator.policies import LOT
+from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
+from droppeft.costs.devices import seconds_per_byte
+from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import scheduled_rates
+from droppeft.methods.base import Setup
+from droppeft.plans import ServerState, payload_bytes
+
+USUAL_STEPS = 10
+"""Steps of a turn that is said in epochs, whose number the server does not know."""
+
+
+def depth_of_run(setup: Setup) -> Depth:
+    """The layers that arms are about."""
+    dropout = setup.config.dropout
+    frozen = setup.config.frozen.layers
+    return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
+
+
+def rates_of_arm(
+    setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
+) -> tuple[float, ...]:
+    """Drop rates of an arm as the run's schedule has them in a round."""
+    dropout = setup.config.dropout
+    rates = arm_rates(arm, depth_of_run(setup), importance)
+    return scheduled_rates(rates, dropout.schedule, _progress(setup, round), dropout.schedule_part)
+
+
+def _progress(setup: Setup, round: int) -> float:
+    return (round - 1) / setup.config.rounds
+
+
+def is_deciding(setup: Setup, round: int) -> bool:
+    """Whether arms differ in a round in what they drop; at a schedule's full depth none does."""
+    dropout = setup.config.dropout
+    return any(
+        scheduled_rates((1.0,), dropout.schedule, _progress(setup, round), dropout.schedule_part)
+    )
+
+
+def clock_of(setup: Setup) -> Clock:
+    if setup.clock is None:
+        raise DroppeftError(
+            f"configurator.policy={setup.config.configurator.policy} needs the modelled clock, and "
+            "this model's arithmetic cannot be counted; set configurator.policy=fixed"
+        )
+    return setup.clock
+
+
+def of_kinds(
+    setup: Setup, cohort: Sequence[int], value: Callable[[DeviceProfile], list[Any]]
+) -> list[list[Any]]:
+    """A value of every device, found once for each kind."""
+    fleet = clock_of(setup).fleet
+    names = [fleet.names[device] for device in cohort]
+    found = {name: value(fleet.profiles[name]) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
+
+
+def seconds_of(
+    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
+) -> list[float]:
+    """Modelled seconds of a turn with each arm."""
+    return [turn_seconds(setup, state, memory, round, arm, profile) for arm in memory.arms.values()]
+
+
+def usual_seconds(
+    setup: Setup, state: ServerState, memory: Memory, round: int
+) -> tuple[float, ...]:
+    """The same, mean over the kinds of device that there are."""
+    by_kind = [seconds_of(setup, state, memory, round, kind) for kind in kinds(setup).values()]
+    return tuple(fmean(seconds) for seconds in zip(*by_kind, strict=True))
+
+
+def kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
+    fleet = clock_of(setup).fleet
+    return {name: fleet.profiles[name] for name in dict.fromkeys(fleet.names)}
+
+
+def turn_seconds(
+    setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm, profile: DeviceProfile
+) -> float:
+    """Of a turn as it is expected: rows as long as lately, links as they are on average."""
+    config = setup.config
+    arithmetic = clock_of(setup).arithmetic(state.model.adapter)
+    steps = config.training.local_steps or USUAL_STEPS
+    rates = rates_of_arm(setup, round, arm, memory.importance)
+    lower = first_trained(arm, depth_of_run(setup))
+    row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
+    forward, rest = arithmetic.forward(memory.row_length)
+    measuring = 2 * reward_rows(setup, round) * (sum(forward) + rest)
+    values = state.model.tensors
+    sent = {key: named for key, named in values.items() if not isinstance(key, int) or key >= lower}
+    return (
+        compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
+        + payload_bytes(values) * seconds_per_byte(profile.download)
+        + payload_bytes(sent) * seconds_per_byte(profile.upload)
+    )
+
+
+def _row_flops(
+    setup: Setup, arithmetic: Arithmetic, length: float, rates: Sequence[float], lower: int
+) -> float:
+    frozen, cached = setup.config.frozen.layers, setup.config.frozen.cache
+    both, rest = arithmetic.training(length)
+    forward, _ = arithmetic.forward(length)
+    trained = sum((1 - rates[layer]) * both[layer] for layer in range(lower, setup.num_layers))
+    return trained + sum(forward[frozen if cached else 0 : lower]) + rest
+
+
+def reward_rows(setup: Setup, round: int) -> int:
+    """How many a device measures its gain on; 0 where nothing is learnt from it."""
+    settings = setup.config.configurator
+    idle = settings.policy in ("fixed", LOT) or not is_deciding(setup, round)
+    return 0 if idle else settings.reward_rows
+
+
+def fitting(
+    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
+) -> list[bool]:
+    """For which arms a kind of device has the memory."""
+    return [
+        bytes_of_arm(setup, state, memory, round, arm) <= profile.memory_bytes
+        for arm in memory.arms.values()
+    ]
+
+
+def bytes_of_arm(setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm) -> int:
+    """What a process takes that trains with an arm, at the longest rows.
+
+    With `training.offload` as if all weights were in memory, which they are while gains are
+    measured.
+    """
+    rates = rates_of_arm(setup, round, arm, memory.importance)
+    lower = first_trained(arm, depth_of_run(setup))
+    steps = setup.config.training.local_steps or USUAL_STEPS
+    active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
+    adapter = state.model.adapter
+    counts = setup.longest_step(adapter) if setup.longest_step else None
+    counts = counts or clock_of(setup).arithmetic(adapter).counts[-1]
+    untrained = sum(block.trainable_parameters for block in counts.blocks[:lower])
+    return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
+
+
+def unfitted(setup: Setup, state: ServerState, memory: Memory, round: int) -> str | None:
+    """A kind of device that none of the arms fits, in this round or the last.
+
+    Schedules have full depth in the first round or the last.
+    """
+    for name, kind in kinds(setup).items():
+        for one in (round, setup.config.rounds):
+            if not any(fitting(setup, state, memory, one, kind)):
+                return name
+    return None
+
+
+def check_fits(setup: Setup, state: ServerState, memory: Memory) -> None:
+    name = unfitted(setup, state, memory, 1)
+    if name is not None:
+        arms, rounds = memory.arms.values(), (1, setup.config.rounds)
+        least = max(
+            min(bytes_of_arm(setup, state, memory, round, arm) for arm in arms) for round in rounds
+        )
+        raise DroppeftError(
+            f"no arm of the configurator fits a {name}: the least takes {least / 1e9:.2f} GB, it "
+            f"has {kinds(setup)[name].memory_bytes / 1e9:.2f}; lower training.batch_size or "
+            "training.max_length, or add larger configurator.means or prefixes"
+        )
+
+
+def fits_somewhere(setup: Setup, state: ServerState, memory: Memory, arm: Arm, round: int) -> bool:
+    """Whether some kind of device has the memory for an arm, in this round and the last."""
+    most = max(kind.memory_bytes for kind in kinds(setup).values())
+    rounds = (round, setup.config.rounds)
+    return all(bytes_of_arm(setup, state, memory, one, arm) <= most for one in rounds)
