@@ -147,7 +147,7 @@ def test_a_layer_that_never_ran_is_not_sent(prepared: Prepared, plans: list[Plan
 
 def test_only_what_may_travel_is_sent(prepared: Prepared, plans: list[Plan]) -> None:
     share = frozenset(plans[0].tensors[3])
-    update = turn(prepared, replace(plans[0], share=share))
+    update = turn(prepared, replace(plans[0], share=share, run="00c0ffee"))
     assert set(update.tensors) == {3}
     assert set(update.tensors[3]) == share
 
