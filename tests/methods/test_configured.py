@@ -188,7 +188,7 @@ def test_seconds_are_those_that_the_clock_will_charge() -> None:
         charged = own.clock.turn_cost(plan, update)
         profile = own.clock.fleet.profile(0)
         expected = arm_costs.turn_seconds(own, state, memory, 1, arm, profile)
-        assert expected == pytest.approx(charged.turn_s, rel=1e-6)
+        assert expected == pytest.approx(charged.turn_s, rel=1e-10)
         # By hand: per token forward below, both above, head and embeddings always.
         active = sum(1 - rate for rate in rates[lower:])
         flops = tokens * (lower * FORWARD + active * (FORWARD + BACKWARD) + 2 * REST)
