@@ -468,4 +468,5 @@ def test_there_are_experiments() -> None:
     assert {path.stem for path in EXPERIMENTS} == {
         *("one_device", "one_device_paper"),
         *("many_devices", "many_devices_paper"),
+        "configurator",
     }

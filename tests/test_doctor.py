@@ -551,6 +551,7 @@ def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """An empty current folder, and a way to say how much is free on its disk."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path / "cache" / "deep"))
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
 
     def free(size_bytes: float) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size_bytes))
@@ -562,8 +563,18 @@ def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_folders_that_can_be_written(room: Any, tmp_path: Path) -> None:
     assert folders.check_runs_folder() == ok(f"{tmp_path / 'runs'}, 5.0 GB free")
     assert folders.check_cache_folder() == ok(f"{tmp_path / 'cache' / 'deep'}, 5.0 GB free")
+    assert folders.check_state_folder() == ok(f"{tmp_path / 'state'}, 5.0 GB free")
     assert folders.check_temporary_folder() == ok(f"{tempfile.gettempdir()}, 5.0 GB free")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_devices_own_tensors_must_be_the_same_tomorrow(
+    room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DROPPEFT_STATE", "here")
+    found = folders.check_state_folder()
+    assert "DROPPEFT_STATE=here is not an absolute path" in found.found
+    assert found.remedy == "export DROPPEFT_STATE=~/droppeft-state"
 
 
 def test_the_check_takes_a_writable_folder_only(room: Any, tmp_path: Path) -> None:

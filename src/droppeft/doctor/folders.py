@@ -8,7 +8,6 @@ from pathlib import Path
 from droppeft.data.cache import cache_dir
 from droppeft.doctor.finding import Finding, note, ok, problem, size
 from droppeft.errors import DroppeftError
-from droppeft.sharing.kept import state_dir
 
 FULL_BYTES = 50e6
 """Less is not enough for the checkpoints of a run."""
@@ -38,6 +37,8 @@ def check_cache_folder() -> Finding:
 
 def check_state_folder() -> Finding:
     """Where devices keep what is their own; without it `method=local` does not work."""
+    from droppeft.sharing.kept import state_dir  # loads numpy, which may be what is broken
+
     remedy = "export DROPPEFT_STATE=~/droppeft-state"
     try:
         folder = state_dir()
