@@ -7,14 +7,15 @@ it. Devices that never trained are asked too.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
 from droppeft.federation.transport import Transport
-from droppeft.federation.validation import why_not_its_own
+from droppeft.federation.validation import checked, why_not_its_own
 from droppeft.methods import Method, Setup
-from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState
+from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ def measure_devices(
         round: the one that would come next.
     """
     start = time.perf_counter()
-    answers: list[Measurement | Failure] = []
+    answers: list[Reply] = []
     every, at_once = range(setup.config.devices), setup.config.drawn
     for first in range(0, len(every), at_once):  # never more than in a round
         some = every[first : first + at_once]
         plans = [method.own(setup, state, round, device) for device in some]
         came = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
-        answers += [_checked(plan, came.get(index)) for index, plan in enumerate(plans)]
+        answers += [
+            checked(plan, came.get(index), partial(_why_refused, plan))
+            for index, plan in enumerate(plans)
+        ]
     return Personalised(
         tuple(one for one in answers if isinstance(one, Measurement)),
         tuple(one for one in answers if isinstance(one, Failure)),
@@ -91,22 +95,11 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
     }
 
 
-def _checked(plan: Plan, reply: Reply | None) -> Measurement | Failure:
-    if reply is None:
-        return Failure(plan.device, "sent no reply")
-    if isinstance(reply, Failure):
-        return Failure(plan.device, reply.reason)
-    reason = _why_refused(plan, reply)
-    if isinstance(reply, Measurement) and reason is None:
-        return reply
-    return Failure(plan.device, f"refused: {reason}")
-
-
-def _why_refused(plan: Plan, reply: Reply) -> str | None:
-    if not isinstance(reply, Measurement):
+def _why_refused(plan: Plan, answer: Update | Measurement) -> str | None:
+    if isinstance(answer, Update):
         return "answers with no measurement"
-    if reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss):
-        return why_not_its_own(plan, reply)
+    if answer.rows > 0 and 0 <= answer.accuracy <= 1 and isfinite(answer.loss):
+        return why_not_its_own(plan, answer)
     return "its measurement is none"
 
 

@@ -15,7 +15,7 @@ from droppeft import seeds
 from droppeft.costs.clock import RoundCost
 from droppeft.federation.modelled import close_round, counting_wall_s
 from droppeft.federation.transport import Arrival, Transport
-from droppeft.federation.validation import why_refused
+from droppeft.federation.validation import checked, why_refused
 from droppeft.methods import Method, Setup
 from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
 
@@ -108,16 +108,13 @@ def _presence(setup: Setup, round: int) -> tuple[list[int], tuple[int, ...]]:
 
 
 def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:
-    if arrival is None:
-        return Failure(plan.device, "sent no reply")
-    reply = arrival.reply
-    if isinstance(reply, Failure):
-        return replace(reply, device=plan.device)
-    if isinstance(reply, Measurement):
-        return Failure(plan.device, "refused: answers with a measurement")
-    layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
-    reason = why_refused(plan, reply, layout, batch_size)
-    return reply if reason is None else Failure(plan.device, f"refused: {reason}")
+    def why_not(answer: Update | Measurement) -> str | None:
+        if isinstance(answer, Measurement):
+            return "answers with a measurement"
+        layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
+        return why_refused(plan, answer, layout, batch_size)
+
+    return checked(plan, arrival.reply if arrival else None, why_not)
 
 
 def _with_quorum(replies: list[Reply], quorum: int) -> list[Reply]:

@@ -137,32 +137,22 @@ def _play(
     out: Path,
     watcher: Watcher,
 ) -> dict[str, Any]:
-    with tracked(watcher, prepared.config, out) as told:
-        return _play_on(prepared, transport, last, rows, out, told)
-
-
-def _play_on(
-    prepared: Prepared,
-    transport: Transport,
-    last: Checkpoint,
-    rows: list[RoundRow],
-    out: Path,
-    watcher: Watcher,
-) -> dict[str, Any]:
     saving_wall_s = 0.0
-    try:
-        watcher.started(_about(prepared, last.facts), list(rows))
-        for _ in range(last.round, prepared.config.rounds):
-            now, row, devices = _one_round(prepared, transport, last, saving_wall_s, watcher)
-            saving_wall_s = _save(out, now, row, devices)
-            last = now
-            rows.append(row)
-            watcher.round_done(row)
+    with tracked(watcher, prepared.config, out) as told:
+        try:
+            told.started(_about(prepared, last.facts), list(rows))
+            for _ in range(last.round, prepared.config.rounds):
+                now, row, devices = _one_round(prepared, transport, last, saving_wall_s, told)
+                saving_wall_s = _save(out, now, row, devices)
+                last = now
+                rows.append(row)
+                told.round_done(row)
+                _check_not_lost(rows, prepared.config.rounds, out)
+            # Of a run whose last process stopped so.
             _check_not_lost(rows, prepared.config.rounds, out)
-        _check_not_lost(rows, prepared.config.rounds, out)  # of a run whose last process stopped so
-        return _finish(prepared, transport, last, rows, out, watcher)
-    except KeyboardInterrupt:
-        raise Interrupted(out, last.round) from None
+            return _finish(prepared, transport, last, rows, out, told)
+        except KeyboardInterrupt:
+            raise Interrupted(out, last.round) from None
 
 
 def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:

@@ -1,12 +1,22 @@
 """Decide whether an Update may be merged: nothing a device sends is taken on trust."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import astuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
 
-from droppeft.plans import HEAD, OTHER, Layout, Measurement, Plan, Update, flatten
+from droppeft.plans import (
+    HEAD,
+    OTHER,
+    Failure,
+    Layout,
+    Measurement,
+    Plan,
+    Reply,
+    Update,
+    flatten,
+)
 
 MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
 """What devices say of these steers arms: no larger loss or norm of gradients is one of a model."""
@@ -33,6 +43,23 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
         or _names(plan, update, layout)
         or _values(update, layout)
     )
+
+
+def checked(
+    plan: Plan, reply: Reply | None, why_not: Callable[[Update | Measurement], str | None]
+) -> Reply:
+    """What came for a Plan, or the Failure that it is; whoever it says it is from.
+
+    Args:
+        reply: ``None`` if nothing came.
+        why_not: what is wrong with an answer that is no Failure.
+    """
+    if reply is None:
+        return Failure(plan.device, "sent no reply")
+    if isinstance(reply, Failure):
+        return replace(reply, device=plan.device)
+    reason = why_not(reply)
+    return reply if reason is None else Failure(plan.device, f"refused: {reason}")
 
 
 def why_not_its_own(plan: Plan, answer: Update | Measurement) -> str | None:

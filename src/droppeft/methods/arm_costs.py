@@ -13,8 +13,7 @@ from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.devices import seconds_per_byte
 from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import scheduled_rates
-from droppeft.methods.base import Setup
+from droppeft.methods.base import Setup, in_round
 from droppeft.plans import ServerState, payload_bytes
 
 USUAL_STEPS = 10
@@ -32,21 +31,12 @@ def rates_of_arm(
     setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
 ) -> tuple[float, ...]:
     """Drop rates of an arm as the run's schedule has them in a round."""
-    dropout = setup.config.dropout
-    rates = arm_rates(arm, depth_of_run(setup), importance)
-    return scheduled_rates(rates, dropout.schedule, _progress(setup, round), dropout.schedule_part)
-
-
-def _progress(setup: Setup, round: int) -> float:
-    return (round - 1) / setup.config.rounds
+    return in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
 
 
 def is_deciding(setup: Setup, round: int) -> bool:
     """Whether arms differ in a round in what they drop; at a schedule's full depth none does."""
-    dropout = setup.config.dropout
-    return any(
-        scheduled_rates((1.0,), dropout.schedule, _progress(setup, round), dropout.schedule_part)
-    )
+    return any(in_round(setup, round, (1.0,)))
 
 
 def clock_of(setup: Setup) -> Clock:

@@ -14,6 +14,7 @@ from droppeft.config import AdapterConfig, Config
 from droppeft.costs.clock import Clock
 from droppeft.costs.counts import StepCounts
 from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import scheduled_rates
 from droppeft.plans import (
     AdapterSpec,
     Budget,
@@ -130,6 +131,12 @@ def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> Ada
         tokens=chosen.tokens,
         options=tuple(sorted(chosen.options.items())),
     )
+
+
+def in_round(setup: Setup, round: int, rates: Sequence[float]) -> tuple[float, ...]:
+    """Drop rates as the run's schedule has them in a round."""
+    dropout, progress = setup.config.dropout, (round - 1) / setup.config.rounds
+    return scheduled_rates(rates, dropout.schedule, progress, dropout.schedule_part)
 
 
 def start_with(setup: Setup, adapter: AdapterSpec) -> ServerState:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from droppeft.config import DropoutConfig
 from droppeft.configurator import Arm, first_trained
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
+from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
 from droppeft.methods import configured
 from droppeft.methods.arm_costs import depth_of_run, rates_of_arm, reward_rows
 from droppeft.methods.base import (
@@ -19,6 +19,7 @@ from droppeft.methods.base import (
     Setup,
     average_by_examples,
     full_plan,
+    in_round,
     start_with,
     uniform_adapter,
 )
@@ -74,12 +75,9 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
     Raises:
         DroppeftError: as :func:`configured_rates`.
     """
-    settings = setup.config.dropout
-    return scheduled_rates(
-        configured_rates(settings, setup.num_layers, setup.config.frozen.layers),
-        settings.schedule,
-        (round - 1) / setup.config.rounds,
-        settings.schedule_part,
+    config = setup.config
+    return in_round(
+        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.layers)
     )
 
 
