@@ -19,7 +19,7 @@ LEVELS = (
     {"layer_dropout", "quantization", "sealed"},
     {"adapters", "models", "data"},
     {"checkpointing", "precision", "offloading"},
-    {"memory", "frozen_prefix", "objectives"},
+    {"memory", "frozen_prefix", "objectives", "gradients"},
     {"sharing", "configurator", "training"},
     {"costs"},
     {"ledger"},

@@ -178,6 +178,7 @@ def test_a_round_is_summed_up() -> None:
         surplus=[],
         round_modelled_s=15.0,
         energy_modelled_j=14.0,
+        coverage=[2, 1, 1, 1],
         idle_modelled_share=pytest.approx(1 - (15 + 10) / (2 * 15)),
         notes={"arm": 1},
     )

@@ -18,6 +18,7 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_lay
 from droppeft.config import TrainingConfig
 from droppeft.data.tasks import Batch, Classification
 from droppeft.data.tokens import TokenTable
+from droppeft.gradients import Gradients
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.plans import (
     HEAD,
@@ -263,7 +264,8 @@ def test_norms_lie_on_the_device_where_the_gradients_are() -> None:
     value = nn.Parameter(torch.ones(2, device=device))
     value.grad = torch.ones(2, device=device)
     dropped = nn.Parameter(torch.ones(2, device=device))
-    norms = training._gradient_norms({0: {"a": value}, 1: {"b": dropped}}, 3, device)
+    parameters = {0: {"a": value}, 1: {"b": dropped}}
+    norms = Gradients(parameters, 3, device, with_mean=False).norms()
     assert (norms.device, norms.shape) == (device, (3,))
 
 

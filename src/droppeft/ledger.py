@@ -57,6 +57,7 @@ class RoundRow:
             earlier version played.
         idle_modelled_share: of the merged devices' time until the slowest of them is done, the part
             in which they wait for it.
+        coverage: of each layer, how many merged Updates brought it.
         notes: what the method says of the round; of `droppeft` the configurator's arms.
     """
 
@@ -85,6 +86,7 @@ class RoundRow:
     round_modelled_s: float | None = None
     energy_modelled_j: float | None = None
     idle_modelled_share: float | None = None
+    coverage: list[int] | None = None
     notes: dict[str, Any] | None = None
 
 
@@ -118,6 +120,8 @@ def _work(update: Update) -> dict[str, Any]:
         "train_loss": update.train_loss,
         "active_steps": list(update.active_steps),
         "importance": list(update.importance),
+        "shared": None if update.shared is None else list(update.shared),
+        "scores": None if update.scores is None else list(update.scores),
         "reward": update.reward,
         **asdict(update.cost),
         "layer_tokens": list(update.cost.layer_tokens),
@@ -195,8 +199,14 @@ def round_row(
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, replies),
+        coverage=_coverage(plans, updates),
         notes=None if notes is None else dict(notes),
     )
+
+
+def _coverage(plans: Sequence[Plan], updates: Sequence[Update]) -> list[int]:
+    layers = max((len(plan.adapter.layers) for plan in plans), default=0)
+    return [sum(layer in update.tensors for update in updates) for layer in range(layers)]
 
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:

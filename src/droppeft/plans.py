@@ -130,6 +130,28 @@ class BaseDelta:
 
 
 @dataclass(frozen=True)
+class SharingRule:
+    """How a device chooses, after its training, the layers that it shares (METHOD 4).
+
+    Attributes:
+        criterion: a name of :data:`droppeft.sharing.criteria.CRITERIA`.
+        count: so many of the layers that have an adapter are shared.
+        hysteresis: by what part a layer must score higher to take the place of one that is kept.
+        score_rows: rows of the device's validation part, for criteria that run the model.
+        shared: the layers that the device shared at the end of the turn :attr:`Plan.kept`, or
+            ``None`` before its first.
+        scores: one per layer, from that turn: of a layer without a new one.
+    """
+
+    criterion: str
+    count: int
+    hysteresis: float
+    score_rows: int
+    shared: tuple[int, ...] | None
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much work a turn is. Exactly one of the two is given; 0 steps only to measure."""
 
@@ -150,6 +172,7 @@ class Plan:
             this turn, at the values in ``tensors`` or, if they are not there, at those that follow
             from the seed (FFA-LoRA's A).
         share: names of the tensors that may travel back; what is not named stays on the device.
+            With :attr:`sharing`, so do the layers that the device then chooses to keep.
         dropout: gates, or ``None`` for full depth.
         objective: local loss.
         base_delta: change of the backbone during the turn, or ``None``.
@@ -166,6 +189,8 @@ class Plan:
             ``tensors``; ``None`` if there are none.
         measure: the turn ends with a :class:`Measurement` of the device's own test rows, and
             changes nothing.
+        untrained: so many of the first layers run, and nothing in them is trained.
+        sharing: which layers are shared the device chooses; ``None``: :attr:`share` says it all.
     """
 
     round: int
@@ -185,6 +210,8 @@ class Plan:
     run: str = ""
     kept: int | None = None
     measure: bool = False
+    untrained: int = 0
+    sharing: SharingRule | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +248,8 @@ class MeasuredCost:
         layer_tokens: per layer, how many of them it computed.
         reward_tokens: tokens that measuring the reward ran through all layers, padding included.
         prefix: of the frozen first layers.
+        scoring_tokens: tokens that scoring layers ran through all layers, padding included.
+        scoring_wall_s: scoring them, as far as it is not done while training.
     """
 
     turn_wall_s: float
@@ -232,6 +261,8 @@ class MeasuredCost:
     layer_tokens: tuple[int, ...]
     reward_tokens: int
     prefix: PrefixCost = PrefixCost()
+    scoring_tokens: int = 0
+    scoring_wall_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -250,6 +281,9 @@ class Update:
         train_loss: mean over steps.
         reward: decrease of the loss on the device's validation rows, ``None`` if not asked for.
         cost: measured.
+        shared: the layers that the device chose to share, in order, whether they ran or not;
+            ``None`` without a rule.
+        scores: one per layer, by the rule's criterion; ``None`` without a rule.
     """
 
     round: int
@@ -263,6 +297,8 @@ class Update:
     train_loss: float
     reward: float | None
     cost: MeasuredCost
+    shared: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -345,8 +381,8 @@ def first_trained_layer(plan: Plan) -> int:
 
     What is trained in no layer, as a prompt, stands before the first.
     """
-    if plan.train is None:
-        return plan.frozen
+    if plan.train is None or plan.untrained > plan.frozen:
+        return max(plan.frozen, plan.untrained)
     trained = {key for key, name, _ in flatten(plan.tensors) if name in plan.train}
     if OTHER in trained:
         return plan.frozen

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
 from droppeft.checkpointing import checkpointed, without_cache
@@ -23,6 +23,7 @@ from droppeft.data.tables import Rows
 from droppeft.data.tasks import Batch, Classification, accuracy_and_f1
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.frozen_prefix.turn import PrefixOfTurn
+from droppeft.gradients import Gradients, Moments, total_norm
 from droppeft.layer_dropout import gated
 from droppeft.memory import ActivationMeter
 from droppeft.objectives import Terms
@@ -48,8 +49,7 @@ class TrainOutcome:
         layer_tokens: per layer, how many of the tokens it computed.
         loss: mean over steps; not a number if all were skipped.
         active_steps: per layer, in how many steps it ran.
-        importance: per layer, mean over its active steps of the norm of its adapter's gradient
-            (of the task's loss, before clipping); 0 for a layer that never ran or has no adapter.
+        gradients: of the layers' adapters, of the task's loss.
         activation_bytes_peak: see :class:`~droppeft.memory.ActivationMeter`.
         wall_s: the steps alone.
     """
@@ -61,9 +61,14 @@ class TrainOutcome:
     layer_tokens: tuple[int, ...]
     loss: float
     active_steps: tuple[int, ...]
-    importance: tuple[float, ...]
+    gradients: Moments
     activation_bytes_peak: int
     wall_s: float
+
+    @property
+    def importance(self) -> tuple[float, ...]:
+        """Per layer, mean over its active steps of its gradient's norm; 0 without one."""
+        return tuple(float(value) for value in self.gradients.norm)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def train(
     settings: TrainingConfig,
     objective: Objective = TASK_ALONE,
     prefix: PrefixOfTurn | None = None,
+    *,
+    with_mean_gradient: bool = False,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; layers that a step drops are left exactly as they were.
 
@@ -107,12 +114,14 @@ def train(
         rate_factors: part of the peak learning rates in force, one per batch.
         objective: what is added to the task's loss.
         prefix: stands for the first layers in every step; they do not run, and count as dropped.
+        with_mean_gradient: see :class:`~droppeft.gradients.Gradients`.
     """
     trained = [value for named in parameters.values() for value in named.values()]
     terms = Terms(objective, parameters)
     optimizer = torch.optim.AdamW(_groups(parameters, settings), weight_decay=settings.weight_decay)
     scaler = loss_scaler(settings.precision, task.device)
-    book = _Book(len(blocks))
+    gradients = Gradients(parameters, len(blocks), task.device, with_mean=with_mean_gradient)
+    book = _Book(len(blocks), gradients)
     meter = ActivationMeter(model)
     recomputing = (
         checkpointed(model, blocks, meter.note) if settings.checkpointing else nullcontext()
@@ -128,10 +137,12 @@ def train(
                 loss, _ = task.loss_and_logits(model, batch)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
-            norms = _gradient_norms(parameters, len(blocks), task.device)
+            norms = gradients.norms()
+            if gradients.wants_mean and bool(torch.isfinite(total_norm(trained))):
+                gradients.add()
             terms.add_gradients()
             _set_learning_rates(optimizer, rate_factors[step])
-            clip_grads_with_norm_(trained, settings.clip_norm, _total_norm(trained))
+            clip_grads_with_norm_(trained, settings.clip_norm, total_norm(trained))
             moved = move(optimizer, scaler)
             optimizer.zero_grad(set_to_none=True)
             book.note(batch, loss, gates.active, norms, moved)
@@ -216,9 +227,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class _Book:
     """Sums over the steps of a turn."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, gradients: Gradients) -> None:
         self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
+        self.gradients = gradients
         self.active = np.zeros(num_layers, dtype=np.int64)
         self.layer_tokens = np.zeros(num_layers, dtype=np.int64)
         self.steps = self.examples = self.rows = self.tokens = 0
@@ -238,14 +249,12 @@ class _Book:
         self.layer_tokens += batch["input_ids"].numel() * ran
         if moved:
             self.losses.append(loss.detach())
-            self.norms.append(norms)
+            self.gradients.note(norms)
             self.active += ran
             self.examples += len(batch["labels"])
 
     def outcome(self, peak_bytes: int, wall_s: float) -> TrainOutcome:
         losses = torch.stack(self.losses or [torch.tensor(math.nan)]).double()
-        norms = torch.stack(self.norms or [torch.zeros(len(self.active))]).double()
-        importance = norms.sum(dim=0).cpu().numpy() / np.maximum(self.active, 1)
         return TrainOutcome(
             steps=self.steps,
             examples=self.examples,
@@ -254,22 +263,10 @@ class _Book:
             layer_tokens=tuple(int(count) for count in self.layer_tokens),
             loss=float(losses.mean()),
             active_steps=tuple(int(count) for count in self.active),
-            importance=tuple(float(value) for value in importance),
+            gradients=self.gradients.moments(self.active.tolist()),
             activation_bytes_peak=peak_bytes,
             wall_s=wall_s,
         )
-
-
-def _gradient_norms(parameters: Parameters, num_layers: int, device: torch.device) -> torch.Tensor:
-    """(L,) norms of the layers' adapter gradients; 0 where a layer has none in this step."""
-    norms = [_total_norm(list(parameters.get(layer, {}).values())) for layer in range(num_layers)]
-    # The norm of no gradients is a 0 on the CPU, wherever the others are.
-    return torch.stack([norm.to(device) for norm in norms])
-
-
-def _total_norm(values: Sequence[nn.Parameter]) -> torch.Tensor:
-    gradients = [value.grad for value in values if value.grad is not None]
-    return get_total_norm(gradients).detach()
 
 
 def _groups(parameters: Parameters, settings: TrainingConfig) -> list[dict[str, Any]]:

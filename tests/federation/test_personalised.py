@@ -171,7 +171,7 @@ def measurements(plan: Plan) -> list[Any]:
 def test_nothing_is_taken_on_trust(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("devices=10")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
-    found = measure_devices(setup, method, transport, prepared.state, 4)
+    found = measure_devices(setup, method, transport, prepared.state, 4, {})
     assert [one.device for one in found.measurements] == [0, 9]
     assert {one.device: one.reason for one in found.failures} == {
         1: "refused: does not carry this Plan's nonce",
@@ -197,7 +197,7 @@ def test_no_more_devices_are_asked_at_once_than_in_a_round(
             yield from super().exchange(plans)
 
     found = measure_devices(
-        prepared.setup, prepared.method, Counting(measurements), prepared.state, 4
+        prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
     )
     assert asked == [3, 3, 1]
     assert [one.device for one in found.failures] == [1, 2, 3, 4, 5, 6]
@@ -222,6 +222,23 @@ def test_sums_count_every_device_as_one() -> None:
         "accuracy": 0.9,
         "loss": 1.0,
     }
+
+
+def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
+    words: list[str], tmp_path: Path, state: Path
+) -> None:
+    """They keep nothing of it; devices that trained are not asked again."""
+    more = ("method=fedlora", "devices=4", "cohort=1", "rounds=2", "training.learning_rate=0.02")
+    config = load_config(None, [*words, *more, "evaluation.newcomers=true"])
+    result = start_run(config, tmp_path / "run", Recorder())
+    new = [one["accuracy"] for one in result["personalised"] if not one["turns"]]
+    assert 2 <= len(new) == result["newcomers"] < 4
+    assert result["newcomers_accuracy"] == pytest.approx(np.mean(new))
+    assert result["newcomers_accuracy_after_epoch"] > result["newcomers_accuracy"]
+    assert not state.exists()
+    plain = start_run(load_config(None, [*words, *more]), tmp_path / "plain", Recorder())
+    assert plain["newcomers_accuracy_after_epoch"] is None
+    assert plain["personalised"] == result["personalised"]
 
 
 def test_nobody_measured_is_no_number() -> None:

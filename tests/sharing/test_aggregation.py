@@ -1,5 +1,7 @@
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.plans import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
-from droppeft.sharing.aggregation import average_over_holders
+from droppeft.sharing.aggregation import (
+    Weight,
+    average_over_holders,
+    by_active_steps,
+    by_examples,
+)
 
 SHAPES: dict[LayerKey, dict[str, tuple[int, ...]]] = {
     0: {"0.A": (2, 3), "0.B": (3, 2)},
@@ -27,6 +34,11 @@ def filled(values: np.random.Generator) -> dict[LayerKey, dict[str, Array]]:
 def update(device: int, tensors: Tensors) -> Update:
     cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
     return Update(1, device, "", tensors, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
+
+
+def of(weights: Sequence[float]) -> Weight:
+    """A weight for every device, by its number."""
+    return lambda update, layer: weights[update.device]
 
 
 def only(tensors: Tensors, names: set[tuple[LayerKey, str]]) -> Tensors:
@@ -56,7 +68,7 @@ def test_every_tensor_is_the_weighted_mean_over_its_holders(
     updates = [update(device, only(filled(values), names)) for device, names in enumerate(coverage)]
     weight = st.integers(0, 3) | st.floats(0.0, 1e3, allow_subnormal=False)
     weights = [data.draw(weight) for _ in updates]
-    merged = average_over_holders(current, updates, weights)
+    merged = average_over_holders(current, updates, of(weights))
     assert bits(merged).keys() == bits(current).keys()
     for key, name in NAMES:
         holders = [
@@ -86,8 +98,8 @@ def test_the_order_of_arrival_does_not_show(
     arrived = list(updates)
     shuffle.shuffle(arrived)
     in_plan_order = sorted(arrived, key=lambda each: each.device)
-    first = average_over_holders(current, updates, weights)
-    second = average_over_holders(current, in_plan_order, weights)
+    first = average_over_holders(current, updates, of(weights))
+    second = average_over_holders(current, in_plan_order, of(weights))
     assert bits(first) == bits(second)
 
 
@@ -98,13 +110,13 @@ def test_sums_run_in_double_precision() -> None:
         update(device, {0: {"x": np.array([value], dtype=np.float32)}})
         for device, value in enumerate((1e8, 1.0, 1.0, -1e8))
     ]
-    assert average_over_holders(current, updates, [1, 1, 1, 1])[0]["x"].tolist() == [0.5]
+    assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [0.5]
 
 
 def test_one_device_with_one_layer_changes_that_layer_alone() -> None:
     values = np.random.default_rng(0)
     current, trained = filled(values), filled(values)
-    merged = average_over_holders(current, [update(3, {1: trained[1]})], [17])
+    merged = average_over_holders(current, [update(3, {1: trained[1]})], by_examples)
     expected = {**current, 1: trained[1]}
     assert bits(merged) == bits(expected)
 
@@ -114,10 +126,10 @@ def test_what_nobody_shared_keeps_its_very_bits() -> None:
     odd = np.array([0x80000000, 0x7FC12345], dtype=np.uint32).view(np.float32)
     current: Tensors = {0: {"x": odd}, 1: {"y": np.ones(2, dtype=np.float32)}}
     shared: Tensors = {1: {"y": np.zeros(2, dtype=np.float32)}}
-    merged = average_over_holders(current, [update(0, shared)], [1])
+    merged = average_over_holders(current, [update(0, shared)], by_examples)
     assert merged[0]["x"].tobytes() == odd.tobytes()
     assert merged[1]["y"].tolist() == [0.0, 0.0]
-    assert bits(average_over_holders(current, [], [])) == bits(current)
+    assert bits(average_over_holders(current, [], by_examples)) == bits(current)
 
 
 def test_a_holder_without_weight_does_not_count() -> None:
@@ -125,19 +137,26 @@ def test_a_holder_without_weight_does_not_count() -> None:
     # Not even where 0 x inf would spoil the sum.
     unheard = update(0, {0: {"x": np.array([np.inf], dtype=np.float32)}})
     heard = update(1, {0: {"x": np.array([3.0], dtype=np.float32)}})
-    assert average_over_holders(current, [unheard, heard], [0, 5])[0]["x"].tolist() == [3.0]
-    assert average_over_holders(current, [unheard], [0])[0]["x"].tolist() == [7.0]
+    assert average_over_holders(current, [unheard, heard], of([0, 5]))[0]["x"].tolist() == [3.0]
+    assert average_over_holders(current, [unheard], of([0]))[0]["x"].tolist() == [7.0]
 
 
 def test_the_inputs_are_left_alone() -> None:
     values = np.random.default_rng(0)
     current, first, second = filled(values), filled(values), filled(values)
     before = bits(current), bits(first), bits(second)
-    average_over_holders(current, [update(0, first), update(1, second)], [1, 3])
+    average_over_holders(current, [update(0, first), update(1, second)], of([1, 3]))
     assert (bits(current), bits(first), bits(second)) == before
 
 
-def test_every_update_has_a_weight() -> None:
-    values = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="zip"):
-        average_over_holders(filled(values), [update(0, filled(values))], [1, 2])
+def test_a_layer_counts_by_the_steps_it_ran_in() -> None:
+    """Rows times active steps: (2·1·0 + 2·3·4) / (2·1 + 2·3) = 3; the head: (0 + 4) / 2 = 2."""
+    current: Tensors = {0: {"x": np.zeros(1, np.float32)}, HEAD: {"w": np.zeros(1, np.float32)}}
+    updates = []
+    for device, (value, steps) in enumerate([(0.0, 1), (4.0, 3)]):
+        array = np.full(1, value, np.float32)
+        made = update(device, {0: {"x": array}, HEAD: {"w": array}})
+        updates.append(replace(made, examples=2, steps=3, active_steps=(steps, 0)))
+    merged = average_over_holders(current, updates, by_active_steps)
+    assert (merged[0]["x"].tolist(), merged[HEAD]["w"].tolist()) == ([3.0], [2.0])
+    assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [2.0]

@@ -16,6 +16,7 @@ from droppeft.config.reading import (
     sentence,
     to_toml,
 )
+from droppeft.config.sharing import SharingConfig
 from droppeft.config.tables import (
     AdapterConfig,
     Config,
@@ -40,6 +41,7 @@ __all__ = [
     "FlowerConfig",
     "FrozenConfig",
     "PartitionConfig",
+    "SharingConfig",
     "SourceConfig",
     "TrainingConfig",
     "as_tree",

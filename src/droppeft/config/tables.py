@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from droppeft.config.base import Real, Table, Whole, WordList
 from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.devices import ClockConfig
+from droppeft.config.sharing import SharingConfig
 
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
@@ -273,6 +274,11 @@ class EvaluationConfig(Table):
         description="when the run ends, measure every device's own model on its own test rows, "
         "whether it ever trained or not",
     )
+    newcomers: bool = Field(
+        False,
+        description="then also give each device that never trained one epoch of its own rows, and "
+        "measure what it makes of its model",
+    )
 
 
 class FlowerConfig(Table):
@@ -339,6 +345,7 @@ class Config(Table):
     frozen: FrozenConfig = Field(default_factory=lambda: FrozenConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
+    sharing: SharingConfig = Field(default_factory=SharingConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 

@@ -29,7 +29,7 @@ class TurnCost:
     Attributes:
         profile: name of the device's kind.
         download_s, train_s, reward_s, upload_s: one after another; ``reward_s`` is what measuring
-            the reward takes, 0 if it was not asked for.
+            the reward and scoring the layers take, 0 if neither was asked for.
         energy_j: of the turn; waiting for others is not counted.
     """
 
@@ -172,10 +172,11 @@ def training_flops(
 
 
 def reward_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
-    """FLOPs of measuring the reward: forwards through all layers, rows as long as in training."""
+    """FLOPs of measuring reward and scores: forwards through all layers, rows as in training."""
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.forward(row_length)
-    return cost.reward_tokens / row_length * (sum(layers) + rest)
+    tokens = cost.reward_tokens + cost.scoring_tokens
+    return tokens / row_length * (sum(layers) + rest)
 
 
 def compute_seconds(profile: DeviceProfile, flops: float, steps: int = 0) -> float:

@@ -1,7 +1,7 @@
 """One device's turn, from a Plan to an Update: the same code on every transport."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from droppeft.data.partition import DeviceRows
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
+from droppeft.federation.layer_scores import Scored, score_layers
 from droppeft.federation.workbench import Workbench
 from droppeft.frozen_prefix import FrozenPrefix, StateStore
 from droppeft.frozen_prefix.turn import PrefixOfTurn, content_name, state_folder
@@ -40,6 +41,7 @@ from droppeft.plans import (
 )
 from droppeft.precision import autocast
 from droppeft.quantization import is_quantised
+from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.kept import Lost, folder_of, keep, recall
 from droppeft.training import (
     ActiveAt,
@@ -75,6 +77,8 @@ def measure_own(
 ) -> Measurement:
     """Measure this device's model at full depth on rows that it never trains on; keep nothing.
 
+    With a budget of epochs, what it would be after so many of them on this device's rows.
+
     Args:
         as :func:`take_turn`.
 
@@ -82,10 +86,13 @@ def measure_own(
         DroppeftError: as :func:`take_turn`.
     """
     bench.wear(plan.adapter)
-    _load(bench, plan)
+    parameters = _load(bench, plan)
     bench.hold()
     batch_size, precision = config.evaluation.batch_size, config.training.precision
     with base_delta_applied(bench.model, plan.base_delta):
+        if plan.budget.epochs:
+            _train(bench, parameters, table, rows, config, plan)
+            bench.hold()
         found = evaluate(bench.model, table, rows.test, bench.task, batch_size, precision)
     return Measurement(plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss)
 
@@ -112,11 +119,14 @@ def take_turn(
     if plan.base_delta is not None:
         bench.hold()  # what is added to is then where it will be used
     with base_delta_applied(bench.model, plan.base_delta):
+        start_values = get_tensors(parameters) if _reads(plan) == "start" else {}
         before = _validation(bench, table, rows, config, plan)
         outcome, prefix = _train(bench, parameters, table, rows, config, plan)
         after = _validation(bench, table, rows, config, plan)
-    tensors = _trained_and_shared(parameters, plan, outcome)
-    _keep_the_rest(parameters, plan)
+        scored = _choose(bench, parameters, table, rows, config, plan, outcome, start_values)
+    kept = frozenset() if scored is None else _names_of(bench.parameters, scored.kept)
+    tensors = _trained_and_shared(parameters, plan, kept, outcome)
+    _keep_the_rest(bench, parameters, plan, kept)
     return Update(
         round=plan.round,
         device=plan.device,
@@ -138,7 +148,11 @@ def take_turn(
             layer_tokens=outcome.layer_tokens,
             reward_tokens=sum(measured.tokens for measured in (before, after) if measured),
             prefix=prefix,
+            scoring_tokens=0 if scored is None else scored.tokens,
+            scoring_wall_s=0.0 if scored is None else scored.wall_s,
         ),
+        shared=None if scored is None else scored.shared,
+        scores=None if scored is None else scored.scores,
     )
 
 
@@ -256,11 +270,52 @@ def _kept(plan: Plan, missing: frozenset[str]) -> Tensors:
     return restrict(recall(folder_of(plan.run, plan.device), plan.kept), missing)
 
 
-def _keep_the_rest(parameters: Parameters, plan: Plan) -> None:
-    """Keep all that was to be trained and may not travel, trained or not."""
-    own = frozenset(name for named in parameters.values() for name in named) - plan.share
+def _choose(
+    bench: Workbench,
+    parameters: Parameters,
+    table: TokenTable,
+    rows: DeviceRows,
+    config: Config,
+    plan: Plan,
+    outcome: TrainOutcome,
+    start_values: Tensors,
+) -> Scored | None:
+    """Score the layers and choose those that are shared, if the Plan leaves it to the device."""
+    if plan.sharing is None:
+        return None
+    bench.hold()
+
+    def measure() -> Evaluation:
+        rule, settings = plan.sharing, config.evaluation
+        chosen = rows.validation[: rule.score_rows if rule else 0]
+        precision = config.training.precision
+        return evaluate(bench.model, table, chosen, bench.task, settings.batch_size, precision)
+
+    return score_layers(bench, parameters, plan, outcome, start_values, measure)
+
+
+def _reads(plan: Plan) -> str:
+    """What the rule's criterion needs to be collected during the turn."""
+    return "" if plan.sharing is None else CRITERIA[plan.sharing.criterion].reads
+
+
+def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:
+    return frozenset(name for key in layers for name in parameters.get(key, {}))
+
+
+def _keep_the_rest(
+    bench: Workbench, parameters: Parameters, plan: Plan, kept: frozenset[str]
+) -> None:
+    """Keep all that was to be trained and may not travel, and whole layers that are not shared.
+
+    Args:
+        parameters: those that were to be trained.
+        kept: names of the layers that are not shared, in this turn trained or not.
+    """
+    trained = frozenset(name for named in parameters.values() for name in named)
+    own = (trained - plan.share) | kept
     if own:
-        tensors = restrict(get_tensors(parameters), own)
+        tensors = restrict(get_tensors(bench.parameters), own)
         keep(folder_of(plan.run, plan.device), plan.round, plan.kept, tensors)
 
 
@@ -275,10 +330,7 @@ def _train(
     settings = config.training
     rng = seeds.numpy_generator(plan.seed, purpose="batches", round=plan.round, device=plan.device)
     chosen = turn_batches(rows.train, table, settings.batch_size, plan.budget, rng)
-    factors = [
-        rate_factor(settings, (plan.round - 1 + (step + 0.5) / len(chosen)) / config.rounds)
-        for step in range(len(chosen))
-    ]
+    factors = [_factor(config, plan, (step + 0.5) / len(chosen)) for step in range(len(chosen))]
     active_at = _gates(bench, parameters, plan)
     drawn = [active_at(step) for step in range(len(chosen))]
     needed = {layer for layer, active in enumerate(zip(*drawn, strict=True)) if any(active)}
@@ -302,12 +354,23 @@ def _train(
             settings,
             plan.objective,
             prefix,
+            with_mean_gradient=_reads(plan) == "mean gradient",
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
     if prefix is None:
         return outcome, PrefixCost()
     prefix.close()
     return outcome, prefix.cost
+
+
+def _factor(config: Config, plan: Plan, progress: float) -> float:
+    """Part of the peak learning rates at a point of the turn.
+
+    A measurement is no round of the run: its rates fall from the peak to nothing.
+    """
+    if plan.measure:
+        return 1.0 - progress
+    return rate_factor(config.training, (plan.round - 1 + progress) / config.rounds)
 
 
 def _prefix(
@@ -402,11 +465,13 @@ def _validation(
     )
 
 
-def _trained_and_shared(parameters: Parameters, plan: Plan, outcome: TrainOutcome) -> Tensors:
-    """What travels: the tensors the Plan lets go, of layers that ran at least once."""
+def _trained_and_shared(
+    parameters: Parameters, plan: Plan, kept: frozenset[str], outcome: TrainOutcome
+) -> Tensors:
+    """What travels: the tensors that Plan and device let go, of layers that ran at least once."""
     trained = {
         key: named
         for key, named in parameters.items()
         if not isinstance(key, int) or outcome.active_steps[key] > 0
     }
-    return restrict(get_tensors(trained), plan.share)
+    return restrict(get_tensors(trained), plan.share - kept)

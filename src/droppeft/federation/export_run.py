@@ -77,7 +77,7 @@ def export_run(
     if not (run / CONFIG).is_file():
         raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
     config = load_config(run / CONFIG)
-    if not method_named(config.method).has_global_model:
+    if not method_named(config.method).has_global_model(config):
         raise DroppeftError(f"{run}: method={config.method} has no global model to export")
     folder = run / "checkpoints"
     load = checkpoints.load_newest

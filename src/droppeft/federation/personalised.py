@@ -6,7 +6,7 @@ it. Devices that never trained are asked too.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, isfinite
 from statistics import fmean, pstdev
@@ -15,7 +15,7 @@ from typing import Any
 from droppeft.federation.transport import Transport
 from droppeft.federation.validation import checked, why_not_its_own
 from droppeft.methods import Method, Setup
-from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.plans import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
 
 
 @dataclass(frozen=True)
@@ -26,37 +26,58 @@ class Personalised:
         measurements: of those that did, in the order of the devices.
         failures: of the others.
         wall_s: on this machine.
+        newcomers: of devices that never trained, after one epoch on their own rows; none unless
+            the configuration asks for it.
     """
 
     measurements: tuple[Measurement, ...]
     failures: tuple[Failure, ...]
     wall_s: float
+    newcomers: tuple[Measurement, ...] = ()
 
 
 def measure_devices(
-    setup: Setup, method: Method, transport: Transport, state: ServerState, round: int
+    setup: Setup,
+    method: Method,
+    transport: Transport,
+    state: ServerState,
+    round: int,
+    trained: Mapping[int, int],
 ) -> Personalised:
-    """Ask every device of the run.
+    """Ask every device of the run, and newcomers once more if the configuration says so.
 
     Args:
         round: the one that would come next.
+        trained: merged turns of each device that has any.
     """
     start = time.perf_counter()
-    answers: list[Reply] = []
-    every, at_once = range(setup.config.devices), setup.config.drawn
-    for first in range(0, len(every), at_once):  # never more than in a round
-        some = every[first : first + at_once]
-        plans = [method.own(setup, state, round, device) for device in some]
-        came = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
-        answers += [
-            checked(plan, came.get(index), partial(_why_refused, plan))
-            for index, plan in enumerate(plans)
-        ]
+    plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
+    answers = _ask(setup, transport, plans)
+    once_more = [
+        replace(plan, budget=Budget(epochs=1))
+        for plan in plans
+        if setup.config.evaluation.newcomers and not trained.get(plan.device)
+    ]
+    after = _ask(setup, transport, once_more)
     return Personalised(
         tuple(one for one in answers if isinstance(one, Measurement)),
-        tuple(one for one in answers if isinstance(one, Failure)),
+        tuple(one for one in (*answers, *after) if isinstance(one, Failure)),
         time.perf_counter() - start,
+        tuple(one for one in after if isinstance(one, Measurement)),
     )
+
+
+def _ask(setup: Setup, transport: Transport, plans: Sequence[Plan]) -> list[Reply]:
+    """Never more at once than in a round."""
+    answers: list[Reply] = []
+    for first in range(0, len(plans), setup.config.drawn):
+        some = plans[first : first + setup.config.drawn]
+        came = {arrival.index: arrival.reply for arrival in transport.exchange(some)}
+        answers += [
+            checked(plan, came.get(index), partial(_why_refused, plan))
+            for index, plan in enumerate(some)
+        ]
+    return answers
 
 
 def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[str, Any]:
@@ -71,11 +92,15 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
     accuracies = [one.accuracy for one in found.measurements]
     worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
     seen = [one.accuracy for one in found.measurements if trained.get(one.device)]
+    new = [one.accuracy for one in found.measurements if not trained.get(one.device)]
     return {
         "personalised_accuracy": _mean(accuracies),
         "personalised_worst_tenth": _mean(worst),
         "personalised_deviation": pstdev(accuracies) if accuracies else None,
         "personalised_accuracy_trained": _mean(seen),
+        "newcomers": len(new),
+        "newcomers_accuracy": _mean(new),
+        "newcomers_accuracy_after_epoch": _mean([one.accuracy for one in found.newcomers]),
         "personalised_devices": len(accuracies),
         "personalised_rows": sum(one.rows for one in found.measurements),
         "personalised_wall_s": found.wall_s,

@@ -224,7 +224,7 @@ def _save(out: Path, now: Checkpoint, row: RoundRow, devices: list[dict[str, Any
 def _quality(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
     config = prepared.config
     due = round % config.evaluation.every == 0 or round == config.rounds
-    if not (due and prepared.method.has_global_model):
+    if not (due and prepared.method.has_global_model(config)):
         return dict.fromkeys(("loss", "accuracy", "f1", "wall_s"))
     measured = _evaluate(prepared, model, prepared.sample)
     return {key: asdict(measured)[key] for key in ("loss", "accuracy", "f1", "wall_s")}
@@ -263,7 +263,7 @@ def _global_result(
 ) -> dict[str, Any]:
     """What the global model is worth, and its adapter as files; nothing where there is none."""
     names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
-    if not prepared.method.has_global_model:
+    if not prepared.method.has_global_model(prepared.config):
         return {**dict.fromkeys(names), "test_rows": 0}
     watcher.preparing("measuring on the whole test set")
     whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
@@ -281,14 +281,14 @@ def _personalised_result(
 ) -> dict[str, Any]:
     watcher.preparing("measuring each device's model on its own test rows")
     setup, method = prepared.setup, prepared.method
-    found = measure_devices(setup, method, transport, last.state, last.round + 1)
+    turns = Counter(row["device"] for row in read_rows(out / DEVICES) if row["accepted"])
+    found = measure_devices(setup, method, transport, last.state, last.round + 1, turns)
     if not found.measurements:
         example = found.failures[0]
         raise DroppeftError(
             f"no device could be measured (device {example.device}: {example.reason}); mend that, "
             f"then resume {out}"
         )
-    turns = Counter(row["device"] for row in read_rows(out / DEVICES) if row["accepted"])
     return personalised_sums(found, turns)
 
 

@@ -27,8 +27,8 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
 
     Checked: it answers this Plan (round, device, nonce); its counts fit the Plan's budget, since
     they are its weight; its costs are possible and agree with the counts; it holds exactly the
-    tensors that may travel, of layers that ran, with the shapes of the Plan's adapter; and every
-    number in it is finite.
+    tensors that may travel, of layers that it says it shares and that ran, with the shapes of the
+    Plan's adapter; and every number in it is finite.
 
     Args:
         plan: what was asked.
@@ -40,6 +40,7 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
         why_not_its_own(plan, update)
         or _counts(plan, update, batch_size)
         or _cost(plan, update, batch_size)
+        or _choice(plan, update, layout)
         or _names(plan, update, layout)
         or _values(update, layout)
     )
@@ -117,18 +118,36 @@ def _numbers(values: Iterable[Any]) -> Iterator[float]:
             yield value
 
 
+def _choice(plan: Plan, update: Update, layout: Layout) -> str | None:
+    rule, shared, scores = plan.sharing, update.shared, update.scores
+    if rule is None:
+        return None if (shared, scores) == (None, None) else "chooses layers, and was not asked to"
+    if shared is None or scores is None or len(scores) != len(plan.adapter.layers):
+        return "does not say which layers it shares, and how all scored"
+    layers = {key for key, _ in layout.values() if isinstance(key, int)}
+    if len(shared) != rule.count or list(shared) != sorted(layers.intersection(shared)):
+        return f"does not share {rule.count} of the layers that there are"
+    if not all(np.isfinite(one) and abs(one) < MOST_IMPORTANCE for one in scores):
+        return "claims impossible scores"
+    return None
+
+
 def _names(plan: Plan, update: Update, layout: Layout) -> str | None:
     sent = {(key, name) for key, name, _ in flatten(update.tensors)}
     expected = {
         (key, name)
         for name, (key, _) in layout.items()
-        if name in plan.share and (key in (HEAD, OTHER) or update.active_steps[int(key)] > 0)
+        if name in plan.share and (key in (HEAD, OTHER) or _ran_and_shared(update, int(key)))
     }
     for _, name in sorted(sent - expected, key=str):
         return f"sends {name}, which it was not asked for or did not train"
     for _, name in sorted(expected - sent, key=str):
         return f"lacks {name}"
     return None
+
+
+def _ran_and_shared(update: Update, layer: int) -> bool:
+    return update.active_steps[layer] > 0 and (update.shared is None or layer in update.shared)
 
 
 def _values(update: Update, layout: Layout) -> str | None:

@@ -14,7 +14,8 @@ from droppeft.costs.devices import seconds_per_byte
 from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.methods.base import Setup, in_round
-from droppeft.plans import ServerState, payload_bytes
+from droppeft.methods.personal_layers import scored_rows, usual_bytes
+from droppeft.plans import ServerState
 
 USUAL_STEPS = 10
 """Steps of a turn that is said in epochs, whose number the server does not know."""
@@ -89,13 +90,12 @@ def turn_seconds(
     lower = first_trained(arm, depth_of_run(setup))
     row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
     forward, rest = arithmetic.forward(memory.row_length)
-    measuring = 2 * reward_rows(setup, round) * (sum(forward) + rest)
+    measuring = (2 * reward_rows(setup, round) + scored_rows(setup)) * (sum(forward) + rest)
     values = state.model.tensors
-    sent = {key: named for key, named in values.items() if not isinstance(key, int) or key >= lower}
     return (
         compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
-        + payload_bytes(values) * seconds_per_byte(profile.download)
-        + payload_bytes(sent) * seconds_per_byte(profile.upload)
+        + usual_bytes(setup, values) * seconds_per_byte(profile.download)
+        + usual_bytes(setup, values, lower) * seconds_per_byte(profile.upload)
     )
 
 

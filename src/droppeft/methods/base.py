@@ -30,7 +30,7 @@ from droppeft.plans import (
     Update,
     flatten,
 )
-from droppeft.sharing.aggregation import average_over_holders
+from droppeft.sharing.aggregation import average_over_holders, by_examples
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ def _as_it_is(config: Config) -> Config:
     return config
 
 
+def _always(config: Config) -> bool:
+    return True
+
+
 def _nothing(setup: Setup, state: ServerState) -> None:
     return None
 
@@ -90,7 +94,8 @@ class Method:
             makes nothing else.
         own: the Plan that measures a device's own model, as it would begin the turn of that round:
             the global model, where devices keep nothing to themselves.
-        has_global_model: otherwise the state's model is only where devices begin.
+        has_global_model: of a configuration; otherwise the state's model, or its head, is only
+            where devices begin.
         note: plain values about the last round that a reader wants in the ledger, or ``None``.
     """
 
@@ -102,7 +107,7 @@ class Method:
     merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
     adjust: Callable[[Config], Config] = _as_it_is
     own: Callable[[Setup, ServerState, int, int], Plan] = _global_model
-    has_global_model: bool = True
+    has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
 
 
@@ -174,7 +179,7 @@ def full_plan(
 
 def without_steps(plan: Plan) -> Plan:
     """The same model on the device's test rows: nothing is trained, shared or kept."""
-    return replace(plan, budget=Budget(steps=0), share=frozenset(), measure=True)
+    return replace(plan, budget=Budget(steps=0), share=frozenset(), sharing=None, measure=True)
 
 
 def average_by_examples(
@@ -182,7 +187,6 @@ def average_by_examples(
 ) -> ServerState:
     """Every tensor becomes its holders' mean, weighted by the rows they trained on."""
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    weights = [float(update.examples) for update in updates]
-    tensors = average_over_holders(state.model.tensors, updates, weights)
+    tensors = average_over_holders(state.model.tensors, updates, by_examples)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
     return ServerState(model, state.alternatives, state.memory)

@@ -1,8 +1,8 @@
 """DropPEFT: devices train with stochastic transformer layer dropout and share by layer.
 
 Source: arXiv:2503.10217. The rates are the configuration's, or those that the configurator finds
-(`methods/configured.py`); all layers are shared, personalised layer sharing is not built yet. Exact
-gates, protected ends and schedules are ours.
+(`methods/configured.py`); which layers are shared is `methods/personal_layers.py`'s. Exact gates,
+protected ends and schedules are ours.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,23 @@ from droppeft.methods.arm_costs import depth_of_run, rates_of_arm, reward_rows
 from droppeft.methods.base import (
     Method,
     Setup,
-    average_by_examples,
     full_plan,
     in_round,
     start_with,
     uniform_adapter,
+    without_steps,
 )
-from droppeft.plans import LayerDropout, Plan, Reply, ServerState, flatten
+from droppeft.methods.personal_layers import (
+    check_sharing,
+    has_global_head,
+    keeps_anything,
+    weight_of,
+    with_sharing,
+)
+from droppeft.plans import GlobalModel, LayerDropout, Plan, Reply, ServerState, Update, flatten
+from droppeft.sharing.aggregation import average_over_holders
+from droppeft.sharing.factors import average_products
+from droppeft.sharing.visits import with_visits
 
 
 def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
@@ -62,6 +72,7 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 
 
 def _init(setup: Setup) -> ServerState:
+    check_sharing(setup)
     state = start_with(setup, uniform_adapter(setup))
     if not configured.is_fixed(setup):
         return configured.first_memory(setup, state)
@@ -84,13 +95,20 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
     if configured.is_fixed(setup):
         gates = _gates(setup, rates_of_round(setup, round))
-        return [full_plan(setup, state, round, device, gates) for device in cohort]
-    arms = configured.arms_of_round(setup, state, round, cohort)
-    importance = configured.memory_of(state).importance
-    return [
-        _with_arm(setup, state, round, device, arm, importance)
-        for device, (_, arm) in zip(cohort, arms, strict=True)
-    ]
+        plans = [full_plan(setup, state, round, device, gates) for device in cohort]
+    else:
+        arms = configured.arms_of_round(setup, state, round, cohort)
+        importance = configured.memory_of(state).importance
+        plans = [
+            _with_arm(setup, state, round, device, arm, importance)
+            for device, (_, arm) in zip(cohort, arms, strict=True)
+        ]
+    return [with_sharing(setup, state, plan) for plan in plans]
+
+
+def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    plan = full_plan(setup, state, round, device, dropout=None)
+    return without_steps(with_sharing(setup, state, plan))
 
 
 def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
@@ -118,13 +136,19 @@ def _with_arm(
     names = frozenset(
         name for key, name, _ in flatten(plan.tensors) if not isinstance(key, int) or key >= lower
     )
-    return replace(plan, train=names, share=names)
+    return replace(plan, train=names, share=names, untrained=lower)
 
 
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    merged = average_by_examples(setup, state, plans, replies)
+    config, model = setup.config, state.model
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    average = average_over_holders if config.sharing.factors == "separate" else average_products
+    tensors = average(model.tensors, updates, weight_of(config))
+    merged = replace(state, model=GlobalModel(model.adapter, tensors, model.base_delta))
+    if keeps_anything(setup.config):
+        merged = with_visits(merged, plans, replies)
     if configured.is_fixed(setup):
         return merged
     return configured.learned(setup, state, merged, plans, replies)
@@ -133,9 +157,11 @@ def _merge(
 DROPPEFT = Method(
     name="droppeft",
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
-    tables=frozenset({"dropout", "configurator", "frozen"}),
+    tables=frozenset({"dropout", "configurator", "sharing", "frozen"}),
     init=_init,
     plan=_plan,
     merge=_merge,
+    own=_own,
+    has_global_model=has_global_head,
     note=configured.note,
 )

@@ -32,7 +32,7 @@ from droppeft.plans import (
     Update,
     flatten,
 )
-from droppeft.sharing.aggregation import average_over_holders
+from droppeft.sharing.aggregation import Weight, average_over_holders, by_examples
 
 LEAST_PART = 1 / 4
 """Of the full rank, on the slowest devices."""
@@ -178,9 +178,11 @@ def _merge(
             ranks[plan.device] = rank
             tensors = resized(resized(reply.tensors, rank), full)
             updates.append(replace(reply, tensors=tensors))
-    norms = [product_norm(update.tensors) for update in updates]
-    weights = norms if any(norms) else [float(update.examples) for update in updates]
-    tensors = average_over_holders(state.model.tensors, updates, weights)
+    norms = {update.device: product_norm(update.tensors) for update in updates}
+    weight: Weight = lambda update, layer: norms[update.device]  # noqa: E731
+    tensors = average_over_holders(
+        state.model.tensors, updates, weight if any(norms.values()) else by_examples
+    )
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
     return replace(state, model=model, memory={**state.memory, RANKS: ranks})
 

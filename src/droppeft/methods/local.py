@@ -35,8 +35,9 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan = full_plan(setup, state, round, device, dropout=None)
-    kept = last_visit(state, device)
-    tensors = plan.tensors if kept is None else {}
+    visit = last_visit(state, device)
+    tensors = plan.tensors if visit is None else {}
+    kept = None if visit is None else visit.round
     return replace(plan, tensors=tensors, share=frozenset(), kept=kept)
 
 
@@ -58,5 +59,5 @@ LOCAL = Method(
     plan=_plan,
     merge=_merge,
     own=_own,
-    has_global_model=False,
+    has_global_model=lambda config: False,
 )

@@ -5,33 +5,45 @@ a tensor that nobody shared keeps its value. Averaging LoRA's A and B separately
 (mean(B)·mean(A) ≠ mean(BA)); it is what FedIT does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from droppeft.plans import Array, Tensors, Update
+from droppeft.plans import Array, LayerKey, Tensors, Update
+
+Weight = Callable[[Update, LayerKey], float]
+"""What a layer of an Update counts; not negative."""
 
 
-def average_over_holders(
-    current: Tensors, updates: Sequence[Update], weights: Sequence[float]
-) -> Tensors:
+def by_examples(update: Update, layer: LayerKey) -> float:
+    """The rows that the device trained on."""
+    return float(update.examples)
+
+
+def by_active_steps(update: Update, layer: LayerKey) -> float:
+    """The rows, times the steps in which the layer ran; of what is in no layer, all steps. Ours."""
+    steps = update.active_steps[layer] if isinstance(layer, int) else update.steps
+    return float(update.examples * steps)
+
+
+def average_over_holders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
     """Weighted mean of every tensor over the updates that contain it.
 
     Args:
         current: the server's values; they decide which tensors exist and stay where unshared.
         updates: in Plan order. Sums run in that order in float64, so the result depends on
             neither the order of arrival nor the transport.
-        weights: one per update, not negative.
+        weight: of an update's layer.
     """
-    return {
-        key: {
-            name: _mean(
-                value, [update.tensors.get(key, {}).get(name) for update in updates], weights
-            )
+    merged: dict[LayerKey, dict[str, Array]] = {}
+    for key, named in current.items():
+        weights = [weight(update, key) for update in updates]
+        held = [update.tensors.get(key, {}) for update in updates]
+        merged[key] = {
+            name: _mean(value, [each.get(name) for each in held], weights)
             for name, value in named.items()
         }
-        for key, named in current.items()
-    }
+    return merged
 
 
 def _mean(current: Array, values: Sequence[Array | None], weights: Sequence[float]) -> Array:

@@ -1,32 +1,62 @@
-"""Which turn of each device counted last: what it kept then is what it begins with next. Ours."""
+"""What the server remembers of each device's last turn that counted; ours.
+
+Its round names what the device kept then and begins with next; its shared layers are what the next
+Plan brings; its scores stand for layers that get no new one.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from droppeft.plans import Failure, Plan, Reply, ServerState, Update
 
-VISITS = "visits"
+VISITS, CHOICES = "visits", "choices"
 
 
-def last_visit(state: ServerState, device: int) -> int | None:
-    """The round of a device's last turn that was merged; ``None`` before it, or if it lost that."""
-    return _visits(state).get(str(device))
+@dataclass(frozen=True)
+class Visit:
+    """A device's last turn that was merged.
+
+    Attributes:
+        round: of that turn.
+        shared: layers that it shared; ``None`` where it had no choice.
+        scores: one per layer; ``None`` where it had no choice.
+    """
+
+    round: int
+    shared: tuple[int, ...] | None
+    scores: tuple[float, ...] | None
+
+
+def last_visit(state: ServerState, device: int) -> Visit | None:
+    """Of a device; ``None`` before its first, or if it lost what it had kept then."""
+    round = _table(state, VISITS).get(str(device))
+    if round is None:
+        return None
+    choice = _table(state, CHOICES).get(str(device))
+    if choice is None:
+        return Visit(round, None, None)
+    return Visit(round, tuple(choice["shared"]), tuple(choice["scores"]))
 
 
 def with_visits(state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]) -> ServerState:
     """Note a round's merged turns, and who has lost what it kept."""
-    visits = dict(_visits(state))
+    visits, choices = dict(_table(state, VISITS)), dict(_table(state, CHOICES))
     for plan, reply in zip(plans, replies, strict=True):
+        device = str(plan.device)
         if isinstance(reply, Update):
-            visits[str(plan.device)] = plan.round
+            visits[device] = plan.round
+            if reply.shared is not None and reply.scores is not None:
+                choices[device] = {"shared": list(reply.shared), "scores": list(reply.scores)}
         elif isinstance(reply, Failure) and reply.lost:
-            visits.pop(str(plan.device), None)
-    if visits == _visits(state):
-        return state
-    return replace(state, memory={**state.memory, VISITS: visits})
+            visits.pop(device, None)
+            choices.pop(device, None)
+    tables = {name: table for name, table in ((VISITS, visits), (CHOICES, choices)) if table}
+    others = {key: item for key, item in state.memory.items() if key not in (VISITS, CHOICES)}
+    return replace(state, memory={**others, **tables})
 
 
-def _visits(state: ServerState) -> Mapping[str, int]:
-    found = state.memory.get(VISITS, {})
+def _table(state: ServerState, key: str) -> Mapping[str, Any]:
+    found = state.memory.get(key, {})
     assert isinstance(found, Mapping)
     return found

@@ -1,0 +1,181 @@
+"""On the device, after its training: score the layers and choose which are shared; ours."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from droppeft import seeds
+from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
+from droppeft.federation.workbench import Workbench
+from droppeft.layer_dropout.architectures import hidden_of
+from droppeft.plans import Plan, Tensors
+from droppeft.sharing.criteria import Seen, Turn, Vector, new_scores
+from droppeft.sharing.selection import select_shared
+from droppeft.training import Evaluation, TrainOutcome
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a device chose.
+
+    Attributes:
+        scores: (L,) by the rule's criterion.
+        shared: layers, in order.
+        kept: the other layers that have an adapter.
+        tokens, wall_s: of the forwards that scoring took, padding included.
+    """
+
+    scores: tuple[float, ...]
+    shared: tuple[int, ...]
+    kept: tuple[int, ...]
+    tokens: int
+    wall_s: float
+
+
+def score_layers(
+    bench: Workbench,
+    parameters: Parameters,
+    plan: Plan,
+    outcome: TrainOutcome,
+    start_values: Tensors,
+    measure: Callable[[], Evaluation],
+) -> Scored:
+    """Score the layers of the model as the turn left it, and choose by the Plan's rule.
+
+    Args:
+        bench: left as it is.
+        parameters: what the turn trained.
+        plan: with a rule.
+        outcome: of the turn.
+        start_values: that ``parameters`` had before it, where the criterion reads them.
+        measure: the loss of the model as it is, on the rows that scoring may use.
+    """
+    rule = plan.sharing
+    assert rule is not None
+    model = _Model(bench, parameters, start_values, measure)
+    turn = Turn(
+        active_steps=np.array(outcome.active_steps, dtype=np.float64),
+        gradients=outcome.gradients,
+        change=model.change,
+        seen=model.seen,
+        undone=model.undone,
+        layers=tuple(key for key in parameters if isinstance(key, int)),
+        rng=seeds.numpy_generator(
+            plan.seed, purpose="layer scores", round=plan.round, device=plan.device
+        ),
+    )
+    scores = new_scores(rule.criterion, turn, rule.scores)
+    layers = [key for key in bench.parameters if isinstance(key, int)]
+    shared = select_shared(scores, layers, rule.count, rule.shared, rule.hysteresis)
+    kept = tuple(layer for layer in layers if layer not in shared)
+    return Scored(scores, shared, kept, model.tokens, model.wall_s)
+
+
+class _Model:
+    """What criteria can find out about the model; what running it takes is added up."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        parameters: Parameters,
+        start_values: Tensors,
+        measure: Callable[[], Evaluation],
+    ) -> None:
+        self._bench = bench
+        self._parameters = parameters
+        self._start = start_values
+        self._measure_once = measure
+        self.tokens = 0
+        self.wall_s = 0.0
+
+    def change(self) -> Vector:
+        """(L,) norms of what the turn changed."""
+        found, now = np.zeros(self._bench.num_layers), get_tensors(self._parameters)
+        for layer, named in now.items():
+            if isinstance(layer, int):
+                moved = [np.subtract(named[name], self._start[layer][name]) for name in named]
+                found[layer] = np.sqrt(sum(float(np.square(one).sum()) for one in moved))
+        return found
+
+    def undone(self, layers: Sequence[int]) -> list[float]:
+        """Loss with each layer as the turn found it, less that of the model as it is."""
+        whole, now, found = self._measure().loss, get_tensors(self._parameters), []
+        for layer in layers:
+            set_tensors(self._parameters, {layer: self._start[layer]})
+            found.append(self._measure().loss - whole)
+            set_tensors(self._parameters, {layer: now[layer]})
+        return found
+
+    def seen(self) -> list[Seen]:
+        """What each block makes of the rows."""
+        with _watching(self._bench.model, self._bench.blocks) as watches:
+            self._measure()
+        return [watch.seen() for watch in watches]
+
+    def _measure(self) -> Evaluation:
+        measured = self._measure_once()
+        self.tokens += measured.tokens
+        self.wall_s += measured.wall_s
+        return measured
+
+
+class _Watch:
+    """Sums over the rows that a block was run with."""
+
+    def __init__(self) -> None:
+        self.cosines, self.tokens = 0.0, 0.0
+        self.before: list[torch.Tensor] = []
+        self.after: list[torch.Tensor] = []
+
+    def note(self, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Add a batch: states (B, S, H) and which tokens (B, S) are real."""
+        real = torch.ones(before.shape[:2]) if mask is None else mask
+        real = real.to(before.device, torch.float32)
+        before, after = before.float(), after.float()
+        cosine = nn.functional.cosine_similarity(before, after, dim=-1)
+        self.cosines += float((cosine * real).sum())
+        self.tokens += float(real.sum())
+        for found, states in ((self.before, before), (self.after, after)):
+            sums = (states * real.unsqueeze(-1)).sum(dim=1)
+            found.append((sums / real.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
+
+    def seen(self) -> Seen:
+        return Seen(
+            cosine=self.cosines / max(self.tokens, 1.0),
+            before=torch.cat(self.before).double().numpy(),
+            after=torch.cat(self.after).double().numpy(),
+        )
+
+
+@contextmanager
+def _watching(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[list[_Watch]]:
+    """Note what goes into every block and what comes out, inside."""
+    watches, masks = [_Watch() for _ in blocks], [None]
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks[0] = kwargs.get("attention_mask")
+
+    def leave(watch: _Watch) -> Callable[..., None]:
+        def hook(
+            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            watch.note(hidden_of((args, kwargs)), after, masks[0])
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [
+        block.register_forward_hook(leave(watch), with_kwargs=True)
+        for block, watch in zip(blocks, watches, strict=True)
+    ]
+    try:
+        yield watches
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,140 @@
+"""Personalised layer sharing on the server: what of a Plan a device already has. Source: METHOD 4.
+
+A device that was merged before gets the global values of the layers that it shared then; the others
+it has kept. What it shares this time it chooses after its training, by the rule in the Plan.
+"""
+
+from dataclasses import replace
+
+from droppeft.adapters.types import TYPES
+from droppeft.config import Config
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import Setup
+from droppeft.plans import (
+    HEAD,
+    AdapterSpec,
+    LayerKey,
+    Plan,
+    ServerState,
+    SharingRule,
+    Tensors,
+    flatten,
+    payload_bytes,
+)
+from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
+from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.selection import count_of
+from droppeft.sharing.visits import Visit, last_visit
+
+
+def keeps_layers(config: Config) -> bool:
+    """Whether devices keep any layer to themselves."""
+    return config.sharing.fraction < 1
+
+
+def keeps_anything(config: Config) -> bool:
+    """Whether devices keep layers or the head."""
+    return keeps_layers(config) or not has_global_head(config)
+
+
+def has_global_head(config: Config) -> bool:
+    """Whether the head travels; otherwise the global one is never trained."""
+    return config.sharing.head == "shared"
+
+
+def check_sharing(setup: Setup) -> None:
+    """Refuse what cannot be shared by layer.
+
+    Raises:
+        DroppeftError: with what to set instead.
+    """
+    config = setup.config
+    if keeps_layers(config) and TYPES[config.adapter.type].kind != "layered":
+        raise DroppeftError(
+            f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
+            "set sharing.fraction=1"
+        )
+    if config.sharing.factors == "product" and config.adapter.type != "lora":
+        raise DroppeftError(
+            f"sharing.factors=product is about LoRA's A and B; adapter.type={config.adapter.type} "
+            "has none, leave it out"
+        )
+    if not has_global_head(config) and not config.evaluation.personalised:
+        raise DroppeftError(
+            "sharing.head=personal has no accuracy but the personalised one; leave out "
+            "evaluation.personalised=false"
+        )
+
+
+def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
+    """A Plan of whole tensors, less what this device keeps, and with the rule of the run."""
+    config = setup.config
+    if not keeps_anything(config):
+        return plan
+    personal: frozenset[LayerKey] = frozenset(() if has_global_head(config) else {HEAD})
+    visit = last_visit(state, plan.device)
+    kept = personal | _kept_layers(plan.adapter, visit) if visit else frozenset()
+    travels = frozenset(name for key, name, _ in flatten(plan.tensors) if key not in personal)
+    return replace(
+        plan,
+        tensors={key: named for key, named in plan.tensors.items() if key not in kept},
+        share=plan.share & travels,
+        kept=visit.round if visit else None,
+        sharing=_rule(setup, plan.adapter, visit) if keeps_layers(config) else None,
+    )
+
+
+def weight_of(config: Config) -> Weight:
+    """What a device's layer counts in the mean."""
+    return by_examples if config.sharing.weights == "examples" else by_active_steps
+
+
+def usual_bytes(setup: Setup, values: Tensors, lower: int = 0) -> float:
+    """Of a turn's values that travel one way after a first visit, on average over the layers.
+
+    Args:
+        values: of the global model.
+        lower: layers below it do not travel.
+    """
+    config, layers = setup.config, [key for key in values if isinstance(key, int)]
+    part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
+    found = 0.0
+    for key, named in values.items():
+        size = payload_bytes({key: named})
+        if isinstance(key, int):
+            found += part * size if key >= lower else 0
+        elif key != HEAD or has_global_head(config):
+            found += size
+    return found
+
+
+def scored_rows(setup: Setup) -> int:
+    """Forwards of rows that scoring a turn's layers takes."""
+    settings = setup.config.sharing
+    if not keeps_layers(setup.config):
+        return 0
+    times = {"no": 0, "once": 1, "per layer": setup.num_layers + 1}
+    return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
+
+
+def _rule(setup: Setup, adapter: AdapterSpec, visit: Visit | None) -> SharingRule:
+    settings = setup.config.sharing
+    return SharingRule(
+        criterion=settings.criterion,
+        count=count_of(settings.fraction, len(_layers(adapter))),
+        hysteresis=settings.hysteresis,
+        score_rows=settings.score_rows,
+        shared=visit.shared if visit else None,
+        scores=(visit.scores if visit else None) or (0.0,) * setup.num_layers,
+    )
+
+
+def _kept_layers(adapter: AdapterSpec, visit: Visit) -> frozenset[LayerKey]:
+    """Those that the device did not share; without a choice it shared all."""
+    if visit.shared is None:
+        return frozenset()
+    return frozenset(layer for layer in _layers(adapter) if layer not in visit.shared)
+
+
+def _layers(adapter: AdapterSpec) -> list[int]:
+    return [index for index, layer in enumerate(adapter.layers) if layer is not None]

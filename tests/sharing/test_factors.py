@@ -1,0 +1,85 @@
+"""Averaging what LoRA's factors stand for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.plans import HEAD, MeasuredCost, Tensors, Update
+from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.factors import average_products
+
+A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
+RANK, WIDE, HIGH = 3, 10, 7
+
+
+def layer(rng: np.random.Generator, rank: int = RANK) -> dict[str, Any]:
+    return {
+        A: rng.normal(size=(rank, WIDE)).astype(np.float32),
+        B: rng.normal(size=(HIGH, rank)).astype(np.float32),
+        "q.norm": rng.normal(size=2).astype(np.float32),
+    }
+
+
+def update(device: int, tensors: Tensors, examples: int = 1) -> Update:
+    cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
+    return Update(1, device, "", tensors, examples, 1, (1,), (0.0,), 0.0, None, cost)
+
+
+def product(tensors: Tensors) -> Any:
+    return tensors[0][B].astype(np.float64) @ tensors[0][A].astype(np.float64)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_one_holder_s_product_comes_back(rng: np.random.Generator) -> None:
+    current, sent = {0: layer(rng)}, {0: layer(rng)}
+    merged = average_products(current, [update(0, sent)], by_examples)
+    np.testing.assert_allclose(product(merged), product(sent), atol=1e-5)
+    np.testing.assert_array_equal(merged[0]["q.norm"], sent[0]["q.norm"])
+
+
+def test_it_is_the_nearest_of_its_rank_to_the_mean_and_nearer_than_separate_means(
+    rng: np.random.Generator,
+) -> None:
+    current, sent = {0: layer(rng)}, [{0: layer(rng)} for _ in range(3)]
+    updates = [update(device, one, device + 1) for device, one in enumerate(sent)]
+    mean = sum((place + 1) * product(one) for place, one in enumerate(sent)) / 6
+    merged = product(average_products(current, updates, by_examples))
+    u, sizes, v = np.linalg.svd(mean)
+    np.testing.assert_allclose(merged, (u[:, :RANK] * sizes[:RANK]) @ v[:RANK], atol=1e-4)
+    separate = product(average_over_holders(current, updates, by_examples))
+    assert np.linalg.norm(merged - mean) < np.linalg.norm(separate - mean)
+
+
+def test_the_mean_over_those_who_hold_both(rng: np.random.Generator) -> None:
+    """Device 1 sends A alone: it is in the mean of A nowhere, since A is made anew."""
+    current, one, other = {0: layer(rng)}, {0: layer(rng)}, {0: layer(rng)}
+    part = {0: {A: other[0][A]}, HEAD: {}}
+    merged = average_products(current, [update(0, one), update(1, part)], by_examples)
+    np.testing.assert_allclose(product(merged), product(one), atol=1e-5)
+
+
+def test_what_nobody_sent_keeps_its_bits(rng: np.random.Generator) -> None:
+    current = {0: layer(rng)}
+    merged = average_products(current, [update(0, {})], by_examples)
+    assert all(merged[0][name].tobytes() == current[0][name].tobytes() for name in current[0])
+
+
+def test_an_untrained_pair_can_still_learn(rng: np.random.Generator) -> None:
+    """LoRA begins with B = 0: A must not become 0 too, or no gradient would ever come."""
+    sent = {0: {**layer(rng), B: np.zeros((HIGH, RANK), np.float32)}}
+    merged = average_products({0: layer(rng)}, [update(0, sent)], by_examples)
+    assert not merged[0][B].any()
+    lengths = np.linalg.norm(merged[0][A], axis=1)
+    np.testing.assert_allclose(lengths, np.sqrt((sent[0][A] ** 2).sum() / RANK), rtol=1e-5)
+
+
+def test_a_rank_above_the_map_s_size(rng: np.random.Generator) -> None:
+    sent = {0: layer(rng, rank=12)}
+    merged = average_products({0: layer(rng, rank=12)}, [update(0, sent)], by_examples)
+    assert merged[0][A].shape == (12, WIDE)
+    np.testing.assert_allclose(product(merged), product(sent), atol=1e-4)
