@@ -79,7 +79,7 @@ def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
         plan,
         tensors={key: named for key, named in plan.tensors.items() if key not in kept},
         share=plan.share & travels,
-        kept=visit.round if visit else None,
+        kept=visit.round if visit and kept else None,
         sharing=_rule(setup, plan.adapter, visit) if keeps_layers(config) else None,
     )
 

@@ -1,0 +1,427 @@
+"""Personalised layer sharing from the score to the next turn, in the time order of METHOD 4."""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from droppeft.adapters.by_layer import set_tensors
+from droppeft.config import load_config
+from droppeft.federation import layer_scores
+from droppeft.federation.device import carry_out
+from droppeft.federation.loading import Site, site_of
+from droppeft.federation.prepare import Prepared
+from droppeft.federation.run import resume_run, start_run
+from droppeft.federation.transport import InProcess
+from droppeft.methods import METHODS
+from droppeft.plans import (
+    HEAD,
+    Failure,
+    LayerDropout,
+    Plan,
+    SharingRule,
+    Update,
+    first_trained_layer,
+    flatten,
+    payload_bytes,
+)
+from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.kept import folder_of, recall
+from droppeft.training import evaluate
+from messages import answer_to, setup_for
+from runs import Recorder, outcome, rows_of, stop_after_a_round
+
+RUN = "00c0ffee"
+LAYERS = 4
+HALF = ("sharing.fraction=0.5", "sharing.hysteresis=0")
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def first(prepared: Prepared) -> Plan:
+    """Device 1's first, all layers run."""
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    return replace(plan, run=RUN, dropout=None)
+
+
+def with_rule(plan: Plan, criterion: str = "gradient_norm", **changes: Any) -> Plan:
+    rule = SharingRule(criterion, 2, 0.0, 8, None, (0.0,) * LAYERS)
+    return replace(plan, sharing=replace(rule, **changes))
+
+
+def update(site: Site, plan: Plan) -> Update:
+    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+    assert isinstance(reply, Update)
+    return reply
+
+
+def assert_same(one: Any, other: Any) -> None:
+    left, right = list(flatten(one)), list(flatten(other))
+    assert [item[:2] for item in left] == [item[:2] for item in right]
+    for (_, name, a), (_, _, b) in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
+    site: Site, first: Plan, criterion: str
+) -> None:
+    reply = update(site, with_rule(first, criterion))
+    assert reply.shared is not None
+    assert reply.scores is not None
+    kept = [layer for layer in range(LAYERS) if layer not in reply.shared]
+    ranked = sorted(range(LAYERS), key=lambda layer: (reply.scores or ())[layer])
+    assert set(kept) == set(ranked[2:])
+    assert set(reply.tensors) == {*reply.shared, HEAD}
+    assert list(recall(folder_of(RUN, 1), 1)) == kept
+    forwards = {"no": 0, "once": 1, "per layer": LAYERS + 1}[CRITERIA[criterion].runs_model]
+    assert (reply.cost.scoring_tokens > 0) == (reply.cost.scoring_wall_s > 0) == (forwards > 0)
+    once = update(site, with_rule(first, "cka")).cost.scoring_tokens
+    assert reply.cost.scoring_tokens == forwards * once
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
+    """With all layers shared a turn with a rule is the turn without one, bit for bit."""
+    plain, ruled = update(site, first), update(site, with_rule(first, criterion, count=LAYERS))
+    assert_same(plain.tensors, ruled.tensors)
+    assert plain.importance == ruled.importance
+    assert plain.train_loss == ruled.train_loss
+    assert not folder_of(RUN, 1).exists()
+
+
+def test_a_layer_that_never_ran_keeps_its_score_and_is_not_sent(site: Site, first: Plan) -> None:
+    plan = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
+    low = update(site, with_rule(plan, scores=(0.0, -1.0, 0.0, 0.0)))
+    assert low.scores is not None
+    assert low.scores[1] == -1.0
+    assert low.shared is not None
+    assert 1 in low.shared
+    assert 1 not in low.tensors
+    high = update(site, with_rule(replace(plan, round=2), scores=(0.0, 99.0, 0.0, 0.0)))
+    assert 1 in recall(folder_of(RUN, 1), 2)
+    assert high.shared is not None
+    assert 1 not in high.shared
+
+
+def test_leave_one_out_is_the_loss_without_the_turn_s_change(site: Site, first: Plan) -> None:
+    reply = update(site, with_rule(first, "leave_one_out", count=LAYERS))
+    bench, rows = site.bench, site.devices[1].validation[:8]
+
+    def loss(tensors: Any) -> float:
+        set_tensors(bench.parameters, tensors)
+        return evaluate(bench.model, site.table, rows, bench.task, 64, "fp32").loss
+
+    whole = loss(reply.tensors)
+    undone = [loss({**reply.tensors, i: first.tensors[i]}) - whole for i in range(LAYERS)]
+    assert reply.scores == pytest.approx(undone, abs=1e-12)
+
+
+def test_blocks_are_seen_as_they_are(site: Site, first: Plan) -> None:
+    """What goes in and out, from transformers' own hidden states, without padding."""
+    found: list[Any] = []
+    real = layer_scores.new_scores
+
+    def spy(name: str, turn: Any, before: Any) -> Any:
+        found.extend(turn.seen())
+        return real(name, turn, before)
+
+    layer_scores.new_scores = spy  # type: ignore[assignment]
+    try:
+        update(site, with_rule(first, "block_influence", count=LAYERS, score_rows=2))
+    finally:
+        layer_scores.new_scores = real
+    bench, rows = site.bench, site.devices[1].validation[:2]
+    cosines = np.zeros((LAYERS, 2))
+    with torch.inference_mode():
+        for row in rows:
+            batch = bench.task.collate(site.table, np.array([row]))
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            states = bench.model(**inputs, output_hidden_states=True).hidden_states
+            for layer in range(LAYERS):
+                cos = torch.cosine_similarity(states[layer][0], states[layer + 1][0], dim=-1)
+                cosines[layer] += [float(cos.sum()), len(cos)]
+            for place in (layer for layer in range(LAYERS)):
+                mean = states[place][0].mean(dim=0).double().numpy()
+                distance = np.abs(found[place].before - mean).max(axis=1).min()
+                assert distance < 1e-5
+    expected = cosines[:, 0] / cosines[:, 1]
+    assert [one.cosine for one in found] == pytest.approx(expected, abs=1e-5)
+
+
+# The time order
+
+
+@pytest.fixture
+def sharing(prepare_with: Callable[..., Prepared]) -> Prepared:
+    return prepare_with(*HALF, "dropout.mean=0", "rounds=9")
+
+
+def answer(prepared: Prepared, plan: Plan, shared: tuple[int, ...]) -> Update:
+    """As if the device had added 1 to everything and chosen these layers."""
+    whole = prepared.state.model.tensors
+    moved = {
+        key: {name: array + np.float32(1) for name, array in named.items()}
+        for key, named in whole.items()
+        if key in (*shared, HEAD)
+    }
+    scores = tuple(0.0 if layer in shared else 1.0 for layer in range(LAYERS))
+    return answer_to(plan, tensors=moved, shared=shared, scores=scores, active_steps=(2,) * LAYERS)
+
+
+def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
+    sharing: Prepared,
+) -> None:
+    setup, method, state = sharing.setup, sharing.method, sharing.state
+    [plan] = method.plan(setup, state, 1, [2])
+    assert set(plan.tensors) == {0, 1, 2, 3, HEAD}  # a first visit brings everything
+    assert (plan.kept, plan.sharing and plan.sharing.shared) == (None, None)
+    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 3))])
+    [other] = method.plan(setup, state, 2, [1])
+    assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # of a device that was never there
+    [plan] = method.plan(setup, state, 4, [2])
+    assert set(plan.tensors) == {0, 3, HEAD}
+    assert plan.kept == 1
+    assert plan.sharing is not None
+    assert plan.sharing.shared == (0, 3)
+    assert plan.sharing.scores == (0.0, 1.0, 1.0, 0.0)
+    assert_same({0: plan.tensors[0]}, {0: state.model.tensors[0]})
+    # Layer 1 becomes shared, layer 3 personal: 1 is sent now and comes back next time.
+    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 1))])
+    [plan] = method.plan(setup, state, 5, [2])
+    assert set(plan.tensors) == {0, 1, HEAD}
+    assert plan.kept == 4
+    own = method.own(setup, state, 6, 2)
+    assert (set(own.tensors), own.kept, own.sharing, own.share) == (
+        {0, 1, HEAD},
+        4,
+        None,
+        frozenset(),
+    )
+
+
+def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
+    setup, method, state = sharing.setup, sharing.method, sharing.state
+    [plan] = method.plan(setup, state, 1, [2])
+    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 3))])
+    [plan] = method.plan(setup, state, 2, [2])
+    late = method.merge(setup, state, [plan], [Failure(2, "late")])
+    [again] = method.plan(setup, late, 3, [2])
+    assert (again.kept, again.sharing) == (plan.kept, plan.sharing)
+    lost = method.merge(setup, state, [plan], [Failure(2, "gone", lost=True)])
+    [anew] = method.plan(setup, lost, 3, [2])
+    assert set(anew.tensors) == {0, 1, 2, 3, HEAD}
+    assert anew.kept is None
+    assert anew.sharing is not None
+    assert anew.sharing.shared is None
+
+
+def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
+    site: Site, first: Plan
+) -> None:
+    """The same as if the server had sent it all."""
+    one = update(site, with_rule(first))
+    assert one.shared is not None
+    kept = recall(folder_of(RUN, 1), 1)
+    merged = {
+        key: {name: array * np.float32(0.5) for name, array in named.items()}
+        for key, named in one.tensors.items()
+    }
+    later = with_rule(replace(first, round=2, tensors=merged, kept=1), shared=one.shared)
+    told = replace(later, tensors={**merged, **kept}, kept=None)
+    found, expected = update(site, later), update(site, told)
+    assert found.train_loss == expected.train_loss
+    assert_same(found.tensors, expected.tensors)
+
+
+def test_an_untrained_personal_layer_stays_kept(site: Site, first: Plan) -> None:
+    """An arm's prefix: layers 0 and 1 run with what the device has, and are not trained."""
+    scores = (9.0, 0.0, 0.0, 0.0)
+    names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
+    plan = replace(first, train=names, share=names, untrained=2)
+    one = update(site, with_rule(plan, scores=scores))
+    assert one.shared is not None
+    assert 0 not in one.shared
+    assert_same({0: recall(folder_of(RUN, 1), 1)[0]}, {0: first.tensors[0]})
+    assert set(one.tensors) <= {2, 3, HEAD}
+
+
+def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
+    """Otherwise a kept layer would be free of its backward on the modelled clock."""
+    words = ("configurator.policy=uniform_random", "configurator.means=[0]")
+    setup = setup_for(*words, "configurator.prefixes=[0.25]", "sharing.fraction=0.25")
+    method = METHODS["droppeft"]
+    state = method.init(setup)
+    [plan] = method.plan(setup, state, 1, [0])
+    assert first_trained_layer(plan) == 1
+    reply = answer_to(plan, shared=(3,), scores=(1.0,) * 4)
+    [later] = method.plan(setup, method.merge(setup, state, [plan], [reply]), 2, [0])
+    assert set(later.tensors) == {3, HEAD}
+    assert first_trained_layer(later) == 1
+
+
+# Whole runs
+
+
+@pytest.fixture
+def words(tiny_words: list[str]) -> list[str]:
+    return [*tiny_words, *HALF, "devices=3", "rounds=5"]
+
+
+def sizes(prepared: Prepared) -> tuple[int, int]:
+    tensors = prepared.state.model.tensors
+    return payload_bytes({0: tensors[0]}), payload_bytes({HEAD: tensors[HEAD]})
+
+
+def test_only_shared_layers_travel_and_the_ledger_counts_them(
+    words: list[str], tmp_path: Path, sharing: Prepared
+) -> None:
+    start_run(load_config(None, [*words, "dropout.mean=0"]), tmp_path / "run", Recorder())
+    layer, head = sizes(sharing)
+    seen: set[int] = set()
+    for row in rows_of(tmp_path / "run" / "devices.jsonl"):
+        assert row["upload_bytes"] == 2 * layer + head
+        first = row["device"] not in seen
+        assert row["download_bytes"] == (4 if first else 2) * layer + head
+        assert len(row["shared"]) == 2
+        seen.add(row["device"])
+    for row in rows_of(tmp_path / "run" / "rounds.jsonl"):
+        assert sum(row["coverage"]) == 2 * row["accepted"]
+
+
+def test_all_layers_shared_is_the_run_without_sharing(
+    tiny_words: list[str], tmp_path: Path, whole_run: Path, state: Path
+) -> None:
+    """By default: 0.9 of four layers is all of them too, through the code that shares."""
+    words = [*tiny_words, "sharing.fraction=0.9"]
+    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    plain, found = outcome(whole_run), outcome(tmp_path / "run")
+    assert found["adapter"] == plain["adapter"]
+    assert found["rounds"] == plain["rounds"]
+    assert result["personalised"] == plain["result"]["personalised"]
+    assert not list(state.rglob("*.safetensors"))
+
+
+def test_a_run_that_shares_goes_on_as_if_nothing_had_happened(
+    words: list[str], tmp_path: Path
+) -> None:
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from droppeft.config import load_config
+from droppeft.federation.run import resume_run, start_run
+from runs import Recorder
+"""
+GO_ON = "resume_run(Path(sys.argv[1]), Recorder())"
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_path: Path) -> None:
+    """A process of its own, SIGKILL three times, wherever it then stands."""
+    words = [*words, "rounds=9"]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    out = tmp_path / "run"
+    begin = f"start_run(load_config(None, {words!r}), Path({str(out)!r}), Recorder())"
+    for rounds, call in ((1, begin), (2, GO_ON), (4, GO_ON)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{IMPORTS}\n{call}", str(out)], cwd=Path(__file__).parents[1]
+        )
+        limit = time.monotonic() + 120
+        while process.poll() is None and rows_until(out) < rounds and time.monotonic() < limit:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait(10) == -signal.SIGKILL
+        assert rounds <= rows_until(out) < 9
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def rows_until(out: Path) -> int:
+    path = out / "rounds.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_damaged_file_costs_a_turn_and_then_the_global_layers_come(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Damages:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
+
+        def exchange(self, plans: Any) -> Any:
+            for plan in plans:
+                if plan.round == 3 and not plan.measure and plan.kept is not None:
+                    for path in folder_of(plan.run, plan.device).iterdir():
+                        path.write_bytes(path.read_bytes()[:-1] + b"?")
+            yield from self.inner.exchange(plans)
+
+    config = load_config(None, [*words, "devices=2"])
+    with caplog.at_level(logging.WARNING):
+        start_run(
+            config,
+            tmp_path / "run",
+            Recorder(),
+            lambda loaded: nullcontext(Damages(InProcess(site_of(loaded)))),
+        )
+    assert "the server is asked for the global values" in caplog.text
+    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    third = [row for row in rows if row["round"] == 3]
+    assert [row["reason"] for row in third] == ["what it kept in round 2 is damaged"] * 2
+    whole = max(row["download_bytes"] for row in rows)
+    assert [row["download_bytes"] for row in rows if row["round"] == 4] == [whole] * 2
+    assert all(row["accepted"] for row in rows if row["round"] >= 4)
+
+
+def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
+    words: list[str], tmp_path: Path, sharing: Prepared
+) -> None:
+    more = ("sharing.fraction=1", "sharing.head=personal", "dropout.mean=0")
+    config = load_config(None, [*words, *more])
+    result = start_run(config, tmp_path / "run", Recorder())
+    layer, _ = sizes(sharing)
+    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    assert {row["upload_bytes"] for row in rows} == {4 * layer}
+    assert result["global_accuracy"] is None
+    assert result["personalised_devices"] == 3
+    assert not (tmp_path / "run" / "adapter").exists()
+    for device in range(3):
+        [*_, last] = sorted(folder_of(result["run"], device).iterdir())
+        assert list(recall(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
+
+
+def test_personal_values_are_in_no_message(words: list[str], tmp_path: Path) -> None:
+    sent: list[Update] = []
+
+    class Listens(Recorder):
+        def replied(self, reply: Any) -> None:
+            if isinstance(reply, Update):
+                sent.append(reply)
+
+    result = start_run(load_config(None, words), tmp_path / "run", Listens())
+    travelled = {array.tobytes() for one in sent for _, _, array in flatten(one.tensors)}
+    for device in range(3):
+        for path in folder_of(result["run"], device).iterdir():
+            kept = recall(path.parent, int(path.stem[-6:]))
+            own = {array.tobytes() for _, _, array in flatten(kept) if array.any()}
+            assert own
+            assert not own & travelled
