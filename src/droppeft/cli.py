@@ -71,6 +71,7 @@ def run(
     config = load_config(path, settings)
     _check_tables(config.method, settings)
     _check_configurator(config, settings)
+    _check_sharing(config, settings)
     _check_flower(config.transport, settings)
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
@@ -352,6 +353,26 @@ def _check_configurator(config: "Config", settings: Sequence[str]) -> None:
             raise DroppeftError(
                 f"{key} has no effect with configurator.policy={policy}; leave it out, or set "
                 "another policy"
+            )
+
+
+def _check_sharing(config: "Config", settings: Sequence[str]) -> None:
+    """Refuse a setting on the command line of a choice that there is not."""
+    from droppeft.config import key_of
+    from droppeft.sharing.criteria import CRITERIA
+
+    sharing = config.sharing
+    choosing = ("sharing.criterion", "sharing.hysteresis", "sharing.score_rows")
+    for key in map(key_of, settings) if config.method == "droppeft" else ():
+        if key in choosing and sharing.fraction == 1:
+            raise DroppeftError(
+                f"{key} has no effect with sharing.fraction=1, where all layers are shared; "
+                "leave it out, or set a smaller fraction"
+            )
+        if key == "sharing.score_rows" and CRITERIA[sharing.criterion].runs_model == "no":
+            raise DroppeftError(
+                f"{key} has no effect with sharing.criterion={sharing.criterion}, which does not "
+                "run the model to score; leave it out"
             )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from droppeft.federation.validation import why_refused
+from droppeft.plans import SharingRule
 from messages import COST, answer_to, filled, layout, plan_for
 
 PLAN = plan_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
@@ -63,6 +64,54 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
     plan = replace(PLAN, tensors=kept)
     update = answer_to(plan, tensors=SHARED)
     assert why_refused(plan, update, layout(plan.adapter), batch_size=16) is None
+
+
+RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 1, 0.0, 8, None, (0.0,) * 4))
+CHOSEN = {
+    "shared": (1,),
+    "scores": (0.4, 0.3, 0.2, 0.1),
+    "tensors": {key: SHARED[key] for key in (1, "head")},
+}
+
+
+def said_of_choice(**changes: Any) -> str | None:
+    update = answer_to(RULED, **{**CHOSEN, **changes})
+    return why_refused(RULED, update, layout(RULED.adapter), batch_size=16)
+
+
+def test_a_device_s_choice_of_layers_is_accepted() -> None:
+    """Also of a layer that may not travel in this turn, or that never ran."""
+    head = {"head": SHARED["head"]}
+    assert said_of_choice() is None
+    assert said_of_choice(shared=(3,), tensors=head) is None
+    assert said_of_choice(active_steps=(2, 0, 1, 2), tensors=head) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"shared": None}, "does not say which layers it shares"),
+        ({"scores": None}, "does not say which layers it shares"),
+        ({"scores": (0.1, 0.2, 0.3)}, "does not say which layers it shares"),
+        ({"shared": ()}, "does not share 1 of the layers"),
+        ({"shared": (0, 1)}, "does not share 1 of the layers"),
+        ({"shared": (4,)}, "does not share 1 of the layers"),
+        ({"shared": (-1,)}, "does not share 1 of the layers"),
+        ({"shared": (1, 1)}, "does not share 1 of the layers"),
+        ({"scores": (0.1, math.nan, 0.3, 0.4)}, "claims impossible scores"),
+        ({"scores": (0.1, -1e31, 0.3, 0.4)}, "claims impossible scores"),
+        ({"shared": (0,)}, "sends layer.1.A, which it was not asked for"),
+        ({"tensors": SHARED}, "sends layer.0.A, which it was not asked for"),
+        ({"tensors": {"head": SHARED["head"]}}, "lacks layer.1.A"),
+        ({"cost": replace(COST, scoring_tokens=-1)}, "claims impossible costs"),
+    ],
+)
+def test_a_choice_is_refused(changes: dict[str, Any], reason: str) -> None:
+    assert reason in str(said_of_choice(**changes))
+
+
+def test_a_choice_that_nobody_asked_for_is_refused() -> None:
+    assert said_of(shared=(0, 1), scores=(0.0,) * 4) == "chooses layers, and was not asked to"
 
 
 @pytest.mark.parametrize(

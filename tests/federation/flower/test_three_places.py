@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,16 +50,29 @@ def framed(out: Path) -> list[tuple[int, int]]:
     return [tuple(row[name] for name in FRAMED) for row in rows_of(out / "rounds.jsonl")]  # type: ignore[misc]
 
 
+SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "devices=3", "rounds=4")
+"""What devices keep to themselves is kept by the processes that run them."""
+
+
+@pytest.fixture(scope="module")
+def sharing_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    out = tmp_path_factory.mktemp("sharing") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DROPPEFT_STATE", str(out.parent / "state"))
+        start_run(load_config(None, [*tiny_words, *SHARING]), out, Recorder())
+        yield out
+
+
 def test_a_simulation_is_the_run_in_process(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path
+    tiny_words: list[str], sharing_run: Path, tmp_path: Path
 ) -> None:
     out, watcher = tmp_path / "run", Recorder()
-    start_run(load_config(None, [*tiny_words, "transport=flower"]), out, watcher)
-    assert everywhere(out) == everywhere(whole_run)
+    start_run(load_config(None, [*tiny_words, *SHARING, "transport=flower"]), out, watcher)
+    assert everywhere(out) == everywhere(sharing_run)
     for row, (up, down) in zip(watcher.rows, framed(out), strict=True):
         assert row.upload_bytes < up < 2 * row.upload_bytes + 10_000
         assert row.download_bytes < down < 2 * row.download_bytes + 20_000
-    assert framed(whole_run) == [(None, None)] * 3
+    assert framed(sharing_run) == [(None, None)] * 4
 
 
 def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
@@ -93,17 +107,21 @@ def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
 
 
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
-    example: ModuleType, tiny_words: list[str], whole_run: Path, tmp_path: Path
+    example: ModuleType, tiny_words: list[str], whole_run: Path, sharing_run: Path, tmp_path: Path
 ) -> None:
-    """Real processes, four devices on three nodes: a run of theirs, and one that began here."""
+    """Real processes, four devices on three nodes: a run of theirs, and one that began here.
+
+    That one goes on with what its devices have kept before.
+    """
     begun, out = tmp_path / "begun", tmp_path / "run"
-    stop_after_a_round(tiny_words, begun)
+    stop_after_a_round([*tiny_words, *SHARING], begun)
     with example.loopback(tmp_path / "flower") as run:
         run(tiny_words, out)
         run([], begun)
-    assert everywhere(out) == everywhere(begun) == everywhere(whole_run)
+    assert everywhere(out) == everywhere(whole_run)
+    assert everywhere(begun) == everywhere(sharing_run)
     assert all(up > 0 and down > 0 for up, down in framed(out))
-    assert [up is None for up, _ in framed(begun)] == [True, False, False]
+    assert [up is None for up, _ in framed(begun)] == [True, False, False, False]
 
 
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
