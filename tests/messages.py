@@ -100,7 +100,12 @@ def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
 
 
 def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
-    """An Update that is in order, every tensor that travels set to one value."""
+    """An Update that is in order, every tensor that travels set to one value.
+
+    A device that chooses shares the first layers.
+    """
+    rule = plan.sharing
+    kept = () if rule is None else range(rule.count, LAYERS)
     update = Update(
         round=plan.round,
         device=plan.device,
@@ -109,6 +114,7 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
             {
                 key: {name: np.full_like(array, value) for name, array in named.items()}
                 for key, named in plan.tensors.items()
+                if key not in kept
             },
             plan.share,
         ),
@@ -118,7 +124,9 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
         importance=(0.1, 0.2, 0.3, 0.4),
         train_loss=0.7,
         reward=None,
-        cost=COST,
+        cost=COST if plan.own_copy is None else replace(COST, own_steps=2, own_tokens=64),
+        shared=None if rule is None else tuple(range(rule.count)),
+        scores=None if rule is None else (0.0,) * LAYERS,
     )
     return replace(update, **changes)
 

@@ -169,6 +169,10 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="A plain transformers model instead of an adapter.")
     ] = False,
+    device: Annotated[
+        int | None,
+        typer.Option(help="Whose own model, with what it keeps.", show_default="the global one"),
+    ] = None,
 ) -> None:
     """Write a checkpoint's adapter in PEFT's format, or merged into the model."""
     from droppeft.federation.export_run import export_run
@@ -176,7 +180,7 @@ def export(
 
     try:
         with Screen() as screen:
-            done = export_run(folder, out, round, merge, screen.preparing)
+            done = export_run(folder, out, round, merge, screen.preparing, device)
     except KeyboardInterrupt:
         _leave("stopped; nothing was written", STOPPED)
     measured = (

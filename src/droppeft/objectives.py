@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.plans import Objective
+from droppeft.plans import Objective, Tensors
 
 
 class Terms:
@@ -17,15 +17,24 @@ class Terms:
 
     Args:
         objective: of the Plan.
-        parameters: what is trained, at the values that were received.
+        parameters: what is trained, at the values that it begins with.
+        anchors: values that the proximal term pulls to; by default those.
     """
 
-    def __init__(self, objective: Objective, parameters: Parameters) -> None:
+    def __init__(
+        self, objective: Objective, parameters: Parameters, anchors: Tensors | None = None
+    ) -> None:
         self._objective = objective
         self._trained = [value for named in parameters.values() for value in named.values()]
-        self._anchors = [
-            value.detach().clone() for value in self._trained if objective.proximal > 0
-        ]
+        self._anchors: list[torch.Tensor] = []
+        if objective.proximal > 0 and anchors is None:
+            self._anchors = [value.detach().clone() for value in self._trained]
+        elif objective.proximal > 0 and anchors is not None:
+            given = [anchors[key][name] for key, named in parameters.items() for name in named]
+            self._anchors = [
+                torch.from_numpy(array).to(value)
+                for array, value in zip(given, self._trained, strict=True)
+            ]
         self._pairs = list(_pairs(parameters)) if objective.rank_penalty else []
 
     def add_gradients(self) -> None:

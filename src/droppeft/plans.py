@@ -191,6 +191,9 @@ class Plan:
             changes nothing.
         untrained: so many of the first layers run, and nothing in them is trained.
         sharing: which layers are shared the device chooses; ``None``: :attr:`share` says it all.
+        own_copy: weight lambda of (lambda/2)·‖v − w‖² with which the device then also trains a
+            whole adapter v of its own, w being :attr:`tensors`, and keeps it (Ditto,
+            arXiv:2012.04221); ``None``: it has none.
     """
 
     round: int
@@ -212,6 +215,7 @@ class Plan:
     measure: bool = False
     untrained: int = 0
     sharing: SharingRule | None = None
+    own_copy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,7 @@ class MeasuredCost:
         prefix: of the frozen first layers.
         scoring_tokens: tokens that scoring layers ran through all layers, padding included.
         scoring_wall_s: scoring them, as far as it is not done while training.
+        own_steps, own_tokens, own_wall_s: training an adapter of the device's own besides.
     """
 
     turn_wall_s: float
@@ -263,6 +268,9 @@ class MeasuredCost:
     prefix: PrefixCost = PrefixCost()
     scoring_tokens: int = 0
     scoring_wall_s: float = 0.0
+    own_steps: int = 0
+    own_tokens: int = 0
+    own_wall_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from droppeft.gradients import Gradients, Moments, total_norm
 from droppeft.layer_dropout import gated
 from droppeft.memory import ActivationMeter
 from droppeft.objectives import Terms
-from droppeft.plans import HEAD, TASK_ALONE, Budget, Objective
+from droppeft.plans import HEAD, TASK_ALONE, Budget, Objective, Tensors
 from droppeft.precision import autocast, loss_scaler, move
 
 ActiveAt = Callable[[int], Sequence[bool]]
@@ -99,6 +99,7 @@ def train(
     prefix: PrefixOfTurn | None = None,
     *,
     with_mean_gradient: bool = False,
+    anchors: Tensors | None = None,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; layers that a step drops are left exactly as they were.
 
@@ -115,9 +116,10 @@ def train(
         objective: what is added to the task's loss.
         prefix: stands for the first layers in every step; they do not run, and count as dropped.
         with_mean_gradient: see :class:`~droppeft.gradients.Gradients`.
+        anchors: see :class:`~droppeft.objectives.Terms`.
     """
     trained = [value for named in parameters.values() for value in named.values()]
-    terms = Terms(objective, parameters)
+    terms = Terms(objective, parameters, anchors)
     optimizer = torch.optim.AdamW(_groups(parameters, settings), weight_decay=settings.weight_decay)
     scaler = loss_scaler(settings.precision, task.device)
     gradients = Gradients(parameters, len(blocks), task.device, with_mean=with_mean_gradient)

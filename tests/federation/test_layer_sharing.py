@@ -1,6 +1,7 @@
 """Personalised layer sharing from the score to the next turn, in the time order of METHOD 4."""
 
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import torch
 
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.config import load_config
+from droppeft.errors import DroppeftError
 from droppeft.federation import layer_scores
 from droppeft.federation.device import carry_out
+from droppeft.federation.export_run import export_run
 from droppeft.federation.loading import Site, site_of
-from droppeft.federation.prepare import Prepared
+from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.transport import InProcess
 from droppeft.methods import METHODS
@@ -407,6 +410,41 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
     for device in range(3):
         [*_, last] = sorted(folder_of(result["run"], device).iterdir())
         assert list(recall(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
+
+
+@pytest.mark.parametrize("more", [(), ("method=ditto",), ("method=local",)])
+def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
+    words: list[str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """By peft alone, on that device's own test rows, one of which was never trained."""
+    kept = [w for w in words if not more or not w.startswith(("sharing.", "dropout."))]
+    sizes = ("devices=4", "cohort=1", "rounds=2", "training.learning_rate=0.02")
+    config = load_config(None, [*kept, *more, *sizes, "training.local_steps=8"])
+    result = start_run(config, tmp_path / "run", Recorder())
+    prepared = prepare(load_config(tmp_path / "run" / "config.toml"), lambda step: None)
+    site = site_of(prepared.loaded)
+    assert {one["turns"] > 0 for one in result["personalised"]} == {True, False}
+    for one in result["personalised"]:
+        done = export_run(tmp_path / "run", tmp_path / f"own-{one['device']}", device=one["device"])
+        assert (done.accuracy, done.rows) == (one["accuracy"], one["rows"])
+        found: dict[str, Any] = {}
+        exec(done.lines, found)
+        rows = site.devices[one["device"]].test
+        measured = evaluate(found["model"], site.table, rows, site.bench.task, 64)
+        assert measured.accuracy == one["accuracy"]
+        assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
+        card = (done.folder / "README.md").read_text()
+        assert f"device {one['device']}'s own" in card
+
+
+def test_a_device_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:
+    start_run(load_config(None, words), tmp_path / "run", Recorder())
+    with pytest.raises(DroppeftError, match="has no device 3; its devices are 0 to 2"):
+        export_run(tmp_path / "run", device=3)
+    shutil.rmtree(state)
+    with pytest.raises(DroppeftError, match="device 0 cannot be exported: what it kept in round"):
+        export_run(tmp_path / "run", device=0)
+    assert not list((tmp_path / "run").glob("adapter-*"))
 
 
 def test_personal_values_are_in_no_message(words: list[str], tmp_path: Path) -> None:

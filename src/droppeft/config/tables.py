@@ -210,6 +210,14 @@ class FrozenConfig(Table):
     )
 
 
+class DittoConfig(Table):
+    """Of `ditto`: every device also trains a whole adapter of its own, which it keeps."""
+
+    pull: Real = Field(
+        0.1, ge=0, description="weight of (pull/2)·‖own − received‖² in the own adapter's loss"
+    )
+
+
 class TrainingConfig(Table):
     """What a device does in its turn."""
 
@@ -342,6 +350,7 @@ class Config(Table):
     adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
     dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    ditto: DittoConfig = Field(default_factory=DittoConfig)
     frozen: FrozenConfig = Field(default_factory=lambda: FrozenConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)

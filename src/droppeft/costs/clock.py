@@ -133,7 +133,8 @@ class Clock:
         work = training_flops(arithmetic, update.cost, plan.frozen, first_trained_layer(plan))
         down = plan_bytes(plan) / self.fleet.download_bytes_per_s(round, device)
         up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, device)
-        train = compute_seconds(profile, work, update.steps)
+        work += own_flops(arithmetic, update.cost)
+        train = compute_seconds(profile, work, update.steps + update.cost.own_steps)
         measuring = compute_seconds(profile, reward_flops(arithmetic, update.cost))
         return TurnCost(
             profile=self.fleet.names[device],
@@ -169,6 +170,13 @@ def training_flops(
         total += cost.prefix.built * sum(layers[:frozen])
     # The rest may be below 0, by what the lowest layer of a step that runs any is spared.
     return max(0.0, total)
+
+
+def own_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
+    """FLOPs of training an adapter of a device's own: all layers, rows as long as in the turn."""
+    row_length = cost.tokens / cost.rows
+    layers, rest = arithmetic.training(row_length)
+    return cost.own_tokens / row_length * (sum(layers) + rest)
 
 
 def reward_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:

@@ -31,6 +31,7 @@ from droppeft.plans import (
     LayerKey,
     MeasuredCost,
     Measurement,
+    Objective,
     Plan,
     PrefixCost,
     Reply,
@@ -127,6 +128,7 @@ def take_turn(
     kept = frozenset() if scored is None else _names_of(bench.parameters, scored.kept)
     tensors = _trained_and_shared(parameters, plan, kept, outcome)
     _keep_the_rest(bench, parameters, plan, kept)
+    own = _train_own_copy(bench, parameters, table, rows, config, plan)
     return Update(
         round=plan.round,
         device=plan.device,
@@ -150,6 +152,9 @@ def take_turn(
             prefix=prefix,
             scoring_tokens=0 if scored is None else scored.tokens,
             scoring_wall_s=0.0 if scored is None else scored.wall_s,
+            own_steps=0 if own is None else own.steps,
+            own_tokens=0 if own is None else own.tokens,
+            own_wall_s=0.0 if own is None else own.wall_s,
         ),
         shared=None if scored is None else scored.shared,
         scores=None if scored is None else scored.scores,
@@ -319,6 +324,27 @@ def _keep_the_rest(
         keep(folder_of(plan.run, plan.device), plan.round, plan.kept, tensors)
 
 
+def _train_own_copy(
+    bench: Workbench,
+    parameters: Parameters,
+    table: TokenTable,
+    rows: DeviceRows,
+    config: Config,
+    plan: Plan,
+) -> TrainOutcome | None:
+    """Go on with a whole adapter of this device's own, on the same batches, and keep it."""
+    if plan.own_copy is None:
+        return None
+    folder = folder_of(plan.run, plan.device)
+    own = plan.tensors if plan.kept is None else recall(folder, plan.kept)
+    set_tensors(bench.parameters, own)
+    alone = replace(plan, objective=Objective(proximal=plan.own_copy), sharing=None)
+    with base_delta_applied(bench.model, plan.base_delta):
+        outcome, _ = _train(bench, parameters, table, rows, config, alone, anchors=plan.tensors)
+    keep(folder, plan.round, plan.kept, get_tensors(bench.parameters))
+    return outcome
+
+
 def _train(
     bench: Workbench,
     parameters: Parameters,
@@ -326,6 +352,7 @@ def _train(
     rows: DeviceRows,
     config: Config,
     plan: Plan,
+    anchors: Tensors | None = None,
 ) -> tuple[TrainOutcome, PrefixCost]:
     settings = config.training
     rng = seeds.numpy_generator(plan.seed, purpose="batches", round=plan.round, device=plan.device)
@@ -355,6 +382,7 @@ def _train(
             plan.objective,
             prefix,
             with_mean_gradient=_reads(plan) == "mean gradient",
+            anchors=anchors,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
     if prefix is None:

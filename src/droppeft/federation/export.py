@@ -48,6 +48,7 @@ class Source:
         round: the last one that is in it; 0 before the first.
         accuracy: what the run recorded at that round, ``None`` if it was not evaluated then.
         rows: on how many test texts.
+        device: whose model it is; ``None`` for the global one.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Source:
     round: int
     accuracy: float | None
     rows: int
+    device: int | None = None
 
     @property
     def adapter_type(self) -> str:
@@ -293,6 +295,7 @@ def _table(source: Source) -> str:
 | | |
 |---|---|
 | method | {config.method} |
+| whose model | {_whose(source)} |
 | base model | {config.model}{_bits(config)} |
 | data | {config.data} (content hash {source.data_hash}) |
 | classes | {len(source.label_names)} |
@@ -302,6 +305,12 @@ def _table(source: Source) -> str:
 | trainable parameters | {count_parameters(source.bench.parameters):,} |
 {_accuracy(source)}
 """
+
+
+def _whose(source: Source) -> str:
+    if source.device is None:
+        return "the global one"
+    return f"device {source.device}'s own: global where it shares, its own where it does not"
 
 
 def _merged_values(config: Config) -> str:
@@ -322,9 +331,10 @@ def _bits(config: Config) -> str:
 
 
 def _accuracy(source: Source) -> str:
+    own = "" if source.device is None else f" of device {source.device}"
     if source.accuracy is None:
-        return "| accuracy | not evaluated at this round |"
-    return f"| accuracy on {source.rows} test texts | {source.accuracy:.4f} |"
+        return f"| accuracy{own} | not evaluated at this round |"
+    return f"| accuracy on {source.rows} test texts{own} | {source.accuracy:.4f} |"
 
 
 def _cut(source: Source) -> str:

@@ -5,7 +5,7 @@ The backbone is loaded, the texts are not: a checkpoint carries the names of the
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.loading import Say
 from droppeft.federation.workbench import Workbench
 from droppeft.ledger import read_rows
-from droppeft.methods import method_named
+from droppeft.methods import Setup, method_named
 from droppeft.models import load_backbone, load_dequantised
+from droppeft.plans import GlobalModel
+from droppeft.sharing.kept import Lost, folder_of, recall
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def export_run(
     round: int | None = None,
     merge: bool = False,
     say: Say = lambda step: None,
+    device: int | None = None,
 ) -> Exported:
     """Write the model of a checkpoint as a new folder, in one step.
 
@@ -68,27 +71,39 @@ def export_run(
         merge: a plain transformers model with its tokenizer, in place of an adapter; in full
             precision, whatever the run's quantisation.
         say: told what is being done, for people.
+        device: whose own model, as it would begin its next turn; by default the global one. What
+            the device keeps must be on this machine.
 
     Raises:
-        DroppeftError: no such run or round, a folder that is taken, a backbone that changed, or a
-            model that cannot be written in this form; nothing has been written then.
+        DroppeftError: no such run, round or device, a folder that is taken, a backbone that
+            changed, or a model that cannot be written in this form; nothing has been written then.
     """
     run = run.resolve()
     if not (run / CONFIG).is_file():
         raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
     config = load_config(run / CONFIG)
-    if not method_named(config.method).has_global_model(config):
-        raise DroppeftError(f"{run}: method={config.method} has no global model to export")
+    if device is None and not method_named(config.method).has_global_model(config):
+        raise DroppeftError(
+            f"{run}: method={config.method} has no global model to export; "
+            "export a device's own with --device"
+        )
+    if device is not None and not 0 <= device < config.devices:
+        raise DroppeftError(
+            f"{run}: has no device {device}; its devices are 0 to {config.devices - 1}"
+        )
     folder = run / "checkpoints"
     load = checkpoints.load_newest
     checkpoint = load(folder) if round is None else checkpoints.load_round(folder, round)
     kind = "merged" if merge else "adapter"
-    out = (out or run / f"{kind}-round-{checkpoint.round}").resolve()
+    whose = "" if device is None else f"-device-{device}"
+    out = (out or run / f"{kind}{whose}-round-{checkpoint.round}").resolve()
     if out.exists():
         raise DroppeftError(f"{out}: exists already; choose another folder with --out")
     if not merge:
         check_alone(checkpoint.state.model)
     source = _source(run, config, checkpoint, merge, say)
+    if device is not None:
+        source = _of_device(run, source, checkpoint, device)
     say("writing")
     save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
     save(source, out)
@@ -125,6 +140,42 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
         accuracy=accuracy,
         rows=rows,
     )
+
+
+def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -> Source:
+    """The model with which a device would begin its next turn: what the server has, and it keeps."""
+    bench, config, state = source.bench, source.config, checkpoint.state
+    name = checkpoint.facts.get("run", "")
+    layers = source.backbone.num_layers
+    setup = Setup(config, layers, bench.fresh_tensors, bench.layout, None, name)
+    plan = method_named(config.method).own(setup, state, checkpoint.round + 1, device)
+    try:
+        kept = {} if plan.kept is None else recall(folder_of(plan.run, device), plan.kept)
+    except Lost as error:
+        raise DroppeftError(
+            f"{run}: device {device} cannot be exported: {error}, or on another machine "
+            f"({folder_of(plan.run, device)})"
+        ) from None
+    whole = {
+        key: {**kept.get(key, {}), **plan.tensors.get(key, {})}
+        for key in dict.fromkeys((*plan.tensors, *kept))
+    }
+    found = [one for one in _measured(run, checkpoint.round) if one["device"] == device]
+    return replace(
+        source,
+        model=GlobalModel(plan.adapter, whole, plan.base_delta),
+        device=device,
+        accuracy=found[0]["accuracy"] if found else None,
+        rows=found[0]["rows"] if found else 0,
+    )
+
+
+def _measured(run: Path, round: int) -> list[dict[str, Any]]:
+    """What the devices' models were worth at the end of the run, if that was this round."""
+    if not (run / RESULT).exists():
+        return []
+    result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    return list(result.get("personalised", [])) if result["rounds"] == round else []
 
 
 def _with_labels(

@@ -100,6 +100,10 @@ def _cost(plan: Plan, update: Update, batch_size: int) -> str | None:
         return "claims impossible costs"
     if not update.examples <= cost.rows <= min(cost.tokens, update.steps * batch_size):
         return f"claims {cost.tokens} tokens in {cost.rows} rows for {update.examples} examples"
+    if (cost.own_steps, cost.own_tokens) != (
+        (0, 0) if plan.own_copy is None else (update.steps, cost.tokens)
+    ):
+        return f"claims {cost.own_steps} steps with an adapter of its own"
     if len(cost.layer_tokens) != layers:
         return f"speaks of tokens in {len(cost.layer_tokens)} layers, the model has {layers}"
     for layer in range(plan.frozen, layers):

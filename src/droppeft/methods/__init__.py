@@ -3,17 +3,30 @@
 from droppeft.errors import DroppeftError
 from droppeft.methods.base import Method, Setup
 from droppeft.methods.centralised import CENTRALISED
+from droppeft.methods.ditto import DITTO
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.methods.fedadapter import FEDADAPTER
 from droppeft.methods.fedhetlora import FEDHETLORA
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.fedra import FEDRA
+from droppeft.methods.fedsa_lora import FEDSA_LORA
 from droppeft.methods.legend import LEGEND
 from droppeft.methods.local import LOCAL
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (DROPPEFT, FEDLORA, FEDADAPTER, FEDHETLORA, FEDRA, LEGEND, LOCAL, CENTRALISED)
+    for method in (
+        DROPPEFT,
+        FEDLORA,
+        FEDADAPTER,
+        FEDHETLORA,
+        FEDRA,
+        FEDSA_LORA,
+        LEGEND,
+        DITTO,
+        LOCAL,
+        CENTRALISED,
+    )
 }
 
 __all__ = ["METHODS", "Method", "Setup", "ignores", "method_named"]

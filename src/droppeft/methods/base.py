@@ -179,7 +179,14 @@ def full_plan(
 
 def without_steps(plan: Plan) -> Plan:
     """The same model on the device's test rows: nothing is trained, shared or kept."""
-    return replace(plan, budget=Budget(steps=0), share=frozenset(), sharing=None, measure=True)
+    return replace(
+        plan,
+        budget=Budget(steps=0),
+        share=frozenset(),
+        sharing=None,
+        own_copy=None,
+        measure=True,
+    )
 
 
 def average_by_examples(

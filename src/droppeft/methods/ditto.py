@@ -1,0 +1,65 @@
+"""Ditto: FedLoRA, and beside it on every device a whole adapter of its own, pulled to it.
+
+Source: arXiv:2012.04221, with one pass over the same batches for either, the shared adapter first.
+The own adapter is what personalised accuracy measures; a device that never trained has the shared.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    average_by_examples,
+    full_plan,
+    start_with,
+    uniform_adapter,
+    without_steps,
+)
+from droppeft.plans import Plan, Reply, ServerState
+from droppeft.sharing.visits import last_visit, with_visits
+
+
+def _init(setup: Setup) -> ServerState:
+    if setup.config.frozen.layers:
+        raise DroppeftError(
+            "method=ditto trains two adapters in all layers; frozen.layers is not possible, "
+            "leave it out"
+        )
+    return start_with(setup, uniform_adapter(setup))
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    return [_of_device(setup, state, round, device) for device in cohort]
+
+
+def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    visit = last_visit(state, device)
+    return replace(
+        full_plan(setup, state, round, device, dropout=None),
+        kept=None if visit is None else visit.round,
+        own_copy=setup.config.ditto.pull,
+    )
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    return with_visits(average_by_examples(setup, state, plans, replies), plans, replies)
+
+
+def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    plan = _of_device(setup, state, round, device)
+    return without_steps(plan if plan.kept is None else replace(plan, tensors={}))
+
+
+DITTO = Method(
+    name="ditto",
+    summary="FedLoRA, and an adapter of each device's own, pulled to the shared one (Ditto)",
+    tables=frozenset({"ditto"}),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+    own=_own,
+)

@@ -1,0 +1,72 @@
+"""FedSA-LoRA: devices share LoRA's A and the head, and keep B to themselves.
+
+Source: arXiv:2410.01463. B is never merged, so there is no global model: what each device has is
+measured on its own test rows, and a device that never trained has B = 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from droppeft.errors import DroppeftError
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    average_by_examples,
+    full_plan,
+    start_with,
+    uniform_adapter,
+    without_steps,
+)
+from droppeft.plans import Plan, Reply, ServerState, flatten, restrict
+from droppeft.sharing.visits import last_visit, with_visits
+
+KEPT = ".lora_B."
+
+
+def _init(setup: Setup) -> ServerState:
+    config = setup.config
+    if config.adapter.type != "lora":
+        raise DroppeftError(
+            f"method=fedsa_lora shares LoRA's A; adapter.type={config.adapter.type} has none, "
+            "leave it out"
+        )
+    if not config.evaluation.personalised:
+        raise DroppeftError(
+            "method=fedsa_lora has no accuracy but the personalised one; leave out "
+            "evaluation.personalised=false"
+        )
+    return start_with(setup, uniform_adapter(setup))
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    return [_of_device(setup, state, round, device) for device in cohort]
+
+
+def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    plan, visit = full_plan(setup, state, round, device, dropout=None), last_visit(state, device)
+    shared = frozenset(name for _, name, _ in flatten(plan.tensors) if KEPT not in name)
+    if visit is None:
+        return replace(plan, share=shared)
+    return replace(plan, tensors=restrict(plan.tensors, shared), share=shared, kept=visit.round)
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    return with_visits(average_by_examples(setup, state, plans, replies), plans, replies)
+
+
+def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    return without_steps(_of_device(setup, state, round, device))
+
+
+FEDSA_LORA = Method(
+    name="fedsa_lora",
+    summary="LoRA's A and the head are shared, B stays on the device (FedSA-LoRA)",
+    tables=frozenset({"frozen"}),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+    own=_own,
+    has_global_model=lambda config: False,
+)

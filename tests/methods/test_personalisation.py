@@ -1,0 +1,186 @@
+"""Rivals of personalised layer sharing: what each keeps on the device, and where it begins next."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.device import carry_out
+from droppeft.federation.loading import Site, site_of
+from droppeft.federation.prepare import Prepared, prepare
+from droppeft.federation.run import resume_run, start_run
+from droppeft.plans import HEAD, Measurement, Plan, Update, flatten
+from droppeft.sharing.kept import folder_of, recall
+from runs import Recorder, outcome, rows_of, stop_after_a_round
+
+RUN = "00c0ffee"
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def plain(tiny_words: list[str]) -> list[str]:
+    return [word for word in tiny_words if not word.startswith("dropout.")]
+
+
+@pytest.fixture
+def prepare_with(plain: list[str]) -> Callable[..., Prepared]:
+    return lambda *words: prepare(load_config(None, [*plain, *words]), lambda step: None, RUN)
+
+
+def first_plan(prepared: Prepared) -> Plan:
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    return plan
+
+
+def update(site: Site, plan: Plan) -> Update:
+    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+    assert isinstance(reply, Update)
+    return reply
+
+
+def distance(one: Any, other: Any) -> float:
+    pairs = zip(flatten(one), flatten(other), strict=True)
+    return float(np.sqrt(sum(np.square(a - b).sum() for (_, _, a), (_, _, b) in pairs)))
+
+
+# Ditto
+
+
+def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
+    prepare_with: Callable[..., Prepared],
+) -> None:
+    """The same batches from the same values: what differs is the pull alone."""
+    prepared = prepare_with("method=ditto", "ditto.pull=0")
+    reply = update(site_of(prepared.loaded), first_plan(prepared))
+    assert distance(recall(folder_of(RUN, 1), 1), reply.tensors) == 0
+    assert (reply.cost.own_steps, reply.cost.own_tokens) == (reply.steps, reply.cost.tokens)
+
+
+def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepared]) -> None:
+    """Also in a later turn, which begins with the device's own."""
+    prepared = prepare_with("method=ditto", "training.local_steps=20")
+    site, plan = site_of(prepared.loaded), first_plan(prepared)
+    shared = update(site, plan)
+    far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in plan.tensors.items()}
+    later = replace(plan, round=2, kept=1, tensors=far, own_copy=0.0)
+    away = {}
+    for pull in (0.0, 0.5, 50.0):
+        reply = update(site, replace(later, own_copy=pull))
+        assert distance(reply.tensors, update(site, replace(later, own_copy=None)).tensors) == 0
+        away[pull] = distance(recall(folder_of(RUN, 1), 2), far)
+        update(site, plan)  # its file for the next
+    assert away[0.0] > away[0.5] > away[50.0]
+    assert distance(shared.tensors, far) > away[50.0]
+
+
+def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
+    plain: list[str], tmp_path: Path
+) -> None:
+    more = ("rounds=4", "devices=3", "training.learning_rate=0.02", "training.local_steps=10")
+    runs = {}
+    for method in ("fedlora", "ditto"):
+        config = load_config(None, [*plain, *more, f"method={method}"])
+        runs[method] = start_run(config, tmp_path / method, Recorder())
+    assert runs["ditto"]["adapter_sha256"] == runs["fedlora"]["adapter_sha256"]
+    assert runs["ditto"]["upload_bytes"] == runs["fedlora"]["upload_bytes"]
+    own = [one["loss"] for one in runs["ditto"]["personalised"]]
+    assert own != [one["loss"] for one in runs["fedlora"]["personalised"]]
+    # Twice the training on the modelled clock.
+    rows = {m: rows_of(tmp_path / m / "devices.jsonl") for m in runs}
+    for one, other in zip(rows["ditto"], rows["fedlora"], strict=True):
+        ratio = one["train_modelled_s"] / other["train_modelled_s"]
+        assert ratio == pytest.approx(2, rel=0.2)
+
+
+@pytest.mark.parametrize("method", ["ditto", "fedsa_lora"])
+def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: str) -> None:
+    words = [*plain, f"method={method}", "devices=3", "rounds=4"]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    for folder in ("run", "whole"):
+        (tmp_path / folder / "adapter").mkdir(exist_ok=True)  # fedsa_lora leaves none
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_ditto_does_not_take_frozen_layers(prepare_with: Callable[..., Prepared]) -> None:
+    with pytest.raises(DroppeftError, match=r"frozen\.layers is not possible"):
+        prepare_with("method=ditto", "frozen.layers=1")
+
+
+# FedSA-LoRA
+
+
+def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> None:
+    prepared = prepare_with("method=fedsa_lora")
+    site, plan = site_of(prepared.loaded), first_plan(prepared)
+    reply = update(site, plan)
+    kept = {name for _, name, _ in flatten(recall(folder_of(RUN, 1), 1))}
+    sent = {name for _, name, _ in flatten(reply.tensors)}
+    assert kept == {name for _, name, _ in flatten(plan.tensors) if ".lora_B." in name}
+    assert sent == {name for _, name, _ in flatten(plan.tensors)} - kept
+    state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
+    [later] = prepared.method.plan(prepared.setup, state, 2, [1])
+    assert {name for _, name, _ in flatten(later.tensors)} == sent
+    assert later.kept == 1
+    own = prepared.method.own(prepared.setup, state, 2, 1)
+    measured = carry_out(site.bench, site.table, site.devices[1], site.config, own)
+    fresh = prepared.method.own(prepared.setup, state, 2, 0)
+    assert isinstance(measured, Measurement)
+    assert {name for _, name, _ in flatten(fresh.tensors)} == sent | kept
+    assert HEAD in own.tensors
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("adapter.type=ia3",), "adapter.type=ia3 has none"),
+        (("evaluation.personalised=false",), "no accuracy but the personalised one"),
+    ],
+)
+def test_what_fedsa_cannot_be(
+    prepare_with: Callable[..., Prepared], words: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(DroppeftError, match=reason):
+        prepare_with("method=fedsa_lora", *words)
+
+
+# Settings of layer sharing that cannot be
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("adapter.type=prompt_tuning", "sharing.fraction=0.5"), "is in no layer"),
+        (("adapter.type=ia3", "sharing.factors=product"), "about LoRA's A and B"),
+        (("sharing.head=personal", "evaluation.personalised=false"), "but the personalised one"),
+    ],
+)
+def test_what_cannot_be_shared(
+    prepare_with: Callable[..., Prepared], words: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(DroppeftError, match=reason):
+        prepare_with("dropout.mean=0", *words)
+
+
+@pytest.mark.parametrize("words", [("sharing.weights=active_steps",), ("sharing.factors=product",)])
+def test_other_ways_to_merge_give_another_model(
+    tiny_words: list[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """With gates by coin, layers run in unequal numbers of steps."""
+    base = [*tiny_words, "dropout.sampling=bernoulli", "rounds=2", "training.local_steps=6"]
+    hashes = [
+        start_run(load_config(None, [*base, *more]), tmp_path / name, Recorder())["adapter_sha256"]
+        for name, more in (("plain", ()), ("other", words))
+    ]
+    assert hashes[0] != hashes[1]
