@@ -17,6 +17,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from results_page import results_page
+from sharing_page import sharing_page
 from tables import NOTICE, RESULTS, markdown_table
 
 from droppeft.config import Bandwidth, Config, known_keys
@@ -581,6 +582,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration_page,
     "devices.md": devices_page,
     "results.md": results_page,
+    "sharing.md": sharing_page,
 }
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
 
 
 def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -> Source:
-    """The model with which a device would begin its next turn: what the server has, and it keeps."""
+    """The model with which a device would begin its next turn."""
     bench, config, state = source.bench, source.config, checkpoint.state
     name = checkpoint.facts.get("run", "")
     layers = source.backbone.num_layers

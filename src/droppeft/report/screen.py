@@ -190,6 +190,17 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     return [
         ("personalised", _share(result["personalised_accuracy"]), note),
         ("worst tenth", _share(result["personalised_worst_tenth"]), f"of them: {worst} devices"),
+        *_newcomer_lines(result),
+    ]
+
+
+def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of devices that never trained, where they were given an epoch."""
+    if result.get("newcomers_accuracy_after_epoch") is None:
+        return []
+    return [
+        ("newcomers", _share(result["newcomers_accuracy"]), "of them: those that never trained"),
+        ("", _share(result["newcomers_accuracy_after_epoch"]), "after an epoch of their own rows"),
     ]
 
 

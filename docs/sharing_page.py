@@ -1,0 +1,120 @@
+"""The page of layer sharing: what travels, the criteria, and what each costs."""
+
+import json
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tables import NOTICE, RESULTS, markdown_table, processor
+
+from droppeft.sharing.criteria import CRITERIA
+
+COSTS = RESULTS / "sharing_criteria.json"
+
+HEAD = """\
+# Personalised layer sharing
+
+Each device scores the layers of its adapter after its training, keeps those that score highest to
+itself and shares the others (DropPEFT, arXiv:2503.10217, which scores by gradient norm; the other
+criteria, hysteresis and all that is said of files and of lost turns is ours).
+
+```
+droppeft run sharing.fraction=0.5                             # half of the layers travel
+droppeft run sharing.fraction=0.5 sharing.criterion=position  # always the lower half
+droppeft run sharing.head=personal                            # all layers travel, the head does not
+droppeft run method=fedsa_lora                                # LoRA's A travels, B does not
+droppeft run method=ditto                                     # all travels, and each keeps its own
+droppeft run method=local                                     # nothing travels
+```
+
+By default all layers are shared (`sharing.fraction=1`): see [findings](findings.md) for what is
+known of smaller fractions.
+
+- **Order in time.** A turn begins with the global values of the layers that the device shared in
+  its last merged turn, and with its own of the others; a first turn begins with everything
+  global. What it chooses after its training rules its upload, and what it downloads next time. So
+  a fraction of one half halves uploads from the first turn and downloads from the second.
+- **Layers that did not run** in a turn keep their last score. They may be chosen to be shared;
+  there is nothing of them to send then.
+- **Hysteresis.** A shared layer takes the place of a kept one when it scores higher by more than
+  `sharing.hysteresis` of that one's score.
+- **On the server** a layer becomes the mean over the devices that sent it, weighted by rows
+  (`sharing.weights=active_steps`: times the steps that it ran in). A layer that nobody sent keeps
+  its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
+  `scores` in `devices.jsonl` say what each device chose.
+- **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `~/.local/state/droppeft`: a
+  file per turn, written in one step, with a checksum, readable by its owner alone. It is in no
+  message and in no checkpoint. The server says from which turn the next begins, so that a lost or
+  late reply, a killed process or a server that goes back to an older checkpoint change nothing. A
+  file that is gone or damaged costs the device that turn; with the next one it gets everything
+  global again.
+- **Two accuracies.** A run ends with the global model on the global test set and with every
+  device's own model on that device's test rows: mean, worst tenth, deviation.
+  `evaluation.newcomers=true` also measures what devices that never trained have after one epoch
+  of their own (learning rates fall from their peaks to nothing in it). With a personal head there
+  is no global accuracy.
+- **Export.** `droppeft export RUN --device 3` writes device 3's own model as an adapter, with
+  `--merge` as a plain model; what it keeps must be on this machine.
+
+LoRA's A and B are averaged by themselves, and the mean of products is not the product of means.
+`sharing.factors=product` averages B·A over the holders of a layer and cuts the result to the rank
+by SVD: nearer, and still not exact when the mean has more rank.
+
+A prompt is in no layer, so that adapter types of the kind *global* have nothing to keep.
+
+## Criteria
+"""
+COLUMNS = ("criterion", "what it measures", "runs the model", "collects")
+COST_HEAD = """\
+
+## What scoring costs
+
+`benchmarks/sharing_criteria.py`: turns of {steps} steps of {batch} texts of the built-in model at
+full depth, {repeats} of each kind in random order, on {place}. Extra is the median of a turn's
+CPU time over that of turns without scoring, less one, with a bootstrap 95 % interval; forwards
+are over the {rows} rows of `sharing.score_rows`. A mean gradient takes as much memory as the
+adapter's layers: {bytes:.2f} MB here.
+"""
+
+
+def sharing_page() -> str:
+    """What is shared, by which criteria, and the measured cost of each."""
+    rows = [
+        (f"`{name}`", one.summary, one.runs_model, one.reads or "–")
+        for name, one in CRITERIA.items()
+    ]
+    page = f"{NOTICE}\n\n{HEAD}\n{markdown_table(COLUMNS, rows)}"
+    if COSTS.is_file():
+        page += _costs(json.loads(COSTS.read_text(encoding="utf-8")))
+    return page
+
+
+def _costs(content: Mapping[str, Any]) -> str:
+    training = content["config"]["training"]
+    head = COST_HEAD.format(
+        steps=training["local_steps"],
+        batch=training["batch_size"],
+        repeats=content["repeats"],
+        place=processor(content["machine"]),
+        rows=content["score_rows"],
+        bytes=content["adapter_bytes"] / 1e6,
+    )
+    plain = content["turns"][""]
+    rows = [
+        (f"`{name}`", f"{content['turns'][name]['scoring_tokens']:,}", _extra(plain, one))
+        for name, one in content["turns"].items()
+        if name
+    ]
+    return f"{head}\n{markdown_table(('criterion', 'tokens run to score', 'extra'), rows)}"
+
+
+def _extra(plain: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    rng = np.random.default_rng(0)
+    base, own = np.array(plain["cpu_s"]), np.array(one["cpu_s"])
+    drawn = [
+        np.median(rng.choice(own, len(own))) / np.median(rng.choice(base, len(base))) - 1
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return f"{median(own) / median(base) - 1:+.1%} ({low:+.1%} to {high:+.1%})"
