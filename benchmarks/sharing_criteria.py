@@ -3,8 +3,9 @@
     python benchmarks/sharing_criteria.py [SETTING=VALUE ...]
 
 Whole turns of the built-in model on the built-in data, without a rule and with each criterion,
-taking turns in random order. Goes to `benchmarks/results/sharing_criteria.json`: CPU and wall seconds
-of every turn, forwards, and the bytes that a criterion collects besides. 12 minutes on one core.
+taking turns in random order. Goes to `benchmarks/results/sharing_criteria.json`: CPU and wall
+seconds of every turn, forwards, and the bytes that a criterion collects besides. 12 minutes on one
+core.
 """
 
 import json

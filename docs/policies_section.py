@@ -1,0 +1,256 @@
+"""The part of the results about the configurator's policies on real data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from tables import RESULTS, markdown_table
+
+from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import target_accuracies
+from droppeft.ledger import RoundRow, summarise
+from droppeft.report.page import read_folder
+
+STUDIES = {
+    "configurator": "the built-in model (6 layers)",
+    "configurator_deep": "`deep12` (12 layers)",
+}
+FIXED = (
+    "nothing dropped",
+    "a quarter",
+    "half",
+    "upper half",
+    "upper half, a quarter",
+    "upper half, half",
+)
+ARMS = {
+    "nothing dropped": "nothing dropped",
+    "25% dropped": "a quarter",
+    "50% dropped": "half",
+    "nothing dropped, first 50% not trained": "upper half",
+    "25% dropped, first 50% not trained": "upper half, a quarter",
+    "50% dropped, first 50% not trained": "upper half, half",
+}
+"""Labels of the arms in the ledger, and the members that have nothing else."""
+
+HEAD = """\
+## Policies on real data: {model}
+
+`droppeft compare experiments/{name}.toml`: 20 Newsgroups (development data), {devices} devices of
+three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha
+{alpha:g}; {seeds}. All times are modelled and include exploring and measuring. Members above the
+line are single arms, below it are policies over all six. The target is what full depth ends with
+on the same seed (mean of three evaluations) less a point; a run that never gets there in its
+rounds has no time. *Early*: accuracy (mean of the last three evaluations) at {early:.2f} modelled
+seconds, when the shortest run has ended. *Over the best arm*: per seed, time to target over that
+of the best single arm in hindsight.
+"""
+COLUMNS = (
+    "member",
+    "accuracy",
+    "early",
+    "to target",
+    "over the best arm",
+    "whole run",
+    "idle",
+    "layers run",
+)
+REWARD_HEAD = """\
+
+### What the policies saw
+
+All turns of the policies that learn, together: the gain of an arm by least squares on arms and
+rounds, in units of the root mean square of all gains, ± one standard error; and what the arm is
+worth when it is all there is.
+"""
+REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
+
+
+def policies_sections() -> list[str]:
+    """A section per study that was made."""
+    return [_section(name) for name in STUDIES if (RESULTS / name / "comparison.json").is_file()]
+
+
+def _section(name: str) -> str:
+    _, comparison, played = read_folder(RESULTS / name)
+    played = [one for one in played if one.result is not None]
+    targets = target_accuracies(comparison.target, played)
+    by_member = {
+        member: runs
+        for member in comparison.members
+        if (runs := {one.cell.seed: one for one in played if one.cell.member == member})
+    }
+    times = {
+        member: {seed: _time(run, targets[seed]) for seed, run in runs.items()}
+        for member, runs in by_member.items()
+    }
+    best = _best_arm(times)
+    early = min(_whole(run) for run in played)
+    lines = [
+        _line(member, runs, times[member], times[best] if best else {}, early)
+        for member, runs in by_member.items()
+    ]
+    place = len([member for member in by_member if member in FIXED])
+    lines.insert(place, ("–",) * len(COLUMNS))
+    config = played[0].cell.config
+    head = HEAD.format(
+        model=STUDIES[name],
+        name=name,
+        devices=config.devices,
+        cohort=config.cohort,
+        rounds=config.rounds,
+        steps=config.training.local_steps,
+        batch=config.training.batch_size,
+        alpha=config.partition.alpha,
+        seeds=_seeds(by_member),
+        early=early,
+    )
+    return "\n".join([head, markdown_table(COLUMNS, lines), REWARD_HEAD, _rewards(by_member)])
+
+
+def _seeds(by_member: Mapping[str, Mapping[int, Played]]) -> str:
+    counts = sorted({len(runs) for runs in by_member.values()})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds, **not finished**"
+    return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
+
+
+def _time(run: Played, target: float | None) -> float | None:
+    assert run.result is not None
+    rows = [RoundRow(**row) for row in run.rows]
+    found = summarise(rows, run.result["initial_accuracy"], target)
+    time: float | None = found["time_to_target_modelled_s"]
+    return time
+
+
+def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
+    """Of the single arms that get there on every seed, the one that is there first on average."""
+    sure = {
+        member: fmean(time for time in found.values() if time is not None)
+        for member, found in times.items()
+        if member in FIXED and found and None not in found.values()
+    }
+    return min(sure, key=lambda member: sure[member]) if sure else None
+
+
+def _line(
+    member: str,
+    runs: Mapping[int, Played],
+    times: Mapping[int, float | None],
+    best: Mapping[int, float | None],
+    early: float,
+) -> tuple[str, ...]:
+    results = [run.result for run in runs.values() if run.result is not None]
+    there = [time for time in times.values() if time is not None]
+    ratios = [
+        "–" if times[seed] is None else f"{_ratio(times[seed], best[seed]):.2f}"
+        for seed in times
+        if best.get(seed) is not None
+    ]
+    return (
+        member,
+        _spread([result["global_accuracy"] for result in results]),
+        _spread([_at(run, early) for run in runs.values()]),
+        f"{fmean(there):.2f} s" if len(there) == len(times) else f"{len(there)} of {len(times)}",
+        ", ".join(ratios),
+        f"{fmean(_whole(run) for run in runs.values()):.2f} s",
+        f"{fmean(result['idle_modelled_share'] for result in results):.0%}",
+        f"{fmean(result['mean_active_layers'] for result in results):.2f}",
+    )
+
+
+def _ratio(time: float | None, best: float | None) -> float:
+    assert time is not None
+    assert best is not None
+    return time / best
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{deviation}".replace("0.", ".")
+
+
+def _whole(run: Played) -> float:
+    return float(sum(row["round_modelled_s"] for row in run.rows))
+
+
+def _at(run: Played, seconds: float) -> float:
+    """Mean of the last three evaluations by then."""
+    clock, found = 0.0, []
+    for row in run.rows:
+        clock += row["round_modelled_s"]
+        if clock <= seconds + 1e-9 and row["global_accuracy"] is not None:
+            found.append(row["global_accuracy"])
+    return fmean(found[-3:])
+
+
+def _rewards(by_member: Mapping[str, Mapping[int, Played]]) -> str:
+    turns = [
+        turn
+        for member, runs in by_member.items()
+        for seed, run in runs.items()
+        for turn in _turns(run, f"{member} {seed}")
+    ]
+    arms = [arm for arm in ARMS if any(turn.arm == arm for turn in turns)]
+    gains, errors = _adjusted(turns, arms)
+    lines = []
+    for arm, gain, error in zip(arms, gains, errors, strict=True):
+        seconds = fmean(turn.seconds for turn in turns if turn.arm == arm)
+        alone = [run.result for run in by_member.get(ARMS[arm], {}).values() if run.result]
+        lines.append(
+            (
+                ARMS[arm],
+                f"{sum(turn.arm == arm for turn in turns):,}",
+                f"{gain:.2f} ± {error:.2f}",
+                f"{seconds:.3f}",
+                f"{gain / seconds:.2f} ± {error / seconds:.2f}",
+                _spread([result["global_accuracy"] for result in alone]),
+            )
+        )
+    return markdown_table(REWARD_COLUMNS, lines)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A turn of a policy that learns: its round, its arm, what it gained, and the arm's seconds."""
+
+    round: str
+    arm: str
+    gain: float
+    seconds: float
+
+
+def _turns(run: Played, name: str) -> Iterator[Seen]:
+    """Single arms and the lot measure no gains."""
+    for row in run.rows:
+        notes = row["notes"] or {"chosen": {}}
+        for device, number in notes["chosen"].items():
+            gain, arm = notes["gains"].get(device), notes["labels"][str(number)]
+            if gain is not None and arm in ARMS and number in notes["present"]:
+                took = notes["seconds"][notes["present"].index(number)]
+                yield Seen(f"{name} {row['round']}", arm, gain, took)
+
+
+def _adjusted(turns: Sequence[Seen], arms: Sequence[str]) -> tuple[Any, Any]:
+    """Least squares of gains on arm and round, in units of the gains' root mean square.
+
+    An arm's gain is the mean of all, more by its effect over the mean effect.
+    """
+    gains = np.array([turn.gain for turn in turns])
+    gains /= np.sqrt(np.mean(gains**2))
+    chosen = np.array([[turn.arm == arm for arm in arms] for turn in turns], dtype=float)
+    _, rounds = np.unique([turn.round for turn in turns], return_inverse=True)
+    own = np.zeros((len(turns), rounds.max() + 1))
+    own[np.arange(len(turns)), rounds] = 1
+    means = own / own.sum(axis=0)
+    within = chosen - own @ (means.T @ chosen)
+    left = gains - own @ (means.T @ gains)
+    inverse = np.linalg.pinv(within.T @ within)
+    effects = inverse @ within.T @ left
+    free = len(turns) - own.shape[1] - len(arms) + 1
+    variance = float(np.square(left - within @ effects).sum()) / free
+    centre = np.eye(len(arms)) - chosen.mean(axis=0)
+    errors = np.sqrt(np.diag(centre @ inverse @ centre.T) * variance)
+    return gains.mean() + centre @ effects, errors
