@@ -43,8 +43,14 @@ class ConfiguratorConfig(Table):
         description="share of the layers behind `frozen.layers`, from the first, that run and are "
         "not trained",
     )
+    reward: Literal["loss", "agreement"] = Field(
+        "loss",
+        description="what a turn is worth: `loss`: what it takes off the loss on the device's "
+        "validation rows; `agreement`: how far it moves the adapter where the round's other turns "
+        "move it, which no device has to measure",
+    )
     reward_rows: Whole = Field(
-        16, ge=1, description="validation rows on which a device measures what its turn gained"
+        16, ge=1, description="validation rows on which a device measures a `loss`"
     )
     window: Whole = Field(20, ge=1, description="rounds after which a gain is forgotten")
     epsilon: Real = Field(

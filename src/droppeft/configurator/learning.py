@@ -39,7 +39,7 @@ class Trial:
     Attributes:
         round: of the turn.
         arm: number of the arm, which no other arm ever gets.
-        gain: decrease of the loss on the device's validation rows.
+        gain: what it was worth, in any unit that the window's turns share.
     """
 
     round: int

@@ -113,7 +113,7 @@ def reward_rows(setup: Setup, round: int) -> int:
     """How many a device measures its gain on; 0 where nothing is learnt from it."""
     settings = setup.config.configurator
     idle = settings.policy in ("fixed", LOT) or not is_deciding(setup, round)
-    return 0 if idle else settings.reward_rows
+    return 0 if idle or settings.reward != "loss" else settings.reward_rows
 
 
 def fitting(

@@ -42,6 +42,7 @@ from droppeft.methods.arm_costs import (
     usual_seconds,
 )
 from droppeft.methods.base import Setup
+from droppeft.methods.gains import gains_of
 from droppeft.plans import Plan, Reply, ServerState, Update, first_trained_layer
 
 KEY, LAST = "configurator", "last_arms"
@@ -134,12 +135,17 @@ def learned(
         return _with_memory(after, memory_of(before), {})
     settings, memory, round = setup.config.configurator, memory_of(before), plans[0].round
     given = arms_of_round(setup, before, round, [plan.device for plan in plans])
-    trials, merged = [], []
-    for plan, reply, (number, _) in zip(plans, replies, given, strict=True):
-        if isinstance(reply, Update):
-            merged.append((plan, reply))
-            if reply.reward is not None and is_deciding(setup, round):
-                trials.append(Trial(round, number, reply.reward))
+    gains = gains_of(setup, plans, replies)
+    merged = [
+        (plan, reply)
+        for plan, reply in zip(plans, replies, strict=True)
+        if isinstance(reply, Update)
+    ]
+    trials = [
+        Trial(round, number, gain)
+        for gain, (number, _) in zip(gains, given, strict=True)
+        if gain is not None and is_deciding(setup, round)
+    ]
     lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
     memory = with_round(
         memory,
@@ -152,7 +158,7 @@ def learned(
     )
     if is_deciding(setup, round):
         memory = _other_arms(setup, before, memory, round)
-    return _with_memory(after, memory, _shown(setup, plans, replies, given))
+    return _with_memory(after, memory, _shown(setup, plans, replies, given, gains))
 
 
 def _other_arms(setup: Setup, state: ServerState, memory: Memory, round: int) -> Memory:
@@ -183,6 +189,7 @@ def _shown(
     plans: Sequence[Plan],
     replies: Sequence[Reply],
     given: Sequence[tuple[int, Arm]],
+    gains: Sequence[float | None],
 ) -> Mapping[str, Any]:
     """What people want to see of a round; nothing is decided by it."""
     rates = [plan.dropout.rates for plan in plans if plan.dropout]
@@ -194,8 +201,8 @@ def _shown(
         },
         "labels": {str(number): arm.label for number, arm in given},
         "gains": {
-            str(plan.device): reply.reward
-            for plan, reply in zip(plans, replies, strict=True)
+            str(plan.device): gain
+            for plan, reply, gain in zip(plans, replies, gains, strict=True)
             if isinstance(reply, Update)
         },
         "rates": [fmean(layer) for layer in zip(*rates, strict=True)],

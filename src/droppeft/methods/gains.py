@@ -1,0 +1,79 @@
+"""What a turn was worth, by which arms are judged: in two ways, of which either has its price. Ours.
+
+``loss``: the decrease of the loss on the device's own validation rows. It is measured by the device,
+which takes time, and mostly it sees how the device's own labels are distributed.
+
+``agreement``: how far the turn moved the adapter where the round's other turns moved it. If devices
+move along the gradient of the common loss, plus what is their own, the product of one's change with
+the mean change of the others is, to first order, by how much it lowers the common loss. It costs the
+devices nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from droppeft.methods.base import Setup
+from droppeft.plans import HEAD, LayerKey, Plan, Reply, Update
+
+Matrix = npt.NDArray[np.float64]
+Changes = Mapping[tuple[LayerKey, str], Matrix]
+
+
+def gains_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) -> list[float | None]:
+    """The gain of every Plan's turn; ``None`` of one that was not merged or that shows nothing.
+
+    Args:
+        plans: of a round.
+        replies: in their order.
+    """
+    if setup.config.configurator.reward == "loss":
+        return [reply.reward if isinstance(reply, Update) else None for reply in replies]
+    places = [place for place, reply in enumerate(replies) if isinstance(reply, Update)]
+    found: list[float | None] = [None] * len(plans)
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    changes = [_changes(plans[place], one) for place, one in zip(places, updates, strict=True)]
+    weights = [float(update.examples) for update in updates]
+    for place, gain in zip(places, agreements(changes, weights), strict=True):
+        found[place] = gain
+    return found
+
+
+def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[float | None]:
+    """Product of each change with the weighted mean of the others', over the mean size of these.
+
+    A tensor counts over those who changed it; ``None`` for a change that shares no tensor with
+    another, and for all where nothing moved.
+
+    Args:
+        changes: of each turn, by tensor.
+        weights: of each turn in the mean.
+    """
+    sums: dict[tuple[LayerKey, str], tuple[Matrix, float]] = {}
+    for change, weight in zip(changes, weights, strict=True):
+        for key, moved in change.items():
+            total, weighed = sums.get(key, (np.zeros_like(moved), 0.0))
+            sums[key] = (total + weight * moved, weighed + weight)
+    products: list[float | None] = []
+    for change, weight in zip(changes, weights, strict=True):
+        parts = [
+            float(np.vdot(moved, (sums[key][0] - weight * moved) / (sums[key][1] - weight)))
+            for key, moved in change.items()
+            if sums[key][1] > weight
+        ]
+        products.append(sum(parts) if parts else None)
+    sizes = [abs(product) for product in products if product is not None]
+    usual = sum(sizes) / len(sizes) if sizes else 0.0
+    return [None if one is None or usual == 0 else one / usual for one in products]
+
+
+def _changes(plan: Plan, update: Update) -> Changes:
+    """Of what the Plan brought; the head, which learns each device's own labels, is left out."""
+    return {
+        (key, name): np.subtract(array, plan.tensors[key][name], dtype=np.float64)
+        for key, named in update.tensors.items()
+        if key != HEAD
+        for name, array in named.items()
+        if name in plan.tensors.get(key, {})
+    }

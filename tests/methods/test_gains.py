@@ -1,0 +1,85 @@
+"""How far a turn agrees with the others of its round."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.methods import METHODS
+from droppeft.methods.gains import agreements, gains_of
+from droppeft.plans import HEAD, Failure, Plan, Update
+from messages import answer_to, filled, plan_for, setup_for
+
+AGREEING = ("configurator.policy=budgeted_thompson", "configurator.reward=agreement")
+
+
+def change(*values: float, key: int = 0) -> dict[tuple[int | str, str], Any]:
+    return {(key, "x"): np.array(values)}
+
+
+def test_the_product_with_the_mean_of_the_others() -> None:
+    """Of (1, 0), (2, 0), (0, 3) with weights 1, 1, 2: the products, over the mean of their sizes.
+
+    The others' means: (2/3, 2), (1/3, 2), (1.5, 0); products 2/3, 2/3, 0; mean size 4/9.
+    """
+    found = agreements([change(1, 0), change(2, 0), change(0, 3)], [1, 1, 2])
+    assert found == pytest.approx([1.5, 1.5, 0.0])
+
+
+def test_a_turn_against_the_others_has_a_loss() -> None:
+    found = agreements([change(1.0), change(1.0), change(-1.0)], [1, 1, 1])
+    assert found[2] is not None
+    assert found[2] < 0
+
+
+def test_a_tensor_counts_over_those_who_changed_it() -> None:
+    whole = {**change(1.0), **change(5.0, key=1)}
+    found = agreements([whole, change(1.0), change(2.0, key=2)], [1, 1, 1])
+    assert found == [1.0, 1.0, None]
+
+
+def test_nothing_is_learnt_where_nothing_moves_or_one_is_alone() -> None:
+    assert agreements([change(0.0), change(0.0)], [1, 1]) == [None, None]
+    assert agreements([change(1.0)], [1]) == [None]
+    assert agreements([], []) == []
+
+
+def turns(*values: float) -> tuple[list[Plan], list[Update]]:
+    plans = [plan_for(device) for device in range(len(values))]
+    return plans, [answer_to(plan, value) for plan, value in zip(plans, values, strict=True)]
+
+
+def test_changes_are_from_what_the_plan_brought_without_the_head() -> None:
+    """From 1 to 2, 3 and 1 in eight values: products 8, 8·2·.5 = 8, 0 before the mean size."""
+    setup = setup_for(*AGREEING)
+    plans, updates = turns(2.0, 3.0, 1.0)
+    far = replace(updates[2], tensors={**updates[2].tensors, HEAD: filled(900.0)[HEAD]})
+    assert gains_of(setup, plans, [*updates[:2], far]) == pytest.approx([1.5, 1.5, 0.0])
+
+
+def test_failures_are_no_turns() -> None:
+    setup = setup_for(*AGREEING)
+    plans, updates = turns(2.0, 3.0, 9.0)
+    replies = [updates[0], Failure(1, "late"), updates[2]]
+    assert gains_of(setup, plans, replies) == pytest.approx([1.0, None, 1.0])
+
+
+def test_what_a_device_had_kept_does_not_count() -> None:
+    setup = setup_for(*AGREEING)
+    plans, updates = turns(2.0, 3.0)
+    without = {key: named for key, named in plans[0].tensors.items() if key == HEAD}
+    assert gains_of(setup, [replace(plans[0], tensors=without), plans[1]], updates) == [None] * 2
+
+
+def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
+    setup, method = setup_for(*AGREEING, "cohort=6"), METHODS["droppeft"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, range(6))
+    assert {plan.reward_rows for plan in plans} == {0}
+    assert {one.reward_rows for one in method.plan(setup_for(AGREEING[0]), state, 1, [1])} == {16}
+    state = method.merge(setup, state, plans, [answer_to(plan, 2.0) for plan in plans])
+    noted = method.note(setup, state)
+    assert noted is not None
+    assert sum(noted["trials"]) == 6
+    assert all(gain is not None for gain in noted["gains"].values())
