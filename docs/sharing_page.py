@@ -35,8 +35,8 @@ known of smaller fractions.
   its last merged turn, and with its own of the others; a first turn begins with everything
   global. What it chooses after its training rules its upload, and what it downloads next time. So
   a fraction of one half halves uploads from the first turn and downloads from the second.
-- **Layers that did not run** in a turn keep their last score. They may be chosen to be shared;
-  there is nothing of them to send then.
+- **Which layers there is a choice about**: those that the turn trained and ran. Others stay what
+  they are, and all begin as shared. The fraction is of the layers that there is a choice about.
 - **Hysteresis.** A shared layer takes the place of a kept one when it scores higher by more than
   `sharing.hysteresis` of that one's score.
 - **On the server** a layer becomes the mean over the devices that sent it, weighted by rows
@@ -44,8 +44,9 @@ known of smaller fractions.
   its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
   `scores` in `devices.jsonl` say what each device chose.
 - **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `~/.local/state/droppeft`: a
-  file per turn, written in one step, with a checksum, readable by its owner alone. It is in no
-  message and in no checkpoint. The server says from which turn the next begins, so that a lost or
+  file per turn, written in one step, with a checksum, readable by its owner alone. While a
+  layer is personal it is in no message and in no checkpoint; once it is shared, what it has learnt
+  before is in what is sent. The server says from which turn the next begins, so that a lost or
   late reply, a killed process or a server that goes back to an older checkpoint change nothing. A
   file that is gone or damaged costs the device that turn; with the next one it gets everything
   global again.

@@ -27,6 +27,7 @@ from droppeft.plans import (
     flatten,
     restrict,
 )
+from droppeft.sharing.selection import count_of
 
 LAYERS = 4
 COST = MeasuredCost(
@@ -105,7 +106,8 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
     A device that chooses shares the first layers.
     """
     rule = plan.sharing
-    kept = () if rule is None else range(rule.count, LAYERS)
+    count = LAYERS if rule is None else count_of(rule.fraction, LAYERS)
+    kept = range(count, LAYERS)
     update = Update(
         round=plan.round,
         device=plan.device,
@@ -125,7 +127,7 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
         train_loss=0.7,
         reward=None,
         cost=COST if plan.own_copy is None else replace(COST, own_steps=2, own_tokens=64),
-        shared=None if rule is None else tuple(range(rule.count)),
+        shared=None if rule is None else tuple(range(count)),
         scores=None if rule is None else (0.0,) * LAYERS,
     )
     return replace(update, **changes)

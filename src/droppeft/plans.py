@@ -133,22 +133,21 @@ class BaseDelta:
 class SharingRule:
     """How a device chooses, after its training, the layers that it shares (METHOD 4).
 
+    The choice is among the layers that the turn trained and ran; the others stay what they are.
+
     Attributes:
         criterion: a name of :data:`droppeft.sharing.criteria.CRITERIA`.
-        count: so many of the layers that have an adapter are shared.
+        fraction: part of them that is shared, rounded to whole layers.
         hysteresis: by what part a layer must score higher to take the place of one that is kept.
         score_rows: rows of the device's validation part, for criteria that run the model.
-        shared: the layers that the device shared at the end of the turn :attr:`Plan.kept`, or
-            ``None`` before its first.
-        scores: one per layer, from that turn: of a layer without a new one.
+        shared: layers that the device shared after its last merged turn; ``None`` before its first.
     """
 
     criterion: str
-    count: int
+    fraction: float
     hysteresis: float
     score_rows: int
     shared: tuple[int, ...] | None
-    scores: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,8 @@ class Plan:
         frozen: so many of the first layers have no adapter and are never dropped: what they make
             of an example may be kept on the device.
         run: names the run; part of the place where a device keeps what is its own.
-        kept: the round at whose end the device kept the tensors that are trained and not in
-            ``tensors``; ``None`` if there are none.
+        kept: the round at whose end the device kept what it needs and is not in ``tensors``, or
+            its own copy; ``None`` if it needs nothing of that kind.
         measure: the turn ends with a :class:`Measurement` of the device's own test rows, and
             changes nothing.
         untrained: so many of the first layers run, and nothing in them is trained.
@@ -279,8 +278,8 @@ class Update:
 
     Attributes:
         round, device, nonce: copied from the Plan.
-        tensors: trained values by layer: those the Plan lets travel, without layers that no step
-            of the turn ran (they are as they were sent).
+        tensors: trained values by layer: those that the Plan lets travel and the device shares,
+            without layers that no step of the turn ran (they are as they were sent).
         examples: rows trained on in this turn (repeats counted).
         steps: optimizer steps taken.
         active_steps: per layer, in how many of them it ran.
@@ -289,9 +288,10 @@ class Update:
         train_loss: mean over steps.
         reward: decrease of the loss on the device's validation rows, ``None`` if not asked for.
         cost: measured.
-        shared: the layers that the device chose to share, in order, whether they ran or not;
-            ``None`` without a rule.
-        scores: one per layer, by the rule's criterion; ``None`` without a rule.
+        shared: the layers that are shared from now on, in order: those that the device chose, and
+            of those that the turn did not move the ones that were; ``None`` without a rule.
+        scores: one per layer, by the rule's criterion, 0 where there was no choice; ``None``
+            without a rule.
     """
 
     round: int

@@ -11,9 +11,10 @@ from torch import nn
 
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import _gates, base_delta_applied, take_turn
+from droppeft.federation.device import base_delta_applied, take_turn
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
+from droppeft.federation.turn_training import _gates
 from droppeft.plans import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
 from droppeft.seeds import seed_for
 from droppeft.training import evaluate

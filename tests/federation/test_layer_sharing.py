@@ -63,7 +63,7 @@ def first(prepared: Prepared) -> Plan:
 
 
 def with_rule(plan: Plan, criterion: str = "gradient_norm", **changes: Any) -> Plan:
-    rule = SharingRule(criterion, 2, 0.0, 8, None, (0.0,) * LAYERS)
+    rule = SharingRule(criterion, 0.5, 0.0, 8, None)
     return replace(plan, sharing=replace(rule, **changes))
 
 
@@ -101,70 +101,82 @@ def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
-    plain, ruled = update(site, first), update(site, with_rule(first, criterion, count=LAYERS))
+    plain, ruled = update(site, first), update(site, with_rule(first, criterion, fraction=1.0))
     assert_same(plain.tensors, ruled.tensors)
     assert plain.importance == ruled.importance
     assert plain.train_loss == ruled.train_loss
     assert not folder_of(RUN, 1).exists()
 
 
-def test_a_layer_that_never_ran_keeps_its_score_and_is_not_sent(site: Site, first: Plan) -> None:
+def test_a_layer_that_never_ran_stays_what_it_was(site: Site, first: Plan) -> None:
+    """Of the other three, half (2) are shared; it is in neither number, and is not sent."""
     plan = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
-    low = update(site, with_rule(plan, scores=(0.0, -1.0, 0.0, 0.0)))
-    assert low.scores is not None
-    assert low.scores[1] == -1.0
-    assert low.shared is not None
-    assert 1 in low.shared
-    assert 1 not in low.tensors
-    high = update(site, with_rule(replace(plan, round=2), scores=(0.0, 99.0, 0.0, 0.0)))
+    new = update(site, with_rule(plan))
+    assert new.shared is not None
+    assert 1 in new.shared
+    assert len(new.shared) == 3
+    assert 1 not in new.tensors
+    assert (new.scores or ())[1] == 0.0
+    later = with_rule(replace(plan, round=2), shared=(0, 2))
+    mine = update(site, later)
+    assert mine.shared is not None
+    assert len(mine.shared) == 2
     assert 1 in recall(folder_of(RUN, 1), 2)
-    assert high.shared is not None
-    assert 1 not in high.shared
+
+
+def test_where_there_is_no_choice_nothing_is_run_to_make_it(site: Site, first: Plan) -> None:
+    for fraction in (0.0, 1.0):
+        reply = update(site, with_rule(first, "leave_one_out", fraction=fraction))
+        assert len(reply.shared or ()) == fraction * LAYERS
+        assert reply.cost.scoring_tokens == 0
+        assert reply.scores == (0.0,) * LAYERS
 
 
 def test_leave_one_out_is_the_loss_without_the_turn_s_change(site: Site, first: Plan) -> None:
-    reply = update(site, with_rule(first, "leave_one_out", count=LAYERS))
+    reply = update(site, with_rule(first, "leave_one_out"))
     bench, rows = site.bench, site.devices[1].validation[:8]
+    trained = {**reply.tensors, **recall(folder_of(RUN, 1), 1)}
 
     def loss(tensors: Any) -> float:
         set_tensors(bench.parameters, tensors)
         return evaluate(bench.model, site.table, rows, bench.task, 64, "fp32").loss
 
-    whole = loss(reply.tensors)
-    undone = [loss({**reply.tensors, i: first.tensors[i]}) - whole for i in range(LAYERS)]
+    whole = loss(trained)
+    undone = [loss({**trained, i: first.tensors[i]}) - whole for i in range(LAYERS)]
     assert reply.scores == pytest.approx(undone, abs=1e-12)
 
 
-def test_blocks_are_seen_as_they_are(site: Site, first: Plan) -> None:
-    """What goes in and out, from transformers' own hidden states, without padding."""
+def test_blocks_are_seen_as_they_are(
+    site: Site, first: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes in and comes out, from transformers' own hidden states, row by row, unpadded."""
     found: list[Any] = []
-    real = layer_scores.new_scores
 
-    def spy(name: str, turn: Any, before: Any) -> Any:
+    def spy(name: str, turn: Any) -> tuple[float, ...]:
         found.extend(turn.seen())
-        return real(name, turn, before)
+        return (0.0,) * LAYERS
 
-    layer_scores.new_scores = spy  # type: ignore[assignment]
-    try:
-        update(site, with_rule(first, "block_influence", count=LAYERS, score_rows=2))
-    finally:
-        layer_scores.new_scores = real
-    bench, rows = site.bench, site.devices[1].validation[:2]
-    cosines = np.zeros((LAYERS, 2))
+    monkeypatch.setattr(layer_scores, "scores_of", spy)
+    update(site, with_rule(first, "block_influence", score_rows=3))
+    monkeypatch.undo()
+    bench, rows = site.bench, site.devices[1].validation[:3]
+    cosines, means = np.zeros((LAYERS, 2)), []
     with torch.inference_mode():
         for row in rows:
             batch = bench.task.collate(site.table, np.array([row]))
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
             states = bench.model(**inputs, output_hidden_states=True).hidden_states
+            means.append([one[0].mean(dim=0).double().numpy() for one in states])
             for layer in range(LAYERS):
-                cos = torch.cosine_similarity(states[layer][0], states[layer + 1][0], dim=-1)
-                cosines[layer] += [float(cos.sum()), len(cos)]
-            for place in (layer for layer in range(LAYERS)):
-                mean = states[place][0].mean(dim=0).double().numpy()
-                distance = np.abs(found[place].before - mean).max(axis=1).min()
-                assert distance < 1e-5
-    expected = cosines[:, 0] / cosines[:, 1]
-    assert [one.cosine for one in found] == pytest.approx(expected, abs=1e-5)
+                cosine = torch.cosine_similarity(states[layer][0], states[layer + 1][0], dim=-1)
+                cosines[layer] += [float(cosine.sum()), len(cosine)]
+    assert [one.cosine for one in found] == pytest.approx(cosines[:, 0] / cosines[:, 1], abs=1e-5)
+    for layer in range(LAYERS):
+        for seen, depth in ((found[layer].before, layer), (found[layer].after, layer + 1)):
+            expected = np.array([row[depth] for row in means])
+            gaps = np.abs(seen[:, None] - expected[None]).max(axis=2)  # rows are sorted by length
+            assert gaps.min(axis=0).max() < 1e-5
+            assert len(set(gaps.argmin(axis=0))) == len(rows)
 
 
 # The time order
@@ -183,7 +195,7 @@ def answer(prepared: Prepared, plan: Plan, shared: tuple[int, ...]) -> Update:
         for key, named in whole.items()
         if key in (*shared, HEAD)
     }
-    scores = tuple(0.0 if layer in shared else 1.0 for layer in range(LAYERS))
+    scores = (0.0,) * LAYERS
     return answer_to(plan, tensors=moved, shared=shared, scores=scores, active_steps=(2,) * LAYERS)
 
 
@@ -202,7 +214,6 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     assert plan.kept == 1
     assert plan.sharing is not None
     assert plan.sharing.shared == (0, 3)
-    assert plan.sharing.scores == (0.0, 1.0, 1.0, 0.0)
     assert_same({0: plan.tensors[0]}, {0: state.model.tensors[0]})
     # Layer 1 becomes shared, layer 3 personal: 1 is sent now and comes back next time.
     state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 1))])
@@ -252,16 +263,19 @@ def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
     assert_same(found.tensors, expected.tensors)
 
 
-def test_an_untrained_personal_layer_stays_kept(site: Site, first: Plan) -> None:
-    """An arm's prefix: layers 0 and 1 run with what the device has, and are not trained."""
-    scores = (9.0, 0.0, 0.0, 0.0)
+def test_an_arm_s_prefix_is_no_choice(site: Site, first: Plan) -> None:
+    """Layers 0 and 1 run with what the device has and are not trained: they stay what they are.
+
+    Of the two that are trained one is shared; otherwise the untrained ones would be all that is.
+    """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
     plan = replace(first, train=names, share=names, untrained=2)
-    one = update(site, with_rule(plan, scores=scores))
-    assert one.shared is not None
-    assert 0 not in one.shared
-    assert_same({0: recall(folder_of(RUN, 1), 1)[0]}, {0: first.tensors[0]})
-    assert set(one.tensors) <= {2, 3, HEAD}
+    new = update(site, with_rule(plan))
+    assert {0, 1} < set(new.shared or ())
+    assert len(set(new.tensors) & {2, 3}) == 1
+    later = update(site, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
+    assert set(later.shared or ()) & {0, 1} == {1}
+    assert_same({0: recall(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 
 
 def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
@@ -272,7 +286,7 @@ def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
     state = method.init(setup)
     [plan] = method.plan(setup, state, 1, [0])
     assert first_trained_layer(plan) == 1
-    reply = answer_to(plan, shared=(3,), scores=(1.0,) * 4)
+    reply = answer_to(plan, shared=(3,), scores=(0.0,) * 4)
     [later] = method.plan(setup, method.merge(setup, state, [plan], [reply]), 2, [0])
     assert set(later.tensors) == {3, HEAD}
     assert first_trained_layer(later) == 1
@@ -434,7 +448,7 @@ def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
         assert measured.accuracy == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
-        assert f"device {one['device']}'s own" in card
+        assert f"with which device {one['device']} would begin" in card
 
 
 def test_a_device_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:
@@ -447,19 +461,72 @@ def test_a_device_s_own_model_must_be_here(words: list[str], tmp_path: Path, sta
     assert not list((tmp_path / "run").glob("adapter-*"))
 
 
-def test_personal_values_are_in_no_message(words: list[str], tmp_path: Path) -> None:
-    sent: list[Update] = []
+def test_personal_values_are_in_no_message_and_no_checkpoint(
+    words: list[str], tmp_path: Path
+) -> None:
+    """While they are personal: every file that a device ever kept, against all that travelled."""
+    travelled: set[bytes] = set()
+    kept: set[bytes] = set()
 
-    class Listens(Recorder):
-        def replied(self, reply: Any) -> None:
-            if isinstance(reply, Update):
-                sent.append(reply)
+    class Listens:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
 
-    result = start_run(load_config(None, words), tmp_path / "run", Listens())
-    travelled = {array.tobytes() for one in sent for _, _, array in flatten(one.tensors)}
-    for device in range(3):
-        for path in folder_of(result["run"], device).iterdir():
-            kept = recall(path.parent, int(path.stem[-6:]))
-            own = {array.tobytes() for _, _, array in flatten(kept) if array.any()}
-            assert own
-            assert not own & travelled
+        def exchange(self, plans: Any) -> Any:
+            for arrival in self.inner.exchange(plans):
+                plan = plans[arrival.index]
+                messages = [plan.tensors]
+                if isinstance(arrival.reply, Update):
+                    messages.append(arrival.reply.tensors)
+                    own = recall(folder_of(plan.run, plan.device), plan.round)
+                    kept.update(array.tobytes() for _, _, array in flatten(own) if array.any())
+                    assert set(own).isdisjoint(arrival.reply.tensors)
+                travelled.update(a.tobytes() for one in messages for _, _, a in flatten(one))
+                yield arrival
+
+    start_run(
+        load_config(None, [*words, "dropout.mean=0"]),
+        tmp_path / "run",
+        Recorder(),
+        lambda loaded: nullcontext(Listens(InProcess(site_of(loaded)))),
+    )
+    saved = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors"))
+    assert kept
+    assert not kept & travelled
+    assert not [array for array in kept if array in saved]
+
+
+# Together with the parts that it must live with
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("configurator.policy=budgeted_thompson", "configurator.refresh=2", "dropout.mean=none"),
+        ("configurator.policy=budgeted_thompson", "configurator.reward=agreement"),
+        ("frozen.layers=1", "sharing.criterion=leave_one_out"),
+        ("training.offload=true", "dropout.every=round", "sharing.criterion=block_influence"),
+        ("training.checkpointing=true", "sharing.criterion=gradient_snr"),
+        ("sharing.factors=product", "sharing.weights=active_steps"),
+        ("sharing.head=personal", "sharing.criterion=weight_change"),
+        ("quantization=8bit", "adapter.options.use_rslora=true"),
+        ("adapter.type=prefix_tuning", "adapter.tokens=3"),
+        ("adapter.type=lora", "adapter.options.use_dora=true", "sharing.criterion=cka"),
+    ],
+)
+def test_a_run_with_all_of_it_shares_and_goes_on(
+    words: list[str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    of_arms = any(word.startswith("configurator.") for word in more)
+    kept = [word for word in words if not (of_arms and word.startswith("dropout.mean"))]
+    all_words = [*kept, *(word for word in more if word != "dropout.mean=none")]
+    result = start_run(load_config(None, all_words), tmp_path / "whole", Recorder())
+    rows = rows_of(tmp_path / "whole" / "devices.jsonl")
+    assert all(row["accepted"] for row in rows)
+    assert all(0 < len(row["shared"]) < LAYERS for row in rows)
+    assert result["personalised_devices"] == 3
+    stop_after_a_round(all_words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    for folder in ("run", "whole"):
+        (tmp_path / folder / "adapter").mkdir(exist_ok=True)  # a personal head leaves none
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -347,7 +347,7 @@ def test_a_device_that_lost_its_values_begins_again(
 
 
 def test_a_local_run_without_its_accuracy_is_refused(words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(DroppeftError, match="local has no accuracy but the personalised one"):
+    with pytest.raises(DroppeftError, match="no accuracy but the personalised one"):
         start_run(
             load_config(None, [*words, "evaluation.personalised=false"]),
             tmp_path / "run",

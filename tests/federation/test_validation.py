@@ -66,12 +66,15 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
     assert why_refused(plan, update, layout(plan.adapter), batch_size=16) is None
 
 
-RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 1, 0.0, 8, None, (0.0,) * 4))
+RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
 CHOSEN = {
     "shared": (1,),
     "scores": (0.4, 0.3, 0.2, 0.1),
     "tensors": {key: SHARED[key] for key in (1, "head")},
 }
+
+
+FIRST = {"tensors": {key: SHARED[key] for key in (0, "head")}}
 
 
 def said_of_choice(**changes: Any) -> str | None:
@@ -80,11 +83,25 @@ def said_of_choice(**changes: Any) -> str | None:
 
 
 def test_a_device_s_choice_of_layers_is_accepted() -> None:
-    """Also of a layer that may not travel in this turn, or that never ran."""
+    """Also of a layer that may not travel in this turn; what never ran stays shared."""
     head = {"head": SHARED["head"]}
     assert said_of_choice() is None
     assert said_of_choice(shared=(3,), tensors=head) is None
-    assert said_of_choice(active_steps=(2, 0, 1, 2), tensors=head) is None
+    assert said_of_choice(shared=(0, 1), active_steps=(2, 0, 1, 2), **FIRST) is None
+    before = replace(RULED, sharing=replace(RULED.sharing, shared=(3,)))  # type: ignore[type-var]
+    update = answer_to(before, **{**CHOSEN, **FIRST, "shared": (0,), "active_steps": (2, 0, 1, 2)})
+    assert why_refused(before, update, layout(PLAN.adapter), batch_size=16) is None
+
+
+def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
+    """A quarter of the two layers that are trained is one, and the others are shared."""
+    names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
+    plan = replace(RULED, train=names, share=names)
+    update = answer_to(plan, **{**CHOSEN, "shared": (0, 1, 2)})
+    assert why_refused(plan, update, layout(PLAN.adapter), batch_size=16) is None
+    greedy = replace(update, shared=(0, 1))
+    said = why_refused(plan, greedy, layout(PLAN.adapter), batch_size=16)
+    assert said == "chooses about layers that it did not move"
 
 
 @pytest.mark.parametrize(
@@ -93,17 +110,25 @@ def test_a_device_s_choice_of_layers_is_accepted() -> None:
         ({"shared": None}, "does not say which layers it shares"),
         ({"scores": None}, "does not say which layers it shares"),
         ({"scores": (0.1, 0.2, 0.3)}, "does not say which layers it shares"),
-        ({"shared": ()}, "does not share 1 of the layers"),
-        ({"shared": (0, 1)}, "does not share 1 of the layers"),
-        ({"shared": (4,)}, "does not share 1 of the layers"),
-        ({"shared": (-1,)}, "does not share 1 of the layers"),
-        ({"shared": (1, 1)}, "does not share 1 of the layers"),
+        ({"shared": ()}, "of the layers that it moved"),
+        ({"shared": (0, 1)}, "of the layers that it moved"),
+        ({"shared": (4,)}, "of the layers that it moved"),
+        ({"shared": (-1,)}, "of the layers that it moved"),
+        ({"shared": (1, 1)}, "of the layers that it moved"),
         ({"scores": (0.1, math.nan, 0.3, 0.4)}, "claims impossible scores"),
         ({"scores": (0.1, -1e31, 0.3, 0.4)}, "claims impossible scores"),
         ({"shared": (0,)}, "sends layer.1.A, which it was not asked for"),
         ({"tensors": SHARED}, "sends layer.0.A, which it was not asked for"),
         ({"tensors": {"head": SHARED["head"]}}, "lacks layer.1.A"),
+        ({"shared": (0, 1), **FIRST}, "of the layers that it moved"),
+        (
+            {"shared": (0,), "active_steps": (2, 0, 1, 2), **FIRST},
+            "chooses about layers that it did not move",
+        ),
         ({"cost": replace(COST, scoring_tokens=-1)}, "claims impossible costs"),
+        ({"cost": replace(COST, scoring_tokens=8)}, "measured what it was not asked for"),
+        ({"cost": replace(COST, reward_tokens=8)}, "measured what it was not asked for"),
+        ({"cost": replace(COST, own_steps=2)}, "claims 2 steps with an adapter of its own"),
     ],
 )
 def test_a_choice_is_refused(changes: dict[str, Any], reason: str) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from droppeft.config import SharingConfig
 from droppeft.gradients import Moments
-from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, new_scores
+from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of
 
 LAYERS = 4
-EYE = np.eye(3)
+GROWING = range(1, 5)
+STATES = np.random.default_rng(3).normal(size=(8, 3))
 
 
 def turn(**changes: typing.Any) -> Turn:
@@ -24,9 +25,11 @@ def turn(**changes: typing.Any) -> Turn:
             square_of_mean=np.array([0.0, 2.0, 0.0, 0.5]),
         ),
         change=lambda: np.array([0.0, 0.8, 0.0, 0.6]),
-        seen=lambda: [Seen(1 - place / 10, EYE, EYE * (place + 1)) for place in range(LAYERS)],
+        seen=lambda: [
+            Seen(1 - place / 10, STATES, STATES * (place + 1)) for place in range(LAYERS)
+        ],
         undone=lambda layers: [layer / 10 for layer in layers],
-        layers=(1, 2, 3),
+        moved=(1, 3),
         rng=np.random.default_rng(0),
     )
     return replace(made, **changes)
@@ -38,20 +41,19 @@ def test_the_configuration_knows_them_all() -> None:
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_layer_without_a_new_score_keeps_the_old_one(name: str) -> None:
-    scores = new_scores(name, turn(), (7.0, 7.0, 7.0, 7.0))
+def test_only_layers_that_moved_have_a_score(name: str) -> None:
+    scores = scores_of(name, turn())
     assert len(scores) == LAYERS
     assert np.isfinite(scores).all()
-    old = [layer for layer in range(LAYERS) if scores[layer] == 7.0]
-    assert old == ([0, 2] if CRITERIA[name].of == "steps" else [])
+    assert (scores[0], scores[2]) == (0.0, 0.0)
 
 
 # Derived by hand from the numbers of turn().
 EXPECTED = {
     "gradient_norm": (2.0, 1.0),
     "fisher": (5.0, 1.5),
-    # Of 4 steps: 2 / ((5 - 2) 4 / 3) = .5; of 2 steps: .5 / ((1.5 - .5) 2 / 1) = .25.
-    "gradient_snr": (0.5, 0.25),
+    # Of 4 steps: variance (5 - 2) 4 / 3 = 4, signal 2 - 4 / 4 = 1; of 2 steps: 2, .5 - 2 / 2 < 0.
+    "gradient_snr": (0.25, 0.0),
     "weight_change": (0.2, 0.3),
     "block_influence": (0.1, 0.3),
     "cka": (0.0, 0.0),  # a multiple of the same is as like as can be
@@ -62,7 +64,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_scores_are_what_the_formula_says(name: str) -> None:
-    scores = new_scores(name, turn(), (0.0,) * LAYERS)
+    scores = scores_of(name, turn())
     assert (scores[1], scores[3]) == pytest.approx(EXPECTED[name], abs=1e-12)
 
 
@@ -77,32 +79,56 @@ def test_only_what_is_asked_for_is_run() -> None:
     quiet = turn(change=refuse, seen=refuse, undone=refuse)
     for name, criterion in CRITERIA.items():
         if criterion.runs_model == "no" and criterion.reads != "start":
-            new_scores(name, quiet, (0.0,) * LAYERS)
+            scores_of(name, quiet)
         else:
             with pytest.raises(AssertionError, match="nobody asked"):
-                new_scores(name, quiet, (0.0,) * LAYERS)
+                scores_of(name, quiet)
 
 
 def test_gradients_that_agree_are_a_signal_and_others_noise() -> None:
     gradients = Moments(np.ones(4), np.ones(4), np.array([0.0, 1.0, 0.0, 0.25]))
-    scores = new_scores("gradient_snr", turn(gradients=gradients), (0.0,) * LAYERS)
+    scores = scores_of("gradient_snr", turn(gradients=gradients))
     assert scores[1] > 1e6 > scores[3]
 
 
-def test_cka_is_one_for_the_same_and_for_a_turned_copy_and_less_for_others() -> None:
+def test_noise_scores_alike_however_often_a_layer_ran() -> None:
+    """Otherwise the score would repeat the dropout profile; METHOD 4."""
+    rng, found = np.random.default_rng(0), []
+    for steps in (2, 4, 16):
+        gradients = rng.normal(size=(4000, steps, 5)) + 0.5
+        square = np.square(gradients).sum(axis=2).mean(axis=1)
+        of_mean = np.square(gradients.mean(axis=1)).sum(axis=1)
+        noise = (square - of_mean) * steps / (steps - 1)
+        # The sums that the score is the ratio of, without the floor at 0.
+        found.append(float((of_mean - noise / steps).mean() / noise.mean()))
+    assert found == pytest.approx([0.25] * 3, rel=0.1)
+    once = turn(active_steps=np.array([4.0, 1.0, 0.0, 2.0]))
+    assert scores_of("gradient_snr", once)[1] == 0.0
+
+
+def test_cka_is_one_for_the_same_and_for_a_turned_copy_and_nothing_for_others() -> None:
+    """Also with fewer rows than dimensions, where the biased one is 1 for anything."""
     rng = np.random.default_rng(0)
-    states = rng.normal(size=(12, 5))
-    turned, _ = np.linalg.qr(rng.normal(size=(5, 5)))
-    assert linear_cka(states, states) == pytest.approx(1)
-    assert linear_cka(states, 3 * states @ turned + 1) == pytest.approx(1)
-    assert linear_cka(states, rng.normal(size=(12, 5))) < 0.7
-    assert linear_cka(states, np.ones((12, 5))) == 1.0
+    for rows, wide in ((60, 5), (30, 400)):
+        states = rng.normal(size=(rows, wide))
+        turned, _ = np.linalg.qr(rng.normal(size=(wide, wide)))
+        assert linear_cka(states, states) == pytest.approx(1)
+        assert linear_cka(states, 3 * states @ turned) == pytest.approx(1)
+        assert abs(linear_cka(states, rng.normal(size=(rows, wide)))) < 0.2
+    assert linear_cka(states, np.ones((30, 4))) == 1.0
+    assert linear_cka(states[:3], states[3:6]) == 1.0
 
 
-def test_cka_is_that_of_the_paper() -> None:
-    """‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred columns, in the other order of multiplication."""
+def test_the_unbiased_hsic_is_that_of_its_definition() -> None:
+    """Equation 3 of arXiv:2010.15327 with matrices of ones, as it is written there."""
     rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(9, 4)), rng.normal(size=(9, 3))
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    norm = np.linalg.norm
-    assert linear_cka(x, y) == pytest.approx(norm(y.T @ x) ** 2 / norm(x.T @ x) / norm(y.T @ y))
+    x, y = rng.normal(size=(7, 4)), rng.normal(size=(7, 3))
+
+    def hsic(a: typing.Any, b: typing.Any) -> float:
+        n, one = len(a), np.ones((len(a), 1))
+        k, m = (s @ s.T - np.diag(np.diag(s @ s.T)) for s in (a, b))
+        parts = np.trace(k @ m), (one.T @ k @ one) * (one.T @ m @ one) / (n - 1) / (n - 2)
+        return float((parts[0] + parts[1] - 2 / (n - 2) * one.T @ k @ m @ one).item() / n / (n - 3))
+
+    expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+    assert linear_cka(x, y) == pytest.approx(expected)

@@ -1,10 +1,12 @@
 """Which layers are shared: those that score lowest, and not another set every round."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.sharing.selection import count_of, select_shared
+from droppeft.sharing.selection import count_of, select_shared, unmoved
 
 SCORES = st.lists(st.floats(-10, 10), min_size=1, max_size=9)
 
@@ -15,7 +17,7 @@ def test_so_many_are_shared_and_no_kept_one_scores_lower(
 ) -> None:
     layers = sorted(data.draw(st.sets(st.sampled_from(range(len(scores))))))
     count = data.draw(st.integers(0, len(layers)))
-    before = data.draw(st.none() | st.permutations(layers).map(lambda some: some[:count]))
+    before = data.draw(st.none() | st.sets(st.integers(0, 12)))
     shared = select_shared(scores, layers, count, before, 0.0)
     kept = set(layers) - set(shared)
     assert len(shared) == count
@@ -23,6 +25,21 @@ def test_so_many_are_shared_and_no_kept_one_scores_lower(
     assert set(shared) <= set(layers)
     if shared and kept:
         assert max(scores[one] for one in shared) <= min(scores[one] for one in kept)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_end_too(odd: float) -> None:
+    """A turn may diverge: what it answers is refused by the server, so it must answer."""
+    for scores in ([odd] * 4, [1.0, odd, 2.0, odd], [odd, 1.0, 2.0, 3.0]):
+        assert len(select_shared(scores, range(4), 2, None, 0.1)) == 2
+        assert len(select_shared(scores, range(4), 2, (0, 3), 0.0)) == 2
+
+
+def test_layers_that_did_not_move_stay_what_they_are() -> None:
+    """All begin as shared."""
+    assert unmoved(range(6), (4, 5), None) == {0, 1, 2, 3}
+    assert unmoved(range(6), (4, 5), (0, 3, 4)) == {0, 3}
+    assert unmoved((2, 3), (), None) == {2, 3}
 
 
 def test_of_equal_scores_the_lower_layers_are_shared() -> None:
@@ -57,8 +74,12 @@ def test_the_same_scores_change_nothing_more(
     assert select_shared(scores, layers, count, first, hysteresis) == first
 
 
-def test_a_choice_of_another_size_is_no_choice() -> None:
-    assert select_shared([3.0, 2.0, 1.0], range(3), 2, (0,), 9.0) == (1, 2)
+def test_another_number_keeps_the_sides_as_far_as_it_goes() -> None:
+    """Of three shared ones the lowest two stay, to one the lowest kept one is added."""
+    scores = [3.0, 2.0, 2.5, 2.6]
+    assert select_shared(scores, range(4), 2, (0, 2, 3), 9.0) == (2, 3)
+    assert select_shared(scores, range(4), 2, (0,), 9.0) == (0, 1)
+    assert select_shared(scores, range(4), 2, (7,), 9.0) == (1, 2)
 
 
 @pytest.mark.parametrize(

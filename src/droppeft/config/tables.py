@@ -288,6 +288,12 @@ class EvaluationConfig(Table):
         "measure what it makes of its model",
     )
 
+    @model_validator(mode="after")
+    def _newcomers_are_devices(self) -> "EvaluationConfig":
+        if self.newcomers and not self.personalised:
+            raise ValueError("newcomers are not measured with personalised=false; leave one out")
+        return self
+
 
 class FlowerConfig(Table):
     """Flower's part, in its simulation and on a SuperLink."""

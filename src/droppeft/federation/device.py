@@ -1,30 +1,23 @@
 """One device's turn, from a Plan to an Update: the same code on every transport."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 
-from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
-from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.federation.layer_scores import Scored, score_layers
+from droppeft.federation.turn_training import reads, train_turn
 from droppeft.federation.workbench import Workbench
-from droppeft.frozen_prefix import FrozenPrefix, StateStore
-from droppeft.frozen_prefix.turn import PrefixOfTurn, content_name, state_folder
-from droppeft.layer_dropout import sample_active
 from droppeft.plans import (
-    HEAD,
     AdapterSpec,
     BaseDelta,
     Failure,
@@ -33,25 +26,19 @@ from droppeft.plans import (
     Measurement,
     Objective,
     Plan,
-    PrefixCost,
     Reply,
     Tensors,
     Update,
     flatten,
     restrict,
 )
-from droppeft.precision import autocast
 from droppeft.quantization import is_quantised
-from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.kept import Lost, folder_of, keep, recall
 from droppeft.training import (
-    ActiveAt,
     Evaluation,
     TrainOutcome,
     evaluate,
-    rate_factor,
     train,
-    turn_batches,
 )
 
 
@@ -76,9 +63,10 @@ def carry_out(
 def measure_own(
     bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
 ) -> Measurement:
-    """Measure this device's model at full depth on rows that it never trains on; keep nothing.
+    """Measure this device's model at full depth on rows that it never trains on.
 
-    With a budget of epochs, what it would be after so many of them on this device's rows.
+    With a budget of epochs, what it would be after so many of them on this device's rows. Nothing
+    of that is kept but states of the frozen prefix.
 
     Args:
         as :func:`take_turn`.
@@ -92,7 +80,7 @@ def measure_own(
     batch_size, precision = config.evaluation.batch_size, config.training.precision
     with base_delta_applied(bench.model, plan.base_delta):
         if plan.budget.epochs:
-            _train(bench, parameters, table, rows, config, plan)
+            train_turn(bench, parameters, table, rows, config, plan)
             bench.hold()
         found = evaluate(bench.model, table, rows.test, bench.task, batch_size, precision)
     return Measurement(plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss)
@@ -120,9 +108,9 @@ def take_turn(
     if plan.base_delta is not None:
         bench.hold()  # what is added to is then where it will be used
     with base_delta_applied(bench.model, plan.base_delta):
-        start_values = get_tensors(parameters) if _reads(plan) == "start" else {}
+        start_values = get_tensors(parameters) if reads(plan) == "start" else {}
         before = _validation(bench, table, rows, config, plan)
-        outcome, prefix = _train(bench, parameters, table, rows, config, plan)
+        outcome, prefix = train_turn(bench, parameters, table, rows, config, plan)
         after = _validation(bench, table, rows, config, plan)
         scored = _choose(bench, parameters, table, rows, config, plan, outcome, start_values)
     kept = frozenset() if scored is None else _names_of(bench.parameters, scored.kept)
@@ -299,11 +287,6 @@ def _choose(
     return score_layers(bench, parameters, plan, outcome, start_values, measure)
 
 
-def _reads(plan: Plan) -> str:
-    """What the rule's criterion needs to be collected during the turn."""
-    return "" if plan.sharing is None else CRITERIA[plan.sharing.criterion].reads
-
-
 def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:
     return frozenset(name for key in layers for name in parameters.get(key, {}))
 
@@ -340,139 +323,9 @@ def _train_own_copy(
     set_tensors(bench.parameters, own)
     alone = replace(plan, objective=Objective(proximal=plan.own_copy), sharing=None)
     with base_delta_applied(bench.model, plan.base_delta):
-        outcome, _ = _train(bench, parameters, table, rows, config, alone, anchors=plan.tensors)
+        outcome, _ = train_turn(bench, parameters, table, rows, config, alone, anchors=plan.tensors)
     keep(folder, plan.round, plan.kept, get_tensors(bench.parameters))
     return outcome
-
-
-def _train(
-    bench: Workbench,
-    parameters: Parameters,
-    table: TokenTable,
-    rows: DeviceRows,
-    config: Config,
-    plan: Plan,
-    anchors: Tensors | None = None,
-) -> tuple[TrainOutcome, PrefixCost]:
-    settings = config.training
-    rng = seeds.numpy_generator(plan.seed, purpose="batches", round=plan.round, device=plan.device)
-    chosen = turn_batches(rows.train, table, settings.batch_size, plan.budget, rng)
-    factors = [_factor(config, plan, (step + 0.5) / len(chosen)) for step in range(len(chosen))]
-    active_at = _gates(bench, parameters, plan)
-    drawn = [active_at(step) for step in range(len(chosen))]
-    needed = {layer for layer, active in enumerate(zip(*drawn, strict=True)) if any(active)}
-    start = time.perf_counter()
-    prefix = _prefix(bench, table, chosen, config, plan, needed) if plan.frozen else None
-    bench.hold(needed)
-    before_s = time.perf_counter() - start
-    with torch.random.fork_rng():
-        # For dropout inside the backbone and the adapter: torch's global generator is theirs.
-        torch.manual_seed(
-            seeds.seed_for(plan.seed, purpose="modules", round=plan.round, device=plan.device)
-        )
-        outcome = train(
-            bench.model,
-            bench.blocks,
-            parameters,
-            [bench.task.collate(table, batch) for batch in chosen],
-            drawn.__getitem__,
-            factors,
-            bench.task,
-            settings,
-            plan.objective,
-            prefix,
-            with_mean_gradient=_reads(plan) == "mean gradient",
-            anchors=anchors,
-        )
-    outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
-    if prefix is None:
-        return outcome, PrefixCost()
-    prefix.close()
-    return outcome, prefix.cost
-
-
-def _factor(config: Config, plan: Plan, progress: float) -> float:
-    """Part of the peak learning rates at a point of the turn.
-
-    A measurement is no round of the run: its rates fall from the peak to nothing.
-    """
-    if plan.measure:
-        return 1.0 - progress
-    return rate_factor(config.training, (plan.round - 1 + progress) / config.rounds)
-
-
-def _prefix(
-    bench: Workbench,
-    table: TokenTable,
-    chosen: Sequence[Rows],
-    config: Config,
-    plan: Plan,
-    needed: set[int],
-) -> PrefixOfTurn:
-    """The first layers, which nobody trains, with what this device keeps of them.
-
-    Args:
-        needed: layers that the turn's steps run, the first ones as if they ran too. Those that it
-            does not need when their states are on the disk are taken out.
-    """
-    first = range(plan.frozen)
-
-    @contextmanager
-    def at_hand() -> Iterator[None]:
-        bench.hold({*needed, *first})
-        yield
-        bench.hold(needed)
-
-    settings, training, store = config.frozen, config.training, None
-    if settings.cache:
-        content = content_name(
-            weights=bench.weights_hash,
-            base_delta=plan.base_delta.version if plan.base_delta else "",
-            depth=plan.frozen,
-            stored=settings.precision,
-            computed=training.precision,
-            threads=torch.get_num_threads(),
-            accelerator=str(bench.device),
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-        )
-        folder = state_folder(config) / f"device-{plan.device}"
-        store = StateStore(folder, content, plan.round, int(settings.limit_mb * 1e6))
-    prefix = PrefixOfTurn(
-        FrozenPrefix(bench.model, bench.blocks, plan.frozen),
-        store,
-        settings.precision,
-        table,
-        bench.task,
-        chosen,
-        partial(autocast, training.precision, bench.device),
-        at_hand if bench.is_offloading else nullcontext,
-    )
-    if store is not None:
-        needed.difference_update(first)
-        if bench.is_offloading:
-            bench.hold(first)
-            prefix.build()
-    return prefix
-
-
-def _gates(bench: Workbench, parameters: Parameters, plan: Plan) -> ActiveAt:
-    """Which layers run at each step, from (seed, round, device, step) alone."""
-    dropout = plan.dropout
-    if dropout is None:
-        return lambda step: (True,) * bench.num_layers
-    layers = [key for key in parameters if isinstance(key, int)]
-    needed = () if HEAD in parameters else layers
-    every = dropout.every
-
-    def active_at(step: int) -> tuple[bool, ...]:
-        drawn_at = 0 if every is None else step - step % every
-        rng = seeds.python_generator(
-            plan.seed, purpose="gates", round=plan.round, device=plan.device, step=drawn_at
-        )
-        return sample_active(dropout.rates, dropout.sampling, rng, need_one_of=needed)
-
-    return active_at
 
 
 def _validation(

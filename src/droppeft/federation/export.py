@@ -310,7 +310,7 @@ def _table(source: Source) -> str:
 def _whose(source: Source) -> str:
     if source.device is None:
         return "the global one"
-    return f"device {source.device}'s own: global where it shares, its own where it does not"
+    return f"that with which device {source.device} would begin its next turn"
 
 
 def _merged_values(config: Config) -> str:

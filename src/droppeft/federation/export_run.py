@@ -84,7 +84,7 @@ def export_run(
     config = load_config(run / CONFIG)
     if device is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
-            f"{run}: method={config.method} has no global model to export; "
+            f"{run}: method={config.method} has no global model to export with these settings; "
             "export a device's own with --device"
         )
     if device is not None and not 0 <= device < config.devices:

@@ -12,10 +12,11 @@ from torch import nn
 from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.federation.workbench import Workbench
+from droppeft.gradients import Vector
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.plans import Plan, Tensors
-from droppeft.sharing.criteria import Seen, Turn, Vector, new_scores
-from droppeft.sharing.selection import select_shared
+from droppeft.sharing.criteria import Seen, Turn, scores_of
+from droppeft.sharing.selection import count_of, select_shared, unmoved
 from droppeft.training import Evaluation, TrainOutcome
 
 
@@ -25,7 +26,7 @@ class Scored:
 
     Attributes:
         scores: (L,) by the rule's criterion.
-        shared: layers, in order.
+        shared: layers, in order; of those that the turn did not move the ones that were.
         kept: the other layers that have an adapter.
         tokens, wall_s: of the forwards that scoring took, padding included.
     """
@@ -58,22 +59,28 @@ def score_layers(
     rule = plan.sharing
     assert rule is not None
     model = _Model(bench, parameters, start_values, measure)
+    moved = tuple(
+        key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
+    )
     turn = Turn(
         active_steps=np.array(outcome.active_steps, dtype=np.float64),
         gradients=outcome.gradients,
         change=model.change,
         seen=model.seen,
         undone=model.undone,
-        layers=tuple(key for key in parameters if isinstance(key, int)),
+        moved=moved,
         rng=seeds.numpy_generator(
             plan.seed, purpose="layer scores", round=plan.round, device=plan.device
         ),
     )
-    scores = new_scores(rule.criterion, turn, rule.scores)
+    count = count_of(rule.fraction, len(moved))
+    has_choice = 0 < count < len(moved)
+    scores = scores_of(rule.criterion, turn) if has_choice else (0.0,) * bench.num_layers
+    chosen = select_shared(scores, moved, count, rule.shared, rule.hysteresis)
     layers = [key for key in bench.parameters if isinstance(key, int)]
-    shared = select_shared(scores, layers, rule.count, rule.shared, rule.hysteresis)
+    shared = unmoved(layers, moved, rule.shared).union(chosen)
     kept = tuple(layer for layer in layers if layer not in shared)
-    return Scored(scores, shared, kept, model.tokens, model.wall_s)
+    return Scored(scores, tuple(sorted(shared)), kept, model.tokens, model.wall_s)
 
 
 class _Model:

@@ -28,12 +28,14 @@ class Personalised:
         wall_s: on this machine.
         newcomers: of devices that never trained, after one epoch on their own rows; none unless
             the configuration asks for it.
+        newcomer_failures: of those that did not answer to that.
     """
 
     measurements: tuple[Measurement, ...]
     failures: tuple[Failure, ...]
     wall_s: float
     newcomers: tuple[Measurement, ...] = ()
+    newcomer_failures: tuple[Failure, ...] = ()
 
 
 def measure_devices(
@@ -61,9 +63,10 @@ def measure_devices(
     after = _ask(setup, transport, once_more)
     return Personalised(
         tuple(one for one in answers if isinstance(one, Measurement)),
-        tuple(one for one in (*answers, *after) if isinstance(one, Failure)),
+        tuple(one for one in answers if isinstance(one, Failure)),
         time.perf_counter() - start,
         tuple(one for one in after if isinstance(one, Measurement)),
+        tuple(one for one in after if isinstance(one, Failure)),
     )
 
 
@@ -116,6 +119,9 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
         ],
         "personalised_failures": [
             {"device": one.device, "reason": one.reason} for one in found.failures
+        ],
+        "newcomers_failures": [
+            {"device": one.device, "reason": one.reason} for one in found.newcomer_failures
         ],
     }
 

@@ -13,6 +13,7 @@ from droppeft.costs.devices import make_fleet
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows, TextData
 from droppeft.data.tokens import TokenTable
+from droppeft.errors import DroppeftError
 from droppeft.federation.device import rehearse
 from droppeft.federation.loading import Loaded, Say, load, tokens_of
 from droppeft.federation.modelled import clock_for, longest_step
@@ -71,6 +72,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     """
     start = time.perf_counter()
     method = method_named(config.method)
+    _check_measured(method, config)
     transport_named(config.transport)
     check(adapter_spec(config.adapter, num_layers=1))
     check_on(config.adapter.type, config.adapter.options, config.quantization)
@@ -102,6 +104,15 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
         without_clock=without_clock,
         prepare_wall_s=time.perf_counter() - start,
     )
+
+
+def _check_measured(method: Method, config: Config) -> None:
+    """Refuse a run that would end without any accuracy."""
+    if not (method.has_global_model(config) or config.evaluation.personalised):
+        raise DroppeftError(
+            f"method={config.method} has no global model with these settings, and no accuracy but "
+            "the personalised one; leave out evaluation.personalised=false"
+        )
 
 
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:

@@ -17,6 +17,8 @@ from droppeft.plans import (
     Update,
     flatten,
 )
+from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.selection import count_of, unmoved
 
 MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
 """What devices say of these steers arms: no larger loss or norm of gradients is one of a model."""
@@ -100,6 +102,9 @@ def _cost(plan: Plan, update: Update, batch_size: int) -> str | None:
         return "claims impossible costs"
     if not update.examples <= cost.rows <= min(cost.tokens, update.steps * batch_size):
         return f"claims {cost.tokens} tokens in {cost.rows} rows for {update.examples} examples"
+    measured = plan.sharing is not None and CRITERIA[plan.sharing.criterion].runs_model != "no"
+    if (cost.scoring_tokens and not measured) or (cost.reward_tokens and not plan.reward_rows):
+        return "claims to have measured what it was not asked for"
     if (cost.own_steps, cost.own_tokens) != (
         (0, 0) if plan.own_copy is None else (update.steps, cost.tokens)
     ):
@@ -129,8 +134,17 @@ def _choice(plan: Plan, update: Update, layout: Layout) -> str | None:
     if shared is None or scores is None or len(scores) != len(plan.adapter.layers):
         return "does not say which layers it shares, and how all scored"
     layers = {key for key, _ in layout.values() if isinstance(key, int)}
-    if len(shared) != rule.count or list(shared) != sorted(layers.intersection(shared)):
-        return f"does not share {rule.count} of the layers that there are"
+    moved = {
+        int(key)
+        for name, (key, _) in layout.items()
+        if key in layers and (plan.train is None or name in plan.train)
+        if update.active_steps[int(key)] > 0
+    }
+    count = count_of(rule.fraction, len(moved))
+    if list(shared) != sorted(layers.intersection(shared)) or len(moved & {*shared}) != count:
+        return f"does not share {count} of the layers that it moved"
+    if {*shared} - moved != unmoved(sorted(layers), moved, rule.shared):
+        return "chooses about layers that it did not move"
     if not all(np.isfinite(one) and abs(one) < MOST_IMPORTANCE for one in scores):
         return "claims impossible scores"
     return None

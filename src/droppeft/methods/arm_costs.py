@@ -90,7 +90,7 @@ def turn_seconds(
     lower = first_trained(arm, depth_of_run(setup))
     row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
     forward, rest = arithmetic.forward(memory.row_length)
-    measuring = (2 * reward_rows(setup, round) + scored_rows(setup)) * (sum(forward) + rest)
+    measuring = (2 * reward_rows(setup, round) + scored_rows(setup, lower)) * (sum(forward) + rest)
     values = state.model.tensors
     return (
         compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)

@@ -30,11 +30,6 @@ def _init(setup: Setup) -> ServerState:
             f"method=fedsa_lora shares LoRA's A; adapter.type={config.adapter.type} has none, "
             "leave it out"
         )
-    if not config.evaluation.personalised:
-        raise DroppeftError(
-            "method=fedsa_lora has no accuracy but the personalised one; leave out "
-            "evaluation.personalised=false"
-        )
     return start_with(setup, uniform_adapter(setup))
 
 

@@ -1,12 +1,12 @@
-"""What a turn was worth, by which arms are judged: in two ways, of which either has its price. Ours.
+"""What a turn was worth, by which arms are judged: in one of two ways. Ours.
 
-``loss``: the decrease of the loss on the device's own validation rows. It is measured by the device,
-which takes time, and mostly it sees how the device's own labels are distributed.
+``loss``: the decrease of the loss on the device's own validation rows. The device measures it, and
+mostly sees how its own labels are distributed.
 
 ``agreement``: how far the turn moved the adapter where the round's other turns moved it. If devices
 move along the gradient of the common loss, plus what is their own, the product of one's change with
-the mean change of the others is, to first order, by how much it lowers the common loss. It costs the
-devices nothing.
+the mean change of the others is, to first order, by how much it lowers the common loss. No device
+has to measure anything.
 """
 
 from collections.abc import Mapping, Sequence

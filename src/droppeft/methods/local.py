@@ -7,7 +7,6 @@ a device has learnt is measured on its own test rows.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.errors import DroppeftError
 from droppeft.methods.base import (
     Method,
     Setup,
@@ -21,11 +20,6 @@ from droppeft.sharing.visits import last_visit, with_visits
 
 
 def _init(setup: Setup) -> ServerState:
-    if not setup.config.evaluation.personalised:
-        raise DroppeftError(
-            "method=local has no accuracy but the personalised one; leave out "
-            "evaluation.personalised=false"
-        )
     return start_with(setup, uniform_adapter(setup))
 
 

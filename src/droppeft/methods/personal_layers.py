@@ -49,7 +49,7 @@ def check_sharing(setup: Setup) -> None:
         DroppeftError: with what to set instead.
     """
     config = setup.config
-    if keeps_layers(config) and TYPES[config.adapter.type].kind != "layered":
+    if keeps_layers(config) and TYPES[config.adapter.type].kind == "global":
         raise DroppeftError(
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
@@ -58,11 +58,6 @@ def check_sharing(setup: Setup) -> None:
         raise DroppeftError(
             f"sharing.factors=product is about LoRA's A and B; adapter.type={config.adapter.type} "
             "has none, leave it out"
-        )
-    if not has_global_head(config) and not config.evaluation.personalised:
-        raise DroppeftError(
-            "sharing.head=personal has no accuracy but the personalised one; leave out "
-            "evaluation.personalised=false"
         )
 
 
@@ -80,7 +75,7 @@ def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
         tensors={key: named for key, named in plan.tensors.items() if key not in kept},
         share=plan.share & travels,
         kept=visit.round if visit and kept else None,
-        sharing=_rule(setup, plan.adapter, visit) if keeps_layers(config) else None,
+        sharing=_rule(setup, visit) if keeps_layers(config) else None,
     )
 
 
@@ -90,7 +85,9 @@ def weight_of(config: Config) -> Weight:
 
 
 def usual_bytes(setup: Setup, values: Tensors, lower: int = 0) -> float:
-    """Of a turn's values that travel one way after a first visit, on average over the layers.
+    """Of a turn's values that travel one way, on average over the layers.
+
+    A device that was never there downloads more, whatever its arm.
 
     Args:
         values: of the global model.
@@ -108,24 +105,27 @@ def usual_bytes(setup: Setup, values: Tensors, lower: int = 0) -> float:
     return found
 
 
-def scored_rows(setup: Setup) -> int:
-    """Forwards of rows that scoring a turn's layers takes."""
-    settings = setup.config.sharing
-    if not keeps_layers(setup.config):
+def scored_rows(setup: Setup, lower: int) -> int:
+    """Forwards of rows that scoring a turn's layers takes, if a device has so many rows.
+
+    Args:
+        lower: the first layer that is trained.
+    """
+    settings, layers = setup.config.sharing, setup.num_layers - lower
+    if not 0 < count_of(settings.fraction, layers) < layers:
         return 0
-    times = {"no": 0, "once": 1, "per layer": setup.num_layers + 1}
+    times = {"no": 0, "once": 1, "per layer": layers + 1}
     return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
 
 
-def _rule(setup: Setup, adapter: AdapterSpec, visit: Visit | None) -> SharingRule:
+def _rule(setup: Setup, visit: Visit | None) -> SharingRule:
     settings = setup.config.sharing
     return SharingRule(
         criterion=settings.criterion,
-        count=count_of(settings.fraction, len(_layers(adapter))),
+        fraction=settings.fraction,
         hysteresis=settings.hysteresis,
         score_rows=settings.score_rows,
         shared=visit.shared if visit else None,
-        scores=(visit.scores if visit else None) or (0.0,) * setup.num_layers,
     )
 
 

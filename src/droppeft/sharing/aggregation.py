@@ -21,7 +21,10 @@ def by_examples(update: Update, layer: LayerKey) -> float:
 
 
 def by_active_steps(update: Update, layer: LayerKey) -> float:
-    """The rows, times the steps in which the layer ran; of what is in no layer, all steps. Ours."""
+    """The rows, times the steps in which the layer ran. Ours.
+
+    What is in no layer counts for all steps, those too that fp16 skipped.
+    """
     steps = update.active_steps[layer] if isinstance(layer, int) else update.steps
     return float(update.examples * steps)
 

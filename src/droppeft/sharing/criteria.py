@@ -2,8 +2,9 @@
 
 Sources: ``gradient_norm`` is DropPEFT's (arXiv:2503.10217: layers with larger gradient norms are
 more sensitive and stay personal); ``block_influence`` is ShortGPT's (arXiv:2403.03853); ``cka``
-rests on linear CKA (arXiv:1905.00414), ``fisher`` on the empirical Fisher information of
-mini-batches. The others, and the use of all but the first for sharing, are ours or controls.
+rests on linear CKA (arXiv:1905.00414), without its bias (arXiv:2010.15327); ``fisher`` is a
+stand-in for the trace of the Fisher information, from gradients of whole mini-batches. The others,
+and the use of all but the first for sharing, are ours or controls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.gradients import Moments
+from droppeft.gradients import Moments, Vector
 
-Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 
 
@@ -44,7 +44,7 @@ class Turn:
         seen: of each of the L blocks, at full depth, on validation rows.
         undone: of each layer of a list, the loss on validation rows when it alone goes back to the
             values that the turn began with, less the loss with what the turn made of all.
-        layers: those that have an adapter and were trained.
+        moved: layers that were trained and ran: those that there is a choice about.
         rng: of this device's turn.
     """
 
@@ -53,7 +53,7 @@ class Turn:
     change: Callable[[], Vector]
     seen: Callable[[], Sequence[Seen]]
     undone: Callable[[Sequence[int]], Sequence[float]]
-    layers: tuple[int, ...]
+    moved: tuple[int, ...]
     rng: np.random.Generator
 
 
@@ -64,17 +64,14 @@ class Criterion:
     Attributes:
         summary: one line for people.
         score: (L,) of a turn; higher is kept.
-        of: ``"steps"``: a layer that no step ran, or that was not trained, has no score;
-            ``"model"``: every layer has one.
         runs_model: forwards on validation rows, which are charged to the clock: none, one per
-            row, or one per row and layer.
+            row, or one per row and one more per row and layer.
         reads: what has to be collected for it besides the gradients' norms: the mean gradient, or
             the values that the turn begins with.
     """
 
     summary: str
     score: Callable[[Turn], Vector]
-    of: Literal["steps", "model"] = "steps"
     runs_model: Literal["no", "once", "per layer"] = "no"
     reads: Literal["", "mean gradient", "start"] = ""
 
@@ -82,27 +79,44 @@ class Criterion:
 def linear_cka(one: Matrix, other: Matrix) -> float:
     """Similarity of two representations (n, H) of the same n things: 1 the same, 0 unrelated.
 
-    Source: Kornblith et al., arXiv:1905.00414, equation 4 with linear kernels. 1 where either does
-    not vary.
+    Source: centred kernel alignment (arXiv:1905.00414) with linear kernels and the unbiased HSIC of
+    arXiv:2010.15327, equation 3: with fewer things than dimensions the biased one takes everything
+    for alike. 1 with fewer than four things, or where either does not vary.
     """
-    x, y = one - one.mean(axis=0), other - other.mean(axis=0)
-    gram_x, gram_y = x @ x.T, y @ y.T  # n by n: n is small, H is not
-    size = np.linalg.norm(gram_x) * np.linalg.norm(gram_y)
-    return float((gram_x * gram_y).sum() / size) if size > 0 else 1.0
+    if len(one) < 4:
+        return 1.0
+    grams = [states @ states.T for states in (one, other)]  # n by n: n is small, H is not
+    for gram in grams:
+        np.fill_diagonal(gram, 0.0)
+    x, y = grams
+    size = _hsic(x, x) * _hsic(y, y)
+    return float(_hsic(x, y) / np.sqrt(size)) if size > 0 else 1.0
+
+
+def _hsic(x: Matrix, y: Matrix) -> float:
+    n = len(x)
+    found = (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2))
+    return float(found - 2 / (n - 2) * (x.sum(axis=0) @ y.sum(axis=1))) / (n * (n - 3))
 
 
 def _signal_to_noise(turn: Turn) -> Vector:
-    """Square of the mean gradient through the gradients' variance; large with a single step."""
-    square_of_mean = turn.gradients.square_of_mean
+    """Square of the true mean gradient through the variance of a step's; 0 with a single step.
+
+    Estimated without bias: the mean of n steps of nothing but noise has a square too, a part of
+    the variance that is larger for layers that ran less.
+    """
+    squares, square_of_mean = turn.gradients.square, turn.gradients.square_of_mean
     assert square_of_mean is not None
-    steps = turn.active_steps
-    noise = (turn.gradients.square - square_of_mean) * steps / np.maximum(steps - 1, 1)
-    return square_of_mean / np.maximum(noise, 1e-12 * turn.gradients.square + 1e-300)
+    steps = np.maximum(turn.active_steps, 1)
+    noise = (squares - square_of_mean) * steps / np.maximum(steps - 1, 1)
+    signal = np.maximum(square_of_mean - noise / steps, 0.0)
+    found: Vector = np.where(steps > 1, signal / np.maximum(noise, 1e-12 * squares + 1e-300), 0.0)
+    return found
 
 
 def _undone(turn: Turn) -> Vector:
     scores = np.zeros(len(turn.active_steps))
-    scores[list(turn.layers)] = turn.undone(turn.layers)
+    scores[list(turn.moved)] = turn.undone(turn.moved)
     return scores
 
 
@@ -112,7 +126,7 @@ CRITERIA: Mapping[str, Criterion] = {
         lambda turn: turn.gradients.norm,
     ),
     "fisher": Criterion(
-        "square of that norm: the trace of the empirical Fisher information",
+        "square of that norm, mean over those steps: a stand-in for the Fisher information",
         lambda turn: turn.gradients.square,
     ),
     "gradient_snr": Criterion(
@@ -128,13 +142,11 @@ CRITERIA: Mapping[str, Criterion] = {
     "block_influence": Criterion(
         "how much the block turns a token's state: one minus the cosine",
         lambda turn: np.array([1 - seen.cosine for seen in turn.seen()]),
-        of="model",
         runs_model="once",
     ),
     "cka": Criterion(
         "how much the block changes what rows have in common: one minus linear CKA",
         lambda turn: np.array([1 - linear_cka(one.before, one.after) for one in turn.seen()]),
-        of="model",
         runs_model="once",
     ),
     "leave_one_out": Criterion(
@@ -143,28 +155,22 @@ CRITERIA: Mapping[str, Criterion] = {
         runs_model="per layer",
         reads="start",
     ),
-    "random": Criterion(
-        "by lot: a control", lambda turn: turn.rng.random(len(turn.active_steps)), of="model"
-    ),
+    "random": Criterion("by lot: a control", lambda turn: turn.rng.random(len(turn.active_steps))),
     "position": Criterion(
         "its place: the lower layers are shared, the same ones always",
         lambda turn: np.arange(len(turn.active_steps), dtype=np.float64),
-        of="model",
     ),
 }
 """By name; adding one is a line here, a word in the configuration and a row in its test."""
 
 
-def new_scores(name: str, turn: Turn, before: Sequence[float]) -> tuple[float, ...]:
-    """Scores of all L layers; where there is no new one, that of before.
+def scores_of(name: str, turn: Turn) -> tuple[float, ...]:
+    """Scores of all L layers; 0 where there is no choice.
 
     Args:
         name: a key of :data:`CRITERIA`.
     """
-    criterion, found = CRITERIA[name], np.array(before, dtype=np.float64)
-    scores = criterion.score(turn)
-    known = np.ones(len(found), dtype=bool)
-    if criterion.of == "steps":
-        known = np.isin(np.arange(len(found)), turn.layers) & (turn.active_steps > 0)
-    found[known] = scores[known]
+    found = np.zeros(len(turn.active_steps))
+    moved = list(turn.moved)
+    found[moved] = CRITERIA[name].score(turn)[moved]
     return tuple(float(score) for score in found)

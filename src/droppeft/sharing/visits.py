@@ -1,7 +1,7 @@
 """What the server remembers of each device's last turn that counted; ours.
 
 Its round names what the device kept then and begins with next; its shared layers are what the next
-Plan brings; its scores stand for layers that get no new one.
+Plan brings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,11 @@ class Visit:
 
     Attributes:
         round: of that turn.
-        shared: layers that it shared; ``None`` where it had no choice.
-        scores: one per layer; ``None`` where it had no choice.
+        shared: layers that are shared since; ``None`` where there was no choice.
     """
 
     round: int
     shared: tuple[int, ...] | None
-    scores: tuple[float, ...] | None
 
 
 def last_visit(state: ServerState, device: int) -> Visit | None:
@@ -34,9 +32,7 @@ def last_visit(state: ServerState, device: int) -> Visit | None:
     if round is None:
         return None
     choice = _table(state, CHOICES).get(str(device))
-    if choice is None:
-        return Visit(round, None, None)
-    return Visit(round, tuple(choice["shared"]), tuple(choice["scores"]))
+    return Visit(round, None if choice is None else tuple(choice))
 
 
 def with_visits(state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]) -> ServerState:
@@ -46,8 +42,8 @@ def with_visits(state: ServerState, plans: Sequence[Plan], replies: Sequence[Rep
         device = str(plan.device)
         if isinstance(reply, Update):
             visits[device] = plan.round
-            if reply.shared is not None and reply.scores is not None:
-                choices[device] = {"shared": list(reply.shared), "scores": list(reply.scores)}
+            if reply.shared is not None:
+                choices[device] = list(reply.shared)
         elif isinstance(reply, Failure) and reply.lost:
             visits.pop(device, None)
             choices.pop(device, None)
