@@ -468,5 +468,6 @@ def test_there_are_experiments() -> None:
     assert {path.stem for path in EXPERIMENTS} == {
         *("one_device", "one_device_paper"),
         *("many_devices", "many_devices_paper"),
-        "configurator",
+        *("configurator", "configurator_deep", "configurator_agreement"),
+        *("sharing_heterogeneity", "sharing_criteria", "sharing_rivals", "ablation"),
     }
