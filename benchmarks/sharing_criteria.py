@@ -34,13 +34,11 @@ def main(words: list[str]) -> None:
     """Measure and write."""
     config = resolve(load_config(None, [*SETTINGS, *words]), cuda=False)
     prepared = prepare(config, lambda step: None, "0")
-    site, layers = site_of(prepared.loaded), prepared.setup.num_layers
+    site = site_of(prepared.loaded)
     [plain] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
     rows = config.sharing.score_rows
-    # All layers are shared, so that no turn writes a file.
     plans: dict[str, Plan] = {"": plain} | {
-        name: replace(plain, sharing=SharingRule(name, layers, 0.0, rows, None, (0.0,) * layers))
-        for name in CRITERIA
+        name: replace(plain, sharing=SharingRule(name, 0.5, 0.0, rows, None)) for name in CRITERIA
     }
     found: dict[str, dict[str, Any]] = {
         name: {"cpu_s": [], "wall_s": [], "scoring_tokens": 0} for name in plans
@@ -66,7 +64,7 @@ def main(words: list[str]) -> None:
         "machine": machine("cpu"),
         "repeats": REPEATS,
         "score_rows": rows,
-        "num_layers": layers,
+        "num_layers": prepared.setup.num_layers,
         "adapter_bytes": payload_bytes(
             {key: named for key, named in plain.tensors.items() if isinstance(key, int)}
         ),

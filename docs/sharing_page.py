@@ -73,9 +73,10 @@ COST_HEAD = """\
 
 `benchmarks/sharing_criteria.py`: turns of {steps} steps of {batch} texts of the built-in model at
 full depth, {repeats} of each kind in random order, on {place}. Extra is the median of a turn's
-CPU time over that of turns without scoring, less one, with a bootstrap 95 % interval; forwards
-are over the {rows} rows of `sharing.score_rows`. A mean gradient takes as much memory as the
-adapter's layers: {bytes:.2f} MB here.
+CPU time over that of turns that share everything, less one, with a bootstrap 95 % interval;
+keeping half of the layers is in it (with `position` there is nothing else). Tokens are those run
+to score the {rows} rows of `sharing.score_rows`, or as many as the device has. A mean gradient,
+or the values at the start, take as much memory as the adapter's layers: {bytes:.2f} MB here.
 """
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
-from droppeft.federation.layer_scores import Scored, score_layers
+from droppeft.federation.layer_scores import score_layers
 from droppeft.federation.turn_training import reads, train_turn
 from droppeft.federation.workbench import Workbench
 from droppeft.plans import (
@@ -107,13 +108,14 @@ def take_turn(
     parameters = _load(bench, plan)
     if plan.base_delta is not None:
         bench.hold()  # what is added to is then where it will be used
+    measure = partial(_on_validation, bench, table, rows, config)
     with base_delta_applied(bench.model, plan.base_delta):
         start_values = get_tensors(parameters) if reads(plan) == "start" else {}
-        before = _validation(bench, table, rows, config, plan)
+        before = measure(plan.reward_rows) if plan.reward_rows else None
         outcome, prefix = train_turn(bench, parameters, table, rows, config, plan)
-        after = _validation(bench, table, rows, config, plan)
-        scored = _choose(bench, parameters, table, rows, config, plan, outcome, start_values)
-    kept = frozenset() if scored is None else _names_of(bench.parameters, scored.kept)
+        after = measure(plan.reward_rows) if plan.reward_rows else None
+        scored = score_layers(bench, parameters, plan, outcome, start_values, measure)
+    kept = _names_of(bench.parameters, scored.kept if scored else ())
     tensors = _trained_and_shared(parameters, plan, kept, outcome)
     _keep_the_rest(bench, parameters, plan, kept)
     own = _train_own_copy(bench, parameters, table, rows, config, plan)
@@ -138,14 +140,14 @@ def take_turn(
             layer_tokens=outcome.layer_tokens,
             reward_tokens=sum(measured.tokens for measured in (before, after) if measured),
             prefix=prefix,
-            scoring_tokens=0 if scored is None else scored.tokens,
-            scoring_wall_s=0.0 if scored is None else scored.wall_s,
-            own_steps=0 if own is None else own.steps,
-            own_tokens=0 if own is None else own.tokens,
-            own_wall_s=0.0 if own is None else own.wall_s,
+            scoring_tokens=scored.tokens if scored else 0,
+            scoring_wall_s=scored.wall_s if scored else 0.0,
+            own_steps=own.steps if own else 0,
+            own_tokens=own.tokens if own else 0,
+            own_wall_s=own.wall_s if own else 0.0,
         ),
-        shared=None if scored is None else scored.shared,
-        scores=None if scored is None else scored.scores,
+        shared=scored.shared if scored else None,
+        scores=scored.scores if scored else None,
     )
 
 
@@ -263,30 +265,6 @@ def _kept(plan: Plan, missing: frozenset[str]) -> Tensors:
     return restrict(recall(folder_of(plan.run, plan.device), plan.kept), missing)
 
 
-def _choose(
-    bench: Workbench,
-    parameters: Parameters,
-    table: TokenTable,
-    rows: DeviceRows,
-    config: Config,
-    plan: Plan,
-    outcome: TrainOutcome,
-    start_values: Tensors,
-) -> Scored | None:
-    """Score the layers and choose those that are shared, if the Plan leaves it to the device."""
-    if plan.sharing is None:
-        return None
-    bench.hold()
-
-    def measure() -> Evaluation:
-        rule, settings = plan.sharing, config.evaluation
-        chosen = rows.validation[: rule.score_rows if rule else 0]
-        precision = config.training.precision
-        return evaluate(bench.model, table, chosen, bench.task, settings.batch_size, precision)
-
-    return score_layers(bench, parameters, plan, outcome, start_values, measure)
-
-
 def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:
     return frozenset(name for key in layers for name in parameters.get(key, {}))
 
@@ -328,22 +306,13 @@ def _train_own_copy(
     return outcome
 
 
-def _validation(
-    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, plan: Plan
-) -> Evaluation | None:
-    """Measure at full depth on the first rows of the validation part, if the Plan says so."""
-    if plan.reward_rows == 0:
-        return None
+def _on_validation(
+    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, count: int
+) -> Evaluation:
+    """Measure at full depth on the first rows of the validation part."""
     bench.hold()
-    chosen = rows.validation[: plan.reward_rows]
-    return evaluate(
-        bench.model,
-        table,
-        chosen,
-        bench.task,
-        config.evaluation.batch_size,
-        config.training.precision,
-    )
+    chosen, precision = rows.validation[:count], config.training.precision
+    return evaluate(bench.model, table, chosen, bench.task, config.evaluation.batch_size, precision)
 
 
 def _trained_and_shared(

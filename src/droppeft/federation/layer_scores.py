@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,21 +45,21 @@ def score_layers(
     plan: Plan,
     outcome: TrainOutcome,
     start_values: Tensors,
-    measure: Callable[[], Evaluation],
-) -> Scored:
-    """Score the layers of the model as the turn left it, and choose by the Plan's rule.
+    measure: Callable[[int], Evaluation],
+) -> Scored | None:
+    """Score the layers of the model as the turn left it, and choose by the Plan's rule, if any.
 
     Args:
         bench: left as it is.
         parameters: what the turn trained.
-        plan: with a rule.
         outcome: of the turn.
         start_values: that ``parameters`` had before it, where the criterion reads them.
-        measure: the loss of the model as it is, on the rows that scoring may use.
+        measure: the model as it is, on so many rows of the device's validation part.
     """
     rule = plan.sharing
-    assert rule is not None
-    model = _Model(bench, parameters, start_values, measure)
+    if rule is None:
+        return None
+    model = _Model(bench, parameters, start_values, partial(measure, rule.score_rows))
     moved = tuple(
         key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
     )
