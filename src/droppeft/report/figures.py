@@ -69,8 +69,9 @@ BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
 }
 OF_THE_TARGET = ("time-modelled", "time-measured")
 OF_DEVICES = ("personalised", "worst-tenth")
-RATES, SHARES = "rates", "arms"
-"""Figures of a member with a configurator; their names go on with the member's number."""
+RATES, SHARES, COVERAGE = "rates", "arms", "coverage"
+"""Figures of a member with a configurator, and of one whose devices do not send every layer; their
+names go on with the member's number."""
 
 
 def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
@@ -92,8 +93,15 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
             runs = [one.rows for one in played if one.cell.member == row.member and one.result]
             noted = [[one for one in rows if one.get("notes")] for rows in runs]
             if noted and all(noted):
-                made[f"{RATES}-{number}"] = _rates(row.member, noted)
+                title = f"{row.member}: drop rate of each layer"
+                made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
                 made[f"{SHARES}-{number}"] = _shares(row.member, noted)
+            merged = [
+                [one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs
+            ]
+            if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
+                title = f"{row.member}: devices that sent each layer"
+                made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
     return made
 
 
@@ -209,14 +217,25 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
     axis.set(ylim=(low, high), xlim=(0, right))
 
 
-def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
-    """Layers by rounds: how often each is dropped, mean over a round's devices and over seeds."""
+def _rates(row: Row) -> Sequence[float]:
+    """How often each layer is dropped, mean over a round's devices."""
+    rates: Sequence[float] = row["notes"]["rates"]
+    return rates
+
+
+def _covered(row: Row) -> Sequence[float]:
+    """Share of a round's merged devices that sent each layer."""
+    return [count / row["accepted"] for count in row["coverage"]]
+
+
+def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
+    """Layers by rounds, mean over seeds."""
     by_round: dict[int, list[Sequence[float]]] = {}
     for row in chain.from_iterable(runs):
-        by_round.setdefault(row["round"], []).append(row["notes"]["rates"])
-    rounds, layers = max(by_round), len(runs[0][0]["notes"]["rates"])
+        by_round.setdefault(row["round"], []).append(of(row))
+    rounds, layers = max(by_round), len(of(runs[0][0]))
     unknown = [[float("nan")] * layers]  # of a round without devices
-    rates = [
+    values = [
         [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
         for round in range(1, rounds + 1)
     ]
@@ -225,13 +244,13 @@ def _rates(member: str, runs: Sequence[Sequence[Row]]) -> Any:
     image = axis.pcolormesh(
         [edge + 1 for edge in edges[0]],
         edges[1],
-        list(zip(*rates, strict=True)),
+        list(zip(*values, strict=True)),
         cmap="cividis",
         vmin=0,
         vmax=1,
     )
     axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
-    axis.set_title(f"{member}: drop rate of each layer", loc="left", fontsize=9.5)
+    axis.set_title(title, loc="left", fontsize=9.5)
     axis.yaxis.set_major_locator(_whole_numbers())
     axis.xaxis.set_major_locator(_whole_numbers())
     scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)

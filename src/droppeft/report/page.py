@@ -22,6 +22,7 @@ from droppeft.ledger import read_rows
 from droppeft.report.figures import (
     AXES,
     BARS,
+    COVERAGE,
     INK,
     OF_DEVICES,
     OF_THE_TARGET,
@@ -167,8 +168,13 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "What the configurator chose, mean over seeds. An arm says what is dropped of the layers "
         "that it trains; patterns and the legend's order tell arms apart without colour.",
     )
+    sent = _group(
+        [made[name] for name in made if name.startswith(f"{COVERAGE}-")],
+        "Share of each round's merged devices that sent a layer, mean over seeds: what stays "
+        "personal, is dropped or not trained is not sent.",
+    )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}"
+    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}{sent}"
 
 
 def _group(drawn: Sequence[Any], caption: str) -> str:
