@@ -23,7 +23,13 @@ from droppeft.federation.transport import in_process
 from droppeft.plans import Update
 
 RESULT = Path(__file__).resolve().parent / "results/configurator_overhead.json"
-SETTINGS = ["threads=1", "rounds=12", "cohort=6", "training.batch_size=8"]
+SETTINGS = [
+    "threads=1",
+    "rounds=12",
+    "cohort=6",
+    "training.batch_size=8",
+    "configurator.reward=loss",
+]
 POLICIES = ("fixed", "budgeted_thompson")
 
 

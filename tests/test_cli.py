@@ -252,13 +252,17 @@ def test_ctrl_c_before_the_first_round(
         ["configurator.refresh=3"],
         ["configurator.policy=budgeted_thompson", "dropout.count=2"],
         ["configurator.policy=uniform_random", "dropout.shape=decay"],
+        ["configurator.policy=budgeted_thompson", "configurator.reward_rows=4"],
+        ["sharing.criterion=cka"],
+        ["sharing.hysteresis=0"],
+        ["sharing.fraction=0.5", "sharing.score_rows=8"],
+        ["evaluation.personalised=false", "evaluation.newcomers=true"],
     ],
 )
-def test_settings_that_the_configurator_would_ignore_are_refused(
+def test_settings_that_would_change_nothing_are_refused(
     droppeft: Command, words: list[str]
 ) -> None:
     said = droppeft("run", *words)
     assert said.code != 0
-    assert f"droppeft: {words[-1].partition('=')[0]} has no effect with configurator.policy=" in (
-        said.err
-    )
+    key = words[-1].partition("=")[0]
+    assert f"droppeft: {key} has no effect with " in said.err or "leave one out" in said.err

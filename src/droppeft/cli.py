@@ -358,6 +358,11 @@ def _check_configurator(config: "Config", settings: Sequence[str]) -> None:
                 f"{key} has no effect with configurator.policy={policy}; leave it out, or set "
                 "another policy"
             )
+        if key == "configurator.reward_rows" and config.configurator.reward != "loss":
+            raise DroppeftError(
+                f"{key} has no effect with configurator.reward={config.configurator.reward}, which "
+                "no device measures; leave it out"
+            )
 
 
 def _check_sharing(config: "Config", settings: Sequence[str]) -> None:

@@ -33,11 +33,12 @@ from runs import Recorder, outcome, rows_of, stop_after_a_round
 
 DROPPEFT = METHODS["droppeft"]
 THOMPSON = "configurator.policy=budgeted_thompson"
+MEASURED = "configurator.reward=loss"
 UNPROTECTED = ("dropout.protect_first=0", "dropout.protect_last=0")
 
 
 def setup(*words: str) -> Setup:
-    return setup_for(THOMPSON, *UNPROTECTED, "rounds=40", *words)
+    return setup_for(THOMPSON, MEASURED, *UNPROTECTED, "rounds=40", *words)
 
 
 def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[Arm]:
@@ -448,11 +449,12 @@ def test_the_order_of_arrival_does_not_matter() -> None:
     assert memory == play(backwards=True)
 
 
+@pytest.mark.parametrize("reward", ["agreement", "loss"])
 def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
-    tiny_words: list[str], tmp_path: Path
+    tiny_words: list[str], tmp_path: Path, reward: str
 ) -> None:
     usual = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [*usual, THOMPSON, "configurator.reward_rows=4", *UNPROTECTED, "rounds=5"]
+    words = [*usual, THOMPSON, f"configurator.reward={reward}", *UNPROTECTED, "rounds=5"]
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     stop_after_a_round(words, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
@@ -461,13 +463,23 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
     assert all(row["notes"]["chosen"].keys() == {str(d) for d in row["cohort"]} for row in rows)
     assert all(0 <= row["idle_modelled_share"] < 1 for row in rows)
     devices = rows_of(tmp_path / "whole" / "devices.jsonl")
-    assert all(row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices)
+    measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices]
+    assert set(measured) == {reward == "loss"}
+    gains = [gain for row in rows for gain in row["notes"]["gains"].values()]
+    assert None not in gains
+    assert len({*gains}) > 1
 
 
 @pytest.mark.parametrize("policy", ["epsilon_greedy", "successive_halving", "uniform_random"])
 def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: Path) -> None:
     usual = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [*usual, f"configurator.policy={policy}", *UNPROTECTED, "configurator.stage=1"]
+    words = [
+        *usual,
+        f"configurator.policy={policy}",
+        MEASURED,
+        *UNPROTECTED,
+        "configurator.stage=1",
+    ]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
     notes = [row["notes"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     present = [len(note["present"]) for note in notes]

@@ -74,10 +74,11 @@ def test_what_a_device_had_kept_does_not_count() -> None:
 
 def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
     setup, method = setup_for(*AGREEING, "cohort=6"), METHODS["droppeft"]
+    measured = setup_for(AGREEING[0], "configurator.reward=loss")
     state = method.init(setup)
     plans = method.plan(setup, state, 1, range(6))
     assert {plan.reward_rows for plan in plans} == {0}
-    assert {one.reward_rows for one in method.plan(setup_for(AGREEING[0]), state, 1, [1])} == {16}
+    assert {one.reward_rows for one in method.plan(measured, state, 1, [1])} == {16}
     state = method.merge(setup, state, plans, [answer_to(plan, 2.0) for plan in plans])
     noted = method.note(setup, state)
     assert noted is not None

@@ -44,10 +44,10 @@ class ConfiguratorConfig(Table):
         "not trained",
     )
     reward: Literal["loss", "agreement"] = Field(
-        "loss",
-        description="what a turn is worth: `loss`: what it takes off the loss on the device's "
-        "validation rows; `agreement`: how far it moves the adapter where the round's other turns "
-        "move it, which no device has to measure",
+        "agreement",
+        description="what a turn is worth: `agreement`: how far it moves the adapter where the "
+        "round's other turns move it, which no device has to measure; `loss`: what it takes off "
+        "the loss on the device's validation rows",
     )
     reward_rows: Whole = Field(
         16, ge=1, description="validation rows on which a device measures a `loss`"
