@@ -1,12 +1,13 @@
 """The part of the results about the configurator's policies on real data."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-from tables import RESULTS, markdown_table
+from tables import RESULTS, markdown_table, processor
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import target_accuracies
@@ -14,9 +15,10 @@ from droppeft.ledger import RoundRow, summarise
 from droppeft.report.page import read_folder
 
 STUDIES = {
-    "configurator": "the built-in model (6 layers)",
-    "configurator_deep": "`deep12` (12 layers)",
+    "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),
+    "configurator_deep": ("`deep12` (12 layers)", ()),
 }
+"""Title, and later comparisons whose members join the table."""
 FIXED = (
     "nothing dropped",
     "a quarter",
@@ -65,25 +67,86 @@ All turns of the policies that learn, together: the gain of an arm by least squa
 rounds, in units of the root mean square of all gains, ± one standard error; and what the arm is
 worth when it is all there is.
 """
+REWARDS = {
+    "loss": "Gains by the loss on a device's own validation rows:\n",
+    "agreement": "Gains by agreement with the round's other turns:\n",
+}
+LEARNING = (
+    "budgeted_thompson",
+    "sliding_window_ucb",
+    "epsilon_greedy",
+    "successive_halving",
+)
 REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
+
+
+OVERHEAD = RESULTS / "configurator_overhead.json"
+OVERHEAD_HEAD = """\
+## What the configurator itself takes
+
+`benchmarks/configurator_overhead.py`: {rounds} rounds of {cohort} devices, {steps} steps of {batch}
+texts each, on {place}; the same run with fixed rates beside it. Planning and merging are the
+server's seconds of a round (median); measuring is what devices spend on a gain by `loss`, of all
+their time (by `agreement` it is nothing).
+"""
+OVERHEAD_COLUMNS = ("run", "planning, merging", "of a round", "measuring", "measuring, modelled")
 
 
 def policies_sections() -> list[str]:
     """A section per study that was made."""
-    return [_section(name) for name in STUDIES if (RESULTS / name / "comparison.json").is_file()]
+    found = [_section(name) for name in STUDIES if (RESULTS / name / "comparison.json").is_file()]
+    if OVERHEAD.is_file():
+        found.append(_overhead(json.loads(OVERHEAD.read_text(encoding="utf-8"))))
+    return found
+
+
+def _overhead(content: Mapping[str, Any]) -> str:
+    config = content["runs"]["budgeted_thompson"]["config"]
+    head = OVERHEAD_HEAD.format(
+        rounds=config["rounds"],
+        cohort=config["cohort"],
+        steps=config["training"]["local_steps"],
+        batch=config["training"]["batch_size"],
+        place=processor(content["machine"]),
+    )
+    lines = []
+    for name, run in content["runs"].items():
+        rounds = run["rounds"]
+        own = median(row["plan_and_merge_s"] for row in rounds)
+        whole = median(row["plan_and_merge_s"] + max(row["turn_wall_s"]) for row in rounds)
+        lines.append(
+            (
+                f"`{name}`",
+                f"{1000 * own:.1f} ms",
+                f"{own / whole:.2%}",
+                *(f"{_measuring(rounds, clock):.1%}" for clock in ("wall", "modelled")),
+            )
+        )
+    return f"{head}\n{markdown_table(OVERHEAD_COLUMNS, lines)}"
+
+
+def _measuring(rounds: Sequence[Mapping[str, Any]], clock: str) -> float:
+    every: list[float] = [
+        sum(second for row in rounds for second in row[f"{part}_{clock}_s"])
+        for part in ("reward", "turn")
+    ]
+    return every[0] / every[1]
 
 
 def _section(name: str) -> str:
+    title, others = STUDIES[name]
     _, comparison, played = read_folder(RESULTS / name)
+    for other in others:
+        if (RESULTS / other / "comparison.json").is_file():
+            played += read_folder(RESULTS / other)[2]
     played = [one for one in played if one.result is not None]
     targets = target_accuracies(comparison.target, played)
     by_member = {
-        member: runs
-        for member in comparison.members
-        if (runs := {one.cell.seed: one for one in played if one.cell.member == member})
+        member: {one.cell.seed: one for one in played if one.cell.member == member}
+        for member in dict.fromkeys(one.cell.member for one in played)
     }
     times = {
-        member: {seed: _time(run, targets[seed]) for seed, run in runs.items()}
+        member: {seed: _time(run, targets.get(seed)) for seed, run in runs.items()}
         for member, runs in by_member.items()
     }
     best = _best_arm(times)
@@ -96,7 +159,7 @@ def _section(name: str) -> str:
     lines.insert(place, ("–",) * len(COLUMNS))
     config = played[0].cell.config
     head = HEAD.format(
-        model=STUDIES[name],
+        model=title,
         name=name,
         devices=config.devices,
         cohort=config.cohort,
@@ -107,7 +170,24 @@ def _section(name: str) -> str:
         seeds=_seeds(by_member),
         early=early,
     )
-    return "\n".join([head, markdown_table(COLUMNS, lines), REWARD_HEAD, _rewards(by_member)])
+    seen = [REWARD_HEAD]
+    for reward, words in REWARDS.items():
+        found = {
+            member: runs
+            for member, runs in by_member.items()
+            if any(_reward(run) == reward for run in runs.values())
+        }
+        seen += [words, _rewards(found, by_member)] if found else []
+    return "\n".join([head, markdown_table(COLUMNS, lines), *seen])
+
+
+def _reward(run: Played) -> str | None:
+    """What its gains are; those of runs before there was a choice are of the loss."""
+    assert run.result is not None
+    if not any((row["notes"] or {}).get("gains") for row in run.rows):
+        return None
+    found: str = run.result["config"]["configurator"].get("reward", "loss")
+    return found if run.result["config"]["configurator"]["policy"] in LEARNING else None
 
 
 def _seeds(by_member: Mapping[str, Mapping[int, Played]]) -> str:
@@ -186,10 +266,12 @@ def _at(run: Played, seconds: float) -> float:
     return fmean(found[-3:])
 
 
-def _rewards(by_member: Mapping[str, Mapping[int, Played]]) -> str:
+def _rewards(
+    learning: Mapping[str, Mapping[int, Played]], by_member: Mapping[str, Mapping[int, Played]]
+) -> str:
     turns = [
         turn
-        for member, runs in by_member.items()
+        for member, runs in learning.items()
         for seed, run in runs.items()
         for turn in _turns(run, f"{member} {seed}")
     ]
