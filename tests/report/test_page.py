@@ -19,6 +19,7 @@ from droppeft.report.page import FIGURES, PAGE, write_page
 from runs import Recorder
 
 THOUGHTS = ("rates-2", "arms-2")
+COVERED = ("coverage-1", "coverage-2", "coverage-3")  # in two steps some layers never run
 """Of the third member, which has a configurator."""
 
 
@@ -92,7 +93,7 @@ def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
 def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
-    assert reader.tags.count("svg") == len(AXES) + len(BARS) + len(THOUGHTS)
+    assert reader.tags.count("svg") == len(AXES) + len(BARS) + len(THOUGHTS) + len(COVERED)
     assert "thinks: drop rate of each layer" in reader.texts
     assert any("not trained" in part or "dropped" in part for part in reader.texts)
     assert [name for name in COLUMNS if name not in reader.texts] == []
@@ -116,7 +117,7 @@ def test_figures_take_the_page_s_ink(compared: Path) -> None:
 
 def test_figures_are_files_too(compared: Path) -> None:
     names = {path.name for path in (compared / FIGURES).iterdir()}
-    every = (*AXES, *BARS, *THOUGHTS)
+    every = (*AXES, *BARS, *THOUGHTS, *COVERED)
     assert names == {f"{name}.{kind}" for name in every for kind in ("png", "svg")}
     for path in (compared / FIGURES).glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")
@@ -139,7 +140,9 @@ def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
     reader = Reader(text)
     result = json.loads((folder / "result.json").read_text())
     assert result["method"] in reader.texts
-    assert reader.tags.count("svg") == len(AXES) + len(BARS) - len(OF_THE_TARGET)
+    drawn = len(AXES) + len(BARS) - len(OF_THE_TARGET) + 1  # the last: which layers were sent
+    assert reader.tags.count("svg") == drawn
+    assert any("devices that sent each layer" in text for text in reader.texts)
     assert f"{result['global_accuracy']:.3f}".replace("0.", ".", 1) in reader.texts
 
 
