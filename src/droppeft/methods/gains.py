@@ -1,7 +1,7 @@
 """What a turn was worth, by which arms are judged: in one of two ways. Ours.
 
 ``loss``: the decrease of the loss on the device's own validation rows. The device measures it, and
-mostly sees how its own labels are distributed.
+part of what it sees is how its own labels are distributed.
 
 ``agreement``: how far the turn moved the adapter where the round's other turns moved it. If devices
 move along the gradient of the common loss, plus what is their own, the product of one's change with
