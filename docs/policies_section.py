@@ -11,6 +11,7 @@ from tables import RESULTS, markdown_table, processor
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import target_accuracies
+from droppeft.configurator.policies import LOT, POLICIES
 from droppeft.ledger import RoundRow, summarise
 from droppeft.report.page import read_folder
 
@@ -47,7 +48,7 @@ line are single arms, below it are policies over all six. The target is what ful
 on the same seed (mean of three evaluations) less a point; a run that never gets there in its
 rounds has no time. *Early*: accuracy (mean of the last three evaluations) at {early:.2f} modelled
 seconds, when the shortest run has ended. *Over the best arm*: per seed, time to target over that
-of the best single arm in hindsight.
+of the best single arm in hindsight. `droppeft report benchmarks/results/{name}` draws all of it.
 """
 COLUMNS = (
     "member",
@@ -71,12 +72,6 @@ REWARDS = {
     "loss": "Gains by the loss on a device's own validation rows:\n",
     "agreement": "Gains by agreement with the round's other turns:\n",
 }
-LEARNING = (
-    "budgeted_thompson",
-    "sliding_window_ucb",
-    "epsilon_greedy",
-    "successive_halving",
-)
 REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
 
 
@@ -182,12 +177,11 @@ def _section(name: str) -> str:
 
 
 def _reward(run: Played) -> str | None:
-    """What its gains are; those of runs before there was a choice are of the loss."""
+    """What its gains are, if it learns; those of runs before there was a choice are of the loss."""
     assert run.result is not None
-    if not any((row["notes"] or {}).get("gains") for row in run.rows):
-        return None
-    found: str = run.result["config"]["configurator"].get("reward", "loss")
-    return found if run.result["config"]["configurator"]["policy"] in LEARNING else None
+    settings = run.result["config"]["configurator"]
+    found: str = settings.get("reward", "loss")
+    return found if settings["policy"] in POLICIES.keys() - {LOT} else None
 
 
 def _seeds(by_member: Mapping[str, Mapping[int, Played]]) -> str:
@@ -225,9 +219,9 @@ def _line(
     results = [run.result for run in runs.values() if run.result is not None]
     there = [time for time in times.values() if time is not None]
     ratios = [
-        "–" if times[seed] is None else f"{_ratio(times[seed], best[seed]):.2f}"
-        for seed in times
-        if best.get(seed) is not None
+        "–" if time is None else f"{time / least:.2f}"
+        for seed, time in times.items()
+        if (least := best.get(seed)) is not None
     ]
     return (
         member,
@@ -239,12 +233,6 @@ def _line(
         f"{fmean(result['idle_modelled_share'] for result in results):.0%}",
         f"{fmean(result['mean_active_layers'] for result in results):.2f}",
     )
-
-
-def _ratio(time: float | None, best: float | None) -> float:
-    assert time is not None
-    assert best is not None
-    return time / best
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -41,6 +41,13 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the devices of one test keep what is their own."""
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real data sets: DROPPEFT_DATA, or ``../shared/data`` beside the repository."""

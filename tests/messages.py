@@ -80,6 +80,15 @@ def setup_for(*words: str) -> Setup:
     return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
 
 
+def assert_same(first: Tensors, second: Tensors) -> None:
+    """The same tensors in the same order, bit for bit."""
+    one, other = list(flatten(first)), list(flatten(second))
+    assert [item[:2] for item in one] == [item[:2] for item in other]
+    for (_, name, left), (_, _, right) in zip(one, other, strict=True):
+        assert left.dtype == right.dtype, name
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
 def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
     """A Plan for :func:`filled` tensors, all of them shared."""
     plan = Plan(

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from droppeft.config import load_config
+from droppeft.federation.device import carry_out
+from droppeft.federation.loading import Site
 from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow
-from droppeft.plans import Reply
+from droppeft.plans import Plan, Reply, Update
 
 TOPICS = {
     "food": ("bread", "apple", "cheese", "soup", "salt", "rice"),
@@ -75,6 +77,13 @@ def outcome(out: Path) -> dict[str, Any]:
         "devices": timeless(rows_of(out / "devices.jsonl")),
         "result": timeless(json.loads((out / "result.json").read_text())),
     }
+
+
+def turn_of(site: Site, plan: Plan) -> Update:
+    """What a device answers that carries a Plan out, which it must be able to."""
+    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+    assert isinstance(reply, Update)
+    return reply
 
 
 def stop_after_a_round(words: list[str], out: Path) -> None:

@@ -26,15 +26,7 @@ class Terms:
     ) -> None:
         self._objective = objective
         self._trained = [value for named in parameters.values() for value in named.values()]
-        self._anchors: list[torch.Tensor] = []
-        if objective.proximal > 0 and anchors is None:
-            self._anchors = [value.detach().clone() for value in self._trained]
-        elif objective.proximal > 0 and anchors is not None:
-            given = [anchors[key][name] for key, named in parameters.items() for name in named]
-            self._anchors = [
-                torch.from_numpy(array).to(value)
-                for array, value in zip(given, self._trained, strict=True)
-            ]
+        self._anchors = list(_values(parameters, anchors)) if objective.proximal > 0 else []
         self._pairs = list(_pairs(parameters)) if objective.rank_penalty else []
 
     def add_gradients(self) -> None:
@@ -55,6 +47,16 @@ class Terms:
         smallest = torch.finfo(tail_a.dtype).tiny
         a.grad[penalty.kept :] += penalty.weight * norm_b * tail_a / norm_a.clamp(min=smallest)
         b.grad[:, penalty.kept :] += penalty.weight * norm_a * tail_b / norm_b.clamp(min=smallest)
+
+
+def _values(parameters: Parameters, given: Tensors | None) -> Iterator[torch.Tensor]:
+    """Of each parameter the given value, or the one that it has now."""
+    for key, named in parameters.items():
+        for name, value in named.items():
+            if given is None:
+                yield value.detach().clone()
+            else:
+                yield torch.from_numpy(given[key][name]).to(value)
 
 
 def _pairs(parameters: Parameters) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

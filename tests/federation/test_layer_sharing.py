@@ -20,7 +20,6 @@ from droppeft.adapters.by_layer import set_tensors
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation import layer_scores
-from droppeft.federation.device import carry_out
 from droppeft.federation.export_run import export_run
 from droppeft.federation.loading import Site, site_of
 from droppeft.federation.prepare import Prepared, prepare
@@ -41,18 +40,14 @@ from droppeft.plans import (
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
-from messages import answer_to, setup_for
-from runs import Recorder, outcome, rows_of, stop_after_a_round
+from messages import answer_to, assert_same, setup_for
+from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+
+pytestmark = pytest.mark.usefixtures("state")
 
 RUN = "00c0ffee"
 LAYERS = 4
 HALF = ("sharing.fraction=0.5", "sharing.hysteresis=0")
-
-
-@pytest.fixture(autouse=True)
-def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 @pytest.fixture
@@ -67,24 +62,11 @@ def with_rule(plan: Plan, criterion: str = "gradient_norm", **changes: Any) -> P
     return replace(plan, sharing=replace(rule, **changes))
 
 
-def update(site: Site, plan: Plan) -> Update:
-    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
-    assert isinstance(reply, Update)
-    return reply
-
-
-def assert_same(one: Any, other: Any) -> None:
-    left, right = list(flatten(one)), list(flatten(other))
-    assert [item[:2] for item in left] == [item[:2] for item in right]
-    for (_, name, a), (_, _, b) in zip(left, right, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
     site: Site, first: Plan, criterion: str
 ) -> None:
-    reply = update(site, with_rule(first, criterion))
+    reply = turn_of(site, with_rule(first, criterion))
     assert reply.shared is not None
     assert reply.scores is not None
     kept = [layer for layer in range(LAYERS) if layer not in reply.shared]
@@ -94,14 +76,14 @@ def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
     assert list(recall(folder_of(RUN, 1), 1)) == kept
     forwards = {"no": 0, "once": 1, "per layer": LAYERS + 1}[CRITERIA[criterion].runs_model]
     assert (reply.cost.scoring_tokens > 0) == (reply.cost.scoring_wall_s > 0) == (forwards > 0)
-    once = update(site, with_rule(first, "cka")).cost.scoring_tokens
+    once = turn_of(site, with_rule(first, "cka")).cost.scoring_tokens
     assert reply.cost.scoring_tokens == forwards * once
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
-    plain, ruled = update(site, first), update(site, with_rule(first, criterion, fraction=1.0))
+    plain, ruled = turn_of(site, first), turn_of(site, with_rule(first, criterion, fraction=1.0))
     assert_same(plain.tensors, ruled.tensors)
     assert plain.importance == ruled.importance
     assert plain.train_loss == ruled.train_loss
@@ -111,14 +93,14 @@ def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criteri
 def test_a_layer_that_never_ran_stays_what_it_was(site: Site, first: Plan) -> None:
     """Of the other three, half (2) are shared; it is in neither number, and is not sent."""
     plan = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
-    new = update(site, with_rule(plan))
+    new = turn_of(site, with_rule(plan))
     assert new.shared is not None
     assert 1 in new.shared
     assert len(new.shared) == 3
     assert 1 not in new.tensors
     assert (new.scores or ())[1] == 0.0
     later = with_rule(replace(plan, round=2), shared=(0, 2))
-    mine = update(site, later)
+    mine = turn_of(site, later)
     assert mine.shared is not None
     assert len(mine.shared) == 2
     assert 1 in recall(folder_of(RUN, 1), 2)
@@ -126,14 +108,14 @@ def test_a_layer_that_never_ran_stays_what_it_was(site: Site, first: Plan) -> No
 
 def test_where_there_is_no_choice_nothing_is_run_to_make_it(site: Site, first: Plan) -> None:
     for fraction in (0.0, 1.0):
-        reply = update(site, with_rule(first, "leave_one_out", fraction=fraction))
+        reply = turn_of(site, with_rule(first, "leave_one_out", fraction=fraction))
         assert len(reply.shared or ()) == fraction * LAYERS
         assert reply.cost.scoring_tokens == 0
         assert reply.scores == (0.0,) * LAYERS
 
 
 def test_leave_one_out_is_the_loss_without_the_turn_s_change(site: Site, first: Plan) -> None:
-    reply = update(site, with_rule(first, "leave_one_out"))
+    reply = turn_of(site, with_rule(first, "leave_one_out"))
     bench, rows = site.bench, site.devices[1].validation[:8]
     trained = {**reply.tensors, **recall(folder_of(RUN, 1), 1)}
 
@@ -157,7 +139,7 @@ def test_blocks_are_seen_as_they_are(
         return (0.0,) * LAYERS
 
     monkeypatch.setattr(layer_scores, "scores_of", spy)
-    update(site, with_rule(first, "block_influence", score_rows=3))
+    turn_of(site, with_rule(first, "block_influence", score_rows=3))
     monkeypatch.undo()
     bench, rows = site.bench, site.devices[1].validation[:3]
     cosines, means = np.zeros((LAYERS, 2)), []
@@ -249,7 +231,7 @@ def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
     site: Site, first: Plan
 ) -> None:
     """The same as if the server had sent it all."""
-    one = update(site, with_rule(first))
+    one = turn_of(site, with_rule(first))
     assert one.shared is not None
     kept = recall(folder_of(RUN, 1), 1)
     merged = {
@@ -258,7 +240,7 @@ def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
     }
     later = with_rule(replace(first, round=2, tensors=merged, kept=1), shared=one.shared)
     told = replace(later, tensors={**merged, **kept}, kept=None)
-    found, expected = update(site, later), update(site, told)
+    found, expected = turn_of(site, later), turn_of(site, told)
     assert found.train_loss == expected.train_loss
     assert_same(found.tensors, expected.tensors)
 
@@ -270,10 +252,10 @@ def test_an_arm_s_prefix_is_no_choice(site: Site, first: Plan) -> None:
     """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
     plan = replace(first, train=names, share=names, untrained=2)
-    new = update(site, with_rule(plan))
+    new = turn_of(site, with_rule(plan))
     assert {0, 1} < set(new.shared or ())
     assert len(set(new.tensors) & {2, 3}) == 1
-    later = update(site, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
+    later = turn_of(site, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
     assert set(later.shared or ()) & {0, 1} == {1}
     assert_same({0: recall(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 

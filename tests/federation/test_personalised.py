@@ -29,16 +29,12 @@ from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_ke
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import Scripted, answer_to
-from runs import Recorder, outcome, rows_of, stop_after_a_round
+from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+
+pytestmark = pytest.mark.usefixtures("state")
 
 RUN = "00c0ffee"
 OWN_LAYER = 1
-
-
-@pytest.fixture(autouse=True)
-def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 @pytest.fixture
@@ -59,18 +55,12 @@ def ask(site: Site, plan: Plan) -> Any:
     return carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
 
 
-def update(site: Site, plan: Plan) -> Update:
-    reply = ask(site, plan)
-    assert isinstance(reply, Update)
-    return reply
-
-
 def layers_of(reply: Update) -> set[Any]:
     return set(reply.tensors)
 
 
 def test_what_may_not_travel_stays(site: Site, first: Plan) -> None:
-    reply = update(site, first)
+    reply = turn_of(site, first)
     assert OWN_LAYER not in reply.tensors
     assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
     kept = recall(folder_of(RUN, 1), 1)
@@ -81,35 +71,35 @@ def test_what_may_not_travel_stays(site: Site, first: Plan) -> None:
 
 def test_a_turn_begins_with_what_the_last_one_kept(site: Site, first: Plan) -> None:
     """The same as if the server had sent it."""
-    update(site, first)
+    turn_of(site, first)
     kept = recall(folder_of(RUN, 1), 1)
     later = next_visit(first, round=2, kept=1)
-    found = update(site, later)
+    found = turn_of(site, later)
     told = replace(later, tensors={**later.tensors, **kept}, kept=None)
-    expected = update(site, told)
+    expected = turn_of(site, told)
     assert found.train_loss == expected.train_loss
     for key, name, array in flatten(found.tensors):
         np.testing.assert_array_equal(array, expected.tensors[key][name])
-    fresh = update(site, replace(first, round=2))
+    fresh = turn_of(site, replace(first, round=2))
     assert fresh.train_loss != found.train_loss
 
 
 def test_what_the_plan_brings_goes_before_what_was_kept(site: Site, first: Plan) -> None:
     """A layer that becomes shared takes the global value."""
-    update(site, first)
+    turn_of(site, first)
     whole = replace(first, round=2, share=first.share)
-    assert update(site, replace(whole, kept=1)).train_loss == update(site, whole).train_loss
+    assert turn_of(site, replace(whole, kept=1)).train_loss == turn_of(site, whole).train_loss
 
 
 def test_a_turn_that_the_server_never_heard_of_does_not_count(site: Site, first: Plan) -> None:
-    update(site, first)
-    expected = update(site, next_visit(first, round=3, kept=1))
-    update(site, next_visit(first, round=2, kept=1))  # its reply is lost
-    assert update(site, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
+    turn_of(site, first)
+    expected = turn_of(site, next_visit(first, round=3, kept=1))
+    turn_of(site, next_visit(first, round=2, kept=1))  # its reply is lost
+    assert turn_of(site, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
 
 
 def test_a_device_that_lost_what_it_kept_says_so(site: Site, first: Plan) -> None:
-    update(site, first)
+    turn_of(site, first)
     (folder_of(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
     reply = ask(site, next_visit(first, round=2, kept=1))
     assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
@@ -122,7 +112,7 @@ def test_a_plan_without_what_it_needs_is_an_error(site: Site, first: Plan) -> No
 
 def test_a_method_that_shares_all_keeps_nothing(site: Site, first: Plan, state: Path) -> None:
     every = frozenset(name for _, name, _ in flatten(first.tensors))
-    update(site, replace(first, share=every, run=""))
+    turn_of(site, replace(first, share=every, run=""))
     assert not state.exists()
 
 
@@ -141,7 +131,7 @@ def test_a_measurement_is_of_the_model_on_the_device_s_own_test_rows(
 
 
 def test_a_measurement_is_of_what_was_kept(site: Site, first: Plan) -> None:
-    update(site, first)
+    turn_of(site, first)
     before = rows_kept(1)
     own = ask(site, without_steps(next_visit(first, round=2, kept=1)))
     plain = ask(site, without_steps(replace(first, round=2)))

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from droppeft.config import load_config
@@ -12,8 +11,8 @@ from droppeft.federation.checkpoints import Checkpoint, load_newest, save
 from droppeft.federation.rounds import play_round
 from droppeft.federation.run import start_run
 from droppeft.methods import METHODS, Method, Setup, method_named
-from droppeft.plans import Failure, Plan, ServerState, Tensors, Update, flatten
-from messages import LAYERS, Scripted, answer_to, filled, setup_for
+from droppeft.plans import Failure, Plan, ServerState, Update, flatten
+from messages import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
 from runs import Recorder
 
 # Settings with which a method's contract is tested: adding a method adds a row.
@@ -41,14 +40,6 @@ def method(request: pytest.FixtureRequest) -> Method:
 @pytest.fixture
 def setup(method: Method) -> Setup:
     return setup_for(f"method={method.name}", *ROWS[method.name])
-
-
-def assert_same(first: Tensors, second: Tensors) -> None:
-    one, other = list(flatten(first)), list(flatten(second))
-    assert [item[:2] for item in one] == [item[:2] for item in other]
-    for (_, name, left), (_, _, right) in zip(one, other, strict=True):
-        assert left.dtype == right.dtype, name
-        np.testing.assert_array_equal(left, right, err_msg=name)
 
 
 def lessons(plan: Plan) -> list[Update]:

@@ -11,20 +11,16 @@ import pytest
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import carry_out
-from droppeft.federation.loading import Site, site_of
+from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
-from droppeft.plans import HEAD, Measurement, Plan, Update, flatten
+from droppeft.plans import HEAD, Measurement, Plan, flatten
 from droppeft.sharing.kept import folder_of, recall
-from runs import Recorder, outcome, rows_of, stop_after_a_round
+from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+
+pytestmark = pytest.mark.usefixtures("state")
 
 RUN = "00c0ffee"
-
-
-@pytest.fixture(autouse=True)
-def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 @pytest.fixture
@@ -42,12 +38,6 @@ def first_plan(prepared: Prepared) -> Plan:
     return plan
 
 
-def update(site: Site, plan: Plan) -> Update:
-    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
-    assert isinstance(reply, Update)
-    return reply
-
-
 def distance(one: Any, other: Any) -> float:
     pairs = zip(flatten(one), flatten(other), strict=True)
     return float(np.sqrt(sum(np.square(a - b).sum() for (_, _, a), (_, _, b) in pairs)))
@@ -61,7 +51,7 @@ def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
 ) -> None:
     """The same batches from the same values: what differs is the pull alone."""
     prepared = prepare_with("method=ditto", "ditto.pull=0")
-    reply = update(site_of(prepared.loaded), first_plan(prepared))
+    reply = turn_of(site_of(prepared.loaded), first_plan(prepared))
     assert distance(recall(folder_of(RUN, 1), 1), reply.tensors) == 0
     assert (reply.cost.own_steps, reply.cost.own_tokens) == (reply.steps, reply.cost.tokens)
 
@@ -70,15 +60,15 @@ def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepa
     """Also in a later turn, which begins with the device's own."""
     prepared = prepare_with("method=ditto", "training.local_steps=20")
     site, plan = site_of(prepared.loaded), first_plan(prepared)
-    shared = update(site, plan)
+    shared = turn_of(site, plan)
     far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in plan.tensors.items()}
     later = replace(plan, round=2, kept=1, tensors=far, own_copy=0.0)
     away = {}
     for pull in (0.0, 0.5, 50.0):
-        reply = update(site, replace(later, own_copy=pull))
-        assert distance(reply.tensors, update(site, replace(later, own_copy=None)).tensors) == 0
+        reply = turn_of(site, replace(later, own_copy=pull))
+        assert distance(reply.tensors, turn_of(site, replace(later, own_copy=None)).tensors) == 0
         away[pull] = distance(recall(folder_of(RUN, 1), 2), far)
-        update(site, plan)  # its file for the next
+        turn_of(site, plan)  # its file for the next
     assert away[0.0] > away[0.5] > away[50.0]
     assert distance(shared.tensors, far) > away[50.0]
 
@@ -124,7 +114,7 @@ def test_ditto_does_not_take_frozen_layers(prepare_with: Callable[..., Prepared]
 def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("method=fedsa_lora")
     site, plan = site_of(prepared.loaded), first_plan(prepared)
-    reply = update(site, plan)
+    reply = turn_of(site, plan)
     kept = {name for _, name, _ in flatten(recall(folder_of(RUN, 1), 1))}
     sent = {name for _, name, _ in flatten(reply.tensors)}
     assert kept == {name for _, name, _ in flatten(plan.tensors) if ".lora_B." in name}

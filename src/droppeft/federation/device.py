@@ -4,7 +4,6 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
+from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.federation.layer_scores import score_layers
@@ -78,12 +78,10 @@ def measure_own(
     bench.wear(plan.adapter)
     parameters = _load(bench, plan)
     bench.hold()
-    batch_size, precision = config.evaluation.batch_size, config.training.precision
     with base_delta_applied(bench.model, plan.base_delta):
         if plan.budget.epochs:
             train_turn(bench, parameters, table, rows, config, plan)
-            bench.hold()
-        found = evaluate(bench.model, table, rows.test, bench.task, batch_size, precision)
+        found = _evaluate(bench, table, rows.test, config)
     return Measurement(plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss)
 
 
@@ -108,7 +106,10 @@ def take_turn(
     parameters = _load(bench, plan)
     if plan.base_delta is not None:
         bench.hold()  # what is added to is then where it will be used
-    measure = partial(_on_validation, bench, table, rows, config)
+
+    def measure(count: int) -> Evaluation:
+        return _evaluate(bench, table, rows.validation[:count], config)
+
     with base_delta_applied(bench.model, plan.base_delta):
         start_values = get_tensors(parameters) if reads(plan) == "start" else {}
         before = measure(plan.reward_rows) if plan.reward_rows else None
@@ -306,13 +307,11 @@ def _train_own_copy(
     return outcome
 
 
-def _on_validation(
-    bench: Workbench, table: TokenTable, rows: DeviceRows, config: Config, count: int
-) -> Evaluation:
-    """Measure at full depth on the first rows of the validation part."""
+def _evaluate(bench: Workbench, table: TokenTable, rows: Rows, config: Config) -> Evaluation:
+    """Measure at full depth on some of the device's rows."""
     bench.hold()
-    chosen, precision = rows.validation[:count], config.training.precision
-    return evaluate(bench.model, table, chosen, bench.task, config.evaluation.batch_size, precision)
+    batch_size, precision = config.evaluation.batch_size, config.training.precision
+    return evaluate(bench.model, table, rows, bench.task, batch_size, precision)
 
 
 def _trained_and_shared(

@@ -160,7 +160,8 @@ def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -
         key: {**kept.get(key, {}), **plan.tensors.get(key, {})}
         for key in dict.fromkeys((*plan.tensors, *kept))
     }
-    found = [one for one in _measured(run, checkpoint.round) if one["device"] == device]
+    measured = (_result(run, checkpoint.round) or {}).get("personalised", [])
+    found = [one for one in measured if one["device"] == device]
     return replace(
         source,
         model=GlobalModel(plan.adapter, whole, plan.base_delta),
@@ -170,12 +171,12 @@ def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -
     )
 
 
-def _measured(run: Path, round: int) -> list[dict[str, Any]]:
-    """What the devices' models were worth at the end of the run, if that was this round."""
+def _result(run: Path, round: int) -> Mapping[str, Any] | None:
+    """What the run noted at its end, if that was this round."""
     if not (run / RESULT).exists():
-        return []
-    result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    return list(result.get("personalised", [])) if result["rounds"] == round else []
+        return None
+    result: dict[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    return result if result["rounds"] == round else None
 
 
 def _with_labels(
@@ -197,10 +198,9 @@ def _with_labels(
 
 def _recorded(run: Path, round: int, facts: Mapping[str, Any]) -> tuple[float | None, int]:
     """The accuracy that the run noted for a round, and on how many test texts."""
-    if (run / RESULT).exists():
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-        if result["rounds"] == round:
-            return result["global_accuracy"], result["test_rows"]
+    result = _result(run, round)
+    if result is not None:
+        return result["global_accuracy"], result["test_rows"]
     if round == 0:
         return facts["initial_accuracy"], facts["sampled_test_rows"]
     noted = [row["global_accuracy"] for row in read_rows(run / ROUNDS) if row["round"] == round]

@@ -23,6 +23,7 @@ from droppeft.plans import (
     AdapterSpec,
     Array,
     GlobalModel,
+    LayerKey,
     Objective,
     Plan,
     RankPenalty,
@@ -32,7 +33,7 @@ from droppeft.plans import (
     Update,
     flatten,
 )
-from droppeft.sharing.aggregation import Weight, average_over_holders, by_examples
+from droppeft.sharing.aggregation import average_over_holders, by_examples
 
 LEAST_PART = 1 / 4
 """Of the full rank, on the slowest devices."""
@@ -179,10 +180,12 @@ def _merge(
             tensors = resized(resized(reply.tensors, rank), full)
             updates.append(replace(reply, tensors=tensors))
     norms = {update.device: product_norm(update.tensors) for update in updates}
-    weight: Weight = lambda update, layer: norms[update.device]  # noqa: E731
-    tensors = average_over_holders(
-        state.model.tensors, updates, weight if any(norms.values()) else by_examples
-    )
+
+    def by_norm(update: Update, layer: LayerKey) -> float:
+        return norms[update.device]
+
+    weight = by_norm if any(norms.values()) else by_examples
+    tensors = average_over_holders(state.model.tensors, updates, weight)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
     return replace(state, model=model, memory={**state.memory, RANKS: ranks})
 

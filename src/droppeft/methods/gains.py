@@ -30,14 +30,11 @@ def gains_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) -> l
     """
     if setup.config.configurator.reward == "loss":
         return [reply.reward if isinstance(reply, Update) else None for reply in replies]
-    places = [place for place, reply in enumerate(replies) if isinstance(reply, Update)]
-    found: list[float | None] = [None] * len(plans)
-    updates = [reply for reply in replies if isinstance(reply, Update)]
-    changes = [_changes(plans[place], one) for place, one in zip(places, updates, strict=True)]
-    weights = [float(update.examples) for update in updates]
-    for place, gain in zip(places, agreements(changes, weights), strict=True):
-        found[place] = gain
-    return found
+    answered = zip(plans, replies, strict=True)
+    merged = [(plan, reply) for plan, reply in answered if isinstance(reply, Update)]
+    changes = [_changes(plan, update) for plan, update in merged]
+    found = iter(agreements(changes, [float(update.examples) for _, update in merged]))
+    return [next(found) if isinstance(reply, Update) else None for reply in replies]
 
 
 def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[float | None]:

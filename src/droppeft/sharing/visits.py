@@ -45,8 +45,7 @@ def with_visits(state: ServerState, plans: Sequence[Plan], replies: Sequence[Rep
             if reply.shared is not None:
                 choices[device] = list(reply.shared)
         elif isinstance(reply, Failure) and reply.lost:
-            visits.pop(device, None)
-            choices.pop(device, None)
+            visits.pop(device, None)  # without it a choice is not looked at
     tables = {name: table for name, table in ((VISITS, visits), (CHOICES, choices)) if table}
     others = {key: item for key, item in state.memory.items() if key not in (VISITS, CHOICES)}
     return replace(state, memory={**others, **tables})
