@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.config import load_config
+from droppeft.config import load_config, resolve
 from droppeft.costs.clock import Arithmetic
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.costs.devices import make_fleet
@@ -140,6 +140,37 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
         scores=None if rule is None else (0.0,) * LAYERS,
     )
     return replace(update, **changes)
+
+
+WIDTH_OF_MODEL = 3
+
+
+def fresh_shaped(spec: AdapterSpec) -> Tensors:
+    """LoRA or bottlenecks where a layer has them; A and down-projections of ones, the rest 0."""
+    made: dict[Any, dict[str, Array]] = {}
+    for layer, adapter in enumerate(spec.layers):
+        if adapter is None:
+            continue
+        rank = adapter.rank or adapter.width or 0
+        first, last = ("lora_A", "lora_B") if adapter.rank else ("down", "up")
+        made[layer] = {
+            f"{layer}.{first}.weight": np.ones((rank, WIDTH_OF_MODEL), np.float32),
+            f"{layer}.{last}.weight": np.zeros((WIDTH_OF_MODEL, rank), np.float32),
+        }
+    return {**made, HEAD: {"head.W": np.zeros(1, np.float32)}}
+
+
+def layout_shaped(spec: AdapterSpec) -> Layout:
+    """The tensors of :func:`fresh_shaped`."""
+    return {name: (key, array.shape) for key, name, array in flatten(fresh_shaped(spec))}
+
+
+def shaped(*words: str) -> Setup:
+    """Surroundings in which adapters have the shapes that they say."""
+    config = resolve(setup_for(*words).config, cuda=False)
+    fleet = make_fleet(config.clock, config.devices, config.seed)
+    clock = make_clock(fleet, lambda spec: ARITHMETIC)
+    return Setup(config, LAYERS, fresh_shaped, layout_shaped, clock)
 
 
 class Scripted:

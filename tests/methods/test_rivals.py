@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.config import DeviceProfile, load_config, resolve
+from droppeft.config import DeviceProfile, load_config
 from droppeft.costs.clock import Arithmetic
 from droppeft.costs.counts import BlockCounts, StepCounts
-from droppeft.costs.devices import PROFILES, make_fleet
+from droppeft.costs.devices import PROFILES
 from droppeft.data.partition import partition_rows
 from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import make_clock
@@ -21,46 +21,14 @@ from droppeft.methods.legend import ranks
 from droppeft.plans import (
     HEAD,
     AdapterSpec,
-    Array,
     Failure,
-    Layout,
     Plan,
     Tensors,
     Update,
     flatten,
 )
-from messages import ARITHMETIC, LAYERS, answer_to, setup_for
+from messages import ARITHMETIC, LAYERS, answer_to, layout_shaped, setup_for, shaped
 from runs import Recorder, rows_of
-
-WIDTH_OF_MODEL = 3
-
-
-def fresh(spec: AdapterSpec) -> Tensors:
-    """LoRA or bottlenecks where a layer has them; A and down-projections of ones, the rest 0."""
-    made: dict[Any, dict[str, Array]] = {}
-    for layer, adapter in enumerate(spec.layers):
-        if adapter is None:
-            continue
-        rank = adapter.rank or adapter.width or 0
-        first, last = ("lora_A", "lora_B") if adapter.rank else ("down", "up")
-        made[layer] = {
-            f"{layer}.{first}.weight": np.ones((rank, WIDTH_OF_MODEL), np.float32),
-            f"{layer}.{last}.weight": np.zeros((WIDTH_OF_MODEL, rank), np.float32),
-        }
-    return {**made, HEAD: {"head.W": np.zeros(1, np.float32)}}
-
-
-def layout(spec: AdapterSpec) -> Layout:
-    return {name: (key, array.shape) for key, name, array in flatten(fresh(spec))}
-
-
-def shaped(*words: str) -> Setup:
-    """Surroundings in which adapters have the shapes that they say."""
-    plain = setup_for(*words)
-    config = resolve(plain.config, cuda=False)
-    fleet = make_fleet(config.clock, config.devices, config.seed)
-    clock = make_clock(fleet, lambda spec: ARITHMETIC)
-    return Setup(config, LAYERS, fresh, layout, clock)
 
 
 def layers_of(plan: Plan) -> list[int]:
@@ -145,7 +113,7 @@ def test_legend_gives_a_device_the_layers_it_has_time_for() -> None:
         depth = depths[names[plan.device]] = len(layers_of(plan))
         assert layers_of(plan) == list(range(LAYERS - depth, LAYERS))
         assert plan.adapter.layers[: LAYERS - depth] == (None,) * (LAYERS - depth)
-        assert plan.share == set(layout(plan.adapter))
+        assert plan.share == set(layout_shaped(plan.adapter))
     assert depths == {"jetson_tx2": 1, "jetson_agx_xavier": 4}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from droppeft.config import SharingConfig
 from droppeft.gradients import Moments
-from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of
+from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, usual_norms
 
 LAYERS = 4
 GROWING = range(1, 5)
@@ -51,6 +51,7 @@ def test_only_layers_that_moved_have_a_score(name: str) -> None:
 # Derived by hand from the numbers of turn().
 EXPECTED = {
     "gradient_norm": (2.0, 1.0),
+    "relative_gradient_norm": (2.0, 1.0),  # nobody to compare with
     "fisher": (5.0, 1.5),
     # Of 4 steps: variance (5 - 2) 4 / 3 = 4, signal 2 - 4 / 4 = 1; of 2 steps: 2, .5 - 2 / 2 < 0.
     "gradient_snr": (0.25, 0.0),
@@ -132,3 +133,26 @@ def test_the_unbiased_hsic_is_that_of_its_definition() -> None:
 
     expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
     assert linear_cka(x, y) == pytest.approx(expected)
+
+
+def test_what_is_unusual_is_the_norm_through_the_usual_one() -> None:
+    scores = scores_of("relative_gradient_norm", turn(usual=np.array([9.0, 4.0, 9.0, 0.5])))
+    assert (scores[1], scores[3]) == (0.5, 2.0)
+
+
+def test_a_layer_that_nobody_knows_counts_as_usual_as_the_others() -> None:
+    scores = scores_of("relative_gradient_norm", turn(usual=np.array([0.0, 4.0, 0.0, 0.0])))
+    assert (scores[1], scores[3]) == (0.5, 0.25)
+    plain = scores_of("relative_gradient_norm", turn(usual=np.zeros(4)))
+    assert (plain[1], plain[3]) == (2.0, 1.0)
+
+
+def test_usual_norms_are_means_of_shares() -> None:
+    """A device whose gradients are ten times as large counts as any other."""
+    one, ten_times, part = [1.0, 3.0, 0.0], [30.0, 10.0, 0.0], [0.0, 5.0, 5.0]
+    # Shares: 1/2 and 3/2; 3/2 and 1/2; 1 and 1 of the layers that it ran.
+    found = usual_norms([one, ten_times, part])
+    assert found == pytest.approx((1.0, 1.0, 1.0))
+    assert usual_norms([one]) == pytest.approx((0.5, 1.5, 0.0))
+    assert usual_norms([]) is None
+    assert usual_norms([[0.0, 0.0]]) is None

@@ -16,6 +16,7 @@ from droppeft.config.reading import (
     sentence,
     to_toml,
 )
+from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 from droppeft.config.tables import (
     AdapterConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "FlowerConfig",
     "FrozenConfig",
     "PartitionConfig",
+    "ServerConfig",
     "SharingConfig",
     "SourceConfig",
     "TrainingConfig",

@@ -19,6 +19,7 @@ class SharingConfig(Table):
     )
     criterion: Literal[
         "gradient_norm",
+        "relative_gradient_norm",
         "fisher",
         "gradient_snr",
         "weight_change",

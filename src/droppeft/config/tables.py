@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from droppeft.config.base import Real, Table, Whole, WordList
 from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.devices import ClockConfig
+from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 
 DEFAULT_MEAN_RATE = 1 / 3
@@ -240,6 +241,11 @@ class TrainingConfig(Table):
     warmup_fraction: Real = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
     weight_decay: Real = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     clip_norm: Real = Field(1.0, gt=0, description="largest global gradient norm")
+    proximal: Real = Field(
+        0.0,
+        ge=0,
+        description="FedProx: weight mu of (mu/2)·‖trained − received‖² in a device's loss",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="`bf16` and `fp16` run the forward under autocast, `fp16` with a scaled loss; "
@@ -361,6 +367,7 @@ class Config(Table):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
     sharing: SharingConfig = Field(default_factory=SharingConfig)
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.config import Config
@@ -196,7 +197,8 @@ def rehearse(bench: Workbench, table: TokenTable, config: Config, spec: AdapterS
 def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[None]:
     """Add a delta to the frozen backbone inside; afterwards its bits are the old ones.
 
-    The old values are kept, not recomputed: w + d − d is not w in floating point.
+    The old values are kept, not recomputed: w + d − d is not w in floating point. What is added to
+    a linear map is (out, in), also where the backbone keeps it the other way round (GPT-2).
 
     Raises:
         DroppeftError: a name or shape that the backbone does not have, or a quantised weight.
@@ -205,7 +207,13 @@ def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[No
         yield
         return
     own = {_own_name(name): value for name, value in model.named_parameters()}
-    for name, array in delta.tensors.items():
+    turned = {
+        _own_name(f"{name}.weight")
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
+    }
+    added = {name: array.T if name in turned else array for name, array in delta.tensors.items()}
+    for name, array in added.items():
         if name in own and is_quantised(own[name]):
             raise DroppeftError(
                 f"base delta {delta.version}: {name} is quantised, and nothing can be added to it; "
@@ -213,10 +221,10 @@ def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[No
             )
         if name not in own or tuple(own[name].shape) != array.shape:
             raise DroppeftError(f"base delta {delta.version}: {name} does not fit the backbone")
-    kept = {name: own[name].detach().clone() for name in delta.tensors}
+    kept = {name: own[name].detach().clone() for name in added}
     try:
         with torch.no_grad():
-            for name, array in delta.tensors.items():
+            for name, array in added.items():
                 own[name].add_(torch.from_numpy(array).to(own[name]))
         yield
     finally:

@@ -73,6 +73,7 @@ def score_layers(
         rng=seeds.numpy_generator(
             plan.seed, purpose="layer scores", round=plan.round, device=plan.device
         ),
+        usual=None if rule.usual is None else np.array(rule.usual),
     )
     count = count_of(rule.fraction, len(moved))
     has_choice = 0 < count < len(moved)

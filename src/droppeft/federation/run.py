@@ -261,7 +261,11 @@ def _finish(
 def _global_result(
     prepared: Prepared, model: GlobalModel, out: Path, watcher: Watcher
 ) -> dict[str, Any]:
-    """What the global model is worth, and its adapter as files; nothing where there is none."""
+    """What the global model is worth, and its adapter as files; nothing where there is none.
+
+    An adapter cannot say what is added to the backbone: of such a model there are no files until
+    ``droppeft export --merge`` makes them.
+    """
     names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
     if not prepared.method.has_global_model(prepared.config):
         return {**dict.fromkeys(names), "test_rows": 0}
@@ -271,7 +275,9 @@ def _global_result(
         "global_accuracy": whole.accuracy,
         "global_f1": whole.f1,
         "global_loss": whole.loss,
-        "adapter_sha256": write_adapter(prepared.loaded, model, asdict(whole), out),
+        "adapter_sha256": None
+        if model.base_delta
+        else write_adapter(prepared.loaded, model, asdict(whole), out),
         "test_rows": whole.rows,
     }
 

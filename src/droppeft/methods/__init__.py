@@ -5,13 +5,19 @@ from droppeft.methods.base import Method, Setup
 from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.ditto import DITTO
 from droppeft.methods.droppeft import DROPPEFT
+from droppeft.methods.fedadaopt import FEDADAOPT
 from droppeft.methods.fedadapter import FEDADAPTER
+from droppeft.methods.fedex_lora import FEDEX_LORA
 from droppeft.methods.fedhetlora import FEDHETLORA
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.fedra import FEDRA
 from droppeft.methods.fedsa_lora import FEDSA_LORA
+from droppeft.methods.ffa_lora import FFA_LORA
+from droppeft.methods.flexlora import FLEXLORA
+from droppeft.methods.flora import FLORA
 from droppeft.methods.legend import LEGEND
 from droppeft.methods.local import LOCAL
+from droppeft.methods.other_types import OTHER_TYPES
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -19,10 +25,16 @@ METHODS: dict[str, Method] = {
         DROPPEFT,
         FEDLORA,
         FEDADAPTER,
+        FEDADAOPT,
         FEDHETLORA,
         FEDRA,
-        FEDSA_LORA,
         LEGEND,
+        FFA_LORA,
+        FLEXLORA,
+        FLORA,
+        FEDEX_LORA,
+        FEDSA_LORA,
+        *OTHER_TYPES.values(),
         DITTO,
         LOCAL,
         CENTRALISED,

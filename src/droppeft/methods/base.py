@@ -31,6 +31,7 @@ from droppeft.plans import (
     flatten,
 )
 from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.server_optimizer import MOMENTS, step
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def full_plan(
         train=None,
         share=frozenset(name for _, name, _ in flatten(state.model.tensors)),
         dropout=dropout,
-        objective=Objective(),
+        objective=Objective(proximal=training.proximal),
         base_delta=state.model.base_delta,
         budget=Budget(steps=training.local_steps, epochs=training.local_epochs),
         reward_rows=0,
@@ -192,8 +193,25 @@ def without_steps(plan: Plan) -> Plan:
 def average_by_examples(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    """Every tensor becomes its holders' mean, weighted by the rows they trained on."""
+    """Every tensor becomes its holders' mean, weighted by the rows they trained on.
+
+    With a server optimiser it moves towards that mean by its rule.
+    """
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    tensors = average_over_holders(state.model.tensors, updates, by_examples)
-    model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
-    return ServerState(model, state.alternatives, state.memory)
+    return with_mean(
+        setup, state, updates, average_over_holders(state.model.tensors, updates, by_examples)
+    )
+
+
+def with_mean(
+    setup: Setup, state: ServerState, updates: Sequence[Update], mean: Tensors
+) -> ServerState:
+    """The state after a round of these updates, whose mean by tensor is given."""
+    settings, model, others = setup.config.server, state.model, state.alternatives
+    if settings.optimizer != "none" and updates:
+        sent = {name for update in updates for _, name, _ in flatten(update.tensors)}
+        known = {which: others[which].tensors for which in MOMENTS if which in others}
+        mean, moments = step(settings, model.tensors, mean, sent, known)
+        kept = {which: GlobalModel(model.adapter, tensors) for which, tensors in moments.items()}
+        others = {**others, **kept}
+    return replace(state, model=replace(model, tensors=mean), alternatives=others)

@@ -31,7 +31,7 @@ def _alone(config: Config) -> Config:
 CENTRALISED = Method(
     name="centralised",
     summary="one device that holds all rows: an upper reference",
-    tables=frozenset({"frozen"}),
+    tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
     plan=FEDLORA.plan,
     merge=average_by_examples,

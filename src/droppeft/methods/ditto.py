@@ -57,7 +57,7 @@ def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
 DITTO = Method(
     name="ditto",
     summary="FedLoRA, and an adapter of each device's own, pulled to the shared one (Ditto)",
-    tables=frozenset({"ditto"}),
+    tables=frozenset({"ditto", "server"}),
     init=_init,
     plan=_plan,
     merge=_merge,

@@ -21,6 +21,7 @@ from droppeft.methods.base import (
     in_round,
     start_with,
     uniform_adapter,
+    with_mean,
     without_steps,
 )
 from droppeft.methods.personal_layers import (
@@ -30,7 +31,7 @@ from droppeft.methods.personal_layers import (
     weight_of,
     with_sharing,
 )
-from droppeft.plans import GlobalModel, LayerDropout, Plan, Reply, ServerState, Update, flatten
+from droppeft.plans import LayerDropout, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import average_over_holders
 from droppeft.sharing.factors import average_products
 from droppeft.sharing.visits import with_visits
@@ -142,12 +143,12 @@ def _with_arm(
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    config, model = setup.config, state.model
+    config = setup.config
     updates = [reply for reply in replies if isinstance(reply, Update)]
     average = average_over_holders if config.sharing.factors == "separate" else average_products
-    tensors = average(model.tensors, updates, weight_of(config))
-    merged = replace(state, model=GlobalModel(model.adapter, tensors, model.base_delta))
-    if keeps_anything(setup.config):
+    mean = average(state.model.tensors, updates, weight_of(config))
+    merged = with_mean(setup, state, updates, mean)
+    if keeps_anything(config):
         merged = with_visits(merged, plans, replies)
     if configured.is_fixed(setup):
         return merged
@@ -157,7 +158,7 @@ def _merge(
 DROPPEFT = Method(
     name="droppeft",
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
-    tables=frozenset({"dropout", "configurator", "sharing", "frozen"}),
+    tables=frozenset({"dropout", "configurator", "sharing", "frozen", "server"}),
     init=_init,
     plan=_plan,
     merge=_merge,

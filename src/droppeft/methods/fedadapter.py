@@ -21,10 +21,10 @@ from droppeft.methods.base import (
     Method,
     Setup,
     adapter_spec,
-    average_by_examples,
     full_plan,
     start_with,
 )
+from droppeft.methods.other_types import with_type
 from droppeft.plans import (
     AdapterSpec,
     Array,
@@ -35,6 +35,7 @@ from droppeft.plans import (
     Tensors,
     Update,
 )
+from droppeft.sharing.aggregation import average_over_holders, by_examples
 
 FIRST_DEPTH, FIRST_WIDTH, WIDER_BY, MOST_DEPTH = 2, 8, 8, 12
 TRIAL_ROUNDS, REWARD_ROWS = 3, 32
@@ -67,18 +68,44 @@ class Trial:
         return max(means, key=lambda group: means[group], default=SAME)
 
 
-def _init(setup: Setup) -> ServerState:
-    chosen = setup.config.adapter
+def check_bottlenecks(setup: Setup) -> None:
+    """Refuse what a method that grows bottlenecks cannot have.
+
+    Raises:
+        DroppeftError: another type of adapter, or frozen layers.
+    """
+    chosen, method = setup.config.adapter, setup.config.method
     if chosen.type != "bottleneck":
         raise DroppeftError(
-            f"method=fedadapter grows bottlenecks, and adapter.type={chosen.type}; "
+            f"method={method} grows bottlenecks, and adapter.type={chosen.type}; "
             "set adapter.type=bottleneck"
         )
     if setup.config.frozen.layers:
         raise DroppeftError(
-            f"method=fedadapter freezes the layers below its adapters by itself; leave "
+            f"method={method} freezes the layers below its adapters by itself; leave "
             f"frozen.layers={setup.config.frozen.layers} out"
         )
+
+
+def first_shape(setup: Setup) -> tuple[int, int]:
+    """Depth and width with which growing begins."""
+    width = setup.config.adapter.width or FIRST_WIDTH
+    return min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, width)
+
+
+def largest_shape(setup: Setup) -> tuple[int, int]:
+    """Depth and width with which it ends."""
+    return min(MOST_DEPTH, setup.num_layers), setup.config.adapter.width or FIRST_WIDTH
+
+
+def plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
+    """The model with its holders' means, weighted by rows."""
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    return replace(model, tensors=average_over_holders(model.tensors, updates, by_examples))
+
+
+def _init(setup: Setup) -> ServerState:
+    check_bottlenecks(setup)
     if setup.config.training.local_epochs is not None:
         raise DroppeftError(
             "method=fedadapter gives its groups equal time by their steps; set "
@@ -89,11 +116,11 @@ def _init(setup: Setup) -> ServerState:
             f"method=fedadapter splits the cohort into three groups, and cohort="
             f"{setup.config.cohort}; set it to 3 or more"
         )
-    depth, width = min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, chosen.width or FIRST_WIDTH)
-    return _begin_trial(setup, start_with(setup, _spec(setup, depth, width)).model, depth, width)
+    depth, width = first_shape(setup)
+    return _begin_trial(setup, start_with(setup, spec_of(setup, depth, width)).model, depth, width)
 
 
-def _spec(setup: Setup, depth: int, width: int) -> AdapterSpec:
+def spec_of(setup: Setup, depth: int, width: int) -> AdapterSpec:
     """Bottlenecks of a width in the last ``depth`` layers."""
     chosen = setup.config.adapter.model_copy(update={"width": width})
     return adapter_spec(chosen, setup.num_layers, setup.num_layers - depth)
@@ -102,9 +129,9 @@ def _spec(setup: Setup, depth: int, width: int) -> AdapterSpec:
 def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
     """Depth and width of every group's adapters; no group for what has grown to its cap."""
     shapes = {SAME: (depth, width)}
-    if depth < min(MOST_DEPTH, setup.num_layers):
+    deepest, widest = largest_shape(setup)
+    if depth < deepest:
         shapes[DEEPER] = (depth + 1, width)
-    widest = setup.config.adapter.width or FIRST_WIDTH
     if width < widest:
         shapes[WIDER] = (depth, min(width + WIDER_BY, widest))
     return shapes
@@ -113,16 +140,16 @@ def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
 def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> ServerState:
     """All groups begin with the same function: what is new in a model changes nothing yet."""
     groups = _shapes(setup, depth, width)
-    grown = {
-        group: _grown(setup, model, _spec(setup, *shape))
+    larger = {
+        group: grown(setup, model, spec_of(setup, *shape))
         for group, shape in groups.items()
         if group != SAME
     }
     trial = Trial(depth, width, 0, dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0))
-    return ServerState(model, grown, asdict(trial))
+    return ServerState(model, larger, asdict(trial))
 
 
-def _grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
+def grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
     """A larger adapter with the smaller one's values where it has them, fresh ones elsewhere."""
     fresh = setup.fresh_tensors(spec)
     tensors: Tensors = {
@@ -205,14 +232,12 @@ def _merge(
     gains, turns, models = dict(trial.gains), dict(trial.turns), {}
     for group in trial.gains:
         model = _model(state, group)
-        pairs = [
-            (plan, reply)
+        own = [
+            reply
             for plan, reply in zip(plans, replies, strict=True)
             if plan.adapter == model.adapter
         ]
-        own = [reply for _, reply in pairs]
-        of_group = replace(state, model=model)
-        models[group] = average_by_examples(setup, of_group, [p for p, _ in pairs], own).model
+        models[group] = plain_mean(model, own)
         rewards = [r.reward for r in own if isinstance(r, Update) and r.reward is not None]
         gains[group] += sum(rewards)
         turns[group] += len(rewards)
@@ -231,4 +256,5 @@ FEDADAPTER = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    adjust=with_type(type="bottleneck"),
 )

@@ -24,16 +24,15 @@ from droppeft.plans import (
     Array,
     GlobalModel,
     LayerKey,
-    Objective,
     Plan,
     RankPenalty,
     Reply,
     ServerState,
     Tensors,
     Update,
-    flatten,
 )
 from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.factors import A, B, pairs_of
 
 LEAST_PART = 1 / 4
 """Of the full rank, on the slowest devices."""
@@ -55,7 +54,7 @@ def resized(tensors: Tensors, rank: int) -> Tensors:
 
 
 def _resized(name: str, value: Array, rank: int) -> Array:
-    axis = _rank_axis(name)
+    axis = 0 if A in name else 1 if B in name else None  # A is (r, in), B is (out, r)
     if axis is None:
         return value
     shape = list(value.shape)
@@ -64,13 +63,6 @@ def _resized(name: str, value: Array, rank: int) -> Array:
     kept = tuple(slice(min(a, b)) for a, b in zip(shape, value.shape, strict=True))
     made[kept] = value[kept]
     return made
-
-
-def _rank_axis(name: str) -> int | None:
-    """Which axis of a tensor is LoRA's rank: A is (r, in), B is (out, r)."""
-    if ".lora_A." in name:
-        return 0
-    return 1 if ".lora_B." in name else None
 
 
 def product_norm(tensors: Tensors) -> float:
@@ -85,9 +77,7 @@ def _square(a: Array, b: Array) -> float:
 
 
 def _pairs(tensors: Tensors) -> list[tuple[Array, Array]]:
-    named = {name: value for _, name, value in flatten(tensors)}
-    firsts = [name for name in named if ".lora_A." in name]
-    return [(named[a], named[a.replace(".lora_A.", ".lora_B.")]) for a in firsts]
+    return [(tensors[key][a], tensors[key][b]) for key, a, b in pairs_of(tensors)]
 
 
 def tail_norm(tensors: Tensors, kept: int) -> float:
@@ -137,18 +127,19 @@ def _init(setup: Setup) -> ServerState:
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_at_rank(setup, state, round, device) for device in cohort]
+    return [_with_penalty(setup, state, round, device) for device in cohort]
 
 
-def _at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    rank = _ranks(state.memory)[device]
-    plan = full_plan(setup, state, round, device, dropout=None)
-    return replace(
-        plan,
-        adapter=_cut(state.model.adapter, rank),
-        tensors=resized(plan.tensors, rank),
-        objective=Objective(rank_penalty=RankPenalty(PENALTY, _kept(rank))),
-    )
+def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    plan = at_rank(state, full_plan(setup, state, round, device, dropout=None))
+    penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device]))
+    return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
+
+
+def at_rank(state: ServerState, plan: Plan) -> Plan:
+    """A Plan of whole tensors, cut to the rank that its device has in the state's memory."""
+    rank = _ranks(state.memory)[plan.device]
+    return replace(plan, adapter=_cut(plan.adapter, rank), tensors=resized(plan.tensors, rank))
 
 
 def _cut(full: AdapterSpec, rank: int) -> AdapterSpec:

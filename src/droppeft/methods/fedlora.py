@@ -27,7 +27,7 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 FEDLORA = Method(
     name="fedlora",
     summary="LoRA in every layer, full depth, plain averaging (FedIT)",
-    tables=frozenset({"frozen"}),
+    tables=frozenset({"frozen", "server"}),
     init=_init,
     plan=_plan,
     merge=average_by_examples,

@@ -64,7 +64,7 @@ def _of_layers(
 FEDRA = Method(
     name="fedra",
     summary="a random set of layers per device and round (FedRA)",
-    tables=frozenset({"dropout", "frozen"}),
+    tables=frozenset({"dropout", "frozen", "server"}),
     init=_init,
     plan=_plan,
     merge=average_by_examples,

@@ -18,9 +18,8 @@ from droppeft.methods.base import (
     without_steps,
 )
 from droppeft.plans import Plan, Reply, ServerState, flatten, restrict
+from droppeft.sharing.factors import B
 from droppeft.sharing.visits import last_visit, with_visits
-
-KEPT = ".lora_B."
 
 
 def _init(setup: Setup) -> ServerState:
@@ -39,7 +38,7 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan, visit = full_plan(setup, state, round, device, dropout=None), last_visit(state, device)
-    shared = frozenset(name for _, name, _ in flatten(plan.tensors) if KEPT not in name)
+    shared = frozenset(name for _, name, _ in flatten(plan.tensors) if B not in name)
     if visit is None:
         return replace(plan, share=shared)
     return replace(plan, tensors=restrict(plan.tensors, shared), share=shared, kept=visit.round)
@@ -58,7 +57,7 @@ def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
 FEDSA_LORA = Method(
     name="fedsa_lora",
     summary="LoRA's A and the head are shared, B stays on the device (FedSA-LoRA)",
-    tables=frozenset({"frozen"}),
+    tables=frozenset({"frozen", "server"}),
     init=_init,
     plan=_plan,
     merge=_merge,

@@ -98,7 +98,7 @@ def _last_layers(setup: Setup, state: ServerState, round: int, device: int) -> P
 LEGEND = Method(
     name="legend",
     summary="adapters in as many last layers as a device has time for (LEGEND)",
-    tables=frozenset(),
+    tables=frozenset({"server"}),
     init=_init,
     plan=_plan,
     merge=average_by_examples,

@@ -22,9 +22,9 @@ from droppeft.plans import (
     payload_bytes,
 )
 from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
-from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.criteria import CRITERIA, usual_norms
 from droppeft.sharing.selection import count_of
-from droppeft.sharing.visits import Visit, last_visit
+from droppeft.sharing.visits import Visit, last_visit, norms_of_devices
 
 
 def keeps_layers(config: Config) -> bool:
@@ -75,7 +75,7 @@ def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
         tensors={key: named for key, named in plan.tensors.items() if key not in kept},
         share=plan.share & travels,
         kept=visit.round if visit and kept else None,
-        sharing=_rule(setup, visit) if keeps_layers(config) else None,
+        sharing=_rule(setup, state, visit) if keeps_layers(config) else None,
     )
 
 
@@ -118,14 +118,16 @@ def scored_rows(setup: Setup, lower: int) -> int:
     return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
 
 
-def _rule(setup: Setup, visit: Visit | None) -> SharingRule:
+def _rule(setup: Setup, state: ServerState, visit: Visit | None) -> SharingRule:
     settings = setup.config.sharing
+    compares = CRITERIA[settings.criterion].compares
     return SharingRule(
         criterion=settings.criterion,
         fraction=settings.fraction,
         hysteresis=settings.hysteresis,
         score_rows=settings.score_rows,
         shared=visit.shared if visit else None,
+        usual=usual_norms(norms_of_devices(state)) if compares else None,
     )
 
 

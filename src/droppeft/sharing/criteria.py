@@ -46,6 +46,8 @@ class Turn:
             values that the turn began with, less the loss with what the turn made of all.
         moved: layers that were trained and ran: those that there is a choice about.
         rng: of this device's turn.
+        usual: (L,) what other devices' gradient norms are like, 0 where that is not known; ``None``
+            without any.
     """
 
     active_steps: Vector
@@ -55,6 +57,7 @@ class Turn:
     undone: Callable[[Sequence[int]], Sequence[float]]
     moved: tuple[int, ...]
     rng: np.random.Generator
+    usual: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Criterion:
             row, or one per row and one more per row and layer.
         reads: what has to be collected for it besides the gradients' norms: the mean gradient, or
             the values that the turn begins with.
+        compares: with what other devices' gradients are like, which the server then tells.
     """
 
     summary: str
     score: Callable[[Turn], Vector]
     runs_model: Literal["no", "once", "per layer"] = "no"
     reads: Literal["", "mean gradient", "start"] = ""
+    compares: bool = False
 
 
 def linear_cka(one: Matrix, other: Matrix) -> float:
@@ -114,6 +119,30 @@ def _signal_to_noise(turn: Turn) -> Vector:
     return found
 
 
+def _relative(turn: Turn) -> Vector:
+    """Through what is usual in the layer; where that is not known, through what is on average."""
+    norm, usual = turn.gradients.norm, turn.usual
+    if usual is None or not usual.any():
+        return norm
+    found: Vector = norm / np.where(usual > 0, usual, usual[usual > 0].mean())
+    return found
+
+
+def usual_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
+    """Of each layer, the mean of devices' gradient norms, each through its own mean over layers.
+
+    Args:
+        norms: L of every device, 0 in a layer that it did not train or run, which does not count.
+    """
+    table = np.array(norms, dtype=np.float64)
+    table = table[table.any(axis=1)] if table.size else table
+    if not table.size:
+        return None
+    known = table > 0
+    own = table.sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
+    return tuple(((table / own).sum(axis=0) / np.maximum(known.sum(axis=0), 1)).tolist())
+
+
 def _undone(turn: Turn) -> Vector:
     scores = np.zeros(len(turn.active_steps))
     scores[list(turn.moved)] = turn.undone(turn.moved)
@@ -124,6 +153,11 @@ CRITERIA: Mapping[str, Criterion] = {
     "gradient_norm": Criterion(
         "norm of its adapter's gradient, mean over the steps it ran in",
         lambda turn: turn.gradients.norm,
+    ),
+    "relative_gradient_norm": Criterion(
+        "that norm through what it usually is in the layer: what is unusual about the device",
+        _relative,
+        compares=True,
     ),
     "fisher": Criterion(
         "square of that norm, mean over those steps: a stand-in for the Fisher information",

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from droppeft.plans import Failure, Plan, Reply, ServerState, Update
+from droppeft.sharing.criteria import CRITERIA
 
-VISITS, CHOICES = "visits", "choices"
+VISITS, CHOICES, NORMS = "visits", "choices", "gradient_norms"
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,26 @@ def last_visit(state: ServerState, device: int) -> Visit | None:
 
 def with_visits(state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]) -> ServerState:
     """Note a round's merged turns, and who has lost what it kept."""
-    visits, choices = dict(_table(state, VISITS)), dict(_table(state, CHOICES))
+    visits, choices, norms = (dict(_table(state, name)) for name in (VISITS, CHOICES, NORMS))
     for plan, reply in zip(plans, replies, strict=True):
         device = str(plan.device)
         if isinstance(reply, Update):
             visits[device] = plan.round
             if reply.shared is not None:
                 choices[device] = list(reply.shared)
+            if plan.sharing is not None and CRITERIA[plan.sharing.criterion].compares:
+                norms[device] = list(reply.importance)
         elif isinstance(reply, Failure) and reply.lost:
             visits.pop(device, None)  # without it a choice is not looked at
-    tables = {name: table for name, table in ((VISITS, visits), (CHOICES, choices)) if table}
-    others = {key: item for key, item in state.memory.items() if key not in (VISITS, CHOICES)}
-    return replace(state, memory={**others, **tables})
+    tables = {VISITS: visits, CHOICES: choices, NORMS: norms}
+    others = {key: item for key, item in state.memory.items() if key not in tables}
+    known = {name: table for name, table in tables.items() if table}
+    return replace(state, memory={**others, **known})
+
+
+def norms_of_devices(state: ServerState) -> list[Sequence[float]]:
+    """Gradient norms by layer of each device's last turn, for criteria that compare with them."""
+    return list(_table(state, NORMS).values())
 
 
 def _table(state: ServerState, key: str) -> Mapping[str, Any]:

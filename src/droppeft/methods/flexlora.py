@@ -1,0 +1,51 @@
+"""FlexLoRA: ranks that fit the devices, and products that are averaged instead of factors.
+
+Source: arXiv:2402.11505. The server averages B·A, factors the mean again by SVD and sends every
+device as many of the largest components as its rank holds. The ranks are those that `fedhetlora`
+begins with, so that what differs is the merge; the factor alpha / rank stays that of the full rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from droppeft.methods.base import Method, Setup, full_plan, start_with, uniform_adapter
+from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, resized
+from droppeft.methods.plain_lora import check_plain_lora
+from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
+from droppeft.sharing.aggregation import by_examples
+from droppeft.sharing.factors import average_products
+
+
+def _init(setup: Setup) -> ServerState:
+    rank = check_plain_lora(setup.config)
+    state = start_with(setup, uniform_adapter(setup))
+    return replace(state, memory={RANKS: first_ranks(setup, rank)})
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    whole = [full_plan(setup, state, round, device, dropout=None) for device in cohort]
+    return [at_rank(state, plan) for plan in whole]
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    full = check_plain_lora(setup.config)
+    updates = [
+        replace(reply, tensors=resized(reply.tensors, full))
+        for reply in replies
+        if isinstance(reply, Update)
+    ]
+    tensors = average_products(state.model.tensors, updates, by_examples)
+    model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
+    return replace(state, model=model)
+
+
+FLEXLORA = Method(
+    name="flexlora",
+    summary="LoRA of each device's own rank, products averaged and factored again (FlexLoRA)",
+    tables=frozenset({"frozen"}),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+)

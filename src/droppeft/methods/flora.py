@@ -1,0 +1,73 @@
+"""FLoRA: every round's products go into the frozen weights, and the next begins with fresh factors.
+
+Source: arXiv:2409.05976, which stacks the devices' factors: the product of the stacks is the sum of
+the products, without error. Here the server sends that sum as a change of the frozen weights, since
+a device that comes back after some rounds would need the stacks of all of them, which are soon
+larger than the weights. All devices have the same rank; the head is averaged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from droppeft import seeds
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    full_plan,
+    start_with,
+    uniform_adapter,
+)
+from droppeft.methods.plain_lora import check_plain_lora, scale_of, with_added
+from droppeft.plans import Array, GlobalModel, LayerKey, Plan, Reply, ServerState, Tensors, Update
+from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.factors import mean_products, pairs_of
+
+
+def _init(setup: Setup) -> ServerState:
+    check_plain_lora(setup.config, exact=True)
+    return start_with(setup, uniform_adapter(setup))
+
+
+def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+    return [full_plan(setup, state, round, device, dropout=None) for device in cohort]
+
+
+def _merge(
+    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+) -> ServerState:
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    if not updates:
+        return state
+    model = state.model
+    products = mean_products(model.tensors, updates, by_examples)
+    tensors = average_over_holders(model.tensors, updates, by_examples)
+    delta = with_added(model.base_delta, products, scale_of(setup.config))
+    begun = _begun_again(setup, tensors, updates[0].round)
+    return replace(state, model=GlobalModel(model.adapter, begun, delta))
+
+
+def _begun_again(setup: Setup, tensors: Tensors, round: int) -> Tensors:
+    """Fresh A, other ones every round, and B of zeros; all else as it is.
+
+    A is drawn as peft draws it: uniform, with variance 1 / (3 in).
+    """
+    rng = seeds.numpy_generator(setup.config.seed, purpose="fresh factors", round=round)
+    made: dict[LayerKey, dict[str, Array]] = {key: dict(named) for key, named in tensors.items()}
+    for key, a, b in pairs_of(tensors):
+        shape = made[key][a].shape
+        bound = 1 / np.sqrt(shape[1])
+        made[key][a] = rng.uniform(-bound, bound, shape).astype(np.float32)
+        made[key][b] = np.zeros_like(made[key][b])
+    return made
+
+
+FLORA = Method(
+    name="flora",
+    summary="every round's LoRA goes into the frozen weights, without error (FLoRA)",
+    tables=frozenset(),
+    init=_init,
+    plan=_plan,
+    merge=_merge,
+)

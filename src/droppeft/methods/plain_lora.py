@@ -1,0 +1,74 @@
+"""What methods have in common that calculate with LoRA's matrices."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import numpy as np
+
+from droppeft.config import Config
+from droppeft.errors import DroppeftError
+from droppeft.plans import Array, BaseDelta
+from droppeft.sharing.factors import A, Wide
+
+
+def check_plain_lora(config: Config, *, exact: bool = False) -> int:
+    """The rank, if the adapter is LoRA as first described.
+
+    Args:
+        exact: the method adds products to the frozen weights.
+
+    Raises:
+        DroppeftError: another type, options that change what a product means, or weights that
+            nothing can be added to.
+    """
+    chosen, method = config.adapter, f"method={config.method}"
+    if chosen.type != "lora" or chosen.rank is None:
+        raise DroppeftError(
+            f"{method} calculates with LoRA's A and B, and adapter.type={chosen.type} has none; "
+            "set adapter.type=lora"
+        )
+    if chosen.options:
+        raise DroppeftError(
+            f"{method} knows plain LoRA alone; leave adapter.options.{min(chosen.options)} out"
+        )
+    if exact and config.quantization != "none":
+        raise DroppeftError(
+            f"{method} adds to the frozen weights, which quantization={config.quantization} does "
+            "not allow; set quantization=none"
+        )
+    return chosen.rank
+
+
+def scale_of(config: Config) -> float:
+    """What a product B·A counts in the layer: alpha / rank."""
+    assert config.adapter.alpha is not None
+    assert config.adapter.rank is not None
+    return config.adapter.alpha / config.adapter.rank
+
+
+def weight_behind(name: str) -> str:
+    """Of an A, the frozen weight that its product is added to, by the backbone's own name."""
+    return name.removeprefix("base_model.model.").partition(A)[0] + ".weight"
+
+
+def with_added(
+    delta: BaseDelta | None, products: Mapping[str, Wide], scale: float
+) -> BaseDelta | None:
+    """The delta and ``scale`` times the products, which are named by their A; float32."""
+    if not products:
+        return delta
+    tensors: dict[str, Array] = dict(delta.tensors) if delta else {}
+    for a, product in products.items():
+        name = weight_behind(a)
+        sum_of_both = scale * product + np.asarray(tensors.get(name, 0.0), np.float64)
+        tensors[name] = sum_of_both.astype(np.float32)
+    return BaseDelta(_content(tensors), tensors)
+
+
+def _content(tensors: Mapping[str, Array]) -> str:
+    """Names the values: what is kept of the backbone is told apart by it."""
+    found = sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].tobytes())
+    return found.hexdigest()[:16]

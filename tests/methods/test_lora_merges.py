@@ -1,0 +1,233 @@
+"""Methods that merge LoRA as a product: what the global model then is, against hand and model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from droppeft.adapters.by_layer import get_tensors, set_tensors
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.device import base_delta_applied
+from droppeft.federation.loading import site_of
+from droppeft.federation.prepare import Prepared, prepare
+from droppeft.methods import METHODS
+from droppeft.methods.fedhetlora import RANKS
+from droppeft.methods.plain_lora import with_added
+from droppeft.plans import GlobalModel, Plan, Update, flatten
+from droppeft.sharing.factors import pairs_of
+from messages import WIDTH_OF_MODEL, answer_to, shaped
+from runs import turn_of
+from tiny import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("state")
+
+RUN = "00c0ffee"
+EXACT = ("flora", "fedex_lora")
+
+
+def changes(model: GlobalModel, scale: float) -> dict[str, Any]:
+    """Of each A: what model and delta together change in the weight behind it."""
+    found = {}
+    for key, a, b in pairs_of(model.tensors):
+        named = model.tensors[key]
+        found[a] = scale * named[b].astype(np.float64) @ named[a].astype(np.float64)
+    added = dict(model.base_delta.tensors) if model.base_delta else {}
+    for a in found:
+        weight = a.removeprefix("base_model.model.").partition(".lora_A.")[0] + ".weight"
+        found[a] = found[a] + added.pop(weight, 0.0)
+    assert not added
+    return found
+
+
+def with_factors(plan: Plan, rng: np.random.Generator, examples: int) -> Update:
+    """An answer of random values."""
+    tensors = {
+        key: {name: rng.normal(size=array.shape).astype(np.float32) for name, array in v.items()}
+        for key, v in plan.tensors.items()
+    }
+    return answer_to(plan, examples=examples, tensors=tensors)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_global_model_is_the_mean_of_the_devices_over_several_rounds(name: str) -> None:
+    """Three rounds; what each device changed is weighed 1 : 3, exactly."""
+    setup, method = shaped(f"method={name}", "adapter.rank=2", "adapter.alpha=4"), METHODS[name]
+    state, rng = method.init(setup), np.random.default_rng(0)
+    for round in (1, 2, 3):
+        plans = method.plan(setup, state, round, [0, 1])
+        updates = [with_factors(plan, rng, n) for plan, n in zip(plans, (10, 30), strict=True)]
+        own = [
+            changes(GlobalModel(plan.adapter, update.tensors, plan.base_delta), scale=2.0)
+            for plan, update in zip(plans, updates, strict=True)
+        ]
+        state = method.merge(setup, state, plans, updates)
+        for a, merged in changes(state.model, scale=2.0).items():
+            np.testing.assert_allclose(merged, own[0][a] / 4 + own[1][a] * 3 / 4, atol=1e-5)
+        heads = [float(update.tensors["head"]["head.W"][0]) for update in updates]
+        merged_head = float(state.model.tensors["head"]["head.W"][0])
+        assert merged_head == pytest.approx(heads[0] / 4 + heads[1] * 3 / 4)
+
+
+def test_averaging_the_factors_is_not_exact() -> None:
+    setup = shaped("method=fedlora", "adapter.rank=2", "adapter.alpha=4")
+    method = METHODS["fedlora"]
+    state, rng = method.init(setup), np.random.default_rng(0)
+    plans = method.plan(setup, state, 1, [0, 1])
+    updates = [with_factors(plan, rng, 10) for plan in plans]
+    merged = changes(method.merge(setup, state, plans, updates).model, scale=2.0)
+    own = [changes(replace(state.model, tensors=update.tensors), 2.0) for update in updates]
+    assert all(np.abs(merged[a] - (own[0][a] + own[1][a]) / 2).max() > 0.1 for a in merged)
+
+
+def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> None:
+    setup, method = shaped("method=flora", "adapter.rank=2"), METHODS["flora"]
+    state, seen = method.init(setup), []
+    for round in (1, 2, 3):
+        plans = method.plan(setup, state, round, [0])
+        state = method.merge(setup, state, plans, [answer_to(plan, 1.0) for plan in plans])
+        named = state.model.tensors[0]
+        assert not named["0.lora_B.weight"].any()
+        assert np.abs(named["0.lora_A.weight"]).max() <= 1 / np.sqrt(WIDTH_OF_MODEL)
+        seen.append(named["0.lora_A.weight"].tobytes())
+    assert len(set(seen)) == 3
+    again = method.init(setup)
+    for round in (1, 2):
+        plans = method.plan(setup, again, round, [0])
+        again = method.merge(setup, again, plans, [answer_to(plan, 1.0) for plan in plans])
+    assert again.model.tensors[0]["0.lora_A.weight"].tobytes() == seen[1]
+
+
+def test_a_delta_is_named_by_its_content() -> None:
+    product = {"base_model.model.enc.q.lora_A.default.weight": np.ones((2, 2))}
+    one, two = with_added(None, product, 0.5), with_added(None, product, 0.5)
+    assert one is not None
+    assert two is not None
+    assert one.version == two.version
+    assert list(one.tensors) == ["enc.q.weight"]
+    np.testing.assert_array_equal(one.tensors["enc.q.weight"], np.full((2, 2), 0.5, np.float32))
+    more = with_added(one, product, 0.5)
+    assert more is not None
+    assert more.version != one.version
+    assert with_added(one, {}, 0.5) is one
+
+
+# On a model
+
+
+@pytest.fixture
+def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
+    plain = [word for word in tiny_words if not word.startswith("dropout.")]
+    return lambda *words: prepare(load_config(None, [*plain, *words]), lambda step: None, RUN)
+
+
+def logits(prepared: Prepared, model: GlobalModel | Update, delta: Any = None) -> torch.Tensor:
+    bench = prepared.bench
+    set_tensors(bench.parameters, model.tensors)
+    bench.model.eval()
+    batch = bench.task.collate(prepared.test, np.arange(6))
+    with torch.inference_mode(), base_delta_applied(bench.model, delta):
+        return bench.task.loss_and_logits(bench.model, batch)[1]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", EXACT)
+def test_one_device_s_model_becomes_the_global_one(
+    name: str, architecture: str, prepare_with: Callable[..., Prepared], tmp_path: Any
+) -> None:
+    """Twice: the second turn has a delta. GPT-2 keeps its weights the other way round."""
+    model = save_tiny_model(tmp_path / "model", 4, architecture)
+    prepared = prepare_with(
+        f"method={name}", f"model={model}", "training.learning_rate=0.02", "training.local_steps=8"
+    )
+    site, state = site_of(prepared.loaded), prepared.state
+    for round in (1, 2):
+        [plan] = prepared.method.plan(prepared.setup, state, round, [1])
+        update = turn_of(site, plan)
+        trained = logits(prepared, update, plan.base_delta)
+        state = prepared.method.merge(prepared.setup, state, [plan], [update])
+        merged = logits(prepared, state.model, state.model.base_delta)
+        if name == "flora":  # all that was learnt is in the delta
+            alone = logits(prepared, state.model)
+            assert not torch.allclose(alone, trained, atol=1e-3)
+        torch.testing.assert_close(merged, trained, atol=2e-5, rtol=1e-4)
+
+
+def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Prepared]) -> None:
+    prepared = prepare_with("method=ffa_lora", "training.learning_rate=0.02")
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    sent = {name for _, name, _ in flatten(plan.tensors)}
+    assert sent == plan.train == plan.share
+    assert not any(".lora_A." in name for name in sent)
+    assert any(".lora_B." in name for name in sent)
+    reply = turn_of(site_of(prepared.loaded), plan)
+    assert {name for _, name, _ in flatten(reply.tensors)} == sent
+    state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
+    for key, name, array in flatten(state.model.tensors):
+        started = prepared.state.model.tensors[key][name]
+        assert np.array_equal(array, started) == (".lora_A." in name)
+    worn = {name: value for _, name, value in flatten(get_tensors(prepared.bench.parameters))}
+    for _, name, array in flatten(prepared.state.model.tensors):
+        if ".lora_A." in name:
+            np.testing.assert_array_equal(worn[name], array)
+
+
+# FlexLoRA
+
+MIXED = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "method=flexlora", "adapter.rank=3")
+
+
+def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds() -> None:
+    setup, method = shaped(*MIXED, "adapter.alpha=6"), METHODS["flexlora"]
+    state, rng = method.init(setup), np.random.default_rng(0)
+    ranks: Any = state.memory[RANKS]
+    slow, fast = ranks.index(min(ranks)), ranks.index(max(ranks))
+    assert (ranks[slow], ranks[fast]) == (1, 3)
+    plans = method.plan(setup, state, 1, [slow, fast])
+    updates = [with_factors(plan, rng, n) for plan, n in zip(plans, (10, 30), strict=True)]
+    firsts = [update.tensors[0] for update in updates]
+    one, other = (named["0.lora_B.weight"] @ named["0.lora_A.weight"] for named in firsts)
+    mean = one / 4 + other * 3 / 4
+    state = method.merge(setup, state, plans, updates)
+    u, sizes, v = np.linalg.svd(mean.astype(np.float64))
+    for plan in method.plan(setup, state, 2, [slow, fast]):
+        rank = ranks[plan.device]
+        named = plan.tensors[0]
+        assert named["0.lora_A.weight"].shape == (rank, WIDTH_OF_MODEL)
+        nearest = (u[:, :rank] * sizes[:rank]) @ v[:rank]
+        found = named["0.lora_B.weight"].astype(np.float64) @ named["0.lora_A.weight"]
+        np.testing.assert_allclose(found, nearest, atol=1e-4)
+        assert plan.adapter.alpha == 2 * rank
+        assert plan.objective.rank_penalty is None
+
+
+# What they refuse
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "flexlora", *EXACT])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["adapter.type=bottleneck"], "adapter.type=bottleneck has none; set adapter.type=lora"),
+        (["adapter.options.use_dora=true"], "leave adapter.options.use_dora out"),
+    ],
+)
+def test_other_adapters_are_refused(name: str, words: list[str], sentence: str) -> None:
+    with pytest.raises(DroppeftError, match=sentence):
+        METHODS[name].init(shaped(f"method={name}", *words))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_nothing_is_added_to_quantised_weights(name: str) -> None:
+    with pytest.raises(DroppeftError, match=f"method={name} adds to the frozen weights.*=none"):
+        METHODS[name].init(shaped(f"method={name}", "quantization=8bit"))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_round_that_nobody_answered_leaves_the_state(name: str) -> None:
+    setup, method = shaped(f"method={name}"), METHODS[name]
+    state = method.init(setup)
+    assert method.merge(setup, state, method.plan(setup, state, 1, [0]), []) is state
