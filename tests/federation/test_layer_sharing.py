@@ -80,6 +80,39 @@ def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
     assert reply.cost.scoring_tokens == forwards * once
 
 
+def test_devices_are_told_what_is_usual() -> None:
+    """Norms of a device's last turn count, and of no other's that was not merged."""
+    setup = setup_for(*HALF, "sharing.criterion=relative_gradient_norm", "dropout.mean=0")
+    method, seen = METHODS["droppeft"], (1, 1, 1, 1)
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1, 2])
+    assert [plan.sharing.usual for plan in plans if plan.sharing] == [None] * 3
+    norms = [(1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 3.0, 2.0)]
+    replies: list[Update | Failure] = [
+        replace(answer_to(plan), importance=own, active_steps=seen)
+        for plan, own in zip(plans, norms, strict=False)
+    ]
+    state = method.merge(setup, state, plans, [*replies, Failure(2, "asleep")])
+    plans = method.plan(setup, state, 2, [2, 0])
+    usual = (0.75, 1.0, 1.25, 1.0)
+    assert [plan.sharing.usual for plan in plans if plan.sharing] == [usual] * 2
+    again = replace(answer_to(plans[1]), importance=(0.0, 4.0, 2.0, 0.0), active_steps=seen)
+    state = method.merge(setup, state, plans, [Failure(2, "asleep"), again])
+    [plan] = method.plan(setup, state, 3, [1])
+    assert plan.sharing is not None
+    assert plan.sharing.usual == pytest.approx((0.5, (4 / 3 + 1) / 2, (2 / 3 + 1.5) / 2, 1.0))
+
+
+def test_a_device_divides_by_what_is_usual(site: Site, first: Plan) -> None:
+    plain = turn_of(site, with_rule(first, "relative_gradient_norm"))
+    assert plain.scores == plain.importance
+    usual = (1.0, 2.0, 4.0, 0.5)
+    told = turn_of(site, with_rule(first, "relative_gradient_norm", usual=usual))
+    assert told.scores == pytest.approx(
+        [n / u for n, u in zip(told.importance, usual, strict=True)]
+    )
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
@@ -490,6 +523,7 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
         ("training.offload=true", "dropout.every=round", "sharing.criterion=block_influence"),
         ("training.checkpointing=true", "sharing.criterion=gradient_snr"),
         ("sharing.factors=product", "sharing.weights=active_steps"),
+        ("sharing.criterion=relative_gradient_norm", "server.optimizer=momentum"),
         ("sharing.head=personal", "sharing.criterion=weight_change"),
         ("quantization=8bit", "adapter.options.use_rslora=true"),
         ("adapter.type=prefix_tuning", "adapter.tokens=3"),

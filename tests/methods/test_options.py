@@ -1,0 +1,232 @@
+"""Options of several methods: FedProx, server optimisers, PEFT types by a method's name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.config import AdapterConfig, ServerConfig, load_config
+from droppeft.errors import DroppeftError
+from droppeft.federation.loading import site_of
+from droppeft.federation.prepare import prepare
+from droppeft.federation.run import resume_run, start_run
+from droppeft.methods import METHODS
+from droppeft.methods.fedadapter import TRIAL_ROUNDS
+from droppeft.plans import Failure, flatten
+from droppeft.sharing.server_optimizer import step
+from messages import answer_to, setup_for, shaped
+from runs import Recorder, outcome, stop_after_a_round, turn_of
+
+pytestmark = pytest.mark.usefixtures("state")
+
+
+def settings(**words: Any) -> ServerConfig:
+    return ServerConfig.model_validate(words)
+
+
+def stepped(config: ServerConfig, means: list[float]) -> list[float]:
+    """Values of one number that begins at 1, after rounds with these means."""
+    values, moments, found = {0: {"w": np.array([1.0], np.float32)}}, {}, []
+    for mean in means:
+        target = {0: {"w": np.array([mean], np.float32)}}
+        values, moments = step(config, values, target, {"w"}, moments)
+        found.append(float(values[0]["w"][0]))
+    return found
+
+
+# Server optimisers
+
+
+def test_momentum_by_hand() -> None:
+    # Change 1: m = 1, w = 2; then the mean is 3, change 1: m = 0.5 + 1, w = 3.5.
+    assert stepped(settings(optimizer="momentum", momentum=0.5), [2.0, 3.0]) == [2.0, 3.5]
+
+
+def test_without_momentum_it_is_the_mean() -> None:
+    assert stepped(settings(optimizer="momentum", momentum=0.0), [2.0, -3.0]) == [2.0, -3.0]
+
+
+ADAPTIVE = {"momentum": 0.5, "second_momentum": 0.75, "tau": 1.0, "learning_rate": 0.1}
+
+
+def test_adam_by_hand() -> None:
+    first, second = stepped(settings(optimizer="adam", **ADAPTIVE), [3.0, 3.0])
+    # Change 2: m = 1, s = .75 · 1 + .25 · 4 = 1.75
+    assert first == pytest.approx(1 + 0.1 * 1 / (1.75**0.5 + 1))
+    change = 3 - first
+    m, s = 0.5 + 0.5 * change, 0.75 * 1.75 + 0.25 * change**2
+    assert second == pytest.approx(first + 0.1 * m / (s**0.5 + 1))
+
+
+def test_yogi_by_hand() -> None:
+    first, second = stepped(settings(optimizer="yogi", **ADAPTIVE), [3.0, 1.5])
+    # Change 2: s = 1 - .25 · 4 · sign(1 - 4) = 2
+    assert first == pytest.approx(1 + 0.1 * 1 / (2**0.5 + 1))
+    change = 1.5 - first
+    m, s = 0.5 + 0.5 * change, 2 - 0.25 * change**2
+    assert second == pytest.approx(first + 0.1 * m / (s**0.5 + 1))
+
+
+@pytest.mark.parametrize(("name", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)])
+def test_every_optimiser_has_its_usual_rate(name: str, rate: float) -> None:
+    assert settings(optimizer=name).learning_rate == rate
+    assert settings(optimizer=name, learning_rate=0.5).learning_rate == 0.5
+    assert settings().learning_rate is None
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+def test_what_nobody_sent_neither_moves_nor_loses_its_momentum(name: str) -> None:
+    setup = setup_for("method=fedlora", f"server.optimizer={name}")
+    method = METHODS["fedlora"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0])
+    state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
+    part = answer_to(plans[0], 9.0)
+    tensors = {key: named for key, named in part.tensors.items() if key != 1}
+    after = method.merge(setup, state, plans, [answer_to(plans[0], 9.0, tensors=tensors)])
+    assert after.model.tensors[1]["layer.1.A"][0] == state.model.tensors[1]["layer.1.A"][0]
+    assert after.model.tensors[2]["layer.2.A"][0] > state.model.tensors[2]["layer.2.A"][0]
+    for which, moment in after.alternatives.items():
+        before = state.alternatives[which].tensors
+        assert moment.tensors[1]["layer.1.A"][0] == before[1]["layer.1.A"][0]
+        assert moment.tensors[2]["layer.2.A"][0] != before[2]["layer.2.A"][0]
+
+
+def test_a_round_without_answers_leaves_moments_alone() -> None:
+    setup = setup_for("method=fedlora", "server.optimizer=momentum")
+    method = METHODS["fedlora"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0])
+    state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
+    assert method.merge(setup, state, plans, [Failure(0, "asleep")]) == state
+
+
+def test_momentum_carries_layers_of_droppeft_on_too() -> None:
+    setup, method = setup_for("server.optimizer=momentum"), METHODS["droppeft"]
+    state = method.init(setup)
+    for round in (1, 2):
+        plans = method.plan(setup, state, round, [0, 1])
+        state = method.merge(setup, state, plans, [answer_to(plan, 5.0) for plan in plans])
+    # 1 → 5 by a change of 4; then m = .9 · 4 + 0.
+    assert state.model.tensors[3]["layer.3.A"][0] == pytest.approx(8.6)
+
+
+@pytest.mark.parametrize("method", ["fedlora", "droppeft"])
+def test_a_resumed_run_has_its_moments_again(
+    method: str, tiny_words: list[str], tmp_path: Path
+) -> None:
+    words = [word for word in tiny_words if not word.startswith("dropout.")]
+    words += [f"method={method}", "server.optimizer=yogi", "server.learning_rate=0.05"]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "resumed")
+    resume_run(tmp_path / "resumed", Recorder())
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "resumed")
+    plain = [word for word in words if not word.startswith("server.")]
+    start_run(load_config(None, plain), tmp_path / "plain", Recorder())
+    assert outcome(tmp_path / "whole")["adapter"] != outcome(tmp_path / "plain")["adapter"]
+
+
+# FedProx
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_passes_the_proximal_term_on(name: str) -> None:
+    if name in ("fedadapter", "fedadaopt"):
+        setup = shaped(f"method={name}", "training.proximal=0.5", "adapter.type=bottleneck")
+    else:
+        setup = shaped(f"method={name}", "training.proximal=0.5")
+    method = METHODS[name]
+    plans = method.plan(setup, method.init(setup), 1, [0, 1, 2])
+    assert [plan.objective.proximal for plan in plans] == [0.5] * 3
+
+
+def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
+    def moved(proximal: float) -> float:
+        words = [*tiny_words, f"training.proximal={proximal}", "training.local_steps=10"]
+        prepared = prepare(load_config(None, words), lambda step: None, "00c0ffee")
+        [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+        reply = turn_of(site_of(prepared.loaded), plan)
+        return float(
+            sum(
+                np.square(array - plan.tensors[key][name]).sum()
+                for key, name, array in flatten(reply.tensors)
+            )
+        )
+
+    assert moved(0.0) > moved(1.0) > moved(100.0)
+
+
+# PEFT types by a method's name
+
+
+@pytest.mark.parametrize(
+    ("name", "type_"),
+    [
+        ("fedprompt", "prompt_tuning"),
+        ("fedptuning", "p_tuning"),
+        ("fedprefix", "prefix_tuning"),
+        ("fedia3", "ia3"),
+        ("fedbitfit", "beft"),
+        ("fedadapter", "bottleneck"),
+        ("fedadaopt", "bottleneck"),
+    ],
+)
+def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
+    adjust = METHODS[name].adjust
+    found = adjust(load_config(None, [f"method={name}"]))
+    assert found.adapter.type == type_
+    usual = AdapterConfig.model_validate({"type": type_})
+    assert found.adapter == usual or found.adapter.targets == ("all-linear",)
+    assert adjust(found) == found
+    with pytest.raises(DroppeftError, match=f"method={name} has adapter.type={type_}, and"):
+        adjust(load_config(None, [f"method={name}", "adapter.rank=4"]))
+
+
+def test_its_own_settings_stay() -> None:
+    words = ["method=fedprompt", "adapter.type=prompt_tuning", "adapter.tokens=3"]
+    assert METHODS["fedprompt"].adjust(load_config(None, words)).adapter.tokens == 3
+
+
+def test_bitfit_trains_a_vector_for_every_linear_map_and_nothing_else(
+    tiny_words: list[str],
+) -> None:
+    words = [word for word in tiny_words if not word.startswith("dropout.")]
+    config = METHODS["fedbitfit"].adjust(load_config(None, [*words, "method=fedbitfit"]))
+    prepared = prepare(config, lambda step: None, "00c0ffee")
+    layer = prepared.state.model.tensors[0]
+    assert len(layer) == 6  # query, key, value, output, and the two of the feed-forward
+    assert all(array.size == max(array.shape) for array in layer.values())
+
+
+# FedAdaOPT
+
+
+def test_fedadaopt_grows_in_steps_up_to_its_caps() -> None:
+    setup = shaped("method=fedadaopt", "adapter.type=bottleneck", "adapter.width=16")
+    method = METHODS["fedadaopt"]
+    state, seen = method.init(setup), []
+    for round in range(1, 4 * TRIAL_ROUNDS + 1):
+        plans = method.plan(setup, state, round, [0, 1])
+        depths = {sum(layer is not None for layer in plan.adapter.layers) for plan in plans}
+        widths = {layer.width for plan in plans for layer in plan.adapter.layers if layer}
+        seen.append((*depths, *widths, plans[0].frozen))
+        state = method.merge(setup, state, plans, [answer_to(plan, 5.0) for plan in plans])
+    # Depth, width, and the layers below that nobody trains in this step or the next.
+    steps = [(2, 8, 1), (3, 16, 0), (4, 16, 0), (4, 16, 0)]
+    assert seen == [one for one in steps for _ in range(TRIAL_ROUNDS)]
+    np.testing.assert_array_equal(state.model.tensors[3]["3.up.weight"], 5.0)
+
+
+def test_fedadaopt_s_growth_changes_nothing_yet_and_empty_rounds_do_not_count() -> None:
+    setup = shaped("method=fedadaopt", "adapter.type=bottleneck", "adapter.width=16")
+    method = METHODS["fedadaopt"]
+    state = method.init(setup)
+    for round in range(1, TRIAL_ROUNDS + 1):
+        plans = method.plan(setup, state, round, [0])
+        assert method.merge(setup, state, plans, [Failure(0, "asleep")]) == state
+        state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
+    new, wider = state.model.tensors[1], state.model.tensors[2]
+    np.testing.assert_array_equal(new["1.up.weight"], 0.0)
+    np.testing.assert_array_equal(wider["2.up.weight"][:, :8], 5.0)
+    np.testing.assert_array_equal(wider["2.up.weight"][:, 8:], 0.0)
