@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from comparison_sections import comparison_sections
 from cost_sections import cost_sections
+from personal_section import personal_sections
 from policies_section import policies_sections
 from tables import NOTICE, RESULTS, markdown_table, processor
 
@@ -16,8 +17,7 @@ RESULTS_HEAD = """\
 # Results
 
 Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
-means a real clock on the machine named; what is modelled says so. Federated methods were run with
-one seed so far: that shows that the system works, not how methods compare.
+means a real clock on the machine named; what is modelled says so.
 """
 
 FIRST_SLICE_HEAD = """\
@@ -146,6 +146,7 @@ def results_page() -> str:
             *cost_sections(),
             *comparison_sections(),
             *policies_sections(),
+            *personal_sections(),
         ]
     )
 

@@ -1,0 +1,173 @@
+"""The parts of the results about layers that stay personal."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+
+from tables import RESULTS, markdown_table
+
+from droppeft.comparison.playing import Played
+from droppeft.report.page import read_folder
+
+Runs = Mapping[str, Mapping[int, Played]]
+"""Finished runs by member and seed."""
+
+PERSONAL = """\
+## Which half of the layers to keep, and other ways to be personal
+
+`droppeft compare experiments/personalisation.toml`: development data (20 Newsgroups), the built-in
+model, {devices} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts at
+full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to *CKA* shares
+half of the layers. Personalised: mean over all devices of each one's own model on its own test
+texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing all*: in
+points, on the same seed, every seed. Traffic is what was sent in a whole run.
+"""
+HETEROGENEITY = """\
+## How much to share, from alike to unlike devices
+
+`droppeft compare experiments/sharing_heterogeneity.toml`: as above, layers chosen by relative
+gradient norm, {seeds}. *Over sharing all*: in points, on the same split and seed, every seed.
+"""
+ABLATION = """\
+## The method's parts, each taken away
+
+`droppeft compare experiments/ablation.toml`: as above, alpha {alpha}, {seeds}. Layer dropout with
+rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one of its
+choices, half of the layers shared by relative gradient norm; *half frozen*: LoRA in the last half of the
+layers alone, whose inputs are kept. *Over all parts*: in points, on the
+same seed, every seed. Modelled: the whole run; activations: the largest peak of a turn.
+"""
+ACCURACIES = ("global", "personalised", "worst tenth")
+
+
+def personal_sections() -> list[str]:
+    """A section per study that was made."""
+    makers = {
+        "personalisation": _personalisation,
+        "sharing_heterogeneity": _heterogeneity,
+        "ablation": _ablation,
+    }
+    return [
+        make(_runs(name))
+        for name, make in makers.items()
+        if (RESULTS / name / "comparison.json").is_file()
+    ]
+
+
+def _runs(name: str) -> Runs:
+    _, _, played = read_folder(RESULTS / name)
+    done = [one for one in played if one.result is not None]
+    return {
+        member: {one.cell.seed: one for one in done if one.cell.member == member}
+        for member in dict.fromkeys(one.cell.member for one in done)
+    }
+
+
+def _personalisation(runs: Runs) -> str:
+    lines = [
+        (member, *_accuracies(own), *_differences(own, runs["share all"]), *_traffic(own))
+        for member, own in runs.items()
+    ]
+    head = PERSONAL.format(**_said(runs))
+    return f"{head}\n{markdown_table(_columns('way', 'sharing all'), lines)}"
+
+
+def _heterogeneity(runs: Runs) -> str:
+    lines = []
+    for member, own in runs.items():
+        split, _, part = member.rpartition(", ")
+        whole = runs.get(f"{split}, all", {})
+        lines.append((split, part, *_accuracies(own), *_differences(own, whole), *_traffic(own)))
+    columns = ("devices", *_columns("shared", "sharing all"))
+    return f"{HETEROGENEITY.format(**_said(runs))}\n{markdown_table(columns, lines)}"
+
+
+def _ablation(runs: Runs) -> str:
+    lines = []
+    for member, own in runs.items():
+        results = _results(own)
+        peak = max(result["activation_bytes_peak"] or 0 for result in results)
+        seconds = fmean(sum(row["round_modelled_s"] for row in one.rows) for one in own.values())
+        lines.append(
+            (
+                member,
+                *_accuracies(own),
+                *_differences(own, runs["all parts"]),
+                f"{seconds:.1f} s",
+                f"{peak / 1e6:.1f} MB",
+                *_traffic(own),
+            )
+        )
+    columns = [*_columns("run", "all parts")]
+    columns[-2:-2] = ["modelled", "activations"]
+    return f"{ABLATION.format(**_said(runs))}\n{markdown_table(columns, lines)}"
+
+
+def _columns(what: str, other: str) -> tuple[str, ...]:
+    return (
+        what,
+        *ACCURACIES,
+        f"over {other}: global",
+        "personalised",
+        "up",
+        "down",
+    )
+
+
+def _said(runs: Runs) -> dict[str, object]:
+    config = next(iter(next(iter(runs.values())).values())).cell.config
+    counts = sorted({len(own) for own in runs.values()})
+    seeds = f"{counts[-1]} seed{'s' * (counts[-1] > 1)}"
+    return {
+        "devices": config.devices,
+        "cohort": config.cohort,
+        "rounds": config.rounds,
+        "steps": config.training.local_steps,
+        "batch": config.training.batch_size,
+        "alpha": config.partition.alpha,
+        "seeds": seeds if len(counts) == 1 else f"{counts[0]} to {seeds}, **not finished**",
+    }
+
+
+def _results(own: Mapping[int, Played]) -> list[Mapping[str, float | None]]:
+    return [one.result for one in own.values() if one.result is not None]
+
+
+def _accuracies(own: Mapping[int, Played]) -> list[str]:
+    keys = ("global_accuracy", "personalised_accuracy", "personalised_worst_tenth")
+    return [_spread([result[key] for result in _results(own)]) for key in keys]
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{fmean(known):.3f}{deviation}".replace("0.", ".")
+
+
+def _differences(own: Mapping[int, Played], other: Mapping[int, Played]) -> list[str]:
+    found = []
+    for key in ("global_accuracy", "personalised_accuracy"):
+        points = [
+            100 * (mine - theirs)
+            for seed, run in own.items()
+            if seed in other and run is not other[seed]
+            if (mine := _value(run, key)) is not None
+            if (theirs := _value(other[seed], key)) is not None
+        ]
+        found.append(", ".join(f"{one:+.1f}" for one in points) or "–")
+    return found
+
+
+def _value(run: Played, key: str) -> float | None:
+    assert run.result is not None
+    value: float | None = run.result[key]
+    return value
+
+
+def _traffic(own: Mapping[int, Played]) -> list[str]:
+    results = _results(own)
+    return [
+        f"{fmean(result[key] or 0 for result in results) / 1e6:.1f} MB"
+        for key in ("upload_bytes", "download_bytes")
+    ]
