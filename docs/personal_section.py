@@ -16,10 +16,10 @@ PERSONAL = """\
 
 `droppeft compare experiments/personalisation.toml`: development data (20 Newsgroups), the built-in
 model, {devices} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts at
-full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to *CKA* shares
-half of the layers. Personalised: mean over all devices of each one's own model on its own test
-texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing all*: in
-points, on the same seed, every seed. Traffic is what was sent in a whole run.
+full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to *CKA*
+shares half of the layers. Personalised: mean over all devices of each one's own model on its own
+test texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing all*:
+in points, on the same seed, every seed. Traffic is what was sent in a whole run.
 """
 HETEROGENEITY = """\
 ## How much to share, from alike to unlike devices
@@ -32,9 +32,9 @@ ABLATION = """\
 
 `droppeft compare experiments/ablation.toml`: as above, alpha {alpha}, {seeds}. Layer dropout with
 rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one of its
-choices, half of the layers shared by relative gradient norm; *half frozen*: LoRA in the last half of the
-layers alone, whose inputs are kept. *Over all parts*: in points, on the
-same seed, every seed. Modelled: the whole run; activations: the largest peak of a turn.
+choices, half of the layers shared by relative gradient norm; *half frozen*: LoRA in the last half
+of the layers alone, whose inputs are kept. *Over all parts*: in points, on the same seed, every
+seed. Modelled: the whole run; activations: the largest peak of a turn.
 """
 ACCURACIES = ("global", "personalised", "worst tenth")
 

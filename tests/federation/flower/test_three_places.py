@@ -75,6 +75,20 @@ def test_a_simulation_is_the_run_in_process(
     assert framed(sharing_run) == [(None, None)] * 4
 
 
+def test_what_is_added_to_the_backbone_travels_to_a_simulation(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    plain = [word for word in tiny_words if not word.startswith("dropout.")]
+    found = []
+    for transport in ("in_process", "flower"):
+        out = tmp_path / transport
+        words = [*plain, "method=fedex_lora", f"transport={transport}"]
+        start_run(load_config(None, words), out, Recorder())
+        (out / "adapter").mkdir()  # there is none that could say what was added
+        found.append(everywhere(out))
+    assert found[0] == found[1]
+
+
 def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
     tiny_words: list[str], tmp_path: Path
 ) -> None:
