@@ -83,6 +83,11 @@ def test_no_reward_costs_nothing() -> None:
     assert reward_flops(ARITHMETIC, COST) == 0
 
 
+def test_scoring_layers_costs_the_forwards_that_it_takes() -> None:
+    cost = replace(COST, reward_tokens=128, scoring_tokens=64)
+    assert reward_flops(ARITHMETIC, cost) == pytest.approx((128 + 64) * (LAYERS * FORWARD + REST))
+
+
 def test_frozen_layers_run_forward_only_and_for_new_rows_only() -> None:
     # What is said of tokens in frozen layers is of no account.
     visited = replace(COST, layer_tokens=(64, 0, 32, 64))
