@@ -19,7 +19,8 @@ model, {devices} devices, {cohort} a round, {rounds} rounds of {steps} steps of 
 full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to *CKA*
 shares half of the layers. Personalised: mean over all devices of each one's own model on its own
 test texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing all*:
-in points, on the same seed, every seed. Traffic is what was sent in a whole run.
+in points, on the same seed, every seed; least covered: part of a round's devices, mean over
+rounds, that sent the layer that the fewest sent. Traffic is what was sent in a whole run.
 """
 HETEROGENEITY = """\
 ## How much to share, from alike to unlike devices
@@ -64,11 +65,28 @@ def _runs(name: str) -> Runs:
 
 def _personalisation(runs: Runs) -> str:
     lines = [
-        (member, *_accuracies(own), *_differences(own, runs["share all"]), *_traffic(own))
+        (
+            member,
+            *_accuracies(own),
+            *_differences(own, runs["share all"]),
+            _least_covered(own),
+            *_traffic(own),
+        )
         for member, own in runs.items()
     ]
-    head = PERSONAL.format(**_said(runs))
-    return f"{head}\n{markdown_table(_columns('way', 'sharing all'), lines)}"
+    head, columns = PERSONAL.format(**_said(runs)), [*_columns("way", "sharing all")]
+    columns[-2:-2] = ["least covered"]
+    return f"{head}\n{markdown_table(columns, lines)}"
+
+
+def _least_covered(own: Mapping[int, Played]) -> str:
+    """Part of a round's devices that sent the layer that the fewest sent."""
+    parts = []
+    for run in own.values():
+        counts = [row["coverage"] for row in run.rows]
+        sent = [fmean(layer) for layer in zip(*counts, strict=True)]
+        parts.append(min(sent) / run.cell.config.cohort)
+    return f"{fmean(parts):.0%}"
 
 
 def _heterogeneity(runs: Runs) -> str:
