@@ -142,6 +142,7 @@ def test_a_round_is_summed_up() -> None:
             train_loss=1.0,
             steps=6,
             active_steps=(6, 3, 3, 6),
+            importance=(0.0, 0.2, 0.3, 1.2),
             tensors={0: answer_to(plans[2]).tensors[0]},
             cost=slow,
         ),
@@ -179,6 +180,7 @@ def test_a_round_is_summed_up() -> None:
         round_modelled_s=15.0,
         energy_modelled_j=14.0,
         coverage=[2, 1, 1, 1],
+        importance=pytest.approx([0.1, 0.2, 0.3, 0.8]),
         idle_modelled_share=pytest.approx(1 - (15 + 10) / (2 * 15)),
         notes={"arm": 1},
     )

@@ -58,6 +58,8 @@ class RoundRow:
         idle_modelled_share: of the merged devices' time until the slowest of them is done, the part
             in which they wait for it.
         coverage: of each layer, how many merged Updates brought it.
+        importance: of each layer, mean gradient norm of the merged turns that moved it; 0 where
+            none did.
         notes: what the method says of the round; of `droppeft` the configurator's arms.
     """
 
@@ -87,6 +89,7 @@ class RoundRow:
     energy_modelled_j: float | None = None
     idle_modelled_share: float | None = None
     coverage: list[int] | None = None
+    importance: list[float] | None = None
     notes: dict[str, Any] | None = None
 
 
@@ -200,6 +203,7 @@ def round_row(
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, replies),
         coverage=_coverage(plans, updates),
+        importance=_importance(updates),
         notes=None if notes is None else dict(notes),
     )
 
@@ -207,6 +211,11 @@ def round_row(
 def _coverage(plans: Sequence[Plan], updates: Sequence[Update]) -> list[int]:
     layers = max((len(plan.adapter.layers) for plan in plans), default=0)
     return [sum(layer in update.tensors for update in updates) for layer in range(layers)]
+
+
+def _importance(updates: Sequence[Update]) -> list[float]:
+    by_layer = zip(*(update.importance for update in updates), strict=True)
+    return [_mean([norm for norm in norms if norm > 0]) or 0.0 for norms in by_layer]
 
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:

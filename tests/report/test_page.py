@@ -14,12 +14,13 @@ from droppeft.comparison.playing import Played, play
 from droppeft.comparison.summary import summary
 from droppeft.comparison.written import COLUMNS, JSON, write
 from droppeft.errors import DroppeftError
-from droppeft.report.figures import AXES, BARS, INK, OF_THE_TARGET
+from droppeft.report.figures import AXES, BARS, EACH, INK, OF_THE_TARGET, TWO
 from droppeft.report.page import FIGURES, PAGE, write_page
 from runs import Recorder
 
 THOUGHTS = ("rates-2", "arms-2")
-COVERED = ("coverage-1", "coverage-2", "coverage-3")  # in two steps some layers never run
+# In two steps some layers never run; a device by itself sends none.
+COVERED = tuple(f"{name}-{member}" for name in ("coverage", "importance") for member in (1, 2, 3))
 """Of the third member, which has a configurator."""
 
 
@@ -93,7 +94,8 @@ def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
 def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
-    assert reader.tags.count("svg") == len(AXES) + len(BARS) + len(THOUGHTS) + len(COVERED)
+    of_all = len(AXES) + len(BARS) + len((EACH, TWO))
+    assert reader.tags.count("svg") == of_all + len(THOUGHTS) + len(COVERED)
     assert "thinks: drop rate of each layer" in reader.texts
     assert any("not trained" in part or "dropped" in part for part in reader.texts)
     assert [name for name in COLUMNS if name not in reader.texts] == []
@@ -102,7 +104,7 @@ def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
         least = 1 + len(BARS) + (len(AXES) if member not in ("alone", "wrong") else 0)
         assert reader.texts.count(member) >= least, member
     assert "b" not in reader.tags
-    assert any("wrong failed: method=fedadapter grows" in part for part in reader.texts)
+    assert any("wrong failed: method=fedadapter splits" in part for part in reader.texts)
     assert "a & b" in reader.texts
 
 
@@ -117,7 +119,7 @@ def test_figures_take_the_page_s_ink(compared: Path) -> None:
 
 def test_figures_are_files_too(compared: Path) -> None:
     names = {path.name for path in (compared / FIGURES).iterdir()}
-    every = (*AXES, *BARS, *THOUGHTS, *COVERED)
+    every = (*AXES, *BARS, EACH, TWO, *THOUGHTS, *COVERED)
     assert names == {f"{name}.{kind}" for name in every for kind in ("png", "svg")}
     for path in (compared / FIGURES).glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")
@@ -140,8 +142,10 @@ def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
     reader = Reader(text)
     result = json.loads((folder / "result.json").read_text())
     assert result["method"] in reader.texts
-    drawn = len(AXES) + len(BARS) - len(OF_THE_TARGET) + 1  # the last: which layers were sent
+    by_layer = 2  # which were sent, and their gradients
+    drawn = len(AXES) + len(BARS) - len(OF_THE_TARGET) + len((EACH,)) + by_layer
     assert reader.tags.count("svg") == drawn
+    assert any("gradient norm of each layer" in text for text in reader.texts)
     assert any("devices that sent each layer" in text for text in reader.texts)
     assert f"{result['global_accuracy']:.3f}".replace("0.", ".", 1) in reader.texts
 

@@ -69,7 +69,10 @@ BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
 }
 OF_THE_TARGET = ("time-modelled", "time-measured")
 OF_DEVICES = ("personalised", "worst-tenth")
-RATES, SHARES, COVERAGE = "rates", "arms", "coverage"
+TWO, EACH = "two-accuracies", "each-device"
+"""Figures about devices' own models, of all members together."""
+
+RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
 """Figures of a member with a configurator, and of one whose devices do not send every layer; their
 names go on with the member's number."""
 
@@ -89,6 +92,12 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
                 name not in OF_DEVICES or any(value(row) is not None for row in part.rows)
             ):
                 made[name] = _bars(part, title, value)
+        own = [[one for one in played if _own(one, row.member)] for row in part.rows]
+        if any(own):
+            made[EACH] = _each_device(part, own)
+        both = [row for row in part.rows if row.accuracy and row.personalised]
+        if len(both) > 1:
+            made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
             runs = [one.rows for one in played if one.cell.member == row.member and one.result]
             noted = [[one for one in rows if one.get("notes")] for rows in runs]
@@ -102,7 +111,16 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
             if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
                 title = f"{row.member}: devices that sent each layer"
                 made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
+                moved = [[one for one in rows if any(one.get("importance") or ())] for rows in runs]
+                if all(moved):
+                    title = f"{row.member}: gradient norm of each layer, of the round's largest"
+                    made[f"{IMPORTANCE}-{number}"] = _by_layer(title, moved, _important)
     return made
+
+
+def _own(one: Played, member: str) -> bool:
+    """Whether it is a run of this member that measured devices' own models."""
+    return one.cell.member == member and one.result is not None and "personalised" in one.result
 
 
 def svg(figure: Any) -> str:
@@ -228,6 +246,12 @@ def _covered(row: Row) -> Sequence[float]:
     return [count / row["accepted"] for count in row["coverage"]]
 
 
+def _important(row: Row) -> Sequence[float]:
+    """Gradient norm of each layer, through the round's largest."""
+    largest = max(row["importance"])
+    return [norm / largest for norm in row["importance"]]
+
+
 def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
     """Layers by rounds, mean over seeds."""
     by_round: dict[int, list[Sequence[float]]] = {}
@@ -284,6 +308,47 @@ def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
     axis.set_title(f"{member}: arms, means of three rounds", loc="left", fontsize=9.5)
     axis.xaxis.set_major_locator(_whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
+    return figure
+
+
+def _two_accuracies(part: Part) -> Any:
+    """The global model's accuracy against that of devices' own: mean and deviation over seeds."""
+    figure, axis = _figure(3.2 + 0.1 * len(part.rows))
+    for number, row in enumerate(part.rows):
+        if row.accuracy and row.personalised:
+            axis.errorbar(
+                row.accuracy.mean,
+                row.personalised.mean,
+                xerr=row.accuracy.deviation,
+                yerr=row.personalised.deviation,
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=6,
+                linewidth=0.8,
+                label=row.member,
+            )
+    axis.set(xlabel="accuracy of the global model", ylabel="personalised accuracy")
+    axis.grid(visible=True)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
+    """A line per member with a dot per device and seed, and their mean."""
+    figure, axis = _figure(0.8 + 0.3 * len(part.rows))
+    for place, played in enumerate(runs):
+        found = [one["accuracy"] for run in played for one in (run.result or {})["personalised"]]
+        if found:
+            colour = COLOURS[place % len(COLOURS)]
+            # Some up, some down, always the same ones: dots of equal accuracy stay apart.
+            spread = [place + 0.11 * (number % 5 - 2) for number in range(len(found))]
+            axis.plot(found, spread, "o", color=colour, alpha=0.4, markersize=3.2, linewidth=0)
+            axis.plot([fmean(found)] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
+    axis.set(yticks=list(range(len(part.rows))), xlabel="accuracy of a device's own model")
+    axis.set_yticklabels([row.member for row in part.rows])
+    axis.invert_yaxis()
+    axis.grid(visible=True, axis="x")
+    axis.tick_params(left=False)
     return figure
 
 

@@ -23,11 +23,14 @@ from droppeft.report.figures import (
     AXES,
     BARS,
     COVERAGE,
+    EACH,
+    IMPORTANCE,
     INK,
     OF_DEVICES,
     OF_THE_TARGET,
     RATES,
     SHARES,
+    TWO,
     figures,
     svg,
 )
@@ -64,8 +67,9 @@ GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
     "band of one standard deviation. Dotted: the target.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
-    OF_DEVICES: "Every device's own model on its own test texts when the run ended, whether it "
-    "ever trained or not; a device counts as one. Without personal layers: the global model.",
+    (*OF_DEVICES, EACH, TWO): "Every device's own model on its own test texts when the run ended, "
+    "whether it ever trained or not; a device counts as one. Without personal layers: the global "
+    "model. A dot is a device of a seed, a stroke their mean; crosses are standard deviations.",
     tuple(
         name for name in BARS if name not in (*OF_THE_TARGET, *OF_DEVICES)
     ): "Most bytes that a step stored for "
@@ -169,9 +173,10 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "that it trains; patterns and the legend's order tell arms apart without colour.",
     )
     sent = _group(
-        [made[name] for name in made if name.startswith(f"{COVERAGE}-")],
+        [made[name] for name in made if name.startswith((f"{COVERAGE}-", f"{IMPORTANCE}-"))],
         "Share of each round's merged devices that sent a layer, mean over seeds: what stays "
-        "personal, is dropped or not trained is not sent.",
+        "personal, is dropped or not trained is not sent. Beside it how large the gradients of "
+        "the layers' adapters are.",
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
     return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}{sent}"
