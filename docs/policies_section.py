@@ -47,19 +47,24 @@ three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts
 line are single arms, below it are policies over all six. The target is what full depth ends with
 on the same seed (mean of three evaluations) less a point; a run that never gets there in its
 rounds has no time. *Early*: accuracy (mean of the last three evaluations) at {early:.2f} modelled
-seconds, when the shortest run has ended. *Over the best arm*: per seed, time to target over that
-of the best single arm in hindsight. `droppeft report benchmarks/results/{name}` draws all of it.
+seconds, when the shortest run has ended; *regret*: how many points that is below the best single
+arm in hindsight on the same seed, with a 95 % interval over seeds (Student's t). *Over the best
+arm*: per seed, time to target over that of this arm. `droppeft report benchmarks/results/{name}`
+draws all of it.
 """
 COLUMNS = (
     "member",
     "accuracy",
     "early",
+    "regret",
     "to target",
     "over the best arm",
     "whole run",
     "idle",
     "layers run",
 )
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5 % quantiles of Student's t, by the number of seeds."""
 REWARD_HEAD = """\
 
 ### What the policies saw
@@ -147,7 +152,7 @@ def _section(name: str) -> str:
     best = _best_arm(times)
     early = min(_whole(run) for run in played)
     lines = [
-        _line(member, runs, times[member], times[best] if best else {}, early)
+        _line(member, runs, by_member.get(best or "", {}), times, best, early)
         for member, runs in by_member.items()
     ]
     place = len([member for member in by_member if member in FIXED])
@@ -212,21 +217,32 @@ def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
 def _line(
     member: str,
     runs: Mapping[int, Played],
-    times: Mapping[int, float | None],
-    best: Mapping[int, float | None],
+    of_best: Mapping[int, Played],
+    times_of: Mapping[str, Mapping[int, float | None]],
+    best: str | None,
     early: float,
 ) -> tuple[str, ...]:
+    times, least_of = times_of[member], times_of.get(best or "", {})
     results = [run.result for run in runs.values() if run.result is not None]
     there = [time for time in times.values() if time is not None]
     ratios = [
         "–" if time is None else f"{time / least:.2f}"
         for seed, time in times.items()
-        if (least := best.get(seed)) is not None
+        if (least := least_of.get(seed)) is not None
     ]
     return (
         member,
         _spread([result["global_accuracy"] for result in results]),
         _spread([_at(run, early) for run in runs.values()]),
+        "–"
+        if member == best
+        else _regret(
+            [
+                _at(of_best[seed], early) - _at(run, early)
+                for seed, run in runs.items()
+                if seed in of_best
+            ]
+        ),
         f"{fmean(there):.2f} s" if len(there) == len(times) else f"{len(there)} of {len(times)}",
         ", ".join(ratios),
         f"{fmean(_whole(run) for run in runs.values()):.2f} s",
@@ -238,6 +254,17 @@ def _line(
 def _spread(values: Sequence[float]) -> str:
     deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     return f"{fmean(values):.3f}{deviation}".replace("0.", ".")
+
+
+def _regret(points: Sequence[float]) -> str:
+    """Mean in points, with an interval if there are seeds for one."""
+    if not points:
+        return "–"
+    mean = 100 * fmean(points)
+    if len(points) not in T_95:
+        return f"{mean:.1f}"
+    half = 100 * T_95[len(points)] * stdev(points) / len(points) ** 0.5
+    return f"{mean:.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
 def _whole(run: Played) -> float:
