@@ -469,5 +469,6 @@ def test_there_are_experiments() -> None:
         *("one_device", "one_device_paper"),
         *("many_devices", "many_devices_paper"),
         *("configurator", "configurator_deep", "configurator_agreement"),
-        *("personalisation", "sharing_heterogeneity", "ablation", "contest", "convergence"),
+        *("personalisation", "sharing_heterogeneity", "ablation"),
+        *("contest", "convergence", "statements"),
     }

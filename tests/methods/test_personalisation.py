@@ -153,6 +153,7 @@ def test_what_fedsa_cannot_be(
     [
         (("adapter.type=prompt_tuning", "sharing.fraction=0.5"), "is in no layer"),
         (("adapter.type=ia3", "sharing.factors=product"), "about LoRA's A and B"),
+        (("sharing.mean=everyone", "sharing.factors=product"), "set sharing.factors=separate"),
         (("sharing.head=personal", "evaluation.personalised=false"), "but the personalised one"),
     ],
 )
@@ -163,7 +164,10 @@ def test_what_cannot_be_shared(
         prepare_with("dropout.mean=0", *words)
 
 
-@pytest.mark.parametrize("words", [("sharing.weights=active_steps",), ("sharing.factors=product",)])
+@pytest.mark.parametrize(
+    "words",
+    [("sharing.weights=active_steps",), ("sharing.factors=product",), ("sharing.mean=everyone",)],
+)
 def test_other_ways_to_merge_give_another_model(
     tiny_words: list[str], tmp_path: Path, words: tuple[str, ...]
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from droppeft.plans import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
 from droppeft.sharing.aggregation import (
     Weight,
+    average_over_everyone,
     average_over_holders,
     by_active_steps,
     by_examples,
@@ -160,3 +161,14 @@ def test_a_layer_counts_by_the_steps_it_ran_in() -> None:
     merged = average_over_holders(current, updates, by_active_steps)
     assert (merged[0]["x"].tolist(), merged[HEAD]["w"].tolist()) == ([3.0], [2.0])
     assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [2.0]
+
+
+def test_who_did_not_send_counts_as_the_server_s_value_over_everyone() -> None:
+    current: Tensors = {0: {"w": np.float32([1.0])}, 1: {"v": np.float32([2.0])}}
+    updates = [update(0, {0: {"w": np.float32([5.0])}}), update(1, {})]
+    merged = average_over_everyone(current, updates, of([1.0, 3.0]))
+    # (1 · 5 + 3 · 1) / 4 = 2; nobody sent the other
+    assert (float(merged[0]["w"][0]), float(merged[1]["v"][0])) == (2.0, 2.0)
+    whole = [update(0, {0: {"w": np.float32([5.0])}, 1: {"v": np.float32([6.0])}})]
+    same = (one(current, whole, of([1.0])) for one in (average_over_everyone, average_over_holders))
+    assert bits(next(same)) == bits(next(same))

@@ -49,6 +49,11 @@ class SharingConfig(Table):
         description="what a device's layer counts in the mean: its rows, or its rows times the "
         "steps that the layer ran in",
     )
+    mean: Literal["holders", "everyone"] = Field(
+        "holders",
+        description="a layer becomes the mean over the devices that sent it; `everyone`, a "
+        "control: the others count as if they had sent back the server's",
+    )
     factors: Literal["separate", "product"] = Field(
         "separate",
         description="LoRA's A and B are averaged by themselves, or their products, cut to the rank "

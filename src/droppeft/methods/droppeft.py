@@ -32,9 +32,16 @@ from droppeft.methods.personal_layers import (
     with_sharing,
 )
 from droppeft.plans import LayerDropout, Plan, Reply, ServerState, Update, flatten
-from droppeft.sharing.aggregation import average_over_holders
+from droppeft.sharing.aggregation import average_over_everyone, average_over_holders
 from droppeft.sharing.factors import average_products
 from droppeft.sharing.visits import with_visits
+
+AVERAGES = {
+    ("holders", "separate"): average_over_holders,
+    ("holders", "product"): average_products,
+    ("everyone", "separate"): average_over_everyone,
+}
+"""By ``sharing.mean`` and ``sharing.factors``."""
 
 
 def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
@@ -145,8 +152,9 @@ def _merge(
 ) -> ServerState:
     config = setup.config
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    average = average_over_holders if config.sharing.factors == "separate" else average_products
-    mean = average(state.model.tensors, updates, weight_of(config))
+    mean = AVERAGES[config.sharing.mean, config.sharing.factors](
+        state.model.tensors, updates, weight_of(config)
+    )
     merged = with_mean(setup, state, updates, mean)
     if keeps_anything(config):
         merged = with_visits(merged, plans, replies)

@@ -54,6 +54,11 @@ def check_sharing(setup: Setup) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
         )
+    if config.sharing.mean == "everyone" and config.sharing.factors == "product":
+        raise DroppeftError(
+            "sharing.mean=everyone is a control for factors that are averaged by themselves; "
+            "set sharing.factors=separate"
+        )
     if config.sharing.factors == "product" and config.adapter.type != "lora":
         raise DroppeftError(
             f"sharing.factors=product is about LoRA's A and B; adapter.type={config.adapter.type} "

@@ -6,6 +6,7 @@ a tensor that nobody shared keeps its value. Averaging LoRA's A and B separately
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,6 +48,23 @@ def average_over_holders(current: Tensors, updates: Sequence[Update], weight: We
             for name, value in named.items()
         }
     return merged
+
+
+def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
+    """As :func:`average_over_holders`, an update without a tensor counting as the server's value.
+
+    A control: it holds back what few devices train.
+    """
+    whole = [
+        replace(
+            update,
+            tensors={
+                key: {**named, **update.tensors.get(key, {})} for key, named in current.items()
+            },
+        )
+        for update in updates
+    ]
+    return average_over_holders(current, whole, weight)
 
 
 def _mean(current: Array, values: Sequence[Array | None], weights: Sequence[float]) -> Array:
