@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from droppeft.config import load_config
+from droppeft.config import load_config, resolve
 from droppeft.federation.device import carry_out
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.loading import site_of
@@ -96,7 +96,7 @@ def _gflops(rows: int, inner: int, columns: int) -> float:
 
 def _turn() -> float:
     """Processor seconds of a turn of ten steps, the second of two."""
-    prepared = prepare(load_config(None, WORDS), lambda step: None, "00c0ffee")
+    prepared = prepare(resolve(load_config(None, WORDS), cuda=False), lambda step: None, "00c0ffee")
     [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
     site, config = site_of(prepared.loaded), prepared.config
     for _ in range(2):

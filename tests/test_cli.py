@@ -256,6 +256,9 @@ def test_ctrl_c_before_the_first_round(
         ["sharing.criterion=cka"],
         ["sharing.hysteresis=0"],
         ["sharing.fraction=0.5", "sharing.score_rows=8"],
+        ["server.step_size=0.5"],
+        ["server.optimizer=momentum", "server.tau=0.1"],
+        ["method=flexlora", "server.optimizer=adam"],
         ["evaluation.personalised=false", "evaluation.newcomers=true"],
     ],
 )

@@ -72,6 +72,7 @@ def run(
     _check_tables(config.method, settings)
     _check_configurator(config, settings)
     _check_sharing(config, settings)
+    _check_server(config, settings)
     _check_flower(config.transport, settings)
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
@@ -382,6 +383,22 @@ def _check_sharing(config: "Config", settings: Sequence[str]) -> None:
             raise DroppeftError(
                 f"{key} has no effect with sharing.criterion={sharing.criterion}, which does not "
                 "run the model to score; leave it out"
+            )
+
+
+def _check_server(config: "Config", settings: Sequence[str]) -> None:
+    """Refuse a setting on the command line of an optimiser that there is not."""
+    from droppeft.config import key_of
+
+    heeded = {
+        "none": ("optimizer",),
+        "momentum": ("optimizer", "step_size", "momentum"),
+    }.get(config.server.optimizer)
+    for key in map(key_of, settings) if heeded else ():
+        if key.startswith("server.") and key.removeprefix("server.") not in (heeded or ()):
+            raise DroppeftError(
+                f"{key} has no effect with server.optimizer={config.server.optimizer}; leave it "
+                "out, or set another optimiser"
             )
 
 

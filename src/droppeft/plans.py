@@ -141,8 +141,8 @@ class SharingRule:
         hysteresis: by what part a layer must score higher to take the place of one that is kept.
         score_rows: rows of the device's validation part, for criteria that run the model.
         shared: layers that the device shared after its last merged turn; ``None`` before its first.
-        usual: of each layer, the gradient norm that devices have in it through their own mean over
-            the layers, 0 where none is known; ``None`` for criteria that compare with nobody.
+        usual: of each layer, what devices' gradient norms in it are like (1 on average), 0 where
+            none is known; ``None`` for criteria that compare with nobody.
     """
 
     criterion: str

@@ -37,7 +37,7 @@ from droppeft.plans import (
     flatten,
     payload_bytes,
 )
-from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.criteria import CRITERIA, usual_norms
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import answer_to, assert_same, setup_for
@@ -100,7 +100,7 @@ def test_devices_are_told_what_is_usual() -> None:
     state = method.merge(setup, state, plans, [Failure(2, "asleep"), again])
     [plan] = method.plan(setup, state, 3, [1])
     assert plan.sharing is not None
-    assert plan.sharing.usual == pytest.approx((0.5, (4 / 3 + 1) / 2, (2 / 3 + 1.5) / 2, 1.0))
+    assert plan.sharing.usual == usual_norms([again.importance, norms[1]])
 
 
 def test_a_device_divides_by_what_is_usual(site: Site, first: Plan) -> None:

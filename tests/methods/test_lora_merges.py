@@ -19,7 +19,7 @@ from droppeft.methods.fedhetlora import RANKS
 from droppeft.methods.plain_lora import with_added
 from droppeft.plans import GlobalModel, Plan, Update, flatten
 from droppeft.sharing.factors import pairs_of
-from messages import WIDTH_OF_MODEL, answer_to, shaped
+from messages import WIDTH_OF_MODEL, answer_to, assert_same, shaped
 from runs import turn_of
 from tiny import save_tiny_model
 
@@ -103,16 +103,20 @@ def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> No
 
 def test_a_delta_is_named_by_its_content() -> None:
     product = {"base_model.model.enc.q.lora_A.default.weight": np.ones((2, 2))}
-    one, two = with_added(None, product, 0.5), with_added(None, product, 0.5)
+    one, two = (with_added(None, product.items(), 0.5) for _ in range(2))
     assert one is not None
     assert two is not None
     assert one.version == two.version
     assert list(one.tensors) == ["enc.q.weight"]
     np.testing.assert_array_equal(one.tensors["enc.q.weight"], np.full((2, 2), 0.5, np.float32))
-    more = with_added(one, product, 0.5)
+    more = with_added(one, product.items(), 0.5)
     assert more is not None
     assert more.version != one.version
-    assert with_added(one, {}, 0.5) is one
+    assert with_added(one, [], 0.5) is one
+
+
+def ones_like(tensors: Any) -> Any:
+    return {k: {n: np.ones_like(a) for n, a in named.items()} for k, named in tensors.items()}
 
 
 # On a model
@@ -163,7 +167,9 @@ def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Pre
     assert sent == plan.train == plan.share
     assert not any(".lora_A." in name for name in sent)
     assert any(".lora_B." in name for name in sent)
+    set_tensors(prepared.bench.parameters, ones_like(prepared.state.model.tensors))
     reply = turn_of(site_of(prepared.loaded), plan)
+    assert prepared.method.own(prepared.setup, prepared.state, 1, 1).train == sent
     assert {name for _, name, _ in flatten(reply.tensors)} == sent
     state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
     for key, name, array in flatten(state.model.tensors):
@@ -202,6 +208,9 @@ def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds(
         np.testing.assert_allclose(found, nearest, atol=1e-4)
         assert plan.adapter.alpha == 2 * rank
         assert plan.objective.rank_penalty is None
+        own = method.own(setup, state, 3, plan.device)
+        assert own.measure
+        assert_same(own.tensors, plan.tensors)
 
 
 # What they refuse
@@ -218,6 +227,12 @@ def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds(
 def test_other_adapters_are_refused(name: str, words: list[str], sentence: str) -> None:
     with pytest.raises(DroppeftError, match=sentence):
         METHODS[name].init(shaped(f"method={name}", *words))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_nothing_is_kept_of_weights_that_change(name: str) -> None:
+    with pytest.raises(DroppeftError, match=r"leave frozen.layers=2 out"):
+        METHODS[name].init(shaped(f"method={name}", "frozen.layers=2"))
 
 
 @pytest.mark.parametrize("name", EXACT)

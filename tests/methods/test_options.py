@@ -1,12 +1,20 @@
 """Options of several methods: FedProx, server optimisers, PEFT types by a method's name."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from droppeft.config import AdapterConfig, ServerConfig, load_config
+from droppeft.config import (
+    AdapterConfig,
+    ServerConfig,
+    as_tree,
+    build_config,
+    load_config,
+    to_toml,
+)
 from droppeft.errors import DroppeftError
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import prepare
@@ -47,7 +55,7 @@ def test_without_momentum_it_is_the_mean() -> None:
     assert stepped(settings(optimizer="momentum", momentum=0.0), [2.0, -3.0]) == [2.0, -3.0]
 
 
-ADAPTIVE = {"momentum": 0.5, "second_momentum": 0.75, "tau": 1.0, "learning_rate": 0.1}
+ADAPTIVE = {"momentum": 0.5, "second_momentum": 0.75, "tau": 1.0, "step_size": 0.1}
 
 
 def test_adam_by_hand() -> None:
@@ -70,9 +78,22 @@ def test_yogi_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)])
 def test_every_optimiser_has_its_usual_rate(name: str, rate: float) -> None:
-    assert settings(optimizer=name).learning_rate == rate
-    assert settings(optimizer=name, learning_rate=0.5).learning_rate == 0.5
-    assert settings().learning_rate is None
+    assert settings(optimizer=name).rate == rate
+    assert settings(optimizer=name, step_size=0.5).rate == 0.5
+
+
+def test_another_optimiser_than_the_file_s_has_its_own_usual_rate(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(load_config(None, ["server.optimizer=momentum"])))
+    assert load_config(file, ["server.optimizer=adam"]).server.rate == 0.01
+
+
+def test_factors_that_are_made_anew_have_no_gradient() -> None:
+    words = ("sharing.factors=product", "server.optimizer=adam")
+    with pytest.raises(
+        DroppeftError, match=r"no gradient for server.optimizer=adam; leave one out"
+    ):
+        METHODS["droppeft"].init(setup_for(*words))
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
@@ -117,7 +138,7 @@ def test_a_resumed_run_has_its_moments_again(
     method: str, tiny_words: list[str], tmp_path: Path
 ) -> None:
     words = [word for word in tiny_words if not word.startswith("dropout.")]
-    words += [f"method={method}", "server.optimizer=yogi", "server.learning_rate=0.05"]
+    words += [f"method={method}", "server.optimizer=yogi", "server.step_size=0.05"]
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     stop_after_a_round(words, tmp_path / "resumed")
     resume_run(tmp_path / "resumed", Recorder())
@@ -132,11 +153,7 @@ def test_a_resumed_run_has_its_moments_again(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_passes_the_proximal_term_on(name: str) -> None:
-    if name in ("fedadapter", "fedadaopt"):
-        setup = shaped(f"method={name}", "training.proximal=0.5", "adapter.type=bottleneck")
-    else:
-        setup = shaped(f"method={name}", "training.proximal=0.5")
-    method = METHODS[name]
+    setup, method = shaped(f"method={name}", "training.proximal=0.5"), METHODS[name]
     plans = method.plan(setup, method.init(setup), 1, [0, 1, 2])
     assert [plan.objective.proximal for plan in plans] == [0.5] * 3
 
@@ -173,26 +190,29 @@ def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
     ],
 )
 def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
-    adjust = METHODS[name].adjust
-    found = adjust(load_config(None, [f"method={name}"]))
-    assert found.adapter.type == type_
-    usual = AdapterConfig.model_validate({"type": type_})
-    assert found.adapter == usual or found.adapter.targets == ("all-linear",)
-    assert adjust(found) == found
-    with pytest.raises(DroppeftError, match=f"method={name} has adapter.type={type_}, and"):
-        adjust(load_config(None, [f"method={name}", "adapter.rank=4"]))
+    found = load_config(None, [f"method={name}"])
+    targets = ("all-linear",) if name == "fedbitfit" else ("default",)
+    expected = AdapterConfig.model_validate({"type": type_, "targets": targets})
+    assert found.adapter == expected
+    assert load_config(None, [f"method={name}", f"adapter.type={type_}"]).adapter == expected
+    assert build_config(as_tree(found)) == found
+    setup = replace(shaped(), config=load_config(None, [f"method={name}", "adapter.type=lora"]))
+    with pytest.raises(DroppeftError, match=r"adapter.type=lora; "):
+        METHODS[name].init(setup)
 
 
 def test_its_own_settings_stay() -> None:
-    words = ["method=fedprompt", "adapter.type=prompt_tuning", "adapter.tokens=3"]
-    assert METHODS["fedprompt"].adjust(load_config(None, words)).adapter.tokens == 3
+    words = ["method=fedprompt", "adapter.tokens=3"]
+    assert load_config(None, words).adapter.tokens == 3
+    words = ["method=fedbitfit", "adapter.targets=query"]
+    assert load_config(None, words).adapter.targets == ("query",)
 
 
 def test_bitfit_trains_a_vector_for_every_linear_map_and_nothing_else(
     tiny_words: list[str],
 ) -> None:
     words = [word for word in tiny_words if not word.startswith("dropout.")]
-    config = METHODS["fedbitfit"].adjust(load_config(None, [*words, "method=fedbitfit"]))
+    config = load_config(None, [*words, "method=fedbitfit"])
     prepared = prepare(config, lambda step: None, "00c0ffee")
     layer = prepared.state.model.tensors[0]
     assert len(layer) == 6  # query, key, value, output, and the two of the feed-forward
@@ -212,8 +232,8 @@ def test_fedadaopt_grows_in_steps_up_to_its_caps() -> None:
         widths = {layer.width for plan in plans for layer in plan.adapter.layers if layer}
         seen.append((*depths, *widths, plans[0].frozen))
         state = method.merge(setup, state, plans, [answer_to(plan, 5.0) for plan in plans])
-    # Depth, width, and the layers below that nobody trains in this step or the next.
-    steps = [(2, 8, 1), (3, 16, 0), (4, 16, 0), (4, 16, 0)]
+    # Depth, width, and the layers below, whose states are kept.
+    steps = [(2, 8, 2), (3, 16, 1), (4, 16, 0), (4, 16, 0)]
     assert seen == [one for one in steps for _ in range(TRIAL_ROUNDS)]
     np.testing.assert_array_equal(state.model.tensors[3]["3.up.weight"], 5.0)
 

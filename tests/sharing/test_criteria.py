@@ -147,12 +147,22 @@ def test_a_layer_that_nobody_knows_counts_as_usual_as_the_others() -> None:
     assert (plain[1], plain[3]) == (2.0, 1.0)
 
 
-def test_usual_norms_are_means_of_shares() -> None:
+def test_what_is_usual_is_fitted_beside_how_large_a_device_s_gradients_are() -> None:
     """A device whose gradients are ten times as large counts as any other."""
-    one, ten_times, part = [1.0, 3.0, 0.0], [30.0, 10.0, 0.0], [0.0, 5.0, 5.0]
-    # Shares: 1/2 and 3/2; 3/2 and 1/2; 1 and 1 of the layers that it ran.
-    found = usual_norms([one, ten_times, part])
-    assert found == pytest.approx((1.0, 1.0, 1.0))
+    one, ten_times = [1.0, 3.0, 0.0], [30.0, 10.0, 0.0]
+    # Shares of a device's mean: 1/2 and 3/2; 3/2 and 1/2.
+    assert usual_norms([one, ten_times]) == pytest.approx((1.0, 1.0, 0.0))
     assert usual_norms([one]) == pytest.approx((0.5, 1.5, 0.0))
     assert usual_norms([]) is None
     assert usual_norms([[0.0, 0.0]]) is None
+
+
+def test_devices_that_trained_other_layers_are_compared_all_the_same() -> None:
+    """Upper layers have larger gradients, and half of the devices train those alone."""
+    rng = np.random.default_rng(0)
+    usual = np.array([0.4, 0.8, 1.2, 1.6])  # 1 on average
+    size = rng.uniform(0.1, 10, size=(8, 1))
+    norms = size * usual
+    norms[4:, :2] = 0.0
+    found = usual_norms(norms.tolist())
+    assert found == pytest.approx(usual, rel=1e-6)

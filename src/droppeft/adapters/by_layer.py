@@ -25,6 +25,11 @@ def layer_of(name: str, blocks_path: str) -> LayerKey:
     return HEAD if ".modules_to_save." in name else OTHER
 
 
+def backbone_name(name: str) -> str:
+    """A backbone parameter's name before peft wrapped its module."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def trainable_by_layer(model: nn.Module, blocks_path: str) -> Parameters:
     """Group the parameters that require a gradient; layers in order, then other, then the head.
 

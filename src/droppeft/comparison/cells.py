@@ -179,7 +179,9 @@ def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str 
     beaten = _rivals({*map(key_of, own)})
     kept = [word for word in common if key_of(word) not in beaten]
     config = load_config(None, [*kept, *own, *(f"{key}={value}" for key, value in chosen.items())])
-    method_named(config.method)
+    for key in map(key_of, own):
+        if ignores(method_named(config.method), key):
+            raise DroppeftError(f"{key} has no effect with method={config.method}; leave it out")
     here = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)
     return config.model_copy(update={"data": here.data, "model": here.model})
 

@@ -1,13 +1,12 @@
 """The server table: what the server makes of the mean of a round's updates."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from droppeft.config.base import Real, Table
 
-LEARNING_RATES = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}
+STEP_SIZES = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}
 
 
 class ServerConfig(Table):
@@ -18,8 +17,8 @@ class ServerConfig(Table):
         description="`none`: the mean itself; `momentum`: FedAvgM; `adam`, `yogi`: FedAdam, "
         "FedYogi",
     )
-    learning_rate: Real | None = Field(
-        None, gt=0, description="of the optimiser (1 with `momentum`, 0.01 otherwise)"
+    step_size: Real | None = Field(
+        None, gt=0, description="the optimiser's rate (1 with `momentum`, 0.01 otherwise)"
     )
     momentum: Real = Field(0.9, ge=0, lt=1, description="of the mean change")
     second_momentum: Real = Field(
@@ -29,10 +28,7 @@ class ServerConfig(Table):
         1e-3, gt=0, description="how adaptive `adam` and `yogi` are: small is more so"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_rate(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping) or value.get("learning_rate") is not None:
-            return value
-        usual = LEARNING_RATES.get(str(value.get("optimizer", "none")))
-        return value if usual is None else {**value, "learning_rate": usual}
+    @property
+    def rate(self) -> float:
+        """The given step size, or the optimiser's usual one."""
+        return self.step_size or STEP_SIZES.get(self.optimizer, 1.0)

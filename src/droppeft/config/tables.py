@@ -25,6 +25,18 @@ ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
 }
 
 
+# What a method trains where the configuration does not say.
+ADAPTER_OF_METHOD: dict[str, dict[str, Any]] = {
+    "fedadapter": {"type": "bottleneck"},
+    "fedadaopt": {"type": "bottleneck"},
+    "fedprompt": {"type": "prompt_tuning"},
+    "fedptuning": {"type": "p_tuning"},
+    "fedprefix": {"type": "prefix_tuning"},
+    "fedia3": {"type": "ia3"},
+    "fedbitfit": {"type": "beft", "targets": ("all-linear",)},
+}
+
+
 # Settings of which only one may be given; the first has the default. A word on the command line
 # replaces the file's choice.
 RIVALS = {
@@ -370,6 +382,16 @@ class Config(Table):
     server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_of_the_method(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(value.get("adapter", {}), Mapping):
+            return value
+        usual, given = ADAPTER_OF_METHOD.get(str(value.get("method"))), value.get("adapter", {})
+        if usual is None or given.get("type", usual["type"]) != usual["type"]:
+            return value
+        return {**value, "adapter": {**usual, **given}}
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "Config":

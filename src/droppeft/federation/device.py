@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
+from droppeft.adapters.by_layer import Parameters, backbone_name, get_tensors, set_tensors
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tables import Rows
@@ -206,9 +206,9 @@ def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[No
     if delta is None:
         yield
         return
-    own = {_own_name(name): value for name, value in model.named_parameters()}
+    own = {backbone_name(name): value for name, value in model.named_parameters()}
     turned = {
-        _own_name(f"{name}.weight")
+        backbone_name(f"{name}.weight")
         for name, module in model.named_modules()
         if isinstance(module, Conv1D)
     }
@@ -231,11 +231,6 @@ def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[No
         with torch.no_grad():
             for name, value in kept.items():
                 own[name].copy_(value)
-
-
-def _own_name(name: str) -> str:
-    """A parameter's name before peft wrapped its module."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _load(bench: Workbench, plan: Plan) -> Parameters:

@@ -302,7 +302,7 @@ def _table(source: Source) -> str:
 | round | {source.round} of {config.rounds} |
 | cohort | {config.cohort} of {config.devices} devices in each round |
 | seed | {config.seed} |
-| trainable parameters | {count_parameters(source.bench.parameters):,} |
+| parameters of adapter and head | {count_parameters(source.bench.parameters):,} |
 {_accuracy(source)}
 """
 

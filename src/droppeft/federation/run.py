@@ -328,7 +328,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "without_clock": prepared.without_clock,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
-        "trainable_parameters": count_parameters(prepared.bench.parameters),
+        "trainable_parameters": _trainable(prepared),
         "train_rows": len(data.train),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
@@ -340,6 +340,16 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "tfidf_accuracy": facts["tfidf_accuracy"],
         "sampled_test_rows": len(prepared.sample),
     }
+
+
+def _trainable(prepared: Prepared) -> int:
+    """Values that devices train, the head included; a method may leave a part of an adapter out."""
+    names = prepared.method.own(prepared.setup, prepared.state, 1, 0).train
+    parameters = prepared.bench.parameters
+    if names is None:
+        return count_parameters(parameters)
+    named = ((name, value) for values in parameters.values() for name, value in values.items())
+    return sum(value.numel() for name, value in named if name in names)
 
 
 def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:

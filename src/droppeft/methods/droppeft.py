@@ -28,6 +28,7 @@ from droppeft.methods.personal_layers import (
     check_sharing,
     has_global_head,
     keeps_anything,
+    usual_of,
     weight_of,
     with_sharing,
 )
@@ -111,7 +112,8 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
             _with_arm(setup, state, round, device, arm, importance)
             for device, (_, arm) in zip(cohort, arms, strict=True)
         ]
-    return [with_sharing(setup, state, plan) for plan in plans]
+    usual = usual_of(setup, state)
+    return [with_sharing(setup, state, plan, usual) for plan in plans]
 
 
 def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:

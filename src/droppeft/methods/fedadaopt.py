@@ -19,7 +19,6 @@ from droppeft.methods.fedadapter import (
     plain_mean,
     spec_of,
 )
-from droppeft.methods.other_types import with_type
 from droppeft.plans import Plan, Reply, ServerState, Update
 
 DEPTH, WIDTH, ROUNDS = "depth", "width", "rounds"
@@ -33,9 +32,7 @@ def _init(setup: Setup) -> ServerState:
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    depth, _, _ = _memory(state)
-    # The layer that comes next is left out, so that a device's states outlive an upgrade.
-    frozen = setup.num_layers - min(depth + 1, largest_shape(setup)[0])
+    frozen = setup.num_layers - _memory(state)[0]
     plans = [full_plan(setup, state, round, device, dropout=None) for device in cohort]
     return [replace(plan, frozen=frozen) for plan in plans]
 
@@ -66,9 +63,8 @@ def _memory(state: ServerState) -> tuple[int, int, int]:
 FEDADAOPT = Method(
     name="fedadaopt",
     summary="bottlenecks upgraded in fixed steps of depth and width (FedAdaOPT, ours)",
-    tables=frozenset(),
+    tables=frozenset({"frozen"}),
     init=_init,
     plan=_plan,
     merge=_merge,
-    adjust=with_type(type="bottleneck"),
 )

@@ -24,7 +24,6 @@ from droppeft.methods.base import (
     full_plan,
     start_with,
 )
-from droppeft.methods.other_types import with_type
 from droppeft.plans import (
     AdapterSpec,
     Array,
@@ -256,5 +255,4 @@ FEDADAPTER = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
-    adjust=with_type(type="bottleneck"),
 )

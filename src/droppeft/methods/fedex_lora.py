@@ -10,20 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from droppeft.methods.base import Method, Setup, full_plan, start_with, uniform_adapter
-from droppeft.methods.plain_lora import check_plain_lora, scale_of, with_added
-from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Tensors, Update
+from droppeft.methods.base import Method, Setup
+from droppeft.methods.fedlora import FEDLORA
+from droppeft.methods.flora import init
+from droppeft.methods.plain_lora import scale_of, with_added
+from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import average_over_holders, by_examples
-from droppeft.sharing.factors import Wide, mean_products, pairs_of
-
-
-def _init(setup: Setup) -> ServerState:
-    check_plain_lora(setup.config, exact=True)
-    return start_with(setup, uniform_adapter(setup))
-
-
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [full_plan(setup, state, round, device, dropout=None) for device in cohort]
+from droppeft.sharing.factors import A, B, Wide, mean_products
 
 
 def _merge(
@@ -34,25 +27,24 @@ def _merge(
         return state
     model = state.model
     tensors = average_over_holders(model.tensors, updates, by_examples)
-    means, averaged = mean_products(model.tensors, updates, by_examples), _products(tensors)
-    residual = {a: mean - averaged[a] for a, mean in means.items()}
-    delta = with_added(model.base_delta, residual, scale_of(setup.config))
+    averaged = {name: array for _, name, array in flatten(tensors)}
+
+    def missing(a: str, mean: Wide) -> Wide:
+        """What the product of the factors lacks, as devices get them."""
+        up, down = averaged[a.replace(A, B)], averaged[a]
+        return mean - up.astype(np.float64) @ down.astype(np.float64)
+
+    means = mean_products(model.tensors, updates, by_examples)
+    residuals = ((a, missing(a, mean)) for a, mean in means)
+    delta = with_added(model.base_delta, residuals, scale_of(setup.config))
     return replace(state, model=GlobalModel(model.adapter, tensors, delta))
-
-
-def _products(tensors: Tensors) -> dict[str, Wide]:
-    """B·A of the factors as devices get them, by the name of A."""
-    return {
-        a: tensors[key][b].astype(np.float64) @ tensors[key][a].astype(np.float64)
-        for key, a, b in pairs_of(tensors)
-    }
 
 
 FEDEX_LORA = Method(
     name="fedex_lora",
     summary="A and B averaged, the error of that put into the frozen weights (FedEx-LoRA)",
     tables=frozenset(),
-    init=_init,
-    plan=_plan,
+    init=init,
+    plan=FEDLORA.plan,
     merge=_merge,
 )

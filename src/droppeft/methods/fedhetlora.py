@@ -18,7 +18,14 @@ import numpy as np
 
 from droppeft import seeds
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Method, Setup, full_plan, start_with, uniform_adapter
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    full_plan,
+    start_with,
+    uniform_adapter,
+    without_steps,
+)
 from droppeft.plans import (
     AdapterSpec,
     Array,
@@ -131,14 +138,19 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 
 
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = at_rank(state, full_plan(setup, state, round, device, dropout=None))
+    plan = at_rank(setup, state, round, device)
     penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device]))
     return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
 
 
-def at_rank(state: ServerState, plan: Plan) -> Plan:
-    """A Plan of whole tensors, cut to the rank that its device has in the state's memory."""
-    rank = _ranks(state.memory)[plan.device]
+def own_at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    """The Plan that measures what a device has of the global model."""
+    return without_steps(at_rank(setup, state, round, device))
+
+
+def at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    """The Plan most methods begin from, cut to the rank that the state's memory has of a device."""
+    plan, rank = full_plan(setup, state, round, device, dropout=None), _ranks(state.memory)[device]
     return replace(plan, adapter=_cut(plan.adapter, rank), tensors=resized(plan.tensors, rank))
 
 
@@ -194,4 +206,5 @@ FEDHETLORA = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    own=own_at_rank,
 )

@@ -14,6 +14,7 @@ from droppeft.methods.base import (
     full_plan,
     start_with,
     uniform_adapter,
+    without_steps,
 )
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.plans import Plan, ServerState, flatten, restrict
@@ -36,6 +37,10 @@ def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Pla
     return replace(plan, tensors=restrict(plan.tensors, names), train=names, share=names)
 
 
+def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+    return without_steps(_of_device(setup, state, round, device))
+
+
 FFA_LORA = Method(
     name="ffa_lora",
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
@@ -43,4 +48,5 @@ FFA_LORA = Method(
     init=_init,
     plan=_plan,
     merge=average_by_examples,
+    own=_own,
 )

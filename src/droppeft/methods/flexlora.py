@@ -8,8 +8,8 @@ begins with, so that what differs is the merge; the factor alpha / rank stays th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.methods.base import Method, Setup, full_plan, start_with, uniform_adapter
-from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, resized
+from droppeft.methods.base import Method, Setup, start_with, uniform_adapter
+from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, own_at_rank, resized
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
 from droppeft.sharing.aggregation import by_examples
@@ -23,8 +23,7 @@ def _init(setup: Setup) -> ServerState:
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    whole = [full_plan(setup, state, round, device, dropout=None) for device in cohort]
-    return [at_rank(state, plan) for plan in whole]
+    return [at_rank(setup, state, round, device) for device in cohort]
 
 
 def _merge(
@@ -48,4 +47,5 @@ FLEXLORA = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    own=own_at_rank,
 )

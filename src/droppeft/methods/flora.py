@@ -15,23 +15,22 @@ from droppeft import seeds
 from droppeft.methods.base import (
     Method,
     Setup,
-    full_plan,
-    start_with,
-    uniform_adapter,
 )
+from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_plain_lora, scale_of, with_added
 from droppeft.plans import Array, GlobalModel, LayerKey, Plan, Reply, ServerState, Tensors, Update
 from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import mean_products, pairs_of
 
 
-def _init(setup: Setup) -> ServerState:
+def init(setup: Setup) -> ServerState:
+    """State with a fresh adapter, if products can be added to the weights behind it.
+
+    Raises:
+        DroppeftError: as :func:`check_plain_lora`.
+    """
     check_plain_lora(setup.config, exact=True)
-    return start_with(setup, uniform_adapter(setup))
-
-
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [full_plan(setup, state, round, device, dropout=None) for device in cohort]
+    return FEDLORA.init(setup)
 
 
 def _merge(
@@ -67,7 +66,7 @@ FLORA = Method(
     name="flora",
     summary="every round's LoRA goes into the frozen weights, without error (FLoRA)",
     tables=frozenset(),
-    init=_init,
-    plan=_plan,
+    init=init,
+    plan=FEDLORA.plan,
     merge=_merge,
 )

@@ -54,6 +54,11 @@ def check_sharing(setup: Setup) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
         )
+    if config.sharing.factors == "product" and config.server.optimizer != "none":
+        raise DroppeftError(
+            "sharing.factors=product makes LoRA's factors anew every round, and what they change "
+            f"by is no gradient for server.optimizer={config.server.optimizer}; leave one out"
+        )
     if config.sharing.mean == "everyone" and config.sharing.factors == "product":
         raise DroppeftError(
             "sharing.mean=everyone is a control for factors that are averaged by themselves; "
@@ -66,8 +71,20 @@ def check_sharing(setup: Setup) -> None:
         )
 
 
-def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
-    """A Plan of whole tensors, less what this device keeps, and with the rule of the run."""
+def usual_of(setup: Setup, state: ServerState) -> tuple[float, ...] | None:
+    """What devices' gradients are like, where the run's criterion compares with that."""
+    compares = keeps_layers(setup.config) and CRITERIA[setup.config.sharing.criterion].compares
+    return usual_norms(norms_of_devices(state)) if compares else None
+
+
+def with_sharing(
+    setup: Setup, state: ServerState, plan: Plan, usual: tuple[float, ...] | None = None
+) -> Plan:
+    """A Plan of whole tensors, less what this device keeps, and with the rule of the run.
+
+    Args:
+        usual: as :func:`usual_of`, for a Plan with steps.
+    """
     config = setup.config
     if not keeps_anything(config):
         return plan
@@ -80,7 +97,7 @@ def with_sharing(setup: Setup, state: ServerState, plan: Plan) -> Plan:
         tensors={key: named for key, named in plan.tensors.items() if key not in kept},
         share=plan.share & travels,
         kept=visit.round if visit and kept else None,
-        sharing=_rule(setup, state, visit) if keeps_layers(config) else None,
+        sharing=_rule(setup, visit, usual) if keeps_layers(config) else None,
     )
 
 
@@ -123,16 +140,15 @@ def scored_rows(setup: Setup, lower: int) -> int:
     return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
 
 
-def _rule(setup: Setup, state: ServerState, visit: Visit | None) -> SharingRule:
+def _rule(setup: Setup, visit: Visit | None, usual: tuple[float, ...] | None) -> SharingRule:
     settings = setup.config.sharing
-    compares = CRITERIA[settings.criterion].compares
     return SharingRule(
         criterion=settings.criterion,
         fraction=settings.fraction,
         hysteresis=settings.hysteresis,
         score_rows=settings.score_rows,
         shared=visit.shared if visit else None,
-        usual=usual_norms(norms_of_devices(state)) if compares else None,
+        usual=usual,
     )
 
 

@@ -1,10 +1,11 @@
 """What methods have in common that calculate with LoRA's matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
 import numpy as np
 
+from droppeft.adapters.by_layer import backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.plans import Array, BaseDelta
@@ -31,6 +32,11 @@ def check_plain_lora(config: Config, *, exact: bool = False) -> int:
         raise DroppeftError(
             f"{method} knows plain LoRA alone; leave adapter.options.{min(chosen.options)} out"
         )
+    if exact and config.frozen.layers:
+        raise DroppeftError(
+            f"{method} changes frozen weights every round, so that nothing can be kept of the "
+            f"first layers; leave frozen.layers={config.frozen.layers} out"
+        )
     if exact and config.quantization != "none":
         raise DroppeftError(
             f"{method} adds to the frozen weights, which quantization={config.quantization} does "
@@ -46,22 +52,22 @@ def scale_of(config: Config) -> float:
     return config.adapter.alpha / config.adapter.rank
 
 
-def weight_behind(name: str) -> str:
-    """Of an A, the frozen weight that its product is added to, by the backbone's own name."""
-    return name.removeprefix("base_model.model.").partition(A)[0] + ".weight"
-
-
 def with_added(
-    delta: BaseDelta | None, products: Mapping[str, Wide], scale: float
+    delta: BaseDelta | None, products: Iterable[tuple[str, Wide]], scale: float
 ) -> BaseDelta | None:
-    """The delta and ``scale`` times the products, which are named by their A; float32."""
-    if not products:
+    """The delta and ``scale`` times the products, each with the name of its A; float32.
+
+    One product at a time is in memory.
+    """
+    before = dict(delta.tensors) if delta else {}
+    after: dict[str, Array] = {}
+    for a, product in products:
+        name = backbone_name(a.partition(A)[0] + ".weight")
+        sum_of_both = scale * product + np.asarray(before.get(name, 0.0), np.float64)
+        after[name] = sum_of_both.astype(np.float32)
+    if not after:
         return delta
-    tensors: dict[str, Array] = dict(delta.tensors) if delta else {}
-    for a, product in products.items():
-        name = weight_behind(a)
-        sum_of_both = scale * product + np.asarray(tensors.get(name, 0.0), np.float64)
-        tensors[name] = sum_of_both.astype(np.float32)
+    tensors = {**before, **after}
     return BaseDelta(_content(tensors), tensors)
 
 

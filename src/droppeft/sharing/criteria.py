@@ -128,19 +128,34 @@ def _relative(turn: Turn) -> Vector:
     return found
 
 
+FITS = 30
+"""Each takes a part of the error off; the first is exact where all devices trained all layers."""
+
+
 def usual_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
-    """Of each layer, the mean of devices' gradient norms, each through its own mean over layers.
+    """Of each layer, what devices' gradient norms in it are like; 1 on average.
+
+    A norm is taken for what is usual in the layer, times how large the device's gradients are
+    altogether, times what is unusual: both factors are fitted in turn, so that devices that
+    trained different layers can be compared.
 
     Args:
         norms: L of every device, 0 in a layer that it did not train or run, which does not count.
+
+    Returns:
+        0 for a layer that no device knows; ``None`` if there is none that one knows.
     """
     table = np.array(norms, dtype=np.float64)
     table = table[table.any(axis=1)] if table.size else table
     if not table.size:
         return None
     known = table > 0
-    own = table.sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
-    return tuple(((table / own).sum(axis=0) / np.maximum(known.sum(axis=0), 1)).tolist())
+    usual: Vector = np.asarray(known.any(axis=0), dtype=np.float64)
+    for _ in range(FITS):
+        size = table.sum(axis=1, keepdims=True) / (known * usual).sum(axis=1, keepdims=True)
+        fitted: Vector = (table / size).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        usual = np.divide(fitted, fitted[fitted > 0].mean())
+    return tuple(usual.tolist())
 
 
 def _undone(turn: Turn) -> Vector:

@@ -6,7 +6,7 @@ hold; FLoRA (arXiv:2409.05976) and FedEx-LoRA (arXiv:2410.09432) put what the fa
 into the frozen weights. All by layer over its holders, which is ours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,19 +48,17 @@ def average_products(current: Tensors, updates: Sequence[Update], weight: Weight
 
 def mean_products(
     current: Tensors, updates: Sequence[Update], weight: Weight
-) -> Mapping[str, Wide]:
-    """Weighted mean of B·A (out, in) over its holders, by the name of A; absent without holders.
+) -> Iterator[tuple[str, Wide]]:
+    """Yield the weighted mean of each B·A (out, in) over its holders, if any, and the name of A.
 
     Args:
         as :func:`average_products`.
     """
-    found = {}
     for key, a, b in pairs_of(current):
         holders = _holders(key, a, b, updates, weight)
         if holders:
             down, up = _stacked(holders)
-            found[a] = up @ down
-    return found
+            yield a, up @ down
 
 
 def _holders(

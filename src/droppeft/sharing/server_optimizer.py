@@ -58,8 +58,7 @@ def step(
 
 def _moved(settings: ServerConfig, change: Wide, m: Wide, s: Wide) -> tuple[Wide, Wide, Wide]:
     """Both moments after a change, and the move."""
-    rate, b = settings.learning_rate, settings.momentum
-    assert rate is not None
+    rate, b = settings.rate, settings.momentum
     if settings.optimizer == "momentum":
         m = b * m + change
         return m, s, rate * m

@@ -96,7 +96,8 @@ class Log:
         """Say how it ended."""
         if result["global_accuracy"] is not None:
             _say(f"accuracy on {result['test_rows']} test texts {result['global_accuracy']:.4f}")
-            _say(f"adapter {result['adapter_sha256']}")
+            if result["adapter_sha256"] is not None:
+                _say(f"adapter {result['adapter_sha256']}")
         if result.get("personalised_accuracy") is not None:
             devices = result["personalised_devices"]
             _say(f"mean of {devices} devices' own models {result['personalised_accuracy']:.4f}")
