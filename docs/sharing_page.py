@@ -41,9 +41,9 @@ known of smaller fractions.
   `sharing.hysteresis` of that one's score.
 - **What is unusual** (`sharing.criterion=relative_gradient_norm`, ours). By gradient norm all
   devices keep much the same layers, which nobody then teaches the global model. This criterion
-  divides the norm by what is usual in the layer: the server fits that to the norms that devices have reported
-  (it gets them anyway) and tells every device one number per layer. In the first round nothing is
-  known, and it is the gradient norm.
+  divides the norm by what is usual in the layer: the server fits that to the norms that devices
+  have reported (it gets them anyway) and tells every device one number per layer. In the first
+  round nothing is known, and it is the gradient norm.
 - **On the server** a layer becomes the mean over the devices that sent it, weighted by rows
   (`sharing.weights=active_steps`: times the steps that it ran in). A layer that nobody sent keeps
   its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
