@@ -210,7 +210,7 @@ def test_a_member_that_fails_does_not_stop_the_others(
     tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     chosen = tiny(seeds=[0])
-    members = {"wrong": ["method=fedadapter"], **chosen.members}
+    members = {"wrong": ["method=fedadapter", "adapter.type=lora"], **chosen.members}
     chosen = Comparison.model_validate({**chosen.model_dump(), "members": members})
     played = play(cells(chosen), tmp_path, Silent())
     assert [one.result is None for one in played] == [True, False, False]
@@ -412,7 +412,9 @@ def test_a_comparison_of_which_all_failed_leaves_its_reasons(
     command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
-    code, shown, _ = command("compare", "fedadapter", "--seeds", "0", "--out", str(out))
+    code, shown, _ = command(
+        "compare", "fedadapter", "adapter.type=lora", "--seeds", "0", "--out", str(out)
+    )
     assert code == cli.FAILED
     assert "fedadapter failed: method=fedadapter grows bottlenecks" in shown
     assert "fedadapter failed" in (out / MARKDOWN).read_text()
@@ -423,7 +425,7 @@ def test_names_are_no_markup(
 ) -> None:
     import tomli_w
 
-    tree = {"members": {"a [/2]": ["method=fedadapter"]}, "seeds": [0]}
+    tree = {"members": {"a [/2]": ["method=fedadapter", "adapter.type=lora"]}, "seeds": [0]}
     (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
     _, shown, _ = command("compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"))
     assert shown.count("a [/2]") >= 3

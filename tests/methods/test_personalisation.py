@@ -14,8 +14,10 @@ from droppeft.federation.device import carry_out
 from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
+from droppeft.methods import METHODS
 from droppeft.plans import HEAD, Measurement, Plan, flatten
 from droppeft.sharing.kept import folder_of, recall
+from messages import answer_to, setup_for
 from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -164,10 +166,7 @@ def test_what_cannot_be_shared(
         prepare_with("dropout.mean=0", *words)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("sharing.weights=active_steps",), ("sharing.factors=product",), ("sharing.mean=everyone",)],
-)
+@pytest.mark.parametrize("words", [("sharing.weights=active_steps",), ("sharing.factors=product",)])
 def test_other_ways_to_merge_give_another_model(
     tiny_words: list[str], tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -178,3 +177,14 @@ def test_other_ways_to_merge_give_another_model(
         for name, more in (("plain", ()), ("other", words))
     ]
     assert hashes[0] != hashes[1]
+
+
+def test_a_mean_over_everyone_holds_back_what_one_device_sent() -> None:
+    setup, method = setup_for("sharing.mean=everyone"), METHODS["droppeft"]
+    state = method.init(setup)
+    plans = method.plan(setup, state, 1, [0, 1])
+    part = {key: named for key, named in answer_to(plans[1]).tensors.items() if key != 2}
+    updates = [answer_to(plans[0], 5.0), answer_to(plans[1], 5.0, tensors=part)]
+    merged = method.merge(setup, state, plans, updates).model.tensors
+    # Device 1 counts for layer 2 as if it had sent the 1 that it got.
+    assert [float(merged[layer][f"layer.{layer}.A"][0]) for layer in (1, 2)] == [5.0, 3.0]
