@@ -1,15 +1,13 @@
 """The parts of the results about layers that stay personal."""
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from collections.abc import Mapping
+from statistics import fmean
 
+from studies import Runs, runs_of, seeds_of, spread
 from tables import RESULTS, markdown_table
 
 from droppeft.comparison.playing import Played
 from droppeft.report.page import read_folder
-
-Runs = Mapping[str, Mapping[int, Played]]
-"""Finished runs by member and seed."""
 
 PERSONAL = """\
 ## Which half of the layers to keep, and other ways to be personal
@@ -48,19 +46,10 @@ def personal_sections() -> list[str]:
         "ablation": _ablation,
     }
     return [
-        make(_runs(name))
+        make(runs_of(read_folder(RESULTS / name)[2]))
         for name, make in makers.items()
         if (RESULTS / name / "comparison.json").is_file()
     ]
-
-
-def _runs(name: str) -> Runs:
-    _, _, played = read_folder(RESULTS / name)
-    done = [one for one in played if one.result is not None]
-    return {
-        member: {one.cell.seed: one for one in done if one.cell.member == member}
-        for member in dict.fromkeys(one.cell.member for one in done)
-    }
 
 
 def _personalisation(runs: Runs) -> str:
@@ -133,8 +122,6 @@ def _columns(what: str, other: str) -> tuple[str, ...]:
 
 def _said(runs: Runs) -> dict[str, object]:
     config = next(iter(next(iter(runs.values())).values())).cell.config
-    counts = sorted({len(own) for own in runs.values()})
-    seeds = f"{counts[-1]} seed{'s' * (counts[-1] > 1)}"
     return {
         "devices": config.devices,
         "cohort": config.cohort,
@@ -142,7 +129,7 @@ def _said(runs: Runs) -> dict[str, object]:
         "steps": config.training.local_steps,
         "batch": config.training.batch_size,
         "alpha": config.partition.alpha,
-        "seeds": seeds if len(counts) == 1 else f"{counts[0]} to {seeds}, **not finished**",
+        "seeds": seeds_of(runs),
     }
 
 
@@ -152,15 +139,7 @@ def _results(own: Mapping[int, Played]) -> list[Mapping[str, float | None]]:
 
 def _accuracies(own: Mapping[int, Played]) -> list[str]:
     keys = ("global_accuracy", "personalised_accuracy", "personalised_worst_tenth")
-    return [_spread([result[key] for result in _results(own)]) for key in keys]
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    deviation = f" ± {stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{fmean(known):.3f}{deviation}".replace("0.", ".")
+    return [spread([result[key] for result in _results(own)]) for key in keys]
 
 
 def _differences(own: Mapping[int, Played], other: Mapping[int, Played]) -> list[str]:

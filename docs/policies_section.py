@@ -7,6 +7,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
+from studies import runs_of, seeds_of, spread
 from tables import RESULTS, markdown_table, processor
 
 from droppeft.comparison.playing import Played
@@ -141,10 +142,7 @@ def _section(name: str) -> str:
             played += read_folder(RESULTS / other)[2]
     played = [one for one in played if one.result is not None]
     targets = target_accuracies(comparison.target, played)
-    by_member = {
-        member: {one.cell.seed: one for one in played if one.cell.member == member}
-        for member in dict.fromkeys(one.cell.member for one in played)
-    }
+    by_member = runs_of(played)
     times = {
         member: {seed: _time(run, targets.get(seed)) for seed, run in runs.items()}
         for member, runs in by_member.items()
@@ -167,7 +165,7 @@ def _section(name: str) -> str:
         steps=config.training.local_steps,
         batch=config.training.batch_size,
         alpha=config.partition.alpha,
-        seeds=_seeds(by_member),
+        seeds=seeds_of(by_member),
         early=early,
     )
     seen = [REWARD_HEAD]
@@ -187,13 +185,6 @@ def _reward(run: Played) -> str | None:
     settings = run.result["config"]["configurator"]
     found: str = settings.get("reward", "loss")
     return found if settings["policy"] in POLICIES.keys() - {LOT} else None
-
-
-def _seeds(by_member: Mapping[str, Mapping[int, Played]]) -> str:
-    counts = sorted({len(runs) for runs in by_member.values()})
-    if len(counts) > 1:
-        return f"{counts[0]} to {counts[-1]} seeds, **not finished**"
-    return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
 
 
 def _time(run: Played, target: float | None) -> float | None:
@@ -232,8 +223,8 @@ def _line(
     ]
     return (
         member,
-        _spread([result["global_accuracy"] for result in results]),
-        _spread([_at(run, early) for run in runs.values()]),
+        spread([result["global_accuracy"] for result in results]),
+        spread([_at(run, early) for run in runs.values()]),
         "–"
         if member == best
         else _regret(
@@ -249,11 +240,6 @@ def _line(
         f"{fmean(result['idle_modelled_share'] for result in results):.0%}",
         f"{fmean(result['mean_active_layers'] for result in results):.2f}",
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{deviation}".replace("0.", ".")
 
 
 def _regret(points: Sequence[float]) -> str:
@@ -303,7 +289,7 @@ def _rewards(
                 f"{gain:.2f} ± {error:.2f}",
                 f"{seconds:.3f}",
                 f"{gain / seconds:.2f} ± {error / seconds:.2f}",
-                _spread([result["global_accuracy"] for result in alone]),
+                spread([result["global_accuracy"] for result in alone]),
             )
         )
     return markdown_table(REWARD_COLUMNS, lines)

@@ -390,12 +390,12 @@ def _check_server(config: "Config", settings: Sequence[str]) -> None:
     """Refuse a setting on the command line of an optimiser that there is not."""
     from droppeft.config import key_of
 
-    heeded = {
-        "none": ("optimizer",),
-        "momentum": ("optimizer", "step_size", "momentum"),
-    }.get(config.server.optimizer)
-    for key in map(key_of, settings) if heeded else ():
-        if key.startswith("server.") and key.removeprefix("server.") not in (heeded or ()):
+    idle = {
+        "none": ("step_size", "momentum", "second_momentum", "tau"),
+        "momentum": ("second_momentum", "tau"),
+    }.get(config.server.optimizer, ())
+    for key in map(key_of, settings):
+        if key.removeprefix("server.") in idle and key.startswith("server."):
             raise DroppeftError(
                 f"{key} has no effect with server.optimizer={config.server.optimizer}; leave it "
                 "out, or set another optimiser"

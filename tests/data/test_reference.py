@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from droppeft.config import SourceConfig
+from droppeft.data import reference
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
 from droppeft.data.tables import TextData, TextTable
@@ -44,3 +45,18 @@ def test_real_data(data_folder: Path, name: str, tfidf: float, majority: float) 
 def test_texts_without_words_have_no_reference() -> None:
     table = TextTable(("好", "坏"), None, np.array([1, 0]))
     assert tfidf_accuracy(_task(table, table)) is None
+
+
+def test_the_same_data_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[TextData] = []
+
+    def fit(data: TextData) -> float:
+        fitted.append(data)
+        return len(fitted) / 10
+
+    monkeypatch.setattr(reference, "_fitted_accuracy", fit)
+    monkeypatch.setattr(reference, "_KNOWN", {})
+    table = TextTable(("good", "bad"), None, np.array([1, 0]))
+    other = TextTable(("good", "bad"), None, np.array([0, 1]))
+    asked = [_task(table, table), _task(table, table), _task(table, other), _task(table, table)]
+    assert [tfidf_accuracy(data) for data in asked] == [0.1, 0.1, 0.2, 0.1]

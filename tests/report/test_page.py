@@ -19,9 +19,10 @@ from droppeft.report.page import FIGURES, PAGE, write_page
 from runs import Recorder
 
 THOUGHTS = ("rates-2", "arms-2")
-# In two steps some layers never run; a device by itself sends none.
-COVERED = tuple(f"{name}-{member}" for name in ("coverage", "importance") for member in (1, 2, 3))
 """Of the third member, which has a configurator."""
+
+COVERED = tuple(f"{name}-{member}" for name in ("coverage", "importance") for member in (1, 2, 3))
+"""Of those that do not send all: in two steps some layers never run; the last shares nothing."""
 
 
 class Silent:

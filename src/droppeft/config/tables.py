@@ -379,7 +379,7 @@ class Config(Table):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
     sharing: SharingConfig = Field(default_factory=SharingConfig)
-    server: ServerConfig = Field(default_factory=lambda: ServerConfig.model_validate({}))
+    server: ServerConfig = Field(default_factory=ServerConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 

@@ -7,6 +7,9 @@ import numpy as np
 
 from droppeft.data.tables import TextData, TextTable
 
+_KNOWN: dict[str, float | None] = {}
+"""By content: every run of a comparison asks for the same data, and fitting takes many seconds."""
+
 
 def tfidf_accuracy(data: TextData) -> float | None:
     """Test accuracy of a linear SVM on TF-IDF of words and word pairs, trained on all of train.
@@ -15,6 +18,12 @@ def tfidf_accuracy(data: TextData) -> float | None:
 
     The two texts of a pair are joined, so this sees no relation between them.
     """
+    if data.content_hash not in _KNOWN:
+        _KNOWN[data.content_hash] = _fitted_accuracy(data)
+    return _KNOWN[data.content_hash]
+
+
+def _fitted_accuracy(data: TextData) -> float | None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.svm import LinearSVC
 

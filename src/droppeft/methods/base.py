@@ -60,6 +60,10 @@ class Setup:
     longest_step: Callable[[AdapterSpec], StepCounts] | None = None
 
 
+OfDevice = Callable[[Setup, ServerState, int, int], Plan]
+"""The Plan for a device in a round."""
+
+
 def _as_it_is(config: Config) -> Config:
     return config
 
@@ -73,7 +77,7 @@ def _nothing(setup: Setup, state: ServerState) -> None:
 
 
 def _global_model(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    return without_steps(full_plan(setup, state, round, device, dropout=None))
+    return without_steps(full_plan(setup, state, round, device))
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Method:
     plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
     merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
     adjust: Callable[[Config], Config] = _as_it_is
-    own: Callable[[Setup, ServerState, int, int], Plan] = _global_model
+    own: OfDevice = _global_model
     has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
 
@@ -155,7 +159,7 @@ def full_plan(
     state: ServerState,
     round: int,
     device: int,
-    dropout: LayerDropout | None,
+    dropout: LayerDropout | None = None,
 ) -> Plan:
     """The Plan most methods begin from: the whole global adapter, all of it to be shared."""
     training = setup.config.training
@@ -176,6 +180,24 @@ def full_plan(
         frozen=setup.config.frozen.layers,
         run=setup.run,
     )
+
+
+def for_each(of_device: OfDevice) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]:
+    """A method's ``plan`` that asks for every device by itself."""
+
+    def plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+        return [of_device(setup, state, round, device) for device in cohort]
+
+    return plan
+
+
+def measuring(of_device: OfDevice) -> OfDevice:
+    """A method's ``own``: what a device would begin that turn with."""
+
+    def own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+        return without_steps(of_device(setup, state, round, device))
+
+    return own
 
 
 def without_steps(plan: Plan) -> Plan:

@@ -12,6 +12,7 @@ from droppeft.methods.base import (
     Method,
     Setup,
     average_by_examples,
+    for_each,
     full_plan,
     start_with,
     uniform_adapter,
@@ -30,14 +31,10 @@ def _init(setup: Setup) -> ServerState:
     return start_with(setup, uniform_adapter(setup))
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_of_device(setup, state, round, device) for device in cohort]
-
-
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     visit = last_visit(state, device)
     return replace(
-        full_plan(setup, state, round, device, dropout=None),
+        full_plan(setup, state, round, device),
         kept=None if visit is None else visit.round,
         own_copy=setup.config.ditto.pull,
     )
@@ -59,7 +56,7 @@ DITTO = Method(
     summary="FedLoRA, and an adapter of each device's own, pulled to the shared one (Ditto)",
     tables=frozenset({"ditto", "server"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_of_device),
     merge=_merge,
     own=_own,
 )

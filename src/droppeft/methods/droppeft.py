@@ -117,7 +117,7 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
 
 
 def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = full_plan(setup, state, round, device, dropout=None)
+    plan = full_plan(setup, state, round, device)
     return without_steps(with_sharing(setup, state, plan))
 
 

@@ -19,21 +19,21 @@ from droppeft.methods.fedadapter import (
     plain_mean,
     spec_of,
 )
-from droppeft.plans import Plan, Reply, ServerState, Update
+from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
 
-DEPTH, WIDTH, ROUNDS = "depth", "width", "rounds"
+ROUNDS = "rounds"
+"""Key of how many rounds counted, in the state's memory."""
 
 
 def _init(setup: Setup) -> ServerState:
     check_bottlenecks(setup)
-    depth, width = first_shape(setup)
-    state = start_with(setup, spec_of(setup, depth, width))
-    return replace(state, memory={DEPTH: depth, WIDTH: width, ROUNDS: 0})
+    state = start_with(setup, spec_of(setup, *first_shape(setup)))
+    return replace(state, memory={ROUNDS: 0})
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    frozen = setup.num_layers - _memory(state)[0]
-    plans = [full_plan(setup, state, round, device, dropout=None) for device in cohort]
+    frozen = setup.num_layers - _shape(state.model)[0]
+    plans = [full_plan(setup, state, round, device) for device in cohort]
     return [replace(plan, frozen=frozen) for plan in plans]
 
 
@@ -43,21 +43,20 @@ def _merge(
     """Average, and upgrade when it is time; a round in which nobody answered does not count."""
     if not any(isinstance(reply, Update) for reply in replies):
         return state
-    depth, width, rounds = _memory(state)
-    model = plain_mean(state.model, replies)
-    most_deep, most_wide = largest_shape(setup)
-    if (rounds + 1) % TRIAL_ROUNDS == 0 and (depth, width) != (most_deep, most_wide):
-        depth, width = min(depth + 1, most_deep), min(width + WIDER_BY, most_wide)
-        model = grown(setup, model, spec_of(setup, depth, width))
-    return ServerState(model, {}, {DEPTH: depth, WIDTH: width, ROUNDS: rounds + 1})
-
-
-def _memory(state: ServerState) -> tuple[int, int, int]:
-    depth, width, rounds = (state.memory[key] for key in (DEPTH, WIDTH, ROUNDS))
-    assert isinstance(depth, int)
-    assert isinstance(width, int)
+    rounds = state.memory[ROUNDS]
     assert isinstance(rounds, int)
-    return depth, width, rounds
+    model = plain_mean(state.model, replies)
+    (depth, width), (deepest, widest) = _shape(model), largest_shape(setup)
+    if (rounds + 1) % TRIAL_ROUNDS == 0 and (depth, width) != (deepest, widest):
+        larger = min(depth + 1, deepest), min(width + WIDER_BY, widest)
+        model = grown(setup, model, spec_of(setup, *larger))
+    return replace(state, model=model, memory={ROUNDS: rounds + 1})
+
+
+def _shape(model: GlobalModel) -> tuple[int, int]:
+    """Depth and width of its adapters."""
+    widths = [layer.width or 0 for layer in model.adapter.layers if layer]
+    return len(widths), widths[-1]
 
 
 FEDADAOPT = Method(

@@ -15,8 +15,8 @@ from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.flora import init
 from droppeft.methods.plain_lora import scale_of, with_added
 from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update, flatten
-from droppeft.sharing.aggregation import average_over_holders, by_examples
-from droppeft.sharing.factors import A, B, Wide, mean_products
+from droppeft.sharing.aggregation import Wide, average_over_holders, by_examples
+from droppeft.sharing.factors import A, B, mean_products
 
 
 def _merge(

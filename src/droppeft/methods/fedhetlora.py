@@ -21,10 +21,11 @@ from droppeft.errors import DroppeftError
 from droppeft.methods.base import (
     Method,
     Setup,
+    for_each,
     full_plan,
+    measuring,
     start_with,
     uniform_adapter,
-    without_steps,
 )
 from droppeft.plans import (
     AdapterSpec,
@@ -133,24 +134,15 @@ def _init(setup: Setup) -> ServerState:
     return replace(state, memory={RANKS: first_ranks(setup, chosen.rank)})
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_with_penalty(setup, state, round, device) for device in cohort]
-
-
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan = at_rank(setup, state, round, device)
     penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device]))
     return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
 
 
-def own_at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    """The Plan that measures what a device has of the global model."""
-    return without_steps(at_rank(setup, state, round, device))
-
-
 def at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     """The Plan most methods begin from, cut to the rank that the state's memory has of a device."""
-    plan, rank = full_plan(setup, state, round, device, dropout=None), _ranks(state.memory)[device]
+    plan, rank = full_plan(setup, state, round, device), _ranks(state.memory)[device]
     return replace(plan, adapter=_cut(plan.adapter, rank), tensors=resized(plan.tensors, rank))
 
 
@@ -204,7 +196,7 @@ FEDHETLORA = Method(
     summary="LoRA of each device's own rank, pruned by itself (HetLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_with_penalty),
     merge=_merge,
-    own=own_at_rank,
+    own=measuring(at_rank),
 )

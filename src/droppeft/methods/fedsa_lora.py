@@ -12,10 +12,11 @@ from droppeft.methods.base import (
     Method,
     Setup,
     average_by_examples,
+    for_each,
     full_plan,
+    measuring,
     start_with,
     uniform_adapter,
-    without_steps,
 )
 from droppeft.plans import Plan, Reply, ServerState, flatten, restrict
 from droppeft.sharing.factors import B
@@ -32,12 +33,8 @@ def _init(setup: Setup) -> ServerState:
     return start_with(setup, uniform_adapter(setup))
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_of_device(setup, state, round, device) for device in cohort]
-
-
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan, visit = full_plan(setup, state, round, device, dropout=None), last_visit(state, device)
+    plan, visit = full_plan(setup, state, round, device), last_visit(state, device)
     shared = frozenset(name for _, name, _ in flatten(plan.tensors) if B not in name)
     if visit is None:
         return replace(plan, share=shared)
@@ -50,17 +47,13 @@ def _merge(
     return with_visits(average_by_examples(setup, state, plans, replies), plans, replies)
 
 
-def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    return without_steps(_of_device(setup, state, round, device))
-
-
 FEDSA_LORA = Method(
     name="fedsa_lora",
     summary="LoRA's A and the head are shared, B stays on the device (FedSA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_of_device),
     merge=_merge,
-    own=_own,
+    own=measuring(_of_device),
     has_global_model=lambda config: False,
 )

@@ -1,21 +1,20 @@
 """FFA-LoRA: A stays what the seed made it, only B and the head are trained and travel.
 
-Source: arXiv:2403.12313. With one A for all, mean(B)·A is mean(B·A): averaging is exact, at half
-of the traffic.
+Source: arXiv:2403.12313. With one A for all, mean(B)·A is mean(B·A): averaging is exact, and A
+does not travel.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from droppeft.methods.base import (
     Method,
     Setup,
     average_by_examples,
+    for_each,
     full_plan,
-    start_with,
-    uniform_adapter,
-    without_steps,
+    measuring,
 )
+from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.plans import Plan, ServerState, flatten, restrict
 from droppeft.sharing.factors import A
@@ -23,22 +22,14 @@ from droppeft.sharing.factors import A
 
 def _init(setup: Setup) -> ServerState:
     check_plain_lora(setup.config)
-    return start_with(setup, uniform_adapter(setup))
-
-
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_of_device(setup, state, round, device) for device in cohort]
+    return FEDLORA.init(setup)
 
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     """Every device makes A itself, from the seed."""
-    plan = full_plan(setup, state, round, device, dropout=None)
+    plan = full_plan(setup, state, round, device)
     names = frozenset(name for _, name, _ in flatten(plan.tensors) if A not in name)
     return replace(plan, tensors=restrict(plan.tensors, names), train=names, share=names)
-
-
-def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    return without_steps(_of_device(setup, state, round, device))
 
 
 FFA_LORA = Method(
@@ -46,7 +37,7 @@ FFA_LORA = Method(
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_of_device),
     merge=average_by_examples,
-    own=_own,
+    own=measuring(_of_device),
 )

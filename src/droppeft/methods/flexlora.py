@@ -8,10 +8,17 @@ begins with, so that what differs is the merge; the factor alpha / rank stays th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.methods.base import Method, Setup, start_with, uniform_adapter
-from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, own_at_rank, resized
+from droppeft.methods.base import (
+    Method,
+    Setup,
+    for_each,
+    measuring,
+    start_with,
+    uniform_adapter,
+)
+from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
+from droppeft.plans import Plan, Reply, ServerState, Update
 from droppeft.sharing.aggregation import by_examples
 from droppeft.sharing.factors import average_products
 
@@ -20,10 +27,6 @@ def _init(setup: Setup) -> ServerState:
     rank = check_plain_lora(setup.config)
     state = start_with(setup, uniform_adapter(setup))
     return replace(state, memory={RANKS: first_ranks(setup, rank)})
-
-
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [at_rank(setup, state, round, device) for device in cohort]
 
 
 def _merge(
@@ -36,8 +39,7 @@ def _merge(
         if isinstance(reply, Update)
     ]
     tensors = average_products(state.model.tensors, updates, by_examples)
-    model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
-    return replace(state, model=model)
+    return replace(state, model=replace(state.model, tensors=tensors))
 
 
 FLEXLORA = Method(
@@ -45,7 +47,7 @@ FLEXLORA = Method(
     summary="LoRA of each device's own rank, products averaged and factored again (FlexLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(at_rank),
     merge=_merge,
-    own=own_at_rank,
+    own=measuring(at_rank),
 )

@@ -9,7 +9,6 @@ the lowest adapter a layer runs forward only.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from droppeft.config import DeviceProfile, TrainingConfig
@@ -19,6 +18,7 @@ from droppeft.methods.base import (
     Method,
     Setup,
     average_by_examples,
+    for_each,
     full_plan,
     start_with,
     uniform_adapter,
@@ -80,15 +80,11 @@ def _init(setup: Setup) -> ServerState:
     return state
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_last_layers(setup, state, round, device) for device in cohort]
-
-
 def _last_layers(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     full = state.model.adapter
     lower = setup.num_layers - depth_of(setup, full, device)
     adapter = replace(full, layers=(None,) * lower + full.layers[lower:])
-    plan = full_plan(setup, state, round, device, dropout=None)
+    plan = full_plan(setup, state, round, device)
     names = frozenset(setup.layout(adapter))
     return replace(
         plan, adapter=adapter, tensors=restrict(plan.tensors, names), share=plan.share & names
@@ -100,6 +96,6 @@ LEGEND = Method(
     summary="adapters in as many last layers as a device has time for (LEGEND)",
     tables=frozenset({"server"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_last_layers),
     merge=average_by_examples,
 )

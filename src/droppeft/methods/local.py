@@ -10,10 +10,11 @@ from dataclasses import replace
 from droppeft.methods.base import (
     Method,
     Setup,
+    for_each,
     full_plan,
+    measuring,
     start_with,
     uniform_adapter,
-    without_steps,
 )
 from droppeft.plans import Plan, Reply, ServerState
 from droppeft.sharing.visits import last_visit, with_visits
@@ -23,12 +24,8 @@ def _init(setup: Setup) -> ServerState:
     return start_with(setup, uniform_adapter(setup))
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    return [_of_device(setup, state, round, device) for device in cohort]
-
-
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = full_plan(setup, state, round, device, dropout=None)
+    plan = full_plan(setup, state, round, device)
     visit = last_visit(state, device)
     tensors = plan.tensors if visit is None else {}
     kept = None if visit is None else visit.round
@@ -41,17 +38,13 @@ def _merge(
     return with_visits(state, plans, replies)
 
 
-def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    return without_steps(_of_device(setup, state, round, device))
-
-
 LOCAL = Method(
     name="local",
     summary="every device by itself, nothing shared: a lower reference",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=_plan,
+    plan=for_each(_of_device),
     merge=_merge,
-    own=_own,
+    own=measuring(_of_device),
     has_global_model=lambda config: False,
 )

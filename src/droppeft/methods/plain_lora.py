@@ -9,7 +9,8 @@ from droppeft.adapters.by_layer import backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.plans import Array, BaseDelta
-from droppeft.sharing.factors import A, Wide
+from droppeft.sharing.aggregation import Wide
+from droppeft.sharing.factors import A
 
 
 def check_plain_lora(config: Config, *, exact: bool = False) -> int:

@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from droppeft.plans import Array, LayerKey, Tensors, Update
+
+Wide = npt.NDArray[np.float64]
+"""Values that are summed."""
 
 Weight = Callable[[Update, LayerKey], float]
 """What a layer of an Update counts; not negative."""

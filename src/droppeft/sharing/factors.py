@@ -9,14 +9,11 @@ into the frozen weights. All by layer over its holders, which is ours.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from droppeft.plans import Array, LayerKey, Tensors, Update, flatten
-from droppeft.sharing.aggregation import Weight, average_over_holders
+from droppeft.sharing.aggregation import Weight, Wide, average_over_holders
 
 A, B = ".lora_A.", ".lora_B."
-
-Wide = npt.NDArray[np.float64]
 
 
 def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:

@@ -7,17 +7,15 @@ one that nobody sent in a round keeps its value and its moments, which is ours.
 from collections.abc import Collection, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from droppeft.config import ServerConfig
 from droppeft.plans import Array, LayerKey, Tensors
+from droppeft.sharing.aggregation import Wide
 
 MOMENTS = ("first", "second")
 
 Moments = Mapping[str, Tensors]
 """What an optimiser carries from round to round, by :data:`MOMENTS`; nothing at the beginning."""
-
-Wide = npt.NDArray[np.float64]
 
 
 def step(

@@ -1,0 +1,35 @@
+"""What the sections about studies of several members and seeds have in common."""
+
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean, stdev
+
+from droppeft.comparison.playing import Played
+
+Runs = Mapping[str, Mapping[int, Played]]
+"""Finished runs by member and seed."""
+
+
+def runs_of(played: Sequence[Played]) -> Runs:
+    """Those that have a result, members in their own order."""
+    done = [one for one in played if one.result is not None]
+    return {
+        member: {one.cell.seed: one for one in done if one.cell.member == member}
+        for member in dict.fromkeys(one.cell.member for one in done)
+    }
+
+
+def seeds_of(runs: Runs) -> str:
+    """How many seeds members have, and whether that is all there will be."""
+    counts = sorted({len(own) for own in runs.values()})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds, **not finished**"
+    return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
+
+
+def spread(values: Collection[float | None]) -> str:
+    """Mean and standard deviation of those there are."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{fmean(known):.3f}{deviation}".replace("0.", ".")
