@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from droppeft.config import load_config
 from droppeft.costs.devices import PROFILES, Fleet
 from droppeft.errors import DroppeftError
+from droppeft.federation import modelled
 from droppeft.federation.flower.packing import pack_reply, unpack_reply
-from droppeft.federation.modelled import close_round, make_clock
+from droppeft.federation.modelled import close_round, count_rows, make_clock
 from droppeft.federation.rounds import Closed, draw_cohort, play_round
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.methods import METHODS, Setup
+from droppeft.methods.base import adapter_spec
+from droppeft.models import load_backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, ServerState, Update
 from messages import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for
 from runs import Recorder, outcome, rows_of
@@ -241,6 +244,25 @@ def test_an_adapter_is_counted_once() -> None:
     assert len(counted) == 1
 
 
+def test_another_run_s_rows_are_counted_once_and_what_differs_anew(
+    tiny_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelled, "_COUNTED", {})
+
+    def count(*words: str) -> Any:
+        config = load_config(None, [*tiny_words, *words])
+        backbone = load_backbone(config.model, ("no", "yes"), config.seed)
+        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers)
+        return count_rows(backbone, spec, config.training)
+
+    first = count()
+    assert count("seed=5", "training.local_steps=3", "data=elsewhere") is first
+    for different in ("training.max_length=8", "training.batch_size=3", "adapter.rank=1"):
+        assert count(different) != first
+    monkeypatch.setattr(modelled, "_COUNTED", {})
+    assert count() == first
+
+
 def test_an_unknown_profile_stops_before_anything_is_loaded(tmp_path: Path) -> None:
     words = ["clock.profiles=jetson", "data=no-such-data", "model=no-such-model"]
     with pytest.raises(DroppeftError, match="unknown profile 'jetson'"):
@@ -342,7 +364,8 @@ def uncountable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise DroppeftError("the costs of this model cannot be counted")
 
-    monkeypatch.setattr("droppeft.federation.modelled.count_step", refuse)
+    monkeypatch.setattr(modelled, "count_step", refuse)
+    monkeypatch.setattr(modelled, "_COUNTED", {})
 
 
 @pytest.mark.usefixtures("uncountable")

@@ -7,6 +7,7 @@ every transport and a resumed run decide alike.
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 from droppeft.config import Config, TrainingConfig
 from droppeft.costs.clock import Arithmetic, Clock, RoundCost
@@ -17,6 +18,9 @@ from droppeft.errors import DroppeftError
 from droppeft.methods.base import adapter_spec
 from droppeft.models import Backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, Update
+
+_COUNTED: dict[object, Arithmetic] = {}
+"""By all that it follows from: the runs of a comparison mostly count the same."""
 
 
 class Counting:
@@ -73,7 +77,16 @@ def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) 
     Raises:
         DroppeftError: the model cannot be run without values.
     """
-    paper = PaperModel(backbone.model.config, spec, backbone.new_modules)
+    model: Any = backbone.model.config
+    step = (training.batch_size, training.max_length, training.checkpointing)
+    of = (type(model), repr(vars(model)), spec, tuple(backbone.new_modules), step)
+    if of not in _COUNTED:
+        paper = PaperModel(model, spec, backbone.new_modules)
+        _COUNTED[of] = _counted(paper, training)
+    return _COUNTED[of]
+
+
+def _counted(paper: PaperModel, training: TrainingConfig) -> Arithmetic:
     longest = training.max_length
     return Arithmetic(
         tuple(
