@@ -4,30 +4,45 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from studies import runs_of, seeds_of
 from tables import RESULTS, markdown_table, processor
 
-from droppeft.comparison.summary import summary
-from droppeft.comparison.written import COLUMNS, failures
+from droppeft.comparison.summary import Part, summary
+from droppeft.comparison.written import COLUMNS, failures, heading
 from droppeft.report.page import read_folder
 
+DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
 COMPARISONS = {
+    "contest": (
+        "The contest",
+        "Data that nothing was chosen on, the built-in model. Every method with a claim to speed, "
+        "Dirichlet alpha 1, 20 devices of three kinds.",
+    ),
+    "contest_deep": (
+        "The contest on twelve layers",
+        "Data that nothing was chosen on, `deep12`. As above.",
+    ),
+    "contest_others": (
+        "The other methods on AG News",
+        "As the contest, all with the learning rates that `fedlora` has.",
+    ),
     "one_device": (
         "One device, rates from none to half",
-        "One device holds all rows: what a rate costs and gives without federation.",
+        f"{DEVELOPMENT} One device holds all rows: what a rate costs and gives without federation.",
     ),
     "many_devices": (
         "Twenty devices of three kinds, all layers shared",
-        "Layer dropout alone beside rivals and controls, Dirichlet alpha 1.",
+        f"{DEVELOPMENT} Layer dropout alone beside rivals and controls, Dirichlet alpha 1.",
     ),
 }
 COMPARISON_HEAD = """\
 ## {title}
 
-`droppeft compare experiments/{name}.toml`: development data (20 Newsgroups), the built-in model,
-{seeds} seeds. {about} The target is what `{member}` ends with on the same seed, less
-{minus:g}{target}. Modelled: on the devices' profiles; measured (m.): devices as if side by side, on
-{place}, while other work ran on the machine: compare measured times as ratios only. A run took
-{cell:.0f} seconds (median). Everything is in `benchmarks/results/{name}/comparison.json`;
+`droppeft compare experiments/{name}.toml`, {seeds}. {about}
+The target is what `{member}` ends with on the same seed, less {minus:g}. Modelled: on the devices'
+profiles; measured (m.): devices as if side by side, on {place}, while other
+work ran on the machine: compare measured times as ratios only. A run took {cell:.0f} seconds
+(median). Everything is in `benchmarks/results/{name}/comparison.json`;
 `droppeft report benchmarks/results/{name}` draws
 [the page](../benchmarks/results/{name}/report.html).
 """
@@ -70,7 +85,7 @@ def comparison_sections() -> list[str]:
 
 def _comparison(name: str) -> str:
     _, comparison, played = read_folder(RESULTS / name)
-    [part] = summary(comparison, played)
+    parts = summary(comparison, played)
     results = [one.result for one in played if one.result is not None]
     walls = sorted(result["host_wall_s"] for result in results)
     title, about = COMPARISONS[name]
@@ -79,17 +94,21 @@ def _comparison(name: str) -> str:
         title=title,
         name=name,
         about=about,
-        seeds=len(comparison.seeds),
+        seeds=seeds_of(runs_of(played)),
         member=target.member if target else "",
         minus=target.minus if target else 0,
-        target=f" ({part.target:.3f} on average)" if part.target else "",
         place=processor(results[0]["machine"]),
         cell=walls[len(walls) // 2],
     )
+    return "\n".join([head, *map(_part, parts)])
+
+
+def _part(part: Part) -> str:
     table = markdown_table(
         list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
     )
-    return "\n".join([head, table, *(f"{line}\n" for line in failures(part))])
+    title = heading(part)
+    return "\n".join([f"{title}:\n", table, *(f"{line}\n" for line in failures(part))])
 
 
 def _synthetic(content: Mapping[str, Any]) -> str:

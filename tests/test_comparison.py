@@ -472,5 +472,6 @@ def test_there_are_experiments() -> None:
         *("many_devices", "many_devices_paper"),
         *("configurator", "configurator_deep", "configurator_agreement"),
         *("personalisation", "sharing_heterogeneity", "ablation"),
-        *("contest", "convergence", "statements"),
+        *("contest", "contest_deep", "contest_others"),
+        *("convergence", "statements"),
     }
