@@ -16,6 +16,7 @@ from typing import Any
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from readme_table import readme_page
 from results_page import results_page
 from sharing_page import sharing_page
 from tables import NOTICE, RESULTS, markdown_table
@@ -577,6 +578,7 @@ def _number(value: float) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "../README.md": readme_page,
     "adapters.md": adapters_page,
     "architectures.md": architectures_page,
     "configuration.md": configuration_page,
