@@ -21,9 +21,9 @@ SOURCES = {
 TEXT = """\
 {about}. The built-in model,
 {devices} devices of three kinds, {cohort} a round, {rounds} rounds, Dirichlet alpha {alpha:g},
-{seeds}. Accuracy of the global model; in brackets how much sooner than `fedlora`, on the modelled clock, it
-reaches what `fedlora` ends with less a point, or how many seeds do. Activations are measured,
-upload is counted on the wire.
+{seeds}. Accuracy is the global model's; in brackets how much sooner than `fedlora`, on the modelled
+clock, it reaches what `fedlora` ends with less a point, or how many seeds do. Activations are
+measured, upload is counted on the wire.
 
 """
 
