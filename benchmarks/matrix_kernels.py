@@ -1,6 +1,6 @@
 """What MKL's kernels cost on a processor that is not Intel's.
 
-    python benchmarks/matrix_kernels.py        # about three minutes; needs a C compiler
+    python benchmarks/matrix_kernels.py        # about six minutes; needs a C compiler
 
 MKL, with which torch multiplies matrices on x86, asks who made the processor and takes generic
 kernels on others. The answer can be given by a library of one line that is loaded first:
@@ -57,7 +57,7 @@ def main() -> None:
     content = {
         "schema_version": 1,
         "command": "python benchmarks/matrix_kernels.py",
-        "machine": machine(),
+        "machine": machine("cpu"),
         "versions": versions(),
         "settings": WORDS,
         "runs": runs,

@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from droppeft.comparison.playing import Played, play
 from droppeft.comparison.summary import summary
 from droppeft.comparison.written import COLUMNS, JSON, write
 from droppeft.errors import DroppeftError
-from droppeft.report.figures import AXES, BARS, EACH, INK, OF_THE_TARGET, TWO
-from droppeft.report.page import FIGURES, PAGE, write_page
+from droppeft.report.drawing import INK, svg
+from droppeft.report.figures import AXES, BARS, EACH, OF_THE_TARGET, TWO, figures
+from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from runs import Recorder
 
 THOUGHTS = ("rates-2", "arms-2")
@@ -126,6 +128,36 @@ def test_figures_are_files_too(compared: Path) -> None:
         assert ET.parse(path).getroot().tag.endswith("svg")
     for path in (compared / FIGURES).glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_among_many_members_the_best_have_names(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, comparison, played = read_folder(compared)
+    [part] = summary(comparison, played)
+    ends = {
+        row.member: fmean(
+            one.rows[-1]["global_accuracy"] for one in played if one.cell.member == row.member
+        )
+        for row in part.rows
+        if row.accuracy
+    }
+    monkeypatch.setattr("droppeft.report.figures.NAMED", 1)
+    drawn = svg(figures(part, played)["accuracy-traffic"])
+    named = [text for text in Reader(drawn).texts if text in ends]
+    assert named == [max(ends, key=lambda member: ends[member])]
+
+
+def test_many_figures_are_shown_when_asked_for(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = (compared / PAGE).read_text(encoding="utf-8")
+    monkeypatch.setattr("droppeft.report.page.MANY", 5)
+    text = write_page(compared).read_text(encoding="utf-8")
+    assert f"<details><summary>{len(COVERED)} figures: Share of" in text
+    assert Reader(text).tags.count("svg") == Reader(usual).tags.count("svg")
+    monkeypatch.undo()
+    assert write_page(compared).read_text(encoding="utf-8") == usual
 
 
 def test_a_page_is_the_same_when_written_again(compared: Path) -> None:

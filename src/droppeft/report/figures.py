@@ -1,26 +1,18 @@
 """Figures of a comparison: accuracy against what it cost, times to the target, memory and traffic.
 
-Ours. Members differ by marker, line and name, not by colour alone. One ink colour is used for all
-that is neither, so that a page can turn it into its own.
+Ours.
 """
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
-
-INK = "#262626"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-"""Okabe and Ito's, which people with any colour vision tell apart; the last is ours."""
-
-MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-"""As many of each that no two members look alike before there are 280."""
+from droppeft.report.by_layer import of_layers
+from droppeft.report.drawing import COLOURS, INK, LINES, MARKERS, new_figure, style
 
 Row = Mapping[str, Any]
 
@@ -72,9 +64,8 @@ OF_DEVICES = ("personalised", "worst-tenth")
 TWO, EACH = "two-accuracies", "each-device"
 """Figures about devices' own models, of all members together."""
 
-RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
-"""Figures of a member with a configurator, and of one whose devices do not send every layer; their
-names go on with the member's number."""
+NAMED = 12
+"""As many curves of a figure have a name and a colour: those that end highest."""
 
 
 def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
@@ -84,7 +75,7 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
         part: whose members they show.
         played: its runs.
     """
-    with _style():
+    with style():
         made = {name: _accuracy(part, played, axis) for name, axis in AXES.items()}
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
@@ -100,21 +91,7 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
             made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
             runs = [one.rows for one in played if one.cell.member == row.member and one.result]
-            noted = [[one for one in rows if one.get("notes")] for rows in runs]
-            if noted and all(noted):
-                title = f"{row.member}: drop rate of each layer"
-                made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
-                made[f"{SHARES}-{number}"] = _shares(row.member, noted)
-            merged = [
-                [one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs
-            ]
-            if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
-                title = f"{row.member}: devices that sent each layer"
-                made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
-                moved = [[one for one in rows if any(one.get("importance") or ())] for rows in runs]
-                if all(moved):
-                    title = f"{row.member}: gradient norm of each layer, of the round's largest"
-                    made[f"{IMPORTANCE}-{number}"] = _by_layer(title, moved, _important)
+            made |= of_layers(number, row.member, runs)
     return made
 
 
@@ -123,48 +100,20 @@ def _own(one: Played, member: str) -> bool:
     return one.cell.member == member and one.result is not None and "personalised" in one.result
 
 
-def svg(figure: Any) -> str:
-    """As text of its own size, without a header, the same in every run."""
-    text = io.StringIO()
-    with _style():
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    return text.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    rules: Any = {
-        **dict.fromkeys(inked, INK),
-        "svg.fonttype": "none",
-        "svg.hashsalt": "droppeft",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9.5,
-        "grid.color": INK,
-        "grid.alpha": 0.15,
-    }
-    with mpl.rc_context(rules):
-        yield
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8, height), layout="constrained")
-    return figure, figure.subplots()
-
-
 def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
-    figure, axis = _figure(3.4)
-    ends = []
+    figure, axis = new_figure(3.4)
+    curves = {}
     for number, row in enumerate(part.rows):
         runs = [one for one in played if one.cell.member == row.member and one.result]
-        points = [found for one in runs if (found := _points(one.rows, of))]
-        if points:
-            ends.append((*_curve(axis, number, points), row.member))
+        if points := [found for one in runs if (found := _points(one.rows, of))]:
+            curves[number] = points
+    best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
+    ends = []
+    for number, points in curves.items():
+        if number in best:
+            ends.append((*_curve(axis, number, points), part.rows[number].member))
+        else:
+            _faint(axis, points)
     if part.target is not None:
         axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
     axis.set(xlabel=of.label, ylabel="accuracy", xlim=(0, None))
@@ -185,13 +134,29 @@ def _points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
     ]
 
 
+def _means(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Of cost and accuracy over seeds, by round."""
+    by_round = zip(*runs, strict=False)
+    return [(fmean(cost for cost, _ in at), fmean(up for _, up in at)) for at in by_round]
+
+
+def _last(runs: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The accuracy with which a curve ends."""
+    return _means(runs)[-1][1]
+
+
+def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """A curve among too many for names."""
+    across, up = zip(*_means(runs), strict=True)
+    axis.plot(across, up, color=INK, linewidth=0.7, alpha=0.3, zorder=1)
+
+
 def _curve(
     axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]]
 ) -> tuple[float, float]:
     """Mean over seeds by round, with a band of one standard deviation; where it ends."""
     by_round = list(zip(*runs, strict=False))
-    across = [fmean(cost for cost, _ in points) for points in by_round]
-    up = [fmean(accuracy for _, accuracy in points) for points in by_round]
+    across, up = zip(*_means(runs), strict=True)
     alone = len(runs) == 1
     spread = [0.0 if alone else stdev([up for _, up in points]) for points in by_round]
     colour = COLOURS[number % len(COLOURS)]
@@ -235,85 +200,9 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
     axis.set(ylim=(low, high), xlim=(0, right))
 
 
-def _rates(row: Row) -> Sequence[float]:
-    """How often each layer is dropped, mean over a round's devices."""
-    rates: Sequence[float] = row["notes"]["rates"]
-    return rates
-
-
-def _covered(row: Row) -> Sequence[float]:
-    """Share of a round's merged devices that sent each layer."""
-    return [count / row["accepted"] for count in row["coverage"]]
-
-
-def _important(row: Row) -> Sequence[float]:
-    """Gradient norm of each layer, through the round's largest."""
-    largest = max(row["importance"])
-    return [norm / largest for norm in row["importance"]]
-
-
-def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
-    """Layers by rounds, mean over seeds."""
-    by_round: dict[int, list[Sequence[float]]] = {}
-    for row in chain.from_iterable(runs):
-        by_round.setdefault(row["round"], []).append(of(row))
-    rounds, layers = max(by_round), len(of(runs[0][0]))
-    unknown = [[float("nan")] * layers]  # of a round without devices
-    values = [
-        [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
-        for round in range(1, rounds + 1)
-    ]
-    figure, axis = _figure(3.0)
-    edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
-    image = axis.pcolormesh(
-        [edge + 1 for edge in edges[0]],
-        edges[1],
-        list(zip(*values, strict=True)),
-        cmap="cividis",
-        vmin=0,
-        vmax=1,
-    )
-    axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
-    axis.set_title(title, loc="left", fontsize=9.5)
-    axis.yaxis.set_major_locator(_whole_numbers())
-    axis.xaxis.set_major_locator(_whole_numbers())
-    scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-    scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
-    return figure
-
-
-def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
-    """Of a round's devices, the share that had each arm; over seeds, mean of three rounds."""
-    every = list(chain.from_iterable(runs))
-    rounds = max(row["round"] for row in every)
-    arms: dict[str, list[float]] = {}
-    for place in range(rounds):
-        notes = [row["notes"] for row in every if abs(row["round"] - place - 1) <= 1]
-        given = [note["labels"][str(arm)] for note in notes for arm in note["chosen"].values()]
-        for label in given:
-            arms.setdefault(label, [0.0] * rounds)[place] += 1 / len(given)
-    figure, axis = _figure(3.0 + 0.16 * len(arms))
-    stack = axis.stackplot(
-        range(1, rounds + 1),
-        list(arms.values()),
-        labels=list(arms),
-        colors=[COLOURS[number % len(COLOURS)] for number in range(len(arms))],
-        alpha=0.85,
-    )
-    for number, layer in enumerate(stack):
-        layer.set_hatch(("", "//", "..", "xx", "--", "oo", "\\\\", "++")[number % 8])
-        layer.set_edgecolor("#ffffff")
-        layer.set_linewidth(0.3)
-    axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
-    axis.set_title(f"{member}: arms, means of three rounds", loc="left", fontsize=9.5)
-    axis.xaxis.set_major_locator(_whole_numbers())
-    figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
-    return figure
-
-
 def _two_accuracies(part: Part) -> Any:
     """The global model's accuracy against that of devices' own: mean and deviation over seeds."""
-    figure, axis = _figure(3.2 + 0.1 * len(part.rows))
+    figure, axis = new_figure(3.2 + 0.1 * len(part.rows))
     for number, row in enumerate(part.rows):
         if row.accuracy and row.personalised:
             axis.errorbar(
@@ -335,7 +224,7 @@ def _two_accuracies(part: Part) -> Any:
 
 def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
     """A line per member with a dot per device and seed, and their mean."""
-    figure, axis = _figure(0.8 + 0.3 * len(part.rows))
+    figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
     for place, played in enumerate(runs):
         found = [one["accuracy"] for run in played for one in (run.result or {})["personalised"]]
         if found:
@@ -352,12 +241,6 @@ def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
     return figure
 
 
-def _whole_numbers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
-
-
 def _mean_of(spread: Spread | None) -> float | None:
     return None if spread is None else spread.mean
 
@@ -368,7 +251,7 @@ def _in_mb(value: float | None) -> float | None:
 
 def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) -> Any:
     """A bar per member with its number; a word where there is none."""
-    figure, axis = _figure(0.6 + 0.36 * len(part.rows))
+    figure, axis = new_figure(0.6 + 0.36 * len(part.rows))
     values = [value(row) for row in part.rows]
     places = range(len(values))
     colours = [COLOURS[number % len(COLOURS)] for number in places]
@@ -378,7 +261,7 @@ def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) ->
         lacking = "not by all seeds" if row.seeds else "no result"
         text = lacking if one is None else f"{one:,.3g}" if one < 1000 else f"{one:,.0f}"
         axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
-    axis.set(xlim=(0, 1.35 * largest), yticks=list(places))
+    axis.set(xlim=(0, 1.35 * largest), yticks=list(places), ylim=(-0.6, len(values) - 0.4))
     axis.set_yticklabels([row.member for row in part.rows])
     axis.set_title(title, loc="left", fontsize=9.5)
     axis.invert_yaxis()

@@ -19,23 +19,22 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
 from droppeft.ledger import read_rows
+from droppeft.report.by_layer import COVERAGE, IMPORTANCE, RATES, SHARES
+from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,
     BARS,
-    COVERAGE,
     EACH,
-    IMPORTANCE,
-    INK,
+    NAMED,
     OF_DEVICES,
     OF_THE_TARGET,
-    RATES,
-    SHARES,
     TWO,
     figures,
-    svg,
 )
 
 PAGE, FIGURES = "report.html", "figures"
+MANY = 12
+"""More figures than these in a group are shown when they are asked for."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2125; --soft: #5b6470; --line: #d8dde3;
@@ -65,7 +64,8 @@ details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); p
 
 GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
-    "band of one standard deviation. Dotted: the target.",
+    f"band of one standard deviation. Dotted: the target. Of more than {NAMED} members, those that "
+    "end highest have names.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
     (*OF_DEVICES, EACH, TWO): "Every device's own model on its own test texts when the run ended, "
     "whether it ever trained or not; a device counts as one. Without personal layers: the global "
@@ -187,10 +187,13 @@ def _group(drawn: Sequence[Any], caption: str) -> str:
         return ""
     least = 20 if len(drawn) == 3 else 26  # in rows of three, or of two
     panels = "".join(f"<div>{_inline(svg(figure))}</div>" for figure in drawn)
-    return (
+    shown = (
         f'<figure><div class="panels" style="--least: {least}rem">{panels}</div>'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
+    if len(drawn) <= MANY:
+        return shown
+    return f"<details><summary>{len(drawn)} figures: {caption}</summary>{shown}</details>\n"
 
 
 def _inline(text: str) -> str:

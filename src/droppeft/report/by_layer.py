@@ -1,0 +1,116 @@
+"""Figures of one member by layer and round: rates, arms, who sent what, gradients; ours."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from statistics import fmean
+from typing import Any
+
+from droppeft.report.drawing import COLOURS, new_figure, whole_numbers
+
+Row = Mapping[str, Any]
+
+
+RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
+"""Figures of a member with a configurator, and of one whose devices do not send every layer; their
+names go on with the member's number."""
+
+
+def of_layers(number: int, member: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Matplotlib figures by name of the member with this number; none that would show nothing.
+
+    Args:
+        number: of the member, which ends its figures' names.
+        member: its name.
+        runs: rounds of each of its runs.
+    """
+    made = {}
+    noted = [[one for one in rows if one.get("notes")] for rows in runs]
+    if noted and all(noted):
+        title = f"{member}: drop rate of each layer"
+        made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
+        made[f"{SHARES}-{number}"] = _shares(member, noted)
+    merged = [[one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs]
+    if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
+        title = f"{member}: devices that sent each layer"
+        made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
+        moved = [[one for one in rows if any(one.get("importance") or ())] for rows in runs]
+        if all(moved):
+            title = f"{member}: gradient norm of each layer, of the round's largest"
+            made[f"{IMPORTANCE}-{number}"] = _by_layer(title, moved, _important)
+    return made
+
+
+def _rates(row: Row) -> Sequence[float]:
+    """How often each layer is dropped, mean over a round's devices."""
+    rates: Sequence[float] = row["notes"]["rates"]
+    return rates
+
+
+def _covered(row: Row) -> Sequence[float]:
+    """Share of a round's merged devices that sent each layer."""
+    return [count / row["accepted"] for count in row["coverage"]]
+
+
+def _important(row: Row) -> Sequence[float]:
+    """Gradient norm of each layer, through the round's largest."""
+    largest = max(row["importance"])
+    return [norm / largest for norm in row["importance"]]
+
+
+def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
+    """Layers by rounds, mean over seeds."""
+    by_round: dict[int, list[Sequence[float]]] = {}
+    for row in chain.from_iterable(runs):
+        by_round.setdefault(row["round"], []).append(of(row))
+    rounds, layers = max(by_round), len(of(runs[0][0]))
+    unknown = [[float("nan")] * layers]  # of a round without devices
+    values = [
+        [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
+        for round in range(1, rounds + 1)
+    ]
+    figure, axis = new_figure(3.0)
+    edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
+    image = axis.pcolormesh(
+        [edge + 1 for edge in edges[0]],
+        edges[1],
+        list(zip(*values, strict=True)),
+        cmap="cividis",
+        vmin=0,
+        vmax=1,
+    )
+    axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
+    axis.set_title(title, loc="left", fontsize=9.5)
+    axis.yaxis.set_major_locator(whole_numbers())
+    axis.xaxis.set_major_locator(whole_numbers())
+    scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
+    return figure
+
+
+def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
+    """Of a round's devices, the share that had each arm; over seeds, mean of three rounds."""
+    every = list(chain.from_iterable(runs))
+    rounds = max(row["round"] for row in every)
+    arms: dict[str, list[float]] = {}
+    for place in range(rounds):
+        notes = [row["notes"] for row in every if abs(row["round"] - place - 1) <= 1]
+        given = [note["labels"][str(arm)] for note in notes for arm in note["chosen"].values()]
+        for label in given:
+            arms.setdefault(label, [0.0] * rounds)[place] += 1 / len(given)
+    figure, axis = new_figure(3.0 + 0.16 * len(arms))
+    stack = axis.stackplot(
+        range(1, rounds + 1),
+        list(arms.values()),
+        labels=list(arms),
+        colors=[COLOURS[number % len(COLOURS)] for number in range(len(arms))],
+        alpha=0.85,
+    )
+    for number, layer in enumerate(stack):
+        layer.set_hatch(("", "//", "..", "xx", "--", "oo", "\\\\", "++")[number % 8])
+        layer.set_edgecolor("#ffffff")
+        layer.set_linewidth(0.3)
+    axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
+    axis.set_title(f"{member}: arms, means of three rounds", loc="left", fontsize=9.5)
+    axis.xaxis.set_major_locator(whole_numbers())
+    figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
+    return figure
