@@ -1,6 +1,7 @@
 """The parts of the results about layers that stay personal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from studies import Runs, runs_of, seeds_of, spread
@@ -26,6 +27,14 @@ HETEROGENEITY = """\
 `droppeft compare experiments/sharing_heterogeneity.toml`: as above, layers chosen by relative
 gradient norm, {seeds}. *Over sharing all*: in points, on the same split and seed, every seed.
 """
+CONFIRMATION = """\
+## Keeping half of the layers on other data and another model
+
+`droppeft compare experiments/sharing_confirmation.toml`, run once: {devices} devices, {cohort} a
+round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha {alpha}, {seeds}; MRPC is
+development data, AG News and MNLI are not. *Over sharing all*: in points, on the same split and
+seed, every seed.
+"""
 ABLATION = """\
 ## The method's parts, each taken away
 
@@ -40,13 +49,14 @@ ACCURACIES = ("global", "personalised", "worst tenth")
 
 def personal_sections() -> list[str]:
     """A section per study that was made."""
-    makers = {
-        "personalisation": _personalisation,
-        "sharing_heterogeneity": _heterogeneity,
-        "ablation": _ablation,
+    makers: dict[str, Callable[[Sequence[Played]], str]] = {
+        "personalisation": lambda played: _personalisation(runs_of(played)),
+        "sharing_heterogeneity": lambda played: _heterogeneity(runs_of(played)),
+        "sharing_confirmation": _confirmation,
+        "ablation": lambda played: _ablation(runs_of(played)),
     }
     return [
-        make(runs_of(read_folder(RESULTS / name)[2]))
+        make(read_folder(RESULTS / name)[2])
         for name, make in makers.items()
         if (RESULTS / name / "comparison.json").is_file()
     ]
@@ -86,6 +96,18 @@ def _heterogeneity(runs: Runs) -> str:
         lines.append((split, part, *_accuracies(own), *_differences(own, whole), *_traffic(own)))
     columns = ("devices", *_columns("shared", "sharing all"))
     return f"{HETEROGENEITY.format(**_said(runs))}\n{markdown_table(columns, lines)}"
+
+
+def _confirmation(played: Sequence[Played]) -> str:
+    lines = []
+    for data, model in dict.fromkeys(one.cell.place for one in played):
+        runs = runs_of([one for one in played if one.cell.place == (data, model)])
+        for member, own in runs.items():
+            differences = _differences(own, runs.get("share all", {}))
+            place = (Path(data).name, Path(model).name)
+            lines.append((*place, member, *_accuracies(own), *differences, *_traffic(own)))
+    columns = ("data", "model", *_columns("way", "sharing all"))
+    return f"{CONFIRMATION.format(**_said(runs_of(played)))}\n{markdown_table(columns, lines)}"
 
 
 def _ablation(runs: Runs) -> str:

@@ -471,7 +471,7 @@ def test_there_are_experiments() -> None:
         *("one_device", "one_device_paper"),
         *("many_devices", "many_devices_paper"),
         *("configurator", "configurator_deep", "configurator_agreement"),
-        *("personalisation", "sharing_heterogeneity", "ablation"),
+        *("personalisation", "sharing_heterogeneity", "sharing_confirmation", "ablation"),
         *("contest", "contest_deep", "contest_others"),
         *("convergence", "statements"),
     }
