@@ -60,6 +60,7 @@ def main() -> None:
         "machine": machine("cpu"),
         "versions": versions(),
         "settings": WORDS,
+        "shapes": SHAPES,
         "runs": runs,
     }
     RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from tables import RESULTS, markdown_table, processor
@@ -59,12 +60,23 @@ FROZEN_PREFIX_COLUMNS = (
 )
 
 
+MATRIX_KERNELS_HEAD = """\
+## MKL's kernels on a processor that is not Intel's
+
+`benchmarks/matrix_kernels.py`: processes with and without one preloaded line of C take turns, on
+{place}, one thread, while other work ran on the machine. GFLOP/s of (rows, in) x
+(in, out), and processor seconds of a turn of ten steps with the built-in model; medians of
+{repeats}, in brackets the best.
+"""
+
+
 def cost_sections() -> list[str]:
     """Each section, if its measurement was made."""
     parts = (
         (_cost_model, "cost_model.json"),
         (_savings, "cost_model.json"),
         (_frozen_prefix, "frozen_prefix.json"),
+        (_matrix_kernels, "matrix_kernels.json"),
     )
     found = ((make, RESULTS / name) for make, name in parts)
     return [
@@ -172,6 +184,20 @@ def _arm(arm: Row) -> Sequence[str]:
         f"{arm['build_s']:.2f} s" if arm["visit"] != "no cache" else "–",
         f"{kept / 1e3:,.0f} kB" if kept else "–",
     )
+
+
+def _matrix_kernels(content: Row) -> str:
+    runs: Mapping[str, Sequence[Row]] = content["runs"]
+    repeats = min(map(len, runs.values()))
+    head = MATRIX_KERNELS_HEAD.format(place=_place(content["machine"]), repeats=repeats)
+    shapes = [f"({n}, {inner}) x ({inner}, {out})" for n, inner, out in content["shapes"]]
+    lines = []
+    for name, found in runs.items():
+        speeds = zip(*(one["gflops"] for one in found), strict=True)
+        turns = [one["turn_s"] for one in found]
+        shown = [f"{median(speed):.0f} ({max(speed):.0f})" for speed in speeds]
+        lines.append((name, *shown, f"{median(turns):.2f} s ({min(turns):.2f})"))
+    return f"{head}\n{markdown_table(('kernels', *shapes, 'turn'), lines)}"
 
 
 def _place(machine: Row) -> str:
