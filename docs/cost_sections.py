@@ -64,7 +64,7 @@ MATRIX_KERNELS_HEAD = """\
 ## MKL's kernels on a processor that is not Intel's
 
 `benchmarks/matrix_kernels.py`: processes with and without one preloaded line of C take turns, on
-{place}, one thread, while other work ran on the machine. GFLOP/s of (rows, in) x
+{place}, while other work ran on the machine. GFLOP/s of (rows, in) x
 (in, out), and processor seconds of a turn of ten steps with the built-in model; medians of
 {repeats}, in brackets the best.
 """
