@@ -25,7 +25,7 @@ droppeft run sharing.fraction=0.5 sharing.criterion=position  # always the lower
 droppeft run sharing.head=personal                            # all layers travel, the head does not
 droppeft run method=fedsa_lora                                # LoRA's A travels, B does not
 droppeft run method=ditto                                     # all travels, and each keeps its own
-droppeft run method=local                                     # nothing travels
+droppeft run method=local                                     # nothing is sent
 ```
 
 By default all layers are shared (`sharing.fraction=1`): see [findings](findings.md) for what is
@@ -47,7 +47,8 @@ known of smaller fractions.
 - **On the server** a layer becomes the mean over the devices that sent it, weighted by rows
   (`sharing.weights=active_steps`: times the steps that it ran in). A layer that nobody sent keeps
   its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
-  `scores` in `devices.jsonl` say what each device chose.
+  `scores` in `devices.jsonl` say what each device chose. A layer that the turn did not run is not
+  sent and has the score 0; in `shared` it stands as what it was before.
 - **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `~/.local/state/droppeft`: a
   file per turn, written in one step, with a checksum, readable by its owner alone. While a
   layer is personal it is in no message and in no checkpoint; once it is shared, what it has learnt
@@ -80,8 +81,10 @@ COST_HEAD = """\
 full depth, {repeats} of each kind in random order, on {place}. Extra is the median of a turn's
 CPU time over that of turns that share everything, less one, with a bootstrap 95 % interval;
 keeping half of the layers is in it (with `position` there is nothing else). Tokens are those run
-to score the {rows} rows of `sharing.score_rows`, or as many as the device has. A mean gradient,
-or the values at the start, take as much memory as the adapter's layers: {bytes:.2f} MB here.
+to score the {rows} rows of `sharing.score_rows`, or as many as the device has.
+`relative_gradient_norm` was not measured: on the device it is `gradient_norm` and one division per
+layer. A mean gradient, or the values at the start, take as much memory as the adapter's layers:
+{bytes:.2f} MB here.
 """
 
 

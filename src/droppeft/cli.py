@@ -379,6 +379,11 @@ def _check_sharing(config: "Config", settings: Sequence[str]) -> None:
                 f"{key} has no effect with sharing.fraction=1, where all layers are shared; "
                 "leave it out, or set a smaller fraction"
             )
+        if key == "sharing.hysteresis" and sharing.criterion == "position":
+            raise DroppeftError(
+                f"{key} has no effect with sharing.criterion=position, which never changes its "
+                "mind; leave it out"
+            )
         if key == "sharing.score_rows" and CRITERIA[sharing.criterion].runs_model == "no":
             raise DroppeftError(
                 f"{key} has no effect with sharing.criterion={sharing.criterion}, which does not "
@@ -424,8 +429,17 @@ def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
 
 def _check_costly(settings: Sequence[str]) -> None:
     """Refuse a setting that changes nothing in what a step costs."""
+    from droppeft.config.tables import ADAPTER_OF_METHOD
+
     for setting in settings:
         key = setting.partition("=")[0].strip()
+        if key == "method" and setting.partition("=")[2].strip() in ADAPTER_OF_METHOD:
+            continue  # it decides which adapter there is
+        if key == "method":
+            raise DroppeftError(
+                "plan and profile look at a step of the configured adapter, whatever the method "
+                "makes of it; leave method out, and set adapter.*"
+            )
         if not key.startswith(COSTLY):
             raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 

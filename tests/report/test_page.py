@@ -166,6 +166,15 @@ def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
     assert (compared / PAGE).read_bytes() == before
 
 
+def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
+    _, comparison, played = read_folder(compared)
+    alone = comparison.model_copy(update={"members": {"alone": comparison.members["alone"]}})
+    [part] = summary(alone, [one for one in played if one.cell.member == "alone"])
+    drawn = figures(part, [one for one in played if one.cell.member == "alone"])
+    assert EACH in drawn
+    assert not drawn.keys() & AXES.keys()
+
+
 def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
     import shutil
 

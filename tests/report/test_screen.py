@@ -49,6 +49,24 @@ def line_with(text: str, start: str) -> str:
     return found[0]
 
 
+@pytest.mark.parametrize(
+    ("sharing", "said"),
+    [
+        ({}, None),
+        ({"fraction": 0.5, "criterion": "cka"}, "50% of the layers travel, by cka"),
+        ({"head": "personal"}, "the head stays"),
+    ],
+)
+def test_the_header_says_what_does_not_travel(
+    result: dict[str, Any], rows: list[RoundRow], sharing: dict[str, Any], said: str | None
+) -> None:
+    config = result["config"]
+    changed = {**config, "sharing": {**config["sharing"], **sharing}}
+    text = shown({**result, "config": changed}, rows)
+    found = [line for line in text.splitlines() if "sharing" in line]
+    assert (said in found[0]) if said else not found
+
+
 def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) -> None:
     text = shown({**result, "model": "builtin", "data": "builtin"}, rows)
     assert "droppeft · droppeft · seed 0" in text
@@ -57,7 +75,7 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     assert "4, 2 per round, 3 rounds" in text
     assert "jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
     [head] = [line for line in text.splitlines() if line.endswith("here    modelled")]
-    assert head.split() == ["accuracy", "loss", "depth", "here", "modelled"]
+    assert head.split() == ["accuracy", "train", "loss", "depth", "here", "modelled"]
     for row in rows:
         line = line_with(text, f"round {row.round}")
         assert f"round {row.round}  {row.global_accuracy:.3f} ━".replace("0.", ".") in line

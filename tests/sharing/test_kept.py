@@ -103,7 +103,7 @@ def test_the_state_folder_is_the_same_tomorrow(
 def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is gone"):
         recall(tmp_path, 2)
-    assert "round-000002.safetensors is gone; the server is asked for the global" in caplog.text
+    assert "round-000002.safetensors is gone" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
@@ -125,3 +125,10 @@ def test_a_disk_that_takes_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DroppeftError, match="cannot keep this device's tensors"):
         keep(tmp_path / "file" / "device", 1, None, tensors(1.0))
+
+
+def test_only_its_owner_can_read_what_a_device_keeps(tmp_path: Path) -> None:
+    keep(tmp_path / "own", 1, None, tensors(0.1))
+    [path] = (tmp_path / "own").iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "own").stat().st_mode & 0o077 == 0

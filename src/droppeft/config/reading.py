@@ -5,6 +5,7 @@ Keys inside a table are written with a dot: ``dropout.mean=0.5``.
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,8 +100,8 @@ def resolve(config: Config, *, cuda: bool) -> Config:
         "accelerator": ("cuda" if cuda else "cpu")
         if config.accelerator == "auto"
         else config.accelerator,
-        "model": _absolute_if_there(config.model),
-        "data": _absolute_if_there(config.data),
+        "model": _absolute_if_there("model", config.model),
+        "data": _absolute_if_there("data", config.data),
     }
     if updates["accelerator"] == "cuda" and not cuda:
         raise DroppeftError("accelerator=cuda, but torch sees no CUDA device here; use cpu")
@@ -124,11 +125,16 @@ def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
             yield f"{prefix}{name}", field
 
 
-def _absolute_if_there(name: str) -> str:
+def _absolute_if_there(key: str, name: str) -> str:
     """Expand ~ and $VARIABLES; make what exists here a full path, so the run repeats elsewhere."""
     expanded = os.path.expandvars(name)
     path = Path(expanded).expanduser()
-    return str(path.resolve()) if name != "builtin" and path.exists() else expanded
+    there = name != "builtin" and path.exists()
+    if not there and (unknown := re.search(r"\$\{?(\w+)", expanded)):
+        raise DroppeftError(
+            f"{key}={name}: the environment has no variable {unknown[1]}; export it"
+        )
+    return str(path.resolve()) if there else expanded
 
 
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:

@@ -50,6 +50,7 @@ from droppeft.ledger import (
 )
 from droppeft.methods import method_named
 from droppeft.plans import GlobalModel
+from droppeft.sharing.kept import state_dir
 from droppeft.training import Evaluation, evaluate
 
 LOST_ROUNDS = 3
@@ -79,6 +80,7 @@ def start_run(
         Interrupted: on Ctrl-C after the folder was made.
     """
     check_free(out)
+    state_dir()  # said now, and not when a device wants to keep something
     out = out.resolve()
     config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
     prepared = prepare(config, watcher.preparing, secrets.token_hex(8))
@@ -250,7 +252,6 @@ def _finish(
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
         "machine": machine(config.accelerator),
-        "config": as_tree(config),
     }
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(config), ignore_errors=True)
@@ -315,6 +316,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run, for people and for the result file."""
     config, data = prepared.config, prepared.loaded.data
+    cut = (config.source.max_train_rows, config.source.max_test_rows) != (None, None)
     return {
         "method": config.method,
         "run": prepared.setup.run,
@@ -333,12 +335,13 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
         "builtin_data_as_published": data.content_hash == EXPECTED_HASH
-        if config.data == "builtin"
+        if config.data == "builtin" and not cut
         else None,
         "initial_loss": facts["initial_loss"],
         "majority_accuracy": facts["majority_accuracy"],
         "tfidf_accuracy": facts["tfidf_accuracy"],
         "sampled_test_rows": len(prepared.sample),
+        "config": as_tree(config),
     }
 
 

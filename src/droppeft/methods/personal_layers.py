@@ -54,6 +54,12 @@ def check_sharing(setup: Setup) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
         )
+    layers = setup.num_layers - config.frozen.layers
+    if config.sharing.fraction and not count_of(config.sharing.fraction, layers):
+        raise DroppeftError(
+            f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
+            f"{1 / layers:.2g} for one of them, or 0"
+        )
     if config.sharing.factors == "product" and config.server.optimizer != "none":
         raise DroppeftError(
             "sharing.factors=product makes LoRA's factors anew every round, and what they change "

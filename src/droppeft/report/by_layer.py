@@ -83,6 +83,7 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
     axis.yaxis.set_major_locator(whole_numbers())
     axis.xaxis.set_major_locator(whole_numbers())
     scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    scale.solids.set_edgecolor("face")  # no light between the colours
     scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
     return figure
 

@@ -62,9 +62,10 @@ class Lines:
         """Once, after the first run: what is left, if the others are like it."""
         left = self._of - self._number
         if len(self._walls) == 1 and left:
-            minutes = left * self._walls[0] / 60
+            minutes = max(1, round(left * self._walls[0] / 60))
             runs, they = ("run", "it is") if left == 1 else ("runs", "they are")
-            text = f"{left} {runs} to go: about {minutes:.0f} minutes if {they} like the first"
+            time = f"{minutes} minute{'s' * (minutes > 1)}"
+            text = f"{left} {runs} to go: about {time} if {they} like the first"
             self._console.print(Text(text, style="yellow"))
 
 

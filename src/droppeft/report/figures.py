@@ -76,7 +76,8 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
         played: its runs.
     """
     with style():
-        made = {name: _accuracy(part, played, axis) for name, axis in AXES.items()}
+        measured = any(row.accuracy for row in part.rows)
+        made = {name: _accuracy(part, played, axis) for name, axis in AXES.items() if measured}
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
             if wanted and (

@@ -207,8 +207,11 @@ def _inline(text: str) -> str:
 
 
 def _table(part: Part) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    texts = ([html.escape(cell(row)) for cell in COLUMNS.values()] for row in part.rows)
+    known = {
+        name: cell for name, cell in COLUMNS.items() if {cell(row) for row in part.rows} != {"–"}
+    }
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in known)
+    texts = ([html.escape(cell(row)) for cell in known.values()] for row in part.rows)
     lines = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in texts)
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'

@@ -184,12 +184,13 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     devices, rows = result["personalised_devices"], result["personalised_rows"]
     note = f"mean of {devices:,} devices' own models on their own {rows:,} test texts"
     worst = max(1, -(-devices // 10))
+    of_them = f"of them: {worst} device{'s' * (worst > 1)}"
     failed = result["personalised_failures"]
     if failed:
         note += f"; {len(failed)} could not be measured ({failed[0]['reason']})"
     return [
         ("personalised", _share(result["personalised_accuracy"]), note),
-        ("worst tenth", _share(result["personalised_worst_tenth"]), f"of them: {worst} devices"),
+        ("worst tenth", _share(result["personalised_worst_tenth"]), of_them),
         *_newcomer_lines(result),
     ]
 
@@ -260,6 +261,8 @@ def _header(about: Mapping[str, Any]) -> Panel:
         f"{about['devices']}, {about['cohort_size']} per round{of_drawn}, "
         f"{about['planned_rounds']} rounds",
     )
+    if said := _shared(about["config"]["sharing"]):
+        grid.add_row("sharing", said)
     modelled = about["without_clock"] or f"{', '.join(about['profiles'])} (modelled)"
     grid.add_row("profiles", modelled)
     grid.add_row(
@@ -275,10 +278,21 @@ def _header(about: Mapping[str, Any]) -> Panel:
     return Panel(content, title=title, title_align="left", box=box.ROUNDED, expand=False)
 
 
+def _shared(sharing: Mapping[str, Any]) -> str:
+    """What does not travel, if anything."""
+    parts = []
+    if sharing["fraction"] < 1:
+        criterion = sharing["criterion"].replace("_", " ")
+        parts.append(f"{sharing['fraction']:.0%} of the layers travel, by {criterion}")
+    if sharing["head"] == "personal":
+        parts.append("the head stays")
+    return "; ".join(parts)
+
+
 def _round_head(about: Mapping[str, Any]) -> Text:
     """What the columns of :func:`_round_line` are."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
-    columns = f"{'loss':>7}{'depth':>10}{'here':>12}{'modelled':>12}"
+    columns = f"{'train loss':>12}{'depth':>10}{'here':>12}{'modelled':>12}"
     return Text(f"{indent}{'accuracy':<{5 + BAR_WIDTH}}{columns}", style="dim")
 
 
@@ -295,7 +309,7 @@ def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
     line.append((" " if unmeasured else "━") * (BAR_WIDTH - filled), style="bright_black")
     loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
     depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
-    line.append(f"{loss:>7}{depth + '/' + str(about['num_layers']):>10}")
+    line.append(f"{loss:>12}{depth + '/' + str(about['num_layers']):>10}")
     line.append(f"{_seconds(row.host_wall_s):>12}{_seconds(row.round_modelled_s):>12}")
     return line
 

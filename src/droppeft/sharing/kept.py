@@ -70,7 +70,7 @@ def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None
     arrays = {f"{key}|{name}": array for key, name, array in flatten(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(_path(folder, round), seal(arrays, {"round": round}))
+        write_atomically(_path(folder, round), seal(arrays, {"round": round}), private=True)
         counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
         # Not those of later rounds: this turn may be the one that is late.
         for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
@@ -93,7 +93,7 @@ def recall(folder: Path, round: int) -> Tensors:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise DroppeftError(f"{path} cannot be read ({error})") from None
         why = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        _log.warning("%s %s; the server is asked for the global values", path, why)
+        _log.warning("%s %s", path, why)
         raise Lost(f"what it kept in round {round} {why.partition(' (')[0]}") from None
     tensors: dict[LayerKey, dict[str, Array]] = {}
     for label, array in arrays.items():
