@@ -251,7 +251,8 @@ def plan(
     some where nothing is said: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
     training.offload, dropout.mean, frozen.layers (also half), quantization.
-    Of what fits, that is shown which saves no more than it must.
+    Of what fits, that is shown which saves no more than it must. The exit
+    code is 1 where nothing fits.
     """
     path, settings = _split(words or [])
     _check_costly(settings)
@@ -269,6 +270,7 @@ def plan(
         typer.echo(report.as_json(answer))
     else:
         report.show(answer, console, everything=everything)
+    raise typer.Exit(0 if answer.fitting else FAILED)
 
 
 @app.command()

@@ -355,7 +355,7 @@ def test_plan_in_json(command: Command, tiny: str) -> None:
 def test_plan_says_what_is_nearest(command: Command, tiny: str) -> None:
     """The process alone takes more than that; of all, the smallest is named."""
     code, out, _ = command("plan", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
-    assert code == 0
+    assert code == cli.FAILED
     assert "None of 8 combinations fits 100.0 MB" in out
     assert "Nearest is one that needs 50" in out
     assert "dropout.mean=0.5" in out
