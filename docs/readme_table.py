@@ -14,16 +14,16 @@ END = "<!-- End of what is written. -->\n"
 
 SOURCES = {
     "contest": "Data on which nothing was chosen",
-    "many_devices": "Development data: members were chosen on it",
+    "ablation": "The method's parts, on development data (20 Newsgroups): they were chosen on it",
 }
 """The first of these that was run."""
 
 TEXT = """\
 {about}. The built-in model,
 {devices} devices of three kinds, {cohort} a round, {rounds} rounds, Dirichlet alpha {alpha:g},
-{seeds}. Accuracy is the global model's; in brackets how much sooner than `fedlora`, on the modelled
-clock, it reaches what `fedlora` ends with less a point, or how many seeds do. Activations are
-measured, upload is counted on the wire.
+{seeds}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the modelled
+clock, it reaches what that ends with less a point, or how many seeds do. Personalised: devices' own
+models on their own texts. Activations are measured, upload is counted on the wire.
 
 """
 
@@ -40,6 +40,8 @@ def _results() -> str:
     _, comparison, played = read_folder(RESULTS / name)
     parts = summary(comparison, played)
     config = played[0].cell.config
+    assert comparison.target is not None
+    rival = str(comparison.target.member)
     head = TEXT.format(
         about=SOURCES[name],
         devices=config.devices,
@@ -47,22 +49,36 @@ def _results() -> str:
         rounds=config.rounds,
         alpha=config.partition.alpha,
         seeds=seeds_of(runs_of(played)),
+        rival=rival,
     )
-    columns = ["", *(Path(part.data).name for part in parts), "activations", "upload"]
-    return head + markdown_table(columns, [_line(parts, name) for name in comparison.members])
+    names = [Path(part.data).name for part in parts]
+    columns = ["", *names, "personalised", "activations", "upload"]
+    return head + markdown_table(columns, [_line(parts, rival, one) for one in comparison.members])
 
 
-def _line(parts: list[Part], member: str) -> list[str]:
+def _line(parts: list[Part], rival: str, member: str) -> list[str]:
     rows = [row for part in parts for row in part.rows if row.member == member]
+    rivals = [row for part in parts for row in part.rows if row.member == rival]
+    own = [row.personalised.mean for row in rows if row.personalised]
     peak = max(row.activation_bytes_peak or 0 for row in rows)
     sent = max(row.upload_bytes or 0 for row in rows)
-    return [member, *map(_reached, rows), f"{peak / 1e6:.0f} MB", f"{sent / 1e6:.1f} MB"]
+    return [
+        member,
+        *map(_reached, rows, rivals),
+        ", ".join(_short(mean) for mean in own) or "–",
+        f"{peak / 1e6:.0f} MB",
+        f"{sent / 1e6:.1f} MB",
+    ]
 
 
-def _reached(row: MemberRow) -> str:
+def _reached(row: MemberRow, rival: MemberRow) -> str:
     if row.accuracy is None:
         return "–"
-    accuracy = f"{row.accuracy.mean:.3f}".lstrip("0")
-    if row.speed_up_modelled is None:
-        return f"{accuracy} ({row.reached} of {row.seeds} seeds)"
-    return f"{accuracy} ({row.speed_up_modelled:.2f} x)"
+    own, other = row.time_to_target_modelled_s, rival.time_to_target_modelled_s
+    if own is None or other is None:
+        return f"{_short(row.accuracy.mean)} ({row.reached} of {row.seeds} seeds)"
+    return f"{_short(row.accuracy.mean)} ({other.mean / own.mean:.2f} x)"
+
+
+def _short(share: float) -> str:
+    return f"{share:.3f}".removeprefix("0")

@@ -234,7 +234,8 @@ def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
             spread = [place + 0.11 * (number % 5 - 2) for number in range(len(found))]
             axis.plot(found, spread, "o", color=colour, alpha=0.4, markersize=3.2, linewidth=0)
             axis.plot([fmean(found)] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
-    axis.set(yticks=list(range(len(part.rows))), xlabel="accuracy of a device's own model")
+    axis.set(yticks=list(range(len(part.rows))))
+    figure.supxlabel("accuracy of a device's own model", fontsize=9.5)
     axis.set_yticklabels([row.member for row in part.rows])
     axis.invert_yaxis()
     axis.grid(visible=True, axis="x")
@@ -264,7 +265,7 @@ def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) ->
         axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
     axis.set(xlim=(0, 1.35 * largest), yticks=list(places), ylim=(-0.6, len(values) - 0.4))
     axis.set_yticklabels([row.member for row in part.rows])
-    axis.set_title(title, loc="left", fontsize=9.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)  # names may leave the axes little room
     axis.invert_yaxis()
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(bottom=False, labelbottom=False, left=False)

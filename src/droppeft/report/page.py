@@ -64,8 +64,7 @@ details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); p
 
 GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
-    f"band of one standard deviation. Dotted: the target. Of more than {NAMED} members, those that "
-    "end highest have names.",
+    "band of one standard deviation.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
     (*OF_DEVICES, EACH, TWO): "Every device's own model on its own test texts when the run ended, "
     "whether it ever trained or not; a device counts as one. Without personal layers: the global "
@@ -164,7 +163,7 @@ def _lead(played: Sequence[Played]) -> str:
 
 def _section(part: Part, made: Mapping[str, Any]) -> str:
     shown = "".join(
-        _group([made[name] for name in names if name in made], caption)
+        _group([made[name] for name in names if name in made], _said(names, caption, part))
         for names, caption in GROUPS.items()
     )
     thought = _group(
@@ -180,6 +179,16 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
     return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}{sent}"
+
+
+def _said(names: Sequence[str], caption: str, part: Part) -> str:
+    """The caption of a group, with what only some of its figures show."""
+    if names != tuple(AXES):
+        return caption
+    dotted = " Dotted: the target." if part.target is not None else ""
+    members = len(part.rows)
+    named = f" Of {members} members the {NAMED} that end highest have names."
+    return f"{caption}{dotted}{named if members > NAMED else ''}"
 
 
 def _group(drawn: Sequence[Any], caption: str) -> str:
