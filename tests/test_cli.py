@@ -195,7 +195,9 @@ def test_resuming_a_finished_run_reports_it(
     result = json.loads((whole_run / "result.json").read_text())
     said = droppeft("resume", "run", "--quiet")
     assert said == Said(0, f"{accuracy_line(result)}\n", "")
-    assert "Result" in droppeft("resume", "run").out
+    told = droppeft("resume", "run")
+    assert "Result" in told.out
+    assert told.err == "droppeft: run is finished; this is what it came to\n"
 
 
 @pytest.mark.parametrize("form", [[], ["--merge"]])

@@ -87,8 +87,11 @@ def resume(
     as_json: JsonFlag = False,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
+    from droppeft.federation.folder import RESULT
     from droppeft.federation.run import resume_run
 
+    if (folder / RESULT).is_file() and not (quiet or as_json):
+        typer.echo(f"droppeft: {folder} is finished; this is what it came to", err=True)
     _watched(lambda watcher: resume_run(folder, watcher), quiet, as_json)
 
 
