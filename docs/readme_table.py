@@ -1,10 +1,13 @@
 """The README with its table of results, which follows from a result file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from studies import runs_of, seeds_of
 from tables import RESULTS, markdown_table
 
+from droppeft.comparison.cells import Comparison
+from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, summary
 from droppeft.report.page import read_folder
 
@@ -16,7 +19,7 @@ SOURCES = {
     "contest": "Data on which nothing was chosen",
     "ablation": "The method's parts, on development data (20 Newsgroups): they were chosen on it",
 }
-"""The first of these that was run."""
+"""The first of these of which all runs are there."""
 
 TEXT = """\
 {about}. The built-in model,
@@ -36,8 +39,7 @@ def readme_page() -> str:
 
 
 def _results() -> str:
-    name = next(name for name in SOURCES if (RESULTS / name / "comparison.json").is_file())
-    _, comparison, played = read_folder(RESULTS / name)
+    name, comparison, played = next(filter(_is_whole, _found()))
     parts = summary(comparison, played)
     config = played[0].cell.config
     assert comparison.target is not None
@@ -54,6 +56,19 @@ def _results() -> str:
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload"]
     return head + markdown_table(columns, [_line(parts, rival, one) for one in comparison.members])
+
+
+def _found() -> Iterator[tuple[str, Comparison, list[Played]]]:
+    for name in SOURCES:
+        if (RESULTS / name / "comparison.json").is_file():
+            _, comparison, played = read_folder(RESULTS / name)
+            yield name, comparison, played
+
+
+def _is_whole(found: tuple[str, Comparison, list[Played]]) -> bool:
+    _, comparison, played = found
+    places = max(1, len(comparison.data)) * max(1, len(comparison.models))
+    return len(played) == len(comparison.members) * len(comparison.seeds) * places
 
 
 def _line(parts: list[Part], rival: str, member: str) -> list[str]:
