@@ -23,7 +23,7 @@ test: export TOKENIZERS_PARALLELISM := false
 test: export OMP_NUM_THREADS := 1
 test: export DROPPEFT_DATA ?= $(abspath ../shared/data)
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .

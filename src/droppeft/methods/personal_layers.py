@@ -55,7 +55,7 @@ def check_sharing(setup: Setup) -> None:
             "set sharing.fraction=1"
         )
     layers = setup.num_layers - config.frozen.layers
-    if config.sharing.fraction and not count_of(config.sharing.fraction, layers):
+    if layers > 0 and config.sharing.fraction and not count_of(config.sharing.fraction, layers):
         raise DroppeftError(
             f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
             f"{1 / layers:.2g} for one of them, or 0"
