@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table, processor
+from tables import RESULTS, markdown_table, processor, was_compared
 
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.written import COLUMNS, failures, heading
@@ -74,9 +74,7 @@ PLAYERS = (
 
 def comparison_sections() -> list[str]:
     """Each section, if its measurement was made."""
-    found = [
-        _comparison(name) for name in COMPARISONS if (RESULTS / name / "comparison.json").is_file()
-    ]
+    found = [_comparison(name) for name in COMPARISONS if was_compared(name)]
     synthetic = RESULTS / "configurator_synthetic.json"
     if synthetic.is_file():
         found.append(_synthetic(json.loads(synthetic.read_text(encoding="utf-8"))))

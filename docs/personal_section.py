@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from studies import Runs, runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table
+from tables import RESULTS, markdown_table, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.report.page import read_folder
@@ -50,19 +50,18 @@ ACCURACIES = ("global", "personalised", "worst tenth")
 def personal_sections() -> list[str]:
     """A section per study that was made."""
     makers: dict[str, Callable[[Sequence[Played]], str]] = {
-        "personalisation": lambda played: _personalisation(runs_of(played)),
-        "sharing_heterogeneity": lambda played: _heterogeneity(runs_of(played)),
+        "personalisation": _personalisation,
+        "sharing_heterogeneity": _heterogeneity,
         "sharing_confirmation": _confirmation,
-        "ablation": lambda played: _ablation(runs_of(played)),
+        "ablation": _ablation,
     }
     return [
-        make(read_folder(RESULTS / name)[2])
-        for name, make in makers.items()
-        if (RESULTS / name / "comparison.json").is_file()
+        make(read_folder(RESULTS / name)[2]) for name, make in makers.items() if was_compared(name)
     ]
 
 
-def _personalisation(runs: Runs) -> str:
+def _personalisation(played: Sequence[Played]) -> str:
+    runs = runs_of(played)
     lines = [
         (
             member,
@@ -88,7 +87,8 @@ def _least_covered(own: Mapping[int, Played]) -> str:
     return f"{fmean(parts):.0%}"
 
 
-def _heterogeneity(runs: Runs) -> str:
+def _heterogeneity(played: Sequence[Played]) -> str:
+    runs = runs_of(played)
     lines = []
     for member, own in runs.items():
         split, _, part = member.rpartition(", ")
@@ -110,7 +110,8 @@ def _confirmation(played: Sequence[Played]) -> str:
     return f"{CONFIRMATION.format(**_said(runs_of(played)))}\n{markdown_table(columns, lines)}"
 
 
-def _ablation(runs: Runs) -> str:
+def _ablation(played: Sequence[Played]) -> str:
+    runs = runs_of(played)
     lines = []
     for member, own in runs.items():
         results = _results(own)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from studies import runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table, processor
+from tables import RESULTS, markdown_table, processor, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import target_accuracies
@@ -95,7 +95,7 @@ OVERHEAD_COLUMNS = ("run", "planning, merging", "of a round", "measuring", "meas
 
 def policies_sections() -> list[str]:
     """A section per study that was made."""
-    found = [_section(name) for name in STUDIES if (RESULTS / name / "comparison.json").is_file()]
+    found = [_section(name) for name in STUDIES if was_compared(name)]
     if OVERHEAD.is_file():
         found.append(_overhead(json.loads(OVERHEAD.read_text(encoding="utf-8"))))
     return found
@@ -138,7 +138,7 @@ def _section(name: str) -> str:
     title, others = STUDIES[name]
     _, comparison, played = read_folder(RESULTS / name)
     for other in others:
-        if (RESULTS / other / "comparison.json").is_file():
+        if was_compared(other):
             played += read_folder(RESULTS / other)[2]
     played = [one for one in played if one.result is not None]
     targets = target_accuracies(comparison.target, played)

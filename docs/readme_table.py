@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table
+from tables import RESULTS, markdown_table, was_compared
 
 from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
@@ -60,7 +60,7 @@ def _results() -> str:
 
 def _found() -> Iterator[tuple[str, Comparison, list[Played]]]:
     for name in SOURCES:
-        if (RESULTS / name / "comparison.json").is_file():
+        if was_compared(name):
             _, comparison, played = read_folder(RESULTS / name)
             yield name, comparison, played
 

@@ -14,6 +14,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
 
+def was_compared(name: str) -> bool:
+    """Whether there is a result of this comparison."""
+    return (RESULTS / name / "comparison.json").is_file()
+
+
 def processor(machine: Mapping[str, Any]) -> str:
     """Cores that the process might use, and their make."""
     count = machine["cores"]

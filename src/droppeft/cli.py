@@ -437,15 +437,13 @@ def _check_costly(settings: Sequence[str]) -> None:
     from droppeft.config.tables import ADAPTER_OF_METHOD
 
     for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key == "method" and setting.partition("=")[2].strip() in ADAPTER_OF_METHOD:
-            continue  # it decides which adapter there is
-        if key == "method":
+        key, _, value = (part.strip() for part in setting.partition("="))
+        if key == "method" and value not in ADAPTER_OF_METHOD:
             raise DroppeftError(
                 "plan and profile look at a step of the configured adapter, whatever the method "
                 "makes of it; leave method out, and set adapter.*"
             )
-        if not key.startswith(COSTLY):
+        if key != "method" and not key.startswith(COSTLY):
             raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 
 

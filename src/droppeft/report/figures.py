@@ -1,9 +1,6 @@
-"""Figures of a comparison: accuracy against what it cost, times to the target, memory and traffic.
+"""Figures of a comparison: accuracy against what it cost, times to the target, memory; ours."""
 
-Ours.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean, stdev
@@ -11,10 +8,8 @@ from typing import Any
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
-from droppeft.report.by_layer import of_layers
+from droppeft.report.by_layer import Row, of_layers
 from droppeft.report.drawing import COLOURS, INK, LINES, MARKERS, new_figure, style
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
