@@ -408,6 +408,23 @@ def test_compare_from_the_command_line_to_its_files(
     assert (code, shown.count("done before")) == (0, 2)
 
 
+def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "pair.toml", tmp_path / "out"
+    settings = ", ".join(f'"{word}"' for word in tiny().settings)
+    file.write_text(
+        f'settings = [{settings}]\nseeds = [5, 6]\n[members]\nfull = ["method=fedlora"]\n'
+    )
+    for seed in ("6", "5"):
+        code, shown, _ = command("compare", str(file), "--seeds", seed, "--out", str(out))
+        assert code == 0
+        assert f"1/1 full, seed {seed}" in shown
+    code, shown, _ = command("compare", str(file), "--out", str(out))
+    assert (code, shown.count("done before")) == (0, 2)
+    assert [run["seed"] for run in json.loads((out / JSON).read_text())["runs"]] == [5, 6]
+
+
 def test_a_comparison_of_which_all_failed_leaves_its_reasons(
     command: Command, tmp_path: Path
 ) -> None:

@@ -104,13 +104,17 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder; go on in it.", show_default="runs/compare-NAME")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of methods named here.")] = "0,1,2",
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="These alone, as 0,1.", show_default="the file's, or 0,1,2"),
+    ] = None,
 ) -> None:
     """Run methods side by side, and say what each is worth.
 
     A .toml file names members, data, models, seeds and a target; or methods
     are named here, with settings for all of them. What is done is not run
-    again: the same command goes on where it was stopped.
+    again: the same command goes on where it was stopped. On several cores start
+    one for each seed, then one for all, which collects them.
     """
     from rich.console import Console
 
@@ -126,10 +130,11 @@ def compare(
         raise DroppeftError(
             "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
         )
+    of = None if seeds is None else _whole_numbers(seeds)
     chosen = (
-        cells.read_comparison(Path(files[0]))
+        cells.read_comparison(Path(files[0]), of)
         if files
-        else cells.named_on_the_command_line(methods, settings, _whole_numbers(seeds))
+        else cells.named_on_the_command_line(methods, settings, of)
     )
     name = Path(files[0]).stem if files else "-".join(methods)
     folder, console = out or Path("runs") / f"compare-{name}", Console()
