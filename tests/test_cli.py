@@ -81,6 +81,10 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["dropout.rates=[0,2,0,0]"], ["dropout.rates", "every rate must lie between 0 and 1"]),
         (["dropout.every=0"], ["dropout.every: must be a number of steps, 1 or more, or round"]),
         (["data=$NOWHERE/x"], ["data=", "the environment has no variable NOWHERE"]),
+        (
+            ["sharing.fraction=0.5", "sharing.criterion=cka", "sharing.score_rows=3"],
+            ["sharing.criterion=cka compares rows", "set sharing.score_rows=4 or more"],
+        ),
         (["sharing.fraction=0.05"], ["of 4 layers is none; set 0.25 for one of them, or 0"]),
         (["dropout.rates=[0.5]"], ["1 drop rates were given for 4 layers"]),
         (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
@@ -213,6 +217,10 @@ def test_exporting_says_where_it_is_and_how_to_load_it(
     loaded: dict[str, Any] = {}
     exec("\n".join(lines), loaded)
     assert loaded["model"].config.id2label == {0: "food", 1: "music", 2: "space"}
+    [own] = [one for one in result["personalised"] if one["device"] == 2]
+    said = droppeft("export", whole_run, "--device", "2", "--out", "own", *form)
+    accuracy = f"accuracy {own['accuracy']:.4f} on {own['rows']} test texts"
+    assert said.out.splitlines()[0] == f"round 3, {accuracy}: {tmp_path / 'own'}"
     assert loaded["tokenizer"]("bread")["input_ids"]
 
 

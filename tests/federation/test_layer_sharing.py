@@ -113,6 +113,39 @@ def test_a_device_divides_by_what_is_usual(site: Site, first: Plan) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "criterion", [name for name, one in CRITERIA.items() if one.runs_model == "no"]
+)
+def test_scores_of_gradients_take_no_pass_of_their_own(
+    site: Site, first: Plan, criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of two steps: two forwards of the model, two backwards."""
+    passes = {"forward": 0, "backward": 0}
+    backward, forward = torch.Tensor.backward, site.bench.task.loss_and_logits
+
+    def counting_backward(*arguments: Any, **options: Any) -> Any:
+        passes["backward"] += 1
+        return backward(*arguments, **options)
+
+    def counting_forward(*arguments: Any, **options: Any) -> Any:
+        passes["forward"] += 1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counting_backward)
+    monkeypatch.setattr(type(site.bench.task), "loss_and_logits", staticmethod(counting_forward))
+    reply = turn_of(site, with_rule(first, criterion))
+    assert passes == {"forward": reply.steps, "backward": reply.steps}
+
+
+def test_a_place_has_no_hysteresis() -> None:
+    for criterion, hysteresis in (("position", 0.0), ("gradient_norm", 0.1)):
+        setup = setup_for("sharing.fraction=0.5", f"sharing.criterion={criterion}")
+        method = METHODS["droppeft"]
+        [plan] = method.plan(setup, method.init(setup), 1, [0])
+        assert plan.sharing is not None
+        assert plan.sharing.hysteresis == hysteresis
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
@@ -388,6 +421,46 @@ def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
+KILL = """
+import os, signal
+from droppeft.sharing import kept
+real, count = kept.write_atomically, 0
+def write(path, content, **options):
+    global count
+    count += 1
+    if count == {nth} and {before}:
+        path.with_name("." + path.name + ".half").write_bytes(content[: len(content) // 2])
+    else:
+        real(path, content, **options)
+    if count == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+kept.write_atomically = write
+"""
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("nth", [1, 3, 4])
+def test_a_run_that_is_killed_while_a_device_keeps_its_layers_ends_the_same(
+    words: list[str], tmp_path: Path, nth: int, before: bool
+) -> None:
+    """In the middle of the file, and when it is whole and the server has not heard of it.
+
+    Two devices a round: the first file is the first device's of round 1, the third and fourth those
+    of round 2.
+    """
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    out = tmp_path / "run"
+    begin = f"start_run(load_config(None, {words!r}), Path({str(out)!r}), Recorder())"
+    script = f"{IMPORTS}\n{KILL.format(nth=nth, before=before)}\n{begin}"
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert rows_until(out) == (0 if nth < 3 else 1)
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
 def rows_until(out: Path) -> int:
     path = out / "rounds.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -441,12 +514,23 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
         assert list(recall(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
 
 
-@pytest.mark.parametrize("more", [(), ("method=ditto",), ("method=local",)])
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("sharing.head=personal",),
+        ("method=ditto",),
+        ("method=local",),
+        ("method=fedsa_lora",),  # half of a layer is the server's, half the device's
+    ],
+)
 def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
-    words: list[str], tmp_path: Path, more: tuple[str, ...]
+    words: list[str], tmp_path: Path, more: tuple[str, ...], merge: bool
 ) -> None:
-    """By peft alone, on that device's own test rows, one of which was never trained."""
-    kept = [w for w in words if not more or not w.startswith(("sharing.", "dropout."))]
+    """Without droppeft, on that device's own test rows, one of which was never trained."""
+    other = any(word.startswith("method=") for word in more)
+    kept = [w for w in words if not other or not w.startswith(("sharing.", "dropout."))]
     sizes = ("devices=4", "cohort=1", "rounds=2", "training.learning_rate=0.02")
     config = load_config(None, [*kept, *more, *sizes, "training.local_steps=8"])
     result = start_run(config, tmp_path / "run", Recorder())
@@ -454,7 +538,8 @@ def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
     site = site_of(prepared.loaded)
     assert {one["turns"] > 0 for one in result["personalised"]} == {True, False}
     for one in result["personalised"]:
-        done = export_run(tmp_path / "run", tmp_path / f"own-{one['device']}", device=one["device"])
+        out = tmp_path / f"own-{one['device']}"
+        done = export_run(tmp_path / "run", out, device=one["device"], merge=merge)
         assert (done.accuracy, done.rows) == (one["accuracy"], one["rows"])
         found: dict[str, Any] = {}
         exec(done.lines, found)
@@ -464,6 +549,17 @@ def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
         assert f"with which device {one['device']} would begin" in card
+
+
+def test_a_card_says_in_what_precision_its_accuracy_was_measured(
+    words: list[str], tmp_path: Path
+) -> None:
+    config = load_config(None, [*words, "training.precision=bf16", "rounds=1"])
+    start_run(config, tmp_path / "run", Recorder())
+    for out, device in (("own", 1), ("global", None)):
+        done = export_run(tmp_path / "run", tmp_path / out, device=device)
+        card = (done.folder / "README.md").read_text()
+        assert ", computed in bf16 (the lines below: in fp32) |" in card
 
 
 def test_a_device_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:

@@ -189,8 +189,46 @@ def test_no_more_devices_are_asked_at_once_than_in_a_round(
     found = measure_devices(
         prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
     )
-    assert asked == [3, 3, 1]
+    assert asked == [3, 3, 1, 1]  # device 3 has lost what it kept, and is asked once more
     assert [one.device for one in found.failures] == [1, 2, 3, 4, 5, 6]
+
+
+def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
+    words: list[str], tmp_path: Path, state: Path
+) -> None:
+    """Of a local run that is the model of the start; nobody is left out of the mean."""
+
+    class Forgetful:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
+
+        def exchange(self, plans: Any) -> Any:
+            for plan in plans:
+                if plan.measure and plan.device != 1 and plan.kept is not None:
+                    for path in folder_of(plan.run, plan.device).iterdir():
+                        path.unlink()
+            yield from self.inner.exchange(plans)
+
+    start, config = Recorder(), load_config(None, words)
+    result = start_run(
+        config,
+        tmp_path / "run",
+        start,
+        lambda loaded: nullcontext(Forgetful(InProcess(site_of(loaded)))),
+    )
+    assert (result["personalised_lost"], result["personalised_failures"]) == ([0, 2], [])
+    plain = start_run(config, tmp_path / "plain", Recorder())
+    assert plain["personalised_lost"] == []
+    rates = ("learning_rate", "head_learning_rate")
+    never = start_run(
+        load_config(None, [*words, "rounds=1", *(f"training.{name}=1e-12" for name in rates)]),
+        tmp_path / "never",
+        Recorder(),
+    )
+    for device, source in ((0, never), (1, plain), (2, never)):
+        found, expected = (run["personalised"][device] for run in (result, source))
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert plain["personalised"][0]["loss"] != pytest.approx(never["personalised"][0]["loss"])
 
 
 def test_sums_count_every_device_as_one() -> None:

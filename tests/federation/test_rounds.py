@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from droppeft.federation.rounds import Closed, draw_cohort, play_round
+from droppeft.federation.transport import Arrival
 from droppeft.ledger import device_row, round_row
 from droppeft.methods import METHODS
-from droppeft.plans import Failure, Plan, ServerState
-from messages import Scripted, answer_to, setup_for
+from droppeft.plans import HEAD, Failure, Plan, ServerState
+from messages import LAYERS, Scripted, answer_to, assert_same, setup_for
 
 SETUP = setup_for("method=fedlora")
 METHOD = METHODS["fedlora"]
@@ -22,6 +25,46 @@ COHORT = [4, 5, 8]
 def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, Closed]:
     heard: list[Any] = [] if seen is None else seen
     return play_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
+
+
+class Shuffled:
+    """Devices send random layers with values of all sizes, in random order."""
+
+    def __init__(self, order: list[int], seed: int) -> None:
+        self.order, self.seed = order, seed
+
+    def exchange(self, plans: Any) -> Any:
+        arrivals = {}
+        for index, plan in enumerate(plans):
+            values = np.random.default_rng((self.seed, index))
+            ran = tuple(int(one) for one in values.integers(0, 3, LAYERS))
+            tensors = {
+                key: {
+                    name: (values.normal(size=array.shape) * 10 ** values.uniform(-6, 6)).astype(
+                        "f4"
+                    )
+                    for name, array in named.items()
+                }
+                for key, named in plan.tensors.items()
+                if key == HEAD or ran[key] > 0
+            }
+            update = answer_to(plan, active_steps=ran, tensors=tensors)
+            cost = replace(update.cost, layer_tokens=tuple(32 * one for one in ran))
+            examples = int(values.integers(1, 9))
+            arrivals[index] = Arrival(index, replace(update, cost=cost, examples=examples))
+        yield from (arrivals[index] for index in self.order)
+
+
+@given(st.permutations(range(5)), st.integers(0, 2**32))
+def test_the_order_of_arrival_does_not_show_in_any_bit(order: list[int], seed: int) -> None:
+    setup = setup_for("method=fedlora", "cohort=5")
+    (one, first), (other, second) = (
+        play_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
+        for places in (list(range(5)), order)
+    )
+    assert len(first.accepted) == 5
+    assert_same(one.model.tensors, other.model.tensors)
+    assert first.modelled == second.modelled
 
 
 def head(state: ServerState) -> float:

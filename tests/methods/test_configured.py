@@ -17,7 +17,17 @@ from droppeft.federation.rounds import play_round
 from droppeft.federation.run import resume_run, start_run
 from droppeft.methods import METHODS, Setup, arm_costs, configured
 from droppeft.methods.droppeft import configured_rates
-from droppeft.plans import Failure, Plan, ServerState, Update, first_trained_layer, flatten
+from droppeft.methods.personal_layers import usual_bytes
+from droppeft.plans import (
+    HEAD,
+    Failure,
+    Plan,
+    ServerState,
+    Update,
+    first_trained_layer,
+    flatten,
+    payload_bytes,
+)
 from messages import (
     ARITHMETIC,
     BACKWARD,
@@ -174,9 +184,15 @@ def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
 # What arms take
 
 
-def test_seconds_are_those_that_the_clock_will_charge() -> None:
-    """Ten steps of 16 rows: what is expected is a turn whose rows and gates are the mean ones."""
-    own = setup("training.local_steps=10", "clock.profiles=laptop_cpu")
+@pytest.mark.parametrize(
+    "sharing", [(), ("sharing.fraction=0.5", "configurator.prefixes=[0, 0.25, 0.75]")]
+)
+def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) -> None:
+    """Ten steps of 16 rows: what is expected is a turn whose rows and gates are the mean ones.
+
+    Of the layers that an arm trains half travel up, halves rounded up: the lowest here.
+    """
+    own = setup("training.local_steps=10", "clock.profiles=laptop_cpu", *sharing)
     state = DROPPEFT.init(own)
     memory = replace(configured.memory_of(state), row_length=8.0)
     assert own.clock is not None
@@ -186,10 +202,18 @@ def test_seconds_are_those_that_the_clock_will_charge() -> None:
         rates = plan.dropout.rates if plan.dropout else ()
         tokens = 10 * 16 * 8
         update = _update_of(plan, tokens, [round(tokens * (1 - rate)) for rate in rates])
+        if sharing:
+            shared = range(lower, lower + (LAYERS - lower + 1) // 2)
+            sent = {key: plan.tensors[key] for key in (*shared, HEAD)}
+            update = replace(update, tensors=sent)
         charged = own.clock.turn_cost(plan, update)
         profile = own.clock.fleet.profile(0)
         expected = arm_costs.turn_seconds(own, state, memory, 1, arm, profile)
-        assert expected == pytest.approx(charged.turn_s, rel=1e-10)
+        # The Plan is a first one, which brings all layers: later ones bring those of last time.
+        more = payload_bytes(plan.tensors) - usual_bytes(own, state.model.tensors)
+        assert (more > 0) == bool(sharing)
+        later = charged.turn_s - more * seconds_per_byte(profile.download)
+        assert expected == pytest.approx(later, rel=1e-10)
         # By hand: per token forward below, both above, head and embeddings always.
         active = sum(1 - rate for rate in rates[lower:])
         flops = tokens * (lower * FORWARD + active * (FORWARD + BACKWARD) + 2 * REST)

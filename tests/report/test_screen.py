@@ -161,6 +161,10 @@ def test_without_a_global_model_there_is_one_accuracy(
     own = {
         "personalised_accuracy": 0.5,
         "personalised_worst_tenth": 0.25,
+        "personalised_deviation": 0.125,
+        "personalised_lost": [4, 5],
+        "newcomers_accuracy": 0.375,
+        "newcomers_accuracy_after_epoch": 0.625,
         "personalised_devices": 11,
         "personalised_rows": 55,
         "personalised_failures": [{"device": 3, "reason": "asleep"}],
@@ -169,7 +173,11 @@ def test_without_a_global_model_there_is_one_accuracy(
     assert "–   there is no global model" in text
     assert ".500" in line_with(text, "personalised")
     assert "of them: 2 devices" in line_with(text, "worst tenth")
-    assert "1 could not be measured (asleep)" in " ".join(text.split())
+    assert ".125" in line_with(text, "deviation")
+    assert ".375" in line_with(text, "newcomers")
+    assert " .625   after an epoch of their own rows" in text
+    unmeasured = "1 could not be measured (asleep); 2 had lost what they kept and had the global"
+    assert unmeasured in " ".join(text.split())
 
 
 def test_who_was_left_out_on_the_modelled_clock_is_named(

@@ -1,6 +1,9 @@
 """What a device keeps: whole or lost, and no more of it than can be asked for again."""
 
 import logging
+import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +122,32 @@ def test_what_is_damaged_is_lost(
     with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is damaged"):
         recall(tmp_path, 2)
     assert "is damaged (" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["run-a/device-1/4", "run-a/device-2/3", "run-b/device-1/3"])
+def test_what_another_turn_kept_is_lost(
+    other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A whole file in the wrong place: of another round, device or run."""
+    place, _, round = other.rpartition("/")
+    keep(tmp_path / place, int(round), None, tensors(1.0))
+    [path] = (tmp_path / place).iterdir()
+    here = tmp_path / "run-a" / "device-1"
+    here.mkdir(parents=True, exist_ok=True)
+    if path != here / "round-000003.safetensors":
+        shutil.copy(path, here / "round-000003.safetensors")
+    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 3 is damaged"):
+        recall(here, 3)
+    assert f"it is of round {round} of {place}" in caplog.text
+
+
+def test_what_killed_processes_left_goes_after_a_while(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".round-000001.safetensors.{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"values")
+    os.utime(old, (time.time() - 7200,) * 2)
+    keep(tmp_path, 2, None, tensors(1.0))
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_disk_that_takes_nothing_is_said(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ class MemberRow:
         accuracy: of the global model on the whole test set; ``None`` without such a model.
         personalised: mean over devices of their own models on their own test rows.
         worst_tenth: of the devices, by the same measure.
+        between_devices: standard deviation of a run's devices, by the same measure.
+        unmeasured: devices of all runs that could not be measured so.
         reached: how many seeds reached their target; ``None`` without one.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
             all seeds did.
@@ -45,6 +47,8 @@ class MemberRow:
     accuracy: Spread | None
     personalised: Spread | None
     worst_tenth: Spread | None
+    between_devices: Spread | None
+    unmeasured: int
     reached: int | None
     time_to_target_measured_s: Spread | None
     time_to_target_modelled_s: Spread | None
@@ -156,6 +160,8 @@ def _row(
         accuracy=_if_all([result["global_accuracy"] for result in results]),
         personalised=_if_all([result.get("personalised_accuracy") for result in results]),
         worst_tenth=_if_all([result.get("personalised_worst_tenth") for result in results]),
+        between_devices=_if_all([result.get("personalised_deviation") for result in results]),
+        unmeasured=sum(len(result.get("personalised_failures", ())) for result in results),
         reached=len(reached) if own["measured"] else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],

@@ -53,6 +53,7 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
     "accuracy": lambda row: _accuracy(row.accuracy),
     "personalised": lambda row: _accuracy(row.personalised),
     "worst tenth": lambda row: _accuracy(row.worst_tenth),
+    "between devices": lambda row: _accuracy(row.between_devices),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
     "speed-up": lambda row: _times(row.speed_up_modelled),
     "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
@@ -70,6 +71,7 @@ SPREADS = (
     "accuracy",
     "personalised",
     "worst_tenth",
+    "between_devices",
     "time_to_target_measured_s",
     "time_to_target_modelled_s",
 )
@@ -158,4 +160,10 @@ def as_markdown(parts: Sequence[Part]) -> str:
 
 def failures(part: Part) -> list[str]:
     """What failed, a line each."""
-    return [f"{row.member} failed: {reason}" for row in part.rows for reason in row.failures]
+    unmeasured = [
+        f"{row.member}: {row.unmeasured} devices could not be measured, and are in no mean"
+        for row in part.rows
+        if row.unmeasured
+    ]
+    failed = [f"{row.member} failed: {reason}" for row in part.rows for reason in row.failures]
+    return failed + unmeasured

@@ -334,7 +334,9 @@ def _accuracy(source: Source) -> str:
     own = "" if source.device is None else f" of device {source.device}"
     if source.accuracy is None:
         return f"| accuracy{own} | not evaluated at this round |"
-    return f"| accuracy on {source.rows} test texts{own} | {source.accuracy:.4f} |"
+    precision = source.config.training.precision
+    half = "" if precision == "fp32" else f", computed in {precision} (the lines below: in fp32)"
+    return f"| accuracy on {source.rows} test texts{own}{half} | {source.accuracy:.4f} |"
 
 
 def _cut(source: Source) -> str:

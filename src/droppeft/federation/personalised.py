@@ -16,6 +16,7 @@ from droppeft.federation.transport import Transport
 from droppeft.federation.validation import checked, why_not_its_own
 from droppeft.methods import Method, Setup
 from droppeft.plans import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.sharing.visits import with_visits
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Personalised:
         newcomers: of devices that never trained, after one epoch on their own rows; none unless
             the configuration asks for it.
         newcomer_failures: of those that did not answer to that.
+        lost: devices that no longer have what they kept; measured with the global model instead.
     """
 
     measurements: tuple[Measurement, ...]
@@ -36,6 +38,7 @@ class Personalised:
     wall_s: float
     newcomers: tuple[Measurement, ...] = ()
     newcomer_failures: tuple[Failure, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
 def measure_devices(
@@ -48,6 +51,8 @@ def measure_devices(
 ) -> Personalised:
     """Ask every device of the run, and newcomers once more if the configuration says so.
 
+    A device that has lost what it kept is asked again for what it would begin with instead.
+
     Args:
         round: the one that would come next.
         trained: merged turns of each device that has any.
@@ -55,6 +60,11 @@ def measure_devices(
     start = time.perf_counter()
     plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
     answers = _ask(setup, transport, plans)
+    lost = tuple(one.device for one in answers if isinstance(one, Failure) and one.lost)
+    forgotten = with_visits(state, plans, answers)
+    again = [method.own(setup, forgotten, round, device) for device in lost]
+    instead = dict(zip(lost, _ask(setup, transport, again), strict=True))
+    answers = [instead.get(plan.device, one) for plan, one in zip(plans, answers, strict=True)]
     once_more = [
         replace(plan, budget=Budget(epochs=1))
         for plan in plans
@@ -67,6 +77,7 @@ def measure_devices(
         time.perf_counter() - start,
         tuple(one for one in after if isinstance(one, Measurement)),
         tuple(one for one in after if isinstance(one, Failure)),
+        lost,
     )
 
 
@@ -117,6 +128,7 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
             }
             for one in found.measurements
         ],
+        "personalised_lost": list(found.lost),
         "personalised_failures": [
             {"device": one.device, "reason": one.reason} for one in found.failures
         ],

@@ -22,7 +22,7 @@ from droppeft.plans import (
     payload_bytes,
 )
 from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
-from droppeft.sharing.criteria import CRITERIA, usual_norms
+from droppeft.sharing.criteria import CKA_ROWS, CRITERIA, usual_norms
 from droppeft.sharing.selection import count_of
 from droppeft.sharing.visits import Visit, last_visit, norms_of_devices
 
@@ -59,6 +59,12 @@ def check_sharing(setup: Setup) -> None:
         raise DroppeftError(
             f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
             f"{1 / layers:.2g} for one of them, or 0"
+        )
+    few = config.sharing.score_rows < CKA_ROWS
+    if keeps_layers(config) and config.sharing.criterion == "cka" and few:
+        raise DroppeftError(
+            f"sharing.criterion=cka compares rows with each other, for which it takes {CKA_ROWS}; "
+            f"set sharing.score_rows={CKA_ROWS} or more"
         )
     if config.sharing.factors == "product" and config.server.optimizer != "none":
         raise DroppeftError(
@@ -119,9 +125,10 @@ def usual_bytes(setup: Setup, values: Tensors, lower: int = 0) -> float:
 
     Args:
         values: of the global model.
-        lower: layers below it do not travel.
+        lower: layers below it do not travel; the fraction is of the others.
     """
-    config, layers = setup.config, [key for key in values if isinstance(key, int)]
+    config = setup.config
+    layers = [key for key in values if isinstance(key, int) and key >= lower]
     part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
     found = 0.0
     for key, named in values.items():
@@ -148,10 +155,12 @@ def scored_rows(setup: Setup, lower: int) -> int:
 
 def _rule(setup: Setup, visit: Visit | None, usual: tuple[float, ...] | None) -> SharingRule:
     settings = setup.config.sharing
+    # A place does not change: there are no flaps that it would have to keep from.
+    flaps = settings.criterion != "position"
     return SharingRule(
         criterion=settings.criterion,
         fraction=settings.fraction,
-        hysteresis=settings.hysteresis,
+        hysteresis=settings.hysteresis if flaps else 0.0,
         score_rows=settings.score_rows,
         shared=visit.shared if visit else None,
         usual=usual,

@@ -18,7 +18,7 @@ from droppeft.plans import Reply
 from droppeft.report.screen import accuracy_line, bar
 
 TABLES = (
-    ("member", "seeds", "accuracy", "personalised", "worst tenth"),
+    ("member", "seeds", "accuracy", "personalised", "worst tenth", "between devices"),
     ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)"),
     ("member", "whole run, modelled", "activations", "up", "down", "energy, modelled"),
 )

@@ -188,9 +188,12 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     failed = result["personalised_failures"]
     if failed:
         note += f"; {len(failed)} could not be measured ({failed[0]['reason']})"
+    if lost := result.get("personalised_lost"):
+        note += f"; {len(lost)} had lost what they kept and had the global model"
     return [
         ("personalised", _share(result["personalised_accuracy"]), note),
         ("worst tenth", _share(result["personalised_worst_tenth"]), of_them),
+        ("deviation", _share(result["personalised_deviation"]), "between them"),
         *_newcomer_lines(result),
     ]
 

@@ -81,6 +81,10 @@ class Criterion:
     compares: bool = False
 
 
+CKA_ROWS = 4
+"""With fewer things its estimate without bias divides by nothing."""
+
+
 def linear_cka(one: Matrix, other: Matrix) -> float:
     """Similarity of two representations (n, H) of the same n things: 1 the same, 0 unrelated.
 
@@ -88,7 +92,7 @@ def linear_cka(one: Matrix, other: Matrix) -> float:
     arXiv:2010.15327, equation 3: with fewer things than dimensions the biased one takes everything
     for alike. 1 with fewer than four things, or where either does not vary.
     """
-    if len(one) < 4:
+    if len(one) < CKA_ROWS:
         return 1.0
     grams = [states @ states.T for states in (one, other)]  # n by n: n is small, H is not
     for gram in grams:

@@ -5,19 +5,24 @@ only it knows which turns count: after a lost reply, or when it goes on from an 
 the device begins again where the server believes it to be.
 """
 
+import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from droppeft.errors import DroppeftError
-from droppeft.files import write_atomically
+from droppeft.files import sync, write_atomically
 from droppeft.plans import Array, LayerKey, Tensors, flatten, layer_key
 from droppeft.sealed import DAMAGES, seal, unseal
 
 EARLIER = 2
 """Files that stay of the turns that count, so that a server can go back to its older checkpoint."""
+
+LEFT_BEHIND_S = 3600.0
+"""Age at which a file that was never renamed belongs to a process that was killed."""
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 _RUN = re.compile(r"[0-9a-f]{1,64}")
@@ -69,8 +74,9 @@ def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None
     """
     arrays = {f"{key}|{name}": array for key, name, array in flatten(tensors)}
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(_path(folder, round), seal(arrays, {"round": round}), private=True)
+        _make(folder)
+        head = {"round": round, "of": _owner(folder)}
+        write_atomically(_path(folder, round), seal(arrays, head), private=True)
         counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
         # Not those of later rounds: this turn may be the one that is late.
         for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
@@ -83,12 +89,15 @@ def recall(folder: Path, round: int) -> Tensors:
     """Read what the turn of a round has made.
 
     Raises:
-        Lost: it is not there, or damaged.
+        Lost: it is not there, or damaged, or is another turn's.
         DroppeftError: it cannot be read now, and perhaps later.
     """
     path = _path(folder, round)
     try:
-        arrays, _ = unseal(path)
+        arrays, head = unseal(path)
+        owner = head.get("of", _owner(folder))  # earlier versions did not say
+        if (head["round"], owner) != (round, _owner(folder)):
+            raise ValueError(f"it is of round {head['round']} of {owner}")
     except DAMAGES as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise DroppeftError(f"{path} cannot be read ({error})") from None
@@ -100,6 +109,23 @@ def recall(folder: Path, round: int) -> Tensors:
         key, name = label.split("|", 1)
         tensors.setdefault(layer_key(key), {})[name] = array
     return tensors
+
+
+def _make(folder: Path) -> None:
+    """Make a device's folder to last, and rid it of what killed processes left."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for above in (folder.parent, folder.parent.parent):
+            sync(above)
+    for path in folder.glob(".round-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be at it
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
+                path.unlink()
+
+
+def _owner(folder: Path) -> str:
+    """Run and device."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _path(folder: Path, round: int) -> Path:
