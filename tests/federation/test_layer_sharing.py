@@ -445,9 +445,11 @@ def test_a_run_that_is_killed_while_a_device_keeps_its_layers_ends_the_same(
 ) -> None:
     """In the middle of the file, and when it is whole and the server has not heard of it.
 
-    Two devices a round: the first file is the first device's of round 1, the third and fourth those
-    of round 2.
+    Two devices, both in every round: the first file is the first device's of round 1, the third and
+    fourth those of round 2. With the fourth the first device has tidied up after round 2 already,
+    and begins it again with what it kept in round 1.
     """
+    words = [*words, "devices=2"]
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     out = tmp_path / "run"
     begin = f"start_run(load_config(None, {words!r}), Path({str(out)!r}), Recorder())"
