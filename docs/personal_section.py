@@ -9,6 +9,7 @@ from tables import RESULTS, markdown_table, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.report.page import read_folder
+from droppeft.sharing.selection import count_of
 
 PERSONAL = """\
 ## Which half of the layers to keep, and other ways to be personal
@@ -24,25 +25,28 @@ rounds, that sent the layer that the fewest sent. Traffic is what was sent in a 
 HETEROGENEITY = """\
 ## How much to share, from alike to unlike devices
 
-`droppeft compare experiments/sharing_heterogeneity.toml`: as above, layers chosen by relative
-gradient norm, {seeds}. *Over sharing all*: in points, on the same split and seed, every seed.
+`droppeft compare experiments/sharing_heterogeneity.toml`: as above, but for forwards in bf16,
+layers chosen by relative gradient norm, {seeds}. Halves of layers are rounded up: a quarter of six
+is two. With four classes each there are twenty devices, so that every class has one. *Over sharing
+all*: in points, on the same split and seed, every seed.
 """
 CONFIRMATION = """\
 ## Keeping half of the layers on other data and another model
 
 `droppeft compare experiments/sharing_confirmation.toml`, run once: {devices} devices, {cohort} a
-round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha {alpha}, {seeds}; MRPC is
-development data, AG News and MNLI are not. *Over sharing all*: in points, on the same split and
-seed, every seed.
+round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Dirichlet alpha {alpha},
+{seeds}; MRPC is development data, AG News and MNLI are not. *Over sharing all*: in points, on the
+same split and seed, every seed.
 """
 ABLATION = """\
 ## The method's parts, each taken away
 
 `droppeft compare experiments/ablation.toml`: as above, alpha {alpha}, {seeds}. Layer dropout with
 rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one of its
-choices, half of the layers shared by relative gradient norm; *half frozen*: LoRA in the last half
-of the layers alone, whose inputs are kept. *Over all parts*: in points, on the same seed, every
-seed. Modelled: the whole run; activations: the largest peak of a turn.
+choices, half of the layers shared by relative gradient norm (rounded up: two of three); *half
+frozen*: LoRA in the last half of the layers alone, whose inputs are kept. *Over all parts*: in
+points, on the same seed, every seed. Modelled: the whole run; activations: the largest peak of a
+turn.
 """
 ACCURACIES = ("global", "personalised", "worst tenth")
 
@@ -91,7 +95,10 @@ def _heterogeneity(played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
     for member, own in runs.items():
-        split, _, part = member.rpartition(", ")
+        split = member.rpartition(", ")[0]
+        one = next(iter(own.values()))
+        layers = one.result["num_layers"] if one.result else 0
+        part = f"{count_of(one.cell.config.sharing.fraction, layers)} of {layers}"
         whole = runs.get(f"{split}, all", {})
         lines.append((split, part, *_accuracies(own), *_differences(own, whole), *_traffic(own)))
     columns = ("devices", *_columns("shared", "sharing all"))

@@ -26,7 +26,7 @@ TEXT = """\
 {devices} devices of three kinds, {cohort} a round, {rounds} rounds, Dirichlet alpha {alpha:g},
 {seeds}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the modelled
 clock, it reaches what that ends with less a point, or how many seeds do. Personalised: devices' own
-models on their own texts. Activations are measured, upload is counted on the wire.
+models on their own texts. Activations are measured, upload is what the tensors sent take.
 
 """
 

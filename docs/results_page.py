@@ -11,7 +11,7 @@ from comparison_sections import comparison_sections
 from cost_sections import cost_sections
 from personal_section import personal_sections
 from policies_section import policies_sections
-from tables import NOTICE, RESULTS, markdown_table, processor
+from tables import NOTICE, RESULTS, markdown_table, place
 
 RESULTS_HEAD = """\
 # Results
@@ -177,7 +177,7 @@ def _first_slice() -> str:
         rounds=config["rounds"],
         steps=config["training"]["local_steps"],
         alpha=config["partition"]["alpha"],
-        place=_place(one["machine"]),
+        place=place(one["machine"]),
     )
     return head + "\n" + markdown_table(("", *members), rows)
 
@@ -189,7 +189,7 @@ def _head_learning_rate() -> str:
         [name, *(f"{cell['mean']:.3f} ± {cell['sd']:.3f}" for cell in cells)]
         for name, cells in content["summary"].items()
     ]
-    head = HEAD_RATE_HEAD.format(seeds=len(content["seeds"]), place=_place(content["machine"]))
+    head = HEAD_RATE_HEAD.format(seeds=len(content["seeds"]), place=place(content["machine"]))
     return head + "\n" + markdown_table(("accuracy after … steps of 16 texts", *steps), rows)
 
 
@@ -224,7 +224,7 @@ def _flower() -> str:
         nodes=settings["places"]["devices"],
         rounds=settings["places"]["rounds"],
         runs=runs,
-        place=_place(content["machine"]),
+        place=place(content["machine"]),
     )
     costs_head = FLOWER_COST_HEAD.format(rounds=settings["client_round"]["rounds"], runs=runs)
     places_columns = ("", "adapter", "rounds", "command", *TRAFFIC.values())
@@ -248,13 +248,13 @@ def _layer_dropout() -> str:
         for entry in content.get(part, {}).values()
         for rate, found in entry["rates"].items()
     ]
-    place = _place(next(iter(content["sliced"].values()))["machine"])
+    machine = next(iter(content["sliced"].values()))["machine"]
     peaks_head = LAYER_DROPOUT_PEAKS_HEAD.format(
         model=peaks["shape"].partition(":")[0], steps=peaks["steps"], runs=peaks["runs"]
     )
     return "\n".join(
         [
-            LAYER_DROPOUT_HEAD.format(place=place),
+            LAYER_DROPOUT_HEAD.format(place=place(machine)),
             markdown_table(SLICED_COLUMNS, [_sliced_row(*cell) for cell in cells]),
             "All rates at which something is dropped together, clock time and CPU time: "
             + "; ".join(map(_together, content["sliced"].values()))
@@ -494,7 +494,7 @@ def _compile_blocks() -> str:
         for way, found in ways.items()
         if "graphs" in found
     ]
-    head = COMPILE_HEAD.format(**content["settings"], place=_place(content["machine"]))
+    head = COMPILE_HEAD.format(**content["settings"], place=place(content["machine"]))
     return head + "\n" + markdown_table(COMPILE_COLUMNS, rows)
 
 
@@ -537,11 +537,6 @@ TRAFFIC = {
     "upload_framed_bytes": "framed up",
     "download_framed_bytes": "framed down",
 }
-
-
-def _place(machine: dict[str, Any]) -> str:
-    threads = machine["threads"]
-    return f"{processor(machine)}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _seconds(value: float | None) -> str:

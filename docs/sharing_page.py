@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tables import NOTICE, RESULTS, markdown_table, processor
+from tables import NOTICE, RESULTS, markdown_table, place
 
 from droppeft.sharing.criteria import CRITERIA
 
@@ -34,11 +34,13 @@ known of smaller fractions.
 - **Order in time.** A turn begins with the global values of the layers that the device shared in
   its last merged turn, and with its own of the others; a first turn begins with everything
   global. What it chooses after its training rules its upload, and what it downloads next time. So
-  a fraction of one half halves uploads from the first turn and downloads from the second.
+  a fraction of one half halves what layers upload from the first turn on, and what they download
+  from the second; the head travels whole.
 - **Which layers there is a choice about**: those that the turn trained and ran. Others stay what
-  they are, and all begin as shared. The fraction is of the layers that there is a choice about.
+  they are, and all begin as shared. The fraction is of the layers that there is a choice about, and
+  halves are rounded up: one half of three layers is two, a quarter of six is two.
 - **Hysteresis.** A shared layer takes the place of a kept one when it scores higher by more than
-  `sharing.hysteresis` of that one's score.
+  `sharing.hysteresis` of that one's score; by `position` there is none.
 - **What is unusual** (`sharing.criterion=relative_gradient_norm`, ours). By gradient norm all
   devices keep much the same layers, which nobody then teaches the global model. This criterion
   divides the norm by what is usual in the layer: the server fits that to the norms that devices
@@ -49,13 +51,15 @@ known of smaller fractions.
   its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
   `scores` in `devices.jsonl` say what each device chose. A layer that the turn did not run is not
   sent and has the score 0; in `shared` it stands as what it was before.
-- **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `~/.local/state/droppeft`: a
-  file per turn, written in one step, with a checksum, readable by its owner alone. While a
+- **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `droppeft` in `$XDG_STATE_HOME`
+  or `~/.local/state`: a file per turn, written in one step, with a checksum and the names of run,
+  device and round, readable by its owner alone. While a
   layer is personal it is in no message and in no checkpoint; once it is shared, what it has learnt
   before is in what is sent. The server says from which turn the next begins, so that a lost or
   late reply, a killed process or a server that goes back to an older checkpoint change nothing. A
   file that is gone or damaged costs the device that turn; with the next one it gets everything
-  global again.
+  global again. When a run ends, such a device is measured with the global layers (and named in
+  `personalised_lost` of `result.json`).
 - **Two accuracies.** A run ends with the global model on the global test set and with every
   device's own model on that device's test rows: mean, worst tenth, deviation.
   `evaluation.newcomers=true` also measures what devices that never trained have after one epoch
@@ -67,6 +71,9 @@ known of smaller fractions.
 LoRA's A and B are averaged by themselves, and the mean of products is not the product of means.
 `sharing.factors=product` averages B·A over the holders of a layer and cuts the result to the rank
 by SVD: nearer, and still not exact when the mean has more rank.
+
+`cka` compares rows: a device with fewer than four validation rows cannot tell its layers apart by
+it, and shares the lower ones.
 
 A prompt is in no layer, so that adapter types of the kind *global* have nothing to keep.
 
@@ -106,7 +113,7 @@ def _costs(content: Mapping[str, Any]) -> str:
         steps=training["local_steps"],
         batch=training["batch_size"],
         repeats=content["repeats"],
-        place=processor(content["machine"]),
+        place=place(content["machine"]),
         rows=content["score_rows"],
         bytes=content["adapter_bytes"] / 1e6,
     )

@@ -19,6 +19,12 @@ def was_compared(name: str) -> bool:
     return (RESULTS / name / "comparison.json").is_file()
 
 
+def place(machine: Mapping[str, Any]) -> str:
+    """Cores, their make, and threads of torch."""
+    threads = machine["threads"]
+    return f"{processor(machine)}, {threads} thread{'s' * (threads > 1)}"
+
+
 def processor(machine: Mapping[str, Any]) -> str:
     """Cores that the process might use, and their make."""
     count = machine["cores"]
