@@ -38,6 +38,22 @@ round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Diri
 {seeds}; MRPC is development data, AG News and MNLI are not. *Over sharing all*: in points, on the
 same split and seed, every seed.
 """
+NEWCOMERS = """\
+## Devices that never trained
+
+`droppeft compare experiments/newcomers.toml`: development data (20 Newsgroups), the built-in model,
+{devices} devices of which {cohort} train in each of {rounds} rounds, {steps} steps of {batch} texts
+a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on devices' own test texts,
+mean over devices: those that trained, those that never did, and these after one epoch on their own
+texts, of which nothing is sent. Mean and standard deviation over seeds.
+"""
+NEWCOMER_KEYS = (
+    "global_accuracy",
+    "personalised_accuracy_trained",
+    "newcomers_accuracy",
+    "newcomers_accuracy_after_epoch",
+)
+NEWCOMER_COLUMNS = ("run", "global", "trained", "newcomers", "after an epoch", "newcomers a run")
 ABLATION = """\
 ## The method's parts, each taken away
 
@@ -57,6 +73,7 @@ def personal_sections() -> list[str]:
         "personalisation": _personalisation,
         "sharing_heterogeneity": _heterogeneity,
         "sharing_confirmation": _confirmation,
+        "newcomers": _newcomers,
         "ablation": _ablation,
     }
     return [
@@ -115,6 +132,17 @@ def _confirmation(played: Sequence[Played]) -> str:
             lines.append((*place, member, *_accuracies(own), *differences, *_traffic(own)))
     columns = ("data", "model", *_columns("way", "sharing all"))
     return f"{CONFIRMATION.format(**_said(runs_of(played)))}\n{markdown_table(columns, lines)}"
+
+
+def _newcomers(played: Sequence[Played]) -> str:
+    runs = runs_of(played)
+    lines = []
+    for member, own in runs.items():
+        results = _results(own)
+        count = fmean(result["newcomers"] or 0 for result in results)
+        found = (spread([result[key] for result in results]) for key in NEWCOMER_KEYS)
+        lines.append((member, *found, f"{count:.1f}"))
+    return f"{NEWCOMERS.format(**_said(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
 
 
 def _ablation(played: Sequence[Played]) -> str:

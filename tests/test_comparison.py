@@ -488,7 +488,14 @@ def test_there_are_experiments() -> None:
         *("one_device", "one_device_paper"),
         *("many_devices", "many_devices_paper"),
         *("configurator", "configurator_deep", "configurator_agreement"),
-        *("personalisation", "sharing_heterogeneity", "sharing_confirmation", "ablation", "depth"),
+        *(
+            "personalisation",
+            "sharing_heterogeneity",
+            "sharing_confirmation",
+            "newcomers",
+            "ablation",
+            "depth",
+        ),
         *("contest", "contest_deep", "contest_others"),
         *("convergence", "statements"),
     }
