@@ -29,8 +29,8 @@ COMPARISONS = {
     "depth": (
         "How many layers to train, and on which device",
         f"{DEVELOPMENT} LoRA in the last layers alone, Dirichlet alpha 1, 20 devices of three "
-        "kinds; *depth by device*: the first half untrained, how many more found by the "
-        "configurator. Prefixes are cached. From this the contest's members were chosen.",
+        "kinds; *depth by device*: the last three or the last two, as the configurator finds. "
+        "Prefixes are cached. From this the contest's members were chosen.",
     ),
     "one_device": (
         "One device, rates from none to half",
