@@ -19,7 +19,7 @@ from droppeft.comparison.cells import (
 )
 from droppeft.comparison.playing import Played, play
 from droppeft.comparison.summary import summary, target_accuracies
-from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_markdown
+from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_csv, as_markdown, failures
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation import run as running
@@ -346,6 +346,33 @@ def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
     [part] = summary(chosen, [*FULL, *DROPPED])
     assert [row.reached for row in part.rows] == [2, 0]
     assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
+
+
+def test_spread_between_devices_and_who_is_in_no_mean() -> None:
+    """Deviations .1 and .3; two devices of one run could not be measured."""
+    found = [
+        Played(one.cell, {**(one.result or {}), **more}, one.rows, None)
+        for one, more in zip(
+            FULL,
+            (
+                {"personalised_deviation": 0.1, "personalised_failures": []},
+                {"personalised_deviation": 0.3, "personalised_failures": [{}, {}]},
+            ),
+            strict=True,
+        )
+    ]
+    [part] = summary(comparison(), [*found, *DROPPED])
+    full, dropped = part.rows
+    assert full.between_devices is not None
+    assert full.between_devices.mean == pytest.approx(0.2)
+    assert dropped.between_devices is None
+    said = "full: 2 devices could not be measured, and are in no mean"
+    assert failures(part) == [said]
+    assert said in as_markdown([part])
+    assert [row["between_devices"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
+        str(full.between_devices.mean),
+        "",
+    ]
 
 
 def test_a_seed_that_failed_did_not_reach_the_target() -> None:
