@@ -17,9 +17,9 @@ from droppeft.comparison.cells import (
     named_on_the_command_line,
     read_comparison,
 )
-from droppeft.comparison.playing import Played, play
+from droppeft.comparison.playing import Played, done, play
 from droppeft.comparison.summary import summary, target_accuracies
-from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_csv, as_markdown, failures
+from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_csv, as_markdown, failures, write
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation import run as running
@@ -435,6 +435,30 @@ def test_compare_from_the_command_line_to_its_files(
     assert (code, shown.count("done before")) == (0, 2)
 
 
+def test_a_comparison_goes_on_elsewhere_with_its_file_alone(
+    tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    first, second = tiny(seeds=[0]), tiny(seeds=[0, 1])
+    played = play(cells(first), tmp_path / "here", Silent())
+    write(tmp_path / "there", first, played, summary(first, played))
+    watched = Silent()
+    found = play(cells(second), tmp_path / "there", watched)
+    assert watched.played == [("full", 1), ("dropped", 1)]
+    for one, other in zip(found, played, strict=False):
+        assert json.loads(json.dumps(one.result)) == json.loads(json.dumps(other.result))
+        assert list(one.rows) == list(other.rows)
+    words = [*first.settings, "quorum=2"]
+    changed = Comparison.model_validate({**first.model_dump(), "settings": words})
+    assert done(cells(changed), tmp_path / "there") == []
+
+
+def test_a_damaged_file_is_said_and_stays(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    (tmp_path / JSON).write_text('{"runs": [')
+    with pytest.raises(DroppeftError, match=r"comparison\.json is damaged"):
+        play(cells(tiny(seeds=[0])), tmp_path, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == [JSON]
+
+
 def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
     command: Command, tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
@@ -443,13 +467,17 @@ def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
     file.write_text(
         f'settings = [{settings}]\nseeds = [5, 6]\n[members]\nfull = ["method=fedlora"]\n'
     )
-    for seed in ("6", "5"):
+    for seed, there in (("6", [6]), ("5", [5, 6])):
         code, shown, _ = command("compare", str(file), "--seeds", seed, "--out", str(out))
         assert code == 0
         assert f"1/1 full, seed {seed}" in shown
+        runs = json.loads((out / JSON).read_text())["runs"]
+        assert [run["seed"] for run in runs] == there
     code, shown, _ = command("compare", str(file), "--out", str(out))
     assert (code, shown.count("done before")) == (0, 2)
-    assert [run["seed"] for run in json.loads((out / JSON).read_text())["runs"]] == [5, 6]
+    code, _, errors = command("compare", str(file), "--seeds", "5,7", "--out", str(out))
+    assert code == cli.USER_ERROR
+    assert f"--seeds 5,7: {file} has 5,6" in errors
 
 
 def test_a_comparison_of_which_all_failed_leaves_its_reasons(

@@ -113,8 +113,9 @@ def compare(
 
     A .toml file names members, data, models, seeds and a target; or methods
     are named here, with settings for all of them. What is done is not run
-    again: the same command goes on where it was stopped. On several cores start
-    one for each seed, then one for all, which collects them.
+    again: the same command goes on where it was stopped. With --seeds a file's
+    other seeds are left to other calls, on other cores say; whoever ends last
+    has them all.
     """
     from rich.console import Console
 
@@ -132,15 +133,23 @@ def compare(
         )
     of = None if seeds is None else _whole_numbers(seeds)
     chosen = (
-        cells.read_comparison(Path(files[0]), of)
+        cells.read_comparison(Path(files[0]))
         if files
         else cells.named_on_the_command_line(methods, settings, of)
     )
+    if of and not {*of} <= {*chosen.seeds}:
+        there = ",".join(map(str, chosen.seeds))
+        raise DroppeftError(f"--seeds {seeds}: {files[0]} has {there}")
+    every = cells.cells(chosen)
+    mine = [cell for cell in every if of is None or cell.seed in of]
     name = Path(files[0]).stem if files else "-".join(methods)
     folder, console = out or Path("runs") / f"compare-{name}", Console()
     lines = report.Lines(console)
     try:
-        played = playing.play(cells.cells(chosen), folder, lines)
+        own = {one.cell.folder: one for one in playing.play(mine, folder, lines)}
+        others = {one.cell.folder: one for one in playing.done(every, folder)}
+        known = {**others, **own}
+        played = [known[cell.folder] for cell in every if cell.folder in known]
         parts = summary.summary(chosen, played)
         written.write(folder, chosen, played, parts)
     except (Interrupted, KeyboardInterrupt):
@@ -151,7 +160,7 @@ def compare(
         lines.close()
     report.show(parts, console)
     typer.echo(f"page: {write_page(folder)}; tables, JSON and a folder per run beside it")
-    if any(one.result is None for one in played):
+    if any(one.result is None for one in own.values()):
         raise typer.Exit(FAILED)
 
 

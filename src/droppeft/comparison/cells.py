@@ -109,16 +109,13 @@ class Cell:
         return self.data, self.model
 
 
-def read_comparison(path: Path, seeds: Sequence[int] | None = None) -> Comparison:
+def read_comparison(path: Path) -> Comparison:
     """Read a TOML file.
-
-    Args:
-        seeds: in place of the file's.
 
     Raises:
         DroppeftError: it cannot be read, or says what is not possible.
     """
-    return _validated({**read_toml(path), **_only(seeds)}, f" in {path}")
+    return _validated(read_toml(path), f" in {path}")
 
 
 def named_on_the_command_line(
@@ -139,11 +136,8 @@ def named_on_the_command_line(
         if not any(word in words for words in members.values()):
             raise DroppeftError(f"{word}: none of {', '.join(methods)} heeds it; leave it out")
     target = {"accuracy": parse_word(targets[-1])[1]} if targets else None
-    return _validated({"members": members, "target": target, **_only(seeds)}, "")
-
-
-def _only(seeds: Sequence[int] | None) -> dict[str, list[int]]:
-    return {} if seeds is None else {"seeds": list(seeds)}
+    tree = {"members": members, "target": target}
+    return _validated(tree if seeds is None else {**tree, "seeds": list(seeds)}, "")
 
 
 def cells(comparison: Comparison) -> list[Cell]:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from droppeft.comparison.cells import Cell
+from droppeft.errors import DroppeftError
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import read_rows
+
+JSON = "comparison.json"
+"""What a comparison leaves: everything about its runs, who may be gone themselves."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,50 @@ def play(cells: Sequence[Cell], out: Path, audience: Audience) -> list[Played]:
     """Play what has not been played yet; a run that fails does not keep others from theirs.
 
     Args:
-        out: a folder per cell is made in it.
+        out: a folder per cell is made in it. What its ``comparison.json`` has of a cell is done,
+            so that a comparison can go on elsewhere with this file alone.
 
     Raises:
         Interrupted: on Ctrl-C; the same call goes on from there.
+        DroppeftError: the file is damaged.
     """
-    found = []
+    found, earlier = [], _earlier(out)
     for number, cell in enumerate(cells, start=1):
-        folder = out / cell.folder
-        start, fresh = time.perf_counter(), not (folder / RESULT).is_file()
+        start, there = time.perf_counter(), _done(cell, out, earlier)
         watcher = audience.begins(cell, number, len(cells))
-        found.append(_one(cell, folder, watcher) if fresh else _read(cell, folder))
-        audience.done(found[-1], time.perf_counter() - start if fresh else None)
+        found.append(there or _one(cell, out / cell.folder, watcher))
+        audience.done(found[-1], None if there else time.perf_counter() - start)
     return found
+
+
+def done(cells: Sequence[Cell], out: Path) -> list[Played]:
+    """Those that have been played in a folder, by whichever process.
+
+    Raises:
+        DroppeftError: as :func:`play`.
+    """
+    earlier = _earlier(out)
+    return [there for cell in cells if (there := _done(cell, out, earlier))]
+
+
+def _earlier(out: Path) -> dict[str, Mapping[str, Any]]:
+    """Runs with a result in a comparison's file, by the names of their folders."""
+    path = out / JSON
+    if not path.is_file():
+        return {}
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return {run["folder"]: run for run in runs if run["result"] is not None}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DroppeftError(f"{path} is damaged ({error}); put it right, or away") from None
+
+
+def _done(cell: Cell, out: Path, earlier: Mapping[str, Mapping[str, Any]]) -> Played | None:
+    folder = out / cell.folder
+    if (folder / RESULT).is_file():
+        return _read(cell, folder)
+    run = earlier.get(cell.folder)
+    return None if run is None else Played(cell, run["result"], run["rounds"], None)
 
 
 def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import Played
+from droppeft.comparison.playing import JSON, Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.config import as_tree
 from droppeft.files import write_atomically
 
 SCHEMA_VERSION = 1
-JSON, CSV, MARKDOWN = "comparison.json", "comparison.csv", "comparison.md"
+CSV, MARKDOWN = "comparison.csv", "comparison.md"
 
 
 def _accuracy(spread: Spread | None) -> str:
