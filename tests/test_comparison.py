@@ -17,9 +17,9 @@ from droppeft.comparison.cells import (
     named_on_the_command_line,
     read_comparison,
 )
-from droppeft.comparison.playing import Played, done, play
+from droppeft.comparison.playing import JSON, Played, done, play
 from droppeft.comparison.summary import summary, target_accuracies
-from droppeft.comparison.written import CSV, JSON, MARKDOWN, as_csv, as_markdown, failures, write
+from droppeft.comparison.written import CSV, MARKDOWN, as_csv, as_markdown, failures, write
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation import run as running

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.comparison.cells import Cell, Comparison
+from droppeft.comparison.playing import JSON as COMPARISON
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.written import COLUMNS, failures, heading
-from droppeft.comparison.written import JSON as COMPARISON
 from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
