@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from droppeft.comparison.cells import Comparison, cells
-from droppeft.comparison.playing import Played, play
+from droppeft.comparison.playing import JSON, Played, play
 from droppeft.comparison.summary import summary
-from droppeft.comparison.written import COLUMNS, JSON, write
+from droppeft.comparison.written import COLUMNS, write
 from droppeft.errors import DroppeftError
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import AXES, BARS, EACH, OF_THE_TARGET, TWO, figures
