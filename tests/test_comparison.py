@@ -60,6 +60,25 @@ def test_a_member_s_settings_win_over_those_of_all() -> None:
     assert (cell.config.rounds, cell.config.cohort, cell.config.seed) == (7, 2, 4)
 
 
+def test_settings_of_data_win_over_those_of_all_and_a_member_s_over_both() -> None:
+    found = cells(
+        Comparison.model_validate(
+            {
+                "settings": ["rounds=3", "training.local_epochs=2"],
+                "data": ["easy", "hard"],
+                "data_settings": {"hard": ["rounds=9", "training.local_steps=4"]},
+                "members": {"a": [], "b": ["rounds=5"]},
+                "seeds": [0],
+            }
+        )
+    )
+    training = [
+        (one.config.training.local_steps, one.config.training.local_epochs) for one in found
+    ]
+    assert [one.config.rounds for one in found] == [3, 5, 9, 5]
+    assert training == [(None, 2), (None, 2), (4, None), (4, None)]
+
+
 def test_a_folder_s_name_follows_from_the_configuration() -> None:
     [one, _] = cells(comparison(seeds=[0], data=["/x/ag_news"]))
     assert one.folder.startswith("full-ag_news-builtin-seed0-")
@@ -79,6 +98,8 @@ def test_a_folder_s_name_follows_from_the_configuration() -> None:
         ({"target": {}}, "give target.accuracy or target.member"),
         ({"target": {"accuracy": 0.5, "member": "full"}}, "give target.accuracy or target.member"),
         ({"targets": {}}, "targets"),
+        ({"data_settings": {"x": ["rounds=2"]}}, "'x', which is none of its data .none is listed"),
+        ({"data": ["y"], "data_settings": {"x": []}}, "'x', which is none of its data .y"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_one_sentence(

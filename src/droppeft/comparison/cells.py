@@ -38,6 +38,7 @@ class Comparison(Table):
         members: name to settings, in the order of the table.
         settings: of all members.
         data, models: each member runs on each; none for what the settings say.
+        data_settings: of all members on one of the data; they win over ``settings``.
         baseline: the member that others' times are divided by.
     """
 
@@ -45,6 +46,7 @@ class Comparison(Table):
     settings: WordList = ()
     data: WordList = ()
     models: WordList = ()
+    data_settings: Mapping[str, WordList] = Field(default_factory=dict)
     seeds: tuple[Whole, ...] = Field((0, 1, 2), min_length=1)
     baseline: str | None = None
     target: Target | None = None
@@ -62,6 +64,14 @@ class Comparison(Table):
         for role, name in (("baseline", self.baseline), ("target.member", self._target_member)):
             if name is not None and name not in self.members:
                 raise ValueError(f"{role}={name!r} is none of the members {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_of_its_data(self) -> "Comparison":
+        for name in self.data_settings:
+            if name not in self.data:
+                known = ", ".join(self.data) or "none is listed"
+                raise ValueError(f"data_settings has {name!r}, which is none of its data ({known})")
         return self
 
     @property
@@ -164,27 +174,33 @@ def _each(comparison: Comparison) -> Iterator[Cell]:
         comparison.seeds, data, models, comparison.members
     ):
         varied = {"seed": str(seed), "data": on, "model": model}
+        words = _over(comparison.settings, comparison.data_settings.get(on or "", ()))
         try:
-            config = _config(comparison.settings, comparison.members[name], varied)
+            config = _config(words, comparison.members[name], varied)
         except DroppeftError as error:
             raise DroppeftError(f"member {name!r}: {error}") from None
         yield Cell(name, config)
 
 
 def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
-    """A member's configuration: its own words win, also over rivals of theirs; paths are whole."""
+    """A member's configuration, in which its own words win; paths are whole."""
     keys = {*map(key_of, common), *map(key_of, own)}
     chosen = {key: value for key, value in varied.items() if value is not None}
     for key in keys & chosen.keys():
         raise DroppeftError(f"{key} is what the comparison varies; leave it out of the settings")
-    beaten = _rivals({*map(key_of, own)})
-    kept = [word for word in common if key_of(word) not in beaten]
-    config = load_config(None, [*kept, *own, *(f"{key}={value}" for key, value in chosen.items())])
+    words = [*_over(common, own), *(f"{key}={value}" for key, value in chosen.items())]
+    config = load_config(None, words)
     for key in map(key_of, own):
         if ignores(method_named(config.method), key):
             raise DroppeftError(f"{key} has no effect with method={config.method}; leave it out")
     here = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)
     return config.model_copy(update={"data": here.data, "model": here.model})
+
+
+def _over(words: Sequence[str], stronger: Sequence[str]) -> list[str]:
+    """Both, where those that come later win, also over rivals of theirs."""
+    beaten = _rivals({*map(key_of, stronger)})
+    return [*(word for word in words if key_of(word) not in beaten), *stronger]
 
 
 def _rivals(keys: Collection[str]) -> set[str]:

@@ -115,7 +115,7 @@ def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
     words = [*tiny_words, "transport=flower", "flower.deadline_s=1", "training.local_steps=100000"]
     start = time.monotonic()
     # A message lives as long as its deadline: on a busy machine Flower may be first to give it up.
-    with pytest.raises(DroppeftError, match="no reply within 1 s|is gone: late"):
+    with pytest.raises(DroppeftError, match=r"no reply within 1 s|is gone: late"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert time.monotonic() - start < 120
     assert _processes() == []
