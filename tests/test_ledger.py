@@ -180,6 +180,7 @@ def test_a_round_is_summed_up() -> None:
         round_modelled_s=15.0,
         energy_modelled_j=14.0,
         coverage=[2, 1, 1, 1],
+        layer_steps=[2 + 6, 1 + 3, 1 + 3, 2 + 6],
         importance=pytest.approx([0.1, 0.2, 0.3, 0.8]),
         idle_modelled_share=pytest.approx(1 - (15 + 10) / (2 * 15)),
         notes={"arm": 1},

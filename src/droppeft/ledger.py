@@ -58,6 +58,8 @@ class RoundRow:
         idle_modelled_share: of the merged devices' time until the slowest of them is done, the part
             in which they wait for it.
         coverage: of each layer, how many merged Updates brought it.
+        layer_steps: of each layer, in how many steps of the merged turns it ran; unknown for rounds
+            that an earlier version played.
         importance: of each layer, mean gradient norm of the merged turns that moved it; 0 where
             none did.
         notes: what the method says of the round; of `droppeft` the configurator's arms.
@@ -89,6 +91,7 @@ class RoundRow:
     energy_modelled_j: float | None = None
     idle_modelled_share: float | None = None
     coverage: list[int] | None = None
+    layer_steps: list[int] | None = None
     importance: list[float] | None = None
     notes: dict[str, Any] | None = None
 
@@ -203,6 +206,7 @@ def round_row(
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, replies),
         coverage=_coverage(plans, updates),
+        layer_steps=[sum(layer) for layer in zip(*(u.active_steps for u in updates), strict=True)],
         importance=_importance(updates),
         notes=None if notes is None else dict(notes),
     )

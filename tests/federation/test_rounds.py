@@ -161,6 +161,7 @@ class TestRound:
         assert (row.accepted, len(row.failures), row.upload_bytes) == (0, 3, 0)
         assert row.train_loss is None
         assert row.mean_active_layers is None
+        assert row.layer_steps == []
 
 
 def row_of(closed: Closed) -> Any:

@@ -53,6 +53,7 @@ def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
     for row in rounds:
         assert all(row[name] is not None for name in fields.split())
         assert row["accepted"] == len(row["cohort"]) == 2
+        assert sum(row["layer_steps"]) == row["mean_active_layers"] * 2 * len(row["cohort"])
     asked = [(row["round"], device) for row in rounds for device in row["cohort"]]
     assert [(row["round"], row["device"]) for row in devices] == asked
     kept = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
