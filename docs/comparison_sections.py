@@ -104,15 +104,17 @@ def _comparison(name: str) -> str:
         place=processor(results[0]["machine"]),
         cell=walls[len(walls) // 2],
     )
-    return "\n".join([head, *map(_part, parts)])
+    rounds = {one.cell.place: one.cell.config.rounds for one in played}
+    return "\n".join([head, *(_part(part, rounds[part.data, part.model]) for part in parts)])
 
 
-def _part(part: Part) -> str:
+def _part(part: Part, rounds: int) -> str:
     table = markdown_table(
         list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
     )
-    title = heading(part)
-    return "\n".join([f"{title}:\n", table, *(f"{line}\n" for line in failures(part))])
+    return "\n".join(
+        [f"{heading(part)}, {rounds} rounds:\n", table, *(f"{line}\n" for line in failures(part))]
+    )
 
 
 def _synthetic(content: Mapping[str, Any]) -> str:

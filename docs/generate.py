@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import annotated_types
+from convergence_page import convergence_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from readme_table import readme_page
@@ -582,6 +583,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "adapters.md": adapters_page,
     "architectures.md": architectures_page,
     "configuration.md": configuration_page,
+    "convergence.md": convergence_page,
     "devices.md": devices_page,
     "results.md": results_page,
     "sharing.md": sharing_page,

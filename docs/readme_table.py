@@ -48,7 +48,7 @@ def _results() -> str:
         about=SOURCES[name],
         devices=config.devices,
         cohort=config.cohort,
-        rounds=config.rounds,
+        rounds=_rounds(played),
         alpha=config.partition.alpha,
         seeds=seeds_of(runs_of(played)),
         rival=rival,
@@ -56,6 +56,14 @@ def _results() -> str:
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload"]
     return head + markdown_table(columns, [_line(parts, rival, one) for one in comparison.members])
+
+
+def _rounds(played: list[Played]) -> str:
+    """How many there are, where it depends on the data with their names."""
+    found = {Path(one.cell.data).name: one.cell.config.rounds for one in played}
+    if len(set(found.values())) == 1:
+        return str(played[0].cell.config.rounds)
+    return ", ".join(f"{rounds} ({name})" for name, rounds in found.items())
 
 
 def _found() -> Iterator[tuple[str, Comparison, list[Played]]]:

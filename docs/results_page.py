@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from comparison_sections import comparison_sections
 from cost_sections import cost_sections
+from dropout_statements import statement_sections
 from personal_section import personal_sections
 from policies_section import policies_sections
 from tables import NOTICE, RESULTS, markdown_table, place
@@ -145,6 +146,7 @@ def results_page() -> str:
             *(part() for part in parts),
             *cost_sections(),
             *comparison_sections(),
+            *statement_sections(),
             *policies_sections(),
             *personal_sections(),
         ]

@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.federation.device import carry_out
-from droppeft.federation.loading import Site
+from droppeft.federation.loading import Loaded, Site, site_of
 from droppeft.federation.run import start_run
+from droppeft.federation.transport import Arrival, InProcess, Transport
 from droppeft.ledger import RoundRow
 from droppeft.plans import Plan, Reply, Update
+from droppeft.sharing.kept import folder_of
 
 TOPICS = {
     "food": ("bread", "apple", "cheese", "soup", "salt", "rice"),
@@ -121,3 +125,22 @@ class Recorder:
 
     def finished(self, result: Any) -> None:
         self.results.append(result)
+
+
+def meddling(
+    when: Callable[[Plan], bool], what: Callable[[Path], object]
+) -> Callable[[Loaded], AbstractContextManager[Transport]]:
+    """In this process; before such a turn something befalls each file that its device keeps."""
+
+    class Meddles:
+        def __init__(self, inner: InProcess) -> None:
+            self.inner = inner
+
+        def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
+            for plan in plans:
+                if plan.kept is not None and when(plan):
+                    for path in folder_of(plan.run, plan.device).iterdir():
+                        what(path)
+            yield from self.inner.exchange(plans)
+
+    return lambda loaded: nullcontext(Meddles(InProcess(site_of(loaded))))

@@ -146,10 +146,8 @@ def compare(
     folder, console = out or Path("runs") / f"compare-{name}", Console()
     lines = report.Lines(console)
     try:
-        own = {one.cell.folder: one for one in playing.play(mine, folder, lines)}
-        others = {one.cell.folder: one for one in playing.done(every, folder)}
-        known = {**others, **own}
-        played = [known[cell.folder] for cell in every if cell.folder in known]
+        own = playing.play(mine, folder, lines)
+        played = playing.with_others(own, every, folder)
         parts = summary.summary(chosen, played)
         written.write(folder, chosen, played, parts)
     except (Interrupted, KeyboardInterrupt):
@@ -160,7 +158,7 @@ def compare(
         lines.close()
     report.show(parts, console)
     typer.echo(f"page: {write_page(folder)}; tables, JSON and a folder per run beside it")
-    if any(one.result is None for one in own.values()):
+    if any(one.result is None for one in own):
         raise typer.Exit(FAILED)
 
 

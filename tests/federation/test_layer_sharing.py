@@ -41,7 +41,7 @@ from droppeft.sharing.criteria import CRITERIA, usual_norms
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import answer_to, assert_same, setup_for
-from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+from runs import Recorder, meddling, outcome, rows_of, stop_after_a_round, turn_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -471,25 +471,13 @@ def rows_until(out: Path) -> int:
 def test_a_damaged_file_costs_a_turn_and_then_the_global_layers_come(
     words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Damages:
-        def __init__(self, inner: InProcess) -> None:
-            self.inner = inner
-
-        def exchange(self, plans: Any) -> Any:
-            for plan in plans:
-                if plan.round == 3 and not plan.measure and plan.kept is not None:
-                    for path in folder_of(plan.run, plan.device).iterdir():
-                        path.write_bytes(path.read_bytes()[:-1] + b"?")
-            yield from self.inner.exchange(plans)
-
+    damages = meddling(
+        lambda plan: plan.round == 3 and not plan.measure,
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    )
     config = load_config(None, [*words, "devices=2"])
     with caplog.at_level(logging.WARNING):
-        start_run(
-            config,
-            tmp_path / "run",
-            Recorder(),
-            lambda loaded: nullcontext(Damages(InProcess(site_of(loaded)))),
-        )
+        start_run(config, tmp_path / "run", Recorder(), damages)
     assert caplog.text.count(" is damaged (") == 2
     rows = rows_of(tmp_path / "run" / "devices.jsonl")
     third = [row for row in rows if row["round"] == 3]

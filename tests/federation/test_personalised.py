@@ -29,7 +29,7 @@ from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_ke
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import Scripted, answer_to
-from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+from runs import Recorder, meddling, outcome, rows_of, stop_after_a_round, turn_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -198,24 +198,9 @@ def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
 ) -> None:
     """Of a local run that is the model of the start; nobody is left out of the mean."""
 
-    class Forgetful:
-        def __init__(self, inner: InProcess) -> None:
-            self.inner = inner
-
-        def exchange(self, plans: Any) -> Any:
-            for plan in plans:
-                if plan.measure and plan.device != 1 and plan.kept is not None:
-                    for path in folder_of(plan.run, plan.device).iterdir():
-                        path.unlink()
-            yield from self.inner.exchange(plans)
-
+    forgetful = meddling(lambda plan: plan.measure and plan.device != 1, Path.unlink)
     start, config = Recorder(), load_config(None, words)
-    result = start_run(
-        config,
-        tmp_path / "run",
-        start,
-        lambda loaded: nullcontext(Forgetful(InProcess(site_of(loaded)))),
-    )
+    result = start_run(config, tmp_path / "run", start, forgetful)
     assert (result["personalised_lost"], result["personalised_failures"]) == ([0, 2], [])
     plain = start_run(config, tmp_path / "plain", Recorder())
     assert plain["personalised_lost"] == []
@@ -348,24 +333,9 @@ def test_a_device_that_lost_its_values_begins_again(
 ) -> None:
     """One turn is lost; with the next one all values come from the server."""
 
-    class Forgetful:
-        def __init__(self, inner: InProcess) -> None:
-            self.inner = inner
-
-        def exchange(self, plans: Any) -> Any:
-            for plan in plans:
-                if plan.round == 3 and not plan.measure and plan.kept is not None:
-                    for path in folder_of(plan.run, plan.device).iterdir():
-                        path.unlink()
-            yield from self.inner.exchange(plans)
-
+    forgetful = meddling(lambda plan: plan.round == 3 and not plan.measure, Path.unlink)
     config = load_config(None, [*words, "devices=2", "rounds=5"])
-    start_run(
-        config,
-        tmp_path / "run",
-        Recorder(),
-        lambda loaded: nullcontext(Forgetful(InProcess(site_of(loaded)))),
-    )
+    start_run(config, tmp_path / "run", Recorder(), forgetful)
     rows = rows_of(tmp_path / "run" / "devices.jsonl")
     third = [row for row in rows if row["round"] == 3]
     assert [row["reason"] for row in third] == ["what it kept in round 2 is gone"] * 2

@@ -75,6 +75,16 @@ def done(cells: Sequence[Cell], out: Path) -> list[Played]:
     return [there for cell in cells if (there := _done(cell, out, earlier))]
 
 
+def with_others(own: Sequence[Played], cells: Sequence[Cell], out: Path) -> list[Played]:
+    """What was just played and, of the other cells, what was by another call; in their order.
+
+    Raises:
+        DroppeftError: as :func:`play`.
+    """
+    known = {one.cell.folder: one for one in (*done(cells, out), *own)}
+    return [known[cell.folder] for cell in cells if cell.folder in known]
+
+
 def _earlier(out: Path) -> dict[str, Mapping[str, Any]]:
     """Runs with a result in a comparison's file, by the names of their folders."""
     path = out / JSON
