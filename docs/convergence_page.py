@@ -3,13 +3,13 @@
 ``python docs/convergence_page.py`` draws its figure from the result file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dropout_statements import final_loss, gaps, signed, verdict
+from gaps import Seeds, bare, final_loss, gaps, signed, verdict
 from studies import Runs, runs_of, seeds_of
 from tables import NOTICE, RESULTS, markdown_table, was_compared
 
@@ -23,67 +23,97 @@ FIGURE = Path(__file__).parent / "figures" / "convergence.png"
 THEORY = """\
 # What layer dropout converges to
 
-Assumptions, an elementary argument (ours), what it predicts, and what the data support. The
-predictions were written down before anything was run ([decision
-0010](decisions/0010-convergence.md)).
+Assumptions, an elementary argument (ours), what it leads to expect, and what the data support. The
+predictions were written down before these two studies were run
+([decision 0010](decisions/0010-convergence.md)). Earlier runs on one device
+([findings](findings.md)) had shown P1, P4 and P6 already, and no effect of a draw per turn: these
+are repetitions in a federation rather than forecasts.
 
 ## Setting and assumptions
 
 Device *i* has the loss Fᵢ(A; g): A are the adapters and the head, g the gates of one mini-batch,
-which close layer *l* with probability pₗ. Judged is F(A), the mean over devices of Fᵢ(A; 1): all
-layers open. Assumed are: every Fᵢ(·; g) has a Lipschitz gradient; a step's gradient has variance
-σ² by its texts and σ_g²(p) by its gates, and σ_g(0) = 0; devices' gradients of the gated loss
-differ by at most ζ; cohorts are drawn uniformly; the server takes the plain mean of what was
-trained by SGD.
+which close layer *l* with probability pₗ (0 where it is protected). Judged is F(A), the mean over
+devices of Fᵢ(A; 1): all layers open. Assumed are:
+
+- every Fᵢ(·; g) has a Lipschitz gradient in the region that training visits;
+- gates are drawn independently of the texts, between steps and between devices (with exact counts
+  layers depend on each other within a step, which changes the numbers and not the argument);
+- a step's gradient has variance σ² by its texts, for every g, and σ_g² by its gates, which is 0 when
+  nothing is dropped;
+- devices' gradients of the gated loss differ by at most ζ, cohorts are drawn uniformly, and the
+  server takes the plain mean of what was trained by SGD.
 
 ## The argument
 
-A step follows an unbiased estimate of the gradient of the **gated loss** F̃(A) = E_g F(A; g), not
-of F. So the usual bounds for federated averaging with partial participation hold for F̃, with σ² +
-σ_g²(p) in the place of σ²: what is in them vanishes with rounds, or is scaled by cohort, local
-steps and skew. For F itself they leave a floor,
+With gates drawn afresh in every step, a step on device *i* follows an unbiased estimate of the
+gradient of its **gated loss** F̃ᵢ(A) = E_g Fᵢ(A; g), not of Fᵢ(A; 1). So the usual bounds for
+federated averaging with partial participation hold for F̃, the mean of these, with σ² + σ_g² in the
+place of σ². With a step size that falls with the number of rounds, their terms vanish. With a
+constant one a part stays that grows with σ² + σ_g² and falls with the cohort.
 
-> ‖∇F‖² ≤ 2 ‖∇F̃‖² + 2 B(p)², where B(p) is the largest ‖∇F − ∇F̃‖ and B(0) = 0.
+Where ∇F̃ = 0, ‖∇F‖ *is* ‖∇F − ∇F̃‖: unless the two gradients vanish together, training ends where F
+still falls. In general ‖∇F‖² ≤ 2 ‖∇F̃‖² + 2 B², B being the largest distance of the two gradients in
+the region that training visits; it depends on how gates are drawn, jointly, and is 0 when nothing is
+dropped. B knows nothing of rounds, cohort, local steps or skew. That it grows with the rate, and
+that it shows in the loss, the argument does not say: P1 to P3 are expectations from it, not
+consequences. Opening all gates for a last part makes F̃ = F; what is then left shrinks as in any
+training that begins there, given enough rounds and step size (P4).
 
-B knows nothing of rounds, cohort, local steps or skew, so that none of these takes it away.
-Opening all gates for a last part does, since it makes F̃ = F.
+With one draw per turn this fails within the turn: all K steps follow the same gates, so that gate
+noise is not averaged over K and acts like a difference between devices, which is why P5 expects a
+loss that grows with K.
 
 **Beside the published bound.** Zhou et al. (*Every Parameter Matters*, arXiv:2310.08670) mask
-weights by device and round. Their floor is made of *model reduction noise*, how much a mask takes
-away, over the *minimum coverage index*, how many devices train the parameter that the fewest
-train. Gates drawn per mini-batch leave a layer untrained for a device's whole turn of K steps only
-with probability pₗᴷ (half dropped, 5 steps: 3 %): coverage is nearly the cohort, and reduction
-noise is what remains. With one draw per turn, as in FedRA, M (1 − pₗ) devices of M cover a layer
-on average, and none with probability pₗᴹ.
+weights by device and round, and prove convergence to a stationary point under conditions. Their
+analysis turns on *model reduction noise*, how much a mask takes away, and on the *minimum coverage
+index*, how many devices train the parameter that the fewest train. That noise is of masked trained
+weights; a closed gate bypasses frozen weights too, so that only the roles compare: their noise with
+our B. Per mini-batch a layer stays untrained for a turn with probability pₗᴷ (half dropped, 10
+steps: one turn in a thousand), though it may have had one step only. With one draw per turn a layer
+has M (1 − pₗ) devices on average and none with probability pₗᴹ (half dropped, 2 devices: one round
+in four); the *least covered* of several layers fares worse. (Of that paper its abstract and our
+memory of it were at hand, not its proofs.)
 
-**Where droppeft leaves the assumptions**: AdamW with clipped gradients, a mean weighted by rows,
-low-rank adapters, and devices whose test rows are not those of the global test set. The bounds are
-a guide to what to measure, and no guarantee.
+**Where droppeft leaves the assumptions**: AdamW, whose moments begin anew in each turn, with clipped
+gradients and weight decay; batches of a turn drawn without replacement; a mean weighted by the rows
+of the turn (nearly equal here) over the devices that ran a layer at least once, which with one draw
+per turn moves a layer further in a round than a mean over all, by up to 1/(1 − pₗ): the argument says
+nothing of P7; the modules' own dropout (.1) in training and not in evaluation, for all members alike;
+and a loss measured on test texts of all classes: gates may regularise, so that a gap may be negative
+without contradicting any of this. The bounds are a guide to what to measure, and no guarantee.
 """
 STUDY = """\
 ## Drop rate, local steps, skew and cohort
 
 `droppeft compare experiments/convergence.toml`: development data (20 Newsgroups), the built-in
-model, {devices} devices, {rounds} rounds of {batch} texts a step, constant learning rates,
-forwards in bf16, {seeds}. Gap: the global model's loss less that of nothing dropped on the same
-seed, mean of the last two evaluations, every seed.
+model, {devices} devices, {total} steps a device and turn taken together, in {some} rounds or in
+{many}, {batch} texts a step, constant learning rates, forwards in bf16, {seeds}; the loss is on
+{sample} test texts. Gap: the global model's loss less that of nothing dropped on the same seed,
+mean of the last two evaluations (the last quarter of the run), every seed. *Holds*: all seeds above
+0; *fails*: all below; *open* otherwise. If nothing differed, a line would hold by chance one time in
+eight; there are many lines, and those that share runs are not independent.
 
 ![Loss against rounds by drop rate](figures/convergence.png)
 
 """
 FACTORS_HEAD = """\
 
-What each factor does to the gap of half dropped, mean over the others; the rate's own line is from
-none to half. P3 says that the others do less than the rate.
+What each factor changes in the gap of half dropped, by seed, mean over the other factors, and the
+range over these of its mean over seeds; the rate's own line is from none to half. P3 expects the
+others to change less than the rate does. How large a change is depends on the levels chosen, and a
+mean near 0 may hide changes of both signs.
 
 """
 LONG_HEAD = """\
 
-Three times as many rounds (20 steps, alpha 10, 2 devices a round): the gap at a round and the one
-before that was evaluated. P2 says that it does not close.
+Three times as many rounds ({setting}), with a constant and with a falling learning rate: the gap
+after a round, mean of it and the evaluation before. Share left: the gap at the end through that
+after a third of the rounds. P2 (it does not close) *holds* where every seed keeps at least half,
+*fails* where every seed keeps less, and is *open* otherwise, as where there is no gap to keep.
 
 """
 RATES = ("none", "a third", "half")
+FACTORS = ("steps", "alpha", "cohort")
 
 
 @dataclass(frozen=True)
@@ -94,13 +124,14 @@ class Setting:
     alpha: float
     cohort: int
     rounds: int
+    schedule: str
 
     def __str__(self) -> str:
         return f"{self.steps} steps, alpha {self.alpha:g}, {self.cohort} a round"
 
 
-Found = Mapping[Setting, Mapping[str, Mapping[int, Played]]]
-"""Runs by seed, rate and setting."""
+Found = Mapping[Setting, Mapping[str, Seeds]]
+"""Runs by setting, rate and seed."""
 
 
 def convergence_page() -> str:
@@ -109,22 +140,24 @@ def convergence_page() -> str:
     if not was_compared(NAME):
         return page
     runs, found = _read()
+    grid, long = _parted(found)
     config = next(iter(next(iter(runs.values())).values())).cell.config
+    rounds = sorted({setting.rounds for setting in grid})
     head = STUDY.format(
         devices=config.devices,
-        rounds=min(setting.rounds for setting in found),
+        total=config.rounds * int(config.training.local_steps or 0),
+        some=rounds[0],
+        many=rounds[-1],
         batch=config.training.batch_size,
         seeds=seeds_of(runs),
+        sample=config.evaluation.rows,
     )
-    grid, long = _grid(found), _long(found)
-    return "\n".join(
-        [page, head + _gap_table(grid), *([FACTORS_HEAD + _factors(grid)]), LONG_HEAD + long]
-    )
+    return f"{page}\n{head}{_gap_table(grid)}{_factors(grid)}{_long(long)}"
 
 
 def _read() -> tuple[Runs, Found]:
     runs = runs_of(read_folder(RESULTS / NAME)[2])
-    found: dict[Setting, dict[str, Mapping[int, Played]]] = {}
+    found: dict[Setting, dict[str, Seeds]] = {}
     for member, own in runs.items():
         config = next(iter(own.values())).cell.config
         setting = Setting(
@@ -132,29 +165,34 @@ def _read() -> tuple[Runs, Found]:
             float(config.partition.alpha),
             config.cohort,
             config.rounds,
+            config.training.schedule,
         )
         found.setdefault(setting, {})[member.partition(" dropped")[0]] = own
-    return runs, found
+    return runs, {
+        setting: {rate: own.get(rate, {}) for rate in RATES} for setting, own in found.items()
+    }
 
 
-def _grid(found: Found) -> Found:
-    shortest = min(setting.rounds for setting in found)
-    return {setting: own for setting, own in found.items() if setting.rounds == shortest}
+def _parted(found: Found) -> tuple[Found, Found]:
+    """The grid, whose runs have equally many steps, and the longer ones."""
+    shortest = min(setting.steps * setting.rounds for setting in found)
+    grid = {s: own for s, own in found.items() if s.steps * s.rounds == shortest}
+    return grid, {s: own for s, own in found.items() if s not in grid}
 
 
 def _gap_table(grid: Found) -> str:
     lines = []
     for setting, own in grid.items():
-        none, third, half = (own.get(rate, {}) for rate in RATES)
-        if not (none and third and half):
-            continue
-        small, large, more = gaps(third, none), gaps(half, none), gaps(half, third)
+        none, third, half = (own[rate] for rate in RATES)
+        small, large, more = (
+            gaps(one, other).values() for one, other in ((third, none), (half, none), (half, third))
+        )
         lines.append(
             (
                 str(setting),
-                f"{fmean(map(final_loss, none.values())):.3f}",
-                f"{signed(small)} ({verdict(small)})",
-                f"{signed(large)} ({verdict(large)})",
+                bare(f"{fmean(map(final_loss, none.values())):.3f}") if none else "–",
+                f"{signed(small)}: {verdict(small)}",
+                f"{signed(large)}: {verdict(large)}",
                 verdict(more),
             )
         )
@@ -163,43 +201,59 @@ def _gap_table(grid: Found) -> str:
 
 
 def _factors(grid: Found) -> str:
-    by_setting = {
-        setting: fmean(gaps(own["half"], own["none"]))
-        for setting, own in grid.items()
-        if {"half", "none"} <= own.keys()
-    }
-    lines = [("rate", "none", "half", "0", _mean(list(by_setting.values())), "–")]
-    for name in ("steps", "alpha", "cohort"):
+    """Changes of the gap of half dropped; only of settings that all have the same seeds."""
+    by_setting = {setting: gaps(own["half"], own["none"]) for setting, own in grid.items()}
+    seeds = set.intersection(*({*found} for found in by_setting.values()))
+    if not seeds:
+        return ""
+    whole = [fmean(found[seed] for found in by_setting.values()) for seed in sorted(seeds)]
+    means = [fmean(found[seed] for seed in seeds) for found in by_setting.values()]
+    lines = [("rate", "none", "half", signed(whole), _range(means))]
+    for name in FACTORS:
         low, high = sorted({getattr(setting, name) for setting in by_setting})
-        means = [
-            fmean(gap for setting, gap in by_setting.items() if getattr(setting, name) == level)
-            for level in (low, high)
+        pairs = [
+            (by_setting[one], by_setting[other])
+            for one in by_setting
+            for other in by_setting
+            if getattr(one, name) == low and getattr(other, name) == high
+            if all(getattr(one, rest) == getattr(other, rest) for rest in FACTORS if rest != name)
         ]
-        lines.append(
-            (
-                name,
-                f"{low:g}",
-                f"{high:g}",
-                *(f"{one:.3f}" for one in means),
-                _mean([means[1] - means[0]]),
-            )
-        )
-    return markdown_table(("factor", "from", "to", "gap", "gap then", "change"), lines)
+        changes = [fmean(two[seed] - one[seed] for one, two in pairs) for seed in sorted(seeds)]
+        each = [fmean(two[seed] - one[seed] for seed in seeds) for one, two in pairs]
+        lines.append((name, f"{low:g}", f"{high:g}", signed(changes), _range(each)))
+    columns = ("factor", "from", "to", "change of the gap", "range over the others")
+    return FACTORS_HEAD + markdown_table(columns, lines)
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{fmean(values):+.3f}"
+def _range(values: list[float]) -> str:
+    return bare(f"{min(values):+.3f} to {max(values):+.3f}")
 
 
 def _long(found: Found) -> str:
-    longest = max(found, key=lambda setting: setting.rounds)
-    own = found[longest]
     lines = []
-    for rate in RATES[1:]:
-        for last in range(longest.rounds // 6, longest.rounds + 1, longest.rounds // 6):
-            here = gaps(own[rate], own["none"], lambda run, last=last: _loss_by(run, last))
-            lines.append((f"{rate} dropped", str(last), signed(here), verdict(here)))
-    return markdown_table(("rate", "round", "gap", "above none dropped"), lines)
+    for setting, own in found.items():
+        ends = [round * setting.rounds // 3 for round in (1, 2, 3)]
+        for rate in RATES[1:]:
+            parts = [
+                gaps(own[rate], own["none"], lambda run, last=last: _loss_by(run, last))
+                for last in ends
+            ]
+            kept = {seed: parts[-1][seed] / early for seed, early in parts[0].items() if early > 0}
+            lines.append(
+                (
+                    f"{rate} dropped, {setting.schedule} rate",
+                    *(signed(part.values()) for part in parts),
+                    ", ".join(f"{one:.0%}" for one in kept.values()) or "–",
+                    verdict(share - 0.5 for share in kept.values())
+                    if len(kept) == len(parts[0])
+                    else "open",
+                )
+            )
+    if not found:
+        return ""
+    one = next(iter(found))
+    columns = ("", *(f"gap, round {n * one.rounds // 3}" for n in (1, 2, 3)), "share left", "P2")
+    return LONG_HEAD.format(setting=one) + markdown_table(columns, lines)
 
 
 def _loss_by(run: Played, last: int) -> float:
@@ -213,42 +267,40 @@ def _loss_by(run: Played, last: int) -> float:
 
 
 def draw() -> None:
-    """Loss against rounds: a panel per setting, a line per rate, seeds as a band."""
+    """Loss against steps: a panel per setting, a line per rate, the range of seeds as a band."""
     from matplotlib.figure import Figure
 
-    _, found = _read()
-    grid = _grid(found)
-    longest = max(found, key=lambda setting: setting.rounds)
+    grid, long = _parted(_read()[1])
     with style():
-        figure = Figure(figsize=(11, 7.2), layout="constrained")
-        rows = figure.subplots(3, 4, gridspec_kw={"height_ratios": (1, 1, 1.2)})
-        for axes, setting in zip(rows[:2].flat, grid, strict=False):
-            _panel(axes, grid[setting], f"{setting}")
-        for axes in rows[2]:
-            axes.remove()
-        wide = figure.add_subplot(rows[2][0].get_gridspec()[2, :])
-        _panel(wide, found[longest], f"{longest}, {longest.rounds} rounds")
-        handles, labels = wide.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-        figure.supxlabel("round")
-        figure.supylabel("loss of the global model (mean and range of seeds)")
-        FIGURE.parent.mkdir(exist_ok=True)
-        figure.savefig(FIGURE, dpi=130)
+        figure = Figure(figsize=(11, 7.4), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(2, 1.25))
+        upper = above.subplots(2, 4, sharex=True, sharey=True)
+        for axes, setting in zip(upper.flat, grid, strict=False):
+            _panel(axes, setting, grid[setting], str(setting))
+        lower = below.subplots(1, 2, sharey=True)
+        for axes, setting in zip(lower, long, strict=False):
+            _panel(axes, setting, long[setting], f"{setting}: {setting.schedule} learning rate")
+        handles, labels = upper[0, 0].get_legend_handles_labels()
+        above.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        below.supxlabel("steps of a device in every round (range of seeds shaded)", fontsize=9.5)
+        for part in (above, below):
+            part.supylabel("loss of the global model", fontsize=9.5)
+        figure.savefig(FIGURE, dpi=130, facecolor="white")
 
 
-def _panel(axes: Any, own: Mapping[str, Mapping[int, Played]], title: str) -> None:
-    axes.set_title(title, fontsize=9.5)
+def _panel(axes: Any, setting: Setting, own: Mapping[str, Seeds], title: str) -> None:
+    axes.set_title(title, fontsize=9)
     axes.grid(axis="y")
     for index, rate in enumerate(RATES):
         curves: dict[int, list[float]] = {}
-        for run in own.get(rate, {}).values():
+        for run in own[rate].values():
             for row in run.rows:
                 if row["global_loss"] is not None:
-                    curves.setdefault(row["round"], []).append(row["global_loss"])
-        rounds = sorted(curves)
+                    curves.setdefault(row["round"] * setting.steps, []).append(row["global_loss"])
+        steps = sorted(curves)
         axes.plot(
-            rounds,
-            [fmean(curves[one]) for one in rounds],
+            steps,
+            [fmean(curves[one]) for one in steps],
             color=COLOURS[index],
             marker=MARKERS[index],
             linestyle=LINES[index],
@@ -256,9 +308,9 @@ def _panel(axes: Any, own: Mapping[str, Mapping[int, Played]], title: str) -> No
             label=f"{rate} dropped",
         )
         axes.fill_between(
-            rounds,
-            [min(curves[one]) for one in rounds],
-            [max(curves[one]) for one in rounds],
+            steps,
+            [min(curves[one]) for one in steps],
+            [max(curves[one]) for one in steps],
             color=COLOURS[index],
             alpha=0.15,
             linewidth=0,
