@@ -244,6 +244,27 @@ def test_fedhetlora_prunes_what_training_made_smaller() -> None:
     assert again.adapter.layers[0].rank == 1
 
 
+def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
+    """A quarter of 8 is 2: three shrinking turns take a device from 4 to 3 to 2, and no further."""
+    setup, method = shaped("method=fedhetlora", "adapter.rank=8"), METHODS["fedhetlora"]
+    state = replace(method.init(setup), memory={RANKS: [4] * 10})
+    seen = []
+    for round in (1, 2, 3):
+        ones = {
+            key: {name: np.ones_like(value) for name, value in named.items()}
+            for key, named in state.model.tensors.items()
+        }
+        state = replace(state, model=replace(state.model, tensors=ones))
+        plans = method.plan(setup, state, round, [0])
+        state = method.merge(setup, state, plans, [answer_to(plans[0], 0.5)])
+        penalty = plans[0].objective.rank_penalty
+        assert penalty is not None
+        ranks_of = state.memory[RANKS]
+        assert isinstance(ranks_of, list)
+        seen.append((penalty.kept, ranks_of[0]))
+    assert seen == [(3, 3), (2, 2), (2, 2)]
+
+
 def test_the_tail_is_what_the_penalty_measures() -> None:
     assert tail_norm(pair([[9, 9], [3, 4]], [[9, 2], [9, 0]]), kept=1) == pytest.approx(5 * 2)
     assert tail_norm(pair([[9, 9]], [[9], [9]]), kept=1) == 0

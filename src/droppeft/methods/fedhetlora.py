@@ -4,9 +4,10 @@ Source: HetLoRA (arXiv:2401.06432). A device gets the global matrices cut to its
 penalty on the last part of its ranks, and loses that part when training made its norm smaller; the
 server pads with zeros and weighs an update by the Frobenius norm of its product B·A. Ours where the
 paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of device) and all of
-it (the fastest), in equal shares by seed where all are of one kind; the factor alpha / rank stays
-that of the full rank, so that cutting changes nothing but what is cut off; one norm per update,
-over all its matrices; if all products are zero, updates are weighed by their rows.
+it (the fastest), in equal shares by seed where all are of one kind; nobody is pruned below that
+quarter; the factor alpha / rank stays that of the full rank, so that cutting changes nothing but
+what is cut off; one norm per update, over all its matrices; if all products are zero, updates are
+weighed by their rows.
 """
 
 import math
@@ -98,7 +99,7 @@ def tail_norm(tensors: Tensors, kept: int) -> float:
 def first_ranks(setup: Setup, full: int) -> list[int]:
     """The rank with which each device begins."""
     count = setup.config.devices
-    least = max(1, math.ceil(LEAST_PART * full))
+    least = _least(full)
     speeds = _speeds(setup)
     if len(set(speeds)) > 1:
         low, high = min(speeds), max(speeds)
@@ -136,7 +137,8 @@ def _init(setup: Setup) -> ServerState:
 
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan = at_rank(setup, state, round, device)
-    penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device]))
+    least = _least(setup.config.adapter.rank or 0)
+    penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device], least))
     return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
 
 
@@ -154,9 +156,14 @@ def _cut(full: AdapterSpec, rank: int) -> AdapterSpec:
     return replace(full, layers=layers, alpha=alpha)
 
 
-def _kept(rank: int) -> int:
-    """Ranks that the penalty spares; with one rank all."""
-    return max(1, math.floor(KEPT_PART * rank))
+def _kept(rank: int, least: int) -> int:
+    """Ranks that the penalty spares; of the least rank all."""
+    return max(least, math.floor(KEPT_PART * rank))
+
+
+def _least(full: int) -> int:
+    """The rank below which nobody begins or is pruned; the paper's r_min."""
+    return max(1, math.ceil(LEAST_PART * full))
 
 
 def _ranks(memory: Mapping[str, Any]) -> list[int]:
@@ -170,7 +177,7 @@ def _merge(
     ranks, updates = _ranks(state.memory), []
     for plan, reply in zip(plans, replies, strict=True):
         if isinstance(reply, Update):
-            rank = _pruned(ranks[plan.device], plan.tensors, reply.tensors)
+            rank = _pruned(ranks[plan.device], _least(full), plan.tensors, reply.tensors)
             ranks[plan.device] = rank
             tensors = resized(resized(reply.tensors, rank), full)
             updates.append(replace(reply, tensors=tensors))
@@ -185,9 +192,9 @@ def _merge(
     return replace(state, model=model, memory={**state.memory, RANKS: ranks})
 
 
-def _pruned(rank: int, sent: Tensors, trained: Tensors) -> int:
+def _pruned(rank: int, least: int, sent: Tensors, trained: Tensors) -> int:
     """The rank after a turn: without its last part if training made that smaller."""
-    kept = _kept(rank)
+    kept = _kept(rank, least)
     return kept if tail_norm(trained, kept) < tail_norm(sent, kept) else rank
 
 
