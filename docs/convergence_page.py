@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,8 +39,8 @@ devices of Fᵢ(A; 1): all layers open. Assumed are:
 - every Fᵢ(·; g) has a Lipschitz gradient in the region that training visits;
 - gates are drawn independently of the texts, between steps and between devices (with exact counts
   layers depend on each other within a step, which changes the numbers and not the argument);
-- a step's gradient has variance σ² by its texts, for every g, and σ_g² by its gates, which is 0 when
-  nothing is dropped;
+- a step's gradient has variance σ² by its texts, for every g, and σ_g² by its gates, which is 0
+  when nothing is dropped;
 - devices' gradients of the gated loss differ by at most ζ, cohorts are drawn uniformly, and the
   server takes the plain mean of what was trained by SGD.
 
@@ -52,12 +53,12 @@ place of σ². With a step size that falls with the number of rounds, their term
 constant one a part stays that grows with σ² + σ_g² and falls with the cohort.
 
 Where ∇F̃ = 0, ‖∇F‖ *is* ‖∇F − ∇F̃‖: unless the two gradients vanish together, training ends where F
-still falls. In general ‖∇F‖² ≤ 2 ‖∇F̃‖² + 2 B², B being the largest distance of the two gradients in
-the region that training visits; it depends on how gates are drawn, jointly, and is 0 when nothing is
-dropped. B knows nothing of rounds, cohort, local steps or skew. That it grows with the rate, and
-that it shows in the loss, the argument does not say: P1 to P3 are expectations from it, not
-consequences. Opening all gates for a last part makes F̃ = F; what is then left shrinks as in any
-training that begins there, given enough rounds and step size (P4).
+still falls. In general ‖∇F‖² ≤ 2 ‖∇F̃‖² + 2 B², B being the largest distance of the two gradients
+in the region that training visits; it depends on how gates are drawn, jointly, and is 0 when
+nothing is dropped. B knows nothing of rounds, cohort, local steps or skew. That it grows with the
+rate, and that it shows in the loss, the argument does not say: P1 to P3 are expectations from it,
+not consequences. Opening all gates for a last part makes F̃ = F; what is then left shrinks as in
+any training that begins there, given enough rounds and step size (P4).
 
 With one draw per turn this fails within the turn: all K steps follow the same gates, so that gate
 noise is not averaged over K and acts like a difference between devices, which is why P5 expects a
@@ -74,13 +75,14 @@ has M (1 − pₗ) devices on average and none with probability pₗᴹ (half dr
 in four); the *least covered* of several layers fares worse. (Of that paper its abstract and our
 memory of it were at hand, not its proofs.)
 
-**Where droppeft leaves the assumptions**: AdamW, whose moments begin anew in each turn, with clipped
-gradients and weight decay; batches of a turn drawn without replacement; a mean weighted by the rows
-of the turn (nearly equal here) over the devices that ran a layer at least once, which with one draw
-per turn moves a layer further in a round than a mean over all, by up to 1/(1 − pₗ): the argument says
-nothing of P7; the modules' own dropout (.1) in training and not in evaluation, for all members alike;
-and a loss measured on test texts of all classes: gates may regularise, so that a gap may be negative
-without contradicting any of this. The bounds are a guide to what to measure, and no guarantee.
+**Where droppeft leaves the assumptions**: AdamW, whose moments begin anew in each turn, with
+clipped gradients and weight decay; batches of a turn drawn without replacement; a mean weighted by
+the rows of the turn (nearly equal here) over the devices that ran a layer at least once, which with
+one draw per turn moves a layer further in a round than a mean over all, by up to 1/(1 − pₗ): the
+argument says nothing of P7; the modules' own dropout (.1) in training and not in evaluation, for
+all members alike; and a loss measured on test texts of all classes: gates may regularise, so that a
+gap may be negative without contradicting any of this. The bounds are a guide to what to measure,
+and no guarantee.
 """
 STUDY = """\
 ## Drop rate, local steps, skew and cohort
@@ -90,8 +92,8 @@ model, {devices} devices, {total} steps a device and turn taken together, in {so
 {many}, {batch} texts a step, constant learning rates, forwards in bf16, {seeds}; the loss is on
 {sample} test texts. Gap: the global model's loss less that of nothing dropped on the same seed,
 mean of the last two evaluations (the last quarter of the run), every seed. *Holds*: all seeds above
-0; *fails*: all below; *open* otherwise. If nothing differed, a line would hold by chance one time in
-eight; there are many lines, and those that share runs are not independent.
+0; *fails*: all below; *open* otherwise. If nothing differed, a line would hold by chance one time
+in eight; there are many lines, and those that share runs are not independent.
 
 ![Loss against rounds by drop rate](figures/convergence.png)
 
@@ -234,10 +236,7 @@ def _long(found: Found) -> str:
     for setting, own in found.items():
         ends = [round * setting.rounds // 3 for round in (1, 2, 3)]
         for rate in RATES[1:]:
-            parts = [
-                gaps(own[rate], own["none"], lambda run, last=last: _loss_by(run, last))
-                for last in ends
-            ]
+            parts = [gaps(own[rate], own["none"], partial(_loss_by, last=last)) for last in ends]
             kept = {seed: parts[-1][seed] / early for seed, early in parts[0].items() if early > 0}
             lines.append(
                 (
@@ -273,7 +272,8 @@ def draw() -> None:
     grid, long = _parted(_read()[1])
     with style():
         figure = Figure(figsize=(11, 7.4), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(2, 1.25))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1.25))
+        above, below = parts
         upper = above.subplots(2, 4, sharex=True, sharey=True)
         for axes, setting in zip(upper.flat, grid, strict=False):
             _panel(axes, setting, grid[setting], str(setting))
@@ -283,7 +283,7 @@ def draw() -> None:
         handles, labels = upper[0, 0].get_legend_handles_labels()
         above.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
         below.supxlabel("steps of a device in every round (range of seeds shaded)", fontsize=9.5)
-        for part in (above, below):
+        for part in parts:
             part.supylabel("loss of the global model", fontsize=9.5)
         figure.savefig(FIGURE, dpi=130, facecolor="white")
 

@@ -26,8 +26,8 @@ before ([decision 0010](decisions/0010-convergence.md)). Gap: loss of the global
 that should be worse less that of the other, mean of the last two evaluations, every seed: + is as
 predicted in loss, and - in points of accuracy. *Holds*: all seeds are as predicted; *fails*: all
 are not; *open* otherwise. A line in which nothing differed would hold by chance one time in eight.
-Recovery opens all gates in the last quarter of the rounds, at a quarter of the peak learning rate and
-less: equal steps, more work, and the peak of full depth.
+Recovery opens all gates in the last quarter of the rounds, at a quarter of the peak learning rate
+and less: equal steps, more work, and the peak of full depth.
 """
 MEMBERS_HEAD = """\
 
@@ -164,7 +164,7 @@ def _members(runs: Runs) -> str:
 
 
 def _peak(run: Played) -> float:
-    return max(row["activation_bytes_peak"] for row in run.rows) / 1e6
+    return float(max(row["activation_bytes_peak"] for row in run.rows)) / 1e6
 
 
 def _least_steps(run: Played) -> float:

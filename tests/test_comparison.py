@@ -344,6 +344,22 @@ def test_times_need_every_seed() -> None:
     assert "| dropped | 2 | .550 ± .071 | – | – | – | 1 of 2 seeds |" in as_markdown([part])
 
 
+def test_who_has_no_global_model_misses_no_target() -> None:
+    """It says nothing of a method that none of its seeds reached what it does not aim at."""
+    own = [
+        Played(
+            run.cell,
+            {**(run.result or {}), "global_accuracy": None},
+            [{**row, "global_accuracy": None} for row in run.rows],
+            None,
+        )
+        for run in DROPPED
+    ]
+    [part] = summary(comparison(target={"accuracy": 0.6}), [*FULL, *own])
+    assert [row.reached for row in part.rows] == [2, None]
+    assert "| dropped | 2 | – | – | – | – | – |" in as_markdown([part])
+
+
 def test_the_baseline_can_be_named() -> None:
     chosen = comparison(target={"accuracy": 0.6}, baseline="dropped")
     [part] = summary(chosen, [*FULL, *DROPPED])

@@ -32,7 +32,8 @@ class MemberRow:
         worst_tenth: of the devices, by the same measure.
         between_devices: standard deviation of a run's devices, by the same measure.
         unmeasured: devices of all runs that could not be measured so.
-        reached: how many seeds reached their target; ``None`` without one.
+        reached: how many seeds reached their target; ``None`` without one, or without a global
+            model that could.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
             all seeds did.
         speed_up_measured, speed_up_modelled: the baseline's mean time through the member's.
@@ -162,7 +163,7 @@ def _row(
         worst_tenth=_if_all([result.get("personalised_worst_tenth") for result in results]),
         between_devices=_if_all([result.get("personalised_deviation") for result in results]),
         unmeasured=sum(len(result.get("personalised_failures", ())) for result in results),
-        reached=len(reached) if own["measured"] else None,
+        reached=len(reached) if own["measured"] and any(map(_evaluations, runs)) else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],
         speed_up_measured=_ratio(bases["measured"], spreads["measured"]),
