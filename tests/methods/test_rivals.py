@@ -70,6 +70,16 @@ def test_fedra_draws_again_for_every_device_and_round_and_the_same_in_another_li
     assert set(rows[0]) == {(0, 1, 3), (0, 2, 3)}  # the ends are kept
 
 
+def test_fedra_as_in_its_paper_protects_no_layer() -> None:
+    ends = ("dropout.protect_first=0", "dropout.protect_last=0")
+    setup, method = setup_for("method=fedra", "dropout.count=1", *ends), METHODS["fedra"]
+    state = method.init(setup)
+    drawn = [method.plan(setup, state, round, [0])[0].dropout for round in range(1, 41)]
+    dropped = [one.rates.index(1.0) for one in drawn if one is not None]
+    assert set(dropped) == set(range(LAYERS))
+    assert len(dropped) == 40
+
+
 def test_fedra_averages_a_layer_over_those_who_drew_it() -> None:
     setup, method = setup_for("method=fedra", "dropout.count=1"), METHODS["fedra"]
     state = method.init(setup)
