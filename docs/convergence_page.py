@@ -84,6 +84,11 @@ all members alike; and a loss measured on test texts of all classes: gates may r
 gap may be negative without contradicting any of this. The bounds are a guide to what to measure,
 and no guarantee.
 """
+NOT_YET = """\
+## What the data support
+
+Nothing yet: `droppeft compare experiments/convergence.toml` has not been run.
+"""
 STUDY = """\
 ## Drop rate, local steps, skew and cohort
 
@@ -140,7 +145,7 @@ def convergence_page() -> str:
     """The argument, and if it was made the study."""
     page = f"{NOTICE}\n\n{THEORY}"
     if not was_compared(NAME):
-        return page
+        return f"{page}\n{NOT_YET}"
     runs, found = _read()
     grid, long = _parted(found)
     config = next(iter(next(iter(runs.values())).values())).cell.config
