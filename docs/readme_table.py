@@ -1,12 +1,10 @@
 """The README with its table of results, which follows from a result file."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table, was_compared
+from tables import RESULTS, markdown_table
 
-from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, summary
 from droppeft.report.page import read_folder
@@ -15,14 +13,10 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
 END = "<!-- End of what is written. -->\n"
 
-SOURCES = {
-    "contest": "Data on which nothing was chosen",
-    "ablation": "The method's parts, on development data (20 Newsgroups): they were chosen on it",
-}
-"""The first of these of which all runs are there."""
+NAME = "contest"
 
 TEXT = """\
-{about}. The built-in model,
+Data on which nothing was chosen. The built-in model,
 {devices} devices of three kinds, {cohort} a round, {rounds} rounds, Dirichlet alpha {alpha:g},
 {seeds}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the modelled
 clock, it reaches what that ends with less a point, or how many seeds do. Personalised: devices' own
@@ -39,23 +33,21 @@ def readme_page() -> str:
 
 
 def _results() -> str:
-    name, comparison, played = next(filter(_is_whole, _found()))
+    _, comparison, played = read_folder(RESULTS / NAME)
     parts = summary(comparison, played)
     config = played[0].cell.config
-    assert comparison.target is not None
-    rival = str(comparison.target.member)
+    most = len(comparison.seeds)
     head = TEXT.format(
-        about=SOURCES[name],
         devices=config.devices,
         cohort=config.cohort,
         rounds=_rounds(played),
         alpha=config.partition.alpha,
         seeds=seeds_of(runs_of(played)),
-        rival=rival,
+        rival=comparison.baseline,
     )
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload"]
-    return head + markdown_table(columns, [_line(parts, rival, one) for one in comparison.members])
+    return head + markdown_table(columns, [_line(parts, most, one) for one in comparison.members])
 
 
 def _rounds(played: list[Played]) -> str:
@@ -66,41 +58,28 @@ def _rounds(played: list[Played]) -> str:
     return ", ".join(f"{rounds} ({name})" for name, rounds in found.items())
 
 
-def _found() -> Iterator[tuple[str, Comparison, list[Played]]]:
-    for name in SOURCES:
-        if was_compared(name):
-            _, comparison, played = read_folder(RESULTS / name)
-            yield name, comparison, played
-
-
-def _is_whole(found: tuple[str, Comparison, list[Played]]) -> bool:
-    _, comparison, played = found
-    places = max(1, len(comparison.data)) * max(1, len(comparison.models))
-    return len(played) == len(comparison.members) * len(comparison.seeds) * places
-
-
-def _line(parts: list[Part], rival: str, member: str) -> list[str]:
+def _line(parts: list[Part], most: int, member: str) -> list[str]:
     rows = [row for part in parts for row in part.rows if row.member == member]
-    rivals = [row for part in parts for row in part.rows if row.member == rival]
     own = [row.personalised.mean for row in rows if row.personalised]
     peak = max(row.activation_bytes_peak or 0 for row in rows)
     sent = max(row.upload_bytes or 0 for row in rows)
     return [
         member,
-        *map(_reached, rows, rivals),
+        *(_reached(row, most) for row in rows),
         ", ".join(_short(mean) for mean in own) or "–",
         f"{peak / 1e6:.0f} MB",
         f"{sent / 1e6:.1f} MB",
     ]
 
 
-def _reached(row: MemberRow, rival: MemberRow) -> str:
+def _reached(row: MemberRow, most: int) -> str:
+    """Accuracy and speed-up; of how many seeds, where others have more."""
     if row.accuracy is None:
         return "–"
-    own, other = row.time_to_target_modelled_s, rival.time_to_target_modelled_s
-    if own is None or other is None:
+    if row.speed_up_modelled is None:
         return f"{_short(row.accuracy.mean)} ({row.reached} of {row.seeds} seeds)"
-    return f"{_short(row.accuracy.mean)} ({other.mean / own.mean:.2f} x)"
+    fewer = f", {row.seeds} of {most} seeds" if row.seeds < most else ""
+    return f"{_short(row.accuracy.mean)} ({row.speed_up_modelled:.2f} x{fewer})"
 
 
 def _short(share: float) -> str:

@@ -344,6 +344,16 @@ def test_times_need_every_seed() -> None:
     assert "| dropped | 2 | .550 ± .071 | – | – | – | 1 of 2 seeds |" in as_markdown([part])
 
 
+def test_a_speed_up_is_over_the_seeds_that_a_member_has() -> None:
+    """The baseline takes 30 and 120 s; who has the second seed alone took 60 there: 2, not 1.25."""
+    base = [a_run("full", 0, [0.7] * 4), a_run("full", 1, [0.7] * 4, 40.0)]
+    own = a_run("dropped", 1, [0.6] * 4, 20.0)
+    [part] = summary(comparison(target={"accuracy": 0.6}), [*base, own])
+    assert [row.speed_up_modelled for row in part.rows] == [1.0, 2.0]
+    [part] = summary(comparison(target={"accuracy": 0.6}), [base[0], own])
+    assert part.rows[1].speed_up_modelled is None
+
+
 def test_who_has_no_global_model_misses_no_target() -> None:
     """It says nothing of a method that none of its seeds reached what it does not aim at."""
     own = [

@@ -36,7 +36,8 @@ class MemberRow:
             model that could.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
             all seeds did.
-        speed_up_measured, speed_up_modelled: the baseline's mean time through the member's.
+        speed_up_measured, speed_up_modelled: the baseline's mean time through the member's, over
+            the member's seeds; ``None`` unless both reached their target on all of these.
         activation_bytes_peak: the largest of any run.
         upload_bytes, download_bytes: of a run, mean.
         energy_modelled_j, round_modelled_s, round_measured_s: of a whole run, mean.
@@ -124,11 +125,12 @@ def _evaluations(played: Played) -> list[float]:
     return [accuracy for accuracy in found if accuracy is not None]
 
 
-def _times(
-    runs: Sequence[Played], targets: Mapping[int, float | None]
-) -> Mapping[str, list[float | None]]:
-    """Seconds to the target by clock, of every run; ``None`` for one that failed."""
-    found: dict[str, list[float | None]] = {"measured": [], "modelled": []}
+Times = Mapping[str, Mapping[int, float | None]]
+"""Seconds to the target by clock and seed; ``None`` for a run that failed or did not reach it."""
+
+
+def _times(runs: Sequence[Played], targets: Mapping[int, float | None]) -> Times:
+    found: dict[str, dict[int, float | None]] = {"measured": {}, "modelled": {}}
     for run in runs if targets else ():
         sums: Mapping[str, Any] = {}
         target = targets.get(run.cell.seed)
@@ -136,20 +138,19 @@ def _times(
             rows = [RoundRow(**row) for row in run.rows]
             sums = summarise(rows, run.result["initial_accuracy"], target)
         for clock, times in found.items():
-            times.append(sums.get(f"time_to_target_{clock}_s"))
+            times[run.cell.seed] = sums.get(f"time_to_target_{clock}_s")
     return found
 
 
 def _row(
     name: str,
     runs: Sequence[Played],
-    own: Mapping[str, list[float | None]],
-    base: Mapping[str, list[float | None]],
+    own: Times,
+    base: Times,
 ) -> MemberRow:
     results = [run.result for run in runs if run.result is not None]
-    spreads = {clock: _if_all(times) for clock, times in own.items()}
-    bases = {clock: _if_all(times) for clock, times in base.items()}
-    reached = [time for time in own["measured"] if time is not None]
+    spreads = {clock: _if_all(list(times.values())) for clock, times in own.items()}
+    reached = [time for time in own["measured"].values() if time is not None]
 
     def mean_of(key: str) -> float | None:
         return _mean([result[key] for result in results])
@@ -166,8 +167,8 @@ def _row(
         reached=len(reached) if own["measured"] and any(map(_evaluations, runs)) else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],
-        speed_up_measured=_ratio(bases["measured"], spreads["measured"]),
-        speed_up_modelled=_ratio(bases["modelled"], spreads["modelled"]),
+        speed_up_measured=_speed_up(base["measured"], own["measured"]),
+        speed_up_modelled=_speed_up(base["modelled"], own["modelled"]),
         activation_bytes_peak=max((r["activation_bytes_peak"] for r in results), default=None),
         upload_bytes=mean_of("upload_bytes"),
         download_bytes=mean_of("download_bytes"),
@@ -189,8 +190,9 @@ def _spread(values: Iterable[float]) -> Spread | None:
     return Spread(fmean(found), stdev(found) if len(found) > 1 else None, len(found))
 
 
-def _ratio(base: Spread | None, own: Spread | None) -> float | None:
-    return base.mean / own.mean if base and own and own.mean > 0 else None
+def _speed_up(base: Mapping[int, float | None], own: Mapping[int, float | None]) -> float | None:
+    above, below = _if_all([base.get(seed) for seed in own]), _if_all(list(own.values()))
+    return above.mean / below.mean if above and below and below.mean > 0 else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
