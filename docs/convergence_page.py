@@ -10,11 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gaps import Seeds, bare, final_loss, gaps, signed, verdict
-from studies import Runs, runs_of, seeds_of
+from gaps import final_loss, gaps, signed, verdict
+from studies import Runs, Seeds, bare, runs_of, seeds_of
 from tables import NOTICE, RESULTS, markdown_table, was_compared
 
-from droppeft.comparison.playing import Played
 from droppeft.report.drawing import COLOURS, LINES, MARKERS, style
 from droppeft.report.page import read_folder
 
@@ -241,7 +240,7 @@ def _long(found: Found) -> str:
     for setting, own in found.items():
         ends = [round * setting.rounds // 3 for round in (1, 2, 3)]
         for rate in RATES[1:]:
-            parts = [gaps(own[rate], own["none"], partial(_loss_by, last=last)) for last in ends]
+            parts = [gaps(own[rate], own["none"], partial(final_loss, last=last)) for last in ends]
             kept = {seed: parts[-1][seed] / early for seed, early in parts[0].items() if early > 0}
             lines.append(
                 (
@@ -258,16 +257,6 @@ def _long(found: Found) -> str:
     one = next(iter(found))
     columns = ("", *(f"gap, round {n * one.rounds // 3}" for n in (1, 2, 3)), "share left", "P2")
     return LONG_HEAD.format(setting=one) + markdown_table(columns, lines)
-
-
-def _loss_by(run: Played, last: int) -> float:
-    """Mean of the two evaluations up to a round."""
-    losses = [
-        row["global_loss"]
-        for row in run.rows
-        if row["global_loss"] is not None and row["round"] <= last
-    ]
-    return fmean(losses[-2:])
 
 
 def draw() -> None:

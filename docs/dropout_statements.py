@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from gaps import bare, final_accuracy, final_loss, gaps, signed, verdict
+from gaps import final_accuracy, final_loss, gaps, signed, verdict
 from scipy.stats import spearmanr
-from studies import Runs, runs_of, seeds_of, spread
+from studies import Runs, bare, runs_of, seeds_of, spread
 from tables import RESULTS, markdown_table, was_compared
 
 from droppeft.comparison.playing import Played

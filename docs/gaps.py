@@ -1,21 +1,23 @@
 """What two members of a study are apart, seed by seed, and whether that is as was predicted."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from statistics import fmean
 
-from droppeft.comparison.playing import Played
+from studies import Seeds, bare
 
-Seeds = Mapping[int, Played]
-"""Runs of a member by seed."""
+from droppeft.comparison.playing import Played
 
 ENOUGH = 3
 """Seeds without which nothing is said."""
 
 
-def final_loss(run: Played) -> float:
-    """Of the global model: mean of the last two evaluations, so that one alone decides nothing."""
-    return fmean(_evaluations(run, "global_loss")[-2:])
+def final_loss(run: Played, last: int | None = None) -> float:
+    """Of the global model: mean of the last two evaluations, so that one alone decides nothing.
+
+    Args:
+        last: the round after which it is asked for, instead of the run's last one.
+    """
+    return fmean(_evaluations(run, "global_loss", last)[-2:])
 
 
 def final_accuracy(run: Played) -> float:
@@ -45,10 +47,6 @@ def signed(values: Iterable[float], places: int = 3) -> str:
     return bare(", ".join(f"{one:+.{places}f}" for one in values)) or "–"
 
 
-def bare(text: str) -> str:
-    """Numbers below one without their 0."""
-    return re.sub(r"(?<![0-9])0\.(?=[0-9])", ".", text)
-
-
-def _evaluations(run: Played, key: str) -> list[float]:
-    return [row[key] for row in run.rows if row[key] is not None]
+def _evaluations(run: Played, key: str, last: int | None = None) -> list[float]:
+    rows = [row for row in run.rows if last is None or row["round"] <= last]
+    return [row[key] for row in rows if row[key] is not None]

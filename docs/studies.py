@@ -1,11 +1,15 @@
 """What the sections about studies of several members and seeds have in common."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 
 from droppeft.comparison.playing import Played
 
-Runs = Mapping[str, Mapping[int, Played]]
+Seeds = Mapping[int, Played]
+"""Runs of a member by seed."""
+
+Runs = Mapping[str, Seeds]
 """Finished runs by member and seed."""
 
 
@@ -32,4 +36,9 @@ def spread(values: Collection[float | None]) -> str:
     if not known:
         return "–"
     deviation = f" ± {stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{fmean(known):.3f}{deviation}".replace("0.", ".")
+    return bare(f"{fmean(known):.3f}{deviation}")
+
+
+def bare(text: str) -> str:
+    """Numbers below one without their 0."""
+    return re.sub(r"(?<![0-9])0\.(?=[0-9])", ".", text)
