@@ -15,6 +15,7 @@ from droppeft.comparison.playing import JSON, Played, play
 from droppeft.comparison.summary import summary
 from droppeft.comparison.written import COLUMNS, write
 from droppeft.errors import DroppeftError
+from droppeft.report.by_layer import of_layers
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import AXES, BARS, EACH, OF_THE_TARGET, TWO, figures
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
@@ -146,6 +147,35 @@ def test_among_many_members_the_best_have_names(
     drawn = svg(figures(part, played)["accuracy-traffic"])
     named = [text for text in Reader(drawn).texts if text in ends]
     assert named == [max(ends, key=lambda member: ends[member])]
+
+
+def test_bands_are_drawn_where_they_do_not_hide_one_another(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, comparison, played = read_folder(compared)
+    [part] = summary(comparison, played)
+    curves = sum(1 for row in part.rows if row.accuracy)
+
+    def bands() -> int:
+        [axis] = figures(part, played)["accuracy-traffic"].axes
+        return len(axis.collections)
+
+    assert bands() == curves > 1
+    monkeypatch.setattr("droppeft.report.figures.BANDS", curves - 1)
+    assert bands() == 0
+
+
+def test_rates_of_a_member_that_drops_nothing_are_not_drawn(compared: Path) -> None:
+    played = read_folder(compared)[2]
+    rounds = [one.rows for one in played if one.cell.member == "thinks"]
+    assert {"rates-0", "arms-0"} <= of_layers(0, "thinks", rounds).keys()
+    still = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
+    assert "rates-0" not in (drawn := of_layers(0, "thinks", still))
+    assert "arms-0" in drawn
+
+
+def _undropped(notes: dict[str, Any]) -> dict[str, Any]:
+    return {**notes, "rates": [0.0] * len(notes["rates"])} if notes else notes
 
 
 def test_many_figures_are_shown_when_asked_for(

@@ -27,7 +27,8 @@ def of_layers(number: int, member: str, runs: Sequence[Sequence[Row]]) -> dict[s
     noted = [[one for one in rows if one.get("notes")] for rows in runs]
     if noted and all(noted):
         title = f"{member}: drop rate of each layer"
-        made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
+        if any(any(_rates(row)) for row in chain(*noted)):
+            made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
         made[f"{SHARES}-{number}"] = _shares(member, noted)
     merged = [[one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs]
     if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
@@ -68,13 +69,15 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
         [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
         for round in range(1, rounds + 1)
     ]
+    import matplotlib as mpl
+
     figure, axis = new_figure(3.0)
     edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
     image = axis.pcolormesh(
         [edge + 1 for edge in edges[0]],
         edges[1],
         list(zip(*values, strict=True)),
-        cmap="cividis",
+        cmap=mpl.colormaps["cividis"].resampled(20),  # as many shapes in the page, not 256
         vmin=0,
         vmax=1,
     )

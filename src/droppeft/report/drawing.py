@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 INK = "#262626"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-"""Okabe and Ito's, which people with any colour vision tell apart; the last is ours."""
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#8C6D31", "#332288", "#777777", "#882255", "#999933"),
+)
+"""Okabe and Ito's six, which any colour vision tells apart, and five for large comparisons."""
 
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-"""As many of each that no two members look alike before there are 280."""
+"""As many of each that no two members look alike before there are 440."""
 
 
 def svg(figure: Any) -> str:

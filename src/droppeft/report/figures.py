@@ -62,6 +62,9 @@ TWO, EACH = "two-accuracies", "each-device"
 NAMED = 12
 """As many curves of a figure have a name and a colour: those that end highest."""
 
+BANDS = 5
+"""As many curves have their deviation drawn; bands of more hide one another."""
+
 
 def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
     """Matplotlib figures by name, small enough for a phone.
@@ -107,7 +110,8 @@ def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     ends = []
     for number, points in curves.items():
         if number in best:
-            ends.append((*_curve(axis, number, points), part.rows[number].member))
+            end = _curve(axis, number, points, band=len(curves) <= BANDS)
+            ends.append((*end, number, part.rows[number].member))
         else:
             _faint(axis, points)
     if part.target is not None:
@@ -148,13 +152,11 @@ def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
 
 
 def _curve(
-    axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]]
+    axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]], *, band: bool
 ) -> tuple[float, float]:
-    """Mean over seeds by round, with a band of one standard deviation; where it ends."""
+    """Mean over seeds by round, with or without a band of one standard deviation; where it ends."""
     by_round = list(zip(*runs, strict=False))
     across, up = zip(*_means(runs), strict=True)
-    alone = len(runs) == 1
-    spread = [0.0 if alone else stdev([up for _, up in points]) for points in by_round]
     colour = COLOURS[number % len(COLOURS)]
     axis.plot(
         across,
@@ -166,32 +168,52 @@ def _curve(
         markersize=4.5,
         linewidth=1.6,
     )
-    low = [a - b for a, b in zip(up, spread, strict=True)]
-    high = [a + b for a, b in zip(up, spread, strict=True)]
-    axis.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
+    if band and len(runs) > 1:
+        spread = [stdev([up for _, up in points]) for points in by_round]
+        low = [a - b for a, b in zip(up, spread, strict=True)]
+        high = [a + b for a, b in zip(up, spread, strict=True)]
+        axis.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
     return across[-1], up[-1]
 
 
-def _name_ends(axis: Any, ends: Sequence[tuple[float, float, str]]) -> None:
-    """Each curve's name beside the plot, at the height of its end if there is room."""
+def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None:
+    """Each curve's mark and name beside the plot, at the height of its end if there is room."""
     low, high = axis.get_ylim()
     right, least = axis.get_xlim()[1], 0.075 * (high - low)
     place = -float("inf")
     heights = []
-    for _, height, _ in sorted(ends, key=lambda end: end[1]):
+    for _, height, *_ in sorted(ends, key=lambda end: end[1]):
         place = max(height, place + least)
         heights.append(place)
     over = max(0.0, place - high)
-    for (across, height, name), shown in zip(
+    for (across, height, number, name), shown in zip(
         sorted(ends, key=lambda end: end[1]), heights, strict=True
     ):
+        colour = COLOURS[number % len(COLOURS)]
+        place = shown - over
+        axis.plot(
+            [1.03 * right],
+            [place],
+            color=colour,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4.5,
+            clip_on=False,
+        )
+        axis.plot(
+            [across, 1.03 * right],
+            [height, place],
+            color=colour,
+            linewidth=0.5,
+            alpha=0.6,
+            clip_on=False,
+        )
         axis.annotate(
             name,
-            xy=(across, height),
-            xytext=(1.03 * right, shown - over),
+            xy=(1.03 * right, place),
+            xytext=(6, 0),
+            textcoords="offset points",
             annotation_clip=False,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
         )
     axis.set(ylim=(low, high), xlim=(0, right))
 
@@ -246,6 +268,13 @@ def _in_mb(value: float | None) -> float | None:
     return None if value is None else value / 1e6
 
 
+def _shown(value: float) -> str:
+    """Three digits; below 1 three places, so that accuracies are as long as each other."""
+    if value < 1:
+        return f"{value:.3f}"
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) -> Any:
     """A bar per member with its number; a word where there is none."""
     figure, axis = new_figure(0.6 + 0.36 * len(part.rows))
@@ -256,7 +285,7 @@ def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) ->
     largest = max((one for one in values if one is not None), default=1.0) or 1.0
     for place, (row, one) in enumerate(zip(part.rows, values, strict=True)):
         lacking = "not by all seeds" if row.seeds else "no result"
-        text = lacking if one is None else f"{one:,.3g}" if one < 1000 else f"{one:,.0f}"
+        text = lacking if one is None else _shown(one)
         axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
     axis.set(xlim=(0, 1.35 * largest), yticks=list(places), ylim=(-0.6, len(values) - 0.4))
     axis.set_yticklabels([row.member for row in part.rows])

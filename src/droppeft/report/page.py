@@ -64,7 +64,7 @@ details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); p
 
 GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
-    "band of one standard deviation.",
+    "with up to five members a band of one standard deviation.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
     (*OF_DEVICES, EACH, TWO): "Every device's own model on its own test texts when the run ended, "
     "whether it ever trained or not; a device counts as one. Without personal layers: the global "
