@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table, processor, was_compared
+from tables import FIGURES, RESULTS, markdown_table, processor, was_compared
 
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.written import COLUMNS, failures, heading
@@ -104,8 +104,13 @@ def _comparison(name: str) -> str:
         place=processor(results[0]["machine"]),
         cell=walls[len(walls) // 2],
     )
+    picture = []
+    if (FIGURES / f"{name}.png").is_file():
+        picture = [f"![{title}: time, accuracies and traffic](figures/{name}.png)\n"]
     rounds = {one.cell.place: one.cell.config.rounds for one in played}
-    return "\n".join([head, *(_part(part, rounds[part.data, part.model]) for part in parts)])
+    return "\n".join(
+        [head, *picture, *(_part(part, rounds[part.data, part.model]) for part in parts)]
+    )
 
 
 def _part(part: Part, rounds: int) -> str:

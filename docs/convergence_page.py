@@ -6,19 +6,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from gaps import final_loss, gaps, signed, verdict
 from studies import Runs, Seeds, bare, runs_of, seeds_of
-from tables import NOTICE, RESULTS, markdown_table, was_compared
+from tables import FIGURES, NOTICE, RESULTS, markdown_table, was_compared
 
 from droppeft.report.drawing import COLOURS, LINES, MARKERS, style
 from droppeft.report.page import read_folder
 
 NAME = "convergence"
-FIGURE = Path(__file__).parent / "figures" / "convergence.png"
+FIGURE = FIGURES / "convergence.png"
 
 THEORY = """\
 # What layer dropout converges to

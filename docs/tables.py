@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
+FIGURES = Path(__file__).parent / "figures"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 

@@ -104,7 +104,7 @@ def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     curves = {}
     for number, row in enumerate(part.rows):
         runs = [one for one in played if one.cell.member == row.member and one.result]
-        if points := [found for one in runs if (found := _points(one.rows, of))]:
+        if points := [found for one in runs if (found := curve_points(one.rows, of))]:
             curves[number] = points
     best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
     ends = []
@@ -122,7 +122,7 @@ def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     return figure
 
 
-def _points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
+def curve_points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
     """(cost so far, accuracy) of every round that was measured; nothing where a cost is unknown."""
     if any(row[field] is None for row in rows for field in of.fields):
         return []
@@ -134,20 +134,20 @@ def _points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
     ]
 
 
-def _means(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Of cost and accuracy over seeds, by round."""
+def mean_curve(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """(cost, accuracy) by round: means over seeds of what `curve_points` gave for each."""
     by_round = zip(*runs, strict=False)
     return [(fmean(cost for cost, _ in at), fmean(up for _, up in at)) for at in by_round]
 
 
 def _last(runs: Sequence[Sequence[tuple[float, float]]]) -> float:
     """The accuracy with which a curve ends."""
-    return _means(runs)[-1][1]
+    return mean_curve(runs)[-1][1]
 
 
 def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
     """A curve among too many for names."""
-    across, up = zip(*_means(runs), strict=True)
+    across, up = zip(*mean_curve(runs), strict=True)
     axis.plot(across, up, color=INK, linewidth=0.7, alpha=0.3, zorder=1)
 
 
@@ -156,7 +156,7 @@ def _curve(
 ) -> tuple[float, float]:
     """Mean over seeds by round, with or without a band of one standard deviation; where it ends."""
     by_round = list(zip(*runs, strict=False))
-    across, up = zip(*_means(runs), strict=True)
+    across, up = zip(*mean_curve(runs), strict=True)
     colour = COLOURS[number % len(COLOURS)]
     axis.plot(
         across,

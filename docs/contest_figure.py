@@ -1,0 +1,96 @@
+"""The contest in one picture: ``python docs/contest_figure.py`` draws it from the result files.
+
+A column per data set: above, accuracy of the global model against the modelled clock; below, what
+devices have of it themselves against what they sent.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from studies import runs_of, seeds_of
+from tables import FIGURES, RESULTS, was_compared
+
+from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import Part, summary
+from droppeft.report.drawing import COLOURS, INK, LINES, MARKERS, style
+from droppeft.report.figures import AXES, curve_points, mean_curve
+from droppeft.report.page import read_folder
+
+CONTESTS = ("contest", "contest_deep")
+"""Each a comparison of which there may be a result, and the name of its picture."""
+
+CLOCK = AXES["accuracy-modelled-time"]
+
+
+def draw(name: str) -> None:
+    """The picture of one comparison."""
+    from matplotlib.figure import Figure
+
+    _, comparison, played = read_folder(RESULTS / name)
+    parts = summary(comparison, played)
+    with style():
+        figure = Figure(figsize=(1.2 + 3.1 * len(parts), 6.6), layout="constrained")
+        grid: Any = figure.subplots(2, len(parts), squeeze=False)
+        for (above, below), part in zip(grid.T, parts, strict=True):
+            runs = [one for one in played if one.cell.place == (part.data, part.model)]
+            _curves(above, part, runs)
+            _own_models(below, part)
+        grid[0, 0].set_ylabel("accuracy of the global model")
+        grid[1, 0].set_ylabel("accuracy of devices' own models")
+        handles, names = grid[1, 0].get_legend_handles_labels()
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=(len(names) + 1) // 2,
+            frameon=False,
+            markerscale=0.6,
+            columnspacing=1.4,
+        )
+        note = f"means over {seeds_of(runs_of(played))}; dotted: the target; large: ours"
+        figure.suptitle(note.replace("**", ""), fontsize=9.5, x=0.01, ha="left")
+        figure.savefig(FIGURES / f"{name}.png", dpi=150, facecolor="white")
+
+
+def _curves(axis: Any, part: Part, played: Sequence[Played]) -> None:
+    for number, row in enumerate(part.rows):
+        runs = [one for one in played if one.cell.member == row.member and one.result]
+        found = mean_curve([curve_points(one.rows, CLOCK) for one in runs])
+        if found:
+            across, up = zip(*found, strict=True)
+            axis.plot(across, up, **_looks(number, row.member), alpha=0.9)
+    if part.target is not None:
+        axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+    axis.set(xlabel=CLOCK.label, xlim=(0, None))
+    axis.set_title(Path(part.data).name, loc="left", fontweight="bold", fontsize=10.5)
+    axis.grid(visible=True)
+
+
+def _own_models(axis: Any, part: Part) -> None:
+    for number, row in enumerate(part.rows):
+        if row.personalised and row.upload_bytes is not None:
+            looks = _looks(number, row.member)
+            looks["markersize"] *= 1.8
+            sent = row.upload_bytes / 1e6
+            axis.plot([sent], [row.personalised.mean], **looks, label=row.member)
+    axis.margins(0.08, 0.1)
+    axis.set(xlabel="sent by all devices, MB", xlim=(0, None))
+    axis.grid(visible=True)
+
+
+def _looks(number: int, member: str) -> dict[str, Any]:
+    ours = member.startswith("droppeft")
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+        "linewidth": 2.4 if ours else 1.2,
+        "markersize": 6.5 if ours else 4.0,
+        "zorder": 3 if ours else 2,
+    }
+
+
+if __name__ == "__main__":
+    for contest in filter(was_compared, CONTESTS):
+        draw(contest)
