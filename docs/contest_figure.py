@@ -4,7 +4,7 @@ A column per data set: above, accuracy of the global model against the modelled 
 devices have of it themselves against what they sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,21 @@ CLOCK = AXES["accuracy-modelled-time"]
 
 
 def draw(name: str) -> None:
-    """The picture of one comparison."""
+    """The picture of one comparison; its members look as they do in the first."""
     from matplotlib.figure import Figure
 
     _, comparison, played = read_folder(RESULTS / name)
     parts = summary(comparison, played)
+    members = dict.fromkeys([*read_folder(RESULTS / CONTESTS[0])[1].members, *comparison.members])
+    numbers = {member: number for number, member in enumerate(members)}
+    width = 1.2 + 3.1 * len(parts)
     with style():
-        figure = Figure(figsize=(1.2 + 3.1 * len(parts), 6.6), layout="constrained")
+        figure = Figure(figsize=(width, 6.6 if len(parts) > 1 else 7.6), layout="constrained")
         grid: Any = figure.subplots(2, len(parts), squeeze=False)
         for (above, below), part in zip(grid.T, parts, strict=True):
             runs = [one for one in played if one.cell.place == (part.data, part.model)]
-            _curves(above, part, runs)
-            _own_models(below, part)
+            _curves(above, part, runs, numbers)
+            _own_models(below, part, numbers)
         grid[0, 0].set_ylabel("accuracy of the global model")
         grid[1, 0].set_ylabel("accuracy of devices' own models")
         handles, names = grid[1, 0].get_legend_handles_labels()
@@ -43,7 +46,7 @@ def draw(name: str) -> None:
             handles,
             names,
             loc="outside lower center",
-            ncols=(len(names) + 1) // 2,
+            ncols=max(2, int(width / 1.9)),
             frameon=False,
             markerscale=0.6,
             columnspacing=1.4,
@@ -53,13 +56,13 @@ def draw(name: str) -> None:
         figure.savefig(FIGURES / f"{name}.png", dpi=150, facecolor="white")
 
 
-def _curves(axis: Any, part: Part, played: Sequence[Played]) -> None:
-    for number, row in enumerate(part.rows):
+def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[str, int]) -> None:
+    for row in part.rows:
         runs = [one for one in played if one.cell.member == row.member and one.result]
         found = mean_curve([curve_points(one.rows, CLOCK) for one in runs])
         if found:
             across, up = zip(*found, strict=True)
-            axis.plot(across, up, **_looks(number, row.member), alpha=0.9)
+            axis.plot(across, up, **_looks(numbers[row.member], row.member), alpha=0.9)
     if part.target is not None:
         axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
     axis.set(xlabel=CLOCK.label, xlim=(0, None))
@@ -67,10 +70,10 @@ def _curves(axis: Any, part: Part, played: Sequence[Played]) -> None:
     axis.grid(visible=True)
 
 
-def _own_models(axis: Any, part: Part) -> None:
-    for number, row in enumerate(part.rows):
+def _own_models(axis: Any, part: Part, numbers: Mapping[str, int]) -> None:
+    for row in part.rows:
         if row.personalised and row.upload_bytes is not None:
-            looks = _looks(number, row.member)
+            looks = _looks(numbers[row.member], row.member)
             looks["markersize"] *= 1.8
             sent = row.upload_bytes / 1e6
             axis.plot([sent], [row.personalised.mean], **looks, label=row.member)
