@@ -106,7 +106,7 @@ def _comparison(name: str) -> str:
         title=title,
         name=name,
         about=about,
-        seeds=seeds_of(runs_of(played)),
+        seeds="one seed" if len(comparison.seeds) == 1 else seeds_of(runs_of(played)),
         target=TARGET.format(target.member, target.minus) if target else "",
         place=processor(results[0]["machine"]),
         cell=walls[len(walls) // 2],
