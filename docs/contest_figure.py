@@ -13,7 +13,7 @@ from tables import FIGURES, RESULTS, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
-from droppeft.report.drawing import COLOURS, INK, LINES, MARKERS, style
+from droppeft.report.drawing import INK, looks, style
 from droppeft.report.figures import AXES, curve_points, mean_curve
 from droppeft.report.page import read_folder
 
@@ -73,10 +73,10 @@ def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[st
 def _own_models(axis: Any, part: Part, numbers: Mapping[str, int]) -> None:
     for row in part.rows:
         if row.personalised and row.upload_bytes is not None:
-            looks = _looks(numbers[row.member], row.member)
-            looks["markersize"] *= 1.8
+            drawn = _looks(numbers[row.member], row.member)
+            drawn["markersize"] *= 1.8
             sent = row.upload_bytes / 1e6
-            axis.plot([sent], [row.personalised.mean], **looks, label=row.member)
+            axis.plot([sent], [row.personalised.mean], **drawn, label=row.member)
     axis.margins(0.08, 0.1)
     axis.set(xlabel="sent by all devices, MB", xlim=(0, None))
     axis.grid(visible=True)
@@ -85,9 +85,7 @@ def _own_models(axis: Any, part: Part, numbers: Mapping[str, int]) -> None:
 def _looks(number: int, member: str) -> dict[str, Any]:
     ours = member.startswith("droppeft")
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number % len(LINES)],
+        **looks(number),
         "linewidth": 2.4 if ours else 1.2,
         "markersize": 6.5 if ours else 4.0,
         "zorder": 3 if ours else 2,

@@ -13,7 +13,7 @@ from gaps import final_loss, gaps, signed, verdict
 from studies import Runs, Seeds, bare, runs_of, seeds_of
 from tables import FIGURES, NOTICE, RESULTS, markdown_table, was_compared
 
-from droppeft.report.drawing import COLOURS, LINES, MARKERS, style
+from droppeft.report.drawing import looks, style
 from droppeft.report.page import read_folder
 
 NAME = "convergence"
@@ -294,9 +294,7 @@ def _panel(axes: Any, setting: Setting, own: Mapping[str, Seeds], title: str) ->
         axes.plot(
             steps,
             [fmean(curves[one]) for one in steps],
-            color=COLOURS[index],
-            marker=MARKERS[index],
-            linestyle=LINES[index],
+            **looks(index),
             markersize=4,
             label=f"{rate} dropped",
         )
@@ -304,7 +302,7 @@ def _panel(axes: Any, setting: Setting, own: Mapping[str, Seeds], title: str) ->
             steps,
             [min(curves[one]) for one in steps],
             [max(curves[one]) for one in steps],
-            color=COLOURS[index],
+            color=looks(index)["color"],
             alpha=0.15,
             linewidth=0,
         )

@@ -60,6 +60,8 @@ def _important(row: Row) -> Sequence[float]:
 
 def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
     """Layers by rounds, mean over seeds."""
+    import matplotlib as mpl
+
     by_round: dict[int, list[Sequence[float]]] = {}
     for row in chain.from_iterable(runs):
         by_round.setdefault(row["round"], []).append(of(row))
@@ -69,8 +71,6 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
         [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
         for round in range(1, rounds + 1)
     ]
-    import matplotlib as mpl
-
     figure, axis = new_figure(3.0)
     edges = [[place - 0.5 for place in range(count + 1)] for count in (rounds, layers)]
     image = axis.pcolormesh(

@@ -20,6 +20,15 @@ MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 """As many of each that no two members look alike before there are 440."""
 
 
+def looks(number: int) -> dict[str, Any]:
+    """Colour, marker and line of the member with this number, as matplotlib takes them."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
 def svg(figure: Any) -> str:
     """As text of its own size, without a header, the same in every run."""
     text = io.StringIO()

@@ -9,7 +9,7 @@ from typing import Any
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.report.by_layer import Row, of_layers
-from droppeft.report.drawing import COLOURS, INK, LINES, MARKERS, new_figure, style
+from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,10 @@ def _curve(
     """Mean over seeds by round, with or without a band of one standard deviation; where it ends."""
     by_round = list(zip(*runs, strict=False))
     across, up = zip(*mean_curve(runs), strict=True)
-    colour = COLOURS[number % len(COLOURS)]
     axis.plot(
         across,
         up,
-        color=colour,
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle=LINES[number % len(LINES)],
+        **looks(number),
         markevery=max(1, len(across) // 8),
         markersize=4.5,
         linewidth=1.6,
@@ -172,7 +169,7 @@ def _curve(
         spread = [stdev([up for _, up in points]) for points in by_round]
         low = [a - b for a, b in zip(up, spread, strict=True)]
         high = [a + b for a, b in zip(up, spread, strict=True)]
-        axis.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(across, low, high, color=looks(number)["color"], alpha=0.15, linewidth=0)
     return across[-1], up[-1]
 
 
@@ -182,27 +179,18 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
     right, least = axis.get_xlim()[1], 0.075 * (high - low)
     place = -float("inf")
     heights = []
-    for _, height, *_ in sorted(ends, key=lambda end: end[1]):
+    ends = sorted(ends, key=lambda end: end[1])
+    for _, height, *_ in ends:
         place = max(height, place + least)
         heights.append(place)
     over = max(0.0, place - high)
-    for (across, height, number, name), shown in zip(
-        sorted(ends, key=lambda end: end[1]), heights, strict=True
-    ):
-        colour = COLOURS[number % len(COLOURS)]
+    for (across, height, number, name), shown in zip(ends, heights, strict=True):
         place = shown - over
-        axis.plot(
-            [1.03 * right],
-            [place],
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4.5,
-            clip_on=False,
-        )
+        axis.plot([1.03 * right], [place], **looks(number), markersize=4.5, clip_on=False)
         axis.plot(
             [across, 1.03 * right],
             [height, place],
-            color=colour,
+            color=looks(number)["color"],
             linewidth=0.5,
             alpha=0.6,
             clip_on=False,
