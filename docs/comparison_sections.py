@@ -22,6 +22,11 @@ COMPARISONS = {
         "The contest on twelve layers",
         "Data that nothing was chosen on, `deep12`. As above.",
     ),
+    "contest_confirmation": (
+        "Depth by device with everything shared, on new seeds",
+        "The contest's data, the built-in model, seeds that the contest has not: whether what was "
+        "chosen after seeing the contest's holds (decision 0009, 12).",
+    ),
     "contest_others": (
         "The other methods on AG News",
         "As the contest; where the adapter or the server is not FedLoRA's with the rate that was "

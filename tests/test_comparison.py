@@ -579,8 +579,13 @@ def test_the_experiments_can_be_read(
 ) -> None:
     monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
     found = cells(read_comparison(path))
-    fewer = {"depth": {0, 1}, "contest_length": {7}, "rates": {7}}
-    assert {cell.seed for cell in found} == fewer.get(path.stem, {0, 1, 2})
+    others = {
+        "depth": {0, 1},
+        "contest_confirmation": {3, 4, 5},
+        "contest_length": {7},
+        "rates": {7},
+    }
+    assert {cell.seed for cell in found} == others.get(path.stem, {0, 1, 2})
     for cell in found:
         assert Path(resolve(cell.config, cuda=False).data).is_dir()
         assert not method_named(cell.config.method).adjust(cell.config).clock.deadline_s
@@ -599,6 +604,7 @@ def test_there_are_experiments() -> None:
             "ablation",
             "depth",
         ),
-        *("contest", "contest_deep", "contest_length", "contest_others", "rates"),
+        *("contest", "contest_deep", "contest_confirmation", "contest_length", "contest_others"),
+        "rates",
         *("convergence", "statements"),
     }
