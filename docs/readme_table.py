@@ -1,9 +1,9 @@
-"""The README with its table of results, which follows from a result file."""
+"""The README with its tables of results, which follow from result files."""
 
 from pathlib import Path
 
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table
+from tables import RESULTS, markdown_table, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, summary
@@ -13,41 +13,48 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
 END = "<!-- End of what is written. -->\n"
 
-NAME = "contest"
+CONTESTS = {"contest": "The built-in model, six layers", "contest_deep": "`deep12`, twelve layers"}
 
 TEXT = """\
-Data on which nothing was chosen. The built-in model,
-{devices} devices of three kinds, {cohort} a round, {rounds} rounds, Dirichlet alpha {alpha:g},
-{seeds}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the modelled
-clock, it reaches what that ends with less a point, or how many seeds do. Personalised: devices' own
-models on their own texts. Activations are measured, upload is what the tensors sent take.
-
+Data on which nothing was chosen; {devices} devices of three kinds, {cohort} a round, Dirichlet
+alpha {alpha:g}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the
+modelled clock, it reaches what that ends with less a point, or how many seeds do. Personalised:
+devices' own models on their own texts. Activations are measured, upload is what the tensors sent
+take.
 """
 
 
 def readme_page() -> str:
-    """The README as it is, with a table as the result file is."""
+    """The README as it is, with tables as the result files are."""
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{_results()}\n{END}{after}"
 
 
 def _results() -> str:
-    _, comparison, played = read_folder(RESULTS / NAME)
-    parts = summary(comparison, played)
+    _, comparison, played = read_folder(RESULTS / next(iter(CONTESTS)))
     config = played[0].cell.config
-    most = len(comparison.seeds)
     head = TEXT.format(
         devices=config.devices,
         cohort=config.cohort,
-        rounds=_rounds(played),
         alpha=config.partition.alpha,
-        seeds=seeds_of(runs_of(played)),
         rival=comparison.baseline,
     )
-    names = [Path(part.data).name for part in parts]
-    columns = ["", *names, "personalised", "activations", "upload"]
-    return head + markdown_table(columns, [_line(parts, most, one) for one in comparison.members])
+    tables = [_table(name) for name in CONTESTS if was_compared(name)]
+    return "\n".join([head, *tables])
+
+
+def _table(name: str) -> str:
+    _, comparison, played = read_folder(RESULTS / name)
+    parts = summary(comparison, played)
+    most = len(comparison.seeds)
+    columns = [
+        *("", *(Path(part.data).name for part in parts)),
+        *("personalised", "activations", "upload"),
+    ]
+    rows = [_line(parts, most, one) for one in comparison.members]
+    title = f"{CONTESTS[name]}: {_rounds(played)} rounds, {seeds_of(runs_of(played))}."
+    return f"{title}\n\n{markdown_table(columns, rows)}"
 
 
 def _rounds(played: list[Played]) -> str:
