@@ -92,12 +92,16 @@ PLAYERS = (
 
 
 def comparison_sections() -> list[str]:
-    """Each section, if its measurement was made."""
-    found = [_comparison(name) for name in COMPARISONS if was_compared(name)]
-    synthetic = RESULTS / "configurator_synthetic.json"
-    if synthetic.is_file():
-        found.append(_synthetic(json.loads(synthetic.read_text(encoding="utf-8"))))
-    return found
+    """A section per comparison that was made."""
+    return [_comparison(name) for name in COMPARISONS if was_compared(name)]
+
+
+def synthetic_sections() -> list[str]:
+    """The section on made-up problems, if they were played."""
+    file = RESULTS / "configurator_synthetic.json"
+    if not file.is_file():
+        return []
+    return [_synthetic(json.loads(file.read_text(encoding="utf-8")))]
 
 
 def _comparison(name: str) -> str:
@@ -113,7 +117,7 @@ def _comparison(name: str) -> str:
         about=about,
         seeds="one seed" if len(comparison.seeds) == 1 else seeds_of(runs_of(played)),
         target=TARGET.format(target.member, target.minus) if target else "",
-        place=processor(results[0]["machine"]),
+        place=" and ".join(dict.fromkeys(processor(one["machine"]) for one in results)),
         cell=walls[len(walls) // 2],
     )
     picture = []

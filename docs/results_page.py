@@ -1,13 +1,14 @@
 """The page of results: what the committed result files say."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-from comparison_sections import comparison_sections
+from comparison_sections import comparison_sections, synthetic_sections
 from cost_sections import cost_sections
 from dropout_statements import statement_sections
 from personal_section import personal_sections
@@ -18,7 +19,8 @@ RESULTS_HEAD = """\
 # Results
 
 Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
-means a real clock on the machine named; what is modelled says so.
+means a real clock on the machine named; what is modelled says so. What follows from them:
+[findings.md](findings.md).
 """
 
 FIRST_SLICE_HEAD = """\
@@ -131,26 +133,27 @@ all this is in [findings.md](findings.md).
 
 def results_page() -> str:
     """What the committed result files say."""
-    parts = (
-        _first_slice,
-        _head_learning_rate,
-        _flower,
-        _layer_dropout,
-        _quality,
-        _compile_blocks,
-    )
-    return "\n".join(
-        [
-            f"{NOTICE}\n",
-            RESULTS_HEAD,
-            *(part() for part in parts),
-            *cost_sections(),
-            *comparison_sections(),
-            *statement_sections(),
-            *policies_sections(),
-            *personal_sections(),
-        ]
-    )
+    groups: dict[str, list[str]] = {
+        "Methods side by side": comparison_sections(),
+        "Layers that stay on devices": personal_sections(),
+        "Rates that tune themselves": [*synthetic_sections(), *policies_sections()],
+        "Layer dropout": [*statement_sections(), _quality(), _layer_dropout(), _compile_blocks()],
+        "Time and memory": cost_sections(),
+        "First steps": [_first_slice(), _head_learning_rate(), _flower()],
+    }
+    contents = [
+        f"- **{group}**: {', '.join(_link(section) for section in sections)}"
+        for group, sections in groups.items()
+    ]
+    found = [section for sections in groups.values() for section in sections]
+    return "\n".join([f"{NOTICE}\n", RESULTS_HEAD, *contents, "", *found])
+
+
+def _link(section: str) -> str:
+    """Title of a section, and where GitHub puts it."""
+    title = section.partition("\n")[0].removeprefix("## ")
+    anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    return f"[{title}](#{anchor})"
 
 
 def _first_slice() -> str:
