@@ -1,14 +1,17 @@
 """The parts of the results about methods side by side, and about the configurator's policies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from studies import runs_of, seeds_of
 from tables import FIGURES, RESULTS, markdown_table, processor, was_compared
 
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.written import COLUMNS, failures, heading
+from droppeft.comparison.written import COLUMNS, failures, heading, references
 from droppeft.report.page import read_folder
 
 DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
@@ -124,9 +127,20 @@ def _comparison(name: str) -> str:
     if (FIGURES / f"{name}.png").is_file():
         picture = [f"![{title}: time, accuracies and traffic](figures/{name}.png)\n"]
     rounds = {one.cell.place: one.cell.config.rounds for one in played}
+    parts = [with_own_majority(name, part, comparison.seeds) for part in parts]
     return "\n".join(
         [head, *picture, *(_part(part, rounds[part.data, part.model]) for part in parts)]
     )
+
+
+def with_own_majority(name: str, part: Part, seeds: Sequence[int]) -> Part:
+    """The part with what its runs, played before they said it, do not know."""
+    file = RESULTS / "own_majority.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = known.get(name, {}).get(Path(part.data).name)
+    if part.own_majority is not None or found is None:
+        return part
+    return replace(part, own_majority=fmean(found[str(seed)] for seed in seeds))
 
 
 def _part(part: Part, rounds: int) -> str:
@@ -134,7 +148,12 @@ def _part(part: Part, rounds: int) -> str:
         list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
     )
     return "\n".join(
-        [f"{heading(part)}, {rounds} rounds:\n", table, *(f"{line}\n" for line in failures(part))]
+        [
+            f"{heading(part)}, {rounds} rounds:\n",
+            table,
+            *(f"{line}\n" for line in [references(part)] if line),
+            *(f"{line}\n" for line in failures(part)),
+        ]
     )
 
 

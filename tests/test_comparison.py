@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,26 @@ def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
     assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
 
 
+def test_references_are_means_over_seeds_of_what_members_agree_on() -> None:
+    known = {
+        0: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.5},
+        1: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.75},
+    }
+    runs = [
+        replace(run, result={**(run.result or {}), **known[run.cell.seed], "tfidf_accuracy": None})
+        for run in (*FULL, *DROPPED)
+    ]
+    [part] = summary(comparison(), runs)
+    assert (part.majority, part.tfidf, part.own_majority) == (0.25, None, 0.625)
+    said = "References: the most frequent class .250, each device's own most frequent class"
+    assert said in as_markdown([part])
+    other_split = replace(runs[-1], result={**(runs[-1].result or {}), "own_majority_accuracy": 1})
+    [part] = summary(comparison(), [*runs[:-1], other_split])
+    assert (part.majority, part.own_majority) == (0.25, None)
+    [part] = summary(comparison(), [*FULL, *DROPPED])
+    assert "References" not in as_markdown([part])
+
+
 def test_spread_between_devices_and_who_is_in_no_mean() -> None:
     """Deviations .1 and .3; two devices of one run could not be measured."""
     found = [
@@ -461,6 +482,7 @@ def test_compare_from_the_command_line_to_its_files(
     )
     assert code == 0
     assert "1/2 fedlora, seed 5" in shown
+    assert "References: the most frequent class ." in shown
     assert "1 run to go: about" in shown
     assert "to target" not in shown
     assert {JSON, CSV, MARKDOWN} < {path.name for path in out.iterdir()}

@@ -168,6 +168,7 @@ def test_without_a_global_model_there_is_one_accuracy(
         "personalised_devices": 11,
         "personalised_rows": 55,
         "personalised_failures": [{"device": 3, "reason": "asleep"}],
+        "own_majority_accuracy": 0.4375,
     }
     text = shown({**result, "global_accuracy": None, **own}, rows)
     assert "–   there is no global model" in text
@@ -175,6 +176,7 @@ def test_without_a_global_model_there_is_one_accuracy(
     assert "of them: 2 devices" in line_with(text, "worst tenth")
     assert ".125" in line_with(text, "deviation")
     assert ".375" in line_with(text, "newcomers")
+    assert ".438" in line_with(text, "own majority class")
     assert " .625   after an epoch of their own rows" in text
     unmeasured = "1 could not be measured (asleep); 2 had lost what they kept and had the global"
     assert unmeasured in " ".join(text.split())

@@ -71,12 +71,20 @@ class Part:
     Attributes:
         data, model: which.
         target: accuracy whose time was asked for, mean over seeds; ``None`` if there is none.
+        majority, tfidf: test accuracy of train's most frequent class, and of TF-IDF with a linear
+            SVM on all training texts in one place; ``None`` where no run knows it, or members of
+            one seed have different ones.
+        own_majority: mean over devices, and over runs, of a device's most frequent class on its
+            own test rows.
         rows: in the order of the members.
     """
 
     data: str
     model: str
     target: float | None
+    majority: float | None
+    tfidf: float | None
+    own_majority: float | None
     rows: tuple[MemberRow, ...]
 
 
@@ -95,7 +103,25 @@ def _part(comparison: Comparison, played: Sequence[Played]) -> Part:
     times = {name: _times(runs, targets) for name, runs in by_member.items()}
     known = [target for target in targets.values() if target is not None]
     rows = (_row(name, runs, times[name], times[base]) for name, runs in by_member.items())
-    return Part(*played[0].cell.place, fmean(known) if known else None, tuple(rows))
+    return Part(
+        *played[0].cell.place,
+        target=fmean(known) if known else None,
+        majority=_reference(played, "majority_accuracy"),
+        tfidf=_reference(played, "tfidf_accuracy"),
+        own_majority=_reference(played, "own_majority_accuracy"),
+        rows=tuple(rows),
+    )
+
+
+def _reference(played: Sequence[Played], key: str) -> float | None:
+    """Mean over seeds; ``None`` where members of one seed differ, as with a split of their own."""
+    found: dict[int, set[float]] = {}
+    for run in played:
+        if run.result is not None and run.result.get(key) is not None:
+            found.setdefault(run.cell.seed, set()).add(run.result[key])
+    if not found or any(len(values) > 1 for values in found.values()):
+        return None
+    return fmean(value for [value] in found.values())
 
 
 def target_accuracies(

@@ -83,6 +83,21 @@ def heading(part: Part) -> str:
     return f"{Path(part.model).name} on {Path(part.data).name}{target}"
 
 
+def references(part: Part) -> str:
+    """What an accuracy has to be judged by, as far as it is known; empty if nothing is."""
+    known = {
+        "the most frequent class": part.majority,
+        "TF-IDF with a linear SVM on all texts": part.tfidf,
+        "each device's own most frequent class (to judge *personalised* by)": part.own_majority,
+    }
+    found = [
+        f"{name} {value:.3f}".replace("0.", ".")
+        for name, value in known.items()
+        if value is not None
+    ]
+    return f"References: {', '.join(found)}." if found else ""
+
+
 def write(
     out: Path, comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
 ) -> None:
@@ -154,7 +169,8 @@ def as_markdown(parts: Sequence[Part]) -> str:
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         notes = "".join(f"\n{note}\n" for note in failures(part))
-        sections.append(f"## {heading(part)}\n\n{table}{notes}")
+        said = f"\n{references(part)}\n" if references(part) else ""
+        sections.append(f"## {heading(part)}\n\n{table}{said}{notes}")
     return "\n".join(sections)
 
 

@@ -1,10 +1,14 @@
-"""What a task is worth without a language model: TF-IDF with a linear SVM, and the majority class.
+"""What a task is worth without a language model: TF-IDF with a linear SVM, and majority classes.
 
-Ours; the usual bag-of-words baseline, so that an accuracy can be judged.
+Ours; the usual bag-of-words baseline and constant answers, so that an accuracy can be judged.
 """
+
+from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
+from droppeft.data.partition import DeviceRows
 from droppeft.data.tables import TextData, TextTable
 
 _KNOWN: dict[str, float | None] = {}
@@ -42,6 +46,16 @@ def majority_accuracy(data: TextData) -> float:
     """Test accuracy of always answering train's most frequent class."""
     most_frequent = np.argmax(np.bincount(data.train.labels))
     return float(np.mean(data.test.labels == most_frequent))
+
+
+def own_majority_accuracy(data: TextData, devices: Sequence[DeviceRows]) -> float:
+    """Mean over devices of always answering the most frequent class of the device's training rows.
+
+    On its own test rows: what a personal model has to beat, which is much where devices are unlike.
+    """
+    labels = data.train.labels
+    right = (labels[own.test] == np.argmax(np.bincount(labels[own.train])) for own in devices)
+    return fmean(float(np.mean(of_device)) for of_device in right)
 
 
 def _joined(table: TextTable) -> list[str]:

@@ -10,8 +10,8 @@ from droppeft.adapters.settings import check
 from droppeft.adapters.types import check_on
 from droppeft.config import Config
 from droppeft.costs.devices import make_fleet
-from droppeft.data.reference import majority_accuracy, tfidf_accuracy
-from droppeft.data.tables import Rows, TextData
+from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
+from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.federation.device import rehearse
@@ -121,9 +121,10 @@ def evaluation_sample(test_rows: int, wanted: int) -> Rows:
     return np.sort(rng.permutation(test_rows)[:wanted]).astype(np.int64)
 
 
-def references(data: TextData) -> dict[str, float | None]:
-    """What a reader compares with: the most frequent class, and TF-IDF with a linear SVM."""
+def references(loaded: Loaded) -> dict[str, float | None]:
+    """What a reader compares with: most frequent classes, and TF-IDF with a linear SVM."""
     return {
-        "majority_accuracy": majority_accuracy(data),
-        "tfidf_accuracy": tfidf_accuracy(data),
+        "majority_accuracy": majority_accuracy(loaded.data),
+        "own_majority_accuracy": own_majority_accuracy(loaded.data, loaded.devices),
+        "tfidf_accuracy": tfidf_accuracy(loaded.data),
     }

@@ -309,7 +309,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "sampled_test_rows": start.rows,
         "run": prepared.setup.run,
         **identity(prepared.loaded),
-        **references(prepared.loaded.data),
+        **references(prepared.loaded),
     }
 
 
@@ -339,6 +339,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         else None,
         "initial_loss": facts["initial_loss"],
         "majority_accuracy": facts["majority_accuracy"],
+        "own_majority_accuracy": facts.get("own_majority_accuracy"),
         "tfidf_accuracy": facts["tfidf_accuracy"],
         "sampled_test_rows": len(prepared.sample),
         "config": as_tree(config),

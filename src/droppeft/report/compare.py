@@ -11,7 +11,7 @@ from rich.text import Text
 from droppeft.comparison.cells import Cell
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
-from droppeft.comparison.written import COLUMNS, failures, heading
+from droppeft.comparison.written import COLUMNS, failures, heading, references
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
@@ -110,6 +110,8 @@ def show(parts: Sequence[Part], console: Console) -> None:
         for columns in TABLES:
             if part.target is not None or "speed-up" not in columns:
                 console.print(_table(part, columns))
+        if said := references(part):
+            console.print(Text(said, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))
     note = "modelled: on the devices' profiles; measured (m.): here, devices side by side"

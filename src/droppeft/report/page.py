@@ -13,7 +13,7 @@ from droppeft.comparison.cells import Cell, Comparison
 from droppeft.comparison.playing import JSON as COMPARISON
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.written import COLUMNS, failures, heading
+from droppeft.comparison.written import COLUMNS, failures, heading, references
 from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
@@ -178,7 +178,9 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "the layers' adapters are.",
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    return f"<h2>{html.escape(heading(part))}</h2>\n{_table(part)}{lost}{shown}{thought}{sent}"
+    known = f"<p>{html.escape(references(part))}</p>\n" if references(part) else ""
+    title = f"<h2>{html.escape(heading(part))}</h2>\n"
+    return f"{title}{_table(part)}{known}{lost}{shown}{thought}{sent}"
 
 
 def _said(names: Sequence[str], caption: str, part: Part) -> str:

@@ -194,6 +194,11 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
         ("personalised", _share(result["personalised_accuracy"]), note),
         ("worst tenth", _share(result["personalised_worst_tenth"]), of_them),
         ("deviation", _share(result["personalised_deviation"]), "between them"),
+        (
+            "own majority class",
+            _share(result.get("own_majority_accuracy")),
+            "reference: a device that always answers its most frequent class",
+        ),
         *_newcomer_lines(result),
     ]
 
