@@ -18,12 +18,12 @@ DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
 COMPARISONS = {
     "contest": (
         "The contest",
-        "Data that nothing was chosen on, the built-in model. Every method with a claim to speed, "
-        "Dirichlet alpha 1, 20 devices of three kinds.",
+        "Data that no member was chosen on, the built-in model. Every method with a claim to "
+        "speed, Dirichlet alpha 1, 20 devices of three kinds.",
     ),
     "contest_deep": (
         "The contest on twelve layers",
-        "Data that nothing was chosen on, `deep12`. As above.",
+        "Data that no member was chosen on, `deep12`. As above.",
     ),
     "contest_confirmation": (
         "Depth by device with everything shared, on new seeds",
@@ -126,7 +126,10 @@ def _comparison(name: str) -> str:
     picture = []
     if (FIGURES / f"{name}.png").is_file():
         picture = [f"![{title}: time, accuracies and traffic](figures/{name}.png)\n"]
-    rounds = {one.cell.place: one.cell.config.rounds for one in played}
+    rounds: dict[tuple[str, str], int] = {}
+    for one in played:
+        place = one.cell.place
+        rounds[place] = max(rounds.get(place, 0), one.cell.config.rounds)
     parts = [with_own_majority(name, part, comparison.seeds) for part in parts]
     return "\n".join(
         [head, *picture, *(_part(part, rounds[part.data, part.model]) for part in parts)]

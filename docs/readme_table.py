@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from comparison_sections import with_own_majority
 from studies import runs_of, seeds_of
 from tables import RESULTS, markdown_table, was_compared
 
@@ -16,11 +17,13 @@ END = "<!-- End of what is written. -->\n"
 CONTESTS = {"contest": "The built-in model, six layers", "contest_deep": "`deep12`, twelve layers"}
 
 TEXT = """\
-Data on which nothing was chosen; {devices} devices of three kinds, {cohort} a round, Dirichlet
-alpha {alpha:g}. Accuracy is the global model's; in brackets how much sooner than *{rival}*, on the
-modelled clock, it reaches what that ends with less a point, or how many seeds do. Personalised:
-devices' own models on their own texts. Activations are measured, upload is what the tensors sent
-take.
+{devices} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g}; data on which no
+member was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md)).
+*Accuracy*: of the global model on 1,000 test texts. In brackets: how many times sooner than
+*{rival}* it reaches the target on the modelled clock, or how many seeds do. The *target* is the
+mean of {rival}'s last three evaluations (500 texts) less a point; reached is what the mean of three
+evaluations reaches. *Personalised*: devices' own models on their own texts. Activations (measured,
+of the device that stores most) and traffic of a run are the largest of the data sets.
 """
 
 
@@ -50,11 +53,22 @@ def _table(name: str) -> str:
     most = len(comparison.seeds)
     columns = [
         *("", *(Path(part.data).name for part in parts)),
-        *("personalised", "activations", "upload"),
+        *("personalised", "activations", "upload", "download"),
     ]
     rows = [_line(parts, most, one) for one in comparison.members]
     title = f"{CONTESTS[name]}: {_rounds(played)} rounds, {seeds_of(runs_of(played))}."
+    known = [with_own_majority(name, part, comparison.seeds) for part in parts]
+    references = [
+        ["*TF-IDF, SVM, all texts in one place*", *(_known(part.tfidf) for part in known)],
+        ["*the most frequent class (a device's own)*", *(_known(part.majority) for part in known)],
+    ]
+    references[1].append(", ".join(_known(part.own_majority) for part in known))
+    rows += [line + ["–"] * (len(columns) - len(line)) for line in references]
     return f"{title}\n\n{markdown_table(columns, rows)}"
+
+
+def _known(value: float | None) -> str:
+    return "–" if value is None else _short(value)
 
 
 def _rounds(played: list[Played]) -> str:
@@ -70,12 +84,14 @@ def _line(parts: list[Part], most: int, member: str) -> list[str]:
     own = [row.personalised.mean for row in rows if row.personalised]
     peak = max(row.activation_bytes_peak or 0 for row in rows)
     sent = max(row.upload_bytes or 0 for row in rows)
+    received = max(row.download_bytes or 0 for row in rows)
     return [
         member,
         *(_reached(row, most) for row in rows),
         ", ".join(_short(mean) for mean in own) or "–",
         f"{peak / 1e6:.0f} MB",
         f"{sent / 1e6:.1f} MB",
+        f"{received / 1e6:.1f} MB",
     ]
 
 
