@@ -1,10 +1,9 @@
 """Personalised layer sharing from the score to the next turn, in the time order of METHOD 4."""
 
 import logging
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,10 +36,12 @@ from droppeft.plans import (
     flatten,
     payload_bytes,
 )
+from droppeft.sharing import kept
 from droppeft.sharing.criteria import CRITERIA, usual_norms
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
 from messages import answer_to, assert_same, setup_for
+from processes import started
 from runs import Recorder, meddling, outcome, rows_of, stop_after_a_round, turn_of
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -391,51 +392,48 @@ def test_a_run_that_shares_goes_on_as_if_nothing_had_happened(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-IMPORTS = """
-import sys
-from pathlib import Path
-from droppeft.config import load_config
-from droppeft.federation.run import resume_run, start_run
-from runs import Recorder
-"""
-GO_ON = "resume_run(Path(sys.argv[1]), Recorder())"
+def begin(words: list[str], out: Path) -> None:
+    start_run(load_config(None, words), out, Recorder())
+
+
+def go_on(_: list[str], out: Path) -> None:
+    resume_run(out, Recorder())
 
 
 def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_path: Path) -> None:
     """A process of its own, SIGKILL three times, wherever it then stands."""
     words = [*words, "rounds=9"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    begin(words, tmp_path / "whole")
     out = tmp_path / "run"
-    begin = f"start_run(load_config(None, {words!r}), Path({str(out)!r}), Recorder())"
-    for rounds, call in ((1, begin), (2, GO_ON), (4, GO_ON)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"{IMPORTS}\n{call}", str(out)], cwd=Path(__file__).parents[1]
-        )
+    for rounds, work in ((1, begin), (2, go_on), (4, go_on)):
+        process = started(work, words, out)
         limit = time.monotonic() + 120
-        while process.poll() is None and rows_until(out) < rounds and time.monotonic() < limit:
+        while process.is_alive() and rows_until(out) < rounds and time.monotonic() < limit:
             time.sleep(0.002)
         process.kill()
-        assert process.wait(10) == -signal.SIGKILL
+        process.join(10)
+        assert process.exitcode == -signal.SIGKILL
         assert rounds <= rows_until(out) < 9
     resume_run(out, Recorder())
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
-KILL = """
-import os, signal
-from droppeft.sharing import kept
-real, count = kept.write_atomically, 0
-def write(path, content, **options):
-    global count
-    count += 1
-    if count == {nth} and {before}:
-        path.with_name("." + path.name + ".half").write_bytes(content[: len(content) // 2])
-    else:
-        real(path, content, **options)
-    if count == {nth}:
-        os.kill(os.getpid(), signal.SIGKILL)
-kept.write_atomically = write
-"""
+def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> None:
+    """At the device's nth file: in the middle of it, or when it is whole."""
+    real, count = kept.write_atomically, 0
+
+    def write(path: Path, content: bytes, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == nth and before:
+            path.with_name(f".{path.name}.half").write_bytes(content[: len(content) // 2])
+        else:
+            real(path, content, **options)
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    kept.write_atomically = write
+    begin(words, out)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -450,14 +448,11 @@ def test_a_run_that_is_killed_while_a_device_keeps_its_layers_ends_the_same(
     and begins it again with what it kept in round 1.
     """
     words = [*words, "devices=2"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    begin(words, tmp_path / "whole")
     out = tmp_path / "run"
-    begin = f"start_run(load_config(None, {words!r}), Path({str(out)!r}), Recorder())"
-    script = f"{IMPORTS}\n{KILL.format(nth=nth, before=before)}\n{begin}"
-    killed = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    process = started(begin_and_be_killed, words, out, nth, before)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert rows_until(out) == (0 if nth < 3 else 1)
     resume_run(out, Recorder())
     assert outcome(out) == outcome(tmp_path / "whole")
