@@ -40,6 +40,12 @@ COMPARISONS = {
         f"{DEVELOPMENT} One seed, that no contest has: to choose by, not to claim by. Twenty "
         "devices of three kinds, Dirichlet alpha 1. The rate that ended highest was taken.",
     ),
+    "ia3": (
+        "IA3 as deep as LoRA was tried",
+        f"{DEVELOPMENT} Two seeds that no contest has. Twenty devices of three kinds, Dirichlet "
+        "alpha 1. IA3 with a rate of .01 where nothing is said; *all shared*: the last three layers "
+        "or the last two, as the configurator finds for each kind of device.",
+    ),
     "depth": (
         "How many layers to train, and on which device",
         f"{DEVELOPMENT} LoRA in the last layers alone, Dirichlet alpha 1, 20 devices of three "

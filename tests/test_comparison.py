@@ -605,6 +605,7 @@ def test_the_experiments_can_be_read(
         "depth": {0, 1},
         "contest_confirmation": {3, 4, 5},
         "contest_length": {7},
+        "ia3": {7, 8},
         "rates": {7},
     }
     assert {cell.seed for cell in found} == others.get(path.stem, {0, 1, 2})
@@ -627,6 +628,6 @@ def test_there_are_experiments() -> None:
             "depth",
         ),
         *("contest", "contest_deep", "contest_confirmation", "contest_length", "contest_others"),
-        "rates",
+        *("rates", "ia3"),
         *("convergence", "statements"),
     }
