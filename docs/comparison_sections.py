@@ -43,7 +43,7 @@ COMPARISONS = {
     "ia3": (
         "IA3 as deep as LoRA was tried",
         f"{DEVELOPMENT} Two seeds that no contest has. Twenty devices of three kinds, Dirichlet "
-        "alpha 1. IA3 with a rate of .01 where nothing is said; *all shared*: the last three layers "
+        "alpha 1. IA3 with a rate of .01 if nothing is said; *all shared*: the last three layers "
         "or the last two, as the configurator finds for each kind of device.",
     ),
     "depth": (
