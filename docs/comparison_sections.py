@@ -33,7 +33,8 @@ COMPARISONS = {
     "contest_others": (
         "The other methods on AG News",
         "As the contest; where the adapter or the server is not FedLoRA's with the rate that was "
-        "best [on development data](#learning-rates-for-the-other-methods).",
+        "best [on development data](#learning-rates-for-the-other-methods). **Do not compare its "
+        "measured times**: other work ran beside some members and not beside others.",
     ),
     "rates": (
         "Learning rates for the other methods",
