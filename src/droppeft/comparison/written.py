@@ -88,7 +88,7 @@ def references(part: Part) -> str:
     known = {
         "the most frequent class": part.majority,
         "TF-IDF with a linear SVM on all texts": part.tfidf,
-        "each device's own most frequent class (to judge *personalised* by)": part.own_majority,
+        "each device's own most frequent class (to judge own models by)": part.own_majority,
     }
     found = [
         f"{name} {value:.3f}".replace("0.", ".")
