@@ -10,6 +10,8 @@ from typing import Any
 from studies import runs_of, seeds_of
 from tables import FIGURES, RESULTS, markdown_table, processor, was_compared
 
+from droppeft.comparison.cells import Comparison
+from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.written import COLUMNS, failures, heading, references
 from droppeft.report.page import read_folder
@@ -115,8 +117,7 @@ def synthetic_sections() -> list[str]:
 
 
 def _comparison(name: str) -> str:
-    _, comparison, played = read_folder(RESULTS / name)
-    parts = summary(comparison, played)
+    comparison, played, parts = read_parts(name)
     results = [one.result for one in played if one.result is not None]
     walls = sorted(result["host_wall_s"] for result in results)
     title, about = COMPARISONS[name]
@@ -137,20 +138,29 @@ def _comparison(name: str) -> str:
     for one in played:
         place = one.cell.place
         rounds[place] = max(rounds.get(place, 0), one.cell.config.rounds)
-    parts = [with_own_majority(name, part, comparison.seeds) for part in parts]
     return "\n".join(
         [head, *picture, *(_part(part, rounds[part.data, part.model]) for part in parts)]
     )
 
 
-def with_own_majority(name: str, part: Part, seeds: Sequence[int]) -> Part:
-    """The part with what its runs, played before they said it, do not know."""
+def read_parts(name: str) -> tuple[Comparison, list[Played], list[Part]]:
+    """A comparison with its parts, own majorities filled in where its runs do not know them."""
+    _, comparison, played = read_folder(RESULTS / name)
+    parts = summary(comparison, played)
     file = RESULTS / "own_majority.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    found = known.get(name, {}).get(Path(part.data).name)
-    if part.own_majority is not None or found is None:
+    if not file.is_file():
+        return comparison, played, parts
+    found = json.loads(file.read_text(encoding="utf-8")).get(name, {})
+    return comparison, played, [_with_own_majority(part, found, comparison.seeds) for part in parts]
+
+
+def _with_own_majority(
+    part: Part, found: Mapping[str, Mapping[str, float]], seeds: Sequence[int]
+) -> Part:
+    by_seed = found.get(Path(part.data).name)
+    if part.own_majority is not None or by_seed is None:
         return part
-    return replace(part, own_majority=fmean(found[str(seed)] for seed in seeds))
+    return replace(part, own_majority=fmean(by_seed[str(seed)] for seed in seeds))
 
 
 def _part(part: Part, rounds: int) -> str:
@@ -161,8 +171,7 @@ def _part(part: Part, rounds: int) -> str:
         [
             f"{heading(part)}, {rounds} rounds:\n",
             table,
-            *(f"{line}\n" for line in [references(part)] if line),
-            *(f"{line}\n" for line in failures(part)),
+            *(f"{line}\n" for line in (*references(part), *failures(part))),
         ]
     )
 

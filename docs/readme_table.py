@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from comparison_sections import with_own_majority
+from comparison_sections import read_parts
 from studies import runs_of, seeds_of
-from tables import RESULTS, markdown_table, was_compared
+from tables import markdown_table, was_compared
 
+from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
-from droppeft.comparison.summary import MemberRow, Part, summary
-from droppeft.report.page import read_folder
+from droppeft.comparison.summary import MemberRow, Part
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
@@ -35,7 +35,8 @@ def readme_page() -> str:
 
 
 def _results() -> str:
-    _, comparison, played = read_folder(RESULTS / next(iter(CONTESTS)))
+    contests = {name: read_parts(name) for name in CONTESTS if was_compared(name)}
+    comparison, played, _ = next(iter(contests.values()))
     config = played[0].cell.config
     head = TEXT.format(
         devices=config.devices,
@@ -43,28 +44,29 @@ def _results() -> str:
         alpha=config.partition.alpha,
         rival=comparison.baseline,
     )
-    tables = [_table(name) for name in CONTESTS if was_compared(name)]
-    return "\n".join([head, *tables])
+    return "\n".join([head, *(_table(CONTESTS[name], *found) for name, found in contests.items())])
 
 
-def _table(name: str) -> str:
-    _, comparison, played = read_folder(RESULTS / name)
-    parts = summary(comparison, played)
+def _table(title: str, comparison: Comparison, played: list[Played], parts: list[Part]) -> str:
     most = len(comparison.seeds)
-    columns = [
-        *("", *(Path(part.data).name for part in parts)),
-        *("personalised", "activations", "upload", "download"),
+    names = [Path(part.data).name for part in parts]
+    columns = ["", *names, "personalised", "activations", "upload", "download"]
+    own = ", ".join(_known(part.own_majority) for part in parts)
+    rows = [
+        *(_line(parts, most, one) for one in comparison.members),
+        [
+            "*TF-IDF, SVM, all texts in one place*",
+            *(_known(part.tfidf) for part in parts),
+            *("–", "–", "–", "–"),
+        ],
+        [
+            "*the most frequent class (a device's own)*",
+            *(_known(part.majority) for part in parts),
+            *(own, "–", "–", "–"),
+        ],
     ]
-    rows = [_line(parts, most, one) for one in comparison.members]
-    title = f"{CONTESTS[name]}: {_rounds(played)} rounds, {seeds_of(runs_of(played))}."
-    known = [with_own_majority(name, part, comparison.seeds) for part in parts]
-    references = [
-        ["*TF-IDF, SVM, all texts in one place*", *(_known(part.tfidf) for part in known)],
-        ["*the most frequent class (a device's own)*", *(_known(part.majority) for part in known)],
-    ]
-    references[1].append(", ".join(_known(part.own_majority) for part in known))
-    rows += [line + ["–"] * (len(columns) - len(line)) for line in references]
-    return f"{title}\n\n{markdown_table(columns, rows)}"
+    head = f"{title}: {_rounds(played)} rounds, {seeds_of(runs_of(played))}."
+    return f"{head}\n\n{markdown_table(columns, rows)}"
 
 
 def _known(value: float | None) -> str:

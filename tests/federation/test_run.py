@@ -369,7 +369,7 @@ def launch(words: list[str], out: Path, before: str = "") -> "subprocess.Popen[s
 
 
 def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 60
     while not ready():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -403,7 +403,7 @@ def test_a_process_killed_within_the_adapter(
 ) -> None:
     out = tmp_path / "run"
     process = launch(tiny_words, out, KILLED_IN_EXPORT)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
     assert not (out / "adapter").exists()
     resume_run(out, Recorder())
@@ -418,7 +418,7 @@ def test_an_interrupted_process_says_how_to_go_on(
     process = launch(long_words, out)
     wait_for(process, lambda: two_rows(out))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("droppeft: stopped after round ")
     assert errors.endswith(f"which is saved; go on with: droppeft resume {out}\n")

@@ -83,8 +83,8 @@ def heading(part: Part) -> str:
     return f"{Path(part.model).name} on {Path(part.data).name}{target}"
 
 
-def references(part: Part) -> str:
-    """What an accuracy has to be judged by, as far as it is known; empty if nothing is."""
+def references(part: Part) -> list[str]:
+    """What an accuracy has to be judged by, as far as it is known: a line, or none."""
     known = {
         "the most frequent class": part.majority,
         "TF-IDF with a linear SVM on all texts": part.tfidf,
@@ -95,7 +95,7 @@ def references(part: Part) -> str:
         for name, value in known.items()
         if value is not None
     ]
-    return f"References: {', '.join(found)}." if found else ""
+    return [f"References: {', '.join(found)}."] if found else []
 
 
 def write(
@@ -168,9 +168,8 @@ def as_markdown(parts: Sequence[Part]) -> str:
         lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        notes = "".join(f"\n{note}\n" for note in failures(part))
-        said = f"\n{references(part)}\n" if references(part) else ""
-        sections.append(f"## {heading(part)}\n\n{table}{said}{notes}")
+        notes = "".join(f"\n{note}\n" for note in (*references(part), *failures(part)))
+        sections.append(f"## {heading(part)}\n\n{table}{notes}")
     return "\n".join(sections)
 
 

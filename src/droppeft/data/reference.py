@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from droppeft.data.partition import DeviceRows
-from droppeft.data.tables import TextData, TextTable
+from droppeft.data.tables import Rows, TextData, TextTable
 
 _KNOWN: dict[str, float | None] = {}
 """By content: every run of a comparison asks for the same data, and fitting takes many seconds."""
@@ -44,8 +44,7 @@ def _fitted_accuracy(data: TextData) -> float | None:
 
 def majority_accuracy(data: TextData) -> float:
     """Test accuracy of always answering train's most frequent class."""
-    most_frequent = np.argmax(np.bincount(data.train.labels))
-    return float(np.mean(data.test.labels == most_frequent))
+    return _constant_accuracy(data.train.labels, data.test.labels)
 
 
 def own_majority_accuracy(data: TextData, devices: Sequence[DeviceRows]) -> float:
@@ -54,8 +53,11 @@ def own_majority_accuracy(data: TextData, devices: Sequence[DeviceRows]) -> floa
     On its own test rows: what a personal model has to beat, which is much where devices are unlike.
     """
     labels = data.train.labels
-    right = (labels[own.test] == np.argmax(np.bincount(labels[own.train])) for own in devices)
-    return fmean(float(np.mean(of_device)) for of_device in right)
+    return fmean(_constant_accuracy(labels[own.train], labels[own.test]) for own in devices)
+
+
+def _constant_accuracy(train: Rows, test: Rows) -> float:
+    return float(np.mean(test == np.argmax(np.bincount(train))))
 
 
 def _joined(table: TextTable) -> list[str]:

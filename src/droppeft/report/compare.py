@@ -110,8 +110,8 @@ def show(parts: Sequence[Part], console: Console) -> None:
         for columns in TABLES:
             if part.target is not None or "speed-up" not in columns:
                 console.print(_table(part, columns))
-        if said := references(part):
-            console.print(Text(said, style="dim"))
+        for line in references(part):
+            console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))
     note = "modelled: on the devices' profiles; measured (m.): here, devices side by side"

@@ -178,7 +178,7 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "the layers' adapters are.",
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    known = f"<p>{html.escape(references(part))}</p>\n" if references(part) else ""
+    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in references(part))
     title = f"<h2>{html.escape(heading(part))}</h2>\n"
     return f"{title}{_table(part)}{known}{lost}{shown}{thought}{sent}"
 
