@@ -74,7 +74,10 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["source.text=body"], ["has no column body", "columns: text, label"]),
         (["data=nowhere.csv"], ["data=", "no such file or folder"]),
         (["data=broken.parquet"], ["broken.parquet", "cannot be read as parquet"]),
-        (["model=nobody/nothing"], ["model=nobody/nothing", "cannot be loaded from this hub id"]),
+        (
+            ["model=nobody/nothing"],
+            ["model=nobody/nothing", "this hub id (is it right? HF_HUB_OFFLINE"],
+        ),
         (["model=config:tiny"], ["unknown architecture; known are bert-large"]),
         (["method=fedfoo"], ["method=fedfoo: unknown method; known are droppeft"]),
         (["transport=post"], ["transport=post: unknown transport; known are in_process"]),
@@ -96,7 +99,14 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["one.toml", "two.toml"], ["only one configuration file", "one.toml and two.toml"]),
         (["one.toml"], ["one.toml: no such configuration file"]),
         (["broken.toml"], ["broken.toml: not valid TOML"]),
-        (["rounds"], ["'rounds' is neither a .toml file nor key=value"]),
+        (
+            ["rounds"],
+            ["'rounds' is neither a .toml file nor key=value; did you mean rounds=VALUE?"],
+        ),
+        (["rounds", "2"], ["got rounds and 2; did you mean rounds=2?"]),
+        (["fedlora"], ["did you mean method=fedlora?"]),
+        (["wrong"], ["'wrong' is neither a .toml file nor key=value\n"]),
+        (["method=fedloar"], ["unknown method; did you mean fedlora? Known are droppeft, "]),
         (["adapter.targets=nothing"], ["adapter.targets: no layer has a linear module 'nothing'"]),
         (["devices=100"], ["too few for devices=100"]),
     ],
@@ -111,6 +121,14 @@ def test_a_mistake_is_one_sentence(
         assert_refused(droppeft("run", *usual, *words, *out), *parts)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"broken.toml", "broken.parquet"}
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "profile", "plan"])
+def test_a_setting_written_as_an_option(droppeft: Command, command: str) -> None:
+    done = droppeft(command, "--training.batch-size", "2")
+    assert done.code == 2
+    assert "training.batch_size is a setting: write training.batch_size=VALUE" in done.err
+    assert "is a setting" not in droppeft(command, "--nothing", "2").err
 
 
 def test_a_mistake_in_a_file_names_the_file(droppeft: Command, tmp_path: Path) -> None:

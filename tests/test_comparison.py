@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,15 @@ from droppeft.comparison.cells import (
 )
 from droppeft.comparison.playing import JSON, Played, done, play
 from droppeft.comparison.summary import summary, target_accuracies
-from droppeft.comparison.written import CSV, MARKDOWN, as_csv, as_markdown, failures, write
+from droppeft.comparison.written import (
+    COLUMNS,
+    CSV,
+    MARKDOWN,
+    as_csv,
+    as_markdown,
+    failures,
+    write,
+)
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation import run as running
@@ -631,3 +640,12 @@ def test_there_are_experiments() -> None:
         *("rates", "ia3"),
         *("convergence", "statements"),
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "–"), (0.0, "0.0 kJ"), (12.0, "0.01 kJ"), (49.0, "0.05 kJ"), (1234567.0, "1,234.6 kJ")],
+)
+def test_what_is_little_is_no_zero(value: float | None, said: str) -> None:
+    row: Any = SimpleNamespace(energy_modelled_j=value)
+    assert COLUMNS["energy, modelled"](row) == said

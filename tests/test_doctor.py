@@ -193,7 +193,6 @@ def test_commands_are_quoted_for_the_shell() -> None:
 CPU = {
     "version": "2.13.0+cpu",
     "cuda": None,
-    "threads": 2,
     "mps": False,
     "device": None,
     "warnings": [],
@@ -215,14 +214,14 @@ def test_torch_here() -> None:
 
 
 def test_torch_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "2.13.0+cpu, CPU build, 2 CPU threads; no accelerator"
+    words = "2.13.0+cpu, CPU build; no accelerator"
     assert judged(monkeypatch) == ok(words)
     assert judged(monkeypatch, mps=True) == ok(f"{words} (MPS is not used)")
 
 
 def test_torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = judged(monkeypatch, version="2.13.0", cuda="13.0", device=GPU)
-    assert found == ok("2.13.0, CUDA 13.0 build, 2 CPU threads; NVIDIA H100, 85.0 GB, with bf16")
+    assert found == ok("2.13.0, CUDA 13.0 build; NVIDIA H100, 85.0 GB, with bf16")
     old = judged(monkeypatch, cuda="13.0", device={**GPU, "bf16": False})
     assert old.found.endswith("without bf16")
 
@@ -310,7 +309,9 @@ def test_a_file_named_torch_in_the_current_folder(
 def test_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("droppeft.config.available_cores", lambda: 3)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert machine.check_processor() == ok("3 cores, aarch64")
+    assert machine.check_processor() == ok(
+        "3 cores, aarch64; a run takes all of them, or threads=N"
+    )
 
 
 def remember(

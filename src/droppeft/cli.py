@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import Context, NoSuchOption, UsageError
+from typer.core import TyperCommand
 
 from droppeft import __version__
 from droppeft.errors import DroppeftError
@@ -45,6 +47,23 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accura
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
 
 
+class Worded(TyperCommand):
+    """A command with settings as words, which says so of a setting written as an option."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """As click's; an unknown option that a setting is called says how to write it."""
+        from droppeft.config import known_keys
+
+        try:
+            return super().parse_args(ctx, args)
+        except NoSuchOption as error:
+            key = error.option_name.lstrip("-").replace("-", "_")
+            if key not in dict(known_keys()):
+                raise
+            said = f"{key} is a setting: write {key}=VALUE, without dashes."
+            raise UsageError(said, ctx) from None
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -54,7 +73,7 @@ def _top(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Worded)
 def run(
     words: Words = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
 ) -> None:
@@ -77,7 +96,7 @@ def run(
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
     if not (quiet or as_json):
-        typer.echo(f"result, ledger and checkpoints: {folder}")
+        _say_where(folder)
 
 
 @app.command()
@@ -93,9 +112,11 @@ def resume(
     if (folder / RESULT).is_file() and not (quiet or as_json):
         typer.echo(f"droppeft: {folder} is finished; this is what it came to", err=True)
     _watched(lambda watcher: resume_run(folder, watcher), quiet, as_json)
+    if not (quiet or as_json):
+        _say_where(folder)
 
 
-@app.command()
+@app.command(cls=Worded)
 def compare(
     words: Annotated[
         list[str] | None,
@@ -207,7 +228,7 @@ def export(
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
 
 
-@app.command()
+@app.command(cls=Worded)
 def profile(
     words: Words = None,
     rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
@@ -242,7 +263,7 @@ def profile(
         report.show(result, console)
 
 
-@app.command()
+@app.command(cls=Worded)
 def plan(
     words: Annotated[
         list[str] | None,
@@ -340,14 +361,31 @@ def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> No
         )
 
 
+def _say_where(folder: Path) -> None:
+    typer.echo(f"result, ledger and checkpoints: {folder}")
+
+
 def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Tell the configuration file from the settings."""
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        raise DroppeftError(f"only one configuration file can be given, got {' and '.join(files)}")
+        meant = _meant(files[0], files[1])
+        raise DroppeftError(
+            f"only one configuration file can be given, got {' and '.join(files)}{meant}"
+        )
     if files and not files[0].endswith(".toml"):
-        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value")
+        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value{_meant(*files)}")
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+
+
+def _meant(word: str, value: str = "VALUE") -> str:
+    """What a word without ``=`` may have been meant for: a setting, or a method."""
+    from droppeft.config import known_keys
+    from droppeft.methods import METHODS
+
+    if word in METHODS:
+        return f"; did you mean method={word}?"
+    return f"; did you mean {word}={value}?" if word in dict(known_keys()) else ""
 
 
 def _check_tables(method: str, settings: Sequence[str]) -> None:

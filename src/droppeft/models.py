@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -360,8 +361,15 @@ def _loaded(load: Callable[..., Any], path: str, **options: Any) -> Any:
         return load(path, **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "folder" if Path(path).exists() else "hub id (is it right, and is there a network?)"
+        where = "folder" if Path(path).exists() else f"hub id ({_asked_of_the_hub()})"
         raise DroppeftError(f"model={path}: cannot be loaded from this {where}: {reason}") from None
+
+
+def _asked_of_the_hub() -> str:
+    """What to look at when a model is not to be had."""
+    if constants.HF_HUB_OFFLINE:
+        return "is it right? HF_HUB_OFFLINE is set: there is only what was downloaded before"
+    return "is it right, and is there a network?"
 
 
 def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:

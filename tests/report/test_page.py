@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -110,6 +111,59 @@ def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
     assert "b" not in reader.tags
     assert any("wrong failed: method=fedadapter splits" in part for part in reader.texts)
     assert "a & b" in reader.texts
+
+
+def test_the_page_says_on_what_it_was_and_with_which_settings(compared: Path) -> None:
+    reader = Reader((compared / PAGE).read_text(encoding="utf-8"))
+    common = next(text for text in reader.texts if "\ncohort = " in text)
+    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
+    places = [f'{name} = "{content["runs"][0]["config"][name]}"' for name in ("model", "data")]
+    assert common.splitlines()[:3] == [*places, "seed = 0, 1"]
+    assert tomllib.loads(common.replace("seed = 0, 1", ""))["evaluation"]["personalised"] is True
+
+
+def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_path: Path) -> None:
+    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
+    content["comparison"]["target"] = None
+    (tmp_path / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    said = "There is no target, and no times to one"
+    assert said in write_page(tmp_path).read_text(encoding="utf-8")
+    assert said not in (compared / PAGE).read_text(encoding="utf-8")
+
+
+def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
+    """A round's share is a mean of it and of rounds before it, never of one that follows."""
+    played = read_folder(compared)[2]
+    rows = next(one.rows for one in played if one.cell.member == "thinks")
+    labels = {"0": "early", "1": "late"}
+    given = [("0", 1), ("0", 2), ("1", 3), ("1", 4)]
+    runs = [
+        {
+            **rows[0],
+            "round": round,
+            "notes": {"chosen": {"5": arm}, "labels": labels, "rates": [0.0]},
+        }
+        for arm, round in given
+    ]
+    [axis] = of_layers(0, "thinks", [runs])["arms-0"].axes
+    late = axis.collections[1].get_paths()[0].vertices
+    assert {float(up - 0) for across, up in late if across == 2} == {1.0}
+    assert min(up for across, up in late if across == 3) == pytest.approx(2 / 3)
+
+
+def test_many_ends_have_names_without_lines(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, comparison, played = read_folder(compared)
+    [part] = summary(comparison, played)
+
+    def lines() -> int:
+        [axis] = figures(part, played)["accuracy-traffic"].axes
+        return len(axis.lines)
+
+    curves, led = sum(1 for row in part.rows if row.accuracy), lines()
+    monkeypatch.setattr("droppeft.report.figures.LED", curves - 1)
+    assert led - lines() == curves
 
 
 def test_figures_take_the_page_s_ink(compared: Path) -> None:

@@ -137,6 +137,20 @@ def test_a_round_that_was_not_measured(result: dict[str, Any], rows: list[RoundR
     assert line.index("–/4") + 3 == measured.index("3.00/4") + 6
 
 
+def test_depth_is_of_the_layers_behind_the_frozen_ones(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 1}}
+    text = shown({**result, "config": config}, rows)
+    assert "3.00/3" in line_with(text, "round 1")
+    assert "of 3 layers behind the frozen ones per step" in line_with(text, "mean depth")
+
+
+def test_f1_says_which_it_is(result: dict[str, Any], rows: list[RoundRow]) -> None:
+    assert "mean over classes (macro)" in line_with(shown({**result, "classes": 3}, rows), "F1")
+    assert "of class 1" in line_with(shown({**result, "classes": 2}, rows), "F1")
+
+
 def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> None:
     failing = replace(rows[0], failures=[{"device": 7, "reason": "refused: its loss is infinite"}])
     text = shown(result, [failing])
@@ -147,12 +161,19 @@ def test_a_round_says_which_arms_were_tried_and_which_is_best(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
     labels = {"0": "nothing dropped", "3": "25% dropped"}
-    notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0}
+    tried = {"present": [3, 0], "trials": [2, 1]}
+    notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0, **tried}
     text = shown(result, [replace(rows[0], notes=notes)])
     said = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
     assert said in " ".join(text.split())
     assert "\n         arms: 2 x 25% dropped" in text
     assert "arms:" not in shown(result, rows)
+    untried = {**notes, "chosen": {"1": 3}, "trials": [2, 0]}
+    said = "(not tried lately, and expected to be best: nothing dropped)"
+    assert said in " ".join(shown(result, [replace(rows[0], notes=untried)]).split())
+    config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 2}}
+    text = shown({**result, "config": config}, [replace(rows[0], notes=notes)])
+    assert "arms behind 2 frozen layers: 2 x 25% dropped" in text
 
 
 def test_without_a_global_model_there_is_one_accuracy(

@@ -44,7 +44,11 @@ def _times(value: float | None) -> str:
 
 
 def _scaled(value: float | None, unit: float, name: str) -> str:
-    return "–" if value is None else f"{value / unit:,.1f} {name}"
+    """To a tenth; what is less has a digit all the same, and is no 0.0."""
+    if value is None:
+        return "–"
+    places = ",.1f" if not value or value / unit >= 0.05 else ".1g"
+    return f"{value / unit:{places}} {name}"
 
 
 COLUMNS: dict[str, Callable[[MemberRow], str]] = {
@@ -168,9 +172,24 @@ def as_markdown(parts: Sequence[Part]) -> str:
         lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        notes = "".join(f"\n{note}\n" for note in (*references(part), *failures(part)))
-        sections.append(f"## {heading(part)}\n\n{table}{notes}")
+        said = "".join(f"\n{note}\n" for note in notes(part))
+        sections.append(f"## {heading(part)}\n\n{table}{said}")
     return "\n".join(sections)
+
+
+def notes(part: Part) -> list[str]:
+    """All that is said below a table."""
+    return [*references(part), *untimed(part), *failures(part)]
+
+
+def untimed(part: Part) -> list[str]:
+    """Why nobody has a time to a target: a line, or none."""
+    if part.target is not None:
+        return []
+    return [
+        "There is no target, and no times to one: a comparison's file sets it as target, "
+        "a run as target_accuracy."
+    ]
 
 
 def failures(part: Part) -> list[str]:

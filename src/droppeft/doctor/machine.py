@@ -38,7 +38,7 @@ def check_torch() -> Finding:
 def judge_torch(facts: dict[str, Any]) -> Finding:
     """Tell a person what :func:`droppeft.doctor.torch_facts.facts` says."""
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU"
-    found = f"{facts['version']}, {build} build, {facts['threads']} CPU threads"
+    found = f"{facts['version']}, {build} build"
     device = facts["device"]
     if device and device["error"]:
         broken = f"{found}; {device['name']} cannot be used: {device['error']}"
@@ -60,7 +60,8 @@ def check_processor() -> Finding:
     """Cores that this process may use."""
     from droppeft.config import available_cores
 
-    return ok(f"{available_cores()} cores, {platform.machine()}")
+    cores = available_cores()
+    return ok(f"{cores} cores, {platform.machine()}; a run takes all of them, or threads=N")
 
 
 def check_memory() -> Finding:

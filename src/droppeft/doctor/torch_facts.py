@@ -9,7 +9,7 @@ from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """Version, build, CPU threads and the accelerator that ``accelerator=auto`` would take."""
+    """Version, build and the accelerator that ``accelerator=auto`` would take."""
     with warnings.catch_warnings(record=True) as caught:  # why torch sees no device
         warnings.simplefilter("always")
         import torch
@@ -18,7 +18,6 @@ def facts() -> dict[str, Any]:
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
         "mps": torch.backends.mps.is_available(),
         "device": device,
         "warnings": [" ".join(str(warning.message).split()) for warning in caught],

@@ -155,13 +155,17 @@ def adapter_lines(source: Source, folder: str) -> str:
         if tokenizer.pad_token == tokenizer.eos_token
         else ""
     )
+    # The built-in model lies wherever the reader's Python has the package.
+    ours = source.config.model == "builtin"
+    found = "from droppeft.models import builtin_model_folder\n" if ours else ""
+    place = "str(builtin_model_folder())" if ours else repr(base)
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)
     return f"""\
-{loading.import_line}
+{found}{loading.import_line}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = {base!r}
+base = {place}
 id2label = {dict(enumerate(source.label_names))!r}
 {quantised}model = AutoModelForSequenceClassification.from_pretrained(
     base, id2label=id2label, ignore_mismatched_sizes=True{options}
@@ -258,7 +262,7 @@ def _make_durable(folder: Path) -> None:
 def _adapter_card(source: Source) -> str:
     return f"""---
 library_name: {loading_of(source.adapter_type).library}
-base_model: {json.dumps(source.backbone.path)}
+base_model: {json.dumps(source.config.model)}
 tags: [{source.adapter_type}, federated, droppeft]
 ---
 # Adapter trained by droppeft
@@ -274,7 +278,7 @@ In this folder:
 def _merged_card(source: Source) -> str:
     return f"""---
 library_name: transformers
-base_model: {json.dumps(source.backbone.path)}
+base_model: {json.dumps(source.config.model)}
 tags: [federated, droppeft]
 ---
 # Model fine-tuned by droppeft
@@ -341,4 +345,5 @@ def _accuracy(source: Source) -> str:
 
 def _cut(source: Source) -> str:
     length = source.config.training.max_length
-    return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length})\n"
+    pairs = "" if source.config.data == "builtin" else "; of a pair: tokenizer(first, second, …)"
+    return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length}){pairs}\n"

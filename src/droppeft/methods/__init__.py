@@ -1,5 +1,7 @@
 """The federated methods by name: adding one is a file, a line here, and a row in its test."""
 
+import difflib
+
 from droppeft.errors import DroppeftError
 from droppeft.methods.base import Method, Setup
 from droppeft.methods.centralised import CENTRALISED
@@ -57,5 +59,7 @@ def method_named(name: str) -> Method:
         DroppeftError: no such method; the message lists those there are.
     """
     if name not in METHODS:
-        raise DroppeftError(f"method={name}: unknown method; known are {', '.join(METHODS)}")
+        near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}? Known are" if near else "known are"
+        raise DroppeftError(f"method={name}: unknown method; {hint} {', '.join(METHODS)}")
     return METHODS[name]

@@ -92,12 +92,15 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
 
 
 def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
-    """Of a round's devices, the share that had each arm; over seeds, mean of three rounds."""
+    """Of a round's devices, the share that had each arm; mean over seeds and up to three rounds.
+
+    Of a round and the two before it, so that a figure shows nothing before it happened.
+    """
     every = list(chain.from_iterable(runs))
     rounds = max(row["round"] for row in every)
     arms: dict[str, list[float]] = {}
     for place in range(rounds):
-        notes = [row["notes"] for row in every if abs(row["round"] - place - 1) <= 1]
+        notes = [row["notes"] for row in every if 0 <= place + 1 - row["round"] <= 2]
         given = [note["labels"][str(arm)] for note in notes for arm in note["chosen"].values()]
         for label in given:
             arms.setdefault(label, [0.0] * rounds)[place] += 1 / len(given)
@@ -114,7 +117,7 @@ def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
         layer.set_edgecolor("#ffffff")
         layer.set_linewidth(0.3)
     axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
-    axis.set_title(f"{member}: arms, means of three rounds", loc="left", fontsize=9.5)
+    axis.set_title(f"{member}: arms, mean of a round and the two before", loc="left", fontsize=9.5)
     axis.xaxis.set_major_locator(whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
     return figure

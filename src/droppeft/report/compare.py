@@ -11,7 +11,7 @@ from rich.text import Text
 from droppeft.comparison.cells import Cell
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
-from droppeft.comparison.written import COLUMNS, failures, heading, references
+from droppeft.comparison.written import COLUMNS, failures, heading, references, untimed
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
@@ -110,7 +110,7 @@ def show(parts: Sequence[Part], console: Console) -> None:
         for columns in TABLES:
             if part.target is not None or "speed-up" not in columns:
                 console.print(_table(part, columns))
-        for line in references(part):
+        for line in (*references(part), *untimed(part)):
             console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))

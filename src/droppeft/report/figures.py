@@ -62,6 +62,9 @@ TWO, EACH = "two-accuracies", "each-device"
 NAMED = 12
 """As many curves of a figure have a name and a colour: those that end highest."""
 
+LED = 8
+"""As many ends of curves have a line to their names."""
+
 BANDS = 5
 """As many curves have their deviation drawn; bands of more hide one another."""
 
@@ -174,7 +177,10 @@ def _curve(
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None:
-    """Each curve's mark and name beside the plot, at the height of its end if there is room."""
+    """Each curve's mark and name beside the plot, at the height of its end if there is room.
+
+    Lines lead there from up to :data:`LED` ends; more cross each other, and marks have to do.
+    """
     low, high = axis.get_ylim()
     right, least = axis.get_xlim()[1], 0.075 * (high - low)
     place = -float("inf")
@@ -187,14 +193,15 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
     for (across, height, number, name), shown in zip(ends, heights, strict=True):
         place = shown - over
         axis.plot([1.03 * right], [place], **looks(number), markersize=4.5, clip_on=False)
-        axis.plot(
-            [across, 1.03 * right],
-            [height, place],
-            color=looks(number)["color"],
-            linewidth=0.5,
-            alpha=0.6,
-            clip_on=False,
-        )
+        if len(ends) <= LED:
+            axis.plot(
+                [across, 1.03 * right],
+                [height, place],
+                color=looks(number)["color"],
+                linewidth=0.5,
+                alpha=0.6,
+                clip_on=False,
+            )
         axis.annotate(
             name,
             xy=(1.03 * right, place),

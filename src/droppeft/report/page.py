@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from droppeft.comparison.cells import Cell, Comparison
 from droppeft.comparison.playing import JSON as COMPARISON
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.written import COLUMNS, failures, heading, references
+from droppeft.comparison.written import COLUMNS, failures, heading, references, untimed
 from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
@@ -33,6 +35,9 @@ from droppeft.report.figures import (
 )
 
 PAGE, FIGURES = "report.html", "figures"
+SEVERAL = ("model", "data", "seed")
+"""Settings with several values in one comparison."""
+
 MANY = 12
 """More figures than these in a group are shown when they are asked for."""
 
@@ -56,7 +61,8 @@ figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
+td:first-child, th:first-child { text-align: left; }
 details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); padding: .8rem;
   border-radius: .6rem; font-size: .85rem; }
 .failed { color: #c2410c; }
@@ -168,8 +174,9 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
     )
     thought = _group(
         [made[name] for name in made if name.startswith((f"{RATES}-", f"{SHARES}-"))],
-        "What the configurator chose, mean over seeds. An arm says what is dropped of the layers "
-        "that it trains; patterns and the legend's order tell arms apart without colour.",
+        "What the configurator chose, mean over seeds. An arm says which share of the layers "
+        "behind <code>frozen.layers</code> it does not train, and what is dropped of those that it "
+        "trains; patterns and the legend's order tell arms apart without colour.",
     )
     sent = _group(
         [made[name] for name in made if name.startswith((f"{COVERAGE}-", f"{IMPORTANCE}-"))],
@@ -178,7 +185,8 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "the layers' adapters are.",
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in references(part))
+    said = (*references(part), *untimed(part))
+    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in said)
     title = f"<h2>{html.escape(heading(part))}</h2>\n"
     return f"{title}{_table(part)}{known}{lost}{shown}{thought}{sent}"
 
@@ -235,7 +243,7 @@ def _settings(played: Sequence[Played]) -> str:
     own_of = {one.cell.member: _settings_of(one) for one in played}
     every = [set(settings.items()) for settings in own_of.values()]
     common = set.intersection(*every)
-    parts = [("Settings of all", dict(sorted(common)))]
+    parts = [("Settings of all", _places(played) | dict(sorted(common)))]
     for member, settings in own_of.items():
         own = sorted(set(settings.items()) - common)
         parts += [(f"Settings of {member} alone", dict(own))] if own else []
@@ -251,8 +259,31 @@ def _settings(played: Sequence[Played]) -> str:
     return f"<h2>Settings, versions, machine</h2>\n{blocks}"
 
 
+def _places(played: Sequence[Played]) -> dict[str, str]:
+    """Models, data and seeds, several of which belong to all members."""
+    found = {}
+    for name in SEVERAL:
+        values = dict.fromkeys(_config_of(one)[name] for one in played)
+        found[name] = ", ".join(map(_as_toml, values))
+    return found
+
+
 def _settings_of(played: Played) -> dict[str, str]:
-    """As texts, as its run had them; seeds, data and models are said above."""
-    config = played.result["config"] if played.result else as_tree(played.cell.config)
-    several = ("seed", "data", "model")
-    return {name: str(value) for name, value in flat(config).items() if name not in several}
+    """As texts, as its run had them; what :func:`_places` says is not among them."""
+    found = flat(_config_of(played))
+    return {name: _as_toml(value) for name, value in found.items() if name not in SEVERAL}
+
+
+def _config_of(played: Played) -> Mapping[str, Any]:
+    """Of its run, or what it would have been."""
+    config: Mapping[str, Any] = (
+        played.result["config"] if played.result else as_tree(played.cell.config)
+    )
+    return config
+
+
+def _as_toml(value: Any) -> str:
+    """As it stands in a configuration file."""
+    if isinstance(value, list | tuple):  # on one line
+        return f"[{', '.join(map(_as_toml, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")

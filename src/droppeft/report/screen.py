@@ -89,7 +89,7 @@ class Screen:
         self.console.print(_round_line(row, self._about))
         for line in _left_out(row):
             self.console.print(line)
-        for line in _thought(row):
+        for line in _thought(row, self._about):
             self.console.print(Padding(line, (0, 0, 0, 9)))
         self._progress.advance(self._rounds)
         self._progress.reset(self._members)
@@ -171,10 +171,15 @@ def _global_lines(result: Mapping[str, Any], sample: str) -> list[tuple[str, str
         return [("accuracy", "–", "there is no global model")]
     return [
         ("accuracy", _share(result["global_accuracy"]), f"all {result['test_rows']:,} test texts"),
-        ("F1", _share(result["global_f1"]), ""),
+        ("F1", _share(result["global_f1"]), _f1_note(result)),
         ("after round 1", _share(result["first_accuracy"]), sample),
         ("best", _share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
     ]
+
+
+def _f1_note(result: Mapping[str, Any]) -> str:
+    """Which of F1's several meanings it has here."""
+    return "of class 1" if result["classes"] == 2 else "mean over classes (macro)"
 
 
 def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -232,8 +237,9 @@ def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    rounds, layers = result["rounds"], result["num_layers"]
+    rounds, layers = result["rounds"], _not_frozen(result)
     depth = result["mean_active_layers"]
+    behind = "" if layers == result["num_layers"] else " behind the frozen ones"
     return [
         ("time", _seconds(result["host_wall_s"]), f"{rounds} rounds on this machine (measured)"),
         ("of it training", _seconds(result["train_wall_s"]), "all devices one after another"),
@@ -245,7 +251,11 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("energy", _joules(result["energy_modelled_j"]), "all devices (modelled)"),
         ("upload", bytes_text(result["upload_bytes"]), "all devices, all rounds"),
         ("download", bytes_text(result["download_bytes"]), "all devices, all rounds"),
-        ("mean depth", "–" if depth is None else f"{depth:.2f}", f"of {layers} layers per step"),
+        (
+            "mean depth",
+            "–" if depth is None else f"{depth:.2f}",
+            f"of {layers} layers{behind} per step",
+        ),
         ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),
     ]
 
@@ -317,9 +327,15 @@ def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
     line.append((" " if unmeasured else "━") * (BAR_WIDTH - filled), style="bright_black")
     loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
     depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
-    line.append(f"{loss:>12}{depth + '/' + str(about['num_layers']):>10}")
+    line.append(f"{loss:>12}{depth + '/' + str(_not_frozen(about)):>10}")
     line.append(f"{_seconds(row.host_wall_s):>12}{_seconds(row.round_modelled_s):>12}")
     return line
+
+
+def _not_frozen(about: Mapping[str, Any]) -> int:
+    """Layers that dropout and depth are about; those of ``frozen.layers`` lie below them."""
+    layers: int = about["num_layers"] - about["config"]["frozen"]["layers"]
+    return layers
 
 
 def _left_out(row: RoundRow) -> Iterator[Text]:
@@ -333,15 +349,22 @@ def _left_out(row: RoundRow) -> Iterator[Text]:
         yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
 
 
-def _thought(row: RoundRow) -> Iterator[Text]:
-    """Which arms the configurator tried in a round, and which it holds for the best."""
+def _thought(row: RoundRow, about: Mapping[str, Any]) -> Iterator[Text]:
+    """Which arms the configurator tried in a round, and which it holds for the best.
+
+    An arm that nobody has tried is expected to be worth what the others are, or more.
+    """
     notes = row.notes or {}
     if "chosen" not in notes:
         return
     counts = Counter(str(number) for number in notes["chosen"].values())
     tried = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
     best = notes["labels"][str(notes["best"])]
-    yield Text(f"arms: {tried} (best so far: {best})", style="dim")
+    trials = notes["trials"][notes["present"].index(notes["best"])]
+    said = "best so far" if trials else "not tried lately, and expected to be best"
+    frozen = about["num_layers"] - _not_frozen(about)
+    behind = f" behind {frozen} frozen layers" if frozen else ""
+    yield Text(f"arms{behind}: {tried} ({said}: {best})", style="dim")
 
 
 def bar(console: Console) -> Progress:
