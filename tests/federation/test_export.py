@@ -385,7 +385,8 @@ def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> So
     bench = Workbench(backbone, "cpu", 0)
     spec = AdapterSpec(tuple(layers), **settings)
     model = GlobalModel(spec, drawn(bench.fresh_tensors(spec)))
-    return Source(load_config(None), backbone, bench, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
+    config = load_config(None, [f"model={base}"])
+    return Source(config, backbone, bench, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
 
 
 def assert_same_answers(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,10 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
 }
 """Columns of the tables for people, and what stands in them."""
 
+QUALITY = ("member", "seeds", "accuracy", "personalised", "worst tenth", "between devices")
+TIMES = ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
+COSTS = ("member", "whole run, modelled", "activations", "up", "down", "energy, modelled")
+"""Of them those that fit side by side on a screen of 80 signs."""
 
 SPREADS = (
     "accuracy",

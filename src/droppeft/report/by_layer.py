@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from droppeft.report.drawing import COLOURS, new_figure, whole_numbers
 
 Row = Mapping[str, Any]
 
+WIDTH = 56
+"""As many letters of a title stand side by side."""
 
 RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
 """Figures of a member with a configurator, and of one whose devices do not send every layer; their
@@ -82,7 +85,7 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
         vmax=1,
     )
     axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
-    axis.set_title(title, loc="left", fontsize=9.5)
+    axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
     axis.yaxis.set_major_locator(whole_numbers())
     axis.xaxis.set_major_locator(whole_numbers())
     scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
@@ -117,7 +120,8 @@ def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
         layer.set_edgecolor("#ffffff")
         layer.set_linewidth(0.3)
     axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
-    axis.set_title(f"{member}: arms, mean of a round and the two before", loc="left", fontsize=9.5)
+    title = f"{member}: arms, mean of a round and the two before"
+    axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
     axis.xaxis.set_major_locator(whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
     return figure

@@ -11,18 +11,20 @@ from rich.text import Text
 from droppeft.comparison.cells import Cell
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
-from droppeft.comparison.written import COLUMNS, failures, heading, references, untimed
+from droppeft.comparison.written import (
+    COLUMNS,
+    COSTS,
+    QUALITY,
+    TIMES,
+    failures,
+    heading,
+    references,
+    untimed,
+)
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
 from droppeft.plans import Reply
 from droppeft.report.screen import accuracy_line, bar
-
-TABLES = (
-    ("member", "seeds", "accuracy", "personalised", "worst tenth", "between devices"),
-    ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)"),
-    ("member", "whole run, modelled", "activations", "up", "down", "energy, modelled"),
-)
-"""Columns of the tables, each fit for a screen of 80 signs: quality, time to the target, costs."""
 
 
 class Lines:
@@ -107,7 +109,7 @@ def show(parts: Sequence[Part], console: Console) -> None:
     """A table per data set and model."""
     for part in parts:
         console.print(Text(heading(part), style="bold"))
-        for columns in TABLES:
+        for columns in (QUALITY, TIMES, COSTS):
             if part.target is not None or "speed-up" not in columns:
                 console.print(_table(part, columns))
         for line in (*references(part), *untimed(part)):

@@ -15,7 +15,16 @@ from droppeft.comparison.cells import Cell, Comparison
 from droppeft.comparison.playing import JSON as COMPARISON
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.written import COLUMNS, failures, heading, references, untimed
+from droppeft.comparison.written import (
+    COLUMNS,
+    COSTS,
+    QUALITY,
+    TIMES,
+    failures,
+    heading,
+    references,
+    untimed,
+)
 from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
@@ -54,6 +63,8 @@ p, summary { color: var(--soft); max-width: 48rem; }
 figure { margin: 1rem 0; padding: .8rem; background: var(--panel); border-radius: .6rem; }
 .panels { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
+.panels > div { max-width: 40rem; }
+.wide + .wide { margin-top: 1.2rem; }
 figure svg { width: 100%; height: auto; color: var(--ink); display: block; }
 figure svg text { font-family: system-ui, sans-serif; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
@@ -188,7 +199,8 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
     said = (*references(part), *untimed(part))
     known = "".join(f"<p>{html.escape(line)}</p>\n" for line in said)
     title = f"<h2>{html.escape(heading(part))}</h2>\n"
-    return f"{title}{_table(part)}{known}{lost}{shown}{thought}{sent}"
+    tables = _table(part, QUALITY) + _table(part, (*TIMES, *COSTS[1:]))
+    return f"{title}{tables}{known}{lost}{shown}{thought}{sent}"
 
 
 def _said(names: Sequence[str], caption: str, part: Part) -> str:
@@ -225,10 +237,10 @@ def _inline(text: str) -> str:
     return (opening + text[end:]).replace(INK, "currentColor")
 
 
-def _table(part: Part) -> str:
-    known = {
-        name: cell for name, cell in COLUMNS.items() if {cell(row) for row in part.rows} != {"–"}
-    }
+def _table(part: Part, columns: Sequence[str]) -> str:
+    """Those of the columns in which anything stands."""
+    cells = {name: COLUMNS[name] for name in columns}
+    known = {n: cell for n, cell in cells.items() if {cell(row) for row in part.rows} != {"–"}}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in known)
     texts = ([html.escape(cell(row)) for cell in known.values()] for row in part.rows)
     lines = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in texts)
