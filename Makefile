@@ -1,4 +1,5 @@
-# `make run` and `make test` are the whole interface: each prepares what it needs.
+# `make run` and `make test` are the whole interface: each prepares what it needs. `make results` draws
+# every page and picture anew from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: run test lint install constraints clean
+.PHONY: run test lint install results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -47,6 +48,12 @@ endif
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
+
+results: $(DEV)
+	for page in benchmarks/results/*/report.html; do $(BIN)/droppeft report "$$(dirname "$$page")" || exit; done
+	$(BIN)/python docs/contest_figure.py
+	$(BIN)/python docs/convergence_page.py
+	$(BIN)/python docs/generate.py
 
 # The newest set that pyproject.toml allows, from a new environment; run `make test` on it.
 constraints:
