@@ -9,6 +9,7 @@ from tables import markdown_table, was_compared
 from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part
+from droppeft.config import as_tree, flat
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
@@ -17,13 +18,16 @@ END = "<!-- End of what is written. -->\n"
 CONTESTS = {"contest": "The built-in model, six layers", "contest_deep": "`deep12`, twelve layers"}
 
 TEXT = """\
-{devices} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g}; data on which no
-member was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md)).
-*Accuracy*: of the global model on 1,000 test texts. In brackets: how many times sooner than
-*{rival}* it reaches the target on the modelled clock, or how many seeds do. The *target* is the
-mean of {rival}'s last three evaluations (500 texts) less a point; reached is what the mean of three
-evaluations reaches. *Personalised*: devices' own models on their own texts. Activations (measured,
-of the device that stores most) and traffic of a run are the largest of the data sets.
+{devices} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (devices differ in
+which classes they have); [data](docs/results.md#data-and-models-of-the-contest) on which no member
+was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md); *all shared* was
+prompted by six layers). *Accuracy*: of the global model on 1,000 test texts, with the F1 of class 1
+where there are two classes. In brackets: how many times sooner than *{rival}* it reaches the target
+on the *modelled clock* (what work and traffic take by devices' data sheets), or how many seeds
+do. The *target* is the mean of {rival}'s last three evaluations (500 texts) less a point; reached
+is what the mean of three evaluations reaches, so that a time is known to some rounds.
+*Personalised*: devices' own models on their own texts. Activations (measured, of the device that
+stores most) and traffic of a run are the largest of the data sets.
 """
 
 
@@ -51,9 +55,10 @@ def _table(title: str, comparison: Comparison, played: list[Played], parts: list
     most = len(comparison.seeds)
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload", "download"]
+    two = {one.cell.data for one in played if one.result and one.result["classes"] == 2}
     own = ", ".join(_known(part.own_majority) for part in parts)
     rows = [
-        *(_line(parts, most, one) for one in comparison.members),
+        *(_line(parts, most, two, one) for one in comparison.members),
         [
             "*TF-IDF, SVM, all texts in one place*",
             *(_known(part.tfidf) for part in parts),
@@ -65,7 +70,10 @@ def _table(title: str, comparison: Comparison, played: list[Played], parts: list
             *(own, "–", "–", "–"),
         ],
     ]
-    head = f"{title}: {_rounds(played)} rounds, {seeds_of(runs_of(played))}."
+    head = (
+        f"{title}: {_by_data(played, 'rounds')} rounds, evaluated every "
+        f"{_by_data(played, 'evaluation.every')}, {seeds_of(runs_of(played))}."
+    )
     return f"{head}\n\n{markdown_table(columns, rows)}"
 
 
@@ -73,15 +81,15 @@ def _known(value: float | None) -> str:
     return "–" if value is None else _short(value)
 
 
-def _rounds(played: list[Played]) -> str:
-    """How many there are, where it depends on the data with their names."""
-    found = {Path(one.cell.data).name: one.cell.config.rounds for one in played}
+def _by_data(played: list[Played], key: str) -> str:
+    """A setting, where it depends on the data with their names."""
+    found = {Path(one.cell.data).name: flat(as_tree(one.cell.config))[key] for one in played}
     if len(set(found.values())) == 1:
-        return str(played[0].cell.config.rounds)
-    return ", ".join(f"{rounds} ({name})" for name, rounds in found.items())
+        return str(next(iter(found.values())))
+    return ", ".join(f"{value} ({name})" for name, value in found.items())
 
 
-def _line(parts: list[Part], most: int, member: str) -> list[str]:
+def _line(parts: list[Part], most: int, two: set[str], member: str) -> list[str]:
     rows = [row for part in parts for row in part.rows if row.member == member]
     own = [row.personalised.mean for row in rows if row.personalised]
     peak = max(row.activation_bytes_peak or 0 for row in rows)
@@ -89,7 +97,10 @@ def _line(parts: list[Part], most: int, member: str) -> list[str]:
     received = max(row.download_bytes or 0 for row in rows)
     return [
         member,
-        *(_reached(row, most) for row in rows),
+        *(
+            _reached(row, most, with_f1=part.data in two)
+            for part, row in zip(parts, rows, strict=True)
+        ),
         ", ".join(_short(mean) for mean in own) or "–",
         f"{peak / 1e6:.0f} MB",
         f"{sent / 1e6:.1f} MB",
@@ -97,14 +108,17 @@ def _line(parts: list[Part], most: int, member: str) -> list[str]:
     ]
 
 
-def _reached(row: MemberRow, most: int) -> str:
+def _reached(row: MemberRow, most: int, *, with_f1: bool) -> str:
     """Accuracy and speed-up; of how many seeds, where others have more."""
     if row.accuracy is None:
         return "–"
+    accuracy = _short(row.accuracy.mean)
+    if row.f1 is not None and with_f1:
+        accuracy += f", F1 {_short(row.f1.mean)}"
     if row.speed_up_modelled is None:
-        return f"{_short(row.accuracy.mean)} ({row.reached} of {row.seeds} seeds)"
+        return f"{accuracy} ({row.reached} of {row.seeds} seeds)"
     fewer = f", {row.seeds} of {most} seeds" if row.seeds < most else ""
-    return f"{_short(row.accuracy.mean)} ({row.speed_up_modelled:.2f} x{fewer})"
+    return f"{accuracy} ({row.speed_up_modelled:.2f} x{fewer})"
 
 
 def _short(share: float) -> str:

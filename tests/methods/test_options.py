@@ -21,6 +21,7 @@ from droppeft.federation.prepare import prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.methods import METHODS
 from droppeft.methods.fedadapter import TRIAL_ROUNDS
+from droppeft.methods.other_types import OTHER_TYPES
 from droppeft.plans import Failure, flatten
 from droppeft.sharing.server_optimizer import step
 from messages import answer_to, setup_for, shaped
@@ -199,6 +200,36 @@ def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
     setup = replace(shaped(), config=load_config(None, [f"method={name}", "adapter.type=lora"]))
     with pytest.raises(DroppeftError, match=r"adapter.type=lora; "):
         METHODS[name].init(setup)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *((f"method={name}",) for name in ("fedlora", "ffa_lora", "fedsa_lora", *OTHER_TYPES)),
+        ("adapter.type=bottleneck",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_travels_is_averaged_by_examples(
+    words: tuple[str, ...], tiny_words: list[str]
+) -> None:
+    """1 of one example and 5 of three are 4; what stays on devices, or with the seed, stays."""
+    plain = [word for word in tiny_words if not word.startswith("dropout.")]
+    prepared = prepare(load_config(None, [*plain, *words]), lambda step: None, "00c0ffee")
+    method, setup, before = prepared.method, prepared.setup, prepared.state
+    plans = method.plan(setup, before, 1, [0, 1])
+    updates = [
+        answer_to(plan, value, examples=examples)
+        for plan, value, examples in zip(plans, (1.0, 5.0), (1, 3), strict=True)
+    ]
+    sent = {name for _, name, _ in flatten(updates[0].tensors)}
+    after = method.merge(setup, before, plans, updates)
+    for key, name, array in flatten(after.model.tensors):
+        expected = 4.0 if name in sent else before.model.tensors[key][name]
+        np.testing.assert_array_equal(array, expected)
+    stays = {"ffa_lora": ".lora_A.", "fedsa_lora": ".lora_B."}.get(prepared.config.method)
+    everything = {name for _, name, _ in flatten(before.model.tensors)}
+    assert sent == {name for name in everything if stays is None or stays not in name}
 
 
 def test_its_own_settings_stay() -> None:

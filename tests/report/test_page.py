@@ -18,7 +18,7 @@ from droppeft.comparison.written import COLUMNS, write
 from droppeft.errors import DroppeftError
 from droppeft.report.by_layer import of_layers
 from droppeft.report.drawing import INK, svg
-from droppeft.report.figures import AXES, BARS, EACH, OF_THE_TARGET, TWO, figures
+from droppeft.report.figures import AXES, BARS, EACH, NAMED, OF_THE_TARGET, TWO, figures
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from runs import Recorder
 
@@ -164,6 +164,36 @@ def test_many_ends_have_names_without_lines(
     curves, led = sum(1 for row in part.rows if row.accuracy), lines()
     monkeypatch.setattr("droppeft.report.figures.LED", curves - 1)
     assert led - lines() == curves
+
+
+def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None:
+    """Ten times as many members, five times as many seeds: named once each, in few megabytes."""
+    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
+    origin = content["comparison"]["members"]
+    runs = [run for run in content["runs"] if run["seed"] == 0 and run["result"]]
+    members = [f"{run['member']} {number}" for number in range(5) for run in runs]
+    content["comparison"] |= {
+        "members": {name: origin[name.rpartition(" ")[0]] for name in members},
+        "seeds": list(range(5)),
+    }
+    content["runs"] = [
+        {**run, "member": f"{run['member']} {number}", "seed": seed}
+        | {"config": {**run["config"], "seed": seed}}
+        for number in range(5)
+        for run in runs
+        for seed in range(5)
+    ]
+    assert len(content["runs"]) == 100
+    (tmp_path / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    text = write_page(tmp_path).read_text(encoding="utf-8")
+    assert "20 methods, 5 seeds" in text
+    reader = Reader(text)
+    assert f"Of 20 members the {NAMED} that end highest have names." in text
+    assert {*members} <= {*reader.texts}
+    # Figures by member are folded away, and the page stays small enough to be sent.
+    assert re.search(r"<summary>\d+ figures: What the configurator", text) is None
+    assert re.search(r"<summary>\d+ figures: Share of each round", text)
+    assert len(text) < 5e6
 
 
 def test_figures_take_the_page_s_ink(compared: Path) -> None:

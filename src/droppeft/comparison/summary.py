@@ -28,6 +28,7 @@ class MemberRow:
         seeds: how many have a result.
         failures: why others have none, each reason once.
         accuracy: of the global model on the whole test set; ``None`` without such a model.
+        f1: of the same: of class 1 where there are two classes, else the mean over classes.
         personalised: mean over devices of their own models on their own test rows.
         worst_tenth: of the devices, by the same measure.
         between_devices: standard deviation of a run's devices, by the same measure.
@@ -47,6 +48,7 @@ class MemberRow:
     seeds: int
     failures: tuple[str, ...]
     accuracy: Spread | None
+    f1: Spread | None
     personalised: Spread | None
     worst_tenth: Spread | None
     between_devices: Spread | None
@@ -186,6 +188,7 @@ def _row(
         seeds=len(results),
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
         accuracy=_if_all([result["global_accuracy"] for result in results]),
+        f1=_if_all([result["global_f1"] for result in results]),
         personalised=_if_all([result.get("personalised_accuracy") for result in results]),
         worst_tenth=_if_all([result.get("personalised_worst_tenth") for result in results]),
         between_devices=_if_all([result.get("personalised_deviation") for result in results]),

@@ -55,6 +55,7 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
     "member": lambda row: row.member,
     "seeds": lambda row: str(row.seeds),
     "accuracy": lambda row: _accuracy(row.accuracy),
+    "F1": lambda row: _accuracy(row.f1),
     "personalised": lambda row: _accuracy(row.personalised),
     "worst tenth": lambda row: _accuracy(row.worst_tenth),
     "between devices": lambda row: _accuracy(row.between_devices),
@@ -70,13 +71,14 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
 }
 """Columns of the tables for people, and what stands in them."""
 
-QUALITY = ("member", "seeds", "accuracy", "personalised", "worst tenth", "between devices")
+QUALITY = ("member", "accuracy", "F1", "personalised", "worst tenth", "between devices")
 TIMES = ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
-COSTS = ("member", "whole run, modelled", "activations", "up", "down", "energy, modelled")
+COSTS = ("member", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
 """Of them those that fit side by side on a screen of 80 signs."""
 
 SPREADS = (
     "accuracy",
+    "f1",
     "personalised",
     "worst_tenth",
     "between_devices",
