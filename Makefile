@@ -1,5 +1,5 @@
 # `make run` and `make test` are the whole interface: each prepares what it needs. `make results` draws
-# every page and picture anew from the committed result files.
+# the pages and pictures of comparisons anew from the committed result files, and every table.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when

@@ -35,6 +35,14 @@ COMPARISONS = {
         "The contest's data, the built-in model, seeds that the contest has not: whether what was "
         "chosen after seeing the contest's holds (decision 0009, 12).",
     ),
+    "heterogeneity_unlike": (
+        "The contest's AG News, devices very unlike",
+        "The contest's AG News at Dirichlet alpha .1; its targets are of this study's FedLoRA.",
+    ),
+    "heterogeneity_alike": (
+        "The contest's AG News, devices nearly alike",
+        "The same at Dirichlet alpha 10.",
+    ),
     "contest_others": (
         "The other methods on AG News",
         "As the contest; where the adapter or the server is not FedLoRA's with the rate that was "
@@ -138,7 +146,9 @@ PLAYERS = (
 def comparison_sections() -> list[str]:
     """A section per comparison that was made."""
     played = {name: _comparison(name) for name in COMPARISONS if was_compared(name)}
-    contests = [section for name, section in played.items() if name.startswith("contest")]
+    contests = [
+        section for name, section in played.items() if name.startswith(("contest", "heterogeneity"))
+    ]
     return [*contests, DATA, *(one for one in played.values() if one not in contests)]
 
 

@@ -7,7 +7,10 @@ from statistics import fmean
 from studies import Runs, runs_of, seeds_of, spread
 from tables import RESULTS, markdown_table, was_compared
 
+from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
+from droppeft.comparison.summary import summary
+from droppeft.comparison.written import COLUMNS
 from droppeft.report.page import read_folder
 from droppeft.sharing.selection import count_of
 
@@ -60,16 +63,17 @@ ABLATION = """\
 `droppeft compare experiments/ablation.toml`: as above, alpha {alpha}, {seeds}. Layer dropout with
 rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one of its
 choices, half of the layers shared by relative gradient norm (rounded up: two of three); *half
-frozen*: LoRA in the last half of the layers alone, whose inputs are kept. *Over all parts*: in
-points, on the same seed, every seed. Modelled: the whole run; activations: the largest peak of a
-turn.
+frozen*: LoRA in the last half of the layers alone, whose inputs are kept. Without the configurator
+there is no prefix either. *Over all parts*: in points, on the same seed, every seed. To target
+(modelled): until what *none of them* ends with, less a point. Modelled: the whole run; activations:
+the largest peak of a turn.
 """
 ACCURACIES = ("global", "personalised", "worst tenth")
 
 
 def personal_sections() -> list[str]:
     """A section per study that was made."""
-    makers: dict[str, Callable[[Sequence[Played]], str]] = {
+    makers: dict[str, Callable[[Comparison, Sequence[Played]], str]] = {
         "personalisation": _personalisation,
         "sharing_heterogeneity": _heterogeneity,
         "sharing_confirmation": _confirmation,
@@ -77,11 +81,13 @@ def personal_sections() -> list[str]:
         "ablation": _ablation,
     }
     return [
-        make(read_folder(RESULTS / name)[2]) for name, make in makers.items() if was_compared(name)
+        make(*read_folder(RESULTS / name)[1:])
+        for name, make in makers.items()
+        if was_compared(name)
     ]
 
 
-def _personalisation(played: Sequence[Played]) -> str:
+def _personalisation(comparison: Comparison, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = [
         (
@@ -108,7 +114,7 @@ def _least_covered(own: Mapping[int, Played]) -> str:
     return f"{fmean(parts):.0%}"
 
 
-def _heterogeneity(played: Sequence[Played]) -> str:
+def _heterogeneity(comparison: Comparison, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
     for member, own in runs.items():
@@ -122,7 +128,7 @@ def _heterogeneity(played: Sequence[Played]) -> str:
     return f"{HETEROGENEITY.format(**_said(runs))}\n{markdown_table(columns, lines)}"
 
 
-def _confirmation(played: Sequence[Played]) -> str:
+def _confirmation(comparison: Comparison, played: Sequence[Played]) -> str:
     lines = []
     for data, model in dict.fromkeys(one.cell.place for one in played):
         runs = runs_of([one for one in played if one.cell.place == (data, model)])
@@ -134,7 +140,7 @@ def _confirmation(played: Sequence[Played]) -> str:
     return f"{CONFIRMATION.format(**_said(runs_of(played)))}\n{markdown_table(columns, lines)}"
 
 
-def _newcomers(played: Sequence[Played]) -> str:
+def _newcomers(comparison: Comparison, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
     for member, own in runs.items():
@@ -145,8 +151,10 @@ def _newcomers(played: Sequence[Played]) -> str:
     return f"{NEWCOMERS.format(**_said(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
 
 
-def _ablation(played: Sequence[Played]) -> str:
+def _ablation(comparison: Comparison, played: Sequence[Played]) -> str:
     runs = runs_of(played)
+    [part] = summary(comparison, played)
+    to_target = {row.member: COLUMNS["to target, modelled"](row) for row in part.rows}
     lines = []
     for member, own in runs.items():
         results = _results(own)
@@ -157,13 +165,14 @@ def _ablation(played: Sequence[Played]) -> str:
                 member,
                 *_accuracies(own),
                 *_differences(own, runs["all parts"]),
+                to_target[member],
                 f"{seconds:.1f} s",
                 f"{peak / 1e6:.1f} MB",
                 *_traffic(own),
             )
         )
     columns = [*_columns("run", "all parts")]
-    columns[-2:-2] = ["modelled", "activations"]
+    columns[-2:-2] = ["to target", "modelled", "activations"]
     return f"{ABLATION.format(**_said(runs))}\n{markdown_table(columns, lines)}"
 
 

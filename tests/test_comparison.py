@@ -637,6 +637,7 @@ def test_there_are_experiments() -> None:
             "depth",
         ),
         *("contest", "contest_deep", "contest_confirmation", "contest_length", "contest_others"),
+        *("heterogeneity_alike", "heterogeneity_unlike"),
         *("rates", "ia3"),
         *("convergence", "statements"),
     }
