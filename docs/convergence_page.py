@@ -109,6 +109,15 @@ others to change less than the rate does. How large a change is depends on the l
 mean near 0 may hide changes of both signs.
 
 """
+COVERAGE_HEAD = """\
+
+The two quantities of the published bound, as far as they were recorded: of a round's devices, the
+share that trained the layer that the fewest trained (*coverage*; mean over rounds, and the least of
+any round), and of the steps that layers could have had, what the layer with the fewest had. What a
+closed gate takes from the gradient (*reduction noise*) was not recorded; it grows with the rate and
+depends on nothing else here.
+
+"""
 LONG_HEAD = """\
 
 Three times as many rounds ({setting}), with a constant and with a falling learning rate: the gap
@@ -157,7 +166,8 @@ def convergence_page() -> str:
         seeds=seeds_of(runs),
         sample=config.evaluation.rows,
     )
-    return f"{page}\n{head}{_gap_table(grid)}{_factors(grid)}{_long(long)}"
+    tables = f"{_gap_table(grid)}{_factors(grid)}{_coverage(grid)}{_long(long)}"
+    return f"{page}\n{head}{tables}"
 
 
 def _read() -> tuple[Runs, Found]:
@@ -228,6 +238,31 @@ def _factors(grid: Found) -> str:
         lines.append((name, f"{low:g}", f"{high:g}", signed(changes), _range(each)))
     columns = ("factor", "from", "to", "change of the gap", "range over the others")
     return FACTORS_HEAD + markdown_table(columns, lines)
+
+
+def _coverage(grid: Found) -> str:
+    lines = []
+    for steps in sorted({setting.steps for setting in grid}):
+        for rate in RATES:
+            rows = [
+                (setting, row)
+                for setting, own in grid.items()
+                if setting.steps == steps
+                for run in own[rate].values()
+                for row in run.rows
+            ]
+            devices = [min(row["coverage"]) / row["accepted"] for _, row in rows]
+            had = [min(row["layer_steps"]) / (row["accepted"] * steps) for _, row in rows]
+            lines.append(
+                (
+                    f"{steps} steps, {rate} dropped",
+                    f"{fmean(devices):.1%}",
+                    f"{min(devices):.0%}",
+                    f"{fmean(had):.0%}",
+                )
+            )
+    columns = ("", "coverage", "least", "steps of the layer with the fewest")
+    return COVERAGE_HEAD + markdown_table(columns, lines)
 
 
 def _range(values: list[float]) -> str:
