@@ -46,8 +46,9 @@ COMPARISONS = {
     "contest_others": (
         "The other methods on AG News",
         "As the contest; where the adapter or the server is not FedLoRA's with the rate that was "
-        "best [on development data](#learning-rates-for-the-other-methods). It has no measured "
-        "times: other work ran beside some members and not beside others.",
+        "best [on development data](#learning-rates-for-the-other-methods). No measured times "
+        "are shown, and those of the page do not compare: other work ran beside some members and "
+        "not beside others.",
     ),
     "rates": (
         "Learning rates for the other methods",

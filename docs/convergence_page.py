@@ -13,6 +13,7 @@ from gaps import final_loss, gaps, signed, verdict
 from studies import Runs, Seeds, bare, runs_of, seeds_of
 from tables import FIGURES, NOTICE, RESULTS, markdown_table, was_compared
 
+from droppeft.comparison.cells import Comparison
 from droppeft.report.drawing import looks, style
 from droppeft.report.page import read_folder
 
@@ -103,8 +104,8 @@ in eight; there are many lines, and those that share runs are not independent.
 """
 FACTORS_HEAD = """\
 
-What each factor changes in the gap of half dropped, by seed, mean over the other factors, and the
-range over these of its mean over seeds; the rate's own line is from none to half. P3 expects the
+What each factor changes in the gap, by seed, mean over the other factors, and the range over these
+of its mean over seeds; the rate's own line is the gap itself. P3 expects the
 others to change less than the rate does. How large a change is depends on the levels chosen, and a
 mean near 0 may hide changes of both signs.
 
@@ -130,31 +131,35 @@ SUPPORT = """\
 
 ## What the data support
 
-- **P1 holds** wherever anything is learnt: with dropping the loss is higher on every seed of seven
-  settings of eight, and with half dropped higher than with a third in six. The others have two
-  devices a round with alpha .1, where nobody gets far.
+With half dropped training has barely begun in {steps} steps: it ends near or above the loss it
+began with, so that its gap there is mostly what the others have learnt. What follows is said of a
+third dropped, and of half in the long runs.
+
+- **P1 holds**: with a third dropped the loss is higher on every seed of seven settings of eight,
+  and with half dropped higher than with a third in six. The others have two devices a round with
+  alpha .1, where nobody gets far.
 - **P2 holds**, on every seed, for both rates and both schedules: with three times as many rounds at
-  least seven tenths of the gap are left. Half dropped still falls at the end, so that its gap may
-  be slowness. A third dropped is nearly level from half of the run on, as is nothing dropped, and
-  ends {floor:.2f} higher (falling rate). That is what a floor looks like.
-- **P3 holds** for these levels: on every seed each factor changes the gap of half dropped by less
-  than the rate does. But the gap is *larger* where devices are alike, and with them unlike where
-  more take part: without dropping these runs get further.
+  least seven tenths of the gap are left. With the constant rate a third dropped is level from half
+  of the run on ({level}), while nothing dropped still falls ({plain_level}): the gap does not
+  close. Half dropped still falls with the falling rate, so that its gap may be slowness.
+- **P3 holds** of a third dropped: on every seed each factor changes the gap by less than the rate
+  does, by half of it at most. Of half dropped it cannot be said here.
 - **It is not coverage.** All devices of nearly all rounds trained every layer; in the published
   bound that leaves its other part, reduction noise, which grows with the rate.
-- **It is not gate noise at a constant step size** (σ_g²) either: with a learning rate that falls to
-  nothing as much of the gap is left, and where devices are alike three times the cohort changes it
-  by a tenth and less.
+- **Noise of the gates** (σ_g²) would shrink with a falling learning rate, and with the cohort: as
+  much of the gap is left with the falling rate, and where devices are alike three times the cohort
+  changes the mean gap of a third dropped by less than a tenth (by seed by up to a quarter, either
+  way).
 - **It is not that a layer had fewer steps.** After {long} rounds with a third dropped the layer
   with the fewest has had {more:.1f} times the steps that it had in {short} rounds with nothing
   dropped, and the loss is {dropped:.2f} (constant rate), where that was {plain:.2f}. With half
-  dropped: {half_more:.1f} times, and {half:.2f}.
-- So what is left is what the argument calls B: training with layers left out settles on another
-  loss than the one that is judged. One data set, one model, AdamW, {long} rounds; the argument's
-  assumptions are not all met, and B itself was not measured.
+  dropped: {half_more:.1f} times, and {half:.2f}. (Means of the last two evaluations; after round
+  {short} itself it was {plain_end:.2f}.)
+- What is left is what the argument calls B: that training with layers left out settles on another
+  loss than the one that is judged. It was not measured itself. One data set, one model, AdamW,
+  {long} rounds; the argument's assumptions are not all met.
 """
 RATES = ("none", "a third", "half")
-SEEDS = (0, 1, 2)
 FACTORS = ("steps", "alpha", "cohort")
 
 
@@ -181,7 +186,7 @@ def convergence_page() -> str:
     page = f"{NOTICE}\n\n{THEORY}"
     if not was_compared(NAME):
         return f"{page}\n{NOT_YET}"
-    runs, found = _read()
+    comparison, runs, found = _read()
     grid, long = _parted(found)
     config = next(iter(next(iter(runs.values())).values())).cell.config
     rounds = sorted({setting.rounds for setting in grid})
@@ -195,12 +200,14 @@ def convergence_page() -> str:
         sample=config.evaluation.rows,
     )
     tables = f"{_gap_table(grid)}{_factors(grid)}{_coverage(grid)}{_long(long)}"
-    finished = all(len(own) == len(SEEDS) for own in runs.values())
-    return f"{page}\n{head}{tables}{_support(long) if finished else ''}"
+    finished = all({*runs.get(one, {})} == {*comparison.seeds} for one in comparison.members)
+    steps = config.rounds * int(config.training.local_steps or 0)
+    return f"{page}\n{head}{tables}{_support(long, steps) if finished else ''}"
 
 
-def _read() -> tuple[Runs, Found]:
-    runs = runs_of(read_folder(RESULTS / NAME)[2])
+def _read() -> tuple[Comparison, Runs, Found]:
+    _, comparison, played = read_folder(RESULTS / NAME)
+    runs = runs_of(played)
     found: dict[Setting, dict[str, Seeds]] = {}
     for member, own in runs.items():
         config = next(iter(own.values())).cell.config
@@ -212,9 +219,11 @@ def _read() -> tuple[Runs, Found]:
             config.training.schedule,
         )
         found.setdefault(setting, {})[member.partition(" dropped")[0]] = own
-    return runs, {
-        setting: {rate: own.get(rate, {}) for rate in RATES} for setting, own in found.items()
-    }
+    return (
+        comparison,
+        runs,
+        {setting: {rate: own.get(rate, {}) for rate in RATES} for setting, own in found.items()},
+    )
 
 
 def _parted(found: Found) -> tuple[Found, Found]:
@@ -245,14 +254,21 @@ def _gap_table(grid: Found) -> str:
 
 
 def _factors(grid: Found) -> str:
-    """Changes of the gap of half dropped; only of settings that all have the same seeds."""
-    by_setting = {setting: gaps(own["half"], own["none"]) for setting, own in grid.items()}
+    lines = [line for rate in RATES[1:] for line in _changes(grid, rate)]
+    columns = ("of", "factor", "from", "to", "change of the gap", "range over the others")
+    return FACTORS_HEAD + markdown_table(columns, lines) if lines else ""
+
+
+def _changes(grid: Found, rate: str) -> list[tuple[str, ...]]:
+    """Of the gap of a rate by each factor; only of settings that all have the same seeds."""
+    by_setting = {setting: gaps(own[rate], own["none"]) for setting, own in grid.items()}
     seeds = set.intersection(*({*found} for found in by_setting.values()))
     if not seeds:
-        return ""
+        return []
     whole = [fmean(found[seed] for found in by_setting.values()) for seed in sorted(seeds)]
     means = [fmean(found[seed] for seed in seeds) for found in by_setting.values()]
-    lines = [("rate", "none", "half", signed(whole), _range(means))]
+    of = f"{rate} dropped"
+    lines: list[tuple[str, ...]] = [(of, "rate", "none", rate, signed(whole), _range(means))]
     for name in FACTORS:
         low, high = sorted({getattr(setting, name) for setting in by_setting})
         pairs = [
@@ -264,9 +280,8 @@ def _factors(grid: Found) -> str:
         ]
         changes = [fmean(two[seed] - one[seed] for one, two in pairs) for seed in sorted(seeds)]
         each = [fmean(two[seed] - one[seed] for seed in seeds) for one, two in pairs]
-        lines.append((name, f"{low:g}", f"{high:g}", signed(changes), _range(each)))
-    columns = ("factor", "from", "to", "change of the gap", "range over the others")
-    return FACTORS_HEAD + markdown_table(columns, lines)
+        lines.append((of, name, f"{low:g}", f"{high:g}", signed(changes), _range(each)))
+    return lines
 
 
 def _coverage(grid: Found) -> str:
@@ -294,12 +309,9 @@ def _coverage(grid: Found) -> str:
     return COVERAGE_HEAD + markdown_table(columns, lines)
 
 
-def _support(found: Found) -> str:
+def _support(found: Found, steps_of_grid: int) -> str:
     """Verdicts, which were written when all seeds were in; their numbers follow the file."""
-    constant, falling = (
-        next(own for setting, own in found.items() if setting.schedule == schedule)
-        for schedule in ("constant", "linear")
-    )
+    constant = next(own for setting, own in found.items() if setting.schedule == "constant")
     rounds = next(iter(found)).rounds
     short = rounds // 3
 
@@ -315,8 +327,24 @@ def _support(found: Found) -> str:
     def loss(rate: str, last: int) -> float:
         return fmean(final_loss(run, last=last) for run in constant[rate].values())
 
+    def level(rate: str) -> str:
+        ends = (after(rate, rounds // 2), after(rate, rounds))
+        return " to ".join(f"{one:.2f}" for one in ends)
+
+    def after(rate: str, last: int) -> float:
+        """A round's own evaluation, mean over seeds."""
+        return fmean(
+            row["global_loss"]
+            for run in constant[rate].values()
+            for row in run.rows
+            if row["round"] == last
+        )
+
     return SUPPORT.format(
-        floor=fmean(gaps(falling["a third"], falling["none"]).values()),
+        steps=steps_of_grid,
+        level=level("a third"),
+        plain_level=level("none"),
+        plain_end=after("none", short),
         long=rounds,
         short=short,
         more=steps("a third", rounds) / steps("none", short),
@@ -359,7 +387,7 @@ def draw() -> None:
     """Loss against steps: a panel per setting, a line per rate, the range of seeds as a band."""
     from matplotlib.figure import Figure
 
-    grid, long = _parted(_read()[1])
+    grid, long = _parted(_read()[2])
     with style():
         figure = Figure(figsize=(11, 7.4), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1.25))

@@ -72,7 +72,7 @@ def _table(title: str, comparison: Comparison, played: list[Played], parts: list
     ]
     head = (
         f"{title}: {_by_data(played, 'rounds')} rounds, evaluated every "
-        f"{_by_data(played, 'evaluation.every')}, {seeds_of(runs_of(played))}."
+        f"{_by_data(played, 'evaluation.every')} rounds, {seeds_of(runs_of(played))}."
     )
     return f"{head}\n\n{markdown_table(columns, rows)}"
 

@@ -104,6 +104,8 @@ def assert_refused(said: Said, *parts: str) -> None:
             ["'rounds' is neither a .toml file nor key=value; did you mean rounds=VALUE?"],
         ),
         (["rounds", "2"], ["got rounds and 2; did you mean rounds=2?"]),
+        (["one.toml", "fedlora"], ["one.toml and fedlora; did you mean method=fedlora?"]),
+        (["one.toml", "rounds", "2"], ["did you mean rounds=2?"]),
         (["fedlora"], ["did you mean method=fedlora?"]),
         (["wrong"], ["'wrong' is neither a .toml file nor key=value\n"]),
         (["method=fedloar"], ["unknown method; did you mean fedlora? Known are droppeft, "]),

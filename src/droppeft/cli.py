@@ -369,7 +369,8 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Tell the configuration file from the settings."""
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        meant = _meant(files[0], files[1])
+        odd = next((word for word in files if not word.endswith(".toml")), files[0])
+        meant = _meant(odd, *files[files.index(odd) + 1 :][:1])
         raise DroppeftError(
             f"only one configuration file can be given, got {' and '.join(files)}{meant}"
         )

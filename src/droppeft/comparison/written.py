@@ -189,11 +189,11 @@ def notes(part: Part) -> list[str]:
 
 
 def untimed(part: Part) -> list[str]:
-    """Why nobody has a time to a target: a line, or none."""
+    """Why nobody has a time to a target, whether none was set or its member failed; or none."""
     if part.target is not None:
         return []
     return [
-        "There is no target, and no times to one: a comparison's file sets it as target, "
+        "No target is known, and no times to one: a comparison's file sets it as target, "
         "a run as target_accuracy."
     ]
 
