@@ -15,7 +15,11 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
 END = "<!-- End of what is written. -->\n"
 
-CONTESTS = {"contest": "The built-in model, six layers", "contest_deep": "`deep12`, twelve layers"}
+CONTESTS = {
+    "contest": "The built-in model, six layers",
+    "contest_deep": "`deep12`, twelve layers",
+    "contest_confirmation": "Six layers again, other seeds, members that the contest had suggested",
+}
 
 TEXT = """\
 {devices} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (devices differ in
