@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from studies import runs_of, seeds_of
+from studies import seeds_of_comparison
 from tables import FIGURES, RESULTS, markdown_table, processor, was_compared
 
 from droppeft.comparison.cells import Comparison
@@ -171,7 +171,7 @@ def _comparison(name: str) -> str:
         title=title,
         name=name,
         about=about,
-        seeds="one seed" if len(comparison.seeds) == 1 else seeds_of(runs_of(played)),
+        seeds=seeds_of_comparison(comparison, played),
         target=TARGET.format(target.member, target.minus) if target else "",
         measured="" if name in UNFIT else MEASURED,
         place=" and ".join(dict.fromkeys(processor(one["machine"]) for one in results)),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from comparison_sections import read_parts
-from studies import runs_of, seeds_of
+from studies import seeds_of_comparison
 from tables import markdown_table, was_compared
 
 from droppeft.comparison.cells import Comparison
@@ -76,7 +76,7 @@ def _table(title: str, comparison: Comparison, played: list[Played], parts: list
     ]
     head = (
         f"{title}: {_by_data(played, 'rounds')} rounds, evaluated every "
-        f"{_by_data(played, 'evaluation.every')} rounds, {seeds_of(runs_of(played))}."
+        f"{_by_data(played, 'evaluation.every')} rounds, {seeds_of_comparison(comparison, played)}."
     )
     return f"{head}\n\n{markdown_table(columns, rows)}"
 

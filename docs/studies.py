@@ -1,9 +1,11 @@
 """What the sections about studies of several members and seeds have in common."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 
+from droppeft.comparison.cells import Comparison
 from droppeft.comparison.playing import Played
 
 Seeds = Mapping[int, Played]
@@ -28,6 +30,16 @@ def seeds_of(runs: Runs) -> str:
     if len(counts) > 1:
         return f"{counts[0]} to {counts[-1]} seeds, **not finished**"
     return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
+
+
+def seeds_of_comparison(comparison: Comparison, played: Sequence[Played]) -> str:
+    """How many seeds each member has on each of its data, and whether that is all it asks for."""
+    done = Counter((one.cell.place, one.cell.member) for one in played if one.result is not None)
+    wanted = len(comparison.seeds)
+    least, most = min(done.values()), max(done.values())
+    if least < wanted:
+        return f"{least} to {most} seeds, **not finished**"
+    return f"{wanted} seeds" if wanted > 1 else "one seed"
 
 
 def spread(values: Collection[float | None]) -> str:
