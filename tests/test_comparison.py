@@ -308,6 +308,7 @@ def a_run(member: str, seed: int, accuracies: Sequence[float], round_s: float = 
     ]
     result = {
         "global_accuracy": accuracies[-1],
+        "global_f1": accuracies[-1] / 2,
         "initial_accuracy": 0.1,
         "activation_bytes_peak": 100 * (seed + 1),
         "upload_bytes": 10,
@@ -330,6 +331,8 @@ def test_a_member_s_row_by_hand() -> None:
     assert full.accuracy is not None
     assert full.accuracy.mean == pytest.approx(0.75)
     assert full.accuracy.deviation == pytest.approx(0.05 * 2**0.5)
+    assert full.f1 is not None
+    assert full.f1.mean == pytest.approx(0.375)
     # The mean of three evaluations reaches .6 in round 3: (.5 + .6 + .7) / 3.
     assert full.time_to_target_modelled_s is not None
     assert full.time_to_target_modelled_s.mean == 30.0
@@ -351,7 +354,9 @@ def test_times_need_every_seed() -> None:
     assert (dropped.reached, dropped.seeds) == (1, 2)
     assert dropped.time_to_target_modelled_s is None
     assert dropped.speed_up_modelled is None
-    assert "| dropped | 2 | .550 ± .071 | – | – | – | 1 of 2 seeds |" in as_markdown([part])
+    assert "| dropped | 2 | .550 ± .071 | .275 ± .035 | – | – | – | 1 of 2 seeds |" in as_markdown(
+        [part]
+    )
 
 
 def test_a_speed_up_is_over_the_seeds_that_a_member_has() -> None:
