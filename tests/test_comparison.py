@@ -374,7 +374,7 @@ def test_who_has_no_global_model_misses_no_target() -> None:
     own = [
         Played(
             run.cell,
-            {**(run.result or {}), "global_accuracy": None},
+            {**(run.result or {}), "global_accuracy": None, "global_f1": None},
             [{**row, "global_accuracy": None} for row in run.rows],
             None,
         )
@@ -382,7 +382,7 @@ def test_who_has_no_global_model_misses_no_target() -> None:
     ]
     [part] = summary(comparison(target={"accuracy": 0.6}), [*FULL, *own])
     assert [row.reached for row in part.rows] == [2, None]
-    assert "| dropped | 2 | – | – | – | – | – |" in as_markdown([part])
+    assert "| dropped | 2 | – | – | – | – | – | – |" in as_markdown([part])
 
 
 def test_the_baseline_can_be_named() -> None:
