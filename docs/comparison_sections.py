@@ -145,12 +145,8 @@ PLAYERS = (
 
 
 def comparison_sections() -> list[str]:
-    """A section per comparison that was made."""
-    played = {name: _comparison(name) for name in COMPARISONS if was_compared(name)}
-    contests = [
-        section for name, section in played.items() if name.startswith(("contest", "heterogeneity"))
-    ]
-    return [*contests, DATA, *(one for one in played.values() if one not in contests)]
+    """A section per comparison that was made, and what they were made on."""
+    return [*(_comparison(name) for name in COMPARISONS if was_compared(name)), DATA]
 
 
 def synthetic_sections() -> list[str]:

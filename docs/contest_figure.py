@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from studies import runs_of, seeds_of
+from studies import seeds_of_comparison
 from tables import FIGURES, RESULTS, was_compared
 
 from droppeft.comparison.playing import Played
@@ -51,7 +51,9 @@ def draw(name: str) -> None:
             markerscale=0.6,
             columnspacing=1.4,
         )
-        note = f"means over {seeds_of(runs_of(played))}; dotted: the target; large: ours"
+        note = (
+            f"means over {seeds_of_comparison(comparison, played)}; dotted: the target; large: ours"
+        )
         figure.suptitle(note.replace("**", ""), fontsize=9.5, x=0.01, ha="left")
         figure.savefig(FIGURES / f"{name}.png", dpi=150, facecolor="white")
 

@@ -190,9 +190,10 @@ def convergence_page() -> str:
     grid, long = _parted(found)
     config = next(iter(next(iter(runs.values())).values())).cell.config
     rounds = sorted({setting.rounds for setting in grid})
+    steps = config.rounds * int(config.training.local_steps or 0)
     head = STUDY.format(
         devices=config.devices,
-        total=config.rounds * int(config.training.local_steps or 0),
+        total=steps,
         some=rounds[0],
         many=rounds[-1],
         batch=config.training.batch_size,
@@ -201,7 +202,6 @@ def convergence_page() -> str:
     )
     tables = f"{_gap_table(grid)}{_factors(grid)}{_coverage(grid)}{_long(long)}"
     finished = all({*runs.get(one, {})} == {*comparison.seeds} for one in comparison.members)
-    steps = config.rounds * int(config.training.local_steps or 0)
     return f"{page}\n{head}{tables}{_support(long, steps) if finished else ''}"
 
 

@@ -178,14 +178,14 @@ def as_markdown(parts: Sequence[Part]) -> str:
         lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        said = "".join(f"\n{note}\n" for note in notes(part))
+        said = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
         sections.append(f"## {heading(part)}\n\n{table}{said}")
     return "\n".join(sections)
 
 
 def notes(part: Part) -> list[str]:
-    """All that is said below a table."""
-    return [*references(part), *untimed(part), *failures(part)]
+    """What is said below a table; what failed is said after it."""
+    return [*references(part), *untimed(part)]
 
 
 def untimed(part: Part) -> list[str]:

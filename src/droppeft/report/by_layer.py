@@ -85,13 +85,17 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
         vmax=1,
     )
     axis.set(xlabel="round", ylabel="layer, 0 nearest the input")
-    axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
+    _name(axis, title)
     axis.yaxis.set_major_locator(whole_numbers())
     axis.xaxis.set_major_locator(whole_numbers())
     scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
     scale.solids.set_edgecolor("face")  # no light between the colours
     scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
     return figure
+
+
+def _name(axis: Any, title: str) -> None:
+    axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
 
 
 def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
@@ -121,7 +125,7 @@ def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
         layer.set_linewidth(0.3)
     axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
     title = f"{member}: arms, mean of a round and the two before"
-    axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
+    _name(axis, title)
     axis.xaxis.set_major_locator(whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)
     return figure

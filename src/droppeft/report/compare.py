@@ -18,8 +18,7 @@ from droppeft.comparison.written import (
     TIMES,
     failures,
     heading,
-    references,
-    untimed,
+    notes,
 )
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import RoundRow
@@ -112,7 +111,7 @@ def show(parts: Sequence[Part], console: Console) -> None:
         for columns in (QUALITY, TIMES, COSTS):
             if part.target is not None or "speed-up" not in columns:
                 console.print(_table(part, columns))
-        for line in (*references(part), *untimed(part)):
+        for line in notes(part):
             console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))

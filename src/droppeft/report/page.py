@@ -22,8 +22,7 @@ from droppeft.comparison.written import (
     TIMES,
     failures,
     heading,
-    references,
-    untimed,
+    notes,
 )
 from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
@@ -196,8 +195,7 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
         "the layers' adapters are.",
     )
     lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    said = (*references(part), *untimed(part))
-    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in said)
+    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in notes(part))
     title = f"<h2>{html.escape(heading(part))}</h2>\n"
     tables = _table(part, QUALITY) + _table(part, (*TIMES, *COSTS[1:]))
     return f"{title}{tables}{known}{lost}{shown}{thought}{sent}"

@@ -362,7 +362,7 @@ def _thought(row: RoundRow, about: Mapping[str, Any]) -> Iterator[Text]:
     best = notes["labels"][str(notes["best"])]
     trials = notes["trials"][notes["present"].index(notes["best"])]
     said = "best so far" if trials else "not tried lately, and expected to be best"
-    frozen = about["num_layers"] - _not_frozen(about)
+    frozen = about["config"]["frozen"]["layers"]
     behind = f" behind {frozen} frozen layers" if frozen else ""
     yield Text(f"arms{behind}: {tried} ({said}: {best})", style="dim")
 
