@@ -19,8 +19,8 @@ from droppeft.config import as_tree, load_config, resolve
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.prepare import prepare
 from droppeft.federation.rounds import play_round
-from droppeft.federation.transport import in_process
 from droppeft.plans import Update
+from droppeft.transports.in_process import in_process
 
 RESULT = Path(__file__).resolve().parent / "results/configurator_overhead.json"
 SETTINGS = [

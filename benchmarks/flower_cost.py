@@ -31,10 +31,10 @@ from typing import Any
 import rebuilding_client
 from droppeft.config import load_config
 from droppeft.federation.environment import machine, versions
-from droppeft.federation.flower import client_app
 from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow, read_rows
 from droppeft.plans import Reply
+from droppeft.transports.flower import client_app
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks/results/flower_cost.json"

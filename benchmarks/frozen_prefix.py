@@ -28,11 +28,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from droppeft.client.client_model import ClientModel
 from droppeft.config import TrainingConfig
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.federation.environment import machine, versions
-from droppeft.federation.workbench import Workbench
 from droppeft.frozen_prefix import FrozenPrefix, StateStore
 from droppeft.frozen_prefix.turn import PrefixOfTurn
 from droppeft.layer_dropout import sample_active
@@ -92,7 +92,7 @@ class Stand:
 
     def __init__(self, subject: Subject, data: Path) -> None:
         backbone = load_backbone(subject.path(data), ("a", "b"), seed=0)
-        self.bench = Workbench(backbone, "cpu", seed=0)
+        self.bench = ClientModel(backbone, "cpu", seed=0)
         self.depth = backbone.num_layers
         rng = np.random.default_rng(0)
         rows, tokens = subject.batch, subject.batch * subject.length
@@ -108,7 +108,7 @@ class Stand:
         """One training step of an arm; on a later visit the states are there already."""
         lora = LayerAdapter("lora", rank=8)
         behind = self.depth - arm.frozen
-        self.bench.wear(AdapterSpec((None,) * arm.frozen + (lora,) * behind, alpha=16.0))
+        self.bench.attach(AdapterSpec((None,) * arm.frozen + (lora,) * behind, alpha=16.0))
         if arm.visit == "later visit":
             self._train(arm, self._prefix(arm, folder, round=1), draw)
         prefix = self._prefix(arm, folder, round=2)

@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.federation.device import carry_out
 from droppeft.federation.environment import machine, versions
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import prepare
 
 RESULT = Path(__file__).resolve().parent / "results/matrix_kernels.json"
@@ -99,10 +98,10 @@ def _turn() -> float:
     """Processor seconds of a turn of ten steps, the second of two."""
     prepared = prepare(resolve(load_config(None, WORDS), cuda=False), lambda step: None, "00c0ffee")
     [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
-    site, config = site_of(prepared.loaded), prepared.config
+    clients = clients_of(prepared.loaded)
     for _ in range(2):
         start = time.process_time()
-        carry_out(site.bench, site.table, site.devices[0], config, plan)
+        clients[0].run(plan)
     return time.process_time() - start
 
 

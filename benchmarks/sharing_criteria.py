@@ -16,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from droppeft.client.loading import clients_of
 from droppeft.config import as_tree, load_config, resolve
-from droppeft.federation.device import carry_out
 from droppeft.federation.environment import machine, versions
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import prepare
 from droppeft.plans import Plan, SharingRule, Update, payload_bytes
 from droppeft.sharing.criteria import CRITERIA
@@ -34,7 +33,7 @@ def main(words: list[str]) -> None:
     """Measure and write."""
     config = resolve(load_config(None, [*SETTINGS, *words]), cuda=False)
     prepared = prepare(config, lambda step: None, "0")
-    site = site_of(prepared.loaded)
+    clients = clients_of(prepared.loaded)
     [plain] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
     rows = config.sharing.score_rows
     plans: dict[str, Plan] = {"": plain} | {
@@ -47,7 +46,7 @@ def main(words: list[str]) -> None:
     for repeat in range(WARM_UP + REPEATS):
         for name in order.sample(list(plans), len(plans)):
             wall, cpu = time.perf_counter(), time.process_time()
-            reply = carry_out(site.bench, site.table, site.devices[1], config, plans[name])
+            reply = clients[1].run(plans[name])
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             assert isinstance(reply, Update)
             if repeat >= WARM_UP:

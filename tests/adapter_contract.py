@@ -23,7 +23,7 @@ from droppeft.adapters.attach import attach, detach, export_adapter
 from droppeft.adapters.bottleneck import load_bottleneck
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
 from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES
-from droppeft.config import AdapterConfig, TrainingConfig
+from droppeft.config import AdapterConfig
 from droppeft.data.tasks import Classification
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
@@ -31,7 +31,8 @@ from droppeft.methods.base import adapter_spec
 from droppeft.models import HEAD_MODULES, quiet
 from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerKey, flatten
 from droppeft.quantization import put_values, quantised, settle
-from droppeft.training import train
+from droppeft.training import Step, Trainable, train
+from messages import TRAINING
 from tiny import FAMILIES, tiny_model
 
 LAYERS = 3
@@ -105,15 +106,12 @@ class Worn:
         """Take a step of droppeft's training, decay included, for every entry of ``gates``."""
         rates = {"learning_rate": 5e-4, "head_learning_rate": 5e-4, "weight_decay": 0.1}
         torch.manual_seed(11)
+        trained = self.groups if groups is None else groups
+        task = Classification(("input_ids",), 0, torch.device("cpu"))
         train(
-            self.model,
-            self.blocks,
-            self.groups if groups is None else groups,
-            [texts()] * len(gates),
-            lambda step: gates[step],
-            [1.0] * len(gates),
-            Classification(("input_ids",), 0, torch.device("cpu")),
-            TrainingConfig.model_validate(rates),
+            Trainable(self.model, self.blocks, trained, task),
+            [Step(texts(), active, 1.0) for active in gates],
+            replace(TRAINING, **rates),
         )
 
 

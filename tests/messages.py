@@ -11,7 +11,6 @@ from droppeft.costs.clock import Arithmetic
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.costs.devices import make_fleet
 from droppeft.federation.modelled import make_clock
-from droppeft.federation.transport import Arrival
 from droppeft.methods import Setup
 from droppeft.plans import (
     HEAD,
@@ -19,6 +18,7 @@ from droppeft.plans import (
     Array,
     Budget,
     Layout,
+    LocalTraining,
     MeasuredCost,
     Objective,
     Plan,
@@ -28,6 +28,7 @@ from droppeft.plans import (
     restrict,
 )
 from droppeft.sharing.selection import count_of
+from droppeft.transports.base import Arrival
 
 LAYERS = 4
 COST = MeasuredCost(
@@ -89,6 +90,22 @@ def assert_same(first: Tensors, second: Tensors) -> None:
         np.testing.assert_array_equal(left, right, err_msg=name)
 
 
+TRAINING = LocalTraining(
+    batch_size=16,
+    learning_rate=1e-3,
+    head_learning_rate=1e-2,
+    schedule="linear",
+    warmup_fraction=0.05,
+    rounds=15,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    precision="fp32",
+    checkpointing=False,
+    evaluation_batch_size=64,
+)
+"""What a run's configuration has by default."""
+
+
 def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
     """A Plan for :func:`filled` tensors, all of them shared."""
     plan = Plan(
@@ -102,6 +119,7 @@ def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
         objective=Objective(),
         base_delta=None,
         budget=Budget(steps=2),
+        training=TRAINING,
         reward_rows=0,
         seed=0,
         nonce=f"nonce {round} {device}",

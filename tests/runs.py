@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
+from droppeft.client.client import Client
+from droppeft.client.client_state import folder_of
+from droppeft.client.loading import Loaded, clients_of
 from droppeft.config import load_config
-from droppeft.federation.device import carry_out
-from droppeft.federation.loading import Loaded, Site, site_of
 from droppeft.federation.run import start_run
-from droppeft.federation.transport import Arrival, InProcess, Transport
 from droppeft.ledger import RoundRow
 from droppeft.plans import Plan, Reply, Update
-from droppeft.sharing.kept import folder_of
+from droppeft.transports.base import Arrival, Transport
+from droppeft.transports.in_process import InProcess
 
 TOPICS = {
     "food": ("bread", "apple", "cheese", "soup", "salt", "rice"),
@@ -83,9 +84,13 @@ def outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def turn_of(site: Site, plan: Plan) -> Update:
+Clients = Sequence[Client]
+"""All clients of a run, by number."""
+
+
+def update_of(clients: Clients, plan: Plan) -> Update:
     """What a device answers that carries a Plan out, which it must be able to."""
-    reply = carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+    reply = clients[plan.device].run(plan)
     assert isinstance(reply, Update)
     return reply
 
@@ -143,4 +148,4 @@ def meddling(
                         what(path)
             yield from self.inner.exchange(plans)
 
-    return lambda loaded: nullcontext(Meddles(InProcess(site_of(loaded))))
+    return lambda loaded: nullcontext(Meddles(InProcess(clients_of(loaded))))

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapter_contract import Worn, case, texts
 from droppeft.checkpointing import checkpointed
-from droppeft.config import TrainingConfig
 from droppeft.costs.tally import Tally
 from droppeft.data.tasks import Classification
 from droppeft.memory import ActivationMeter
-from droppeft.training import train
+from droppeft.training import Step, Trainable, train
+from messages import TRAINING
 
 FLOAT = 4  # bytes
 
@@ -200,9 +201,9 @@ EVERY = (True, True, True)
 def peak(gates: Sequence[bool], checkpointing: bool, **settings: Any) -> int:
     """Of one step of LoRA on a tiny BERT, 8 rows of 7 tokens, 32 wide."""
     on = Worn(case("lora", "bert"))
-    config = TrainingConfig.model_validate({"checkpointing": checkpointing, **settings})
-    step = ([texts()], lambda step: gates, [1.0], TASK, config)
-    return train(on.model, on.blocks, on.groups, *step).activation_bytes_peak
+    config = replace(TRAINING, checkpointing=checkpointing, **settings)
+    trainable = Trainable(on.model, on.blocks, on.groups, TASK)
+    return train(trainable, [Step(texts(), gates, 1.0)], config).activation_bytes_peak
 
 
 HIDDEN = 8 * 7 * 32 * FLOAT

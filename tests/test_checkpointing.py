@@ -13,14 +13,15 @@ from adapter_contract import Case, Worn, case, texts
 from droppeft.adapters.by_layer import get_tensors
 from droppeft.adapters.types import BOTTLENECK
 from droppeft.checkpointing import Call, checkpointed, without_cache
-from droppeft.config import TrainingConfig, load_config
+from droppeft.config import load_config
 from droppeft.data.tasks import Classification
 from droppeft.errors import DroppeftError
 from droppeft.federation.run import start_run
 from droppeft.layer_dropout import gated
 from droppeft.models import builtin_model_folder
 from droppeft.plans import flatten
-from droppeft.training import TrainOutcome, train
+from droppeft.training import Step, Trainable, TrainOutcome, train
+from messages import TRAINING
 from runs import Recorder
 
 TASK = Classification(("input_ids",), 0, torch.device("cpu"))
@@ -49,14 +50,9 @@ def turn(on: Worn, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, tor
     rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-3, "weight_decay": 0.1}
     torch.manual_seed(11)
     outcome = train(
-        on.model,
-        on.blocks,
-        on.groups,
-        [texts()] * len(GATES),
-        GATES.__getitem__,
-        [1.0] * len(GATES),
-        TASK,
-        TrainingConfig.model_validate({**rates, **settings}),
+        Trainable(on.model, on.blocks, on.groups, TASK),
+        [Step(texts(), gates, 1.0) for gates in GATES],
+        replace(TRAINING, **rates, **settings),
     )
     values = {name: array.tobytes() for _, name, array in flatten(get_tensors(on.groups))}
     return values, outcome, torch.get_rng_state()

@@ -271,7 +271,7 @@ def test_ctrl_c_before_the_first_round(
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droppeft.federation.loading.load_backbone", stop)
+    monkeypatch.setattr("droppeft.client.loading.load_backbone", stop)
     said = droppeft("run", *tiny_words, "--out", "run")
     assert said.code == 130
     assert said.err == "droppeft: stopped while preparing; nothing is lost\n"

@@ -163,7 +163,7 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
     ("unit", "source"),
     [
         ("cli", "from droppeft.report.page import write\nfrom droppeft.federation import rounds"),
-        ("federation", "import flwr\nfrom droppeft.federation.flower.messages import pack"),
+        ("federation", "import flwr\nfrom droppeft.transports.flower.records import pack"),
         ("methods", "from droppeft.sharing import selection\nfrom droppeft.training import train"),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
         ("adapters", "from peft import LoraConfig\nfrom droppeft.plans import Tensors"),

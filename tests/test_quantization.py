@@ -15,9 +15,9 @@ from droppeft import models
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.checkpointing import checkpointed
+from droppeft.client.client import base_delta_applied
 from droppeft.config import AdapterConfig, Config, build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import base_delta_applied
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.memory import ActivationMeter
 from droppeft.methods.base import adapter_spec

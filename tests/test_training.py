@@ -1,7 +1,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import nn
 from droppeft import precision, training
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
-from droppeft.config import TrainingConfig
 from droppeft.data.tasks import Batch, Classification
 from droppeft.data.tokens import TokenTable
 from droppeft.gradients import Gradients
@@ -26,18 +25,22 @@ from droppeft.plans import (
     AdapterSpec,
     Budget,
     LayerAdapter,
+    LocalTraining,
     Objective,
     RankPenalty,
     Tensors,
 )
 from droppeft.training import (
     SCHEDULES,
+    Step,
+    Trainable,
     TrainOutcome,
     evaluate,
     rate_factor,
     train,
     turn_batches,
 )
+from messages import TRAINING
 from tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -68,6 +71,10 @@ class Bench:
     parameters: Parameters
 
     @property
+    def trainable(self) -> Trainable:
+        return Trainable(self.model, self.blocks, self.parameters, TASK)
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         return [value for named in self.parameters.values() for value in named.values()]
 
@@ -90,37 +97,27 @@ def bench(module_dropout: float = 0.0, adapter_dropout: float = 0.0) -> Bench:
     return Bench(model, blocks, parameters)
 
 
-def settings(**changes: Any) -> TrainingConfig:
-    return TrainingConfig.model_validate(
-        {"learning_rate": 0.01, "head_learning_rate": 0.03, "weight_decay": 0.1, **changes}
-    )
+def settings(**changes: Any) -> LocalTraining:
+    rates = {"learning_rate": 0.01, "head_learning_rate": 0.03, "weight_decay": 0.1}
+    return replace(TRAINING, **{**rates, **changes})
 
 
 def run(
     on: Bench,
-    config: TrainingConfig,
+    config: LocalTraining,
     gates: Gates = (ALL,) * STEPS,
     factors: Sequence[float] = FACTORS,
     objective: Objective = TASK_ALONE,
 ) -> TrainOutcome:
     """Train one step per entry of ``gates``."""
     torch.manual_seed(2)
-    return train(
-        on.model,
-        on.blocks,
-        on.parameters,
-        BATCHES[: len(gates)],
-        gates.__getitem__,
-        factors,
-        TASK,
-        config,
-        objective,
-    )
+    steps = [Step(*each) for each in zip(BATCHES, gates, factors, strict=False)]
+    return train(on.trainable, steps, config, objective)
 
 
 def plain_loop(
     on: Bench,
-    config: TrainingConfig,
+    config: LocalTraining,
     gates: Gates = (ALL,) * STEPS,
     term: Callable[[Bench, Sequence[torch.Tensor], Sequence[bool]], torch.Tensor] | None = None,
 ) -> tuple[list[float], list[list[float]]]:
@@ -469,10 +466,7 @@ def test_the_scale_that_a_turn_begins_with_leaves_room() -> None:
                 value.copy_(torch.tensor([50.0, -50.0]))
     batch = {name: column[:1] for name, column in BATCHES[0].items()}
     batch["labels"] = torch.tensor([1])
-    outcome = train(
-        on.model, on.blocks, on.parameters, [batch], lambda step: ALL, [1.0], TASK,
-        settings(precision="fp16"),
-    )  # fmt: skip
+    outcome = train(on.trainable, [Step(batch, ALL, 1.0)], settings(precision="fp16"))
     assert outcome.loss > 90
     assert outcome.examples == 1
 
@@ -480,11 +474,8 @@ def test_the_scale_that_a_turn_begins_with_leaves_room() -> None:
 def test_every_dropped_layer_saves_the_same_memory() -> None:
     def peak(*gates: Sequence[bool]) -> int:
         on = bench()
-        batch = [BATCHES[0]] * len(gates)
-        return train(
-            on.model, on.blocks, on.parameters, batch, gates.__getitem__, [1.0] * 9, TASK,
-            settings(),
-        ).activation_bytes_peak  # fmt: skip
+        steps = [Step(BATCHES[0], active, 1.0) for active in gates]
+        return train(on.trainable, steps, settings()).activation_bytes_peak
 
     four, three, two = (
         peak(ALL),

@@ -4,12 +4,17 @@ Both are frozen values of numbers and numpy arrays: nothing here needs torch or 
 every method of the comparison is written with them is shown in ``docs/architecture.md``.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from droppeft.errors import DroppeftError
+
+_RUN = re.compile(r"[0-9a-f]{1,64}")
 
 Array = npt.NDArray[np.generic]
 
@@ -154,6 +159,50 @@ class SharingRule:
 
 
 @dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains and measures; the same for all clients of a run, unless a method differs.
+
+    Attributes:
+        batch_size: rows of an optimizer step.
+        learning_rate: AdamW's peak learning rate for the adapters.
+        head_learning_rate: the same for the head's last linear map.
+        schedule: course of both learning rates over the run, after the warm-up.
+        warmup_fraction: part of the run that warms up.
+        rounds: length of the run, over which the schedule is spread.
+        weight_decay: AdamW's decoupled weight decay.
+        clip_norm: largest global gradient norm.
+        precision: of the forward pass; adapters, gradients and optimizer stay fp32.
+        checkpointing: whether activations inside the layers are computed again in the backward.
+        evaluation_batch_size: rows of a forward pass that measures.
+    """
+
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_fraction: float
+    rounds: int
+    weight_decay: float
+    clip_norm: float
+    precision: Literal["fp32", "bf16", "fp16"]
+    checkpointing: bool
+    evaluation_batch_size: int
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """How a client stores the hidden states that its frozen layers make of its rows.
+
+    Attributes:
+        precision: of what is stored.
+        limit_bytes: on the client's disk; beyond it the oldest states are deleted.
+    """
+
+    precision: Literal["fp16", "bf16", "fp32"]
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much work a turn is. Exactly one of the two is given; 0 steps only to measure."""
 
@@ -179,6 +228,7 @@ class Plan:
         objective: local loss.
         base_delta: change of the backbone during the turn, or ``None``.
         budget: length of the turn.
+        training: batch size, learning rates, precision and the like.
         reward_rows: rows of the device's validation part on which the loss is measured before and
             after training, at full depth; 0 measures nothing.
         seed: the run's seed; the device derives its own draws from (seed, round, device).
@@ -193,6 +243,10 @@ class Plan:
             changes nothing.
         untrained: so many of the first layers run, and nothing in them is trained.
         sharing: which layers are shared the device chooses; ``None``: :attr:`share` says it all.
+        cache: how the states behind the frozen layers are stored; ``None``: they are computed in
+            every step.
+        arm: number of the configurator's arm that the turn follows, ``None`` without one. The
+            client does nothing with it: merging reads from here which arm was tried.
         own_copy: weight lambda of (lambda/2)·‖v − w‖² with which the device then also trains a
             whole adapter v of its own, w being :attr:`tensors`, and keeps it (Ditto,
             arXiv:2012.04221); ``None``: it has none.
@@ -208,6 +262,7 @@ class Plan:
     objective: Objective
     base_delta: BaseDelta | None
     budget: Budget
+    training: LocalTraining
     reward_rows: int
     seed: int
     nonce: str
@@ -217,6 +272,8 @@ class Plan:
     measure: bool = False
     untrained: int = 0
     sharing: SharingRule | None = None
+    cache: StateCache | None = None
+    arm: int | None = None
     own_copy: float | None = None
 
 
@@ -373,6 +430,17 @@ class ServerState:
     model: GlobalModel
     alternatives: Mapping[str, GlobalModel] = field(default_factory=dict)
     memory: Mapping[str, object] = field(default_factory=dict)
+
+
+def checked_run(run: str) -> str:
+    """The name of a run, which becomes part of a path on a client.
+
+    Raises:
+        DroppeftError: it is no name that a server of ours makes.
+    """
+    if not _RUN.fullmatch(run):
+        raise DroppeftError("the Plan names no run, and this device cannot keep anything for it")
+    return run
 
 
 def layer_key(text: str) -> LayerKey:

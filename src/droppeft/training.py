@@ -7,7 +7,7 @@ around it is ours.
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
 from droppeft.checkpointing import checkpointed, without_cache
-from droppeft.config import TrainingConfig
 from droppeft.data.tables import Rows
 from droppeft.data.tasks import Batch, Classification, accuracy_and_f1
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
@@ -27,11 +26,8 @@ from droppeft.gradients import Gradients, Moments, total_norm
 from droppeft.layer_dropout import gated
 from droppeft.memory import ActivationMeter
 from droppeft.objectives import Terms
-from droppeft.plans import HEAD, TASK_ALONE, Budget, Objective, Tensors
+from droppeft.plans import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
 from droppeft.precision import autocast, loss_scaler, move
-
-ActiveAt = Callable[[int], Sequence[bool]]
-"""Step within the turn -> which layers run."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +82,47 @@ class Evaluation:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """A model, and which part of it is trained.
+
+    Attributes:
+        model: with adapters attached.
+        blocks: its L layers, as :func:`droppeft.layer_dropout.find_blocks` gives them.
+        parameters: what is trained, by layer.
+        task: batches, loss and metrics.
+    """
+
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    parameters: Parameters
+    task: Classification
+
+    @property
+    def values(self) -> list[nn.Parameter]:
+        """What is trained, in order."""
+        return [value for named in self.parameters.values() for value in named.values()]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        batch: what it is computed on.
+        active: which of the L layers run.
+        rate_factor: part of the peak learning rates in force.
+    """
+
+    batch: Batch
+    active: Sequence[bool]
+    rate_factor: float
+
+
 def train(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    parameters: Parameters,
-    batches: Sequence[Batch],
-    active_at: ActiveAt,
-    rate_factors: Sequence[float],
-    task: Classification,
-    settings: TrainingConfig,
+    on: Trainable,
+    steps: Sequence[Step],
+    settings: LocalTraining,
     objective: Objective = TASK_ALONE,
     prefix: PrefixOfTurn | None = None,
     *,
@@ -105,52 +133,71 @@ def train(
 
     A dropped layer has no gradient in that step (not a zero one), so that AdamW neither moves
     nor decays it. The optimizer and, in fp16, the scale of the loss start afresh: nothing but the
-    adapter outlives a turn. A step that fp16 makes overflow is skipped: it moves nothing, momentum
-    included, and uses up its batch, its gates and its place in the schedule.
+    adapter outlives the local training. A step that fp16 makes overflow is skipped: it moves
+    nothing, momentum included, and uses up its batch, its gates and its place in the schedule.
 
     Args:
-        blocks: the model's L layers, as :func:`droppeft.layer_dropout.find_blocks` gives them.
-        parameters: what is trained, by layer.
-        active_at: gate of each step.
-        rate_factors: part of the peak learning rates in force, one per batch.
+        on: what is trained.
+        steps: in order.
+        settings: learning rates, precision and the like.
         objective: what is added to the task's loss.
         prefix: stands for the first layers in every step; they do not run, and count as dropped.
         with_mean_gradient: see :class:`~droppeft.gradients.Gradients`.
         anchors: see :class:`~droppeft.objectives.Terms`.
     """
-    trained = [value for named in parameters.values() for value in named.values()]
-    terms = Terms(objective, parameters, anchors)
-    optimizer = torch.optim.AdamW(_groups(parameters, settings), weight_decay=settings.weight_decay)
-    scaler = loss_scaler(settings.precision, task.device)
-    gradients = Gradients(parameters, len(blocks), task.device, with_mean=with_mean_gradient)
-    book = _Book(len(blocks), gradients)
-    meter = ActivationMeter(model)
-    recomputing = (
-        checkpointed(model, blocks, meter.note) if settings.checkpointing else nullcontext()
-    )
-    model.train()
+    loop = _Loop(on, settings, Terms(objective, on.parameters, anchors), with_mean_gradient)
+    on.model.train()
     start = time.perf_counter()
-    with without_cache(model), recomputing, gated(blocks) as gates:
-        for step, batch in enumerate(batches):
-            gates.active = tuple(active_at(step))
+    with without_cache(on.model), loop.recomputing(), gated(on.blocks) as gates:
+        for place, step in enumerate(steps):
+            gates.active = tuple(step.active)
             if prefix is not None:
-                prefix.skip(gates, step, batch)
-            with autocast(settings.precision, task.device), meter.measuring():
-                loss, _ = task.loss_and_logits(model, batch)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            scaler.unscale_(optimizer)
-            norms = gradients.norms()
-            if gradients.wants_mean and bool(torch.isfinite(total_norm(trained))):
-                gradients.add()
-            terms.add_gradients()
-            _set_learning_rates(optimizer, rate_factors[step])
-            clip_grads_with_norm_(trained, settings.clip_norm, total_norm(trained))
-            moved = move(optimizer, scaler)
-            optimizer.zero_grad(set_to_none=True)
-            book.note(batch, loss, gates.active, norms, moved)
-    if task.device.type == "cuda":
+                prefix.skip(gates, place, step.batch)
+            loop.take(step, gates.active)
+    if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # the time is that of work done, not of work ordered
-    return book.outcome(meter.peak_bytes, time.perf_counter() - start)
+    return loop.book.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
+
+
+class _Loop:
+    """What the steps of a local training share: the optimizer, and what is counted."""
+
+    def __init__(
+        self, on: Trainable, settings: LocalTraining, terms: Terms, with_mean_gradient: bool
+    ) -> None:
+        self.on, self.settings, self.terms = on, settings, terms
+        self.optimizer = torch.optim.AdamW(
+            _groups(on.parameters, settings), weight_decay=settings.weight_decay
+        )
+        self.scaler = loss_scaler(settings.precision, on.task.device)
+        self.gradients = Gradients(
+            on.parameters, len(on.blocks), on.task.device, with_mean=with_mean_gradient
+        )
+        self.book = _Book(len(on.blocks), self.gradients)
+        self.meter = ActivationMeter(on.model)
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """In force while training with activation checkpointing."""
+        if not self.settings.checkpointing:
+            return nullcontext()
+        return checkpointed(self.on.model, self.on.blocks, self.meter.note)
+
+    def take(self, step: Step, active: Sequence[bool]) -> None:
+        """Forward, backward, the method's own terms, clipping, and the optimizer's step."""
+        on, trained = self.on, self.on.values
+        with autocast(self.settings.precision, on.task.device), self.meter.measuring():
+            loss, _ = on.task.loss_and_logits(on.model, step.batch)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        norms = self.gradients.norms()
+        if self.gradients.wants_mean and bool(torch.isfinite(total_norm(trained))):
+            self.gradients.add()
+        self.terms.add_gradients()
+        _set_learning_rates(self.optimizer, step.rate_factor)
+        clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
+        moved = move(self.optimizer, self.scaler)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.book.note(step.batch, loss, active, norms, moved)
 
 
 def evaluate(
@@ -207,7 +254,7 @@ def turn_batches(
     return batches
 
 
-def rate_factor(settings: TrainingConfig, progress: float) -> float:
+def rate_factor(settings: LocalTraining, progress: float) -> float:
     """Part of the peak learning rates in force at a point of the run (0 start, 1 end).
 
     Linear warm-up, then the schedule.
@@ -271,7 +318,7 @@ class _Book:
         )
 
 
-def _groups(parameters: Parameters, settings: TrainingConfig) -> list[dict[str, Any]]:
+def _groups(parameters: Parameters, settings: LocalTraining) -> list[dict[str, Any]]:
     """The map to the classes starts from nothing, the rest beside pretrained values: two rates."""
     output = _output_names(parameters)
     named = [pair for values in parameters.values() for pair in values.items()]

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.federation.loading import Site, site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.plans import Plan
+from runs import Clients
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
 
     def make(*words: str) -> Prepared:
         config = resolve(load_config(None, [*tiny_words, *words]), cuda=False)
-        return prepare(config, lambda step: None)
+        return prepare(config, lambda step: None, "00c0ffee")
 
     return make
 
@@ -27,8 +28,8 @@ def prepared(prepare_with: Callable[..., Prepared]) -> Prepared:
 
 
 @pytest.fixture
-def site(prepared: Prepared) -> Site:
-    return site_of(prepared.loaded)
+def clients(prepared: Prepared) -> Clients:
+    return clients_of(prepared.loaded)
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation.checkpoints import load_newest
-from droppeft.federation.flower.packing import Errand, pack_plan, unpack_plan
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import resume_run, start_run
 from droppeft.plans import HEAD, OTHER
+from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_plan
 from runs import Recorder, adapter_bytes, rows_of
 from tiny import save_tiny_model
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import set_tensors
+from droppeft.client.loading import clients_of
+from droppeft.client.local_training import _gates
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import base_delta_applied, take_turn
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
-from droppeft.federation.turn_training import _gates
 from droppeft.plans import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
 from droppeft.seeds import seed_for
 from droppeft.training import evaluate
@@ -25,8 +25,8 @@ PLAIN = "bert.encoder.layer.2.output.dense.bias"
 
 
 def turn(prepared: Prepared, plan: Plan) -> Update:
-    site = site_of(prepared.loaded)
-    return take_turn(site.bench, site.table, site.devices[plan.device], site.config, plan)
+    clients = clients_of(prepared.loaded)
+    return clients[plan.device].train(plan)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -50,7 +50,7 @@ def delta() -> BaseDelta:
 
 
 def logits(prepared: Prepared) -> torch.Tensor:
-    bench = prepared.bench
+    bench = prepared.model
     bench.model.eval()
     batch = bench.task.collate(prepared.test, np.arange(4))
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def logits(prepared: Prepared) -> torch.Tensor:
 def test_a_base_delta_is_in_force_inside_only(
     prepared: Prepared, delta: BaseDelta, name: str
 ) -> None:
-    model = prepared.bench.model
+    model = prepared.model.model
     alone = BaseDelta("v1", {name: delta.tensors[name]})
     before, plain = bits(model), logits(prepared)
     with base_delta_applied(model, alone):
@@ -74,7 +74,7 @@ def test_a_base_delta_is_in_force_inside_only(
 
 
 def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: BaseDelta) -> None:
-    model = prepared.bench.model
+    model = prepared.model.model
     before = bits(model)
     with pytest.raises(RuntimeError, match="lost"), base_delta_applied(model, delta):
         raise RuntimeError("lost")
@@ -85,7 +85,7 @@ def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: B
 def test_a_base_delta_that_does_not_fit_changes_nothing(
     prepared: Prepared, delta: BaseDelta, tensors: dict[str, np.ndarray]
 ) -> None:
-    model = prepared.bench.model
+    model = prepared.model.model
     before = bits(model)
     wrong = BaseDelta("v2", {WRAPPED: delta.tensors[WRAPPED], **tensors})
     with (
@@ -99,10 +99,10 @@ def test_a_base_delta_that_does_not_fit_changes_nothing(
 def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
     prepared: Prepared, plans: list[Plan], delta: BaseDelta
 ) -> None:
-    before = bits(prepared.bench.model)
+    before = bits(prepared.model.model)
     plain, changed = (turn(prepared, replace(plans[0], base_delta=d)) for d in (None, delta))
     assert plain.train_loss != changed.train_loss
-    assert bits(prepared.bench.model) == before
+    assert bits(prepared.model.model) == before
 
 
 # What a turn sends
@@ -164,13 +164,15 @@ def test_a_plan_that_lacks_a_tensor_is_refused(prepared: Prepared, plans: list[P
 def test_the_reward_is_the_decrease_of_the_validation_loss(
     prepared: Prepared, plans: list[Plan]
 ) -> None:
-    bench, rows = prepared.bench, prepared.loaded.devices[0].validation[:3]
+    bench, rows = prepared.model, prepared.loaded.devices[0].validation[:3]
     assert len(rows) == 3
     update = turn(prepared, replace(plans[0], dropout=None, reward_rows=3))
 
     def loss(tensors: object) -> float:
         set_tensors(bench.parameters, tensors)
-        return evaluate(bench.model, site_of(prepared.loaded).table, rows, bench.task, 64).loss
+        return evaluate(
+            bench.model, clients_of(prepared.loaded)[0].table, rows, bench.task, 64
+        ).loss
 
     assert update.reward == loss(plans[0].tensors) - loss(update.tensors)
     assert update.reward != 0
@@ -178,7 +180,7 @@ def test_the_reward_is_the_decrease_of_the_validation_loss(
 
 
 def test_tokens_of_the_reward_are_counted(prepared: Prepared, plans: list[Plan]) -> None:
-    table, rows = site_of(prepared.loaded).table, prepared.loaded.devices[0].validation[:3]
+    table, rows = clients_of(prepared.loaded)[0].table, prepared.loaded.devices[0].validation[:3]
     update = turn(prepared, replace(plans[0], reward_rows=3))
     # Two forwards of one batch, padded to its longest row.
     assert update.cost.reward_tokens == 2 * 3 * table.lengths[rows].max()
@@ -247,13 +249,14 @@ def test_a_draw_holds_for_as_many_steps_as_the_plan_says(
 ) -> None:
     dropout = LayerDropout((0.0, 0.5, 0.5, 0.0), "bernoulli", every)
     plan = replace(plans[1], dropout=dropout, seed=11)
-    prepared.bench.wear(plan.adapter)
-    active_at = _gates(prepared.bench, prepared.bench.parameters, plan)
-    singly = _gates(
-        prepared.bench, prepared.bench.parameters, replace(plan, dropout=replace(dropout, every=1))
-    )
-    assert [active_at(step) for step in range(5)] == [singly(step) for step in held]
-    assert len({singly(step) for step in range(5)}) > 1
+    prepared.model.attach(plan.adapter)
+    alone = replace(plan, dropout=replace(dropout, every=1))
+
+    def gates(plan: Plan, step: int) -> tuple[bool, ...]:
+        return _gates(prepared.model, prepared.model.parameters, plan, step)
+
+    assert [gates(plan, step) for step in range(5)] == [gates(alone, step) for step in held]
+    assert len({gates(alone, step) for step in range(5)}) > 1
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])
@@ -274,7 +277,7 @@ def frozen_a(plan: Plan) -> Plan:
 
 
 def test_frozen_tensors_stay_as_the_seed_made_them(prepared: Prepared, plans: list[Plan]) -> None:
-    bench = prepared.bench
+    bench = prepared.model
     turn(prepared, replace(plans[1], dropout=None))  # leaves its own A on the bench
     plan = frozen_a(replace(plans[0], dropout=None))
     update = turn(prepared, plan)

@@ -17,16 +17,15 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
+from droppeft.client.client_model import ClientModel
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints, export, export_run
-from droppeft.federation.device import take_turn
 from droppeft.federation.export import Source, save_merged, write_adapter
 from droppeft.federation.folder import held
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, evaluation_sample
 from droppeft.federation.run import Interrupted, _evaluate, start_run
-from droppeft.federation.workbench import Workbench
 from droppeft.models import load_backbone
 from droppeft.plans import (
     AdapterSpec,
@@ -135,8 +134,8 @@ def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
 def test_the_given_model_is_written_whatever_the_bench_wears(
     prepared: Prepared, plans: list[Plan], tmp_path: Path
 ) -> None:
-    site = site_of(prepared.loaded)
-    take_turn(site.bench, site.table, site.devices[0], site.config, plans[0])
+    clients = clients_of(prepared.loaded)
+    clients[0].train(plans[0])
     facts = {"rows": 60, "accuracy": 0.5}
     write_adapter(prepared.loaded, prepared.state.model, facts, tmp_path)
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -382,7 +381,7 @@ def drawn(tensors: Tensors) -> Tensors:
 def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> Source:
     """An adapter on a tiny model of two layers."""
     backbone = load_backbone(str(base), ("a", "b", "c"), 0)
-    bench = Workbench(backbone, "cpu", 0)
+    bench = ClientModel(backbone, "cpu", 0)
     spec = AdapterSpec(tuple(layers), **settings)
     model = GlobalModel(spec, drawn(bench.fresh_tensors(spec)))
     config = load_config(None, [f"model={base}"])

@@ -82,8 +82,11 @@ def test_what_was_lost_between_rounds_is_made_again_to_the_same_bits(
     frozen_run: Path, tiny_words: list[str], tmp_path: Path
 ) -> None:
     class Forgetful(Recorder):
+        def started(self, about: Any, rows: Any) -> None:
+            self.run = about["run"]
+
         def round_done(self, row: Any) -> None:
-            folder = state_folder(load_config(tmp_path / "run" / "config.toml"))
+            folder = state_folder(self.run)
             assert any(folder.iterdir())
             shutil.rmtree(folder)
 
@@ -113,7 +116,8 @@ def test_a_resumed_run_is_the_unbroken_one_in_every_row(
 
 
 def test_states_go_with_the_run(frozen_run: Path) -> None:
-    assert not state_folder(load_config(frozen_run / "config.toml")).exists()
+    run = json.loads((frozen_run / "result.json").read_text())["run"]
+    assert not state_folder(run).exists()
 
 
 def test_without_a_cache_a_batch_of_one_gives_the_same_bits(

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from droppeft.adapters.by_layer import set_tensors
+from droppeft.client import client_state, layer_scoring
+from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation import layer_scores
 from droppeft.federation.export_run import export_run
-from droppeft.federation.loading import Site, site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
-from droppeft.federation.transport import InProcess
 from droppeft.methods import METHODS
 from droppeft.plans import (
     HEAD,
@@ -36,13 +36,12 @@ from droppeft.plans import (
     flatten,
     payload_bytes,
 )
-from droppeft.sharing import kept
 from droppeft.sharing.criteria import CRITERIA, usual_norms
-from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
+from droppeft.transports.in_process import InProcess
 from messages import answer_to, assert_same, setup_for
 from processes import started
-from runs import Recorder, meddling, outcome, rows_of, stop_after_a_round, turn_of
+from runs import Clients, Recorder, meddling, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -65,19 +64,19 @@ def with_rule(plan: Plan, criterion: str = "gradient_norm", **changes: Any) -> P
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
-    site: Site, first: Plan, criterion: str
+    clients: Clients, first: Plan, criterion: str
 ) -> None:
-    reply = turn_of(site, with_rule(first, criterion))
+    reply = update_of(clients, with_rule(first, criterion))
     assert reply.shared is not None
     assert reply.scores is not None
     kept = [layer for layer in range(LAYERS) if layer not in reply.shared]
     ranked = sorted(range(LAYERS), key=lambda layer: (reply.scores or ())[layer])
     assert set(kept) == set(ranked[2:])
     assert set(reply.tensors) == {*reply.shared, HEAD}
-    assert list(recall(folder_of(RUN, 1), 1)) == kept
+    assert list(load_tensors(folder_of(RUN, 1), 1)) == kept
     forwards = {"no": 0, "once": 1, "per layer": LAYERS + 1}[CRITERIA[criterion].runs_model]
     assert (reply.cost.scoring_tokens > 0) == (reply.cost.scoring_wall_s > 0) == (forwards > 0)
-    once = turn_of(site, with_rule(first, "cka")).cost.scoring_tokens
+    once = update_of(clients, with_rule(first, "cka")).cost.scoring_tokens
     assert reply.cost.scoring_tokens == forwards * once
 
 
@@ -104,11 +103,11 @@ def test_devices_are_told_what_is_usual() -> None:
     assert plan.sharing.usual == usual_norms([again.importance, norms[1]])
 
 
-def test_a_device_divides_by_what_is_usual(site: Site, first: Plan) -> None:
-    plain = turn_of(site, with_rule(first, "relative_gradient_norm"))
+def test_a_device_divides_by_what_is_usual(clients: Clients, first: Plan) -> None:
+    plain = update_of(clients, with_rule(first, "relative_gradient_norm"))
     assert plain.scores == plain.importance
     usual = (1.0, 2.0, 4.0, 0.5)
-    told = turn_of(site, with_rule(first, "relative_gradient_norm", usual=usual))
+    told = update_of(clients, with_rule(first, "relative_gradient_norm", usual=usual))
     assert told.scores == pytest.approx(
         [n / u for n, u in zip(told.importance, usual, strict=True)]
     )
@@ -118,11 +117,11 @@ def test_a_device_divides_by_what_is_usual(site: Site, first: Plan) -> None:
     "criterion", [name for name, one in CRITERIA.items() if one.runs_model == "no"]
 )
 def test_scores_of_gradients_take_no_pass_of_their_own(
-    site: Site, first: Plan, criterion: str, monkeypatch: pytest.MonkeyPatch
+    clients: Clients, first: Plan, criterion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn of two steps: two forwards of the model, two backwards."""
     passes = {"forward": 0, "backward": 0}
-    backward, forward = torch.Tensor.backward, site.bench.task.loss_and_logits
+    backward, forward = torch.Tensor.backward, clients[0].model.task.loss_and_logits
 
     def counting_backward(*arguments: Any, **options: Any) -> Any:
         passes["backward"] += 1
@@ -133,8 +132,10 @@ def test_scores_of_gradients_take_no_pass_of_their_own(
         return forward(*arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "backward", counting_backward)
-    monkeypatch.setattr(type(site.bench.task), "loss_and_logits", staticmethod(counting_forward))
-    reply = turn_of(site, with_rule(first, criterion))
+    monkeypatch.setattr(
+        type(clients[0].model.task), "loss_and_logits", staticmethod(counting_forward)
+    )
+    reply = update_of(clients, with_rule(first, criterion))
     assert passes == {"forward": reply.steps, "backward": reply.steps}
 
 
@@ -148,47 +149,52 @@ def test_a_place_has_no_hysteresis() -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_scoring_changes_nothing_that_is_learnt(site: Site, first: Plan, criterion: str) -> None:
+def test_scoring_changes_nothing_that_is_learnt(
+    clients: Clients, first: Plan, criterion: str
+) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
-    plain, ruled = turn_of(site, first), turn_of(site, with_rule(first, criterion, fraction=1.0))
+    plain, ruled = (
+        update_of(clients, first),
+        update_of(clients, with_rule(first, criterion, fraction=1.0)),
+    )
     assert_same(plain.tensors, ruled.tensors)
     assert plain.importance == ruled.importance
     assert plain.train_loss == ruled.train_loss
     assert not folder_of(RUN, 1).exists()
 
 
-def test_a_layer_that_never_ran_stays_what_it_was(site: Site, first: Plan) -> None:
+def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Plan) -> None:
     """Of the other three, half (2) are shared; it is in neither number, and is not sent."""
     plan = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
-    new = turn_of(site, with_rule(plan))
+    new = update_of(clients, with_rule(plan))
     assert new.shared is not None
     assert 1 in new.shared
     assert len(new.shared) == 3
     assert 1 not in new.tensors
     assert (new.scores or ())[1] == 0.0
     later = with_rule(replace(plan, round=2), shared=(0, 2))
-    mine = turn_of(site, later)
+    mine = update_of(clients, later)
     assert mine.shared is not None
     assert len(mine.shared) == 2
-    assert 1 in recall(folder_of(RUN, 1), 2)
+    assert 1 in load_tensors(folder_of(RUN, 1), 2)
 
 
-def test_where_there_is_no_choice_nothing_is_run_to_make_it(site: Site, first: Plan) -> None:
+def test_where_there_is_no_choice_nothing_is_run_to_make_it(clients: Clients, first: Plan) -> None:
     for fraction in (0.0, 1.0):
-        reply = turn_of(site, with_rule(first, "leave_one_out", fraction=fraction))
+        reply = update_of(clients, with_rule(first, "leave_one_out", fraction=fraction))
         assert len(reply.shared or ()) == fraction * LAYERS
         assert reply.cost.scoring_tokens == 0
         assert reply.scores == (0.0,) * LAYERS
 
 
-def test_leave_one_out_is_the_loss_without_the_turn_s_change(site: Site, first: Plan) -> None:
-    reply = turn_of(site, with_rule(first, "leave_one_out"))
-    bench, rows = site.bench, site.devices[1].validation[:8]
-    trained = {**reply.tensors, **recall(folder_of(RUN, 1), 1)}
+def test_leave_one_out_is_the_loss_without_the_turn_s_change(clients: Clients, first: Plan) -> None:
+    reply = update_of(clients, with_rule(first, "leave_one_out"))
+    bench, rows = clients[0].model, clients[1].rows.validation[:8]
+    trained = {**reply.tensors, **load_tensors(folder_of(RUN, 1), 1)}
 
     def loss(tensors: Any) -> float:
         set_tensors(bench.parameters, tensors)
-        return evaluate(bench.model, site.table, rows, bench.task, 64, "fp32").loss
+        return evaluate(bench.model, clients[0].table, rows, bench.task, 64, "fp32").loss
 
     whole = loss(trained)
     undone = [loss({**trained, i: first.tensors[i]}) - whole for i in range(LAYERS)]
@@ -196,7 +202,7 @@ def test_leave_one_out_is_the_loss_without_the_turn_s_change(site: Site, first: 
 
 
 def test_blocks_are_seen_as_they_are(
-    site: Site, first: Plan, monkeypatch: pytest.MonkeyPatch
+    clients: Clients, first: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes in and comes out, from transformers' own hidden states, row by row, unpadded."""
     found: list[Any] = []
@@ -205,14 +211,14 @@ def test_blocks_are_seen_as_they_are(
         found.extend(turn.seen())
         return (0.0,) * LAYERS
 
-    monkeypatch.setattr(layer_scores, "scores_of", spy)
-    turn_of(site, with_rule(first, "block_influence", score_rows=3))
+    monkeypatch.setattr(layer_scoring, "scores_of", spy)
+    update_of(clients, with_rule(first, "block_influence", score_rows=3))
     monkeypatch.undo()
-    bench, rows = site.bench, site.devices[1].validation[:3]
+    bench, rows = clients[0].model, clients[1].rows.validation[:3]
     cosines, means = np.zeros((LAYERS, 2)), []
     with torch.inference_mode():
         for row in rows:
-            batch = bench.task.collate(site.table, np.array([row]))
+            batch = bench.task.collate(clients[0].table, np.array([row]))
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             states = bench.model(**inputs, output_hidden_states=True).hidden_states
             means.append([one[0].mean(dim=0).double().numpy() for one in states])
@@ -295,36 +301,36 @@ def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
 
 
 def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
-    site: Site, first: Plan
+    clients: Clients, first: Plan
 ) -> None:
     """The same as if the server had sent it all."""
-    one = turn_of(site, with_rule(first))
+    one = update_of(clients, with_rule(first))
     assert one.shared is not None
-    kept = recall(folder_of(RUN, 1), 1)
+    kept = load_tensors(folder_of(RUN, 1), 1)
     merged = {
         key: {name: array * np.float32(0.5) for name, array in named.items()}
         for key, named in one.tensors.items()
     }
     later = with_rule(replace(first, round=2, tensors=merged, kept=1), shared=one.shared)
     told = replace(later, tensors={**merged, **kept}, kept=None)
-    found, expected = turn_of(site, later), turn_of(site, told)
+    found, expected = update_of(clients, later), update_of(clients, told)
     assert found.train_loss == expected.train_loss
     assert_same(found.tensors, expected.tensors)
 
 
-def test_an_arm_s_prefix_is_no_choice(site: Site, first: Plan) -> None:
+def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Plan) -> None:
     """Layers 0 and 1 run with what the device has and are not trained: they stay what they are.
 
     Of the two that are trained one is shared; otherwise the untrained ones would be all that is.
     """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
     plan = replace(first, train=names, share=names, untrained=2)
-    new = turn_of(site, with_rule(plan))
+    new = update_of(clients, with_rule(plan))
     assert {0, 1} < set(new.shared or ())
     assert len(set(new.tensors) & {2, 3}) == 1
-    later = turn_of(site, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
+    later = update_of(clients, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
     assert set(later.shared or ()) & {0, 1} == {1}
-    assert_same({0: recall(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
+    assert_same({0: load_tensors(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 
 
 def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
@@ -420,7 +426,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_
 
 def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> None:
     """At the device's nth file: in the middle of it, or when it is whole."""
-    real, count = kept.write_atomically, 0
+    real, count = client_state.write_atomically, 0
 
     def write(path: Path, content: bytes, **options: Any) -> None:
         nonlocal count
@@ -432,7 +438,7 @@ def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> 
         if count == nth:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    kept.write_atomically = write
+    client_state.write_atomically = write
     begin(words, out)
 
 
@@ -496,7 +502,7 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
     assert not (tmp_path / "run" / "adapter").exists()
     for device in range(3):
         [*_, last] = sorted(folder_of(result["run"], device).iterdir())
-        assert list(recall(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
+        assert list(load_tensors(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -520,7 +526,7 @@ def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
     config = load_config(None, [*kept, *more, *sizes, "training.local_steps=8"])
     result = start_run(config, tmp_path / "run", Recorder())
     prepared = prepare(load_config(tmp_path / "run" / "config.toml"), lambda step: None)
-    site = site_of(prepared.loaded)
+    clients = clients_of(prepared.loaded)
     assert {one["turns"] > 0 for one in result["personalised"]} == {True, False}
     for one in result["personalised"]:
         out = tmp_path / f"own-{one['device']}"
@@ -528,8 +534,8 @@ def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
         assert (done.accuracy, done.rows) == (one["accuracy"], one["rows"])
         found: dict[str, Any] = {}
         exec(done.lines, found)
-        rows = site.devices[one["device"]].test
-        measured = evaluate(found["model"], site.table, rows, site.bench.task, 64)
+        rows = clients[one["device"]].rows.test
+        measured = evaluate(found["model"], clients[0].table, rows, clients[0].model.task, 64)
         assert measured.accuracy == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
@@ -574,7 +580,7 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
                 messages = [plan.tensors]
                 if isinstance(arrival.reply, Update):
                     messages.append(arrival.reply.tensors)
-                    own = recall(folder_of(plan.run, plan.device), plan.round)
+                    own = load_tensors(folder_of(plan.run, plan.device), plan.round)
                     kept.update(array.tobytes() for _, _, array in flatten(own) if array.any())
                     assert set(own).isdisjoint(arrival.reply.tensors)
                 travelled.update(a.tobytes() for one in messages for _, _, a in flatten(one))
@@ -584,7 +590,7 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
         load_config(None, [*words, "dropout.mean=0"]),
         tmp_path / "run",
         Recorder(),
-        lambda loaded: nullcontext(Listens(InProcess(site_of(loaded)))),
+        lambda loaded: nullcontext(Listens(InProcess(clients_of(loaded)))),
     )
     saved = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors"))
     assert kept

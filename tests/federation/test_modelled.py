@@ -13,7 +13,6 @@ from droppeft.config import load_config
 from droppeft.costs.devices import PROFILES, Fleet
 from droppeft.errors import DroppeftError
 from droppeft.federation import modelled
-from droppeft.federation.flower.packing import pack_reply, unpack_reply
 from droppeft.federation.modelled import close_round, count_rows, make_clock
 from droppeft.federation.rounds import Closed, draw_cohort, play_round
 from droppeft.federation.run import Interrupted, resume_run, start_run
@@ -21,6 +20,7 @@ from droppeft.methods import METHODS, Setup
 from droppeft.methods.base import adapter_spec
 from droppeft.models import load_backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, ServerState, Update
+from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
 from messages import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for
 from runs import Recorder, outcome, rows_of
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import take_turn
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import start_run
 from droppeft.frozen_prefix.states import FrozenPrefix
@@ -56,10 +55,10 @@ def test_a_run_that_would_keep_nothing_off_is_refused_before_it_starts(
 
 
 def turn(prepared: Prepared, **changes: Any) -> Any:
-    site = site_of(prepared.loaded)
+    clients = clients_of(prepared.loaded)
     [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
     plan = replace(plan, **changes)
-    return plan, take_turn(site.bench, site.table, site.devices[0], site.config, plan)
+    return plan, clients[0].train(plan)
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_a_new_adapter_is_brought_to_the_device(
 
     monkeypatch.setattr("droppeft.offloading._copied", copied)
     spec = AdapterSpec((LayerAdapter("lora", 3),) * bench.num_layers, alpha=3.0)
-    bench.wear(spec)
+    bench.attach(spec)
     own = {value.data_ptr() for named in bench.parameters.values() for value in named.values()}
     assert own <= set(brought)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from droppeft.adapters.by_layer import set_tensors
+from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import carry_out
 from droppeft.federation.export_run import export_run
-from droppeft.federation.loading import Site, site_of
 from droppeft.federation.personalised import (
     Personalised,
     measure_devices,
@@ -23,13 +23,13 @@ from droppeft.federation.personalised import (
 )
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import Interrupted, resume_run, start_run
-from droppeft.federation.transport import Arrival, InProcess
 from droppeft.methods.base import without_steps
 from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_key
-from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate
+from droppeft.transports.base import Arrival
+from droppeft.transports.in_process import InProcess
 from messages import Scripted, answer_to
-from runs import Recorder, meddling, outcome, rows_of, stop_after_a_round, turn_of
+from runs import Clients, Recorder, meddling, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -51,68 +51,73 @@ def next_visit(plan: Plan, round: int, kept: int | None) -> Plan:
     return replace(plan, round=round, tensors=sent, kept=kept)
 
 
-def ask(site: Site, plan: Plan) -> Any:
-    return carry_out(site.bench, site.table, site.devices[plan.device], site.config, plan)
+def ask(clients: Clients, plan: Plan) -> Any:
+    return clients[plan.device].run(plan)
 
 
 def layers_of(reply: Update) -> set[Any]:
     return set(reply.tensors)
 
 
-def test_what_may_not_travel_stays(site: Site, first: Plan) -> None:
-    reply = turn_of(site, first)
+def test_what_may_not_travel_stays(clients: Clients, first: Plan) -> None:
+    reply = update_of(clients, first)
     assert OWN_LAYER not in reply.tensors
     assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
-    kept = recall(folder_of(RUN, 1), 1)
+    kept = load_tensors(folder_of(RUN, 1), 1)
     assert set(kept) == {OWN_LAYER}
     for name, array in kept[OWN_LAYER].items():
         assert not np.array_equal(array, first.tensors[OWN_LAYER][name])
 
 
-def test_a_turn_begins_with_what_the_last_one_kept(site: Site, first: Plan) -> None:
+def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Plan) -> None:
     """The same as if the server had sent it."""
-    turn_of(site, first)
-    kept = recall(folder_of(RUN, 1), 1)
+    update_of(clients, first)
+    kept = load_tensors(folder_of(RUN, 1), 1)
     later = next_visit(first, round=2, kept=1)
-    found = turn_of(site, later)
+    found = update_of(clients, later)
     told = replace(later, tensors={**later.tensors, **kept}, kept=None)
-    expected = turn_of(site, told)
+    expected = update_of(clients, told)
     assert found.train_loss == expected.train_loss
     for key, name, array in flatten(found.tensors):
         np.testing.assert_array_equal(array, expected.tensors[key][name])
-    fresh = turn_of(site, replace(first, round=2))
+    fresh = update_of(clients, replace(first, round=2))
     assert fresh.train_loss != found.train_loss
 
 
-def test_what_the_plan_brings_goes_before_what_was_kept(site: Site, first: Plan) -> None:
+def test_what_the_plan_brings_goes_before_what_was_kept(clients: Clients, first: Plan) -> None:
     """A layer that becomes shared takes the global value."""
-    turn_of(site, first)
+    update_of(clients, first)
     whole = replace(first, round=2, share=first.share)
-    assert turn_of(site, replace(whole, kept=1)).train_loss == turn_of(site, whole).train_loss
+    assert (
+        update_of(clients, replace(whole, kept=1)).train_loss
+        == update_of(clients, whole).train_loss
+    )
 
 
-def test_a_turn_that_the_server_never_heard_of_does_not_count(site: Site, first: Plan) -> None:
-    turn_of(site, first)
-    expected = turn_of(site, next_visit(first, round=3, kept=1))
-    turn_of(site, next_visit(first, round=2, kept=1))  # its reply is lost
-    assert turn_of(site, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
+def test_a_turn_that_the_server_never_heard_of_does_not_count(
+    clients: Clients, first: Plan
+) -> None:
+    update_of(clients, first)
+    expected = update_of(clients, next_visit(first, round=3, kept=1))
+    update_of(clients, next_visit(first, round=2, kept=1))  # its reply is lost
+    assert update_of(clients, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
 
 
-def test_a_device_that_lost_what_it_kept_says_so(site: Site, first: Plan) -> None:
-    turn_of(site, first)
+def test_a_device_that_lost_what_it_kept_says_so(clients: Clients, first: Plan) -> None:
+    update_of(clients, first)
     (folder_of(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
-    reply = ask(site, next_visit(first, round=2, kept=1))
+    reply = ask(clients, next_visit(first, round=2, kept=1))
     assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
 
 
-def test_a_plan_without_what_it_needs_is_an_error(site: Site, first: Plan) -> None:
+def test_a_plan_without_what_it_needs_is_an_error(clients: Clients, first: Plan) -> None:
     with pytest.raises(DroppeftError, match="and this device has not kept it"):
-        ask(site, next_visit(first, round=2, kept=None))
+        ask(clients, next_visit(first, round=2, kept=None))
 
 
-def test_a_method_that_shares_all_keeps_nothing(site: Site, first: Plan, state: Path) -> None:
+def test_a_method_that_shares_all_keeps_nothing(clients: Clients, first: Plan, state: Path) -> None:
     every = frozenset(name for _, name, _ in flatten(first.tensors))
-    turn_of(site, replace(first, share=every, run=""))
+    update_of(clients, replace(first, share=every, run=""))
     assert not state.exists()
 
 
@@ -120,21 +125,23 @@ def test_a_method_that_shares_all_keeps_nothing(site: Site, first: Plan, state: 
 
 
 def test_a_measurement_is_of_the_model_on_the_device_s_own_test_rows(
-    site: Site, first: Plan, state: Path
+    clients: Clients, first: Plan, state: Path
 ) -> None:
-    reply = ask(site, without_steps(first))
-    rows = site.devices[1].test
-    set_tensors(site.bench.parameters, first.tensors)
-    expected = evaluate(site.bench.model, site.table, rows, site.bench.task, 64, "fp32")
+    reply = ask(clients, without_steps(first))
+    rows = clients[1].rows.test
+    set_tensors(clients[0].model.parameters, first.tensors)
+    expected = evaluate(
+        clients[0].model.model, clients[0].table, rows, clients[0].model.task, 64, "fp32"
+    )
     assert reply == Measurement(1, 1, first.nonce, len(rows), expected.accuracy, expected.loss)
     assert not state.exists()
 
 
-def test_a_measurement_is_of_what_was_kept(site: Site, first: Plan) -> None:
-    turn_of(site, first)
+def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Plan) -> None:
+    update_of(clients, first)
     before = rows_kept(1)
-    own = ask(site, without_steps(next_visit(first, round=2, kept=1)))
-    plain = ask(site, without_steps(replace(first, round=2)))
+    own = ask(clients, without_steps(next_visit(first, round=2, kept=1)))
+    plain = ask(clients, without_steps(replace(first, round=2)))
     assert own.loss != plain.loss
     assert rows_kept(1) == before
 
@@ -372,7 +379,7 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
             load_config(None, words),
             out,
             Recorder(),
-            lambda loaded: nullcontext(Gone(InProcess(site_of(loaded)))),
+            lambda loaded: nullcontext(Gone(InProcess(clients_of(loaded)))),
         )
     assert not (out / "result.json").exists()
     start_run(load_config(None, words), tmp_path / "whole", Recorder())

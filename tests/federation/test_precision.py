@@ -10,13 +10,14 @@ import torch
 
 from droppeft import precision
 from droppeft.adapters.by_layer import get_tensors, set_tensors
+from droppeft.client.client import rehearse
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import rehearse, take_turn
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.validation import why_refused
+from droppeft.methods.base import local_training
 from droppeft.plans import Plan, Update, flatten
 from runs import Recorder, adapter_bytes, rows_of
 from tiny import save_tiny_model
@@ -25,9 +26,9 @@ FP16 = ("training.precision=fp16", "training.checkpointing=true")
 
 
 def turn(prepared: Prepared) -> tuple[Plan, Update]:
-    site = site_of(prepared.loaded)
+    clients = clients_of(prepared.loaded)
     [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
-    return plan, take_turn(site.bench, site.table, site.devices[0], site.config, plan)
+    return plan, clients[0].train(plan)
 
 
 @pytest.mark.parametrize("further", [(), ("frozen.layers=1",)])
@@ -68,8 +69,8 @@ def test_a_turn_in_which_every_step_overflowed_is_a_failure_and_not_the_end(
     prepared = prepare_with(*FP16)
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
     plan, update = turn(prepared)
-    layout, batch_size = prepared.bench.layout(plan.adapter), prepared.config.training.batch_size
-    assert why_refused(plan, update, layout, batch_size) == (
+    layout = prepared.model.layout(plan.adapter)
+    assert why_refused(plan, update, layout) == (
         "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
     )
 
@@ -83,8 +84,8 @@ def test_some_skipped_steps_are_no_failure(
     plan, update = turn(prepared)
     assert (update.steps, update.examples, update.cost.rows) == (3, 8, 12)
     assert max(update.active_steps) == 2
-    layout, batch_size = prepared.bench.layout(plan.adapter), prepared.config.training.batch_size
-    assert why_refused(plan, update, layout, batch_size) is None
+    layout = prepared.model.layout(plan.adapter)
+    assert why_refused(plan, update, layout) is None
 
 
 # What a model and an adapter cannot, before the run
@@ -111,7 +112,7 @@ def test_a_rehearsal_moves_nothing(
     prepare_with: Callable[..., Prepared], words: tuple[str, ...]
 ) -> None:
     prepared = prepare_with(*words)
-    bench, spec = prepared.bench, prepared.state.model.adapter
+    bench, spec = prepared.model, prepared.state.model.adapter
     rng = np.random.default_rng(0)
     values = {
         key: {name: rng.normal(size=one.shape).astype(np.float32) for name, one in named.items()}
@@ -119,7 +120,7 @@ def test_a_rehearsal_moves_nothing(
     }
     set_tensors(bench.parameters, values)
     state = torch.get_rng_state()
-    rehearse(bench, prepared.test, prepared.config, spec)
+    rehearse(bench, prepared.test, local_training(prepared.config), spec)
     for (_, name, one), (_, _, other) in zip(
         flatten(values), flatten(get_tensors(bench.parameters)), strict=True
     ):
@@ -138,6 +139,6 @@ def test_what_every_model_can_is_not_rehearsed(
     steps: int,
 ) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr("droppeft.federation.device.train", lambda *args: taken.append(args))
+    monkeypatch.setattr("droppeft.client.client.train", lambda *args: taken.append(args))
     prepare_with(*words)
     assert len(taken) == steps

@@ -62,8 +62,8 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 def as_left_by(out: Path) -> tuple[Any, Any]:
     """The model of the last round as the run itself wears it."""
     prepared = prepare(load_config(out / "config.toml"), lambda step: None)
-    bench, model = prepared.bench, load_newest(out / "checkpoints").state.model
-    bench.wear(model.adapter)
+    bench, model = prepared.model, load_newest(out / "checkpoints").state.model
+    bench.attach(model.adapter)
     set_tensors(bench.parameters, model.tensors)
     return bench.model, prepared.loaded.backbone.tokenizer
 

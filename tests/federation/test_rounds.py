@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.federation.rounds import Closed, draw_cohort, play_round
-from droppeft.federation.transport import Arrival
 from droppeft.ledger import device_row, round_row
 from droppeft.methods import METHODS
 from droppeft.plans import HEAD, Failure, Plan, ServerState
+from droppeft.transports.base import Arrival
 from messages import LAYERS, Scripted, answer_to, assert_same, setup_for
 
 SETUP = setup_for("method=fedlora")

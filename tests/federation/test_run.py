@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from droppeft.client.loading import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints
 from droppeft.federation.folder import check_free
-from droppeft.federation.loading import Loaded, site_of
 from droppeft.federation.run import Interrupted, resume_run, start_run
-from droppeft.federation.transport import Arrival, InProcess
 from droppeft.plans import Failure, Plan
+from droppeft.transports.base import Arrival
+from droppeft.transports.in_process import InProcess
 from runs import Recorder, adapter_bytes, outcome, rows_of
 
 MAIN = "from droppeft.cli import main; main()"
@@ -434,7 +435,7 @@ class Deaf:
     """In process, but in some rounds nobody answers."""
 
     def __init__(self, loaded: Loaded, lost: Collection[int]) -> None:
-        self.inner = InProcess(site_of(loaded))
+        self.inner = InProcess(clients_of(loaded))
         self.lost = lost
 
     def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:

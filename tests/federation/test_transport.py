@@ -9,8 +9,9 @@ import pytest
 from droppeft.config import load_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared, prepare
-from droppeft.federation.transport import TRANSPORTS, Transport, transport_named
 from droppeft.plans import LayerAdapter, Plan, Update, flatten
+from droppeft.transports.base import Transport
+from droppeft.transports.registry import TRANSPORTS, transport_named
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)

@@ -19,7 +19,7 @@ SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
 def said_of(**changes: Any) -> str | None:
     """What is said of an Update that is in order but for some changes."""
     update = answer_to(PLAN, **{"tensors": SHARED, **changes})
-    return why_refused(PLAN, update, layout(PLAN.adapter), batch_size=16)
+    return why_refused(PLAN, update, layout(PLAN.adapter))
 
 
 def with_layer_0(array: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
     plan = replace(PLAN, frozen=1, share=PLAN.share - {"layer.0.A"})
     update = answer_to(plan, tensors={key: SHARED[key] for key in (1, "head")})
     idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
-    assert why_refused(plan, idle, layout(plan.adapter), batch_size=16) is None
+    assert why_refused(plan, idle, layout(plan.adapter)) is None
 
 
 def test_an_update_that_is_in_order_is_accepted() -> None:
@@ -63,7 +63,7 @@ def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
     kept = {key: named for key, named in PLAN.tensors.items() if key != 1}
     plan = replace(PLAN, tensors=kept)
     update = answer_to(plan, tensors=SHARED)
-    assert why_refused(plan, update, layout(plan.adapter), batch_size=16) is None
+    assert why_refused(plan, update, layout(plan.adapter)) is None
 
 
 RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
@@ -79,7 +79,7 @@ FIRST = {"tensors": {key: SHARED[key] for key in (0, "head")}}
 
 def said_of_choice(**changes: Any) -> str | None:
     update = answer_to(RULED, **{**CHOSEN, **changes})
-    return why_refused(RULED, update, layout(RULED.adapter), batch_size=16)
+    return why_refused(RULED, update, layout(RULED.adapter))
 
 
 def test_a_device_s_choice_of_layers_is_accepted() -> None:
@@ -90,7 +90,7 @@ def test_a_device_s_choice_of_layers_is_accepted() -> None:
     assert said_of_choice(shared=(0, 1), active_steps=(2, 0, 1, 2), **FIRST) is None
     before = replace(RULED, sharing=replace(RULED.sharing, shared=(3,)))  # type: ignore[type-var]
     update = answer_to(before, **{**CHOSEN, **FIRST, "shared": (0,), "active_steps": (2, 0, 1, 2)})
-    assert why_refused(before, update, layout(PLAN.adapter), batch_size=16) is None
+    assert why_refused(before, update, layout(PLAN.adapter)) is None
 
 
 def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
@@ -98,9 +98,9 @@ def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
     names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
     plan = replace(RULED, train=names, share=names)
     update = answer_to(plan, **{**CHOSEN, "shared": (0, 1, 2)})
-    assert why_refused(plan, update, layout(PLAN.adapter), batch_size=16) is None
+    assert why_refused(plan, update, layout(PLAN.adapter)) is None
     greedy = replace(update, shared=(0, 1))
-    said = why_refused(plan, greedy, layout(PLAN.adapter), batch_size=16)
+    said = why_refused(plan, greedy, layout(PLAN.adapter))
     assert said == "chooses about layers that it did not move"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from droppeft.frozen_prefix.store import SEGMENT_BYTES, StateStore, digest_of
+from droppeft.plans import StateCache
 
 
 def states(value: float, tokens: int = 4) -> torch.Tensor:
@@ -14,7 +15,7 @@ def states(value: float, tokens: int = 4) -> torch.Tensor:
 
 
 def opened(folder: Path, round: int, content: str = "a", limit: int = 1 << 20) -> StateStore:
-    return StateStore(folder / "device-0", content, round, limit)
+    return StateStore(folder / "device-0", content, round, StateCache("fp16", limit))
 
 
 def fill(folder: Path, round: int, *digests: str, content: str = "a", limit: int = 1 << 20) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from droppeft.adapters.by_layer import get_tensors, set_tensors
+from droppeft.client.client import base_delta_applied
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import base_delta_applied
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.methods import METHODS
 from droppeft.methods.fedhetlora import RANKS
@@ -20,7 +20,7 @@ from droppeft.methods.plain_lora import with_added
 from droppeft.plans import GlobalModel, Plan, Update, flatten
 from droppeft.sharing.factors import pairs_of
 from messages import WIDTH_OF_MODEL, answer_to, assert_same, shaped
-from runs import turn_of
+from runs import update_of
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -129,7 +129,7 @@ def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
 
 
 def logits(prepared: Prepared, model: GlobalModel | Update, delta: Any = None) -> torch.Tensor:
-    bench = prepared.bench
+    bench = prepared.model
     set_tensors(bench.parameters, model.tensors)
     bench.model.eval()
     batch = bench.task.collate(prepared.test, np.arange(6))
@@ -147,10 +147,10 @@ def test_one_device_s_model_becomes_the_global_one(
     prepared = prepare_with(
         f"method={name}", f"model={model}", "training.learning_rate=0.02", "training.local_steps=8"
     )
-    site, state = site_of(prepared.loaded), prepared.state
+    clients, state = clients_of(prepared.loaded), prepared.state
     for round in (1, 2):
         [plan] = prepared.method.plan(prepared.setup, state, round, [1])
-        update = turn_of(site, plan)
+        update = update_of(clients, plan)
         trained = logits(prepared, update, plan.base_delta)
         state = prepared.method.merge(prepared.setup, state, [plan], [update])
         merged = logits(prepared, state.model, state.model.base_delta)
@@ -167,15 +167,15 @@ def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Pre
     assert sent == plan.train == plan.share
     assert not any(".lora_A." in name for name in sent)
     assert any(".lora_B." in name for name in sent)
-    set_tensors(prepared.bench.parameters, ones_like(prepared.state.model.tensors))
-    reply = turn_of(site_of(prepared.loaded), plan)
+    set_tensors(prepared.model.parameters, ones_like(prepared.state.model.tensors))
+    reply = update_of(clients_of(prepared.loaded), plan)
     assert prepared.method.own(prepared.setup, prepared.state, 1, 1).train == sent
     assert {name for _, name, _ in flatten(reply.tensors)} == sent
     state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
     for key, name, array in flatten(state.model.tensors):
         started = prepared.state.model.tensors[key][name]
         assert np.array_equal(array, started) == (".lora_A." in name)
-    worn = {name: value for _, name, value in flatten(get_tensors(prepared.bench.parameters))}
+    worn = {name: value for _, name, value in flatten(get_tensors(prepared.model.parameters))}
     for _, name, array in flatten(prepared.state.model.tensors):
         if ".lora_A." in name:
             np.testing.assert_array_equal(worn[name], array)

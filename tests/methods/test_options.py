@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from droppeft.client.loading import clients_of
 from droppeft.config import (
     AdapterConfig,
     ServerConfig,
@@ -16,7 +17,6 @@ from droppeft.config import (
     to_toml,
 )
 from droppeft.errors import DroppeftError
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.methods import METHODS
@@ -25,7 +25,7 @@ from droppeft.methods.other_types import OTHER_TYPES
 from droppeft.plans import Failure, flatten
 from droppeft.sharing.server_optimizer import step
 from messages import answer_to, setup_for, shaped
-from runs import Recorder, outcome, stop_after_a_round, turn_of
+from runs import Recorder, outcome, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -164,7 +164,7 @@ def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
         words = [*tiny_words, f"training.proximal={proximal}", "training.local_steps=10"]
         prepared = prepare(load_config(None, words), lambda step: None, "00c0ffee")
         [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-        reply = turn_of(site_of(prepared.loaded), plan)
+        reply = update_of(clients_of(prepared.loaded), plan)
         return float(
             sum(
                 np.square(array - plan.tensors[key][name]).sum()

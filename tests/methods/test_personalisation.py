@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.loading import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import carry_out
-from droppeft.federation.loading import site_of
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.methods import METHODS
 from droppeft.plans import HEAD, Measurement, Plan, flatten
-from droppeft.sharing.kept import folder_of, recall
 from messages import answer_to, setup_for
-from runs import Recorder, outcome, rows_of, stop_after_a_round, turn_of
+from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -53,24 +52,26 @@ def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
 ) -> None:
     """The same batches from the same values: what differs is the pull alone."""
     prepared = prepare_with("method=ditto", "ditto.pull=0")
-    reply = turn_of(site_of(prepared.loaded), first_plan(prepared))
-    assert distance(recall(folder_of(RUN, 1), 1), reply.tensors) == 0
+    reply = update_of(clients_of(prepared.loaded), first_plan(prepared))
+    assert distance(load_tensors(folder_of(RUN, 1), 1), reply.tensors) == 0
     assert (reply.cost.own_steps, reply.cost.own_tokens) == (reply.steps, reply.cost.tokens)
 
 
 def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepared]) -> None:
     """Also in a later turn, which begins with the device's own."""
     prepared = prepare_with("method=ditto", "training.local_steps=20")
-    site, plan = site_of(prepared.loaded), first_plan(prepared)
-    shared = turn_of(site, plan)
+    clients, plan = clients_of(prepared.loaded), first_plan(prepared)
+    shared = update_of(clients, plan)
     far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in plan.tensors.items()}
     later = replace(plan, round=2, kept=1, tensors=far, own_copy=0.0)
     away = {}
     for pull in (0.0, 0.5, 50.0):
-        reply = turn_of(site, replace(later, own_copy=pull))
-        assert distance(reply.tensors, turn_of(site, replace(later, own_copy=None)).tensors) == 0
-        away[pull] = distance(recall(folder_of(RUN, 1), 2), far)
-        turn_of(site, plan)  # its file for the next
+        reply = update_of(clients, replace(later, own_copy=pull))
+        assert (
+            distance(reply.tensors, update_of(clients, replace(later, own_copy=None)).tensors) == 0
+        )
+        away[pull] = distance(load_tensors(folder_of(RUN, 1), 2), far)
+        update_of(clients, plan)  # its file for the next
     assert away[0.0] > away[0.5] > away[50.0]
     assert distance(shared.tensors, far) > away[50.0]
 
@@ -115,9 +116,9 @@ def test_ditto_does_not_take_frozen_layers(prepare_with: Callable[..., Prepared]
 
 def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("method=fedsa_lora")
-    site, plan = site_of(prepared.loaded), first_plan(prepared)
-    reply = turn_of(site, plan)
-    kept = {name for _, name, _ in flatten(recall(folder_of(RUN, 1), 1))}
+    clients, plan = clients_of(prepared.loaded), first_plan(prepared)
+    reply = update_of(clients, plan)
+    kept = {name for _, name, _ in flatten(load_tensors(folder_of(RUN, 1), 1))}
     sent = {name for _, name, _ in flatten(reply.tensors)}
     assert kept == {name for _, name, _ in flatten(plan.tensors) if ".lora_B." in name}
     assert sent == {name for _, name, _ in flatten(plan.tensors)} - kept
@@ -126,7 +127,7 @@ def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> Non
     assert {name for _, name, _ in flatten(later.tensors)} == sent
     assert later.kept == 1
     own = prepared.method.own(prepared.setup, state, 2, 1)
-    measured = carry_out(site.bench, site.table, site.devices[1], site.config, own)
+    measured = clients[1].run(own)
     fresh = prepared.method.own(prepared.setup, state, 2, 0)
     assert isinstance(measured, Measurement)
     assert {name for _, name, _ in flatten(fresh.tensors)} == sent | kept

@@ -37,7 +37,7 @@ def check_cache_folder() -> Finding:
 
 def check_state_folder() -> Finding:
     """Where devices keep what is their own; without it `method=local` does not work."""
-    from droppeft.sharing.kept import state_dir  # loads numpy, which may be what is broken
+    from droppeft.client.client_state import state_dir  # loads numpy, which may be what is broken
 
     remedy = "export DROPPEFT_STATE=~/droppeft-state"
     try:

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from droppeft.adapters.attach import export_adapter, loading_of, merged
+from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.client.client_model import ClientModel
+from droppeft.client.loading import Loaded
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import base_delta_applied
-from droppeft.federation.loading import Loaded
-from droppeft.federation.workbench import Workbench
 from droppeft.files import sync
 from droppeft.models import HEAD_MODULES, Backbone, quiet
 from droppeft.plans import GlobalModel
@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
         config: of the run, resolved.
-        backbone, bench: where the model is worn.
+        backbone, client_model: where the model is worn.
         label_names: in the order of the class indices.
         data_hash: content hash of the run's data.
         model: as the server holds it.
@@ -53,7 +53,7 @@ class Source:
 
     config: Config
     backbone: Backbone
-    bench: Workbench
+    client_model: ClientModel
     label_names: tuple[str, ...]
     data_hash: str
     model: GlobalModel
@@ -81,7 +81,7 @@ def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], 
     source = Source(
         config=config,
         backbone=loaded.backbone,
-        bench=loaded.bench,
+        client_model=loaded.model,
         label_names=data.label_names,
         data_hash=data.content_hash,
         model=model,
@@ -110,17 +110,17 @@ def save_adapter(source: Source, out: Path) -> None:
 
 
 def save_merged(source: Source, out: Path) -> None:
-    """Write backbone and adapter as one plain model, in one step; the bench is used up by that.
+    """Write backbone and adapter as one plain model, in one step; that uses the client model up.
 
     Raises:
         DroppeftError: an adapter of this type is no change of weights, or the folder cannot be
             written.
     """
-    bench, model, tokenizer = source.bench, source.model, source.backbone.tokenizer
-    _wear(bench, model)
-    with base_delta_applied(bench.model, model.base_delta):
-        expected = _logits(bench.model, tokenizer)
-        plain: Any = merged(bench.model)
+    client_model, model, tokenizer = source.client_model, source.model, source.backbone.tokenizer
+    _attach(client_model, model)
+    with base_delta_applied(client_model.model, model.base_delta):
+        expected = _logits(client_model.model, tokenizer)
+        plain: Any = merged(client_model.model)
         with _new_folder(out) as folder, quiet():
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -202,13 +202,13 @@ def _quantised_lines(source: Source) -> tuple[str, str]:
 
 def _fill_with_adapter(source: Source, folder: Path) -> None:
     check_alone(source.model)
-    _wear(source.bench, source.model)
-    export_adapter(source.bench.model, folder, _adapter_card(source))
+    _attach(source.client_model, source.model)
+    export_adapter(source.client_model.model, folder, _adapter_card(source))
 
 
-def _wear(bench: Workbench, model: GlobalModel) -> None:
-    bench.wear(model.adapter)
-    set_tensors(bench.parameters, model.tensors)
+def _attach(client_model: ClientModel, model: GlobalModel) -> None:
+    client_model.attach(model.adapter)
+    set_tensors(client_model.parameters, model.tensors)
 
 
 def _check_answer(folder: Path, expected: torch.Tensor) -> None:
@@ -306,7 +306,7 @@ def _table(source: Source) -> str:
 | round | {source.round} of {config.rounds} |
 | cohort | {config.cohort} of {config.devices} devices in each round |
 | seed | {config.seed} |
-| parameters of adapter and head | {count_parameters(source.bench.parameters):,} |
+| parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
 {_accuracy(source)}
 """
 

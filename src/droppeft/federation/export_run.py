@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from droppeft import seeds
+from droppeft.client.client_model import ClientModel
+from droppeft.client.client_state import Lost, folder_of, load_tensors
+from droppeft.client.loading import Say
 from droppeft.config import Config, load_config
 from droppeft.data.sources import load_text
 from droppeft.errors import DroppeftError
@@ -26,13 +29,10 @@ from droppeft.federation.export import (
     save_merged,
 )
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
-from droppeft.federation.loading import Say
-from droppeft.federation.workbench import Workbench
 from droppeft.ledger import read_rows
 from droppeft.methods import Setup, method_named
 from droppeft.models import load_backbone, load_dequantised
 from droppeft.plans import GlobalModel
-from droppeft.sharing.kept import Lost, folder_of, recall
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def export_run(
             f"{run}: has no device {device}; its devices are 0 to {config.devices - 1}"
         )
     folder = run / "checkpoints"
-    load = checkpoints.load_newest
-    checkpoint = load(folder) if round is None else checkpoints.load_round(folder, round)
+    checkpoint = (
+        checkpoints.load_newest(folder) if round is None else checkpoints.load_round(folder, round)
+    )
     kind = "merged" if merge else "adapter"
     whose = "" if device is None else f"-device-{device}"
     out = (out or run / f"{kind}{whose}-round-{checkpoint.round}").resolve()
@@ -121,8 +122,10 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     torch.set_num_threads(config.threads)
     say("loading model")
     seed = seeds.seed_for(config.seed, purpose="head")
-    load = load_dequantised if merge and config.quantization != "none" else load_backbone
-    backbone = load(config.model, names, seed, config.quantization)
+    exact = merge and config.quantization != "none"
+    backbone = (load_dequantised if exact else load_backbone)(
+        config.model, names, seed, config.quantization
+    )
     if backbone.weights_hash != facts["model_hash"]:
         raise DroppeftError(
             f"{run}: the model {config.model} changed since this run began "
@@ -132,7 +135,7 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     return Source(
         config=config,
         backbone=backbone,
-        bench=Workbench(backbone, "cpu", config.seed),
+        client_model=ClientModel(backbone, "cpu", config.seed),
         label_names=names,
         data_hash=facts["data_hash"],
         model=checkpoint.state.model,
@@ -144,13 +147,13 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
 
 def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -> Source:
     """The model with which a device would begin its next turn."""
-    bench, config, state = source.bench, source.config, checkpoint.state
+    client_model, config, state = source.client_model, source.config, checkpoint.state
     name = checkpoint.facts.get("run", "")
     layers = source.backbone.num_layers
-    setup = Setup(config, layers, bench.fresh_tensors, bench.layout, None, name)
+    setup = Setup(config, layers, client_model.fresh_tensors, client_model.layout, None, name)
     plan = method_named(config.method).own(setup, state, checkpoint.round + 1, device)
     try:
-        kept = {} if plan.kept is None else recall(folder_of(plan.run, device), plan.kept)
+        kept = {} if plan.kept is None else load_tensors(folder_of(plan.run, device), plan.kept)
     except Lost as error:
         raise DroppeftError(
             f"{run}: device {device} cannot be exported: {error}, or on another machine "

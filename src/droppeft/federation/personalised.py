@@ -12,11 +12,11 @@ from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
-from droppeft.federation.transport import Transport
 from droppeft.federation.validation import checked, why_not_its_own
 from droppeft.methods import Method, Setup
 from droppeft.plans import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
 from droppeft.sharing.visits import with_visits
+from droppeft.transports.base import Transport
 
 
 @dataclass(frozen=True)

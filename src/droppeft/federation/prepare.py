@@ -8,21 +8,21 @@ import numpy as np
 from droppeft import seeds
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import check_on
+from droppeft.client.client import rehearse
+from droppeft.client.client_model import ClientModel
+from droppeft.client.loading import Loaded, Say, load, tokens_of
 from droppeft.config import Config
 from droppeft.costs.devices import make_fleet
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import rehearse
-from droppeft.federation.loading import Loaded, Say, load, tokens_of
 from droppeft.federation.modelled import clock_for, longest_step
-from droppeft.federation.transport import transport_named
-from droppeft.federation.workbench import Workbench
 from droppeft.methods import Method, Setup, method_named
-from droppeft.methods.base import adapter_spec
+from droppeft.methods.base import adapter_spec, local_training
 from droppeft.plans import ServerState
 from droppeft.quantization import check_installed
+from droppeft.transports.registry import transport_named
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Prepared:
         return self.loaded.config
 
     @property
-    def bench(self) -> Workbench:
-        """Where the global model is worn."""
-        return self.loaded.bench
+    def model(self) -> ClientModel:
+        """To which the global adapter is attached."""
+        return self.loaded.model
 
 
 def prepare(config: Config, say: Say, run: str = "") -> Prepared:
@@ -79,13 +79,13 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     check_installed(config.quantization)
     fleet = make_fleet(config.clock, config.devices, config.seed)
     loaded = load(config, say)
-    bench = loaded.bench
+    model = loaded.model
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
     setup = Setup(
         config,
-        bench.num_layers,
-        bench.fresh_tensors,
-        bench.layout,
+        model.num_layers,
+        model.fresh_tensors,
+        model.layout,
         clock,
         run,
         longest_step(config, loaded.backbone),
@@ -93,7 +93,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     state = method.init(setup)
     say("tokenising")
     test = tokens_of(loaded, loaded.data.test)
-    rehearse(bench, test, config, state.model.adapter)
+    rehearse(model, test, local_training(config), state.model.adapter)
     return Prepared(
         loaded=loaded,
         method=method,

@@ -14,10 +14,10 @@ import numpy as np
 from droppeft import seeds
 from droppeft.costs.clock import RoundCost
 from droppeft.federation.modelled import close_round, counting_wall_s
-from droppeft.federation.transport import Arrival, Transport
 from droppeft.federation.validation import checked, why_refused
 from droppeft.methods import Method, Setup
 from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.transports.base import Arrival, Transport
 
 OnReply = Callable[[Reply], None]
 
@@ -111,8 +111,7 @@ def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:
     def why_not(answer: Update | Measurement) -> str | None:
         if isinstance(answer, Measurement):
             return "answers with a measurement"
-        layout, batch_size = setup.layout(plan.adapter), setup.config.training.batch_size
-        return why_refused(plan, answer, layout, batch_size)
+        return why_refused(plan, answer, setup.layout(plan.adapter))
 
     return checked(plan, arrival.reply if arrival else None, why_not)
 

@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.client.client_state import state_dir
+from droppeft.client.loading import difference, identity
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.builtin import EXPECTED_HASH
 from droppeft.data.tables import Rows
 from droppeft.errors import DroppeftError
 from droppeft.federation import checkpoints
 from droppeft.federation.checkpoints import Checkpoint
-from droppeft.federation.device import base_delta_applied
 from droppeft.federation.environment import machine, versions
 from droppeft.federation.export import write_adapter
 from droppeft.federation.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, check_free, held
-from droppeft.federation.loading import difference, identity
 from droppeft.federation.personalised import measure_devices, personalised_sums
 from droppeft.federation.prepare import Prepared, prepare, references
 from droppeft.federation.rounds import play_round
 from droppeft.federation.tracking import check_tracker, tracked
-from droppeft.federation.transport import Connect, Transport, transport_named
 from droppeft.federation.watcher import Watcher
 from droppeft.files import write_atomically
 from droppeft.frozen_prefix.turn import state_folder
@@ -50,8 +50,9 @@ from droppeft.ledger import (
 )
 from droppeft.methods import method_named
 from droppeft.plans import GlobalModel
-from droppeft.sharing.kept import state_dir
 from droppeft.training import Evaluation, evaluate
+from droppeft.transports.base import Connect, Transport
+from droppeft.transports.registry import transport_named
 
 LOST_ROUNDS = 3
 """So many rounds in a row without a merged reply end a run."""
@@ -254,7 +255,7 @@ def _finish(
         "machine": machine(config.accelerator),
     }
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-    shutil.rmtree(state_folder(config), ignore_errors=True)
+    shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     watcher.finished(result)
     return result
 
@@ -349,7 +350,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _trainable(prepared: Prepared) -> int:
     """Values that devices train, the head included; a method may leave a part of an adapter out."""
     names = prepared.method.own(prepared.setup, prepared.state, 1, 0).train
-    parameters = prepared.bench.parameters
+    parameters = prepared.model.parameters
     if names is None:
         return count_parameters(parameters)
     named = ((name, value) for values in parameters.values() for name, value in values.items())
@@ -357,16 +358,16 @@ def _trainable(prepared: Prepared) -> int:
 
 
 def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
-    bench, config = prepared.bench, prepared.config
-    bench.wear(model.adapter)
-    set_tensors(bench.parameters, model.tensors)
-    bench.hold()
-    with base_delta_applied(bench.model, model.base_delta):
+    on, config = prepared.model, prepared.config
+    on.attach(model.adapter)
+    set_tensors(on.parameters, model.tensors)
+    on.load_layers()
+    with base_delta_applied(on.model, model.base_delta):
         return evaluate(
-            bench.model,
+            on.model,
             prepared.test,
             rows,
-            bench.task,
+            on.task,
             config.evaluation.batch_size,
             config.training.precision,
         )

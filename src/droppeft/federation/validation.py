@@ -24,7 +24,7 @@ MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
 """What devices say of these steers arms: no larger loss or norm of gradients is one of a model."""
 
 
-def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> str | None:
+def why_refused(plan: Plan, update: Update, layout: Layout) -> str | None:
     """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
 
     Checked: it answers this Plan (round, device, nonce); its counts fit the Plan's budget, since
@@ -36,12 +36,11 @@ def why_refused(plan: Plan, update: Update, layout: Layout, batch_size: int) -> 
         plan: what was asked.
         update: what came back.
         layout: the tensors of the Plan's adapter.
-        batch_size: most rows of a step.
     """
     return (
         why_not_its_own(plan, update)
-        or _counts(plan, update, batch_size)
-        or _cost(plan, update, batch_size)
+        or _counts(plan, update)
+        or _cost(plan, update)
         or _choice(plan, update, layout)
         or _names(plan, update, layout)
         or _values(update, layout)
@@ -72,8 +71,8 @@ def why_not_its_own(plan: Plan, answer: Update | Measurement) -> str | None:
     return None if answer.nonce == plan.nonce else "does not carry this Plan's nonce"
 
 
-def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
-    layers = len(plan.adapter.layers)
+def _counts(plan: Plan, update: Update) -> str | None:
+    layers, batch_size = len(plan.adapter.layers), plan.training.batch_size
     for said in (len(update.active_steps), len(update.importance)):
         if said != layers:
             return f"speaks of {said} layers, the model has {layers}"
@@ -95,12 +94,12 @@ def _counts(plan: Plan, update: Update, batch_size: int) -> str | None:
     return None
 
 
-def _cost(plan: Plan, update: Update, batch_size: int) -> str | None:
-    cost, layers = update.cost, len(plan.adapter.layers)
+def _cost(plan: Plan, update: Update) -> str | None:
+    cost, layers, most_rows = update.cost, len(plan.adapter.layers), plan.training.batch_size
     # A whole number may be larger than any float; the modelled clock divides by these.
     if not all(0 <= number < 2**63 for number in _numbers(astuple(cost))):
         return "claims impossible costs"
-    if not update.examples <= cost.rows <= min(cost.tokens, update.steps * batch_size):
+    if not update.examples <= cost.rows <= min(cost.tokens, update.steps * most_rows):
         return f"claims {cost.tokens} tokens in {cost.rows} rows for {update.examples} examples"
     measured = plan.sharing is not None and CRITERIA[plan.sharing.criterion].runs_model != "no"
     if (cost.scoring_tokens and not measured) or (cost.reward_tokens and not plan.reward_rows):

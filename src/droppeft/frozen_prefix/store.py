@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from droppeft.data.cache import store
+from droppeft.plans import StateCache
 
 SEGMENT_BYTES = 16 << 20
 """States that are held in memory before they are written."""
@@ -38,12 +39,13 @@ class StateStore:
         content: names everything that the states depend on beside their example. Files of another
             content are deleted.
         round: of this turn.
-        limit_bytes: of all files together.
+        cache: precision of the states, and most bytes of all files together.
     """
 
-    def __init__(self, folder: Path, content: str, round: int, limit_bytes: int) -> None:
+    def __init__(self, folder: Path, content: str, round: int, cache: StateCache) -> None:
+        self.precision = cache.precision
         self._folder, self._content, self._round = folder, content, round
-        self._limit = limit_bytes
+        self._limit = cache.limit_bytes
         self._new: dict[str, torch.Tensor] = {}
         self._new_bytes = self._written = 0
         self._files: dict[Path, Any] = {}

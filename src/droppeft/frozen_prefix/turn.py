@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from droppeft.config import Config
 from droppeft.data.cache import cache_dir
 from droppeft.data.tables import Rows
 from droppeft.data.tasks import Batch, Classification
@@ -27,7 +26,7 @@ from droppeft.errors import DroppeftError
 from droppeft.frozen_prefix.states import FrozenPrefix
 from droppeft.frozen_prefix.store import StateStore, digest_of
 from droppeft.layer_dropout.blocks import Gates
-from droppeft.plans import PrefixCost
+from droppeft.plans import PrefixCost, checked_run
 
 STATES, FORGOTTEN_AFTER_S = "frozen-prefix", 7 * 24 * 3600.0
 
@@ -46,7 +45,6 @@ class PrefixOfTurn:
     Args:
         prefix: of the model that trains.
         store: the device's own, or ``None``.
-        stored: a key of :data:`STORED`.
         table, task: where rows and batches come from.
         steps: rows of every step of the turn.
         forward: a context for the forward: the run's autocast.
@@ -58,7 +56,6 @@ class PrefixOfTurn:
         self,
         prefix: FrozenPrefix,
         store: StateStore | None,
-        stored: str,
         table: TokenTable,
         task: Classification,
         steps: Sequence[Rows],
@@ -67,7 +64,7 @@ class PrefixOfTurn:
     ) -> None:
         self.cost = PrefixCost()
         self._prefix = prefix
-        self._store, self._stored = store, stored
+        self._store = store
         self._table, self._task, self._steps = table, task, steps
         self._forward, self._at_hand = forward, at_hand
         self._unvisited: set[int] = set()
@@ -131,10 +128,11 @@ class PrefixOfTurn:
 
     def _made(self, row: int, digest: str, store: StateStore) -> torch.Tensor:
         alone = self._task.collate(self._table, np.asarray([row]))
-        states = self._computed(alone)[0].to("cpu", STORED[self._stored])
+        states = self._computed(alone)[0].to("cpu", STORED[store.precision])
         if not torch.isfinite(states).all():
             raise DroppeftError(
-                f"hidden states behind layer {self._prefix.depth} do not fit into {self._stored}; "
+                f"hidden states behind layer {self._prefix.depth} do not fit into "
+                f"{store.precision}; "
                 "set frozen.precision=bf16"
             )
         store.put(digest, states)
@@ -158,13 +156,13 @@ class PrefixOfTurn:
         self.cost = replace(self.cost, **sums)
 
 
-def state_folder(config: Config) -> Path:
-    """Where the states of a run's devices are kept; of no use after the run.
+def state_folder(run: str) -> Path:
+    """Where the states of a run's clients are stored; of no use after the run.
 
-    A run of another configuration has another folder.
+    Raises:
+        DroppeftError: the run has no name; it comes from a server.
     """
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    return cache_dir() / STATES / digest[:16]
+    return cache_dir() / STATES / checked_run(run)
 
 
 def forget_old_runs() -> None:

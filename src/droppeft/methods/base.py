@@ -22,10 +22,12 @@ from droppeft.plans import (
     LayerAdapter,
     LayerDropout,
     Layout,
+    LocalTraining,
     Objective,
     Plan,
     Reply,
     ServerState,
+    StateCache,
     Tensors,
     Update,
     flatten,
@@ -174,12 +176,39 @@ def full_plan(
         objective=Objective(proximal=training.proximal),
         base_delta=state.model.base_delta,
         budget=Budget(steps=training.local_steps, epochs=training.local_epochs),
+        training=local_training(setup.config),
         reward_rows=0,
         seed=setup.config.seed,
         nonce=secrets.token_hex(16),
         frozen=setup.config.frozen.layers,
         run=setup.run,
+        cache=state_cache(setup.config),
     )
+
+
+def local_training(config: Config) -> LocalTraining:
+    """How clients train, as the configuration says it."""
+    settings = config.training
+    return LocalTraining(
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+        schedule=settings.schedule,
+        warmup_fraction=settings.warmup_fraction,
+        rounds=config.rounds,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        precision=settings.precision,
+        checkpointing=settings.checkpointing,
+        evaluation_batch_size=config.evaluation.batch_size,
+    )
+
+
+def state_cache(config: Config) -> StateCache | None:
+    """How clients store what frozen layers make of their rows, ``None`` where they do not."""
+    if not config.frozen.cache:
+        return None
+    return StateCache(config.frozen.precision, int(config.frozen.limit_mb * 1e6))
 
 
 def for_each(of_device: OfDevice) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]:

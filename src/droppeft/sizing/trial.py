@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from droppeft import seeds
+from droppeft.client.client import Client
+from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
-from droppeft.federation.device import take_turn
-from droppeft.federation.workbench import Workbench
 from droppeft.methods.base import Setup
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models import Backbone, load_backbone
@@ -85,11 +85,11 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
             _let_go_of_files(backbone.model)
         table = random_table(backbone, config)
         offload = config.training.offload
-        bench = Workbench(backbone, config.accelerator, config.seed, offload=offload)
+        model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
         with_loading = not _forget_peak(cuda)
-        _turn(bench, table, config, round=1, steps=1)
+        _turn(model, table, config, round=1, steps=1)
         with _watts(cuda) as watts:
-            update = _turn(bench, table, config, round=2, steps=steps)
+            update = _turn(model, table, config, round=2, steps=steps)
         peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     step_s = update.cost.train_wall_s / steps
     return Trial(
@@ -103,17 +103,17 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
     )
 
 
-def _turn(bench: Workbench, table: TokenTable, config: Config, round: int, steps: int) -> Update:
+def _turn(model: ClientModel, table: TokenTable, config: Config, round: int, steps: int) -> Update:
     """A turn in which every step has all rows of the table.
 
     The configuration is the same in all turns, so that a later one finds the hidden states that an
     earlier one left.
     """
-    setup = Setup(config, bench.num_layers, bench.fresh_tensors, bench.layout, None)
+    setup = Setup(config, model.num_layers, model.fresh_tensors, model.layout, None, run="0")
     [plan] = DROPPEFT.plan(setup, DROPPEFT.init(setup), round, [0])
     plan = replace(plan, budget=Budget(steps=steps))
     rows = np.arange(len(table))
-    return take_turn(bench, table, DeviceRows(rows, rows[:0], rows[:0]), config, plan)
+    return Client(model, table, DeviceRows(rows, rows[:0], rows[:0])).train(plan)
 
 
 def random_table(backbone: Backbone, config: Config) -> TokenTable:
@@ -140,8 +140,8 @@ def _first_small_turn(config: Config) -> None:
     )
     backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
     table = random_table(backbone, config)
-    bench = Workbench(backbone, config.accelerator, config.seed)
-    _turn(bench, table, config, round=1, steps=1)
+    model = ClientModel(backbone, config.accelerator, config.seed)
+    _turn(model, table, config, round=1, steps=1)
 
 
 def _let_go_of_files(model: nn.Module) -> None:

@@ -15,14 +15,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.supercore.task_identity import TaskIdentity
 
 from droppeft.config import FlowerConfig
-from droppeft.federation.flower import client_app
-from droppeft.federation.flower.grid import OverGrid
-from droppeft.federation.flower.messages import framed_bytes, packed_of, record_of
-from droppeft.federation.flower.nodes import Directory
-from droppeft.federation.flower.packing import Errand, pack_reply, unpack_plan
-from droppeft.federation.flower.post import Post
-from droppeft.federation.transport import Arrival
 from droppeft.plans import Failure, Plan, Update
+from droppeft.transports.base import Arrival
+from droppeft.transports.flower import client_app
+from droppeft.transports.flower.grid import OverGrid
+from droppeft.transports.flower.messenger import Post
+from droppeft.transports.flower.nodes import Directory
+from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
+from droppeft.transports.flower.wire_format import Errand, pack_reply, unpack_plan
 from messages import answer_to, layout, plan_for
 
 SUPERLINK = 1
@@ -372,6 +372,6 @@ def test_the_client_says_which_part_is_its_own() -> None:
 
 def test_a_client_process_starts_without_torch() -> None:
     """A SuperNode starts one for every message; the resident process has torch already."""
-    code = "import sys, droppeft.federation.flower.client_app; print('torch' in sys.modules)"
+    code = "import sys, droppeft.transports.flower.client_app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

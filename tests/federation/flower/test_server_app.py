@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
+from droppeft import flower_server_app
+from droppeft.client.loading import Loaded
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower import server_app
-from droppeft.federation.loading import Loaded
-from droppeft.federation.transport import Transport, in_process
+from droppeft.transports.base import Transport
+from droppeft.transports.in_process import in_process
 from runs import adapter_bytes, stop_after_a_round
 
 
@@ -22,13 +23,13 @@ def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         with in_process(loaded) as transport:
             return transport
 
-    monkeypatch.setattr(server_app, "over_grid", over)
+    monkeypatch.setattr(flower_server_app, "over_grid", over)
 
 
 def run(out: Path, settings: str = "", config: str = "") -> None:
     given: Any = {"config": config, "settings": settings, "out": str(out)}
     context = Context(1, 0, {}, RecordDict(), given)
-    server_app.app(grid=None, context=context)  # type: ignore[arg-type]
+    flower_server_app.app(grid=None, context=context)  # type: ignore[arg-type]
 
 
 def test_a_run_starts_from_settings_and_a_file(

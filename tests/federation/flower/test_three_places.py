@@ -13,9 +13,9 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower.simulation import _processes
 from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow
+from droppeft.transports.flower.simulation import _processes
 from runs import Recorder, outcome, rows_of, stop_after_a_round
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_on_loopback.py"
@@ -143,7 +143,7 @@ def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's hashes are falsified: to the devices it is their texts that differ."""
-    from droppeft.federation.flower import grid
+    from droppeft.transports.flower import grid
 
     real = grid.identity
     monkeypatch.setattr(grid, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})

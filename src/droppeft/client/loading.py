@@ -1,7 +1,7 @@
 """What a configuration names, loaded: texts, their split over devices, the backbone.
 
-A server and a device load the same; :mod:`droppeft.federation.prepare` adds the server's part, a
-:class:`Site` the devices'.
+A server and a client load the same; :mod:`droppeft.federation.prepare` adds the server's part,
+:func:`clients_of` the clients'.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ import torch
 from droppeft import seeds
 from droppeft.adapters.types import TYPES
 from droppeft.checkpointing import check_checkpointing
+from droppeft.client.client import Client
+from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.cache import cache_dir
 from droppeft.data.partition import DeviceRows, partition_rows
@@ -20,7 +22,6 @@ from droppeft.data.sources import load_text
 from droppeft.data.tables import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
 from droppeft.errors import DroppeftError
-from droppeft.federation.workbench import Workbench
 from droppeft.frozen_prefix.turn import forget_old_runs
 from droppeft.layer_dropout import find_blocks
 from droppeft.models import Backbone, load_backbone
@@ -37,32 +38,15 @@ class Loaded:
         config: resolved.
         data: texts and labels.
         devices: each device's own rows of the training texts.
-        backbone: as loaded; the bench has an adapter on it.
-        bench: where adapters are worn.
+        backbone: as loaded; the model has an adapter attached.
+        model: the same backbone, to attach adapters to.
     """
 
     config: Config
     data: TextData
     devices: tuple[DeviceRows, ...]
     backbone: Backbone
-    bench: Workbench
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a process that runs devices holds.
-
-    Attributes:
-        config: of the run, resolved.
-        bench: the shared backbone.
-        table: all tokenised training rows.
-        devices: each device's own rows of it.
-    """
-
-    config: Config
-    bench: Workbench
-    table: TokenTable
-    devices: tuple[DeviceRows, ...]
+    model: ClientModel
 
 
 def load(config: Config, say: Say) -> Loaded:
@@ -90,8 +74,8 @@ def load(config: Config, say: Say) -> Loaded:
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
-    bench = Workbench(backbone, config.accelerator, config.seed, offload=offload)
-    return Loaded(config, data, tuple(devices), backbone, bench)
+    model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
+    return Loaded(config, data, tuple(devices), backbone, model)
 
 
 def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
@@ -100,11 +84,11 @@ def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
     return tokenise(texts, loaded.backbone.tokenizer, max_length, cache_dir())
 
 
-def site_of(loaded: Loaded) -> Site:
-    """Make ready to run devices in this process."""
+def clients_of(loaded: Loaded) -> tuple[Client, ...]:
+    """Make all clients ready to run in this process, on one model."""
     forget_old_runs()
     table = tokens_of(loaded, loaded.data.train)
-    return Site(loaded.config, loaded.bench, table, loaded.devices)
+    return tuple(Client(loaded.model, table, rows) for rows in loaded.devices)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:

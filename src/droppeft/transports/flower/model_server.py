@@ -5,7 +5,7 @@ time. That process hands its message to this one instead, over a Unix socket in 
 its user can enter. It is started by the first message and ends with the SuperNode, or when nothing
 was asked for a while.
 
-Run as ``python -m droppeft.federation.flower.resident SOCKET WATCHED_PID``.
+Run as ``python -m droppeft.transports.flower.model_server SOCKET WATCHED_PID``.
 """
 
 import fcntl
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower.packing import Errand, Packed, pack_reply
 from droppeft.plans import Failure
+from droppeft.transports.flower.wire_format import Errand, Packed, pack_reply
 
-MODULE = "droppeft.federation.flower.resident"
+MODULE = "droppeft.transports.flower.model_server"
 
 IDLE_S = 600.0
 """A resident process that was asked nothing for so long ends."""
@@ -66,7 +66,7 @@ def serve(place: Path, watched_pid: int) -> None:
     watch = _Watch(place, watched_pid)
     with Listener(str(place), "AF_UNIX", backlog=64) as listener:
         threading.Thread(target=watch.run, daemon=True).start()
-        from droppeft.federation.flower.answering import (
+        from droppeft.transports.flower.client_runtime import (
             answer,  # loads torch, after the socket is there
         )
 

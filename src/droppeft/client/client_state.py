@@ -1,8 +1,9 @@
-"""What a device keeps to itself from one turn to the next: atomic files with checksums.
+"""What a client saves for its next local training and sends to nobody: files with checksums; ours.
 
-Ours. A file per turn. Which one a turn begins with the server says (:attr:`Plan.kept`), because
-only it knows which turns count: after a lost reply, or when it goes on from an older checkpoint,
-the device begins again where the server believes it to be.
+There is one file for each local training. The server says with which one the next begins
+(:attr:`Plan.kept`), because only the server knows which updates were merged: after a lost reply, or
+when the run goes on from an older checkpoint, the client begins again where the server believes it
+to be.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
-from droppeft.plans import Array, LayerKey, Tensors, flatten, layer_key
+from droppeft.plans import Array, LayerKey, Tensors, checked_run, flatten, layer_key
 from droppeft.sealed import DAMAGES, seal, unseal
 
 EARLIER = 2
@@ -25,7 +26,6 @@ LEFT_BEHIND_S = 3600.0
 """Age at which a file that was never renamed belongs to a process that was killed."""
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
-_RUN = re.compile(r"[0-9a-f]{1,64}")
 _log = logging.getLogger("droppeft")
 
 
@@ -55,12 +55,10 @@ def folder_of(run: str, device: int) -> Path:
     Raises:
         DroppeftError: the name of the run is none; it comes from a server.
     """
-    if not _RUN.fullmatch(run):
-        raise DroppeftError("the Plan names no run, and this device cannot keep anything for it")
-    return state_dir() / run / f"device-{device:06}"
+    return state_dir() / checked_run(run) / f"device-{device:06}"
 
 
-def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
+def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
     """Write what a turn has made; older files than can be asked for again go.
 
     Args:
@@ -85,7 +83,7 @@ def keep(folder: Path, round: int, before: int | None, tensors: Tensors) -> None
         raise DroppeftError(f"{folder}: cannot keep this device's tensors ({error})") from None
 
 
-def recall(folder: Path, round: int) -> Tensors:
+def load_tensors(folder: Path, round: int) -> Tensors:
     """Read what the turn of a round has made.
 
     Raises:
@@ -95,9 +93,8 @@ def recall(folder: Path, round: int) -> Tensors:
     path = _path(folder, round)
     try:
         arrays, head = unseal(path)
-        owner = head.get("of", _owner(folder))  # earlier versions did not say
-        if (head["round"], owner) != (round, _owner(folder)):
-            raise ValueError(f"it is of round {head['round']} of {owner}")
+        if (head["round"], head["of"]) != (round, _owner(folder)):
+            raise ValueError(f"it is of round {head['round']} of {head['of']}")
     except DAMAGES as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise DroppeftError(f"{path} cannot be read ({error})") from None

@@ -13,8 +13,8 @@ from typing import Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from droppeft.federation.flower.typed import Malformed, Place, decode, encode, one_line
 from droppeft.plans import Array, Failure, Measurement, Plan, Reply, Update
+from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
 
 MOST_HEAD = 1_000_000
 """Characters of the longest head."""

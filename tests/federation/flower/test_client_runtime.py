@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from droppeft.client.client import Client
+from droppeft.client.loading import identity
 from droppeft.config import as_tree
-from droppeft.federation.flower import answering
-from droppeft.federation.flower.answering import answer
-from droppeft.federation.flower.packing import Errand, Packed, pack_plan, unpack_reply
-from droppeft.federation.loading import identity
 from droppeft.federation.prepare import Prepared
-from droppeft.federation.transport import in_process
 from droppeft.plans import Failure, Plan, Reply, Update
+from droppeft.transports.flower import client_runtime
+from droppeft.transports.flower.client_runtime import answer
+from droppeft.transports.flower.wire_format import Errand, Packed, pack_plan, unpack_reply
+from droppeft.transports.in_process import in_process
 
 MOST = 10**8
 
@@ -22,9 +23,9 @@ MOST = 10**8
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Tests do not see what others loaded."""
-    answering._site.cache_clear()
+    client_runtime._clients.cache_clear()
     yield
-    answering._site.cache_clear()
+    client_runtime._clients.cache_clear()
 
 
 @pytest.fixture
@@ -55,22 +56,22 @@ def test_an_answer_is_the_turn_in_process(
 def test_a_run_is_loaded_once(plans: list[Plan], errand: Errand) -> None:
     for plan in plans:
         assert isinstance(ask(plan, errand), Update)
-    assert answering._site.cache_info().misses == 1
+    assert client_runtime._clients.cache_info().misses == 1
     assert isinstance(ask(plans[0], errand, threads=1, data=errand.config["data"]), Update)
-    assert answering._site.cache_info().misses == 1
+    assert client_runtime._clients.cache_info().misses == 1
 
 
 def test_a_node_has_its_own_copies_and_settings(
     plans: list[Plan], errand: Errand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = answering.load
+    real = client_runtime.load
 
     def load(config: Any, say: Any) -> Any:
         seen.append(config)
         return real(config, say)
 
-    monkeypatch.setattr(answering, "load", load)
+    monkeypatch.setattr(client_runtime, "load", load)
     moved = Errand({**errand.config, "data": "/elsewhere"}, errand.identity, resident=False)
     data = errand.config["data"]
     reply = ask(plans[0], moved, data=data, threads=2, seed=99, **{"partition-id": 0})
@@ -108,7 +109,7 @@ def test_an_error_is_a_failure_with_its_name(
     def broken(*_: Any) -> Update:
         raise ZeroDivisionError("no rows")
 
-    monkeypatch.setattr(answering, "carry_out", broken)
+    monkeypatch.setattr(Client, "run", broken)
     assert reason(ask(plans[1], errand)) == "ZeroDivisionError: no rows"
 
 

@@ -14,8 +14,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from droppeft.federation.flower.packing import Packed
-from droppeft.federation.flower.typed import Malformed, one_line
+from droppeft.transports.flower.strict_json import Malformed, one_line
+from droppeft.transports.flower.wire_format import Packed
 
 MOST_REASON = 200
 """Characters of the longest sentence about an error."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from droppeft.client.client import Client
+from droppeft.client.loading import clients_of, difference, identity, load
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.federation.device import carry_out
-from droppeft.federation.flower.packing import Errand, Packed, pack_reply, unpack_plan
-from droppeft.federation.flower.typed import Malformed
-from droppeft.federation.loading import Site, difference, identity, load, site_of
 from droppeft.plans import Failure, Plan, Reply
+from droppeft.transports.flower.strict_json import Malformed
+from droppeft.transports.flower.wire_format import Errand, Packed, pack_reply, unpack_plan
 
 OVERRIDES = ("model", "data", "threads", "accelerator")
 """Settings that a node may have of its own: where its copies are, and what it computes with."""
@@ -44,9 +44,7 @@ def answer(packed: Packed, node: Mapping[str, Any]) -> Packed:
 
 def _reply(plan: Plan, errand: Errand, node: Mapping[str, Any]) -> Reply:
     try:
-        site = _site(_key(errand, node))
-        rows = site.devices[plan.device]
-        return carry_out(site.bench, site.table, rows, site.config, plan)
+        return _clients(_key(errand, node))[plan.device].run(plan)
     except DroppeftError as error:
         return Failure(plan.device, str(error))
     except Exception as error:
@@ -61,7 +59,7 @@ def _key(errand: Errand, node: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _site(key: str) -> Site:
+def _clients(key: str) -> tuple[Client, ...]:
     """Load what the run names, once for all Plans of the run that this process sees.
 
     Raises:
@@ -73,4 +71,4 @@ def _site(key: str) -> Site:
     wrong = difference(expected, identity(loaded))
     if wrong is not None:
         raise DroppeftError(f"{wrong}: this node's copy is not the server's")
-    return site_of(loaded)
+    return clients_of(loaded)

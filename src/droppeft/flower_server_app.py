@@ -10,16 +10,16 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from droppeft.client.loading import Loaded
 from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower.grid import over_grid
 from droppeft.federation.folder import CONFIG
-from droppeft.federation.loading import Loaded
 from droppeft.federation.run import resume_run, start_run
-from droppeft.federation.transport import Transport
 from droppeft.ledger import RoundRow
 from droppeft.methods import method_named
 from droppeft.plans import Reply
+from droppeft.transports.base import Transport
+from droppeft.transports.flower.grid import over_grid
 
 app = ServerApp()
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from droppeft.client.loading import identity
 from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower import resident
-from droppeft.federation.flower.packing import Errand, pack_plan, unpack_reply
-from droppeft.federation.loading import identity
 from droppeft.federation.prepare import Prepared
 from droppeft.plans import Failure, Plan, Reply, Update
+from droppeft.transports.flower import model_server
+from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
 
 MOST = 10**8
 
@@ -58,7 +58,7 @@ def ask(plans: list[Plan], errand: Errand) -> Ask:
 
     def one(node_id: int = 7) -> Reply:
         packed = pack_plan(plans[0], errand)
-        return unpack_reply(resident.ask(packed, errand, node_id, {}), MOST)
+        return unpack_reply(model_server.ask(packed, errand, node_id, {}), MOST)
 
     return one
 
@@ -140,12 +140,12 @@ def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> No
 
 def test_a_long_path_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 100 * "x")
-    assert len(str(resident._folder())) < resident.LONGEST_FOLDER
+    assert len(str(model_server._folder())) < model_server.LONGEST_FOLDER
 
 
 def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) -> None:
     code = (
-        "from droppeft.federation.flower.resident import _Watch; from pathlib import Path; "
+        "from droppeft.transports.flower.model_server import _Watch; from pathlib import Path; "
         f"_Watch(Path({str(tmp_path / 'gone')!r}), 1).run()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -154,9 +154,9 @@ def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) ->
 def test_nobody_asks_nobody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "s"
     place.touch()
-    watch = resident._Watch(place, os.getpid())
+    watch = model_server._Watch(place, os.getpid())
     assert watch._needed()
-    monkeypatch.setattr(resident, "IDLE_S", -1.0)
+    monkeypatch.setattr(model_server, "IDLE_S", -1.0)
     assert not watch._needed()
     with watch.working():
         assert watch._needed()

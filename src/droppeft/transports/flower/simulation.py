@@ -13,13 +13,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
+from droppeft.client.loading import Loaded
 from droppeft.config import Config, available_cores
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower import client_app
-from droppeft.federation.flower.grid import over_grid
-from droppeft.federation.flower.messages import error_reason
-from droppeft.federation.loading import Loaded
-from droppeft.federation.transport import Transport
+from droppeft.transports.base import Transport
+from droppeft.transports.flower import client_app
+from droppeft.transports.flower.grid import over_grid
+from droppeft.transports.flower.records import error_reason
 
 GRACE_S = 3.0
 """What the engine may take to end by itself."""

@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower.messages import error_reason
+from droppeft.transports.flower.records import error_reason
 
 _log = logging.getLogger("droppeft")
 

@@ -6,9 +6,9 @@ Importing it loads neither torch nor transformers: on a SuperNode every message 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from droppeft.federation.flower.messages import packed_of, record_of
-from droppeft.federation.flower.packing import unpack_plan
-from droppeft.federation.flower.resident import ask
+from droppeft.transports.flower.model_server import ask
+from droppeft.transports.flower.records import packed_of, record_of
+from droppeft.transports.flower.wire_format import unpack_plan
 
 app = ClientApp()
 
@@ -34,7 +34,7 @@ def turn(message: Message, context: Context) -> Message:
     if errand.resident:
         reply = ask(packed, errand, context.node_id, context.node_config)
     else:
-        from droppeft.federation.flower.answering import answer  # loads torch
+        from droppeft.transports.flower.client_runtime import answer  # loads torch
 
         reply = answer(packed, context.node_config)
     return Message(record_of(reply), reply_to=message)

@@ -20,16 +20,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.federation.flower.messages import (
+from droppeft.plans import Update, payload_bytes
+from droppeft.transports.flower.records import (
     MOST_REASON,
     error_reason,
     framed_bytes,
     packed_of,
     record_of,
 )
-from droppeft.federation.flower.packing import Packed, pack_reply, unpack_reply
-from droppeft.federation.flower.typed import Malformed
-from droppeft.plans import Update, payload_bytes
+from droppeft.transports.flower.strict_json import Malformed
+from droppeft.transports.flower.wire_format import Packed, pack_reply, unpack_reply
 from messages import answer_to, plan_for
 
 CHUNK = 5_242_880  # Flower's own default

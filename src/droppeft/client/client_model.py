@@ -1,4 +1,4 @@
-"""The model of a process that runs devices, and the adapter that it wears; ours."""
+"""The frozen model of a process that runs clients, with an adapter attached to it; ours."""
 
 from collections.abc import Collection
 
@@ -15,19 +15,21 @@ from droppeft.models import Backbone
 from droppeft.offloading import OffloadedWeights
 from droppeft.plans import AdapterSpec, Layout, Tensors, flatten
 from droppeft.quantization import on_device
+from droppeft.training import Trainable
 
 
-class Workbench:
-    """A frozen backbone wearing one adapter at a time.
+class ClientModel:
+    """A frozen backbone with one adapter attached at a time.
 
-    All simulated devices of a process share it: a device is its adapter's tensors, not a copy of
-    the model.
+    All clients of a process share it: what a client has of its own are its adapter's tensors, not a
+    copy of the model.
 
     Args:
-        offload: keep the layers' frozen weights in a file, in memory those that :meth:`hold` says.
+        offload: keep the layers' frozen weights in a file; :meth:`load_layers` brings
+            those into memory that are needed.
 
     Attributes:
-        model: backbone with the adapter of the last :meth:`wear`.
+        model: backbone with the adapter of the last :meth:`attach`.
         parameters: its trainable parameters by layer.
         blocks: its L layers.
         task: batches, loss and metrics.
@@ -67,18 +69,22 @@ class Workbench:
 
     @property
     def is_offloading(self) -> bool:
-        """Whether :meth:`hold` does anything."""
+        """Whether :meth:`load_layers` does anything."""
         return self._offloaded is not None
 
-    def hold(self, layers: Collection[int] | None = None) -> None:
-        """Have these layers' weights at hand, or all; others need not be in memory from now on."""
+    def load_layers(self, layers: Collection[int] | None = None) -> None:
+        """Have these layers' weights in memory, or all; others need not be there from now on."""
         if self._offloaded is not None:
             self._offloaded.hold(range(self.num_layers) if layers is None else layers)
 
-    def wear(self, spec: AdapterSpec) -> None:
+    def attach(self, spec: AdapterSpec) -> None:
         """Attach an adapter of these shapes, unless it is on already."""
         if spec != self._spec:
             self._change(spec)
+
+    def trainable(self, parameters: Parameters) -> Trainable:
+        """What the training loop needs of the model, to train some of its parameters."""
+        return Trainable(self.model, self.blocks, parameters, self.task)
 
     def fresh_tensors(self, spec: AdapterSpec) -> Tensors:
         """Initial values of an adapter of these shapes; they depend on the run's seed alone."""

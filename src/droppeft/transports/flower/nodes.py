@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from droppeft.federation.flower.post import Post, Trouble, Unsent
+from droppeft.transports.flower.messenger import Post, Trouble, Unsent
 
 _log = logging.getLogger("droppeft")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
-from droppeft.federation.workbench import Workbench
+from droppeft.client.client_model import ClientModel
 from droppeft.gradients import Vector
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.plans import Plan, Tensors
@@ -40,7 +40,7 @@ class Scored:
 
 
 def score_layers(
-    bench: Workbench,
+    client_model: ClientModel,
     parameters: Parameters,
     plan: Plan,
     outcome: TrainOutcome,
@@ -50,7 +50,7 @@ def score_layers(
     """Score the layers of the model as the turn left it, and choose by the Plan's rule, if any.
 
     Args:
-        bench: left as it is.
+        client_model: left as it is.
         parameters: what the turn trained.
         outcome: of the turn.
         start_values: that ``parameters`` had before it, where the criterion reads them.
@@ -59,7 +59,7 @@ def score_layers(
     rule = plan.sharing
     if rule is None:
         return None
-    model = _Model(bench, parameters, start_values, partial(measure, rule.score_rows))
+    model = _Model(client_model, parameters, start_values, partial(measure, rule.score_rows))
     moved = tuple(
         key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
     )
@@ -77,9 +77,9 @@ def score_layers(
     )
     count = count_of(rule.fraction, len(moved))
     has_choice = 0 < count < len(moved)
-    scores = scores_of(rule.criterion, turn) if has_choice else (0.0,) * bench.num_layers
+    scores = scores_of(rule.criterion, turn) if has_choice else (0.0,) * client_model.num_layers
     chosen = select_shared(scores, moved, count, rule.shared, rule.hysteresis)
-    layers = [key for key in bench.parameters if isinstance(key, int)]
+    layers = [key for key in client_model.parameters if isinstance(key, int)]
     shared = unmoved(layers, moved, rule.shared).union(chosen)
     kept = tuple(layer for layer in layers if layer not in shared)
     return Scored(scores, tuple(sorted(shared)), kept, model.tokens, model.wall_s)
@@ -90,12 +90,12 @@ class _Model:
 
     def __init__(
         self,
-        bench: Workbench,
+        client_model: ClientModel,
         parameters: Parameters,
         start_values: Tensors,
         measure: Callable[[], Evaluation],
     ) -> None:
-        self._bench = bench
+        self._client_model = client_model
         self._parameters = parameters
         self._start = start_values
         self._measure_once = measure
@@ -104,7 +104,7 @@ class _Model:
 
     def change(self) -> Vector:
         """(L,) norms of what the turn changed."""
-        found, now = np.zeros(self._bench.num_layers), get_tensors(self._parameters)
+        found, now = np.zeros(self._client_model.num_layers), get_tensors(self._parameters)
         for layer, named in now.items():
             if isinstance(layer, int):
                 moved = [np.subtract(named[name], self._start[layer][name]) for name in named]
@@ -122,7 +122,7 @@ class _Model:
 
     def seen(self) -> list[Seen]:
         """What each block makes of the rows."""
-        with _watching(self._bench.model, self._bench.blocks) as watches:
+        with _watching(self._client_model.model, self._client_model.blocks) as watches:
             self._measure()
         return [watch.seen() for watch in watches]
 

@@ -13,15 +13,15 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
+from droppeft.client.loading import Loaded, identity
 from droppeft.config import FlowerConfig, as_tree
-from droppeft.federation.flower.messages import framed_bytes, packed_of, record_of
-from droppeft.federation.flower.nodes import Directory
-from droppeft.federation.flower.packing import Errand, pack_plan, unpack_reply
-from droppeft.federation.flower.post import Post, Trouble, Unsent
-from droppeft.federation.flower.typed import Malformed
-from droppeft.federation.loading import Loaded, identity
-from droppeft.federation.transport import Arrival
 from droppeft.plans import AdapterSpec, Failure, Layout, Plan, Reply
+from droppeft.transports.base import Arrival
+from droppeft.transports.flower.messenger import Post, Trouble, Unsent
+from droppeft.transports.flower.nodes import Directory
+from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
+from droppeft.transports.flower.strict_json import Malformed
+from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
 
 BYTES_PER_ARRAY = 200
 """Most that safetensors needs to describe one."""
@@ -110,7 +110,7 @@ def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: No
         errand=Errand(as_tree(config), identity(loaded), resident),
         devices=config.devices,
         settings=config.flower,
-        layout=loaded.bench.layout,
+        layout=loaded.model.layout,
         check=check,
     )
 

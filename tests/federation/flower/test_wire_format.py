@@ -18,17 +18,6 @@ from hypothesis import strategies as st
 
 from droppeft.config import as_tree, load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.flower import typed
-from droppeft.federation.flower.packing import (
-    MOST_HEAD,
-    Errand,
-    Packed,
-    pack_plan,
-    pack_reply,
-    unpack_plan,
-    unpack_reply,
-)
-from droppeft.federation.flower.typed import MOST_TEXT, Malformed, one_line
 from droppeft.plans import (
     AdapterSpec,
     BaseDelta,
@@ -38,6 +27,17 @@ from droppeft.plans import (
     Reply,
     Update,
     payload_bytes,
+)
+from droppeft.transports.flower import strict_json
+from droppeft.transports.flower.strict_json import MOST_TEXT, Malformed, one_line
+from droppeft.transports.flower.wire_format import (
+    MOST_HEAD,
+    Errand,
+    Packed,
+    pack_plan,
+    pack_reply,
+    unpack_plan,
+    unpack_reply,
 )
 from messages import answer_to, filled, plan_for
 
@@ -204,7 +204,7 @@ def test_one_line_is_printable_and_short(text: str, most: int) -> None:
 
 def test_packing_needs_neither_flower_nor_torch() -> None:
     check = (
-        "import sys, droppeft.federation.flower.packing;"
+        "import sys, droppeft.transports.flower.wire_format;"
         "print(*{'flwr', 'torch'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
@@ -489,6 +489,6 @@ class Later:
 @given(values_of(Later))
 def test_fields_of_other_types_need_no_change(later: Later) -> None:
     held: dict[str, Any] = {}
-    tree = json.loads(json.dumps(typed.encode(later, held)))
-    back = typed.decode(Later, tree, typed.Place("later", held))
+    tree = json.loads(json.dumps(strict_json.encode(later, held)))
+    back = strict_json.decode(Later, tree, strict_json.Place("later", held))
     assert fingerprint(back) == fingerprint(later)

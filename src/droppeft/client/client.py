@@ -1,0 +1,285 @@
+"""One client, which runs the server's instructions on its own rows; the same on every transport."""
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
+from droppeft.client.client_model import ClientModel
+from droppeft.client.client_state import Lost, folder_of, load_tensors, save_tensors
+from droppeft.client.layer_scoring import Scored, score_layers
+from droppeft.client.local_training import reads, train_locally
+from droppeft.data.partition import DeviceRows
+from droppeft.data.tables import Rows
+from droppeft.data.tokens import TokenTable
+from droppeft.errors import DroppeftError
+from droppeft.plans import (
+    AdapterSpec,
+    Failure,
+    LayerKey,
+    LocalTraining,
+    MeasuredCost,
+    Measurement,
+    Objective,
+    Plan,
+    PrefixCost,
+    Reply,
+    Tensors,
+    Update,
+    flatten,
+    restrict,
+)
+from droppeft.training import Evaluation, Step, TrainOutcome, evaluate, train
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client as one process runs it; all that it does follows from the instruction it is given.
+
+    Attributes:
+        model: the frozen model of the process. Clients that run one after another share it; it is
+            left with the values of the last one.
+        table: the tokenised rows that ``rows`` points into.
+        rows: this client's own.
+    """
+
+    model: ClientModel
+    table: TokenTable
+    rows: DeviceRows
+
+    def run(self, plan: Plan) -> Reply:
+        """Do what an instruction asks for: train, or measure.
+
+        Raises:
+            DroppeftError: an instruction that does not fit this client or model, or tensors that
+                cannot be saved.
+        """
+        try:
+            return self.measure(plan) if plan.measure else self.train(plan)
+        except Lost as error:
+            return Failure(plan.device, str(error), lost=True)
+
+    def measure(self, plan: Plan) -> Measurement:
+        """Measure this client's model at full depth on test rows, on which it never trains.
+
+        With a budget of epochs: what the model would be after so many epochs of training on this
+        client's rows. Nothing of that training is saved but the states behind frozen layers.
+
+        Raises:
+            DroppeftError: as :meth:`run`.
+            Lost: what this client saved is not there any more.
+        """
+        parameters = self._load(plan)
+        self.model.load_layers()
+        with base_delta_applied(self.model.model, plan.base_delta):
+            if plan.budget.epochs:
+                train_locally(self.model, parameters, self.table, self.rows, plan)
+            found = self._evaluate(self.rows.test, plan.training)
+        return Measurement(
+            plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss
+        )
+
+    def train(self, plan: Plan) -> Update:
+        """Load, train, score the layers, save what stays here, and pack what may travel.
+
+        Raises:
+            DroppeftError: as :meth:`run`.
+            Lost: what this client saved is not there any more.
+        """
+        start = time.perf_counter()
+        parameters = self._load(plan)
+        if plan.base_delta is not None:
+            self.model.load_layers()  # what is added to is then where it will be used
+
+        def measure(count: int) -> Evaluation:
+            return self._evaluate(self.rows.validation[:count], plan.training)
+
+        with base_delta_applied(self.model.model, plan.base_delta):
+            start_values = get_tensors(parameters) if reads(plan) == "start" else {}
+            before = measure(plan.reward_rows) if plan.reward_rows else None
+            outcome, cached = train_locally(self.model, parameters, self.table, self.rows, plan)
+            after = measure(plan.reward_rows) if plan.reward_rows else None
+            scored = score_layers(self.model, parameters, plan, outcome, start_values, measure)
+        personal = _names_of(self.model.parameters, scored.kept if scored else ())
+        tensors = _trained_and_shared(parameters, plan, personal, outcome)
+        self._save_the_rest(parameters, plan, personal)
+        own = self._train_personal_adapter(parameters, plan)
+        cost = _cost(outcome, cached, (before, after), scored, own)
+        return Update(
+            round=plan.round,
+            device=plan.device,
+            nonce=plan.nonce,
+            tensors=tensors,
+            examples=outcome.examples,
+            steps=outcome.steps,
+            active_steps=outcome.active_steps,
+            importance=outcome.importance,
+            train_loss=outcome.loss,
+            reward=before.loss - after.loss if before and after else None,
+            cost=replace(cost, turn_wall_s=time.perf_counter() - start),
+            shared=scored.shared if scored else None,
+            scores=scored.scores if scored else None,
+        )
+
+    def _load(self, plan: Plan) -> Parameters:
+        """Set all values that training begins with; return the parameters that it trains.
+
+        Raises:
+            DroppeftError: a tensor is to be trained and nobody has a value for it.
+        """
+        model = self.model
+        model.attach(plan.adapter)
+        fresh = model.fresh_tensors(plan.adapter)
+        sent = {name for _, name, _ in flatten(plan.tensors)}
+        missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
+        saved = _saved(plan, missing)
+        here = {name for _, name, _ in flatten(saved)}
+        needed = (missing if plan.train is None else missing & plan.train) - here
+        if needed:
+            raise DroppeftError(
+                f"round {plan.round}, device {plan.device}: the Plan lacks {min(needed)}, "
+                "and this device has not kept it"
+            )
+        set_tensors(model.parameters, plan.tensors)
+        set_tensors(model.parameters, saved)
+        set_tensors(model.parameters, restrict(fresh, missing - here))
+        return _trained_parameters(model.parameters, plan)
+
+    def _save_the_rest(self, parameters: Parameters, plan: Plan, personal: frozenset[str]) -> None:
+        """Save all that was to be trained and may not travel, and whole layers that are not shared.
+
+        Args:
+            parameters: those that were to be trained.
+            personal: names of the layers that are not shared, whether they were trained or not.
+        """
+        trained = frozenset(name for named in parameters.values() for name in named)
+        names = (trained - plan.share) | personal
+        if names:
+            tensors = restrict(get_tensors(self.model.parameters), names)
+            save_tensors(folder_of(plan.run, plan.device), plan.round, plan.kept, tensors)
+
+    def _train_personal_adapter(self, parameters: Parameters, plan: Plan) -> TrainOutcome | None:
+        """Train a whole adapter of this client's own on the same batches, and save it."""
+        if plan.own_copy is None:
+            return None
+        folder = folder_of(plan.run, plan.device)
+        own = plan.tensors if plan.kept is None else load_tensors(folder, plan.kept)
+        set_tensors(self.model.parameters, own)
+        alone = replace(plan, objective=Objective(proximal=plan.own_copy), sharing=None)
+        with base_delta_applied(self.model.model, plan.base_delta):
+            outcome, _ = train_locally(
+                self.model, parameters, self.table, self.rows, alone, anchors=plan.tensors
+            )
+        save_tensors(folder, plan.round, plan.kept, get_tensors(self.model.parameters))
+        return outcome
+
+    def _evaluate(self, rows: Rows, settings: LocalTraining) -> Evaluation:
+        """Measure at full depth on some of this client's rows."""
+        self.model.load_layers()
+        return evaluate(
+            self.model.model,
+            self.table,
+            rows,
+            self.model.task,
+            settings.evaluation_batch_size,
+            settings.precision,
+        )
+
+
+def rehearse(
+    model: ClientModel, table: TokenTable, settings: LocalTraining, spec: AdapterSpec
+) -> None:
+    """Take a step that moves nothing, where settings ask for more than every model and adapter can.
+
+    Some adapters answer in fp32 where a model counts on what autocast makes: DeBERTa-v2 then fails.
+
+    Args:
+        model: left with whatever values it has.
+        table: the rows of the step are its first ones.
+
+    Raises:
+        DroppeftError: the step failed; with what to set.
+    """
+    if settings.precision == "fp32" and not settings.checkpointing:
+        return
+    model.attach(spec)
+    model.load_layers()
+    batch = model.task.collate(table, np.arange(min(2, len(table))))
+    step = Step(batch, (True,) * model.num_layers, rate_factor=0.0)
+    try:
+        with torch.random.fork_rng():
+            train(model.trainable(model.parameters), [step], settings)
+    except RuntimeError as error:
+        kind = next(layer.type for layer in spec.layers if layer)
+        checkpointing = str(settings.checkpointing).lower()
+        raise DroppeftError(
+            f"adapter.type={kind} on this model cannot be trained with "
+            f"training.precision={settings.precision} and training.checkpointing={checkpointing} "
+            f"({str(error).strip().partition(chr(10))[0]}); use fp32 and false, or another type"
+        ) from None
+
+
+def _trained_parameters(parameters: Parameters, plan: Plan) -> Parameters:
+    """Those that the Plan trains; they alone have gradients from now on."""
+    trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
+    for key, named in parameters.items():
+        for name, value in named.items():
+            value.requires_grad_(plan.train is None or name in plan.train)
+            if value.requires_grad:
+                trained.setdefault(key, {})[name] = value
+    return trained
+
+
+def _saved(plan: Plan, missing: frozenset[str]) -> Tensors:
+    """Of what this client has saved, the tensors that the Plan does not bring."""
+    if plan.kept is None:
+        return {}
+    return restrict(load_tensors(folder_of(plan.run, plan.device), plan.kept), missing)
+
+
+def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:
+    return frozenset(name for key in layers for name in parameters.get(key, {}))
+
+
+def _trained_and_shared(
+    parameters: Parameters, plan: Plan, personal: frozenset[str], outcome: TrainOutcome
+) -> Tensors:
+    """What travels: tensors that Plan and client let go, of layers that ran at least once."""
+    trained = {
+        key: named
+        for key, named in parameters.items()
+        if not isinstance(key, int) or outcome.active_steps[key] > 0
+    }
+    return restrict(get_tensors(trained), plan.share - personal)
+
+
+def _cost(
+    outcome: TrainOutcome,
+    cached: PrefixCost,
+    rewards: Sequence[Evaluation | None],
+    scored: Scored | None,
+    own: TrainOutcome | None,
+) -> MeasuredCost:
+    """What the parts took; the whole, ``turn_wall_s``, is filled in by who knows it."""
+    measured = [one for one in rewards if one]
+    return MeasuredCost(
+        turn_wall_s=0.0,
+        train_wall_s=outcome.wall_s,
+        reward_wall_s=sum(one.wall_s for one in measured),
+        activation_bytes_peak=outcome.activation_bytes_peak,
+        tokens=outcome.tokens,
+        rows=outcome.rows,
+        layer_tokens=outcome.layer_tokens,
+        reward_tokens=sum(one.tokens for one in measured),
+        prefix=cached,
+        scoring_tokens=scored.tokens if scored else 0,
+        scoring_wall_s=scored.wall_s if scored else 0.0,
+        own_steps=own.steps if own else 0,
+        own_tokens=own.tokens if own else 0,
+        own_wall_s=own.wall_s if own else 0.0,
+    )

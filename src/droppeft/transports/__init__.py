@@ -1,0 +1,1 @@
+"""How instructions travel from the server to clients, and replies back."""
