@@ -1,0 +1,33 @@
+"""Data files that users of neighbouring libraries stumbled over."""
+
+from pathlib import Path
+
+import pytest
+
+from droppeft.data.splits import read_file
+from refusals import or_refused
+
+STRAY_QUOTES = """\
+text,label
+fine one,pos
+"dull and slow,neg
+lovely pace,pos
+five feet 6",neg
+grim end,neg
+happy end,pos
+"""
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="A stray quote makes one text of three lines, without a word.",
+)
+def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
+    """Six rows, or a sentence that names the line of the file or the row that opens the quote."""
+    path = tmp_path / "train.csv"
+    path.write_text(STRAY_QUOTES)
+    with or_refused(r"\b(line 3|row 2)\b"):
+        table = read_file(path).table
+        assert table["label"].to_pylist() == ["pos", "neg", "pos", "neg", "neg", "pos"]
+        assert "lovely pace" in table["text"].to_pylist()
