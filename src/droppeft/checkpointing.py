@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from droppeft.adapters.prefix import PrefixModel
 from droppeft.errors import DroppeftError
+from droppeft.key_value_cache import set_inside
 
 
 class Call(NamedTuple):
@@ -64,7 +65,7 @@ def checkpointed(
     Values and gradients are the same bits as without (on the CPU), module dropout included. Only
     blocks in training mode are affected, and a block that a gate drops is never asked. Costs a
     second forward of the blocks that ran. A block cannot fill a key-value cache meanwhile, so be
-    :func:`without_cache`.
+    :func:`droppeft.key_value_cache.without_cache`.
 
     Args:
         model: with an adapter or without.
@@ -79,20 +80,10 @@ def checkpointed(
     kept_cache = isinstance(model, PrefixModel)
     with ExitStack() as undo:
         for block in blocks:
-            undo.enter_context(_attribute(block, "gradient_checkpointing", True))
-            undo.enter_context(_attribute(block, "_can_checkpoint_with_cache", kept_cache))
+            undo.enter_context(set_inside(block, "gradient_checkpointing", True))
+            undo.enter_context(set_inside(block, "_can_checkpoint_with_cache", kept_cache))
             run = partial(_checkpoint, block, note)
-            undo.enter_context(_attribute(block, "_gradient_checkpointing_func", run))
-        yield
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Keep a decoder from filling a key-value cache that nobody will read.
-
-    With one, its attention reads a copy of keys and values, which may be other bits in the end.
-    """
-    with _attribute(model.config, "use_cache", False):
+            undo.enter_context(set_inside(block, "_gradient_checkpointing_func", run))
         yield
 
 
@@ -101,22 +92,6 @@ def _checkpoint(
 ) -> Any:
     note(Call(block, function, inputs))
     return checkpoint(function, *inputs, use_reentrant=False)
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of an instance inside; afterwards it has the old one, or none of its own."""
-    own = vars(owner)
-    missing = object()
-    before = own.get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -17,12 +17,13 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.checkpointing import checkpointed, without_cache
+from droppeft.checkpointing import checkpointed
 from droppeft.data.tables import Rows
 from droppeft.data.tasks import Batch, Classification, accuracy_and_f1
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.frozen_prefix.turn import PrefixOfTurn
 from droppeft.gradients import Gradients, Moments, total_norm
+from droppeft.key_value_cache import without_cache
 from droppeft.layer_dropout import gated
 from droppeft.memory import ActivationMeter
 from droppeft.objectives import Terms

@@ -21,12 +21,13 @@ from transformers import AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, trainable_by_layer
-from droppeft.checkpointing import Call, checkpointed, without_cache
+from droppeft.checkpointing import Call, checkpointed
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.costs.stand_ins import StandIn, kept_bytes, with_stand_ins
 from droppeft.costs.tally import Region, Tally, watched
 from droppeft.data.tasks import Batch, Classification
 from droppeft.errors import DroppeftError
+from droppeft.key_value_cache import without_cache
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.models import quiet, token_inputs
 from droppeft.plans import AdapterSpec

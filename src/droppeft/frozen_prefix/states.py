@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from droppeft.checkpointing import without_cache
+from droppeft.key_value_cache import without_cache
 from droppeft.layer_dropout.blocks import Gates
 
 
