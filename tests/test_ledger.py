@@ -10,6 +10,7 @@ import pytest
 
 from droppeft.costs.clock import RoundCost, TurnCost
 from droppeft.ledger import (
+    ClosedRound,
     RoundRow,
     append_rows,
     device_row,
@@ -147,13 +148,12 @@ def test_a_round_is_summed_up() -> None:
             cost=slow,
         ),
     ]
-    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
-    framing = [(10, 3), (10, None), (7, 2)]
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 1.5}
+    framing = ((10, 3), (10, None), (7, 2))
     faster = replace(TURN, train_s=3.0)
     modelled = RoundCost((TURN, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
-    made = round_row(
-        1, plans, replies, replies, modelled, framing, quality, 0.25, 1.5, 0.2, 20.0, {"arm": 1}
-    )
+    closed = ClosedRound(1, (*plans,), (*replies,), (*replies,), modelled, framing, 0.25)
+    made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
@@ -192,8 +192,9 @@ def test_who_was_late_or_surplus_has_cost_something() -> None:
     answers: list[Reply] = [answer_to(plan) for plan in plans]
     replies: list[Reply] = [answers[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
     modelled = RoundCost((TURN, TURN, TURN), late=(4,), surplus=(6,), round_s=15.0)
-    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4}
-    made = round_row(1, plans, answers, replies, modelled, [], quality, 0.0, 0.0, 0.0, 0.0)
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
+    closed = ClosedRound(1, (*plans,), (*answers,), (*replies,), modelled, (), 0.0)
+    made = round_row(closed, quality, 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
     assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
@@ -266,8 +267,9 @@ def test_a_change_of_the_backbone_is_traffic() -> None:
     plan = plan_for(4, base_delta=delta)
     lost = Failure(4, "lost")
     assert device_row(plan, lost, lost, None)["download_bytes"] == 36 + 400
-    nothing = dict.fromkeys(("accuracy", "f1", "loss"))
+    nothing = dict.fromkeys(("accuracy", "f1", "loss", "wall_s"))
     nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
-    row = round_row(1, [plan], [lost], [lost], nobody, [(None, None)], nothing, 0.0, 0.0, 0.0, 0.0)
+    closed = ClosedRound(1, (plan,), (lost,), (lost,), nobody, ((None, None),), 0.0)
+    row = round_row(closed, nothing, 0.0, 0.0)
     assert row.download_bytes == 36 + 400
     assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

@@ -96,6 +96,35 @@ class RoundRow:
     notes: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class ClosedRound:
+    """A round after its last reply.
+
+    Attributes:
+        round: 1 for the first.
+        plans: in cohort order.
+        answers: in the same order, refused Updates replaced by their Failure.
+        replies: those that may be merged, the others replaced by a Failure.
+        modelled: the round on the modelled clock.
+        framing: bytes sent to and received from each client in order of arrival, as the transport
+            counted them.
+        server_wall_s: planning, checking and merging on the server.
+    """
+
+    round: int
+    plans: tuple[Plan, ...]
+    answers: tuple[Reply, ...]
+    replies: tuple[Reply, ...]
+    modelled: RoundCost
+    framing: tuple[tuple[int | None, int | None], ...]
+    server_wall_s: float
+
+    @property
+    def accepted(self) -> tuple[Update, ...]:
+        """The Updates that were merged, in the order of the Plans."""
+        return tuple(reply for reply in self.replies if isinstance(reply, Update))
+
+
 def device_row(plan: Plan, answer: Reply, reply: Reply, turn: TurnCost | None) -> dict[str, Any]:
     """One device's turn as a row of ``devices.jsonl``; one that was not merged has a reason.
 
@@ -147,15 +176,8 @@ def _modelled(turn: TurnCost) -> dict[str, Any]:
 
 
 def round_row(
-    round: int,
-    plans: Sequence[Plan],
-    answers: Sequence[Reply],
-    replies: Sequence[Reply],
-    modelled: RoundCost,
-    framing: Sequence[tuple[int | None, int | None]],
+    closed: ClosedRound,
     quality: Mapping[str, float | None],
-    server_wall_s: float,
-    evaluation_wall_s: float,
     saving_wall_s: float,
     host_wall_s: float,
     notes: Mapping[str, Any] | None = None,
@@ -163,25 +185,20 @@ def round_row(
     """Sum a round up.
 
     Args:
-        answers: what came and was found in order, one per Plan.
-        replies: what of it was merged.
-        modelled: the round on the modelled clock.
-        framing: bytes sent to and received from each device, as the transport counted them.
+        quality: loss, accuracy and F1 of the merged model, and the seconds that measuring took.
+        saving_wall_s: writing the rows and checkpoint of the round before.
+        host_wall_s: the whole round in this process.
         notes: what the method says of it.
     """
-    came = [answer for answer in answers if isinstance(answer, Update)]
-    updates = [reply for reply in replies if isinstance(reply, Update)]
+    came = [answer for answer in closed.answers if isinstance(answer, Update)]
+    updates, modelled = closed.accepted, closed.modelled
     steps = sum(update.steps for update in updates)
+    slowest_s = max((update.cost.turn_wall_s for update in updates), default=0.0)
     return RoundRow(
-        round=round,
-        cohort=[plan.device for plan in plans],
+        round=closed.round,
+        cohort=[plan.device for plan in closed.plans],
         accepted=len(updates),
-        failures=[
-            {"device": reply.device, "reason": reply.reason}
-            for reply in replies
-            if isinstance(reply, Failure)
-            and reply.device not in (*modelled.late, *modelled.surplus)
-        ],
+        failures=_failures(closed),
         global_accuracy=quality["accuracy"],
         global_f1=quality["f1"],
         global_loss=quality["loss"],
@@ -191,25 +208,35 @@ def round_row(
         else None,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in came), default=0),
         upload_bytes=sum(payload_bytes(update.tensors) for update in came),
-        download_bytes=sum(plan_bytes(plan) for plan in plans),
-        round_measured_s=max((u.cost.turn_wall_s for u in updates), default=0.0) + server_wall_s,
+        download_bytes=sum(plan_bytes(plan) for plan in closed.plans),
+        round_measured_s=slowest_s + closed.server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in came),
-        evaluation_wall_s=evaluation_wall_s,
+        evaluation_wall_s=quality["wall_s"] or 0.0,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
-        upload_framed_bytes=_total([received for _, received in framing]),
-        download_framed_bytes=_total([sent for sent, _ in framing]),
+        upload_framed_bytes=_total([received for _, received in closed.framing]),
+        download_framed_bytes=_total([sent for sent, _ in closed.framing]),
         absent=list(modelled.absent),
         late=list(modelled.late),
         surplus=list(modelled.surplus),
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
-        idle_modelled_share=_idle_share(modelled, replies),
-        coverage=_coverage(plans, updates),
+        idle_modelled_share=_idle_share(modelled, closed.replies),
+        coverage=_coverage(closed.plans, updates),
         layer_steps=[sum(layer) for layer in zip(*(u.active_steps for u in updates), strict=True)],
         importance=_importance(updates),
         notes=None if notes is None else dict(notes),
     )
+
+
+def _failures(closed: ClosedRound) -> list[dict[str, Any]]:
+    """Those that neither the deadline nor over-selection explains."""
+    explained = (*closed.modelled.late, *closed.modelled.surplus)
+    return [
+        {"device": reply.device, "reason": reply.reason}
+        for reply in closed.replies
+        if isinstance(reply, Failure) and reply.device not in explained
+    ]
 
 
 def _coverage(plans: Sequence[Plan], updates: Sequence[Update]) -> list[int]:

@@ -14,8 +14,9 @@ from droppeft.costs.devices import PROFILES, Fleet
 from droppeft.errors import DroppeftError
 from droppeft.federation import modelled
 from droppeft.federation.modelled import close_round, count_rows, make_clock
-from droppeft.federation.rounds import Closed, draw_cohort, play_round
+from droppeft.federation.rounds import draw_cohort, play_round
 from droppeft.federation.run import Interrupted, resume_run, start_run
+from droppeft.ledger import ClosedRound
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.base import adapter_spec
 from droppeft.models import load_backbone
@@ -159,7 +160,9 @@ def test_what_closes_a_round(seconds: list[int | None], deadline: int | None) ->
 # In a round
 
 
-def play(setup: Setup, *, backwards: bool = False, round: int = 1) -> tuple[ServerState, Closed]:
+def play(
+    setup: Setup, *, backwards: bool = False, round: int = 1
+) -> tuple[ServerState, ClosedRound]:
     transport = Scripted(
         lambda plan: [taking(plan, 10 + 7 * plan.device % 50, tensors=trained(plan))],
         backwards=backwards,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.federation.rounds import Closed, draw_cohort, play_round
-from droppeft.ledger import device_row, round_row
+from droppeft.federation.rounds import draw_cohort, play_round
+from droppeft.ledger import ClosedRound, device_row, round_row
 from droppeft.methods import METHODS
 from droppeft.plans import HEAD, Failure, Plan, ServerState
 from droppeft.transports.base import Arrival
@@ -22,7 +22,7 @@ METHOD = METHODS["fedlora"]
 COHORT = [4, 5, 8]
 
 
-def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, Closed]:
+def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, ClosedRound]:
     heard: list[Any] = [] if seen is None else seen
     return play_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
 
@@ -164,21 +164,9 @@ class TestRound:
         assert row.layer_steps == []
 
 
-def row_of(closed: Closed) -> Any:
-    quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0}
-    return round_row(
-        1,
-        closed.plans,
-        closed.answers,
-        closed.replies,
-        closed.modelled,
-        [],
-        quality,
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )
+def row_of(closed: ClosedRound) -> Any:
+    quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0, "wall_s": 0.0}
+    return round_row(closed, quality, 0.0, 0.0)
 
 
 def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:

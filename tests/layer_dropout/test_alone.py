@@ -265,10 +265,11 @@ def test_gates_follow_from_seed_and_step_and_hold_for_every_steps(
     settings: dict[str, Any], step: int, mean: float, sampling: str
 ) -> None:
     rates = layer_rates(mean, "incremental", 10, protected={0, 9})
-    active = gates_of_step(step, rates, sampling, **settings)
-    assert active == gates_of_step(step, rates, sampling, **settings)
+    options: Any = {"sampling": sampling, **settings}
+    active = gates_of_step(step, rates, options)
+    assert active == gates_of_step(step, rates, options)
     first = step - step % settings["every"]
-    assert active == gates_of_step(first, rates, sampling, **settings)
+    assert active == gates_of_step(first, rates, options)
     assert active[0]
     assert active[9]
 
@@ -276,8 +277,8 @@ def test_gates_follow_from_seed_and_step_and_hold_for_every_steps(
 def test_neighbouring_steps_and_seeds_are_unrelated() -> None:
     """Layers are dropped as often as their rates say, and whatever the step or seed before did."""
     rates = (0.1, 0.3, 0.5, 0.5, 0.7, 0.9)
-    steps = [gates_of_step(step, rates, "exact", seed=0) for step in range(4000)]
-    seeds = [gates_of_step(0, rates, "exact", seed=seed) for seed in range(4000)]
+    steps = [gates_of_step(step, rates, {"seed": 0}) for step in range(4000)]
+    seeds = [gates_of_step(0, rates, {"seed": seed}) for seed in range(4000)]
     for draws in (steps, seeds):
         for layer, rate in enumerate(rates):
             pairs = [(then[layer], now[layer]) for then, now in pairwise(draws)]
@@ -314,7 +315,7 @@ def test_a_schedule_changes_the_depth_of_steps() -> None:
 def test_steps_beyond_the_end_are_like_the_last() -> None:
     rates = (0.5,) * 4
     settings: dict[str, Any] = {"seed": 0, "schedule": "recovery", "total_steps": 10}
-    assert gates_of_step(11, rates, "exact", **settings) == (True,) * 4
+    assert gates_of_step(11, rates, settings) == (True,) * 4
 
 
 @pytest.mark.parametrize(("task_type", "trains_a_head"), [("SEQ_CLS", True), (None, False)])

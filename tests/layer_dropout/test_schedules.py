@@ -85,8 +85,9 @@ def test_marginals_at_a_step_are_the_scheduled_rates(
     sampling: str, schedule: str, every: int, step: int, factor: float
 ) -> None:
     rates = layer_rates(0.5, "incremental", 8, protected={0, 7})
-    run: dict[str, Any] = {"schedule": schedule, "schedule_part": 0.4, "total_steps": 100}
-    draws = (gates_of_step(step, rates, sampling, seed=n, every=every, **run) for n in range(DRAWS))
+    run: Any = {"schedule": schedule, "schedule_part": 0.4, "total_steps": 100}
+    run |= {"sampling": sampling, "every": every}
+    draws = (gates_of_step(step, rates, {**run, "seed": n}) for n in range(DRAWS))
     assert_marginals(draws, [factor * rate for rate in rates])
 
 
@@ -95,8 +96,9 @@ def test_marginals_at_a_step_are_the_scheduled_rates(
 def test_marginals_over_a_run_are_the_rates(sampling: str, every: int) -> None:
     rates = layer_rates(0.5, "normal", 8)
     steps = range(0, every * DRAWS, every)
-    draws = [gates_of_step(step, rates, sampling, seed=0, every=every) for step in steps]
-    held = [gates_of_step(step + every - 1, rates, sampling, seed=0, every=every) for step in steps]
+    options: Any = {"sampling": sampling, "every": every}
+    draws = [gates_of_step(step, rates, options) for step in steps]
+    held = [gates_of_step(step + every - 1, rates, options) for step in steps]
     assert held == draws
     assert_marginals(draws, rates)
 
@@ -104,11 +106,9 @@ def test_marginals_over_a_run_are_the_rates(sampling: str, every: int) -> None:
 def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
     """When one of two layers has to run, at three quarters of their rates."""
     rates, needed = (0.9, 0.8, 0.6), (0, 1)
-    run: dict[str, Any] = {"schedule": "warm_up", "schedule_part": 0.4, "total_steps": 100}
-    draws = [
-        gates_of_step(30, rates, "bernoulli", seed=n, need_one_of=needed, **run)
-        for n in range(DRAWS)
-    ]
+    run: Any = {"schedule": "warm_up", "schedule_part": 0.4, "total_steps": 100}
+    run |= {"sampling": "bernoulli"}
+    draws = [gates_of_step(30, rates, {**run, "seed": n}, needed) for n in range(DRAWS)]
     now = [0.75 * rate for rate in rates]
     assert_marginals(draws, conditioned_rates(now, "bernoulli", needed))
 

@@ -7,45 +7,19 @@ neither the order of arrival nor the transport.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from droppeft import seeds
-from droppeft.costs.clock import RoundCost
 from droppeft.federation.modelled import close_round, counting_wall_s
 from droppeft.federation.validation import checked, why_refused
+from droppeft.ledger import ClosedRound
 from droppeft.methods import Method, Setup
 from droppeft.plans import Failure, Measurement, Plan, Reply, ServerState, Update
 from droppeft.transports.base import Arrival, Transport
 
 OnReply = Callable[[Reply], None]
-
-
-@dataclass(frozen=True)
-class Closed:
-    """A round after its last reply.
-
-    Attributes:
-        plans: in cohort order.
-        answers: in the same order, refused Updates replaced by their Failure.
-        replies: those that may be merged, the others replaced by a Failure.
-        modelled: the round on the modelled clock.
-        arrivals: what the transport handed over, in order of arrival.
-        server_wall_s: planning, checking and merging on the server.
-    """
-
-    plans: tuple[Plan, ...]
-    answers: tuple[Reply, ...]
-    replies: tuple[Reply, ...]
-    modelled: RoundCost
-    arrivals: tuple[Arrival, ...]
-    server_wall_s: float
-
-    @property
-    def accepted(self) -> tuple[Update, ...]:
-        """The Updates that were merged, in Plan order."""
-        return tuple(reply for reply in self.replies if isinstance(reply, Update))
 
 
 def play_round(
@@ -55,7 +29,7 @@ def play_round(
     state: ServerState,
     round: int,
     on_reply: OnReply,
-) -> tuple[ServerState, Closed]:
+) -> tuple[ServerState, ClosedRound]:
     """Play one round; with fewer acceptable Updates than the quorum, nothing is merged.
 
     Args:
@@ -77,12 +51,13 @@ def play_round(
     state = _as_saved(method.merge(setup, state, plans, replies))
     counted_s = counting_wall_s(setup.clock) - counted_s
     server_wall_s = planned_s + time.perf_counter() - start - counted_s
-    return state, Closed(
+    return state, ClosedRound(
+        round=round,
         plans=tuple(plans),
         answers=tuple(answers),
         replies=tuple(replies),
         modelled=replace(modelled, absent=absent),
-        arrivals=tuple(arrived.values()),
+        framing=tuple((one.sent_bytes, one.received_bytes) for one in arrived.values()),
         server_wall_s=server_wall_s,
     )
 

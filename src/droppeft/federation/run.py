@@ -196,15 +196,8 @@ def _one_round(
     )
     quality = _quality(prepared, state.model, round)
     row = round_row(
-        round,
-        closed.plans,
-        closed.answers,
-        closed.replies,
-        closed.modelled,
-        [(arrival.sent_bytes, arrival.received_bytes) for arrival in closed.arrivals],
+        closed,
         quality,
-        closed.server_wall_s,
-        quality["wall_s"] or 0.0,
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -20,6 +20,47 @@ from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_
 from droppeft.layer_dropout.schedules import check_schedule, scheduled_rates
 
 Blocks = Sequence[nn.Module]
+
+
+class GateOptions(TypedDict, total=False):
+    """Keyword arguments of :func:`layer_dropout`, where each is explained."""
+
+    rates: Sequence[float] | None
+    shape: str
+    sampling: str
+    protect_first: int
+    protect_last: int
+    every: int
+    schedule: str
+    schedule_part: float
+    total_steps: int | None
+    seed: int
+
+
+DEFAULTS = GateOptions(
+    rates=None,
+    shape="uniform",
+    sampling="exact",
+    protect_first=1,
+    protect_last=1,
+    every=1,
+    schedule="constant",
+    schedule_part=0.3,
+    total_steps=None,
+    seed=0,
+)
+"""What :func:`layer_dropout` takes where nothing is given."""
+
+
+def complete(options: GateOptions) -> GateOptions:
+    """The options, with the defaults of those that are not given.
+
+    Raises:
+        TypeError: an option that does not exist.
+    """
+    for name in options.keys() - DEFAULTS.keys():
+        raise TypeError(f"layer_dropout() got an unexpected keyword argument {name!r}")
+    return {**DEFAULTS, **options}
 
 
 class DrawnGates:
@@ -94,17 +135,7 @@ def layer_dropout(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     mean: float | None = None,
-    *,
-    rates: Sequence[float] | None = None,
-    shape: str = "uniform",
-    sampling: str = "exact",
-    protect_first: int = 1,
-    protect_last: int = 1,
-    every: int = 1,
-    schedule: str = "constant",
-    schedule_part: float = 0.3,
-    total_steps: int | None = None,
-    seed: int = 0,
+    **options: Unpack[GateOptions],
 ) -> Iterator[DrawnGates]:
     """Drop layers in every training forward inside of this context, anew for each optimizer step.
 
@@ -130,16 +161,13 @@ def layer_dropout(
             ``step`` of what the context yields before each step, yourself.
         mean: mean drop rate over all L layers, spread by ``shape``; see :func:`layer_rates`. An
             encoder and a decoder have this mean, this shape and these protected ends each.
-        rates: instead of the mean, the shape and the protection: the rate of each layer.
-        shape: a key of :data:`SHAPES`.
-        sampling: a key of :data:`SAMPLINGS`.
-        protect_first: layers nearest the input that are never dropped.
-        protect_last: layers nearest the output that are never dropped.
-        every: for how many steps one draw holds.
-        schedule: a key of :data:`SCHEDULES`; any but ``constant`` needs ``total_steps``.
-        schedule_part: the share of the run that the schedule takes; see :func:`scheduled_rates`.
-        total_steps: optimizer steps of the whole run.
-        seed: of the gates alone.
+        options: ``rates``, instead of the mean, the shape and the protection: the rate of each
+            layer. ``shape``: a key of :data:`SHAPES`. ``sampling``: a key of :data:`SAMPLINGS`.
+            ``protect_first``, ``protect_last``: so many layers nearest the input and the output are
+            never dropped. ``every``: for how many steps one draw holds. ``schedule``: a key of
+            :data:`SCHEDULES`; any but ``constant`` needs ``total_steps``, the optimizer steps of
+            the whole run. ``schedule_part``: the share of the run that the schedule takes; see
+            :func:`scheduled_rates`. ``seed``: of the gates alone. Defaults: :data:`DEFAULTS`.
 
     Yields:
         The :class:`DrawnGates` at work.
@@ -148,22 +176,13 @@ def layer_dropout(
         DroppeftError: a model without known blocks, rates or a schedule that cannot be, an
             optimizer that calls no hooks; inside, gradients of zeros at a dropped layer.
     """
-    if (mean is None) == (rates is None):
-        raise DroppeftError("give layer dropout either a mean rate or the rates of all layers")
+    chosen = complete(options)
     stacks = find_stacks(model).values()
     blocks = [block for stack in stacks for block in stack]
-    if rates is None:
-        depths = [len(stack) for stack in stacks]
-        rates = _spread(mean or 0.0, shape, depths, protect_first, protect_last)
     draw = partial(
         gates_of_step,
-        rates=explicit_rates(rates, len(blocks)),
-        sampling=sampling,
-        seed=seed,
-        every=every,
-        schedule=schedule,
-        schedule_part=schedule_part,
-        total_steps=total_steps,
+        rates=_rates(mean, chosen, [len(stack) for stack in stacks]),
+        options=chosen,
         need_one_of=_needed(model, blocks),
     )
     with gated(blocks) as gates, ExitStack() as hooks:
@@ -182,20 +201,15 @@ def layer_dropout(
 def gates_of_step(
     step: int,
     rates: Sequence[float],
-    sampling: str,
-    *,
-    seed: int,
-    every: int = 1,
-    schedule: str = "constant",
-    schedule_part: float = 0.3,
-    total_steps: int | None = None,
+    options: GateOptions,
     need_one_of: Sequence[int] = (),
 ) -> tuple[bool, ...]:
     """Draw the gates of a step from the seed and the step alone.
 
     Args:
         step: from 0; steps beyond ``total_steps`` count as the end of the run.
-        rates: L drop rates, before the schedule; the others as in :func:`layer_dropout`.
+        rates: L drop rates, before the schedule.
+        options: as of :func:`layer_dropout`; of them sampling, every, the schedule and the seed.
         need_one_of: as in :func:`sample_active`.
 
     Returns:
@@ -204,14 +218,28 @@ def gates_of_step(
     Raises:
         DroppeftError: as :func:`layer_dropout`.
     """
+    chosen = complete(options)
+    every, schedule, part = chosen["every"], chosen["schedule"], chosen["schedule_part"]
     if every < 1:
         raise DroppeftError(f"gates cannot hold for {every} steps; every must be 1 or more")
-    check_schedule(schedule, schedule_part)
+    check_schedule(schedule, part)
     draw = step // every
-    progress = _progress(draw * every, schedule, total_steps)
-    now = scheduled_rates(rates, schedule, progress, schedule_part)
+    progress = _progress(draw * every, schedule, chosen["total_steps"])
+    now = scheduled_rates(rates, schedule, progress, part)
     # A text as seed is hashed, so that neighbouring steps and seeds are unrelated.
-    return sample_active(now, sampling, random.Random(f"{seed}|{draw}"), need_one_of=need_one_of)
+    rng = random.Random(f"{chosen['seed']}|{draw}")
+    return sample_active(now, chosen["sampling"], rng, need_one_of=need_one_of)
+
+
+def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> tuple[float, ...]:
+    """The rate of every layer: as it is given, or the mean spread over each stack."""
+    given = options["rates"]
+    if (mean is None) == (given is None):
+        raise DroppeftError("give layer dropout either a mean rate or the rates of all layers")
+    if given is None:
+        ends = options["protect_first"], options["protect_last"]
+        given = _spread(mean or 0.0, options["shape"], depths, *ends)
+    return explicit_rates(given, sum(depths))
 
 
 def _spread(

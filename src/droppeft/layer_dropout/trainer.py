@@ -4,14 +4,13 @@ Source: ours. The only module of this package that needs more than torch.
 """
 
 from contextlib import ExitStack
-from inspect import signature
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.alone import DrawnGates, layer_dropout
+from droppeft.layer_dropout.alone import DrawnGates, GateOptions, complete, layer_dropout
 
 
 class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
@@ -37,18 +36,20 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     until :meth:`remove`, or until the callback is freed. Evaluation runs every layer all the same.
 
     Args:
-        mean, settings: as in :func:`~droppeft.layer_dropout.layer_dropout`, where they are checked
+        mean, options: as in :func:`~droppeft.layer_dropout.layer_dropout`, where they are checked
             when training begins. ``total_steps`` is the Trainer's; ``seed`` is the Trainer's unless
             it is given.
 
     Raises:
         DroppeftError: when training begins, see there; or with several GPUs in one process.
-        TypeError: a setting that does not exist.
+        TypeError: an option that does not exist.
     """
 
-    def __init__(self, mean: float | None = None, **settings: Any) -> None:
-        signature(layer_dropout).bind(None, None, mean, total_steps=None, **settings)
-        self._settings = {"mean": mean, **settings}
+    def __init__(self, mean: float | None = None, **options: Unpack[GateOptions]) -> None:
+        if "total_steps" in options:
+            raise TypeError("total_steps is the Trainer's: set max_steps or num_train_epochs there")
+        complete(options)
+        self._mean, self._options = mean, options
         self._context = ExitStack()
         self._dropout: DrawnGates | None = None
         self._forget()
@@ -74,9 +75,10 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         """Put the gates before the blocks."""
         self.remove()
         _refuse(args)
-        settings = {"seed": args.seed, **self._settings}
+        options: GateOptions = {"seed": args.seed, **self._options}
+        options["total_steps"] = state.max_steps
         self._dropout = self._context.enter_context(
-            layer_dropout(model, None, total_steps=state.max_steps, **settings)
+            layer_dropout(model, None, self._mean, **options)
         )
         self._forget()
 
