@@ -542,10 +542,10 @@ def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
     notes = {"chosen": {"3": 1}, "labels": {"1": "half"}}
     noted = [Row({**row, "notes": notes, "coverage": [1, 2]}) for row in FULL[0].rows]
     runs = [
+        lost(DROPPED[1]),
         replace(FULL[0], rows=noted, clients=[Row(client=3, rows=5, accuracy=0.4)]),
         replace(FULL[1], data="other", settings=("method=full", "rounds=9")),
-        *DROPPED[:1],
-        lost(DROPPED[1]),
+        DROPPED[0],
     ]
     study = asked(target={"variant": "full"}, baseline="dropped")
     write(tmp_path, study, runs, summary(study, runs))
@@ -558,8 +558,8 @@ def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
         assert one.result == other.result
         assert one.clients == other.clients
         assert (one.place, one.failure) == (other.place, other.failure)
-    assert found[0].result is not None
-    assert found[0].result["a column of another version"] is None
+    assert found[1].result is not None
+    assert found[1].result["a column of another version"] is None
 
 
 def test_a_damaged_file_is_said_and_stays(tiny: Callable[..., Comparison], tmp_path: Path) -> None:

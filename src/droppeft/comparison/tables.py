@@ -66,8 +66,8 @@ VARIED = ("seed", "data", "model")
 WHICH = ("run", "variant", "data", "model", "seed")
 """Columns that say which run a row of ``runs.parquet`` is."""
 
-NUMBERED = ("machine", "versions")
-"""Of a run; ``study.json`` has a list of those that are different, and the column a number."""
+NUMBERED = {"machine": "machines", "versions": "versions"}
+"""Columns that are numbers, from 0, and the lists of ``study.json`` that they are places in."""
 
 
 class Row(dict[str, Any]):
@@ -185,7 +185,7 @@ def write_tables(out: Path, study: Study, played: Sequence[Played]) -> None:
         "date": date.today().isoformat(),
         **{"commands": study.commands, "seeds": study.seeds, "baseline": study.baseline},
         "target": study.target and asdict(study.target),
-        **numbered,
+        **{NUMBERED[key]: known for key, known in numbered.items()},
         **_settings(study.variants, played),
     }
     write_atomically(out / STUDY, (json.dumps(about, indent=1) + "\n").encode())
@@ -228,7 +228,8 @@ def _distinct(played: Iterable[Played], key: str) -> list[Any]:
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     buffer = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows)
+    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
     compact: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
     pq.write_table(table, buffer, **compact, write_statistics=False)
     write_atomically(path, buffer.getvalue().to_pybytes())
@@ -274,7 +275,7 @@ def _played(
         if (one["data"], one["model"]) == (data, model)
     ]
     for key in NUMBERED if failure is None else ():
-        row[key] = about[key][row[key]]
+        row[key] = about[NUMBERED[key]][row[key]]
     rows = rounds.get(run, [])
     for one in rows:
         one["notes"] = one["notes"] and json.loads(one["notes"])
