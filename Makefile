@@ -50,7 +50,6 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 results: $(DEV)
-	for page in benchmarks/results/*/report.html; do $(BIN)/droppeft report "$$(dirname "$$page")" || exit; done
 	$(BIN)/python docs/contest_figure.py
 	$(BIN)/python docs/convergence_page.py
 	$(BIN)/python docs/generate.py

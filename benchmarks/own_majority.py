@@ -26,7 +26,7 @@ def main() -> None:
     content: dict[str, dict[str, dict[str, float]]] = {}
     known: dict[tuple[str, int], float] = {}
     for name in EXPERIMENTS:
-        for cell in cells(read_comparison(FOLDER.parent / f"experiments/{name}.toml")):
+        for cell in cells(read_comparison(FOLDER / name / "study.toml")):
             config = cell.config
             place = (config.data, config.seed)
             if place not in known:

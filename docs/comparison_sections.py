@@ -7,14 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from studies import seeds_of_comparison
-from tables import FIGURES, RESULTS, markdown_table, processor, was_compared
+from studies import outcome_of, seeds_of_comparison
+from tables import FIGURES, RESULTS, markdown_table, processor, read_study, was_compared
 
-from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
+from droppeft.comparison.tables import Played, Study
 from droppeft.comparison.written import COLUMNS, failures, heading, references
-from droppeft.report.page import read_folder
 
 DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
 COMPARISONS = {
@@ -82,12 +80,11 @@ UNFIT = ("contest_others",)
 COMPARISON_HEAD = """\
 ## {title}
 
-`droppeft compare experiments/{name}.toml`, {seeds}. {about}
+`droppeft compare benchmarks/{name}/study.toml`, {seeds}. {about}
 {target}F1: of class 1 where there are two
 classes, else the mean over classes. Modelled: on the devices' profiles{measured}. A run took
 {cell:.0f} seconds (median) on {place}. Everything is in
-`benchmarks/results/{name}/comparison.json`; `droppeft report benchmarks/results/{name}` draws
-[the page](../benchmarks/results/{name}/report.html).
+[`benchmarks/{name}`](../benchmarks/{name}); `droppeft report benchmarks/{name}` draws a page of it.
 """
 
 MEASURED = (
@@ -158,17 +155,17 @@ def synthetic_sections() -> list[str]:
 
 
 def _comparison(name: str) -> str:
-    comparison, played, parts = read_parts(name)
-    results = [one.result for one in played if one.result is not None]
+    study, played, parts = read_parts(name)
+    results = [outcome_of(one) for one in played if one.result is not None]
     walls = sorted(result["host_wall_s"] for result in results)
     title, about = COMPARISONS[name]
-    target = comparison.target
+    target = study.target
     head = COMPARISON_HEAD.format(
         title=title,
         name=name,
         about=about,
-        seeds=seeds_of_comparison(comparison, played),
-        target=TARGET.format(target.member, target.minus) if target else "",
+        seeds=seeds_of_comparison(study, played),
+        target=TARGET.format(target.variant, target.minus) if target else "",
         measured="" if name in UNFIT else MEASURED,
         place=" and ".join(dict.fromkeys(processor(one["machine"]) for one in results)),
         cell=walls[len(walls) // 2],
@@ -178,8 +175,8 @@ def _comparison(name: str) -> str:
         picture = [f"![{title}: time, accuracies and traffic](figures/{name}.png)\n"]
     rounds: dict[tuple[str, str], int] = {}
     for one in played:
-        place = one.cell.place
-        rounds[place] = max(rounds.get(place, 0), one.cell.config.rounds)
+        if one.result is not None:
+            rounds[one.place] = max(rounds.get(one.place, 0), one.result["rounds"])
     return "\n".join(
         [
             head,
@@ -189,15 +186,15 @@ def _comparison(name: str) -> str:
     )
 
 
-def read_parts(name: str) -> tuple[Comparison, list[Played], list[Part]]:
+def read_parts(name: str) -> tuple[Study, list[Played], list[Part]]:
     """A comparison with its parts, own majorities filled in where its runs do not know them."""
-    _, comparison, played = read_folder(RESULTS / name)
-    parts = summary(comparison, played)
+    study, played = read_study(name)
+    parts = summary(study, played)
     file = RESULTS / "own_majority.json"
     if not file.is_file():
-        return comparison, played, parts
+        return study, played, parts
     found = json.loads(file.read_text(encoding="utf-8")).get(name, {})
-    return comparison, played, [_with_own_majority(part, found, comparison.seeds) for part in parts]
+    return study, played, [_with_own_majority(part, found, study.seeds) for part in parts]
 
 
 def _with_own_majority(

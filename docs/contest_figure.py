@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from studies import seeds_of_comparison
-from tables import FIGURES, RESULTS, was_compared
+from tables import FIGURES, read_study, was_compared
 
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
+from droppeft.comparison.tables import Played
 from droppeft.report.drawing import INK, looks, style
 from droppeft.report.figures import AXES, curve_points, mean_curve
-from droppeft.report.page import read_folder
 
 CONTESTS = ("contest", "contest_deep")
 """Each a comparison of which there may be a result, and the name of its picture."""
@@ -27,16 +26,16 @@ def draw(name: str) -> None:
     """The picture of one comparison; its members look as they do in the first."""
     from matplotlib.figure import Figure
 
-    _, comparison, played = read_folder(RESULTS / name)
-    parts = summary(comparison, played)
-    members = dict.fromkeys([*read_folder(RESULTS / CONTESTS[0])[1].members, *comparison.members])
+    study, played = read_study(name)
+    parts = summary(study, played)
+    members = dict.fromkeys([*read_study(CONTESTS[0])[0].variants, *study.variants])
     numbers = {member: number for number, member in enumerate(members)}
     width = 1.2 + 3.1 * len(parts)
     with style():
         figure = Figure(figsize=(width, 6.6 if len(parts) > 1 else 7.6), layout="constrained")
         grid: Any = figure.subplots(2, len(parts), squeeze=False)
         for (above, below), part in zip(grid.T, parts, strict=True):
-            runs = [one for one in played if one.cell.place == (part.data, part.model)]
+            runs = [one for one in played if one.place == (part.data, part.model)]
             _curves(above, part, runs, numbers)
             _own_models(below, part, numbers)
         grid[0, 0].set_ylabel("accuracy of the global model")
@@ -51,16 +50,14 @@ def draw(name: str) -> None:
             markerscale=0.6,
             columnspacing=1.4,
         )
-        note = (
-            f"means over {seeds_of_comparison(comparison, played)}; dotted: the target; large: ours"
-        )
+        note = f"means over {seeds_of_comparison(study, played)}; dotted: the target; large: ours"
         figure.suptitle(note.replace("**", ""), fontsize=9.5, x=0.01, ha="left")
         figure.savefig(FIGURES / f"{name}.png", dpi=150, facecolor="white")
 
 
 def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[str, int]) -> None:
     for row in part.rows:
-        runs = [one for one in played if one.cell.member == row.member and one.result]
+        runs = [one for one in played if one.member == row.member and one.result]
         found = mean_curve([curve_points(one.rows, CLOCK) for one in runs])
         if found:
             across, up = zip(*found, strict=True)

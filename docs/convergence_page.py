@@ -10,12 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from gaps import final_loss, gaps, signed, verdict
-from studies import Runs, Seeds, bare, runs_of, seeds_of
-from tables import FIGURES, NOTICE, RESULTS, markdown_table, was_compared
+from studies import Runs, Seeds, bare, outcome_of, runs_of, seeds_of
+from tables import FIGURES, NOTICE, markdown_table, read_study, was_compared
 
-from droppeft.comparison.cells import Comparison
+from droppeft.comparison.tables import Study
 from droppeft.report.drawing import looks, style
-from droppeft.report.page import read_folder
 
 NAME = "convergence"
 FIGURE = FIGURES / "convergence.png"
@@ -86,13 +85,13 @@ and no guarantee.
 NOT_YET = """\
 ## What the data support
 
-Nothing yet: `droppeft compare experiments/convergence.toml` has not been run.
+Nothing yet: `droppeft compare benchmarks/convergence/study.toml` has not been run.
 """
 STUDY = """\
 ## Drop rate, local steps, skew and cohort
 
-`droppeft compare experiments/convergence.toml`: development data (20 Newsgroups), the built-in
-model, {devices} devices, {total} steps a device and turn taken together, in {some} rounds or in
+`droppeft compare benchmarks/convergence/study.toml`: development data (20 Newsgroups), the built-in
+model, {clients} devices, {total} steps a device and turn taken together, in {some} rounds or in
 {many}, {batch} texts a step, constant learning rates, forwards in bf16, {seeds}; the loss is on
 {sample} test texts. Gap: the global model's loss less that of nothing dropped on the same seed,
 mean of the last two evaluations (the last quarter of the run), every seed. *Holds*: all seeds above
@@ -186,41 +185,36 @@ def convergence_page() -> str:
     page = f"{NOTICE}\n\n{THEORY}"
     if not was_compared(NAME):
         return f"{page}\n{NOT_YET}"
-    comparison, runs, found = _read()
+    study, runs, found = _read()
     grid, long = _parted(found)
-    config = next(iter(next(iter(runs.values())).values())).cell.config
+    known = outcome_of(next(iter(next(iter(runs.values())).values())))
     rounds = sorted({setting.rounds for setting in grid})
-    steps = config.rounds * int(config.training.local_steps or 0)
+    steps = known["rounds"] * known["local_steps"]
     head = STUDY.format(
-        devices=config.devices,
+        clients=known["clients"],
         total=steps,
         some=rounds[0],
         many=rounds[-1],
-        batch=config.training.batch_size,
+        batch=known["batch_size"],
         seeds=seeds_of(runs),
-        sample=config.evaluation.rows,
+        sample=known["evaluation_rows"],
     )
     tables = f"{_gap_table(grid)}{_factors(grid)}{_coverage(grid)}{_long(long)}"
-    finished = all({*runs.get(one, {})} == {*comparison.seeds} for one in comparison.members)
+    finished = all({*runs.get(one, {})} == {*study.seeds} for one in study.variants)
     return f"{page}\n{head}{tables}{_support(long, steps) if finished else ''}"
 
 
-def _read() -> tuple[Comparison, Runs, Found]:
-    _, comparison, played = read_folder(RESULTS / NAME)
+def _read() -> tuple[Study, Runs, Found]:
+    study, played = read_study(NAME)
     runs = runs_of(played)
     found: dict[Setting, dict[str, Seeds]] = {}
     for member, own in runs.items():
-        config = next(iter(own.values())).cell.config
-        setting = Setting(
-            int(config.training.local_steps or 0),
-            float(config.partition.alpha),
-            config.cohort,
-            config.rounds,
-            config.training.schedule,
-        )
+        known = outcome_of(next(iter(own.values())))
+        names = ("local_steps", "alpha", "cohort_size", "rounds", "schedule")
+        setting = Setting(*(known[name] for name in names))
         found.setdefault(setting, {})[member.partition(" dropped")[0]] = own
     return (
-        comparison,
+        study,
         runs,
         {setting: {rate: own.get(rate, {}) for rate in RATES} for setting, own in found.items()},
     )

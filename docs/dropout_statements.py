@@ -7,19 +7,18 @@ from statistics import fmean
 import numpy as np
 from gaps import final_accuracy, final_loss, gaps, signed, verdict
 from scipy.stats import spearmanr
-from studies import Runs, bare, runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table, was_compared
+from studies import Runs, bare, outcome_of, runs_of, shown_settings, spread
+from tables import markdown_table, read_study, was_compared
 
-from droppeft.comparison.playing import Played
-from droppeft.report.page import read_folder
+from droppeft.comparison.tables import Played
 
 NAME = "statements"
 NOTHING = "nothing dropped"
 HEAD = """\
 ## What was predicted of layer dropout, each beside its control
 
-`droppeft compare experiments/statements.toml`: development data (20 Newsgroups), the built-in
-model, {devices} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts (*long
+`droppeft compare benchmarks/statements/study.toml`: development data (20 Newsgroups), the built-in
+model, {clients} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts (*long
 turns*: 4 of 40), forwards in bf16, learning rates that fall to 0, Dirichlet alpha {alpha}, {seeds}.
 The last layer is never dropped: half are three of the other five. Predictions were written down
 before ([decision 0010](decisions/0010-convergence.md)). Gap: loss of the global model of the member
@@ -89,17 +88,8 @@ def statement_sections() -> list[str]:
     """The section, if the study was made."""
     if not was_compared(NAME):
         return []
-    runs = runs_of(read_folder(RESULTS / NAME)[2])
-    config = next(iter(runs[NOTHING].values())).cell.config
-    head = HEAD.format(
-        devices=config.devices,
-        cohort=config.cohort,
-        rounds=config.rounds,
-        steps=config.training.local_steps,
-        batch=config.training.batch_size,
-        alpha=config.partition.alpha,
-        seeds=seeds_of(runs),
-    )
+    runs = runs_of(read_study(NAME)[1])
+    head = HEAD.format(**shown_settings(runs))
     lines = [*_claims(runs), *_recovered(runs), _the_more(runs), *_coins(runs)]
     table = markdown_table(COLUMNS, sorted(lines, key=lambda line: line[0]))
     return [f"{head}\n{table}{MEMBERS_HEAD}{_members(runs)}{_predictors(runs)}"]
@@ -173,8 +163,7 @@ def _least_steps(run: Played) -> float:
 
 
 def _mean_dropped(run: Played) -> float:
-    assert run.result is not None
-    layers: int = run.result["num_layers"]
+    layers: int = outcome_of(run)["num_layers"]
     return 1 - fmean(row["mean_active_layers"] for row in run.rows) / layers
 
 

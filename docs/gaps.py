@@ -5,7 +5,7 @@ from statistics import fmean
 
 from studies import Seeds, bare
 
-from droppeft.comparison.playing import Played
+from droppeft.comparison.tables import Played
 
 ENOUGH = 3
 """Seeds without which nothing is said."""

@@ -4,31 +4,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from studies import Runs, runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table, was_compared
+from studies import outcome_of, runs_of, shown_settings, spread
+from tables import markdown_table, read_study, was_compared
 
-from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import summary
+from droppeft.comparison.tables import Played, Study
 from droppeft.comparison.written import COLUMNS
-from droppeft.report.page import read_folder
 from droppeft.sharing.selection import count_of
 
 PERSONAL = """\
 ## Which half of the layers to keep, and other ways to be personal
 
-`droppeft compare experiments/personalisation.toml`: development data (20 Newsgroups), the built-in
-model, {devices} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts at
-full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to *CKA*
-shares half of the layers. Personalised: mean over all devices of each one's own model on its own
-test texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing all*:
-in points, on the same seed, every seed; least covered: part of a round's devices, mean over
+`droppeft compare benchmarks/personalisation/study.toml`: development data (20 Newsgroups), the
+built-in model, {clients} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch}
+texts at full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to
+*CKA* shares half of the layers. Personalised: mean over all devices of each one's own model on its
+own test texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing
+all*: in points, on the same seed, every seed; least covered: part of a round's devices, mean over
 rounds, that sent the layer that the fewest sent. Traffic is what was sent in a whole run.
 """
 HETEROGENEITY = """\
 ## How much to share, from alike to unlike devices
 
-`droppeft compare experiments/sharing_heterogeneity.toml`: as above, but for forwards in bf16,
+`droppeft compare benchmarks/sharing_heterogeneity/study.toml`: as above, but for forwards in bf16,
 layers chosen by relative gradient norm, {seeds}. Halves of layers are rounded up: a quarter of six
 is two. With four classes each there are twenty devices, so that every class has one. *Over sharing
 all*: in points, on the same split and seed, every seed.
@@ -36,19 +34,19 @@ all*: in points, on the same split and seed, every seed.
 CONFIRMATION = """\
 ## Keeping half of the layers on other data and another model
 
-`droppeft compare experiments/sharing_confirmation.toml`, run once: {devices} devices, {cohort} a
-round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Dirichlet alpha {alpha},
-{seeds}; MRPC is development data, AG News and MNLI are not. *Over sharing all*: in points, on the
-same split and seed, every seed.
+`droppeft compare benchmarks/sharing_confirmation/study.toml`, run once: {clients} devices, {cohort}
+a round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Dirichlet alpha
+{alpha}, {seeds}; MRPC is development data, AG News and MNLI are not. *Over sharing all*: in points,
+on the same split and seed, every seed.
 """
 NEWCOMERS = """\
 ## Devices that never trained
 
-`droppeft compare experiments/newcomers.toml`: development data (20 Newsgroups), the built-in model,
-{devices} devices of which {cohort} train in each of {rounds} rounds, {steps} steps of {batch} texts
-a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on devices' own test texts,
-mean over devices: those that trained, those that never did, and these after one epoch on their own
-texts, of which nothing is sent. Mean and standard deviation over seeds.
+`droppeft compare benchmarks/newcomers/study.toml`: development data (20 Newsgroups), the built-in
+model, {clients} devices of which {cohort} train in each of {rounds} rounds, {steps} steps of
+{batch} texts a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on devices' own
+test texts, mean over devices: those that trained, those that never did, and these after one epoch
+on their own texts, of which nothing is sent. Mean and standard deviation over seeds.
 """
 NEWCOMER_KEYS = (
     "global_accuracy",
@@ -60,34 +58,30 @@ NEWCOMER_COLUMNS = ("run", "global", "trained", "newcomers", "after an epoch", "
 ABLATION = """\
 ## The method's parts, each taken away
 
-`droppeft compare experiments/ablation.toml`: as above, alpha {alpha}, {seeds}. Layer dropout with
-rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one of its
-choices, half of the layers shared by relative gradient norm (rounded up: two of three); *half
-frozen*: LoRA in the last half of the layers alone, whose inputs are kept. Without the configurator
-there is no prefix either. *Over all parts*: in points, on the same seed, every seed. To target
-(modelled): until what *none of them* ends with, less a point. Modelled: the whole run; activations:
-the largest peak of a turn.
+`droppeft compare benchmarks/ablation/study.toml`: as above, alpha {alpha}, {seeds}. Layer dropout
+with rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one
+of its choices, half of the layers shared by relative gradient norm (rounded up: two of three);
+*half frozen*: LoRA in the last half of the layers alone, whose inputs are kept. Without the
+configurator there is no prefix either. *Over all parts*: in points, on the same seed, every seed.
+To target (modelled): until what *none of them* ends with, less a point. Modelled: the whole run;
+activations: the largest peak of a turn.
 """
 ACCURACIES = ("global", "personalised", "worst tenth")
 
 
 def personal_sections() -> list[str]:
     """A section per study that was made."""
-    makers: dict[str, Callable[[Comparison, Sequence[Played]], str]] = {
+    makers: dict[str, Callable[[Study, Sequence[Played]], str]] = {
         "personalisation": _personalisation,
         "sharing_heterogeneity": _heterogeneity,
         "sharing_confirmation": _confirmation,
         "newcomers": _newcomers,
         "ablation": _ablation,
     }
-    return [
-        make(*read_folder(RESULTS / name)[1:])
-        for name, make in makers.items()
-        if was_compared(name)
-    ]
+    return [make(*read_study(name)) for name, make in makers.items() if was_compared(name)]
 
 
-def _personalisation(comparison: Comparison, played: Sequence[Played]) -> str:
+def _personalisation(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = [
         (
@@ -99,7 +93,7 @@ def _personalisation(comparison: Comparison, played: Sequence[Played]) -> str:
         )
         for member, own in runs.items()
     ]
-    head, columns = PERSONAL.format(**_said(runs)), [*_columns("way", "sharing all")]
+    head, columns = PERSONAL.format(**shown_settings(runs)), [*_columns("way", "sharing all")]
     columns[-2:-2] = ["least covered"]
     return f"{head}\n{markdown_table(columns, lines)}"
 
@@ -110,37 +104,38 @@ def _least_covered(own: Mapping[int, Played]) -> str:
     for run in own.values():
         counts = [row["coverage"] for row in run.rows]
         sent = [fmean(layer) for layer in zip(*counts, strict=True)]
-        parts.append(min(sent) / run.cell.config.cohort)
+        parts.append(min(sent) / outcome_of(run)["cohort_size"])
     return f"{fmean(parts):.0%}"
 
 
-def _heterogeneity(comparison: Comparison, played: Sequence[Played]) -> str:
+def _heterogeneity(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
     for member, own in runs.items():
         split = member.rpartition(", ")[0]
-        one = next(iter(own.values()))
-        layers = one.result["num_layers"] if one.result else 0
-        part = f"{count_of(one.cell.config.sharing.fraction, layers)} of {layers}"
+        known = outcome_of(next(iter(own.values())))
+        layers = known["num_layers"]
+        part = f"{count_of(known['sharing_fraction'], layers)} of {layers}"
         whole = runs.get(f"{split}, all", {})
         lines.append((split, part, *_accuracies(own), *_differences(own, whole), *_traffic(own)))
     columns = ("devices", *_columns("shared", "sharing all"))
-    return f"{HETEROGENEITY.format(**_said(runs))}\n{markdown_table(columns, lines)}"
+    return f"{HETEROGENEITY.format(**shown_settings(runs))}\n{markdown_table(columns, lines)}"
 
 
-def _confirmation(comparison: Comparison, played: Sequence[Played]) -> str:
+def _confirmation(study: Study, played: Sequence[Played]) -> str:
     lines = []
-    for data, model in dict.fromkeys(one.cell.place for one in played):
-        runs = runs_of([one for one in played if one.cell.place == (data, model)])
+    for data, model in dict.fromkeys(one.place for one in played):
+        runs = runs_of([one for one in played if one.place == (data, model)])
         for member, own in runs.items():
             differences = _differences(own, runs.get("share all", {}))
             place = (Path(data).name, Path(model).name)
             lines.append((*place, member, *_accuracies(own), *differences, *_traffic(own)))
     columns = ("data", "model", *_columns("way", "sharing all"))
-    return f"{CONFIRMATION.format(**_said(runs_of(played)))}\n{markdown_table(columns, lines)}"
+    head = CONFIRMATION.format(**shown_settings(runs_of(played)))
+    return f"{head}\n{markdown_table(columns, lines)}"
 
 
-def _newcomers(comparison: Comparison, played: Sequence[Played]) -> str:
+def _newcomers(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
     for member, own in runs.items():
@@ -148,12 +143,12 @@ def _newcomers(comparison: Comparison, played: Sequence[Played]) -> str:
         count = fmean(result["newcomers"] or 0 for result in results)
         found = (spread([result[key] for result in results]) for key in NEWCOMER_KEYS)
         lines.append((member, *found, f"{count:.1f}"))
-    return f"{NEWCOMERS.format(**_said(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
+    return f"{NEWCOMERS.format(**shown_settings(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
 
 
-def _ablation(comparison: Comparison, played: Sequence[Played]) -> str:
+def _ablation(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
-    [part] = summary(comparison, played)
+    [part] = summary(study, played)
     to_target = {row.member: COLUMNS["to target, modelled"](row) for row in part.rows}
     lines = []
     for member, own in runs.items():
@@ -173,7 +168,7 @@ def _ablation(comparison: Comparison, played: Sequence[Played]) -> str:
         )
     columns = [*_columns("run", "all parts")]
     columns[-2:-2] = ["to target", "modelled", "activations"]
-    return f"{ABLATION.format(**_said(runs))}\n{markdown_table(columns, lines)}"
+    return f"{ABLATION.format(**shown_settings(runs))}\n{markdown_table(columns, lines)}"
 
 
 def _columns(what: str, other: str) -> tuple[str, ...]:
@@ -185,19 +180,6 @@ def _columns(what: str, other: str) -> tuple[str, ...]:
         "up",
         "down",
     )
-
-
-def _said(runs: Runs) -> dict[str, object]:
-    config = next(iter(next(iter(runs.values())).values())).cell.config
-    return {
-        "devices": config.devices,
-        "cohort": config.cohort,
-        "rounds": config.rounds,
-        "steps": config.training.local_steps,
-        "batch": config.training.batch_size,
-        "alpha": config.partition.alpha,
-        "seeds": seeds_of(runs),
-    }
 
 
 def _results(own: Mapping[int, Played]) -> list[Mapping[str, float | None]]:
@@ -224,8 +206,7 @@ def _differences(own: Mapping[int, Played], other: Mapping[int, Played]) -> list
 
 
 def _value(run: Played, key: str) -> float | None:
-    assert run.result is not None
-    value: float | None = run.result[key]
+    value: float | None = outcome_of(run)[key]
     return value
 
 

@@ -7,14 +7,12 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-from studies import runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table, processor, was_compared
+from studies import outcome_of, runs_of, shown_settings, spread
+from tables import RESULTS, markdown_table, processor, read_study, was_compared
 
-from droppeft.comparison.playing import Played
-from droppeft.comparison.summary import target_accuracies
+from droppeft.comparison.summary import target_accuracies, time_to_target
+from droppeft.comparison.tables import Played
 from droppeft.configurator.policies import LOT, POLICIES
-from droppeft.ledger import RoundRow, summarise
-from droppeft.report.page import read_folder
 
 STUDIES = {
     "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),
@@ -42,16 +40,16 @@ ARMS = {
 HEAD = """\
 ## Policies on real data: {model}
 
-`droppeft compare experiments/{name}.toml`: 20 Newsgroups (development data), {devices} devices of
-three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha
+`droppeft compare benchmarks/{name}/study.toml`: 20 Newsgroups (development data), {clients} devices
+of three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha
 {alpha:g}; {seeds}. All times are modelled and include exploring and measuring. Members above the
 line are single arms, below it are policies over all six. The target is what full depth ends with
 on the same seed (mean of three evaluations) less a point; a run that never gets there in its
 rounds has no time. *Early*: accuracy (mean of the last three evaluations) at {early:.2f} modelled
 seconds, when the shortest run has ended; *regret*: how many points that is below the best single
 arm in hindsight on the same seed, with a 95 % interval over seeds (Student's t). *Over the best
-arm*: per seed, time to target over that of this arm. `droppeft report benchmarks/results/{name}`
-draws all of it.
+arm*: per seed, time to target over that of this arm. `droppeft report benchmarks/{name}` draws
+all of it.
 """
 COLUMNS = (
     "member",
@@ -136,15 +134,18 @@ def _measuring(rounds: Sequence[Mapping[str, Any]], clock: str) -> float:
 
 def _section(name: str) -> str:
     title, others = STUDIES[name]
-    _, comparison, played = read_folder(RESULTS / name)
+    study, played = read_study(name)
     for other in others:
         if was_compared(other):
-            played += read_folder(RESULTS / other)[2]
+            played += read_study(other)[1]
     played = [one for one in played if one.result is not None]
-    targets = target_accuracies(comparison.target, played)
+    targets = target_accuracies(study.target, played)
     by_member = runs_of(played)
     times = {
-        member: {seed: _time(run, targets.get(seed)) for seed, run in runs.items()}
+        member: {
+            seed: time_to_target(run, targets.get(seed), "round_modelled_s")
+            for seed, run in runs.items()
+        }
         for member, runs in by_member.items()
     }
     best = _best_arm(times)
@@ -155,19 +156,7 @@ def _section(name: str) -> str:
     ]
     place = len([member for member in by_member if member in FIXED])
     lines.insert(place, ("–",) * len(COLUMNS))
-    config = played[0].cell.config
-    head = HEAD.format(
-        model=title,
-        name=name,
-        devices=config.devices,
-        cohort=config.cohort,
-        rounds=config.rounds,
-        steps=config.training.local_steps,
-        batch=config.training.batch_size,
-        alpha=config.partition.alpha,
-        seeds=seeds_of(by_member),
-        early=early,
-    )
+    head = HEAD.format(model=title, name=name, early=early, **shown_settings(by_member))
     seen = [REWARD_HEAD]
     for reward, words in REWARDS.items():
         found = {
@@ -181,18 +170,8 @@ def _section(name: str) -> str:
 
 def _reward(run: Played) -> str | None:
     """What its gains are, if it learns; those of runs before there was a choice are of the loss."""
-    assert run.result is not None
-    settings = run.result["config"]["configurator"]
-    found: str = settings.get("reward", "loss")
-    return found if settings["policy"] in POLICIES.keys() - {LOT} else None
-
-
-def _time(run: Played, target: float | None) -> float | None:
-    assert run.result is not None
-    rows = [RoundRow(**row) for row in run.rows]
-    found = summarise(rows, run.result["initial_accuracy"], target)
-    time: float | None = found["time_to_target_modelled_s"]
-    return time
+    known = outcome_of(run)
+    return (known["reward"] or "loss") if known["policy"] in POLICIES.keys() - {LOT} else None
 
 
 def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
@@ -310,7 +289,7 @@ def _turns(run: Played, name: str) -> Iterator[Seen]:
     for row in run.rows:
         notes = row["notes"] or {"chosen": {}}
         for device, number in notes["chosen"].items():
-            gain, arm = notes["gains"].get(device), notes["labels"][str(number)]
+            gain, arm = notes["rewards"].get(device), notes["labels"][str(number)]
             if gain is not None and arm in ARMS and number in notes["present"]:
                 took = notes["seconds"][notes["present"].index(number)]
                 yield Seen(f"{name} {row['round']}", arm, gain, took)

@@ -3,16 +3,14 @@
 from pathlib import Path
 
 from comparison_sections import read_parts
-from studies import seeds_of_comparison
+from studies import runs_of, seeds_of_comparison, shown_settings
 from tables import markdown_table, was_compared
 
-from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part
-from droppeft.config import as_tree, flat
+from droppeft.comparison.tables import Played, Study
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- Written by docs/generate.py from benchmarks/results: change the source. -->\n"
+BEGIN = "<!-- Written by docs/generate.py from benchmarks: change the source. -->\n"
 END = "<!-- End of what is written. -->\n"
 
 CONTESTS = {
@@ -22,7 +20,7 @@ CONTESTS = {
 }
 
 TEXT = """\
-{devices} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (devices differ in
+{clients} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (devices differ in
 which classes they have); [data](docs/results.md#data-and-models-of-the-contest) on which no member
 was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md); *all shared* was
 prompted by six layers). *Accuracy*: of the global model on 1,000 test texts, with the F1 of class 1
@@ -44,25 +42,19 @@ def readme_page() -> str:
 
 def _results() -> str:
     contests = {name: read_parts(name) for name in CONTESTS if was_compared(name)}
-    comparison, played, _ = next(iter(contests.values()))
-    config = played[0].cell.config
-    head = TEXT.format(
-        devices=config.devices,
-        cohort=config.cohort,
-        alpha=config.partition.alpha,
-        rival=comparison.baseline,
-    )
+    study, played, _ = next(iter(contests.values()))
+    head = TEXT.format(rival=study.baseline, **shown_settings(runs_of(played)))
     return "\n".join([head, *(_table(CONTESTS[name], *found) for name, found in contests.items())])
 
 
-def _table(title: str, comparison: Comparison, played: list[Played], parts: list[Part]) -> str:
-    most = len(comparison.seeds)
+def _table(title: str, study: Study, played: list[Played], parts: list[Part]) -> str:
+    most = len(study.seeds)
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload", "download"]
-    two = {one.cell.data for one in played if one.result and one.result["classes"] == 2}
+    two = {one.data for one in played if one.result and one.result["classes"] == 2}
     own = ", ".join(_known(part.own_majority) for part in parts)
     rows = [
-        *(_line(parts, most, two, one) for one in comparison.members),
+        *(_line(parts, most, two, one) for one in study.variants),
         [
             "*TF-IDF, SVM, all texts in one place*",
             *(_known(part.tfidf) for part in parts),
@@ -76,7 +68,7 @@ def _table(title: str, comparison: Comparison, played: list[Played], parts: list
     ]
     head = (
         f"{title}: {_by_data(played, 'rounds')} rounds, evaluated every "
-        f"{_by_data(played, 'evaluation.every')} rounds, {seeds_of_comparison(comparison, played)}."
+        f"{_by_data(played, 'evaluation_every')} rounds, {seeds_of_comparison(study, played)}."
     )
     return f"{head}\n\n{markdown_table(columns, rows)}"
 
@@ -87,7 +79,7 @@ def _known(value: float | None) -> str:
 
 def _by_data(played: list[Played], key: str) -> str:
     """A setting, where it depends on the data with their names."""
-    found = {Path(one.cell.data).name: flat(as_tree(one.cell.config))[key] for one in played}
+    found = {Path(one.data).name: one.result[key] for one in played if one.result is not None}
     if len(set(found.values())) == 1:
         return str(next(iter(found.values())))
     return ", ".join(f"{value} ({name})" for name, value in found.items())

@@ -18,9 +18,9 @@ from tables import NOTICE, RESULTS, markdown_table, place
 RESULTS_HEAD = """\
 # Results
 
-Every figure here comes from a file in `benchmarks/results/`, made by the script beside it. Measured
-means a real clock on the machine named; what is modelled says so. What follows from them:
-[findings.md](findings.md).
+Every figure here comes from a file in [`benchmarks`](../benchmarks), made by the study or the
+script named with it. Measured means a real clock on the machine named; what is modelled says so.
+What follows from them: [findings.md](findings.md).
 """
 
 FIRST_SLICE_HEAD = """\

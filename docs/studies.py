@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
-from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import Played
+from droppeft.comparison.tables import Played, Row, Study
 
 Seeds = Mapping[int, Played]
 """Runs of a member by seed."""
@@ -19,9 +19,23 @@ def runs_of(played: Sequence[Played]) -> Runs:
     """Those that have a result, members in their own order."""
     done = [one for one in played if one.result is not None]
     return {
-        member: {one.cell.seed: one for one in done if one.cell.member == member}
-        for member in dict.fromkeys(one.cell.member for one in done)
+        member: {one.seed: one for one in done if one.member == member}
+        for member in dict.fromkeys(one.member for one in done)
     }
+
+
+def outcome_of(run: Played) -> Row:
+    """Columns of a run that has a result."""
+    assert run.result is not None
+    return run.result
+
+
+def shown_settings(runs: Runs) -> dict[str, Any]:
+    """What a section's head says of the first of its runs, and their seeds."""
+    known = outcome_of(next(iter(next(iter(runs.values())).values())))
+    names = {"cohort": "cohort_size", "steps": "local_steps", "batch": "batch_size"}
+    columns = {name: name for name in ("clients", "rounds", "alpha")} | names
+    return {"seeds": seeds_of(runs), **{name: known[key] for name, key in columns.items()}}
 
 
 def seeds_of(runs: Runs) -> str:
@@ -32,10 +46,10 @@ def seeds_of(runs: Runs) -> str:
     return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
 
 
-def seeds_of_comparison(comparison: Comparison, played: Sequence[Played]) -> str:
+def seeds_of_comparison(study: Study, played: Sequence[Played]) -> str:
     """How many seeds each member has on each of its data, and whether that is all it asks for."""
-    done = Counter((one.cell.place, one.cell.member) for one in played if one.result is not None)
-    wanted = len(comparison.seeds)
+    done = Counter((one.place, one.member) for one in played if one.result is not None)
+    wanted = len(study.seeds)
     least, most = min(done.values()), max(done.values())
     if least < wanted:
         return f"{least} to {most} seeds, **not finished**"

@@ -4,9 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from droppeft.comparison.tables import Played, Study, read_tables
+
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
 FIGURES = Path(__file__).parent / "figures"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+STUDIES = Path(__file__).parent.parent / "benchmarks"
+"""Folders of comparisons, by name."""
+RESULTS = STUDIES / "results"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -15,9 +19,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
 
+def read_study(name: str) -> tuple[Study, list[Played]]:
+    """What a study asked, and its runs."""
+    return read_tables(STUDIES / name)
+
+
 def was_compared(name: str) -> bool:
     """Whether there is a result of this comparison."""
-    return (RESULTS / name / "comparison.json").is_file()
+    return (STUDIES / name / "study.json").is_file()
 
 
 def place(machine: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,25 @@ def test_a_missing_or_changed_page_is_stale(
     capsys.readouterr()
     assert generate.main(["--check"]) == 1
     assert "docs/configuration.md is stale" in capsys.readouterr().err
+
+
+def test_pages_need_no_setting_of_today(
+    generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings may be renamed or go: results that were made with them give the same pages."""
+    import tables
+
+    for study in sorted(FOLDER.parent.glob("benchmarks/*/study.json")):
+        there = tmp_path / study.parent.name
+        shutil.copytree(study.parent, there)
+        text = (there / study.name).read_text(encoding="utf-8")
+        renamed = re.sub(r'"[\w.]+=', r'"no.such.setting=', text)
+        assert renamed != text
+        (there / study.name).write_text(renamed, encoding="utf-8")
+        (there / "study.toml").write_text("nonsense = true\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "STUDIES", tmp_path)
+    for name in ("../README.md", "convergence.md", "results.md"):
+        assert (FOLDER / name).read_text(encoding="utf-8") == generate.PAGES[name]()
 
 
 def test_an_unknown_word_is_refused(generate: ModuleType) -> None:

@@ -72,7 +72,7 @@ def rows_with(*accuracies: float | None) -> list[RoundRow]:
 def test_a_target_is_reached_by_a_mean_of_three(
     accuracies: list[float | None], target: float | None, reached: int | None
 ) -> None:
-    assert target_round(rows_with(*accuracies), 0.0, target) == reached
+    assert target_round(enumerate(accuracies, start=1), 0.0, target) == reached
 
 
 def test_a_summary_adds_up() -> None:

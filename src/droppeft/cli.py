@@ -1,6 +1,7 @@
 """The command line: ``droppeft`` and its commands."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def compare(
 ) -> None:
     """Run methods side by side, and say what each is worth.
 
-    A .toml file names members, data, models, seeds and a target; or methods
+    A .toml file names variants, data, models, seeds and a target; or methods
     are named here, with settings for all of them. What is done is not run
     again: the same command goes on where it was stopped. With --seeds a file's
     other seeds are left to other calls, on other cores say; whoever ends last
@@ -163,14 +164,18 @@ def compare(
         raise DroppeftError(f"--seeds {seeds}: {files[0]} has {there}")
     every = cells.cells(chosen)
     mine = [cell for cell in every if of is None or cell.seed in of]
-    name = Path(files[0]).stem if files else "-".join(methods)
+    name = _name_of(Path(files[0])) if files else "-".join(methods)
     folder, console = out or Path("runs") / f"compare-{name}", Console()
+    study = chosen.study(
+        Path(files[0]).read_text(encoding="utf-8") if files else "",
+        shlex.join(["droppeft", *sys.argv[1:]]),
+    )
     lines = report.Lines(console)
     try:
         own = playing.play(mine, folder, lines)
         played = playing.with_others(own, every, folder)
-        parts = summary.summary(chosen, played)
-        written.write(folder, chosen, played, parts)
+        parts = summary.summary(study, played)
+        written.write(folder, study, played, parts)
     except (Interrupted, KeyboardInterrupt):
         _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
     except OSError as error:
@@ -178,7 +183,7 @@ def compare(
     finally:
         lines.close()
     report.show(parts, console)
-    typer.echo(f"page: {write_page(folder)}; tables, JSON and a folder per run beside it")
+    typer.echo(f"page: {write_page(folder)}; tables, data and a folder per run beside it")
     if any(one.result is None for one in own):
         raise typer.Exit(FAILED)
 
@@ -363,6 +368,14 @@ def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> No
 
 def _say_where(folder: Path) -> None:
     typer.echo(f"result, ledger and checkpoints: {folder}")
+
+
+def _name_of(comparison: Path) -> str:
+    """A study is called as its folder is, another file by its own name."""
+    from droppeft.comparison.tables import DEFINITION
+
+    own = comparison.name != DEFINITION
+    return comparison.stem if own else comparison.resolve().parent.name
 
 
 def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:

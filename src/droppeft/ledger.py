@@ -6,7 +6,7 @@ Names say what they hold: ``host`` is this process, ``measured`` a real clock, `
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,8 @@ def summarise(
     """Totals, bests and the time to the target over all rounds, under the rows' own names."""
     measured = [(row.global_accuracy, row.round) for row in rows if row.global_accuracy is not None]
     best, best_round = max(measured, default=(None, None), key=lambda pair: pair[0])
-    reached = target_round(rows, initial_accuracy, target)
+    evaluations = [(row.round, row.global_accuracy) for row in rows]
+    reached = target_round(evaluations, initial_accuracy, target)
     until = [row for row in rows if reached is not None and row.round <= reached]
     depth = [row.mean_active_layers for row in rows if row.mean_active_layers is not None]
     return {
@@ -301,18 +302,22 @@ def summarise(
 
 
 def target_round(
-    rows: Sequence[RoundRow], initial_accuracy: float, target: float | None
+    evaluations: Iterable[tuple[int, float | None]], initial_accuracy: float, target: float | None
 ) -> int | None:
-    """First round at which the mean of the last three evaluations reaches the target."""
+    """First round at which the mean of the last three evaluations reaches the target.
+
+    Args:
+        evaluations: rounds and their accuracies, ``None`` where there was no evaluation.
+    """
     if target is None:
         return None
     recent = [initial_accuracy]
-    for row in rows:
-        if row.global_accuracy is None:
+    for round, accuracy in evaluations:
+        if accuracy is None:
             continue
-        recent = [*recent, row.global_accuracy][-SMOOTHED_EVALUATIONS:]
+        recent = [*recent, accuracy][-SMOOTHED_EVALUATIONS:]
         if len(recent) == SMOOTHED_EVALUATIONS and sum(recent) / len(recent) >= target - ROUNDING:
-            return row.round
+            return round
     return None
 
 

@@ -489,7 +489,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
     devices = rows_of(tmp_path / "whole" / "devices.jsonl")
     measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices]
     assert set(measured) == {reward == "loss"}
-    gains = [gain for row in rows for gain in row["notes"]["gains"].values()]
+    gains = [gain for row in rows for gain in row["notes"]["rewards"].values()]
     assert None not in gains
     assert len({*gains}) > 1
 

@@ -83,4 +83,4 @@ def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
     noted = method.note(setup, state)
     assert noted is not None
     assert sum(noted["trials"]) == 6
-    assert all(gain is not None for gain in noted["gains"].values())
+    assert all(gain is not None for gain in noted["rewards"].values())

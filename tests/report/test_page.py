@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from droppeft.comparison.cells import Comparison, cells
-from droppeft.comparison.playing import JSON, Played, play
+from droppeft.comparison.playing import play
 from droppeft.comparison.summary import summary
+from droppeft.comparison.tables import Played, read_tables, write_tables
 from droppeft.comparison.written import COLUMNS, write
 from droppeft.errors import DroppeftError
 from droppeft.report.by_layer import of_layers
@@ -47,7 +49,7 @@ def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     chosen = Comparison.model_validate(
         {
             "settings": [*usual, "rounds=4"],
-            "members": {
+            "variants": {
                 "full": ["method=fedlora"],
                 "<b>dropped</b>": ["dropout.mean=0.25"],
                 "thinks": [
@@ -63,7 +65,7 @@ def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) ->
         }
     )
     played = play(cells(chosen), out, Silent())
-    write(out, chosen, played, summary(chosen, played))
+    write(out, chosen.study(), played, summary(chosen.study(), played))
     write_page(out)
     return out
 
@@ -116,16 +118,15 @@ def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
 def test_the_page_says_on_what_it_was_and_with_which_settings(compared: Path) -> None:
     reader = Reader((compared / PAGE).read_text(encoding="utf-8"))
     common = next(text for text in reader.texts if "\ncohort = " in text)
-    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
-    places = [f'{name} = "{content["runs"][0]["config"][name]}"' for name in ("model", "data")]
+    [first, *_] = read_tables(compared)[1]
+    places = [f'model = "{first.model}"', f'data = "{first.data}"']
     assert common.splitlines()[:3] == [*places, "seed = 0, 1"]
     assert tomllib.loads(common.replace("seed = 0, 1", ""))["evaluation"]["personalised"] is True
 
 
 def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_path: Path) -> None:
-    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
-    content["comparison"]["target"] = None
-    (tmp_path / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    study, played = read_tables(compared)
+    write_tables(tmp_path, replace(study, target=None), played)
     said = "No target is known, and no times to one"
     assert said in write_page(tmp_path).read_text(encoding="utf-8")
     assert said not in (compared / PAGE).read_text(encoding="utf-8")
@@ -134,7 +135,7 @@ def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_pat
 def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
     """A round's share is a mean of it and of rounds before it, never of one that follows."""
     played = read_folder(compared)[2]
-    rows = next(one.rows for one in played if one.cell.member == "thinks")
+    rows = next(one.rows for one in played if one.member == "thinks")
     labels = {"0": "early", "1": "late"}
     given = [("0", 1), ("0", 2), ("1", 3), ("1", 4)]
     runs = [
@@ -154,8 +155,8 @@ def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
 def test_many_ends_have_names_without_lines(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, comparison, played = read_folder(compared)
-    [part] = summary(comparison, played)
+    _, study, played = read_folder(compared)
+    [part] = summary(study, played)
 
     def lines() -> int:
         [axis] = figures(part, played)["accuracy-traffic"].axes
@@ -168,23 +169,22 @@ def test_many_ends_have_names_without_lines(
 
 def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None:
     """Ten times as many members, five times as many seeds: named once each, in few megabytes."""
-    content = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
-    origin = content["comparison"]["members"]
-    runs = [run for run in content["runs"] if run["seed"] == 0 and run["result"]]
-    members = [f"{run['member']} {number}" for number in range(5) for run in runs]
-    content["comparison"] |= {
-        "members": {name: origin[name.rpartition(" ")[0]] for name in members},
-        "seeds": list(range(5)),
-    }
-    content["runs"] = [
-        {**run, "member": f"{run['member']} {number}", "seed": seed}
-        | {"config": {**run["config"], "seed": seed}}
+    study, played = read_tables(compared)
+    every = [
+        replace(
+            one,
+            folder=f"{one.folder} {number} {seed}",
+            member=f"{one.member} {number}",
+            seed=seed,
+        )
         for number in range(5)
-        for run in runs
+        for one in played
         for seed in range(5)
+        if one.seed == 0 and one.result
     ]
-    assert len(content["runs"]) == 100
-    (tmp_path / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    assert len(every) == 100
+    members = tuple(dict.fromkeys(one.member for one in every))
+    write_tables(tmp_path, replace(study, variants=members, seeds=tuple(range(5))), every)
     text = write_page(tmp_path).read_text(encoding="utf-8")
     assert "20 methods, 5 seeds" in text
     reader = Reader(text)
@@ -217,11 +217,11 @@ def test_figures_are_files_too(compared: Path) -> None:
 def test_among_many_members_the_best_have_names(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, comparison, played = read_folder(compared)
-    [part] = summary(comparison, played)
+    _, study, played = read_folder(compared)
+    [part] = summary(study, played)
     ends = {
         row.member: fmean(
-            one.rows[-1]["global_accuracy"] for one in played if one.cell.member == row.member
+            one.rows[-1]["global_accuracy"] for one in played if one.member == row.member
         )
         for row in part.rows
         if row.accuracy
@@ -235,8 +235,8 @@ def test_among_many_members_the_best_have_names(
 def test_bands_are_drawn_where_they_do_not_hide_one_another(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, comparison, played = read_folder(compared)
-    [part] = summary(comparison, played)
+    _, study, played = read_folder(compared)
+    [part] = summary(study, played)
     curves = sum(1 for row in part.rows if row.accuracy)
 
     def bands() -> int:
@@ -250,7 +250,7 @@ def test_bands_are_drawn_where_they_do_not_hide_one_another(
 
 def test_rates_of_a_member_that_drops_nothing_are_not_drawn(compared: Path) -> None:
     played = read_folder(compared)[2]
-    rounds = [one.rows for one in played if one.cell.member == "thinks"]
+    rounds = [one.rows for one in played if one.member == "thinks"]
     assert {"rates-0", "arms-0"} <= of_layers(0, "thinks", rounds).keys()
     still = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
     assert "rates-0" not in (drawn := of_layers(0, "thinks", still))
@@ -280,10 +280,10 @@ def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
 
 
 def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
-    _, comparison, played = read_folder(compared)
-    alone = comparison.model_copy(update={"members": {"alone": comparison.members["alone"]}})
-    [part] = summary(alone, [one for one in played if one.cell.member == "alone"])
-    drawn = figures(part, [one for one in played if one.cell.member == "alone"])
+    _, study, played = read_folder(compared)
+    alone = replace(study, variants=("alone",))
+    [part] = summary(alone, [one for one in played if one.member == "alone"])
+    drawn = figures(part, [one for one in played if one.member == "alone"])
     assert EACH in drawn
     assert not drawn.keys() & AXES.keys()
 
@@ -312,9 +312,8 @@ def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_comparison_of_which_all_failed_has_a_page(compared: Path, tmp_path: Path) -> None:
-    content = json.loads((compared / JSON).read_text())
-    for run in content["runs"]:
-        run["result"], run["rounds"], run["failure"] = None, [], "lost"
-    (tmp_path / JSON).write_text(json.dumps(content))
+    study, played = read_tables(compared)
+    lost = [replace(one, result=None, rows=[], clients=[], failure="lost") for one in played]
+    write_tables(tmp_path, study, lost)
     reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
     assert any("full failed: lost" in part for part in reader.texts)

@@ -1,4 +1,4 @@
-"""What is compared: members, data, models and seeds, and the run of each cell; ours."""
+"""What is compared: variants, data, models and seeds, and the run of each cell; ours."""
 
 import hashlib
 import itertools
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from droppeft.comparison.tables import Study, Target
 from droppeft.config import Config, key_of, load_config, parse_word, read_toml, resolve, sentence
 from droppeft.config.base import Real, Table, Whole, WordList
 from droppeft.config.tables import RIVALS
@@ -17,17 +19,17 @@ from droppeft.errors import DroppeftError
 from droppeft.methods import ignores, method_named
 
 
-class Target(Table):
-    """The accuracy whose time is asked for: a number, or what a member ends with and a distance."""
+class TargetTable(Table):
+    """The accuracy whose time is asked for: a number, or what a variant ends with less some."""
 
     accuracy: Real | None = Field(None, gt=0, lt=1)
-    member: str | None = None
+    variant: str | None = None
     minus: Real = Field(0.01, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Target":
-        if (self.accuracy is None) == (self.member is None):
-            raise ValueError("give target.accuracy or target.member")
+    def _one_of_two(self) -> "TargetTable":
+        if (self.accuracy is None) == (self.variant is None):
+            raise ValueError("give target.accuracy or target.variant")
         return self
 
 
@@ -35,21 +37,21 @@ class Comparison(Table):
     """A file of ``droppeft compare``.
 
     Attributes:
-        members: name to settings, in the order of the table.
-        settings: of all members.
-        data, models: each member runs on each; none for what the settings say.
-        data_settings: of all members on one of the data; they win over ``settings``.
-        baseline: the member that others' times are divided by.
+        variants: name to settings, in the order of the table.
+        settings: of all variants.
+        data, models: each variant runs on each; none for what the settings say.
+        data_settings: of all variants on one of the data; they win over ``settings``.
+        baseline: the variant that others' times are divided by.
     """
 
-    members: Mapping[str, WordList] = Field(min_length=1)
+    variants: Mapping[str, WordList] = Field(min_length=1)
     settings: WordList = ()
     data: WordList = ()
     models: WordList = ()
     data_settings: Mapping[str, WordList] = Field(default_factory=dict)
     seeds: tuple[Whole, ...] = Field((0, 1, 2), min_length=1)
     baseline: str | None = None
-    target: Target | None = None
+    target: TargetTable | None = None
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -59,11 +61,11 @@ class Comparison(Table):
         return value
 
     @model_validator(mode="after")
-    def _members_exist(self) -> "Comparison":
-        known = ", ".join(self.members)
-        for role, name in (("baseline", self.baseline), ("target.member", self._target_member)):
-            if name is not None and name not in self.members:
-                raise ValueError(f"{role}={name!r} is none of the members {known}")
+    def _variants_exist(self) -> "Comparison":
+        known = ", ".join(self.variants)
+        for role, name in (("baseline", self.baseline), ("target.variant", self._target_variant)):
+            if name is not None and name not in self.variants:
+                raise ValueError(f"{role}={name!r} is none of the variants {known}")
         return self
 
     @model_validator(mode="after")
@@ -74,9 +76,21 @@ class Comparison(Table):
                 raise ValueError(f"data_settings has {name!r}, which is none of its data ({known})")
         return self
 
+    def study(self, definition: str = "", command: str = "") -> Study:
+        """What results are read by.
+
+        Args:
+            definition: the file that it was read from; made of the settings if there is none.
+            command: what was called.
+        """
+        tree = self.model_dump(mode="json", exclude_none=True)
+        target = Target(**self.target.model_dump()) if self.target else None
+        which = (tuple(self.variants), self.seeds, self.baseline, target)
+        return Study(*which, definition or tomli_w.dumps(tree), (command,) if command else ())
+
     @property
-    def _target_member(self) -> str | None:
-        return self.target.member if self.target else None
+    def _target_variant(self) -> str | None:
+        return self.target.variant if self.target else None
 
 
 @dataclass(frozen=True)
@@ -137,24 +151,24 @@ def named_on_the_command_line(
         DroppeftError: an unknown method, or a setting that none of them heeds.
     """
     targets = [word for word in settings if key_of(word) == "target_accuracy"]
-    members: dict[str, list[str]] = {}
+    variants: dict[str, list[str]] = {}
     for name in methods:
         method = method_named(name)
         own = [word for word in settings if not ignores(method, key_of(word))]
-        members[name] = [f"method={name}", *own]
+        variants[name] = [f"method={name}", *own]
     for word in settings:
-        if not any(word in words for words in members.values()):
+        if not any(word in words for words in variants.values()):
             raise DroppeftError(f"{word}: none of {', '.join(methods)} heeds it; leave it out")
     target = {"accuracy": parse_word(targets[-1])[1]} if targets else None
-    tree = {"members": members, "target": target}
+    tree = {"variants": variants, "target": target}
     return _validated(tree if seeds is None else {**tree, "seeds": list(seeds)}, "")
 
 
 def cells(comparison: Comparison) -> list[Cell]:
-    """All runs, so ordered that members take turns: what a machine does to one it does to all.
+    """All runs, so ordered that variants take turns: what a machine does to one it does to all.
 
     Raises:
-        DroppeftError: a setting that no run takes, with the member that has it; or two cells that
+        DroppeftError: a setting that no run takes, with the variant that has it; or two cells that
             are the same run.
     """
     found = list(_each(comparison))
@@ -163,7 +177,7 @@ def cells(comparison: Comparison) -> list[Cell]:
         other = names.setdefault(cell.folder.rpartition("-")[2], cell)
         if other is not cell:
             raise DroppeftError(
-                f"members {other.member!r} and {cell.member!r} are the same run; take one out"
+                f"variants {other.member!r} and {cell.member!r} are the same run; take one out"
             )
     return found
 
@@ -171,19 +185,19 @@ def cells(comparison: Comparison) -> list[Cell]:
 def _each(comparison: Comparison) -> Iterator[Cell]:
     data, models = comparison.data or (None,), comparison.models or (None,)
     for seed, on, model, name in itertools.product(
-        comparison.seeds, data, models, comparison.members
+        comparison.seeds, data, models, comparison.variants
     ):
         varied = {"seed": str(seed), "data": on, "model": model}
         words = _over(comparison.settings, comparison.data_settings.get(on or "", ()))
         try:
-            config = _config(words, comparison.members[name], varied)
+            config = _config(words, comparison.variants[name], varied)
         except DroppeftError as error:
-            raise DroppeftError(f"member {name!r}: {error}") from None
+            raise DroppeftError(f"variant {name!r}: {error}") from None
         yield Cell(name, config)
 
 
 def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
-    """A member's configuration, in which its own words win; paths are whole."""
+    """A variant's configuration, in which its own words win; paths are whole."""
     keys = {*map(key_of, common), *map(key_of, own)}
     chosen = {key: value for key, value in varied.items() if value is not None}
     for key in keys & chosen.keys():

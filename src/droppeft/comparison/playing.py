@@ -3,36 +3,24 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from droppeft.comparison.cells import Cell
-from droppeft.errors import DroppeftError
+from droppeft.comparison.tables import (
+    STUDY,
+    Played,
+    as_texts,
+    finished,
+    of_rounds,
+    read_tables,
+)
+from droppeft.config import as_tree
 from droppeft.federation.folder import CONFIG, RESULT, ROUNDS
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.federation.watcher import Watcher
 from droppeft.ledger import read_rows
-
-JSON = "comparison.json"
-"""What a comparison leaves: everything about its runs, who may be gone themselves."""
-
-
-@dataclass(frozen=True)
-class Played:
-    """What became of a cell.
-
-    Attributes:
-        cell: which.
-        result: content of its ``result.json``; ``None`` if it failed.
-        rows: of its rounds.
-        failure: why there is no result.
-    """
-
-    cell: Cell
-    result: Mapping[str, Any] | None
-    rows: Sequence[Mapping[str, Any]]
-    failure: str | None
 
 
 class Audience(Protocol):
@@ -49,12 +37,12 @@ def play(cells: Sequence[Cell], out: Path, audience: Audience) -> list[Played]:
     """Play what has not been played yet; a run that fails does not keep others from theirs.
 
     Args:
-        out: a folder per cell is made in it. What its ``comparison.json`` has of a cell is done,
-            so that a comparison can go on elsewhere with this file alone.
+        out: a folder per cell is made in it. What its tables have of a cell is done, so that a
+            comparison can go on elsewhere with these files alone.
 
     Raises:
         Interrupted: on Ctrl-C; the same call goes on from there.
-        DroppeftError: the file is damaged.
+        DroppeftError: the tables are damaged.
     """
     found, earlier = [], _earlier(out)
     for number, cell in enumerate(cells, start=1):
@@ -81,28 +69,24 @@ def with_others(own: Sequence[Played], cells: Sequence[Cell], out: Path) -> list
     Raises:
         DroppeftError: as :func:`play`.
     """
-    known = {one.cell.folder: one for one in (*done(cells, out), *own)}
+    known = {one.folder: one for one in (*done(cells, out), *own)}
     return [known[cell.folder] for cell in cells if cell.folder in known]
 
 
-def _earlier(out: Path) -> dict[str, Mapping[str, Any]]:
-    """Runs with a result in a comparison's file, by the names of their folders."""
-    path = out / JSON
-    if not path.is_file():
+def _earlier(out: Path) -> dict[str, Played]:
+    """Runs with a result in a comparison's tables, by the names of their folders."""
+    if not (out / STUDY).is_file():
         return {}
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        return {run["folder"]: run for run in runs if run["result"] is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DroppeftError(f"{path} is damaged ({error}); put it right, or away") from None
+    return {one.folder: one for one in read_tables(out)[1] if one.result is not None}
 
 
-def _done(cell: Cell, out: Path, earlier: Mapping[str, Mapping[str, Any]]) -> Played | None:
+def _done(cell: Cell, out: Path, earlier: Mapping[str, Played]) -> Played | None:
     folder = out / cell.folder
     if (folder / RESULT).is_file():
         return _read(cell, folder)
-    run = earlier.get(cell.folder)
-    return None if run is None else Played(cell, run["result"], run["rounds"], None)
+    one = earlier.get(cell.folder)
+    # The same run may have another name now, and its data another place.
+    return one and replace(one, member=cell.member, data=cell.data, model=cell.model)
 
 
 def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:
@@ -115,12 +99,17 @@ def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:
     except Interrupted:
         raise
     except Exception as error:
-        # Whatever it is, it is this member's: the others get their runs.
+        # Whatever it is, it is this variant's: the others get their runs.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return Played(cell, None, read_rows(folder / ROUNDS), reason)
+        return _failed(cell, reason, read_rows(folder / ROUNDS))
     return _read(cell, folder)
+
+
+def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> Played:
+    which = (cell.folder, cell.member, cell.data, cell.model, cell.seed)
+    return Played(*which, as_texts(as_tree(cell.config)), None, of_rounds(rows), [], reason)
 
 
 def _read(cell: Cell, folder: Path) -> Played:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return Played(cell, result, read_rows(folder / ROUNDS), None)
+    return finished(cell.folder, cell.member, result, read_rows(folder / ROUNDS))

@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
-from droppeft.comparison.cells import Comparison, Target
-from droppeft.comparison.playing import Played
-from droppeft.ledger import SMOOTHED_EVALUATIONS, RoundRow, summarise
+from droppeft.comparison.tables import Played, Study, Target
+from droppeft.ledger import SMOOTHED_EVALUATIONS, target_round
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,21 @@ class Part:
     rows: tuple[MemberRow, ...]
 
 
-def summary(comparison: Comparison, played: Sequence[Played]) -> list[Part]:
+def summary(study: Study, played: Sequence[Played]) -> list[Part]:
     """Sum up what there is, by data set and model in the order of the cells."""
-    places = dict.fromkeys(one.cell.place for one in played)
-    return [_part(comparison, [one for one in played if one.cell.place == p]) for p in places]
+    places = dict.fromkeys(one.place for one in played)
+    return [_part(study, [one for one in played if one.place == p]) for p in places]
 
 
-def _part(comparison: Comparison, played: Sequence[Played]) -> Part:
-    targets = target_accuracies(comparison.target, played)
-    by_member = {
-        name: [one for one in played if one.cell.member == name] for name in comparison.members
-    }
-    base = comparison.baseline or next(iter(by_member))
+def _part(study: Study, played: Sequence[Played]) -> Part:
+    targets = target_accuracies(study.target, played)
+    by_member = {name: [one for one in played if one.member == name] for name in study.variants}
+    base = study.baseline or next(iter(by_member))
     times = {name: _times(runs, targets) for name, runs in by_member.items()}
     known = [target for target in targets.values() if target is not None]
     rows = (_row(name, runs, times[name], times[base]) for name, runs in by_member.items())
     return Part(
-        *played[0].cell.place,
+        *played[0].place,
         target=fmean(known) if known else None,
         majority=_reference(played, "majority_accuracy"),
         tfidf=_reference(played, "tfidf_accuracy"),
@@ -119,8 +115,8 @@ def _reference(played: Sequence[Played], key: str) -> float | None:
     """Mean over seeds; ``None`` where members of one seed differ, as with a split of their own."""
     found: dict[int, set[float]] = {}
     for run in played:
-        if run.result is not None and run.result.get(key) is not None:
-            found.setdefault(run.cell.seed, set()).add(run.result[key])
+        if run.result is not None and run.result[key] is not None:
+            found.setdefault(run.seed, set()).add(run.result[key])
     if not found or any(len(values) > 1 for values in found.values()):
         return None
     return fmean(value for [value] in found.values())
@@ -138,8 +134,8 @@ def target_accuracies(
     if target is None:
         return {}
     if target.accuracy is not None:
-        return {one.cell.seed: target.accuracy for one in played}
-    runs = {one.cell.seed: one for one in played if one.cell.member == target.member}
+        return {one.seed: target.accuracy for one in played}
+    runs = {one.seed: one for one in played if one.member == target.variant}
     return {
         seed: fmean(found[-SMOOTHED_EVALUATIONS:]) - target.minus
         if run.result is not None and (found := _evaluations(run))
@@ -158,16 +154,27 @@ Times = Mapping[str, Mapping[int, float | None]]
 
 
 def _times(runs: Sequence[Played], targets: Mapping[int, float | None]) -> Times:
-    found: dict[str, dict[int, float | None]] = {"measured": {}, "modelled": {}}
-    for run in runs if targets else ():
-        sums: Mapping[str, Any] = {}
-        target = targets.get(run.cell.seed)
-        if run.result is not None and target is not None:
-            rows = [RoundRow(**row) for row in run.rows]
-            sums = summarise(rows, run.result["initial_accuracy"], target)
-        for clock, times in found.items():
-            times[run.cell.seed] = sums.get(f"time_to_target_{clock}_s")
-    return found
+    return {
+        clock: {
+            run.seed: time_to_target(run, targets.get(run.seed), f"round_{clock}_s")
+            for run in runs
+            if targets
+        }
+        for clock in ("measured", "modelled")
+    }
+
+
+def time_to_target(run: Played, target: float | None, column: str) -> float | None:
+    """Seconds until a run reaches an accuracy, by a column of its rounds.
+
+    ``None`` if it failed or does not reach it, or if a round on the way has no such time.
+    """
+    if run.result is None:
+        return None
+    evaluations = [(row["round"], row["global_accuracy"]) for row in run.rows]
+    reached = target_round(evaluations, run.result["initial_accuracy"], target)
+    times = [row[column] for row in run.rows if reached and row["round"] <= reached]
+    return sum(times) if times and None not in times else None
 
 
 def _row(
@@ -189,10 +196,10 @@ def _row(
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
         accuracy=_if_all([result["global_accuracy"] for result in results]),
         f1=_if_all([result["global_f1"] for result in results]),
-        personalised=_if_all([result.get("personalised_accuracy") for result in results]),
-        worst_tenth=_if_all([result.get("personalised_worst_tenth") for result in results]),
-        between_devices=_if_all([result.get("personalised_deviation") for result in results]),
-        unmeasured=sum(len(result.get("personalised_failures", ())) for result in results),
+        personalised=_if_all([result["personalised_accuracy"] for result in results]),
+        worst_tenth=_if_all([result["personalised_worst_tenth"] for result in results]),
+        between_devices=_if_all([result["personalised_deviation"] for result in results]),
+        unmeasured=sum(result["unmeasured_clients"] or 0 for result in results),
         reached=len(reached) if own["measured"] and any(map(_evaluations, runs)) else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],

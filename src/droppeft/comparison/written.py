@@ -1,20 +1,16 @@
-"""A comparison as files: one JSON object, a CSV, and a table in Markdown. Ours."""
+"""A comparison as files: its data, a CSV, and a table in Markdown. Ours."""
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.cells import Comparison
-from droppeft.comparison.playing import JSON, Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
-from droppeft.config import as_tree
+from droppeft.comparison.tables import STUDY, Played, Study, read_tables, write_tables
 from droppeft.files import write_atomically
 
-SCHEMA_VERSION = 1
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
 
 
@@ -108,40 +104,18 @@ def references(part: Part) -> list[str]:
     return [f"References: {', '.join(found)}."] if found else []
 
 
-def write(
-    out: Path, comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
-) -> None:
-    """Write all three, each whole or not at all; the folder is made if no run made it."""
+def write(out: Path, study: Study, played: Sequence[Played], parts: Sequence[Part]) -> None:
+    """Write data and tables, each file whole or not at all; the folder is made if no run made it.
+
+    Commands that the folder's ``study.json`` names are kept.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(as_json(comparison, played, parts), indent=1) + "\n"
-    write_atomically(out / JSON, content.encode())
+    if (out / STUDY).is_file():
+        commands = dict.fromkeys([*read_tables(out)[0].commands, *study.commands])
+        study = replace(study, commands=tuple(commands))
+    write_tables(out, study, played)
     write_atomically(out / CSV, as_csv(parts).encode())
     write_atomically(out / MARKDOWN, as_markdown(parts).encode())
-
-
-def as_json(
-    comparison: Comparison, played: Sequence[Played], parts: Sequence[Part]
-) -> dict[str, Any]:
-    """Everything, with the rounds and the configuration of each run."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "comparison": comparison.model_dump(mode="json"),
-        "parts": [asdict(part) for part in parts],
-        "runs": [
-            {
-                "member": one.cell.member,
-                "seed": one.cell.seed,
-                "data": one.cell.data,
-                "model": one.cell.model,
-                "folder": one.cell.folder,
-                "config": one.result["config"] if one.result else as_tree(one.cell.config),
-                "failure": one.failure,
-                "result": one.result,
-                "rounds": list(one.rows),
-            }
-            for one in played
-        ],
-    }
 
 
 def as_csv(parts: Sequence[Part]) -> str:

@@ -200,7 +200,7 @@ def _shown(
             str(plan.device): number for plan, (number, _) in zip(plans, given, strict=True)
         },
         "labels": {str(number): arm.label for number, arm in given},
-        "gains": {
+        "rewards": {
             str(plan.device): gain
             for plan, reply, gain in zip(plans, replies, gains, strict=True)
             if isinstance(reply, Update)
@@ -213,7 +213,7 @@ def _shown(
 def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
     """What the configurator did in the last round and thinks now, for the ledger.
 
-    ``chosen``: number of the arm of each device; ``gains``: of those that were merged; ``rates``,
+    ``chosen``: number of the arm of each device; ``rewards``: of those that were merged; ``rates``,
     ``trained``: of each layer, mean drop rate and share of the devices that trained it; ``labels``:
     of the arms' numbers, chosen or present; ``quality``, ``deviation``, ``trials``, ``seconds``: of
     the present arms, in units of the typical gain and modelled seconds of a turn, mean over the

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.comparison.cells import Cell
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part
+from droppeft.comparison.tables import Played
 from droppeft.comparison.written import (
     COLUMNS,
     COSTS,
@@ -44,7 +44,7 @@ class Lines:
     def done(self, played: Played, wall_s: float | None) -> None:
         """The run's line."""
         self._run.close()
-        line = Text(f"{self._number:>3}/{self._of} {_name(played.cell):<40} ")
+        line = Text(f"{self._number:>3}/{self._of} {_name(played):<40} ")
         if played.result is None:
             line.append(f"failed: {played.failure}", style="red")
         else:
@@ -131,5 +131,5 @@ def _table(part: Part, columns: Sequence[str]) -> Table:
     return table
 
 
-def _name(cell: Cell) -> str:
-    return f"{cell.member}, seed {cell.seed}"
+def _name(one: Cell | Played) -> str:
+    return f"{one.member}, seed {one.seed}"

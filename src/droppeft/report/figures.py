@@ -6,8 +6,8 @@ from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import MemberRow, Part, Spread
+from droppeft.comparison.tables import Played
 from droppeft.report.by_layer import Row, of_layers
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 
@@ -92,21 +92,21 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
         if len(both) > 1:
             made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
-            runs = [one.rows for one in played if one.cell.member == row.member and one.result]
+            runs = [one.rows for one in played if one.member == row.member and one.result]
             made |= of_layers(number, row.member, runs)
     return made
 
 
 def _own(one: Played, member: str) -> bool:
     """Whether it is a run of this member that measured devices' own models."""
-    return one.cell.member == member and one.result is not None and "personalised" in one.result
+    return one.member == member and bool(one.clients)
 
 
 def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     figure, axis = new_figure(3.4)
     curves = {}
     for number, row in enumerate(part.rows):
-        runs = [one for one in played if one.cell.member == row.member and one.result]
+        runs = [one for one in played if one.member == row.member and one.result]
         if points := [found for one in runs if (found := curve_points(one.rows, of))]:
             curves[number] = points
     best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
@@ -239,7 +239,7 @@ def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
     """A line per member with a dot per device and seed, and their mean."""
     figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
     for place, played in enumerate(runs):
-        found = [one["accuracy"] for run in played for one in (run.result or {})["personalised"]]
+        found = [one["accuracy"] for run in played for one in run.clients]
         if found:
             colour = COLOURS[place % len(COLOURS)]
             # Some up, some down, always the same ones: dots of equal accuracy stay apart.

@@ -5,16 +5,20 @@ The page has no script and asks no network. It follows the reader's choice of li
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from droppeft.comparison.cells import Cell, Comparison
-from droppeft.comparison.playing import JSON as COMPARISON
-from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import Part, summary
+from droppeft.comparison.tables import (
+    STUDY,
+    Played,
+    Study,
+    Target,
+    as_toml,
+    finished,
+    read_tables,
+)
 from droppeft.comparison.written import (
     COLUMNS,
     COSTS,
@@ -24,7 +28,6 @@ from droppeft.comparison.written import (
     heading,
     notes,
 )
-from droppeft.config import as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
@@ -43,9 +46,6 @@ from droppeft.report.figures import (
 )
 
 PAGE, FIGURES = "report.html", "figures"
-SEVERAL = ("model", "data", "seed")
-"""Settings with several values in one comparison."""
-
 MANY = 12
 """More figures than these in a group are shown when they are asked for."""
 
@@ -99,12 +99,12 @@ def write_page(folder: Path) -> Path:
     Raises:
         DroppeftError: the folder holds neither, or it is not finished.
     """
-    title, comparison, played = read_folder(folder)
-    parts = summary(comparison, played)
+    title, study, played = read_folder(folder)
+    parts = summary(study, played)
     sections: list[str] = []
     drawn: dict[str, Any] = {}
     for number, part in enumerate(parts):
-        runs = [one for one in played if one.cell.place == (part.data, part.model)]
+        runs = [one for one in played if one.place == (part.data, part.model)]
         made = figures(part, runs)
         sections.append(_section(part, made))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
@@ -118,43 +118,22 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def read_folder(folder: Path) -> tuple[str, Comparison, list[Played]]:
-    """Title, comparison and runs of a comparison's folder, or of a run's.
+def read_folder(folder: Path) -> tuple[str, Study, list[Played]]:
+    """Title, study and runs of a comparison's folder, or of a run's.
 
     Raises:
         DroppeftError: the folder holds neither, or it is not finished.
     """
-    if (folder / COMPARISON).is_file():
-        content = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
-        comparison = Comparison.model_validate(content["comparison"])
-        name = folder.resolve().name
-        return name, comparison, [_played(run) for run in content["runs"]]
+    name = folder.resolve().name
+    if (folder / STUDY).is_file():
+        return name, *read_tables(folder)
     if (folder / RESULT).is_file():
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        name, target = result["method"], result["target"]
-        comparison = Comparison.model_validate(
-            {
-                "members": {name: [f"method={name}"]},
-                "seeds": [result["seed"]],
-                "target": None if target is None else {"accuracy": target},
-            }
-        )
-        run = {
-            "member": name,
-            "config": result["config"],
-            "result": result,
-            "rounds": read_rows(folder / ROUNDS),
-            "failure": None,
-        }
-        return folder.resolve().name, comparison, [_played(run)]
-    raise DroppeftError(
-        f"{folder}: holds no finished run ({RESULT}) and no comparison ({COMPARISON})"
-    )
-
-
-def _played(run: Mapping[str, Any]) -> Played:
-    cell = Cell(run["member"], build_config(run["config"]))
-    return Played(cell, run["result"], run["rounds"], run["failure"])
+        method, target = result["method"], result["target"]
+        goal = None if target is None else Target(accuracy=target)
+        run = finished(name, method, result, read_rows(folder / ROUNDS))
+        return name, Study((method,), (result["seed"],), target=goal), [run]
+    raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
 
 
 def _page(title: str, sections: Sequence[str], played: Sequence[Played]) -> str:
@@ -168,8 +147,8 @@ def _page(title: str, sections: Sequence[str], played: Sequence[Played]) -> str:
 
 
 def _lead(played: Sequence[Played]) -> str:
-    members = len({one.cell.member for one in played})
-    seeds = len({one.cell.seed for one in played})
+    members = len({one.member for one in played})
+    seeds = len({one.seed for one in played})
     lines = f"{members} method{'s' * (members > 1)}, {seeds} seed{'s' * (seeds > 1)}."
     return (
         f"<p>{lines} <em>Modelled</em> is on the devices' profiles, all side by side; "
@@ -250,50 +229,35 @@ def _table(part: Part, columns: Sequence[str]) -> str:
 
 def _settings(played: Sequence[Played]) -> str:
     """What all runs have in common, what each member has alone, versions and machine."""
-    own_of = {one.cell.member: _settings_of(one) for one in played}
-    every = [set(settings.items()) for settings in own_of.values()]
-    common = set.intersection(*every)
-    parts = [("Settings of all", _places(played) | dict(sorted(common)))]
+    own_of = {one.member: one.settings for one in played}
+    common = set.intersection(*map(set, own_of.values()))
+    parts = [("Settings of all", [*_places(played), *map(_spaced, sorted(common))])]
     for member, settings in own_of.items():
-        own = sorted(set(settings.items()) - common)
-        parts += [(f"Settings of {member} alone", dict(own))] if own else []
+        own = sorted(set(settings) - common)
+        parts += [(f"Settings of {member} alone", [*map(_spaced, own)])] if own else []
     results = [one.result for one in played if one.result is not None]
-    if results:
-        parts += [("Versions", results[0]["versions"]), ("Machine", results[0]["machine"])]
+    for title, key in (("Versions", "versions"), ("Machine", "machine")):
+        if results:
+            known = results[0][key].items()
+            parts.append((title, [f"{name} = {value}" for name, value in known]))
     blocks = "".join(
         f"<details><summary>{html.escape(title)}</summary><pre>"
-        + html.escape("\n".join(f"{key} = {value}" for key, value in content.items()))
+        + html.escape("\n".join(lines))
         + "</pre></details>\n"
-        for title, content in parts
+        for title, lines in parts
     )
     return f"<h2>Settings, versions, machine</h2>\n{blocks}"
 
 
-def _places(played: Sequence[Played]) -> dict[str, str]:
+def _places(played: Sequence[Played]) -> list[str]:
     """Models, data and seeds, several of which belong to all members."""
-    found = {}
-    for name in SEVERAL:
-        values = dict.fromkeys(_config_of(one)[name] for one in played)
-        found[name] = ", ".join(map(_as_toml, values))
-    return found
+    found: dict[str, Iterable[Any]] = {
+        "model": dict.fromkeys(one.model for one in played),
+        "data": dict.fromkeys(one.data for one in played),
+        "seed": dict.fromkeys(one.seed for one in played),
+    }
+    return [f"{name} = {', '.join(map(as_toml, values))}" for name, values in found.items()]
 
 
-def _settings_of(played: Played) -> dict[str, str]:
-    """As texts, as its run had them; what :func:`_places` says is not among them."""
-    found = flat(_config_of(played))
-    return {name: _as_toml(value) for name, value in found.items() if name not in SEVERAL}
-
-
-def _config_of(played: Played) -> Mapping[str, Any]:
-    """Of its run, or what it would have been."""
-    config: Mapping[str, Any] = (
-        played.result["config"] if played.result else as_tree(played.cell.config)
-    )
-    return config
-
-
-def _as_toml(value: Any) -> str:
-    """As it stands in a configuration file."""
-    if isinstance(value, list | tuple):  # on one line
-        return f"[{', '.join(map(_as_toml, value))}]"
-    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+def _spaced(setting: str) -> str:
+    return setting.replace("=", " = ", 1)

@@ -1,0 +1,300 @@
+"""A comparison as data: ``study.json`` and Parquet tables whose columns are read by name. Ours.
+
+A later version may rename or remove settings: here they are texts that nobody parses, and what
+pages say of them has columns of its own. A column that a file lacks reads as ``None``.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tomli_w
+
+from droppeft.config import flat
+from droppeft.errors import DroppeftError
+from droppeft.files import write_atomically
+
+SCHEMA_VERSION = 1
+STUDY, DEFINITION = "study.json", "study.toml"
+RUNS, ROUNDS, CLIENTS = "runs.parquet", "rounds.parquet", "clients.parquet"
+
+OUTCOMES = (
+    *("global_accuracy", "global_f1", "global_loss", "initial_accuracy"),
+    *("personalised_accuracy", "personalised_worst_tenth", "personalised_deviation"),
+    *("personalised_accuracy_trained", "newcomers"),
+    *("newcomers_accuracy", "newcomers_accuracy_after_epoch"),
+    *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
+    *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
+    *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),
+    *("upload_bytes", "download_bytes", "num_layers", "classes", "train_rows", "test_rows"),
+    *("data_hash", "adapter_sha256"),
+)
+"""Columns of a run that its ``result.json`` has under the same names."""
+
+SHOWN_SETTINGS = {
+    "clients": "devices",
+    "cohort_size": "cohort",
+    "rounds": "rounds",
+    "local_steps": "training.local_steps",
+    "batch_size": "training.batch_size",
+    "schedule": "training.schedule",
+    "alpha": "partition.alpha",
+    "evaluation_every": "evaluation.every",
+    "evaluation_rows": "evaluation.rows",
+    "sharing_fraction": "sharing.fraction",
+    "policy": "configurator.policy",
+    "reward": "configurator.reward",
+}
+"""Columns of a run that pages show, and the settings that they come from."""
+
+OF_A_ROUND = (
+    *("round", "accepted", "global_accuracy", "global_loss", "mean_active_layers"),
+    *("activation_bytes_peak", "upload_bytes", "download_bytes"),
+    *("round_measured_s", "round_modelled_s", "energy_modelled_j"),
+    *("coverage", "layer_steps", "importance", "notes"),
+)
+"""Columns of a round that ``rounds.jsonl`` has under the same names; notes are JSON texts."""
+
+VARIED = ("seed", "data", "model")
+"""Settings with columns of their own, which are in no list of settings."""
+
+WHICH = ("run", "variant", "data", "model", "seed")
+"""Columns that say which run a row of ``runs.parquet`` is."""
+
+NUMBERED = {"machine": "machines", "versions": "versions"}
+"""Columns that are numbers, from 0, and the lists of ``study.json`` that they are places in."""
+
+
+class Row(dict[str, Any]):
+    """A row of a table, by column name; a column that is not there reads as ``None``."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The accuracy whose time is asked for: a number, or what a variant ends with, less some."""
+
+    accuracy: float | None = None
+    variant: str | None = None
+    minus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, as far as results are read by it.
+
+    Attributes:
+        variants: names, in their order.
+        baseline: the variant that others' times are divided by; the first if ``None``.
+        definition: the file that says it all, as text.
+        commands: what was called.
+    """
+
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str | None = None
+    target: Target | None = None
+    definition: str = ""
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Played:
+    """What became of a run.
+
+    Attributes:
+        folder: its name, which no other run of the comparison has.
+        member, data, model, seed: which run it is.
+        settings: all others, as ``key=value``.
+        result: columns of ``runs.parquet``, ``machine`` and ``versions``; ``None`` if it failed.
+        rows: of its rounds.
+        clients: of each client's own model: ``client``, its test ``rows`` and ``accuracy``.
+        failure: why there is no result.
+    """
+
+    folder: str
+    member: str
+    data: str
+    model: str
+    seed: int
+    settings: Sequence[str]
+    result: Row | None
+    rows: Sequence[Row]
+    clients: Sequence[Row]
+    failure: str | None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What its accuracy can be compared on."""
+        return self.data, self.model
+
+
+def finished(
+    folder: str, member: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+) -> Played:
+    """A run that has a result, from its ``result.json`` and ``rounds.jsonl``."""
+    settings = flat(result["config"])
+    outcome = Row(
+        {name: result.get(name) for name in OUTCOMES}
+        | {name: settings.get(key) for name, key in SHOWN_SETTINGS.items()}
+        | {"unmeasured_clients": len(result.get("personalised_failures", ()))}
+        | {name: result[name] for name in NUMBERED}
+    )
+    own = [
+        Row(client=one["device"], rows=one["rows"], accuracy=one["accuracy"])
+        for one in result.get("personalised") or ()
+    ]
+    which = (folder, member, result["data"], result["model"], result["seed"])
+    return Played(*which, as_texts(result["config"]), outcome, of_rounds(rows), own, None)
+
+
+def of_rounds(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The columns that are kept of each round."""
+    return [Row({name: row.get(name) for name in OF_A_ROUND}) for row in rows]
+
+
+def as_texts(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Nested settings as ``key=value`` in TOML, without those that vary."""
+    settings = flat(config).items()
+    return tuple(f"{key}={as_toml(value)}" for key, value in settings if key not in VARIED)
+
+
+def as_toml(value: Any) -> str:
+    """A value as it stands in a configuration file, on one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+
+
+def write_tables(out: Path, study: Study, played: Sequence[Played]) -> None:
+    """Write a comparison's data, each file whole or not at all; ``study.json`` comes last."""
+    _write(out / ROUNDS, [_stored(one.folder, row) for one in played for row in one.rows])
+    _write(out / CLIENTS, [{"run": one.folder, **row} for one in played for row in one.clients])
+    numbered = {key: _distinct(played, key) for key in NUMBERED}
+    _write(out / RUNS, [_run(one, numbered) for one in played])
+    write_atomically(out / DEFINITION, study.definition.encode())
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "date": date.today().isoformat(),
+        **{"commands": study.commands, "seeds": study.seeds, "baseline": study.baseline},
+        "target": study.target and asdict(study.target),
+        **{NUMBERED[key]: known for key, known in numbered.items()},
+        **_settings(study.variants, played),
+    }
+    write_atomically(out / STUDY, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def _run(one: Played, numbered: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    which = (one.folder, one.member, one.data, one.model, one.seed)
+    row = dict(zip(WHICH, which, strict=True)) | {"failure": one.failure, **(one.result or {})}
+    for key, known in numbered.items():
+        row[key] = known.index(one.result[key]) if one.result else None
+    return row
+
+
+def _stored(run: str, row: Row) -> dict[str, Any]:
+    notes = row["notes"]
+    return {"run": run, **row, "notes": notes and json.dumps(notes)}
+
+
+def _settings(variants: Iterable[str], played: Sequence[Played]) -> dict[str, Any]:
+    """Settings of all runs, and those that each variant has beside them, by data and model."""
+    found: dict[tuple[str, str, str], Played] = {}
+    for one in sorted(played, key=lambda one: one.result is None):  # a run knows more
+        found.setdefault((one.member, one.data, one.model), one)
+    every = [one.settings for one in found.values()]
+    common = [word for word in every[0] if all(word in words for words in every)]
+    own: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for (member, data, model), one in found.items():
+        rest = [word for word in one.settings if word not in common]
+        own[member].append({"data": data, "model": model, "settings": rest})
+    return {"settings": common, "variants": own}
+
+
+def _distinct(played: Iterable[Played], key: str) -> list[Any]:
+    found: list[Any] = []
+    for one in played:
+        if one.result and one.result[key] not in found:
+            found.append(one.result[key])
+    return found
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    buffer = pa.BufferOutputStream()
+    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    compact: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
+    pq.write_table(table, buffer, **compact, write_statistics=False)
+    write_atomically(path, buffer.getvalue().to_pybytes())
+
+
+def read_tables(folder: Path) -> tuple[Study, list[Played]]:
+    """Read a comparison's data; runs are in the order in which they were written.
+
+    Raises:
+        DroppeftError: a file is damaged, or missing.
+    """
+    try:
+        return _read(folder)
+    except (pa.ArrowException, ValueError, LookupError, TypeError, OSError) as error:
+        raise DroppeftError(
+            f"{folder / STUDY} or a table beside it is damaged ({error}); put it right, or away"
+        ) from None
+
+
+def _read(folder: Path) -> tuple[Study, list[Played]]:
+    about = Row(json.loads((folder / STUDY).read_text(encoding="utf-8")))
+    target = Row(about["target"] or {})
+    study = Study(
+        variants=tuple(about["variants"]),
+        seeds=tuple(about["seeds"]),
+        baseline=about["baseline"],
+        target=Target(target["accuracy"], target["variant"], target["minus"]) if target else None,
+        definition=(folder / DEFINITION).read_text(encoding="utf-8"),
+        commands=tuple(about["commands"] or ()),
+    )
+    rounds, clients = _by_run(folder / ROUNDS), _by_run(folder / CLIENTS)
+    return study, [_played(row, about, rounds, clients) for row in _rows(folder / RUNS)]
+
+
+def _played(
+    row: Row, about: Row, rounds: Mapping[str, list[Row]], clients: Mapping[str, list[Row]]
+) -> Played:
+    run, variant, data, model, seed = (row.pop(name) for name in WHICH)
+    failure = row.pop("failure", None)
+    [own] = [
+        one["settings"]
+        for one in about["variants"][variant]
+        if (one["data"], one["model"]) == (data, model)
+    ]
+    for key in NUMBERED if failure is None else ():
+        row[key] = about[NUMBERED[key]][row[key]]
+    rows = rounds.get(run, [])
+    for one in rows:
+        one["notes"] = one["notes"] and json.loads(one["notes"])
+    return Played(
+        **{"folder": run, "member": variant, "data": data, "model": model, "seed": seed},
+        settings=(*about["settings"], *own),
+        result=None if failure else row,
+        rows=rows,
+        clients=clients.get(run, []),
+        failure=failure,
+    )
+
+
+def _rows(path: Path) -> list[Row]:
+    return [Row(row) for row in pq.read_table(path).to_pylist()]
+
+
+def _by_run(path: Path) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in _rows(path):
+        found.setdefault(row.pop("run"), []).append(row)
+    return found
