@@ -10,9 +10,9 @@ import numpy as np
 from studies import runs_of, seeds_of, spread
 from tables import RESULTS, markdown_table, processor, was_compared
 
+from droppeft.bandit.policies import LOT, POLICIES
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import target_accuracies
-from droppeft.configurator.policies import LOT, POLICIES
 from droppeft.ledger import RoundRow, summarise
 from droppeft.report.page import read_folder
 
@@ -310,7 +310,7 @@ def _turns(run: Played, name: str) -> Iterator[Seen]:
     for row in run.rows:
         notes = row["notes"] or {"chosen": {}}
         for device, number in notes["chosen"].items():
-            gain, arm = notes["gains"].get(device), notes["labels"][str(number)]
+            gain, arm = notes["rewards"].get(device), notes["labels"][str(number)]
             if gain is not None and arm in ARMS and number in notes["present"]:
                 took = notes["seconds"][notes["present"].index(number)]
                 yield Seen(f"{name} {row['round']}", arm, gain, took)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from droppeft.config import load_config
+from droppeft.federation.checkpoints import Checkpoint, load_newest, load_round
 from droppeft.federation.device import carry_out
 from droppeft.federation.loading import Loaded, Site, site_of
 from droppeft.federation.run import start_run
 from droppeft.federation.transport import Arrival, InProcess, Transport
 from droppeft.ledger import RoundRow
+from droppeft.methods import METHODS
 from droppeft.plans import Plan, Reply, Update
 from droppeft.sharing.kept import folder_of
 
@@ -70,6 +72,13 @@ def timeless(value: Any) -> Any:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file, every line of which must be whole."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoint_of(run: Path, round: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a run's folder, or that of a round."""
+    kind = METHODS[load_config(run / "config.toml").method].memory_type
+    folder = run / "checkpoints"
+    return load_newest(folder, kind) if round is None else load_round(folder, round, kind)
 
 
 def outcome(out: Path) -> dict[str, Any]:

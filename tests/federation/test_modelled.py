@@ -17,8 +17,8 @@ from droppeft.federation.flower.packing import pack_reply, unpack_reply
 from droppeft.federation.modelled import close_round, count_rows, make_clock
 from droppeft.federation.rounds import Closed, draw_cohort, play_round
 from droppeft.federation.run import Interrupted, resume_run, start_run
+from droppeft.method import adapter_spec
 from droppeft.methods import METHODS, Setup
-from droppeft.methods.base import adapter_spec
 from droppeft.models import load_backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, ServerState, Update
 from messages import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for

@@ -24,7 +24,7 @@ from droppeft.federation.personalised import (
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.federation.transport import Arrival, InProcess
-from droppeft.methods.base import without_steps
+from droppeft.method import without_steps
 from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_key
 from droppeft.sharing.kept import folder_of, recall
 from droppeft.training import evaluate

@@ -77,6 +77,7 @@ def test_every_method_has_a_row_and_its_own_name() -> None:
 def test_plans_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
     state = method.init(setup)
     assert isinstance(state, ServerState)
+    assert type(state.memory) is method.memory_type
     plans = method.plan(setup, state, 2, [7, 1, 4])
     assert [(plan.round, plan.device) for plan in plans] == [(2, 7), (2, 1), (2, 4)]
     again = method.plan(setup, state, 2, [7, 1, 4])
@@ -135,7 +136,7 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     state = method.init(setup)
     state, _ = play_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
     save(tmp_path, Checkpoint(1, state, {}))
-    loaded = load_newest(tmp_path).state
+    loaded = load_newest(tmp_path, method.memory_type).state
     assert_same(loaded.model.tensors, state.model.tensors)
     assert loaded.model.adapter == state.model.adapter
     assert loaded.memory == state.memory
@@ -153,10 +154,10 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     )
 
 
-def moved_beside_the_head(words: list[str], out: Path) -> bool:
+def moved_beside_the_head(method: Method, words: list[str], out: Path) -> bool:
     """Whether every tensor of the adapter itself has changed since the start."""
     first = prepare(load_config(None, words), lambda step: None).state.model.tensors
-    last = load_newest(out / "checkpoints").state.model.tensors
+    last = load_newest(out / "checkpoints", method.memory_type).state.model.tensors
     return not any(
         np.array_equal(array, first[key][name]) for key, name, array in flatten(last) if key != HEAD
     )
@@ -183,7 +184,7 @@ def test_a_whole_run_learns_and_leaves_its_files(
     files = {"checkpoints", "config.toml", "devices.jsonl", "result.json", "rounds.jsonl"}
     if method.has_global_model(load_config(None, words)):
         if method.name in WEAK:
-            assert moved_beside_the_head(words, tmp_path / "run")
+            assert moved_beside_the_head(method, words, tmp_path / "run")
         else:
             assert result["global_accuracy"] > 0.6
         if method.name not in WITH_BASE_DELTA:

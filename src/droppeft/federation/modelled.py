@@ -15,7 +15,7 @@ from droppeft.costs.counts import StepCounts
 from droppeft.costs.devices import Fleet
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import Backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, Update
 

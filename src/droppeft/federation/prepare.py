@@ -19,8 +19,8 @@ from droppeft.federation.loading import Loaded, Say, load, tokens_of
 from droppeft.federation.modelled import clock_for, longest_step
 from droppeft.federation.transport import transport_named
 from droppeft.federation.workbench import Workbench
+from droppeft.method import adapter_spec
 from droppeft.methods import Method, Setup, method_named
-from droppeft.methods.base import adapter_spec
 from droppeft.plans import ServerState
 from droppeft.quantization import check_installed
 

@@ -3,7 +3,7 @@
 import difflib
 
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Method, Setup
+from droppeft.method import Method, Setup
 from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.ditto import DITTO
 from droppeft.methods.droppeft import DROPPEFT

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from droppeft.config.tables import ADAPTER_OF_METHOD
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Method, Setup, average_by_examples
+from droppeft.method import Method, Setup, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.plans import ServerState
 

@@ -30,8 +30,8 @@ from droppeft.costs.devices import profile_named
 from droppeft.costs.memory import Memory, most_active, step_memory
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
+from droppeft.method import adapter_spec
 from droppeft.methods import method_named
-from droppeft.methods.base import adapter_spec
 from droppeft.methods.droppeft import configured_rates
 from droppeft.sizing.outlines import check_runnable, outlined
 

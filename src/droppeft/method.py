@@ -22,6 +22,7 @@ from droppeft.plans import (
     LayerAdapter,
     LayerDropout,
     Layout,
+    NoMemory,
     Objective,
     Plan,
     Reply,
@@ -102,6 +103,8 @@ class Method:
         has_global_model: of a configuration; otherwise the state's model, or its head, is only
             where devices begin.
         note: plain values about the last round that a reader wants in the ledger, or ``None``.
+        memory_type: class of the state's memory: a frozen dataclass of numbers, texts, tuples,
+            mappings and dataclasses of such, which checkpoints hold as JSON.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Method:
     own: OfDevice = _global_model
     has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
+    memory_type: type = NoMemory
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
