@@ -126,7 +126,7 @@ def uniform_adapter(setup: Setup) -> AdapterSpec:
     Raises:
         DroppeftError: all layers are frozen.
     """
-    frozen = setup.config.frozen.layers
+    frozen = setup.config.frozen.count
     if frozen >= setup.num_layers:
         raise DroppeftError(
             f"frozen.layers={frozen} leaves none of the {setup.num_layers} layers to train"
@@ -181,7 +181,7 @@ def full_plan(
         reward_rows=0,
         seed=setup.config.seed,
         nonce=secrets.token_hex(16),
-        frozen=setup.config.frozen.layers,
+        frozen=setup.config.frozen.count,
         run=setup.run,
     )
 

@@ -252,7 +252,7 @@ def test_another_run_s_rows_are_counted_once_and_what_differs_anew(
     def count(*words: str) -> Any:
         config = load_config(None, [*tiny_words, *words])
         backbone = load_backbone(config.model, ("no", "yes"), config.seed)
-        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers)
+        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.count)
         return count_rows(backbone, spec, config.training)
 
     first = count()

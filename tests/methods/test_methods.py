@@ -20,6 +20,7 @@ from runs import Recorder
 # Settings with which a method's contract is tested: adding a method adds a row.
 ROWS: dict[str, tuple[str, ...]] = {
     "droppeft": ("dropout.mean=0.25",),
+    "adaptive": (),
     "fedlora": (),
     "fedadapter": ("cohort=3",),
     "fedadaopt": (),

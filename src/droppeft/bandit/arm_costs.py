@@ -24,7 +24,7 @@ TYPICAL_STEPS = 10
 def depth_of_run(setup: Setup) -> Depth:
     """The layers that arms are about."""
     dropout = setup.config.dropout
-    frozen = setup.config.frozen.layers
+    frozen = setup.config.frozen.count
     return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
 
 
@@ -108,7 +108,7 @@ def turn_seconds(
 def _row_flops(
     setup: Setup, arithmetic: Arithmetic, length: float, rates: Sequence[float], lower: int
 ) -> float:
-    frozen, cached = setup.config.frozen.layers, setup.config.frozen.cache
+    frozen, cached = setup.config.frozen.count, setup.config.frozen.cache
     both, rest = arithmetic.training(length)
     forward, _ = arithmetic.forward(length)
     trained = sum((1 - rates[layer]) * both[layer] for layer in range(lower, setup.num_layers))

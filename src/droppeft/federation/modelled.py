@@ -59,7 +59,7 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     """
     clock = make_clock(fleet, lambda spec: count_rows(backbone, spec, config.training))
     try:
-        clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers))
+        clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.count))
     except DroppeftError as error:
         if config.clock.deadline_s is not None or config.drawn > config.cohort:
             raise DroppeftError(

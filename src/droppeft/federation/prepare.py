@@ -79,7 +79,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     check_installed(config.quantization)
     fleet = make_fleet(config.clock, config.devices, config.seed)
     loaded = load(config, say)
-    bench = loaded.bench
+    config, bench = loaded.config, loaded.bench
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
     setup = Setup(
         config,

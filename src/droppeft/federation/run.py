@@ -87,7 +87,7 @@ def start_run(
     with _open(prepared, connect, watcher) as transport:
         watcher.preparing("measuring the references")
         first = Checkpoint(0, prepared.state, _facts(prepared))
-        begin(out, config, first)
+        begin(out, prepared.config, first)
         with held(out):
             return _play(prepared, transport, first, [], out, watcher)
 

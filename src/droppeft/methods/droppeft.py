@@ -113,7 +113,7 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
     """
     config = setup.config
     return in_round(
-        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.layers)
+        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.count)
     )
 
 
@@ -157,7 +157,7 @@ def _with_arm(
     plan = full_plan(setup, state, round, device, _gates(setup, rates))
     plan = replace(plan, reward_rows=reward_rows(setup, round))
     lower = first_trained(arm, depth_of_run(setup))
-    if lower == setup.config.frozen.layers:
+    if lower == setup.config.frozen.count:
         return plan
     names = frozenset(
         name for key, name, _ in flatten(plan.tensors) if not isinstance(key, int) or key >= lower

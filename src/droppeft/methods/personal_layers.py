@@ -52,7 +52,7 @@ def check_sharing(setup: Setup) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
         )
-    layers = setup.num_layers - config.frozen.layers
+    layers = setup.num_layers - config.frozen.count
     if layers > 0 and config.sharing.fraction and not count_of(config.sharing.fraction, layers):
         raise DroppeftError(
             f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
