@@ -20,7 +20,7 @@ from droppeft.config import AdapterConfig
 from droppeft.costs.clock import calibrated
 from droppeft.costs.counts import StepCounts, step_flops
 from droppeft.costs.paper import PaperModel, count_step
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 
 RESULT = Path(__file__).resolve().parent / "results/clock_calibration.json"
 BATCH = 16

@@ -34,7 +34,7 @@ from droppeft.adapters.attach import attach
 from droppeft.config import AdapterConfig
 from droppeft.federation.environment import machine, versions
 from droppeft.layer_dropout import DrawnGates, find_blocks, layer_dropout
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import load_backbone
 from layer_dropout_steps import interval
 

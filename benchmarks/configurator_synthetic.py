@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.configurator import POLICIES, Arm, Asked, Trial, choose_together, score
-from droppeft.configurator.memory import begin, halved, with_round
+from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, score
+from droppeft.bandit.memory import begin, halved, with_round
 from droppeft.federation.environment import machine, versions
 
 RESULT = Path(__file__).resolve().parent / "results/configurator_synthetic.json"
@@ -115,7 +115,9 @@ class Player:
 
     def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
         """What the round has shown."""
-        trials = [Trial(round, arm, float(gain)) for arm, gain in zip(arms, gains, strict=True)]
+        trials = [
+            Observation(round, arm, float(gain)) for arm, gain in zip(arms, gains, strict=True)
+        ]
         self.memory = with_round(self.memory, trials, round, self.window, None, None)
         if self.policy == "successive_halving":
             usual = usual_seconds(measures=True)[list(self.memory.numbers)]

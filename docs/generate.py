@@ -22,7 +22,8 @@ from results_page import results_page
 from sharing_page import sharing_page
 from tables import NOTICE, RESULTS, markdown_table
 
-from droppeft.config import Bandwidth, Config, known_keys
+from droppeft.config import Bandwidth, Config, flat, known_keys
+from droppeft.config.tables import METHOD_DEFAULTS
 
 FOLDER = Path(__file__).parent
 TYPE_NAMES: dict[object, str] = {
@@ -62,6 +63,8 @@ mean = 0.5
   default.
 - Of the settings that are said to stand "instead of" another only one may be given; a word on the
   command line replaces the file's choice.
+- Some methods have other defaults than the tables below; they hold where nothing is given
+  ([defaults of methods](#defaults-of-methods)).
 - Every run writes all values, defaults included, to `config.toml` in its result folder; that file
   repeats the run.
 
@@ -362,6 +365,7 @@ def configuration_page() -> str:
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append(_section(f"`[{name}]`", f"{name}.", field.annotation))
+    sections.append(_defaults_of_methods())
     return f"{NOTICE}\n\n" + "\n".join(sections)
 
 
@@ -528,6 +532,17 @@ def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
     return f"## {title}\n\n{inspect.cleandoc(table.__doc__ or '')}\n\n" + markdown_table(
         ("key", "type", "default", "meaning"), rows
     )
+
+
+def _defaults_of_methods() -> str:
+    rows = (
+        [
+            f"`{method}`",
+            ", ".join(f"`{key}={_plain(value)}`" for key, value in flat(tables).items()),
+        ]
+        for method, tables in METHOD_DEFAULTS.items()
+    )
+    return "## Defaults of methods\n\n" + markdown_table(("method", "settings"), rows)
 
 
 def _type(field: FieldInfo) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import RESULTS, markdown_table, processor, read_study, was_compared
 
+from droppeft.bandit.policies import LOT, POLICIES
 from droppeft.comparison.summary import target_accuracies, time_to_target
 from droppeft.comparison.tables import Played
-from droppeft.configurator.policies import LOT, POLICIES
 
 STUDIES = {
     "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),

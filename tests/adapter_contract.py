@@ -27,7 +27,7 @@ from droppeft.config import AdapterConfig
 from droppeft.data.tasks import Classification
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import HEAD_MODULES, quiet
 from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerKey, flatten
 from droppeft.quantization import put_values, quantised, settle

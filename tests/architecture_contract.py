@@ -38,7 +38,7 @@ from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import builtin_model_folder, load_backbone
 from droppeft.plans import HEAD
 

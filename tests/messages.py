@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.config import load_config, resolve
+from droppeft.config import load_config, resolve, resolve_layers
 from droppeft.costs.clock import Arithmetic
 from droppeft.costs.counts import BlockCounts, StepCounts
 from droppeft.costs.devices import make_fleet
@@ -77,6 +77,7 @@ def layout(spec: AdapterSpec) -> Layout:
 def setup_for(*words: str) -> Setup:
     """Surroundings of a method: four layers, three of ten devices a round."""
     config = load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words])
+    config = resolve_layers(config, LAYERS)
     fleet = make_fleet(config.clock, config.devices, config.seed)
     return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
 

@@ -14,8 +14,10 @@ from droppeft.client.client import Client
 from droppeft.client.client_state import folder_of
 from droppeft.client.loading import Loaded, clients_of
 from droppeft.config import load_config
+from droppeft.federation.checkpoints import Checkpoint, load_newest, load_round
 from droppeft.federation.run import start_run
 from droppeft.ledger import RoundRow
+from droppeft.methods import METHODS
 from droppeft.plans import Plan, Reply, Update
 from droppeft.transports.base import Arrival, Transport
 from droppeft.transports.in_process import InProcess
@@ -71,6 +73,13 @@ def timeless(value: Any) -> Any:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file, every line of which must be whole."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoint_of(run: Path, round: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a run's folder, or that of a round."""
+    kind = METHODS[load_config(run / "config.toml").method].memory_type
+    folder = run / "checkpoints"
+    return load_newest(folder, kind) if round is None else load_round(folder, round, kind)
 
 
 def outcome(out: Path) -> dict[str, Any]:

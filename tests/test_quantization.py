@@ -20,7 +20,7 @@ from droppeft.config import AdapterConfig, Config, build_config, load_config, to
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.memory import ActivationMeter
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import HEAD_MODULES, Backbone, load_backbone, load_dequantised
 from droppeft.plans import BaseDelta
 from droppeft.precision import autocast

@@ -498,11 +498,11 @@ def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
 
 def _check_costly(settings: Sequence[str]) -> None:
     """Refuse a setting that changes nothing in what a step costs."""
-    from droppeft.config.tables import ADAPTER_OF_METHOD
+    from droppeft.config.tables import METHOD_DEFAULTS
 
     for setting in settings:
         key, _, value = (part.strip() for part in setting.partition("="))
-        if key == "method" and value not in ADAPTER_OF_METHOD:
+        if key == "method" and "adapter" not in METHOD_DEFAULTS.get(value, {}):
             raise DroppeftError(
                 "plan and profile look at a step of the configured adapter, whatever the method "
                 "makes of it; leave method out, and set adapter.*"

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from droppeft.client.loading import Loaded
 from droppeft.config import Config, load_config, resolve
+from droppeft.config.tables import HALF
 from droppeft.errors import DroppeftError
 from droppeft.federation.folder import CONFIG
 from droppeft.federation.run import resume_run, start_run
@@ -60,6 +61,9 @@ def _configuration(file: str, settings: str) -> Config:
 def _check_same(wanted: Config, found: Config, out: Path) -> None:
     """Refuse to give an earlier run out as the one that was asked for."""
     wanted = method_named(wanted.method).adjust(resolve(wanted, cuda=torch.cuda.is_available()))
+    if wanted.frozen.layers == HALF:  # of a model that is not loaded yet; the run has the number
+        layers = {"layers": found.frozen.layers}
+        wanted = wanted.model_copy(update={"frozen": wanted.frozen.model_copy(update=layers)})
     if wanted != found.model_copy(update={"transport": wanted.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "

@@ -33,7 +33,7 @@ def check_offload(config: Config) -> None:
             "training.offload=true keeps weights in a file as they are, and "
             f"quantization={config.quantization} makes others of them; choose one"
         )
-    cached = config.frozen.layers > 0 and config.frozen.cache
+    cached = config.frozen.layers != 0 and config.frozen.cache
     if not cached and config.dropout.every != "round":
         raise DroppeftError(
             "training.offload=true keeps nothing off when every step may run other layers; set "

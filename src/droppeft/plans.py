@@ -7,7 +7,7 @@ every method of the comparison is written with them is shown in ``docs/architect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -417,19 +417,25 @@ class GlobalModel:
 
 
 @dataclass(frozen=True)
+class NoMemory:
+    """The memory of a method that carries nothing besides its models."""
+
+
+@dataclass(frozen=True)
 class ServerState:
     """All that a method carries from one round to the next.
 
     Attributes:
         model: the model that is evaluated and exported.
         alternatives: further global models by name (the branches of FedAdapter).
-        memory: anything else (statistics of arms, who keeps which layers). The round loop passes
-            it through JSON after each merge, so a resumed run sees what an unbroken one sees.
+        memory: anything else (what a bandit learnt, who keeps which layers): a frozen dataclass of
+            the method's own, its ``Method.memory_type``. The round loop passes it through JSON
+            after each merge, so a resumed run sees what an unbroken one sees.
     """
 
     model: GlobalModel
     alternatives: Mapping[str, GlobalModel] = field(default_factory=dict)
-    memory: Mapping[str, object] = field(default_factory=dict)
+    memory: Any = NoMemory()
 
 
 def checked_run(run: str) -> str:

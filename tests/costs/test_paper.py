@@ -21,7 +21,7 @@ from droppeft.costs.tally import Tally
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.memory import ActivationMeter
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import HEAD_MODULES
 from droppeft.plans import AdapterSpec
 from droppeft.precision import autocast

@@ -14,12 +14,11 @@ from torch.nn import functional
 from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.checkpoints import load_newest
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import resume_run, start_run
 from droppeft.plans import HEAD, OTHER
 from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_plan
-from runs import Recorder, adapter_bytes, rows_of
+from runs import Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import save_tiny_model
 
 TYPES: dict[str, tuple[str, ...]] = {
@@ -78,7 +77,7 @@ def test_the_exported_adapter_gives_the_reported_figures(
 
 def test_what_travels_is_addressed_by_layer(finished: tuple[str, Path]) -> None:
     name, out = finished
-    tensors = load_newest(out / "checkpoints").state.model.tensors
+    tensors = checkpoint_of(out).state.model.tensors
     layers = [OTHER] if name == "prompt_tuning" else [0, 1, 2, 3]
     assert list(tensors) == [*layers, HEAD]
     assert all(row["failures"] == [] for row in rows_of(out / "rounds.jsonl"))

@@ -1,6 +1,8 @@
 """Checkpoints: everything comes back, and damage is noticed."""
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,31 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.checkpoints import Checkpoint, load_newest, load_round, save
 from droppeft.plans import AdapterSpec, BaseDelta, GlobalModel, LayerAdapter, ServerState, flatten
 from messages import filled
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A part of a memory, and the memory of a small method."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A memory of all that one may be made of."""
+
+    by_client: Mapping[int, tuple[float, ...]]
+    by_name: Mapping[str, Seen]
+    tried: frozenset[int]
+    last: Seen | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """What another version may have had in the place of :class:`Seen`."""
+
+    round: str
+
 
 arrays = st.builds(
     lambda shape, kind, seed: np.random.default_rng(seed).normal(size=shape).astype(kind),
@@ -54,7 +81,13 @@ states = st.builds(
     ServerState,
     model=models,
     alternatives=st.dictionaries(st.text("abc -", min_size=1, max_size=5), models, max_size=2),
-    memory=st.dictionaries(st.text(max_size=4), json_values, max_size=3),
+    memory=st.builds(
+        Noted,
+        by_client=st.dictionaries(st.integers(), st.lists(st.floats(allow_nan=False)).map(tuple)),
+        by_name=st.dictionaries(st.text(max_size=3), st.builds(Seen, st.integers(0, 99))),
+        tried=st.frozensets(st.integers(0, 99)),
+        last=st.none() | st.builds(Seen, st.integers(0, 99)),
+    ),
 )
 
 
@@ -83,7 +116,7 @@ def test_any_state_comes_back(
     for old in tmp_path.iterdir():
         old.unlink()
     save(tmp_path, Checkpoint(round, state, facts))
-    loaded = load_newest(tmp_path)
+    loaded = load_newest(tmp_path, Noted)
     assert (loaded.round, loaded.facts, loaded.state.memory) == (round, facts, state.memory)
     assert_same(loaded.state.model, state.model)
     assert list(loaded.state.alternatives) == list(state.alternatives)
@@ -94,13 +127,13 @@ def test_any_state_comes_back(
 def checkpoint(round: int) -> Checkpoint:
     spec = AdapterSpec(layers=(None, LayerAdapter("lora", rank=8)), alpha=16.0)
     model = GlobalModel(spec, filled(float(round)))
-    return Checkpoint(round, ServerState(model, memory={"seen": round}), {"initial": 0.5})
+    return Checkpoint(round, ServerState(model, memory=Seen(round)), {"initial": 0.5})
 
 
 def test_an_older_checkpoint_has_zeros_for_what_a_type_lacks(tmp_path: Path) -> None:
     old = AdapterSpec(layers=(LayerAdapter("lora", rank=8, width=0), None), alpha=16.0)
-    save(tmp_path, Checkpoint(1, ServerState(GlobalModel(old, filled(1.0))), {}))
-    layers = load_newest(tmp_path).state.model.adapter.layers
+    save(tmp_path, Checkpoint(1, ServerState(GlobalModel(old, filled(1.0)), memory=Seen(1)), {}))
+    layers = load_newest(tmp_path, Seen).state.model.adapter.layers
     assert layers == (LayerAdapter("lora", rank=8, width=None), None)
 
 
@@ -111,17 +144,17 @@ def head(loaded: Checkpoint) -> float:
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     paths = [save(tmp_path / "checkpoints", checkpoint(round)) for round in (0, 1, 2, 9, 10)]
     assert sorted((tmp_path / "checkpoints").iterdir()) == paths[-2:]
-    assert load_newest(tmp_path / "checkpoints").round == 10
+    assert load_newest(tmp_path / "checkpoints", Seen).round == 10
 
 
 def test_a_round_can_be_chosen(tmp_path: Path) -> None:
     for round in (8, 9, 10):
         save(tmp_path, checkpoint(round))
-    assert head(load_round(tmp_path, 9)) == 9.0
+    assert head(load_round(tmp_path, 9, Seen)) == 9.0
     with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: 10, 9$"):
-        load_round(tmp_path, 8)
+        load_round(tmp_path, 8, Seen)
     with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: none$"):
-        load_round(tmp_path / "nowhere", 8)
+        load_round(tmp_path / "nowhere", 8, Seen)
 
 
 def test_a_chosen_round_that_is_damaged_is_not_replaced_by_another(tmp_path: Path) -> None:
@@ -129,7 +162,7 @@ def test_a_chosen_round_that_is_damaged_is_not_replaced_by_another(tmp_path: Pat
     path = save(tmp_path, checkpoint(2))
     path.write_bytes(flip_the_last(path.read_bytes()))
     with pytest.raises(DroppeftError, match=r"round-00002.safetensors: is damaged"):
-        load_round(tmp_path, 2)
+        load_round(tmp_path, 2, Seen)
 
 
 def truncate(content: bytes) -> bytes:
@@ -149,8 +182,8 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
     save(tmp_path, checkpoint(1))
     newest = save(tmp_path, checkpoint(2))
     newest.write_bytes(damage(newest.read_bytes()))
-    loaded = load_newest(tmp_path)
-    assert (loaded.round, head(loaded), loaded.state.memory) == (1, 1.0, {"seen": 1})
+    loaded = load_newest(tmp_path, Seen)
+    assert (loaded.round, head(loaded), loaded.state.memory) == (1, 1.0, Seen(1))
     assert "round-00002.safetensors is damaged" in caplog.text
 
 
@@ -161,7 +194,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     unnoticed = []
     for place in range(len(whole)):
         newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        loaded = load_newest(tmp_path)
+        loaded = load_newest(tmp_path, Seen)
         if loaded.round != 1 and head(loaded) != 2.0:
             unnoticed.append(place)
     assert unnoticed == []
@@ -169,10 +202,10 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
 
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DroppeftError, match="holds no readable checkpoint; start the run anew"):
-        load_newest(tmp_path / "nowhere")
+        load_newest(tmp_path / "nowhere", Seen)
     save(tmp_path, checkpoint(1)).write_bytes(b"")
     with pytest.raises(DroppeftError, match="holds no readable checkpoint"):
-        load_newest(tmp_path)
+        load_newest(tmp_path, Seen)
 
 
 def test_a_crash_while_writing_leaves_the_old_ones(
@@ -188,7 +221,33 @@ def test_a_crash_while_writing_leaves_the_old_ones(
     with pytest.raises(OSError, match="no space"):
         save(tmp_path, checkpoint(3))
     monkeypatch.undo()
-    assert load_newest(tmp_path).round == 2
+    assert load_newest(tmp_path, Seen).round == 2
     assert len(list(tmp_path.glob("round-*.safetensors"))) == 2
     save(tmp_path, checkpoint(3))
-    assert load_newest(tmp_path).round == 3
+    assert load_newest(tmp_path, Seen).round == 3
+
+
+def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0).bytes(8 * 5000)
+    values = tuple(x for x in struct.unpack("5000d", drawn) if np.isfinite(x))
+    memory = Noted({7: (*values, 5e-324, -0.0, 0.1)}, {}, frozenset(), None)
+    state = replace(checkpoint(1).state, memory=memory)
+    save(tmp_path, Checkpoint(1, state, {}))
+    loaded = load_newest(tmp_path, Noted).state.memory.by_client[7]
+    assert struct.pack(f"{len(loaded)}d", *loaded) == struct.pack(
+        f"{len(loaded)}d", *memory.by_client[7]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(Noted, r"it has \['round'\], and not \['by_client', "), (Text, r"round: input should be a")],
+)
+def test_another_method_s_memory_is_one_sentence(tmp_path: Path, kind: type, why: str) -> None:
+    save(tmp_path, checkpoint(3))
+    said = (
+        rf"round-00003.safetensors: the server's memory is not what .*{why}.*; start the run anew"
+    )
+    for load in (lambda: load_newest(tmp_path, kind), lambda: load_round(tmp_path, 3, kind)):
+        with pytest.raises(DroppeftError, match=said):
+            load()

@@ -36,7 +36,7 @@ from droppeft.plans import (
     Tensors,
     flatten,
 )
-from runs import TOPICS, Recorder, adapter_bytes, rows_of
+from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import FAMILIES, save_tiny_model
 
 VALUE = "bert.encoder.layer.1.attention.self.value.weight"
@@ -92,7 +92,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def with_model(run: Path, to: Path, change: Callable[[GlobalModel], GlobalModel]) -> Path:
     """Copy a run, with another model in its newest checkpoint."""
     shutil.copytree(run, to)
-    newest = checkpoints.load_newest(to / "checkpoints")
+    newest = checkpoint_of(to)
     state = replace(newest.state, model=change(newest.state.model))
     checkpoints.save(to / "checkpoints", replace(newest, state=state))
     return to
@@ -214,7 +214,7 @@ def test_a_stopped_run(tiny_words: list[str], tmp_path: Path) -> None:
     newest, first = export_run.export_run(run), export_run.export_run(run, round=0)
     assert (newest.round, newest.accuracy) == (1, None)
     assert "| accuracy | not evaluated at this round |" in (newest.folder / "README.md").read_text()
-    facts = checkpoints.load_round(run / "checkpoints", 0).facts
+    facts = checkpoint_of(run, 0).facts
     assert (first.round, first.accuracy, first.rows) == (0, facts["initial_accuracy"], 20)
 
 
@@ -242,7 +242,7 @@ def test_an_older_checkpoint_takes_the_classes_from_the_data(
 ) -> None:
     run, data = run_on_own_data(tiny_words, tmp_path)
     for round in (0, 1):
-        kept = checkpoints.load_round(run / "checkpoints", round)
+        kept = checkpoint_of(run, round)
         lacking = {"label_names", "sampled_test_rows"}
         facts = {name: value for name, value in kept.facts.items() if name not in lacking}
         checkpoints.save(run / "checkpoints", replace(kept, facts=facts))
@@ -357,7 +357,7 @@ def test_a_base_delta_is_merged_but_is_no_adapter(
     with pytest.raises(DroppeftError, match="base delta cannot be exported as an adapter alone"):
         export_run.export_run(run)
     done = export_run.export_run(run, merge=True)
-    model = checkpoints.load_newest(run / "checkpoints").state.model
+    model = checkpoint_of(run).state.model
     whole = np.arange(60, dtype=np.int64)
     with_it = _evaluate(prepared, model, whole)
     without = _evaluate(prepared, replace(model, base_delta=None), whole)

@@ -17,8 +17,8 @@ from droppeft.federation.modelled import close_round, count_rows, make_clock
 from droppeft.federation.rounds import draw_cohort, play_round
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.ledger import ClosedRound
+from droppeft.method import adapter_spec
 from droppeft.methods import METHODS, Setup
-from droppeft.methods.base import adapter_spec
 from droppeft.models import load_backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, ServerState, Update
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
@@ -255,7 +255,7 @@ def test_another_run_s_rows_are_counted_once_and_what_differs_anew(
     def count(*words: str) -> Any:
         config = load_config(None, [*tiny_words, *words])
         backbone = load_backbone(config.model, ("no", "yes"), config.seed)
-        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers)
+        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.count)
         return count_rows(backbone, spec, config.training)
 
     first = count()

@@ -23,7 +23,7 @@ from droppeft.federation.personalised import (
 )
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import Interrupted, resume_run, start_run
-from droppeft.methods.base import without_steps
+from droppeft.method import without_steps
 from droppeft.plans import Failure, Measurement, Plan, Update, flatten, layer_key
 from droppeft.training import evaluate
 from droppeft.transports.base import Arrival

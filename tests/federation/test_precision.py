@@ -17,7 +17,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared
 from droppeft.federation.run import resume_run, start_run
 from droppeft.federation.validation import why_refused
-from droppeft.methods.base import local_training
+from droppeft.method import local_training
 from droppeft.plans import Plan, Update, flatten
 from runs import Recorder, adapter_bytes, rows_of
 from tiny import save_tiny_model

@@ -13,12 +13,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.checkpoints import load_newest
 from droppeft.federation.export_run import export_run
 from droppeft.federation.prepare import prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.quantization import is_quantised, quantization_of
-from runs import Recorder, outcome, rows_of
+from runs import Recorder, checkpoint_of, outcome, rows_of
 
 TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]
 
@@ -62,7 +61,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 def as_left_by(out: Path) -> tuple[Any, Any]:
     """The model of the last round as the run itself wears it."""
     prepared = prepare(load_config(out / "config.toml"), lambda step: None)
-    bench, model = prepared.model, load_newest(out / "checkpoints").state.model
+    bench, model = prepared.model, checkpoint_of(out).state.model
     bench.attach(model.adapter)
     set_tensors(bench.parameters, model.tensors)
     return bench.model, prepared.loaded.backbone.tokenizer

@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from droppeft.client.loading import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation import checkpoints
 from droppeft.federation.folder import check_free
 from droppeft.federation.run import Interrupted, resume_run, start_run
 from droppeft.plans import Failure, Plan
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
-from runs import Recorder, adapter_bytes, outcome, rows_of
+from runs import Recorder, adapter_bytes, checkpoint_of, outcome, rows_of
 
 MAIN = "from droppeft.cli import main; main()"
 KILLED_IN_EXPORT = """
@@ -333,7 +332,7 @@ def test_a_round_that_was_not_saved_is_not_said_to_be(
         with pytest.raises(Interrupted) as stopped:
             start_run(load_config(None, tiny_words), out, Recorder())
     assert stopped.value.round == saved
-    assert checkpoints.load_newest(out / "checkpoints").round == saved
+    assert checkpoint_of(out).round == saved
     resume_run(out, Recorder())
     assert outcome(out) == outcome(whole_run)
 
@@ -394,7 +393,7 @@ def test_a_killed_process_leaves_a_run_that_ends_the_same(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 1 <= checkpoints.load_newest(out / "checkpoints").round < ROUNDS
+    assert 1 <= checkpoint_of(out).round < ROUNDS
     resume_run(out, Recorder())
     assert outcome(out) == long_run
 

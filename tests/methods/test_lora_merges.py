@@ -15,7 +15,6 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.methods import METHODS
-from droppeft.methods.fedhetlora import RANKS
 from droppeft.methods.plain_lora import with_added
 from droppeft.plans import GlobalModel, Plan, Update, flatten
 from droppeft.sharing.factors import pairs_of
@@ -189,7 +188,7 @@ MIXED = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "method=flexlora", "adap
 def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds() -> None:
     setup, method = shaped(*MIXED, "adapter.alpha=6"), METHODS["flexlora"]
     state, rng = method.init(setup), np.random.default_rng(0)
-    ranks: Any = state.memory[RANKS]
+    ranks: Any = state.memory.ranks
     slow, fast = ranks.index(min(ranks)), ranks.index(max(ranks))
     assert (ranks[slow], ranks[fast]) == (1, 3)
     plans = method.plan(setup, state, 1, [slow, fast])

@@ -20,6 +20,7 @@ from runs import Recorder
 # Settings with which a method's contract is tested: adding a method adds a row.
 ROWS: dict[str, tuple[str, ...]] = {
     "droppeft": ("dropout.mean=0.25",),
+    "adaptive": (),
     "fedlora": (),
     "fedadapter": ("cohort=3",),
     "fedadaopt": (),
@@ -49,6 +50,8 @@ LEARNING = {
     "fedia3": ("training.local_steps=60", "training.learning_rate=0.2"),
 }
 WITH_BASE_DELTA = {"flora", "fedex_lora"}
+# An arm that a client was given counts as tried, whatever came of it.
+BANDITS = {"adaptive"}
 # What random weights make of a text cannot be steered by these.
 WEAK = {"fedprompt", "fedptuning", "fedprefix", "fedbitfit"}
 
@@ -77,6 +80,7 @@ def test_every_method_has_a_row_and_its_own_name() -> None:
 def test_plans_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
     state = method.init(setup)
     assert isinstance(state, ServerState)
+    assert type(state.memory) is method.memory_type
     plans = method.plan(setup, state, 2, [7, 1, 4])
     assert [(plan.round, plan.device) for plan in plans] == [(2, 7), (2, 1), (2, 4)]
     again = method.plan(setup, state, 2, [7, 1, 4])
@@ -101,7 +105,8 @@ def test_merging_nothing_changes_nothing(method: Method, setup: Setup) -> None:
     failed = [Failure(plan.device, "sent no reply") for plan in plans]
     merged = method.merge(setup, state, plans, failed)
     assert_same(merged.model.tensors, state.model.tensors)
-    assert replace(merged, model=state.model) == state
+    memory = state.memory if method.name in BANDITS else merged.memory
+    assert replace(merged, model=state.model, memory=memory) == state
 
 
 def test_merging_makes_the_model_what_was_sent(method: Method, setup: Setup) -> None:
@@ -135,7 +140,7 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     state = method.init(setup)
     state, _ = play_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
     save(tmp_path, Checkpoint(1, state, {}))
-    loaded = load_newest(tmp_path).state
+    loaded = load_newest(tmp_path, method.memory_type).state
     assert_same(loaded.model.tensors, state.model.tensors)
     assert loaded.model.adapter == state.model.adapter
     assert loaded.memory == state.memory
@@ -153,10 +158,10 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     )
 
 
-def moved_beside_the_head(words: list[str], out: Path) -> bool:
+def moved_beside_the_head(method: Method, words: list[str], out: Path) -> bool:
     """Whether every tensor of the adapter itself has changed since the start."""
     first = prepare(load_config(None, words), lambda step: None).state.model.tensors
-    last = load_newest(out / "checkpoints").state.model.tensors
+    last = load_newest(out / "checkpoints", method.memory_type).state.model.tensors
     return not any(
         np.array_equal(array, first[key][name]) for key, name, array in flatten(last) if key != HEAD
     )
@@ -183,7 +188,7 @@ def test_a_whole_run_learns_and_leaves_its_files(
     files = {"checkpoints", "config.toml", "devices.jsonl", "result.json", "rounds.jsonl"}
     if method.has_global_model(load_config(None, words)):
         if method.name in WEAK:
-            assert moved_beside_the_head(words, tmp_path / "run")
+            assert moved_beside_the_head(method, words, tmp_path / "run")
         else:
             assert result["global_accuracy"] > 0.6
         if method.name not in WITH_BASE_DELTA:
@@ -192,7 +197,9 @@ def test_a_whole_run_learns_and_leaves_its_files(
 
 
 def test_an_unknown_method_is_named_with_those_there_are() -> None:
-    with pytest.raises(DroppeftError, match="method=fedfoo: unknown method; known are droppeft, f"):
+    with pytest.raises(
+        DroppeftError, match="method=fedfoo: unknown method; known are droppeft, ad"
+    ):
         method_named("fedfoo")
 
 

@@ -16,7 +16,7 @@ from droppeft.federation.modelled import make_clock
 from droppeft.federation.run import start_run
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.fedadapter import DEEPER, SAME, TRIAL_ROUNDS, WIDER
-from droppeft.methods.fedhetlora import RANKS, product_norm, resized, tail_norm
+from droppeft.methods.fedhetlora import Ranks, product_norm, resized, tail_norm
 from droppeft.methods.legend import ranks
 from droppeft.plans import (
     HEAD,
@@ -209,7 +209,7 @@ def test_fedhetlora_weighs_by_the_products_norms() -> None:
         shaped("method=fedhetlora", "adapter.rank=2"),
         METHODS["fedhetlora"],
     )
-    state = replace(method.init(setup), memory={RANKS: [2, 1, *[2] * 8]})
+    state = replace(method.init(setup), memory=Ranks((2, 1, *[2] * 8)))
     plans = method.plan(setup, state, 1, [0, 1])
     assert [plan.adapter.layers[0].rank for plan in plans if plan.adapter.layers[0]] == [2, 1]
     assert [plan.adapter.alpha for plan in plans] == [16.0, 8.0]  # alpha / rank stays 8
@@ -230,7 +230,7 @@ def test_fedhetlora_prunes_what_training_made_smaller() -> None:
         shaped("method=fedhetlora", "adapter.rank=2"),
         METHODS["fedhetlora"],
     )
-    state = replace(method.init(setup), memory={RANKS: [2] * 10})
+    state = replace(method.init(setup), memory=Ranks((2,) * 10))
     tensors = {
         key: {name: np.ones_like(value) for name, value in named.items()}
         for key, named in state.model.tensors.items()
@@ -242,7 +242,7 @@ def test_fedhetlora_prunes_what_training_made_smaller() -> None:
     }
     updates = [answer_to(plans[0], 0.5), answer_to(plans[1], 2.0)]
     after = method.merge(setup, state, plans, updates)
-    assert after.memory == {RANKS: [1, *[2] * 9]}
+    assert after.memory == Ranks((1, *[2] * 9))
     # The first device's second rank is gone before averaging: its part of the mean is 0.
     a = after.model.tensors[0]["0.lora_A.weight"]
     cut = resized(updates[0].tensors, 1)
@@ -257,7 +257,7 @@ def test_fedhetlora_prunes_what_training_made_smaller() -> None:
 def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
     """A quarter of 8 is 2: three shrinking turns take a device from 4 to 3 to 2, and no further."""
     setup, method = shaped("method=fedhetlora", "adapter.rank=8"), METHODS["fedhetlora"]
-    state = replace(method.init(setup), memory={RANKS: [4] * 10})
+    state = replace(method.init(setup), memory=Ranks((4,) * 10))
     seen = []
     for round in (1, 2, 3):
         ones = {
@@ -269,8 +269,7 @@ def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
         state = method.merge(setup, state, plans, [answer_to(plans[0], 0.5)])
         penalty = plans[0].objective.rank_penalty
         assert penalty is not None
-        ranks_of = state.memory[RANKS]
-        assert isinstance(ranks_of, list)
+        ranks_of = state.memory.ranks
         seen.append((penalty.kept, ranks_of[0]))
     assert seen == [(3, 3), (2, 2), (2, 2)]
 
@@ -284,12 +283,10 @@ def test_fedhetlora_s_first_ranks_follow_speed_or_the_seed() -> None:
     method = METHODS["fedhetlora"]
     mixed = shaped("method=fedhetlora", MIXED)
     assert mixed.clock is not None
-    ranks_of = method.init(mixed).memory[RANKS]
-    assert isinstance(ranks_of, list)
+    ranks_of = method.init(mixed).memory.ranks
     by_kind = dict(zip(mixed.clock.fleet.names, ranks_of, strict=True))
     assert by_kind == {"jetson_tx2": 2, "jetson_agx_xavier": 8}
-    alike = method.init(shaped("method=fedhetlora", "clock.profiles=jetson_tx2")).memory[RANKS]
-    assert isinstance(alike, list)
+    alike = method.init(shaped("method=fedhetlora", "clock.profiles=jetson_tx2")).memory.ranks
     assert sorted(alike) == [2, 2, 2, 2, 5, 5, 5, 8, 8, 8]
 
 
@@ -352,8 +349,8 @@ def test_fedadapter_goes_on_with_the_group_that_gained_most(
     gains: dict[int, float], depth: int, width: int
 ) -> None:
     state = play(shaped(*GROWING), gains)
-    assert (state.memory["depth"], state.memory["width"]) == (depth, width)
-    assert state.memory["rounds"] == 0
+    assert (state.memory.depth, state.memory.width) == (depth, width)
+    assert state.memory.rounds == 0
     assert sum(layer is not None for layer in state.model.adapter.layers) == depth
     values = {float(value) for _, _, array in flatten(state.model.tensors) for value in array.flat}
     assert values == {5.0}
@@ -365,9 +362,9 @@ def test_fedadapter_stops_growing_at_its_caps() -> None:
     assert set(state.alternatives) == {DEEPER}  # width 16 is all that was asked for
     for depth in (3, 4):
         state = play(setup, {26 + 10: 0.1, 10 * (depth - 1) + 16: 0.1, 10 * depth + 16: 0.5}, state)
-        assert state.memory["depth"] == depth
+        assert state.memory.depth == depth
     assert set(state.alternatives) == set()
-    assert set(state.memory["gains"]) == {SAME}
+    assert set(state.memory.rewards) == {SAME}
     plans = METHODS["fedadapter"].plan(setup, state, 1, [0, 1, 2])
     assert {plan.reward_rows for plan in plans} == {0}
 

@@ -15,7 +15,7 @@ from droppeft.adapters.types import TYPES
 from droppeft.checkpointing import check_checkpointing
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
-from droppeft.config import Config
+from droppeft.config import Config, resolve_layers
 from droppeft.data.cache import cache_dir
 from droppeft.data.partition import DeviceRows, partition_rows
 from droppeft.data.sources import load_text
@@ -35,7 +35,7 @@ class Loaded:
     """Texts, split and model of a run.
 
     Attributes:
-        config: resolved.
+        config: resolved, the number of frozen layers too.
         data: texts and labels.
         devices: each device's own rows of the training texts.
         backbone: as loaded; the model has an adapter attached.
@@ -69,6 +69,7 @@ def load(config: Config, say: Say) -> Loaded:
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, data.label_names, head_seed, config.quantization)
+    config = resolve_layers(config, backbone.num_layers)
     _check_frozen(config)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if config.training.checkpointing:

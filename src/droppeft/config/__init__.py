@@ -13,6 +13,7 @@ from droppeft.config.reading import (
     parse_word,
     read_toml,
     resolve,
+    resolve_layers,
     sentence,
     to_toml,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "parse_word",
     "read_toml",
     "resolve",
+    "resolve_layers",
     "sentence",
     "to_toml",
 ]

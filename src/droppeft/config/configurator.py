@@ -52,7 +52,7 @@ class ConfiguratorConfig(Table):
     reward_rows: Whole = Field(
         16, ge=1, description="validation rows on which a device measures a `loss`"
     )
-    window: Whole = Field(20, ge=1, description="rounds after which a gain is forgotten")
+    window: Whole = Field(20, ge=1, description="rounds after which a reward is forgotten")
     epsilon: Real = Field(
         0.2, ge=0, le=1, description="of `epsilon_greedy`: part of the turns that explore"
     )

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from droppeft.config.base import Table
-from droppeft.config.tables import RIVALS, Config
+from droppeft.config.tables import HALF, RIVALS, Config
 from droppeft.errors import DroppeftError
 
 
@@ -106,6 +106,14 @@ def resolve(config: Config, *, cuda: bool) -> Config:
     if updates["accelerator"] == "cuda" and not cuda:
         raise DroppeftError("accelerator=cuda, but torch sees no CUDA device here; use cpu")
     return config.model_copy(update=updates)
+
+
+def resolve_layers(config: Config, num_layers: int) -> Config:
+    """Replace ``frozen.layers=half`` by half of the model's layers, rounded down."""
+    if config.frozen.layers != HALF:
+        return config
+    frozen = config.frozen.model_copy(update={"layers": num_layers // 2})
+    return config.model_copy(update={"frozen": frozen})
 
 
 def available_cores() -> int:

@@ -25,15 +25,26 @@ ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
 }
 
 
-# What a method trains where the configuration does not say.
-ADAPTER_OF_METHOD: dict[str, dict[str, Any]] = {
-    "fedadapter": {"type": "bottleneck"},
-    "fedadaopt": {"type": "bottleneck"},
-    "fedprompt": {"type": "prompt_tuning"},
-    "fedptuning": {"type": "p_tuning"},
-    "fedprefix": {"type": "prefix_tuning"},
-    "fedia3": {"type": "ia3"},
-    "fedbitfit": {"type": "beft", "targets": ("all-linear",)},
+HALF = "half"
+
+# Settings of a method, by table, where the configuration gives none.
+METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "adaptive": {
+        "dropout": {"mean": 0.0, "protect_first": 0, "protect_last": 0},
+        "frozen": {"layers": HALF, "cache": False},
+        "configurator": {
+            "policy": "budgeted_thompson",
+            "means": (0.0,),
+            "prefixes": (0.0, 0.34),
+        },
+    },
+    "fedadapter": {"adapter": {"type": "bottleneck"}},
+    "fedadaopt": {"adapter": {"type": "bottleneck"}},
+    "fedprompt": {"adapter": {"type": "prompt_tuning"}},
+    "fedptuning": {"adapter": {"type": "p_tuning"}},
+    "fedprefix": {"adapter": {"type": "prefix_tuning"}},
+    "fedia3": {"adapter": {"type": "ia3"}},
+    "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
 
 
@@ -52,10 +63,28 @@ def _with_default(table: object, rivals: Sequence[str], default: object) -> obje
     return {**table, rivals[0]: default}
 
 
+def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object:
+    """A table with a method's defaults, less those that stand against what is given."""
+    if not isinstance(given, Mapping):
+        return given
+    if given.get("type", defaults.get("type")) != defaults.get("type"):
+        return given  # the others are of the method's own adapter
+    rivals = RIVALS.get(table, ())
+    chosen = any(given.get(key) is not None for key in rivals)
+    kept = {key: item for key, item in defaults.items() if not (chosen and key in rivals)}
+    return {**kept, **given}
+
+
 def _steps_or_round(value: object) -> object:
     if value == "round" or (type(value) is int and value >= 1):
         return value
     raise ValueError("must be a number of steps, 1 or more, or round")
+
+
+def _layers_or_half(value: object) -> object:
+    if value == HALF or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("must be a number of layers, 0 or more, or half")
 
 
 class SourceConfig(Table):
@@ -204,11 +233,11 @@ class DropoutConfig(Table):
 class FrozenConfig(Table):
     """First layers in which nothing is trained and that are never dropped."""
 
-    layers: Whole = Field(
+    layers: Annotated[int | Literal["half"], BeforeValidator(_layers_or_half)] = Field(
         0,
-        ge=0,
-        description="how many; they get no adapter, and their dropout modules are off. "
-        "dropout.mean, dropout.count and the protected ends are of the layers behind them",
+        description="how many, or `half` of the model's, rounded down; they get no adapter, and "
+        "their dropout modules are off. dropout.mean, dropout.count and the protected ends are of "
+        "the layers behind them",
     )
     cache: bool = Field(
         True,
@@ -221,6 +250,13 @@ class FrozenConfig(Table):
     limit_mb: Real = Field(
         2048.0, gt=0, description="disk that a device spends; beyond it the oldest goes"
     )
+
+    @property
+    def count(self) -> int:
+        """How many layers are frozen; ``half`` has to be resolved before."""
+        if isinstance(self.layers, int):
+            return self.layers
+        raise ValueError(f"frozen.layers={self.layers} before the model's layers are known")
 
 
 class DittoConfig(Table):
@@ -385,13 +421,14 @@ class Config(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _adapter_of_the_method(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping) or not isinstance(value.get("adapter", {}), Mapping):
+    def _defaults_of_the_method(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
             return value
-        usual, given = ADAPTER_OF_METHOD.get(str(value.get("method"))), value.get("adapter", {})
-        if usual is None or given.get("type", usual["type"]) != usual["type"]:
-            return value
-        return {**value, "adapter": {**usual, **given}}
+        defaults = METHOD_DEFAULTS.get(str(value.get("method")), {})
+        return {
+            **value,
+            **{name: _completed(name, value.get(name, {}), own) for name, own in defaults.items()},
+        }
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "Config":

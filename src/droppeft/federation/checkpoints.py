@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from droppeft.errors import DroppeftError
+from droppeft.federation.memory import decode_memory, encode_memory
 from droppeft.files import write_atomically
 from droppeft.plans import (
     AdapterSpec,
@@ -54,25 +55,34 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def load_newest(folder: Path) -> Checkpoint:
+def load_newest(folder: Path, memory_type: type) -> Checkpoint:
     """Read the newest checkpoint that is whole.
 
+    Args:
+        memory_type: class of the state's memory, that of the run's method.
+
     Raises:
-        DroppeftError: there is none.
+        DroppeftError: there is none, or its memory is that of another method.
     """
     for path in _newest_first(folder):
         try:
-            return _decode(path)
+            found = _decode(path)
         except DAMAGES as error:
             _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+        else:
+            return _with_memory(path, found, memory_type)
     raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
 
 
-def load_round(folder: Path, round: int) -> Checkpoint:
+def load_round(folder: Path, round: int, memory_type: type) -> Checkpoint:
     """Read the checkpoint of one round.
 
+    Args:
+        memory_type: as :func:`load_newest`.
+
     Raises:
-        DroppeftError: it is not there (the message names those that are), or it is damaged.
+        DroppeftError: it is not there (the message names those that are), it is damaged, or its
+            memory is that of another method.
     """
     path = _path(folder, round)
     if not path.exists():
@@ -81,9 +91,10 @@ def load_round(folder: Path, round: int) -> Checkpoint:
             f"{folder}: holds no round {round}; the rounds kept are: {', '.join(kept) or 'none'}"
         )
     try:
-        return _decode(path)
+        found = _decode(path)
     except DAMAGES as error:
         raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
+    return _with_memory(path, found, memory_type)
 
 
 def _path(folder: Path, round: int) -> Path:
@@ -103,19 +114,28 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     head = {
         "round": checkpoint.round,
         "facts": checkpoint.facts,
-        "memory": state.memory,
+        "memory": encode_memory(state.memory),
         "models": {name: _describe(model) for name, model in models.items()},
     }
     return seal(arrays, head)
 
 
 def _decode(path: Path) -> Checkpoint:
+    """A checkpoint whose memory is still plain values."""
     arrays, head = unseal(path)
     models = {
         name: _assemble(name, description, arrays) for name, description in head["models"].items()
     }
     state = ServerState(models.pop(""), models, head["memory"])
     return Checkpoint(head["round"], state, head["facts"])
+
+
+def _with_memory(path: Path, found: Checkpoint, kind: type) -> Checkpoint:
+    try:
+        memory = decode_memory(found.state.memory, kind)
+    except DroppeftError as error:
+        raise DroppeftError(f"{path}: {error}") from None
+    return replace(found, state=replace(found.state, memory=memory))
 
 
 def _labelled(name: str, model: GlobalModel) -> Iterator[tuple[str, Array]]:

@@ -92,9 +92,7 @@ def export_run(
             f"{run}: has no device {device}; its devices are 0 to {config.devices - 1}"
         )
     folder = run / "checkpoints"
-    checkpoint = (
-        checkpoints.load_newest(folder) if round is None else checkpoints.load_round(folder, round)
-    )
+    checkpoint = _checkpoint(folder, round, method_named(config.method).memory_type)
     kind = "merged" if merge else "adapter"
     whose = "" if device is None else f"-device-{device}"
     out = (out or run / f"{kind}{whose}-round-{checkpoint.round}").resolve()
@@ -109,6 +107,12 @@ def export_run(
     save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
     save(source, out)
     return Exported(out, source.round, source.accuracy, source.rows, lines(source, str(out)))
+
+
+def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoint:
+    if round is None:
+        return checkpoints.load_newest(folder, memory_type)
+    return checkpoints.load_round(folder, round, memory_type)
 
 
 def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say) -> Source:

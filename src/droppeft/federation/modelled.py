@@ -15,7 +15,7 @@ from droppeft.costs.counts import StepCounts
 from droppeft.costs.devices import Fleet
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import adapter_spec
+from droppeft.method import adapter_spec
 from droppeft.models import Backbone
 from droppeft.plans import AdapterSpec, Failure, Plan, Reply, Update
 
@@ -59,7 +59,7 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     """
     clock = make_clock(fleet, lambda spec: count_rows(backbone, spec, config.training))
     try:
-        clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.layers))
+        clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.count))
     except DroppeftError as error:
         if config.clock.deadline_s is not None or config.drawn > config.cohort:
             raise DroppeftError(

@@ -15,7 +15,7 @@ from typing import Any
 from droppeft.federation.validation import checked, why_not_its_own
 from droppeft.methods import Method, Setup
 from droppeft.plans import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
-from droppeft.sharing.visits import with_visits
+from droppeft.sharing.participation import with_participations
 from droppeft.transports.base import Transport
 
 
@@ -61,7 +61,7 @@ def measure_devices(
     plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
     answers = _ask(setup, transport, plans)
     lost = tuple(one.device for one in answers if isinstance(one, Failure) and one.lost)
-    forgotten = with_visits(state, plans, answers)
+    forgotten = with_participations(state, plans, answers) if lost else state
     again = [method.own(setup, forgotten, round, device) for device in lost]
     instead = dict(zip(lost, _ask(setup, transport, again), strict=True))
     answers = [instead.get(plan.device, one) for plan, one in zip(plans, answers, strict=True)]

@@ -18,8 +18,8 @@ from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import clock_for, longest_step
+from droppeft.method import adapter_spec, local_training
 from droppeft.methods import Method, Setup, method_named
-from droppeft.methods.base import adapter_spec, local_training
 from droppeft.plans import ServerState
 from droppeft.quantization import check_installed
 from droppeft.transports.registry import transport_named
@@ -79,7 +79,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     check_installed(config.quantization)
     fleet = make_fleet(config.clock, config.devices, config.seed)
     loaded = load(config, say)
-    model = loaded.model
+    config, model = loaded.config, loaded.model
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
     setup = Setup(
         config,

@@ -4,7 +4,6 @@ Merging waits until the round has closed and then runs in Plan order, so that th
 neither the order of arrival nor the transport.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.federation.memory import decode_memory, encode_memory
 from droppeft.federation.modelled import close_round, counting_wall_s
 from droppeft.federation.validation import checked, why_refused
 from droppeft.ledger import ClosedRound
@@ -101,5 +101,6 @@ def _with_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
 
 
 def _as_saved(state: ServerState) -> ServerState:
-    """The state as a checkpoint gives it back: JSON has no tuples and no keys but texts."""
-    return replace(state, memory=json.loads(json.dumps(state.memory)))
+    """The state as a checkpoint gives it back."""
+    memory = decode_memory(encode_memory(state.memory), type(state.memory))
+    return replace(state, memory=memory)

@@ -88,7 +88,7 @@ def start_run(
     with _open(prepared, connect, watcher) as transport:
         watcher.preparing("measuring the references")
         first = Checkpoint(0, prepared.state, _facts(prepared))
-        begin(out, config, first)
+        begin(out, prepared.config, first)
         with held(out):
             return _play(prepared, transport, first, [], out, watcher)
 
@@ -109,7 +109,8 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
             watcher.finished(result)
             return result
         config = load_config(out / CONFIG)
-        newest = checkpoints.load_newest(out / "checkpoints")
+        memory_type = method_named(config.method).memory_type
+        newest = checkpoints.load_newest(out / "checkpoints", memory_type)
         config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")
         prepared = prepare(config, watcher.preparing, run)
         _check_same_start(prepared, newest, out)

@@ -3,7 +3,8 @@
 import difflib
 
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Method, Setup
+from droppeft.method import Method, Setup
+from droppeft.methods.adaptive import ADAPTIVE
 from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.ditto import DITTO
 from droppeft.methods.droppeft import DROPPEFT
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         DROPPEFT,
+        ADAPTIVE,
         FEDLORA,
         FEDADAPTER,
         FEDADAOPT,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,
@@ -19,7 +19,11 @@ from droppeft.methods.base import (
     without_steps,
 )
 from droppeft.plans import Plan, Reply, ServerState
-from droppeft.sharing.visits import last_visit, with_visits
+from droppeft.sharing.participation import (
+    ParticipationMemory,
+    last_participation,
+    with_participations,
+)
 
 
 def _init(setup: Setup) -> ServerState:
@@ -28,14 +32,14 @@ def _init(setup: Setup) -> ServerState:
             "method=ditto trains two adapters in all layers; frozen.layers is not possible, "
             "leave it out"
         )
-    return start_with(setup, uniform_adapter(setup))
+    return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    visit = last_visit(state, device)
+    last = last_participation(state, device)
     return replace(
         full_plan(setup, state, round, device),
-        kept=None if visit is None else visit.round,
+        kept=None if last is None else last.round,
         own_copy=setup.config.ditto.pull,
     )
 
@@ -43,7 +47,7 @@ def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Pla
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    return with_visits(average_by_examples(setup, state, plans, replies), plans, replies)
+    return with_participations(average_by_examples(setup, state, plans, replies), plans, replies)
 
 
 def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
@@ -59,4 +63,5 @@ DITTO = Method(
     plan=for_each(_of_device),
     merge=_merge,
     own=_own,
+    memory_type=ParticipationMemory,
 )

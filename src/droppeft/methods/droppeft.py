@@ -1,20 +1,23 @@
 """DropPEFT: devices train with stochastic transformer layer dropout and share by layer.
 
-Source: arXiv:2503.10217. The rates are the configuration's, or those that the configurator finds
-(`methods/configured.py`); which layers are shared is `methods/personal_layers.py`'s. Exact gates,
+Source: arXiv:2503.10217. The rates are the configuration's, or those that the bandit finds
+(`bandit/`); which layers are shared is `methods/personal_layers.py`'s. Exact gates,
 protected ends and schedules are ours.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from droppeft.bandit import Arm, first_trained
+from droppeft.bandit import rounds as bandit
+from droppeft.bandit.arm_costs import depth_of_run, rates_of_arm, reward_rows
+from droppeft.bandit.memory import BanditMemory
+from droppeft.bandit.rounds import ArmsOfRound
 from droppeft.config import DropoutConfig
-from droppeft.configurator import Arm, first_trained
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
-from droppeft.methods import configured
-from droppeft.methods.arm_costs import depth_of_run, rates_of_arm, reward_rows
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     full_plan,
@@ -35,7 +38,7 @@ from droppeft.methods.personal_layers import (
 from droppeft.plans import LayerDropout, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import average_over_everyone, average_over_holders
 from droppeft.sharing.factors import average_products
-from droppeft.sharing.visits import with_visits
+from droppeft.sharing.participation import ParticipationMemory, with_participations
 
 AVERAGES = {
     ("holders", "separate"): average_over_holders,
@@ -43,6 +46,19 @@ AVERAGES = {
     ("everyone", "separate"): average_over_everyone,
 }
 """By ``sharing.mean`` and ``sharing.factors``."""
+
+
+@dataclass(frozen=True)
+class DropPEFTMemory(ParticipationMemory):
+    """The state's memory.
+
+    Attributes:
+        bandit: what it learnt; ``None`` with fixed rates.
+        last_round: its arms of the last round; ``None`` before the first.
+    """
+
+    bandit: BanditMemory | None = None
+    last_round: ArmsOfRound | None = None
 
 
 def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
@@ -83,10 +99,10 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 def _init(setup: Setup) -> ServerState:
     check_sharing(setup)
     state = start_with(setup, uniform_adapter(setup))
-    if not configured.is_fixed(setup):
-        return configured.first_memory(setup, state)
-    rates_of_round(setup, 1)
-    return state
+    if bandit.is_fixed(setup):
+        rates_of_round(setup, 1)
+        return replace(state, memory=DropPEFTMemory())
+    return replace(state, memory=DropPEFTMemory(bandit=bandit.first_memory(setup, state.model)))
 
 
 def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
@@ -97,19 +113,19 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
     """
     config = setup.config
     return in_round(
-        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.layers)
+        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.count)
     )
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-    if configured.is_fixed(setup):
+    memory: DropPEFTMemory = state.memory
+    if memory.bandit is None:
         gates = _gates(setup, rates_of_round(setup, round))
         plans = [full_plan(setup, state, round, device, gates) for device in cohort]
     else:
-        arms = configured.arms_of_round(setup, state, round, cohort)
-        importance = configured.memory_of(state).importance
+        arms = bandit.arms_of_round(setup, state.model, memory.bandit, round, cohort)
         plans = [
-            _with_arm(setup, state, round, device, arm, importance)
+            _with_arm(setup, state, round, device, arm, memory.bandit.importance)
             for device, (_, arm) in zip(cohort, arms, strict=True)
         ]
     usual = usual_of(setup, state)
@@ -141,7 +157,7 @@ def _with_arm(
     plan = full_plan(setup, state, round, device, _gates(setup, rates))
     plan = replace(plan, reward_rows=reward_rows(setup, round))
     lower = first_trained(arm, depth_of_run(setup))
-    if lower == setup.config.frozen.layers:
+    if lower == setup.config.frozen.count:
         return plan
     names = frozenset(
         name for key, name, _ in flatten(plan.tensors) if not isinstance(key, int) or key >= lower
@@ -159,10 +175,19 @@ def _merge(
     )
     merged = with_mean(setup, state, updates, mean)
     if keeps_anything(config):
-        merged = with_visits(merged, plans, replies)
-    if configured.is_fixed(setup):
+        merged = with_participations(merged, plans, replies)
+    memory: DropPEFTMemory = merged.memory
+    if memory.bandit is None:
         return merged
-    return configured.learned(setup, state, merged, plans, replies)
+    learnt, last = bandit.learned(setup, state.model, memory.bandit, plans, replies)
+    return replace(merged, memory=replace(memory, bandit=learnt, last_round=last))
+
+
+def _note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
+    memory: DropPEFTMemory = state.memory
+    if memory.bandit is None or memory.last_round is None:
+        return None
+    return bandit.note(setup, state.model, memory.bandit, memory.last_round)
 
 
 DROPPEFT = Method(
@@ -174,5 +199,6 @@ DROPPEFT = Method(
     merge=_merge,
     own=_own,
     has_global_model=has_global_head,
-    note=configured.note,
+    note=_note,
+    memory_type=DropPEFTMemory,
 )

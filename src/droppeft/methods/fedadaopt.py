@@ -6,9 +6,9 @@ into one layer more and all become 8 wider, up to the same caps.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from droppeft.methods.base import Method, Setup, full_plan, start_with
+from droppeft.method import Method, Setup, full_plan, start_with
 from droppeft.methods.fedadapter import (
     TRIAL_ROUNDS,
     WIDER_BY,
@@ -21,14 +21,22 @@ from droppeft.methods.fedadapter import (
 )
 from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
 
-ROUNDS = "rounds"
-"""Key of how many rounds counted, in the state's memory."""
+
+@dataclass(frozen=True)
+class Growth:
+    """The state's memory.
+
+    Attributes:
+        rounds: so many counted.
+    """
+
+    rounds: int = 0
 
 
 def _init(setup: Setup) -> ServerState:
     check_bottlenecks(setup)
     state = start_with(setup, spec_of(setup, *first_shape(setup)))
-    return replace(state, memory={ROUNDS: 0})
+    return replace(state, memory=Growth())
 
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
@@ -43,14 +51,14 @@ def _merge(
     """Average, and upgrade when it is time; a round in which nobody answered does not count."""
     if not any(isinstance(reply, Update) for reply in replies):
         return state
-    rounds = state.memory[ROUNDS]
-    assert isinstance(rounds, int)
+    growth: Growth = state.memory
+    now = Growth(growth.rounds + 1)
     model = plain_mean(state.model, replies)
     (depth, width), (deepest, widest) = _shape(model), largest_shape(setup)
-    if (rounds + 1) % TRIAL_ROUNDS == 0 and (depth, width) != (deepest, widest):
+    if now.rounds % TRIAL_ROUNDS == 0 and (depth, width) != (deepest, widest):
         larger = min(depth + 1, deepest), min(width + WIDER_BY, widest)
         model = grown(setup, model, spec_of(setup, *larger))
-    return replace(state, model=model, memory={ROUNDS: rounds + 1})
+    return replace(state, model=model, memory=now)
 
 
 def _shape(model: GlobalModel) -> tuple[int, int]:
@@ -66,4 +74,5 @@ FEDADAOPT = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    memory_type=Growth,
 )

@@ -10,14 +10,13 @@ new widths start as fresh adapters, which change nothing until they are trained.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from droppeft.costs.clock import compute_seconds
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     adapter_spec,
@@ -48,21 +47,21 @@ class Trial:
     Attributes:
         depth, width: of the model that all groups began from.
         rounds: of this trial that are over.
-        gains: per group, the sum of its devices' rewards.
+        rewards: per group, the sum of its clients' rewards.
         turns: per group, how many rewards that are.
     """
 
     depth: int
     width: int
     rounds: int
-    gains: Mapping[str, float]
+    rewards: Mapping[str, float]
     turns: Mapping[str, int]
 
     @property
     def best(self) -> str:
-        """The group with the largest mean gain; of equal ones the one that grows less."""
+        """The group with the largest mean reward; of equal ones the one that grows less."""
         means = {
-            group: self.gains[group] / turns for group, turns in self.turns.items() if turns > 0
+            group: self.rewards[group] / turns for group, turns in self.turns.items() if turns > 0
         }
         return max(means, key=lambda group: means[group], default=SAME)
 
@@ -145,7 +144,7 @@ def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> Se
         if group != SAME
     }
     trial = Trial(depth, width, 0, dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0))
-    return ServerState(model, larger, asdict(trial))
+    return ServerState(model, larger, trial)
 
 
 def grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
@@ -170,8 +169,8 @@ def _put_into(larger: Array, smaller: Array | None) -> Array:
 
 
 def _trial(state: ServerState) -> Trial:
-    memory: Mapping[str, Any] = state.memory
-    return Trial(**memory)
+    trial: Trial = state.memory
+    return trial
 
 
 def _model(state: ServerState, group: str) -> GlobalModel:
@@ -180,7 +179,7 @@ def _model(state: ServerState, group: str) -> GlobalModel:
 
 def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
     trial = _trial(state)
-    groups = list(trial.gains)
+    groups = list(trial.rewards)
     # Nobody stays in a group for good: devices differ in data and speed.
     return [
         _of_group(setup, state, trial, groups[(place + round) % len(groups)], round, device)
@@ -193,11 +192,11 @@ def _of_group(
 ) -> Plan:
     plan = full_plan(setup, replace(state, model=_model(state, group)), round, device, None)
     # The same layers are kept for all groups, so that a device's states outlive a change of groups.
-    frozen = setup.num_layers - trial.depth - (DEEPER in trial.gains)
+    frozen = setup.num_layers - trial.depth - (DEEPER in trial.rewards)
     budget = plan.budget
     if budget.steps is not None:
         budget = replace(budget, steps=_steps(setup, state, group, frozen, device, budget.steps))
-    rewards = REWARD_ROWS if len(trial.gains) > 1 else 0  # there is nothing left to choose
+    rewards = REWARD_ROWS if len(trial.rewards) > 1 else 0  # there is nothing left to choose
     return replace(plan, frozen=frozen, budget=budget, reward_rows=rewards)
 
 
@@ -228,8 +227,8 @@ def _merge(
     if not any(isinstance(reply, Update) for reply in replies):
         return state
     trial = _trial(state)
-    gains, turns, models = dict(trial.gains), dict(trial.turns), {}
-    for group in trial.gains:
+    sums, turns, models = dict(trial.rewards), dict(trial.turns), {}
+    for group in trial.rewards:
         model = _model(state, group)
         own = [
             reply
@@ -238,12 +237,12 @@ def _merge(
         ]
         models[group] = plain_mean(model, own)
         rewards = [r.reward for r in own if isinstance(r, Update) and r.reward is not None]
-        gains[group] += sum(rewards)
+        sums[group] += sum(rewards)
         turns[group] += len(rewards)
-    now = replace(trial, rounds=trial.rounds + 1, gains=gains, turns=turns)
+    now = replace(trial, rounds=trial.rounds + 1, rewards=sums, turns=turns)
     if now.rounds < TRIAL_ROUNDS:
         others = {group: model for group, model in models.items() if group != SAME}
-        return ServerState(models[SAME], others, asdict(now))
+        return ServerState(models[SAME], others, now)
     depth, width = _shapes(setup, now.depth, now.width)[now.best]
     return _begin_trial(setup, models[now.best], depth, width)
 
@@ -255,4 +254,5 @@ FEDADAPTER = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    memory_type=Trial,
 )

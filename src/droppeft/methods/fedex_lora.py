@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from droppeft.methods.base import Method, Setup
+from droppeft.method import Method, Setup
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.flora import init
 from droppeft.methods.plain_lora import scale_of, with_added

@@ -11,15 +11,14 @@ weighed by their rows.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from droppeft import seeds
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     for_each,
@@ -50,8 +49,16 @@ PENALTY, KEPT_PART = 1e-3, 0.9
 """Weight of the penalty, and the part of a device's ranks that it spares. The paper's are tuned in
 1e-6 to 1e-3 and .85 to 1."""
 
-RANKS = "ranks"
-"""Key of the devices' ranks in the state's memory."""
+
+@dataclass(frozen=True)
+class Ranks:
+    """The state's memory.
+
+    Attributes:
+        ranks: of each client.
+    """
+
+    ranks: tuple[int, ...]
 
 
 def resized(tensors: Tensors, rank: int) -> Tensors:
@@ -96,17 +103,19 @@ def tail_norm(tensors: Tensors, kept: int) -> float:
     )
 
 
-def first_ranks(setup: Setup, full: int) -> list[int]:
+def first_ranks(setup: Setup, full: int) -> Ranks:
     """The rank with which each device begins."""
     count = setup.config.devices
     least = _least(full)
     speeds = _speeds(setup)
     if len(set(speeds)) > 1:
         low, high = min(speeds), max(speeds)
-        return [round(least + (full - least) * (speed - low) / (high - low)) for speed in speeds]
+        return Ranks(
+            tuple(round(least + (full - least) * (speed - low) / (high - low)) for speed in speeds)
+        )
     order = seeds.numpy_generator(setup.config.seed, purpose="ranks").permutation(count)
     choices = (least, (least + full) // 2, full)
-    return [choices[place % len(choices)] for place in order]
+    return Ranks(tuple(choices[place % len(choices)] for place in order))
 
 
 def _speeds(setup: Setup) -> list[float]:
@@ -132,19 +141,19 @@ def _init(setup: Setup) -> ServerState:
             "the root of the rank; leave adapter.options.use_rslora out"
         )
     state = start_with(setup, uniform_adapter(setup))
-    return replace(state, memory={RANKS: first_ranks(setup, chosen.rank)})
+    return replace(state, memory=first_ranks(setup, chosen.rank))
 
 
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan = at_rank(setup, state, round, device)
     least = _least(setup.config.adapter.rank or 0)
-    penalty = RankPenalty(PENALTY, _kept(_ranks(state.memory)[device], least))
+    penalty = RankPenalty(PENALTY, _kept(_ranks(state)[device], least))
     return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
 
 
 def at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     """The Plan most methods begin from, cut to the rank that the state's memory has of a device."""
-    plan, rank = full_plan(setup, state, round, device), _ranks(state.memory)[device]
+    plan, rank = full_plan(setup, state, round, device), _ranks(state)[device]
     return replace(plan, adapter=_cut(plan.adapter, rank), tensors=resized(plan.tensors, rank))
 
 
@@ -166,15 +175,16 @@ def _least(full: int) -> int:
     return max(1, math.ceil(LEAST_PART * full))
 
 
-def _ranks(memory: Mapping[str, Any]) -> list[int]:
-    return list(memory[RANKS])
+def _ranks(state: ServerState) -> tuple[int, ...]:
+    memory: Ranks = state.memory
+    return memory.ranks
 
 
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
     full = setup.config.adapter.rank or 0
-    ranks, updates = _ranks(state.memory), []
+    ranks, updates = list(_ranks(state)), []
     for plan, reply in zip(plans, replies, strict=True):
         if isinstance(reply, Update):
             rank = _pruned(ranks[plan.device], _least(full), plan.tensors, reply.tensors)
@@ -189,7 +199,7 @@ def _merge(
     weight = by_norm if any(norms.values()) else by_examples
     tensors = average_over_holders(state.model.tensors, updates, weight)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
-    return replace(state, model=model, memory={**state.memory, RANKS: ranks})
+    return replace(state, model=model, memory=Ranks(tuple(ranks)))
 
 
 def _pruned(rank: int, least: int, sent: Tensors, trained: Tensors) -> int:
@@ -206,4 +216,5 @@ FEDHETLORA = Method(
     plan=for_each(_with_penalty),
     merge=_merge,
     own=measuring(at_rank),
+    memory_type=Ranks,
 )

@@ -3,7 +3,7 @@
 Source: FedIT (arXiv:2305.05644), with the classification setting of FedPETuning.
 """
 
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from droppeft import seeds
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import sample_active
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,
@@ -20,7 +20,11 @@ from droppeft.methods.base import (
 )
 from droppeft.plans import Plan, Reply, ServerState, flatten, restrict
 from droppeft.sharing.factors import B
-from droppeft.sharing.visits import last_visit, with_visits
+from droppeft.sharing.participation import (
+    ParticipationMemory,
+    last_participation,
+    with_participations,
+)
 
 
 def _init(setup: Setup) -> ServerState:
@@ -30,21 +34,21 @@ def _init(setup: Setup) -> ServerState:
             f"method=fedsa_lora shares LoRA's A; adapter.type={config.adapter.type} has none, "
             "leave it out"
         )
-    return start_with(setup, uniform_adapter(setup))
+    return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan, visit = full_plan(setup, state, round, device), last_visit(state, device)
+    plan, last = full_plan(setup, state, round, device), last_participation(state, device)
     shared = frozenset(name for _, name, _ in flatten(plan.tensors) if B not in name)
-    if visit is None:
+    if last is None:
         return replace(plan, share=shared)
-    return replace(plan, tensors=restrict(plan.tensors, shared), share=shared, kept=visit.round)
+    return replace(plan, tensors=restrict(plan.tensors, shared), share=shared, kept=last.round)
 
 
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    return with_visits(average_by_examples(setup, state, plans, replies), plans, replies)
+    return with_participations(average_by_examples(setup, state, plans, replies), plans, replies)
 
 
 FEDSA_LORA = Method(
@@ -56,4 +60,5 @@ FEDSA_LORA = Method(
     merge=_merge,
     own=measuring(_of_device),
     has_global_model=lambda config: False,
+    memory_type=ParticipationMemory,
 )

@@ -6,7 +6,7 @@ does not travel.
 
 from dataclasses import replace
 
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,

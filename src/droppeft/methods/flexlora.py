@@ -8,7 +8,7 @@ begins with, so that what differs is the merge; the factor alpha / rank stays th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     for_each,
@@ -16,7 +16,7 @@ from droppeft.methods.base import (
     start_with,
     uniform_adapter,
 )
-from droppeft.methods.fedhetlora import RANKS, at_rank, first_ranks, resized
+from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.plans import Plan, Reply, ServerState, Update
 from droppeft.sharing.aggregation import by_examples
@@ -26,7 +26,7 @@ from droppeft.sharing.factors import average_products
 def _init(setup: Setup) -> ServerState:
     rank = check_plain_lora(setup.config)
     state = start_with(setup, uniform_adapter(setup))
-    return replace(state, memory={RANKS: first_ranks(setup, rank)})
+    return replace(state, memory=first_ranks(setup, rank))
 
 
 def _merge(
@@ -50,4 +50,5 @@ FLEXLORA = Method(
     plan=for_each(at_rank),
     merge=_merge,
     own=measuring(at_rank),
+    memory_type=Ranks,
 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
 )

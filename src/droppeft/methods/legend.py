@@ -14,7 +14,7 @@ from dataclasses import replace
 from droppeft.config import DeviceProfile, TrainingConfig
 from droppeft.costs.clock import Arithmetic, compute_seconds
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     average_by_examples,

@@ -7,7 +7,7 @@ a device has learnt is measured on its own test rows.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.methods.base import (
+from droppeft.method import (
     Method,
     Setup,
     for_each,
@@ -17,25 +17,29 @@ from droppeft.methods.base import (
     uniform_adapter,
 )
 from droppeft.plans import Plan, Reply, ServerState
-from droppeft.sharing.visits import last_visit, with_visits
+from droppeft.sharing.participation import (
+    ParticipationMemory,
+    last_participation,
+    with_participations,
+)
 
 
 def _init(setup: Setup) -> ServerState:
-    return start_with(setup, uniform_adapter(setup))
+    return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     plan = full_plan(setup, state, round, device)
-    visit = last_visit(state, device)
-    tensors = plan.tensors if visit is None else {}
-    kept = None if visit is None else visit.round
+    last = last_participation(state, device)
+    tensors = plan.tensors if last is None else {}
+    kept = None if last is None else last.round
     return replace(plan, tensors=tensors, share=frozenset(), kept=kept)
 
 
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    return with_visits(state, plans, replies)
+    return with_participations(state, plans, replies)
 
 
 LOCAL = Method(
@@ -47,4 +51,5 @@ LOCAL = Method(
     merge=_merge,
     own=measuring(_of_device),
     has_global_model=lambda config: False,
+    memory_type=ParticipationMemory,
 )

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 
-from droppeft.config.tables import ADAPTER_OF_METHOD
+from droppeft.config.tables import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Method, Setup, average_by_examples
+from droppeft.method import Method, Setup, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.plans import ServerState
 
 
 def _init(setup: Setup) -> ServerState:
     config = setup.config
-    wanted = ADAPTER_OF_METHOD[config.method]["type"]
+    wanted = METHOD_DEFAULTS[config.method]["adapter"]["type"]
     if config.adapter.type != wanted:
         raise DroppeftError(
             f"method={config.method} trains adapter.type={wanted}, and the configuration has "

@@ -9,7 +9,7 @@ from dataclasses import replace
 from droppeft.adapters.types import TYPES
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Setup
+from droppeft.method import Setup
 from droppeft.plans import (
     HEAD,
     AdapterSpec,
@@ -17,14 +17,12 @@ from droppeft.plans import (
     Plan,
     ServerState,
     SharingRule,
-    Tensors,
     flatten,
-    payload_bytes,
 )
 from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
 from droppeft.sharing.criteria import CKA_ROWS, CRITERIA, usual_norms
+from droppeft.sharing.participation import Participation, last_participation, norms_of_clients
 from droppeft.sharing.selection import count_of
-from droppeft.sharing.visits import Visit, last_visit, norms_of_devices
 
 
 def keeps_layers(config: Config) -> bool:
@@ -54,7 +52,7 @@ def check_sharing(setup: Setup) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
         )
-    layers = setup.num_layers - config.frozen.layers
+    layers = setup.num_layers - config.frozen.count
     if layers > 0 and config.sharing.fraction and not count_of(config.sharing.fraction, layers):
         raise DroppeftError(
             f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
@@ -86,7 +84,7 @@ def check_sharing(setup: Setup) -> None:
 def usual_of(setup: Setup, state: ServerState) -> tuple[float, ...] | None:
     """What devices' gradients are like, where the run's criterion compares with that."""
     compares = keeps_layers(setup.config) and CRITERIA[setup.config.sharing.criterion].compares
-    return usual_norms(norms_of_devices(state)) if compares else None
+    return usual_norms(norms_of_clients(state)) if compares else None
 
 
 def with_sharing(
@@ -101,15 +99,15 @@ def with_sharing(
     if not keeps_anything(config):
         return plan
     personal: frozenset[LayerKey] = frozenset(() if has_global_head(config) else {HEAD})
-    visit = last_visit(state, plan.device)
-    kept = personal | _kept_layers(plan.adapter, visit) if visit else frozenset()
+    last = last_participation(state, plan.device)
+    kept = personal | _kept_layers(plan.adapter, last) if last else frozenset()
     travels = frozenset(name for key, name, _ in flatten(plan.tensors) if key not in personal)
     return replace(
         plan,
         tensors={key: named for key, named in plan.tensors.items() if key not in kept},
         share=plan.share & travels,
-        kept=visit.round if visit and kept else None,
-        sharing=_rule(setup, visit, usual) if keeps_layers(config) else None,
+        kept=last.round if last and kept else None,
+        sharing=_rule(setup, last, usual) if keeps_layers(config) else None,
     )
 
 
@@ -118,42 +116,7 @@ def weight_of(config: Config) -> Weight:
     return by_examples if config.sharing.weights == "examples" else by_active_steps
 
 
-def usual_bytes(setup: Setup, values: Tensors, lower: int = 0) -> float:
-    """Of a turn's values that travel one way, on average over the layers.
-
-    A device that was never there downloads more, whatever its arm.
-
-    Args:
-        values: of the global model.
-        lower: layers below it do not travel; the fraction is of the others.
-    """
-    config = setup.config
-    layers = [key for key in values if isinstance(key, int) and key >= lower]
-    part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
-    found = 0.0
-    for key, named in values.items():
-        size = payload_bytes({key: named})
-        if isinstance(key, int):
-            found += part * size if key >= lower else 0
-        elif key != HEAD or has_global_head(config):
-            found += size
-    return found
-
-
-def scored_rows(setup: Setup, lower: int) -> int:
-    """Forwards of rows that scoring a turn's layers takes, if a device has so many rows.
-
-    Args:
-        lower: the first layer that is trained.
-    """
-    settings, layers = setup.config.sharing, setup.num_layers - lower
-    if not 0 < count_of(settings.fraction, layers) < layers:
-        return 0
-    times = {"no": 0, "once": 1, "per layer": layers + 1}
-    return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
-
-
-def _rule(setup: Setup, visit: Visit | None, usual: tuple[float, ...] | None) -> SharingRule:
+def _rule(setup: Setup, last: Participation | None, usual: tuple[float, ...] | None) -> SharingRule:
     settings = setup.config.sharing
     # A place does not change: there are no flaps that it would have to keep from.
     flaps = settings.criterion != "position"
@@ -162,16 +125,16 @@ def _rule(setup: Setup, visit: Visit | None, usual: tuple[float, ...] | None) ->
         fraction=settings.fraction,
         hysteresis=settings.hysteresis if flaps else 0.0,
         score_rows=settings.score_rows,
-        shared=visit.shared if visit else None,
+        shared=last.shared if last else None,
         usual=usual,
     )
 
 
-def _kept_layers(adapter: AdapterSpec, visit: Visit) -> frozenset[LayerKey]:
+def _kept_layers(adapter: AdapterSpec, last: Participation) -> frozenset[LayerKey]:
     """Those that the device did not share; without a choice it shared all."""
-    if visit.shared is None:
+    if last.shared is None:
         return frozenset()
-    return frozenset(layer for layer in _layers(adapter) if layer not in visit.shared)
+    return frozenset(layer for layer in _layers(adapter) if layer not in last.shared)
 
 
 def _layers(adapter: AdapterSpec) -> list[int]:

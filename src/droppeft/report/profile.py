@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from droppeft.config import Config, as_tree
+from droppeft.config import Config, as_tree, resolve_layers
 from droppeft.errors import DroppeftError
 from droppeft.federation.environment import machine, versions
 from droppeft.files import write_atomically
@@ -27,6 +27,7 @@ def run_profile(
     config: Config, rates: Sequence[float], repeats: int, steps: int, console: Console
 ) -> dict[str, Any]:
     """Measure, with a bar where ``console`` is a terminal; return what is written as JSON."""
+    config = resolve_layers(config, outlined(config.model).num_layers)
     trials = len(rates) * (repeats + 1)
     with bar(console) as progress:
         task = progress.add_task("trials, each in a fresh process", total=trials)

@@ -53,7 +53,7 @@ def check_runnable(config: Config) -> None:
     Raises:
         DroppeftError: with what to change.
     """
-    outline, kind, frozen = outlined(config.model), config.adapter.type, config.frozen.layers
+    outline, kind, frozen = outlined(config.model), config.adapter.type, config.frozen.count
     if frozen >= outline.num_layers:
         raise DroppeftError(
             f"frozen.layers={frozen} leaves none of the {outline.num_layers} layers to train"

@@ -22,20 +22,19 @@ from droppeft.config import (
     flat,
     load_config,
     read_toml,
+    resolve_layers,
 )
-from droppeft.config.tables import RIVALS
+from droppeft.config.tables import HALF, RIVALS
 from droppeft.costs.clock import compute_seconds
 from droppeft.costs.counts import StepCounts
 from droppeft.costs.devices import profile_named
 from droppeft.costs.memory import Memory, most_active, step_memory
 from droppeft.costs.paper import PaperModel, count_step
 from droppeft.errors import DroppeftError
+from droppeft.method import adapter_spec
 from droppeft.methods import method_named
-from droppeft.methods.base import adapter_spec
 from droppeft.methods.droppeft import configured_rates
 from droppeft.sizing.outlines import check_runnable, outlined
-
-HALF = "half"
 
 GRID: dict[str, tuple[str, ...]] = {
     "model": (),
@@ -106,7 +105,7 @@ class Option:
         config, training = self.config, self.config.training
         return (
             config.dropout.mean or 0.0,
-            config.frozen.layers,
+            config.frozen.count,
             ("fp32", "bf16", "fp16").index(training.precision),
             ("none", "8bit", "4bit").index(config.quantization),
             training.checkpointing,
@@ -165,14 +164,8 @@ def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
     choices, fixed = _choices(path, words)
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
-        half = named.get("frozen.layers") == HALF
-        named |= {"frozen.layers": "0"} if half else {}
         config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
-        layers = outlined(config.model).num_layers
-        if half:
-            frozen = config.frozen.model_copy(update={"layers": layers // 2})
-            config = config.model_copy(update={"frozen": frozen})
-        yield config
+        yield resolve_layers(config, outlined(config.model).num_layers)
 
 
 def _choices(
@@ -212,7 +205,7 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
         DroppeftError: a run would refuse it, or it cannot be counted.
     """
     check_runnable(config)
-    layers, frozen = outlined(config.model).num_layers, config.frozen.layers
+    layers, frozen = outlined(config.model).num_layers, config.frozen.count
     rates = _rates(config, layers)[frozen:]
     if config.dropout.schedule != "constant":
         rates = (0.0,) * len(rates)  # some rounds run at full depth
@@ -238,7 +231,7 @@ def mean_flops(config: Config) -> float:
 
     Without kept states they run forward in every step.
     """
-    counts, frozen = counts_of(config), config.frozen.layers
+    counts, frozen = counts_of(config), config.frozen.count
     rates = _rates(config, len(counts.blocks))
     behind = list(zip(counts.blocks, rates, strict=True))[frozen:]
     first = () if config.frozen.cache else counts.blocks[:frozen]
@@ -250,7 +243,7 @@ def _rates(config: Config, layers: int) -> tuple[float, ...]:
     """Of every layer, in a method that drops layers."""
     if "dropout" not in method_named(config.method).tables:
         return (0.0,) * layers
-    return configured_rates(config.dropout, layers, config.frozen.layers)
+    return configured_rates(config.dropout, layers, config.frozen.count)
 
 
 def counts_of(config: Config) -> StepCounts:

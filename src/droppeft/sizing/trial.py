@@ -21,7 +21,7 @@ from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
-from droppeft.methods.base import Setup
+from droppeft.method import Setup
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models import Backbone, load_backbone
 from droppeft.plans import Budget, Update

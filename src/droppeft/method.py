@@ -23,6 +23,7 @@ from droppeft.plans import (
     LayerDropout,
     Layout,
     LocalTraining,
+    NoMemory,
     Objective,
     Plan,
     Reply,
@@ -104,6 +105,8 @@ class Method:
         has_global_model: of a configuration; otherwise the state's model, or its head, is only
             where devices begin.
         note: plain values about the last round that a reader wants in the ledger, or ``None``.
+        memory_type: class of the state's memory: a frozen dataclass of numbers, texts, tuples,
+            mappings and dataclasses of such, which checkpoints hold as JSON.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Method:
     own: OfDevice = _global_model
     has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
+    memory_type: type = NoMemory
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
@@ -124,7 +128,7 @@ def uniform_adapter(setup: Setup) -> AdapterSpec:
     Raises:
         DroppeftError: all layers are frozen.
     """
-    frozen = setup.config.frozen.layers
+    frozen = setup.config.frozen.count
     if frozen >= setup.num_layers:
         raise DroppeftError(
             f"frozen.layers={frozen} leaves none of the {setup.num_layers} layers to train"
@@ -180,7 +184,7 @@ def full_plan(
         reward_rows=0,
         seed=setup.config.seed,
         nonce=secrets.token_hex(16),
-        frozen=setup.config.frozen.layers,
+        frozen=setup.config.frozen.count,
         run=setup.run,
         cache=state_cache(setup.config),
     )

@@ -1,9 +1,9 @@
-"""What arms are worth, from gains that share their round's level."""
+"""What arms are worth, from rewards that share their round's level."""
 
 import numpy as np
 import pytest
 
-from droppeft.configurator.learning import FREE, PRIOR, ROUNDS, Trial, estimate
+from droppeft.bandit.learning import FREE, PRIOR, ROUNDS, Observation, estimate
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -16,14 +16,16 @@ def test_nothing_is_known_at_first() -> None:
     assert known.count.tolist() == [0, 0]
 
 
-def test_the_posterior_is_that_of_jointly_normal_gains() -> None:
-    """The same from the other side: gains that are correlated by round, arm and level."""
+def test_the_posterior_is_that_of_jointly_normal_rewards() -> None:
+    """The same from the other side: rewards that are correlated by round, arm and level."""
     rng = np.random.default_rng(0)
     rounds, arms = np.array([1, 1, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 2, 2])
-    gains = rng.normal(1, 0.5, 6)
-    trials = [Trial(int(r), int(a), float(g)) for r, a, g in zip(rounds, arms, gains, strict=True)]
-    known = estimate(trials, [0, 1, 2], last=3, window=5)
-    scaled = gains / np.sqrt(np.mean(gains**2))
+    rewards = rng.normal(1, 0.5, 6)
+    observations = [
+        Observation(int(r), int(a), float(g)) for r, a, g in zip(rounds, arms, rewards, strict=True)
+    ]
+    known = estimate(observations, [0, 1, 2], last=3, window=5)
+    scaled = rewards / np.sqrt(np.mean(rewards**2))
     by_round = ROUNDS**2 * (rounds[:, None] == rounds)
     by_arm = PRIOR**2 * (arms[:, None] == arms)
     noise = known.noise**2 * np.eye(6)
@@ -39,67 +41,79 @@ def test_the_posterior_is_that_of_jointly_normal_gains() -> None:
 
 def test_a_round_s_own_level_counts_more_than_those_around_it() -> None:
     """Arm 0 only in a good round, arm 1 only in a bad one: less than half of it is the arms'."""
-    known = estimate([*[Trial(1, 0, 2.0)] * 3, *[Trial(2, 1, 1.0)] * 3], [0, 1], 2, 5)
+    known = estimate([*[Observation(1, 0, 2.0)] * 3, *[Observation(2, 1, 1.0)] * 3], [0, 1], 2, 5)
     apart = float(known.value[0] - known.value[1])
-    together = [Trial(r, arm, 2.0 - arm) for r in (1, 2) for arm in (0, 1)] * 2
+    together = [Observation(r, arm, 2.0 - arm) for r in (1, 2) for arm in (0, 1)] * 2
     within = estimate(together, [0, 1], 2, 5).value
     assert 0 < apart < float(within[0] - within[1])
 
 
 def test_arms_meet_over_a_third() -> None:
     """0 beats 2 in one round, 2 beats 1 in another: so 0 is better than 1."""
-    rounds = [Trial(1, 0, 2.0), Trial(1, 2, 1.0), Trial(2, 2, 2.0), Trial(2, 1, 1.0)] * 4
+    rounds = [
+        Observation(1, 0, 2.0),
+        Observation(1, 2, 1.0),
+        Observation(2, 2, 2.0),
+        Observation(2, 1, 1.0),
+    ] * 4
     known = estimate(rounds, [0, 1], last=2, window=5)
     assert known.value[0] > 0 > known.value[1]
 
 
 def test_old_rounds_are_forgotten() -> None:
-    trials = [Trial(1, 0, 9.0), Trial(1, 1, 1.0), Trial(6, 0, 1.0), Trial(6, 1, 2.0)]
-    assert estimate(trials, [0, 1], last=6, window=6).count.tolist() == [2, 2]
-    known = estimate(trials, [0, 1], last=6, window=5)
+    observations = [
+        Observation(1, 0, 9.0),
+        Observation(1, 1, 1.0),
+        Observation(6, 0, 1.0),
+        Observation(6, 1, 2.0),
+    ]
+    assert estimate(observations, [0, 1], last=6, window=6).count.tolist() == [2, 2]
+    known = estimate(observations, [0, 1], last=6, window=5)
     assert known.count.tolist() == [1, 1]
     assert known.value[1] > known.value[0]
 
 
 def test_the_unit_does_not_matter() -> None:
-    trials = [Trial(1, 0, 3.0), Trial(1, 1, 1.0), Trial(2, 1, -2.0)]
-    small = [Trial(one.round, one.arm, one.gain / 1000) for one in trials]
-    first, second = (estimate(some, [0, 1], last=2, window=5) for some in (trials, small))
+    observations = [Observation(1, 0, 3.0), Observation(1, 1, 1.0), Observation(2, 1, -2.0)]
+    small = [Observation(one.round, one.arm, one.reward / 1000) for one in observations]
+    first, second = (estimate(some, [0, 1], last=2, window=5) for some in (observations, small))
     assert first.value == pytest.approx(second.value)
     assert first.level == pytest.approx(second.level)
 
 
-def test_no_gain_at_all_is_no_error() -> None:
-    known = estimate([Trial(1, 0, 0.0), Trial(1, 1, 0.0)], [0, 1], last=1, window=5)
+def test_no_reward_at_all_is_no_error() -> None:
+    known = estimate([Observation(1, 0, 0.0), Observation(1, 1, 0.0)], [0, 1], last=1, window=5)
     assert known.quality.tolist() == [0.0, 0.0]
 
 
 def test_one_device_s_word_moves_no_arm_alone() -> None:
     """Arm 2 is the worst, but for one turn of which somebody says that it gained a million."""
-    trials = [Trial(r, arm, (0.1, 0.05, 0.01)[arm]) for r in range(10) for arm in (0, 1, 2)]
-    known = estimate([*trials, Trial(9, 2, 1e6)], [0, 1, 2], last=9, window=10)
+    observations = [
+        Observation(r, arm, (0.1, 0.05, 0.01)[arm]) for r in range(10) for arm in (0, 1, 2)
+    ]
+    known = estimate([*observations, Observation(9, 2, 1e6)], [0, 1, 2], last=9, window=10)
     assert int(known.value.argmax()) == 0
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_little_is_known_for_sure_of_few_turns(rounds: int) -> None:
     """Even if they happen to agree with each other."""
-    trials = [Trial(r, arm, 1.0 - 0.5 * arm) for r in range(rounds) for arm in (0, 1)]
-    known = estimate(trials, [0, 1], last=rounds, window=10)
+    observations = [Observation(r, arm, 1.0 - 0.5 * arm) for r in range(rounds) for arm in (0, 1)]
+    known = estimate(observations, [0, 1], last=rounds, window=10)
     assert known.noise > 0.7
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_better_arm_is_found_through_noise_and_levels(seed: int) -> None:
-    """Values .2, 0 and −.2 of the typical gain, noise .5, levels that decay from 1 to .1."""
+    """Values .2, 0 and −.2 of the typical reward, noise .5, levels that decay from 1 to .1."""
     rng = np.random.default_rng(seed)
     worth = [0.2, 0.0, -0.2]
-    trials = [
-        Trial(round, arm, float(level * (1 + worth[arm] + 0.5 * rng.normal())))
+    observations = [
+        Observation(round, arm, float(level * (1 + worth[arm] + 0.5 * rng.normal())))
         for round, level in enumerate(np.geomspace(1, 0.5, 40))
         for arm in rng.integers(3, size=6).tolist()
     ]
-    known = estimate(trials, [0, 1, 2], last=39, window=40)
+    known = estimate(observations, [0, 1, 2], last=39, window=40)
     assert int(known.value.argmax()) == 0
     assert int(known.value.argmin()) == 2
     assert known.deviation.max() < 0.15
@@ -107,11 +121,11 @@ def test_the_better_arm_is_found_through_noise_and_levels(seed: int) -> None:
 
 
 def test_the_level_is_that_of_an_arm_of_mean_worth() -> None:
-    """Three turns of the good arm, one of the bad one in every round: the mean gain is 2.5."""
-    trials = [
-        Trial(round, arm, 3.0 - 2 * (arm == 1)) for round in range(40) for arm in (0, 0, 0, 1)
+    """Three turns of the good arm, one of the bad one in every round: the mean reward is 2.5."""
+    observations = [
+        Observation(round, arm, 3.0 - 2 * (arm == 1)) for round in range(40) for arm in (0, 0, 0, 1)
     ]
-    known = estimate(trials, [0, 1], last=39, window=40)
+    known = estimate(observations, [0, 1], last=39, window=40)
     unit = np.sqrt((3 * 9 + 1) / 4)
     assert known.level * unit == pytest.approx(2.0, abs=0.05)
     assert known.quality * unit == pytest.approx([3.0, 1.0], abs=0.08)

@@ -1,4 +1,4 @@
-"""Policies by name: from what is known of arms to what each device's next turn is hoped to gain.
+"""Policies by name: from what is known of arms to the rewards hoped for in the next round.
 
 ``epsilon_greedy`` is the nearest to DropPEFT (arXiv:2503.10217), which names a bandit with
 exploration and exploitation; ``sliding_window_ucb`` has the window of Garivier and Moulines
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.configurator.learning import Estimate, Vector, per_second
+from droppeft.bandit.learning import Estimate, Vector, per_second
 
 Flags = npt.NDArray[np.bool_]
 
 BONUS = 1.0
-"""Of ``sliding_window_ucb``, in deviations per root of the logarithm of the trials."""
+"""Of ``sliding_window_ucb``, in deviations per root of the logarithm of the observations."""
 
 LOT = "uniform_random"
 """The policy that learns nothing."""
 
 FORCED = 1e6
-"""A score that no gain reaches: this device tries this arm."""
+"""A score that no reward reaches: this device tries this arm."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Scored:
     """What a policy hopes of every arm on every device.
 
     Attributes:
-        scores: (devices, A) expected gain, or :data:`FORCED` in one place of a row.
+        scores: (devices, A) expected reward, or :data:`FORCED` in one place of a row.
         expected: (A,) what is expected of an arm, also where it is forced.
         by_cost: whether seconds count; otherwise the best score is taken whatever it takes.
     """
@@ -108,7 +108,7 @@ def _greedy(known: Estimate, asked: Asked) -> Scored:
 def _ucb(known: Estimate, asked: Asked) -> Scored:
     """All but one device have the best arm; one tries that of the others with the highest bound.
 
-    A gain counts against those of its round, so a round in which all do the same shows nothing.
+    A reward counts against those of its round, so a round in which all do the same shows nothing.
     When no bound is above what is expected of the best arm, nobody tries others.
     """
     scores = np.tile(known.quality, (asked.devices, 1))

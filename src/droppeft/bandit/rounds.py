@@ -1,7 +1,7 @@
-"""The configurator on a run: which arms a round has, and what its turns have shown. Ours."""
+"""The bandit in the rounds of a run: the arms of a cohort, and what their rewards teach. Ours."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -10,27 +10,18 @@ import numpy.typing as npt
 
 from droppeft import seeds
 from droppeft.adapters.types import TYPES
-from droppeft.configurator import (
+from droppeft.bandit import (
     Arm,
     Asked,
+    Observation,
     Scored,
-    Trial,
     candidates,
     choose_together,
     neighbours,
     per_second,
     score,
 )
-from droppeft.configurator.memory import (
-    Memory,
-    as_json,
-    begin,
-    from_json,
-    halved,
-    refreshed,
-    with_round,
-)
-from droppeft.methods.arm_costs import (
+from droppeft.bandit.arm_costs import (
     check_fits,
     depth_of_run,
     fits_somewhere,
@@ -38,16 +29,37 @@ from droppeft.methods.arm_costs import (
     is_deciding,
     of_kinds,
     seconds_of,
+    typical_seconds,
     unfitted,
-    usual_seconds,
 )
-from droppeft.methods.base import Setup
-from droppeft.methods.gains import gains_of
-from droppeft.plans import Plan, Reply, ServerState, Update, first_trained_layer
+from droppeft.bandit.memory import BanditMemory, begin, halved, refreshed, with_round
+from droppeft.bandit.rewards import rewards_of
+from droppeft.method import Setup
+from droppeft.plans import GlobalModel, Plan, Reply, Update, first_trained_layer
 
-KEY, LAST = "configurator", "last_arms"
 STEP = 0.125
 """Of the mean drop rate, between neighbours."""
+
+
+@dataclass(frozen=True)
+class ArmsOfRound:
+    """The arms of a round and their rewards, for people; nothing is decided by it.
+
+    Attributes:
+        round: which.
+        chosen: number of the arm of each client of the cohort.
+        labels: of these arms, by number.
+        rewards: of each client whose update was merged; ``None`` where it shows nothing.
+        rates: of each layer, mean drop rate over the cohort.
+        trained: of each layer, share of the cohort that trained it.
+    """
+
+    round: int
+    chosen: Mapping[int, int]
+    labels: Mapping[int, str]
+    rewards: Mapping[int, float | None]
+    rates: tuple[float, ...]
+    trained: tuple[float, ...]
 
 
 def is_fixed(setup: Setup) -> bool:
@@ -55,8 +67,8 @@ def is_fixed(setup: Setup) -> bool:
     return setup.config.configurator.policy == "fixed"
 
 
-def first_memory(setup: Setup, state: ServerState) -> ServerState:
-    """The state with all candidates, none tried.
+def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
+    """All candidates, none tried.
 
     Raises:
         DroppeftError: no candidate is possible, none fits some device, or there is no clock.
@@ -64,9 +76,9 @@ def first_memory(setup: Setup, state: ServerState) -> ServerState:
     settings = setup.config.configurator
     found = candidates(settings.means, settings.shapes, _prefixes(setup), depth_of_run(setup))
     memory = begin(found, setup.config.training.max_length / 2)
-    check_fits(setup, state, memory)
-    possible = [arm for arm in found if fits_somewhere(setup, state, memory, arm, 1)]
-    return _with_memory(state, begin(possible, memory.row_length), {})
+    check_fits(setup, model, memory)
+    possible = [arm for arm in found if fits_somewhere(setup, model, memory, arm, 1)]
+    return begin(possible, memory.row_length)
 
 
 def _prefixes(setup: Setup) -> Sequence[float]:
@@ -75,26 +87,19 @@ def _prefixes(setup: Setup) -> Sequence[float]:
     return setup.config.configurator.prefixes if layered else (0.0,)
 
 
-def memory_of(state: ServerState) -> Memory:
-    """What is remembered."""
-    tree = state.memory[KEY]
-    assert isinstance(tree, Mapping)
-    return from_json(tree)
-
-
 def arms_of_round(
-    setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, cohort: Sequence[int]
 ) -> list[tuple[int, Arm]]:
-    """An arm and its number for every device, from the state, the round and the cohort alone."""
-    settings, memory = setup.config.configurator, memory_of(state)
+    """An arm and its number for every client, from the state, the round and the cohort alone."""
+    settings = setup.config.configurator
     if not cohort:
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
-    common = (setup, state, memory, round)
+    common = (setup, model, memory, round)
     seconds = np.array(of_kinds(setup, cohort, lambda kind: seconds_of(*common, kind)))
     fits = np.array(of_kinds(setup, cohort, lambda kind: fitting(*common, kind)))
     if not settings.by_class:
-        seconds = np.tile(usual_seconds(*common), (len(cohort), 1))
+        seconds = np.tile(typical_seconds(*common), (len(cohort), 1))
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
     untried = np.array([number not in memory.tried for number in numbers])
@@ -120,36 +125,36 @@ def _in_time(
 
 def learned(
     setup: Setup,
-    before: ServerState,
-    after: ServerState,
+    model: GlobalModel,
+    memory: BanditMemory,
     plans: Sequence[Plan],
     replies: Sequence[Reply],
-) -> ServerState:
-    """The state after a round, with what its turns have shown; failures show nothing.
+) -> tuple[BanditMemory, ArmsOfRound | None]:
+    """The memory after a round, and what there is to show of it; failures teach nothing.
 
     Args:
-        before: from which the Plans were made.
-        after: with the merged model.
+        model: from which the Plans were made.
+        memory: from which their arms were chosen.
     """
     if not plans:
-        return _with_memory(after, memory_of(before), {})
-    settings, memory, round = setup.config.configurator, memory_of(before), plans[0].round
-    given = arms_of_round(setup, before, round, [plan.device for plan in plans])
-    gains = gains_of(setup, plans, replies)
+        return memory, None
+    settings, round = setup.config.configurator, plans[0].round
+    given = arms_of_round(setup, model, memory, round, [plan.device for plan in plans])
+    rewards = rewards_of(setup, plans, replies)
     merged = [
         (plan, reply)
         for plan, reply in zip(plans, replies, strict=True)
         if isinstance(reply, Update)
     ]
-    trials = [
-        Trial(round, number, gain)
-        for gain, (number, _) in zip(gains, given, strict=True)
-        if gain is not None and is_deciding(setup, round)
+    observations = [
+        Observation(round, number, reward)
+        for reward, (number, _) in zip(rewards, given, strict=True)
+        if reward is not None and is_deciding(setup, round)
     ]
     lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
     memory = with_round(
         memory,
-        trials,
+        observations,
         round,
         settings.window,
         fmean(lengths) if lengths else None,
@@ -157,30 +162,30 @@ def learned(
         [number for number, _ in given] if is_deciding(setup, round) else (),
     )
     if is_deciding(setup, round):
-        memory = _other_arms(setup, before, memory, round)
-    return _with_memory(after, memory, _shown(setup, plans, replies, given, gains))
+        memory = _other_arms(setup, model, memory, round)
+    return memory, _shown(setup, plans, replies, given, rewards)
 
 
-def _other_arms(setup: Setup, state: ServerState, memory: Memory, round: int) -> Memory:
+def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> BanditMemory:
     """Fewer, or one exchanged, as the policy has it; every kind of device has one that fits."""
     settings = setup.config.configurator
-    seconds = usual_seconds(setup, state, memory, round)
+    seconds = typical_seconds(setup, model, memory, round)
 
     def suffice(numbers: Collection[int]) -> bool:
         left = {number: memory.arms[number] for number in numbers}
-        return unfitted(setup, state, replace(memory, arms=left), round) is None
+        return unfitted(setup, model, replace(memory, arms=left), round) is None
 
     def near(arm: Arm) -> list[Arm]:
         several = any(_prefixes(setup))
         depth = depth_of_run(setup)
         found = neighbours(arm, STEP, settings.shapes, depth, prefixes=several)
-        return [one for one in found if fits_somewhere(setup, state, memory, one, round)]
+        return [one for one in found if fits_somewhere(setup, model, memory, one, round)]
 
     if settings.policy == "successive_halving":
         return halved(memory, round, settings.stage, settings.window, seconds, suffice)
     rng = seeds.numpy_generator(setup.config.seed, purpose="new arm", round=round)
     new = refreshed(memory, round, settings.refresh, settings.window, seconds, near, rng)
-    stays = unfitted(setup, state, new, round) is not None
+    stays = unfitted(setup, model, new, round) is not None
     return replace(memory, changed=new.changed) if stays else new
 
 
@@ -189,48 +194,48 @@ def _shown(
     plans: Sequence[Plan],
     replies: Sequence[Reply],
     given: Sequence[tuple[int, Arm]],
-    gains: Sequence[float | None],
-) -> Mapping[str, Any]:
-    """What people want to see of a round; nothing is decided by it."""
+    rewards: Sequence[float | None],
+) -> ArmsOfRound:
     rates = [plan.dropout.rates for plan in plans if plan.dropout]
     lowest = [first_trained_layer(plan) for plan in plans]
-    return {
-        "round": plans[0].round,
-        "chosen": {
-            str(plan.device): number for plan, (number, _) in zip(plans, given, strict=True)
-        },
-        "labels": {str(number): arm.label for number, arm in given},
-        "rewards": {
-            str(plan.device): gain
-            for plan, reply, gain in zip(plans, replies, gains, strict=True)
+    return ArmsOfRound(
+        round=plans[0].round,
+        chosen={plan.device: number for plan, (number, _) in zip(plans, given, strict=True)},
+        labels={number: arm.label for number, arm in given},
+        rewards={
+            plan.device: reward
+            for plan, reply, reward in zip(plans, replies, rewards, strict=True)
             if isinstance(reply, Update)
         },
-        "rates": [fmean(layer) for layer in zip(*rates, strict=True)],
-        "trained": [fmean(layer >= lower for lower in lowest) for layer in range(setup.num_layers)],
-    }
+        rates=tuple(fmean(layer) for layer in zip(*rates, strict=True)),
+        trained=tuple(
+            fmean(layer >= lower for lower in lowest) for layer in range(setup.num_layers)
+        ),
+    )
 
 
-def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
-    """What the configurator did in the last round and thinks now, for the ledger.
+def note(
+    setup: Setup, model: GlobalModel, memory: BanditMemory, last: ArmsOfRound
+) -> Mapping[str, Any]:
+    """What the bandit did in the last round and thinks now, as plain values for the ledger.
 
-    ``chosen``: number of the arm of each device; ``rewards``: of those that were merged; ``rates``,
-    ``trained``: of each layer, mean drop rate and share of the devices that trained it; ``labels``:
-    of the arms' numbers, chosen or present; ``quality``, ``deviation``, ``trials``, ``seconds``: of
-    the present arms, in units of the typical gain and modelled seconds of a turn, mean over the
-    kinds of device; ``best``: number of the arm with most gain per second.
+    Besides what :class:`ArmsOfRound` has: ``labels`` of the present arms too; ``quality``,
+    ``deviation``, ``trials``, ``seconds``: of the present arms, in units of the typical reward, how
+    often each was tried, and modelled seconds of a turn, mean over the kinds of device; ``best``:
+    number of the arm with most reward per second.
     """
-    last = state.memory.get(LAST)
-    if is_fixed(setup) or not isinstance(last, Mapping) or not last:
-        return None
-    memory = memory_of(state)
     known = memory.known(setup.config.configurator.window)
-    seconds = usual_seconds(setup, state, memory, last["round"])
+    seconds = typical_seconds(setup, model, memory, last.round)
     worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
-    present = {str(number): arm.label for number, arm in memory.arms.items()}
+    labels = {**last.labels, **{number: arm.label for number, arm in memory.arms.items()}}
     return {
-        **last,
-        "labels": {**last["labels"], **present},
+        "round": last.round,
+        "chosen": _by_text(last.chosen),
+        "labels": _by_text(labels),
+        "rewards": _by_text(last.rewards),
+        "rates": list(last.rates),
+        "trained": list(last.trained),
         "present": list(numbers),
         "quality": [float(one) for one in known.quality],
         "deviation": [float(one) for one in known.deviation],
@@ -240,10 +245,8 @@ def note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
     }
 
 
-def _with_memory(state: ServerState, memory: Memory, last: Mapping[str, Any]) -> ServerState:
-    return ServerState(
-        state.model, state.alternatives, {**state.memory, KEY: as_json(memory), LAST: dict(last)}
-    )
+def _by_text(table: Mapping[int, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in table.items()}
 
 
 def _importance(setup: Setup, merged: Sequence[tuple[Plan, Update]]) -> list[float]:

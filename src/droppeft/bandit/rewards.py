@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.methods.base import Setup
+from droppeft.method import Setup
 from droppeft.plans import HEAD, LayerKey, Plan, Reply, Update
 
 Matrix = npt.NDArray[np.float64]
 Changes = Mapping[tuple[LayerKey, str], Matrix]
 
 
-def gains_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) -> list[float | None]:
-    """The gain of every Plan's turn; ``None`` of one that was not merged or that shows nothing.
+def rewards_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) -> list[float | None]:
+    """The reward of every Plan's turn; ``None`` of one that was not merged or that shows nothing.
 
     Args:
         plans: of a round.
@@ -61,8 +61,8 @@ def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[flo
         ]
         products.append(sum(parts) if parts else None)
     sizes = [abs(product) for product in products if product is not None]
-    usual = sum(sizes) / len(sizes) if sizes else 0.0
-    return [None if one is None or usual == 0 else one / usual for one in products]
+    typical = sum(sizes) / len(sizes) if sizes else 0.0
+    return [None if one is None or typical == 0 else one / typical for one in products]
 
 
 def _changes(plan: Plan, update: Update) -> Changes:

@@ -1,15 +1,17 @@
 """Policies: what they explore, and that each finds the best arm of a known problem."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from droppeft.configurator.arms import Arm
-from droppeft.configurator.choosing import choose_together
-from droppeft.configurator.learning import Estimate, Trial
-from droppeft.configurator.memory import Memory, begin, halved, with_round
-from droppeft.configurator.policies import FORCED, POLICIES, Asked, score
+from droppeft.bandit.arms import Arm
+from droppeft.bandit.choosing import choose_together
+from droppeft.bandit.learning import Estimate, Observation
+from droppeft.bandit.memory import BanditMemory, begin, halved, with_round
+from droppeft.bandit.policies import FORCED, POLICIES, Asked, score
+from droppeft.federation.memory import decode_memory, encode_memory
 
 SOME = Estimate(
     level=1.0,
@@ -130,11 +132,11 @@ def play(
         also = Asked(times, fits, untried, 0.2, rng)
         picked = choose_together(score(policy, memory.known(20), also), times, fits)
         numbers = [memory.numbers[place] for place in picked]
-        trials = [
-            Trial(round, number, level * (worth[number] + 0.3 * float(rng.normal())))
+        observations = [
+            Observation(round, number, level * (worth[number] + 0.3 * float(rng.normal())))
             for number in numbers
         ]
-        memory = with_round(memory, trials, round, 20, None, None)
+        memory = with_round(memory, observations, round, 20, None, None)
         if policy == "successive_halving":
             memory = halved(memory, round, 5, 20, places)
         given += numbers
@@ -145,7 +147,7 @@ def play(
     "policy",
     ["epsilon_greedy", "sliding_window_ucb", "budgeted_thompson", "successive_halving"],
 )
-def test_every_policy_finds_the_arm_with_most_gain_per_second(policy: str) -> None:
+def test_every_policy_finds_the_arm_with_most_reward_per_second(policy: str) -> None:
     """.9 in 2 seconds; drawing at random would give it a third of the turns."""
     shares = [play(policy, seed).count(1) / 100 for seed in range(6)]
     assert np.mean(shares) > 0.5
@@ -180,7 +182,9 @@ def test_a_long_arm_that_is_the_best_is_found(
 
 def test_halving_ends_with_one() -> None:
     memory = begin(ARMS, 64.0)
-    memory = with_round(memory, [Trial(1, arm, WORTH[arm]) for arm in (0, 1, 2)], 1, 20, None, None)
+    memory = with_round(
+        memory, [Observation(1, arm, WORTH[arm]) for arm in (0, 1, 2)], 1, 20, None, None
+    )
     assert halved(memory, 2, 3, 20, SECONDS) == memory
     memory = halved(memory, 3, 3, 20, SECONDS)
     # Per second 1 / 4 < .5 / 1.9 < .9 / 2.
@@ -194,18 +198,15 @@ def near(arm: Arm) -> list[Arm]:
     return [Arm(arm.mean + change, "uniform", 0.0) for change in (-0.125, 0.125)]
 
 
-def learnt(memory: Memory) -> Memory:
-    trials = [Trial(1, arm, WORTH[arm]) for arm in (0, 1, 2)] * 5
-    return with_round(memory, trials, 1, 20, 50.0, [1.0] * 12)
+def learnt(memory: BanditMemory) -> BanditMemory:
+    observations = [Observation(1, arm, WORTH[arm]) for arm in (0, 1, 2)] * 5
+    return with_round(memory, observations, 1, 20, 50.0, [1.0] * 12)
 
 
 def test_the_memory_survives_json() -> None:
-    import json
-
-    from droppeft.configurator.memory import as_json, from_json
-
     for memory in (begin(ARMS, 64.0), learnt(begin(ARMS, 64.0))):
-        assert from_json(json.loads(json.dumps(as_json(memory)))) == memory
+        values = json.loads(json.dumps(encode_memory(memory)))
+        assert decode_memory(values, BanditMemory) == memory
 
 
 def test_importance_is_a_running_mean_of_what_is_known() -> None:
@@ -220,7 +221,7 @@ def test_importance_is_a_running_mean_of_what_is_known() -> None:
 
 
 def test_the_worst_arm_makes_room_for_a_neighbour_of_the_best() -> None:
-    from droppeft.configurator.memory import refreshed
+    from droppeft.bandit.memory import refreshed
 
     memory = learnt(begin(ARMS, 64.0))
     rng = np.random.default_rng(0)
@@ -232,40 +233,44 @@ def test_the_worst_arm_makes_room_for_a_neighbour_of_the_best() -> None:
     assert new.arms[3] in near(ARMS[1])
     assert refreshed(memory, 3, 3, 20, SECONDS, lambda arm: [], rng).numbers == (0, 1, 2)
     assert (new.next_number, new.changed) == (4, 3)
-    assert new.trials == memory.trials
+    assert new.observations == memory.observations
 
 
-def test_where_nothing_gains_the_longest_go_first() -> None:
-    trials = [Trial(round, arm, -0.01) for round in (1, 2) for arm in (0, 1, 2)]
-    memory = with_round(begin(ARMS, 64.0), trials, 2, 20, None, None)
+def test_where_nothing_is_gained_the_longest_go_first() -> None:
+    observations = [Observation(round, arm, -0.01) for round in (1, 2) for arm in (0, 1, 2)]
+    memory = with_round(begin(ARMS, 64.0), observations, 2, 20, None, None)
     assert halved(memory, 3, 3, 20, (4.0, 2.0, 1.0)).numbers == (1, 2)
 
 
 def test_halving_takes_of_the_worse_half_what_can_be_spared() -> None:
     """Somebody can have none but the best, and somebody none but the worst."""
     four = [*ARMS, Arm(0.125, "uniform", 0.0)]
-    trials = [Trial(1, arm, gain) for arm, gain in enumerate((1.0, 0.5, 0.25, 0.1))] * 2
-    memory = with_round(begin(four, 64.0), trials, 1, 20, None, None)
+    observations = [
+        Observation(1, arm, reward) for arm, reward in enumerate((1.0, 0.5, 0.25, 0.1))
+    ] * 2
+    memory = with_round(begin(four, 64.0), observations, 1, 20, None, None)
     left = halved(memory, 3, 3, 20, (1.0,) * 4, lambda numbers: {0, 3} <= set(numbers))
     assert left.numbers == (0, 1, 3)
     assert left.changed == 3
 
 
 def test_an_arm_counts_as_tried_when_it_was_given() -> None:
-    memory = with_round(begin(ARMS, 64.0), [Trial(1, 0, 1.0)], 1, 20, None, None, given=[2, 0])
+    memory = with_round(
+        begin(ARMS, 64.0), [Observation(1, 0, 1.0)], 1, 20, None, None, given=[2, 0]
+    )
     assert memory.tried == {0, 2}
 
 
 def test_halving_keeps_what_was_not_tried() -> None:
-    trials = [Trial(1, 1, 1.0), Trial(1, 2, 0.1)]
-    memory = with_round(begin(ARMS, 64.0), trials, 1, 20, None, None)
+    observations = [Observation(1, 1, 1.0), Observation(1, 2, 0.1)]
+    memory = with_round(begin(ARMS, 64.0), observations, 1, 20, None, None)
     assert halved(memory, 3, 3, 20, SECONDS).numbers == (0, 1)
 
 
 def test_arms_that_were_not_tried_are_not_judged() -> None:
-    from droppeft.configurator.memory import refreshed
+    from droppeft.bandit.memory import refreshed
 
-    trials = [Trial(1, 1, 1.0), Trial(1, 2, 0.1)]
-    memory = with_round(begin(ARMS, 64.0), trials, 1, 20, None, None)
+    observations = [Observation(1, 1, 1.0), Observation(1, 2, 0.1)]
+    memory = with_round(begin(ARMS, 64.0), observations, 1, 20, None, None)
     new = refreshed(memory, 3, 3, 20, SECONDS, near, np.random.default_rng(0))
     assert new.numbers == (0, 1, 3)

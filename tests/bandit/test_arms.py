@@ -1,20 +1,16 @@
 """Arms: rates with the mean they say, and nothing impossible among the candidates."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.configurator.arms import (
+from droppeft.bandit.arms import (
     IMPORTANCE,
     Arm,
     Depth,
     arm_rates,
-    as_json,
     candidates,
     first_trained,
-    from_json,
     neighbours,
 )
 from droppeft.errors import DroppeftError
@@ -118,8 +114,3 @@ def test_neighbours_differ_in_one_thing_and_are_possible() -> None:
 def test_labels_are_for_people() -> None:
     assert Arm(0.0, "uniform", 0.0).label == "nothing dropped"
     assert Arm(0.25, "decay", 0.5).label == "25% dropped (decay), first 50% not trained"
-
-
-@given(st.builds(Arm, st.floats(0, 1), st.sampled_from(["uniform", "decay"]), st.floats(0, 1)))
-def test_arms_survive_json(arm: Arm) -> None:
-    assert from_json(json.loads(json.dumps(as_json(arm)))) == arm

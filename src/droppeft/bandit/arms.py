@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import SHAPES, protected_ends, weighted_rates
@@ -146,14 +145,3 @@ def neighbours(
     inside = [one for one in near if 0 <= one.mean < 1 and -1e-9 <= one.prefix < 1]
     found = dict.fromkeys(_plain(one, depth) for one in inside if is_possible(one, depth))
     return tuple(one for one in found if one != _plain(arm, depth))
-
-
-def as_json(arm: Arm) -> list[Any]:
-    """Plain values."""
-    return [arm.mean, arm.shape, arm.prefix]
-
-
-def from_json(values: Sequence[Any]) -> Arm:
-    """What :func:`as_json` gave."""
-    mean, shape, prefix = values
-    return Arm(float(mean), str(shape), float(prefix))

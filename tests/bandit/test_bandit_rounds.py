@@ -1,4 +1,4 @@
-"""The configurator on a run: Plans by arm, seconds by the clock, nothing learnt from failures."""
+"""The bandit on a run: Plans by arm, seconds by the clock, nothing learnt from failures."""
 
 import json
 from dataclasses import replace
@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from droppeft.bandit import POLICIES, Arm, arm_costs, rounds
+from droppeft.bandit.memory import BanditMemory
 from droppeft.config import DeviceProfile, load_config, resolve
-from droppeft.configurator import POLICIES, Arm
-from droppeft.configurator.memory import Memory, as_json
 from droppeft.costs.devices import PROFILES, make_fleet, seconds_per_byte
 from droppeft.errors import DroppeftError
+from droppeft.federation.memory import decode_memory, encode_memory
 from droppeft.federation.modelled import make_clock
 from droppeft.federation.rounds import play_round
 from droppeft.federation.run import resume_run, start_run
-from droppeft.methods import METHODS, Setup, arm_costs, configured
-from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.personal_layers import usual_bytes
+from droppeft.methods import METHODS, Setup
+from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
 from droppeft.plans import (
     HEAD,
     Failure,
@@ -28,6 +28,7 @@ from droppeft.plans import (
     flatten,
     payload_bytes,
 )
+from droppeft.sharing.expected_costs import typical_bytes
 from messages import (
     ARITHMETIC,
     BACKWARD,
@@ -52,30 +53,43 @@ def setup(*words: str) -> Setup:
 
 
 def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[Arm]:
-    return [arm for _, arm in configured.arms_of_round(setup, state, round, cohort)]
+    return [arm for _, arm in numbered(setup, state, round, cohort)]
+
+
+def numbered(
+    setup: Setup, state: ServerState, round: int, cohort: list[int]
+) -> list[tuple[int, Arm]]:
+    return rounds.arms_of_round(setup, state.model, memory_of(state), round, cohort)
+
+
+def memory_of(state: ServerState) -> BanditMemory:
+    memory: DropPEFTMemory = state.memory
+    assert memory.bandit is not None
+    return memory.bandit
 
 
 def learnt(setup: Setup) -> ServerState:
-    """After two rounds in which every arm was tried, with gains that say little."""
+    """After two rounds in which every arm was tried, with rewards that say little."""
     state = DROPPEFT.init(setup)
     for round in (1, 2):
         plans = DROPPEFT.plan(setup, state, round, list(range(6)))
-        gains = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
-        state = as_saved(DROPPEFT.merge(setup, state, plans, gains))
+        rewards = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
+        state = as_saved(DROPPEFT.merge(setup, state, plans, rewards))
     return state
 
 
 def as_saved(state: ServerState) -> ServerState:
-    return replace(state, memory=json.loads(json.dumps(state.memory)))
+    values = json.loads(json.dumps(encode_memory(state.memory)))
+    return replace(state, memory=decode_memory(values, DropPEFTMemory))
 
 
 # Plans
 
 
-def test_fixed_plans_what_was_planned_without_a_configurator() -> None:
+def test_fixed_plans_what_was_planned_without_a_bandit() -> None:
     fixed = setup_for("dropout.mean=0.25")
     state = DROPPEFT.init(fixed)
-    assert state.memory == {}
+    assert state.memory == DropPEFTMemory()
     for plan in DROPPEFT.plan(fixed, state, 1, [0, 1]):
         assert plan.dropout is not None
         assert plan.dropout.rates == configured_rates(fixed.config.dropout, LAYERS)
@@ -109,10 +123,10 @@ def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
     state = learnt(own)
     first = given(own, state, 1, [1, 2, 3])
     assert given(own, as_saved(state), 1, [1, 2, 3]) == first
-    rounds = [given(own, state, round, [1, 2, 3]) for round in range(1, 9)]
-    assert len(set(map(tuple, rounds))) > 2
+    several = [given(own, state, round, [1, 2, 3]) for round in range(1, 9)]
+    assert len(set(map(tuple, several))) > 2
     other = setup("seed=1")
-    assert [given(other, state, round, [1, 2, 3]) for round in range(1, 9)] != rounds
+    assert [given(other, state, round, [1, 2, 3]) for round in range(1, 9)] != several
 
 
 def test_a_schedule_holds_for_every_arm() -> None:
@@ -132,7 +146,7 @@ def test_random_measures_nothing() -> None:
 # What is learnt
 
 
-def test_gains_count_for_the_arm_that_the_device_had() -> None:
+def test_rewards_count_for_the_arm_that_the_device_had() -> None:
     own = setup()
     state = DROPPEFT.init(own)
     cohort = [0, 1, 2, 3, 4]
@@ -141,9 +155,9 @@ def test_gains_count_for_the_arm_that_the_device_had() -> None:
     replies = [answer_to(plan, reward=reward) for plan, reward in zip(plans, rewards, strict=True)]
     replies[2] = Failure(2, "asleep")  # type: ignore[call-overload]
     after = as_saved(DROPPEFT.merge(own, state, plans, replies))
-    numbers = [number for number, _ in configured.arms_of_round(own, state, 1, cohort)]
-    trials = configured.memory_of(after).trials
-    assert [(trial.arm, trial.gain) for trial in trials] == [
+    numbers = [number for number, _ in numbered(own, state, 1, cohort)]
+    observations = memory_of(after).observations
+    assert [(one.arm, one.reward) for one in observations] == [
         (numbers[0], 0.1),
         (numbers[3], 0.4),
         (numbers[4], 0.5),
@@ -160,9 +174,9 @@ def test_a_round_of_failures_shows_nothing() -> None:
     state = DROPPEFT.init(own)
     plans = DROPPEFT.plan(own, state, 1, [0, 1])
     after = DROPPEFT.merge(own, state, plans, [Failure(plan.device, "x") for plan in plans])
-    known, before = configured.memory_of(after), configured.memory_of(state)
+    known, before = memory_of(after), memory_of(state)
     assert replace(known, tried=before.tried) == before
-    assert known.tried == {number for number, _ in configured.arms_of_round(own, state, 1, [0, 1])}
+    assert known.tried == {number for number, _ in numbered(own, state, 1, [0, 1])}
 
 
 def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
@@ -176,7 +190,7 @@ def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
         answer_to(whole, importance=(1.0, 2.0, 0.0, 4.0), active_steps=(2, 2, 0, 2)),
         answer_to(part, importance=(0.0, 0.0, 5.0, 8.0), active_steps=(2, 2, 2, 2)),
     ]
-    memory = configured.memory_of(configured.learned(own, state, state, [whole, part], updates))
+    memory = rounds.learned(own, state.model, memory_of(state), [whole, part], updates)[0]
     assert memory.importance == (1.0, 2.0, 5.0, 6.0)
     assert memory.row_length == 64 / 8
 
@@ -194,7 +208,7 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
     """
     own = setup("training.local_steps=10", "clock.profiles=laptop_cpu", *sharing)
     state = DROPPEFT.init(own)
-    memory = replace(configured.memory_of(state), row_length=8.0)
+    memory = replace(memory_of(state), row_length=8.0)
     assert own.clock is not None
     for arm in memory.arms.values():
         plan = _plan_of(own, state, arm)
@@ -208,9 +222,9 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
             update = replace(update, tensors=sent)
         charged = own.clock.turn_cost(plan, update)
         profile = own.clock.fleet.profile(0)
-        expected = arm_costs.turn_seconds(own, state, memory, 1, arm, profile)
+        expected = arm_costs.turn_seconds(own, state.model, memory, 1, arm, profile)
         # The Plan is a first one, which brings all layers: later ones bring those of last time.
-        more = payload_bytes(plan.tensors) - usual_bytes(own, state.model.tensors)
+        more = payload_bytes(plan.tensors) - typical_bytes(own.config, state.model.tensors)
         assert (more > 0) == bool(sharing)
         later = charged.turn_s - more * seconds_per_byte(profile.download)
         assert expected == pytest.approx(later, rel=1e-10)
@@ -221,8 +235,8 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
 
 
 def _plan_of(own: Setup, state: ServerState, arm: Arm) -> Plan:
-    memory = replace(configured.memory_of(state), arms={0: arm})
-    only = replace(state, memory={**state.memory, configured.KEY: as_json(memory)})
+    memory = replace(memory_of(state), arms={0: arm})
+    only = replace(state, memory=replace(state.memory, bandit=memory))
     [plan] = DROPPEFT.plan(own, only, 1, [0])
     return plan
 
@@ -341,7 +355,7 @@ def test_devices_can_be_taken_as_alike() -> None:
     )
 
 
-def test_without_a_clock_there_is_no_configurator() -> None:
+def test_without_a_clock_there_is_no_bandit() -> None:
     with pytest.raises(DroppeftError, match=r"set configurator\.policy=fixed"):
         DROPPEFT.init(replace(setup(), clock=None))
 
@@ -356,14 +370,14 @@ def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
     words = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
     plain = setup(*words)
     state = learnt(plain)
-    memory = configured.memory_of(state)
+    memory = memory_of(state)
     assert plain.clock is not None
     fleet = plain.clock.fleet
     slow = next(d for d in range(10) if fleet.names[d] == "jetson_tx2")
     takes = dict(
         zip(
             memory.arms.values(),
-            arm_costs.seconds_of(plain, state, memory, 3, fleet.profile(slow)),
+            arm_costs.seconds_of(plain, state.model, memory, 3, fleet.profile(slow)),
             strict=True,
         )
     )
@@ -379,10 +393,10 @@ def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
 def test_prompts_have_no_prefixes() -> None:
     """They stand before the first layer: all others have a backward."""
     own = setup("adapter.type=prompt_tuning")
-    arms = configured.memory_of(DROPPEFT.init(own)).arms.values()
+    arms = memory_of(DROPPEFT.init(own)).arms.values()
     assert {arm.prefix for arm in arms} == {0.0}
     state = learnt(setup("adapter.type=prompt_tuning", "configurator.refresh=1"))
-    assert {arm.prefix for arm in configured.memory_of(state).arms.values()} == {0.0}
+    assert {arm.prefix for arm in memory_of(state).arms.values()} == {0.0}
     plan = plan_for(0, train=frozenset({"prompt"}))
     prompt = {**plan.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
     assert first_trained_layer(replace(plan, tensors=prompt)) == 0
@@ -394,8 +408,8 @@ def test_rounds_at_a_schedule_s_full_depth_show_nothing_of_arms() -> None:
     plans = DROPPEFT.plan(own, state, 39, [0, 1, 2])
     assert {plan.reward_rows for plan in plans} == {0}
     after = DROPPEFT.merge(own, state, plans, [answer_to(plan, reward=9.0) for plan in plans])
-    assert configured.memory_of(after).arms == configured.memory_of(state).arms
-    assert 9.0 not in [trial.gain for trial in configured.memory_of(after).trials]
+    assert memory_of(after).arms == memory_of(state).arms
+    assert 9.0 not in [one.reward for one in memory_of(after).observations]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -412,18 +426,18 @@ def test_new_arms_are_such_as_the_configuration_has() -> None:
     state = learnt(own)
     for round in range(3, 12):
         plans = DROPPEFT.plan(own, state, round, list(range(6)))
-        gains = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
-        state = as_saved(DROPPEFT.merge(own, state, plans, gains))
-        arms = configured.memory_of(state).arms.values()
+        rewards = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
+        state = as_saved(DROPPEFT.merge(own, state, plans, rewards))
+        arms = memory_of(state).arms.values()
         assert {arm.prefix for arm in arms} == {0.0}
         assert {arm.shape for arm in arms} <= {"uniform", "decay"}  # nothing dropped is uniform
-    assert configured.memory_of(state).next_number > 5
+    assert memory_of(state).next_number > 5
 
 
 def test_arms_that_fit_nobody_are_no_candidates() -> None:
     own = with_memory_limits(PROCESS + 2.5e6)
     state = DROPPEFT.init(own)
-    for arm in configured.memory_of(state).arms.values():
+    for arm in memory_of(state).arms.values():
         assert (LAYERS - 2 * bool(arm.prefix)) * (1 - arm.mean) <= 2
 
 
@@ -432,7 +446,7 @@ def test_a_round_without_devices_leaves_no_note() -> None:
     state = learnt(own)
     assert DROPPEFT.note(own, state) is not None
     after = DROPPEFT.merge(own, state, [], [])
-    assert configured.memory_of(after) == configured.memory_of(state)
+    assert memory_of(after) == memory_of(state)
     assert DROPPEFT.note(own, after) is None
 
 
@@ -459,14 +473,14 @@ def test_shares_are_shares(word: str) -> None:
 def test_the_order_of_arrival_does_not_matter() -> None:
     own = setup("configurator.refresh=2")
 
-    def play(*, backwards: bool) -> Memory:
+    def play(*, backwards: bool) -> BanditMemory:
         state = DROPPEFT.init(own)
         for round in range(1, 7):
             transport = Scripted(
                 lambda plan: [answer_to(plan, reward=0.1 * (plan.device % 4))], backwards=backwards
             )
             state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
-        return configured.memory_of(state)
+        return memory_of(state)
 
     memory = play(backwards=False)
     assert memory.next_number > len(memory.arms)  # some arm was exchanged
@@ -489,9 +503,9 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
     devices = rows_of(tmp_path / "whole" / "devices.jsonl")
     measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices]
     assert set(measured) == {reward == "loss"}
-    gains = [gain for row in rows for gain in row["notes"]["rewards"].values()]
-    assert None not in gains
-    assert len({*gains}) > 1
+    rewards = [reward for row in rows for reward in row["notes"]["rewards"].values()]
+    assert None not in rewards
+    assert len({*rewards}) > 1
 
 
 @pytest.mark.parametrize("policy", ["epsilon_greedy", "successive_halving", "uniform_random"])

@@ -1,4 +1,4 @@
-"""One arm per device, for the most gain per second of the whole round."""
+"""One arm per device, for the most reward per second of the whole round."""
 
 import itertools
 
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.configurator.choosing import choose_together
-from droppeft.configurator.learning import LEAST
-from droppeft.configurator.policies import FORCED, Scored
+from droppeft.bandit.choosing import choose_together
+from droppeft.bandit.learning import LEAST
+from droppeft.bandit.policies import FORCED, Scored
 from droppeft.errors import DroppeftError
 
 
@@ -40,7 +40,7 @@ def test_a_device_that_explores_takes_what_it_must_and_the_others_know_it() -> N
     assert together([[FORCED, 1.0], [1.0, FORCED]], seconds) == [0, 1]
 
 
-def test_what_explorers_are_expected_to_gain_counts() -> None:
+def test_what_explorers_are_expected_to_yield_counts() -> None:
     """One gains 1 in 1 s anyhow: 1.5 / 1 is more than 2 / 1.9."""
     scores, seconds = [[FORCED, 0.0, 0.0], [0.0, 1.0, 0.5]], [[1.0, 9.0, 9.0], [9.0, 1.9, 1.0]]
     assert together(scores, seconds, expected=[1.0, 1.0, 0.5]) == [0, 2]
@@ -60,7 +60,7 @@ def test_without_costs_the_best_score_is_taken() -> None:
     assert together([[0.1, 0.9]], [[1.0, 100.0]], by_cost=False) == [1]
 
 
-def test_where_nothing_gains_the_cheapest_is_taken() -> None:
+def test_where_nothing_is_gained_the_cheapest_is_taken() -> None:
     assert together([[-1.0, -0.5], [-3.0, -9.0]], [[2.0, 1.0], [2.0, 1.0]]) == [1, 1]
 
 

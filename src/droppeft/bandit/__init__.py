@@ -4,18 +4,18 @@ Source: a multi-armed bandit over dropout rates is DropPEFT's (arXiv:2503.10217)
 policies and the choice for a whole cohort are ours.
 """
 
-from droppeft.configurator.arms import Arm, arm_rates, candidates, first_trained, neighbours
-from droppeft.configurator.choosing import choose_together
-from droppeft.configurator.learning import Estimate, Trial, estimate, per_second
-from droppeft.configurator.policies import POLICIES, Asked, Scored, score
+from droppeft.bandit.arms import Arm, arm_rates, candidates, first_trained, neighbours
+from droppeft.bandit.choosing import choose_together
+from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
+from droppeft.bandit.policies import POLICIES, Asked, Scored, score
 
 __all__ = [
     "POLICIES",
     "Arm",
     "Asked",
     "Estimate",
+    "Observation",
     "Scored",
-    "Trial",
     "arm_rates",
     "candidates",
     "choose_together",

@@ -1,28 +1,25 @@
-"""All that the configurator remembers between rounds, and what it does at the end of one. Ours."""
+"""What the bandit remembers between rounds, and how it learns at the end of a round. Ours."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from droppeft.configurator.arms import Arm
-from droppeft.configurator.arms import as_json as arm_as_json
-from droppeft.configurator.arms import from_json as arm_from_json
-from droppeft.configurator.learning import Estimate, Trial, estimate, per_second
+from droppeft.bandit.arms import Arm
+from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
 
 SMOOTHING = 0.2
 """Weight of a round's importance in the running mean."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What is known.
+class BanditMemory:
+    """What is known of the arms; a part of the server's state.
 
     Attributes:
         arms: those that may be given, by number; a number is never used twice.
         next_number: of the next new arm.
-        trials: of the window's rounds.
+        observations: of the window's rounds.
         row_length: tokens of a row, padding included, mean of the last rounds.
         importance: of each layer, running mean; ``None`` before any is known.
         tried: numbers of the arms that some device was given, ever, merged or not.
@@ -31,7 +28,7 @@ class Memory:
 
     arms: Mapping[int, Arm]
     next_number: int
-    trials: tuple[Trial, ...]
+    observations: tuple[Observation, ...]
     row_length: float
     importance: tuple[float, ...] | None
     tried: frozenset[int]
@@ -44,64 +41,37 @@ class Memory:
 
     def known(self, window: int) -> Estimate:
         """Of the arms, in their order."""
-        last = max((trial.round for trial in self.trials), default=0)
-        return estimate(self.trials, self.numbers, last, window)
+        last = max((one.round for one in self.observations), default=0)
+        return estimate(self.observations, self.numbers, last, window)
 
 
-def begin(arms: Sequence[Arm], row_length: float) -> Memory:
+def begin(arms: Sequence[Arm], row_length: float) -> BanditMemory:
     """Nothing is known but the candidates."""
-    return Memory(dict(enumerate(arms)), len(arms), (), row_length, None, frozenset(), 0)
-
-
-def as_json(memory: Memory) -> dict[str, Any]:
-    """Plain values, as they come back from a checkpoint."""
-    return {
-        "arms": [[number, *arm_as_json(arm)] for number, arm in memory.arms.items()],
-        "next_number": memory.next_number,
-        "trials": [[trial.round, trial.arm, trial.gain] for trial in memory.trials],
-        "row_length": memory.row_length,
-        "importance": None if memory.importance is None else list(memory.importance),
-        "tried": sorted(memory.tried),
-        "changed": memory.changed,
-    }
-
-
-def from_json(tree: Mapping[str, Any]) -> Memory:
-    """What :func:`as_json` gave."""
-    importance = tree["importance"]
-    return Memory(
-        arms={number: arm_from_json(arm) for number, *arm in tree["arms"]},
-        next_number=tree["next_number"],
-        trials=tuple(Trial(*trial) for trial in tree["trials"]),
-        row_length=tree["row_length"],
-        importance=None if importance is None else tuple(importance),
-        tried=frozenset(tree["tried"]),
-        changed=tree["changed"],
-    )
+    return BanditMemory(dict(enumerate(arms)), len(arms), (), row_length, None, frozenset(), 0)
 
 
 def with_round(
-    memory: Memory,
-    trials: Sequence[Trial],
+    memory: BanditMemory,
+    observations: Sequence[Observation],
     round: int,
     window: int,
     row_length: float | None,
     importance: Sequence[float] | None,
     given: Collection[int] = (),
-) -> Memory:
+) -> BanditMemory:
     """Add what a round has shown; forget what is older than the window.
 
     Args:
-        given: numbers of the arms that devices were given, besides those of the trials.
+        given: numbers of the arms that devices were given, besides those of the observations.
         row_length: mean of the round's turns, ``None`` if nothing was merged.
         importance: of each layer, mean over the round's turns in which it ran and was trained; 0
             where there was none. ``None`` if nothing was merged.
     """
-    kept = [trial for trial in memory.trials if trial.round > round - window]
+    kept = [one for one in memory.observations if one.round > round - window]
     return replace(
         memory,
-        trials=(*kept, *trials),
-        tried=memory.tried | {trial.arm for trial in trials} | set(given),
+        observations=(*kept, *observations),
+        tried=memory.tried | {one.arm for one in observations} | set(given),
         row_length=memory.row_length if row_length is None else row_length,
         importance=_smoothed(memory.importance, importance),
     )
@@ -119,13 +89,13 @@ def _smoothed(
 
 
 def halved(
-    memory: Memory,
+    memory: BanditMemory,
     round: int,
     every: int,
     window: int,
     seconds: Sequence[float],
     suffice: Callable[[Collection[int]], bool] = lambda numbers: True,
-) -> Memory:
+) -> BanditMemory:
     """Take out the worse half, when a stage of so many rounds is over; the last arm stays.
 
     Arms that were not tried in the window are not judged, and stay.
@@ -148,14 +118,14 @@ def halved(
 
 
 def refreshed(
-    memory: Memory,
+    memory: BanditMemory,
     round: int,
     every: int,
     window: int,
     seconds: Sequence[float],
     near: Callable[[Arm], Sequence[Arm]],
     rng: np.random.Generator,
-) -> Memory:
+) -> BanditMemory:
     """Exchange the worst arm for a neighbour of the best, every so many rounds; 0 never.
 
     Arms that were not tried in the window are not judged.
@@ -180,5 +150,5 @@ def refreshed(
     return replace(memory, arms=arms, next_number=memory.next_number + 1, changed=round)
 
 
-def _worth(memory: Memory, window: int, seconds: Sequence[float]) -> list[float]:
+def _worth(memory: BanditMemory, window: int, seconds: Sequence[float]) -> list[float]:
     return [float(one) for one in per_second(memory.known(window).quality, np.array(seconds))]

@@ -1,10 +1,10 @@
-"""From scores and seconds to an arm for each device: most gain per second of the round. Ours."""
+"""From scores and seconds to an arm for each device: most reward per second of the round. Ours."""
 
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.configurator.learning import LEAST
-from droppeft.configurator.policies import FORCED, Scored
+from droppeft.bandit.learning import LEAST
+from droppeft.bandit.policies import FORCED, Scored
 from droppeft.errors import DroppeftError
 
 Matrix = npt.NDArray[np.float64]

@@ -1,30 +1,30 @@
-"""What an arm of the configurator takes on each kind of device: seconds and bytes. Ours."""
+"""What an arm of the bandit takes on each kind of device: seconds and bytes. Ours."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from droppeft.bandit import Arm, arm_rates, first_trained
+from droppeft.bandit.arms import Depth
+from droppeft.bandit.memory import BanditMemory
+from droppeft.bandit.policies import LOT
 from droppeft.config import DeviceProfile
-from droppeft.configurator import Arm, arm_rates, first_trained
-from droppeft.configurator.arms import Depth
-from droppeft.configurator.memory import Memory
-from droppeft.configurator.policies import LOT
 from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.devices import seconds_per_byte
 from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
-from droppeft.methods.base import Setup, in_round
-from droppeft.methods.personal_layers import scored_rows, usual_bytes
-from droppeft.plans import ServerState
+from droppeft.method import Setup, in_round
+from droppeft.plans import GlobalModel
+from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
-USUAL_STEPS = 10
+TYPICAL_STEPS = 10
 """Steps of a turn that is said in epochs, whose number the server does not know."""
 
 
 def depth_of_run(setup: Setup) -> Depth:
     """The layers that arms are about."""
     dropout = setup.config.dropout
-    frozen = setup.config.frozen.layers
+    frozen = setup.config.frozen.count
     return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
 
 
@@ -60,17 +60,17 @@ def of_kinds(
 
 
 def seconds_of(
-    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[float]:
     """Modelled seconds of a turn with each arm."""
-    return [turn_seconds(setup, state, memory, round, arm, profile) for arm in memory.arms.values()]
+    return [turn_seconds(setup, model, memory, round, arm, profile) for arm in memory.arms.values()]
 
 
-def usual_seconds(
-    setup: Setup, state: ServerState, memory: Memory, round: int
+def typical_seconds(
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
 ) -> tuple[float, ...]:
     """The same, mean over the kinds of device that there are."""
-    by_kind = [seconds_of(setup, state, memory, round, kind) for kind in kinds(setup).values()]
+    by_kind = [seconds_of(setup, model, memory, round, kind) for kind in kinds(setup).values()]
     return tuple(fmean(seconds) for seconds in zip(*by_kind, strict=True))
 
 
@@ -80,29 +80,35 @@ def kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
 
 
 def turn_seconds(
-    setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm, profile: DeviceProfile
+    setup: Setup,
+    model: GlobalModel,
+    memory: BanditMemory,
+    round: int,
+    arm: Arm,
+    profile: DeviceProfile,
 ) -> float:
     """Of a turn as it is expected: rows as long as lately, links as they are on average."""
     config = setup.config
-    arithmetic = clock_of(setup).arithmetic(state.model.adapter)
-    steps = config.training.local_steps or USUAL_STEPS
+    arithmetic = clock_of(setup).arithmetic(model.adapter)
+    steps = config.training.local_steps or TYPICAL_STEPS
     rates = rates_of_arm(setup, round, arm, memory.importance)
     lower = first_trained(arm, depth_of_run(setup))
     row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
     forward, rest = arithmetic.forward(memory.row_length)
-    measuring = (2 * reward_rows(setup, round) + scored_rows(setup, lower)) * (sum(forward) + rest)
-    values = state.model.tensors
+    scored = scored_rows(config.sharing, setup.num_layers - lower)
+    measuring = (2 * reward_rows(setup, round) + scored) * (sum(forward) + rest)
+    values = model.tensors
     return (
         compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
-        + usual_bytes(setup, values) * seconds_per_byte(profile.download)
-        + usual_bytes(setup, values, lower) * seconds_per_byte(profile.upload)
+        + typical_bytes(config, values) * seconds_per_byte(profile.download)
+        + typical_bytes(config, values, lower) * seconds_per_byte(profile.upload)
     )
 
 
 def _row_flops(
     setup: Setup, arithmetic: Arithmetic, length: float, rates: Sequence[float], lower: int
 ) -> float:
-    frozen, cached = setup.config.frozen.layers, setup.config.frozen.cache
+    frozen, cached = setup.config.frozen.count, setup.config.frozen.cache
     both, rest = arithmetic.training(length)
     forward, _ = arithmetic.forward(length)
     trained = sum((1 - rates[layer]) * both[layer] for layer in range(lower, setup.num_layers))
@@ -110,57 +116,59 @@ def _row_flops(
 
 
 def reward_rows(setup: Setup, round: int) -> int:
-    """How many a device measures its gain on; 0 where nothing is learnt from it."""
+    """How many a device measures its reward on; 0 where nothing is learnt from it."""
     settings = setup.config.configurator
     idle = settings.policy in ("fixed", LOT) or not is_deciding(setup, round)
     return 0 if idle or settings.reward != "loss" else settings.reward_rows
 
 
 def fitting(
-    setup: Setup, state: ServerState, memory: Memory, round: int, profile: DeviceProfile
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[bool]:
     """For which arms a kind of device has the memory."""
     return [
-        bytes_of_arm(setup, state, memory, round, arm) <= profile.memory_bytes
+        bytes_of_arm(setup, model, memory, round, arm) <= profile.memory_bytes
         for arm in memory.arms.values()
     ]
 
 
-def bytes_of_arm(setup: Setup, state: ServerState, memory: Memory, round: int, arm: Arm) -> int:
+def bytes_of_arm(
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, arm: Arm
+) -> int:
     """What a process takes that trains with an arm, at the longest rows.
 
-    With `training.offload` as if all weights were in memory, which they are while gains are
+    With `training.offload` as if all weights were in memory, which they are while rewards are
     measured.
     """
     rates = rates_of_arm(setup, round, arm, memory.importance)
     lower = first_trained(arm, depth_of_run(setup))
-    steps = setup.config.training.local_steps or USUAL_STEPS
+    steps = setup.config.training.local_steps or TYPICAL_STEPS
     active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
-    adapter = state.model.adapter
+    adapter = model.adapter
     counts = setup.longest_step(adapter) if setup.longest_step else None
     counts = counts or clock_of(setup).arithmetic(adapter).counts[-1]
     untrained = sum(block.trainable_parameters for block in counts.blocks[:lower])
     return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
 
 
-def unfitted(setup: Setup, state: ServerState, memory: Memory, round: int) -> str | None:
+def unfitted(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> str | None:
     """A kind of device that none of the arms fits, in this round or the last.
 
     Schedules have full depth in the first round or the last.
     """
     for name, kind in kinds(setup).items():
         for one in (round, setup.config.rounds):
-            if not any(fitting(setup, state, memory, one, kind)):
+            if not any(fitting(setup, model, memory, one, kind)):
                 return name
     return None
 
 
-def check_fits(setup: Setup, state: ServerState, memory: Memory) -> None:
-    name = unfitted(setup, state, memory, 1)
+def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
+    name = unfitted(setup, model, memory, 1)
     if name is not None:
         arms, rounds = memory.arms.values(), (1, setup.config.rounds)
         least = max(
-            min(bytes_of_arm(setup, state, memory, round, arm) for arm in arms) for round in rounds
+            min(bytes_of_arm(setup, model, memory, round, arm) for arm in arms) for round in rounds
         )
         raise DroppeftError(
             f"no arm of the configurator fits a {name}: the least takes {least / 1e9:.2f} GB, it "
@@ -169,8 +177,10 @@ def check_fits(setup: Setup, state: ServerState, memory: Memory) -> None:
         )
 
 
-def fits_somewhere(setup: Setup, state: ServerState, memory: Memory, arm: Arm, round: int) -> bool:
+def fits_somewhere(
+    setup: Setup, model: GlobalModel, memory: BanditMemory, arm: Arm, round: int
+) -> bool:
     """Whether some kind of device has the memory for an arm, in this round and the last."""
     most = max(kind.memory_bytes for kind in kinds(setup).values())
     rounds = (round, setup.config.rounds)
-    return all(bytes_of_arm(setup, state, memory, one, arm) <= most for one in rounds)
+    return all(bytes_of_arm(setup, model, memory, one, arm) <= most for one in rounds)

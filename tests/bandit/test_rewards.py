@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from droppeft.bandit.rewards import agreements, rewards_of
 from droppeft.methods import METHODS
-from droppeft.methods.gains import agreements, gains_of
 from droppeft.plans import HEAD, Failure, Plan, Update
 from messages import answer_to, filled, plan_for, setup_for
 
@@ -55,21 +55,21 @@ def test_changes_are_from_what_the_plan_brought_without_the_head() -> None:
     setup = setup_for(*AGREEING)
     plans, updates = turns(2.0, 3.0, 1.0)
     far = replace(updates[2], tensors={**updates[2].tensors, HEAD: filled(900.0)[HEAD]})
-    assert gains_of(setup, plans, [*updates[:2], far]) == pytest.approx([1.5, 1.5, 0.0])
+    assert rewards_of(setup, plans, [*updates[:2], far]) == pytest.approx([1.5, 1.5, 0.0])
 
 
 def test_failures_are_no_turns() -> None:
     setup = setup_for(*AGREEING)
     plans, updates = turns(2.0, 3.0, 9.0)
     replies = [updates[0], Failure(1, "late"), updates[2]]
-    assert gains_of(setup, plans, replies) == pytest.approx([1.0, None, 1.0])
+    assert rewards_of(setup, plans, replies) == pytest.approx([1.0, None, 1.0])
 
 
 def test_what_a_device_had_kept_does_not_count() -> None:
     setup = setup_for(*AGREEING)
     plans, updates = turns(2.0, 3.0)
     without = {key: named for key, named in plans[0].tensors.items() if key == HEAD}
-    assert gains_of(setup, [replace(plans[0], tensors=without), plans[1]], updates) == [None] * 2
+    assert rewards_of(setup, [replace(plans[0], tensors=without), plans[1]], updates) == [None] * 2
 
 
 def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
@@ -83,4 +83,4 @@ def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
     noted = method.note(setup, state)
     assert noted is not None
     assert sum(noted["trials"]) == 6
-    assert all(gain is not None for gain in noted["rewards"].values())
+    assert all(reward is not None for reward in noted["rewards"].values())

@@ -1,0 +1,140 @@
+"""Adaptive: DropPEFT's bandit over depth alone, under a name of its own; defaults by method."""
+
+from pathlib import Path
+
+import pytest
+
+from droppeft.config import build_config, load_config, to_toml
+from droppeft.errors import DroppeftError
+from droppeft.federation.run import resume_run, start_run
+from droppeft.flower_server_app import _check_same
+from droppeft.methods import METHODS
+from droppeft.plans import first_trained_layer
+from messages import setup_for
+from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round
+from tiny import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("state")
+
+ADAPTIVE = METHODS["adaptive"]
+SPELT_OUT = (
+    "method=droppeft",
+    "frozen.layers=3",
+    "frozen.cache=false",
+    "configurator.policy=budgeted_thompson",
+    "configurator.means=[0]",
+    "configurator.prefixes=[0, 0.34]",
+)
+
+
+@pytest.fixture
+def words(tiny_words: list[str], tmp_path: Path) -> list[str]:
+    """Of a run of six layers, in which nothing is said of dropout."""
+    usual = [word for word in tiny_words if not word.startswith(("dropout.", "model="))]
+    return [*usual, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
+
+
+def test_it_is_what_droppeft_does_with_these_settings(words: list[str], tmp_path: Path) -> None:
+    hashes = {
+        start_run(load_config(None, [*words, *more]), tmp_path / name, Recorder())["adapter_sha256"]
+        for name, more in (("short", ("method=adaptive",)), ("long", SPELT_OUT))
+    }
+    assert len(hashes) == 1
+    short, long = [rows_of(tmp_path / name / "rounds.jsonl") for name in ("short", "long")]
+    assert [row["notes"] for row in short] == [row["notes"] for row in long]
+    assert {arm for row in short for arm in row["notes"]["chosen"].values()} == {0, 1}
+
+
+def test_the_folder_says_how_many_layers_half_of_them_are(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "method=adaptive"]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    assert load_config(tmp_path / "whole" / "config.toml").frozen.layers == 3
+    stop_after_a_round(words, tmp_path / "run")
+    resume_run(tmp_path / "run", Recorder())
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
+    setup = setup_for("method=adaptive")
+    state = ADAPTIVE.init(setup)
+    plans = ADAPTIVE.plan(setup, state, 1, list(range(10)))
+    assert {first_trained_layer(plan) for plan in plans} == {2, 3}
+    assert {plan.dropout.rates for plan in plans if plan.dropout} == {(0.0,) * 4}
+    assert {plan.sharing for plan in plans} == {None}
+
+
+def test_dropout_and_sharing_of_a_file_are_for_other_methods() -> None:
+    tree = {
+        "method": "adaptive",
+        "dropout": {"count": 2, "schedule": "recovery"},
+        "sharing": {"fraction": 0.5, "head": "personal"},
+    }
+    plain = load_config(None, ["method=adaptive"])
+    assert ADAPTIVE.adjust(build_config(tree)) == plain == ADAPTIVE.adjust(plain)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("configurator.policy=fixed", r"leave configurator\.policy=fixed out"),
+        ("configurator.means=[0, 0.25]", r"drops no layers; leave configurator\.means out"),
+        ("configurator.refresh=3", r"drops no layers; leave configurator\.refresh out"),
+    ],
+)
+def test_what_would_make_another_method_of_it_is_refused(word: str, message: str) -> None:
+    with pytest.raises(DroppeftError, match=message):
+        ADAPTIVE.init(setup_for("method=adaptive", word))
+
+
+# Defaults by method
+
+
+def test_a_method_s_defaults_hold_where_nothing_is_given() -> None:
+    usual = load_config(None, ["method=adaptive"])
+    assert (usual.frozen.layers, usual.frozen.cache, usual.dropout.mean) == ("half", False, 0.0)
+    chosen = usual.configurator
+    assert (chosen.policy, chosen.means, chosen.prefixes) == (
+        "budgeted_thompson",
+        (0.0,),
+        (0.0, 0.34),
+    )
+    own = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.prefixes=[0]"])
+    assert (own.frozen.layers, own.frozen.cache) == (1, False)
+    assert own.configurator.prefixes == (0.0,)
+    assert own.configurator.policy == "budgeted_thompson"
+    assert load_config(None, []).frozen.layers == 0
+
+
+def test_a_default_gives_way_to_what_stands_instead_of_it() -> None:
+    given = load_config(None, ["method=adaptive", "dropout.count=2"]).dropout
+    assert (given.count, given.mean) == (2, None)
+
+
+def test_defaults_come_back_from_the_folder_of_a_run(tmp_path: Path) -> None:
+    config = load_config(None, ["method=adaptive"])
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "config.toml") == config
+
+
+# Half of the layers
+
+
+@pytest.mark.parametrize("word", ["-1", "third", "true", "1.5"])
+def test_frozen_layers_are_a_number_or_half(word: str) -> None:
+    with pytest.raises(DroppeftError, match=r"frozen\.layers: must be a number of layers, .*half"):
+        load_config(None, [f"frozen.layers={word}"])
+
+
+def test_half_of_the_layers_is_what_the_number_is(words: list[str], tmp_path: Path) -> None:
+    for layers in ("half", "3"):
+        more = ("method=fedlora", f"frozen.layers={layers}", "rounds=1")
+        start_run(load_config(None, [*words, *more]), tmp_path / layers, Recorder())
+    assert adapter_bytes(tmp_path / "half") == adapter_bytes(tmp_path / "3")
+
+
+def test_the_same_settings_go_on_with_a_run_over_flower(tmp_path: Path) -> None:
+    wanted = load_config(None, ["method=adaptive", "threads=1", "accelerator=cpu"])
+    frozen = wanted.frozen.model_copy(update={"layers": 3})
+    _check_same(wanted, wanted.model_copy(update={"frozen": frozen}), tmp_path)
+    with pytest.raises(DroppeftError, match="holds a run with another configuration"):
+        _check_same(wanted, wanted.model_copy(update={"frozen": frozen, "seed": 1}), tmp_path)
