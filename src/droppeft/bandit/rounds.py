@@ -89,8 +89,8 @@ def _prefixes(setup: Setup) -> Sequence[float]:
 
 def arms_of_round(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, cohort: Sequence[int]
-) -> list[tuple[int, Arm]]:
-    """An arm and its number for every client, from the state, the round and the cohort alone."""
+) -> list[int]:
+    """The number of an arm for every client, from the state, the round and the cohort alone."""
     settings = setup.config.configurator
     if not cohort:
         return []
@@ -110,7 +110,7 @@ def arms_of_round(
     else:
         scored = Scored(np.tile(known.quality, (len(cohort), 1)), known.quality)
     places = choose_together(scored, seconds, fits)
-    return [(numbers[place], memory.arms[numbers[place]]) for place in places]
+    return [numbers[place] for place in places]
 
 
 def _in_time(
@@ -139,7 +139,8 @@ def learned(
     if not plans:
         return memory, None
     settings, round = setup.config.configurator, plans[0].round
-    given = arms_of_round(setup, model, memory, round, [plan.device for plan in plans])
+    given = [plan.arm for plan in plans if plan.arm is not None]
+    labels = {number: memory.arms[number].label for number in given}
     rewards = rewards_of(setup, plans, replies)
     merged = [
         (plan, reply)
@@ -148,7 +149,7 @@ def learned(
     ]
     observations = [
         Observation(round, number, reward)
-        for reward, (number, _) in zip(rewards, given, strict=True)
+        for reward, number in zip(rewards, given, strict=True)
         if reward is not None and is_deciding(setup, round)
     ]
     lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
@@ -159,11 +160,11 @@ def learned(
         settings.window,
         fmean(lengths) if lengths else None,
         _importance(setup, merged) if merged else None,
-        [number for number, _ in given] if is_deciding(setup, round) else (),
+        given if is_deciding(setup, round) else (),
     )
     if is_deciding(setup, round):
         memory = _other_arms(setup, model, memory, round)
-    return memory, _shown(setup, plans, replies, given, rewards)
+    return memory, _shown(setup, plans, replies, labels, rewards)
 
 
 def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> BanditMemory:
@@ -193,15 +194,15 @@ def _shown(
     setup: Setup,
     plans: Sequence[Plan],
     replies: Sequence[Reply],
-    given: Sequence[tuple[int, Arm]],
+    labels: Mapping[int, str],
     rewards: Sequence[float | None],
 ) -> ArmsOfRound:
     rates = [plan.dropout.rates for plan in plans if plan.dropout]
     lowest = [first_trained_layer(plan) for plan in plans]
     return ArmsOfRound(
         round=plans[0].round,
-        chosen={plan.device: number for plan, (number, _) in zip(plans, given, strict=True)},
-        labels={number: arm.label for number, arm in given},
+        chosen={plan.device: plan.arm for plan in plans if plan.arm is not None},
+        labels=labels,
         rewards={
             plan.device: reward
             for plan, reply, reward in zip(plans, replies, rewards, strict=True)

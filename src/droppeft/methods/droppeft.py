@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from droppeft.bandit import Arm, first_trained
+from droppeft.bandit import first_trained
 from droppeft.bandit import rounds as bandit
 from droppeft.bandit.arm_costs import depth_of_run, rates_of_arm, reward_rows
 from droppeft.bandit.memory import BanditMemory
@@ -125,8 +125,8 @@ def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -
     else:
         arms = bandit.arms_of_round(setup, state.model, memory.bandit, round, cohort)
         plans = [
-            _with_arm(setup, state, round, device, arm, memory.bandit.importance)
-            for device, (_, arm) in zip(cohort, arms, strict=True)
+            _with_arm(full_plan(setup, state, round, device), setup, memory.bandit, number)
+            for device, number in zip(cohort, arms, strict=True)
         ]
     usual = usual_of(setup, state)
     return [with_sharing(setup, state, plan, usual) for plan in plans]
@@ -144,18 +144,12 @@ def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
     )
 
 
-def _with_arm(
-    setup: Setup,
-    state: ServerState,
-    round: int,
-    device: int,
-    arm: Arm,
-    importance: Sequence[float] | None,
-) -> Plan:
+def _with_arm(plan: Plan, setup: Setup, memory: BanditMemory, number: int) -> Plan:
     """All values travel to the device, back those of the layers that it trains."""
-    rates = rates_of_arm(setup, round, arm, importance)
-    plan = full_plan(setup, state, round, device, _gates(setup, rates))
-    plan = replace(plan, reward_rows=reward_rows(setup, round))
+    arm = memory.arms[number]
+    gates = _gates(setup, rates_of_arm(setup, plan.round, arm, memory.importance))
+    rewards = reward_rows(setup, plan.round)
+    plan = replace(plan, dropout=gates, reward_rows=rewards, arm=number)
     lower = first_trained(arm, depth_of_run(setup))
     if lower == setup.config.frozen.count:
         return plan
