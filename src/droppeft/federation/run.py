@@ -49,6 +49,7 @@ from droppeft.ledger import (
     summarise,
 )
 from droppeft.methods import method_named
+from droppeft.methods.rules import check_settings
 from droppeft.plans import GlobalModel
 from droppeft.sharing.kept import state_dir
 from droppeft.training import Evaluation, evaluate
@@ -79,6 +80,7 @@ def start_run(
             nothing has been written then.
         Interrupted: on Ctrl-C after the folder was made.
     """
+    check_settings(config)
     check_free(out)
     state_dir()  # said now, and not when a device wants to keep something
     out = out.resolve()
@@ -108,6 +110,7 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
             watcher.finished(result)
             return result
         config = load_config(out / CONFIG)
+        check_settings(config)
         newest = checkpoints.load_newest(out / "checkpoints")
         config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")
         prepared = prepare(config, watcher.preparing, run)

@@ -7,7 +7,6 @@ The own adapter is what personalised accuracy measures; a device that never trai
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.errors import DroppeftError
 from droppeft.methods.base import (
     Method,
     Setup,
@@ -23,11 +22,6 @@ from droppeft.sharing.visits import last_visit, with_visits
 
 
 def _init(setup: Setup) -> ServerState:
-    if setup.config.frozen.layers:
-        raise DroppeftError(
-            "method=ditto trains two adapters in all layers; frozen.layers is not possible, "
-            "leave it out"
-        )
     return start_with(setup, uniform_adapter(setup))
 
 

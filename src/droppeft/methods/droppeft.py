@@ -25,6 +25,7 @@ from droppeft.methods.base import (
     without_steps,
 )
 from droppeft.methods.personal_layers import (
+    check_fraction,
     check_sharing,
     has_global_head,
     keeps_anything,
@@ -81,7 +82,7 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 
 
 def _init(setup: Setup) -> ServerState:
-    check_sharing(setup)
+    check_fraction(setup)
     state = start_with(setup, uniform_adapter(setup))
     if not configured.is_fixed(setup):
         return configured.first_memory(setup, state)
@@ -172,6 +173,7 @@ DROPPEFT = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    check=check_sharing,
     own=_own,
     has_global_model=has_global_head,
     note=configured.note,

@@ -26,7 +26,6 @@ ROUNDS = "rounds"
 
 
 def _init(setup: Setup) -> ServerState:
-    check_bottlenecks(setup)
     state = start_with(setup, spec_of(setup, *first_shape(setup)))
     return replace(state, memory={ROUNDS: 0})
 
@@ -66,4 +65,5 @@ FEDADAOPT = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    check=check_bottlenecks,
 )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from droppeft import seeds
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.methods.base import (
     Method,
@@ -119,8 +120,8 @@ def _speeds(setup: Setup) -> list[float]:
     ]
 
 
-def _init(setup: Setup) -> ServerState:
-    chosen = setup.config.adapter
+def _check(config: Config) -> None:
+    chosen = config.adapter
     if chosen.type != "lora" or chosen.rank is None:
         raise DroppeftError(
             f"method=fedhetlora cuts LoRA's matrices to ranks, and adapter.type={chosen.type}; "
@@ -131,8 +132,11 @@ def _init(setup: Setup) -> ServerState:
             "method=fedhetlora keeps alpha / rank alike on all devices, and use_rslora divides by "
             "the root of the rank; leave adapter.options.use_rslora out"
         )
+
+
+def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
-    return replace(state, memory={RANKS: first_ranks(setup, chosen.rank)})
+    return replace(state, memory={RANKS: first_ranks(setup, setup.config.adapter.rank or 0)})
 
 
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
@@ -205,5 +209,6 @@ FEDHETLORA = Method(
     init=_init,
     plan=for_each(_with_penalty),
     merge=_merge,
+    check=_check,
     own=measuring(at_rank),
 )

@@ -33,6 +33,7 @@ from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.methods.base import adapter_spec
 from droppeft.methods.droppeft import configured_rates
+from droppeft.methods.rules import check_costly
 from droppeft.sizing.outlines import check_runnable, outlined
 
 HALF = "half"
@@ -160,7 +161,8 @@ def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
         words: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
 
     Raises:
-        DroppeftError: a value that no run takes, or an unknown model.
+        DroppeftError: a value that no run takes, a setting that changes nothing in what a step
+            costs, or an unknown model.
     """
     choices, fixed = _choices(path, words)
     for chosen in itertools.product(*choices.values()):
@@ -168,6 +170,7 @@ def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
         half = named.get("frozen.layers") == HALF
         named |= {"frozen.layers": "0"} if half else {}
         config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
+        check_costly(config)
         layers = outlined(config.model).num_layers
         if half:
             frozen = config.frozen.model_copy(update={"layers": layers // 2})
