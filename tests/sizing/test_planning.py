@@ -384,8 +384,6 @@ def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
         (["--memory", "much"], "'much' is no size of memory"),
         (["--memory", "1GB", "--seconds", "2"], "--seconds needs --device, whose time it is"),
         (["--device", "toaster"], "unknown profile 'toaster'; known are jetson_tx2"),
-        (["--memory", "1GB", "rounds=3"], "rounds has no effect on what a step costs; leave it"),
-        (["--memory", "1GB", "method=ditto"], "whatever the method makes of it; leave method out"),
         (["--memory", "1GB", "model=config:nothing"], "config:nothing: unknown architecture"),
         (["--memory", "1GB", "training.batch_size=4,x"], "training.batch_size: input should be"),
         (["--memory", "1GB", "quantization=3bit"], "quantization: input should be 'none'"),
