@@ -561,7 +561,7 @@ def test_a_comparison_of_which_all_failed_leaves_its_reasons(
     )
     assert code == cli.FAILED
     assert "fedadapter failed: " in shown
-    assert "has no column body" in shown
+    assert "source.text does not apply to data=builtin" in shown
     assert "fedadapter failed" in (out / MARKDOWN).read_text()
 
 

@@ -119,7 +119,7 @@ def compare(
     """Run methods side by side, and say what each is worth.
 
     A .toml file names members, data, models, seeds and a target; or methods
-    are named here, with settings for all of them. What is done is not run
+    are named here, with settings for all that heed them. What is done is not run
     again: the same command goes on where it was stopped. With --seeds a file's
     other seeds are left to other calls, on other cores say; whoever ends last
     has them all.
@@ -269,8 +269,8 @@ def plan(
 ) -> None:
     """Say which settings fit a device, from the model's configuration alone.
 
-    Settings are a run's; these may have several values, and are tried with
-    some where nothing is said: model, adapter.type, training.batch_size,
+    Settings are a run's that change what a step costs; these may have several
+    values, and are tried with some where nothing is said: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
     training.offload, dropout.mean, frozen.layers (also half), quantization.
     Of what fits, that is shown which saves no more than it must. The exit
