@@ -11,6 +11,7 @@ from droppeft.cli import _split
 from droppeft.config import load_config
 from droppeft.federation.run import start_run
 from droppeft.layer_dropout import find_blocks
+from droppeft.methods.rules import check_settings
 from runs import Recorder
 from tiny import tiny_model
 
@@ -57,7 +58,7 @@ def test_the_readme_has_commands() -> None:
 def test_a_readme_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     path, words = _split(shlex.split(command)[2:])
-    load_config(path if path and path.exists() else None, words)
+    check_settings(load_config(path if path and path.exists() else None, words))
 
 
 def readme_code(part: str) -> str:

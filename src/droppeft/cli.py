@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
 
-COSTLY = (
-    *("model", "quantization", "accelerator", "threads", "seed"),
-    *("adapter.", "dropout.", "frozen.", "clock.own."),
-    *("training.batch_size", "training.max_length", "training.precision"),
-    *("training.checkpointing", "training.offload"),
-)
-"""Settings, or beginnings of some, that ``profile`` and ``plan`` heed."""
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -87,13 +79,7 @@ def run(
     from droppeft.config import load_config
     from droppeft.federation.run import start_run
 
-    path, settings = _split(words or [])
-    config = load_config(path, settings)
-    _check_tables(config.method, settings)
-    _check_configurator(config, settings)
-    _check_sharing(config, settings)
-    _check_server(config, settings)
-    _check_flower(config.transport, settings)
+    config = load_config(*_split(words or []))
     folder = out or _new_folder(config.method)
     _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
     if not (quiet or as_json):
@@ -134,7 +120,7 @@ def compare(
     """Run methods side by side, and say what each is worth.
 
     A .toml file names variants, data, models, seeds and a target; or methods
-    are named here, with settings for all of them. What is done is not run
+    are named here, with settings for all that heed them. What is done is not run
     again: the same command goes on where it was stopped. With --seeds a file's
     other seeds are left to other calls, on other cores say; whoever ends last
     has them all.
@@ -288,22 +274,19 @@ def plan(
 ) -> None:
     """Say which settings fit a device, from the model's configuration alone.
 
-    Settings are a run's; these may have several values, and are tried with
-    some where nothing is said: model, adapter.type, training.batch_size,
+    Settings are a run's that change what a step costs; these may have several
+    values, and are tried with some where nothing is said: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
     training.offload, dropout.mean, frozen.layers (also half), quantization.
     Of what fits, that is shown which saves no more than it must. The exit
     code is 1 where nothing fits.
     """
-    path, settings = _split(words or [])
-    _check_costly(settings)
-
     from rich.console import Console
 
     from droppeft.report import plan as report
     from droppeft.sizing.planning import combinations, limits
 
-    configs = list(combinations(path, settings))
+    configs = list(combinations(*_split(words or [])))
     found = limits(memory, seconds, device, configs[0].clock.own)
     console = Console(stderr=True) if as_json else Console()
     answer = report.consider(configs, found, device, console)
@@ -402,113 +385,17 @@ def _meant(word: str, value: str = "VALUE") -> str:
     return f"; did you mean {word}={value}?" if word in dict(known_keys()) else ""
 
 
-def _check_tables(method: str, settings: Sequence[str]) -> None:
-    """Refuse a setting on the command line that the method would silently ignore."""
-    from droppeft.config import key_of
-    from droppeft.methods import ignores, method_named
-
-    for key in map(key_of, settings):
-        if ignores(method_named(method), key):
-            raise DroppeftError(f"{key} has no effect with method={method}; leave it out")
-
-
-def _check_configurator(config: "Config", settings: Sequence[str]) -> None:
-    """Refuse a setting on the command line of arms that there are not, or of rates that arms have.
-
-    A file may have both: it is for several runs.
-    """
-    from droppeft.config import key_of
-
-    policy = config.configurator.policy
-    rates = ("dropout.mean", "dropout.count", "dropout.rates", "dropout.shape")
-    for key in map(key_of, settings) if config.method == "droppeft" else ():
-        of_arms = key.startswith("configurator.") and key != "configurator.policy"
-        if of_arms if policy == "fixed" else key in rates:
-            raise DroppeftError(
-                f"{key} has no effect with configurator.policy={policy}; leave it out, or set "
-                "another policy"
-            )
-        if key == "configurator.reward_rows" and config.configurator.reward != "loss":
-            raise DroppeftError(
-                f"{key} has no effect with configurator.reward={config.configurator.reward}, which "
-                "no device measures; leave it out"
-            )
-
-
-def _check_sharing(config: "Config", settings: Sequence[str]) -> None:
-    """Refuse a setting on the command line of a choice that there is not."""
-    from droppeft.config import key_of
-    from droppeft.sharing.criteria import CRITERIA
-
-    sharing = config.sharing
-    choosing = ("sharing.criterion", "sharing.hysteresis", "sharing.score_rows")
-    for key in map(key_of, settings) if config.method == "droppeft" else ():
-        if key in choosing and sharing.fraction == 1:
-            raise DroppeftError(
-                f"{key} has no effect with sharing.fraction=1, where all layers are shared; "
-                "leave it out, or set a smaller fraction"
-            )
-        if key == "sharing.hysteresis" and sharing.criterion == "position":
-            raise DroppeftError(
-                f"{key} has no effect with sharing.criterion=position, which never changes its "
-                "mind; leave it out"
-            )
-        if key == "sharing.score_rows" and CRITERIA[sharing.criterion].runs_model == "no":
-            raise DroppeftError(
-                f"{key} has no effect with sharing.criterion={sharing.criterion}, which does not "
-                "run the model to score; leave it out"
-            )
-
-
-def _check_server(config: "Config", settings: Sequence[str]) -> None:
-    """Refuse a setting on the command line of an optimiser that there is not."""
-    from droppeft.config import key_of
-
-    idle = {
-        "none": ("step_size", "momentum", "second_momentum", "tau"),
-        "momentum": ("second_momentum", "tau"),
-    }.get(config.server.optimizer, ())
-    for key in map(key_of, settings):
-        if key.removeprefix("server.") in idle and key.startswith("server."):
-            raise DroppeftError(
-                f"{key} has no effect with server.optimizer={config.server.optimizer}; leave it "
-                "out, or set another optimiser"
-            )
-
-
-def _check_flower(transport: str, settings: Sequence[str]) -> None:
-    """Refuse a setting of Flower's where Flower takes no part."""
-    for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key.startswith("flower.") and transport != "flower":
-            raise DroppeftError(f"{key} has no effect with transport={transport}; leave it out")
-
-
 def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
     """The configuration of a step; words win over the defaults."""
     import torch
 
     from droppeft.config import load_config, resolve
+    from droppeft.methods.rules import check_costly
 
     path, settings = _split(words)
-    _check_costly(settings)
     config = load_config(path, [*defaults, *settings])
+    check_costly(config)
     return resolve(config, cuda=torch.cuda.is_available())
-
-
-def _check_costly(settings: Sequence[str]) -> None:
-    """Refuse a setting that changes nothing in what a step costs."""
-    from droppeft.config.tables import METHOD_DEFAULTS
-
-    for setting in settings:
-        key, _, value = (part.strip() for part in setting.partition("="))
-        if key == "method" and "adapter" not in METHOD_DEFAULTS.get(value, {}):
-            raise DroppeftError(
-                "plan and profile look at a step of the configured adapter, whatever the method "
-                "makes of it; leave method out, and set adapter.*"
-            )
-        if key != "method" and not key.startswith(COSTLY):
-            raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 
 
 def _numbers(text: str) -> list[float]:

@@ -79,6 +79,10 @@ def _nothing(setup: Setup, state: ServerState) -> None:
     return None
 
 
+def _all_is_well(config: Config) -> None:
+    return None
+
+
 def _global_model(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     return without_steps(full_plan(setup, state, round, device))
 
@@ -90,14 +94,17 @@ class Method:
     Attributes:
         name: as on the command line.
         summary: one line for people.
-        tables: optional tables of the configuration that it reads; setting another on the
-            command line is refused.
-        init: state before round 1. Must raise what :attr:`plan` would raise for a configuration
-            that cannot work, so that nothing is written for a run that cannot start.
+        tables: optional tables of the configuration that it reads; a setting of another is
+            refused.
+        init: state before round 1, of a configuration that passed :attr:`check`. Must raise what
+            :attr:`plan` would raise for a number of layers that cannot work, so that nothing is
+            written for a run that cannot start.
         plan: one Plan per member of the cohort, in its order; a function of its arguments alone,
             since what it decides is only remembered in the Plans.
         merge: the state after a round, from its Plans and, in the same order, their replies; an
             Update that was refused is a Failure there, and perhaps all are.
+        check: raises a DroppeftError for a configuration that it cannot work with, whatever the
+            model; :mod:`droppeft.methods.rules` calls it before anything is loaded.
         adjust: the configuration that its run has instead of the given one; of an adjusted one it
             makes nothing else.
         own: the Plan that measures a device's own model, as it would begin the turn of that round:
@@ -115,6 +122,7 @@ class Method:
     init: Callable[[Setup], ServerState]
     plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
     merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
+    check: Callable[[Config], None] = _all_is_well
     adjust: Callable[[Config], Config] = _as_it_is
     own: OfDevice = _global_model
     has_global_model: Callable[[Config], bool] = _always

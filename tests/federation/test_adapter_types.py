@@ -127,7 +127,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     tiny_words: list[str], tmp_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "model", 2, "deberta-v2")
-    words = [*tiny_words, f"model={model}", "method=fedlora", "adapter.type=prefix_tuning"]
+    words = [*tiny_words, f"model={model}", "dropout.mean=0", "adapter.type=prefix_tuning"]
     with pytest.raises(DroppeftError, match="a deberta-v2 takes no keys and values from outside"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

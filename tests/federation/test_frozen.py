@@ -164,8 +164,6 @@ def test_the_other_method_can_freeze_layers_too(tiny_words: list[str], tmp_path:
         (["frozen.layers=4"], "leaves none of the 4 layers to train"),
         (["frozen.layers=1", "dropout.count=2"], "leave 1 to drop"),
         (["frozen.layers=2", "dropout.rates=[0, 0.5, 0.5, 0]"], "set the first 2 rates to 0"),
-        (["frozen.layers=1", "adapter.type=prompt_tuning"], "prompt_tuning is not in a layer"),
-        (["frozen.layers=1", "adapter.type=prefix_tuning"], "prefix_tuning is not in a layer"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(

@@ -491,8 +491,8 @@ def test_a_damaged_file_costs_a_turn_and_then_the_global_layers_come(
 def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
     words: list[str], tmp_path: Path, sharing: Prepared
 ) -> None:
-    more = ("sharing.fraction=1", "sharing.head=personal", "dropout.mean=0")
-    config = load_config(None, [*words, *more])
+    shared = [word for word in words if not word.startswith("sharing.")]
+    config = load_config(None, [*shared, "sharing.head=personal", "dropout.mean=0"])
     result = start_run(config, tmp_path / "run", Recorder())
     layer, _ = sizes(sharing)
     rows = rows_of(tmp_path / "run" / "devices.jsonl")

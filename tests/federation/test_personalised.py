@@ -351,16 +351,6 @@ def test_a_device_that_lost_its_values_begins_again(
     assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)
 
 
-def test_a_local_run_without_its_accuracy_is_refused(words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(DroppeftError, match="no accuracy but the personalised one"):
-        start_run(
-            load_config(None, [*words, "evaluation.personalised=false"]),
-            tmp_path / "run",
-            Recorder(),
-        )
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path: Path) -> None:
     """Its result is not written before there is one."""
 

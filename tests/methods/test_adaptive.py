@@ -1,6 +1,7 @@
 """Adaptive: DropPEFT's bandit over depth alone, under a name of its own; defaults by method."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federation.run import resume_run, start_run
 from droppeft.flower_server_app import _check_same
 from droppeft.methods import METHODS
+from droppeft.methods.rules import check_settings
 from droppeft.plans import first_trained_layer
 from messages import setup_for
 from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round
@@ -63,14 +65,12 @@ def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
     assert {plan.sharing for plan in plans} == {None}
 
 
-def test_dropout_and_sharing_of_a_file_are_for_other_methods() -> None:
-    tree = {
-        "method": "adaptive",
-        "dropout": {"count": 2, "schedule": "recovery"},
-        "sharing": {"fraction": 0.5, "head": "personal"},
-    }
-    plain = load_config(None, ["method=adaptive"])
-    assert ADAPTIVE.adjust(build_config(tree)) == plain == ADAPTIVE.adjust(plain)
+@pytest.mark.parametrize(
+    "tree", [{"dropout": {"schedule": "recovery"}}, {"sharing": {"fraction": 0.5}}], ids=str
+)
+def test_dropout_and_sharing_are_for_other_methods(tree: dict[str, Any]) -> None:
+    with pytest.raises(DroppeftError, match="has no effect with method=adaptive"):
+        check_settings(build_config({"method": "adaptive", **tree}))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_dropout_and_sharing_of_a_file_are_for_other_methods() -> None:
 )
 def test_what_would_make_another_method_of_it_is_refused(word: str, message: str) -> None:
     with pytest.raises(DroppeftError, match=message):
-        ADAPTIVE.init(setup_for("method=adaptive", word))
+        check_settings(load_config(None, ["method=adaptive", word]))
 
 
 # Defaults by method

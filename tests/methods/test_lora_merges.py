@@ -12,7 +12,6 @@ from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import base_delta_applied
 from droppeft.client.loading import clients_of
 from droppeft.config import load_config
-from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
@@ -210,34 +209,6 @@ def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds(
         own = method.own(setup, state, 3, plan.device)
         assert own.measure
         assert_same(own.tensors, plan.tensors)
-
-
-# What they refuse
-
-
-@pytest.mark.parametrize("name", ["ffa_lora", "flexlora", *EXACT])
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["adapter.type=bottleneck"], "adapter.type=bottleneck has none; set adapter.type=lora"),
-        (["adapter.options.use_dora=true"], "leave adapter.options.use_dora out"),
-    ],
-)
-def test_other_adapters_are_refused(name: str, words: list[str], sentence: str) -> None:
-    with pytest.raises(DroppeftError, match=sentence):
-        METHODS[name].init(shaped(f"method={name}", *words))
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_nothing_is_kept_of_weights_that_change(name: str) -> None:
-    with pytest.raises(DroppeftError, match=r"leave frozen.layers=2 out"):
-        METHODS[name].init(shaped(f"method={name}", "frozen.layers=2"))
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_nothing_is_added_to_quantised_weights(name: str) -> None:
-    with pytest.raises(DroppeftError, match=f"method={name} adds to the frozen weights.*=none"):
-        METHODS[name].init(shaped(f"method={name}", "quantization=8bit"))
 
 
 @pytest.mark.parametrize("name", EXACT)

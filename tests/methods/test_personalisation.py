@@ -11,7 +11,6 @@ import pytest
 from droppeft.client.client_state import folder_of, load_tensors
 from droppeft.client.loading import clients_of
 from droppeft.config import load_config
-from droppeft.errors import DroppeftError
 from droppeft.federation.prepare import Prepared, prepare
 from droppeft.federation.run import resume_run, start_run
 from droppeft.methods import METHODS
@@ -106,11 +105,6 @@ def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: s
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_ditto_does_not_take_frozen_layers(prepare_with: Callable[..., Prepared]) -> None:
-    with pytest.raises(DroppeftError, match=r"frozen\.layers is not possible"):
-        prepare_with("method=ditto", "frozen.layers=1")
-
-
 # FedSA-LoRA
 
 
@@ -132,39 +126,6 @@ def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> Non
     assert isinstance(measured, Measurement)
     assert {name for _, name, _ in flatten(fresh.tensors)} == sent | kept
     assert HEAD in own.tensors
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (("adapter.type=ia3",), "adapter.type=ia3 has none"),
-        (("evaluation.personalised=false",), "no accuracy but the personalised one"),
-    ],
-)
-def test_what_fedsa_cannot_be(
-    prepare_with: Callable[..., Prepared], words: tuple[str, ...], reason: str
-) -> None:
-    with pytest.raises(DroppeftError, match=reason):
-        prepare_with("method=fedsa_lora", *words)
-
-
-# Settings of layer sharing that cannot be
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (("adapter.type=prompt_tuning", "sharing.fraction=0.5"), "is in no layer"),
-        (("adapter.type=ia3", "sharing.factors=product"), "about LoRA's A and B"),
-        (("sharing.mean=everyone", "sharing.factors=product"), "set sharing.factors=separate"),
-        (("sharing.head=personal", "evaluation.personalised=false"), "but the personalised one"),
-    ],
-)
-def test_what_cannot_be_shared(
-    prepare_with: Callable[..., Prepared], words: tuple[str, ...], reason: str
-) -> None:
-    with pytest.raises(DroppeftError, match=reason):
-        prepare_with("dropout.mean=0", *words)
 
 
 @pytest.mark.parametrize("words", [("sharing.weights=active_steps",), ("sharing.factors=product",)])

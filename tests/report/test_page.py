@@ -54,11 +54,10 @@ def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) ->
                 "<b>dropped</b>": ["dropout.mean=0.25"],
                 "thinks": [
                     "configurator.policy=budgeted_thompson",
-                    "configurator.reward_rows=4",
                     "dropout.protect_first=0",
                 ],
                 "alone": ["method=local"],
-                "wrong": ["method=fedadapter"],
+                "wrong": ["method=fedlora", "frozen.layers=4"],
             },
             "seeds": [0, 1],
             "target": {"accuracy": 0.02},
@@ -111,7 +110,7 @@ def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
         least = 1 + len(BARS) + (len(AXES) if member not in ("alone", "wrong") else 0)
         assert reader.texts.count(member) >= least, member
     assert "b" not in reader.tags
-    assert any("wrong failed: method=fedadapter splits" in part for part in reader.texts)
+    assert any("wrong failed: frozen.layers=4 leaves none" in part for part in reader.texts)
     assert "a & b" in reader.texts
 
 

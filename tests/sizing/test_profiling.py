@@ -158,7 +158,6 @@ def test_a_rate_replaces_whatever_said_how_many_layers_drop(folder: Path) -> Non
         (["frozen.layers=4"], "frozen.layers=4 leaves none of the 4 layers to train"),
         (["training.max_length=600"], "texts of 600 tokens"),
         (["adapter.type=prefix_tuning", "frozen.layers=1"], "needs an adapter in the layers"),
-        (["rounds=3"], "rounds has no effect on what a step costs; leave it out"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from droppeft import seeds
-from droppeft.adapters.types import TYPES
 from droppeft.checkpointing import check_checkpointing
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
@@ -25,7 +24,6 @@ from droppeft.errors import DroppeftError
 from droppeft.frozen_prefix.turn import forget_old_runs
 from droppeft.layer_dropout import find_blocks
 from droppeft.models import Backbone, load_backbone
-from droppeft.offloading import check_offload
 
 Say = Callable[[str], None]
 
@@ -60,7 +58,6 @@ def load(config: Config, say: Say) -> Loaded:
         DroppeftError: whatever the configuration names does not exist or does not fit.
     """
     torch.set_num_threads(config.threads)
-    check_offload(config)
     say("reading data")
     data = load_text(config.data, config.source, config.partition.key)
     devices = partition_rows(
@@ -70,7 +67,6 @@ def load(config: Config, say: Say) -> Loaded:
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, data.label_names, head_seed, config.quantization)
     config = resolve_layers(config, backbone.num_layers)
-    _check_frozen(config)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
@@ -111,16 +107,6 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
         if found.get(name) != hash:
             return f"the {name.removesuffix('_hash')} is another ({hash}, here {found.get(name)})"
     return None
-
-
-def _check_frozen(config: Config) -> None:
-    """Virtual tokens stand before the first layer: then its output is not the text's alone."""
-    name, layers = config.adapter.type, config.frozen.layers
-    if layers and TYPES[name].kind != "layered":
-        raise DroppeftError(
-            f"frozen.layers={layers} needs an adapter in the layers behind, and {name} is not in a "
-            "layer; choose another adapter.type, or frozen.layers=0"
-        )
 
 
 def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from droppeft.config import Config, key_of, load_config, parse_word, read_toml, 
 from droppeft.config.base import Real, Table, Whole, WordList
 from droppeft.config.tables import RIVALS
 from droppeft.errors import DroppeftError
-from droppeft.methods import ignores, method_named
+from droppeft.methods import method_named
+from droppeft.methods.rules import check_settings, reason_of, without_effect
 
 
 class TargetTable(Table):
@@ -38,9 +40,9 @@ class Comparison(Table):
 
     Attributes:
         variants: name to settings, in the order of the table.
-        settings: of all variants.
+        settings: of all variants that heed them.
         data, models: each variant runs on each; none for what the settings say.
-        data_settings: of all variants on one of the data; they win over ``settings``.
+        data_settings: the same for one of the data; they win over ``settings``.
         baseline: the variant that others' times are divided by.
     """
 
@@ -145,22 +147,15 @@ def read_comparison(path: Path) -> Comparison:
 def named_on_the_command_line(
     methods: Sequence[str], settings: Sequence[str], seeds: Sequence[int] | None = None
 ) -> Comparison:
-    """Methods with their defaults; of the settings each takes those that it heeds.
+    """Methods with their defaults, and settings for all of them that heed them.
 
     Raises:
-        DroppeftError: an unknown method, or a setting that none of them heeds.
+        DroppeftError: an unknown method.
     """
     targets = [word for word in settings if key_of(word) == "target_accuracy"]
-    variants: dict[str, list[str]] = {}
-    for name in methods:
-        method = method_named(name)
-        own = [word for word in settings if not ignores(method, key_of(word))]
-        variants[name] = [f"method={name}", *own]
-    for word in settings:
-        if not any(word in words for words in variants.values()):
-            raise DroppeftError(f"{word}: none of {', '.join(methods)} heeds it; leave it out")
+    variants = {method_named(name).name: [f"method={name}"] for name in methods}
     target = {"accuracy": parse_word(targets[-1])[1]} if targets else None
-    tree = {"variants": variants, "target": target}
+    tree = {"variants": variants, "settings": list(settings), "target": target}
     return _validated(tree if seeds is None else {**tree, "seeds": list(seeds)}, "")
 
 
@@ -168,9 +163,10 @@ def cells(comparison: Comparison) -> list[Cell]:
     """All runs, so ordered that variants take turns: what a machine does to one it does to all.
 
     Raises:
-        DroppeftError: a setting that no run takes, with the variant that has it; or two cells that
-            are the same run.
+        DroppeftError: a setting that no run takes, with the variant that has it; one of all
+            variants that none of them heeds; or two cells that are the same run.
     """
+    _check_heeded(comparison)
     found = list(_each(comparison))
     names: dict[str, Cell] = {}
     for cell in found:
@@ -182,31 +178,74 @@ def cells(comparison: Comparison) -> list[Cell]:
     return found
 
 
+def _check_heeded(comparison: Comparison) -> None:
+    """Refuse what is set for all members and none of them heeds, whatever they run on."""
+    heeded: set[str] = set()
+    ignored: dict[str, list[str]] = {}
+    for on, name in itertools.product(comparison.data or (None,), comparison.variants):
+        words = _common(comparison, on)
+        with _said_of(name):
+            reasons = _reasons(words, comparison.variants[name])
+        heeded.update(word for word in words if key_of(word) not in reasons)
+        for key, reason in reasons.items():
+            ignored.setdefault(key, []).append(reason)
+    for word in (*comparison.settings, *itertools.chain(*comparison.data_settings.values())):
+        if word not in heeded and key_of(word) in ignored:
+            why = " and ".join(dict.fromkeys(ignored[key_of(word)]))
+            raise DroppeftError(
+                f"{word}: none of {', '.join(comparison.variants)} heeds it, it has no effect with "
+                f"{why}; leave it out"
+            )
+
+
 def _each(comparison: Comparison) -> Iterator[Cell]:
     data, models = comparison.data or (None,), comparison.models or (None,)
     for seed, on, model, name in itertools.product(
         comparison.seeds, data, models, comparison.variants
     ):
         varied = {"seed": str(seed), "data": on, "model": model}
-        words = _over(comparison.settings, comparison.data_settings.get(on or "", ()))
-        try:
-            config = _config(words, comparison.variants[name], varied)
-        except DroppeftError as error:
-            raise DroppeftError(f"variant {name!r}: {error}") from None
-        yield Cell(name, config)
+        with _said_of(name):
+            yield Cell(name, _config(_common(comparison, on), comparison.variants[name], varied))
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Name the member in a mistake's sentence."""
+    try:
+        yield
+    except DroppeftError as error:
+        raise DroppeftError(f"member {name!r}: {error}") from None
+
+
+def _common(comparison: Comparison, on: str | None) -> list[str]:
+    """Settings of all members on one of the data."""
+    return _over(comparison.settings, comparison.data_settings.get(on or "", ()))
+
+
+def _reasons(common: Sequence[str], own: Sequence[str]) -> dict[str, str]:
+    """Common settings that have no effect on a member, each with the reason."""
+    config = load_config(None, _over(common, own))
+    return {
+        key: reason_of(rule, config)
+        for key, rule in without_effect(config).items()
+        if key not in map(key_of, own)
+    }
 
 
 def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
-    """A variant's configuration, in which its own words win; paths are whole."""
+    """A member's configuration of its own words, which win, and of the common ones it heeds.
+
+    Paths are whole.
+    """
     keys = {*map(key_of, common), *map(key_of, own)}
     chosen = {key: value for key, value in varied.items() if value is not None}
     for key in keys & chosen.keys():
         raise DroppeftError(f"{key} is what the comparison varies; leave it out of the settings")
-    words = [*_over(common, own), *(f"{key}={value}" for key, value in chosen.items())]
+    reasons = _reasons(common, own)
+    heeded = [word for word in common if key_of(word) not in reasons]
+    words = [*_over(heeded, own), *(f"{key}={value}" for key, value in chosen.items())]
     config = load_config(None, words)
-    for key in map(key_of, own):
-        if ignores(method_named(config.method), key):
-            raise DroppeftError(f"{key} has no effect with method={config.method}; leave it out")
+    check_settings(config)
     here = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)
     return config.model_copy(update={"data": here.data, "model": here.model})
 

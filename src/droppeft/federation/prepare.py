@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from droppeft import seeds
-from droppeft.adapters.settings import check
-from droppeft.adapters.types import check_on
 from droppeft.client.client import rehearse
 from droppeft.client.client_model import ClientModel
 from droppeft.client.loading import Loaded, Say, load, tokens_of
@@ -16,9 +14,8 @@ from droppeft.costs.devices import make_fleet
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.errors import DroppeftError
 from droppeft.federation.modelled import clock_for, longest_step
-from droppeft.method import adapter_spec, local_training
+from droppeft.method import local_training
 from droppeft.methods import Method, Setup, method_named
 from droppeft.plans import ServerState
 from droppeft.quantization import check_installed
@@ -63,7 +60,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     """Load texts and model, start the method.
 
     Args:
-        config: resolved.
+        config: resolved, and one that :func:`droppeft.methods.rules.check_settings` lets pass.
         say: told what is being done, for people.
         run: names it where devices keep something for it.
 
@@ -72,10 +69,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     """
     start = time.perf_counter()
     method = method_named(config.method)
-    _check_measured(method, config)
     transport_named(config.transport)
-    check(adapter_spec(config.adapter, num_layers=1))
-    check_on(config.adapter.type, config.adapter.options, config.quantization)
     check_installed(config.quantization)
     fleet = make_fleet(config.clock, config.devices, config.seed)
     loaded = load(config, say)
@@ -104,15 +98,6 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
         without_clock=without_clock,
         prepare_wall_s=time.perf_counter() - start,
     )
-
-
-def _check_measured(method: Method, config: Config) -> None:
-    """Refuse a run that would end without any accuracy."""
-    if not (method.has_global_model(config) or config.evaluation.personalised):
-        raise DroppeftError(
-            f"method={config.method} has no global model with these settings, and no accuracy but "
-            "the personalised one; leave out evaluation.personalised=false"
-        )
 
 
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:

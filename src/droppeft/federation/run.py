@@ -49,6 +49,7 @@ from droppeft.ledger import (
     summarise,
 )
 from droppeft.methods import method_named
+from droppeft.methods.rules import check_settings
 from droppeft.plans import GlobalModel
 from droppeft.training import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
@@ -80,6 +81,7 @@ def start_run(
             nothing has been written then.
         Interrupted: on Ctrl-C after the folder was made.
     """
+    check_settings(config)
     check_free(out)
     state_dir()  # said now, and not when a device wants to keep something
     out = out.resolve()
@@ -109,6 +111,7 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
             watcher.finished(result)
             return result
         config = load_config(out / CONFIG)
+        check_settings(config)
         memory_type = method_named(config.method).memory_type
         newest = checkpoints.load_newest(out / "checkpoints", memory_type)
         config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")

@@ -45,13 +45,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Method", "Setup", "ignores", "method_named"]
-
-
-def ignores(method: Method, key: str) -> bool:
-    """Whether a setting stands in a table that other methods read and this one does not."""
-    optional = frozenset().union(*(other.tables for other in METHODS.values()))
-    return key.partition(".")[0] in optional - method.tables
+__all__ = ["METHODS", "Method", "Setup", "method_named"]
 
 
 def method_named(name: str) -> Method:

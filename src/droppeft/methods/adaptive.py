@@ -9,18 +9,10 @@ from dataclasses import replace
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.method import Setup
 from droppeft.methods.droppeft import DROPPEFT
-from droppeft.plans import ServerState
 
 
-def _adjust(config: Config) -> Config:
-    """Whatever a file says of dropout and sharing is for other methods."""
-    own = Config(method=config.method)
-    return config.model_copy(update={"dropout": own.dropout, "sharing": own.sharing})
-
-
-def check_adaptive(config: Config) -> None:
+def _check(config: Config) -> None:
     """Refuse settings with which it would be another method.
 
     Raises:
@@ -40,17 +32,11 @@ def check_adaptive(config: Config) -> None:
         )
 
 
-def _init(setup: Setup) -> ServerState:
-    check_adaptive(setup.config)
-    return DROPPEFT.init(setup)
-
-
 ADAPTIVE = replace(
     DROPPEFT,
     name="adaptive",
     summary="depth per kind of client, found by a bandit; all layers shared, none dropped",
     tables=frozenset({"configurator", "frozen", "server"}),
-    init=_init,
-    adjust=_adjust,
+    check=_check,
     has_global_model=lambda config: True,
 )

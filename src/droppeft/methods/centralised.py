@@ -10,14 +10,17 @@ from droppeft.method import Method, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 
 
-def _alone(config: Config) -> Config:
-    """One device with all rows; the same again for what is alone already."""
-    steps = config.training.local_steps
-    if steps is None:
+def _check(config: Config) -> None:
+    if config.training.local_steps is None:
         raise DroppeftError(
             "method=centralised takes the steps of a whole cohort, which epochs do not tell; "
             "set training.local_steps"
         )
+
+
+def _alone(config: Config) -> Config:
+    """One device with all rows; the same again for what is alone already."""
+    steps = config.training.local_steps or 0
     training = config.training.model_copy(update={"local_steps": steps * config.cohort})
     partition = config.partition.model_copy(update={"kind": "iid"})
     where = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
@@ -35,5 +38,6 @@ CENTRALISED = Method(
     init=FEDLORA.init,
     plan=FEDLORA.plan,
     merge=average_by_examples,
+    check=_check,
     adjust=_alone,
 )

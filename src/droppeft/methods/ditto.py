@@ -7,7 +7,6 @@ The own adapter is what personalised accuracy measures; a device that never trai
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.errors import DroppeftError
 from droppeft.method import (
     Method,
     Setup,
@@ -27,11 +26,6 @@ from droppeft.sharing.participation import (
 
 
 def _init(setup: Setup) -> ServerState:
-    if setup.config.frozen.layers:
-        raise DroppeftError(
-            "method=ditto trains two adapters in all layers; frozen.layers is not possible, "
-            "leave it out"
-        )
     return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 

@@ -28,6 +28,7 @@ from droppeft.method import (
     without_steps,
 )
 from droppeft.methods.personal_layers import (
+    check_fraction,
     check_sharing,
     has_global_head,
     keeps_anything,
@@ -97,7 +98,7 @@ def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
 
 
 def _init(setup: Setup) -> ServerState:
-    check_sharing(setup)
+    check_fraction(setup)
     state = start_with(setup, uniform_adapter(setup))
     if bandit.is_fixed(setup):
         rates_of_round(setup, 1)
@@ -191,6 +192,7 @@ DROPPEFT = Method(
     init=_init,
     plan=_plan,
     merge=_merge,
+    check=check_sharing,
     own=_own,
     has_global_model=has_global_head,
     note=_note,

@@ -34,7 +34,6 @@ class Growth:
 
 
 def _init(setup: Setup) -> ServerState:
-    check_bottlenecks(setup)
     state = start_with(setup, spec_of(setup, *first_shape(setup)))
     return replace(state, memory=Growth())
 
@@ -75,4 +74,5 @@ FEDADAOPT = Method(
     plan=_plan,
     merge=_merge,
     memory_type=Growth,
+    check=check_bottlenecks,
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from droppeft.config import Config
 from droppeft.costs.clock import compute_seconds
 from droppeft.errors import DroppeftError
 from droppeft.method import (
@@ -66,22 +67,22 @@ class Trial:
         return max(means, key=lambda group: means[group], default=SAME)
 
 
-def check_bottlenecks(setup: Setup) -> None:
+def check_bottlenecks(config: Config) -> None:
     """Refuse what a method that grows bottlenecks cannot have.
 
     Raises:
         DroppeftError: another type of adapter, or frozen layers.
     """
-    chosen, method = setup.config.adapter, setup.config.method
+    chosen, method = config.adapter, config.method
     if chosen.type != "bottleneck":
         raise DroppeftError(
             f"method={method} grows bottlenecks, and adapter.type={chosen.type}; "
             "set adapter.type=bottleneck"
         )
-    if setup.config.frozen.layers:
+    if config.frozen.layers:
         raise DroppeftError(
             f"method={method} freezes the layers below its adapters by itself; leave "
-            f"frozen.layers={setup.config.frozen.layers} out"
+            f"frozen.layers={config.frozen.layers} out"
         )
 
 
@@ -102,18 +103,21 @@ def plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
     return replace(model, tensors=average_over_holders(model.tensors, updates, by_examples))
 
 
-def _init(setup: Setup) -> ServerState:
-    check_bottlenecks(setup)
-    if setup.config.training.local_epochs is not None:
+def _check(config: Config) -> None:
+    check_bottlenecks(config)
+    if config.training.local_epochs is not None:
         raise DroppeftError(
             "method=fedadapter gives its groups equal time by their steps; set "
             "training.local_steps instead of training.local_epochs"
         )
-    if setup.config.cohort < 3:
+    if config.cohort < 3:
         raise DroppeftError(
-            f"method=fedadapter splits the cohort into three groups, and cohort="
-            f"{setup.config.cohort}; set it to 3 or more"
+            f"method=fedadapter splits the cohort into three groups, and cohort={config.cohort}; "
+            "set it to 3 or more"
         )
+
+
+def _init(setup: Setup) -> ServerState:
     depth, width = first_shape(setup)
     return _begin_trial(setup, start_with(setup, spec_of(setup, depth, width)).model, depth, width)
 
@@ -255,4 +259,5 @@ FEDADAPTER = Method(
     plan=_plan,
     merge=_merge,
     memory_type=Trial,
+    check=_check,
 )

@@ -12,8 +12,7 @@ import numpy as np
 
 from droppeft.method import Method, Setup
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.flora import init
-from droppeft.methods.plain_lora import scale_of, with_added
+from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
 from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import Wide, average_over_holders, by_examples
 from droppeft.sharing.factors import A, B, mean_products
@@ -44,7 +43,8 @@ FEDEX_LORA = Method(
     name="fedex_lora",
     summary="A and B averaged, the error of that put into the frozen weights (FedEx-LoRA)",
     tables=frozenset(),
-    init=init,
+    init=FEDLORA.init,
     plan=FEDLORA.plan,
     merge=_merge,
+    check=check_added_lora,
 )

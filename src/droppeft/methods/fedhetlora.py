@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.method import (
     Method,
@@ -128,8 +129,8 @@ def _speeds(setup: Setup) -> list[float]:
     ]
 
 
-def _init(setup: Setup) -> ServerState:
-    chosen = setup.config.adapter
+def _check(config: Config) -> None:
+    chosen = config.adapter
     if chosen.type != "lora" or chosen.rank is None:
         raise DroppeftError(
             f"method=fedhetlora cuts LoRA's matrices to ranks, and adapter.type={chosen.type}; "
@@ -140,8 +141,11 @@ def _init(setup: Setup) -> ServerState:
             "method=fedhetlora keeps alpha / rank alike on all devices, and use_rslora divides by "
             "the root of the rank; leave adapter.options.use_rslora out"
         )
+
+
+def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
-    return replace(state, memory=first_ranks(setup, chosen.rank))
+    return replace(state, memory=first_ranks(setup, setup.config.adapter.rank or 0))
 
 
 def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
@@ -215,6 +219,7 @@ FEDHETLORA = Method(
     init=_init,
     plan=for_each(_with_penalty),
     merge=_merge,
+    check=_check,
     own=measuring(at_rank),
     memory_type=Ranks,
 )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from droppeft import seeds
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import sample_active
 from droppeft.method import (
@@ -24,12 +25,15 @@ from droppeft.methods.droppeft import rates_of_round
 from droppeft.plans import LayerDropout, Plan, ServerState, flatten, restrict
 
 
-def _init(setup: Setup) -> ServerState:
-    if setup.config.dropout.every not in (1, "round"):
+def _check(config: Config) -> None:
+    if config.dropout.every not in (1, "round"):
         raise DroppeftError(
             f"method=fedra draws layers for a device's whole turn; dropout.every="
-            f"{setup.config.dropout.every} is not possible, leave it out"
+            f"{config.dropout.every} is not possible, leave it out"
         )
+
+
+def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
     rates_of_round(setup, 1)
     return state
@@ -68,4 +72,5 @@ FEDRA = Method(
     init=_init,
     plan=_plan,
     merge=average_by_examples,
+    check=_check,
 )

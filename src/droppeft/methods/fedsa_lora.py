@@ -7,6 +7,7 @@ measured on its own test rows, and a device that never trained has B = 0.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.method import (
     Method,
@@ -27,13 +28,15 @@ from droppeft.sharing.participation import (
 )
 
 
-def _init(setup: Setup) -> ServerState:
-    config = setup.config
+def _check(config: Config) -> None:
     if config.adapter.type != "lora":
         raise DroppeftError(
             f"method=fedsa_lora shares LoRA's A; adapter.type={config.adapter.type} has none, "
             "leave it out"
         )
+
+
+def _init(setup: Setup) -> ServerState:
     return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
@@ -58,6 +61,7 @@ FEDSA_LORA = Method(
     init=_init,
     plan=for_each(_of_device),
     merge=_merge,
+    check=_check,
     own=measuring(_of_device),
     has_global_model=lambda config: False,
     memory_type=ParticipationMemory,

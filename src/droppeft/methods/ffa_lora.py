@@ -20,11 +20,6 @@ from droppeft.plans import Plan, ServerState, flatten, restrict
 from droppeft.sharing.factors import A
 
 
-def _init(setup: Setup) -> ServerState:
-    check_plain_lora(setup.config)
-    return FEDLORA.init(setup)
-
-
 def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
     """Every device makes A itself, from the seed."""
     plan = full_plan(setup, state, round, device)
@@ -36,8 +31,9 @@ FFA_LORA = Method(
     name="ffa_lora",
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
     tables=frozenset({"frozen", "server"}),
-    init=_init,
+    init=FEDLORA.init,
     plan=for_each(_of_device),
     merge=average_by_examples,
+    check=check_plain_lora,
     own=measuring(_of_device),
 )

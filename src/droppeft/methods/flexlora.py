@@ -24,7 +24,7 @@ from droppeft.sharing.factors import average_products
 
 
 def _init(setup: Setup) -> ServerState:
-    rank = check_plain_lora(setup.config)
+    rank = setup.config.adapter.rank or 0
     state = start_with(setup, uniform_adapter(setup))
     return replace(state, memory=first_ranks(setup, rank))
 
@@ -32,7 +32,7 @@ def _init(setup: Setup) -> ServerState:
 def _merge(
     setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
 ) -> ServerState:
-    full = check_plain_lora(setup.config)
+    full = setup.config.adapter.rank or 0
     updates = [
         replace(reply, tensors=resized(reply.tensors, full))
         for reply in replies
@@ -49,6 +49,7 @@ FLEXLORA = Method(
     init=_init,
     plan=for_each(at_rank),
     merge=_merge,
+    check=check_plain_lora,
     own=measuring(at_rank),
     memory_type=Ranks,
 )

@@ -17,20 +17,10 @@ from droppeft.method import (
     Setup,
 )
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.plain_lora import check_plain_lora, scale_of, with_added
+from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
 from droppeft.plans import Array, GlobalModel, LayerKey, Plan, Reply, ServerState, Tensors, Update
 from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import mean_products, pairs_of
-
-
-def init(setup: Setup) -> ServerState:
-    """State with a fresh adapter, if products can be added to the weights behind it.
-
-    Raises:
-        DroppeftError: as :func:`check_plain_lora`.
-    """
-    check_plain_lora(setup.config, exact=True)
-    return FEDLORA.init(setup)
 
 
 def _merge(
@@ -66,7 +56,8 @@ FLORA = Method(
     name="flora",
     summary="every round's LoRA goes into the frozen weights, without error (FLoRA)",
     tables=frozenset(),
-    init=init,
+    init=FEDLORA.init,
     plan=FEDLORA.plan,
     merge=_merge,
+    check=check_added_lora,
 )

@@ -11,7 +11,7 @@ the lowest adapter a layer runs forward only.
 import math
 from dataclasses import replace
 
-from droppeft.config import DeviceProfile, TrainingConfig
+from droppeft.config import Config, DeviceProfile, TrainingConfig
 from droppeft.costs.clock import Arithmetic, compute_seconds
 from droppeft.errors import DroppeftError
 from droppeft.method import (
@@ -62,14 +62,17 @@ def _step_seconds(
     return compute_seconds(profile, training.batch_size * flops, steps=1)
 
 
+def _check(config: Config) -> None:
+    if config.adapter.rank is None:
+        raise DroppeftError(
+            f"method=legend gives every layer its rank, and adapter.type={config.adapter.type} "
+            "has none; set adapter.type=lora"
+        )
+
+
 def _init(setup: Setup) -> ServerState:
     adapter = uniform_adapter(setup)
-    if setup.config.adapter.rank is None:
-        raise DroppeftError(
-            f"method=legend gives every layer its rank, and "
-            f"adapter.type={setup.config.adapter.type} has none; set adapter.type=lora"
-        )
-    sized = ranks(setup.config.adapter.rank, setup.num_layers)
+    sized = ranks(setup.config.adapter.rank or 0, setup.num_layers)
     layers = tuple(
         replace(layer, rank=rank) if layer else None
         for layer, rank in zip(adapter.layers, sized, strict=True)
@@ -98,4 +101,5 @@ LEGEND = Method(
     init=_init,
     plan=for_each(_last_layers),
     merge=average_by_examples,
+    check=_check,
 )

@@ -2,22 +2,20 @@
 
 from collections.abc import Mapping
 
+from droppeft.config import Config
 from droppeft.config.tables import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
-from droppeft.method import Method, Setup, average_by_examples
+from droppeft.method import Method, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.plans import ServerState
 
 
-def _init(setup: Setup) -> ServerState:
-    config = setup.config
+def _check(config: Config) -> None:
     wanted = METHOD_DEFAULTS[config.method]["adapter"]["type"]
     if config.adapter.type != wanted:
         raise DroppeftError(
             f"method={config.method} trains adapter.type={wanted}, and the configuration has "
             f"adapter.type={config.adapter.type}; leave it out, or take method=fedlora"
         )
-    return FEDLORA.init(setup)
 
 
 def _variant(name: str, summary: str) -> Method:
@@ -25,9 +23,10 @@ def _variant(name: str, summary: str) -> Method:
         name=name,
         summary=summary,
         tables=FEDLORA.tables,
-        init=_init,
+        init=FEDLORA.init,
         plan=FEDLORA.plan,
         merge=average_by_examples,
+        check=_check,
     )
 
 

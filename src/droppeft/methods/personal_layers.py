@@ -40,23 +40,31 @@ def has_global_head(config: Config) -> bool:
     return config.sharing.head == "shared"
 
 
-def check_sharing(setup: Setup) -> None:
+def check_fraction(setup: Setup) -> None:
+    """Refuse a fraction that is not one layer of the model.
+
+    Raises:
+        DroppeftError: with what to set instead.
+    """
+    fraction = setup.config.sharing.fraction
+    layers = setup.num_layers - setup.config.frozen.count
+    if layers > 0 and fraction and not count_of(fraction, layers):
+        raise DroppeftError(
+            f"sharing.fraction={fraction:g} of {layers} layers is none; set "
+            f"{1 / layers:.2g} for one of them, or 0"
+        )
+
+
+def check_sharing(config: Config) -> None:
     """Refuse what cannot be shared by layer.
 
     Raises:
         DroppeftError: with what to set instead.
     """
-    config = setup.config
     if keeps_layers(config) and TYPES[config.adapter.type].kind == "global":
         raise DroppeftError(
             f"adapter.type={config.adapter.type} is in no layer, so that no layers can be kept; "
             "set sharing.fraction=1"
-        )
-    layers = setup.num_layers - config.frozen.count
-    if layers > 0 and config.sharing.fraction and not count_of(config.sharing.fraction, layers):
-        raise DroppeftError(
-            f"sharing.fraction={config.sharing.fraction:g} of {layers} layers is none; set "
-            f"{1 / layers:.2g} for one of them, or 0"
         )
     few = config.sharing.score_rows < CKA_ROWS
     if keeps_layers(config) and config.sharing.criterion == "cka" and few:

@@ -13,15 +13,11 @@ from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.factors import A
 
 
-def check_plain_lora(config: Config, *, exact: bool = False) -> int:
-    """The rank, if the adapter is LoRA as first described.
-
-    Args:
-        exact: the method adds products to the frozen weights.
+def check_plain_lora(config: Config) -> None:
+    """Refuse an adapter that is not LoRA as first described.
 
     Raises:
-        DroppeftError: another type, options that change what a product means, or weights that
-            nothing can be added to.
+        DroppeftError: another type, or options that change what a product means.
     """
     chosen, method = config.adapter, f"method={config.method}"
     if chosen.type != "lora" or chosen.rank is None:
@@ -33,17 +29,20 @@ def check_plain_lora(config: Config, *, exact: bool = False) -> int:
         raise DroppeftError(
             f"{method} knows plain LoRA alone; leave adapter.options.{min(chosen.options)} out"
         )
-    if exact and config.frozen.layers:
+
+
+def check_added_lora(config: Config) -> None:
+    """Refuse what a method cannot have that adds products of plain LoRA to the frozen weights.
+
+    Raises:
+        DroppeftError: as :func:`check_plain_lora`, or weights that nothing can be added to.
+    """
+    check_plain_lora(config)
+    if config.quantization != "none":
         raise DroppeftError(
-            f"{method} changes frozen weights every round, so that nothing can be kept of the "
-            f"first layers; leave frozen.layers={config.frozen.layers} out"
+            f"method={config.method} adds to the frozen weights, which "
+            f"quantization={config.quantization} does not allow; set quantization=none"
         )
-    if exact and config.quantization != "none":
-        raise DroppeftError(
-            f"{method} adds to the frozen weights, which quantization={config.quantization} does "
-            "not allow; set quantization=none"
-        )
-    return chosen.rank
 
 
 def scale_of(config: Config) -> float:

@@ -34,6 +34,7 @@ from droppeft.errors import DroppeftError
 from droppeft.method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
+from droppeft.methods.rules import check_costly
 from droppeft.sizing.outlines import check_runnable, outlined
 
 GRID: dict[str, tuple[str, ...]] = {
@@ -159,12 +160,14 @@ def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
         words: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
 
     Raises:
-        DroppeftError: a value that no run takes, or an unknown model.
+        DroppeftError: a value that no run takes, a setting that changes nothing in what a step
+            costs, or an unknown model.
     """
     choices, fixed = _choices(path, words)
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
         config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
+        check_costly(config)
         yield resolve_layers(config, outlined(config.model).num_layers)
 
 
