@@ -38,7 +38,12 @@ from droppeft.plans import Reply
 
 NAME = "flower_cost"
 NODES = 3
-SETTINGS = ("threads=1", "accelerator=cpu", "evaluation.rows=200")
+SETTINGS = (
+    "threads=1",
+    "accelerator=cpu",
+    "evaluation.rows=200",
+    "evaluation.personalised=false",  # a client that rebuilds its model only trains
+)
 ROUNDS = {"places": 4, "client_round": 6}
 CLIENT_ROUND = (f"rounds={ROUNDS['client_round']}", "devices=1", "cohort=1", "evaluation.every=6")
 PLACES = (f"rounds={ROUNDS['places']}", f"devices={NODES}", f"cohort={NODES}")
