@@ -1,6 +1,5 @@
 """The parts of the results about methods side by side, and about the configurator's policies."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,15 @@ from statistics import fmean
 from typing import Any
 
 from studies import outcome_of, seeds_of_comparison
-from tables import FIGURES, RESULTS, markdown_table, processor, read_study, was_compared
+from tables import (
+    FIGURES,
+    markdown_table,
+    processor,
+    read_compared,
+    read_study,
+    read_table,
+    was_compared,
+)
 
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.tables import Played, Study
@@ -119,7 +126,7 @@ TARGET = "The target is what `{}` ends with on the same seed, less {:g}. "
 SYNTHETIC_HEAD = """\
 ## Policies on problems whose answer is known
 
-`benchmarks/configurator_synthetic.py`: no model and no data. A made-up run whose turns take off a
+`benchmarks/configurator_synthetic`: no model and no data. A made-up run whose turns take off a
 part of the remaining loss, seen through noise; three kinds of device, {devices} a round, {arms}
 arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
 (mean, bootstrap 95 % interval); below 1 is faster than any one arm for all devices can be, because
@@ -147,11 +154,8 @@ def comparison_sections() -> list[str]:
 
 
 def synthetic_sections() -> list[str]:
-    """The section on made-up problems, if they were played."""
-    file = RESULTS / "configurator_synthetic.json"
-    if not file.is_file():
-        return []
-    return [_synthetic(json.loads(file.read_text(encoding="utf-8")))]
+    """The section on made-up problems."""
+    return [_synthetic(read_study("configurator_synthetic"))]
 
 
 def _comparison(name: str) -> str:
@@ -188,12 +192,9 @@ def _comparison(name: str) -> str:
 
 def read_parts(name: str) -> tuple[Study, list[Played], list[Part]]:
     """A comparison with its parts, own majorities filled in where its runs do not know them."""
-    study, played = read_study(name)
+    study, played = read_compared(name)
     parts = summary(study, played)
-    file = RESULTS / "own_majority.json"
-    if not file.is_file():
-        return study, played, parts
-    found = json.loads(file.read_text(encoding="utf-8")).get(name, {})
+    found = read_study("own_majority")["accuracies"].get(name, {})
     return study, played, [_with_own_majority(part, found, study.seeds) for part in parts]
 
 
@@ -224,23 +225,26 @@ def _part(part: Part, rounds: int, unmeasured: bool) -> str:
 def _synthetic(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     head = SYNTHETIC_HEAD.format(
-        devices=settings["devices"],
+        devices=settings["clients"],
         arms=len(settings["arms"]),
         seeds=settings["seeds"],
         window=settings["window"],
         measuring=settings["measuring"],
     )
+    played: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in read_table("configurator_synthetic"):
+        played.setdefault(row["problem"], {})[row["policy"]] = row
     rows = [
         [
             name,
             found["best_fixed_arm"],
-            *(_ratio(found["players"][player]) for player in PLAYERS),
+            *(_ratio(played[name][player]) for player in PLAYERS),
             f"{found['mean_fixed_ratio']:.2f}",
         ]
         for name, found in content["problems"].items()
     ]
     columns = ("problem", "best fixed arm", *PLAYERS, "mean fixed arm")
-    thompson = [found["players"]["budgeted_thompson"] for found in content["problems"].values()]
+    thompson = [rows["budgeted_thompson"] for rows in played.values()]
     fixed = [found["best_fixed_idle_share"] for found in content["problems"].values()]
     idle = (
         f"Idle: {_range([one['idle_share'] for one in thompson])} with `budgeted_thompson`, "
@@ -250,8 +254,7 @@ def _synthetic(content: Mapping[str, Any]) -> str:
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{row['time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})"
 
 
 def _range(values: list[float]) -> str:

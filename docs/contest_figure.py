@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studies import seeds_of_comparison
-from tables import FIGURES, read_study, was_compared
+from tables import FIGURES, read_compared, was_compared
 
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.tables import Played
@@ -26,9 +26,9 @@ def draw(name: str) -> None:
     """The picture of one comparison; its members look as they do in the first."""
     from matplotlib.figure import Figure
 
-    study, played = read_study(name)
+    study, played = read_compared(name)
     parts = summary(study, played)
-    members = dict.fromkeys([*read_study(CONTESTS[0])[0].variants, *study.variants])
+    members = dict.fromkeys([*read_compared(CONTESTS[0])[0].variants, *study.variants])
     numbers = {member: number for number, member in enumerate(members)}
     width = 1.2 + 3.1 * len(parts)
     with style():

@@ -11,7 +11,7 @@ from typing import Any
 
 from gaps import final_loss, gaps, signed, verdict
 from studies import Runs, Seeds, bare, outcome_of, runs_of, seeds_of
-from tables import FIGURES, NOTICE, markdown_table, read_study, was_compared
+from tables import FIGURES, NOTICE, markdown_table, read_compared, was_compared
 
 from droppeft.comparison.tables import Study
 from droppeft.report.drawing import looks, style
@@ -205,7 +205,7 @@ def convergence_page() -> str:
 
 
 def _read() -> tuple[Study, Runs, Found]:
-    study, played = read_study(NAME)
+    study, played = read_compared(NAME)
     runs = runs_of(played)
     found: dict[Setting, dict[str, Seeds]] = {}
     for member, own in runs.items():

@@ -1,19 +1,19 @@
 """The parts of the results about costs: planned and measured, frozen layers, savings together."""
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from tables import RESULTS, markdown_table, processor
+from tables import markdown_table, processor, read_study, read_table
 
 Row = Mapping[str, Any]
 
 COST_MODEL_HEAD = """\
 ## What was planned, and what it took
 
-`benchmarks/cost_model.py`: memory and time of a step as `droppeft plan` has them (modelled), beside
+`benchmarks/cost_model`: memory and time of a step as `droppeft plan` has them (modelled), beside
 what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
 and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
 stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for each model
@@ -42,19 +42,19 @@ protected ends; *per turn* means that a draw holds for a device's whole turn; *o
 """
 SAVINGS_COLUMNS = ("savings", "memory measured", "less", "less, with process", "less at 16 x 128")
 
-FROZEN_PREFIX_HEAD = """\
+FROZEN_LAYERS_HEAD = """\
 ## Frozen first layers
 
-`benchmarks/frozen_prefix.py`: one training step with LoRA of rank 8 in the layers behind the frozen
+`benchmarks/frozen_layers`: one training step with LoRA of rank 8 in the layers behind the frozen
 ones, against LoRA in all layers at full depth; arms take turns. *No cache*: LoRA in the last
 layers, the first run forward in every step. *First visit*: their states are computed one by one and
 kept. *Later visit*: the states are on the disk. The limit is the share of layers that still run.
 Medians of {repeats} ratios with quartiles, all measured, on {place}; another process was busy on
 the other core.
 
-![Step time and stored bytes against the number of frozen layers](figures/frozen_prefix.png)
+![Step time and stored bytes against the number of frozen layers](figures/frozen_layers.png)
 """
-FROZEN_PREFIX_COLUMNS = (
+FROZEN_LAYERS_COLUMNS = (
     *("frozen", "visit", "dropped", "limit", "step time", "stored for the backward"),
     *("making states", "on disk per example"),
 )
@@ -63,7 +63,7 @@ FROZEN_PREFIX_COLUMNS = (
 MATRIX_KERNELS_HEAD = """\
 ## MKL's kernels on a processor that is not Intel's
 
-`benchmarks/matrix_kernels.py`: processes with and without one preloaded line of C take turns, on
+`benchmarks/matrix_kernels`: processes with and without one preloaded line of C take turns, on
 {place}, while other work ran on the machine. GFLOP/s of (rows, in) x
 (in, out), and processor seconds of a turn of ten steps with the built-in model; medians of
 {repeats}, in brackets the best.
@@ -71,27 +71,19 @@ MATRIX_KERNELS_HEAD = """\
 
 
 def cost_sections() -> list[str]:
-    """Each section, if its measurement was made."""
-    parts = (
-        (_cost_model, "cost_model.json"),
-        (_savings, "cost_model.json"),
-        (_frozen_prefix, "frozen_prefix.json"),
-        (_matrix_kernels, "matrix_kernels.json"),
-    )
-    found = ((make, RESULTS / name) for make, name in parts)
-    return [
-        make(json.loads(path.read_text(encoding="utf-8"))) for make, path in found if path.is_file()
-    ]
+    """A section per study, and the savings that the cost model's cells show."""
+    return [_cost_model(), _savings(), _frozen_layers(), _matrix_kernels()]
 
 
-def _cost_model(content: Row) -> str:
-    rows = content["cells"]
-    timed = [row for row in rows if "time_error" in row]
+def _cost_model() -> str:
+    rows = read_table("cost_model")
+    timed = [row for row in rows if row["time_error"] is not None]
+    trials = Counter(row["cell"] for row in read_table("cost_model", "trials"))
     head = COST_MODEL_HEAD.format(
         memory=f"{max(abs(row['memory_error']) for row in rows):.1%}",
         time=f"{max(abs(row['time_error']) for row in timed):.0%}",
-        trials=_range(len(row["trials"]) - 1 for row in timed),
-        place=_place(content["machine"]),
+        trials=_range(trials[row["cell"]] - 1 for row in timed),
+        place=_place(read_study("cost_model")["machine"]),
     )
     lines = [
         [
@@ -120,13 +112,14 @@ def _times(row: Row) -> list[str]:
     ]
 
 
-def _savings(content: Row) -> str:
+def _savings() -> str:
+    rows = read_table("cost_model")
     by_model: dict[str, dict[str, Row]] = {}
-    for row in content["cells"]:
+    for row in rows:
         model, _, cell = row["cell"].partition(", ")
         by_model.setdefault(model, {})[cell] = row
     batches = {model: _batch(next(iter(cells.values()))) for model, cells in by_model.items()}
-    process = [row["process_bytes"] for row in content["cells"]]
+    process = [row["process_bytes"] for row in rows]
     batch = "; ".join(f"{model} {size}" for model, size in batches.items())
     parts = [SAVINGS_HEAD.format(process=max(process) / 1e9, batch=batch)]
     for model, cells in by_model.items():
@@ -156,37 +149,40 @@ def _saving(cell: str, row: Row, full: Row) -> Sequence[str]:
 
 
 def _batch(row: Row) -> str:
-    words = dict(word.split("=") for word in row["words"])
+    words = dict(word.split("=") for word in row["settings"].split())
     return f"{words['training.batch_size']} x {words['training.max_length']}"
 
 
-def _frozen_prefix(content: Row) -> str:
+def _frozen_layers() -> str:
+    content, rows = read_study("frozen_layers"), read_table("frozen_layers")
     models = content["models"]
     repeats = min(model["repeats"] for model in models.values())
-    parts = [FROZEN_PREFIX_HEAD.format(repeats=repeats, place=_place(content["machine"]))]
+    parts = [FROZEN_LAYERS_HEAD.format(repeats=repeats, place=_place(content["machine"]))]
     for name, model in models.items():
-        title = f"### {name}, {model['layers']} layers, {model['batch']} x {model['length']} tokens"
-        lines = [_arm(arm) for arm in model["arms"]]
-        parts += [f"{title}\n", markdown_table(FROZEN_PREFIX_COLUMNS, lines)]
+        batch = f"{model['batch_size']} x {model['length']} tokens"
+        title = f"### {name}, {model['layers']} layers, {batch}"
+        lines = [_frozen_row(row) for row in rows if row["model"] == name]
+        parts += [f"{title}\n", markdown_table(FROZEN_LAYERS_COLUMNS, lines)]
     return "\n".join(parts)
 
 
-def _arm(arm: Row) -> Sequence[str]:
-    kept = arm["disk_bytes_per_example"]
-    within = f"{arm['time_ratio_low']:.3f} to {arm['time_ratio_high']:.3f}"
+def _frozen_row(row: Row) -> Sequence[str]:
+    kept = row["disk_bytes_per_example"]
+    within = f"{row['time_ratio_low']:.3f} to {row['time_ratio_high']:.3f}"
     return (
-        str(arm["frozen"]),
-        arm["visit"] if arm["frozen"] else "–",
-        str(arm["dropped"]),
-        f"{arm['limit']:.3f}",
-        f"{arm['time_ratio']:.3f} ({within})",
-        f"{arm['stored_ratio']:.3f}",
-        f"{arm['build_s']:.2f} s" if arm["visit"] != "no cache" else "–",
+        str(row["frozen"]),
+        row["visit"] if row["frozen"] else "–",
+        str(row["dropped"]),
+        f"{row['limit']:.3f}",
+        f"{row['time_ratio']:.3f} ({within})",
+        f"{row['stored_ratio']:.3f}",
+        f"{row['build_s']:.2f} s" if row["visit"] != "no cache" else "–",
         f"{kept / 1e3:,.0f} kB" if kept else "–",
     )
 
 
-def _matrix_kernels(content: Row) -> str:
+def _matrix_kernels() -> str:
+    content = read_study("matrix_kernels")
     runs: Mapping[str, Sequence[Row]] = content["runs"]
     repeats = min(map(len, runs.values()))
     head = MATRIX_KERNELS_HEAD.format(place=_place(content["machine"]), repeats=repeats)
@@ -194,7 +190,7 @@ def _matrix_kernels(content: Row) -> str:
     lines = []
     for name, found in runs.items():
         speeds = zip(*(one["gflops"] for one in found), strict=True)
-        turns = [one["turn_s"] for one in found]
+        turns = [one["training_s"] for one in found]
         shown = [f"{median(speed):.0f} ({max(speed):.0f})" for speed in speeds]
         lines.append((name, *shown, f"{median(turns):.2f} s ({min(turns):.2f})"))
     return f"{head}\n{markdown_table(('kernels', *shapes, 'turn'), lines)}"

@@ -8,7 +8,7 @@ import numpy as np
 from gaps import final_accuracy, final_loss, gaps, signed, verdict
 from scipy.stats import spearmanr
 from studies import Runs, bare, outcome_of, runs_of, shown_settings, spread
-from tables import markdown_table, read_study, was_compared
+from tables import markdown_table, read_compared, was_compared
 
 from droppeft.comparison.tables import Played
 
@@ -88,7 +88,7 @@ def statement_sections() -> list[str]:
     """The section, if the study was made."""
     if not was_compared(NAME):
         return []
-    runs = runs_of(read_study(NAME)[1])
+    runs = runs_of(read_compared(NAME)[1])
     head = HEAD.format(**shown_settings(runs))
     lines = [*_claims(runs), *_recovered(runs), _the_more(runs), *_coins(runs)]
     table = markdown_table(COLUMNS, sorted(lines, key=lambda line: line[0]))

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from readme_table import readme_page
 from results_page import results_page
 from sharing_page import sharing_page
-from tables import NOTICE, RESULTS, markdown_table
+from tables import NOTICE, markdown_table, read_study
 
 from droppeft.config import Bandwidth, Config, flat, known_keys
 from droppeft.config.tables import METHOD_DEFAULTS
@@ -226,7 +226,6 @@ your own can be given to `gated` without any of this, on your word that it is so
 """
 
 
-CALIBRATION = RESULTS / "clock_calibration.json"
 DEVICES_COLUMNS = (
     "profile",
     "peak",
@@ -313,7 +312,7 @@ availability = 0.5                                               # 1 if not give
 CALIBRATION_HEAD = """\
 ## Calibration
 
-`benchmarks/clock_calibration.py` fits the effective speed of the three Jetsons to step times that
+`benchmarks/clock_calibration` fits the effective speed of the three Jetsons to step times that
 an earlier test bed reported for {model} with LoRA in {layers} layers. **Batch and length were not
 stated: batch {batch} and the lengths of this table are our assumption**, and the speed depends on
 it. The fit has the least squared relative errors; an overhead below 0 is not allowed, and 0 is
@@ -461,7 +460,7 @@ def _calibration() -> str:
     from droppeft.costs.clock import compute_seconds
     from droppeft.costs.devices import PROFILES
 
-    content = json.loads(CALIBRATION.read_text(encoding="utf-8"))
+    content = read_study("clock_calibration")
     rows = []
     for name, anchors in content["anchors_s"].items():
         for data, anchor in anchors.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from studies import outcome_of, runs_of, shown_settings, spread
-from tables import markdown_table, read_study, was_compared
+from tables import markdown_table, read_compared, was_compared
 
 from droppeft.comparison.summary import summary
 from droppeft.comparison.tables import Played, Study
@@ -78,7 +78,7 @@ def personal_sections() -> list[str]:
         "newcomers": _newcomers,
         "ablation": _ablation,
     }
-    return [make(*read_study(name)) for name, make in makers.items() if was_compared(name)]
+    return [make(*read_compared(name)) for name, make in makers.items() if was_compared(name)]
 
 
 def _personalisation(study: Study, played: Sequence[Played]) -> str:

@@ -1,6 +1,5 @@
 """The part of the results about the configurator's policies on real data."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from studies import outcome_of, runs_of, shown_settings, spread
-from tables import RESULTS, markdown_table, processor, read_study, was_compared
+from tables import markdown_table, processor, read_compared, read_study, read_table, was_compared
 
 from droppeft.bandit.policies import LOT, POLICIES
 from droppeft.comparison.summary import target_accuracies, time_to_target
@@ -79,11 +78,10 @@ REWARDS = {
 REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
 
 
-OVERHEAD = RESULTS / "configurator_overhead.json"
 OVERHEAD_HEAD = """\
 ## What the configurator itself takes
 
-`benchmarks/configurator_overhead.py`: {rounds} rounds of {cohort} devices, {steps} steps of {batch}
+`benchmarks/configurator_overhead`: {rounds} rounds of {cohort} devices, {steps} steps of {batch}
 texts each, on {place}; the same run with fixed rates beside it. Planning and merging are the
 server's seconds of a round (median); measuring is what devices spend on a gain by `loss`, of all
 their time (by `agreement` it is nothing).
@@ -93,51 +91,55 @@ OVERHEAD_COLUMNS = ("run", "planning, merging", "of a round", "measuring", "meas
 
 def policies_sections() -> list[str]:
     """A section per study that was made."""
-    found = [_section(name) for name in STUDIES if was_compared(name)]
-    if OVERHEAD.is_file():
-        found.append(_overhead(json.loads(OVERHEAD.read_text(encoding="utf-8"))))
-    return found
+    return [*(_section(name) for name in STUDIES if was_compared(name)), _overhead()]
 
 
-def _overhead(content: Mapping[str, Any]) -> str:
-    config = content["runs"]["budgeted_thompson"]["config"]
+def _overhead() -> str:
+    content = read_study("configurator_overhead")
     head = OVERHEAD_HEAD.format(
-        rounds=config["rounds"],
-        cohort=config["cohort"],
-        steps=config["training"]["local_steps"],
-        batch=config["training"]["batch_size"],
+        rounds=content["rounds"],
+        cohort=content["cohort_size"],
+        steps=content["local_steps"],
+        batch=content["batch_size"],
         place=processor(content["machine"]),
     )
+    rounds = read_table("configurator_overhead", "rounds")
+    clients = read_table("configurator_overhead", "clients")
     lines = []
-    for name, run in content["runs"].items():
-        rounds = run["rounds"]
-        own = median(row["plan_and_merge_s"] for row in rounds)
-        whole = median(row["plan_and_merge_s"] + max(row["turn_wall_s"]) for row in rounds)
+    for name in dict.fromkeys(row["policy"] for row in rounds):
+        of_clients = [row for row in clients if row["policy"] == name]
+        slowest: dict[int, float] = {}
+        for row in of_clients:
+            slowest[row["round"]] = max(slowest.get(row["round"], 0), row["training_wall_s"])
+        seconds = {
+            row["round"]: row["choose_and_merge_s"] for row in rounds if row["policy"] == name
+        }
+        own = median(seconds.values())
+        whole = median(spent + slowest[number] for number, spent in seconds.items())
         lines.append(
             (
                 f"`{name}`",
                 f"{1000 * own:.1f} ms",
                 f"{own / whole:.2%}",
-                *(f"{_measuring(rounds, clock):.1%}" for clock in ("wall", "modelled")),
+                *(f"{_measuring(of_clients, clock):.1%}" for clock in ("wall", "modelled")),
             )
         )
     return f"{head}\n{markdown_table(OVERHEAD_COLUMNS, lines)}"
 
 
-def _measuring(rounds: Sequence[Mapping[str, Any]], clock: str) -> float:
-    every: list[float] = [
-        sum(second for row in rounds for second in row[f"{part}_{clock}_s"])
-        for part in ("reward", "turn")
-    ]
-    return every[0] / every[1]
+def _measuring(clients: Sequence[Mapping[str, Any]], clock: str) -> float:
+    reward, training = (
+        sum(row[f"{part}_{clock}_s"] for row in clients) for part in ("reward", "training")
+    )
+    return float(reward / training)
 
 
 def _section(name: str) -> str:
     title, others = STUDIES[name]
-    study, played = read_study(name)
+    study, played = read_compared(name)
     for other in others:
         if was_compared(other):
-            played += read_study(other)[1]
+            played += read_compared(other)[1]
     played = [one for one in played if one.result is not None]
     targets = target_accuracies(study.target, played)
     by_member = runs_of(played)

@@ -1,6 +1,5 @@
 """The page of results: what the committed result files say."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -13,7 +12,7 @@ from cost_sections import cost_sections
 from dropout_statements import statement_sections
 from personal_section import personal_sections
 from policies_section import policies_sections
-from tables import NOTICE, RESULTS, markdown_table, place
+from tables import NOTICE, markdown_table, place, read_study, read_table
 
 RESULTS_HEAD = """\
 # Results
@@ -26,7 +25,7 @@ What follows from them: [findings.md](findings.md).
 FIRST_SLICE_HEAD = """\
 ## AG News over {devices} devices
 
-`benchmarks/first_slice.py`: the {layers}-layer built-in model, {cohort} devices per round, {rounds}
+`benchmarks/first_slice`: the {layers}-layer built-in model, {cohort} devices per round, {rounds}
 rounds of {steps} steps, Dirichlet alpha {alpha}, one seed. `fedlora` runs all layers, `droppeft`
 drops exactly 2 in every step. The two take turns round by round on one machine: {place}.
 
@@ -36,7 +35,7 @@ drops exactly 2 in every step. The two take turns round by round on one machine:
 HEAD_RATE_HEAD = """\
 ## A learning rate for the head
 
-`benchmarks/head_learning_rate.py`: centralised training of the built-in model on the built-in data,
+`benchmarks/head_learning_rate`: centralised training of the built-in model on the built-in data,
 full depth, {seeds} seeds; mean and standard deviation of the accuracy on its test texts. Made on
 {place}.
 """
@@ -44,7 +43,7 @@ full depth, {seeds} seeds; mean and standard deviation of the accuracy on its te
 FLOWER_HEAD = """\
 ## One configuration in three places
 
-`benchmarks/flower_cost.py`: the built-in model and data, {nodes} devices, all of them in each of
+`benchmarks/flower_cost`: the built-in model and data, {nodes} devices, all of them in each of
 {rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
 {runs} runs that take turns, on {place}.
 The hash is over all files of `adapter/`: it is the same everywhere, or the script stops.
@@ -65,7 +64,7 @@ everything. The built-in model is small (22 M parameters); what building one cos
 LAYER_DROPOUT_HEAD = """\
 ## What dropping layers saves, and what a gate costs
 
-`benchmarks/layer_dropout_cost.py`: training steps (forward, backward, AdamW) of models with random
+`benchmarks/layer_dropout_cost`: training steps (forward, backward, AdamW) of models with random
 weights and LoRA of rank 8 in all layers; exact gates, first and last layer kept. All measured, on
 {place}.
 
@@ -103,7 +102,7 @@ that by itself.
 COMPILE_HEAD = """\
 ## torch.compile under layer dropout
 
-`benchmarks/compile_blocks.py`: forward and backward with LoRA of rank 8 in all layers, batches of
+`benchmarks/compile_blocks`: forward and backward with LoRA of rank 8 in all layers, batches of
 {rows} texts of {tokens} tokens, a third of the layers dropped in every step, gates changing.
 *Block by block*: `block.forward = torch.compile(block.forward)`, as in the README; *whole model*:
 `torch.compile(model)`, which compiles what lies between gates. Times of {rounds} steps that the
@@ -118,7 +117,7 @@ steadier than those of the clock, and compiling would be quicker on a quiet mach
 QUALITY_HEAD = """\
 ## What dropping layers costs in accuracy
 
-`benchmarks/layer_dropout_quality.py`: one device, QQP, LoRA of rank 8, batches of 16, constant
+`benchmarks/layer_dropout_quality`: one device, QQP, LoRA of rank 8, batches of 16, constant
 learning rate after {warm_up} steps; accuracy on {rows:,} rows cut from the training part
 (development data), at full depth. *Equal steps*: after {budget} steps. *Equal work*: after as many
 steps as cost what {budget} steps at full depth cost, counted as tokens times layers that ran. In
@@ -157,10 +156,10 @@ def _link(section: str) -> str:
 
 
 def _first_slice() -> str:
-    content = json.loads((RESULTS / "first_slice.json").read_text(encoding="utf-8"))
-    members = {name: member["result"] for name, member in content["members"].items()}
-    one = next(iter(members.values()))
-    config, target = one["config"], f"{one['target']:.2f}".removeprefix("0")
+    content = read_study("first_slice")
+    methods = read_table("first_slice")
+    one = methods[0]
+    target = f"{one['target']:.2f}".removeprefix("0")
     lines: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         (f"accuracy, all {one['test_rows']:,} test texts", lambda r: f"{r['global_accuracy']:.3f}"),
         ("TF-IDF + linear SVM, all data in one place", lambda r: f"{r['tfidf_accuracy']:.3f}"),
@@ -171,24 +170,23 @@ def _first_slice() -> str:
         (f"mean active layers of {one['num_layers']}", lambda r: f"{r['mean_active_layers']:.2f}"),
         ("peak activations (measured)", lambda r: f"{r['activation_bytes_peak'] / 1e6:.0f} MB"),
         ("upload, all devices and rounds", lambda r: f"{r['upload_bytes'] / 1e6:.1f} MB"),
+        ("wall time outside training steps and evaluation", lambda r: f"{r['overhead']:.1%}"),
     )
-    rows = [[title, *(show(result) for result in members.values())] for title, show in lines]
-    shares = [f"{member['overhead']:.1%}" for member in content["members"].values()]
-    rows.append(["wall time outside training steps and evaluation", *shares])
+    rows = [[title, *map(show, methods)] for title, show in lines]
     head = FIRST_SLICE_HEAD.format(
         layers=one["num_layers"],
-        cohort=config["cohort"],
-        devices=config["devices"],
-        rounds=config["rounds"],
-        steps=config["training"]["local_steps"],
-        alpha=config["partition"]["alpha"],
-        place=place(one["machine"]),
+        cohort=content["cohort_size"],
+        devices=content["clients"],
+        rounds=content["rounds"],
+        steps=content["local_steps"],
+        alpha=content["alpha"],
+        place=place(content["machine"]),
     )
-    return head + "\n" + markdown_table(("", *members), rows)
+    return head + "\n" + markdown_table(("", *(row["variant"] for row in methods)), rows)
 
 
 def _head_learning_rate() -> str:
-    content = json.loads((RESULTS / "head_learning_rate.json").read_text(encoding="utf-8"))
+    content = read_study("head_learning_rate")
     steps = [str(cell["steps"]) for cell in next(iter(content["summary"].values()))]
     rows = [
         [name, *(f"{cell['mean']:.3f} ± {cell['sd']:.3f}" for cell in cells)]
@@ -199,10 +197,7 @@ def _head_learning_rate() -> str:
 
 
 def _flower() -> str:
-    content = json.loads((RESULTS / "flower_cost.json").read_text(encoding="utf-8"))
-    settings = {
-        name: dict(word.split("=") for word in words) for name, words in content["settings"].items()
-    }
+    content = read_study("flower_cost")
     places = [
         [
             name,
@@ -217,8 +212,8 @@ def _flower() -> str:
         [
             name,
             f"{cost['client_round_s']:.2f} s ({low:.2f}–{high:.2f})",
-            f"{cost['turn_s']:.2f} s",
-            f"{cost['beside_turn_s']:.2f} s",
+            f"{cost['training_s']:.2f} s",
+            f"{cost['beside_training_s']:.2f} s",
             f"{cost['first_s']:.1f} s",
         ]
         for name, cost in content["client_round"].items()
@@ -226,12 +221,12 @@ def _flower() -> str:
     ]
     runs = next(iter(content["places"].values()))["runs"]
     head = FLOWER_HEAD.format(
-        nodes=settings["places"]["devices"],
-        rounds=settings["places"]["rounds"],
+        nodes=content["clients"],
+        rounds=content["rounds"]["places"],
         runs=runs,
         place=place(content["machine"]),
     )
-    costs_head = FLOWER_COST_HEAD.format(rounds=settings["client_round"]["rounds"], runs=runs)
+    costs_head = FLOWER_COST_HEAD.format(rounds=content["rounds"]["client_round"], runs=runs)
     places_columns = ("", "adapter", "rounds", "command", *TRAFFIC.values())
     costs_columns = ("", "client-round (quartiles)", "turn", "beside the turn", "first round")
     return "\n".join(
@@ -245,31 +240,32 @@ def _flower() -> str:
 
 
 def _layer_dropout() -> str:
-    content = json.loads((RESULTS / "layer_dropout_cost.json").read_text(encoding="utf-8"))
-    [peaks], [peers] = content["peaks"].values(), content["peers"].values()
-    cells = [
-        (entry, rate, found)
-        for part in ("sliced", "sliced_cuda")
-        for entry in content.get(part, {}).values()
-        for rate, found in entry["rates"].items()
-    ]
-    machine = next(iter(content["sliced"].values()))["machine"]
+    measured = read_study("layer_dropout_cost")["measured"]
+    sliced = {(one["model"], one["accelerator"]): one for one in _of_part(measured, "sliced")}
+    [peaks], [peers] = _of_part(measured, "peaks"), _of_part(measured, "peers")
+    rows = read_table("layer_dropout_cost", "sliced")
+    cells = [_sliced_row(sliced[row["model"], row["accelerator"]], row) for row in rows]
+    on_cpu = [one for one in sliced.values() if one["accelerator"] == "none"]
     peaks_head = LAYER_DROPOUT_PEAKS_HEAD.format(
-        model=peaks["shape"].partition(":")[0], steps=peaks["steps"], runs=peaks["runs"]
+        model=peaks["model"], steps=peaks["steps"], runs=peaks["runs"]
     )
     return "\n".join(
         [
-            LAYER_DROPOUT_HEAD.format(place=place(machine)),
-            markdown_table(SLICED_COLUMNS, [_sliced_row(*cell) for cell in cells]),
+            LAYER_DROPOUT_HEAD.format(place=place(on_cpu[0]["machine"])),
+            markdown_table(SLICED_COLUMNS, cells),
             "All rates at which something is dropped together, clock time and CPU time: "
-            + "; ".join(map(_together, content["sliced"].values()))
+            + "; ".join(map(_together, on_cpu))
             + ".\n",
             peaks_head,
             markdown_table(PEAKS_COLUMNS, _peaks_rows(peaks)),
-            LAYER_DROPOUT_PEERS_HEAD.format(layers=peers["layers"], pairs=peers["pairs"]),
-            markdown_table(PEERS_COLUMNS, _peers_rows(peers)),
+            LAYER_DROPOUT_PEERS_HEAD.format(layers=peers["num_layers"], pairs=peers["pairs"]),
+            markdown_table(PEERS_COLUMNS, _peers_rows(peers["num_layers"])),
         ]
     )
+
+
+def _of_part(measured: Sequence[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    return [one for one in measured if one["part"] == part]
 
 
 SLICED_COLUMNS = (
@@ -289,32 +285,34 @@ SLICED_COLUMNS = (
 
 def _together(entry: dict[str, Any]) -> str:
     """The median ratio of a gated step to a sliced model's over the pairs of all rates."""
+    pairs = [
+        row
+        for row in read_table("layer_dropout_cost", "sliced_pairs")
+        if all(row[key] == entry[key] for key in ("model", "accelerator")) and row["rate"] > 0
+    ]
     found = []
     for kind in ("wall_s", "cpu_s"):
-        raws = [cell["raw"] for rate, cell in entry["rates"].items() if float(rate) > 0]
-        pairs = [zip(raw[f"gated_{kind}"], raw[f"sliced_{kind}"], strict=True) for raw in raws]
-        ratios = np.array([ours / theirs for some in pairs for ours, theirs in some])
+        ratios = np.array([row[f"gated_{kind}"] / row[f"sliced_{kind}"] for row in pairs])
         again = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
         low, high = np.quantile(np.median(again, axis=1), [0.025, 0.975])
-        found.append(_ratio({"median": float(np.median(ratios)), "low": low, "high": high}))
-    return f"{entry['shape'].partition(':')[0]} {' and '.join(found)}, {len(ratios)} pairs"
+        found.append(f"{np.median(ratios):.3f} ({low:.3f}–{high:.3f})")
+    return f"{entry['model']} {' and '.join(found)}, {len(pairs)} pairs"
 
 
-def _sliced_row(entry: dict[str, Any], rate: str, found: dict[str, Any]) -> Sequence[str]:
-    name, _, size = entry["shape"].partition(":")
-    accelerator = entry["machine"]["accelerator"]
+def _sliced_row(entry: dict[str, Any], row: dict[str, Any]) -> Sequence[str]:
+    accelerator = row["accelerator"]
     return (
-        f"{name}, {size}" + ("" if accelerator == "none" else f", {accelerator}"),
-        rate,
-        f"{found['raw']['layers'][0]} of {entry['layers']}",
+        f"{row['model']}, {entry['size']}" + ("" if accelerator == "none" else f", {accelerator}"),
+        str(float(row["rate"])),
+        f"{row['active_layers']} of {entry['num_layers']}",
         str(entry["pairs"]),
-        _ratio(found["wall_to_sliced"]),
-        _ratio(found["cpu_to_sliced"]),
-        _within(found["wall_to_sliced"], entry["pairs"]),
-        _yes(found["same_bytes"]),
-        f"{found['same_losses']} of {entry['pairs']}",
-        _ratio(found["wall_to_full"]),
-        f"{found['bytes_to_full']:.3f}",
+        _ratio(row, "wall_to_sliced"),
+        _ratio(row, "cpu_to_sliced"),
+        _within(row, entry["pairs"]),
+        _yes(row["same_bytes"]),
+        f"{row['same_losses']} of {entry['pairs']}",
+        _ratio(row, "wall_to_full"),
+        f"{row['bytes_to_full']:.3f}",
     )
 
 
@@ -332,7 +330,7 @@ def _peaks_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
     return [
         (
             sampling,
-            f"{peak['mean']:.2f} ({peak['least']}–{peak['most']}) of {entry['layers']}",
+            f"{peak['mean']:.2f} ({peak['least']}–{peak['most']}) of {entry['num_layers']}",
             f"{entry['expected_peak_active'][sampling]:.2f}",
             f"{found['peak_share']:.1%}",
             f"{found['peak_share_of_blocks']:.1%}",
@@ -368,38 +366,39 @@ PEERS = {
 }
 
 
-def _peers_rows(entry: dict[str, Any]) -> list[Sequence[str]]:
-    return [_peer_row(title, entry["ways"][name], entry) for name, title in PEERS.items()]
+def _peers_rows(layers: int) -> list[Sequence[str]]:
+    rows = {row["variant"]: row for row in read_table("layer_dropout_cost", "peers")}
+    return [_peer_row(title, rows[name], layers) for name, title in PEERS.items()]
 
 
-def _peer_row(title: str, found: dict[str, Any], entry: dict[str, Any]) -> Sequence[str]:
-    if "not_run" in found:
-        return (title, f"not run: {found['not_run']}", *[""] * (len(PEERS_COLUMNS) - 2))
-    return (title, *_peer_costs(found), *_peer_behaviour(found, entry["layers"]))
+def _peer_row(title: str, row: dict[str, Any], layers: int) -> Sequence[str]:
+    if row.get("not_run"):
+        return (title, f"not run: {row['not_run']}", *[""] * (len(PEERS_COLUMNS) - 2))
+    return (title, *_peer_costs(row), *_peer_behaviour(row, layers))
 
 
-def _peer_costs(found: dict[str, Any]) -> Sequence[str]:
-    if "wall_to_ours" not in found:  # ours itself
+def _peer_costs(row: dict[str, Any]) -> Sequence[str]:
+    if row["wall_to_ours"] is None:  # ours itself
         return ("1", "1", "1", "–")
     return (
-        _ratio(found["wall_to_ours"]),
-        _ratio(found["cpu_to_ours"]),
-        f"{found['bytes_to_ours']:.3f}",
-        f"{found['ran_least']:.2f}–{found['ran_most']:.2f}",
+        _ratio(row, "wall_to_ours"),
+        _ratio(row, "cpu_to_ours"),
+        f"{row['bytes_to_ours']:.3f}",
+        f"{row['ran_least']:.2f}–{row['ran_most']:.2f}",
     )
 
 
-def _peer_behaviour(found: dict[str, Any], layers: int) -> Sequence[str]:
-    if "equals_sliced" not in found:  # without dropout there is nothing to look at
+def _peer_behaviour(row: dict[str, Any], layers: int) -> Sequence[str]:
+    if row["equals_sliced"] is None:  # without dropout there is nothing to look at
         return ("–",) * 7
-    states = found["hidden_states"]
+    states = row["hidden_states"]
     return (
-        _yes(found["equals_sliced"]),
-        found["dropped_gradient"],
-        _yes(found["dropped_moves"]),
-        _yes(found["evaluates_in_full"]),
-        _yes(found["checkpoints"]),
-        _yes(found["names_kept"]),
+        _yes(row["equals_sliced"]),
+        row["dropped_gradient"],
+        _yes(row["dropped_moves"]),
+        _yes(row["evaluates_in_full"]),
+        _yes(row["checkpoints"]),
+        _yes(row["names_kept"]),
         "–" if states is None else "all" if states == layers + 1 else "of layers that ran",
     )
 
@@ -416,12 +415,18 @@ QUALITY_COLUMNS = (
 
 def _quality() -> str:
     """Per model a table of conditions, with what has been run so far."""
-    lines = (RESULTS / "layer_dropout_quality.jsonl").read_text(encoding="utf-8").splitlines()
+    content = read_study("layer_dropout_quality")
     cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in map(json.loads, lines):
+    for row in read_table("layer_dropout_quality"):
         seeds = cells.setdefault((row["model"], row["condition"]), {})
-        seeds[row["seed"]] = {**seeds.get(row["seed"], {}), **row["measured"]}
-    parts = [QUALITY_HEAD.format(warm_up=20, budget=160, rows=1500, noise=_noise(cells))]
+        seeds.setdefault(row["seed"], {})[row["budget"]] = row
+    head = QUALITY_HEAD.format(
+        warm_up=content["warm_up_steps"],
+        budget=content["budget_steps"],
+        rows=content["development_rows"],
+        noise=_noise(cells),
+    )
+    parts = [head]
     for model in dict.fromkeys(model for model, _ in cells):
         rows = [
             _quality_row(condition, found, cells[model, "full depth"])
@@ -483,21 +488,20 @@ def _noise(cells: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> float:
 
 
 def _compile_blocks() -> str:
-    content = json.loads((RESULTS / "compile_blocks.json").read_text(encoding="utf-8"))
+    content = read_study("compile_blocks")
     rows = [
         (
-            name,
-            way,
-            _ratio(found["wall_to_not_compiled"]),
-            _ratio(found["cpu_to_not_compiled"]),
-            _seconds(found["first_steps_wall_s"]),
-            str(found["graphs"]),
-            str(found["graphs_of_other_lengths"]),
-            f"{found['gradients_differ_by']:.0e}",
+            row["model"],
+            row["variant"],
+            _ratio(row, "wall_to_not_compiled"),
+            _ratio(row, "cpu_to_not_compiled"),
+            _seconds(row["first_steps_wall_s"]),
+            str(row["graphs"]),
+            str(row["graphs_of_other_lengths"]),
+            f"{row['gradients_differ_by']:.0e}",
         )
-        for name, ways in content["models"].items()
-        for way, found in ways.items()
-        if "graphs" in found
+        for row in read_table("compile_blocks")
+        if row["graphs"] is not None
     ]
     head = COMPILE_HEAD.format(**content["settings"], place=place(content["machine"]))
     return head + "\n" + markdown_table(COMPILE_COLUMNS, rows)
@@ -515,17 +519,17 @@ COMPILE_COLUMNS = (
 )
 
 
-def _ratio(found: dict[str, float]) -> str:
-    return f"{found['median']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
+def _ratio(row: dict[str, Any], column: str) -> str:
+    return f"{row[column]:.3f} ({row[f'{column}_low']:.3f}–{row[f'{column}_high']:.3f})"
 
 
-def _within(found: dict[str, float], pairs: int) -> str:
+def _within(row: dict[str, Any], pairs: int) -> str:
     """Whether a ratio is at most 1.03, as far as its interval says."""
     if pairs < 30:
         return "too few pairs"
-    if found["high"] <= 1.03:
+    if row["wall_to_sliced_high"] <= 1.03:
         return "yes"
-    return "no" if found["low"] > 1.03 else "open"
+    return "no" if row["wall_to_sliced_low"] > 1.03 else "open"
 
 
 def _yes(value: bool) -> str:

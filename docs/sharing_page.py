@@ -1,16 +1,13 @@
 """The page of layer sharing: what travels, the criteria, and what each costs."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
-from tables import NOTICE, RESULTS, markdown_table, place
+from tables import NOTICE, markdown_table, place, read_study, read_table
 
 from droppeft.sharing.criteria import CRITERIA
-
-COSTS = RESULTS / "sharing_criteria.json"
 
 HEAD = """\
 # Personalised layer sharing
@@ -84,7 +81,7 @@ COST_HEAD = """\
 
 ## What scoring costs
 
-`benchmarks/sharing_criteria.py`: turns of {steps} steps of {batch} texts of the built-in model at
+`benchmarks/sharing_criteria`: turns of {steps} steps of {batch} texts of the built-in model at
 full depth, {repeats} of each kind in random order, on {place}. Extra is the median of a turn's
 CPU time over that of turns that share everything, less one, with a bootstrap 95 % interval;
 keeping half of the layers is in it (with `position` there is nothing else). Tokens are those run
@@ -101,34 +98,33 @@ def sharing_page() -> str:
         (f"`{name}`", one.summary, one.runs_model, one.reads or "–")
         for name, one in CRITERIA.items()
     ]
-    page = f"{NOTICE}\n\n{HEAD}\n{markdown_table(COLUMNS, rows)}"
-    if COSTS.is_file():
-        page += _costs(json.loads(COSTS.read_text(encoding="utf-8")))
-    return page
+    return f"{NOTICE}\n\n{HEAD}\n{markdown_table(COLUMNS, rows)}{_costs()}"
 
 
-def _costs(content: Mapping[str, Any]) -> str:
-    training = content["config"]["training"]
+def _costs() -> str:
+    content = read_study("sharing_criteria")
     head = COST_HEAD.format(
-        steps=training["local_steps"],
-        batch=training["batch_size"],
+        steps=content["local_steps"],
+        batch=content["batch_size"],
         repeats=content["repeats"],
         place=place(content["machine"]),
         rows=content["score_rows"],
         bytes=content["adapter_bytes"] / 1e6,
     )
-    plain = content["turns"][""]
+    repeats: dict[str, list[Mapping[str, Any]]] = {}
+    for row in read_table("sharing_criteria", "repeats"):
+        repeats.setdefault(row["criterion"], []).append(row)
+    plain = repeats.pop("none")
     rows = [
-        (f"`{name}`", f"{content['turns'][name]['scoring_tokens']:,}", _extra(plain, one))
-        for name, one in content["turns"].items()
-        if name
+        (f"`{name}`", f"{own[0]['scoring_tokens']:,}", _extra(plain, own))
+        for name, own in repeats.items()
     ]
     return f"{head}\n{markdown_table(('criterion', 'tokens run to score', 'extra'), rows)}"
 
 
-def _extra(plain: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+def _extra(plain: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> str:
     rng = np.random.default_rng(0)
-    base, own = np.array(plain["cpu_s"]), np.array(one["cpu_s"])
+    base, own = (np.array([row["cpu_s"] for row in rows]) for rows in (plain, repeats))
     drawn = [
         np.median(rng.choice(own, len(own))) / np.median(rng.choice(base, len(base))) - 1
         for _ in range(2000)

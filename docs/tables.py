@@ -1,16 +1,20 @@
 """What the written pages have in common."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from droppeft.comparison.tables import Played, Study, read_tables
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package of studies is
+from benchmarks.study import read_study as read_study
+from benchmarks.study import read_table as read_table
+
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
 FIGURES = Path(__file__).parent / "figures"
 STUDIES = Path(__file__).parent.parent / "benchmarks"
 """Folders of comparisons, by name."""
-RESULTS = STUDIES / "results"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -19,7 +23,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
 
-def read_study(name: str) -> tuple[Study, list[Played]]:
+def read_compared(name: str) -> tuple[Study, list[Played]]:
     """What a study asked, and its runs."""
     return read_tables(STUDIES / name)
 

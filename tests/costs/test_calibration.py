@@ -1,35 +1,21 @@
 """The profiles are what the committed calibration says, and it is what the anchors say."""
 
-import importlib.util
-import json
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks.clock_calibration.run import count, fit
+from benchmarks.study import read_study
 from droppeft.costs.clock import compute_seconds
 from droppeft.costs.counts import step_flops
 from droppeft.costs.devices import PROFILES
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
 
 
 @pytest.fixture(scope="module")
 def calibration() -> dict[str, Any]:
-    return dict(json.loads((FOLDER / "results/clock_calibration.json").read_text()))
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = FOLDER / "clock_calibration.py"
-    spec = importlib.util.spec_from_file_location("clock_calibration", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return read_study("clock_calibration")
 
 
 @pytest.mark.parametrize("name", JETSONS)
@@ -39,18 +25,14 @@ def test_a_profile_is_its_fit_to_three_digits(calibration: dict[str, Any], name:
     assert PROFILES[name].step_overhead_s == round(fit["step_overhead_s"], 3)
 
 
-def test_the_fits_follow_from_counts_and_anchors(
-    calibration: dict[str, Any], script: ModuleType
-) -> None:
+def test_the_fits_follow_from_counts_and_anchors(calibration: dict[str, Any]) -> None:
     flops = {data: step["flops"] for data, step in calibration["steps"].items()}
     for name, anchors_s in calibration["anchors_s"].items():
-        assert script.fit(anchors_s, flops) == pytest.approx(calibration["fits"][name])
+        assert fit(anchors_s, flops) == pytest.approx(calibration["fits"][name])
 
 
-def test_a_count_is_what_the_model_computes_now(
-    calibration: dict[str, Any], script: ModuleType
-) -> None:
-    counted = script.count(64)
+def test_a_count_is_what_the_model_computes_now(calibration: dict[str, Any]) -> None:
+    counted = count(64)
     assert step_flops(counted, [True] * 12) == calibration["steps"]["QQP"]["flops"]
 
 

@@ -1,7 +1,7 @@
 """torch.compile, in every way there is, leaves gates alone; and they leave it few graphs to make.
 
 Graphs are captured, and in one test differentiated, as for any compiler and then run as they are:
-what torch's compiler makes of them is checked and timed by ``benchmarks/compile_blocks.py``.
+what torch's compiler makes of them is checked and timed by ``benchmarks/compile_blocks``.
 """
 
 import random

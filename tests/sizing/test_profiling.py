@@ -92,7 +92,7 @@ def test_random_rows_are_as_long_as_said_but_for_padding(folder: Path) -> None:
 
 
 def test_memory_in_use_is_what_is_planned() -> None:
-    """A small batch on the built-in model: within 10 %; benchmarks/cost_model.py has more."""
+    """A small batch on the built-in model: within 10 %; benchmarks/cost_model has more."""
     words = ("training.batch_size=8", "training.max_length=64", "dropout.mean=0.33333333333333331")
     config = load_config(None, ["accelerator=cpu", "threads=1", *words])
     trial = in_fresh_process(config, 1, frugal=True)

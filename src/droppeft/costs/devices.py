@@ -1,7 +1,7 @@
 """Kinds of device by name, and which of them each device of a run is.
 
 Sources: data sheets of the Jetsons; their effective speed is fitted to step times of an earlier
-test bed by ``benchmarks/clock_calibration.py``. What is said to be an assumption is ours.
+test bed by ``benchmarks/clock_calibration``. What is said to be an assumption is ours.
 """
 
 from collections.abc import Mapping

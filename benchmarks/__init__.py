@@ -1,0 +1,1 @@
+"""Studies: a folder each, with the script that makes it (`python -m benchmarks.NAME.run`)."""

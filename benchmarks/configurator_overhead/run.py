@@ -1,0 +1,110 @@
+"""What the configurator itself takes of a run: choosing arms, learning from rewards, and
+measuring these.
+
+    python -m benchmarks.configurator_overhead.run [SETTING=VALUE ...]
+
+A run of the built-in model and data with `budgeted_thompson`, and one with fixed rates. The seconds
+of choosing arms and merging are taken round by round (table `rounds`); what measuring a reward
+takes is what clients report (table `clients`, a row per local training). About 4 minutes on one
+core.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.study import about, write_study, write_table
+from droppeft.config import Config, as_tree, load_config, resolve
+from droppeft.federation.prepare import prepare
+from droppeft.federation.rounds import play_round
+from droppeft.plans import Update
+from droppeft.transports.in_process import in_process
+
+NAME = "configurator_overhead"
+SETTINGS = [
+    "threads=1",
+    "rounds=12",
+    "cohort=6",
+    "training.batch_size=8",
+    "configurator.reward=loss",
+]
+POLICIES = ("fixed", "budgeted_thompson")
+
+
+Rows = list[dict[str, Any]]
+
+
+def played(config: Config) -> tuple[Rows, Rows]:
+    """A run's rounds: the server's seconds, and each merged local training's."""
+    prepared = prepare(config, lambda step: None, "0")
+    spent: list[float] = []
+    method = replace(
+        prepared.method,
+        plan=timed(prepared.method.plan, spent),
+        merge=timed(prepared.method.merge, spent),
+    )
+    state, rounds, clients = prepared.state, [], []
+    with in_process(prepared.loaded) as transport:
+        for round in range(1, config.rounds + 1):
+            spent.clear()
+            state, closed = play_round(
+                prepared.setup, method, transport, state, round, lambda reply: None
+            )
+            place = {"policy": config.configurator.policy, "round": round}
+            rounds.append({**place, "choose_and_merge_s": sum(spent)})
+            clients += [{**place, **took} for took in trainings(closed)]
+    return rounds, clients
+
+
+def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """The same function; the seconds of each call are added to a list."""
+
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        found = function(*args)
+        spent.append(time.perf_counter() - start)
+        return found
+
+    return call
+
+
+def trainings(closed: Any) -> Iterator[dict[str, float]]:
+    """Seconds of each merged local training of a round, and of measuring its reward."""
+    updates = [one for one in closed.replies if isinstance(one, Update)]
+    turns = [turn for turn in closed.modelled.turns if turn]
+    for update, turn in zip(updates, turns, strict=True):
+        yield {
+            "training_wall_s": update.cost.turn_wall_s,
+            "reward_wall_s": update.cost.reward_wall_s,
+            "training_modelled_s": turn.turn_s,
+            "reward_modelled_s": turn.reward_s,
+        }
+
+
+def main(words: list[str]) -> None:
+    """Measure and write."""
+    rounds, clients = [], []
+    for policy in POLICIES:
+        chosen = [*SETTINGS, *words, f"configurator.policy={policy}"]
+        config = resolve(load_config(None, chosen), cuda=False)
+        of_rounds, of_clients = played(config)
+        rounds += of_rounds
+        clients += of_clients
+        print(policy, "done", flush=True)
+    content = {
+        **about(NAME),
+        "rounds": config.rounds,
+        "cohort_size": config.cohort,
+        "local_steps": config.training.local_steps,
+        "batch_size": config.training.batch_size,
+        "config": as_tree(config),
+    }
+    write_study(NAME, content)
+    write_table(NAME, "rounds", rounds)
+    write_table(NAME, "clients", clients)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

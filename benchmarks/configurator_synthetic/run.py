@@ -1,0 +1,250 @@
+"""Which policy wins where, on problems whose answer is known: no model, no data, many rounds.
+
+    python -m benchmarks.configurator_synthetic.run
+
+A run has a remaining loss of 1. A turn with arm a takes `worth(a) x rate` of it, seen through noise
+as the gain of a device; the round takes the mean of its turns off, and lasts as long as its
+slowest member. Three kinds of device, ten a round, six arms (none, a quarter or half dropped;
+everything trained, or the upper half). Problems differ in noise, in how much dropping harms, and in
+whether that grows as the loss falls (drift). Time to the target counts until 5 % are left.
+
+Compared with the best fixed arm for all devices in hindsight (found by playing each), with the best
+arm per kind of device (of three seeds), and with the mean fixed arm. Policies that learn pay for
+measuring what turns gained, as a run's do with its defaults; fixed arms and the lot do not. Regret
+is the time ratio to the best fixed arm less one; intervals are bootstrapped over the seeds. The
+table `result` has a row per problem and policy. About fifteen minutes on one core.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study import about, write_study, write_table
+from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, score
+from droppeft.bandit.memory import begin, halved, with_round
+
+NAME = "configurator_synthetic"
+SEEDS, DEVICES, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000
+WINDOWS = (5, 10, 40)
+TARGET = 0.05
+ARMS = [Arm(mean, "uniform", prefix) for prefix in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
+# A step's time is forward 1 and backward 2 of every layer that runs, a twelfth for the rest.
+TIMES = np.array([1.0, 0.77, 0.54, 0.69, 0.58, 0.46])
+MEASURING = 2 * 16 / 3 / (10 * 16)
+"""Of a turn with everything: forwards over 16 rows before and after its ten steps of 16."""
+SPEEDS = np.array([1.0, 1.9, 2.9])
+"""Of a Jetson TX2, Xavier NX and AGX Xavier, in the proportion of their fitted profiles."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the policies do not know.
+
+    Attributes:
+        rate: part of the remaining loss that a turn with everything takes.
+        worth: of each arm at the start, 1 for everything.
+        late: of each arm when nothing is left; between, it goes with the loss.
+        noise: deviation of a device's gain, in units of a turn's gain at the start of the round.
+        floor: least deviation, in units of a turn's gain at the start of the run.
+    """
+
+    rate: float
+    worth: tuple[float, ...]
+    late: tuple[float, ...]
+    noise: float
+    floor: float = 0.0
+
+
+HARMLESS = (1.0, 0.97, 0.9, 1.0, 0.96, 0.88)
+HARMFUL = (1.0, 0.6, 0.35, 0.95, 0.55, 0.3)
+PREFIX = (1.0, 0.7, 0.45, 0.55, 0.4, 0.25)
+PROBLEMS: Mapping[str, Problem] = {
+    "dropping is harmless": Problem(0.01, HARMLESS, HARMLESS, 0.5),
+    "dropping harms": Problem(0.01, HARMFUL, HARMFUL, 0.5),
+    "only full training works": Problem(0.01, PREFIX, PREFIX, 0.5),
+    "harm grows as the loss falls": Problem(0.01, HARMLESS, HARMFUL, 0.5),
+    "very noisy": Problem(0.01, HARMFUL, HARMFUL, 2.0),
+    "noise that does not decay": Problem(0.01, HARMLESS, HARMFUL, 0.5, floor=0.25),
+    "a short run": Problem(0.1, HARMLESS, HARMFUL, 0.5),
+    "a short, very noisy run": Problem(0.1, HARMFUL, HARMFUL, 2.0),
+}
+Choice = Callable[[int, Sequence[int], np.random.Generator], tuple[int, ...]]
+
+
+def worth_now(problem: Problem, left: float) -> np.ndarray:
+    """Of each arm, when so much of the loss is left."""
+    return left * np.array(problem.worth) + (1 - left) * np.array(problem.late)
+
+
+def seconds_of(kinds: Sequence[int], *, measures: bool) -> np.ndarray:
+    """(devices, A) of a turn, with measuring what it gained."""
+    return (TIMES[None, :] + MEASURING * measures) / SPEEDS[list(kinds)][:, None]
+
+
+def usual_seconds(*, measures: bool) -> np.ndarray:
+    """(A,) of a turn, mean over the kinds of device."""
+    return seconds_of(range(len(SPEEDS)), measures=measures).mean(axis=0)
+
+
+class Player:
+    """A policy as the run plays it."""
+
+    def __init__(self, policy: str, *, by_class: bool = True, window: int = WINDOW) -> None:
+        self.policy, self.by_class, self.window = policy, by_class, window
+        self.measures = policy != "uniform_random"
+        self.memory = begin(ARMS, 64.0)
+
+    def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
+        """An arm for each device."""
+        numbers = list(self.memory.numbers)
+        seconds = seconds_of(kinds, measures=self.measures)[:, numbers]
+        if not self.by_class:
+            usual = usual_seconds(measures=self.measures)[numbers]
+            seconds = np.tile(usual, (len(kinds), 1))
+        untried = np.array([number not in self.memory.tried for number in numbers])
+        asked = Asked(seconds, seconds > 0, untried, EPSILON, rng)
+        scored = score(self.policy, self.memory.known(self.window), asked)
+        return tuple(numbers[place] for place in choose_together(scored, seconds, asked.fits))
+
+    def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
+        """What the round has shown."""
+        trials = [
+            Observation(round, arm, float(gain)) for arm, gain in zip(arms, gains, strict=True)
+        ]
+        self.memory = with_round(self.memory, trials, round, self.window, None, None)
+        if self.policy == "successive_halving":
+            usual = usual_seconds(measures=True)[list(self.memory.numbers)]
+            self.memory = halved(self.memory, round, 3, self.window, usual)
+
+
+class Fixed:
+    """One arm for each kind of device, always; it measures nothing."""
+
+    measures = False
+
+    def __init__(self, arms: Sequence[int]) -> None:
+        self.arms = arms
+
+    def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
+        """Of each device's kind."""
+        return tuple(self.arms[kind] for kind in kinds)
+
+    def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
+        """Nothing."""
+
+
+def play(problem: Problem, player: Player | Fixed, seed: int) -> tuple[float, float]:
+    """Time to the target, and the mean part of it that devices wait.
+
+    Cohorts and noise are the same for every player of a seed.
+    """
+    rng, own = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    left, clock, idle = 1.0, 0.0, []
+    for round in range(1, MOST + 1):
+        kinds = rng.integers(len(SPEEDS), size=DEVICES).tolist()
+        arms = player.choose(kinds, own)
+        gain = left * problem.rate * worth_now(problem, left)[list(arms)]
+        spread = problem.rate * max(problem.noise * left, problem.floor)
+        player.learn(round, arms, gain + spread * rng.normal(size=DEVICES))
+        took = seconds_of(kinds, measures=player.measures)[range(DEVICES), arms]
+        clock += float(took.max())
+        idle.append(1 - float(took.mean() / took.max()))
+        left -= float(gain.mean())
+        if left <= TARGET:
+            return clock, fmean(idle)
+    return float("inf"), fmean(idle)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % of the means of 2,000 draws."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, size=(2000, len(values))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All players on one problem: what is known of it, and a row for each policy."""
+    seeds = range(SEEDS)
+    fixed = {arm: fmean(play(problem, Fixed((arm,) * 3), s)[0] for s in seeds) for arm in range(6)}
+    best = min(fixed, key=lambda arm: fixed[arm])
+    kinds = {
+        arms: fmean(play(problem, Fixed(arms), seed)[0] for seed in range(3))
+        for arms in itertools.product(range(6), repeat=3)
+    }
+    by_kind = min(kinds, key=lambda arms: kinds[arms])
+    base = [play(problem, Fixed((best,) * 3), s) for s in seeds]
+    rows = []
+    players: dict[str, Callable[[], Player | Fixed]] = {
+        "best fixed arm per kind of device": lambda: Fixed(by_kind),
+        **{name: (lambda name=name: Player(name)) for name in POLICIES},
+        "budgeted_thompson, as if alike": lambda: Player("budgeted_thompson", by_class=False),
+        **{
+            f"budgeted_thompson, window {window}": (
+                lambda window=window: Player("budgeted_thompson", window=window)
+            )
+            for window in WINDOWS
+        },
+    }
+    for name, make in players.items():
+        played = [play(problem, make(), seed) for seed in seeds]
+        ratios = [own[0] / other[0] for own, other in zip(played, base, strict=True)]
+        low, high = interval(ratios)
+        rows.append(
+            {
+                "policy": name,
+                "time_ratio": fmean(ratios),
+                "time_ratio_low": low,
+                "time_ratio_high": high,
+                "idle_share": fmean(idle for _, idle in played),
+            }
+        )
+    known = {
+        **asdict(problem),
+        "best_fixed_arm": ARMS[best].label,
+        "best_by_kind": [ARMS[arm].label for arm in by_kind],
+        "best_fixed_idle_share": fmean(idle for _, idle in base),
+        "mean_fixed_ratio": fmean(fixed.values()) / fixed[best],
+        "rounds_of_best": fmean(base_time for base_time, _ in base) / TIMES[best],
+    }
+    return known, rows
+
+
+def main() -> None:
+    """Play all and write what was found."""
+    start = time.perf_counter()
+    known, result = {}, []
+    for name, problem in PROBLEMS.items():
+        known[name], rows = study(problem)
+        result += [{"problem": name, **row} for row in rows]
+        print(f"{name}: best fixed {known[name]['best_fixed_arm']}")
+        for row in rows:
+            within = f"({row['time_ratio_low']:.3f} to {row['time_ratio_high']:.3f})"
+            ratio, idle = row["time_ratio"], row["idle_share"]
+            print(f"  {row['policy']:<36} {ratio:6.3f} {within}, idle {idle:.0%}")
+        print(f"  {'mean fixed arm':<36} {known[name]['mean_fixed_ratio']:6.3f}", flush=True)
+    settings = {
+        "seeds": SEEDS,
+        "clients": DEVICES,
+        "window": WINDOW,
+        "measuring": MEASURING,
+        "other_windows": list(WINDOWS),
+        "epsilon": EPSILON,
+        "target": TARGET,
+        "arms": [arm.label for arm in ARMS],
+        "times": TIMES.tolist(),
+        "speeds": SPEEDS.tolist(),
+    }
+    wall_s = time.perf_counter() - start
+    content = {**about(NAME), "settings": settings, "problems": known, "wall_s": wall_s}
+    write_study(NAME, content)
+    write_table(NAME, "result", result)
+
+
+if __name__ == "__main__":
+    main()

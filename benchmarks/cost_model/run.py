@@ -1,0 +1,231 @@
+"""How far plan is from profile: memory and time of a step, modelled and measured.
+
+    OMP_NUM_THREADS=1 DROPPEFT_DATA=... python -m benchmarks.cost_model.run
+
+Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and
+modelled as `droppeft plan` does it.
+
+Memory: peak resident memory of a process that keeps resident what is in use and no more (freed
+memory goes back to the system at once), less what it had after a first small turn: libraries,
+tokenizer, workspaces. What glibc keeps by default is measured apart, in the processes that measure
+time; it is no property of the model and is not modelled.
+
+Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
+step of this machine are fitted to its fp32 cells by `droppeft.costs.clock.calibrated`; errors are
+those of the fit. Quantised weights are left out of it: their kernels have another speed. So are
+those that are mapped from a file.
+
+Writes the tables `result` (a row per cell) and `trials`, `study.json`, and
+`docs/figures/cost_model`. About an hour on 2 cores, nothing else running. `--cells WORD` measures
+only cells with this in their name anew, `--draw` draws again.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
+from droppeft.config import Config, load_config, resolve
+from droppeft.costs.clock import calibrated
+from droppeft.costs.memory import Memory
+from droppeft.sizing.planning import Option, mean_flops, option
+from droppeft.sizing.profiling import in_fresh_process
+from droppeft.sizing.trial import Trial
+
+NAME = "cost_model"
+FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/cost_model"
+STEPS = 3
+SETTINGS = ("accelerator=cpu", "threads=1", "dropout.protect_first=0", "dropout.protect_last=0")
+MODELS = {
+    "builtin": ("model=builtin", "training.batch_size=16", "training.max_length=128"),
+    "deep12": (
+        "model=$DROPPEFT_DATA/deep12",
+        "training.batch_size=16",
+        "training.max_length=128",
+    ),
+    "bert-large": ("model=config:bert-large", "training.batch_size=4", "training.max_length=64"),
+}
+USUAL = ("training.batch_size=16", "training.max_length=128")
+"""A batch of the paper's size, too slow to be measured in every cell of BERT-large."""
+
+HALF = {"builtin": 3, "deep12": 6, "bert-large": 12}
+
+
+def cells() -> dict[str, tuple[str, ...]]:
+    """Name to settings: rates alone, every other saving with and without half, and all together."""
+    found = {}
+    for model, words in MODELS.items():
+        plain = {"": (), ", checkpointing": ("training.checkpointing=true",)}
+        frozen = {f", {HALF[model]} frozen": (f"frozen.layers={HALF[model]}",)}
+        small = {f", {kind}": (f"quantization={kind}",) for kind in ("8bit", "4bit")}
+        for name, more in {**plain, **frozen, **small}.items():
+            for rate in (0, 0.25, 0.5, 0.75) if name == "" else (0, 0.5):
+                found[f"{model}, rate {rate}{name}"] = (*words, *more, f"dropout.mean={rate}")
+        for name, more in together(HALF[model]).items():
+            found[f"{model}, {name}"] = (*words, *more)
+    return found
+
+
+def together(half: int) -> dict[str, tuple[str, ...]]:
+    """Savings that need one another, and all that go together; rate .5 unless a name says 0."""
+    drop, frozen = ("dropout.mean=0.5",), (f"frozen.layers={half}",)
+    turn, off = ("dropout.every=round",), ("training.offload=true",)
+    lean = (*drop, *frozen, "training.checkpointing=true")
+    return {
+        f"rate 0, {half} frozen, offload": ("dropout.mean=0", *frozen, *off),
+        "rate 0.5 per turn, offload": (*drop, *turn, *off),
+        f"rate 0.5 per turn, {half} frozen, offload, checkpointing": (*lean, *turn, *off),
+        f"rate 0.5, {half} frozen, checkpointing, 8bit": (*lean, "quantization=8bit"),
+        f"rate 0.5, {half} frozen, checkpointing, 4bit": (*lean, "quantization=4bit"),
+    }
+
+
+def configuration(words: Sequence[str]) -> Config:
+    opened = [os.path.expandvars(word) for word in (*SETTINGS, *words)]
+    return resolve(load_config(None, opened), cuda=False)
+
+
+def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[Trial]]:
+    """Trials of every cell, the frugal one first; cells take turns, if their time is modelled."""
+    found: dict[str, list[Trial]] = {name: [] for name in chosen}
+    for turn in range(repeats + 1):
+        for number, (name, words) in enumerate(chosen.items()):
+            if turn > 0 and unlike(name):
+                continue
+            trial = in_fresh_process(configuration(words), STEPS, frugal=turn == 0)
+            found[name].append(trial)
+            print(f"{turn}/{repeats}, {number + 1}/{len(chosen)}: {name}", file=sys.stderr)
+    return found
+
+
+def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[str, Any]:
+    """One cell: modelled beside measured."""
+    modelled: Option = option(configuration(words), None)
+    frugal, *timed = trials
+    measured = frugal.peak_bytes - frugal.process_bytes
+    memory: Memory = modelled.memory
+    return {
+        "cell": name,
+        "settings": " ".join(words),
+        "modelled_bytes": memory.model,
+        "measured_bytes": measured,
+        "memory_error": memory.model / measured - 1,
+        **{f"{key}_bytes": value for key, value in vars(memory).items() if key != "process"},
+        "process_bytes": frugal.process_bytes,
+        "kept_by_malloc_bytes": max(one.peak_bytes for one in timed) - frugal.peak_bytes
+        if timed
+        else None,
+        "activation_bytes_peak": max(one.activation_bytes_peak for one in trials),
+        "flops": mean_flops(configuration(words)),
+        "step_s": statistics.median(one.step_s for one in timed) if timed else None,
+        "modelled_16x128_bytes": option(configuration((*words, *USUAL)), None).memory.model,
+    }
+
+
+def with_times(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fit the speed at which this machine does a model; put modelled times beside measured ones."""
+    fits = {}
+    for model in MODELS:
+        cells = [row for row in rows if row["cell"].startswith(model) and not unlike(row["cell"])]
+        if cells:
+            speed, overhead = calibrated([r["flops"] for r in cells], [r["step_s"] for r in cells])
+            fits[model] = {"effective_flops_per_s": speed, "step_overhead_s": overhead}
+            for row in cells:
+                row["step_modelled_s"] = row["flops"] / speed + overhead
+                row["time_error"] = row["step_modelled_s"] / row["step_s"] - 1
+    return fits
+
+
+def unlike(cell: str) -> bool:
+    """Whether its weights are read by other kernels or from other places than a plain step's."""
+    return "bit" in cell or "offload" in cell
+
+
+def draw(result: Sequence[Mapping[str, Any]]) -> None:
+    """Modelled against measured, with the line on which they are equal and 10 % on either side."""
+    mpl.rcParams["svg.hashsalt"] = "droppeft"
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    panels = (
+        ("memory of a step, GB", "measured_bytes", "modelled_bytes", 1e9),
+        ("time of a step, s (speed fitted by model)", "step_s", "step_modelled_s", 1.0),
+    )
+    colours = dict(zip(MODELS, ("#00798c", "#edae49", "#d1495b"), strict=True))
+    for axis, (title, across, up, unit) in zip(axes, panels, strict=True):
+        rows = [row for row in result if row[up] and row[across]]
+        for model, colour in colours.items():
+            points = [row for row in rows if row["cell"].startswith(model)]
+            pairs = [(row[across] / unit, row[up] / unit) for row in points]
+            axis.plot(*zip(*pairs, strict=True), "o", color=colour, label=model) if pairs else None
+        ends = [f(row[across] / unit for row in rows) for f in (min, max)]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        for factor in (0.9, 1.1):
+            axis.plot(ends, [end * factor for end in ends], color="black", linewidth=0.5, ls=":")
+        axis.set(title=title, xlabel="measured", ylabel="modelled", xscale="log", yscale="log")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter("{x:g}")
+            one.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
+    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
+
+
+def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Trial]]) -> None:
+    """Put what was measured beside the cells that are there."""
+    known = was_studied(NAME)
+    commands = read_study(NAME)["commands"] if known else []
+    rows, repeats = (
+        [row for row in read_table(NAME, table) if row["cell"] not in chosen] if known else []
+        for table in ("result", "trials")
+    )
+    rows += [compared(name, words, trials[name]) for name, words in chosen.items()]
+    repeats += [
+        {"cell": name, "trial": number, "frugal": number == 0, **vars(trial)}
+        for name in chosen
+        for number, trial in enumerate(trials[name])
+    ]
+    order = list(cells())
+    rows.sort(key=lambda row: order.index(row["cell"]))
+    repeats.sort(key=lambda row: (order.index(row["cell"]), row["trial"]))
+    found = about(NAME)
+    content = {
+        **found,
+        "commands": [*commands, found["command"]],
+        "machine": {**found["machine"], "threads": 1},
+        "settings": SETTINGS,
+        "steps_per_trial": STEPS,
+        "fits": with_times(rows),
+    }
+    write_study(NAME, content)
+    write_table(NAME, "result", rows)
+    write_table(NAME, "trials", repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=2, help="trials per cell that measure time")
+    parser.add_argument("--cells", default="", help="only cells with this in their name")
+    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
+    arguments = parser.parse_args()
+    if not arguments.draw:
+        chosen = {name: words for name, words in cells().items() if arguments.cells in name}
+        write(chosen, measure(chosen, arguments.repeats))
+    result = read_table(NAME)
+    draw(result)
+    for row in result:
+        time = "" if row["time_error"] is None else f"  time {row['time_error']:+.1%}"
+        print(f"{row['cell']:40} memory {row['memory_error']:+.1%}{time}")
+
+
+if __name__ == "__main__":
+    main()

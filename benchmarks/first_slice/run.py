@@ -1,0 +1,211 @@
+"""Two methods on AG News over 20 devices: accuracy against wall time, and the loop's overhead.
+
+    DROPPEFT_DATA=../shared/data python -m benchmarks.first_slice.run
+
+Runs `examples/ag_news.toml` with two methods that take turns round by round (fedlora's round 1,
+droppeft's round 1, fedlora's round 2 ...), so that both meet the same state of a shared machine.
+Writes the tables `result` (a row per method) and `rounds`, and draws
+`docs/figures/first_slice.png` and `.svg`; `--draw` only draws the committed result again. About 20
+minutes on 2 cores.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from benchmarks.study import about, read_table, write_study, write_table
+from droppeft.config import load_config
+from droppeft.federation.run import start_run
+from droppeft.ledger import RoundRow, read_rows
+from droppeft.plans import Reply
+
+NAME = "first_slice"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples/ag_news.toml"
+FIGURE = ROOT / "docs/figures/first_slice"
+METHODS = ("fedlora", "droppeft")
+RESULT = (
+    *("num_layers", "trainable_parameters", "train_rows", "test_rows", "sampled_test_rows"),
+    *("data_hash", "adapter_sha256", "majority_accuracy", "tfidf_accuracy", "initial_accuracy"),
+    *("global_accuracy", "global_f1", "global_loss", "best_accuracy", "best_round"),
+    *("mean_active_layers", "activation_bytes_peak", "upload_bytes", "download_bytes"),
+    *("prepare_wall_s", "train_wall_s", "evaluation_wall_s", "host_wall_s", "round_measured_s"),
+    *("target", "target_round", "time_to_target_measured_s", "time_to_target_host_s"),
+)
+"""What is kept of a run's result."""
+ROUND = (
+    *("round", "global_accuracy", "global_f1", "global_loss", "train_loss", "mean_active_layers"),
+    *("activation_bytes_peak", "upload_bytes", "download_bytes", "round_measured_s"),
+    *("train_wall_s", "evaluation_wall_s", "saving_wall_s", "host_wall_s"),
+)
+"""What is kept of each round, beside its cohort."""
+
+
+class Turns:
+    """Lets one of several threads work at a time, in order; those that are done are passed over."""
+
+    def __init__(self, members: int) -> None:
+        self.waiting = list(range(members))
+        self._changed = threading.Condition()
+
+    def take(self, member: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting[0] == member)
+
+    def give(self, member: int, *, last: bool = False) -> None:
+        with self._changed:
+            self.waiting.remove(member)
+            if not last:
+                self.waiting.append(member)
+            self._changed.notify_all()
+
+
+class TakesTurns:
+    """Watches a run and gives way to the other after each round."""
+
+    def __init__(self, turns: Turns, member: int) -> None:
+        self.turns, self.member = turns, member
+
+    def preparing(self, what: str) -> None: ...
+
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None: ...
+
+    def replied(self, reply: Reply) -> None: ...
+
+    def finished(self, result: Mapping[str, Any]) -> None: ...
+
+    def round_done(self, row: RoundRow) -> None:
+        print(f"{METHODS[self.member]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True)
+        self.turns.give(self.member)
+        self.turns.take(self.member)
+
+
+def run_both(folder: Path, words: list[str]) -> None:
+    """Run every method in its own thread and folder, one round at a time."""
+    turns = Turns(len(METHODS))
+
+    def work(member: int) -> None:
+        turns.take(member)
+        try:
+            config = load_config(EXAMPLE, [f"method={METHODS[member]}", *words])
+            start_run(config, folder / METHODS[member], TakesTurns(turns, member))
+        finally:
+            turns.give(member, last=True)
+
+    threads = [threading.Thread(target=work, args=(member,)) for member in range(len(METHODS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def collect(folder: Path) -> None:
+    """Write results and curves of all methods, and the share of time outside the actual work."""
+    result, rounds = [], []
+    for method in METHODS:
+        found = json.loads((folder / method / "result.json").read_text(encoding="utf-8"))
+        kept = {key: found[key] for key in RESULT}
+        result.append({"variant": method, **kept, "overhead": overhead(found)})
+        rounds += [
+            {
+                "variant": method,
+                **{key: row[key] for key in ROUND},
+                "clients": " ".join(map(str, row["cohort"])),
+            }
+            for row in read_rows(folder / method / "rounds.jsonl")
+        ]
+    config = found["config"]
+    content = {
+        **about(NAME),
+        "clients": config["devices"],
+        "cohort_size": config["cohort"],
+        "rounds": config["rounds"],
+        "local_steps": config["training"]["local_steps"],
+        "alpha": config["partition"]["alpha"],
+        "config": {**config, "data": "$DROPPEFT_DATA/ag_news"},
+        "machine": found["machine"],
+    }
+    write_study(NAME, content)
+    write_table(NAME, "result", result)
+    write_table(NAME, "rounds", rounds)
+
+
+def overhead(result: Mapping[str, Any]) -> float:
+    """Part of the rounds' wall time that is neither training steps nor evaluation."""
+    work = result["train_wall_s"] + result["evaluation_wall_s"]
+    return float(1 - work / result["host_wall_s"])
+
+
+def draw() -> None:
+    """Accuracy against wall time without evaluation: this machine's, and the slowest client's."""
+    mpl.rcParams["svg.hashsalt"] = "droppeft"
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    clocks = (
+        (
+            "this process, devices one after another",
+            lambda r: r["host_wall_s"] - r["evaluation_wall_s"],
+        ),
+        ("devices side by side (slowest member)", lambda r: r["round_measured_s"]),
+    )
+    for axis, (title, seconds) in zip(axes, clocks, strict=True):
+        draw_clock(axis, seconds)
+        axis.axhline(0.86, color="black", linewidth=0.8, linestyle=":")
+        axis.text(0, 0.865, "target .86", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("measured seconds, evaluation excluded")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on 1,000 test texts")
+    axes[0].legend(loc="lower right")
+    figure.suptitle("AG News, 20 devices, 5 per round, Dirichlet alpha 1, one seed")
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
+    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
+
+
+def draw_clock(axis: Any, seconds: Callable[[Mapping[str, Any]], float]) -> None:
+    """Both methods' curves over one clock."""
+    styles = {"fedlora": ("#4c566a", "--", "o"), "droppeft": ("#d1495b", "-", "s")}
+    every = read_table(NAME, "rounds")
+    for result in read_table(NAME):
+        color, line, marker = styles[result["variant"]]
+        rows = [row for row in every if row["variant"] == result["variant"]]
+        axis.plot(
+            [0, *accumulate(seconds(row) for row in rows)],
+            [result["initial_accuracy"], *(row["global_accuracy"] for row in rows)],
+            color=color,
+            linestyle=line,
+            marker=marker,
+            markersize=4,
+            label=result["variant"],
+        )
+
+
+def main() -> None:
+    """Run, or draw again; further words are settings, as for ``droppeft run``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
+    parser.add_argument("settings", nargs="*", help="key=value")
+    arguments = parser.parse_args()
+    if not arguments.draw:
+        with tempfile.TemporaryDirectory() as folder:
+            run_both(Path(folder), arguments.settings)
+            collect(Path(folder))
+    draw()
+    for row in read_table(NAME):
+        print(
+            f"{row['variant']:9} accuracy {row['global_accuracy']:.4f}"
+            f"  best {row['best_accuracy']:.3f}"
+            f"  .86 after {row['time_to_target_host_s']} s  overhead {row['overhead']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

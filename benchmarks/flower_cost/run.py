@@ -1,0 +1,214 @@
+"""What Flower costs: a client-round in process, in simulation and in deployment; three places.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.flower_cost.run
+
+Arms take turns (a short run each, then again from the first), so that all meet the same states of
+a shared machine. There is one device, so the time of a round less evaluation and saving is the
+time of one client-round: planning, carrying, training, checking, merging. The first round of a run
+starts processes and loads texts and model; it is reported apart. Each repeat has a seed of its own,
+so that nothing of an earlier one is still loaded.
+
+The two arms with "model built per message" are the usual pattern of Flower's examples: the
+ClientApp builds its model whenever it is called. In simulation the texts stay cached, as a
+FederatedDataset in a module's global does; in deployment the process is new and so is everything.
+
+Writes `study.json`. About 15 minutes on 2 cores, nothing else running.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.flower_cost import rebuilding_client
+from benchmarks.study import about, write_study
+from droppeft.config import load_config
+from droppeft.federation.run import start_run
+from droppeft.ledger import RoundRow, read_rows
+from droppeft.plans import Reply
+from droppeft.transports.flower import client_app
+
+NAME = "flower_cost"
+NODES = 3
+SETTINGS = (
+    "threads=1",
+    "accelerator=cpu",
+    "evaluation.rows=200",
+    "evaluation.personalised=false",  # a client that rebuilds its model only trains
+)
+ROUNDS = {"places": 4, "client_round": 6}
+CLIENT_ROUND = (f"rounds={ROUNDS['client_round']}", "devices=1", "cohort=1", "evaluation.every=6")
+PLACES = (f"rounds={ROUNDS['places']}", f"devices={NODES}", f"cohort={NODES}")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from flower_on_loopback import Submit, loopback  # noqa: E402
+
+Run = Callable[[Sequence[str], Path], None]
+
+
+class Silent:
+    """Watches a run and says nothing."""
+
+    def preparing(self, what: str) -> None: ...
+    def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None: ...
+    def replied(self, reply: Reply) -> None: ...
+    def round_done(self, row: RoundRow) -> None: ...
+    def finished(self, result: Mapping[str, Any]) -> None: ...
+
+
+def here(words: Sequence[str], out: Path) -> None:
+    start_run(load_config(None, words), out, Silent())
+
+
+def simulated(words: Sequence[str], out: Path) -> None:
+    here([*words, "transport=flower"], out)
+
+
+def simulated_rebuilding(words: Sequence[str], out: Path) -> None:
+    with clients_that_rebuild():
+        simulated(words, out)
+
+
+def deployed(submit: Submit, words: Sequence[str], out: Path) -> None:
+    submit(words, out)
+
+
+def deployed_rebuilding(submit: Submit, words: Sequence[str], out: Path) -> None:
+    submit([*words, "flower.resident=false"], out)
+
+
+@contextmanager
+def clients_that_rebuild() -> Iterator[None]:
+    """Replace the simulation's ClientApp by one that builds its model in every call."""
+    kept, client_app.app = client_app.app, rebuilding_client.app
+    try:
+        yield
+    finally:
+        client_app.app = kept
+
+
+def client_rounds(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[str, Any]:
+    """Seconds of a client-round and of the local training inside it, per arm."""
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"client_round_s": [], "training_s": [], "first_s": []} for name in arms
+    }
+    for repeat in range(repeats):
+        for number, (name, run) in enumerate(arms.items()):
+            out = folder / f"cost-{repeat}-{number}"
+            run([*SETTINGS, *CLIENT_ROUND, f"seed={repeat}"], out)
+            rounds = read_rows(out / "rounds.jsonl")
+            trainings = [row["turn_wall_s"] for row in read_rows(out / "devices.jsonl")]
+            whole = [
+                row["host_wall_s"] - row["evaluation_wall_s"] - row["saving_wall_s"]
+                for row in rounds
+            ]
+            found[name]["first_s"].append(whole[0])
+            found[name]["client_round_s"] += whole[1:]
+            found[name]["training_s"] += trainings[1:]
+            print(f"{repeat} {name}: {statistics.median(whole[1:]):.2f} s", flush=True)
+    return {name: summary(times) for name, times in found.items()}
+
+
+def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    whole = sorted(times["client_round_s"])
+    over = [a - b for a, b in zip(times["client_round_s"], times["training_s"], strict=True)]
+    return {
+        **medians,
+        "beside_training_s": statistics.median(over),
+        "client_round_quartiles_s": [whole[len(whole) // 4], whole[3 * len(whole) // 4]],
+        "client_rounds": len(whole),
+    }
+
+
+def places(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[str, Any]:
+    """One configuration everywhere: hash of the adapter folder, seconds, bytes."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for number, (name, run) in enumerate(arms.items()):
+            out = folder / f"place-{repeat}-{number}"
+            start = time.perf_counter()
+            run([*SETTINGS, *PLACES], out)
+            wall_s = time.perf_counter() - start
+            result = json.loads((out / "result.json").read_text())
+            found[name].append(
+                {
+                    "command_wall_s": wall_s,
+                    "rounds_wall_s": result["host_wall_s"],
+                    "adapter_folder_sha256": folder_hash(out / "adapter"),
+                    **{
+                        key: result[key]
+                        for key in (
+                            "global_accuracy",
+                            "upload_bytes",
+                            "download_bytes",
+                            "upload_framed_bytes",
+                            "download_framed_bytes",
+                        )
+                    },
+                }
+            )
+            print(f"{repeat} {name}: {wall_s:.1f} s", flush=True)
+    digests = {run["adapter_folder_sha256"] for runs in found.values() for run in runs}
+    if len(digests) > 1:
+        raise SystemExit(f"the places differ: {json.dumps(found, indent=2)}")
+    return {name: merged(runs) for name, runs in found.items()}
+
+
+def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last run, with medians of seconds."""
+    seconds = {
+        key: statistics.median(run[key] for run in runs)
+        for key in ("command_wall_s", "rounds_wall_s")
+    }
+    return {**runs[-1], **seconds, "runs": len(runs)}
+
+
+def folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with loopback(folder / "flower", NODES) as submit:
+            superlink = functools.partial(deployed, submit)
+            in_three = {"in process": here, "simulation": simulated, "SuperLink": superlink}
+            arms = {
+                **in_three,
+                "simulation, model built per message": simulated_rebuilding,
+                "SuperLink, model built per message": functools.partial(
+                    deployed_rebuilding, submit
+                ),
+            }
+            content = {
+                **about(NAME),
+                "clients": NODES,
+                "rounds": ROUNDS,
+                "settings": {
+                    "all": SETTINGS,
+                    "client_round": CLIENT_ROUND,
+                    "places": PLACES,
+                },
+                "places": places(in_three, repeats, folder),
+                "client_round": client_rounds(arms, repeats, folder),
+            }
+    write_study(NAME, content)
+
+
+if __name__ == "__main__":
+    main()

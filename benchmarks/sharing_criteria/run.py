@@ -1,0 +1,77 @@
+"""What scoring layers for personalised sharing costs a device, by criterion.
+
+    python -m benchmarks.sharing_criteria.run [SETTING=VALUE ...]
+
+Whole local trainings of the built-in model on the built-in data, without a rule and with each
+criterion, in random order. The table `repeats` has CPU and wall seconds of each, and the tokens of
+its steps and of scoring. 12 minutes on one core.
+"""
+
+import random
+import sys
+import time
+from dataclasses import replace
+
+from benchmarks.study import about, write_study, write_table
+from droppeft.client.loading import clients_of
+from droppeft.config import as_tree, load_config, resolve
+from droppeft.federation.prepare import prepare
+from droppeft.plans import Plan, SharingRule, Update, payload_bytes
+from droppeft.sharing.criteria import CRITERIA
+
+NAME = "sharing_criteria"
+REPEATS, WARM_UP = 20, 2
+SETTINGS = ["threads=1", "devices=4", "cohort=2", "dropout.mean=0", "training.max_length=64"]
+"""Ten steps of 16 texts at full depth."""
+
+
+def main(words: list[str]) -> None:
+    """Measure and write."""
+    config = resolve(load_config(None, [*SETTINGS, *words]), cuda=False)
+    prepared = prepare(config, lambda step: None, "0")
+    clients = clients_of(prepared.loaded)
+    [plain] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    rows = config.sharing.score_rows
+    plans: dict[str, Plan] = {"none": plain} | {
+        name: replace(plain, sharing=SharingRule(name, 0.5, 0.0, rows, None)) for name in CRITERIA
+    }
+    repeats = []
+    order = random.Random(0)
+    for repeat in range(WARM_UP + REPEATS):
+        for name in order.sample(list(plans), len(plans)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            reply = clients[1].run(plans[name])
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            assert isinstance(reply, Update)
+            if repeat >= WARM_UP:
+                repeats.append(
+                    {
+                        "criterion": name,
+                        "repeat": repeat - WARM_UP,
+                        "cpu_s": cpu,
+                        "wall_s": wall,
+                        "tokens": reply.cost.tokens,
+                        "scoring_tokens": reply.cost.scoring_tokens,
+                    }
+                )
+        print(f"{repeat + 1 - WARM_UP}/{REPEATS}", flush=True)
+    content = {
+        **about(NAME),
+        "local_steps": config.training.local_steps,
+        "batch_size": config.training.batch_size,
+        "repeats": REPEATS,
+        "score_rows": rows,
+        "num_layers": prepared.setup.num_layers,
+        "adapter_bytes": payload_bytes(
+            {key: named for key, named in plain.tensors.items() if isinstance(key, int)}
+        ),
+        "config": as_tree(config),
+    }
+    write_study(NAME, content)
+    write_table(
+        NAME, "repeats", sorted(repeats, key=lambda row: list(plans).index(row["criterion"]))
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
