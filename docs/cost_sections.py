@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 COST_MODEL_HEAD = """\
 ## What was planned, and what it took
 
-`benchmarks/cost_model`: memory and time of a step as `droppeft plan` has them (modelled), beside
+`benchmarks/cost_model`: memory and time of a step as `droppeft estimate` has them (modelled), beside
 what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
 and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
 stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for each model

@@ -62,7 +62,7 @@ known of smaller fractions.
   `evaluation.newcomers=true` also measures what devices that never trained have after one epoch
   of their own (learning rates fall from their peaks to nothing in it). With a personal head there
   is no global accuracy.
-- **Export.** `droppeft export RUN --device 3` writes device 3's own model as an adapter, with
+- **Export.** `droppeft export RUN --client 3` writes device 3's own model as an adapter, with
   `--merge` as a plain model; what it keeps must be on this machine.
 
 LoRA's A and B are averaged by themselves, and the mean of products is not the product of means.

@@ -119,7 +119,7 @@ def test_a_mistake_is_one_sentence(
     assert left == {"broken.toml", "broken.parquet"}
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "profile", "plan"])
+@pytest.mark.parametrize("command", ["run", "compare", "profile", "estimate"])
 def test_a_setting_written_as_an_option(droppeft: Command, command: str) -> None:
     done = droppeft(command, "--training.batch-size", "2")
     assert done.code == 2
@@ -232,7 +232,7 @@ def test_exporting_says_where_it_is_and_how_to_load_it(
     exec("\n".join(lines), loaded)
     assert loaded["model"].config.id2label == {0: "food", 1: "music", 2: "space"}
     [own] = [one for one in result["personalised"] if one["device"] == 2]
-    said = droppeft("export", whole_run, "--device", "2", "--out", "own", *form)
+    said = droppeft("export", whole_run, "--client", "2", "--out", "own", *form)
     accuracy = f"accuracy {own['accuracy']:.4f} on {own['rows']} test texts"
     assert said.out.splitlines()[0] == f"round 3, {accuracy}: {tmp_path / 'own'}"
     assert loaded["tokenizer"]("bread")["input_ids"]

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 DROPPEFT_DATA=... python -m benchmarks.cost_model.run
 
 Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and
-modelled as `droppeft plan` does it.
+modelled as `droppeft estimate` does it.
 
 Memory: peak resident memory of a process that keeps resident what is in use and no more (freed
 memory goes back to the system at once), less what it had after a first small turn: libraries,

@@ -79,7 +79,7 @@ from benchmarks.study import (
 )
 from droppeft import seeds
 from droppeft.layer_dropout import layer_rates, protected_ends
-from droppeft.layer_dropout.alone import GateOptions, gates_of_step
+from droppeft.layer_dropout.alone import gates_of_step
 
 NAME = "layer_dropout_cost"
 FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/layer_dropout_cost"

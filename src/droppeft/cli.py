@@ -255,7 +255,7 @@ def profile(
 
 
 @app.command(cls=Worded)
-def plan(
+def estimate(
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
@@ -263,11 +263,11 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="What a device has, as 8GB.", show_default="the device's")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="A profile, for time.", show_default="none")
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="A device profile, for time.", show_default="none")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="Longest step on --device.", show_default="any")
+        float | None, typer.Option(min=0, help="Longest step on --profile.", show_default="any")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show all that fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -287,9 +287,9 @@ def plan(
     from droppeft.sizing.planning import combinations, limits
 
     configs = list(combinations(*_split(words or [])))
-    found = limits(memory, seconds, device, configs[0].clock.own)
+    found = limits(memory, seconds, profile, configs[0].clock.own)
     console = Console(stderr=True) if as_json else Console()
-    answer = report.consider(configs, found, device, console)
+    answer = report.consider(configs, found, profile, console)
     if as_json:
         typer.echo(report.as_json(answer))
     else:

@@ -379,7 +379,7 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
 
 def test_a_local_run_has_nothing_to_export(words: list[str], tmp_path: Path) -> None:
     start_run(load_config(None, [*words, "rounds=1"]), tmp_path / "run", Recorder())
-    with pytest.raises(DroppeftError, match=r"no global model to export with .* with --device"):
+    with pytest.raises(DroppeftError, match=r"no global model to export with .* with --client"):
         export_run(tmp_path / "run")
 
 

@@ -286,7 +286,7 @@ def test_methods_on_the_command_line_take_the_settings_that_they_heed() -> None:
         ("method=ditto", "whatever the method makes of it; leave method out, and set adapter"),
     ],
 )
-@pytest.mark.parametrize("command", [["profile"], ["plan", "--memory", "1GB"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["profile"], ["estimate", "--memory", "1GB"]], ids=" ".join)
 def test_what_does_not_change_costs_is_refused(
     settings: str, sentence: str, command: list[str], told: Told, tmp_path: Path
 ) -> None:

@@ -324,7 +324,7 @@ def test_limits_of_a_command_line() -> None:
 
 
 def test_plan_shows_what_fits(command: Command, tiny: str) -> None:
-    code, out, _ = command("plan", "--memory", "2GB", tiny, *ONE, "dropout.mean=0,0.5")
+    code, out, _ = command("estimate", "--memory", "2GB", tiny, *ONE, "dropout.mean=0,0.5")
     assert code == 0
     assert "fits 2.0 GB" in out
     assert "8 of 8 combinations fit, shown are the 1 that save no more than needed" in out
@@ -333,12 +333,12 @@ def test_plan_shows_what_fits(command: Command, tiny: str) -> None:
 
 def test_plan_in_json(command: Command, tiny: str) -> None:
     code, out, _ = command(
-        *("plan", "--memory", "2GB", "--device", "jetson_tx2", "--seconds", "5", "--json"),
+        *("estimate", "--memory", "2GB", "--profile", "jetson_tx2", "--seconds", "5", "--json"),
         *(tiny, *ONE, "training.precision=fp32", "dropout.mean=0,0.5,0.9"),
     )
     assert code == 0
     found = json.loads(out)
-    assert (found["memory_bytes"], found["step_s"], found["device"]) == (2e9, 5.0, "jetson_tx2")
+    assert (found["memory_bytes"], found["step_s"], found["profile"]) == (2e9, 5.0, "jetson_tx2")
     rows = found["combinations"]
     assert len(rows) == 4  # with and without checkpointing
     assert [row["shown"] for row in rows] == [True, False, False, False]
@@ -354,7 +354,7 @@ def test_plan_in_json(command: Command, tiny: str) -> None:
 
 def test_plan_says_what_is_nearest(command: Command, tiny: str) -> None:
     """The process alone takes more than that; of all, the smallest is named."""
-    code, out, _ = command("plan", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
+    code, out, _ = command("estimate", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
     assert code == cli.FAILED
     assert "None of 8 combinations fits 100.0 MB" in out
     assert "Nearest is one that needs 50" in out
@@ -365,7 +365,7 @@ def test_plan_says_what_is_nearest(command: Command, tiny: str) -> None:
 def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
     """13 thousand million weights in 4 bits and 160 million in embeddings in 32."""
     code, out, _ = command(
-        *("plan", "--memory", "12GB", "--json", "model=config:llama-13b"),
+        *("estimate", "--memory", "12GB", "--json", "model=config:llama-13b"),
         *("training.batch_size=1", "quantization=4bit", "frozen.layers=0"),
         *("training.precision=bf16", "training.checkpointing=true", "dropout.mean=0.5"),
     )
@@ -380,10 +380,10 @@ def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "say what a device has: --memory 8GB, or --device jetson_tx2"),
+        ([], "say what a device has: --memory 8GB, or --profile jetson_tx2"),
         (["--memory", "much"], "'much' is no size of memory"),
-        (["--memory", "1GB", "--seconds", "2"], "--seconds needs --device, whose time it is"),
-        (["--device", "toaster"], "unknown profile 'toaster'; known are jetson_tx2"),
+        (["--memory", "1GB", "--seconds", "2"], "--seconds needs --profile, whose time it is"),
+        (["--profile", "toaster"], "unknown profile 'toaster'; known are jetson_tx2"),
         (["--memory", "1GB", "model=config:nothing"], "config:nothing: unknown architecture"),
         (["--memory", "1GB", "training.batch_size=4,x"], "training.batch_size: input should be"),
         (["--memory", "1GB", "quantization=3bit"], "quantization: input should be 'none'"),
@@ -392,7 +392,7 @@ def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(command: Command, words: list[str], sentence: str) -> None:
-    code, out, err = command("plan", *words)
+    code, out, err = command("estimate", *words)
     assert code == cli.USER_ERROR
     assert out == ""
     assert sentence in err
@@ -402,7 +402,7 @@ def test_a_mistake_is_one_sentence(command: Command, words: list[str], sentence:
 def test_a_readme_plan_is_understood() -> None:
     """Its words are settings that exist."""
     lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
-    found = [line.split() for line in lines if line.startswith("droppeft plan ")]
+    found = [line.split() for line in lines if line.startswith("droppeft estimate ")]
     assert found
     for line in found:
         words = [word for word in line if "=" in word and not word.startswith("-")]
@@ -415,7 +415,7 @@ def test_the_grid_s_settings_exist() -> None:
 
 
 def test_all_that_fits_can_be_shown(command: Command, tiny: str) -> None:
-    _, out, _ = command("plan", "--memory", "2GB", "--all", tiny, *ONE, "dropout.mean=0,0.5")
+    _, out, _ = command("estimate", "--memory", "2GB", "--all", tiny, *ONE, "dropout.mean=0,0.5")
     rows = [line for line in out.splitlines() if " GB " in line or " MB " in line]
     assert len(rows) >= 8
 

@@ -85,7 +85,7 @@ def export_run(
     if device is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
             f"{run}: method={config.method} has no global model to export with these settings; "
-            "export a device's own with --device"
+            "export a device's own with --client"
         )
     if device is not None and not 0 <= device < config.devices:
         raise DroppeftError(

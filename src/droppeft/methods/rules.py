@@ -184,7 +184,7 @@ def check_costly(config: Config) -> None:
     adapters = {name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults}
     if config.method not in (Config().method, *adapters):
         raise DroppeftError(
-            "plan and profile look at a step of the configured adapter, whatever the method makes "
+            "estimate and profile look at a step of the configured adapter, whatever the method makes "
             "of it; leave method out, and set adapter.*"
         )
     for key in given(config):

@@ -1,4 +1,4 @@
-"""What ``droppeft plan`` shows: a table of what fits, or what is nearest; or one JSON object."""
+"""What ``droppeft estimate`` shows: a table of what fits, or what is nearest; or one JSON object."""
 
 import json
 import re
@@ -42,13 +42,13 @@ class Answer:
 
     Attributes:
         limits: of the device.
-        device: name of its profile, or ``None``.
+        profile: name of its profile, or ``None``.
         options: all combinations that a run takes.
         refused: why it does not take others, and how many.
     """
 
     limits: Limits
-    device: str | None
+    profile: str | None
     options: Sequence[Option]
     refused: Mapping[str, int]
 
@@ -64,7 +64,7 @@ class Answer:
 
 
 def consider(
-    configs: Sequence[Config], limits: Limits, device: str | None, console: Console
+    configs: Sequence[Config], limits: Limits, profile: str | None, console: Console
 ) -> Answer:
     """Cost all combinations, with a bar where ``console`` is a terminal.
 
@@ -83,7 +83,7 @@ def consider(
             progress.advance(task)
     if not options:
         raise DroppeftError(next(iter(refused)))
-    return Answer(limits, device, options, refused)
+    return Answer(limits, profile, options, refused)
 
 
 def as_json(answer: Answer) -> str:
@@ -94,7 +94,7 @@ def as_json(answer: Answer) -> str:
             "schema_version": SCHEMA_VERSION,
             "memory_bytes": answer.limits.memory_bytes,
             "step_s": answer.limits.step_s,
-            "device": answer.device,
+            "profile": answer.profile,
             "nearest": _plain(answer.nearest, answer.limits),
             "refused": dict(answer.refused),
             "combinations": [
@@ -143,7 +143,7 @@ def _table(answer: Answer, shown: Sequence[Option]) -> Table:
     columns["run"] = lambda one: f"{one.active}/{one.num_layers}"
     columns["memory"] = lambda one: bytes_text(one.memory.total)
     columns["headroom"] = lambda one: bytes_text(answer.limits.memory_bytes - one.memory.total)
-    if answer.device is not None:
+    if answer.profile is not None:
         columns["step"] = lambda one: f"{one.step_s:.2f} s"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
@@ -178,8 +178,8 @@ def _nothing(answer: Answer) -> str:
 def _limits(answer: Answer) -> str:
     limits = answer.limits
     time = "" if limits.step_s is None else f" and {limits.step_s:g} s per step"
-    device = f" on {answer.device}" if answer.device else ""
-    return f"{bytes_text(limits.memory_bytes)}{time}{device}"
+    profile = f" on {answer.profile}" if answer.profile else ""
+    return f"{bytes_text(limits.memory_bytes)}{time}{profile}"
 
 
 def _plain(one: Option, limits: Limits) -> dict[str, Any]:

@@ -129,27 +129,27 @@ class Option:
 
 
 def limits(
-    memory: str | None, step_s: float | None, device: str | None, own: Mapping[str, DeviceProfile]
+    memory: str | None, step_s: float | None, profile: str | None, own: Mapping[str, DeviceProfile]
 ) -> Limits:
     """Limits as they are said on a command line.
 
     Args:
         memory: a size; ``None`` for that of the device.
         step_s: longest step, ``None`` for any.
-        device: name of a profile, ``None`` for none.
+        profile: name of one, ``None`` for none.
         own: profiles besides the known ones.
 
     Raises:
-        DroppeftError: neither memory nor device, a time without a device, or one that is unknown.
+        DroppeftError: neither memory nor profile, a time without a profile, or one that is unknown.
     """
-    profile = profile_named(device, own) if device is not None else None
+    known = profile_named(profile, own) if profile is not None else None
     if step_s is not None and profile is None:
-        raise DroppeftError("--seconds needs --device, whose time it is")
+        raise DroppeftError("--seconds needs --profile, whose time it is")
     if memory is not None:
-        return Limits(parse_bytes(memory), step_s, profile)
+        return Limits(parse_bytes(memory), step_s, known)
     if profile is None:
-        raise DroppeftError("say what a device has: --memory 8GB, or --device jetson_tx2")
-    return Limits(profile.memory_bytes, step_s, profile)
+        raise DroppeftError("say what a device has: --memory 8GB, or --profile jetson_tx2")
+    return Limits(known.memory_bytes, step_s, known)
 
 
 def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
