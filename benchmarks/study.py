@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
-from droppeft.federation.environment import machine, versions
+from droppeft.runs.environment import machine, versions
 from droppeft.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent

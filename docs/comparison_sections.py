@@ -18,8 +18,8 @@ from tables import (
 )
 
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.tables import Played, Study
-from droppeft.comparison.written import COLUMNS, failures, heading, references
+from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.writers import COLUMNS, failures, heading, references
 
 DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
 COMPARISONS = {

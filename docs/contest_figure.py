@@ -12,7 +12,7 @@ from studies import seeds_of_comparison
 from tables import FIGURES, read_compared, was_compared
 
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.tables import Played
+from droppeft.comparison.study_files import Played
 from droppeft.report.drawing import INK, looks, style
 from droppeft.report.figures import AXES, curve_points, mean_curve
 

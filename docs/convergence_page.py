@@ -13,7 +13,7 @@ from gaps import final_loss, gaps, signed, verdict
 from studies import Runs, Seeds, bare, outcome_of, runs_of, seeds_of
 from tables import FIGURES, NOTICE, markdown_table, read_compared, was_compared
 
-from droppeft.comparison.tables import Study
+from droppeft.comparison.study_files import Study
 from droppeft.report.drawing import looks, style
 
 NAME = "convergence"

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from studies import Runs, bare, outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, read_compared, was_compared
 
-from droppeft.comparison.tables import Played
+from droppeft.comparison.study_files import Played
 
 NAME = "statements"
 NOTHING = "nothing dropped"

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from studies import Seeds, bare
 
-from droppeft.comparison.tables import Played
+from droppeft.comparison.study_files import Played
 
 ENOUGH = 3
 """Seeds without which nothing is said."""

@@ -23,7 +23,7 @@ from sharing_page import sharing_page
 from tables import NOTICE, markdown_table, read_study
 
 from droppeft.config import Bandwidth, Config, flat, known_keys
-from droppeft.config.tables import METHOD_DEFAULTS
+from droppeft.config.schema import METHOD_DEFAULTS
 
 FOLDER = Path(__file__).parent
 TYPE_NAMES: dict[object, str] = {
@@ -435,7 +435,7 @@ def architectures_page() -> str:
 
 def devices_page() -> str:
     """The profiles, and how well those that were fitted give the anchors."""
-    from droppeft.costs.devices import PROFILES
+    from droppeft.costs.device_profiles import PROFILES
 
     profiles = [
         (
@@ -457,8 +457,8 @@ def devices_page() -> str:
 
 
 def _calibration() -> str:
-    from droppeft.costs.clock import compute_seconds
-    from droppeft.costs.devices import PROFILES
+    from droppeft.costs.modelled_clock import compute_seconds
+    from droppeft.costs.device_profiles import PROFILES
 
     content = read_study("clock_calibration")
     rows = []

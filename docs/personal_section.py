@@ -8,8 +8,8 @@ from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, read_compared, was_compared
 
 from droppeft.comparison.summary import summary
-from droppeft.comparison.tables import Played, Study
-from droppeft.comparison.written import COLUMNS
+from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.writers import COLUMNS
 from droppeft.sharing.selection import count_of
 
 PERSONAL = """\

@@ -11,7 +11,7 @@ from tables import markdown_table, processor, read_compared, read_study, read_ta
 
 from droppeft.bandit.policies import LOT, POLICIES
 from droppeft.comparison.summary import target_accuracies, time_to_target
-from droppeft.comparison.tables import Played
+from droppeft.comparison.study_files import Played
 
 STUDIES = {
     "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),

@@ -7,7 +7,7 @@ from studies import runs_of, seeds_of_comparison, shown_settings
 from tables import markdown_table, was_compared
 
 from droppeft.comparison.summary import MemberRow, Part
-from droppeft.comparison.tables import Played, Study
+from droppeft.comparison.study_files import Played, Study
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks: change the source. -->\n"

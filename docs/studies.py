@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from droppeft.comparison.tables import Played, Row, Study
+from droppeft.comparison.study_files import Played, Row, Study
 
 Seeds = Mapping[int, Played]
 """Runs of a member by seed."""

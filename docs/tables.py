@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.tables import Played, Study, read_tables
+from droppeft.comparison.study_files import Played, Study, read_tables
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package of studies is
 from benchmarks.study import read_study as read_study

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from droppeft.config import SourceConfig
 from droppeft.data.sources import load_text
 from droppeft.layer_dropout import layer_dropout
-from droppeft.models import load_backbone
+from droppeft.models.loading import load_backbone
 
 STEPS, ROWS = 20, 16
 

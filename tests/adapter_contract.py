@@ -24,15 +24,15 @@ from droppeft.adapters.bottleneck import load_bottleneck
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
 from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES
 from droppeft.config import AdapterConfig
-from droppeft.data.tasks import Classification
+from droppeft.tasks.classification import Classification
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.method import adapter_spec
-from droppeft.models import HEAD_MODULES, quiet
-from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerKey, flatten
-from droppeft.quantization import put_values, quantised, settle
-from droppeft.training import Step, Trainable, train
-from messages import TRAINING
+from droppeft.federated_method import adapter_spec
+from droppeft.models.loading import HEAD_MODULES, quiet
+from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerKey, flatten
+from droppeft.models.quantization import put_values, quantised, settle
+from droppeft.training.loop import Step, Trainable, train
+from handmade import TRAINING
 from tiny import FAMILIES, tiny_model
 
 LAYERS = 3

@@ -38,9 +38,9 @@ from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
-from droppeft.method import adapter_spec
-from droppeft.models import builtin_model_folder, load_backbone
-from droppeft.plans import HEAD
+from droppeft.federated_method import adapter_spec
+from droppeft.models.loading import builtin_model_folder, load_backbone
+from droppeft.messages import HEAD
 
 LAYERS = 3
 FILE = Path(__file__).parents[1] / "docs" / "architectures.json"

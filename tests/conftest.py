@@ -76,7 +76,7 @@ def tiny_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def whole_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run that nothing disturbed; tests only read it."""
     from droppeft.config import load_config
-    from droppeft.federation.run import start_run
+    from droppeft.server.run import start_run
     from runs import Recorder
 
     out = tmp_path_factory.mktemp("whole") / "run"

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 def started(work: Callable[..., object], *arguments: object) -> BaseProcess:
     """A process that does ``work`` with this one's environment; of a module, not a closure."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["droppeft.federation.run"])
+    context.set_forkserver_preload(["droppeft.server.run"])
     process = context.Process(target=_work, args=(dict(os.environ), work, arguments), daemon=True)
     process.start()
     return process

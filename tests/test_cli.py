@@ -244,7 +244,7 @@ def test_ctrl_c_while_exporting(
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droppeft.federation.export.export_adapter", stop)
+    monkeypatch.setattr("droppeft.runs.model_files.export_adapter", stop)
     said = droppeft("export", whole_run, "--out", "it")
     assert (said.code, said.err) == (130, "droppeft: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ def test_ctrl_c_before_the_first_round(
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droppeft.client.loading.load_backbone", stop)
+    monkeypatch.setattr("droppeft.client.run_inputs.load_backbone", stop)
     said = droppeft("run", *tiny_words, "--out", "run")
     assert said.code == 130
     assert said.err == "droppeft: stopped while preparing; nothing is lost\n"

@@ -20,7 +20,7 @@ from droppeft.config import (
     resolve,
     to_toml,
 )
-from droppeft.config.tables import DEFAULT_LOCAL_STEPS, DEFAULT_MEAN_RATE
+from droppeft.config.schema import DEFAULT_LOCAL_STEPS, DEFAULT_MEAN_RATE
 from droppeft.errors import DroppeftError
 
 

@@ -127,7 +127,7 @@ def test_the_example_is_a_configuration(generate: ModuleType) -> None:
 
 
 def test_every_profile_has_a_row_and_every_anchor_an_error(generate: ModuleType) -> None:
-    from droppeft.costs.devices import PROFILES
+    from droppeft.costs.device_profiles import PROFILES
 
     page = generate.devices_page()
     rows = re.findall(r"^\| `(\w+)` \| ", page, re.M)
@@ -137,7 +137,7 @@ def test_every_profile_has_a_row_and_every_anchor_an_error(generate: ModuleType)
 
 
 def test_the_example_of_a_profile_is_a_configuration(generate: ModuleType) -> None:
-    from droppeft.costs.devices import make_fleet
+    from droppeft.costs.device_profiles import make_fleet
 
     [example] = re.findall(r"```toml\n(.*?)```", generate.devices_page(), re.S)
     clock = build_config(tomllib.loads(example)).clock

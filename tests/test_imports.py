@@ -118,12 +118,12 @@ def test_no_module_has_two_levels() -> None:
 @pytest.mark.parametrize(
     ("unit", "source", "expected"),
     [
-        ("seeds", "from droppeft.federation.rounds import run", "imports point down only"),
-        ("methods", "import droppeft.federation.rounds as rounds", "imports point down only"),
+        ("seeds", "from droppeft.server.rounds import run", "imports point down only"),
+        ("methods", "import droppeft.server.rounds as rounds", "imports point down only"),
         ("methods", "from droppeft import federation", "imports point down only"),
-        ("sharing", "from droppeft.training import train", "imports point down only"),
+        ("sharing", "from droppeft.training.loop import train", "imports point down only"),
         ("training", "from droppeft.sharing.selection import keep", "imports point down only"),
-        ("adapters", "from droppeft.models import load", "imports point down only"),
+        ("adapters", "from droppeft.models.loading import load", "imports point down only"),
         ("plans", "from droppeft.config import Config", "imports point down only"),
         ("federation", "from droppeft.cli import main", "imports point down only"),
         ("report", "from droppeft import cli", "imports point down only"),
@@ -163,11 +163,11 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("cli", "from droppeft.report.page import write\nfrom droppeft.federation import rounds"),
+        ("cli", "from droppeft.report.page import write\nfrom droppeft.server import rounds"),
         ("federation", "import flwr\nfrom droppeft.transports.flower.records import pack"),
-        ("methods", "from droppeft.sharing import selection\nfrom droppeft.training import train"),
+        ("methods", "from droppeft.sharing import selection\nfrom droppeft.training.loop import train"),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
-        ("adapters", "from peft import LoraConfig\nfrom droppeft.plans import Tensors"),
+        ("adapters", "from peft import LoraConfig\nfrom droppeft.messages import Tensors"),
         ("data", "from flwr_datasets.partitioner import DirichletPartitioner"),
         ("layer_dropout", "import random\nfrom torch import nn\nimport droppeft.errors"),
         ("cli", "from droppeft import __version__"),

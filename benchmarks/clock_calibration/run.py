@@ -5,7 +5,7 @@
 Anchors: seconds per step of BERT-base with LoRA in 12 layers, as an earlier test bed of the same
 group reported them, without batch and length. Batch 16 and the lengths below are our assumption.
 The arithmetic is counted on a model without values, so nothing is downloaded and nothing is
-measured here. Writes `study.json`; the profiles in `src/droppeft/costs/devices.py` have the fitted
+measured here. Writes `study.json`; the profiles in `src/droppeft/costs/device_profiles.py` have the fitted
 values to three digits, and a test holds the two
 together. About 5 seconds.
 """
@@ -17,10 +17,10 @@ from transformers import BertConfig
 
 from benchmarks.study import about, write_study
 from droppeft.config import AdapterConfig
-from droppeft.costs.clock import calibrated
-from droppeft.costs.counts import StepCounts, step_flops
-from droppeft.costs.paper import PaperModel, count_step
-from droppeft.method import adapter_spec
+from droppeft.costs.modelled_clock import calibrated
+from droppeft.costs.step_counts import StepCounts, step_flops
+from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.federated_method import adapter_spec
 
 NAME = "clock_calibration"
 BATCH = 16

@@ -33,8 +33,8 @@ from benchmarks.study import about, write_study, write_table
 from droppeft.adapters.attach import attach
 from droppeft.config import AdapterConfig
 from droppeft.layer_dropout import DrawnGates, find_blocks, layer_dropout
-from droppeft.method import adapter_spec
-from droppeft.models import load_backbone
+from droppeft.federated_method import adapter_spec
+from droppeft.models.loading import load_backbone
 
 NAME = "compile_blocks"
 ROWS, TOKENS, VOCABULARY = 8, 64, 1000

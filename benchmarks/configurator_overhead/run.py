@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks.study import about, write_study, write_table
 from droppeft.config import Config, as_tree, load_config, resolve
-from droppeft.federation.prepare import prepare
-from droppeft.federation.rounds import play_round
-from droppeft.plans import Update
+from droppeft.server.prepare import prepare
+from droppeft.server.rounds import play_round
+from droppeft.messages import Update
 from droppeft.transports.in_process import in_process
 
 NAME = "configurator_overhead"

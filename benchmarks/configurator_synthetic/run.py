@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.study import about, write_study, write_table
 from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, score
-from droppeft.bandit.memory import begin, halved, with_round
+from droppeft.bandit.bandit_memory import begin, halved, with_round
 
 NAME = "configurator_synthetic"
 SEEDS, DEVICES, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000

@@ -11,7 +11,7 @@ tokenizer, workspaces. What glibc keeps by default is measured apart, in the pro
 time; it is no property of the model and is not modelled.
 
 Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
-step of this machine are fitted to its fp32 cells by `droppeft.costs.clock.calibrated`; errors are
+step of this machine are fitted to its fp32 cells by `droppeft.costs.modelled_clock.calibrated`; errors are
 those of the fit. Quantised weights are left out of it: their kernels have another speed. So are
 those that are mapped from a file.
 
@@ -34,11 +34,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
 from droppeft.config import Config, load_config, resolve
-from droppeft.costs.clock import calibrated
-from droppeft.costs.memory import Memory
-from droppeft.sizing.planning import Option, mean_flops, option
-from droppeft.sizing.profiling import in_fresh_process
-from droppeft.sizing.trial import Trial
+from droppeft.costs.modelled_clock import calibrated
+from droppeft.costs.step_memory import Memory
+from droppeft.resources.estimate import Option, mean_flops, option
+from droppeft.resources.profile import in_fresh_process
+from droppeft.resources.profile_run import Trial
 
 NAME = "cost_model"
 FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/cost_model"

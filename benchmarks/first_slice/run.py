@@ -23,9 +23,9 @@ from matplotlib import pyplot as plt
 
 from benchmarks.study import about, read_table, write_study, write_table
 from droppeft.config import load_config
-from droppeft.federation.run import start_run
-from droppeft.ledger import RoundRow, read_rows
-from droppeft.plans import Reply
+from droppeft.server.run import start_run
+from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.messages import Reply
 
 NAME = "first_slice"
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from droppeft import seeds
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
-from droppeft.client.loading import Loaded, clients_of, load
+from droppeft.client.run_inputs import Loaded, clients_of, load
 from droppeft.config import build_config
-from droppeft.models import load_backbone
+from droppeft.models.loading import load_backbone
 from droppeft.transports.flower.client_app import introduce
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.wire_format import pack_reply, unpack_plan

@@ -31,9 +31,9 @@ from typing import Any
 from benchmarks.flower_cost import rebuilding_client
 from benchmarks.study import about, write_study
 from droppeft.config import load_config
-from droppeft.federation.run import start_run
-from droppeft.ledger import RoundRow, read_rows
-from droppeft.plans import Reply
+from droppeft.server.run import start_run
+from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.messages import Reply
 from droppeft.transports.flower import client_app
 
 NAME = "flower_cost"

@@ -29,15 +29,15 @@ import torch
 from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
-from droppeft.data.tables import Rows
+from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.frozen_prefix import FrozenPrefix, StateStore
-from droppeft.frozen_prefix.turn import PrefixOfTurn
+from droppeft.cached_layers import FrozenPrefix, StateStore
+from droppeft.cached_layers.cached_layers import PrefixOfTurn
 from droppeft.layer_dropout import sample_active
-from droppeft.method import local_training
-from droppeft.models import load_backbone
-from droppeft.plans import AdapterSpec, LayerAdapter, PrefixCost, StateCache
-from droppeft.training import Step, train
+from droppeft.federated_method import local_training
+from droppeft.models.loading import load_backbone
+from droppeft.messages import AdapterSpec, LayerAdapter, PrefixCost, StateCache
+from droppeft.training.loop import Step, train
 
 NAME = "frozen_layers"
 CACHE = StateCache("fp16", 1 << 30)

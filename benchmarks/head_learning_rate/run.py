@@ -21,14 +21,14 @@ from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
 from droppeft.config import Config, SourceConfig
 from droppeft.data.cache import cache_dir
 from droppeft.data.sources import load_text
-from droppeft.data.tables import TextData
-from droppeft.data.tasks import Classification
+from droppeft.data.texts import TextData
+from droppeft.tasks.classification import Classification
 from droppeft.data.tokens import tokenise
 from droppeft.layer_dropout import find_blocks
-from droppeft.method import local_training
-from droppeft.models import load_backbone
-from droppeft.plans import AdapterSpec, Budget, LayerAdapter
-from droppeft.training import Step, Trainable, evaluate, train, turn_batches
+from droppeft.federated_method import local_training
+from droppeft.models.loading import load_backbone
+from droppeft.messages import AdapterSpec, Budget, LayerAdapter
+from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
 
 NAME = "head_learning_rate"
 SEEDS, STEPS = (0, 1, 2), (50, 100, 200)

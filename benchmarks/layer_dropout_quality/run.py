@@ -33,17 +33,17 @@ from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.config import Config, SourceConfig, available_cores
 from droppeft.data.cache import cache_dir
 from droppeft.data.sources import load_text
-from droppeft.data.tables import TextData, TextTable
-from droppeft.data.tasks import Classification
+from droppeft.data.texts import TextData, TextTable
+from droppeft.tasks.classification import Classification
 from droppeft.data.tokens import tokenise
-from droppeft.frozen_prefix import FrozenPrefix
-from droppeft.frozen_prefix.turn import PrefixOfTurn
+from droppeft.cached_layers import FrozenPrefix
+from droppeft.cached_layers.cached_layers import PrefixOfTurn
 from droppeft.layer_dropout import find_blocks, layer_rates, protected_ends
 from droppeft.layer_dropout.alone import GateOptions, gates_of_step
-from droppeft.method import local_training
-from droppeft.models import load_backbone
-from droppeft.plans import AdapterSpec, Budget, LayerAdapter
-from droppeft.training import Step, Trainable, evaluate, train, turn_batches
+from droppeft.federated_method import local_training
+from droppeft.models.loading import load_backbone
+from droppeft.messages import AdapterSpec, Budget, LayerAdapter
+from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
 
 NAME = "layer_dropout_quality"
 BUDGET, WARM_UP, TURN, BATCH, DEV_ROWS = 160, 20, 40, 16, 1500

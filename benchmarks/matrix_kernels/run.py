@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from benchmarks.study import about, write_study
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.federation.prepare import prepare
+from droppeft.server.prepare import prepare
 
 NAME = "matrix_kernels"
 SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"

@@ -9,7 +9,7 @@ they did. It follows from data, split and seed alone. Goes to `study.json`.
 from pathlib import Path
 
 from benchmarks.study import about, write_study
-from droppeft.comparison.cells import cells, read_comparison
+from droppeft.comparison.grid import cells, read_comparison
 from droppeft.data.partition import partition_rows
 from droppeft.data.reference import own_majority_accuracy
 from droppeft.data.sources import load_text

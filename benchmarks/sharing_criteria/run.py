@@ -13,10 +13,10 @@ import time
 from dataclasses import replace
 
 from benchmarks.study import about, write_study, write_table
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import as_tree, load_config, resolve
-from droppeft.federation.prepare import prepare
-from droppeft.plans import Plan, SharingRule, Update, payload_bytes
+from droppeft.server.prepare import prepare
+from droppeft.messages import Plan, SharingRule, Update, payload_bytes
 from droppeft.sharing.criteria import CRITERIA
 
 NAME = "sharing_criteria"

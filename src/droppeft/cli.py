@@ -18,7 +18,7 @@ from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
     from droppeft.config import Config
-    from droppeft.federation.watcher import Watcher
+    from droppeft.runs.listener import Watcher
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
 
@@ -77,7 +77,7 @@ def run(
     and data are used. docs/configuration.md lists all settings.
     """
     from droppeft.config import load_config
-    from droppeft.federation.run import start_run
+    from droppeft.server.run import start_run
 
     config = load_config(*_split(words or []))
     folder = out or _new_folder(config.method)
@@ -93,8 +93,8 @@ def resume(
     as_json: JsonFlag = False,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
-    from droppeft.federation.folder import RESULT
-    from droppeft.federation.run import resume_run
+    from droppeft.runs.folder import RESULT
+    from droppeft.server.run import resume_run
 
     if (folder / RESULT).is_file() and not (quiet or as_json):
         typer.echo(f"droppeft: {folder} is finished; this is what it came to", err=True)
@@ -127,9 +127,12 @@ def compare(
     """
     from rich.console import Console
 
-    from droppeft.comparison import cells, playing, summary, written
-    from droppeft.federation.run import Interrupted
-    from droppeft.report import compare as report
+    from droppeft.comparison import grid
+    from droppeft.comparison import runner
+    from droppeft.comparison import summary
+    from droppeft.comparison import writers
+    from droppeft.server.run import Interrupted
+    from droppeft.report import show_comparison as report
     from droppeft.report.page import write_page
 
     files = [word for word in words or [] if word.endswith(".toml") and "=" not in word]
@@ -141,14 +144,14 @@ def compare(
         )
     of = None if seeds is None else _whole_numbers(seeds)
     chosen = (
-        cells.read_comparison(Path(files[0]))
+        grid.read_comparison(Path(files[0]))
         if files
-        else cells.named_on_the_command_line(methods, settings, of)
+        else grid.named_on_the_command_line(methods, settings, of)
     )
     if of and not {*of} <= {*chosen.seeds}:
         there = ",".join(map(str, chosen.seeds))
         raise DroppeftError(f"--seeds {seeds}: {files[0]} has {there}")
-    every = cells.cells(chosen)
+    every = grid.cells(chosen)
     mine = [cell for cell in every if of is None or cell.seed in of]
     name = _name_of(Path(files[0])) if files else "-".join(methods)
     folder, console = out or Path("runs") / f"compare-{name}", Console()
@@ -158,10 +161,10 @@ def compare(
     )
     lines = report.Lines(console)
     try:
-        own = playing.play(mine, folder, lines)
-        played = playing.with_others(own, every, folder)
+        own = runner.play(mine, folder, lines)
+        played = runner.with_others(own, every, folder)
         parts = summary.summary(study, played)
-        written.write(folder, study, played, parts)
+        writers.write(folder, study, played, parts)
     except (Interrupted, KeyboardInterrupt):
         _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
     except OSError as error:
@@ -203,7 +206,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint's adapter in PEFT's format, or merged into the model."""
-    from droppeft.federation.export_run import export_run
+    from droppeft.runs.export import export_run
     from droppeft.report.screen import Screen
 
     try:
@@ -238,7 +241,7 @@ def profile(
     """
     from rich.console import Console
 
-    from droppeft.report import profile as report
+    from droppeft.report import show_profile as report
 
     config = _to_measure(words or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
     console = Console(stderr=True) if as_json else Console()
@@ -283,8 +286,8 @@ def estimate(
     """
     from rich.console import Console
 
-    from droppeft.report import plan as report
-    from droppeft.sizing.planning import combinations, limits
+    from droppeft.report import show_estimate as report
+    from droppeft.resources.estimate import combinations, limits
 
     configs = list(combinations(*_split(words or [])))
     found = limits(memory, seconds, profile, configs[0].clock.own)
@@ -308,7 +311,7 @@ def doctor(
     from rich.console import Console
 
     from droppeft.doctor import examine
-    from droppeft.report import doctor as report
+    from droppeft.report import show_doctor as report
 
     findings = examine()
     if as_json:
@@ -328,7 +331,7 @@ def main() -> None:
 
 
 def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> None:
-    from droppeft.federation.run import Interrupted
+    from droppeft.server.run import Interrupted
     from droppeft.report.screen import JsonLines, Quiet, Screen
 
     try:
@@ -355,7 +358,7 @@ def _say_where(folder: Path) -> None:
 
 def _name_of(comparison: Path) -> str:
     """A study is called as its folder is, another file by its own name."""
-    from droppeft.comparison.tables import DEFINITION
+    from droppeft.comparison.study_files import DEFINITION
 
     own = comparison.name != DEFINITION
     return comparison.stem if own else comparison.resolve().parent.name

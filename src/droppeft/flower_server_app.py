@@ -10,15 +10,15 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from droppeft.client.loading import Loaded
+from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, load_config, resolve
-from droppeft.config.tables import HALF
+from droppeft.config.schema import HALF
 from droppeft.errors import DroppeftError
-from droppeft.federation.folder import CONFIG
-from droppeft.federation.run import resume_run, start_run
-from droppeft.ledger import RoundRow
+from droppeft.runs.folder import CONFIG
+from droppeft.server.run import resume_run, start_run
+from droppeft.runs.ledger import RoundRow
 from droppeft.methods import method_named
-from droppeft.plans import Reply
+from droppeft.messages import Reply
 from droppeft.transports.base import Transport
 from droppeft.transports.flower.grid import over_grid
 

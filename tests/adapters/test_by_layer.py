@@ -14,7 +14,7 @@ from droppeft.adapters.by_layer import (
 )
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.plans import HEAD, OTHER, AdapterSpec, LayerAdapter, flatten
+from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerAdapter, flatten
 from tiny import FAMILIES, tiny_model
 
 SPEC = AdapterSpec((LayerAdapter("lora", 2),) * 4, alpha=16.0)

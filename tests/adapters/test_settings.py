@@ -8,8 +8,8 @@ from droppeft.adapters.settings import CLOSED, check, checked_options, open_opti
 from droppeft.adapters.types import TYPES
 from droppeft.config import AdapterConfig, load_config, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.method import adapter_spec
-from droppeft.plans import AdapterSpec, LayerAdapter
+from droppeft.federated_method import adapter_spec
+from droppeft.messages import AdapterSpec, LayerAdapter
 
 USABLE = [name for name, kind in TYPES.items() if kind.kind != "refused"]
 

@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from droppeft.bandit import POLICIES, Arm, arm_costs, rounds
-from droppeft.bandit.memory import BanditMemory
+from droppeft.bandit import POLICIES, Arm
+from droppeft.bandit import arm_costs
+from droppeft.bandit import federated
+from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.config import DeviceProfile, load_config, resolve
-from droppeft.costs.devices import PROFILES, make_fleet, seconds_per_byte
+from droppeft.costs.device_profiles import PROFILES, make_fleet, seconds_per_byte
 from droppeft.errors import DroppeftError
-from droppeft.federation.memory import decode_memory, encode_memory
-from droppeft.federation.modelled import make_clock
-from droppeft.federation.rounds import play_round
-from droppeft.federation.run import resume_run, start_run
+from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.server.round_cost import make_clock
+from droppeft.server.rounds import play_round
+from droppeft.server.run import resume_run, start_run
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
-from droppeft.plans import (
+from droppeft.messages import (
     HEAD,
     Failure,
     Plan,
@@ -29,7 +31,7 @@ from droppeft.plans import (
     payload_bytes,
 )
 from droppeft.sharing.expected_costs import typical_bytes
-from messages import (
+from handmade import (
     ARITHMETIC,
     BACKWARD,
     FORWARD,
@@ -59,7 +61,7 @@ def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> li
 def numbered(
     setup: Setup, state: ServerState, round: int, cohort: list[int]
 ) -> list[tuple[int, Arm]]:
-    return rounds.arms_of_round(setup, state.model, memory_of(state), round, cohort)
+    return federated.arms_of_round(setup, state.model, memory_of(state), round, cohort)
 
 
 def memory_of(state: ServerState) -> BanditMemory:
@@ -190,7 +192,7 @@ def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
         answer_to(whole, importance=(1.0, 2.0, 0.0, 4.0), active_steps=(2, 2, 0, 2)),
         answer_to(part, importance=(0.0, 0.0, 5.0, 8.0), active_steps=(2, 2, 2, 2)),
     ]
-    memory = rounds.learned(own, state.model, memory_of(state), [whole, part], updates)[0]
+    memory = federated.learned(own, state.model, memory_of(state), [whole, part], updates)[0]
     assert memory.importance == (1.0, 2.0, 5.0, 6.0)
     assert memory.row_length == 64 / 8
 

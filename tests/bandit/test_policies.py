@@ -9,9 +9,9 @@ import pytest
 from droppeft.bandit.arms import Arm
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import Estimate, Observation
-from droppeft.bandit.memory import BanditMemory, begin, halved, with_round
+from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, with_round
 from droppeft.bandit.policies import FORCED, POLICIES, Asked, score
-from droppeft.federation.memory import decode_memory, encode_memory
+from droppeft.runs.method_memory import decode_memory, encode_memory
 
 SOME = Estimate(
     level=1.0,
@@ -221,7 +221,7 @@ def test_importance_is_a_running_mean_of_what_is_known() -> None:
 
 
 def test_the_worst_arm_makes_room_for_a_neighbour_of_the_best() -> None:
-    from droppeft.bandit.memory import refreshed
+    from droppeft.bandit.bandit_memory import refreshed
 
     memory = learnt(begin(ARMS, 64.0))
     rng = np.random.default_rng(0)
@@ -268,7 +268,7 @@ def test_halving_keeps_what_was_not_tried() -> None:
 
 
 def test_arms_that_were_not_tried_are_not_judged() -> None:
-    from droppeft.bandit.memory import refreshed
+    from droppeft.bandit.bandit_memory import refreshed
 
     observations = [Observation(1, 1, 1.0), Observation(1, 2, 0.1)]
     memory = with_round(begin(ARMS, 64.0), observations, 1, 20, None, None)

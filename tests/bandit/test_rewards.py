@@ -8,8 +8,8 @@ import pytest
 
 from droppeft.bandit.rewards import agreements, rewards_of
 from droppeft.methods import METHODS
-from droppeft.plans import HEAD, Failure, Plan, Update
-from messages import answer_to, filled, plan_for, setup_for
+from droppeft.messages import HEAD, Failure, Plan, Update
+from handmade import answer_to, filled, plan_for, setup_for
 
 AGREEING = ("configurator.policy=budgeted_thompson", "configurator.reward=agreement")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from droppeft.models import load_backbone
+from droppeft.models.loading import load_backbone
 from runs import TOPICS
 
 

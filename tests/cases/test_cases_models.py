@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from droppeft.config import load_config, resolve
-from droppeft.federation.export_run import export_run
-from droppeft.federation.run import start_run
-from droppeft.models import builtin_model_folder, load_backbone
-from droppeft.sizing import profiling
-from droppeft.sizing.planning import combinations, option
-from droppeft.sizing.trial import run_trial
+from droppeft.runs.export import export_run
+from droppeft.server.run import start_run
+from droppeft.models.loading import builtin_model_folder, load_backbone
+from droppeft.resources import profile
+from droppeft.resources.estimate import combinations, option
+from droppeft.resources.profile_run import run_trial
 from refusals import or_refused, refused
 from runs import TOPICS, Recorder, write_tiny_data
 from tiny import save_tiny_model
@@ -238,11 +238,11 @@ def test_a_composite_model_can_be_profiled(
     def here(config: Any, steps: int, *, frugal: bool) -> Any:
         return run_trial(config, steps, frugal=False)
 
-    monkeypatch.setattr(profiling, "in_fresh_process", here)
+    monkeypatch.setattr(profile, "in_fresh_process", here)
     monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path))  # a trial sets another one
     words = [f"model={make_gemma()}", "adapter.targets=q_proj", "training.max_length=32"]
     config = resolve(load_config(None, [*words, "threads=1", "accelerator=cpu"]), cuda=False)
-    [measured] = profiling.profile(config, [0.0], 1, 1, lambda: None)
+    [measured] = profile.profile(config, [0.0], 1, 1, lambda: None)
     assert measured.trials[0].executed == 4
 
 

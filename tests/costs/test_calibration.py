@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.clock_calibration.run import count, fit
 from benchmarks.study import read_study
-from droppeft.costs.clock import compute_seconds
-from droppeft.costs.counts import step_flops
-from droppeft.costs.devices import PROFILES
+from droppeft.costs.modelled_clock import compute_seconds
+from droppeft.costs.step_counts import step_flops
+from droppeft.costs.device_profiles import PROFILES
 
 JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
 

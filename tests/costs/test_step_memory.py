@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.costs.counts import BlockCounts, StepCounts
-from droppeft.costs.memory import PROCESS_BYTES, SURE, most_active, step_memory
+from droppeft.costs.step_counts import BlockCounts, StepCounts
+from droppeft.costs.step_memory import PROCESS_BYTES, SURE, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import sample_active
 

@@ -11,7 +11,7 @@ from droppeft.data import builtin
 from droppeft.data.builtin import Row, drop_near_duplicates, load_builtin, opening_paragraph
 from droppeft.data.reference import majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
-from droppeft.data.tables import TextData
+from droppeft.data.texts import TextData
 from droppeft.errors import DroppeftError
 
 

@@ -8,7 +8,7 @@ from droppeft.data import reference
 from droppeft.data.partition import DeviceRows
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
-from droppeft.data.tables import TextData, TextTable
+from droppeft.data.texts import TextData, TextTable
 
 
 def _task(train: TextTable, test: TextTable) -> TextData:

@@ -12,7 +12,7 @@ import pytest
 
 from droppeft.config import SourceConfig
 from droppeft.data.sources import load_text
-from droppeft.data.tables import TextData, TextTable
+from droppeft.data.texts import TextData, TextTable
 from droppeft.errors import DroppeftError
 
 Write = Callable[[Path, Mapping[str, Any]], Path]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from droppeft.data import tokens
-from droppeft.data.tables import TextTable
+from droppeft.data.texts import TextTable
 from droppeft.data.tokens import (
     TokenTable,
     grouped_batches,

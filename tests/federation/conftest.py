@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.federation.prepare import Prepared, prepare
-from droppeft.plans import Plan
+from droppeft.server.prepare import Prepared, prepare
+from droppeft.messages import Plan
 from runs import Clients
 
 

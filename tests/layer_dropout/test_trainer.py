@@ -28,7 +28,7 @@ from transformers import (
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
-from droppeft.models import builtin_model_folder
+from droppeft.models.loading import builtin_model_folder
 from tiny import tiny_model
 
 LAYERS = 6

@@ -7,12 +7,12 @@ import pytest
 
 from droppeft.config import build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.federation.run import resume_run, start_run
+from droppeft.server.run import resume_run, start_run
 from droppeft.flower_server_app import _check_same
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
-from droppeft.plans import first_trained_layer
-from messages import setup_for
+from droppeft.messages import first_trained_layer
+from handmade import setup_for
 from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round
 from tiny import save_tiny_model
 

@@ -10,14 +10,14 @@ import torch
 
 from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import base_delta_applied
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.federation.prepare import Prepared, prepare
+from droppeft.server.prepare import Prepared, prepare
 from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
-from droppeft.plans import GlobalModel, Plan, Update, flatten
+from droppeft.messages import GlobalModel, Plan, Update, flatten
 from droppeft.sharing.factors import pairs_of
-from messages import WIDTH_OF_MODEL, answer_to, assert_same, shaped
+from handmade import WIDTH_OF_MODEL, answer_to, assert_same, shaped
 from runs import update_of
 from tiny import save_tiny_model
 

@@ -8,13 +8,13 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federation.checkpoints import Checkpoint, load_newest, save
-from droppeft.federation.prepare import prepare
-from droppeft.federation.rounds import play_round
-from droppeft.federation.run import start_run
+from droppeft.runs.checkpoints import Checkpoint, load_newest, save
+from droppeft.server.prepare import prepare
+from droppeft.server.rounds import play_round
+from droppeft.server.run import start_run
 from droppeft.methods import METHODS, Method, Setup, method_named
-from droppeft.plans import HEAD, Failure, Plan, ServerState, Update, flatten
-from messages import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
+from droppeft.messages import HEAD, Failure, Plan, ServerState, Update, flatten
+from handmade import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
 from runs import Recorder
 
 # Settings with which a method's contract is tested: adding a method adds a row.

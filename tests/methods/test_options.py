@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import (
     AdapterConfig,
     ServerConfig,
@@ -15,14 +15,14 @@ from droppeft.config import (
     load_config,
     to_toml,
 )
-from droppeft.federation.prepare import prepare
-from droppeft.federation.run import resume_run, start_run
+from droppeft.server.prepare import prepare
+from droppeft.server.run import resume_run, start_run
 from droppeft.methods import METHODS
 from droppeft.methods.fedadapter import TRIAL_ROUNDS
 from droppeft.methods.other_types import OTHER_TYPES
-from droppeft.plans import Failure, flatten
+from droppeft.messages import Failure, flatten
 from droppeft.sharing.server_optimizer import step
-from messages import answer_to, setup_for, shaped
+from handmade import answer_to, setup_for, shaped
 from runs import Recorder, outcome, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")

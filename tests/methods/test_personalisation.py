@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from droppeft.client.client_state import folder_of, load_tensors
-from droppeft.client.loading import clients_of
+from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.federation.prepare import Prepared, prepare
-from droppeft.federation.run import resume_run, start_run
+from droppeft.server.prepare import Prepared, prepare
+from droppeft.server.run import resume_run, start_run
 from droppeft.methods import METHODS
-from droppeft.plans import HEAD, Measurement, Plan, flatten
-from messages import answer_to, setup_for
+from droppeft.messages import HEAD, Measurement, Plan, flatten
+from handmade import answer_to, setup_for
 from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from droppeft.ledger import RoundRow
+from droppeft.runs.ledger import RoundRow
 from droppeft.report.screen import JsonLines, Quiet, Screen
 from runs import rows_of
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.plans import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
+from droppeft.messages import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
 from droppeft.sharing.aggregation import (
     Weight,
     average_over_everyone,

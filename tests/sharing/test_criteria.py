@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from droppeft.config import SharingConfig
-from droppeft.gradients import Moments
+from droppeft.training.gradients import Moments
 from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, usual_norms
 
 LAYERS = 4

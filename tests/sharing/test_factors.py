@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.plans import HEAD, MeasuredCost, Tensors, Update
+from droppeft.messages import HEAD, MeasuredCost, Tensors, Update
 from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import average_products
 

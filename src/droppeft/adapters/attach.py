@@ -32,8 +32,8 @@ from droppeft.adapters.targets import layer_fields
 from droppeft.adapters.types import BOTTLENECK, TYPES, check_on
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.plans import OTHER, AdapterSpec, LayerKey
-from droppeft.quantization import quantization_of
+from droppeft.messages import OTHER, AdapterSpec, LayerKey
+from droppeft.models.quantization import quantization_of
 
 HEADS = ("classifier", "score")
 """What transformers calls the task head; peft trains modules of these names by itself."""

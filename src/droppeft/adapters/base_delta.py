@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from droppeft.adapters.by_layer import backbone_name
 from droppeft.errors import DroppeftError
-from droppeft.plans import BaseDelta
-from droppeft.quantization import is_quantised
+from droppeft.messages import BaseDelta
+from droppeft.models.quantization import is_quantised
 
 
 @contextmanager

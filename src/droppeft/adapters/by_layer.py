@@ -11,7 +11,7 @@ from torch import nn
 
 from droppeft.adapters.prefix import PREFIX
 from droppeft.errors import DroppeftError
-from droppeft.plans import HEAD, OTHER, LayerKey, Tensors, flatten
+from droppeft.messages import HEAD, OTHER, LayerKey, Tensors, flatten
 
 Parameters = Mapping[LayerKey, Mapping[str, nn.Parameter]]
 """Trainable parameters by layer, then by parameter name."""

@@ -6,15 +6,15 @@ from typing import Any
 
 from droppeft.bandit import Arm, arm_rates, first_trained
 from droppeft.bandit.arms import Depth
-from droppeft.bandit.memory import BanditMemory
+from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.policies import LOT
 from droppeft.config import DeviceProfile
-from droppeft.costs.clock import Arithmetic, Clock, compute_seconds
-from droppeft.costs.devices import seconds_per_byte
-from droppeft.costs.memory import VALUE_BYTES, most_active, step_memory
+from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
+from droppeft.costs.device_profiles import seconds_per_byte
+from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
-from droppeft.method import Setup, in_round
-from droppeft.plans import GlobalModel
+from droppeft.federated_method import Setup, in_round
+from droppeft.messages import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
 TYPICAL_STEPS = 10

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.method import Setup
-from droppeft.plans import HEAD, LayerKey, Plan, Reply, Update
+from droppeft.federated_method import Setup
+from droppeft.messages import HEAD, LayerKey, Plan, Reply, Update
 
 Matrix = npt.NDArray[np.float64]
 Changes = Mapping[tuple[LayerKey, str], Matrix]

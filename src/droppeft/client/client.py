@@ -15,10 +15,10 @@ from droppeft.client.client_state import Lost, folder_of, load_tensors, save_ten
 from droppeft.client.layer_scoring import Scored, score_layers
 from droppeft.client.local_training import reads, train_locally
 from droppeft.data.partition import DeviceRows
-from droppeft.data.tables import Rows
+from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
-from droppeft.plans import (
+from droppeft.messages import (
     AdapterSpec,
     Failure,
     LayerKey,
@@ -34,7 +34,7 @@ from droppeft.plans import (
     flatten,
     restrict,
 )
-from droppeft.training import Evaluation, Step, TrainOutcome, evaluate, train
+from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, train
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
-from droppeft.plans import Array, LayerKey, Tensors, checked_run, flatten, layer_key
-from droppeft.sealed import DAMAGES, seal, unseal
+from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
+from droppeft.checked_safetensors import DAMAGES, seal, unseal
 
 EARLIER = 2
 """Files that stay of the turns that count, so that a server can go back to its older checkpoint."""

@@ -13,15 +13,15 @@ from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters
 from droppeft.client.client_model import ClientModel
 from droppeft.data.partition import DeviceRows
-from droppeft.data.tables import Rows
+from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.frozen_prefix import FrozenPrefix, StateStore
-from droppeft.frozen_prefix.turn import PrefixOfTurn, content_name, state_folder
+from droppeft.cached_layers import FrozenPrefix, StateStore
+from droppeft.cached_layers.cached_layers import PrefixOfTurn, content_name, state_folder
 from droppeft.layer_dropout import sample_active
-from droppeft.plans import HEAD, Plan, PrefixCost, Tensors
-from droppeft.precision import autocast
+from droppeft.messages import HEAD, Plan, PrefixCost, Tensors
+from droppeft.models.precision import autocast
 from droppeft.sharing.criteria import CRITERIA
-from droppeft.training import Step, TrainOutcome, rate_factor, train, turn_batches
+from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, turn_batches
 
 Gates = tuple[bool, ...]
 """Which layers run in a step."""

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from droppeft.comparison.tables import Played, Study, Target
-from droppeft.ledger import SMOOTHED_EVALUATIONS, target_round
+from droppeft.comparison.study_files import Played, Study, Target
+from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
 
 
 @dataclass(frozen=True)

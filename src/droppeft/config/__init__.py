@@ -1,7 +1,7 @@
 """The configuration of a run: its tables, and how they are read and written."""
 
 from droppeft.config.configurator import ConfiguratorConfig
-from droppeft.config.devices import Bandwidth, ClockConfig, DeviceProfile
+from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.reading import (
     as_tree,
     available_cores,
@@ -19,7 +19,7 @@ from droppeft.config.reading import (
 )
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
-from droppeft.config.tables import (
+from droppeft.config.schema import (
     AdapterConfig,
     Config,
     DropoutConfig,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from droppeft.config.base import Real, Table, Whole
+from droppeft.config.table import Real, Table, Whole
 
 Share = Annotated[Real, Field(ge=0, lt=1)]
 Shape = Literal["uniform", "incremental", "decay", "normal", "importance"]

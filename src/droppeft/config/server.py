@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from droppeft.config.base import Real, Table
+from droppeft.config.table import Real, Table
 
 STEP_SIZES = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}
 

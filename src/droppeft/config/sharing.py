@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from droppeft.config.base import Real, Table, Whole
+from droppeft.config.table import Real, Table, Whole
 
 
 class SharingConfig(Table):

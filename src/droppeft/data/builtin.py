@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from droppeft.data.cache import store
-from droppeft.data.tables import TextData, TextTable
+from droppeft.data.texts import TextData, TextTable
 from droppeft.errors import DroppeftError
 
 LIBRARIES = {

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from droppeft import seeds
 from droppeft.config import PartitionConfig
-from droppeft.data.tables import Rows
+from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
 
 Keys = Sequence[str] | None

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from droppeft.data.partition import DeviceRows
-from droppeft.data.tables import Rows, TextData, TextTable
+from droppeft.data.texts import Rows, TextData, TextTable
 
 _KNOWN: dict[str, float | None] = {}
 """By content: every run of a comparison asks for the same data, and fitting takes many seconds."""

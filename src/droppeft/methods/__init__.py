@@ -3,7 +3,7 @@
 import difflib
 
 from droppeft.errors import DroppeftError
-from droppeft.method import Method, Setup
+from droppeft.federated_method import Method, Setup
 from droppeft.methods.adaptive import ADAPTIVE
 from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.ditto import DITTO

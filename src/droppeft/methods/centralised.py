@@ -6,7 +6,7 @@ with one optimizer for all of them. On the modelled clock it is the data-centre 
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.method import Method, average_by_examples
+from droppeft.federated_method import Method, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 
 

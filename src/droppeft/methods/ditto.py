@@ -7,7 +7,7 @@ The own adapter is what personalised accuracy measures; a device that never trai
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -17,7 +17,7 @@ from droppeft.method import (
     uniform_adapter,
     without_steps,
 )
-from droppeft.plans import Plan, Reply, ServerState
+from droppeft.messages import Plan, Reply, ServerState
 from droppeft.sharing.participation import (
     ParticipationMemory,
     last_participation,

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from droppeft.bandit import first_trained
-from droppeft.bandit import rounds as bandit
+from droppeft.bandit import federated as bandit
 from droppeft.bandit.arm_costs import depth_of_run, rates_of_arm, reward_rows
-from droppeft.bandit.memory import BanditMemory
-from droppeft.bandit.rounds import ArmsOfRound
+from droppeft.bandit.bandit_memory import BanditMemory
+from droppeft.bandit.federated import ArmsOfRound
 from droppeft.config import DropoutConfig
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     full_plan,
@@ -36,7 +36,7 @@ from droppeft.methods.personal_layers import (
     weight_of,
     with_sharing,
 )
-from droppeft.plans import LayerDropout, Plan, Reply, ServerState, Update, flatten
+from droppeft.messages import LayerDropout, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import average_over_everyone, average_over_holders
 from droppeft.sharing.factors import average_products
 from droppeft.sharing.participation import ParticipationMemory, with_participations

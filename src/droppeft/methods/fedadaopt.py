@@ -8,7 +8,7 @@ into one layer more and all become 8 wider, up to the same caps.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from droppeft.method import Method, Setup, full_plan, start_with
+from droppeft.federated_method import Method, Setup, full_plan, start_with
 from droppeft.methods.fedadapter import (
     TRIAL_ROUNDS,
     WIDER_BY,
@@ -19,7 +19,7 @@ from droppeft.methods.fedadapter import (
     plain_mean,
     spec_of,
 )
-from droppeft.plans import GlobalModel, Plan, Reply, ServerState, Update
+from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update
 
 
 @dataclass(frozen=True)

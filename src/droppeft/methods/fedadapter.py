@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft.config import Config
-from droppeft.costs.clock import compute_seconds
+from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.errors import DroppeftError
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     adapter_spec,
     full_plan,
     start_with,
 )
-from droppeft.plans import (
+from droppeft.messages import (
     AdapterSpec,
     Array,
     GlobalModel,

@@ -19,7 +19,7 @@ import numpy as np
 from droppeft import seeds
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     for_each,
@@ -28,7 +28,7 @@ from droppeft.method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import (
+from droppeft.messages import (
     AdapterSpec,
     Array,
     GlobalModel,

@@ -3,7 +3,7 @@
 Source: FedIT (arXiv:2305.05644), with the classification setting of FedPETuning.
 """
 
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -12,7 +12,7 @@ from droppeft.method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import ServerState
+from droppeft.messages import ServerState
 
 
 def _init(setup: Setup) -> ServerState:

@@ -13,7 +13,7 @@ from droppeft import seeds
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import sample_active
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -22,7 +22,7 @@ from droppeft.method import (
     uniform_adapter,
 )
 from droppeft.methods.droppeft import rates_of_round
-from droppeft.plans import LayerDropout, Plan, ServerState, flatten, restrict
+from droppeft.messages import LayerDropout, Plan, ServerState, flatten, restrict
 
 
 def _check(config: Config) -> None:

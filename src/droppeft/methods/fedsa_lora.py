@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -19,7 +19,7 @@ from droppeft.method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import Plan, Reply, ServerState, flatten, restrict
+from droppeft.messages import Plan, Reply, ServerState, flatten, restrict
 from droppeft.sharing.factors import B
 from droppeft.sharing.participation import (
     ParticipationMemory,

@@ -6,7 +6,7 @@ does not travel.
 
 from dataclasses import replace
 
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -16,7 +16,7 @@ from droppeft.method import (
 )
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.plans import Plan, ServerState, flatten, restrict
+from droppeft.messages import Plan, ServerState, flatten, restrict
 from droppeft.sharing.factors import A
 
 

@@ -8,7 +8,7 @@ begins with, so that what differs is the merge; the factor alpha / rank stays th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     for_each,
@@ -18,7 +18,7 @@ from droppeft.method import (
 )
 from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.plans import Plan, Reply, ServerState, Update
+from droppeft.messages import Plan, Reply, ServerState, Update
 from droppeft.sharing.aggregation import by_examples
 from droppeft.sharing.factors import average_products
 

@@ -12,9 +12,9 @@ import math
 from dataclasses import replace
 
 from droppeft.config import Config, DeviceProfile, TrainingConfig
-from droppeft.costs.clock import Arithmetic, compute_seconds
+from droppeft.costs.modelled_clock import Arithmetic, compute_seconds
 from droppeft.errors import DroppeftError
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
@@ -23,7 +23,7 @@ from droppeft.method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import AdapterSpec, Plan, ServerState, restrict
+from droppeft.messages import AdapterSpec, Plan, ServerState, restrict
 
 LEAST_PART = 1 / 4
 """Of the layers that every device trains."""

@@ -7,7 +7,7 @@ a device has learnt is measured on its own test rows.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.method import (
+from droppeft.federated_method import (
     Method,
     Setup,
     for_each,
@@ -16,7 +16,7 @@ from droppeft.method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.plans import Plan, Reply, ServerState
+from droppeft.messages import Plan, Reply, ServerState
 from droppeft.sharing.participation import (
     ParticipationMemory,
     last_participation,

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from droppeft.config import Config
-from droppeft.config.tables import METHOD_DEFAULTS
+from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
-from droppeft.method import Method, average_by_examples
+from droppeft.federated_method import Method, average_by_examples
 from droppeft.methods.fedlora import FEDLORA
 
 

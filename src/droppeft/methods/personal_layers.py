@@ -9,8 +9,8 @@ from dataclasses import replace
 from droppeft.adapters.types import TYPES
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.method import Setup
-from droppeft.plans import (
+from droppeft.federated_method import Setup
+from droppeft.messages import (
     HEAD,
     AdapterSpec,
     LayerKey,

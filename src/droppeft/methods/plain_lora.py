@@ -8,7 +8,7 @@ import numpy as np
 from droppeft.adapters.by_layer import backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.plans import Array, BaseDelta
+from droppeft.messages import Array, BaseDelta
 from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.factors import A
 

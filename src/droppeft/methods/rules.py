@@ -14,11 +14,11 @@ from typing import Any
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import TYPES, check_on
 from droppeft.config import Config, as_tree, build_config, flat
-from droppeft.config.tables import METHOD_DEFAULTS
+from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
-from droppeft.method import Method, adapter_spec
+from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
-from droppeft.offloading import check_offload
+from droppeft.models.offloading import check_offload
 from droppeft.sharing.criteria import CRITERIA
 
 

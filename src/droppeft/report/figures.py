@@ -7,8 +7,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from droppeft.comparison.summary import MemberRow, Part, Spread
-from droppeft.comparison.tables import Played
-from droppeft.report.by_layer import Row, of_layers
+from droppeft.comparison.study_files import Played
+from droppeft.report.layers import Row, of_layers
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 
 

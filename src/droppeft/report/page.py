@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.comparison.summary import Part, summary
-from droppeft.comparison.tables import (
+from droppeft.comparison.study_files import (
     STUDY,
     Played,
     Study,
@@ -19,7 +19,7 @@ from droppeft.comparison.tables import (
     finished,
     read_tables,
 )
-from droppeft.comparison.written import (
+from droppeft.comparison.writers import (
     COLUMNS,
     COSTS,
     QUALITY,
@@ -29,10 +29,10 @@ from droppeft.comparison.written import (
     notes,
 )
 from droppeft.errors import DroppeftError
-from droppeft.federation.folder import RESULT, ROUNDS
+from droppeft.runs.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
-from droppeft.ledger import read_rows
-from droppeft.report.by_layer import COVERAGE, IMPORTANCE, RATES, SHARES
+from droppeft.runs.ledger import read_rows
+from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,

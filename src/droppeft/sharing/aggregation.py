@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.plans import Array, LayerKey, Tensors, Update
+from droppeft.messages import Array, LayerKey, Tensors, Update
 
 Wide = npt.NDArray[np.float64]
 """Values that are summed."""

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.gradients import Moments, Vector
+from droppeft.training.gradients import Moments, Vector
 
 Matrix = npt.NDArray[np.float64]
 

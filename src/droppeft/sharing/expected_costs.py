@@ -2,7 +2,7 @@
 
 from droppeft.config import Config
 from droppeft.config.sharing import SharingConfig
-from droppeft.plans import HEAD, Tensors, payload_bytes
+from droppeft.messages import HEAD, Tensors, payload_bytes
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.selection import count_of
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from droppeft.plans import Array, LayerKey, Tensors, Update, flatten
+from droppeft.messages import Array, LayerKey, Tensors, Update, flatten
 from droppeft.sharing.aggregation import Weight, Wide, average_over_holders
 
 A, B = ".lora_A.", ".lora_B."

@@ -7,7 +7,7 @@ Plan brings.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from droppeft.plans import Failure, Plan, Reply, ServerState, Update
+from droppeft.messages import Failure, Plan, Reply, ServerState, Update
 from droppeft.sharing.criteria import CRITERIA
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from droppeft.config import ServerConfig
-from droppeft.plans import Array, LayerKey, Tensors
+from droppeft.messages import Array, LayerKey, Tensors
 from droppeft.sharing.aggregation import Wide
 
 MOMENTS = ("first", "second")

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from droppeft.client.loading import Loaded
-from droppeft.plans import Plan, Reply
+from droppeft.client.run_inputs import Loaded
+from droppeft.messages import Plan, Reply
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from droppeft.client.client import Client
-from droppeft.client.loading import Loaded, clients_of
-from droppeft.plans import Plan
+from droppeft.client.run_inputs import Loaded, clients_of
+from droppeft.messages import Plan
 from droppeft.transports.base import Arrival, Transport
 
 

@@ -3,7 +3,7 @@
 import os
 from contextlib import AbstractContextManager
 
-from droppeft.client.loading import Loaded
+from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.in_process import in_process

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from droppeft.client.client import Client
-from droppeft.client.loading import clients_of, difference, identity, load
+from droppeft.client.run_inputs import clients_of, difference, identity, load
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.plans import Failure, Plan, Reply
+from droppeft.messages import Failure, Plan, Reply
 from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import Errand, Packed, pack_reply, unpack_plan
 

@@ -13,9 +13,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from droppeft.client.loading import Loaded, identity
+from droppeft.client.run_inputs import Loaded, identity
 from droppeft.config import FlowerConfig, as_tree
-from droppeft.plans import AdapterSpec, Failure, Layout, Plan, Reply
+from droppeft.messages import AdapterSpec, Failure, Layout, Plan, Reply
 from droppeft.transports.base import Arrival
 from droppeft.transports.flower.messenger import Post, Trouble, Unsent
 from droppeft.transports.flower.nodes import Directory

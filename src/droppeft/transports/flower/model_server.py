@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.plans import Failure
+from droppeft.messages import Failure
 from droppeft.transports.flower.wire_format import Errand, Packed, pack_reply
 
 MODULE = "droppeft.transports.flower.model_server"

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from droppeft.client.loading import Loaded
+from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, available_cores
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from droppeft.errors import DroppeftError
-from droppeft.plans import Array
+from droppeft.messages import Array
 
 MOST_TEXT = 1_000
 """Characters of the longest name or sentence in a head."""

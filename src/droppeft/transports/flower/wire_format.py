@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from droppeft.plans import Array, Failure, Measurement, Plan, Reply, Update
+from droppeft.messages import Array, Failure, Measurement, Plan, Reply, Update
 from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
 
 MOST_HEAD = 1_000_000

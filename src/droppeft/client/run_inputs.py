@@ -1,0 +1,119 @@
+"""What a configuration names, loaded: texts, their split over devices, the backbone.
+
+A server and a client load the same; :mod:`droppeft.server.prepare` adds the server's part,
+:func:`clients_of` the clients'.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from droppeft import seeds
+from droppeft.training.checkpointing import check_checkpointing
+from droppeft.client.client import Client
+from droppeft.client.client_model import ClientModel
+from droppeft.config import Config, resolve_layers
+from droppeft.data.cache import cache_dir
+from droppeft.data.partition import DeviceRows, partition_rows
+from droppeft.data.sources import load_text
+from droppeft.data.texts import TextData, TextTable
+from droppeft.data.tokens import TokenTable, tokenise
+from droppeft.errors import DroppeftError
+from droppeft.cached_layers.cached_layers import forget_old_runs
+from droppeft.layer_dropout import find_blocks
+from droppeft.models.loading import Backbone, load_backbone
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Texts, split and model of a run.
+
+    Attributes:
+        config: resolved, the number of frozen layers too.
+        data: texts and labels.
+        devices: each device's own rows of the training texts.
+        backbone: as loaded; the model has an adapter attached.
+        model: the same backbone, to attach adapters to.
+    """
+
+    config: Config
+    data: TextData
+    devices: tuple[DeviceRows, ...]
+    backbone: Backbone
+    model: ClientModel
+
+
+def load(config: Config, say: Say) -> Loaded:
+    """Load texts and model; the thread count is set before the first tensor is made.
+
+    Args:
+        config: resolved.
+        say: told what is being done, for people.
+
+    Raises:
+        DroppeftError: whatever the configuration names does not exist or does not fit.
+    """
+    torch.set_num_threads(config.threads)
+    say("reading data")
+    data = load_text(config.data, config.source, config.partition.key)
+    devices = partition_rows(
+        data.train.labels, data.train.keys, config.devices, config.partition, config.seed
+    )
+    say("loading model")
+    head_seed = seeds.seed_for(config.seed, purpose="head")
+    backbone = load_backbone(config.model, data.label_names, head_seed, config.quantization)
+    config = resolve_layers(config, backbone.num_layers)
+    _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
+    if config.training.checkpointing:
+        check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
+    offload = config.training.offload
+    model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
+    return Loaded(config, data, tuple(devices), backbone, model)
+
+
+def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
+    """Tokenise texts for the backbone, or take them from the cache."""
+    max_length = loaded.config.training.max_length
+    return tokenise(texts, loaded.backbone.tokenizer, max_length, cache_dir())
+
+
+def clients_of(loaded: Loaded) -> tuple[Client, ...]:
+    """Make all clients ready to run in this process, on one model."""
+    forget_old_runs()
+    table = tokens_of(loaded, loaded.data.train)
+    return tuple(Client(loaded.model, table, rows) for rows in loaded.devices)
+
+
+def identity(loaded: Loaded) -> dict[str, str]:
+    """Hashes of what every process of a run, and a resumed one, must have alike."""
+    split = hashlib.sha256()
+    for rows in loaded.devices:
+        for part in (rows.train, rows.validation, rows.test):
+            split.update(part.tobytes() + b"|")
+    return {
+        "data_hash": loaded.data.content_hash,
+        "split_hash": split.hexdigest()[:16],
+        "model_hash": loaded.backbone.weights_hash,
+    }
+
+
+def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """Say which of two identities' hashes differ first, or ``None``."""
+    for name, hash in expected.items():
+        if found.get(name) != hash:
+            return f"the {name.removesuffix('_hash')} is another ({hash}, here {found.get(name)})"
+    return None
+
+
+def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:
+    """Virtual tokens of a prompt take positions too."""
+    if max_length + tokens > backbone.max_length:
+        prompt = f" and adapter.tokens={tokens}" if tokens else ""
+        raise DroppeftError(
+            f"training.max_length={max_length}{prompt} is more than the {backbone.max_length} "
+            f"positions of model {backbone.path}; lower it"
+        )

@@ -1,0 +1,183 @@
+"""A comparison as files: its data, a CSV, and a table in Markdown. Ours."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from droppeft.comparison.summary import MemberRow, Part, Spread
+from droppeft.comparison.study_files import STUDY, Played, Study, read_tables, write_tables
+from droppeft.files import write_atomically
+
+CSV, MARKDOWN = "comparison.csv", "comparison.md"
+
+
+def _accuracy(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
+    return f"{spread.mean:.3f}{deviation}".replace("0.", ".")
+
+
+def _seconds(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    places = 0 if spread.mean >= 100 else 2
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:,.{places}f}"
+    return f"{spread.mean:,.{places}f}{deviation} s"
+
+
+def _to_target(row: MemberRow, spread: Spread | None) -> str:
+    if spread is None and row.reached is not None:
+        return f"{row.reached} of {row.seeds} seeds"
+    return _seconds(spread)
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} x"
+
+
+def _scaled(value: float | None, unit: float, name: str) -> str:
+    """To a tenth; what is less has a digit all the same, and is no 0.0."""
+    if value is None:
+        return "–"
+    places = ",.1f" if not value or value / unit >= 0.05 else ".1g"
+    return f"{value / unit:{places}} {name}"
+
+
+COLUMNS: dict[str, Callable[[MemberRow], str]] = {
+    "member": lambda row: row.member,
+    "seeds": lambda row: str(row.seeds),
+    "accuracy": lambda row: _accuracy(row.accuracy),
+    "F1": lambda row: _accuracy(row.f1),
+    "personalised": lambda row: _accuracy(row.personalised),
+    "worst tenth": lambda row: _accuracy(row.worst_tenth),
+    "between devices": lambda row: _accuracy(row.between_devices),
+    "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
+    "speed-up": lambda row: _times(row.speed_up_modelled),
+    "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
+    "speed-up (m.)": lambda row: _times(row.speed_up_measured),
+    "whole run, modelled": lambda row: _scaled(row.round_modelled_s, 1, "s"),
+    "activations": lambda row: _scaled(row.activation_bytes_peak, 1e6, "MB"),
+    "up": lambda row: _scaled(row.upload_bytes, 1e6, "MB"),
+    "down": lambda row: _scaled(row.download_bytes, 1e6, "MB"),
+    "energy, modelled": lambda row: _scaled(row.energy_modelled_j, 1e3, "kJ"),
+}
+"""Columns of the tables for people, and what stands in them."""
+
+QUALITY = ("member", "accuracy", "F1", "personalised", "worst tenth", "between devices")
+TIMES = ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
+COSTS = ("member", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
+"""Of them those that fit side by side on a screen of 80 signs."""
+
+SPREADS = (
+    "accuracy",
+    "f1",
+    "personalised",
+    "worst_tenth",
+    "between_devices",
+    "time_to_target_measured_s",
+    "time_to_target_modelled_s",
+)
+
+
+def heading(part: Part) -> str:
+    """What a table is of."""
+    target = "" if part.target is None else f", target {part.target:.3f}"
+    return f"{Path(part.model).name} on {Path(part.data).name}{target}"
+
+
+def references(part: Part) -> list[str]:
+    """What an accuracy has to be judged by, as far as it is known: a line, or none."""
+    known = {
+        "the most frequent class": part.majority,
+        "TF-IDF with a linear SVM on all texts": part.tfidf,
+        "each device's own most frequent class (to judge own models by)": part.own_majority,
+    }
+    found = [
+        f"{name} {value:.3f}".replace("0.", ".")
+        for name, value in known.items()
+        if value is not None
+    ]
+    return [f"References: {', '.join(found)}."] if found else []
+
+
+def write(out: Path, study: Study, played: Sequence[Played], parts: Sequence[Part]) -> None:
+    """Write data and tables, each file whole or not at all; the folder is made if no run made it.
+
+    Commands that the folder's ``study.json`` names are kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / STUDY).is_file():
+        commands = dict.fromkeys([*read_tables(out)[0].commands, *study.commands])
+        study = replace(study, commands=tuple(commands))
+    write_tables(out, study, played)
+    write_atomically(out / CSV, as_csv(parts).encode())
+    write_atomically(out / MARKDOWN, as_markdown(parts).encode())
+
+
+def as_csv(parts: Sequence[Part]) -> str:
+    """A line per member and part; numbers as they are, units in the names."""
+    lines = [
+        {"data": part.data, "model": part.model, "target": part.target, **_flat(row)}
+        for part in parts
+        for row in part.rows
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(row: MemberRow) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in vars(row).items():
+        if name == "failures":
+            flat[name] = "; ".join(value)
+        elif name in SPREADS:
+            flat[name] = value and value.mean
+            flat[f"{name}_sd"] = value and value.deviation
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_markdown(parts: Sequence[Part]) -> str:
+    """A table per data set and model, for people."""
+    sections = []
+    for part in parts:
+        lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+        lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        said = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
+        sections.append(f"## {heading(part)}\n\n{table}{said}")
+    return "\n".join(sections)
+
+
+def notes(part: Part) -> list[str]:
+    """What is said below a table; what failed is said after it."""
+    return [*references(part), *untimed(part)]
+
+
+def untimed(part: Part) -> list[str]:
+    """Why nobody has a time to a target, whether none was set or its member failed; or none."""
+    if part.target is not None:
+        return []
+    return [
+        "No target is known, and no times to one: a comparison's file sets it as target, "
+        "a run as target_accuracy."
+    ]
+
+
+def failures(part: Part) -> list[str]:
+    """What failed, a line each."""
+    unmeasured = [
+        f"{row.member}: {row.unmeasured} devices could not be measured, and are in no mean"
+        for row in part.rows
+        if row.unmeasured
+    ]
+    failed = [f"{row.member} failed: {reason}" for row in part.rows for reason in row.failures]
+    return failed + unmeasured

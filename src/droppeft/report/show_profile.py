@@ -1,0 +1,175 @@
+"""What ``droppeft profile`` shows and writes: progress, a table, JSON, a figure."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from droppeft.config import Config, as_tree, resolve_layers
+from droppeft.errors import DroppeftError
+from droppeft.runs.environment import machine, versions
+from droppeft.files import write_atomically
+from droppeft.report.screen import bar, bytes_text
+from droppeft.resources.model_shape import outlined
+from droppeft.resources.profile import Measured, profile
+
+SCHEMA_VERSION = 1
+RESULT, FIGURE = "profile.json", "profile"
+
+
+def run_profile(
+    config: Config, rates: Sequence[float], repeats: int, steps: int, console: Console
+) -> dict[str, Any]:
+    """Measure, with a bar where ``console`` is a terminal; return what is written as JSON."""
+    config = resolve_layers(config, outlined(config.model).num_layers)
+    trials = len(rates) * (repeats + 1)
+    with bar(console) as progress:
+        task = progress.add_task("trials, each in a fresh process", total=trials)
+        found = profile(config, rates, repeats, steps, lambda: progress.advance(task))
+    return content(config, found, steps)
+
+
+def content(config: Config, found: Sequence[Measured], steps: int) -> dict[str, Any]:
+    """All that was measured, raw trials included, as plain values."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": " ".join(["droppeft", *sys.argv[1:]]),
+        "steps_per_trial": steps,
+        "num_layers": outlined(config.model).num_layers,
+        "rates": [_row(one) for one in found],
+        "config": as_tree(config),
+        "versions": versions(),
+        "machine": machine(config.accelerator),
+    }
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The table, and what its columns mean."""
+    config, rows = result["config"], result["rates"]
+    training = config["training"]
+    title = (
+        f"{config['model']} · {config['adapter']['type']} · batch {training['batch_size']} x "
+        f"{training['max_length']} tokens · {training['precision']} · measured on "
+        f"{config['accelerator']}"
+    )
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    energy = any(row["step_j"] is not None for row in rows)
+    names = ["rate", "run", "step", "quartiles", "stored", "peak used", "peak resident"]
+    for name in (*names, *(["energy"] if energy else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, result["num_layers"]), *([_joules(row)] if energy else []))
+    console.print(table)
+    note = _note(rows, config["accelerator"])
+    reported = "" if energy else " energy: not reported by this hardware."
+    console.print(f"run: layers in a step. {note}{reported}", style="dim", highlight=False)
+
+
+def _cells(row: Mapping[str, Any], layers: int) -> list[str]:
+    low, high = row["step_quartiles_s"]
+    return [
+        f"{row['rate']:g}",
+        f"{row['executed']:.2f}/{layers}",
+        f"{row['step_s']:.3f} s",
+        f"{low:.3f}–{high:.3f}",
+        bytes_text(row["activation_bytes_peak"]),
+        bytes_text(row["used_bytes"]),
+        bytes_text(row["resident_bytes"]),
+    ]
+
+
+def _joules(row: Mapping[str, Any]) -> str:
+    return "–" if row["step_j"] is None else f"{row['step_j']:.2f} J"
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """Write the JSON, and the figure as PNG and SVG, into a new or existing folder.
+
+    Raises:
+        DroppeftError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        draw(result, folder / FIGURE)
+    except OSError as error:
+        raise DroppeftError(f"--out {folder}: cannot be written ({error})") from None
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Step time and stored bytes against the rate, as parts of those at the smallest rate.
+
+    The ideal line is what the layers that run would take if nothing else took anything.
+
+    Args:
+        path: without ``.png`` and ``.svg``.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    rows = sorted(result["rates"], key=lambda row: row["rate"])
+    rates, first = [row["rate"] for row in rows], rows[0]
+    with mpl.rc_context({"svg.hashsalt": "droppeft"}):
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axis = figure.subplots()
+        ideal = [(1 - rate) / (1 - rates[0]) if rates[0] < 1 else 1.0 for rate in rates]
+        axis.plot(rates, ideal, color="black", linestyle=":", label="ideal, 1 − rate")
+        low, high = zip(*(row["step_quartiles_s"] for row in rows), strict=True)
+        times = [row["step_s"] for row in rows]
+        spread = [
+            [(t - q) / first["step_s"] for t, q in zip(times, low, strict=True)],
+            [(q - t) / first["step_s"] for t, q in zip(times, high, strict=True)],
+        ]
+        axis.errorbar(
+            rates,
+            [time / first["step_s"] for time in times],
+            yerr=spread,
+            color="#d1495b",
+            marker="s",
+            capsize=3,
+            label="step time (median, quartiles)",
+        )
+        stored = [row["activation_bytes_peak"] / first["activation_bytes_peak"] for row in rows]
+        axis.plot(rates, stored, color="#00798c", marker="o", label="stored activations")
+        axis.set(
+            xlabel="mean drop rate", ylabel=f"part of that at rate {rates[0]:g}", ylim=(0, None)
+        )
+        axis.grid(alpha=0.3)
+        axis.legend()
+        figure.suptitle(f"{Path(result['config']['model']).name}, measured")
+        figure.savefig(path.with_suffix(".png"), dpi=130)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _row(one: Measured) -> dict[str, Any]:
+    return {
+        "rate": one.rate,
+        "executed": one.executed,
+        "step_s": one.step_s,
+        "step_quartiles_s": list(one.step_quartiles_s),
+        "activation_bytes_peak": one.activation_bytes_peak,
+        "used_bytes": one.used_bytes,
+        "resident_bytes": one.resident_bytes,
+        "process_bytes": one.frugal.process_bytes,
+        "step_j": one.step_j,
+        "trials": [asdict(trial) for trial in one.trials],
+        "frugal_trial": asdict(one.frugal),
+    }
+
+
+def _note(rows: Sequence[Mapping[str, Any]], accelerator: str) -> str:
+    if accelerator == "cuda":
+        return "peak: most that torch had on the device; its context comes on top."
+    process = bytes_text(rows[0]["process_bytes"])
+    note = (
+        f"peak: of the whole process, of which {process} are libraries; used: all that is freed "
+        "goes back at once, and no weight stays in a mapped file; resident: as in a run."
+    )
+    loading = any(row["frugal_trial"]["with_loading"] for row in rows)
+    return f"{note} Loading the model is in both." if loading else note

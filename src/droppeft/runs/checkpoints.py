@@ -1,0 +1,180 @@
+"""The server's state on disk: one file per round, atomic, checksummed, the last two kept."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from droppeft.errors import DroppeftError
+from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.files import write_atomically
+from droppeft.messages import (
+    AdapterSpec,
+    Array,
+    BaseDelta,
+    GlobalModel,
+    LayerKey,
+    ServerState,
+    flatten,
+    layer_key,
+)
+from droppeft.checked_safetensors import DAMAGES, seal, unseal
+
+KEPT = 2
+_SEPARATOR = "|"
+_ADAPTER_SPEC = TypeAdapter(AdapterSpec)
+_log = logging.getLogger("droppeft")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        round: the last one that is complete; 0 before the first.
+        state: the server's.
+        facts: what was measured once, before round 1 (JSON).
+    """
+
+    round: int
+    state: ServerState
+    facts: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint and delete all but the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _path(folder, checkpoint.round)
+    write_atomically(path, _encode(checkpoint))
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path, memory_type: type) -> Checkpoint:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        memory_type: class of the state's memory, that of the run's method.
+
+    Raises:
+        DroppeftError: there is none, or its memory is that of another method.
+    """
+    for path in _newest_first(folder):
+        try:
+            found = _decode(path)
+        except DAMAGES as error:
+            _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+        else:
+            return _with_memory(path, found, memory_type)
+    raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
+
+
+def load_round(folder: Path, round: int, memory_type: type) -> Checkpoint:
+    """Read the checkpoint of one round.
+
+    Args:
+        memory_type: as :func:`load_newest`.
+
+    Raises:
+        DroppeftError: it is not there (the message names those that are), it is damaged, or its
+            memory is that of another method.
+    """
+    path = _path(folder, round)
+    if not path.exists():
+        kept = [str(int(path.stem.removeprefix("round-"))) for path in _newest_first(folder)]
+        raise DroppeftError(
+            f"{folder}: holds no round {round}; the rounds kept are: {', '.join(kept) or 'none'}"
+        )
+    try:
+        found = _decode(path)
+    except DAMAGES as error:
+        raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
+    return _with_memory(path, found, memory_type)
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:05d}.safetensors"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _encode(checkpoint: Checkpoint) -> bytes:
+    state = checkpoint.state
+    models = {"": state.model, **state.alternatives}
+    arrays = {
+        label: array for name, model in models.items() for label, array in _labelled(name, model)
+    }
+    head = {
+        "round": checkpoint.round,
+        "facts": checkpoint.facts,
+        "memory": encode_memory(state.memory),
+        "models": {name: _describe(model) for name, model in models.items()},
+    }
+    return seal(arrays, head)
+
+
+def _decode(path: Path) -> Checkpoint:
+    """A checkpoint whose memory is still plain values."""
+    arrays, head = unseal(path)
+    models = {
+        name: _assemble(name, description, arrays) for name, description in head["models"].items()
+    }
+    state = ServerState(models.pop(""), models, head["memory"])
+    return Checkpoint(head["round"], state, head["facts"])
+
+
+def _with_memory(path: Path, found: Checkpoint, kind: type) -> Checkpoint:
+    try:
+        memory = decode_memory(found.state.memory, kind)
+    except DroppeftError as error:
+        raise DroppeftError(f"{path}: {error}") from None
+    return replace(found, state=replace(found.state, memory=memory))
+
+
+def _labelled(name: str, model: GlobalModel) -> Iterator[tuple[str, Array]]:
+    for key, tensor, array in flatten(model.tensors):
+        yield _SEPARATOR.join((name, "adapter", str(key), tensor)), array
+    if model.base_delta is not None:
+        for tensor, array in model.base_delta.tensors.items():
+            yield _SEPARATOR.join((name, "base", "", tensor)), array
+
+
+def _describe(model: GlobalModel) -> dict[str, Any]:
+    delta = model.base_delta
+    return {
+        "adapter": dataclasses.asdict(model.adapter),
+        "base_delta_version": None if delta is None else delta.version,
+    }
+
+
+def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array]) -> GlobalModel:
+    tensors: dict[LayerKey, dict[str, Array]] = {}
+    base: dict[str, Array] = {}
+    for label, array in arrays.items():
+        owner, kind, key, tensor = label.split(_SEPARATOR, 3)
+        if owner == name and kind == "adapter":
+            tensors.setdefault(layer_key(key), {})[tensor] = array
+        elif owner == name:
+            base[tensor] = array
+    version = description["base_delta_version"]
+    return GlobalModel(
+        _adapter_spec(description["adapter"]),
+        tensors,
+        None if version is None else BaseDelta(version, base),
+    )
+
+
+def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
+    """Older checkpoints have a 0 for what a type lacks."""
+    layers = [
+        layer and {name: value or None for name, value in layer.items()}
+        for layer in fields["layers"]
+    ]
+    return _ADAPTER_SPEC.validate_python({**fields, "layers": layers})

@@ -1,0 +1,349 @@
+"""What a run leaves for others: its adapter in PEFT's format, or a plain transformers model; ours.
+
+Either has a card that says how to load it, and nothing from which a training text could be learnt.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from droppeft.adapters.attach import export_adapter, loading_of, merged
+from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.client.client_model import ClientModel
+from droppeft.client.run_inputs import Loaded
+from droppeft.config import Config
+from droppeft.errors import DroppeftError
+from droppeft.files import sync
+from droppeft.models.loading import HEAD_MODULES, Backbone, quiet
+from droppeft.messages import GlobalModel
+from droppeft.models.quantization import settings
+
+PROBE = "Whatever it says, the merged model must answer it as the model did that it is made of."
+MERGE_TOLERANCE = 1e-3
+"""Of the largest logit. What merging in float32 moves is a hundredth of this and less."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export, and what its card says of it.
+
+    Attributes:
+        config: of the run, resolved.
+        backbone, client_model: where the model is worn.
+        label_names: in the order of the class indices.
+        data_hash: content hash of the run's data.
+        model: as the server holds it.
+        round: the last one that is in it; 0 before the first.
+        accuracy: what the run recorded at that round, ``None`` if it was not evaluated then.
+        rows: on how many test texts.
+        device: whose model it is; ``None`` for the global one.
+    """
+
+    config: Config
+    backbone: Backbone
+    client_model: ClientModel
+    label_names: tuple[str, ...]
+    data_hash: str
+    model: GlobalModel
+    round: int
+    accuracy: float | None
+    rows: int
+    device: int | None = None
+
+    @property
+    def adapter_type(self) -> str:
+        """Of every layer that has an adapter."""
+        return next(layer.type for layer in self.model.adapter.layers if layer is not None)
+
+
+def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], out: Path) -> str:
+    """Write ``out/adapter`` in one step and return its tensors' hash; an older one is replaced.
+
+    Args:
+        facts: ``accuracy`` at the end of the run, and on how many ``rows``.
+
+    Raises:
+        DroppeftError: the model has a base delta, for which PEFT's format has no place.
+    """
+    config, data = loaded.config, loaded.data
+    source = Source(
+        config=config,
+        backbone=loaded.backbone,
+        client_model=loaded.model,
+        label_names=data.label_names,
+        data_hash=data.content_hash,
+        model=model,
+        round=config.rounds,
+        accuracy=facts["accuracy"],
+        rows=facts["rows"],
+    )
+    folder, partial = out / "adapter", out / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    _fill_with_adapter(source, partial)
+    _make_durable(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    sync(out)
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def save_adapter(source: Source, out: Path) -> None:
+    """Write the adapter as the new folder ``out``, in one step.
+
+    Raises:
+        DroppeftError: the model has a base delta, or the folder cannot be written.
+    """
+    with _new_folder(out) as folder:
+        _fill_with_adapter(source, folder)
+
+
+def save_merged(source: Source, out: Path) -> None:
+    """Write backbone and adapter as one plain model, in one step; that uses the client model up.
+
+    Raises:
+        DroppeftError: an adapter of this type is no change of weights, or the folder cannot be
+            written.
+    """
+    client_model, model, tokenizer = source.client_model, source.model, source.backbone.tokenizer
+    _attach(client_model, model)
+    with base_delta_applied(client_model.model, model.base_delta):
+        expected = _logits(client_model.model, tokenizer)
+        plain: Any = merged(client_model.model)
+        with _new_folder(out) as folder, quiet():
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(_merged_card(source), encoding="utf-8")
+            _check_answer(folder, expected)
+
+
+def check_alone(model: GlobalModel) -> None:
+    """Refuse a model that an adapter does not hold all of.
+
+    Raises:
+        DroppeftError: it has a base delta.
+    """
+    if model.base_delta is not None:
+        raise DroppeftError(
+            "a model with a base delta cannot be exported as an adapter alone; "
+            "droppeft export --merge writes it with its backbone"
+        )
+
+
+def adapter_lines(source: Source, folder: str) -> str:
+    """Python that loads the adapter in ``folder`` as ``model``, and its ``tokenizer``."""
+    base, tokenizer = source.backbone.path, source.backbone.tokenizer
+    if base.startswith("config:"):
+        return (
+            f"# The weights of {base} are random and in no file:\n"
+            "# droppeft export --merge writes a model that can be loaded.\n"
+        )
+    padding = (
+        'tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"\n'
+        "model.config.pad_token_id = tokenizer.pad_token_id\n"
+        if tokenizer.pad_token == tokenizer.eos_token
+        else ""
+    )
+    # The built-in model lies wherever the reader's Python has the package.
+    ours = source.config.model == "builtin"
+    found = "from droppeft.models.loading import builtin_model_folder\n" if ours else ""
+    place = "str(builtin_model_folder())" if ours else repr(base)
+    loading = loading_of(source.adapter_type)
+    quantised, options = _quantised_lines(source)
+    return f"""\
+{found}{loading.import_line}
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = {place}
+id2label = {dict(enumerate(source.label_names))!r}
+{quantised}model = AutoModelForSequenceClassification.from_pretrained(
+    base, id2label=id2label, ignore_mismatched_sizes=True{options}
+)
+model = {loading.function}(model, {folder!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained(base)
+{padding}{_cut(source)}"""
+
+
+def merged_lines(source: Source, folder: str) -> str:
+    """Python that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
+    return f"""\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({folder!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+{_cut(source)}"""
+
+
+def _quantised_lines(source: Source) -> tuple[str, str]:
+    """Lines that say how a base is quantised, and what ``from_pretrained`` is given of them."""
+    if source.config.quantization == "none":
+        return "", ""
+    chosen = settings(source.config.quantization, HEAD_MODULES)
+    words = "".join(f"    {name}={value!r},\n" for name, value in chosen.items())
+    return (
+        "# As it was trained: with bitsandbytes, and on the GPU where there is one.\n"
+        "import torch\n"
+        "from transformers import BitsAndBytesConfig\n\n"
+        f"quantization = BitsAndBytesConfig(\n{words})\n",
+        ",\n    quantization_config=quantization, dtype=torch.float32",
+    )
+
+
+def _fill_with_adapter(source: Source, folder: Path) -> None:
+    check_alone(source.model)
+    _attach(source.client_model, source.model)
+    export_adapter(source.client_model.model, folder, _adapter_card(source))
+
+
+def _attach(client_model: ClientModel, model: GlobalModel) -> None:
+    client_model.attach(model.adapter)
+    set_tensors(client_model.parameters, model.tensors)
+
+
+def _check_answer(folder: Path, expected: torch.Tensor) -> None:
+    """Load what was written and ask it: peft does not merge every type exactly, or at all."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    found = _logits(model, AutoTokenizer.from_pretrained(folder))
+    if not torch.allclose(
+        found, expected, rtol=0, atol=MERGE_TOLERANCE * float(expected.abs().max())
+    ):
+        raise DroppeftError(
+            "merged into the backbone, this adapter gives another model; export it without --merge"
+        )
+
+
+def _logits(model: nn.Module, tokenizer: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        answer = model.eval()(input_ids=tokenizer(PROBE, return_tensors="pt")["input_ids"])
+    logits: torch.Tensor = answer.logits
+    return logits
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``out`` in one rename, unless something is raised."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            inside = Path(scratch) / out.name
+            inside.mkdir()
+            yield inside
+            _make_durable(inside)
+            inside.replace(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DroppeftError(
+            f"{out}: cannot be written ({reason}); choose another folder with --out"
+        ) from None
+
+
+def _make_durable(folder: Path) -> None:
+    """Sync all, and open files to whom the folder is open: safetensors keeps its own private."""
+    mode = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode & 0o666)
+        sync(path)
+    sync(folder)
+
+
+def _adapter_card(source: Source) -> str:
+    return f"""---
+library_name: {loading_of(source.adapter_type).library}
+base_model: {json.dumps(source.config.model)}
+tags: [{source.adapter_type}, federated, droppeft]
+---
+# Adapter trained by droppeft
+
+{_table(source)}
+In this folder:
+
+```python
+{adapter_lines(source, ".")}```
+"""
+
+
+def _merged_card(source: Source) -> str:
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(source.config.model)}
+tags: [federated, droppeft]
+---
+# Model fine-tuned by droppeft
+
+Adapters ({source.adapter_type}) were trained, and are merged into the weights here.
+{_merged_values(source.config)}
+{_table(source)}
+In this folder:
+
+```python
+{merged_lines(source, ".")}```
+"""
+
+
+def _table(source: Source) -> str:
+    config = source.config
+    return f"""\
+| | |
+|---|---|
+| method | {config.method} |
+| whose model | {_whose(source)} |
+| base model | {config.model}{_bits(config)} |
+| data | {config.data} (content hash {source.data_hash}) |
+| classes | {len(source.label_names)} |
+| round | {source.round} of {config.rounds} |
+| cohort | {config.cohort} of {config.devices} devices in each round |
+| seed | {config.seed} |
+| parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
+{_accuracy(source)}
+"""
+
+
+def _whose(source: Source) -> str:
+    if source.device is None:
+        return "the global one"
+    return f"that with which device {source.device} would begin its next turn"
+
+
+def _merged_values(config: Config) -> str:
+    if config.quantization == "none":
+        return ""
+    return f"""\
+They were trained on a base{_bits(config)}.
+Here these are the numbers that the bits stand for, in full precision; the accuracy was recorded
+with the bits.
+"""
+
+
+def _bits(config: Config) -> str:
+    if config.quantization == "none":
+        return ""
+    bits = config.quantization.removesuffix("bit")
+    return f" with its linear maps in {bits} bits (bitsandbytes)"
+
+
+def _accuracy(source: Source) -> str:
+    own = "" if source.device is None else f" of device {source.device}"
+    if source.accuracy is None:
+        return f"| accuracy{own} | not evaluated at this round |"
+    precision = source.config.training.precision
+    half = "" if precision == "fp32" else f", computed in {precision} (the lines below: in fp32)"
+    return f"| accuracy on {source.rows} test texts{own}{half} | {source.accuracy:.4f} |"
+
+
+def _cut(source: Source) -> str:
+    length = source.config.training.max_length
+    pairs = "" if source.config.data == "builtin" else "; of a pair: tokenizer(first, second, …)"
+    return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length}){pairs}\n"

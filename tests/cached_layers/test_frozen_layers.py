@@ -1,0 +1,99 @@
+"""A model that starts behind its prefix computes what the whole model computes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import architecture_contract as contract
+from architecture_contract import CASES, Case
+from droppeft.cached_layers import FrozenPrefix
+from droppeft.layer_dropout import find_blocks, find_stacks, gated
+
+ONE_STACK = [case for case in CASES if len(find_stacks(contract.build(case))) == 1]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Configurations as small as these draw warnings about tokens they have no room for."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+def bert() -> nn.Module:
+    [case] = [one for one in CASES if one.name == "bert"]
+    return contract.build(case)
+
+
+def words(rows: int = 2, length: int = 5) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(rows * length).reshape(rows, length) + 3}
+
+
+@pytest.mark.parametrize("case", ONE_STACK, ids=lambda case: case.name)
+def test_states_stand_for_the_prefix_in_every_architecture(case: Case) -> None:
+    model, columns = contract.build(case), contract.batch(case)
+    expected = contract.hidden(model(**columns))
+    _, blocks = find_blocks(model)
+    with gated(blocks) as gates:
+        for depth in range(1, len(blocks)):
+            prefix = FrozenPrefix(model, blocks, depth)
+            prefix.open(gates)
+            states = prefix.states(columns)
+            gates.reset_executed()
+            prefix.skip(gates, (True,) * len(blocks), states)
+            found = contract.hidden(model(**columns))
+            assert torch.equal(found, expected), depth
+            assert gates.executed == (0,) * depth + (1,) * (len(blocks) - depth)
+
+
+def test_the_rest_of_the_model_does_not_run_for_states() -> None:
+    model = bert()
+    _, blocks = find_blocks(model)
+    with gated(blocks) as gates:
+        FrozenPrefix(model, blocks, 2).states(words())
+        assert gates.executed == (1, 1, 0)
+
+
+def test_the_prefix_has_no_dropout_of_its_own_and_modes_are_put_back() -> None:
+    model = bert()
+    _, blocks = find_blocks(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    prefix = FrozenPrefix(model, blocks, 2)
+    expected = prefix.states(words())
+    model.train()
+    blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(prefix.states(words()), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes)
+    assert not all(modes)
+
+
+def test_nothing_below_the_prefix_has_a_gradient_and_layers_above_can_be_dropped() -> None:
+    model = bert()
+    _, blocks = find_blocks(model)
+    prefix = FrozenPrefix(model, blocks, 1)
+    with gated(blocks) as gates:
+        states = prefix.states(words())
+        assert not states.requires_grad
+        prefix.skip(gates, (True, False, True), states)
+        assert gates.active == (False, False, True)
+        contract.hidden(model(**words())).sum().backward()
+        assert gates.executed == (1, 0, 1)
+    trained = {name for name, value in model.named_parameters() if value.grad is not None}
+    assert any(name.startswith("encoder.layer.2.") for name in trained)
+    below = ("embeddings.", "encoder.layer.0.", "encoder.layer.1.")
+    assert not [name for name in trained if name.startswith(below)]
+
+
+def test_an_error_inside_the_prefix_is_not_swallowed() -> None:
+    model = bert()
+    _, blocks = find_blocks(model)
+    with pytest.raises(IndexError):
+        FrozenPrefix(model, blocks, 1).states({"input_ids": torch.tensor([[10_000]])})

@@ -1,0 +1,302 @@
+"""A device's turn: what it reads, what it leaves, what it sends."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.adapters.by_layer import set_tensors
+from droppeft.client.run_inputs import clients_of
+from droppeft.client.local_training import _gates
+from droppeft.errors import DroppeftError
+from droppeft.server.prepare import Prepared
+from droppeft.messages import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
+from droppeft.seeds import seed_for
+from droppeft.training.loop import evaluate
+
+# One that peft wraps because it has an adapter, and one that it leaves alone.
+WRAPPED = "bert.encoder.layer.0.attention.self.query.weight"
+PLAIN = "bert.encoder.layer.2.output.dense.bias"
+
+
+def turn(prepared: Prepared, plan: Plan) -> Update:
+    clients = clients_of(prepared.loaded)
+    return clients[plan.device].train(plan)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {
+        name: value.detach().numpy().tobytes()
+        for name, value in model.named_parameters()
+        if not value.requires_grad
+    }
+
+
+@pytest.fixture
+def delta() -> BaseDelta:
+    rng = np.random.default_rng(0)
+    return BaseDelta(
+        "v1",
+        {
+            WRAPPED: rng.normal(size=(32, 32)).astype(np.float32),
+            PLAIN: rng.normal(size=32).astype(np.float32),
+        },
+    )
+
+
+def logits(prepared: Prepared) -> torch.Tensor:
+    bench = prepared.model
+    bench.model.eval()
+    batch = bench.task.collate(prepared.test, np.arange(4))
+    with torch.inference_mode():
+        return bench.task.loss_and_logits(bench.model, batch)[1]
+
+
+# The change of the backbone
+
+
+@pytest.mark.parametrize("name", [WRAPPED, PLAIN])
+def test_a_base_delta_is_in_force_inside_only(
+    prepared: Prepared, delta: BaseDelta, name: str
+) -> None:
+    model = prepared.model.model
+    alone = BaseDelta("v1", {name: delta.tensors[name]})
+    before, plain = bits(model), logits(prepared)
+    with base_delta_applied(model, alone):
+        assert not torch.equal(logits(prepared), plain)
+    assert bits(model) == before
+    assert torch.equal(logits(prepared), plain)
+
+
+def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: BaseDelta) -> None:
+    model = prepared.model.model
+    before = bits(model)
+    with pytest.raises(RuntimeError, match="lost"), base_delta_applied(model, delta):
+        raise RuntimeError("lost")
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("tensors", [{"no.such": np.zeros(1)}, {PLAIN: np.zeros(31)}])
+def test_a_base_delta_that_does_not_fit_changes_nothing(
+    prepared: Prepared, delta: BaseDelta, tensors: dict[str, np.ndarray]
+) -> None:
+    model = prepared.model.model
+    before = bits(model)
+    wrong = BaseDelta("v2", {WRAPPED: delta.tensors[WRAPPED], **tensors})
+    with (
+        pytest.raises(DroppeftError, match=r"base delta v2: .* does not fit the backbone"),
+        base_delta_applied(model, wrong),
+    ):
+        pytest.fail("it was applied")
+    assert bits(model) == before
+
+
+def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
+    prepared: Prepared, plans: list[Plan], delta: BaseDelta
+) -> None:
+    before = bits(prepared.model.model)
+    plain, changed = (turn(prepared, replace(plans[0], base_delta=d)) for d in (None, delta))
+    assert plain.train_loss != changed.train_loss
+    assert bits(prepared.model.model) == before
+
+
+# What a turn sends
+
+
+def test_an_update_says_what_was_done(prepared: Prepared, plans: list[Plan]) -> None:
+    update = turn(prepared, replace(plans[0], budget=Budget(steps=3)))
+    assert (update.steps, update.examples) == (3, 12)  # three batches of four rows
+    assert update.reward is None
+    # mean 0.25 over four layers, exact: one of the two inner layers is dropped in every step
+    assert update.active_steps[0] == update.active_steps[3] == 3
+    assert update.active_steps[1] + update.active_steps[2] == 3
+    assert np.isfinite(update.train_loss)
+    cost = update.cost
+    assert cost.tokens >= 12 * 3
+    assert cost.activation_bytes_peak > 0
+    assert cost.reward_wall_s == 0.0
+    assert 0 < cost.train_wall_s <= cost.turn_wall_s
+
+
+def test_a_whole_pass_sees_every_row_once(prepared: Prepared, plans: list[Plan]) -> None:
+    update = turn(prepared, replace(plans[0], budget=Budget(epochs=1)))
+    assert update.examples == len(prepared.loaded.devices[0].train)
+
+
+def test_a_turn_trains_what_it_sends(prepared: Prepared, plans: list[Plan]) -> None:
+    update = turn(prepared, replace(plans[0], dropout=None))
+    sent = {name: array for _, name, array in flatten(plans[0].tensors)}
+    back = list(flatten(update.tensors))
+    assert {name for _, name, _ in back} == plans[0].share
+    # LoRA's A has no gradient in the first step, since B is zero; in the second it moves.
+    assert [name for _, name, array in back if np.array_equal(array, sent[name])] == []
+    assert all(array.dtype == np.float32 for _, _, array in back)
+
+
+def test_a_layer_that_never_ran_is_not_sent(prepared: Prepared, plans: list[Plan]) -> None:
+    dropout = LayerDropout((0.0, 1.0, 0.0, 0.0), "exact")
+    update = turn(prepared, replace(plans[0], dropout=dropout))
+    assert update.active_steps == (2, 0, 2, 2)
+    assert update.importance[1] == 0.0
+    assert set(update.tensors) == {0, 2, 3, "head"}
+
+
+def test_only_what_may_travel_is_sent(prepared: Prepared, plans: list[Plan]) -> None:
+    share = frozenset(plans[0].tensors[3])
+    update = turn(prepared, replace(plans[0], share=share, run="00c0ffee"))
+    assert set(update.tensors) == {3}
+    assert set(update.tensors[3]) == share
+
+
+def test_a_plan_that_lacks_a_tensor_is_refused(prepared: Prepared, plans: list[Plan]) -> None:
+    names = frozenset(name for _, name, _ in flatten(plans[0].tensors))
+    lacking = sorted(plans[0].tensors[1])[0]
+    plan = replace(plans[0], tensors=restrict(plans[0].tensors, names - {lacking}))
+    with pytest.raises(DroppeftError, match=r"round 1, device 0: the Plan lacks .*layer.1"):
+        turn(prepared, plan)
+
+
+def test_the_reward_is_the_decrease_of_the_validation_loss(
+    prepared: Prepared, plans: list[Plan]
+) -> None:
+    bench, rows = prepared.model, prepared.loaded.devices[0].validation[:3]
+    assert len(rows) == 3
+    update = turn(prepared, replace(plans[0], dropout=None, reward_rows=3))
+
+    def loss(tensors: object) -> float:
+        set_tensors(bench.parameters, tensors)
+        return evaluate(
+            bench.model, clients_of(prepared.loaded)[0].table, rows, bench.task, 64
+        ).loss
+
+    assert update.reward == loss(plans[0].tensors) - loss(update.tensors)
+    assert update.reward != 0
+    assert update.cost.reward_wall_s > 0
+
+
+def test_tokens_of_the_reward_are_counted(prepared: Prepared, plans: list[Plan]) -> None:
+    table, rows = clients_of(prepared.loaded)[0].table, prepared.loaded.devices[0].validation[:3]
+    update = turn(prepared, replace(plans[0], reward_rows=3))
+    # Two forwards of one batch, padded to its longest row.
+    assert update.cost.reward_tokens == 2 * 3 * table.lengths[rows].max()
+    assert turn(prepared, plans[0]).cost.reward_tokens == 0
+
+
+def test_tokens_are_counted_where_a_layer_ran(prepared: Prepared, plans: list[Plan]) -> None:
+    gates = LayerDropout((0.0, 1.0, 0.5, 0.0), "exact")
+    update = turn(prepared, replace(plans[0], dropout=gates, budget=Budget(steps=9)))
+    cost = update.cost
+    assert cost.layer_tokens[:2] == (cost.tokens, 0)
+    assert 0 < cost.layer_tokens[2] < cost.tokens
+    assert cost.rows == update.examples
+    full = turn(prepared, replace(plans[0], dropout=None)).cost
+    assert full.layer_tokens == (full.tokens,) * 4
+
+
+def test_measuring_the_reward_does_not_change_training(
+    prepared: Prepared, plans: list[Plan]
+) -> None:
+    one, other = (turn(prepared, replace(plans[0], reward_rows=rows)) for rows in (0, 3))
+    for (_, name, left), (_, _, right) in zip(
+        flatten(one.tensors), flatten(other.tensors), strict=True
+    ):
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+# Randomness
+
+
+def test_a_turn_neither_reads_nor_moves_the_global_generator(
+    prepare_with: Callable[..., Prepared],
+) -> None:
+    prepared = prepare_with("adapter.dropout=0.5")
+    plan = prepared.method.plan(prepared.setup, prepared.state, 1, [2])[0]
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        losses.append(turn(prepared, plan).train_loss)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1]
+
+
+def test_every_draw_of_a_turn_is_the_device_s_own(
+    prepared: Prepared, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def noted(seed: int, **about: Any) -> int:
+        drawn.append((seed, about["purpose"], about["round"], about["device"]))
+        return seed_for(seed, **about)
+
+    plan = replace(plans[1], round=2, seed=7)
+    with monkeypatch.context() as patch:
+        patch.setattr("droppeft.seeds.seed_for", noted)
+        turn(prepared, plan)
+    assert set(drawn) == {(7, purpose, 2, 1) for purpose in ("batches", "gates", "modules")}
+
+
+@pytest.mark.parametrize(
+    ("every", "held"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4]), (None, [0, 0, 0, 0, 0])]
+)
+def test_a_draw_holds_for_as_many_steps_as_the_plan_says(
+    prepared: Prepared, plans: list[Plan], every: int | None, held: list[int]
+) -> None:
+    dropout = LayerDropout((0.0, 0.5, 0.5, 0.0), "bernoulli", every)
+    plan = replace(plans[1], dropout=dropout, seed=11)
+    prepared.model.attach(plan.adapter)
+    alone = replace(plan, dropout=replace(dropout, every=1))
+
+    def gates(plan: Plan, step: int) -> tuple[bool, ...]:
+        return _gates(prepared.model, prepared.model.parameters, plan, step)
+
+    assert [gates(plan, step) for step in range(5)] == [gates(alone, step) for step in held]
+    assert len({gates(alone, step) for step in range(5)}) > 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])
+def test_another_seed_or_round_draws_anew(
+    prepared: Prepared, plans: list[Plan], change: dict[str, int]
+) -> None:
+    one, other = turn(prepared, plans[0]), turn(prepared, replace(plans[0], **change))
+    assert one.train_loss != other.train_loss
+
+
+# What a turn leaves alone
+
+
+def frozen_a(plan: Plan) -> Plan:
+    """FFA-LoRA: only B and the head are trained and travel; A follows from the seed."""
+    trained = frozenset(name for name in plan.share if ".lora_A." not in name)
+    return replace(plan, train=trained, share=trained, tensors=restrict(plan.tensors, trained))
+
+
+def test_frozen_tensors_stay_as_the_seed_made_them(prepared: Prepared, plans: list[Plan]) -> None:
+    bench = prepared.model
+    turn(prepared, replace(plans[1], dropout=None))  # leaves its own A on the bench
+    plan = frozen_a(replace(plans[0], dropout=None))
+    update = turn(prepared, plan)
+    assert {name for _, name, _ in flatten(update.tensors)} == plan.share
+    fresh = {name: array for _, name, array in flatten(bench.fresh_tensors(plan.adapter))}
+    for named in bench.parameters.values():
+        for name, value in named.items():
+            moved = not np.array_equal(value.detach().numpy(), fresh[name])
+            assert moved == (name in plan.share), name
+
+
+def test_what_was_frozen_is_trained_again_in_the_next_turn(
+    prepared: Prepared, plans: list[Plan]
+) -> None:
+    plan = replace(plans[0], dropout=None)
+    alone = turn(prepared, plan)
+    turn(prepared, frozen_a(plan))
+    after = turn(prepared, plan)
+    for (_, name, one), (_, _, other) in zip(
+        flatten(alone.tensors), flatten(after.tensors), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, err_msg=name)

@@ -1,0 +1,163 @@
+"""What a device keeps: whole or lost, and no more of it than can be asked for again."""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from droppeft.client.client_state import Lost, folder_of, load_tensors, save_tensors
+from droppeft.errors import DroppeftError
+from droppeft.messages import HEAD, Tensors, flatten
+
+RUN = "0123456789abcdef"
+
+
+def tensors(value: float) -> Tensors:
+    layers = {layer: {"b|A": np.full((2, 3), value + layer, np.float32)} for layer in (11, 2)}
+    return {**layers, HEAD: {"W": np.full(1, value, np.float32)}}
+
+
+def rounds(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_comes_back_bit_by_bit_in_its_order(tmp_path: Path) -> None:
+    save_tensors(tmp_path, 3, None, tensors(0.1))
+    found, expected = list(flatten(load_tensors(tmp_path, 3))), list(flatten(tensors(0.1)))
+    assert [item[:2] for item in found] == [item[:2] for item in expected]
+    for (_, _, one), (_, _, other) in zip(found, expected, strict=True):
+        assert one.tobytes() == other.tobytes()
+        assert one.shape == other.shape
+
+
+def test_every_run_and_device_has_a_place_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path))
+    places = {folder_of(run, device) for run in (RUN, RUN[::-1]) for device in (0, 1)}
+    assert len(places) == 4
+    assert all(tmp_path in place.parents for place in places)
+
+
+@pytest.mark.parametrize("run", ["", "../../etc", "a/b", "RUN", "f" * 65])
+def test_a_server_cannot_choose_another_folder(run: str) -> None:
+    with pytest.raises(DroppeftError, match="the Plan names no run"):
+        folder_of(run, 0)
+
+
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "run" / "device", 1, None, tensors(1.0))
+    assert (tmp_path / "run" / "device").stat().st_mode & 0o077 == 0
+
+
+def test_a_lost_reply_changes_nothing(tmp_path: Path) -> None:
+    """The server did not hear of rounds 4 and 5: their files go when a later turn is kept."""
+    save_tensors(tmp_path, 3, None, tensors(3.0))
+    for round in (4, 5):
+        save_tensors(tmp_path, round, 3, tensors(float(round)))
+        np.testing.assert_array_equal(load_tensors(tmp_path, 3)[HEAD]["W"], [3.0])
+    assert rounds(tmp_path) == ["round-000003.safetensors", "round-000005.safetensors"]
+
+
+def test_a_server_that_goes_back_finds_what_it_knows(tmp_path: Path) -> None:
+    """It keeps two checkpoints: from round 9 it may go back to 8, at whose start 7 counted."""
+    before = None
+    for round in (5, 6, 7, 8, 9):
+        save_tensors(tmp_path, round, before, tensors(float(round)))
+        before = round
+    assert rounds(tmp_path) == [f"round-00000{round}.safetensors" for round in (7, 8, 9)]
+    save_tensors(tmp_path, 8, 7, tensors(80.0))
+    assert rounds(tmp_path) == [f"round-00000{round}.safetensors" for round in (7, 8, 9)]
+    np.testing.assert_array_equal(load_tensors(tmp_path, 8)[HEAD]["W"], [80.0])
+
+
+def test_a_turn_that_is_late_takes_nothing_from_a_later_one(tmp_path: Path) -> None:
+    """Two processes of a simulation: round 5 was given up, and ends after round 6 was merged."""
+    save_tensors(tmp_path, 4, None, tensors(4.0))
+    save_tensors(tmp_path, 6, 4, tensors(6.0))
+    save_tensors(tmp_path, 5, 4, tensors(5.0))
+    np.testing.assert_array_equal(load_tensors(tmp_path, 6)[HEAD]["W"], [6.0])
+
+
+def test_what_cannot_be_read_now_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "round-000002.safetensors").mkdir()
+    with pytest.raises(DroppeftError, match="cannot be read") as error:
+        load_tensors(tmp_path, 2)
+    assert not isinstance(error.value, Lost)
+
+
+def test_the_state_folder_is_the_same_tomorrow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DROPPEFT_STATE", "here")
+    with pytest.raises(DroppeftError, match="DROPPEFT_STATE=here is not an absolute path"):
+        folder_of(RUN, 0)
+    monkeypatch.delenv("DROPPEFT_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert folder_of(RUN, 3) == tmp_path / "droppeft" / RUN / "device-000003"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert folder_of(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "device-000000"
+
+
+def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is gone"):
+        load_tensors(tmp_path, 2)
+    assert "round-000002.safetensors is gone" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
+def test_what_is_damaged_is_lost(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tensors(tmp_path, 2, None, tensors(1.0))
+    path = tmp_path / "round-000002.safetensors"
+    content = path.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    changed = {"flip": flipped, "cut": content[:-5], "empty": b"", "text": b"hello" * 20}
+    path.write_bytes(changed[damage])
+    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is damaged"):
+        load_tensors(tmp_path, 2)
+    assert "is damaged (" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["run-a/device-1/4", "run-a/device-2/3", "run-b/device-1/3"])
+def test_what_another_turn_kept_is_lost(
+    other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A whole file in the wrong place: of another round, device or run."""
+    place, _, round = other.rpartition("/")
+    save_tensors(tmp_path / place, int(round), None, tensors(1.0))
+    [path] = (tmp_path / place).iterdir()
+    here = tmp_path / "run-a" / "device-1"
+    here.mkdir(parents=True, exist_ok=True)
+    if path != here / "round-000003.safetensors":
+        shutil.copy(path, here / "round-000003.safetensors")
+    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 3 is damaged"):
+        load_tensors(here, 3)
+    assert f"it is of round {round} of {place}" in caplog.text
+
+
+def test_what_killed_processes_left_goes_after_a_while(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".round-000001.safetensors.{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"values")
+    os.utime(old, (time.time() - 7200,) * 2)
+    save_tensors(tmp_path, 2, None, tensors(1.0))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_disk_that_takes_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DroppeftError, match="cannot keep this device's tensors"):
+        save_tensors(tmp_path / "file" / "device", 1, None, tensors(1.0))
+
+
+def test_only_its_owner_can_read_what_a_device_keeps(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "own", 1, None, tensors(0.1))
+    [path] = (tmp_path / "own").iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "own").stat().st_mode & 0o077 == 0

@@ -1,0 +1,144 @@
+"""Runs in half precision and with gradient checkpointing: what is refused, what is the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from droppeft.models import precision
+from droppeft.adapters.by_layer import get_tensors, set_tensors
+from droppeft.client.client import rehearse
+from droppeft.client.run_inputs import clients_of
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.server.prepare import Prepared
+from droppeft.server.run import resume_run, start_run
+from droppeft.server.validation import why_refused
+from droppeft.federated_method import local_training
+from droppeft.messages import Plan, Update, flatten
+from runs import Recorder, adapter_bytes, rows_of
+from tiny import save_tiny_model
+
+FP16 = ("training.precision=fp16", "training.checkpointing=true")
+
+
+def turn(prepared: Prepared) -> tuple[Plan, Update]:
+    clients = clients_of(prepared.loaded)
+    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
+    return plan, clients[0].train(plan)
+
+
+@pytest.mark.parametrize("further", [(), ("frozen.layers=1",)])
+def test_checkpointing_sends_the_same_update_from_less_memory(
+    prepare_with: Callable[..., Prepared], further: tuple[str, ...]
+) -> None:
+    words = ("adapter.dropout=0.2", "training.precision=bf16", "dropout.mean=0", *further)
+    _, plain = turn(prepare_with(*words))
+    _, lean = turn(prepare_with(*words, "training.checkpointing=true"))
+    for (_, name, one), (_, _, other) in zip(
+        flatten(plain.tensors), flatten(lean.tensors), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    assert lean.train_loss == plain.train_loss
+    assert lean.importance == plain.importance
+    assert lean.cost.activation_bytes_peak < 0.6 * plain.cost.activation_bytes_peak
+
+
+def test_a_resumed_run_in_fp16_leaves_the_same_adapter(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    config = load_config(None, [*tiny_words, *FP16])
+    start_run(config, whole, Recorder())
+    start_run(config, again, Recorder())
+    sorted((again / "checkpoints").iterdir())[-1].unlink()
+    (again / "result.json").unlink()
+    resume_run(again, Recorder())
+    assert adapter_bytes(again) == adapter_bytes(whole)
+    rows = rows_of(whole / "rounds.jsonl")
+    assert all(row["failures"] == [] for row in rows)
+    assert rows[-1]["global_loss"] != rows[0]["global_loss"]
+
+
+def test_a_turn_in_which_every_step_overflowed_is_a_failure_and_not_the_end(
+    prepare_with: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare_with(*FP16)
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
+    plan, update = turn(prepared)
+    layout = prepared.model.layout(plan.adapter)
+    assert why_refused(plan, update, layout) == (
+        "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
+    )
+
+
+def test_some_skipped_steps_are_no_failure(
+    prepare_with: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare_with(*FP16, "training.local_steps=3")
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
+    monkeypatch.setattr(precision, "BACKOFF", 2.0**-20)
+    plan, update = turn(prepared)
+    assert (update.steps, update.examples, update.cost.rows) == (3, 8, 12)
+    assert max(update.active_steps) == 2
+    layout = prepared.model.layout(plan.adapter)
+    assert why_refused(plan, update, layout) is None
+
+
+# What a model and an adapter cannot, before the run
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_adapter_that_fails_under_autocast_is_refused_before_anything_is_written(
+    tiny_words: list[str], tmp_path: Path, precision: str
+) -> None:
+    model = save_tiny_model(tmp_path / "model", 2, "deberta-v2")
+    words = ["dropout.mean=0", "adapter.type=vera", "adapter.rank=4"]
+    config = [*tiny_words, f"model={model}", *words, f"training.precision={precision}"]
+    with pytest.raises(DroppeftError) as caught:
+        start_run(load_config(None, config), tmp_path / "run", Recorder())
+    assert str(caught.value).startswith(
+        f"adapter.type=vera on this model cannot be trained with training.precision={precision} "
+        "and training.checkpointing=false (value cannot be converted"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("words", [FP16, ("training.precision=bf16",)])
+def test_a_rehearsal_moves_nothing(
+    prepare_with: Callable[..., Prepared], words: tuple[str, ...]
+) -> None:
+    prepared = prepare_with(*words)
+    bench, spec = prepared.model, prepared.state.model.adapter
+    rng = np.random.default_rng(0)
+    values = {
+        key: {name: rng.normal(size=one.shape).astype(np.float32) for name, one in named.items()}
+        for key, named in prepared.state.model.tensors.items()
+    }
+    set_tensors(bench.parameters, values)
+    state = torch.get_rng_state()
+    rehearse(bench, prepared.test, local_training(prepared.config), spec)
+    for (_, name, one), (_, _, other) in zip(
+        flatten(values), flatten(get_tensors(bench.parameters)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [((), 0), (("training.precision=fp16",), 1), (("training.checkpointing=true",), 1)],
+)
+def test_what_every_model_can_is_not_rehearsed(
+    prepare_with: Callable[..., Prepared],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    steps: int,
+) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr("droppeft.client.client.train", lambda *args: taken.append(args))
+    prepare_with(*words)
+    assert len(taken) == steps

@@ -1,0 +1,665 @@
+"""Methods side by side: which runs there are, that each is played once, and what they come to."""
+
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from droppeft import cli
+from droppeft.comparison.grid import (
+    Comparison,
+    cells,
+    named_on_the_command_line,
+    read_comparison,
+)
+from droppeft.comparison.runner import done, play
+from droppeft.comparison.summary import summary, target_accuracies
+from droppeft.comparison.study_files import (
+    DEFINITION,
+    RUNS,
+    STUDY,
+    Played,
+    Row,
+    Study,
+    Target,
+    read_tables,
+)
+from droppeft.comparison.writers import (
+    COLUMNS,
+    CSV,
+    MARKDOWN,
+    as_csv,
+    as_markdown,
+    failures,
+    write,
+)
+from droppeft.config import resolve
+from droppeft.errors import DroppeftError
+from droppeft.server import run as running
+from droppeft.server.run import Interrupted
+from droppeft.methods import method_named
+from runs import Recorder, rows_of, stop_after_a_round, timeless
+
+
+def comparison(**settings: Any) -> Comparison:
+    members = {"full": ["method=fedlora"], "dropped": ["dropout.mean=0.25"]}
+    return Comparison.model_validate({"variants": members, "seeds": [0, 1], **settings})
+
+
+def asked(**settings: Any) -> Study:
+    return comparison(**settings).study()
+
+
+# Which runs
+
+
+def test_members_take_turns_within_every_seed_and_place() -> None:
+    found = cells(comparison(data=["a", "b"], models=["m"]))
+    order = [(cell.seed, cell.data, cell.member) for cell in found]
+    assert order == [
+        (seed, data, member)
+        for seed in (0, 1)
+        for data in ("a", "b")
+        for member in ("full", "dropped")
+    ]
+    assert {cell.model for cell in found} == {"m"}
+    assert found[0].config.method == "fedlora"
+    assert found[1].config.dropout.mean == 0.25
+    assert len({cell.folder for cell in found}) == 8
+
+
+def test_a_member_s_settings_win_over_those_of_all() -> None:
+    [cell] = cells(
+        Comparison.model_validate(
+            {"settings": ["rounds=3", "cohort=2"], "variants": {"a": ["rounds=7"]}, "seeds": [4]}
+        )
+    )
+    assert (cell.config.rounds, cell.config.cohort, cell.config.seed) == (7, 2, 4)
+
+
+def test_settings_of_data_win_over_those_of_all_and_a_member_s_over_both() -> None:
+    found = cells(
+        Comparison.model_validate(
+            {
+                "settings": ["rounds=3", "training.local_epochs=2"],
+                "data": ["easy", "hard"],
+                "data_settings": {"hard": ["rounds=9", "training.local_steps=4"]},
+                "variants": {"a": [], "b": ["rounds=5"]},
+                "seeds": [0],
+            }
+        )
+    )
+    training = [
+        (one.config.training.local_steps, one.config.training.local_epochs) for one in found
+    ]
+    assert [one.config.rounds for one in found] == [3, 5, 9, 5]
+    assert training == [(None, 2), (None, 2), (4, None), (4, None)]
+
+
+def test_a_folder_s_name_follows_from_the_configuration() -> None:
+    [one, _] = cells(comparison(seeds=[0], data=["/x/ag_news"]))
+    assert one.folder.startswith("full-ag_news-builtin-seed0-")
+    [again, _] = cells(comparison(seeds=[0], data=["/x/ag_news"]))
+    assert again.folder == one.folder
+    [changed, _] = cells(comparison(seeds=[0], data=["/x/ag_news"], settings=["rounds=4"]))
+    assert changed.folder != one.folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"variants": {}}, "variants"),
+        ({"seeds": [1, 1]}, "the same seed stands there twice"),
+        ({"baseline": "nobody"}, "baseline='nobody' is none of the variants full, dropped"),
+        ({"target": {"variant": "x"}}, "target.variant='x' is none of the variants"),
+        ({"target": {}}, "give target.accuracy or target.variant"),
+        (
+            {"target": {"accuracy": 0.5, "variant": "full"}},
+            "give target.accuracy or target.variant",
+        ),
+        ({"targets": {}}, "targets"),
+        ({"data_settings": {"x": ["rounds=2"]}}, "'x', which is none of its data .none is listed"),
+        ({"data": ["y"], "data_settings": {"x": []}}, "'x', which is none of its data .y"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_one_sentence(
+    settings: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    import tomli_w
+
+    path = tmp_path / "c.toml"
+    tree = {"variants": {"full": ["method=fedlora"], "dropped": ["method=droppeft"]}, **settings}
+    path.write_text(tomli_w.dumps(tree))
+    with pytest.raises(DroppeftError, match=sentence) as found:
+        read_comparison(path)
+    assert "\n" not in str(found.value)
+
+
+def test_a_member_s_mistake_names_the_member() -> None:
+    with pytest.raises(DroppeftError, match=r"variant 'a': unknown key dropout.maen; did you mean"):
+        cells(Comparison.model_validate({"variants": {"a": ["dropout.maen=1"]}}))
+    with pytest.raises(DroppeftError, match="variant 'a': method=fedfoo: unknown method"):
+        cells(Comparison.model_validate({"variants": {"a": ["method=fedfoo"]}}))
+
+
+@pytest.mark.parametrize("word", ["seed=3", "data=x"])
+def test_what_a_comparison_varies_is_refused_among_the_settings(word: str) -> None:
+    tree = {"variants": {"a": ["method=fedlora"]}, "data": ["y"], "settings": [word]}
+    with pytest.raises(DroppeftError, match="is what the comparison varies; leave it out"):
+        cells(Comparison.model_validate(tree))
+
+
+def test_a_member_s_word_wins_over_a_rival_of_all() -> None:
+    members = {"a": ["training.local_epochs=1", "dropout.count=2"]}
+    tree = {"variants": members, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
+    [cell, *_] = cells(Comparison.model_validate(tree))
+    training = cell.config.training
+    assert (training.local_epochs, training.local_steps) == (1, None)
+    assert (cell.config.dropout.count, cell.config.dropout.mean) == (2, None)
+
+
+def test_paths_are_whole_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a variable points elsewhere there is another run."""
+    tree = {"variants": {"a": ["method=fedlora"]}, "data": ["$SOME_DATA/x"], "seeds": [0]}
+    names = []
+    for place in ("one", "other"):
+        (tmp_path / place / "x").mkdir(parents=True)
+        monkeypatch.setenv("SOME_DATA", str(tmp_path / place))
+        [cell] = cells(Comparison.model_validate(tree))
+        assert cell.config.data == str(tmp_path / place / "x")
+        names.append(cell.folder)
+    assert names[0] != names[1]
+
+
+def test_a_target_on_the_command_line_is_the_comparison_s() -> None:
+    found = named_on_the_command_line(["fedlora"], ["target_accuracy=0.8"], [0])
+    assert found.target is not None
+    assert found.target.accuracy == 0.8
+
+
+def test_the_same_run_twice_is_refused() -> None:
+    members = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=15"]}
+    with pytest.raises(DroppeftError, match="'a' and 'b' are the same run"):
+        cells(Comparison.model_validate({"variants": members}))
+
+
+# Playing
+
+
+class Silent:
+    """Notes what was played and what was there."""
+
+    def __init__(self) -> None:
+        self.played: list[tuple[str, int]] = []
+        self.there: list[tuple[str, int]] = []
+
+    def begins(self, cell: Any, number: int, of: int) -> Any:
+        return Recorder()
+
+    def done(self, played: Played, wall_s: float | None) -> None:
+        place = self.there if wall_s is None else self.played
+        place.append((played.member, played.seed))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_words: list[str]) -> Callable[..., Comparison]:
+    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+
+    def make(**settings: Any) -> Comparison:
+        return comparison(settings=[*usual, "rounds=2"], **settings)
+
+    return make
+
+
+def test_what_is_done_is_not_done_again(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    first, second = Silent(), Silent()
+    chosen = cells(tiny(seeds=[0]))
+    played = play(chosen, tmp_path, first)
+    assert first.played == [("full", 0), ("dropped", 0)]
+    again = play(cells(tiny(seeds=[0, 1])), tmp_path, second)
+    assert second.there == first.played
+    assert second.played == [("full", 1), ("dropped", 1)]
+    assert [one.result for one in again[:2]] == [one.result for one in played]
+    assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in played]
+
+
+def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    [cell] = cells(
+        Comparison.model_validate(
+            {**tiny(seeds=[0]).model_dump(), "variants": {"full": ["method=fedlora"]}}
+        )
+    )
+    words = [*tiny().settings, "method=fedlora", "seed=0"]
+    stop_after_a_round(words, tmp_path / cell.folder)
+    [played] = play([cell], tmp_path, Silent())
+    [whole] = play([cell], tmp_path / "whole", Silent())
+    assert timeless(played.result) == timeless(whole.result)
+
+
+def test_a_member_that_fails_does_not_stop_the_others(
+    tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    chosen = tiny(seeds=[0])
+    members = {"wrong": ["method=fedlora", "frozen.layers=4"], **chosen.variants}
+    chosen = Comparison.model_validate({**chosen.model_dump(), "variants": members})
+    played = play(cells(chosen), tmp_path, Silent())
+    assert [one.result is None for one in played] == [True, False, False]
+    assert "leaves none of the 4 layers" in (played[0].failure or "")
+    [part] = summary(chosen.study(), played)
+    assert part.rows[0].accuracy is None
+    assert part.rows[1].accuracy is not None
+    assert "wrong failed: frozen.layers=4 leaves none" in as_markdown([part])
+
+
+def test_whatever_goes_wrong_is_the_member_s(
+    tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ValueError("a\nb")
+
+    monkeypatch.setattr("droppeft.comparison.runner.start_run", broken)
+    played = play(cells(tiny(seeds=[0])), tmp_path, Silent())
+    assert [one.failure for one in played] == ["a", "a"]
+
+
+def test_a_stop_goes_through(
+    tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> Any:
+        raise Interrupted(tmp_path, 0)
+
+    monkeypatch.setattr("droppeft.comparison.runner.start_run", stopped)
+    with pytest.raises(Interrupted):
+        play(cells(tiny()), tmp_path, Silent())
+    assert running.start_run is not stopped
+
+
+# What it comes to
+
+
+def a_run(member: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> Played:
+    """A run with a round per accuracy, each of so many modelled and twice as many real seconds."""
+    [cell] = [
+        one for one in cells(comparison(seeds=[seed])) if (one.member, one.seed) == (member, seed)
+    ]
+    rows = [
+        Row(
+            round=number,
+            global_accuracy=accuracy,
+            round_modelled_s=round_s,
+            round_measured_s=2 * round_s,
+        )
+        for number, accuracy in enumerate(accuracies, start=1)
+    ]
+    result = Row(
+        global_accuracy=accuracies[-1],
+        global_f1=accuracies[-1] / 2,
+        initial_accuracy=0.1,
+        activation_bytes_peak=100 * (seed + 1),
+        upload_bytes=10,
+        download_bytes=20 + seed,
+        energy_modelled_j=None if member == "dropped" else 5.0,
+        round_modelled_s=round_s * len(rows),
+        round_measured_s=2 * round_s * len(rows),
+        **{"machine": {"cores": 2}, "versions": {"python": "3.11"}},
+    )
+    which = (cell.folder, cell.member, cell.data, cell.model, cell.seed)
+    return Played(*which, (f"method={member}", "rounds=4"), result, rows, [], None)
+
+
+def with_result(run: Played, **columns: Any) -> Played:
+    return replace(run, result=Row({**(run.result or {}), **columns}))
+
+
+def lost(run: Played) -> Played:
+    return replace(run, result=None, rows=[], failure="lost")
+
+
+FULL = [a_run("full", 0, [0.5, 0.6, 0.7, 0.7]), a_run("full", 1, [0.5, 0.7, 0.8, 0.8])]
+DROPPED = [a_run("dropped", seed, [0.6, 0.6, 0.6, 0.6], 5.0) for seed in (0, 1)]
+
+
+def test_a_member_s_row_by_hand() -> None:
+    target = {"accuracy": 0.6}
+    [part] = summary(asked(target=target), [*FULL, *DROPPED])
+    full, dropped = part.rows
+    assert full.accuracy is not None
+    assert full.accuracy.mean == pytest.approx(0.75)
+    assert full.accuracy.deviation == pytest.approx(0.05 * 2**0.5)
+    assert full.f1 is not None
+    assert full.f1.mean == pytest.approx(0.375)
+    # The mean of three evaluations reaches .6 in round 3: (.5 + .6 + .7) / 3.
+    assert full.time_to_target_modelled_s is not None
+    assert full.time_to_target_modelled_s.mean == 30.0
+    assert full.time_to_target_measured_s is not None
+    assert full.time_to_target_measured_s.mean == 60.0
+    assert dropped.time_to_target_modelled_s is not None
+    assert dropped.time_to_target_modelled_s.mean == 15.0
+    assert (full.speed_up_modelled, dropped.speed_up_modelled) == (1.0, 2.0)
+    assert (full.speed_up_measured, dropped.speed_up_measured) == (1.0, 2.0)
+    assert (full.reached, full.seeds) == (2, 2)
+    assert (full.activation_bytes_peak, full.download_bytes) == (200, 20.5)
+    assert (full.energy_modelled_j, dropped.energy_modelled_j) == (5.0, None)
+
+
+def test_times_need_every_seed() -> None:
+    runs = [a_run("dropped", 0, [0.6] * 4), a_run("dropped", 1, [0.5] * 4)]
+    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, *runs])
+    dropped = part.rows[1]
+    assert (dropped.reached, dropped.seeds) == (1, 2)
+    assert dropped.time_to_target_modelled_s is None
+    assert dropped.speed_up_modelled is None
+    assert "| dropped | 2 | .550 ± .071 | .275 ± .035 | – | – | – | 1 of 2 seeds |" in as_markdown(
+        [part]
+    )
+
+
+def test_a_speed_up_is_over_the_seeds_that_a_member_has() -> None:
+    """The baseline takes 30 and 120 s; who has the second seed alone took 60 there: 2, not 1.25."""
+    base = [a_run("full", 0, [0.7] * 4), a_run("full", 1, [0.7] * 4, 40.0)]
+    own = a_run("dropped", 1, [0.6] * 4, 20.0)
+    [part] = summary(asked(target={"accuracy": 0.6}), [*base, own])
+    assert [row.speed_up_modelled for row in part.rows] == [1.0, 2.0]
+    [part] = summary(asked(target={"accuracy": 0.6}), [base[0], own])
+    assert part.rows[1].speed_up_modelled is None
+
+
+def test_who_has_no_global_model_misses_no_target() -> None:
+    """It says nothing of a method that none of its seeds reached what it does not aim at."""
+    own = [
+        replace(
+            with_result(run, global_accuracy=None, global_f1=None),
+            rows=[Row({**row, "global_accuracy": None}) for row in run.rows],
+        )
+        for run in DROPPED
+    ]
+    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, *own])
+    assert [row.reached for row in part.rows] == [2, None]
+    assert "| dropped | 2 | – | – | – | – | – | – |" in as_markdown([part])
+
+
+def test_the_baseline_can_be_named() -> None:
+    chosen = comparison(target={"accuracy": 0.6}, baseline="dropped")
+    [part] = summary(chosen.study(), [*FULL, *DROPPED])
+    assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
+
+
+def test_a_target_is_what_a_member_ends_with_on_the_same_seed_less_a_distance() -> None:
+    """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
+    target = Target(variant="full", minus=0.1)
+    found = target_accuracies(target, [*FULL, *DROPPED])
+    assert found == {0: pytest.approx(2.0 / 3 - 0.1), 1: pytest.approx(2.3 / 3 - 0.1)}
+    assert target_accuracies(None, FULL) == {}
+    number = Target(accuracy=0.6)
+    assert target_accuracies(number, FULL) == {0: 0.6, 1: 0.6}
+    assert target_accuracies(target, [lost(FULL[0]), FULL[1]])[0] is None
+
+
+def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
+    chosen = comparison(target={"variant": "full", "minus": 0.01})
+    [part] = summary(chosen.study(), [*FULL, *DROPPED])
+    assert [row.reached for row in part.rows] == [2, 0]
+    assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
+
+
+def test_references_are_means_over_seeds_of_what_members_agree_on() -> None:
+    known = {
+        0: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.5},
+        1: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.75},
+    }
+    runs = [with_result(run, **known[run.seed], tfidf_accuracy=None) for run in (*FULL, *DROPPED)]
+    [part] = summary(asked(), runs)
+    assert (part.majority, part.tfidf, part.own_majority) == (0.25, None, 0.625)
+    said = "References: the most frequent class .250, each device's own most frequent class"
+    assert said in as_markdown([part])
+    other_split = with_result(runs[-1], own_majority_accuracy=1)
+    [part] = summary(asked(), [*runs[:-1], other_split])
+    assert (part.majority, part.own_majority) == (0.25, None)
+    [part] = summary(asked(), [*FULL, *DROPPED])
+    assert "References" not in as_markdown([part])
+
+
+def test_spread_between_devices_and_who_is_in_no_mean() -> None:
+    """Deviations .1 and .3; two devices of one run could not be measured."""
+    found = [
+        with_result(one, personalised_deviation=deviation, unmeasured_clients=unmeasured)
+        for one, deviation, unmeasured in zip(FULL, (0.1, 0.3), (0, 2), strict=True)
+    ]
+    [part] = summary(asked(), [*found, *DROPPED])
+    full, dropped = part.rows
+    assert full.between_devices is not None
+    assert full.between_devices.mean == pytest.approx(0.2)
+    assert dropped.between_devices is None
+    said = "full: 2 devices could not be measured, and are in no mean"
+    assert failures(part) == [said]
+    assert said in as_markdown([part])
+    assert [row["between_devices"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
+        str(full.between_devices.mean),
+        "",
+    ]
+
+
+def test_a_seed_that_failed_did_not_reach_the_target() -> None:
+    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, DROPPED[0], lost(DROPPED[1])])
+    dropped = part.rows[1]
+    assert (dropped.seeds, dropped.reached) == (1, 1)
+    assert dropped.time_to_target_modelled_s is None
+
+
+# From the command line
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["droppeft", *words])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_compare_from_the_command_line_to_its_files(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [*tiny().settings, "dropout.mean=0.25"]
+    target = [*tiny().settings, "target_accuracy=0.1", "--seeds", "5"]
+    _, shown, _ = command("compare", "fedlora", *target, "--out", str(tmp_path / "target"))
+    assert "to target, modelled" in shown
+    code, shown, _ = command(
+        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+    )
+    assert code == 0
+    assert "1/2 fedlora, seed 5" in shown
+    assert "References: the most frequent class ." in shown
+    assert "1 run to go: about" in shown
+    assert "to target" not in shown
+    assert {STUDY, DEFINITION, RUNS, CSV, MARKDOWN} < {path.name for path in out.iterdir()}
+    study, played = read_tables(out)
+    [said] = study.commands
+    assert said.startswith("droppeft compare fedlora droppeft ")
+    assert [cell.folder for cell in cells(read_comparison(out / DEFINITION))] == [
+        run.folder for run in played
+    ]
+    for run, name in zip(played, ("fedlora", "droppeft"), strict=True):
+        rows = rows_of(out / run.folder / "rounds.jsonl")
+        assert [row["coverage"] for row in run.rows] == [row["coverage"] for row in rows]
+        assert (run.member, run.seed) == (name, 5)
+        assert f'method="{name}"' in run.settings
+    with (out / CSV).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["member"] for line in lines] == ["fedlora", "droppeft"]
+    assert played[0].result is not None
+    assert float(lines[0]["accuracy"]) == played[0].result["global_accuracy"]
+    assert (out / MARKDOWN).read_text().count("| fedlora | 1 |") == 1
+    code, shown, _ = command(
+        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+    )
+    assert (code, shown.count("done before")) == (0, 2)
+
+
+def test_a_comparison_goes_on_elsewhere_with_its_tables_alone(
+    tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    first, second = tiny(seeds=[0]), tiny(seeds=[0, 1])
+    played = play(cells(first), tmp_path / "here", Silent())
+    write(tmp_path / "there", first.study(), played, summary(first.study(), played))
+    watched = Silent()
+    found = play(cells(second), tmp_path / "there", watched)
+    assert watched.played == [("full", 1), ("dropped", 1)]
+    for one, other in zip(found, played, strict=False):
+        assert {*one.settings} == {*other.settings}
+        assert replace(one, settings=()) == replace(other, settings=())
+    words = [*first.settings, "quorum=2"]
+    changed = Comparison.model_validate({**first.model_dump(), "settings": words})
+    assert done(cells(changed), tmp_path / "there") == []
+
+
+def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
+    """Runs of one variant may have other settings on other data; a failed one has no columns."""
+    notes = {"chosen": {"3": 1}, "labels": {"1": "half"}}
+    noted = [Row({**row, "notes": notes, "coverage": [1, 2]}) for row in FULL[0].rows]
+    runs = [
+        lost(DROPPED[1]),
+        replace(FULL[0], rows=noted, clients=[Row(client=3, rows=5, accuracy=0.4)]),
+        replace(FULL[1], data="other", settings=("method=full", "rounds=9")),
+        DROPPED[0],
+    ]
+    study = asked(target={"variant": "full"}, baseline="dropped")
+    write(tmp_path, study, runs, summary(study, runs))
+    there, found = read_tables(tmp_path)
+    assert there == study
+    for one, other in zip(found, runs, strict=True):
+        known = [{name: v for name, v in row.items() if v is not None} for row in one.rows]
+        assert known == [{n: v for n, v in row.items() if v is not None} for row in other.rows]
+        assert sorted(one.settings) == sorted(other.settings)
+        assert one.result == other.result
+        assert one.clients == other.clients
+        assert (one.place, one.failure) == (other.place, other.failure)
+    assert found[1].result is not None
+    assert found[1].result["a column of another version"] is None
+
+
+def test_a_damaged_file_is_said_and_stays(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+    (tmp_path / STUDY).write_text('{"runs": [')
+    with pytest.raises(DroppeftError, match=r"study\.json or a table beside it is damaged"):
+        play(cells(tiny(seeds=[0])), tmp_path, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == [STUDY]
+
+
+def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "pair.toml", tmp_path / "out"
+    settings = ", ".join(f'"{word}"' for word in tiny().settings)
+    file.write_text(
+        f'settings = [{settings}]\nseeds = [5, 6]\n[variants]\nfull = ["method=fedlora"]\n'
+    )
+    for seed, there in (("6", [6]), ("5", [5, 6])):
+        code, shown, _ = command("compare", str(file), "--seeds", seed, "--out", str(out))
+        assert code == 0
+        assert f"1/1 full, seed {seed}" in shown
+        assert [run.seed for run in read_tables(out)[1]] == there
+    study = read_tables(out)[0]
+    assert study.definition == file.read_text()
+    assert ["--seeds 6" in command for command in study.commands] == [True, False]
+    code, shown, _ = command("compare", str(file), "--out", str(out))
+    assert (code, shown.count("done before")) == (0, 2)
+    code, _, errors = command("compare", str(file), "--seeds", "5,7", "--out", str(out))
+    assert code == cli.USER_ERROR
+    assert f"--seeds 5,7: {file} has 5,6" in errors
+
+
+def test_a_comparison_of_which_all_failed_leaves_its_reasons(
+    command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    code, shown, _ = command(
+        "compare", "fedadapter", "source.text=body", "--seeds", "0", "--out", str(out)
+    )
+    assert code == cli.FAILED
+    assert "fedadapter failed: " in shown
+    assert "source.text does not apply to data=builtin" in shown
+    assert "fedadapter failed" in (out / MARKDOWN).read_text()
+
+
+def test_names_are_no_markup(
+    command: Command, tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    import tomli_w
+
+    tree = {"variants": {"a [/2]": ["source.text=body"]}, "seeds": [0]}
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
+    _, shown, _ = command("compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"))
+    assert shown.count("a [/2]") >= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "name one .toml file, or methods and settings"),
+        (["a.toml", "b.toml"], "name one .toml file, or methods"),
+        (["a.toml", "fedlora"], "name one .toml file, or methods"),
+        (["nothing.toml"], "nothing.toml: no such configuration file"),
+        (["fedlora", "fedfoo"], "method=fedfoo: unknown method"),
+        (["fedlora", "--seeds", "a"], "--seeds 'a': write whole numbers as 0,1,2"),
+    ],
+)
+def test_a_mistake_in_compare_is_one_sentence(
+    command: Command, words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    code, _, errors = command("compare", *words, "--out", str(tmp_path / "out"))
+    assert code == cli.USER_ERROR
+    assert sentence in errors
+    assert not (tmp_path / "out").exists()
+
+
+STUDIES = sorted((Path(__file__).parent.parent / "benchmarks").glob(f"*/{DEFINITION}"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_the_studies_can_be_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
+) -> None:
+    monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
+    found = cells(read_comparison(path))
+    others = {
+        "depth": {0, 1},
+        "contest_confirmation": {3, 4, 5},
+        "contest_length": {7},
+        "ia3": {7, 8},
+        "rates": {7},
+    }
+    assert {cell.seed for cell in found} == others.get(path.parent.name, {0, 1, 2})
+    for cell in found:
+        assert Path(resolve(cell.config, cuda=False).data).is_dir()
+        assert not method_named(cell.config.method).adjust(cell.config).clock.deadline_s
+
+
+def test_every_study_has_results() -> None:
+    assert len(STUDIES) > 20
+    for path in STUDIES:
+        study, played = read_tables(path.parent)
+        assert study.definition == path.read_text(encoding="utf-8")
+        assert {*read_comparison(path).variants} == {*study.variants}
+        assert all(one.result is not None and one.rows for one in played)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "–"), (0.0, "0.0 kJ"), (12.0, "0.01 kJ"), (49.0, "0.05 kJ"), (1234567.0, "1,234.6 kJ")],
+)
+def test_what_is_little_is_no_zero(value: float | None, said: str) -> None:
+    row: Any = SimpleNamespace(energy_modelled_j=value)
+    assert COLUMNS["energy, modelled"](row) == said

@@ -1,0 +1,94 @@
+"""Who is what kind of device, and what is drawn for it in a round."""
+
+from collections import Counter
+from statistics import NormalDist
+
+import pytest
+
+from droppeft.config import Bandwidth, ClockConfig
+from droppeft.costs.device_profiles import PROFILES, Fleet, make_fleet, profile_named
+from droppeft.errors import DroppeftError
+
+JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
+
+
+def fleet_of(*names: str, devices: int = 30, seed: int = 0) -> Fleet:
+    return make_fleet(ClockConfig(profiles=names or JETSONS), devices, seed)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 30, 31, 32])
+def test_profiles_have_equal_shares(devices: int) -> None:
+    fleet = fleet_of(devices=devices)
+    counts = Counter(fleet.names)
+    assert sum(counts.values()) == devices
+    assert max(counts.values()) - min(counts[name] for name in JETSONS) <= 1
+
+
+def test_who_has_which_follows_from_the_seed() -> None:
+    assert fleet_of(seed=1) == fleet_of(seed=1)
+    assert len({fleet_of(seed=seed).names for seed in range(10)}) == 10
+
+
+def test_a_link_that_does_not_vary_is_its_mean() -> None:
+    fleet = fleet_of()
+    assert {fleet.download_bytes_per_s(round, 3) for round in range(20)} == {15e6}
+
+
+def test_upload_of_a_jetson_is_a_clipped_normal() -> None:
+    fleet = fleet_of()
+    drawn = [
+        fleet.upload_bytes_per_s(round, device) for round in range(200) for device in range(20)
+    ]
+    assert min(drawn) == 1e6
+    assert max(drawn) == 3e6
+    # N(1, 2.25^2): half the mass is below 1, and 19 % above 3 MB/s.
+    above = 1 - NormalDist(1, 2.25).cdf(3)
+    assert drawn.count(1e6) / 4000 == pytest.approx(0.5, abs=5 * (0.25 / 4000) ** 0.5)
+    assert drawn.count(3e6) / 4000 == pytest.approx(above, abs=5 * (0.16 / 4000) ** 0.5)
+
+
+def test_a_draw_depends_on_seed_round_and_device_alone() -> None:
+    one, again, other = fleet_of(), fleet_of(), fleet_of(seed=1)
+    places = [(round, device) for round in range(10) for device in range(10)]
+    forwards = [one.upload_bytes_per_s(*place) for place in places]
+    backwards = [again.upload_bytes_per_s(*place) for place in reversed(places)]
+    assert forwards == backwards[::-1]
+    assert forwards != [other.upload_bytes_per_s(*place) for place in places]
+    between = [drawn for drawn in forwards if 1e6 < drawn < 3e6]
+    assert len(set(between)) == len(between) > 10
+
+
+def test_availability_is_a_frequency() -> None:
+    fleet = fleet_of("phone", "laptop_cpu", devices=20)
+    there = Counter(
+        fleet.names[device]
+        for round in range(200)
+        for device in range(20)
+        if fleet.is_there(round, device)
+    )
+    assert there["laptop_cpu"] == 2000
+    assert there["phone"] / 2000 == pytest.approx(0.8, abs=5 * (0.16 / 2000) ** 0.5)
+
+
+def test_an_own_profile_goes_first() -> None:
+    own = PROFILES["phone"].model_copy(update={"memory_bytes": 1e9})
+    assert profile_named("phone", {"phone": own}).memory_bytes == 1e9
+    assert profile_named("jetson_tx2", {"phone": own}) == PROFILES["jetson_tx2"]
+
+
+def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
+    with pytest.raises(DroppeftError, match=r"'jetson'; known are jetson_tx2, .*, watch; others"):
+        profile_named("jetson", {"watch": PROFILES["phone"]})
+
+
+def test_a_bandwidth_in_bytes_per_second_is_positive_whatever_is_drawn() -> None:
+    for profile in PROFILES.values():
+        for link in (profile.download, profile.upload):
+            assert link.deviation == 0 or (link.least or 0) > 0
+
+
+def test_an_odd_link_is_drawn_within_its_ends() -> None:
+    wide = Bandwidth(mean=1.0, deviation=1e9, least=2.0, most=2.0)
+    profile = PROFILES["phone"].model_copy(update={"upload": wide})
+    fleet = Fleet(0, ("odd",), {"odd": profile})
+    assert {fleet.upload_bytes_per_s(round, 0) for round in range(20)} == {2.0}

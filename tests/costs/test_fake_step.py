@@ -1,0 +1,338 @@
+"""What is counted without values is what real models do: byte for byte, FLOP for FLOP."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from droppeft.adapters.attach import attach
+from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
+from droppeft.training.checkpointing import Call, checkpointed, without_cache
+from droppeft.config import AdapterConfig
+from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
+from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.operation_counter import Tally
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks, gated
+from droppeft.training.activation_memory import ActivationMeter
+from droppeft.federated_method import adapter_spec
+from droppeft.models.loading import HEAD_MODULES
+from droppeft.messages import AdapterSpec
+from droppeft.models.precision import autocast
+from droppeft.models.quantization import quantised, settle
+from tiny import FAMILIES
+
+LAYERS, ROWS, LENGTH = 4, 3, 9
+MORE: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": LAYERS},
+    "electra": {"embedding_size": 32},
+    "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mixtral": {"num_local_experts": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "qwen2": {"num_key_value_heads": 1},
+}
+FEW: dict[str, Any] = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def config_of(model_type: str, layers: int = LAYERS) -> Any:
+    own = {**FEW, **FAMILIES.get(model_type, {}), **MORE.get(model_type, {})}
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=0,
+        **own,
+    )
+
+
+def spec_of(layers: int = LAYERS, frozen: int = 0, **adapter: Any) -> AdapterSpec:
+    return adapter_spec(AdapterConfig.model_validate(adapter), layers, frozen)
+
+
+def real(config: Any, spec: AdapterSpec, quantization: str = "none") -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain: Any = AutoModelForSequenceClassification.from_config(config)
+    plain = quantised(plain, quantization, HEAD_MODULES)
+    settle(plain)
+    return attach(plain, spec, find_blocks(plain)[0], 0).train()
+
+
+def batch(paper: PaperModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """As the paper's, with values; the last row is padded."""
+    ids = torch.arange(rows * length).view(rows, length) % 50 + 1
+    mask = torch.ones_like(ids)
+    mask[1:, -1:] = 0
+    columns = {name: torch.zeros_like(ids) for name in paper.task.inputs}
+    return {**columns, "input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
+
+
+def patterns(layers: int = LAYERS, frozen: int = 0) -> Iterator[tuple[bool, ...]]:
+    """Full depth, and some others with at least two layers behind the frozen ones."""
+    yield (True,) * layers
+    rng = random.Random(7)
+    for _ in range(3):
+        kept = rng.sample(range(frozen, layers), k=rng.randint(2, layers - frozen))
+        yield tuple(index in kept for index in range(layers))
+
+
+@contextmanager
+def stepping(model: nn.Module, active: Sequence[bool], checkpointing: Any = None) -> Iterator[None]:
+    _, blocks = find_blocks(model)
+    recomputing = checkpointed(model, blocks, checkpointing) if checkpointing else nullcontext()
+    with without_cache(model), recomputing, gated(blocks) as gates:
+        gates.active = active
+        yield
+    model.zero_grad()
+
+
+def measured(
+    paper: PaperModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
+) -> tuple[int, int]:
+    """FLOPs and stored bytes of a real step."""
+    meter, flops = ActivationMeter(model), FlopCounterMode(display=False)
+    with stepping(model, active), flops:
+        with autocast(precision, torch.device("cpu")), meter.measuring():
+            loss, _ = paper.task.loss_and_logits(model, batch(paper))
+        loss.backward()
+    return flops.get_total_flops(), meter.peak_bytes
+
+
+CASES = [
+    *((family, {}, "fp32", 0) for family in (*FAMILIES, *MORE) if family != "distilbert"),
+    ("distilbert", {"targets": ["q_lin", "v_lin"]}, "fp32", 0),
+    *((family, {}, "bf16", 1) for family in ("bert", "deberta-v2", "llama", "gpt2")),
+    ("bert", {"type": "ia3"}, "fp32", 0),
+    ("bert", {"type": "bottleneck"}, "bf16", 2),
+    ("bert", {"type": "prefix_tuning"}, "fp32", 0),
+    ("bert", {"type": "prompt_tuning"}, "fp32", 0),
+    ("bert", {"type": "boft", "options": {"boft_block_size": 4}}, "fp32", 0),
+    ("llama", {"type": "loha"}, "fp32", 0),
+    ("llama", {"type": "prefix_tuning"}, "bf16", 0),
+    ("llama", {"targets": ["all-linear"], "dropout": 0.1}, "fp32", 2),
+    ("roberta", {"targets": ["all-linear"], "dropout": 0.1}, "fp16", 0),
+]
+
+
+@pytest.mark.parametrize(("family", "adapter", "precision", "frozen"), CASES)
+def test_a_step_costs_what_was_counted(
+    family: str, adapter: dict[str, Any], precision: str, frozen: int
+) -> None:
+    config, spec = config_of(family), spec_of(frozen=frozen, **adapter)
+    paper, model = PaperModel(config, spec), real(config, spec)
+    counts = count_step(paper, ROWS, LENGTH, precision)
+    for active in patterns(frozen=frozen):
+        if family == "gemma3_text" and active not in SOME_OF_BOTH_KINDS:
+            continue
+        flops, stored = measured(paper, model, active, precision)
+        if family != "mixtral":  # torch has no formula for experts
+            assert flops == step_flops(counts, active), active
+        assert stored == step_stored_bytes(counts, active), active
+
+
+SOME_OF_BOTH_KINDS = [(True,) * 4, (True, True, True, False), (False, True, True, True)]
+
+
+def test_flops_of_a_bert_by_hand() -> None:
+    """A multiplication with an addition is two. A layer multiplies, per token, by four maps (H, H)
+    and two of H x 2H (8 H² in all), and by LoRA's two maps of H x 8 on query and value (4·8·H);
+    attention multiplies queries with keys and weights with values, S² H each per row.
+
+    In the backward a frozen map has one product, for its input; a trained one two; attention's have
+    two each (with dropout of its weights, as here, torch keeps them)."""
+    config = config_of("bert")
+    counts = count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
+    tokens, h = ROWS * LENGTH, 32
+    maps, attention = 2 * tokens * 8 * h * h, 2 * ROWS * 2 * LENGTH**2 * h
+    lora = 2 * tokens * 2 * 2 * 8 * h
+    for block in counts.blocks:
+        assert block.forward_flops == maps + attention + lora
+        assert block.backward_flops == maps + 2 * attention + 2 * lora
+    assert counts.rest.forward_flops == 2 * ROWS * (h * h + h * 2)  # pooler and classifier
+
+
+def test_what_the_lowest_layer_is_spared_is_taken_off_the_rest() -> None:
+    """Nothing below it is trained: no gradient for the input of query, key and value, three frozen
+    maps of H x H and two of LoRA's H x 8; and none for the keys, which nothing trained makes: one
+    product of attention. Of the rest, classifier and pooler have a backward."""
+    counts = count_step(PaperModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    tokens, h = ROWS * LENGTH, 32
+    spared = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
+    assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - spared
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantization: str) -> None:
+    """FLOPs are not compared: torch does not see those of a 4-bit kernel."""
+    config, spec = config_of(family), spec_of()
+    paper, model = PaperModel(config, spec, (), quantization), real(config, spec, quantization)
+    weights = sum(map(kept, [*model.parameters(), *model.buffers()]))
+    assert all_weights(count_step(paper, ROWS, LENGTH)) == weights
+    for precision in ("fp32", "bf16"):
+        counts = count_step(paper, ROWS, LENGTH, precision)
+        for active in patterns():
+            _, stored = measured(paper, model, active, precision)
+            assert stored == step_stored_bytes(counts, active), active
+    plain = count_step(PaperModel(config, spec), ROWS, LENGTH)
+    quantised_flops = count_step(paper, ROWS, LENGTH)
+    assert step_flops(quantised_flops, (True,) * LAYERS) == step_flops(plain, (True,) * LAYERS)
+
+
+def test_a_quantised_weight_s_values_pass() -> None:
+    """With two tokens the largest map, (32, 64) in fp32, is most of what passes."""
+    config, spec = config_of("bert"), spec_of()
+    small, plain = (PaperModel(config, spec, (), bits) for bits in ("8bit", "none"))
+    more = count_step(small, 1, 2).passing_bytes - count_step(plain, 1, 2).passing_bytes
+    assert 0.7 * 32 * 64 * 4 < more <= 32 * 64 * 4
+
+
+def all_weights(counts: StepCounts) -> int:
+    return sum(part.weight_bytes for part in (*counts.blocks, counts.rest))
+
+
+def kept(value: Any) -> int:
+    """Bytes of a tensor with what bitsandbytes keeps beside its codes."""
+    beside = []
+    if type(value).__name__ == "Int8Params":
+        beside = [value.SCB]
+    if type(value).__name__ == "Params4bit":
+        state = value.quant_state
+        beside = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return int(value.nbytes + sum(one.nbytes for one in beside))
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"type": "prefix_tuning"}, {"type": "prompt_tuning"}], ids=str
+)
+def test_weights_and_what_is_trained_of_them(adapter: dict[str, Any]) -> None:
+    config, spec = config_of("roberta"), spec_of(**adapter)
+    counts, model = count_step(PaperModel(config, spec), ROWS, LENGTH), real(config, spec)
+    groups = trainable_by_layer(model, find_blocks(model)[0])
+    of_layers = [sum(v.numel() for v in groups.get(layer, {}).values()) for layer in range(LAYERS)]
+    assert [block.trainable_parameters for block in counts.blocks] == of_layers
+    assert sum(of_layers) + counts.rest.trainable_parameters == count_parameters(groups)
+    parts = (*counts.blocks, counts.rest)
+    assert sum(part.parameters for part in parts) == sum(v.numel() for v in model.parameters())
+    assert all_weights(counts) == sum(v.nbytes for v in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("gpt2", "bf16")])
+def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
+    family: str, precision: str
+) -> None:
+    config, spec = config_of(family), spec_of()
+    paper, model = PaperModel(config, spec), real(config, spec)
+    counts = count_step(paper, ROWS, LENGTH, precision, checkpointing=True)
+    for active in patterns():
+        tally = Tally(model)
+
+        def note(call: Call, tally: Tally = tally) -> None:
+            for tensor in call.tensors:
+                tally.store(tensor, 0)
+
+        with stepping(model, active, note), tally:
+            with autocast(precision, torch.device("cpu")), tally.storing():
+                loss, _ = paper.task.loss_and_logits(model, batch(paper))
+            stored = tally.stored_bytes
+            loss.backward()
+        assert sum(tally.flops.values()) == step_flops(counts, active)
+        assert stored == step_stored_bytes(counts, active)
+        hidden_state = 4 * ROWS * LENGTH * 32  # gradients that other gates do not need
+        assert 0 <= stored + counts.passing_bytes - tally.peak_bytes <= 2 * hidden_state
+
+
+@pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("llama", "bf16")])
+def test_what_passes_is_the_peak_beyond_what_is_stored(family: str, precision: str) -> None:
+    """Whatever the gates: within 2 %, which gradients of adapters make."""
+    config, spec = config_of(family), spec_of()
+    paper, model = PaperModel(config, spec), real(config, spec)
+    counts = count_step(paper, ROWS, 33, precision)
+    for active in patterns():
+        tally = Tally(model)
+        with stepping(model, active), tally:
+            with autocast(precision, torch.device("cpu")):
+                loss, _ = paper.task.loss_and_logits(model, batch(paper, ROWS, 33))
+            loss.backward()
+        expected = step_stored_bytes(counts, active) + counts.passing_bytes
+        assert tally.peak_bytes == pytest.approx(expected, rel=0.02), active
+
+
+def test_frozen_layers_do_not_change_the_others() -> None:
+    """So that one count with an adapter everywhere serves any number of frozen layers."""
+    config = config_of("llama")
+    everywhere = count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
+    behind = count_step(PaperModel(config, spec_of(frozen=2)), ROWS, LENGTH)
+    assert behind.blocks[2:] == everywhere.blocks[2:]
+    assert behind.rest == everywhere.rest
+    assert [block.stored_bytes for block in behind.blocks[:2]] == [0, 0]
+    assert [block.backward_flops for block in behind.blocks[:2]] == [0, 0]
+
+
+def test_costs_are_straight_lines_in_the_batch() -> None:
+    """From two rows on; what passes is only nearly so, and therefore always counted."""
+    paper = PaperModel(config_of("bert"), spec_of())
+    two, three, nine = (count_step(paper, rows, LENGTH, "bf16") for rows in (2, 3, 9))
+    for active in patterns():
+        for cost in (step_flops, step_stored_bytes):
+            slope = cost(three, active) - cost(two, active)
+            assert cost(nine, active) == cost(two, active) + 7 * slope
+
+
+def test_a_single_row_counts_as_padded() -> None:
+    config, spec = config_of("llama"), spec_of()
+    paper, model = PaperModel(config, spec), real(config, spec)
+    counts, meter = count_step(paper, 1, LENGTH), ActivationMeter(model)
+    row = batch(paper, rows=1)
+    row["attention_mask"][0, -1] = 0
+    with stepping(model, (True,) * LAYERS), meter.measuring():
+        paper.task.loss_and_logits(model, row)
+    assert meter.peak_bytes == step_stored_bytes(counts, (True,) * LAYERS)
+
+
+def test_few_blocks_are_run_for_many() -> None:
+    """Depth costs nothing: of forty like layers the first and the last are run."""
+    paper = PaperModel(config_of("bert", 40), spec_of(40))
+    ran: set[int] = set()
+    for index, block in enumerate(paper.blocks):
+        inside: Any = block
+        inside.intermediate.register_forward_hook(lambda *_, index=index: ran.add(index))
+    counts = count_step(paper, ROWS, LENGTH)
+    assert ran == {0, 39}
+    shallow = count_step(PaperModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    assert counts.blocks == shallow.blocks[:1] * 40
+    assert counts.rest == shallow.rest
+
+
+def test_a_model_that_looks_at_values_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "xmod",
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=0,
+        languages=["en_XX"],
+        default_language="en_XX",
+    )
+    paper = PaperModel(config, spec_of(2, targets=["query"]))
+    with pytest.raises(DroppeftError, match="costs of a xmod model cannot be counted without"):
+        count_step(paper, ROWS, LENGTH)
+
+
+def test_counting_touches_neither_configuration_nor_generator() -> None:
+    config = config_of("bert")
+    before, state = config.to_dict(), torch.get_rng_state()
+    count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,206 @@
+"""Plans, Updates and methods' surroundings made by hand, without a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from droppeft.config import load_config, resolve, resolve_layers
+from droppeft.costs.modelled_clock import Arithmetic
+from droppeft.costs.step_counts import BlockCounts, StepCounts
+from droppeft.costs.device_profiles import make_fleet
+from droppeft.server.round_cost import make_clock
+from droppeft.methods import Setup
+from droppeft.messages import (
+    HEAD,
+    AdapterSpec,
+    Array,
+    Budget,
+    Layout,
+    LocalTraining,
+    MeasuredCost,
+    Objective,
+    Plan,
+    Tensors,
+    Update,
+    flatten,
+    restrict,
+)
+from droppeft.sharing.selection import count_of
+from droppeft.transports.base import Arrival
+
+LAYERS = 4
+COST = MeasuredCost(
+    turn_wall_s=3.0,
+    train_wall_s=2.0,
+    reward_wall_s=0.5,
+    activation_bytes_peak=100,
+    tokens=64,
+    rows=8,
+    layer_tokens=(64, 32, 32, 64),
+    reward_tokens=0,
+)
+FORWARD, BACKWARD, REST = 10**9, 2 * 10**9, 10**10
+"""FLOPs per token of the made-up model: of a layer, and of the rest (as much again backward)."""
+
+
+def counts_at(length: int, batch: int = 2) -> StepCounts:
+    """A model whose arithmetic is linear in tokens."""
+    tokens = batch * length
+    block = BlockCounts(FORWARD * tokens, BACKWARD * tokens, 0, 0, 0, 0)
+    rest = BlockCounts(REST * tokens, REST * tokens, 0, 0, 0, 0)
+    return StepCounts(batch, length, (block,) * LAYERS, rest, 0)
+
+
+ARITHMETIC = Arithmetic((counts_at(4), counts_at(8), counts_at(16)))
+
+
+def filled(value: float, num_layers: int = LAYERS) -> Tensors:
+    """Two values in every layer and one in the head, all alike."""
+    layers: dict[int | str, dict[str, Array]] = {
+        layer: {f"layer.{layer}.A": np.full(2, value, np.float32)} for layer in range(num_layers)
+    }
+    return {**layers, HEAD: {"head.W": np.full(1, value, np.float32)}}
+
+
+def fresh(spec: AdapterSpec) -> Tensors:
+    """What stands in for a model's initial values."""
+    return filled(1.0, len(spec.layers))
+
+
+def layout(spec: AdapterSpec) -> Layout:
+    """The tensors of :func:`fresh`."""
+    return {name: (key, array.shape) for key, name, array in flatten(fresh(spec))}
+
+
+def setup_for(*words: str) -> Setup:
+    """Surroundings of a method: four layers, three of ten devices a round."""
+    config = load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words])
+    config = resolve_layers(config, LAYERS)
+    fleet = make_fleet(config.clock, config.devices, config.seed)
+    return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
+
+
+def assert_same(first: Tensors, second: Tensors) -> None:
+    """The same tensors in the same order, bit for bit."""
+    one, other = list(flatten(first)), list(flatten(second))
+    assert [item[:2] for item in one] == [item[:2] for item in other]
+    for (_, name, left), (_, _, right) in zip(one, other, strict=True):
+        assert left.dtype == right.dtype, name
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+TRAINING = LocalTraining(
+    batch_size=16,
+    learning_rate=1e-3,
+    head_learning_rate=1e-2,
+    schedule="linear",
+    warmup_fraction=0.05,
+    rounds=15,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    precision="fp32",
+    checkpointing=False,
+    evaluation_batch_size=64,
+)
+"""What a run's configuration has by default."""
+
+
+def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
+    """A Plan for :func:`filled` tensors, all of them shared."""
+    plan = Plan(
+        round=round,
+        device=device,
+        adapter=AdapterSpec(layers=(None,) * LAYERS, alpha=16.0),
+        tensors=filled(1.0),
+        train=None,
+        share=frozenset({"head.W", *(f"layer.{layer}.A" for layer in range(LAYERS))}),
+        dropout=None,
+        objective=Objective(),
+        base_delta=None,
+        budget=Budget(steps=2),
+        training=TRAINING,
+        reward_rows=0,
+        seed=0,
+        nonce=f"nonce {round} {device}",
+    )
+    return replace(plan, **changes)
+
+
+def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
+    """An Update that is in order, every tensor that travels set to one value.
+
+    A device that chooses shares the first layers.
+    """
+    rule = plan.sharing
+    count = LAYERS if rule is None else count_of(rule.fraction, LAYERS)
+    kept = range(count, LAYERS)
+    update = Update(
+        round=plan.round,
+        device=plan.device,
+        nonce=plan.nonce,
+        tensors=restrict(
+            {
+                key: {name: np.full_like(array, value) for name, array in named.items()}
+                for key, named in plan.tensors.items()
+                if key not in kept
+            },
+            plan.share,
+        ),
+        examples=8,
+        steps=2,
+        active_steps=(2, 1, 1, 2),
+        importance=(0.1, 0.2, 0.3, 0.4),
+        train_loss=0.7,
+        reward=None,
+        cost=COST if plan.own_copy is None else replace(COST, own_steps=2, own_tokens=64),
+        shared=None if rule is None else tuple(range(count)),
+        scores=None if rule is None else (0.0,) * LAYERS,
+    )
+    return replace(update, **changes)
+
+
+WIDTH_OF_MODEL = 3
+
+
+def fresh_shaped(spec: AdapterSpec) -> Tensors:
+    """LoRA or bottlenecks where a layer has them; A and down-projections of ones, the rest 0."""
+    made: dict[Any, dict[str, Array]] = {}
+    for layer, adapter in enumerate(spec.layers):
+        if adapter is None:
+            continue
+        rank = adapter.rank or adapter.width or 0
+        first, last = ("lora_A", "lora_B") if adapter.rank else ("down", "up")
+        made[layer] = {
+            f"{layer}.{first}.weight": np.ones((rank, WIDTH_OF_MODEL), np.float32),
+            f"{layer}.{last}.weight": np.zeros((WIDTH_OF_MODEL, rank), np.float32),
+        }
+    return {**made, HEAD: {"head.W": np.zeros(1, np.float32)}}
+
+
+def layout_shaped(spec: AdapterSpec) -> Layout:
+    """The tensors of :func:`fresh_shaped`."""
+    return {name: (key, array.shape) for key, name, array in flatten(fresh_shaped(spec))}
+
+
+def shaped(*words: str) -> Setup:
+    """Surroundings in which adapters have the shapes that they say."""
+    config = resolve(setup_for(*words).config, cuda=False)
+    fleet = make_fleet(config.clock, config.devices, config.seed)
+    clock = make_clock(fleet, lambda spec: ARITHMETIC)
+    return Setup(config, LAYERS, fresh_shaped, layout_shaped, clock)
+
+
+class Scripted:
+    """A transport whose devices answer as told, in the order told."""
+
+    def __init__(self, answer: Callable[[Plan], list[Any]], *, backwards: bool = False) -> None:
+        self.answer = answer
+        self.backwards = backwards
+
+    def exchange(self, plans: Any) -> Any:
+        replies = [
+            Arrival(index, reply) for index, plan in enumerate(plans) for reply in self.answer(plan)
+        ]
+        yield from reversed(replies) if self.backwards else replies

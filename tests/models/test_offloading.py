@@ -1,0 +1,253 @@
+"""Weights in a file: the same values, in memory only where they are held."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import droppeft.models.offloading
+from adapter_contract import Worn, backbone, case, usable_on
+from droppeft.adapters.types import TYPES
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import find_blocks
+from droppeft.models.offloading import OffloadedWeights, check_offload
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WIDTH = 512
+BLOCK_BYTES = WIDTH * WIDTH * 4
+
+
+class Stack(nn.Module):
+    """Three blocks of a megabyte, and a map that is in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.rest = nn.Linear(4, 4)
+        self.requires_grad_(False)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [block.weight.detach() for block in self.blocks]
+
+
+@pytest.fixture
+def stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack()
+
+
+def offloaded(stack: Stack, folder: Path, device: torch.device = CPU) -> OffloadedWeights:
+    return OffloadedWeights(stack, list(stack.blocks), device, folder)
+
+
+def resident_bytes() -> int:
+    """Of files that have no name any more."""
+    text = Path("/proc/self/smaps").read_text(encoding="ascii")
+    found = re.findall(r"\.safetensors \(deleted\)\n(?:.*\n)*?Rss:\s+(\d+) kB", text)
+    return sum(map(int, found)) * 1024
+
+
+def test_only_layers_that_are_held_stay_in_memory(stack: Stack, tmp_path: Path) -> None:
+    before = resident_bytes()
+    weights = offloaded(stack, tmp_path)
+    assert resident_bytes() - before < BLOCK_BYTES / 4
+    for held, blocks in (((0, 1, 2), 3), ((1,), 1), ((), 0), (range(3), 3), ((0, 2), 2)):
+        sums = [float(weight.sum()) for weight in stack.weights()]  # bring all pages in
+        weights.hold(held)
+        assert abs(resident_bytes() - before - blocks * BLOCK_BYTES) < BLOCK_BYTES / 4, held
+        assert [float(weight.sum()) for weight in stack.weights()] == sums
+
+
+def test_values_are_those_that_were_loaded(stack: Stack, tmp_path: Path) -> None:
+    expected = [weight.clone() for weight in stack.weights()]
+    offloaded(stack, tmp_path).hold((0,))
+    assert all(map(torch.equal, stack.weights(), expected))
+
+
+def test_the_file_has_no_name(stack: Stack, tmp_path: Path) -> None:
+    offloaded(stack, tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Addresses of what was copied to an accelerator, which this machine need not have."""
+    addresses: set[int] = set()
+
+    def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if device == CPU:
+            return values
+        copy = values.clone()
+        addresses.add(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(droppeft.models.offloading, "_copied", copied)
+    return addresses
+
+
+def test_on_an_accelerator_only_layers_that_are_held_are_there(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    expected = [weight.clone() for weight in stack.weights()]
+    weights = offloaded(stack, tmp_path, CUDA)
+    assert all(value.data_ptr() in there for value in stack.rest.parameters())
+    for held in ((0, 1), (), (1,), range(3), (2,)):
+        weights.hold(held)
+        mapped = [weight.mapped.data_ptr() for [weight] in weights._weights]
+        now = [weight.data_ptr() for weight in stack.weights()]
+        assert [layer for layer in range(3) if now[layer] != mapped[layer]] == list(held)
+        assert {now[layer] for layer in held} <= there
+        assert all(map(torch.equal, stack.weights(), expected))
+
+
+def test_layers_go_before_others_come(
+    stack: Stack, tmp_path: Path, there: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an accelerator never has more than what is held, or was."""
+    weights = offloaded(stack, tmp_path, CUDA)
+    weights.hold((2,))
+    copied, counts = droppeft.models.offloading._copied, []
+
+    def counting(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        mapped = [weight.mapped.data_ptr() for [weight] in weights._weights]
+        now = [weight.data_ptr() for weight in stack.weights()]
+        counts.append(sum(a != b for a, b in zip(now, mapped, strict=True)))
+        return copied(values, device)
+
+    monkeypatch.setattr(droppeft.models.offloading, "_copied", counting)
+    weights.hold((0, 1))
+    assert counts == [0, 1]
+
+
+def test_a_weight_that_was_written_to_is_brought_along(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, CUDA)
+    stack.blocks[0].weight.data = torch.ones(WIDTH, WIDTH)
+    weights.hold((0,))
+    assert stack.weights()[0].data_ptr() in there
+    assert torch.equal(stack.weights()[0], torch.ones(WIDTH, WIDTH))
+
+
+def test_what_a_killed_process_left_is_deleted(stack: Stack, tmp_path: Path) -> None:
+    for name, age in (("old", 7200), ("new", 60)):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(b"weights")
+        os.utime(file, times=(time.time() - age,) * 2)
+    offloaded(stack, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
+
+
+def test_what_is_held_already_is_not_copied_again(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, CUDA)
+    weights.hold((0, 1))
+    first = [weight.data_ptr() for weight in stack.weights()]
+    weights.hold((0, 2))
+    assert stack.weights()[0].data_ptr() == first[0]
+
+
+def test_what_comes_later_is_brought_to_the_accelerator(
+    stack: Stack, tmp_path: Path, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, CUDA)
+    there.clear()
+    stack.late = nn.Linear(2, 2)
+    stack.register_buffer("counter", torch.zeros(1))
+    weights.bring_rest(stack)
+    assert {value.data_ptr() for value in (*stack.late.parameters(), *stack.buffers())} <= there
+    assert not {weight.data_ptr() for weight in stack.weights()} & there
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_weight_that_was_written_to_stays(
+    stack: Stack, tmp_path: Path, device: torch.device, there: set[int]
+) -> None:
+    weights = offloaded(stack, tmp_path, device)
+    weights.hold(range(3))
+    with torch.no_grad():
+        stack.blocks[0].weight.add_(1)
+    stack.blocks[1].weight.data = torch.ones(WIDTH, WIDTH)
+    expected = [weight.clone() for weight in stack.weights()]
+    weights.hold(())
+    assert all(map(torch.equal, stack.weights(), expected))
+
+
+def test_a_weight_with_other_strides_stays_as_it_is(stack: Stack, tmp_path: Path) -> None:
+    stack.blocks[1].weight.data = stack.blocks[1].weight.data.T
+    place = stack.blocks[1].weight.data_ptr()
+    offloaded(stack, tmp_path)
+    assert stack.blocks[1].weight.data_ptr() == place
+    assert not stack.blocks[1].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", [n for n in usable_on("none") if TYPES[n].kind != "global"])
+def test_no_adapter_type_changes_weights_unseen(name: str, family: str, tmp_path: Path) -> None:
+    """Pages that were written to must not be let go: the file has the old values."""
+    base = backbone(family)
+    weights = OffloadedWeights(base, find_blocks(base)[1], CPU, tmp_path)
+    every = [weight for layer in weights._weights for weight in layer]
+    before = [weight.mapped.clone() for weight in every]
+    worn = Worn(case(name, family), base=base)
+    worn.scramble()
+    worn.train([(True,) * len(worn.blocks)])
+    for weight, values in zip(every, before, strict=True):
+        assert weight.changed or torch.equal(weight.mapped, values)
+    weights.hold(())
+
+
+def test_a_full_disk_is_one_sentence(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(droppeft.models.offloading.safetensors.torch, "save_file", full)
+    with pytest.raises(DroppeftError, match=r"needs 0\.0 GB of disk in .*No space left.*CACHE"):
+        offloaded(stack, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cpu_elsewhere_is_refused(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    with pytest.raises(DroppeftError, match="on a CPU under Darwin; set it to false"):
+        offloaded(stack, tmp_path)
+
+
+def test_an_accelerator_elsewhere_is_not_refused(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[int]
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    offloaded(stack, tmp_path, CUDA)
+
+
+OFFLOAD = "training.offload=true"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "keeps nothing off when every step may run other layers; set dropout.every=round"),
+        (["frozen.layers=2", "frozen.cache=false"], "keeps nothing off"),
+        (["dropout.every=5"], "keeps nothing off"),
+        (["dropout.every=round", "quantization=4bit"], "quantization=4bit makes others of them"),
+    ],
+)
+def test_offloading_that_saves_nothing_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(DroppeftError, match=sentence):
+        check_offload(load_config(None, [OFFLOAD, *words]))
+    check_offload(load_config(None, words))
+
+
+@pytest.mark.parametrize("word", ["frozen.layers=2", "dropout.every=round"])
+def test_offloading_that_saves_is_not_refused(word: str) -> None:
+    check_offload(load_config(None, [OFFLOAD, word]))

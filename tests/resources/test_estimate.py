@@ -1,0 +1,431 @@
+"""What fits where: from words to a table, without loading a model."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from droppeft import cli
+from droppeft.config import Config, build_config, load_config
+from droppeft.costs.device_profiles import PROFILES
+from droppeft.costs.step_memory import Memory
+from droppeft.errors import DroppeftError
+from droppeft.resources.estimate import (
+    GRID,
+    Limits,
+    Option,
+    combinations,
+    least_savings,
+    limits,
+    mean_flops,
+    option,
+    parse_bytes,
+)
+from tiny import save_tiny_model
+
+ONE = ("training.batch_size=2", "training.max_length=8", "frozen.layers=0", "quantization=none")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"model={save_tiny_model(tmp_path_factory.mktemp('tiny'), 6)}"
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``droppeft`` with some words: exit code, output, errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["droppeft", *words])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        code = stop.value.code
+        return int(code or 0), shown.out, shown.err
+
+    return run
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("512mb", 512e6), ("1000", 1000), ("2kib", 2048)],
+)
+def test_a_size_of_memory(text: str, value: float) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 apples", "-8GB", "0", "8,5GB"])
+def test_no_size_of_memory(text: str) -> None:
+    with pytest.raises(DroppeftError, match="is no size of memory; write it as 8GB"):
+        parse_bytes(text)
+
+
+def test_several_values_make_all_combinations(tiny: str) -> None:
+    words = [tiny, *ONE, "training.precision=fp32,bf16", "training.checkpointing=true"]
+    found = list(combinations(None, [*words, "dropout.mean=0, 0.5", "dropout.shape=decay"]))
+    pairs = [(one.training.precision, one.dropout.mean) for one in found]
+    assert sorted(pairs) == [("bf16", 0), ("bf16", 0.5), ("fp32", 0), ("fp32", 0.5)]
+    assert all(one.dropout.shape == "decay" and one.training.checkpointing for one in found)
+
+
+def test_where_nothing_is_said_the_grid_is_tried(tiny: str) -> None:
+    found = list(combinations(None, [tiny]))
+    values = {
+        "training.batch_size": {4, 16},
+        "dropout.mean": {0, 0.25, 0.5, 0.75},
+        "frozen.layers": {0, 3},
+        "training.precision": {"fp32", "bf16"},
+        "quantization": {"none", "8bit", "4bit"},
+        "training.checkpointing": {False, True},
+    }
+    for key, expected in values.items():
+        assert {value_of(one, key) for one in found} == expected, key
+    assert len(found) == 2 * 4 * 2 * 2 * 3 * 2
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_what_a_file_sets_is_not_varied(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "quantization = '4bit'\n[training]\nbatch_size = 7\nprecision = 'bf16'\n"
+        "checkpointing = true\n[dropout]\ncount = 2\n[frozen]\nlayers = 1\n"
+    )
+    [one] = combinations(path, [tiny])
+    assert (one.quantization, one.training.batch_size, one.dropout.count) == ("4bit", 7, 2)
+    two = list(combinations(path, [tiny, "training.batch_size=7,8"]))
+    assert [one.training.batch_size for one in two] == [7, 8]
+
+
+def test_a_count_takes_the_place_of_mean_rates(tiny: str) -> None:
+    words = [tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"]
+    [one] = combinations(None, [*words, "dropout.count=2"])
+    assert (one.dropout.count, one.dropout.mean) == (2, None)
+    assert option(one, None).active == 4
+
+
+# Options
+
+
+def one_option(tiny: str, *words: str) -> Option:
+    [config] = combinations(
+        None,
+        [
+            *(tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"),
+            *("dropout.mean=0", *words),
+        ],
+    )
+    return option(config, PROFILES["jetson_tx2"])
+
+
+def test_every_saving_saves(tiny: str) -> None:
+    plain = one_option(tiny)
+    for words in (["dropout.mean=0.5"], ["frozen.layers=3"], ["training.checkpointing=true"]):
+        assert one_option(tiny, *words).memory.stored < plain.memory.stored, words
+    assert plain.step_s is not None
+    for words in (["dropout.mean=0.5"], ["frozen.layers=3"]):
+        assert (one_option(tiny, *words).step_s or 0) < plain.step_s
+    frozen = one_option(tiny, "frozen.layers=3").memory
+    assert frozen.optimizer < plain.memory.optimizer
+    assert frozen.weights == plain.memory.weights
+    for kind in ("8bit", "4bit"):
+        small = one_option(tiny, f"quantization={kind}")
+        assert small.memory.weights < plain.memory.weights
+        assert small.memory.stored == plain.memory.stored
+
+
+def test_larger_tasks_take_more(tiny: str) -> None:
+    sizes = [
+        one_option(tiny, f"training.batch_size={rows}", f"training.max_length={length}")
+        for rows, length in ((1, 8), (2, 8), (4, 8), (4, 16), (5, 32))
+    ]
+    totals = [one.memory.total for one in sizes]
+    assert totals == sorted(totals)
+    assert len(set(totals)) == 5
+
+
+def test_a_schedule_needs_room_for_full_depth(tiny: str) -> None:
+    plain = one_option(tiny, "dropout.mean=0.5")
+    for schedule in ("recovery", "warm_up"):
+        one = one_option(tiny, "dropout.mean=0.5", f"dropout.schedule={schedule}")
+        assert (plain.active, one.active) == (3, 6)
+        assert one.memory.stored > plain.memory.stored
+
+
+def test_a_method_that_drops_nothing_needs_full_depth(tiny: str) -> None:
+    one = one_option(tiny, "dropout.mean=0.5", "method=fedia3")
+    assert one.active == 6
+    assert one.step_s == one_option(tiny, "adapter.type=ia3").step_s
+
+
+def test_frozen_layers_that_are_not_kept_run_forward(tiny: str) -> None:
+    kept, again = (
+        one_option(tiny, "frozen.layers=3", f"frozen.cache={c}") for c in ("true", "false")
+    )
+    full = one_option(tiny)
+    assert kept.step_s is not None
+    assert again.step_s is not None
+    assert full.step_s is not None
+    assert kept.step_s < again.step_s < full.step_s
+
+
+def test_rates_count_the_layers_behind_the_frozen_ones(tiny: str) -> None:
+    """Of six layers three are frozen; a third of three is one."""
+    one = one_option(tiny, "frozen.layers=3", "dropout.mean=0.33333333333333331")
+    assert (one.active, one.num_layers) == (2, 6)
+
+
+def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
+    full, half = (mean_flops(one_option(tiny, f"dropout.mean={m}").config) for m in (0, 0.5))
+    counts_rest = 2 * half - full  # what does not depend on layers
+    assert full > half > full / 2.2
+    assert mean_flops(one_option(tiny, "dropout.mean=0.25").config) == pytest.approx(
+        0.75 * (full - counts_rest) + counts_rest
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frozen.layers=2", "dropout.mean=0.25", "quantization=8bit"],
+        ["dropout.every=round", "training.offload=true", "adapter.rank=4", "threads=3"],
+        ["adapter.type=oft", "adapter.options.oft_block_size=16"],
+        ["dropout.protect_first=0", "seed=3"],
+    ],
+)
+def test_words_of_an_option_make_it_again(tiny: str, words: list[str]) -> None:
+    one = one_option(tiny, *words)
+    assert load_config(None, one.words) == one.config
+    assert len(one.words) <= len(GRID) + len(words)
+
+
+def test_rates_of_each_layer_are_words_too(tiny: str) -> None:
+    words = [word for word in ONE if word != "frozen.layers=0"]
+    rates = "dropout.rates=[0, 0.5, 0.5, 0.25, 0, 0]"
+    fixed = ("training.precision=fp32", "training.checkpointing=false", "frozen.layers=0")
+    [config] = combinations(None, [tiny, *words, *fixed, rates])
+    one = option(config, None)
+    assert load_config(None, one.words) == config
+
+
+def test_offloaded_weights_are_those_of_layers_that_a_turn_runs(tiny: str) -> None:
+    def weights(*words: str) -> int:
+        return one_option(tiny, *words).memory.weights
+
+    half, every = ("dropout.mean=0.5", "dropout.protect_first=0"), "dropout.every=round"
+    block = (weights() - weights("training.offload=true", every, *half)) / 3
+    assert block > 0
+    for words, kept in (
+        (("frozen.layers=2",), 4),
+        (("frozen.layers=2", *half), 4),
+        (("frozen.layers=2", *half, every), 2),
+        (("frozen.layers=2", "frozen.cache=false", *half, every), 4),
+        ((every,), 6),
+    ):
+        left = weights() - weights("training.offload=true", *words)
+        assert left == pytest.approx((6 - kept) * block), words
+
+
+# What is shown
+
+
+def made_up(memory: int, **settings: Any) -> Option:
+    tree: dict[str, Any] = {"dropout": {"mean": 0}}
+    for key, value in settings.items():
+        *tables, name = key.split("__")
+        place = tree
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[name] = value
+    parts = Memory(memory, 0, 0, 0, 0, 0, 0)
+    return Option(build_config(tree), 6, 6, parts, None)
+
+
+def test_of_what_fits_that_is_shown_which_saves_least() -> None:
+    plain = made_up(9, training__batch_size=16)
+    small = made_up(5, training__batch_size=16, quantization="8bit")
+    smaller = made_up(4, training__batch_size=16, quantization="4bit")
+    dropped = made_up(6, training__batch_size=16, dropout__mean=0.5)
+    both = made_up(3, training__batch_size=16, dropout__mean=0.5, quantization="8bit")
+    other = made_up(2, training__batch_size=4, quantization="4bit")
+    everything = [both, other, smaller, small, dropped]
+    assert least_savings([*everything, plain]) == [plain, other]
+    assert least_savings(everything) == [small, dropped, other]
+    assert least_savings([both, smaller]) == [smaller, both]
+
+
+savings = st.tuples(
+    st.sampled_from([0.0, 0.25, 0.5]),
+    st.sampled_from([0, 3]),
+    st.sampled_from(["fp32", "bf16"]),
+    st.sampled_from(["none", "8bit", "4bit"]),
+    st.booleans(),
+)
+
+
+@given(st.lists(savings, min_size=1, max_size=20, unique=True))
+def test_whatever_is_not_shown_saves_more_than_something_shown(chosen: list[Any]) -> None:
+    options = [
+        made_up(
+            1,
+            dropout__mean=mean,
+            frozen__layers=frozen,
+            training__precision=precision,
+            quantization=bits,
+            training__checkpointing=checkpointing,
+        )
+        for mean, frozen, precision, bits, checkpointing in chosen
+    ]
+    shown = least_savings(options)
+    assert shown
+
+    def above(one: Option, other: Option) -> bool:
+        return all(a >= b for a, b in zip(one.savings, other.savings, strict=True))
+
+    for one in options:
+        assert any(above(one, other) for other in shown)
+    assert not any(above(one, other) for one in shown for other in shown if one is not other)
+
+
+def test_excess_is_of_the_tighter_limit() -> None:
+    one = replace(made_up(50), step_s=3.0)
+    assert one.excess(Limits(100, None, None)) == 0.5
+    assert one.excess(Limits(100, 2.0, None)) == 1.5
+    assert one.excess(Limits(20, 2.0, None)) == 2.5
+
+
+def test_limits_of_a_command_line() -> None:
+    assert limits("8GB", None, None, {}) == Limits(8_000_000_000, None, None)
+    tx2 = PROFILES["jetson_tx2"]
+    assert limits(None, 2.0, "jetson_tx2", {}) == Limits(tx2.memory_bytes, 2.0, tx2)
+    assert limits("1GB", None, "mine", {"mine": tx2}) == Limits(1e9, None, tx2)
+
+
+# The command
+
+
+def test_plan_shows_what_fits(command: Command, tiny: str) -> None:
+    code, out, _ = command("estimate", "--memory", "2GB", tiny, *ONE, "dropout.mean=0,0.5")
+    assert code == 0
+    assert "fits 2.0 GB" in out
+    assert "8 of 8 combinations fit, shown are the 1 that save no more than needed" in out
+    assert f"droppeft run {tiny} adapter.type=lora training.batch_size=2 " in out
+
+
+def test_plan_in_json(command: Command, tiny: str) -> None:
+    code, out, _ = command(
+        *("estimate", "--memory", "2GB", "--profile", "jetson_tx2", "--seconds", "5", "--json"),
+        *(tiny, *ONE, "training.precision=fp32", "dropout.mean=0,0.5,0.9"),
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["memory_bytes"], found["step_s"], found["profile"]) == (2e9, 5.0, "jetson_tx2")
+    rows = found["combinations"]
+    assert len(rows) == 4  # with and without checkpointing
+    assert [row["shown"] for row in rows] == [True, False, False, False]
+    for row in rows:
+        parts = row["memory_bytes"]
+        assert parts.pop("total") == sum(parts.values()) == 2e9 - row["headroom_bytes"]
+        assert row["fits"]
+        assert row["step_modelled_s"] > 0
+    [(reason, count)] = found["refused"].items()
+    assert "a mean drop rate of 0.9 over 6 layers is impossible" in reason
+    assert count == 2
+
+
+def test_plan_says_what_is_nearest(command: Command, tiny: str) -> None:
+    """The process alone takes more than that; of all, the smallest is named."""
+    code, out, _ = command("estimate", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
+    assert code == cli.FAILED
+    assert "None of 8 combinations fits 100.0 MB" in out
+    assert "Nearest is one that needs 50" in out
+    assert "dropout.mean=0.5" in out
+    assert "training.checkpointing=" in out
+
+
+def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
+    """13 thousand million weights in 4 bits and 160 million in embeddings in 32."""
+    code, out, _ = command(
+        *("estimate", "--memory", "12GB", "--json", "model=config:llama-13b"),
+        *("training.batch_size=1", "quantization=4bit", "frozen.layers=0"),
+        *("training.precision=bf16", "training.checkpointing=true", "dropout.mean=0.5"),
+    )
+    assert code == 0
+    [row] = json.loads(out)["combinations"]
+    weights = row["memory_bytes"]["weights"]
+    linear = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert weights == pytest.approx(linear / 2 * (1 + 1 / 32) + 4 * 32000 * 5120, rel=0.005)
+    assert row["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "say what a device has: --memory 8GB, or --profile jetson_tx2"),
+        (["--memory", "much"], "'much' is no size of memory"),
+        (["--memory", "1GB", "--seconds", "2"], "--seconds needs --profile, whose time it is"),
+        (["--profile", "toaster"], "unknown profile 'toaster'; known are jetson_tx2"),
+        (["--memory", "1GB", "model=config:nothing"], "config:nothing: unknown architecture"),
+        (["--memory", "1GB", "training.batch_size=4,x"], "training.batch_size: input should be"),
+        (["--memory", "1GB", "quantization=3bit"], "quantization: input should be 'none'"),
+        (["--memory", "1GB", "adapter.typ=lora"], "unknown key adapter.typ"),
+        (["--memory", "1GB", "training.max_length=1000", *ONE[2:]], "more than the 512 positions"),
+    ],
+)
+def test_a_mistake_is_one_sentence(command: Command, words: list[str], sentence: str) -> None:
+    code, out, err = command("estimate", *words)
+    assert code == cli.USER_ERROR
+    assert out == ""
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_readme_plan_is_understood() -> None:
+    """Its words are settings that exist."""
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    found = [line.split() for line in lines if line.startswith("droppeft estimate ")]
+    assert found
+    for line in found:
+        words = [word for word in line if "=" in word and not word.startswith("-")]
+        assert list(combinations(None, words))
+
+
+def test_the_grid_s_settings_exist() -> None:
+    for key in GRID:
+        value_of(Config(), key)
+
+
+def test_all_that_fits_can_be_shown(command: Command, tiny: str) -> None:
+    _, out, _ = command("estimate", "--memory", "2GB", "--all", tiny, *ONE, "dropout.mean=0,0.5")
+    rows = [line for line in out.splitlines() if " GB " in line or " MB " in line]
+    assert len(rows) >= 8
+
+
+def test_no_bar_outside_of_a_terminal(tiny: str) -> None:
+    from droppeft.report.show_estimate import consider, show
+
+    console = Console(file=None, record=True, width=120)
+    configs = list(combinations(None, [tiny, *ONE, "dropout.mean=0"]))
+    answer = consider(configs, Limits(2e9, None, None), None, console)
+    assert console.export_text(clear=False) == ""
+    show(answer, console, everything=False)
+    assert "fits 2.0 GB" in console.export_text()

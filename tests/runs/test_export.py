@@ -1,0 +1,481 @@
+"""What is exported works without droppeft, and holds what the run recorded."""
+
+import csv
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from droppeft.client.client_model import ClientModel
+from droppeft.client.run_inputs import clients_of
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.runs import checkpoints
+from droppeft.runs import model_files
+from droppeft.runs import export
+from droppeft.runs.model_files import Source, save_merged, write_adapter
+from droppeft.runs.folder import held
+from droppeft.server.prepare import Prepared, evaluation_sample
+from droppeft.server.run import Interrupted, _evaluate, start_run
+from droppeft.models.loading import load_backbone
+from droppeft.messages import (
+    AdapterSpec,
+    BaseDelta,
+    GlobalModel,
+    LayerAdapter,
+    Plan,
+    Tensors,
+    flatten,
+)
+from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
+from tiny import FAMILIES, save_tiny_model
+
+VALUE = "bert.encoder.layer.1.attention.self.value.weight"
+
+
+@pytest.fixture(scope="module")
+def learned_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds of a pretrained model: its accuracy is not that of a class."""
+    out = tmp_path_factory.mktemp("learned") / "run"
+    words = [*tiny_words, "model=builtin", "rounds=2", "training.local_steps=4"]
+    result = start_run(load_config(None, words), out, Recorder())
+    assert result["global_accuracy"] > 0.5
+    return out
+
+
+def snippet(folder: Path) -> str:
+    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Do what the card says, where it says."""
+    loaded: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    exec(snippet(folder), loaded)
+    return loaded
+
+
+def rows_in_test(words: list[str]) -> list[dict[str, str]]:
+    data = Path(words[1].partition("=")[2])
+    with (data / "test.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def measure(loaded: dict[str, Any], rows: Sequence[dict[str, str]]) -> tuple[float, float]:
+    """Accuracy and mean loss, by transformers alone."""
+    model, tokenizer = loaded["model"], loaded["tokenizer"]
+    right, losses = 0, []
+    with torch.inference_mode():
+        for row in rows:
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+            right += model.config.id2label[int(logits.argmax())] == row["label"]
+            truth = list(model.config.id2label.values()).index(row["label"])
+            losses.append(float(-logits.log_softmax(0)[truth]))
+    return right / len(rows), sum(losses) / len(losses)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def with_model(run: Path, to: Path, change: Callable[[GlobalModel], GlobalModel]) -> Path:
+    """Copy a run, with another model in its newest checkpoint."""
+    shutil.copytree(run, to)
+    newest = checkpoint_of(to)
+    state = replace(newest.state, model=change(newest.state.model))
+    checkpoints.save(to / "checkpoints", replace(newest, state=state))
+    return to
+
+
+def with_delta(model: GlobalModel) -> GlobalModel:
+    values = np.random.default_rng(0).normal(scale=5.0, size=(32, 32)).astype(np.float32)
+    return replace(model, base_delta=BaseDelta("v1", {VALUE: values}))
+
+
+# What a run writes at its end
+
+
+def test_the_card_says_how_to_load_it(
+    learned_run: Path, tiny_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = run_snippet(learned_run / "adapter", monkeypatch)
+    accuracy, loss = measure(loaded, rows_in_test(tiny_words))
+    result = json.loads((learned_run / "result.json").read_text())
+    assert accuracy == result["global_accuracy"]
+    assert loss == pytest.approx(result["global_loss"], abs=1e-5)
+
+
+def test_the_hash_in_the_result_is_the_tensors_file_s(whole_run: Path) -> None:
+    result = json.loads((whole_run / "result.json").read_text())
+    content = (whole_run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert result["adapter_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    model = replace(prepared.state.model, base_delta=BaseDelta("v1", {}))
+    with pytest.raises(DroppeftError, match="base delta cannot be exported"):
+        write_adapter(prepared.loaded, model, {"rows": 1, "accuracy": 1.0}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_given_model_is_written_whatever_the_bench_wears(
+    prepared: Prepared, plans: list[Plan], tmp_path: Path
+) -> None:
+    clients = clients_of(prepared.loaded)
+    clients[0].train(plans[0])
+    facts = {"rows": 60, "accuracy": 0.5}
+    write_adapter(prepared.loaded, prepared.state.model, facts, tmp_path)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    sent = {
+        name.replace(".modules_to_save", "").replace(".default", ""): array
+        for _, name, array in flatten(prepared.state.model.tensors)
+    }
+    assert written.keys() == sent.keys()
+    for name, array in sent.items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
+
+
+def test_whom_the_folder_is_open_to_may_read_it(whole_run: Path) -> None:
+    mode = (whole_run / "adapter").stat().st_mode & 0o444
+    assert {path.stat().st_mode & 0o444 for path in (whole_run / "adapter").iterdir()} == {mode}
+
+
+# A checkpoint as an adapter
+
+
+def test_the_last_round_is_what_the_run_wrote(whole_run: Path, tmp_path: Path) -> None:
+    done = export.export_run(whole_run, tmp_path / "new" / "adapter")
+    assert done.folder == tmp_path / "new" / "adapter"
+    assert files_of(done.folder) == adapter_bytes(whole_run)
+    result = json.loads((whole_run / "result.json").read_text())
+    assert (done.round, done.accuracy, done.rows) == (3, result["global_accuracy"], 60)
+
+
+def test_an_earlier_round_has_the_accuracy_of_its_row(
+    learned_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = export.export_run(learned_run, tmp_path / "adapter", round=1)
+    recorded = rows_of(learned_run / "rounds.jsonl")[0]["global_accuracy"]
+    assert (done.round, done.accuracy, done.rows) == (1, recorded, 20)
+    card = (done.folder / "README.md").read_text()
+    assert "| round | 1 of 2 |" in card
+    assert f"| accuracy on 20 test texts | {recorded:.4f} |" in card
+    rows = rows_in_test(tiny_words)
+    sample = [rows[row] for row in evaluation_sample(len(rows), 20)]
+    assert measure(run_snippet(done.folder, monkeypatch), sample)[0] == recorded
+
+
+def test_the_lines_load_it_from_anywhere(
+    whole_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = export.export_run(whole_run, tmp_path / "it's here")
+    monkeypatch.chdir("/")
+    loaded: dict[str, Any] = {}
+    exec(done.lines, loaded)
+    assert measure(loaded, rows_in_test(tiny_words))[0] == done.accuracy
+
+
+def test_by_default_it_lies_in_the_run(whole_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    assert export.export_run(run).folder == run / "adapter-round-3"
+    assert export.export_run(run, merge=True).folder == run / "merged-round-3"
+    assert export.export_run(run, round=2).folder == run / "adapter-round-2"
+
+
+def test_a_card_tells_nothing_of_a_text(whole_run: Path, tmp_path: Path) -> None:
+    done = export.export_run(whole_run, tmp_path / "model", merge=True)
+    for folder in (whole_run / "adapter", done.folder):
+        card = (folder / "README.md").read_text()
+        assert "classes | 3" in card
+        assert not [word for words in TOPICS.values() for word in words if word in card]
+
+
+def test_a_stopped_run(tiny_words: list[str], tmp_path: Path) -> None:
+    class Impatient(Recorder):
+        def round_done(self, row: Any) -> None:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        start_run(load_config(None, [*tiny_words, "evaluation.every=2"]), run, Impatient())
+    newest, first = export.export_run(run), export.export_run(run, round=0)
+    assert (newest.round, newest.accuracy) == (1, None)
+    assert "| accuracy | not evaluated at this round |" in (newest.folder / "README.md").read_text()
+    facts = checkpoint_of(run, 0).facts
+    assert (first.round, first.accuracy, first.rows) == (0, facts["initial_accuracy"], 20)
+
+
+def test_a_run_that_is_going_on(whole_run: Path, tmp_path: Path) -> None:
+    with held(whole_run):
+        done = export.export_run(whole_run, tmp_path / "adapter")
+    assert files_of(done.folder) == adapter_bytes(whole_run)
+
+
+def run_on_own_data(words: list[str], folder: Path) -> tuple[Path, Path]:
+    """A run of one round and its data, which nothing else uses."""
+    data = shutil.copytree(words[1].partition("=")[2], folder / "data")
+    start_run(load_config(None, [*words, f"data={data}", "rounds=1"]), folder / "run", Recorder())
+    return folder / "run", data
+
+
+def test_the_texts_are_not_needed(tiny_words: list[str], tmp_path: Path) -> None:
+    run, data = run_on_own_data(tiny_words, tmp_path)
+    shutil.rmtree(data)
+    assert files_of(export.export_run(run).folder) == adapter_bytes(run)
+
+
+def test_an_older_checkpoint_takes_the_classes_from_the_data(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    run, data = run_on_own_data(tiny_words, tmp_path)
+    for round in (0, 1):
+        kept = checkpoint_of(run, round)
+        lacking = {"label_names", "sampled_test_rows"}
+        facts = {name: value for name, value in kept.facts.items() if name not in lacking}
+        checkpoints.save(run / "checkpoints", replace(kept, facts=facts))
+    assert files_of(export.export_run(run).folder) == adapter_bytes(run)
+    assert export.export_run(run, round=0).rows == 20
+    text = (data / "test.csv").read_text()
+    (data / "test.csv").write_text(text.replace("bread", "toast", 1))
+    with pytest.raises(DroppeftError, match=r"the data .* changed since this run began"):
+        export.export_run(run, tmp_path / "adapter")
+
+
+# What cannot be exported
+
+
+def test_another_backbone_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    mine = shutil.copytree(tiny_words[0].partition("=")[2], tmp_path / "model")
+    run = tmp_path / "run"
+    start_run(load_config(None, [*tiny_words, f"model={mine}", "rounds=1"]), run, Recorder())
+    shutil.rmtree(mine)
+    save_tiny_model(mine, num_layers=3)
+    for merge in (False, True):
+        with pytest.raises(DroppeftError, match=r"the model .* changed since this run began"):
+            export.export_run(run, merge=merge)
+    assert not list(run.glob("*-round-*"))
+
+
+def test_what_is_not_there_or_taken_is_refused_with_a_sentence(
+    whole_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DroppeftError, match=r"holds no run to export \(no config.toml\)"):
+        export.export_run(tmp_path)
+    with pytest.raises(DroppeftError, match=r"no round 1; the rounds kept are: 3, 2"):
+        export.export_run(whole_run, tmp_path / "adapter", round=1)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DroppeftError, match=r"taken: exists already; .* --out"):
+        export.export_run(whole_run, tmp_path / "taken")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DroppeftError, match=r"adapter: cannot be written .* --out"):
+        export.export_run(whole_run, tmp_path / "file" / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DroppeftError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_what_is_not_finished_is_not_there(
+    merge: bool,
+    error: BaseException,
+    seen: type[BaseException],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(model_files, "sync", fail)  # everything has been written by then
+    with pytest.raises(seen) as raised:
+        export.export_run(whole_run, tmp_path / "model", merge=merge)
+    if seen is DroppeftError:
+        assert "cannot be written (No space left on device)" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Merged into the backbone
+
+
+def test_the_merged_model_needs_transformers_alone(
+    learned_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = export.export_run(learned_run, tmp_path / "model", merge=True)
+    assert "peft" not in snippet(done.folder)
+    loaded = run_snippet(done.folder, monkeypatch)
+    accuracy, loss = measure(loaded, rows_in_test(tiny_words))
+    result = json.loads((learned_run / "result.json").read_text())
+    assert accuracy == result["global_accuracy"] == done.accuracy
+    assert loss == pytest.approx(result["global_loss"], abs=1e-5)
+    _, report = AutoModelForSequenceClassification.from_pretrained(
+        done.folder, output_loading_info=True
+    )
+    assert not any(report.values())
+
+
+def test_the_adapter_is_in_the_merged_weights(whole_run: Path, tmp_path: Path) -> None:
+    done = export.export_run(whole_run, tmp_path / "model", merge=True)
+    weights = load_file(done.folder / "model.safetensors")
+    adapter = load_file(whole_run / "adapter" / "adapter_model.safetensors")
+    config = load_config(whole_run / "config.toml")
+    base = load_file(Path(config.model) / "model.safetensors")
+    name = VALUE.removesuffix(".weight")
+    b, a = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
+    scale = config.adapter.alpha / config.adapter.rank
+    assert np.abs(b @ a).max() > 0
+    np.testing.assert_allclose(weights[VALUE], base[VALUE] + scale * (b @ a), atol=1e-6)
+    head = adapter["base_model.model.classifier.weight"]
+    np.testing.assert_array_equal(weights["classifier.weight"], head)
+
+
+def test_a_base_delta_is_merged_but_is_no_adapter(
+    whole_run: Path,
+    prepared: Prepared,
+    tiny_words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = with_model(whole_run, tmp_path / "run", with_delta)
+    with pytest.raises(DroppeftError, match="base delta cannot be exported as an adapter alone"):
+        export.export_run(run)
+    done = export.export_run(run, merge=True)
+    model = checkpoint_of(run).state.model
+    whole = np.arange(60, dtype=np.int64)
+    with_it = _evaluate(prepared, model, whole)
+    without = _evaluate(prepared, replace(model, base_delta=None), whole)
+    accuracy, loss = measure(run_snippet(done.folder, monkeypatch), rows_in_test(tiny_words))
+    assert abs(with_it.loss - without.loss) > 1e-4
+    assert (accuracy, loss) == (with_it.accuracy, pytest.approx(with_it.loss, abs=1e-5))
+
+
+def drawn(tensors: Tensors) -> Tensors:
+    """Values that all change what the model answers: LoRA's B starts from nothing."""
+    rng = np.random.default_rng(0)
+    return {
+        key: {
+            name: rng.normal(scale=0.1, size=array.shape).astype(np.float32)
+            for name, array in named.items()
+        }
+        for key, named in tensors.items()
+    }
+
+
+def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> Source:
+    """An adapter on a tiny model of two layers."""
+    backbone = load_backbone(str(base), ("a", "b", "c"), 0)
+    bench = ClientModel(backbone, "cpu", 0)
+    spec = AdapterSpec(tuple(layers), **settings)
+    model = GlobalModel(spec, drawn(bench.fresh_tensors(spec)))
+    config = load_config(None, [f"model={base}"])
+    return Source(config, backbone, bench, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
+
+
+def assert_same_answers(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export both ways, load both by their cards, ask both."""
+    model_files.save_adapter(source, folder / "adapter")
+    save_merged(source, folder / "merged")
+    logits = []
+    for name in ("adapter", "merged"):
+        loaded = run_snippet(folder / name, monkeypatch)
+        texts = ["a few words", "words that are many more than the few of the other text"]
+        batch = loaded["tokenizer"](texts, padding=True, return_tensors="pt")
+        asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            logits.append(loaded["model"](**asked).logits)
+    assert logits[0].std() > 0.01
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_answers_the_same_when_merged(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = (LayerAdapter("lora", 2), LayerAdapter("lora", 4))
+    base = save_tiny_model(tmp_path / "base", 2, model_type)
+    source = source_of(base, layers, alpha=8.0, targets=("all-linear",))
+    assert_same_answers(source, tmp_path, monkeypatch)
+
+
+def test_a_decoder_without_a_padding_token_takes_texts_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_model(tmp_path / "base", 2, "gpt2")
+    path = base / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.update(pad_token=None, eos_token="[SEP]", padding_side="left")
+    path.write_text(json.dumps(settings))
+    source = source_of(base, (LayerAdapter("lora", 2),) * 2)
+    assert source.backbone.tokenizer.pad_token == "[SEP]"
+    assert_same_answers(source, tmp_path, monkeypatch)
+
+
+def test_random_weights_are_loaded_from_nowhere(tmp_path: Path) -> None:
+    source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("lora", 2),) * 2)
+    shape = replace(source, backbone=replace(source.backbone, path="config:bert-large"))
+    lines = model_files.adapter_lines(shape, "adapter").splitlines()
+    assert all(line.startswith("# ") for line in lines)
+    assert "droppeft export --merge writes a model" in lines[-1]
+
+
+def test_a_head_that_peft_does_not_take_out_is_merged_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("ln_tuning"),) * 2)
+    assert_same_answers(source, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("prompt_tuning", {"tokens": 2}), ("bottleneck", {"width": 4})]
+)
+def test_an_adapter_that_is_no_change_of_weights_cannot_be_merged(
+    name: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    settings = {key: value for key, value in sizes.items() if key == "tokens"}
+    layer = LayerAdapter(name, width=sizes.get("width"))
+    source = source_of(save_tiny_model(tmp_path / "base", 2), (layer,) * 2, **settings)
+    with pytest.raises(DroppeftError, match=rf"{name} cannot be merged .*without --merge"):
+        save_merged(source, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_peft_cannot_merge_is_refused(whole_run: Path, tmp_path: Path) -> None:
+    def broken(model: GlobalModel) -> GlobalModel:
+        tensors = {
+            key: {name: np.full_like(array, np.nan) for name, array in named.items()}
+            for key, named in model.tensors.items()
+        }
+        return replace(model, tensors=tensors)
+
+    run = with_model(whole_run, tmp_path / "run", broken)
+    with pytest.raises(DroppeftError, match=r"type lora cannot be merged into the backbone \(NaNs"):
+        export.export_run(run, merge=True)
+    assert not list(run.glob("*-round-*"))
+
+
+def test_a_merge_that_changes_answers_is_refused(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_files, "merged", lambda model: model.unload())
+    with pytest.raises(DroppeftError, match="this adapter gives another model"):
+        export.export_run(whole_run, tmp_path / "model", merge=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,275 @@
+"""Sums, targets and rows on disk, with numbers worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from droppeft.costs.modelled_clock import RoundCost, TurnCost
+from droppeft.runs.ledger import (
+    ClosedRound,
+    RoundRow,
+    append_rows,
+    device_row,
+    read_rows,
+    rewind,
+    round_row,
+    summarise,
+    target_round,
+)
+from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
+from handmade import COST, answer_to, plan_for
+
+TURN = TurnCost("phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0)
+
+
+def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
+    usual = RoundRow(
+        round=round,
+        cohort=[0],
+        accepted=1,
+        failures=[],
+        global_accuracy=accuracy,
+        global_f1=accuracy,
+        global_loss=None,
+        train_loss=1.0 / round,
+        mean_active_layers=3.0,
+        activation_bytes_peak=100,
+        upload_bytes=10,
+        download_bytes=20,
+        round_measured_s=2.0,
+        train_wall_s=1.0,
+        evaluation_wall_s=0.5,
+        saving_wall_s=0.1,
+        host_wall_s=3.0,
+        round_modelled_s=15.0,
+        energy_modelled_j=7.0,
+    )
+    return replace(usual, **changes)
+
+
+def rows_with(*accuracies: float | None) -> list[RoundRow]:
+    return [row(number, value) for number, value in enumerate(accuracies, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "reached"),
+    [
+        ([0.7, 0.7, 0.7], 0.7, 3),  # their mean is 0.6999999999999998 in floating point
+        ([0.6, 0.9], 0.5, 2),  # (0.0 + 0.6 + 0.9) / 3 = 0.5: what was before round 1 counts
+        ([0.6, 0.9], 0.51, None),
+        ([1.0, 0.0, 0.5, 1.0, 1.0], 0.8, 5),  # (0.5 + 1.0 + 1.0) / 3; a single 1.0 is not enough
+        ([1.0], 0.1, None),  # two measurements are no mean of three
+        ([0.6, None, 0.9], 0.5, 3),  # rounds that were not measured are passed over
+        ([None, None, None], 0.0, None),
+        ([1.0, 1.0, 1.0], None, None),
+        ([], 0.0, None),
+    ],
+)
+def test_a_target_is_reached_by_a_mean_of_three(
+    accuracies: list[float | None], target: float | None, reached: int | None
+) -> None:
+    assert target_round(enumerate(accuracies, start=1), 0.0, target) == reached
+
+
+def test_a_summary_adds_up() -> None:
+    rows = [
+        row(1, 0.5, activation_bytes_peak=300, upload_framed_bytes=11),
+        row(2, None, mean_active_layers=None, upload_framed_bytes=12),
+        row(3, 0.75, mean_active_layers=2.0),
+        row(4, 0.7),
+    ]
+    summary = summarise(rows, 0.25, 0.5)
+    assert summary == {
+        "rounds": 4,
+        "initial_accuracy": 0.25,
+        "first_accuracy": 0.5,
+        "best_accuracy": 0.75,
+        "best_round": 3,
+        "train_loss": 0.25,
+        "mean_active_layers": pytest.approx((3 + 2 + 3) / 3),
+        "activation_bytes_peak": 300,
+        "upload_bytes": 40,
+        "download_bytes": 80,
+        "upload_framed_bytes": 23,  # of the rounds that were framed
+        "download_framed_bytes": None,
+        "round_measured_s": 8.0,
+        "round_modelled_s": 60.0,
+        "energy_modelled_j": 28.0,
+        "idle_modelled_share": None,
+        "train_wall_s": 4.0,
+        "evaluation_wall_s": 2.0,
+        "host_wall_s": 12.0,
+        "target": 0.5,
+        "target_round": 3,  # (0.25 + 0.5 + 0.75) / 3 = 0.5
+        "time_to_target_measured_s": 6.0,  # three rounds of 2 s
+        "time_to_target_modelled_s": 45.0,  # three rounds of 15 s
+        "time_to_target_host_s": 7.5,  # three rounds of 3 s less 0.5 s of measuring
+    }
+
+
+def test_the_best_round_is_the_first_of_equals() -> None:
+    assert summarise(rows_with(0.5, 0.8, 0.8), 0.1, None)["best_round"] == 2
+
+
+def test_a_summary_of_nothing_measured() -> None:
+    summary = summarise(rows_with(None, None), 0.3, 0.9)
+    assert (summary["best_accuracy"], summary["best_round"]) == (None, None)
+    assert summary["first_accuracy"] is None
+    assert summary["time_to_target_measured_s"] is None
+    assert summary["time_to_target_host_s"] is None
+    assert summary["time_to_target_modelled_s"] is None
+
+
+def test_a_round_of_an_earlier_version_makes_modelled_totals_unknown() -> None:
+    rows = [row(1, 0.9), row(2, 0.9), row(3, 0.9, round_modelled_s=None)]
+    summary = summarise(rows, 0.9, 0.9)
+    assert (summary["target_round"], summary["round_modelled_s"]) == (2, None)
+    assert summary["time_to_target_modelled_s"] == 30.0
+    assert summary["energy_modelled_j"] == 21.0
+
+
+def test_a_round_is_summed_up() -> None:
+    plans = [plan_for(device) for device in (1, 4, 6)]
+    slow = replace(COST, turn_wall_s=9.0, activation_bytes_peak=70)
+    replies: list[Reply] = [
+        answer_to(plans[0], train_loss=0.5),
+        Failure(4, "sent no reply"),
+        answer_to(
+            plans[2],
+            train_loss=1.0,
+            steps=6,
+            active_steps=(6, 3, 3, 6),
+            importance=(0.0, 0.2, 0.3, 1.2),
+            tensors={0: answer_to(plans[2]).tensors[0]},
+            cost=slow,
+        ),
+    ]
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 1.5}
+    framing = ((10, 3), (10, None), (7, 2))
+    faster = replace(TURN, train_s=3.0)
+    modelled = RoundCost((TURN, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
+    closed = ClosedRound(1, (*plans,), (*replies,), (*replies,), modelled, framing, 0.25)
+    made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
+    assert made == RoundRow(
+        round=1,
+        cohort=[1, 4, 6],
+        accepted=2,
+        failures=[{"device": 4, "reason": "sent no reply"}],
+        global_accuracy=0.8,
+        global_f1=0.7,
+        global_loss=0.4,
+        train_loss=0.75,
+        mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over devices
+        activation_bytes_peak=100,
+        upload_bytes=36 + 8,  # nine values of 4 bytes, and two
+        download_bytes=3 * 36,
+        round_measured_s=9.25,
+        train_wall_s=4.0,
+        evaluation_wall_s=1.5,
+        saving_wall_s=0.2,
+        host_wall_s=20.0,
+        upload_framed_bytes=3 + 2,
+        download_framed_bytes=10 + 10 + 7,
+        absent=[8],
+        late=[],
+        surplus=[],
+        round_modelled_s=15.0,
+        energy_modelled_j=14.0,
+        coverage=[2, 1, 1, 1],
+        layer_steps=[2 + 6, 1 + 3, 1 + 3, 2 + 6],
+        importance=pytest.approx([0.1, 0.2, 0.3, 0.8]),
+        idle_modelled_share=pytest.approx(1 - (15 + 10) / (2 * 15)),
+        notes={"arm": 1},
+    )
+
+
+def test_who_was_late_or_surplus_has_cost_something() -> None:
+    plans = [plan_for(device) for device in (1, 4, 6)]
+    answers: list[Reply] = [answer_to(plan) for plan in plans]
+    replies: list[Reply] = [answers[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
+    modelled = RoundCost((TURN, TURN, TURN), late=(4,), surplus=(6,), round_s=15.0)
+    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
+    closed = ClosedRound(1, (*plans,), (*answers,), (*replies,), modelled, (), 0.0)
+    made = round_row(closed, quality, 0.0, 0.0)
+    assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
+    assert (made.late, made.surplus) == ([4], [6])
+    assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
+
+
+def test_a_device_s_row() -> None:
+    plan = plan_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
+    answer = answer_to(plan, reward=0.1)
+    made = device_row(plan, answer, answer, TURN)
+    assert made == json.loads(json.dumps(made))
+    assert (made["round"], made["device"], made["accepted"]) == (1, 4, True)
+    assert made["rates"] == [0.0, 0.5, 0.5, 0.0]
+    assert (made["upload_bytes"], made["download_bytes"]) == (36, 36)
+    assert (made["active_steps"], made["reward"], made["tokens"]) == ([2, 1, 1, 2], 0.1, 64)
+    assert made["layer_tokens"] == [64, 32, 32, 64]
+    assert (made["profile"], made["turn_modelled_s"], made["energy_modelled_j"]) == (
+        "phone",
+        15.0,
+        7.0,
+    )
+    parts = ("download", "train", "reward", "upload")
+    assert [made[f"{part}_modelled_s"] for part in parts] == [1.0, 8.0, 2.0, 4.0]
+    late = device_row(plan, answer, Failure(4, "late: it was"), TURN)
+    assert late == {**made, "accepted": False, "reason": "late: it was"}
+    lost = Failure(4, "sent no reply")
+    failed = device_row(plan_for(4), lost, lost, None)
+    assert (failed["accepted"], failed["rates"]) == (False, None)
+    assert failed["reason"] == "sent no reply"
+
+
+# On disk
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_rows(path, [{"round": 1, "é": None}, {"round": 2}])
+    append_rows(path, [])
+    append_rows(path, [{"round": 3}])
+    assert read_rows(path) == [{"round": 1, "é": None}, {"round": 2}, {"round": 3}]
+
+
+@pytest.mark.parametrize("torn", ['{"round": 3', "{", '{"round": 3, "reason": "\\u00'])
+def test_a_torn_last_line_is_passed_over(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"round": 1}, {"round": 2}])
+    with path.open("a") as file:
+        file.write(torn)
+    assert read_rows(path) == [{"round": 1}, {"round": 2}]
+
+
+def test_rewinding_drops_later_rows_for_good(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"round": number} for number in (1, 1, 2, 2, 3)])
+    with path.open("a") as file:
+        file.write('{"round"')
+    kept = [{"round": 1}, {"round": 1}, {"round": 2}, {"round": 2}]
+    assert rewind(path, 2) == kept
+    append_rows(path, [{"round": 3}])
+    assert read_rows(path) == [*kept, {"round": 3}]
+
+
+def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
+    assert rewind(tmp_path / "rows.jsonl", 0) == []
+    assert (tmp_path / "rows.jsonl").read_bytes() == b""
+
+
+def test_a_change_of_the_backbone_is_traffic() -> None:
+    delta = BaseDelta("v1", {"w": np.zeros((10, 10), np.float32)})
+    plan = plan_for(4, base_delta=delta)
+    lost = Failure(4, "lost")
+    assert device_row(plan, lost, lost, None)["download_bytes"] == 36 + 400
+    nothing = dict.fromkeys(("accuracy", "f1", "loss", "wall_s"))
+    nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
+    closed = ClosedRound(1, (plan,), (lost,), (lost,), nobody, ((None, None),), 0.0)
+    row = round_row(closed, nothing, 0.0, 0.0)
+    assert row.download_bytes == 36 + 400
+    assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

@@ -1,0 +1,394 @@
+"""Who is merged on the modelled clock, how long a round takes, and that nothing else matters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppeft.config import load_config
+from droppeft.costs.device_profiles import PROFILES, Fleet
+from droppeft.errors import DroppeftError
+from droppeft.server import round_cost
+from droppeft.server.round_cost import close_round, count_rows, make_clock
+from droppeft.server.rounds import draw_cohort, play_round
+from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.runs.ledger import ClosedRound
+from droppeft.federated_method import adapter_spec
+from droppeft.methods import METHODS, Setup
+from droppeft.models.loading import load_backbone
+from droppeft.messages import AdapterSpec, Failure, Plan, Reply, ServerState, Update
+from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
+from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for
+from runs import Recorder, outcome, rows_of
+
+METHOD = METHODS["fedlora"]
+
+# Seconds are tokens: a device with 1 FLOP/s per FLOP of a token, and a line that takes no time.
+OWN = {
+    "effective_flops_per_s": 2.0 * REST,
+    "memory_bytes": 1,
+    "idle_watts": 1,
+    "train_watts": 10,
+    "download": 1e30,
+    "upload": 1e30,
+}
+WORDS = ("clock.profiles=own", *(f"clock.own.own.{key}={value}" for key, value in OWN.items()))
+
+
+def setup_with(*words: str) -> Setup:
+    return setup_for("method=fedlora", *WORDS, *words)
+
+
+def taking(plan: Plan, seconds: int, **changes: Any) -> Update:
+    """An Update whose turn takes so many modelled seconds: no layer ran, the rest did."""
+    cost = replace(COST, tokens=seconds, rows=1, layer_tokens=(0,) * 4)
+    return answer_to(plan, examples=1, active_steps=(0,) * 4, cost=cost, **changes)
+
+
+def closed_with(seconds: list[int | None], *words: str) -> tuple[list[Reply], Any]:
+    """Close a round of so many devices; ``None`` is one that failed."""
+    setup = setup_with(*words)
+    plans = [plan_for(device) for device in range(len(seconds))]
+    answers: list[Reply] = [
+        Failure(plan.device, "lost") if took is None else taking(plan, took)
+        for plan, took in zip(plans, seconds, strict=True)
+    ]
+    return close_round(setup.clock, setup.config, plans, answers)
+
+
+def merged(replies: list[Reply]) -> list[int]:
+    return [reply.device for reply in replies if isinstance(reply, Update)]
+
+
+def test_a_round_lasts_as_long_as_its_slowest_member() -> None:
+    replies, cost = closed_with([30, 50, 40])
+    assert merged(replies) == [0, 1, 2]
+    assert cost.round_s == pytest.approx(50)
+    assert [turn.turn_s for turn in cost.turns] == pytest.approx([30, 50, 40])
+    assert cost.energy_j == pytest.approx(10 * 120)
+    assert (cost.late, cost.surplus, cost.absent) == ((), (), ())
+
+
+def test_without_a_clock_everybody_is_merged() -> None:
+    plans = [plan_for(device) for device in range(3)]
+    answers: list[Reply] = [taking(plans[0], 5), Failure(1, "lost"), taking(plans[2], 9)]
+    replies, cost = close_round(None, setup_for().config, plans, answers)
+    assert replies == answers
+    assert (cost.turns, cost.round_s, cost.energy_j) == ((None, None, None), None, None)
+
+
+def test_nobody_waits_for_a_device_that_failed() -> None:
+    replies, cost = closed_with([30, None, 40])
+    assert replies[1] == Failure(1, "lost")
+    assert cost.turns[1] is None
+    assert cost.round_s == pytest.approx(40)
+
+
+def test_who_misses_the_deadline_is_not_merged_and_the_round_lasts_until_then() -> None:
+    replies, cost = closed_with([30, 50, 40], "clock.deadline_s=45.0")
+    assert merged(replies) == [0, 2]
+    assert replies[1] == Failure(1, "late: 50.0 modelled s, the deadline is 45 s")
+    assert (cost.round_s, cost.late) == (45, (1,))
+    assert cost.energy_j == pytest.approx(10 * 120)
+
+
+def test_the_deadline_itself_is_in_time() -> None:
+    replies, cost = closed_with([30, 50, 40], "clock.deadline_s=50.0")
+    assert (merged(replies), cost.late) == ([0, 1, 2], ())
+
+
+def test_all_are_late() -> None:
+    replies, cost = closed_with([30, 50, 40], "clock.deadline_s=10.0")
+    assert (merged(replies), cost.round_s) == ([], 10)
+
+
+def test_the_first_of_an_over_selected_round_are_merged_in_plan_order() -> None:
+    seconds: list[int | None] = [70, 20, 60, 30, 10]
+    replies, cost = closed_with(seconds, "clock.over_selection=1.5")
+    assert merged(replies) == [1, 3, 4]
+    assert replies[0] == Failure(0, "surplus: 3 others were done in 70.0 modelled s")
+    assert (cost.round_s, cost.surplus, cost.late) == (pytest.approx(30), (0, 2), ())
+    assert cost.energy_j == pytest.approx(10 * 190)
+
+
+def test_a_full_cohort_waits_for_no_deadline() -> None:
+    words = ("clock.over_selection=1.5", "clock.deadline_s=65.0")
+    _, cost = closed_with([70, 20, 60, 30, 10], *words)
+    assert (cost.round_s, cost.surplus, cost.late) == (pytest.approx(30), (2,), (0,))
+
+
+def test_equal_times_are_told_apart_by_their_place_among_the_plans() -> None:
+    replies, cost = closed_with([20, 20, 20, 20, 20], "clock.over_selection=1.5")
+    assert merged(replies) == [0, 1, 2]
+    assert cost.surplus == (3, 4)
+
+
+def test_the_clock_reads_the_same_from_a_message() -> None:
+    setup, plan = setup_for(), plan_for(4)
+    assert setup.clock is not None
+    update = answer_to(plan, cost=replace(COST, reward_tokens=7))
+    came = unpack_reply(pack_reply(update), 10_000)
+    assert isinstance(came, Update)
+    assert setup.clock.turn_cost(plan, came) == setup.clock.turn_cost(plan, update)
+
+
+def test_a_round_without_members() -> None:
+    replies, cost = closed_with([])
+    assert (replies, cost.turns, cost.round_s, cost.energy_j) == ([], (), 0.0, 0)
+
+
+@given(st.lists(st.none() | st.integers(1, 100), max_size=5), st.none() | st.integers(1, 100))
+def test_what_closes_a_round(seconds: list[int | None], deadline: int | None) -> None:
+    words = [] if deadline is None else [f"clock.deadline_s={deadline}.5"]
+    replies, cost = closed_with(seconds, "clock.over_selection=1.5", *words)
+    # The deadlines lie between the times, so that rounding has no say.
+    done = [took for took in seconds if took and (deadline is None or took < deadline + 0.5)]
+    assert sorted(seconds[device] or 0 for device in merged(replies)) == sorted(done)[:3]
+    assert len(merged(replies)) + len(cost.late) + len(cost.surplus) == sum(
+        took is not None for took in seconds
+    )
+    if cost.late and len(done) < 3:
+        assert cost.round_s == (deadline or 0) + 0.5
+    else:
+        assert cost.round_s == pytest.approx(max(sorted(done)[:3], default=0))
+
+
+# In a round
+
+
+def play(
+    setup: Setup, *, backwards: bool = False, round: int = 1
+) -> tuple[ServerState, ClosedRound]:
+    transport = Scripted(
+        lambda plan: [taking(plan, 10 + 7 * plan.device % 50, tensors=trained(plan))],
+        backwards=backwards,
+    )
+    return play_round(setup, METHOD, transport, METHOD.init(setup), round, lambda reply: None)
+
+
+def trained(plan: Plan) -> Any:
+    """What is sent where no layer ran: the head."""
+    return {"head": {"head.W": plan.tensors["head"]["head.W"] * 0 + float(plan.device)}}
+
+
+def head(state: ServerState) -> float:
+    return float(state.model.tensors["head"]["head.W"][0])
+
+
+def test_a_round_draws_more_than_it_merges() -> None:
+    setup = setup_with("clock.over_selection=2.0")
+    state, closed = play(setup)
+    assert len(closed.plans) == len(draw_cohort(setup, 1)) == 6
+    fastest = sorted((10 + 7 * plan.device % 50, plan.device) for plan in closed.plans)[:3]
+    assert {update.device for update in closed.accepted} == {device for _, device in fastest}
+    assert head(state) == pytest.approx(sum(device for _, device in fastest) / 3)
+    assert all(isinstance(answer, Update) for answer in closed.answers)
+
+
+def test_the_order_of_arrival_decides_nothing() -> None:
+    setup = setup_with("clock.over_selection=2.0", "clock.deadline_s=40.0")
+    (state, closed), (other, backwards) = play(setup), play(setup, backwards=True)
+    assert head(state) == head(other)
+    assert closed.modelled == backwards.modelled
+    assert [update.device for update in closed.accepted] == [
+        update.device for update in backwards.accepted
+    ]
+
+
+def test_who_is_refused_is_not_timed() -> None:
+    setup = setup_with()
+    transport = Scripted(lambda plan: [taking(plan, 5, nonce="an old one")])
+    _, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, lambda reply: None)
+    assert closed.modelled.turns == (None, None, None)
+    assert closed.modelled.round_s == 0
+
+
+def test_a_quorum_counts_who_was_in_time() -> None:
+    setup = setup_with("clock.deadline_s=1.0", "quorum=2")
+    state, closed = play(setup)
+    assert closed.accepted == ()
+    assert head(state) == 1.0
+    assert closed.modelled.round_s == 1.0
+
+
+def test_an_absent_device_gets_no_plan_and_is_named() -> None:
+    setup = setup_with("clock.own.own.availability=0.5")
+    rounds = [play(setup, round=round)[1] for round in range(1, 21)]
+    for round, closed in enumerate(rounds, start=1):
+        asked = [plan.device for plan in closed.plans]
+        assert sorted([*asked, *closed.modelled.absent]) == list(draw_cohort(setup, round))
+    # 60 draws at one half: standard deviation 3.9.
+    assert abs(sum(len(closed.modelled.absent) for closed in rounds) - 30) < 20
+
+
+def test_everybody_may_be_absent() -> None:
+    setup = setup_with("clock.own.own.availability=1e-9")
+    state, closed = play(setup)
+    assert (closed.plans, closed.accepted, closed.modelled.round_s) == ((), (), 0.0)
+    assert len(closed.modelled.absent) == 3
+    assert head(state) == 1.0
+
+
+def test_an_adapter_is_counted_once() -> None:
+    counted: list[AdapterSpec] = []
+
+    def count(spec: AdapterSpec) -> Any:
+        counted.append(spec)
+        return ARITHMETIC
+
+    clock = make_clock(Fleet(0, ("own",) * 5, {"own": PROFILES["phone"]}), count)
+    for device in range(5):
+        plan = plan_for(device)
+        clock.turn_cost(plan, answer_to(plan))
+    assert len(counted) == 1
+
+
+def test_another_run_s_rows_are_counted_once_and_what_differs_anew(
+    tiny_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_cost, "_COUNTED", {})
+
+    def count(*words: str) -> Any:
+        config = load_config(None, [*tiny_words, *words])
+        backbone = load_backbone(config.model, ("no", "yes"), config.seed)
+        spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.count)
+        return count_rows(backbone, spec, config.training)
+
+    first = count()
+    assert count("seed=5", "training.local_steps=3", "data=elsewhere") is first
+    for different in ("training.max_length=8", "training.batch_size=3", "adapter.rank=1"):
+        assert count(different) != first
+    monkeypatch.setattr(round_cost, "_COUNTED", {})
+    assert count() == first
+
+
+def test_an_unknown_profile_stops_before_anything_is_loaded(tmp_path: Path) -> None:
+    words = ["clock.profiles=jetson", "data=no-such-data", "model=no-such-model"]
+    with pytest.raises(DroppeftError, match="unknown profile 'jetson'"):
+        start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert list(tmp_path.iterdir()) == []
+
+
+# In a run
+
+
+@pytest.fixture(scope="module")
+def clock_words(tiny_words: list[str]) -> list[str]:
+    """Three of four devices are drawn, two merged, and phones are often not there."""
+    more = ("rounds=4", "clock.over_selection=1.5", "clock.profiles=phone,jetson_tx2")
+    return [*tiny_words, *more]
+
+
+@pytest.fixture(scope="module")
+def clock_run(clock_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("clock") / "run"
+    start_run(load_config(None, clock_words), out, Recorder())
+    return out
+
+
+def test_rows_of_a_run_agree_with_each_other(clock_run: Path) -> None:
+    rounds, devices = (rows_of(clock_run / name) for name in ("rounds.jsonl", "devices.jsonl"))
+    for row in rounds:
+        members = [each for each in devices if each["round"] == row["round"]]
+        assert [each["device"] for each in members] == row["cohort"]
+        assert row["accepted"] + len(row["surplus"]) == len(row["cohort"])
+        assert len(row["cohort"]) + len(row["absent"]) == 3
+        merged = [each["turn_modelled_s"] for each in members if each["accepted"]]
+        surplus = [each["turn_modelled_s"] for each in members if not each["accepted"]]
+        assert row["round_modelled_s"] == max(merged)
+        assert all(took >= max(merged) for took in surplus)
+        assert row["energy_modelled_j"] == sum(each["energy_modelled_j"] for each in members)
+    assert any(row["surplus"] for row in rounds)
+    assert any(row["absent"] for row in rounds)
+    result = json.loads((clock_run / "result.json").read_text())
+    assert result["round_modelled_s"] == sum(row["round_modelled_s"] for row in rounds)
+
+
+def test_a_device_keeps_its_profile(clock_run: Path) -> None:
+    kinds: dict[int, set[str]] = {}
+    for row in rows_of(clock_run / "devices.jsonl"):
+        kinds.setdefault(row["device"], set()).add(row["profile"])
+    assert all(len(names) == 1 for names in kinds.values())
+    assert set.union(*kinds.values()) == {"phone", "jetson_tx2"}
+
+
+def test_a_resumed_run_has_the_modelled_clock_of_an_unbroken_one(
+    clock_words: list[str], clock_run: Path, tmp_path: Path
+) -> None:
+    class Stopped(Recorder):
+        def round_done(self, row: Any) -> None:
+            super().round_done(row)
+            if row.round == 2:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        start_run(load_config(None, clock_words), out, Stopped())
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(clock_run)
+
+
+def test_layers_that_were_dropped_cost_no_modelled_time(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    def train_s(mean: float) -> dict[tuple[int, int], float]:
+        out = tmp_path / str(mean)
+        words = [*tiny_words, "rounds=1", f"dropout.mean={mean}"]
+        start_run(load_config(None, words), out, Recorder())
+        rows = rows_of(out / "devices.jsonl")
+        return {(row["round"], row["device"]): row["train_modelled_s"] for row in rows}
+
+    full, half = train_s(0.0), train_s(0.5)
+    assert full.keys() == half.keys()
+    assert all(half[turn] < full[turn] for turn in full)
+
+
+def test_a_deadline_that_nobody_can_meet_ends_a_run(tiny_words: list[str], tmp_path: Path) -> None:
+    words = [*tiny_words, "clock.deadline_s=1e-6"]
+    with pytest.raises(DroppeftError, match=r"longer than clock\.deadline_s, as that of device"):
+        start_run(load_config(None, words), tmp_path / "run", Recorder())
+
+
+def test_devices_that_are_never_there_end_a_run(tiny_words: list[str], tmp_path: Path) -> None:
+    words = [*tiny_words, *WORDS, "clock.own.own.availability=1e-9"]
+    with pytest.raises(DroppeftError, match="by the availability of their profiles no device"):
+        start_run(load_config(None, words), tmp_path / "run", Recorder())
+
+
+# A model whose arithmetic depends on values
+
+
+@pytest.fixture
+def uncountable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise DroppeftError("the costs of this model cannot be counted")
+
+    monkeypatch.setattr(round_cost, "count_step", refuse)
+    monkeypatch.setattr(round_cost, "_COUNTED", {})
+
+
+@pytest.mark.usefixtures("uncountable")
+def test_a_model_that_cannot_be_counted_is_trained_without_a_clock(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = start_run(load_config(None, [*tiny_words, "rounds=1"]), out, Recorder())
+    assert result["without_clock"] == "the costs of this model cannot be counted"
+    assert (result["round_modelled_s"], result["energy_modelled_j"]) == (None, None)
+    [row] = rows_of(out / "rounds.jsonl")
+    assert (row["accepted"], row["round_modelled_s"]) == (2, None)
+    assert all("turn_modelled_s" not in each for each in rows_of(out / "devices.jsonl"))
+
+
+@pytest.mark.usefixtures("uncountable")
+@pytest.mark.parametrize("word", ["clock.deadline_s=9.0", "clock.over_selection=1.5"])
+def test_a_round_cannot_close_by_a_clock_that_is_not_there(
+    tiny_words: list[str], tmp_path: Path, word: str
+) -> None:
+    with pytest.raises(DroppeftError, match="cannot be kept: the costs of this model cannot be"):
+        start_run(load_config(None, [*tiny_words, word]), tmp_path / "run", Recorder())
+    assert list(tmp_path.iterdir()) == []

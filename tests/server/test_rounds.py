@@ -1,0 +1,208 @@
+"""One round: who is drawn, who is merged, and what is said about the others."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppeft.server.rounds import draw_cohort, play_round
+from droppeft.runs.ledger import ClosedRound, device_row, round_row
+from droppeft.methods import METHODS
+from droppeft.messages import HEAD, Failure, Plan, ServerState
+from droppeft.transports.base import Arrival
+from handmade import LAYERS, Scripted, answer_to, assert_same, setup_for
+
+SETUP = setup_for("method=fedlora")
+METHOD = METHODS["fedlora"]
+COHORT = [4, 5, 8]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A memory whose types JSON does not have."""
+
+    by_client: Mapping[int, tuple[float, ...]]
+    seen: frozenset[int]
+
+
+def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, ClosedRound]:
+    heard: list[Any] = [] if seen is None else seen
+    return play_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
+
+
+class Shuffled:
+    """Devices send random layers with values of all sizes, in random order."""
+
+    def __init__(self, order: list[int], seed: int) -> None:
+        self.order, self.seed = order, seed
+
+    def exchange(self, plans: Any) -> Any:
+        arrivals = {}
+        for index, plan in enumerate(plans):
+            values = np.random.default_rng((self.seed, index))
+            ran = tuple(int(one) for one in values.integers(0, 3, LAYERS))
+            tensors = {
+                key: {
+                    name: (values.normal(size=array.shape) * 10 ** values.uniform(-6, 6)).astype(
+                        "f4"
+                    )
+                    for name, array in named.items()
+                }
+                for key, named in plan.tensors.items()
+                if key == HEAD or ran[key] > 0
+            }
+            update = answer_to(plan, active_steps=ran, tensors=tensors)
+            cost = replace(update.cost, layer_tokens=tuple(32 * one for one in ran))
+            examples = int(values.integers(1, 9))
+            arrivals[index] = Arrival(index, replace(update, cost=cost, examples=examples))
+        yield from (arrivals[index] for index in self.order)
+
+
+@given(st.permutations(range(5)), st.integers(0, 2**32))
+def test_the_order_of_arrival_does_not_show_in_any_bit(order: list[int], seed: int) -> None:
+    setup = setup_for("method=fedlora", "cohort=5")
+    (one, first), (other, second) = (
+        play_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
+        for places in (list(range(5)), order)
+    )
+    assert len(first.accepted) == 5
+    assert_same(one.model.tensors, other.model.tensors)
+    assert first.modelled == second.modelled
+
+
+def head(state: ServerState) -> float:
+    return float(state.model.tensors["head"]["head.W"][0])
+
+
+def all_but(device: int, reply: Any) -> Scripted:
+    """Everybody trains to their own number but one, who answers as given."""
+
+    def answer(plan: Plan) -> list[Any]:
+        return reply(plan) if plan.device == device else [answer_to(plan, float(plan.device))]
+
+    return Scripted(answer)
+
+
+@pytest.fixture
+def cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices 4, 5 and 8 are drawn."""
+    monkeypatch.setattr("droppeft.server.rounds.draw_cohort", lambda setup, round: COHORT)
+
+
+@pytest.mark.usefixtures("cohort")
+class TestRound:
+    def test_all_answer(self) -> None:
+        seen: list[Any] = []
+        state, closed = play(Scripted(lambda plan: [answer_to(plan, float(plan.device))]), seen)
+        assert head(state) == pytest.approx((4 + 5 + 8) / 3)
+        assert [plan.device for plan in closed.plans] == COHORT
+        assert list(closed.replies) == seen == list(closed.accepted)
+        assert closed.server_wall_s > 0
+
+    @pytest.mark.parametrize(
+        ("reply", "reason"),
+        [
+            (lambda plan: [], "sent no reply"),
+            (lambda plan: [Failure(5, "ran out of battery")], "ran out of battery"),
+            # A device that cannot read its Plan does not know which it is.
+            (lambda plan: [Failure(-1, "cannot read its Plan")], "cannot read its Plan"),
+            (
+                lambda plan: [answer_to(plan, math.nan)],
+                "refused: sends layer.0.A with values that are not finite",
+            ),
+            (
+                lambda plan: [answer_to(plan, 5.0, nonce="an old one")],
+                "refused: does not carry this Plan's nonce",
+            ),
+        ],
+    )
+    def test_who_fails_is_left_out_and_listed(self, reply: Any, reason: str) -> None:
+        state, closed = play(all_but(5, reply))
+        assert head(state) == pytest.approx((4 + 8) / 2)
+        assert closed.replies[1] == Failure(5, reason)
+        assert [update.device for update in closed.accepted] == [4, 8]
+        row = row_of(closed)
+        assert (row.cohort, row.accepted) == (COHORT, 2)
+        assert row.failures == [{"device": 5, "reason": reason}]
+        made = device_row(
+            closed.plans[1], closed.answers[1], closed.replies[1], closed.modelled.turns[1]
+        )
+        assert made["reason"] == reason
+
+    def test_who_claims_to_be_another_harms_only_himself(self) -> None:
+        def answer(plan: Plan) -> list[Any]:
+            return [answer_to(plan, float(plan.device), device=5)]
+
+        state, closed = play(Scripted(answer))
+        assert head(state) == 5.0
+        assert [isinstance(reply, Failure) for reply in closed.replies] == [True, False, True]
+
+    def test_memory_is_what_a_checkpoint_would_give_back(self) -> None:
+        def merge(*_: Any) -> ServerState:
+            return replace(METHOD.init(SETUP), memory=Noted({3: (1.0, 0.1)}, frozenset({2})))
+
+        method, silent = replace(METHOD, merge=merge), Scripted(lambda plan: [])
+        state, _ = play_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
+        assert state.memory == Noted({3: (1.0, 0.1)}, frozenset({2}))
+
+    @pytest.mark.parametrize(("quorum", "merged"), [(1, 2), (2, 2), (3, 0)])
+    def test_too_few_answer(self, quorum: int, merged: int) -> None:
+        setup = setup_for("method=fedlora", f"quorum={quorum}")
+        transport = all_but(5, lambda plan: [Failure(5, "ran out of battery")])
+        state, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        assert len(closed.accepted) == merged
+        assert head(state) == (pytest.approx((4 + 8) / 2) if merged else 1.0)
+        assert closed.replies[1] == Failure(5, "ran out of battery")
+        if not merged:
+            reason = "set aside: 2 of the 3 replies that a round needs"
+            assert closed.replies[2] == Failure(8, reason)
+
+    def test_nobody_answers(self) -> None:
+        state, closed = play(Scripted(lambda plan: []))
+        assert head(state) == 1.0
+        row = row_of(closed)
+        assert (row.accepted, len(row.failures), row.upload_bytes) == (0, 3, 0)
+        assert row.train_loss is None
+        assert row.mean_active_layers is None
+        assert row.layer_steps == []
+
+
+def row_of(closed: ClosedRound) -> Any:
+    quality = {"accuracy": 0.5, "f1": 0.5, "loss": 1.0, "wall_s": 0.0}
+    return round_row(closed, quality, 0.0, 0.0)
+
+
+def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:
+    for round in range(1, 50):
+        drawn = list(draw_cohort(SETUP, round))
+        assert drawn == list(draw_cohort(SETUP, round)) == sorted(set(drawn))
+        assert len(drawn) == 3
+        assert set(drawn) <= set(range(10))
+
+
+def test_cohorts_follow_seed_and_round() -> None:
+    other = setup_for("method=fedlora", "seed=1")
+    rounds = range(1, 20)
+    assert len({tuple(draw_cohort(SETUP, round)) for round in rounds}) > 10
+    assert [draw_cohort(SETUP, round) for round in rounds] != [
+        draw_cohort(other, round) for round in rounds
+    ]
+
+
+def test_every_device_is_drawn_about_equally_often() -> None:
+    rounds = 2000
+    drawn = Counter(device for round in range(rounds) for device in draw_cohort(SETUP, round))
+    # Each is in a cohort with probability 0.3: 600 of 2000, standard deviation 20.5.
+    counts = np.array([drawn[device] for device in range(10)])
+    assert np.abs(counts - 600).max() < 5 * 20.5
+
+
+def test_the_cohort_may_be_everybody() -> None:
+    everybody = setup_for("cohort=10")
+    assert list(draw_cohort(everybody, 1)) == list(range(10))

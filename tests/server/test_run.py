@@ -1,0 +1,482 @@
+"""A whole run in its folder: the same twice, and the same after a crash at any moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from droppeft.client.run_inputs import Loaded, clients_of
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.runs.folder import check_free
+from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.messages import Failure, Plan
+from droppeft.transports.base import Arrival
+from droppeft.transports.in_process import InProcess
+from runs import Recorder, adapter_bytes, checkpoint_of, outcome, rows_of
+
+MAIN = "from droppeft.cli import main; main()"
+KILLED_IN_EXPORT = """
+import os, signal
+from droppeft.runs import model_files
+write = model_files.export_adapter
+def half(model, folder, card):
+    write(model, folder, card)
+    (folder / "adapter_model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+model_files.export_adapter = half
+"""
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
+    rounds, devices = (rows_of(whole_run / name) for name in ("rounds.jsonl", "devices.jsonl"))
+    assert [row["round"] for row in rounds] == [1, 2, 3]
+    fields = (
+        "global_accuracy global_loss train_loss host_wall_s upload_bytes download_bytes "
+        "mean_active_layers activation_bytes_peak cohort"
+    )
+    for row in rounds:
+        assert all(row[name] is not None for name in fields.split())
+        assert row["accepted"] == len(row["cohort"]) == 2
+        assert sum(row["layer_steps"]) == row["mean_active_layers"] * 2 * len(row["cohort"])
+    asked = [(row["round"], device) for row in rounds for device in row["cohort"]]
+    assert [(row["round"], row["device"]) for row in devices] == asked
+    kept = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
+    assert kept == ["round-00002.safetensors", "round-00003.safetensors"]
+    assert list(whole_run.rglob("*.partial")) == []
+
+
+def test_a_result_holds_all_that_a_reader_needs(whole_run: Path) -> None:
+    result = json.loads((whole_run / "result.json").read_text())
+    fields = (
+        "method model data seed target time_to_target_measured_s schema_version versions machine "
+        "global_accuracy global_loss train_loss host_wall_s upload_bytes download_bytes "
+        "mean_active_layers activation_bytes_peak"
+    )
+    assert set(fields.split()) <= result.keys()
+    rounds = rows_of(whole_run / "rounds.jsonl")
+    for name in ("upload_bytes", "download_bytes"):
+        assert result[name] == sum(row[name] for row in rounds)
+    assert result["test_rows"] == 60
+    assert result["machine"]["threads"] == 1
+    assert result["mean_active_layers"] == 3.0
+
+
+def test_the_same_configuration_gives_the_same_run(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    start_run(load_config(None, tiny_words), tmp_path / "again", Recorder())
+    assert outcome(tmp_path / "again") == outcome(whole_run)
+
+
+def test_another_seed_gives_another_run(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    start_run(load_config(None, [*tiny_words, "seed=1"]), tmp_path / "run", Recorder())
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(whole_run)
+
+
+def test_the_configuration_in_the_folder_repeats_the_run(whole_run: Path, tmp_path: Path) -> None:
+    start_run(load_config(whole_run / "config.toml"), tmp_path / "again", Recorder())
+    assert outcome(tmp_path / "again") == outcome(whole_run)
+
+
+def test_rounds_between_evaluations_have_no_accuracy(tiny_words: list[str], tmp_path: Path) -> None:
+    words = [*tiny_words, "evaluation.every=2"]
+    start_run(load_config(None, words), tmp_path / "run", Recorder())
+    measured = [row["global_accuracy"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
+    # The second because it is due, the third because it is the last.
+    assert [value is None for value in measured] == [True, False, False]
+
+
+def test_a_watcher_hears_everything(tiny_words: list[str], tmp_path: Path) -> None:
+    watcher = Recorder()
+    result = start_run(load_config(None, tiny_words), tmp_path / "run", watcher)
+    assert watcher.earlier == []
+    assert [row.round for row in watcher.rows] == [1, 2, 3]
+    assert len(watcher.replies) == 6
+    assert watcher.results == [result]
+
+
+# Crashes
+
+
+CRASHES: dict[str, tuple[str, int, bool]] = {
+    # What is called for the n-th time when the process ends: before it has done anything, or after.
+    "before the devices' rows": ("droppeft.server.run.append_rows", 1, False),
+    "between the two ledgers": ("droppeft.server.run.append_rows", 3, True),
+    "after the rows, before the checkpoint": ("droppeft.server.run.append_rows", 4, True),
+    "after the first checkpoint": ("droppeft.runs.checkpoints.save", 2, True),
+    "before the last checkpoint": ("droppeft.runs.checkpoints.save", 4, False),
+    "before the adapter": ("droppeft.runs.model_files.export_adapter", 1, False),
+    "within the adapter": ("droppeft.runs.model_files.export_adapter", 1, True),
+    "between adapter and result": ("droppeft.server.run.write_adapter", 1, True),
+    "after the result": ("droppeft.server.run.write_atomically", 1, True),
+}
+
+
+def crash_at(
+    patch: pytest.MonkeyPatch,
+    name: str,
+    number: int,
+    after: bool,
+    error: type[BaseException] = Crash,
+) -> None:
+    module, _, function = name.rpartition(".")
+    original = getattr(sys.modules[module], function)
+    calls = 0
+
+    def crashing(*values: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            raise error
+        result = original(*values)
+        if calls == number:
+            raise error
+        return result
+
+    patch.setattr(name, crashing)
+
+
+@pytest.mark.parametrize("when", CRASHES)
+def test_a_crash_leaves_a_run_that_ends_the_same(
+    when: str, tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, *CRASHES[when])
+        with pytest.raises(Crash):
+            start_run(load_config(None, tiny_words), out, Recorder())
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(whole_run)
+
+
+def test_two_crashes_in_a_row(tiny_words: list[str], whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    go: Callable[[], Any]
+    for go in (
+        lambda: start_run(load_config(None, tiny_words), out, Recorder()),
+        lambda: resume_run(out, Recorder()),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, "droppeft.server.run.append_rows", 4, True)
+            with pytest.raises(Crash):
+                go()
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(whole_run)
+
+
+def stop_after(rounds: int, tiny_words: list[str], out: Path) -> None:
+    """Start a run and press Ctrl-C when so many rounds are done."""
+
+    class Impatient(Recorder):
+        def round_done(self, row: Any) -> None:
+            if row.round == rounds:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        start_run(load_config(None, tiny_words), out, Impatient())
+    assert (stopped.value.folder, stopped.value.round) == (out, rounds)
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "devices.jsonl"])
+def test_a_torn_line_is_played_again(
+    name: str, tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stop_after(2, tiny_words, out)
+    with (out / name).open("a") as file:
+        file.write('{"round": 3, "coh')
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(whole_run)
+
+
+def test_a_damaged_checkpoint_costs_a_round(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stop_after(2, tiny_words, out)
+    newest = out / "checkpoints" / "round-00002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    watcher = Recorder()
+    resume_run(out, watcher)
+    assert [row.round for row in watcher.earlier] == [1]
+    assert outcome(out) == outcome(whole_run)
+
+
+def test_resuming_shows_what_was_done_and_plays_the_rest(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    stop_after(2, tiny_words, tmp_path / "run")
+    watcher = Recorder()
+    resume_run(tmp_path / "run", watcher)
+    assert [row.round for row in watcher.earlier] == [1, 2]
+    assert [row.round for row in watcher.rows] == [3]
+
+
+def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    watcher = Recorder()
+    result = resume_run(out, watcher)
+    assert watcher.results == [result] == [json.loads((out / "result.json").read_text())]
+    assert (watcher.steps, watcher.rows) == ([], [])
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_second_process_is_kept_out(tiny_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    class Intruder(Recorder):
+        def round_done(self, row: Any) -> None:
+            with pytest.raises(DroppeftError, match="another process is working on this run"):
+                resume_run(out, Recorder())
+            super().round_done(row)
+
+    watcher = Intruder()
+    start_run(load_config(None, tiny_words), out, watcher)
+    assert len(watcher.rows) == 3
+
+
+def test_data_that_changed_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    source = Path(tiny_words[1].partition("=")[2])
+    data = shutil.copytree(source, tmp_path / "data")
+    out = tmp_path / "run"
+    stop_after(1, [*tiny_words, f"data={data}"], out)
+    before = (out / "rounds.jsonl").read_bytes()
+    text = (data / "train.csv").read_text()
+    (data / "train.csv").write_text(text.replace("bread", "toast", 1))
+    with pytest.raises(DroppeftError, match="the data is another"):
+        resume_run(out, Recorder())
+    assert (out / "rounds.jsonl").read_bytes() == before
+
+
+def test_another_backbone_or_split_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    model = next(word.partition("=")[2] for word in tiny_words if word.startswith("model="))
+    mine = shutil.copytree(model, tmp_path / "model")
+    out = tmp_path / "run"
+    stop_after(1, [*tiny_words, f"model={mine}"], out)
+    changed = (out / "config.toml").read_text().replace("min_rows = 6", "min_rows = 7")
+    weights = load_file(mine / "model.safetensors")
+    name = next(name for name in weights if "layer.0.attention.self.query.weight" in name)
+    save_file({**weights, name: weights[name] + 1}, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DroppeftError, match="the model is another"):
+        resume_run(out, Recorder())
+    (out / "config.toml").write_text(changed.replace('kind = "dirichlet"', 'kind = "iid"'))
+    with pytest.raises(DroppeftError, match="the split is another"):
+        resume_run(out, Recorder())
+
+
+def test_rows_that_are_gone_are_noticed(tiny_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop_after(2, tiny_words, out)
+    (out / "rounds.jsonl").write_text("")
+    with pytest.raises(DroppeftError, match="has 0 of the 2 rounds that are saved"):
+        resume_run(out, Recorder())
+
+
+def test_the_present_folder_will_do(
+    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start_run(load_config(None, tiny_words), Path(), Recorder())
+    assert (tmp_path / "result.json").exists()
+
+
+def test_more_tokens_than_positions_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*tiny_words, "training.max_length=1000"])
+    with pytest.raises(DroppeftError, match="max_length=1000 is more than the 512 positions"):
+        start_run(config, tmp_path / "run", Recorder())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(DroppeftError, match=r"holds no run to resume \(no config.toml\)"):
+        resume_run(tmp_path, Recorder())
+
+
+def test_an_empty_folder_is_free_and_a_full_one_is_not(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    check_free(tmp_path / "a" / "b")
+    (tmp_path / "a").write_text("")
+    with pytest.raises(DroppeftError, match=r"exists already; .* droppeft resume"):
+        check_free(tmp_path)
+    with pytest.raises(DroppeftError, match=r"cannot write in .*; choose another folder"):
+        check_free(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize(("call", "saved"), [(1, 0), (3, 1), (5, 2)])
+def test_a_round_that_was_not_saved_is_not_said_to_be(
+    call: int, saved: int, tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, "droppeft.server.run.append_rows", call, True, KeyboardInterrupt)
+        with pytest.raises(Interrupted) as stopped:
+            start_run(load_config(None, tiny_words), out, Recorder())
+    assert stopped.value.round == saved
+    assert checkpoint_of(out).round == saved
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(whole_run)
+
+
+# Real processes and real signals
+
+
+ROUNDS = 20
+
+
+@pytest.fixture(scope="module")
+def long_words(tiny_words: list[str]) -> list[str]:
+    """A run that takes long enough to be hit in the middle."""
+    return [*tiny_words, f"rounds={ROUNDS}"]
+
+
+@pytest.fixture(scope="module")
+def long_run(long_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("long") / "run"
+    start_run(load_config(None, long_words), out, Recorder())
+    return outcome(out)
+
+
+def launch(words: list[str], out: Path, before: str = "") -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", before + MAIN, "run", *words, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+        # A test that was started in the background of a script hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def two_rows(out: Path) -> bool:
+    ledger = out / "rounds.jsonl"
+    return ledger.exists() and ledger.read_text().count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    "ready", [lambda out: (out / "checkpoints" / "round-00001.safetensors").exists(), two_rows]
+)
+def test_a_killed_process_leaves_a_run_that_ends_the_same(
+    ready: Callable[[Path], bool], long_words: list[str], long_run: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = launch(long_words, out)
+    wait_for(process, lambda: ready(out))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 1 <= checkpoint_of(out).round < ROUNDS
+    resume_run(out, Recorder())
+    assert outcome(out) == long_run
+
+
+def test_a_process_killed_within_the_adapter(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = launch(tiny_words, out, KILLED_IN_EXPORT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (out / "adapter").exists()
+    resume_run(out, Recorder())
+    assert outcome(out) == outcome(whole_run)
+    assert list(out.rglob("*.partial")) == []
+
+
+def test_an_interrupted_process_says_how_to_go_on(
+    long_words: list[str], long_run: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = launch(long_words, out)
+    wait_for(process, lambda: two_rows(out))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("droppeft: stopped after round ")
+    assert errors.endswith(f"which is saved; go on with: droppeft resume {out}\n")
+    assert errors.count("\n") == 1
+    resume_run(out, Recorder())
+    assert outcome(out) == long_run
+
+
+# Devices that do not answer
+
+
+class Deaf:
+    """In process, but in some rounds nobody answers."""
+
+    def __init__(self, loaded: Loaded, lost: Collection[int]) -> None:
+        self.inner = InProcess(clients_of(loaded))
+        self.lost = lost
+
+    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
+        for arrival in self.inner.exchange(plans):
+            device = plans[arrival.index].device
+            lost = plans[0].round in self.lost
+            yield replace(arrival, reply=Failure(device, "asleep")) if lost else arrival
+
+
+def run_with_losses(words: list[str], out: Path, rounds: int, *lost: int) -> None:
+    config = load_config(None, [*words, f"rounds={rounds}"])
+    start_run(config, out, Recorder(), lambda loaded: nullcontext(Deaf(loaded, lost)))
+
+
+def test_three_lost_rounds_end_a_run_that_can_be_resumed(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    said = rf"in 3 rounds in a row \(device \d: asleep\); mend that, then resume {out}$"
+    with pytest.raises(DroppeftError, match=said):
+        run_with_losses(tiny_words, out, 6, 2, 3, 4)
+    assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [2, 0, 0, 0]
+    result = resume_run(out, Recorder())
+    assert result["rounds"] == 6
+
+
+def test_lost_rounds_in_between_are_survived(tiny_words: list[str], tmp_path: Path) -> None:
+    run_with_losses(tiny_words, tmp_path / "run", 6, 1, 2, 5, 6)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_what_was_learnt_before_the_last_rounds_were_lost_is_kept(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    run_with_losses(tiny_words, tmp_path / "run", 4, 2, 3, 4)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_short_run_that_learnt_nothing_is_no_success(
+    tiny_words: list[str], tmp_path: Path, rounds: int
+) -> None:
+    with pytest.raises(DroppeftError, match=f"in {rounds} rounds in a row .* start a new run"):
+        run_with_losses(tiny_words, tmp_path / "run", rounds, 1, 2)
+    assert not (tmp_path / "run" / "adapter").exists()

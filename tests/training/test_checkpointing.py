@@ -1,0 +1,215 @@
+"""Gradient checkpointing: the same adapter, bit for bit, from less memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from adapter_contract import Case, Worn, case, texts
+from droppeft.adapters.by_layer import get_tensors
+from droppeft.adapters.types import BOTTLENECK
+from droppeft.training.checkpointing import Call, checkpointed, without_cache
+from droppeft.config import load_config
+from droppeft.tasks.classification import Classification
+from droppeft.errors import DroppeftError
+from droppeft.server.run import start_run
+from droppeft.layer_dropout import gated
+from droppeft.models.loading import builtin_model_folder
+from droppeft.messages import flatten
+from droppeft.training.loop import Step, Trainable, TrainOutcome, train
+from handmade import TRAINING
+from runs import Recorder
+
+TASK = Classification(("input_ids",), 0, torch.device("cpu"))
+GATES = ((True, True, True), (True, False, True), (False, True, True), (True, True, False))
+LORA = replace(case("lora", "bert"), settings={"dropout": 0.1})
+CASES = [
+    *(replace(LORA, family=family) for family in ("bert", "deberta-v2", "gpt2", "llama")),
+    *(replace(LORA, quantization=quantization) for quantization in ("8bit", "4bit")),
+    *(case(name, "bert") for name in (BOTTLENECK, "ia3", "oft", "prompt_tuning")),
+    *(case("prefix_tuning", family) for family in ("bert", "gpt2", "llama")),
+]
+
+
+def worn(chosen: Case = LORA) -> Worn:
+    """A tiny model with trained-looking values, and dropout wherever there is a module for it."""
+    on = Worn(chosen)
+    on.scramble()
+    for module in on.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    return on
+
+
+def turn(on: Worn, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, torch.Tensor]:
+    """Train one step per entry of GATES; values, outcome, and the generator's state after it."""
+    rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-3, "weight_decay": 0.1}
+    torch.manual_seed(11)
+    outcome = train(
+        Trainable(on.model, on.blocks, on.groups, TASK),
+        [Step(texts(), gates, 1.0) for gates in GATES],
+        replace(TRAINING, **rates, **settings),
+    )
+    values = {name: array.tobytes() for _, name, array in flatten(get_tensors(on.groups))}
+    return values, outcome, torch.get_rng_state()
+
+
+def runs_of(on: Worn) -> list[int]:
+    """Count how often the inside of each block runs, recomputation included."""
+    runs = [0] * len(on.blocks)
+    for layer, block in enumerate(on.blocks):
+
+        def count(*_: object, layer: int = layer) -> None:
+            runs[layer] += 1
+
+        norms = (m for m in block.modules() if type(m).__name__.endswith(("LayerNorm", "RMSNorm")))
+        next(norms).register_forward_pre_hook(count)
+    return runs
+
+
+def assert_same_turn(chosen: Case, **settings: Any) -> None:
+    """With and without checkpointing: values, counts, and random numbers used."""
+    plain, lean = worn(chosen), worn(chosen)
+    once, twice = runs_of(plain), runs_of(lean)
+    values, outcome, state = turn(plain, **settings)
+    again, lean_outcome, lean_state = turn(lean, checkpointing=True, **settings)
+    assert again == values
+    assert torch.equal(lean_state, state)
+    for name in ("steps", "examples", "tokens", "loss", "active_steps", "importance"):
+        assert getattr(lean_outcome, name) == getattr(outcome, name), name
+    # Checkpointing was on: all ran a second time, and the meter ran one of each kind once more.
+    assert once == [3, 3, 3]
+    assert all(2 * one <= two <= 2 * one + 1 for one, two in zip(once, twice, strict=True))
+    assert all(two >= 6 for two in twice)
+
+
+@pytest.mark.parametrize(
+    "chosen", CASES, ids=[f"{one.name}-{one.family}-{one.quantization}" for one in CASES]
+)
+def test_checkpointing_trains_the_same_bits(chosen: Case) -> None:
+    assert_same_turn(chosen)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_checkpointing_trains_the_same_bits_under_autocast(precision: str) -> None:
+    assert_same_turn(LORA, precision=precision)
+
+
+def test_values_were_trained_and_dropout_was_on() -> None:
+    """Else equal bits would prove little."""
+    still = worn()
+    before = {name: array.tobytes() for _, name, array in flatten(get_tensors(still.groups))}
+    values, _, _ = turn(still)
+    assert all(values[name] != bits for name, bits in before.items())
+    quiet = worn()
+    for module in quiet.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert turn(quiet)[0] != values
+
+
+def notes(on: Worn, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
+    """What a training forward tells of its blocks."""
+    found: list[Call] = []
+    with checkpointed(on.model, on.blocks, found.append), gated(on.blocks) as gates:
+        gates.active = active
+        TASK.loss_and_logits(on.model.train(), texts())
+    return found
+
+
+def test_every_block_that_runs_is_told_of_and_no_other() -> None:
+    on = worn()
+    assert [call.block for call in notes(on)] == list(on.blocks)
+    assert [call.block for call in notes(on, GATES[1])] == [on.blocks[0], on.blocks[2]]
+
+
+def test_a_call_knows_what_is_kept_for_it() -> None:
+    shapes = [tuple(tensor.shape) for tensor in notes(worn())[1].tensors]
+    assert shapes == [(8, 7, 32), (8, 1, 7, 7)]  # hidden states and the mask
+    prefix = [tuple(one.shape) for one in notes(worn(case("prefix_tuning", "bert")))[1].tensors]
+    # And of all 3 layers, whose cache is one: keys and values of 3 virtual tokens for 2 heads.
+    assert prefix == [(8, 7, 32), (8, 1, 7, 10), *[(8, 2, 3, 16)] * 6]
+
+
+def test_a_call_can_be_made_again_without_being_told_of() -> None:
+    on = worn(case("lora", "bert"))
+    for module in on.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    first, second, _ = calls = notes(on)
+    assert torch.equal(first.function(*first.inputs), second.tensors[0])
+    assert len(calls) == 3
+
+
+def test_evaluation_and_what_follows_are_not_checkpointed() -> None:
+    on = worn()
+    before = [dict(vars(block)) for block in on.blocks]
+    config = dict(vars(on.model.config))
+    found: list[Call] = []
+    with without_cache(on.model), checkpointed(on.model, on.blocks, found.append):
+        on.model.eval()
+        TASK.loss_and_logits(on.model, texts())
+        assert found == []
+    on.model.train()
+    assert [dict(vars(block)) for block in on.blocks] == before
+    assert dict(vars(on.model.config)) == config
+    with (
+        pytest.raises(RuntimeError, match="mine"),
+        without_cache(on.model),
+        checkpointed(on.model, on.blocks, found.append),
+    ):
+        raise RuntimeError("mine")
+    assert [dict(vars(block)) for block in on.blocks] == before
+    assert dict(vars(on.model.config)) == config
+
+
+def test_training_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a cache was made")
+
+    on = worn(case("lora", "llama"))
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", refuse)
+    turn(on)
+
+
+def test_layers_below_the_lowest_adapter_take_no_part_in_the_backward() -> None:
+    """transformers' own switch makes embeddings require a gradient: all layers would."""
+    spec = LORA.spec
+    on = Worn(LORA, replace(spec, layers=(None, None, spec.layers[2])))
+    runs = runs_of(on)
+    found: list[Call] = []
+    on.model.train()
+    with checkpointed(on.model, on.blocks, found.append):
+        TASK.loss_and_logits(on.model, texts())[0].backward()
+    assert [call.tensors[0].requires_grad for call in found] == [False] * 3
+    assert runs == [1, 1, 2]
+
+
+def save_tiny_mpnet(folder: Path) -> Path:
+    """Of all architectures whose layers can be dropped, the one that transformers cannot."""
+    tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
+    config = AutoConfig.for_model(
+        "mpnet",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_cannot_is_refused_before_anything_is_written(
+    tiny_words: list[str], tmp_path: Path
+) -> None:
+    model = save_tiny_mpnet(tmp_path / "model")
+    words = [*tiny_words, f"model={model}", "training.checkpointing=true"]
+    with pytest.raises(DroppeftError, match="cannot checkpoint the layers of a mpnet model; set"):
+        start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

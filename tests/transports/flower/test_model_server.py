@@ -1,0 +1,165 @@
+"""The process beside a SuperNode: one for all messages, gone when it is not needed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from droppeft.client.run_inputs import identity
+from droppeft.config import as_tree
+from droppeft.errors import DroppeftError
+from droppeft.server.prepare import Prepared
+from droppeft.messages import Failure, Plan, Reply, Update
+from droppeft.transports.flower import model_server
+from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
+
+MOST = 10**8
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Sockets of this test alone, with a short path: it may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="d") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        found = Path(short) / f"droppeft-{os.getuid()}"
+        yield found
+        for process in residents(found):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands for the SuperNode."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def errand(prepared: Prepared) -> Errand:
+    return Errand(as_tree(prepared.config), identity(prepared.loaded), resident=True)
+
+
+Ask = Callable[..., Reply]
+
+
+@pytest.fixture
+def ask(plans: list[Plan], errand: Errand) -> Ask:
+    """Ask for the first Plan's turn."""
+
+    def one(node_id: int = 7) -> Reply:
+        packed = pack_plan(plans[0], errand)
+        return unpack_reply(model_server.ask(packed, errand, node_id, {}), MOST)
+
+    return one
+
+
+def residents(folder: Path) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(folder) in word for word in process.info["cmdline"] or [])
+    ]
+
+
+def becomes_true(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_one_process_answers_all_and_ends_with_its_supernode(
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
+) -> None:
+    first = ask()
+    [process] = residents(folder)
+    opened = process.io_counters().read_chars
+    second = ask()
+    assert isinstance(first, Update)
+    assert isinstance(second, Update)
+    assert first.train_loss == second.train_loss
+    # A model and a tokenizer have megabytes; a Plan has kilobytes.
+    assert process.io_counters().read_chars - opened < 300_000 < opened
+    assert isinstance(ask(node_id=8), Update)
+    assert len(residents(folder)) == 2
+    watched.kill()
+    watched.wait()
+    assert becomes_true(lambda: not residents(folder))
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_after_one_has_died_another_is_started(
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
+) -> None:
+    assert isinstance(ask(), Update)
+    [process] = residents(folder)
+    process.kill()
+    process.wait()
+    assert isinstance(ask(), Update)  # though the old one's socket is there still
+
+
+def test_death_while_it_works_is_said(
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
+) -> None:
+    ask()
+    [process] = residents(folder)
+    process.suspend()
+    killer = threading.Timer(1.0, process.kill)
+    killer.start()
+    reply = ask()
+    assert isinstance(reply, Failure)
+    assert reply.reason.startswith("its resident process is gone (")
+    assert str(folder) in reply.reason
+
+
+def test_one_that_cannot_start_is_said(
+    ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    reply = ask()
+    assert isinstance(reply, Failure)
+    assert "could not be started; flower.resident=false does without" in reply.reason
+
+
+def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(DroppeftError, match="can be entered by others"):
+        ask()
+
+
+def test_a_long_path_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 100 * "x")
+    assert len(str(model_server._folder())) < model_server.LONGEST_FOLDER
+
+
+def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) -> None:
+    code = (
+        "from droppeft.transports.flower.model_server import _Watch; from pathlib import Path; "
+        f"_Watch(Path({str(tmp_path / 'gone')!r}), 1).run()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_nobody_asks_nobody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "s"
+    place.touch()
+    watch = model_server._Watch(place, os.getpid())
+    assert watch._needed()
+    monkeypatch.setattr(model_server, "IDLE_S", -1.0)
+    assert not watch._needed()
+    with watch.working():
+        assert watch._needed()
+    place.unlink()
+    with watch.working():
+        assert not watch._needed()

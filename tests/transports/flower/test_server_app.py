@@ -1,0 +1,73 @@
+"""The ServerApp: what it starts, what it goes on with, and what it refuses to give out as new."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from droppeft import flower_server_app
+from droppeft.client.run_inputs import Loaded
+from droppeft.config import load_config
+from droppeft.errors import DroppeftError
+from droppeft.transports.base import Transport
+from droppeft.transports.in_process import in_process
+from runs import adapter_bytes, stop_after_a_round
+
+
+@pytest.fixture(autouse=True)
+def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are in this process; what is tested is around them."""
+
+    def over(grid: object, loaded: Loaded) -> Transport:
+        with in_process(loaded) as transport:
+            return transport
+
+    monkeypatch.setattr(flower_server_app, "over_grid", over)
+
+
+def run(out: Path, settings: str = "", config: str = "") -> None:
+    given: Any = {"config": config, "settings": settings, "out": str(out)}
+    context = Context(1, 0, {}, RecordDict(), given)
+    flower_server_app.app(grid=None, context=context)  # type: ignore[arg-type]
+
+
+def test_a_run_starts_from_settings_and_a_file(
+    tiny_words: list[str], whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("rounds = 3\n[dropout]\nmean = 0.25\n")
+    words = [word for word in tiny_words if not word.startswith(("rounds", "dropout"))]
+    run(tmp_path / "run", " ".join(words), str(file))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole_run)
+    said = capsys.readouterr().out
+    assert "droppeft: round 3/3, accuracy 0." in said
+    assert ", 2 of 2 devices, " in said
+    assert load_config(tmp_path / "run" / "config.toml").transport == "flower"
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["same settings", "no settings"])
+def test_a_folder_with_a_run_is_gone_on_with(
+    tiny_words: list[str],
+    whole_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    again: bool,
+) -> None:
+    out = tmp_path / "run"
+    stop_after_a_round(tiny_words, out)
+    run(out, " ".join(tiny_words) if again else "")
+    assert adapter_bytes(out) == adapter_bytes(whole_run)
+    said = capsys.readouterr().out
+    assert f"droppeft: going on with {out}" in said
+    assert "from round 2" in said
+
+
+def test_another_configuration_is_not_answered_with_an_old_run(
+    tiny_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    stop_after_a_round(tiny_words, out)
+    with pytest.raises(DroppeftError, match="holds a run with another configuration"):
+        run(out, " ".join([*tiny_words, "seed=5"]))
+    assert "droppeft: " + str(out) in capsys.readouterr().out

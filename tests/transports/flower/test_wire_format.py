@@ -1,0 +1,494 @@
+"""Packing: every field comes back as it was, and nothing else gets in."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from droppeft.config import as_tree, load_config
+from droppeft.errors import DroppeftError
+from droppeft.messages import (
+    AdapterSpec,
+    BaseDelta,
+    Failure,
+    Measurement,
+    Plan,
+    Reply,
+    Update,
+    payload_bytes,
+)
+from droppeft.transports.flower import strict_json
+from droppeft.transports.flower.strict_json import MOST_TEXT, Malformed, one_line
+from droppeft.transports.flower.wire_format import (
+    MOST_HEAD,
+    Errand,
+    Packed,
+    pack_plan,
+    pack_reply,
+    unpack_plan,
+    unpack_reply,
+)
+from handmade import answer_to, filled, plan_for
+
+ENOUGH = 10**9
+ERRAND = Errand(as_tree(load_config(None)), {"data_hash": "a", "split_hash": "b"}, resident=True)
+
+# Values of every type that a message may hold, found by the dataclasses' own hints: a field that
+# is added to one of them is tested without a line here.
+
+printable = st.characters(categories=("L", "M", "N", "P", "S")) | st.just(" ")
+texts = st.text(printable, max_size=9) | st.sampled_from(("a.b|c/d:0", "0", "__metadata__"))
+numbers = st.floats() | st.sampled_from((-0.0, 0.1, 1e-310, 1e23, float("nan"), float("inf")))
+
+
+def array_of(shape: tuple[int, ...], kind: str, seed: int, layout: str) -> Any:
+    values = np.asarray(np.random.default_rng(seed).normal(size=shape) * 100).astype(kind)
+    if layout == "transposed":
+        return values.T
+    return values[..., ::2] if layout == "strided" and values.ndim else values
+
+
+arrays = st.builds(
+    array_of,
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    st.sampled_from(("f4", "f2", "f8", "i8", "i4", "u1", "?", ">f4")),
+    st.integers(0, 9),
+    st.sampled_from(("dense", "transposed", "strided")),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+PLAIN: dict[Any, st.SearchStrategy[Any]] = {
+    str: texts,
+    int: st.integers(-(2**63), 2**63 - 1),
+    float: numbers,
+    bool: st.booleans(),
+    types.NoneType: st.none(),
+    Any: json_values,
+}
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Draw values of a type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in PLAIN:
+        return PLAIN[kind]
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{name: values_of(hint) for name, hint in hints.items()})
+    if origin is np.ndarray:
+        return arrays
+    if origin is typing.Literal:
+        return st.sampled_from(args)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(map(values_of, args))
+    if origin is Mapping:
+        return st.dictionaries(values_of(args[0]), values_of(args[1]), max_size=3)
+    if origin is frozenset:
+        return st.frozensets(values_of(args[0]), max_size=3)
+    assert origin is tuple
+    if args[-1] is Ellipsis:
+        return st.lists(values_of(args[0]), max_size=3).map(tuple)
+    return st.tuples(*map(values_of, args))
+
+
+def fingerprint(value: Any) -> Any:
+    """What two values must have in common to be the same to the last bit, type and order."""
+    if isinstance(value, np.ndarray):
+        little = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"))
+        return ("array", value.shape, little.dtype.str, little.tobytes())
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return (type(value), [(name, fingerprint(getattr(value, name))) for name in names])
+    if isinstance(value, Mapping):
+        return [(fingerprint(key), fingerprint(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return (type(value), [fingerprint(item) for item in value])
+    return (type(value), sorted(value) if isinstance(value, frozenset) else repr(value))
+
+
+@settings(max_examples=60)
+@given(values_of(Plan), values_of(Errand))
+def test_every_plan_comes_back(plan: Plan, errand: Errand) -> None:
+    packed = pack_plan(plan, errand)
+    assert fingerprint(unpack_plan(packed)) == fingerprint((plan, errand))
+    assert pack_plan(*unpack_plan(packed)) == packed
+
+
+@settings(max_examples=60)
+@given(values_of(Update) | values_of(Measurement) | values_of(Failure))
+def test_every_reply_comes_back(reply: Reply) -> None:
+    packed = pack_reply(reply)
+    assert fingerprint(unpack_reply(packed, ENOUGH)) == fingerprint(reply)
+
+
+def test_layers_and_names_keep_their_order_and_kind() -> None:
+    w = np.zeros(1, np.float32)
+    tensors = {"head": {"z": w, "a": w}, 3: {}, "3": {"a": w}, 10: {"b": w}, 2: {"b": w}}
+    plan, _ = unpack_plan(pack_plan(plan_for(tensors=tensors), ERRAND))
+    assert [(key, list(named)) for key, named in plan.tensors.items()] == [
+        ("head", ["z", "a"]),
+        (3, []),
+        ("3", ["a"]),
+        (10, ["b"]),
+        (2, ["b"]),
+    ]
+
+
+def test_one_tensor_in_two_places_is_two() -> None:
+    w = np.arange(3, dtype=np.float32)
+    plan = plan_for(tensors={0: {"w": w}}, base_delta=BaseDelta("v1", {"w": w}))
+    back, _ = unpack_plan(pack_plan(plan, ERRAND))
+    assert back.base_delta is not None
+    back.tensors[0]["w"][0] = 7
+    assert back.base_delta.tensors["w"].tolist() == [0, 1, 2]
+
+
+def test_an_option_keeps_its_type() -> None:
+    options = (("a", True), ("b", 1), ("c", 1.0), ("d", "1"), ("e", ("x", "y")), ("f", ()))
+    spec = AdapterSpec(layers=(), alpha=1.0, options=options)
+    back, _ = unpack_plan(pack_plan(plan_for(adapter=spec), ERRAND))
+    assert fingerprint(back.adapter.options) == fingerprint(options)
+
+
+def test_equal_sets_give_equal_bytes() -> None:
+    names = [f"layer.{i}.A" for i in range(50)]
+    one = plan_for(share=frozenset(names), nonce="n")
+    other = plan_for(share=frozenset(reversed(names)), nonce="n")
+    assert pack_plan(one, ERRAND) == pack_plan(other, ERRAND)
+
+
+def test_a_number_that_is_not_finite_gets_through_to_be_judged() -> None:
+    update = answer_to(plan_for(), train_loss=float("nan"), reward=float("-inf"))
+    back = unpack_reply(pack_reply(update), ENOUGH)
+    assert isinstance(back, Update)
+    assert (np.isnan(back.train_loss), back.reward) == (True, float("-inf"))
+
+
+def test_the_tensors_can_be_written_to() -> None:
+    back, _ = unpack_plan(pack_plan(plan_for(), ERRAND))
+    assert all(array.flags.writeable for named in back.tensors.values() for array in named.values())
+
+
+def test_the_reason_of_a_failure_becomes_one_line() -> None:
+    back = unpack_reply(pack_reply(Failure(3, "no\nroom\x1b[31m" + "!" * MOST_TEXT)), ENOUGH)
+    assert isinstance(back, Failure)
+    assert back.reason.startswith("no room [31m!!!")
+    assert len(back.reason) == MOST_TEXT
+
+
+def test_a_cut_line_shows_that_it_was_cut() -> None:
+    assert [one_line("abcd", most) for most in (5, 4, 3, 1)] == ["abcd", "abcd", "ab…", "…"]
+
+
+@given(st.text(max_size=30), st.integers(1, 12))
+def test_one_line_is_printable_and_short(text: str, most: int) -> None:
+    line = one_line(text, most)
+    assert line.isprintable()
+    assert len(line) == min(len(text), most)
+    assert line == text or not text.isprintable() or line[:-1] == text[: most - 1]
+
+
+def test_packing_needs_neither_flower_nor_torch() -> None:
+    check = (
+        "import sys, droppeft.transports.flower.wire_format;"
+        "print(*{'flwr', 'torch'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("kind", [object, np.complex64, np.longdouble, "U3", "M8[s]"])
+def test_an_array_that_cannot_travel_is_not_packed(kind: Any) -> None:
+    with pytest.raises(Malformed, match="the update cannot be packed"):
+        pack_reply(answer_to(plan_for(), tensors={0: {"w": np.zeros(2, kind)}}))
+
+
+def test_a_value_that_cannot_travel_is_not_packed() -> None:
+    with pytest.raises(Malformed, match="int32 is not JSON"):
+        pack_reply(answer_to(plan_for(), steps=np.int32(3)))
+
+
+def test_a_text_too_long_is_neither_packed_nor_read() -> None:
+    names = frozenset(str(number) for number in range(MOST_HEAD // 8))
+    with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
+        pack_plan(plan_for(share=names), ERRAND)
+    with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
+        unpack_plan(Packed(" " * (MOST_HEAD + 1), safetensors.numpy.save({})))
+
+
+def test_a_blob_too_large_is_refused_before_it_is_read() -> None:
+    packed = pack_reply(answer_to(plan_for()))
+    size = len(packed.tensors)
+    assert isinstance(unpack_reply(packed, size), Update)
+    with pytest.raises(Malformed, match=f"{size} bytes of tensors, {size - 1} at most"):
+        unpack_reply(packed, size - 1)
+    with pytest.raises(Malformed, match="5 bytes of tensors, 4 at most"):
+        unpack_reply(Packed("", b"xxxxx"), 4)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=30), st.sampled_from("fd?"))
+def test_the_blob_is_little_larger_than_its_arrays(shapes: list[list[int]], kind: str) -> None:
+    tensors = {0: {f"a long name {i}" * 20: np.zeros(s, kind) for i, s in enumerate(shapes)}}
+    packed = pack_reply(answer_to(plan_for(), tensors=tensors))
+    assert len(packed.tensors) <= payload_bytes(tensors) + 200 * len(shapes) + 16
+
+
+# What must not get in.
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
+    """A good Update whose text was changed."""
+    packed = pack_reply(answer_to(plan_for(), tensors=filled(1.0, 2)))
+    tree = json.loads(packed.head)
+    change(tree["update"])
+    return replace(packed, head=json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tree: tree.pop("steps"), "update of the message lacks steps"),
+        (lambda tree: tree.update(x=1), "fields that are unknown here; is droppeft the same"),
+        (lambda tree: tree["cost"].update(x=1), "update.cost of the message has fields"),
+        (lambda tree: tree.update(steps="2"), "update.steps of the message is str, not an int"),
+        (lambda tree: tree.update(steps=True), "update.steps of the message is bool"),
+        (lambda tree: tree.update(steps=2.0), "update.steps of the message is float"),
+        (lambda tree: tree.update(steps=2**63), "not an integer of 64 bits"),
+        (lambda tree: tree.update(train_loss=None), "update.train_loss of the message is NoneT"),
+        (lambda tree: tree.update(train_loss=True), "update.train_loss of the message is bool"),
+        (lambda tree: tree.update(train_loss=10**400), "not an integer of 64 bits"),
+        (lambda tree: tree.update(reward="1"), "update.reward of the message is str"),
+        (lambda tree: tree.update(nonce=7), "update.nonce of the message is int, not a text"),
+        (lambda tree: tree.update(nonce="a\x1b[2J"), "update.nonce .* not printable"),
+        (lambda tree: tree.update(nonce="\ud800"), "update.nonce .* not printable"),
+        (lambda tree: tree.update(nonce="n" * (MOST_TEXT + 1)), "update.nonce .* too long"),
+        (lambda tree: tree.update(active_steps={}), "update.active_steps .* dict, not a list"),
+        (lambda tree: tree.update(active_steps=[1, "1"]), "update.active_steps.1 of the message"),
+        (lambda tree: tree.update(cost=[]), "update.cost of the message is list, not an object"),
+        (lambda tree: tree.update(tensors=3), "not an object or a list of pairs"),
+        (lambda tree: tree.update(tensors=[3]), "update.tensors.0 of the message is int"),
+        (lambda tree: tree["tensors"].append([0]), "has 1 items, not 2"),
+        (lambda tree: tree["tensors"].append([0, {}]), "update.tensors .* something twice"),
+        (lambda tree: tree["tensors"].append([None, {}]), "update.tensors.3.0 of the message"),
+        (lambda tree: tree["tensors"].append([1.0, {}]), "update.tensors.3.0 of the message"),
+        (lambda tree: tree["tensors"].append([9, {"a\n": 0}]), "not printable"),
+        (lambda tree: tree["tensors"].append([9, {"a": 0}]), "not the number of a tensor"),
+        (lambda tree: tree["tensors"].append([9, {"a": 9}]), "not the number of a tensor"),
+        (lambda tree: tree["tensors"][0][1].update({"layer.0.A": "0"}), "is str, not the number"),
+        (lambda tree: tree["tensors"][0][1].update({"layer.0.A": False}), "bool, not the number"),
+        (lambda tree: tree["tensors"].pop(), "1 tensors that it does not speak of"),
+    ],
+)
+def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected):
+        unpack_reply(changed(change), ENOUGH)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"share": ["a", "a"]}, "task.plan.share .* something twice"),
+        ({"share": "abc"}, "task.plan.share of the message is str, not a list"),
+        ({"train": 3}, "task.plan.train of the message is int, not a list"),
+        (
+            {"dropout": {"rates": [], "sampling": "often", "every": 1}},
+            "not one of exact, bernoulli",
+        ),
+        (
+            {"dropout": {"rates": [], "sampling": ["exact"], "every": 1}},
+            "not one of exact, bernoulli",
+        ),
+    ],
+)
+def test_a_text_that_is_not_a_plan_is_refused(change: dict[str, Any], expected: str) -> None:
+    packed = pack_plan(plan_for(), ERRAND)
+    tree = json.loads(packed.head)
+    tree["task"]["plan"].update(change)
+    with pytest.raises(Malformed, match=expected):
+        unpack_plan(replace(packed, head=json.dumps(tree)))
+
+
+EMPTY = safetensors.numpy.save({})
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5_000, "not JSON"),
+        ('{"failure": {}, "failure": {}}', "twice"),
+        ('{"failure": {"device": 1, "device": 1, "reason": "r"}}', "twice"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("{}", "no update and no measurement and no failure"),
+        ('{"task": {}}', "no update and no measurement and no failure"),
+        ('{"failure": {}, "update": {}}', "no update and no measurement"),
+        ('{"failure": {}}', "lacks device, lost, reason"),
+        ('{"failure": []}', "not an object"),
+    ],
+)
+def test_a_head_that_is_no_reply_is_refused(head: str, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected):
+        unpack_reply(Packed(head, EMPTY), ENOUGH)
+
+
+def blob(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(kind: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (b"", "not a whole"),
+        (EMPTY[:9], "not a whole"),
+        (blob({}, length=2**63), "not a whole"),
+        (blob({}, length=2**40), "not a whole"),
+        (blob({}, b"more"), "not a whole"),
+        (blob([]), "not a whole"),
+        (blob({"0": entry("U8", [4], 0, 3)}, b"abc"), "not a whole"),
+        (blob({"0": entry("U8", [3], 0, 2**40)}, b"abc"), "not a whole"),
+        (
+            blob({"0": entry("U8", [2], 0, 2), "1": entry("U8", [2], 1, 3)}, b"abc"),
+            "not a whole",
+        ),
+        (blob({"0": entry("U8", [0, 2**63, 2**63], 0, 0)}), "not a whole"),
+        (blob({"0": entry("U8", [1] * 100, 0, 1)}, b"a"), "not a whole"),
+        (blob({"0": entry("BF16", [1], 0, 2)}, b"ab"), "unknown to numpy: 'BF16'"),
+        (blob({"0": entry("F4", [2], 0, 1)}, b"a"), "unknown to numpy: 'F4'"),
+        (blob({"0": entry("U8", [1], 0, 1)}, b"a"), "1 tensors that it does not speak of"),
+    ],
+)
+def test_a_hostile_blob_is_refused(tensors: bytes, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected):
+        unpack_reply(replace(pack_reply(Failure(0, "reason")), tensors=tensors), ENOUGH)
+
+
+def test_what_is_said_about_a_message_repeats_nothing_of_it() -> None:
+    hostile = "\x1b]0;owned\x07"
+    heads = (
+        f'{{"update": {{"{hostile}": 1}}}}',
+        json.dumps({hostile: 1}),
+        json.dumps({"failure": {"device": hostile, "reason": hostile}}),
+    )
+    for head in heads:
+        with pytest.raises(Malformed) as caught:
+            unpack_reply(Packed(head, EMPTY), ENOUGH)
+        assert "owned" not in str(caught.value)
+
+
+def test_malformed_is_an_error_for_people() -> None:
+    assert issubclass(Malformed, DroppeftError)
+
+
+def readable(packed: Packed) -> None:
+    """Nothing but a message or :class:`Malformed` comes of it; a message can be packed again."""
+    try:
+        reply = unpack_reply(packed, ENOUGH)
+    except Malformed:
+        return
+    assert isinstance(reply, Update | Failure)
+    pack_reply(reply)
+
+
+def a_task(packed: Packed) -> None:
+    try:
+        plan, errand = unpack_plan(packed)
+    except Malformed:
+        return
+    pack_plan(plan, errand)
+
+
+UPDATE = pack_reply(answer_to(plan_for(), tensors={0: {"a": np.ones((2, 2), "f4")}, 1: {}}))
+TASK = pack_plan(plan_for(base_delta=BaseDelta("v", {"b": np.ones(1, "f4")})), ERRAND)
+
+
+@given(st.text() | json_values.map(json.dumps), st.binary())
+def test_anything_may_arrive(head: str, tensors: bytes) -> None:
+    readable(Packed(head, tensors))
+    readable(Packed(head, EMPTY))
+    readable(Packed(UPDATE.head, tensors))
+
+
+@given(st.data())
+def test_a_message_may_arrive_with_other_bytes(data: st.DataObject) -> None:
+    for good, read in ((UPDATE, readable), (TASK, a_task)):
+        head = data.draw(edited(good.head, st.text(max_size=3)))
+        tensors = data.draw(edited(good.tensors, st.binary(max_size=9)))
+        read(replace(good, head=head))
+        read(replace(good, tensors=tensors))
+        read(Packed(head, tensors))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_message_may_arrive_with_other_values(data: st.DataObject) -> None:
+    for good, read in ((UPDATE, readable), (TASK, a_task)):
+        tree = json.loads(good.head)
+        node = data.draw(st.sampled_from(list(containers(tree))))
+        value = data.draw(json_values | st.sampled_from(list(containers(tree))).map(deep_copy))
+        if isinstance(node, dict):
+            node[data.draw(st.sampled_from(sorted(node)) | st.text(max_size=3))] = value
+        else:
+            node.insert(data.draw(st.integers(0, len(node))), value)
+        read(replace(good, head=json.dumps(tree)))
+
+
+def edited(text: Any, pieces: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Cut a piece out of a text, or of bytes, and put another in."""
+    place = st.integers(0, len(text))
+    return st.builds(
+        lambda start, length, piece: text[:start] + piece + text[start + length :],
+        place,
+        st.integers(0, 8) | place,
+        pieces,
+    )
+
+
+def containers(tree: Any) -> Any:
+    """Yield every object and list that has something in it, or is the root."""
+    if isinstance(tree, dict | list) and tree:
+        yield tree
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from containers(item)
+
+
+def deep_copy(tree: Any) -> Any:
+    return json.loads(json.dumps(tree))
+
+
+@dataclass(frozen=True)
+class Later:
+    """A message with the types that today's messages have no use for yet."""
+
+    either: float | int
+    pair: tuple[int, str]
+    table: Mapping[str, tuple[str, ...] | None]
+
+
+@given(values_of(Later))
+def test_fields_of_other_types_need_no_change(later: Later) -> None:
+    held: dict[str, Any] = {}
+    tree = json.loads(json.dumps(strict_json.encode(later, held)))
+    back = strict_json.decode(Later, tree, strict_json.Place("later", held))
+    assert fingerprint(back) == fingerprint(later)
