@@ -12,8 +12,8 @@ from tables import (
     RESULTS,
     markdown_table,
     processor,
-    read_study,
     read_table,
+    read_values,
     was_compared,
 )
 
@@ -158,7 +158,7 @@ def comparison_sections() -> list[str]:
 
 def synthetic_sections() -> list[str]:
     """The section on made-up problems."""
-    return [_synthetic(read_study("configurator_synthetic"))]
+    return [_synthetic(read_values("configurator_synthetic"))]
 
 
 def _comparison(name: str) -> str:
@@ -197,7 +197,7 @@ def read_parts(name: str) -> tuple[Comparison, list[Played], list[Part]]:
     """A comparison with its parts, own majorities filled in where its runs do not know them."""
     _, comparison, played = read_folder(RESULTS / name)
     parts = summary(comparison, played)
-    found = read_study("own_majority")["accuracies"].get(name, {})
+    found = read_values("own_majority")["accuracies"].get(name, {})
     return comparison, played, [_with_own_majority(part, found, comparison.seeds) for part in parts]
 
 

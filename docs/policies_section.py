@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from studies import runs_of, seeds_of, spread
-from tables import RESULTS, markdown_table, processor, read_study, read_table, was_compared
+from tables import RESULTS, markdown_table, processor, read_table, read_values, was_compared
 
 from droppeft.comparison.playing import Played
 from droppeft.comparison.summary import target_accuracies
@@ -97,7 +97,7 @@ def policies_sections() -> list[str]:
 
 
 def _overhead() -> str:
-    content = read_study("configurator_overhead")
+    content = read_values("configurator_overhead")
     head = OVERHEAD_HEAD.format(
         rounds=content["rounds"],
         cohort=content["cohort_size"],

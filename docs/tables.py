@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package of studies is
-from benchmarks.study import read_study as read_study
 from benchmarks.study import read_table as read_table
+from benchmarks.study import read_values as read_values
 
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
 FIGURES = Path(__file__).parent / "figures"

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import BertConfig
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.config import AdapterConfig
 from droppeft.costs.clock import calibrated
 from droppeft.costs.counts import StepCounts, step_flops
@@ -72,5 +72,5 @@ def content() -> dict[str, Any]:
 
 if __name__ == "__main__":
     made = content()
-    write_study(NAME, made)
+    write_values(NAME, made)
     print(json.dumps(made, indent=1))

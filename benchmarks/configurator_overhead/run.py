@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.federation.prepare import prepare
 from droppeft.federation.rounds import play_round
@@ -101,7 +101,7 @@ def main(words: list[str]) -> None:
         "batch_size": config.training.batch_size,
         "config": as_tree(config),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "rounds", rounds)
     write_table(NAME, "clients", clients)
 

@@ -32,7 +32,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
+from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
 from droppeft.config import Config, load_config, resolve
 from droppeft.costs.clock import calibrated
 from droppeft.costs.memory import Memory
@@ -182,8 +182,8 @@ def draw(result: Sequence[Mapping[str, Any]]) -> None:
 
 def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Trial]]) -> None:
     """Put what was measured beside the cells that are there."""
-    known = was_studied(NAME)
-    commands = read_study(NAME)["commands"] if known else []
+    known = was_measured(NAME)
+    commands = read_values(NAME)["commands"] if known else []
     rows, repeats = (
         [row for row in read_table(NAME, table) if row["cell"] not in chosen] if known else []
         for table in ("result", "trials")
@@ -206,7 +206,7 @@ def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Tri
         "steps_per_trial": STEPS,
         "fits": with_times(rows),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "result", rows)
     write_table(NAME, "trials", repeats)
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flower_cost import rebuilding_client
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.config import load_config
 from droppeft.federation.flower import client_app
 from droppeft.federation.run import start_run
@@ -207,7 +207,7 @@ def main() -> None:
                 "places": places(in_three, repeats, folder),
                 "client_round": client_rounds(arms, repeats, folder),
             }
-    write_study(NAME, content)
+    write_values(NAME, content)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
+from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
 from droppeft.config import TrainingConfig
 from droppeft.data.tables import Rows
 from droppeft.data.tokens import TokenTable
@@ -206,8 +206,8 @@ def _compared(ours: list[dict[str, float]], base: list[dict[str, float]]) -> dic
 def write(subject: Subject, repeats: int, found: dict[str, Any], data: Path) -> None:
     """Put a model's result beside those of the others."""
     name = subject.name.removeprefix("config:")
-    known = was_studied(NAME)
-    models = read_study(NAME)["models"] if known else {}
+    known = was_measured(NAME)
+    models = read_values(NAME)["models"] if known else {}
     models[name] = {
         "layers": found["layers"],
         "batch_size": subject.batch,
@@ -217,13 +217,13 @@ def write(subject: Subject, repeats: int, found: dict[str, Any], data: Path) -> 
     for table in ("result", "repeats"):
         others = [row for row in read_table(NAME, table) if row["model"] != name] if known else []
         write_table(NAME, table, [*others, *found[table]])
-    write_study(NAME, {**about(NAME, data=data), "models": models})
+    write_values(NAME, {**about(NAME, data=data), "models": models})
 
 
 def draw() -> None:
     """Step time and stored bytes against the share of frozen layers, with the limit."""
     mpl.rcParams["svg.hashsalt"] = "droppeft"
-    models, result = read_study(NAME)["models"], read_table(NAME)
+    models, result = read_values(NAME)["models"], read_table(NAME)
     names = list(models)
     figure, axes = plt.subplots(
         2, len(names), figsize=(5 * len(names), 7), sharex=True, sharey="row", layout="constrained"

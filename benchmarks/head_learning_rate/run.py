@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
@@ -103,7 +103,7 @@ def main() -> None:
         "raw": raw,
         "data_hash": data.content_hash,
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
 
 
 if __name__ == "__main__":

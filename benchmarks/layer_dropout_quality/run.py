@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.study import FOLDER, about, append_rows, read_table, write_study
+from benchmarks.study import FOLDER, about, append_rows, read_table, write_values
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
@@ -274,7 +274,9 @@ def main() -> None:
     worker, workers = map(int, arguments.worker.split("/"))
     torch.set_num_threads(1)
     data, dev = development(arguments.data)
-    write_study(NAME, {**about(NAME, data=arguments.data), "data_hash": data.content_hash, **SIZES})
+    write_values(
+        NAME, {**about(NAME, data=arguments.data), "data_hash": data.content_hash, **SIZES}
+    )
     chosen = (frozen_cells if arguments.frozen else cells)(arguments.models)
     for cell in itertools.islice(chosen, worker, None, workers):
         if cell.key in finished():

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.config import as_tree, load_config, resolve
 from droppeft.federation.device import carry_out
 from droppeft.federation.loading import site_of
@@ -68,7 +68,7 @@ def main(words: list[str]) -> None:
         ),
         "config": as_tree(config),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(
         NAME, "repeats", sorted(repeats, key=lambda row: list(plans).index(row["criterion"]))
     )
