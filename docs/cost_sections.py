@@ -149,8 +149,7 @@ def _saving(cell: str, row: Row, full: Row) -> Sequence[str]:
 
 
 def _batch(row: Row) -> str:
-    words = dict(word.split("=") for word in row["settings"].split())
-    return f"{words['training.batch_size']} x {words['training.max_length']}"
+    return f"{row['batch_size']} x {row['length']}"
 
 
 def _frozen_layers() -> str:

@@ -108,13 +108,16 @@ def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list
 
 def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[str, Any]:
     """One cell: modelled beside measured."""
-    modelled: Option = option(configuration(words), None)
+    config = configuration(words)
+    modelled: Option = option(config, None)
     frugal, *timed = trials
     measured = frugal.peak_bytes - frugal.process_bytes
     memory: Memory = modelled.memory
     return {
         "cell": name,
         "settings": " ".join(words),
+        "batch_size": config.training.batch_size,
+        "length": config.training.max_length,
         "modelled_bytes": memory.model,
         "measured_bytes": measured,
         "memory_error": memory.model / measured - 1,
@@ -124,7 +127,7 @@ def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[s
         if timed
         else None,
         "activation_bytes_peak": max(one.activation_bytes_peak for one in trials),
-        "flops": mean_flops(configuration(words)),
+        "flops": mean_flops(config),
         "step_s": statistics.median(one.step_s for one in timed) if timed else None,
         "modelled_16x128_bytes": option(configuration((*words, *USUAL)), None).memory.model,
     }
