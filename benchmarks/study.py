@@ -21,8 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
-from droppeft.runs.environment import machine, versions
 from droppeft.files import write_atomically
+from droppeft.runs.environment import machine, versions
 
 FOLDER = Path(__file__).resolve().parent
 SCHEMA_VERSION = 1
@@ -45,19 +45,19 @@ def about(name: str, *, accelerator: str = "cpu", data: Path | None = None) -> d
     }
 
 
-def write_study(name: str, content: Row) -> None:
+def write_values(name: str, content: Row) -> None:
     """Write single values to `study.json`."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(FOLDER / name / "study.json", text.encode())
 
 
-def read_study(name: str) -> dict[str, Any]:
+def read_values(name: str) -> dict[str, Any]:
     """The single values of a study."""
     found = json.loads((FOLDER / name / "study.json").read_text(encoding="utf-8"))
     return dict(found)
 
 
-def was_studied(name: str) -> bool:
+def was_measured(name: str) -> bool:
     """Whether there is a result of this study."""
     return (FOLDER / name / "study.json").is_file()
 

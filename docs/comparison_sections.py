@@ -12,13 +12,13 @@ from tables import (
     markdown_table,
     processor,
     read_compared,
-    read_study,
     read_table,
+    read_values,
     was_compared,
 )
 
-from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.writers import COLUMNS, failures, heading, references
 
 DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
@@ -155,7 +155,7 @@ def comparison_sections() -> list[str]:
 
 def synthetic_sections() -> list[str]:
     """The section on made-up problems."""
-    return [_synthetic(read_study("configurator_synthetic"))]
+    return [_synthetic(read_values("configurator_synthetic"))]
 
 
 def _comparison(name: str) -> str:
@@ -194,7 +194,7 @@ def read_parts(name: str) -> tuple[Study, list[Played], list[Part]]:
     """A comparison with its parts, own majorities filled in where its runs do not know them."""
     study, played = read_compared(name)
     parts = summary(study, played)
-    found = read_study("own_majority")["accuracies"].get(name, {})
+    found = read_values("own_majority")["accuracies"].get(name, {})
     return study, played, [_with_own_majority(part, found, study.seeds) for part in parts]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from studies import seeds_of_comparison
 from tables import FIGURES, read_compared, was_compared
 
-from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.study_files import Played
+from droppeft.comparison.summary import Part, summary
 from droppeft.report.drawing import INK, looks, style
 from droppeft.report.figures import AXES, curve_points, mean_curve
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from tables import markdown_table, processor, read_study, read_table
+from tables import markdown_table, processor, read_table, read_values
 
 Row = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ def _cost_model() -> str:
         memory=f"{max(abs(row['memory_error']) for row in rows):.1%}",
         time=f"{max(abs(row['time_error']) for row in timed):.0%}",
         trials=_range(trials[row["cell"]] - 1 for row in timed),
-        place=_place(read_study("cost_model")["machine"]),
+        place=_place(read_values("cost_model")["machine"]),
     )
     lines = [
         [
@@ -149,12 +149,11 @@ def _saving(cell: str, row: Row, full: Row) -> Sequence[str]:
 
 
 def _batch(row: Row) -> str:
-    words = dict(word.split("=") for word in row["settings"].split())
-    return f"{words['training.batch_size']} x {words['training.max_length']}"
+    return f"{row['batch_size']} x {row['length']}"
 
 
 def _frozen_layers() -> str:
-    content, rows = read_study("frozen_layers"), read_table("frozen_layers")
+    content, rows = read_values("frozen_layers"), read_table("frozen_layers")
     models = content["models"]
     repeats = min(model["repeats"] for model in models.values())
     parts = [FROZEN_LAYERS_HEAD.format(repeats=repeats, place=_place(content["machine"]))]
@@ -182,7 +181,7 @@ def _frozen_row(row: Row) -> Sequence[str]:
 
 
 def _matrix_kernels() -> str:
-    content = read_study("matrix_kernels")
+    content = read_values("matrix_kernels")
     runs: Mapping[str, Sequence[Row]] = content["runs"]
     repeats = min(map(len, runs.values()))
     head = MATRIX_KERNELS_HEAD.format(place=_place(content["machine"]), repeats=repeats)

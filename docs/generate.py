@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from readme_table import readme_page
 from results_page import results_page
 from sharing_page import sharing_page
-from tables import NOTICE, markdown_table, read_study
+from tables import NOTICE, markdown_table, read_values
 
 from droppeft.config import Bandwidth, Config, flat, known_keys
 from droppeft.config.schema import METHOD_DEFAULTS
@@ -457,10 +457,10 @@ def devices_page() -> str:
 
 
 def _calibration() -> str:
-    from droppeft.costs.modelled_clock import compute_seconds
     from droppeft.costs.device_profiles import PROFILES
+    from droppeft.costs.modelled_clock import compute_seconds
 
-    content = read_study("clock_calibration")
+    content = read_values("clock_calibration")
     rows = []
     for name, anchors in content["anchors_s"].items():
         for data, anchor in anchors.items():

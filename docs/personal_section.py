@@ -7,8 +7,8 @@ from statistics import fmean
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, read_compared, was_compared
 
-from droppeft.comparison.summary import summary
 from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS
 from droppeft.sharing.selection import count_of
 

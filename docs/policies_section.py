@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from studies import outcome_of, runs_of, shown_settings, spread
-from tables import markdown_table, processor, read_compared, read_study, read_table, was_compared
+from tables import markdown_table, processor, read_compared, read_table, read_values, was_compared
 
 from droppeft.bandit.policies import LOT, POLICIES
-from droppeft.comparison.summary import target_accuracies, time_to_target
 from droppeft.comparison.study_files import Played
+from droppeft.comparison.summary import target_accuracies, time_to_target
 
 STUDIES = {
     "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),
@@ -95,7 +95,7 @@ def policies_sections() -> list[str]:
 
 
 def _overhead() -> str:
-    content = read_study("configurator_overhead")
+    content = read_values("configurator_overhead")
     head = OVERHEAD_HEAD.format(
         rounds=content["rounds"],
         cohort=content["cohort_size"],

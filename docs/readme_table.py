@@ -6,8 +6,8 @@ from comparison_sections import read_parts
 from studies import runs_of, seeds_of_comparison, shown_settings
 from tables import markdown_table, was_compared
 
-from droppeft.comparison.summary import MemberRow, Part
 from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.summary import MemberRow, Part
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks: change the source. -->\n"

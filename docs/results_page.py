@@ -12,7 +12,7 @@ from cost_sections import cost_sections
 from dropout_statements import statement_sections
 from personal_section import personal_sections
 from policies_section import policies_sections
-from tables import NOTICE, markdown_table, place, read_study, read_table
+from tables import NOTICE, markdown_table, place, read_table, read_values
 
 RESULTS_HEAD = """\
 # Results
@@ -156,7 +156,7 @@ def _link(section: str) -> str:
 
 
 def _first_slice() -> str:
-    content = read_study("first_slice")
+    content = read_values("first_slice")
     methods = read_table("first_slice")
     one = methods[0]
     target = f"{one['target']:.2f}".removeprefix("0")
@@ -186,7 +186,7 @@ def _first_slice() -> str:
 
 
 def _head_learning_rate() -> str:
-    content = read_study("head_learning_rate")
+    content = read_values("head_learning_rate")
     steps = [str(cell["steps"]) for cell in next(iter(content["summary"].values()))]
     rows = [
         [name, *(f"{cell['mean']:.3f} ± {cell['sd']:.3f}" for cell in cells)]
@@ -197,7 +197,7 @@ def _head_learning_rate() -> str:
 
 
 def _flower() -> str:
-    content = read_study("flower_cost")
+    content = read_values("flower_cost")
     places = [
         [
             name,
@@ -240,7 +240,7 @@ def _flower() -> str:
 
 
 def _layer_dropout() -> str:
-    measured = read_study("layer_dropout_cost")["measured"]
+    measured = read_values("layer_dropout_cost")["measured"]
     sliced = {(one["model"], one["accelerator"]): one for one in _of_part(measured, "sliced")}
     [peaks], [peers] = _of_part(measured, "peaks"), _of_part(measured, "peers")
     rows = read_table("layer_dropout_cost", "sliced")
@@ -415,7 +415,7 @@ QUALITY_COLUMNS = (
 
 def _quality() -> str:
     """Per model a table of conditions, with what has been run so far."""
-    content = read_study("layer_dropout_quality")
+    content = read_values("layer_dropout_quality")
     cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in read_table("layer_dropout_quality"):
         seeds = cells.setdefault((row["model"], row["condition"]), {})
@@ -488,7 +488,7 @@ def _noise(cells: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> float:
 
 
 def _compile_blocks() -> str:
-    content = read_study("compile_blocks")
+    content = read_values("compile_blocks")
     rows = [
         (
             row["model"],

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tables import NOTICE, markdown_table, place, read_study, read_table
+from tables import NOTICE, markdown_table, place, read_table, read_values
 
 from droppeft.sharing.criteria import CRITERIA
 
@@ -102,7 +102,7 @@ def sharing_page() -> str:
 
 
 def _costs() -> str:
-    content = read_study("sharing_criteria")
+    content = read_values("sharing_criteria")
     head = COST_HEAD.format(
         steps=content["local_steps"],
         batch=content["batch_size"],

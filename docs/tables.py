@@ -8,8 +8,8 @@ from typing import Any
 from droppeft.comparison.study_files import Played, Study, read_tables
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package of studies is
-from benchmarks.study import read_study as read_study
 from benchmarks.study import read_table as read_table
+from benchmarks.study import read_values as read_values
 
 NOTICE = "<!-- Written by docs/generate.py: change the source, not this page. -->"
 FIGURES = Path(__file__).parent / "figures"

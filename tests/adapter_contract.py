@@ -24,13 +24,13 @@ from droppeft.adapters.bottleneck import load_bottleneck
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
 from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES
 from droppeft.config import AdapterConfig
-from droppeft.tasks.classification import Classification
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import find_blocks
 from droppeft.federated_method import adapter_spec
-from droppeft.models.loading import HEAD_MODULES, quiet
+from droppeft.layer_dropout import find_blocks
 from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerKey, flatten
+from droppeft.models.loading import HEAD_MODULES, quiet
 from droppeft.models.quantization import put_values, quantised, settle
+from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, train
 from handmade import TRAINING
 from tiny import FAMILIES, tiny_model

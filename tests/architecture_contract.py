@@ -37,10 +37,10 @@ from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
 from droppeft.federated_method import adapter_spec
-from droppeft.models.loading import builtin_model_folder, load_backbone
+from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
 from droppeft.messages import HEAD
+from droppeft.models.loading import builtin_model_folder, load_backbone
 
 LAYERS = 3
 FILE = Path(__file__).parents[1] / "docs" / "architectures.json"

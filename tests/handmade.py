@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from droppeft.config import load_config, resolve, resolve_layers
+from droppeft.costs.device_profiles import make_fleet
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.costs.device_profiles import make_fleet
-from droppeft.server.round_cost import make_clock
-from droppeft.methods import Setup
 from droppeft.messages import (
     HEAD,
     AdapterSpec,
@@ -27,6 +25,8 @@ from droppeft.messages import (
     flatten,
     restrict,
 )
+from droppeft.methods import Setup
+from droppeft.server.round_cost import make_clock
 from droppeft.sharing.selection import count_of
 from droppeft.transports.base import Arrival
 

@@ -14,11 +14,11 @@ from droppeft.client.client import Client
 from droppeft.client.client_state import folder_of
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
-from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
-from droppeft.server.run import start_run
-from droppeft.runs.ledger import RoundRow
-from droppeft.methods import METHODS
 from droppeft.messages import Plan, Reply, Update
+from droppeft.methods import METHODS
+from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
+from droppeft.runs.ledger import RoundRow
+from droppeft.server.run import start_run
 from droppeft.transports.base import Arrival, Transport
 from droppeft.transports.in_process import InProcess
 

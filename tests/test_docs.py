@@ -57,7 +57,7 @@ def test_pages_need_no_setting_of_today(
     """Settings may be renamed or go: results that were made with them give the same pages."""
     import tables
 
-    for study in sorted(FOLDER.parent.glob("benchmarks/*/study.json")):
+    for study in sorted(FOLDER.parent.glob("benchmarks/*/study.toml")):
         there = tmp_path / study.parent.name
         shutil.copytree(study.parent, there)
         text = (there / study.name).read_text(encoding="utf-8")

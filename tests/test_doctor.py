@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 import droppeft
 from droppeft import doctor
-from droppeft.models import loading
 from droppeft.cli import app
 from droppeft.data import builtin as texts
 from droppeft.doctor import CHECKS, Finding, builtin, examine, flower, folders, machine, packages
 from droppeft.doctor.finding import note, ok, problem, size
 from droppeft.doctor.torch_facts import facts
+from droppeft.models import loading
 from droppeft.report.show_doctor import show
 
 REPOSITORY = Path(__file__).parents[1]

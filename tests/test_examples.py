@@ -9,9 +9,9 @@ import pytest
 
 from droppeft.cli import _split
 from droppeft.config import load_config
-from droppeft.server.run import start_run
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
+from droppeft.server.run import start_run
 from runs import Recorder
 from tiny import tiny_model
 

@@ -165,7 +165,10 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
     [
         ("cli", "from droppeft.report.page import write\nfrom droppeft.server import rounds"),
         ("federation", "import flwr\nfrom droppeft.transports.flower.records import pack"),
-        ("methods", "from droppeft.sharing import selection\nfrom droppeft.training.loop import train"),
+        (
+            "methods",
+            "from droppeft.sharing import selection\nfrom droppeft.training.loop import train",
+        ),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
         ("adapters", "from peft import LoraConfig\nfrom droppeft.messages import Tensors"),
         ("data", "from flwr_datasets.partitioner import DirichletPartitioner"),

@@ -48,11 +48,11 @@ def test_a_row_with_another_column_is_not_added() -> None:
 
 
 def test_single_values_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not study.was_studied("some")
+    assert not study.was_measured("some")
     monkeypatch.setattr("sys.argv", ["run.py", "/texts", "--repeats", "3"])
-    study.write_study("some", {**study.about("some", data=Path("/texts")), "seeds": [0, 1]})
-    assert study.was_studied("some")
-    found = study.read_study("some")
+    study.write_values("some", {**study.about("some", data=Path("/texts")), "seeds": [0, 1]})
+    assert study.was_measured("some")
+    found = study.read_values("some")
     assert found["command"] == "python -m benchmarks.some.run $DROPPEFT_DATA --repeats 3"
     assert found["seeds"] == [0, 1]
     assert {"schema_version", "versions", "machine"} < found.keys()

@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import BertConfig
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.config import AdapterConfig
+from droppeft.costs.fake_step import PaperModel, count_step
 from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_counts import StepCounts, step_flops
-from droppeft.costs.fake_step import PaperModel, count_step
 from droppeft.federated_method import adapter_spec
 
 NAME = "clock_calibration"
@@ -72,5 +72,5 @@ def content() -> dict[str, Any]:
 
 if __name__ == "__main__":
     made = content()
-    write_study(NAME, made)
+    write_values(NAME, made)
     print(json.dumps(made, indent=1))

@@ -29,11 +29,11 @@ from torch._inductor.utils import fresh_cache
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from benchmarks.layer_dropout_cost.steps import interval
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.adapters.attach import attach
 from droppeft.config import AdapterConfig
-from droppeft.layer_dropout import DrawnGates, find_blocks, layer_dropout
 from droppeft.federated_method import adapter_spec
+from droppeft.layer_dropout import DrawnGates, find_blocks, layer_dropout
 from droppeft.models.loading import load_backbone
 
 NAME = "compile_blocks"
@@ -252,7 +252,7 @@ def main() -> None:
         "rounds": rounds,
         "shapes": {**SHAPES, "all": COMMON},
     }
-    write_study(NAME, {**about(NAME), "settings": settings})
+    write_values(NAME, {**about(NAME), "settings": settings})
     write_table(NAME, "result", result)
     write_table(NAME, "repeats", repeats)
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.config import Config, as_tree, load_config, resolve
+from droppeft.messages import Update
 from droppeft.server.prepare import prepare
 from droppeft.server.rounds import play_round
-from droppeft.messages import Update
 from droppeft.transports.in_process import in_process
 
 NAME = "configurator_overhead"
@@ -101,7 +101,7 @@ def main(words: list[str]) -> None:
         "batch_size": config.training.batch_size,
         "config": as_tree(config),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "rounds", rounds)
     write_table(NAME, "clients", clients)
 

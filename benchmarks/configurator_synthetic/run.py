@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, score
 from droppeft.bandit.bandit_memory import begin, halved, with_round
 
@@ -242,7 +242,7 @@ def main() -> None:
     }
     wall_s = time.perf_counter() - start
     content = {**about(NAME), "settings": settings, "problems": known, "wall_s": wall_s}
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "result", result)
 
 

@@ -32,7 +32,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
+from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
 from droppeft.config import Config, load_config, resolve
 from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_memory import Memory
@@ -108,13 +108,16 @@ def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list
 
 def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[str, Any]:
     """One cell: modelled beside measured."""
-    modelled: Option = option(configuration(words), None)
+    config = configuration(words)
+    modelled: Option = option(config, None)
     frugal, *timed = trials
     measured = frugal.peak_bytes - frugal.process_bytes
     memory: Memory = modelled.memory
     return {
         "cell": name,
         "settings": " ".join(words),
+        "batch_size": config.training.batch_size,
+        "length": config.training.max_length,
         "modelled_bytes": memory.model,
         "measured_bytes": measured,
         "memory_error": memory.model / measured - 1,
@@ -124,7 +127,7 @@ def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[s
         if timed
         else None,
         "activation_bytes_peak": max(one.activation_bytes_peak for one in trials),
-        "flops": mean_flops(configuration(words)),
+        "flops": mean_flops(config),
         "step_s": statistics.median(one.step_s for one in timed) if timed else None,
         "modelled_16x128_bytes": option(configuration((*words, *USUAL)), None).memory.model,
     }
@@ -182,8 +185,8 @@ def draw(result: Sequence[Mapping[str, Any]]) -> None:
 
 def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Trial]]) -> None:
     """Put what was measured beside the cells that are there."""
-    known = was_studied(NAME)
-    commands = read_study(NAME)["commands"] if known else []
+    known = was_measured(NAME)
+    commands = read_values(NAME)["commands"] if known else []
     rows, repeats = (
         [row for row in read_table(NAME, table) if row["cell"] not in chosen] if known else []
         for table in ("result", "trials")
@@ -206,7 +209,7 @@ def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Tri
         "steps_per_trial": STEPS,
         "fits": with_times(rows),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "result", rows)
     write_table(NAME, "trials", repeats)
 

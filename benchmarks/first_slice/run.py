@@ -21,11 +21,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from benchmarks.study import about, read_table, write_study, write_table
+from benchmarks.study import about, read_table, write_table, write_values
 from droppeft.config import load_config
-from droppeft.server.run import start_run
-from droppeft.runs.ledger import RoundRow, read_rows
 from droppeft.messages import Reply
+from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.server.run import start_run
 
 NAME = "first_slice"
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def collect(folder: Path) -> None:
         "config": {**config, "data": "$DROPPEFT_DATA/ag_news"},
         "machine": found["machine"],
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(NAME, "result", result)
     write_table(NAME, "rounds", rounds)
 

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flower_cost import rebuilding_client
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.config import load_config
-from droppeft.server.run import start_run
-from droppeft.runs.ledger import RoundRow, read_rows
 from droppeft.messages import Reply
+from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.server.run import start_run
 from droppeft.transports.flower import client_app
 
 NAME = "flower_cost"
@@ -207,7 +207,7 @@ def main() -> None:
                 "places": places(in_three, repeats, folder),
                 "client_round": client_rounds(arms, repeats, folder),
             }
-    write_study(NAME, content)
+    write_values(NAME, content)
 
 
 if __name__ == "__main__":

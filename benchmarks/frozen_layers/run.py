@@ -26,17 +26,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from benchmarks.study import about, read_study, read_table, was_studied, write_study, write_table
+from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
+from droppeft.cached_layers import FrozenPrefix, StateStore
+from droppeft.cached_layers.cached_layers import PrefixOfTurn
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.cached_layers import FrozenPrefix, StateStore
-from droppeft.cached_layers.cached_layers import PrefixOfTurn
-from droppeft.layer_dropout import sample_active
 from droppeft.federated_method import local_training
-from droppeft.models.loading import load_backbone
+from droppeft.layer_dropout import sample_active
 from droppeft.messages import AdapterSpec, LayerAdapter, PrefixCost, StateCache
+from droppeft.models.loading import load_backbone
 from droppeft.training.loop import Step, train
 
 NAME = "frozen_layers"
@@ -200,8 +200,8 @@ def _compared(ours: list[dict[str, float]], base: list[dict[str, float]]) -> dic
 def write(subject: Subject, repeats: int, found: dict[str, Any], data: Path) -> None:
     """Put a model's result beside those of the others."""
     name = subject.name.removeprefix("config:")
-    known = was_studied(NAME)
-    models = read_study(NAME)["models"] if known else {}
+    known = was_measured(NAME)
+    models = read_values(NAME)["models"] if known else {}
     models[name] = {
         "layers": found["layers"],
         "batch_size": subject.batch,
@@ -211,13 +211,13 @@ def write(subject: Subject, repeats: int, found: dict[str, Any], data: Path) -> 
     for table in ("result", "repeats"):
         others = [row for row in read_table(NAME, table) if row["model"] != name] if known else []
         write_table(NAME, table, [*others, *found[table]])
-    write_study(NAME, {**about(NAME, data=data), "models": models})
+    write_values(NAME, {**about(NAME, data=data), "models": models})
 
 
 def draw() -> None:
     """Step time and stored bytes against the share of frozen layers, with the limit."""
     mpl.rcParams["svg.hashsalt"] = "droppeft"
-    models, result = read_study(NAME)["models"], read_table(NAME)
+    models, result = read_values(NAME)["models"], read_table(NAME)
     names = list(models)
     figure, axes = plt.subplots(
         2, len(names), figsize=(5 * len(names), 7), sharex=True, sharey="row", layout="constrained"

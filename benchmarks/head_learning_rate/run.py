@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
@@ -22,12 +22,12 @@ from droppeft.config import Config, SourceConfig
 from droppeft.data.cache import cache_dir
 from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData
-from droppeft.tasks.classification import Classification
 from droppeft.data.tokens import tokenise
-from droppeft.layer_dropout import find_blocks
 from droppeft.federated_method import local_training
-from droppeft.models.loading import load_backbone
+from droppeft.layer_dropout import find_blocks
 from droppeft.messages import AdapterSpec, Budget, LayerAdapter
+from droppeft.models.loading import load_backbone
+from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
 
 NAME = "head_learning_rate"
@@ -95,7 +95,7 @@ def main() -> None:
         "raw": raw,
         "data_hash": data.content_hash,
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
 
 
 if __name__ == "__main__":

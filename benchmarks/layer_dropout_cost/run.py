@@ -71,11 +71,11 @@ from benchmarks.layer_dropout_cost.steps import (
 from benchmarks.study import (
     SCHEMA_VERSION,
     about,
-    read_study,
     read_table,
-    was_studied,
-    write_study,
+    read_values,
+    was_measured,
     write_table,
+    write_values,
 )
 from droppeft import seeds
 from droppeft.layer_dropout import layer_rates, protected_ends
@@ -322,13 +322,13 @@ def write(entry: Mapping[str, Any], tables: Found) -> None:
     def other(row: Mapping[str, Any]) -> bool:
         return any(row[key] != value for key, value in place.items())
 
-    known = read_study(NAME)["measured"] if was_studied(NAME) else []
+    known = read_values(NAME)["measured"] if was_measured(NAME) else []
     there = any(one["part"] == entry["part"] for one in known)
     for table, rows in tables.items():
         before = filter(other, read_table(NAME, table)) if there else ()
         write_table(NAME, table, [*before, *({**place, **row} for row in rows)])
     others = [one for one in known if one["part"] != entry["part"] or other(one)]
-    write_study(NAME, {"schema_version": SCHEMA_VERSION, "measured": [*others, entry]})
+    write_values(NAME, {"schema_version": SCHEMA_VERSION, "measured": [*others, entry]})
 
 
 def draw() -> None:
@@ -384,7 +384,7 @@ def draw_sliced(
 
 def draw_peaks(axis: Any) -> None:
     styles = {"exact": ("#d1495b", "-"), "bernoulli": ("#4c566a", "--")}
-    [peaks] = [one for one in read_study(NAME)["measured"] if one["part"] == "peaks"]
+    [peaks] = [one for one in read_values(NAME)["measured"] if one["part"] == "peaks"]
     rows = read_table(NAME, "peaks")
     for sampling, (color, line) in styles.items():
         shares = [
@@ -409,7 +409,7 @@ def main() -> None:
     words = parser.parse_args()
     if not words.draw:
         run(words)
-    if {"sliced", "peaks"} <= {one["part"] for one in read_study(NAME)["measured"]}:
+    if {"sliced", "peaks"} <= {one["part"] for one in read_values(NAME)["measured"]}:
         draw()
 
 

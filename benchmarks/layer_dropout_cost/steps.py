@@ -17,10 +17,10 @@ from torch import nn
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.layer_dropout import find_blocks
-from droppeft.training.activation_memory import ActivationMeter
-from droppeft.models.loading import ARCHITECTURES, load_backbone
 from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.models.loading import ARCHITECTURES, load_backbone
 from droppeft.models.precision import autocast
+from droppeft.training.activation_memory import ActivationMeter
 
 SEED = 0
 METERED = 5

@@ -26,23 +26,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.study import FOLDER, about, append_rows, read_table, write_study
+from benchmarks.study import FOLDER, about, append_rows, read_table, write_values
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
+from droppeft.cached_layers import FrozenPrefix
+from droppeft.cached_layers.cached_layers import PrefixOfTurn
 from droppeft.config import Config, SourceConfig, available_cores
 from droppeft.data.cache import cache_dir
 from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData, TextTable
-from droppeft.tasks.classification import Classification
 from droppeft.data.tokens import tokenise
-from droppeft.cached_layers import FrozenPrefix
-from droppeft.cached_layers.cached_layers import PrefixOfTurn
+from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks, layer_rates, protected_ends
 from droppeft.layer_dropout.alone import GateOptions, gates_of_step
-from droppeft.federated_method import local_training
-from droppeft.models.loading import load_backbone
 from droppeft.messages import AdapterSpec, Budget, LayerAdapter
+from droppeft.models.loading import load_backbone
+from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
 
 NAME = "layer_dropout_quality"
@@ -263,7 +263,9 @@ def main() -> None:
     worker, workers = map(int, arguments.worker.split("/"))
     torch.set_num_threads(1)
     data, dev = development(arguments.data)
-    write_study(NAME, {**about(NAME, data=arguments.data), "data_hash": data.content_hash, **SIZES})
+    write_values(
+        NAME, {**about(NAME, data=arguments.data), "data_hash": data.content_hash, **SIZES}
+    )
     chosen = (frozen_cells if arguments.frozen else cells)(arguments.models)
     for cell in itertools.islice(chosen, worker, None, workers):
         if cell.key in finished():

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config, resolve
 from droppeft.server.prepare import prepare
@@ -53,7 +53,7 @@ def main() -> None:
             for name, found in runs.items():
                 found.append(_child({"LD_PRELOAD": str(library)} if name == "preloaded" else {}))
                 print(name, found[-1], flush=True)
-    write_study(NAME, {**about(NAME), "settings": WORDS, "shapes": SHAPES, "runs": runs})
+    write_values(NAME, {**about(NAME), "settings": WORDS, "shapes": SHAPES, "runs": runs})
 
 
 def _library(folder: Path) -> Path:

@@ -8,7 +8,7 @@ they did. It follows from data, split and seed alone. Goes to `study.json`.
 
 from pathlib import Path
 
-from benchmarks.study import about, write_study
+from benchmarks.study import about, write_values
 from droppeft.comparison.grid import cells, read_comparison
 from droppeft.data.partition import partition_rows
 from droppeft.data.reference import own_majority_accuracy
@@ -37,7 +37,7 @@ def main() -> None:
                 print(f"{Path(config.data).name}, seed {config.seed}: {known[place]:.3f}")
             by_seed = content.setdefault(name, {}).setdefault(Path(config.data).name, {})
             by_seed[str(config.seed)] = known[place]
-    write_study(NAME, {**about(NAME), "accuracies": content})
+    write_values(NAME, {**about(NAME), "accuracies": content})
 
 
 if __name__ == "__main__":

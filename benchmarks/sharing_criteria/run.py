@@ -12,11 +12,11 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks.study import about, write_study, write_table
+from benchmarks.study import about, write_table, write_values
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import as_tree, load_config, resolve
-from droppeft.server.prepare import prepare
 from droppeft.messages import Plan, SharingRule, Update, payload_bytes
+from droppeft.server.prepare import prepare
 from droppeft.sharing.criteria import CRITERIA
 
 NAME = "sharing_criteria"
@@ -67,7 +67,7 @@ def main(words: list[str]) -> None:
         ),
         "config": as_tree(config),
     }
-    write_study(NAME, content)
+    write_values(NAME, content)
     write_table(
         NAME, "repeats", sorted(repeats, key=lambda row: list(plans).index(row["criterion"]))
     )

@@ -127,13 +127,10 @@ def compare(
     """
     from rich.console import Console
 
-    from droppeft.comparison import grid
-    from droppeft.comparison import runner
-    from droppeft.comparison import summary
-    from droppeft.comparison import writers
-    from droppeft.server.run import Interrupted
+    from droppeft.comparison import grid, runner, summary, writers
     from droppeft.report import show_comparison as report
     from droppeft.report.page import write_page
+    from droppeft.server.run import Interrupted
 
     files = [word for word in words or [] if word.endswith(".toml") and "=" not in word]
     methods = [word for word in words or [] if "=" not in word and word not in files]
@@ -206,8 +203,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint's adapter in PEFT's format, or merged into the model."""
-    from droppeft.runs.export import export_run
     from droppeft.report.screen import Screen
+    from droppeft.runs.export import export_run
 
     try:
         with Screen() as screen:
@@ -267,7 +264,8 @@ def estimate(
         str | None, typer.Option(help="What a device has, as 8GB.", show_default="the device's")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", help="A device profile, for time.", show_default="none")
+        str | None,
+        typer.Option("--profile", help="A device profile, for time.", show_default="none"),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Longest step on --profile.", show_default="any")
@@ -331,8 +329,8 @@ def main() -> None:
 
 
 def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> None:
-    from droppeft.server.run import Interrupted
     from droppeft.report.screen import JsonLines, Quiet, Screen
+    from droppeft.server.run import Interrupted
 
     try:
         if as_json or quiet:

@@ -14,11 +14,11 @@ from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, load_config, resolve
 from droppeft.config.schema import HALF
 from droppeft.errors import DroppeftError
-from droppeft.runs.folder import CONFIG
-from droppeft.server.run import resume_run, start_run
-from droppeft.runs.ledger import RoundRow
-from droppeft.methods import method_named
 from droppeft.messages import Reply
+from droppeft.methods import method_named
+from droppeft.runs.folder import CONFIG
+from droppeft.runs.ledger import RoundRow
+from droppeft.server.run import resume_run, start_run
 from droppeft.transports.base import Transport
 from droppeft.transports.flower.grid import over_grid
 

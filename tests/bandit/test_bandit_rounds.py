@@ -7,19 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from droppeft.bandit import POLICIES, Arm
-from droppeft.bandit import arm_costs
-from droppeft.bandit import federated
+from droppeft.bandit import POLICIES, Arm, arm_costs, federated
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.config import DeviceProfile, load_config, resolve
 from droppeft.costs.device_profiles import PROFILES, make_fleet, seconds_per_byte
 from droppeft.errors import DroppeftError
-from droppeft.runs.method_memory import decode_memory, encode_memory
-from droppeft.server.round_cost import make_clock
-from droppeft.server.rounds import play_round
-from droppeft.server.run import resume_run, start_run
-from droppeft.methods import METHODS, Setup
-from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
 from droppeft.messages import (
     HEAD,
     Failure,
@@ -30,6 +22,12 @@ from droppeft.messages import (
     flatten,
     payload_bytes,
 )
+from droppeft.methods import METHODS, Setup
+from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
+from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.server.round_cost import make_clock
+from droppeft.server.rounds import play_round
+from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.expected_costs import typical_bytes
 from handmade import (
     ARITHMETIC,

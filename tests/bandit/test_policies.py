@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from droppeft.bandit.arms import Arm
+from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, with_round
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import Estimate, Observation
-from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, with_round
 from droppeft.bandit.policies import FORCED, POLICIES, Asked, score
 from droppeft.runs.method_memory import decode_memory, encode_memory
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from droppeft.bandit.rewards import agreements, rewards_of
-from droppeft.methods import METHODS
 from droppeft.messages import HEAD, Failure, Plan, Update
+from droppeft.methods import METHODS
 from handmade import answer_to, filled, plan_for, setup_for
 
 AGREEING = ("configurator.policy=budgeted_thompson", "configurator.reward=agreement")

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import droppeft.server.run
+from droppeft.cached_layers import cached_layers
+from droppeft.cached_layers.cached_layers import PrefixOfTurn, state_folder
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.server.run import resume_run, start_run
-from droppeft.cached_layers import cached_layers
-from droppeft.cached_layers.cached_layers import PrefixOfTurn, state_folder
 from runs import Recorder, adapter_bytes, outcome, rows_of
 
 FROZEN = ("frozen.layers=2", "frozen.precision=fp32", "dropout.mean=0")

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from droppeft.config import load_config, resolve
-from droppeft.runs.export import export_run
-from droppeft.server.run import start_run
 from droppeft.models.loading import builtin_model_folder, load_backbone
 from droppeft.resources import profile
 from droppeft.resources.estimate import combinations, option
 from droppeft.resources.profile_run import run_trial
+from droppeft.runs.export import export_run
+from droppeft.server.run import start_run
 from refusals import or_refused, refused
 from runs import TOPICS, Recorder, write_tiny_data
 from tiny import save_tiny_model

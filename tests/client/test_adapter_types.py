@@ -14,9 +14,9 @@ from torch.nn import functional
 from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.messages import HEAD, OTHER
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
-from droppeft.messages import HEAD, OTHER
 from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_plan
 from runs import Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import save_tiny_model

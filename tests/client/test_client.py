@@ -11,12 +11,12 @@ from torch import nn
 
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import set_tensors
-from droppeft.client.run_inputs import clients_of
 from droppeft.client.local_training import _gates
+from droppeft.client.run_inputs import clients_of
 from droppeft.errors import DroppeftError
-from droppeft.server.prepare import Prepared
 from droppeft.messages import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
 from droppeft.seeds import seed_for
+from droppeft.server.prepare import Prepared
 from droppeft.training.loop import evaluate
 
 # One that peft wraps because it has an adapter, and one that it leaves alone.

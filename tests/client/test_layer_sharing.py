@@ -21,10 +21,6 @@ from droppeft.client.client_state import folder_of, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.runs.export import export_run
-from droppeft.server.prepare import Prepared, prepare
-from droppeft.server.run import resume_run, start_run
-from droppeft.methods import METHODS
 from droppeft.messages import (
     HEAD,
     Failure,
@@ -36,6 +32,10 @@ from droppeft.messages import (
     flatten,
     payload_bytes,
 )
+from droppeft.methods import METHODS
+from droppeft.runs.export import export_run
+from droppeft.server.prepare import Prepared, prepare
+from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.criteria import CRITERIA, usual_norms
 from droppeft.training.loop import evaluate
 from droppeft.transports.in_process import InProcess

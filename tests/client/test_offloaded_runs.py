@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from droppeft.cached_layers.frozen_layers import FrozenPrefix
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
+from droppeft.messages import AdapterSpec, BaseDelta, LayerAdapter
+from droppeft.models.offloading import OffloadedWeights
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import start_run
-from droppeft.cached_layers.frozen_layers import FrozenPrefix
-from droppeft.models.offloading import OffloadedWeights
-from droppeft.messages import AdapterSpec, BaseDelta, LayerAdapter
 from runs import Recorder, adapter_bytes, rows_of, timeless
 
 OFFLOAD = "training.offload=true"

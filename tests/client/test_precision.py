@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from droppeft.models import precision
 from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import rehearse
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.federated_method import local_training
+from droppeft.messages import Plan, Update, flatten
+from droppeft.models import precision
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
 from droppeft.server.validation import why_refused
-from droppeft.federated_method import local_training
-from droppeft.messages import Plan, Update, flatten
 from runs import Recorder, adapter_bytes, rows_of
 from tiny import save_tiny_model
 

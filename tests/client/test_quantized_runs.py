@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.models.quantization import is_quantised, quantization_of
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import prepare
 from droppeft.server.run import resume_run, start_run
-from droppeft.models.quantization import is_quantised, quantization_of
 from runs import Recorder, checkpoint_of, outcome, rows_of
 
 TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]

@@ -18,7 +18,6 @@ from droppeft.comparison.grid import (
     read_comparison,
 )
 from droppeft.comparison.runner import done, play
-from droppeft.comparison.summary import summary, target_accuracies
 from droppeft.comparison.study_files import (
     DEFINITION,
     RUNS,
@@ -29,6 +28,7 @@ from droppeft.comparison.study_files import (
     Target,
     read_tables,
 )
+from droppeft.comparison.summary import summary, target_accuracies
 from droppeft.comparison.writers import (
     COLUMNS,
     CSV,
@@ -40,9 +40,9 @@ from droppeft.comparison.writers import (
 )
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
+from droppeft.methods import method_named
 from droppeft.server import run as running
 from droppeft.server.run import Interrupted
-from droppeft.methods import method_named
 from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 

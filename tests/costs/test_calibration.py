@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 
 from benchmarks.clock_calibration.run import count, fit
-from benchmarks.study import read_study
+from benchmarks.study import read_values
+from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.costs.step_counts import step_flops
-from droppeft.costs.device_profiles import PROFILES
 
 JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
 
 
 @pytest.fixture(scope="module")
 def calibration() -> dict[str, Any]:
-    return read_study("clock_calibration")
+    return read_values("clock_calibration")
 
 
 @pytest.mark.parametrize("name", JETSONS)

@@ -13,19 +13,19 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
-from droppeft.training.checkpointing import Call, checkpointed, without_cache
 from droppeft.config import AdapterConfig
-from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
 from droppeft.costs.fake_step import PaperModel, count_step
 from droppeft.costs.operation_counter import Tally
+from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import find_blocks, gated
-from droppeft.training.activation_memory import ActivationMeter
 from droppeft.federated_method import adapter_spec
-from droppeft.models.loading import HEAD_MODULES
+from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import AdapterSpec
+from droppeft.models.loading import HEAD_MODULES
 from droppeft.models.precision import autocast
 from droppeft.models.quantization import quantised, settle
+from droppeft.training.activation_memory import ActivationMeter
+from droppeft.training.checkpointing import Call, checkpointed, without_cache
 from tiny import FAMILIES
 
 LAYERS, ROWS, LENGTH = 4, 3, 9

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import Bandwidth, DeviceProfile
+from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.modelled_clock import (
     Arithmetic,
     Clock,
@@ -25,7 +26,6 @@ from droppeft.costs.step_counts import (
     step_flops,
     step_stored_bytes,
 )
-from droppeft.costs.device_profiles import Fleet
 from droppeft.errors import DroppeftError
 from droppeft.messages import MeasuredCost, PrefixCost
 from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, answer_to, plan_for

@@ -6,8 +6,8 @@ import pytest
 
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.server.prepare import Prepared, prepare
 from droppeft.messages import Plan
+from droppeft.server.prepare import Prepared, prepare
 from runs import Clients
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from droppeft.config import build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.server.run import resume_run, start_run
 from droppeft.flower_server_app import _check_same
+from droppeft.messages import first_trained_layer
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
-from droppeft.messages import first_trained_layer
+from droppeft.server.run import resume_run, start_run
 from handmade import setup_for
 from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round
 from tiny import save_tiny_model

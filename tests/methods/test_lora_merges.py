@@ -12,10 +12,10 @@ from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import base_delta_applied
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.server.prepare import Prepared, prepare
+from droppeft.messages import GlobalModel, Plan, Update, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
-from droppeft.messages import GlobalModel, Plan, Update, flatten
+from droppeft.server.prepare import Prepared, prepare
 from droppeft.sharing.factors import pairs_of
 from handmade import WIDTH_OF_MODEL, answer_to, assert_same, shaped
 from runs import update_of

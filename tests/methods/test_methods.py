@@ -8,12 +8,12 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.messages import HEAD, Failure, Plan, ServerState, Update, flatten
+from droppeft.methods import METHODS, Method, Setup, method_named
 from droppeft.runs.checkpoints import Checkpoint, load_newest, save
 from droppeft.server.prepare import prepare
 from droppeft.server.rounds import play_round
 from droppeft.server.run import start_run
-from droppeft.methods import METHODS, Method, Setup, method_named
-from droppeft.messages import HEAD, Failure, Plan, ServerState, Update, flatten
 from handmade import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
 from runs import Recorder
 

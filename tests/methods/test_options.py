@@ -15,12 +15,12 @@ from droppeft.config import (
     load_config,
     to_toml,
 )
-from droppeft.server.prepare import prepare
-from droppeft.server.run import resume_run, start_run
+from droppeft.messages import Failure, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.fedadapter import TRIAL_ROUNDS
 from droppeft.methods.other_types import OTHER_TYPES
-from droppeft.messages import Failure, flatten
+from droppeft.server.prepare import prepare
+from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.server_optimizer import step
 from handmade import answer_to, setup_for, shaped
 from runs import Recorder, outcome, stop_after_a_round, update_of

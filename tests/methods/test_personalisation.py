@@ -11,10 +11,10 @@ import pytest
 from droppeft.client.client_state import folder_of, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
+from droppeft.messages import HEAD, Measurement, Plan, flatten
+from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
-from droppeft.methods import METHODS
-from droppeft.messages import HEAD, Measurement, Plan, flatten
 from handmade import answer_to, setup_for
 from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 

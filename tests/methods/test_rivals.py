@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 
 from droppeft.config import DeviceProfile, load_config
+from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.costs.device_profiles import PROFILES
 from droppeft.data.partition import partition_rows
-from droppeft.server.round_cost import make_clock
-from droppeft.server.run import start_run
-from droppeft.methods import METHODS, Setup
-from droppeft.methods.fedadapter import DEEPER, SAME, TRIAL_ROUNDS, WIDER
-from droppeft.methods.fedhetlora import Ranks, product_norm, resized, tail_norm
-from droppeft.methods.legend import ranks
 from droppeft.messages import (
     HEAD,
     AdapterSpec,
@@ -26,6 +20,12 @@ from droppeft.messages import (
     Update,
     flatten,
 )
+from droppeft.methods import METHODS, Setup
+from droppeft.methods.fedadapter import DEEPER, SAME, TRIAL_ROUNDS, WIDER
+from droppeft.methods.fedhetlora import Ranks, product_norm, resized, tail_norm
+from droppeft.methods.legend import ranks
+from droppeft.server.round_cost import make_clock
+from droppeft.server.run import start_run
 from handmade import ARITHMETIC, LAYERS, answer_to, layout_shaped, setup_for, shaped
 from runs import Recorder, rows_of
 

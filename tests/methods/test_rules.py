@@ -11,9 +11,9 @@ from droppeft import cli
 from droppeft.comparison.grid import Comparison, cells, named_on_the_command_line
 from droppeft.config import Config, build_config, load_config, parse_word
 from droppeft.errors import DroppeftError
-from droppeft.server.run import start_run
 from droppeft.methods import METHODS, Method
 from droppeft.methods.rules import NO_EFFECT, check_costly, check_settings, given, without_effect
+from droppeft.server.run import start_run
 from runs import Recorder
 
 THOMPSON = "configurator.policy=budgeted_thompson"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from droppeft.models import loading
 from droppeft.errors import DroppeftError
+from droppeft.models import loading
 from droppeft.models.loading import ARCHITECTURES, Backbone, builtin_model_folder, load_backbone
 from tiny import save_tiny_model, tiny_model
 

@@ -11,20 +11,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapter_contract import copies, logits, loss, same, texts, without_dropout
-from droppeft.models import loading
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
-from droppeft.training.checkpointing import checkpointed
 from droppeft.client.client import base_delta_applied
 from droppeft.config import AdapterConfig, Config, build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import find_blocks, gated
-from droppeft.training.activation_memory import ActivationMeter
 from droppeft.federated_method import adapter_spec
-from droppeft.models.loading import HEAD_MODULES, Backbone, load_backbone, load_dequantised
+from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import BaseDelta
+from droppeft.models import loading
+from droppeft.models.loading import HEAD_MODULES, Backbone, load_backbone, load_dequantised
 from droppeft.models.precision import autocast
 from droppeft.models.quantization import is_quantised, on_device, quantization_of
+from droppeft.training.activation_memory import ActivationMeter
+from droppeft.training.checkpointing import checkpointed
 from tiny import FAMILIES, save_tiny_model, tiny_model
 
 BITS = ("8bit", "4bit")

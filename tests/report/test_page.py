@@ -14,13 +14,13 @@ import pytest
 
 from droppeft.comparison.grid import Comparison, cells
 from droppeft.comparison.runner import play
-from droppeft.comparison.summary import summary
 from droppeft.comparison.study_files import Played, read_tables, write_tables
+from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS, write
 from droppeft.errors import DroppeftError
-from droppeft.report.layers import of_layers
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import AXES, BARS, EACH, NAMED, OF_THE_TARGET, TWO, figures
+from droppeft.report.layers import of_layers
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from runs import Recorder
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from droppeft.runs.ledger import RoundRow
 from droppeft.report.screen import JsonLines, Quiet, Screen
+from droppeft.runs.ledger import RoundRow
 from runs import rows_of
 
 WIDTH = 80

@@ -18,8 +18,8 @@ from droppeft.errors import DroppeftError
 from droppeft.models.loading import load_backbone
 from droppeft.report import show_profile as report
 from droppeft.resources import profile
-from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.estimate import counts_of, option
+from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.profile import Measured, at_rate, in_fresh_process, profile
 from droppeft.resources.profile_run import Trial, random_table
 from tiny import save_tiny_model

@@ -15,6 +15,8 @@ from droppeft.client.client_state import folder_of, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.federated_method import without_steps
+from droppeft.messages import Failure, Measurement, Plan, Update, flatten, layer_key
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import (
     Personalised,
@@ -23,8 +25,6 @@ from droppeft.server.client_evaluation import (
 )
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import Interrupted, resume_run, start_run
-from droppeft.federated_method import without_steps
-from droppeft.messages import Failure, Measurement, Plan, Update, flatten, layer_key
 from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess

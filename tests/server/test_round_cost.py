@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from droppeft.config import load_config
 from droppeft.costs.device_profiles import PROFILES, Fleet
 from droppeft.errors import DroppeftError
+from droppeft.federated_method import adapter_spec
+from droppeft.messages import AdapterSpec, Failure, Plan, Reply, ServerState, Update
+from droppeft.methods import METHODS, Setup
+from droppeft.models.loading import load_backbone
+from droppeft.runs.ledger import ClosedRound
 from droppeft.server import round_cost
 from droppeft.server.round_cost import close_round, count_rows, make_clock
 from droppeft.server.rounds import draw_cohort, play_round
 from droppeft.server.run import Interrupted, resume_run, start_run
-from droppeft.runs.ledger import ClosedRound
-from droppeft.federated_method import adapter_spec
-from droppeft.methods import METHODS, Setup
-from droppeft.models.loading import load_backbone
-from droppeft.messages import AdapterSpec, Failure, Plan, Reply, ServerState, Update
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
 from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for
 from runs import Recorder, outcome, rows_of

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.server.rounds import draw_cohort, play_round
-from droppeft.runs.ledger import ClosedRound, device_row, round_row
-from droppeft.methods import METHODS
 from droppeft.messages import HEAD, Failure, Plan, ServerState
+from droppeft.methods import METHODS
+from droppeft.runs.ledger import ClosedRound, device_row, round_row
+from droppeft.server.rounds import draw_cohort, play_round
 from droppeft.transports.base import Arrival
 from handmade import LAYERS, Scripted, answer_to, assert_same, setup_for
 

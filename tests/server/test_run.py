@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
+from droppeft.messages import Failure, Plan
 from droppeft.runs.folder import check_free
 from droppeft.server.run import Interrupted, resume_run, start_run
-from droppeft.messages import Failure, Plan
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
 from runs import Recorder, adapter_bytes, checkpoint_of, outcome, rows_of

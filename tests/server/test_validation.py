@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.server.validation import why_refused
 from droppeft.messages import SharingRule
+from droppeft.server.validation import why_refused
 from handmade import COST, answer_to, filled, layout, plan_for
 
 PLAN = plan_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from droppeft.config import SharingConfig
-from droppeft.training.gradients import Moments
 from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, usual_norms
+from droppeft.training.gradients import Moments
 
 LAYERS = 4
 GROWING = range(1, 5)

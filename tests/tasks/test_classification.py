@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
-from droppeft.tasks.classification import Classification, accuracy_and_f1
 from droppeft.data.tokens import TokenTable
+from droppeft.tasks.classification import Classification, accuracy_and_f1
 
 CPU = torch.device("cpu")
 TABLE = TokenTable(

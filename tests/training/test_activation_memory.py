@@ -13,10 +13,10 @@ from torch.profiler import profile
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapter_contract import Worn, case, texts
-from droppeft.training.checkpointing import checkpointed
 from droppeft.costs.operation_counter import Tally
 from droppeft.tasks.classification import Classification
 from droppeft.training.activation_memory import ActivationMeter
+from droppeft.training.checkpointing import checkpointed
 from droppeft.training.loop import Step, Trainable, train
 from handmade import TRAINING
 

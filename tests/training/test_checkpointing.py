@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from adapter_contract import Case, Worn, case, texts
 from droppeft.adapters.by_layer import get_tensors
 from droppeft.adapters.types import BOTTLENECK
-from droppeft.training.checkpointing import Call, checkpointed, without_cache
 from droppeft.config import load_config
-from droppeft.tasks.classification import Classification
 from droppeft.errors import DroppeftError
-from droppeft.server.run import start_run
 from droppeft.layer_dropout import gated
-from droppeft.models.loading import builtin_model_folder
 from droppeft.messages import flatten
+from droppeft.models.loading import builtin_model_folder
+from droppeft.server.run import start_run
+from droppeft.tasks.classification import Classification
+from droppeft.training.checkpointing import Call, checkpointed, without_cache
 from droppeft.training.loop import Step, Trainable, TrainOutcome, train
 from handmade import TRAINING
 from runs import Recorder

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
-from droppeft.models import precision
-from droppeft.training import loop
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
-from droppeft.tasks.classification import Batch, Classification
 from droppeft.data.tokens import TokenTable
-from droppeft.training.gradients import Gradients
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import (
     HEAD,
@@ -31,6 +27,10 @@ from droppeft.messages import (
     RankPenalty,
     Tensors,
 )
+from droppeft.models import precision
+from droppeft.tasks.classification import Batch, Classification
+from droppeft.training import loop
+from droppeft.training.gradients import Gradients
 from droppeft.training.loop import (
     SCHEDULES,
     Step,

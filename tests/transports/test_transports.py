@@ -8,8 +8,8 @@ import pytest
 
 from droppeft.config import load_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.server.prepare import Prepared, prepare
 from droppeft.messages import LayerAdapter, Plan, Update, flatten
+from droppeft.server.prepare import Prepared, prepare
 from droppeft.transports.base import Transport
 from droppeft.transports.registry import TRANSPORTS, transport_named
 

@@ -9,8 +9,8 @@ from droppeft.bandit.arms import Depth
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.policies import LOT
 from droppeft.config import DeviceProfile
-from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.device_profiles import seconds_per_byte
+from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Setup, in_round

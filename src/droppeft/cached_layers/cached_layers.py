@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from droppeft.data.cache import cache_dir
-from droppeft.data.texts import Rows
-from droppeft.tasks.classification import Batch, Classification
-from droppeft.data.tokens import TokenTable
-from droppeft.errors import DroppeftError
 from droppeft.cached_layers.frozen_layers import FrozenPrefix
 from droppeft.cached_layers.state_store import StateStore, digest_of
+from droppeft.data.cache import cache_dir
+from droppeft.data.texts import Rows
+from droppeft.data.tokens import TokenTable
+from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates
 from droppeft.messages import PrefixCost, checked_run
+from droppeft.tasks.classification import Batch, Classification
 
 STATES, FORGOTTEN_AFTER_S = "frozen-prefix", 7 * 24 * 3600.0
 

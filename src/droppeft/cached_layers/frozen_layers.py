@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from droppeft.models.key_value_cache import without_cache
 from droppeft.layer_dropout.blocks import Gates
+from droppeft.models.key_value_cache import without_cache
 
 
 class FrozenPrefix:

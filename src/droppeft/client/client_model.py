@@ -9,12 +9,12 @@ from droppeft import seeds
 from droppeft.adapters.attach import attach, detach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
 from droppeft.data.cache import cache_dir
-from droppeft.tasks.classification import Classification
 from droppeft.layer_dropout import find_blocks
+from droppeft.messages import AdapterSpec, Layout, Tensors, flatten
 from droppeft.models.loading import Backbone
 from droppeft.models.offloading import OffloadedWeights
-from droppeft.messages import AdapterSpec, Layout, Tensors, flatten
 from droppeft.models.quantization import on_device
+from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Trainable
 
 

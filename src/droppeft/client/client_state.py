@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from droppeft.checked_safetensors import DAMAGES, seal, unseal
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
 from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
-from droppeft.checked_safetensors import DAMAGES, seal, unseal
 
 EARLIER = 2
 """Files that stay of the turns that count, so that a server can go back to its older checkpoint."""

@@ -13,11 +13,11 @@ from torch import nn
 from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
-from droppeft.training.gradients import Vector
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.messages import Plan, Tensors
 from droppeft.sharing.criteria import Seen, Turn, scores_of
 from droppeft.sharing.selection import count_of, select_shared, unmoved
+from droppeft.training.gradients import Vector
 from droppeft.training.loop import Evaluation, TrainOutcome
 
 

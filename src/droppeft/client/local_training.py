@@ -11,12 +11,12 @@ import transformers
 
 from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters
+from droppeft.cached_layers import FrozenPrefix, StateStore
+from droppeft.cached_layers.cached_layers import PrefixOfTurn, content_name, state_folder
 from droppeft.client.client_model import ClientModel
 from droppeft.data.partition import DeviceRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.cached_layers import FrozenPrefix, StateStore
-from droppeft.cached_layers.cached_layers import PrefixOfTurn, content_name, state_folder
 from droppeft.layer_dropout import sample_active
 from droppeft.messages import HEAD, Plan, PrefixCost, Tensors
 from droppeft.models.precision import autocast

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from droppeft import seeds
-from droppeft.training.checkpointing import check_checkpointing
+from droppeft.cached_layers.cached_layers import forget_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
@@ -21,9 +21,9 @@ from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
 from droppeft.errors import DroppeftError
-from droppeft.cached_layers.cached_layers import forget_old_runs
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.loading import Backbone, load_backbone
+from droppeft.training.checkpointing import check_checkpointing
 
 Say = Callable[[str], None]
 

@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from droppeft.comparison.study_files import Study, Target
 from droppeft.config import Config, key_of, load_config, parse_word, read_toml, resolve, sentence
-from droppeft.config.table import Real, Table, Whole, WordList
 from droppeft.config.schema import RIVALS
+from droppeft.config.table import Real, Table, Whole, WordList
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings, reason_of, without_effect

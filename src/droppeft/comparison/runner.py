@@ -18,9 +18,9 @@ from droppeft.comparison.study_files import (
 )
 from droppeft.config import as_tree
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
-from droppeft.server.run import Interrupted, resume_run, start_run
-from droppeft.runs.listener import Watcher
 from droppeft.runs.ledger import read_rows
+from droppeft.runs.listener import Watcher
+from droppeft.server.run import Interrupted, resume_run, start_run
 
 
 class Audience(Protocol):

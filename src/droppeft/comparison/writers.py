@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.comparison.study_files import STUDY, Played, Study, read_tables, write_tables
+from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.files import write_atomically
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"

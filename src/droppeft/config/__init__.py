@@ -1,7 +1,7 @@
 """The configuration of a run: its tables, and how they are read and written."""
 
-from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
+from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.reading import (
     as_tree,
     available_cores,
@@ -17,8 +17,6 @@ from droppeft.config.reading import (
     sentence,
     to_toml,
 )
-from droppeft.config.server import ServerConfig
-from droppeft.config.sharing import SharingConfig
 from droppeft.config.schema import (
     AdapterConfig,
     Config,
@@ -30,6 +28,8 @@ from droppeft.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from droppeft.config.server import ServerConfig
+from droppeft.config.sharing import SharingConfig
 
 __all__ = [
     "AdapterConfig",

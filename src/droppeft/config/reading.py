@@ -14,8 +14,8 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from droppeft.config.table import Table
 from droppeft.config.schema import HALF, RIVALS, Config
+from droppeft.config.table import Table
 from droppeft.errors import DroppeftError
 
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from droppeft.config.table import Real, Table, Whole, WordList
-from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.clock import ClockConfig
+from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
+from droppeft.config.table import Real, Table, Whole, WordList
 
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10

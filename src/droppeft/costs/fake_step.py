@@ -21,17 +21,17 @@ from transformers import AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, trainable_by_layer
-from droppeft.training.checkpointing import Call, checkpointed
-from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.costs.quantized_stubs import StandIn, kept_bytes, with_stand_ins
 from droppeft.costs.operation_counter import Region, Tally, watched
-from droppeft.tasks.classification import Batch, Classification
+from droppeft.costs.quantized_stubs import StandIn, kept_bytes, with_stand_ins
+from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
-from droppeft.models.key_value_cache import without_cache
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.models.loading import quiet, token_inputs
 from droppeft.messages import AdapterSpec
+from droppeft.models.key_value_cache import without_cache
+from droppeft.models.loading import quiet, token_inputs
 from droppeft.models.precision import autocast
+from droppeft.tasks.classification import Batch, Classification
+from droppeft.training.checkpointing import Call, checkpointed
 
 NEEDS_VALUES = frozenset({"adamss"})
 """Adapter types whose shapes follow from the values of the weights. They are shown random ones, for

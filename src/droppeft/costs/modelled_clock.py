@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from droppeft.config import DeviceProfile
-from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.costs.device_profiles import Fleet
+from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,

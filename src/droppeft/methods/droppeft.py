@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from droppeft.bandit import first_trained
 from droppeft.bandit import federated as bandit
+from droppeft.bandit import first_trained
 from droppeft.bandit.arm_costs import depth_of_run, rates_of_arm, reward_rows
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.federated import ArmsOfRound
 from droppeft.config import DropoutConfig
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -27,6 +26,8 @@ from droppeft.federated_method import (
     with_mean,
     without_steps,
 )
+from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
+from droppeft.messages import LayerDropout, Plan, Reply, ServerState, Update, flatten
 from droppeft.methods.personal_layers import (
     check_fraction,
     check_sharing,
@@ -36,7 +37,6 @@ from droppeft.methods.personal_layers import (
     weight_of,
     with_sharing,
 )
-from droppeft.messages import LayerDropout, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import average_over_everyone, average_over_holders
 from droppeft.sharing.factors import average_products
 from droppeft.sharing.participation import ParticipationMemory, with_participations

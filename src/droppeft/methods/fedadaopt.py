@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from droppeft.federated_method import Method, Setup, full_plan, start_with
+from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update
 from droppeft.methods.fedadapter import (
     TRIAL_ROUNDS,
     WIDER_BY,
@@ -19,7 +20,6 @@ from droppeft.methods.fedadapter import (
     plain_mean,
     spec_of,
 )
-from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update
 
 
 @dataclass(frozen=True)

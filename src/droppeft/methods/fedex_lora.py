@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft.federated_method import Method, Setup
+from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update, flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update, flatten
 from droppeft.sharing.aggregation import Wide, average_over_holders, by_examples
 from droppeft.sharing.factors import A, B, mean_products
 

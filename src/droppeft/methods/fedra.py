@@ -12,7 +12,6 @@ from dataclasses import replace
 from droppeft import seeds
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import sample_active
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -21,8 +20,9 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.methods.droppeft import rates_of_round
+from droppeft.layer_dropout import sample_active
 from droppeft.messages import LayerDropout, Plan, ServerState, flatten, restrict
+from droppeft.methods.droppeft import rates_of_round
 
 
 def _check(config: Config) -> None:

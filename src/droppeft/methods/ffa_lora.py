@@ -14,9 +14,9 @@ from droppeft.federated_method import (
     full_plan,
     measuring,
 )
+from droppeft.messages import Plan, ServerState, flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.messages import Plan, ServerState, flatten, restrict
 from droppeft.sharing.factors import A
 
 

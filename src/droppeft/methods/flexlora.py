@@ -16,9 +16,9 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
+from droppeft.messages import Plan, Reply, ServerState, Update
 from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.messages import Plan, Reply, ServerState, Update
 from droppeft.sharing.aggregation import by_examples
 from droppeft.sharing.factors import average_products
 

@@ -16,9 +16,18 @@ from droppeft.federated_method import (
     Method,
     Setup,
 )
+from droppeft.messages import (
+    Array,
+    GlobalModel,
+    LayerKey,
+    Plan,
+    Reply,
+    ServerState,
+    Tensors,
+    Update,
+)
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.messages import Array, GlobalModel, LayerKey, Plan, Reply, ServerState, Tensors, Update
 from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import mean_products, pairs_of
 

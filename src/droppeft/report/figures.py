@@ -6,10 +6,10 @@ from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
-from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.comparison.study_files import Played
-from droppeft.report.layers import Row, of_layers
+from droppeft.comparison.summary import MemberRow, Part, Spread
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
+from droppeft.report.layers import Row, of_layers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.study_files import (
     STUDY,
     Played,
@@ -19,6 +18,7 @@ from droppeft.comparison.study_files import (
     finished,
     read_tables,
 )
+from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.writers import (
     COLUMNS,
     COSTS,
@@ -29,10 +29,7 @@ from droppeft.comparison.writers import (
     notes,
 )
 from droppeft.errors import DroppeftError
-from droppeft.runs.folder import RESULT, ROUNDS
 from droppeft.files import write_atomically
-from droppeft.runs.ledger import read_rows
-from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,
@@ -44,6 +41,9 @@ from droppeft.report.figures import (
     TWO,
     figures,
 )
+from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
+from droppeft.runs.folder import RESULT, ROUNDS
+from droppeft.runs.ledger import read_rows
 
 PAGE, FIGURES = "report.html", "figures"
 MANY = 12

@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
+from droppeft.runs.ledger import RoundRow
 
 BAR_WIDTH = 18
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.comparison.grid import Cell
-from droppeft.comparison.summary import Part
 from droppeft.comparison.study_files import Played
+from droppeft.comparison.summary import Part
 from droppeft.comparison.writers import (
     COLUMNS,
     COSTS,
@@ -20,10 +20,10 @@ from droppeft.comparison.writers import (
     heading,
     notes,
 )
-from droppeft.runs.listener import Watcher
-from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
 from droppeft.report.screen import accuracy_line, bar
+from droppeft.runs.ledger import RoundRow
+from droppeft.runs.listener import Watcher
 
 
 class Lines:

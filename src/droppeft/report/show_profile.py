@@ -13,11 +13,11 @@ from rich.table import Table
 
 from droppeft.config import Config, as_tree, resolve_layers
 from droppeft.errors import DroppeftError
-from droppeft.runs.environment import machine, versions
 from droppeft.files import write_atomically
 from droppeft.report.screen import bar, bytes_text
 from droppeft.resources.model_shape import outlined
 from droppeft.resources.profile import Measured, profile
+from droppeft.runs.environment import machine, versions
 
 SCHEMA_VERSION = 1
 RESULT, FIGURE = "profile.json", "profile"

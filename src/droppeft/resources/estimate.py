@@ -25,11 +25,11 @@ from droppeft.config import (
     resolve_layers,
 )
 from droppeft.config.schema import HALF, RIVALS
+from droppeft.costs.device_profiles import profile_named
+from droppeft.costs.fake_step import PaperModel, count_step
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.costs.step_counts import StepCounts
-from droppeft.costs.device_profiles import profile_named
 from droppeft.costs.step_memory import Memory, most_active, step_memory
-from droppeft.costs.fake_step import PaperModel, count_step
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named

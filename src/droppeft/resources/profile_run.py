@@ -22,9 +22,9 @@ from droppeft.config import Config
 from droppeft.data.partition import DeviceRows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import Setup
+from droppeft.messages import Budget, Update
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models.loading import Backbone, load_backbone
-from droppeft.messages import Budget, Update
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.process_memory import (
     forget_peak,

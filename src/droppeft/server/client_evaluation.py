@@ -12,9 +12,9 @@ from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
-from droppeft.server.validation import checked, why_not_its_own
-from droppeft.methods import Method, Setup
 from droppeft.messages import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.methods import Method, Setup
+from droppeft.server.validation import checked, why_not_its_own
 from droppeft.sharing.participation import with_participations
 from droppeft.transports.base import Transport
 

@@ -14,11 +14,11 @@ from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
-from droppeft.server.round_cost import clock_for, longest_step
 from droppeft.federated_method import local_training
-from droppeft.methods import Method, Setup, method_named
 from droppeft.messages import ServerState
+from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
+from droppeft.server.round_cost import clock_for, longest_step
 from droppeft.transports.registry import transport_named
 
 

@@ -10,14 +10,14 @@ from functools import cache
 from typing import Any
 
 from droppeft.config import Config, TrainingConfig
-from droppeft.costs.modelled_clock import Arithmetic, Clock, RoundCost
-from droppeft.costs.step_counts import StepCounts
 from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.modelled_clock import Arithmetic, Clock, RoundCost
+from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.models.loading import Backbone
 from droppeft.messages import AdapterSpec, Failure, Plan, Reply, Update
+from droppeft.models.loading import Backbone
 
 _COUNTED: dict[object, Arithmetic] = {}
 """By all that it follows from: the runs of a comparison mostly count the same."""

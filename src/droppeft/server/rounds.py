@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.messages import Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.methods import Method, Setup
+from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
 from droppeft.server.round_cost import close_round, counting_wall_s
 from droppeft.server.validation import checked, why_refused
-from droppeft.runs.ledger import ClosedRound
-from droppeft.methods import Method, Setup
-from droppeft.messages import Failure, Measurement, Plan, Reply, ServerState, Update
 from droppeft.transports.base import Arrival, Transport
 
 OnReply = Callable[[Reply], None]

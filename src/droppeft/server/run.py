@@ -20,24 +20,21 @@ import torch
 
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import difference, identity
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.builtin import EXPECTED_HASH
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
+from droppeft.files import write_atomically
+from droppeft.messages import GlobalModel
+from droppeft.methods import method_named
+from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.environment import machine, versions
-from droppeft.runs.model_files import write_adapter
 from droppeft.runs.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, check_free, held
-from droppeft.server.client_evaluation import measure_devices, personalised_sums
-from droppeft.server.prepare import Prepared, prepare, references
-from droppeft.server.rounds import play_round
-from droppeft.runs.trackers import check_tracker, tracked
-from droppeft.runs.listener import Watcher
-from droppeft.files import write_atomically
-from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
     RoundRow,
@@ -48,9 +45,12 @@ from droppeft.runs.ledger import (
     round_row,
     summarise,
 )
-from droppeft.methods import method_named
-from droppeft.methods.rules import check_settings
-from droppeft.messages import GlobalModel
+from droppeft.runs.listener import Watcher
+from droppeft.runs.model_files import write_adapter
+from droppeft.runs.trackers import check_tracker, tracked
+from droppeft.server.client_evaluation import measure_devices, personalised_sums
+from droppeft.server.prepare import Prepared, prepare, references
+from droppeft.server.rounds import play_round
 from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.registry import transport_named

@@ -17,18 +17,18 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.training.checkpointing import checkpointed
-from droppeft.data.texts import Rows
-from droppeft.tasks.classification import Batch, Classification, accuracy_and_f1
-from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.cached_layers.cached_layers import PrefixOfTurn
-from droppeft.training.gradients import Gradients, Moments, total_norm
-from droppeft.models.key_value_cache import without_cache
+from droppeft.data.texts import Rows
+from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.layer_dropout import gated
-from droppeft.training.activation_memory import ActivationMeter
-from droppeft.training.objectives import Terms
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
+from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, move
+from droppeft.tasks.classification import Batch, Classification, accuracy_and_f1
+from droppeft.training.activation_memory import ActivationMeter
+from droppeft.training.checkpointing import checkpointed
+from droppeft.training.gradients import Gradients, Moments, total_norm
+from droppeft.training.objectives import Terms
 
 
 @dataclass(frozen=True)

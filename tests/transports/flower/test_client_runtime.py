@@ -10,8 +10,8 @@ import torch
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
-from droppeft.server.prepare import Prepared
 from droppeft.messages import Failure, Plan, Reply, Update
+from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import client_runtime
 from droppeft.transports.flower.client_runtime import answer
 from droppeft.transports.flower.wire_format import Errand, Packed, pack_plan, unpack_reply

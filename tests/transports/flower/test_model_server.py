@@ -15,8 +15,8 @@ import pytest
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
-from droppeft.server.prepare import Prepared
 from droppeft.messages import Failure, Plan, Reply, Update
+from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import model_server
 from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
 

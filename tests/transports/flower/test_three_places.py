@@ -13,8 +13,8 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.server.run import start_run
 from droppeft.runs.ledger import RoundRow
+from droppeft.server.run import start_run
 from droppeft.transports.flower.simulation import _processes
 from runs import Recorder, outcome, rows_of, stop_after_a_round
 
