@@ -10,8 +10,8 @@ import pytest
 from droppeft.cli import _split
 from droppeft.config import load_config
 from droppeft.federation.run import start_run
-from droppeft.methods.rules import check_settings
 from droppeft.layer_dropout import find_blocks
+from droppeft.methods.rules import check_settings
 from runs import Recorder
 from tiny import tiny_model
 
