@@ -394,8 +394,8 @@ def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
     from droppeft.methods.rules import check_costly
 
     path, settings = _split(words)
+    check_costly(settings)
     config = load_config(path, [*defaults, *settings])
-    check_costly(config)
     return resolve(config, cuda=torch.cuda.is_available())
 
 

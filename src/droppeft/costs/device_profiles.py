@@ -146,7 +146,7 @@ def make_fleet(settings: ClockConfig, devices: int, seed: int) -> Fleet:
     Raises:
         DroppeftError: a profile is neither known nor defined in the configuration.
     """
-    profiles = {name: profile_named(name, settings.own) for name in settings.profiles}
+    profiles = {name: profile_named(name, settings.custom) for name in settings.profiles}
     order = seeds.numpy_generator(seed, purpose="profiles").permutation(devices)
     names = tuple(settings.profiles[place % len(settings.profiles)] for place in order)
     return Fleet(seed, names, profiles)

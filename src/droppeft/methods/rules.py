@@ -7,7 +7,7 @@ from its default counts as given, however it was written: the ``config.toml`` of
 value, and repeats the run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,20 +175,26 @@ def given(config: Config) -> Mapping[str, Any]:
     }
 
 
-def check_costly(config: Config) -> None:
-    """Refuse a setting that changes nothing in what a step costs.
+def check_costly(words: Sequence[str]) -> None:
+    """Refuse a word about a setting that changes nothing in what a step costs.
+
+    A file is not looked at: it may be that of a whole run.
+
+    Args:
+        words: ``key=value``.
 
     Raises:
         DroppeftError: with the setting.
     """
-    adapters = {name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults}
-    if config.method not in (Config().method, *adapters):
-        raise DroppeftError(
-            "estimate and profile look at a step of the configured adapter, whatever the method makes "
-            "of it; leave method out, and set adapter.*"
-        )
-    for key in given(config):
-        if not key.startswith(COSTLY):
+    adapters = [name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults]
+    for word in words:
+        key, _, value = (part.strip() for part in word.partition("="))
+        if key == "method" and value not in adapters:
+            raise DroppeftError(
+                "estimate and profile look at a step of the configured adapter, whatever the "
+                "method makes of it; leave method out, and set adapter.*"
+            )
+        if key != "method" and not key.startswith(COSTLY):
             raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 
 

@@ -1,4 +1,4 @@
-"""What ``droppeft estimate`` shows: a table of what fits, or what is nearest; or one JSON object."""
+"""What ``droppeft estimate`` shows: a table of what fits, or of what is nearest, or JSON."""
 
 import json
 import re

@@ -147,7 +147,7 @@ def limits(
         raise DroppeftError("--seconds needs --profile, whose time it is")
     if memory is not None:
         return Limits(parse_bytes(memory), step_s, known)
-    if profile is None:
+    if known is None:
         raise DroppeftError("say what a device has: --memory 8GB, or --profile jetson_tx2")
     return Limits(known.memory_bytes, step_s, known)
 
@@ -163,11 +163,11 @@ def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
         DroppeftError: a value that no run takes, a setting that changes nothing in what a step
             costs, or an unknown model.
     """
+    check_costly(words)
     choices, fixed = _choices(path, words)
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
         config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
-        check_costly(config)
         yield resolve_layers(config, outlined(config.model).num_layers)
 
 
