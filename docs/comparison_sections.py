@@ -27,7 +27,7 @@ COMPARISONS = {
         "The contest",
         "The built-in model, [data](#data-and-models-of-the-contest) on which no member was chosen "
         "([but for what decision 0009 says](decisions/0009-the-contest.md)). Every method with a "
-        "claim to speed, Dirichlet alpha 1, 20 devices of three kinds.",
+        "claim to speed, Dirichlet alpha 1, 20 clients of three kinds.",
     ),
     "contest_deep": (
         "The contest on twelve layers",
@@ -36,16 +36,16 @@ COMPARISONS = {
         "what is new to it is the model.",
     ),
     "contest_confirmation": (
-        "Depth by device with everything shared, on new seeds",
+        "Depth by client with everything shared, on new seeds",
         "The contest's data, the built-in model, seeds that the contest has not: whether what was "
         "chosen after seeing the contest's holds (decision 0009, 12).",
     ),
     "heterogeneity_unlike": (
-        "The contest's AG News, devices very unlike",
+        "The contest's AG News, clients very unlike",
         "The contest's AG News at Dirichlet alpha .1; its targets are of this study's FedLoRA.",
     ),
     "heterogeneity_alike": (
-        "The contest's AG News, devices nearly alike",
+        "The contest's AG News, clients nearly alike",
         "The same at Dirichlet alpha 10.",
     ),
     "contest_others": (
@@ -58,26 +58,26 @@ COMPARISONS = {
     "rates": (
         "Learning rates for the other methods",
         f"{DEVELOPMENT} One seed, that no contest has: to choose by, not to claim by. Twenty "
-        "devices of three kinds, Dirichlet alpha 1. The rate that ended highest was taken.",
+        "clients of three kinds, Dirichlet alpha 1. The rate that ended highest was taken.",
     ),
     "ia3": (
         "IA3 as deep as LoRA was tried",
-        f"{DEVELOPMENT} Two seeds that no contest has. Twenty devices of three kinds, Dirichlet "
+        f"{DEVELOPMENT} Two seeds that no contest has. Twenty clients of three kinds, Dirichlet "
         "alpha 1. IA3 with a rate of .01 if nothing is said; *all shared*: the last three layers "
-        "or the last two, as the configurator finds for each kind of device.",
+        "or the last two, as the configurator finds for each kind of client.",
     ),
     "depth": (
-        "How many layers to train, and on which device",
-        f"{DEVELOPMENT} LoRA in the last layers alone, Dirichlet alpha 1, 20 devices of three "
-        "kinds; *depth by device*: the last three or the last two, as the configurator finds. "
+        "How many layers to train, and on which client",
+        f"{DEVELOPMENT} LoRA in the last layers alone, Dirichlet alpha 1, 20 clients of three "
+        "kinds; *depth by client*: the last three or the last two, as the configurator finds. "
         "Prefixes are cached. From this the contest's members were chosen.",
     ),
-    "one_device": (
-        "One device, rates from none to half",
-        f"{DEVELOPMENT} One device holds all rows: what a rate costs and gives without federation.",
+    "one_client": (
+        "One client, rates from none to half",
+        f"{DEVELOPMENT} One client holds all rows: what a rate costs and gives without federation.",
     ),
-    "many_devices": (
-        "Twenty devices of three kinds, all layers shared",
+    "many_clients": (
+        "Twenty clients of three kinds, all layers shared",
         f"{DEVELOPMENT} Layer dropout alone beside rivals and controls, Dirichlet alpha 1.",
     ),
 }
@@ -89,13 +89,13 @@ COMPARISON_HEAD = """\
 
 `droppeft compare benchmarks/{name}/study.toml`, {seeds}. {about}
 {target}F1: of class 1 where there are two
-classes, else the mean over classes. Modelled: on the devices' profiles{measured}. A run took
+classes, else the mean over classes. Modelled: on the clients' profiles{measured}. A run took
 {cell:.0f} seconds (median) on {place}. Everything is in
 [`benchmarks/{name}`](../benchmarks/{name}); `droppeft report benchmarks/{name}` draws a page of it.
 """
 
 MEASURED = (
-    "; measured (m.): devices as if side by side, while other work ran on the machine: compare "
+    "; measured (m.): clients as if side by side, while other work ran on the machine: compare "
     "measured times as ratios only"
 )
 
@@ -117,7 +117,7 @@ test rows); others with the same columns can be played too, and will give other 
   (cosine of the last states .952). Neighbouring layers are more alike than in a model that was
   pretrained with twelve, which may make it easier to train some of them only.
 
-Accuracies are on 1,000 of the test rows, the same in every run; devices' own test rows are a part
+Accuracies are on 1,000 of the test rows, the same in every run; clients' own test rows are a part
 of the training rows.
 """
 
@@ -127,16 +127,16 @@ SYNTHETIC_HEAD = """\
 ## Policies on problems whose answer is known
 
 `benchmarks/configurator_synthetic`: no model and no data. A made-up run whose turns take off a
-part of the remaining loss, seen through noise; three kinds of device, {devices} a round, {arms}
+part of the remaining loss, seen through noise; three kinds of client, {clients} a round, {arms}
 arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
-(mean, bootstrap 95 % interval); below 1 is faster than any one arm for all devices can be, because
-slower devices get cheaper arms. "As if alike": arms are chosen without knowing which device is
+(mean, bootstrap 95 % interval); below 1 is faster than any one arm for all clients can be, because
+slower clients get cheaper arms. "As if alike": arms are chosen without knowing which client is
 slow. Policies that learn pay {measuring:.1%} of a whole turn for measuring its gain, as with the
 defaults of a run; fixed arms and the lot pay nothing. The window is {window} rounds where nothing
-is said. Idle: part of the devices' time in which they wait for the slowest of their round.
+is said. Idle: part of the clients' time in which they wait for the slowest of their round.
 """
 PLAYERS = (
-    "best fixed arm per kind of device",
+    "best fixed arm per kind of client",
     "budgeted_thompson",
     "budgeted_thompson, window 5",
     "budgeted_thompson, window 40",
@@ -225,7 +225,7 @@ def _part(part: Part, rounds: int, unmeasured: bool) -> str:
 def _synthetic(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     head = SYNTHETIC_HEAD.format(
-        devices=settings["clients"],
+        clients=settings["clients"],
         arms=len(settings["arms"]),
         seeds=settings["seeds"],
         window=settings["window"],

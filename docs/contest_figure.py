@@ -1,7 +1,7 @@
 """The contest in one picture: ``python docs/contest_figure.py`` draws it from the result files.
 
 A column per data set: above, accuracy of the global model against the modelled clock; below, what
-devices have of it themselves against what they sent.
+clients have of it themselves against what they sent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ def draw(name: str) -> None:
 
     study, played = read_compared(name)
     parts = summary(study, played)
-    members = dict.fromkeys([*read_compared(CONTESTS[0])[0].variants, *study.variants])
-    numbers = {member: number for number, member in enumerate(members)}
+    variants = dict.fromkeys([*read_compared(CONTESTS[0])[0].variants, *study.variants])
+    numbers = {variant: number for number, variant in enumerate(variants)}
     width = 1.2 + 3.1 * len(parts)
     with style():
         figure = Figure(figsize=(width, 6.6 if len(parts) > 1 else 7.6), layout="constrained")
@@ -39,7 +39,7 @@ def draw(name: str) -> None:
             _curves(above, part, runs, numbers)
             _own_models(below, part, numbers)
         grid[0, 0].set_ylabel("accuracy of the global model")
-        grid[1, 0].set_ylabel("accuracy of devices' own models")
+        grid[1, 0].set_ylabel("accuracy of clients' own models")
         handles, names = grid[1, 0].get_legend_handles_labels()
         figure.legend(
             handles,
@@ -57,11 +57,11 @@ def draw(name: str) -> None:
 
 def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[str, int]) -> None:
     for row in part.rows:
-        runs = [one for one in played if one.member == row.member and one.result]
+        runs = [one for one in played if one.variant == row.variant and one.result]
         found = mean_curve([curve_points(one.rows, CLOCK) for one in runs])
         if found:
             across, up = zip(*found, strict=True)
-            axis.plot(across, up, **_looks(numbers[row.member], row.member), alpha=0.9)
+            axis.plot(across, up, **_looks(numbers[row.variant], row.variant), alpha=0.9)
     if part.target is not None:
         axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
     axis.set(xlabel=CLOCK.label, xlim=(0, None))
@@ -72,17 +72,17 @@ def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[st
 def _own_models(axis: Any, part: Part, numbers: Mapping[str, int]) -> None:
     for row in part.rows:
         if row.personalised and row.upload_bytes is not None:
-            drawn = _looks(numbers[row.member], row.member)
+            drawn = _looks(numbers[row.variant], row.variant)
             drawn["markersize"] *= 1.8
             sent = row.upload_bytes / 1e6
-            axis.plot([sent], [row.personalised.mean], **drawn, label=row.member)
+            axis.plot([sent], [row.personalised.mean], **drawn, label=row.variant)
     axis.margins(0.08, 0.1)
-    axis.set(xlabel="sent by all devices, MB", xlim=(0, None))
+    axis.set(xlabel="sent by all clients, MB", xlim=(0, None))
     axis.grid(visible=True)
 
 
-def _looks(number: int, member: str) -> dict[str, Any]:
-    ours = member.startswith("droppeft")
+def _looks(number: int, variant: str) -> dict[str, Any]:
+    ours = variant.startswith("droppeft")
     return {
         **looks(number),
         "linewidth": 2.4 if ours else 1.2,

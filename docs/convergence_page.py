@@ -24,27 +24,27 @@ THEORY = """\
 
 Assumptions, an elementary argument (ours), what it leads to expect, and what the data support. The
 predictions were written down before these two studies were run
-([decision 0010](decisions/0010-convergence.md)). Earlier runs on one device
+([decision 0010](decisions/0010-convergence.md)). Earlier runs on one client
 ([findings](findings.md)) had shown P1, P4 and P6 already, and no effect of a draw per turn: these
 are repetitions in a federation rather than forecasts.
 
 ## Setting and assumptions
 
-Device *i* has the loss Fᵢ(A; g): A are the adapters and the head, g the gates of one mini-batch,
+Client *i* has the loss Fᵢ(A; g): A are the adapters and the head, g the gates of one mini-batch,
 which close layer *l* with probability pₗ (0 where it is protected). Judged is F(A), the mean over
-devices of Fᵢ(A; 1): all layers open. Assumed are:
+clients of Fᵢ(A; 1): all layers open. Assumed are:
 
 - every Fᵢ(·; g) has a Lipschitz gradient in the region that training visits;
-- gates are drawn independently of the texts, between steps and between devices (with exact counts
+- gates are drawn independently of the texts, between steps and between clients (with exact counts
   layers depend on each other within a step, which changes the numbers and not the argument);
 - a step's gradient has variance σ² by its texts, for every g, and σ_g² by its gates, which is 0
   when nothing is dropped;
-- devices' gradients of the gated loss differ by at most ζ, cohorts are drawn uniformly, and the
+- clients' gradients of the gated loss differ by at most ζ, cohorts are drawn uniformly, and the
   server takes the plain mean of what was trained by SGD.
 
 ## The argument
 
-With gates drawn afresh in every step, a step on device *i* follows an unbiased estimate of the
+With gates drawn afresh in every step, a step on client *i* follows an unbiased estimate of the
 gradient of its **gated loss** F̃ᵢ(A) = E_g Fᵢ(A; g), not of Fᵢ(A; 1). So the usual bounds for
 federated averaging with partial participation hold for F̃, the mean of these, with σ² + σ_g² in the
 place of σ². With a step size that falls with the number of rounds, their terms vanish. With a
@@ -59,23 +59,23 @@ not consequences. Opening all gates for a last part makes F̃ = F; what is then 
 any training that begins there, given enough rounds and step size (P4).
 
 With one draw per turn this fails within the turn: all K steps follow the same gates, so that gate
-noise is not averaged over K and acts like a difference between devices, which is why P5 expects a
+noise is not averaged over K and acts like a difference between clients, which is why P5 expects a
 loss that grows with K.
 
 **Beside the published bound.** Zhou et al. (*Every Parameter Matters*, arXiv:2310.08670) mask
-weights by device and round, and prove convergence to a stationary point under conditions. Their
+weights by client and round, and prove convergence to a stationary point under conditions. Their
 analysis turns on *model reduction noise*, how much a mask takes away, and on the *minimum coverage
-index*, how many devices train the parameter that the fewest train. That noise is of masked trained
+index*, how many clients train the parameter that the fewest train. That noise is of masked trained
 weights; a closed gate bypasses frozen weights too, so that only the roles compare: their noise with
 our B. Per mini-batch a layer stays untrained for a turn with probability pₗᴷ (half dropped, 10
 steps: one turn in a thousand), though it may have had one step only. With one draw per turn a layer
-has M (1 − pₗ) devices on average and none with probability pₗᴹ (half dropped, 2 devices: one round
+has M (1 − pₗ) clients on average and none with probability pₗᴹ (half dropped, 2 clients: one round
 in four); the *least covered* of several layers fares worse. (Of that paper its abstract and our
 memory of it were at hand, not its proofs.)
 
 **Where droppeft leaves the assumptions**: AdamW, whose moments begin anew in each turn, with
 clipped gradients and weight decay; batches of a turn drawn without replacement; a mean weighted by
-the rows of the turn (nearly equal here) over the devices that ran a layer at least once, which with
+the rows of the turn (nearly equal here) over the clients that ran a layer at least once, which with
 one draw per turn moves a layer further in a round than a mean over all, by up to 1/(1 − pₗ): the
 argument says nothing of P7; the modules' own dropout (.1) in training and not in evaluation, for
 all members alike; and a loss measured on test texts of all classes: gates may regularise, so that a
@@ -91,7 +91,7 @@ STUDY = """\
 ## Drop rate, local steps, skew and cohort
 
 `droppeft compare benchmarks/convergence/study.toml`: development data (20 Newsgroups), the built-in
-model, {clients} devices, {total} steps a device and turn taken together, in {some} rounds or in
+model, {clients} clients, {total} steps a client and turn taken together, in {some} rounds or in
 {many}, {batch} texts a step, constant learning rates, forwards in bf16, {seeds}; the loss is on
 {sample} test texts. Gap: the global model's loss less that of nothing dropped on the same seed,
 mean of the last two evaluations (the last quarter of the run), every seed. *Holds*: all seeds above
@@ -111,7 +111,7 @@ mean near 0 may hide changes of both signs.
 """
 COVERAGE_HEAD = """\
 
-The two quantities of the published bound, as far as they were recorded: of a round's devices, the
+The two quantities of the published bound, as far as they were recorded: of a round's clients, the
 share that trained the layer that the fewest trained (*coverage*; mean over rounds, and the least of
 any round), and of the steps that layers could have had, what the layer with the fewest had. What a
 closed gate takes from the gradient (*reduction noise*) was not recorded; it grows with the rate and
@@ -135,7 +135,7 @@ began with, so that its gap there is mostly what the others have learnt. What fo
 third dropped, and of half in the long runs.
 
 - **P1 holds**: with a third dropped the loss is higher on every seed of seven settings of eight,
-  and with half dropped higher than with a third in six. The others have two devices a round with
+  and with half dropped higher than with a third in six. The others have two clients a round with
   alpha .1, where nobody gets far.
 - **P2 holds**, on every seed, for both rates and both schedules: with three times as many rounds at
   least seven tenths of the gap are left. With the constant rate a third dropped is level from half
@@ -143,10 +143,10 @@ third dropped, and of half in the long runs.
   close. Half dropped still falls with the falling rate, so that its gap may be slowness.
 - **P3 holds** of a third dropped: on every seed each factor changes the gap by less than the rate
   does, by half of it at most. Of half dropped it cannot be said here.
-- **It is not coverage.** All devices of nearly all rounds trained every layer; in the published
+- **It is not coverage.** All clients of nearly all rounds trained every layer; in the published
   bound that leaves its other part, reduction noise, which grows with the rate.
 - **Noise of the gates** (σ_g²) would shrink with a falling learning rate, and with the cohort: as
-  much of the gap is left with the falling rate, and where devices are alike three times the cohort
+  much of the gap is left with the falling rate, and where clients are alike three times the cohort
   changes the mean gap of a third dropped by less than a tenth (by seed by up to a quarter, either
   way).
 - **It is not that a layer had fewer steps.** After {long} rounds with a third dropped the layer
@@ -208,11 +208,11 @@ def _read() -> tuple[Study, Runs, Found]:
     study, played = read_compared(NAME)
     runs = runs_of(played)
     found: dict[Setting, dict[str, Seeds]] = {}
-    for member, own in runs.items():
+    for variant, own in runs.items():
         known = outcome_of(next(iter(own.values())))
         names = ("local_steps", "alpha", "cohort_size", "rounds", "schedule")
         setting = Setting(*(known[name] for name in names))
-        found.setdefault(setting, {})[member.partition(" dropped")[0]] = own
+        found.setdefault(setting, {})[variant.partition(" dropped")[0]] = own
     return (
         study,
         runs,
@@ -289,13 +289,13 @@ def _coverage(grid: Found) -> str:
                 for run in own[rate].values()
                 for row in run.rows
             ]
-            devices = [min(row["coverage"]) / row["accepted"] for _, row in rows]
+            clients = [min(row["coverage"]) / row["accepted"] for _, row in rows]
             had = [min(row["layer_steps"]) / (row["accepted"] * steps) for _, row in rows]
             lines.append(
                 (
                     f"{steps} steps, {rate} dropped",
-                    f"{fmean(devices):.1%}",
-                    f"{min(devices):.0%}",
+                    f"{fmean(clients):.1%}",
+                    f"{min(clients):.0%}",
                     f"{fmean(had):.0%}",
                 )
             )
@@ -394,7 +394,7 @@ def draw() -> None:
             _panel(axes, setting, long[setting], f"{setting}: {setting.schedule} learning rate")
         handles, labels = upper[0, 0].get_legend_handles_labels()
         above.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-        below.supxlabel("steps of a device in every round (range of seeds shaded)", fontsize=9.5)
+        below.supxlabel("steps of a client in every round (range of seeds shaded)", fontsize=9.5)
         for part in parts:
             part.supylabel("loss of the global model", fontsize=9.5)
         figure.savefig(FIGURE, dpi=130, facecolor="white")

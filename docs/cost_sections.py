@@ -13,10 +13,11 @@ Row = Mapping[str, Any]
 COST_MODEL_HEAD = """\
 ## What was planned, and what it took
 
-`benchmarks/cost_model`: memory and time of a step as `droppeft estimate` has them (modelled), beside
-what fresh processes took (measured). Memory: peak resident of a process that keeps what is in use
-and no more, less what it had before the model; what glibc's malloc keeps beyond that by default
-stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for each model
+`benchmarks/cost_model`: memory and time of a step as `droppeft estimate` has them (modelled),
+beside what fresh processes took (measured). Memory: peak resident of a process that keeps what is
+in use and no more, less what it had before the model; what glibc's malloc keeps beyond that by
+default stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for
+    each model
 one speed and one overhead per step are fitted to its cells, so that the errors are those of the
 fit. Largest: {time}. Quantised and offloaded weights are read by other kernels or from other
 places, and their time is not modelled. Cells with frozen layers and all of BERT-large were measured
@@ -36,8 +37,8 @@ SAVINGS_HEAD = """\
 The same measurements, against LoRA in all layers at full depth: what the model and its training
 add to a process (measured), the same with the {process:.1f} GB of the process itself, and at
 batches of 16 texts of 128 tokens (modelled; measured at {batch}).
-The paper reports 40 to 67 % for dropout alone on its devices. A rate of .5 is exact, without
-protected ends; *per turn* means that a draw holds for a device's whole turn; *offload* is
+The paper reports 40 to 67 % for dropout alone on its clients. A rate of .5 is exact, without
+protected ends; *per turn* means that a draw holds for a client's whole turn; *offload* is
 `training.offload=true`. Measured is the worse of an example's first and later visits.
 """
 SAVINGS_COLUMNS = ("savings", "memory measured", "less", "less, with process", "less at 16 x 128")

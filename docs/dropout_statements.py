@@ -18,7 +18,7 @@ HEAD = """\
 ## What was predicted of layer dropout, each beside its control
 
 `droppeft compare benchmarks/statements/study.toml`: development data (20 Newsgroups), the built-in
-model, {clients} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts (*long
+model, {clients} clients, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts (*long
 turns*: 4 of 40), forwards in bf16, learning rates that fall to 0, Dirichlet alpha {alpha}, {seeds}.
 The last layer is never dropped: half are three of the other five. Predictions were written down
 before ([decision 0010](decisions/0010-convergence.md)). Gap: loss of the global model of the member
@@ -31,8 +31,8 @@ and less: equal steps, more work, and the peak of full depth.
 MEMBERS_HEAD = """\
 
 Every member: mean and standard deviation over seeds; *least steps*: those that the layer with the
-fewest ran in, over all devices and rounds; activations: the largest peak of a turn (measured);
-modelled: the whole run on the devices' profiles.
+fewest ran in, over all clients and rounds; activations: the largest peak of a turn (measured);
+modelled: the whole run on the clients' profiles.
 
 """
 PREDICTOR_HEAD = """\
@@ -92,7 +92,7 @@ def statement_sections() -> list[str]:
     head = HEAD.format(**shown_settings(runs))
     lines = [*_claims(runs), *_recovered(runs), _the_more(runs), *_coins(runs)]
     table = markdown_table(COLUMNS, sorted(lines, key=lambda line: line[0]))
-    return [f"{head}\n{table}{MEMBERS_HEAD}{_members(runs)}{_predictors(runs)}"]
+    return [f"{head}\n{table}{MEMBERS_HEAD}{_variants(runs)}{_predictors(runs)}"]
 
 
 def _claims(runs: Runs) -> Iterator[tuple[str, ...]]:
@@ -135,13 +135,13 @@ def _coins(runs: Runs) -> Iterator[tuple[str, ...]]:
     yield "P6", text, "–", "–", verdict(peaks)
 
 
-def _members(runs: Runs) -> str:
+def _variants(runs: Runs) -> str:
     lines = []
-    for member, own in runs.items():
+    for variant, own in runs.items():
         seconds = fmean(sum(row["round_modelled_s"] for row in one.rows) for one in own.values())
         lines.append(
             (
-                member,
+                variant,
                 spread([final_accuracy(one) for one in own.values()]),
                 spread([final_loss(one) for one in own.values()]),
                 f"{fmean(map(_least_steps, own.values())):,.0f}",
@@ -169,7 +169,7 @@ def _mean_dropped(run: Played) -> float:
 
 def _predictors(runs: Runs) -> str:
     """Rank correlations, and how much more the one says than the other, from the same draws."""
-    dropping = [list(own.values()) for member, own in runs.items() if member != NOTHING]
+    dropping = [list(own.values()) for variant, own in runs.items() if variant != NOTHING]
     if len(dropping) < 4:
         return ""
 

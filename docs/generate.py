@@ -248,10 +248,10 @@ CALIBRATION_COLUMNS = (
     "error",
 )
 DEVICES_HEAD = """\
-# Devices
+# Clients
 
-A run stands for devices that are not here. What a turn takes on them is *modelled*, from what the
-device says it computed: which layers ran, for how many tokens. Every figure of that kind has
+A run stands for clients that are not here. What a turn takes on them is *modelled*, from what the
+client says it computed: which layers ran, for how many tokens. Every figure of that kind has
 `modelled` in its name and stands beside what this machine really took.
 
 ```
@@ -266,30 +266,30 @@ upload:
 - **Compute**: FLOPs over effective FLOP/s, and a fixed overhead per optimizer step. The FLOPs of
   every layer and of the rest are counted by running the model itself without values, at three
   lengths; a layer counts for the tokens that it computed, padding included.
-- **Transfer**: bytes of the tensors over bandwidth, which may be drawn anew for each device and
+- **Transfer**: bytes of the tensors over bandwidth, which may be drawn anew for each client and
   round (a normal draw, cut off at both ends).
 - **Energy**: full watts while it computes, idle watts while it loads and sends. Waiting for
   others is not counted.
 
 A round lasts until the slowest merged member has answered. `clock.over_selection` draws more
-devices than the cohort: the first `cohort` of them by modelled time are merged, the others are
+clients than the cohort: the first `cohort` of them by modelled time are merged, the others are
 *surplus*. `clock.deadline_s` sets aside who takes longer (*late*); a round that closes with fewer
-than its cohort because somebody was late lasts until the deadline. A device may be *absent*, by
+than its cohort because somebody was late lasts until the deadline. A client may be *absent*, by
 the availability of its profile: it is drawn and then sent nothing, and nobody waits for it. Late
-and surplus devices have trained: their energy, bytes and rows are in the ledger.
+and surplus clients have trained: their energy, bytes and rows are in the ledger.
 
 A model whose arithmetic depends on values (of those that classify, `xmod`) cannot be counted: it is
 trained without a modelled clock, and a deadline or over-selection is refused.
 
-All of this follows from the seed, from Plans and from Updates. Neither the transport, nor the
-order of arrival, nor this machine's speed changes it, and a resumed run decides like an unbroken
-one.
+All of this follows from the seed, from instructions and from Updates. Neither the transport, nor
+the order of arrival, nor this machine's speed changes it, and a resumed run decides like an
+unbroken one.
 
 ## Profiles
 """
 
 DEVICES_OWN = """\
-Where a profile rests on an assumption its source says so: take such figures for a class of devices,
+Where a profile rests on an assumption its source says so: take such figures for a class of clients,
 not for a product. A profile of your own, or one in place of a known one, is a table of the run's
 TOML file:
 
@@ -297,7 +297,7 @@ TOML file:
 [clock]
 profiles = ["watch", "jetson_tx2"]
 
-[clock.own.watch]
+[clock.custom.watch]
 effective_flops_per_s = 1e10
 memory_bytes = 5e8
 idle_watts = 0.1
@@ -321,7 +321,7 @@ what is left: from the shortest to the middle length the anchors grow faster tha
 
 CALIBRATION_TAIL = """\
 What the clock does not see: memory bandwidth (a small batch is slower than it says), throttling,
-and which kernels a device has. The quadratic part of attention is charged at the mean length of a
+and which kernels a client has. The quadratic part of attention is charged at the mean length of a
 turn's rows: the charge is low by that part times the squared relative spread of the lengths. For
 {model} at {length} tokens the part is {quadratic} of a step, so rows that spread by half their
 mean are {error} too cheap. A layer that is dropped saves its FLOPs, but nothing of the overhead
@@ -598,7 +598,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "architectures.md": architectures_page,
     "configuration.md": configuration_page,
     "convergence.md": convergence_page,
-    "devices.md": devices_page,
+    "device_profiles.md": devices_page,
     "results.md": results_page,
     "sharing.md": sharing_page,
 }

@@ -16,36 +16,36 @@ PERSONAL = """\
 ## Which half of the layers to keep, and other ways to be personal
 
 `droppeft compare benchmarks/personalisation/study.toml`: development data (20 Newsgroups), the
-built-in model, {clients} devices, {cohort} a round, {rounds} rounds of {steps} steps of {batch}
+built-in model, {clients} clients, {cohort} a round, {rounds} rounds of {steps} steps of {batch}
 texts at full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to
-*CKA* shares half of the layers. Personalised: mean over all devices of each one's own model on its
-own test texts; worst tenth: of the devices. Mean and standard deviation over seeds; *over sharing
-all*: in points, on the same seed, every seed; least covered: part of a round's devices, mean over
+*CKA* shares half of the layers. Personalised: mean over all clients of each one's own model on its
+own test texts; worst tenth: of the clients. Mean and standard deviation over seeds; *over sharing
+all*: in points, on the same seed, every seed; least covered: part of a round's clients, mean over
 rounds, that sent the layer that the fewest sent. Traffic is what was sent in a whole run.
 """
 HETEROGENEITY = """\
-## How much to share, from alike to unlike devices
+## How much to share, from alike to unlike clients
 
 `droppeft compare benchmarks/sharing_heterogeneity/study.toml`: as above, but for forwards in bf16,
 layers chosen by relative gradient norm, {seeds}. Halves of layers are rounded up: a quarter of six
-is two. With four classes each there are twenty devices, so that every class has one. *Over sharing
+is two. With four classes each there are twenty clients, so that every class has one. *Over sharing
 all*: in points, on the same split and seed, every seed.
 """
 CONFIRMATION = """\
 ## Keeping half of the layers on other data and another model
 
-`droppeft compare benchmarks/sharing_confirmation/study.toml`, run once: {clients} devices, {cohort}
+`droppeft compare benchmarks/sharing_confirmation/study.toml`, run once: {clients} clients, {cohort}
 a round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Dirichlet alpha
 {alpha}, {seeds}; MRPC is development data, AG News and MNLI are not. *Over sharing all*: in points,
 on the same split and seed, every seed.
 """
 NEWCOMERS = """\
-## Devices that never trained
+## Clients that never trained
 
 `droppeft compare benchmarks/newcomers/study.toml`: development data (20 Newsgroups), the built-in
-model, {clients} devices of which {cohort} train in each of {rounds} rounds, {steps} steps of
-{batch} texts a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on devices' own
-test texts, mean over devices: those that trained, those that never did, and these after one epoch
+model, {clients} clients of which {cohort} train in each of {rounds} rounds, {steps} steps of
+{batch} texts a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on clients' own
+test texts, mean over clients: those that trained, those that never did, and these after one epoch
 on their own texts, of which nothing is sent. Mean and standard deviation over seeds.
 """
 NEWCOMER_KEYS = (
@@ -85,13 +85,13 @@ def _personalisation(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = [
         (
-            member,
+            variant,
             *_accuracies(own),
             *_differences(own, runs["share all"]),
             _least_covered(own),
             *_traffic(own),
         )
-        for member, own in runs.items()
+        for variant, own in runs.items()
     ]
     head, columns = PERSONAL.format(**shown_settings(runs)), [*_columns("way", "sharing all")]
     columns[-2:-2] = ["least covered"]
@@ -99,7 +99,7 @@ def _personalisation(study: Study, played: Sequence[Played]) -> str:
 
 
 def _least_covered(own: Mapping[int, Played]) -> str:
-    """Part of a round's devices that sent the layer that the fewest sent."""
+    """Part of a round's clients that sent the layer that the fewest sent."""
     parts = []
     for run in own.values():
         counts = [row["coverage"] for row in run.rows]
@@ -111,14 +111,14 @@ def _least_covered(own: Mapping[int, Played]) -> str:
 def _heterogeneity(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
-    for member, own in runs.items():
-        split = member.rpartition(", ")[0]
+    for variant, own in runs.items():
+        split = variant.rpartition(", ")[0]
         known = outcome_of(next(iter(own.values())))
         layers = known["num_layers"]
         part = f"{count_of(known['sharing_fraction'], layers)} of {layers}"
         whole = runs.get(f"{split}, all", {})
         lines.append((split, part, *_accuracies(own), *_differences(own, whole), *_traffic(own)))
-    columns = ("devices", *_columns("shared", "sharing all"))
+    columns = ("clients", *_columns("shared", "sharing all"))
     return f"{HETEROGENEITY.format(**shown_settings(runs))}\n{markdown_table(columns, lines)}"
 
 
@@ -126,10 +126,10 @@ def _confirmation(study: Study, played: Sequence[Played]) -> str:
     lines = []
     for data, model in dict.fromkeys(one.place for one in played):
         runs = runs_of([one for one in played if one.place == (data, model)])
-        for member, own in runs.items():
+        for variant, own in runs.items():
             differences = _differences(own, runs.get("share all", {}))
             place = (Path(data).name, Path(model).name)
-            lines.append((*place, member, *_accuracies(own), *differences, *_traffic(own)))
+            lines.append((*place, variant, *_accuracies(own), *differences, *_traffic(own)))
     columns = ("data", "model", *_columns("way", "sharing all"))
     head = CONFIRMATION.format(**shown_settings(runs_of(played)))
     return f"{head}\n{markdown_table(columns, lines)}"
@@ -138,29 +138,29 @@ def _confirmation(study: Study, played: Sequence[Played]) -> str:
 def _newcomers(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     lines = []
-    for member, own in runs.items():
+    for variant, own in runs.items():
         results = _results(own)
         count = fmean(result["newcomers"] or 0 for result in results)
         found = (spread([result[key] for result in results]) for key in NEWCOMER_KEYS)
-        lines.append((member, *found, f"{count:.1f}"))
+        lines.append((variant, *found, f"{count:.1f}"))
     return f"{NEWCOMERS.format(**shown_settings(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
 
 
 def _ablation(study: Study, played: Sequence[Played]) -> str:
     runs = runs_of(played)
     [part] = summary(study, played)
-    to_target = {row.member: COLUMNS["to target, modelled"](row) for row in part.rows}
+    to_target = {row.variant: COLUMNS["to target, modelled"](row) for row in part.rows}
     lines = []
-    for member, own in runs.items():
+    for variant, own in runs.items():
         results = _results(own)
         peak = max(result["activation_bytes_peak"] or 0 for result in results)
         seconds = fmean(sum(row["round_modelled_s"] for row in one.rows) for one in own.values())
         lines.append(
             (
-                member,
+                variant,
                 *_accuracies(own),
                 *_differences(own, runs["all parts"]),
-                to_target[member],
+                to_target[variant],
                 f"{seconds:.1f} s",
                 f"{peak / 1e6:.1f} MB",
                 *_traffic(own),

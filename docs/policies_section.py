@@ -39,7 +39,7 @@ ARMS = {
 HEAD = """\
 ## Policies on real data: {model}
 
-`droppeft compare benchmarks/{name}/study.toml`: 20 Newsgroups (development data), {clients} devices
+`droppeft compare benchmarks/{name}/study.toml`: 20 Newsgroups (development data), {clients} clients
 of three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha
 {alpha:g}; {seeds}. All times are modelled and include exploring and measuring. Members above the
 line are single arms, below it are policies over all six. The target is what full depth ends with
@@ -72,7 +72,7 @@ rounds, in units of the root mean square of all gains, ± one standard error; an
 worth when it is all there is.
 """
 REWARDS = {
-    "loss": "Gains by the loss on a device's own validation rows:\n",
+    "loss": "Gains by the loss on a client's own validation rows:\n",
     "agreement": "Gains by agreement with the round's other turns:\n",
 }
 REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
@@ -81,9 +81,9 @@ REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second"
 OVERHEAD_HEAD = """\
 ## What the configurator itself takes
 
-`benchmarks/configurator_overhead`: {rounds} rounds of {cohort} devices, {steps} steps of {batch}
+`benchmarks/configurator_overhead`: {rounds} rounds of {cohort} clients, {steps} steps of {batch}
 texts each, on {place}; the same run with fixed rates beside it. Planning and merging are the
-server's seconds of a round (median); measuring is what devices spend on a gain by `loss`, of all
+server's seconds of a round (median); measuring is what clients spend on a gain by `loss`, of all
 their time (by `agreement` it is nothing).
 """
 OVERHEAD_COLUMNS = ("run", "planning, merging", "of a round", "measuring", "measuring, modelled")
@@ -142,31 +142,31 @@ def _section(name: str) -> str:
             played += read_compared(other)[1]
     played = [one for one in played if one.result is not None]
     targets = target_accuracies(study.target, played)
-    by_member = runs_of(played)
+    by_variant = runs_of(played)
     times = {
-        member: {
+        variant: {
             seed: time_to_target(run, targets.get(seed), "round_modelled_s")
             for seed, run in runs.items()
         }
-        for member, runs in by_member.items()
+        for variant, runs in by_variant.items()
     }
     best = _best_arm(times)
     early = min(_whole(run) for run in played)
     lines = [
-        _line(member, runs, by_member.get(best or "", {}), times, best, early)
-        for member, runs in by_member.items()
+        _line(variant, runs, by_variant.get(best or "", {}), times, best, early)
+        for variant, runs in by_variant.items()
     ]
-    place = len([member for member in by_member if member in FIXED])
+    place = len([variant for variant in by_variant if variant in FIXED])
     lines.insert(place, ("–",) * len(COLUMNS))
-    head = HEAD.format(model=title, name=name, early=early, **shown_settings(by_member))
+    head = HEAD.format(model=title, name=name, early=early, **shown_settings(by_variant))
     seen = [REWARD_HEAD]
     for reward, words in REWARDS.items():
         found = {
-            member: runs
-            for member, runs in by_member.items()
+            variant: runs
+            for variant, runs in by_variant.items()
             if any(_reward(run) == reward for run in runs.values())
         }
-        seen += [words, _rewards(found, by_member)] if found else []
+        seen += [words, _rewards(found, by_variant)] if found else []
     return "\n".join([head, markdown_table(COLUMNS, lines), *seen])
 
 
@@ -179,22 +179,22 @@ def _reward(run: Played) -> str | None:
 def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
     """Of the single arms that get there on every seed, the one that is there first on average."""
     sure = {
-        member: fmean(time for time in found.values() if time is not None)
-        for member, found in times.items()
-        if member in FIXED and found and None not in found.values()
+        variant: fmean(time for time in found.values() if time is not None)
+        for variant, found in times.items()
+        if variant in FIXED and found and None not in found.values()
     }
-    return min(sure, key=lambda member: sure[member]) if sure else None
+    return min(sure, key=lambda variant: sure[variant]) if sure else None
 
 
 def _line(
-    member: str,
+    variant: str,
     runs: Mapping[int, Played],
     of_best: Mapping[int, Played],
     times_of: Mapping[str, Mapping[int, float | None]],
     best: str | None,
     early: float,
 ) -> tuple[str, ...]:
-    times, least_of = times_of[member], times_of.get(best or "", {})
+    times, least_of = times_of[variant], times_of.get(best or "", {})
     results = [run.result for run in runs.values() if run.result is not None]
     there = [time for time in times.values() if time is not None]
     ratios = [
@@ -203,11 +203,11 @@ def _line(
         if (least := least_of.get(seed)) is not None
     ]
     return (
-        member,
+        variant,
         spread([result["global_accuracy"] for result in results]),
         spread([_at(run, early) for run in runs.values()]),
         "–"
-        if member == best
+        if variant == best
         else _regret(
             [
                 _at(of_best[seed], early) - _at(run, early)
@@ -249,20 +249,20 @@ def _at(run: Played, seconds: float) -> float:
 
 
 def _rewards(
-    learning: Mapping[str, Mapping[int, Played]], by_member: Mapping[str, Mapping[int, Played]]
+    learning: Mapping[str, Mapping[int, Played]], by_variant: Mapping[str, Mapping[int, Played]]
 ) -> str:
     turns = [
         turn
-        for member, runs in learning.items()
+        for variant, runs in learning.items()
         for seed, run in runs.items()
-        for turn in _turns(run, f"{member} {seed}")
+        for turn in _turns(run, f"{variant} {seed}")
     ]
     arms = [arm for arm in ARMS if any(turn.arm == arm for turn in turns)]
     gains, errors = _adjusted(turns, arms)
     lines = []
     for arm, gain, error in zip(arms, gains, errors, strict=True):
         seconds = fmean(turn.seconds for turn in turns if turn.arm == arm)
-        alone = [run.result for run in by_member.get(ARMS[arm], {}).values() if run.result]
+        alone = [run.result for run in by_variant.get(ARMS[arm], {}).values() if run.result]
         lines.append(
             (
                 ARMS[arm],
@@ -290,8 +290,8 @@ def _turns(run: Played, name: str) -> Iterator[Seen]:
     """Single arms and the lot measure no gains."""
     for row in run.rows:
         notes = row["notes"] or {"chosen": {}}
-        for device, number in notes["chosen"].items():
-            gain, arm = notes["rewards"].get(device), notes["labels"][str(number)]
+        for client, number in notes["chosen"].items():
+            gain, arm = notes["rewards"].get(client), notes["labels"][str(number)]
             if gain is not None and arm in ARMS and number in notes["present"]:
                 took = notes["seconds"][notes["present"].index(number)]
                 yield Seen(f"{name} {row['round']}", arm, gain, took)

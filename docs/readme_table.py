@@ -7,7 +7,7 @@ from studies import runs_of, seeds_of_comparison, shown_settings
 from tables import markdown_table, was_compared
 
 from droppeft.comparison.study_files import Played, Study
-from droppeft.comparison.summary import MemberRow, Part
+from droppeft.comparison.summary import Part, VariantRow
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- Written by docs/generate.py from benchmarks: change the source. -->\n"
@@ -20,15 +20,15 @@ CONTESTS = {
 }
 
 TEXT = """\
-{clients} devices of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (devices differ in
+{clients} clients of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (clients differ in
 which classes they have); [data](docs/results.md#data-and-models-of-the-contest) on which no member
 was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md); *all shared* was
 prompted by six layers). *Accuracy*: of the global model on 1,000 test texts, with the F1 of class 1
 where there are two classes. In brackets: how many times sooner than *{rival}* it reaches the target
-on the *modelled clock* (what work and traffic take by devices' data sheets), or how many seeds
+on the *modelled clock* (what work and traffic take by clients' data sheets), or how many seeds
 do. The *target* is the mean of {rival}'s last three evaluations (500 texts) less a point; reached
 is what the mean of three evaluations reaches, so that a time is known to some rounds.
-*Personalised*: devices' own models on their own texts. Activations (measured, of the device that
+*Personalised*: clients' own models on their own texts. Activations (measured, of the client that
 stores most) and traffic of a run are the largest of the data sets.
 """
 
@@ -61,7 +61,7 @@ def _table(title: str, study: Study, played: list[Played], parts: list[Part]) ->
             *("–", "–", "–", "–"),
         ],
         [
-            "*the most frequent class (a device's own)*",
+            "*the most frequent class (a client's own)*",
             *(_known(part.majority) for part in parts),
             *(own, "–", "–", "–"),
         ],
@@ -85,14 +85,14 @@ def _by_data(played: list[Played], key: str) -> str:
     return ", ".join(f"{value} ({name})" for name, value in found.items())
 
 
-def _line(parts: list[Part], most: int, two: set[str], member: str) -> list[str]:
-    rows = [row for part in parts for row in part.rows if row.member == member]
+def _line(parts: list[Part], most: int, two: set[str], variant: str) -> list[str]:
+    rows = [row for part in parts for row in part.rows if row.variant == variant]
     own = [row.personalised.mean for row in rows if row.personalised]
     peak = max(row.activation_bytes_peak or 0 for row in rows)
     sent = max(row.upload_bytes or 0 for row in rows)
     received = max(row.download_bytes or 0 for row in rows)
     return [
-        member,
+        variant,
         *(
             _reached(row, most, with_f1=part.data in two)
             for part, row in zip(parts, rows, strict=True)
@@ -104,7 +104,7 @@ def _line(parts: list[Part], most: int, two: set[str], member: str) -> list[str]
     ]
 
 
-def _reached(row: MemberRow, most: int, *, with_f1: bool) -> str:
+def _reached(row: VariantRow, most: int, *, with_f1: bool) -> str:
     """Accuracy and speed-up; of how many seeds, where others have more."""
     if row.accuracy is None:
         return "–"

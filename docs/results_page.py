@@ -23,9 +23,9 @@ What follows from them: [findings.md](findings.md).
 """
 
 FIRST_SLICE_HEAD = """\
-## AG News over {devices} devices
+## AG News over {clients} clients
 
-`benchmarks/first_slice`: the {layers}-layer built-in model, {cohort} devices per round, {rounds}
+`benchmarks/first_slice`: the {layers}-layer built-in model, {cohort} clients per round, {rounds}
 rounds of {steps} steps, Dirichlet alpha {alpha}, one seed. `fedlora` runs all layers, `droppeft`
 drops exactly 2 in every step. The two take turns round by round on one machine: {place}.
 
@@ -43,7 +43,7 @@ full depth, {seeds} seeds; mean and standard deviation of the accuracy on its te
 FLOWER_HEAD = """\
 ## One configuration in three places
 
-`benchmarks/flower_cost`: the built-in model and data, {nodes} devices, all of them in each of
+`benchmarks/flower_cost`: the built-in model and data, {nodes} clients, all of them in each of
 {rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
 {runs} runs that take turns, on {place}.
 The hash is over all files of `adapter/`: it is the same everywhere, or the script stops.
@@ -52,9 +52,9 @@ The hash is over all files of `adapter/`: it is the same everywhere, or the scri
 FLOWER_COST_HEAD = """\
 ### What a client-round costs
 
-One device, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
+One client, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
 client-round is a round less evaluation and saving; "beside the turn" is what is not spent in
-setting values, training and packing on the device. "Model built per message" is the usual pattern
+setting values, training and packing on the client. "Model built per message" is the usual pattern
 of Flower's examples: the ClientApp builds its model whenever it is called. In a simulation the
 process stays and the texts with it; on a SuperNode every message has a new process, which loads
 everything. The built-in model is small (22 M parameters); what building one costs grows with it.
@@ -117,7 +117,7 @@ steadier than those of the clock, and compiling would be quicker on a quiet mach
 QUALITY_HEAD = """\
 ## What dropping layers costs in accuracy
 
-`benchmarks/layer_dropout_quality`: one device, QQP, LoRA of rank 8, batches of 16, constant
+`benchmarks/layer_dropout_quality`: one client, QQP, LoRA of rank 8, batches of 16, constant
 learning rate after {warm_up} steps; accuracy on {rows:,} rows cut from the training part
 (development data), at full depth. *Equal steps*: after {budget} steps. *Equal work*: after as many
 steps as cost what {budget} steps at full depth cost, counted as tokens times layers that ran. In
@@ -134,7 +134,7 @@ def results_page() -> str:
     """What the committed result files say."""
     groups: dict[str, list[str]] = {
         "Methods side by side": comparison_sections(),
-        "Layers that stay on devices": personal_sections(),
+        "Layers that stay on clients": personal_sections(),
         "Rates that tune themselves": [*synthetic_sections(), *policies_sections()],
         "Layer dropout": [*statement_sections(), _quality(), _layer_dropout(), _compile_blocks()],
         "Time and memory": cost_sections(),
@@ -169,14 +169,14 @@ def _first_slice() -> str:
         ("training steps, all rounds (measured)", lambda r: _seconds(r["train_wall_s"])),
         (f"mean active layers of {one['num_layers']}", lambda r: f"{r['mean_active_layers']:.2f}"),
         ("peak activations (measured)", lambda r: f"{r['activation_bytes_peak'] / 1e6:.0f} MB"),
-        ("upload, all devices and rounds", lambda r: f"{r['upload_bytes'] / 1e6:.1f} MB"),
+        ("upload, all clients and rounds", lambda r: f"{r['upload_bytes'] / 1e6:.1f} MB"),
         ("wall time outside training steps and evaluation", lambda r: f"{r['overhead']:.1%}"),
     )
     rows = [[title, *map(show, methods)] for title, show in lines]
     head = FIRST_SLICE_HEAD.format(
         layers=one["num_layers"],
         cohort=content["cohort_size"],
-        devices=content["clients"],
+        clients=content["clients"],
         rounds=content["rounds"],
         steps=content["local_steps"],
         alpha=content["alpha"],

@@ -12,7 +12,7 @@ from droppeft.sharing.criteria import CRITERIA
 HEAD = """\
 # Personalised layer sharing
 
-Each device scores the layers of its adapter after its training, keeps those that score highest to
+Each client scores the layers of its adapter after its training, keeps those that score highest to
 itself and shares the others (DropPEFT, arXiv:2503.10217, which scores by gradient norm; the other
 criteria, hysteresis and all that is said of files and of lost turns is ours).
 
@@ -28,7 +28,7 @@ droppeft run method=local                                     # nothing is sent
 By default all layers are shared (`sharing.fraction=1`): see [findings](findings.md) for what is
 known of smaller fractions.
 
-- **Order in time.** A turn begins with the global values of the layers that the device shared in
+- **Order in time.** A turn begins with the global values of the layers that the client shared in
   its last merged turn, and with its own of the others; a first turn begins with everything
   global. What it chooses after its training rules its upload, and what it downloads next time. So
   a fraction of one half halves what layers upload from the first turn on, and what they download
@@ -39,37 +39,37 @@ known of smaller fractions.
 - **Hysteresis.** A shared layer takes the place of a kept one when it scores higher by more than
   `sharing.hysteresis` of that one's score; by `position` there is none.
 - **What is unusual** (`sharing.criterion=relative_gradient_norm`, ours). By gradient norm all
-  devices keep much the same layers, which nobody then teaches the global model. This criterion
-  divides the norm by what is usual in the layer: the server fits that to the norms that devices
-  have reported (it gets them anyway) and tells every device one number per layer. In the first
+  clients keep much the same layers, which nobody then teaches the global model. This criterion
+  divides the norm by what is usual in the layer: the server fits that to the norms that clients
+  have reported (it gets them anyway) and tells every client one number per layer. In the first
   round nothing is known, and it is the gradient norm.
-- **On the server** a layer becomes the mean over the devices that sent it, weighted by rows
+- **On the server** a layer becomes the mean over the clients that sent it, weighted by rows
   (`sharing.weights=active_steps`: times the steps that it ran in). A layer that nobody sent keeps
   its value. `coverage` in `rounds.jsonl` counts, for each layer, who sent it; `shared` and
-  `scores` in `devices.jsonl` say what each device chose. A layer that the turn did not run is not
+  `scores` in `clients.jsonl` say what each client chose. A layer that the turn did not run is not
   sent and has the score 0; in `shared` it stands as what it was before.
-- **On the device** what is kept lies in `$DROPPEFT_STATE`, else in `droppeft` in `$XDG_STATE_HOME`
+- **On the client** what is kept lies in `$DROPPEFT_STATE`, else in `droppeft` in `$XDG_STATE_HOME`
   or `~/.local/state`: a file per turn, written in one step, with a checksum and the names of run,
-  device and round, readable by its owner alone. While a
+  client and round, readable by its owner alone. While a
   layer is personal it is in no message and in no checkpoint; once it is shared, what it has learnt
   before is in what is sent. The server says from which turn the next begins, so that a lost or
   late reply, a killed process or a server that goes back to an older checkpoint change nothing. A
-  file that is gone or damaged costs the device that turn; with the next one it gets everything
-  global again. When a run ends, such a device is measured with the global layers (and named in
+  file that is gone or damaged costs the client that turn; with the next one it gets everything
+  global again. When a run ends, such a client is measured with the global layers (and named in
   `personalised_lost` of `result.json`).
 - **Two accuracies.** A run ends with the global model on the global test set and with every
-  device's own model on that device's test rows: mean, worst tenth, deviation.
-  `evaluation.newcomers=true` also measures what devices that never trained have after one epoch
+  client's own model on that client's test rows: mean, worst tenth, deviation.
+  `evaluation.newcomers=true` also measures what clients that never trained have after one epoch
   of their own (learning rates fall from their peaks to nothing in it). With a personal head there
   is no global accuracy.
-- **Export.** `droppeft export RUN --client 3` writes device 3's own model as an adapter, with
+- **Export.** `droppeft export RUN --client 3` writes client 3's own model as an adapter, with
   `--merge` as a plain model; what it keeps must be on this machine.
 
 LoRA's A and B are averaged by themselves, and the mean of products is not the product of means.
 `sharing.factors=product` averages B·A over the holders of a layer and cuts the result to the rank
 by SVD: nearer, and still not exact when the mean has more rank.
 
-`cka` compares rows: a device with fewer than four validation rows cannot tell its layers apart by
+`cka` compares rows: a client with fewer than four validation rows cannot tell its layers apart by
 it, and shares the lower ones.
 
 A prompt is in no layer, so that adapter types of the kind *global* have nothing to keep.
@@ -85,8 +85,8 @@ COST_HEAD = """\
 full depth, {repeats} of each kind in random order, on {place}. Extra is the median of a turn's
 CPU time over that of turns that share everything, less one, with a bootstrap 95 % interval;
 keeping half of the layers is in it (with `position` there is nothing else). Tokens are those run
-to score the {rows} rows of `sharing.score_rows`, or as many as the device has.
-`relative_gradient_norm` was not measured: on the device it is `gradient_norm` and one division per
+to score the {rows} rows of `sharing.score_rows`, or as many as the client has.
+`relative_gradient_norm` was not measured: on the client it is `gradient_norm` and one division per
 layer. A mean gradient, or the values at the start, take as much memory as the adapter's layers:
 {bytes:.2f} MB here.
 """

@@ -19,8 +19,8 @@ def runs_of(played: Sequence[Played]) -> Runs:
     """Those that have a result, members in their own order."""
     done = [one for one in played if one.result is not None]
     return {
-        member: {one.seed: one for one in done if one.member == member}
-        for member in dict.fromkeys(one.member for one in done)
+        variant: {one.seed: one for one in done if one.variant == variant}
+        for variant in dict.fromkeys(one.variant for one in done)
     }
 
 
@@ -48,7 +48,7 @@ def seeds_of(runs: Runs) -> str:
 
 def seeds_of_comparison(study: Study, played: Sequence[Played]) -> str:
     """How many seeds each member has on each of its data, and whether that is all it asks for."""
-    done = Counter((one.place, one.member) for one in played if one.result is not None)
+    done = Counter((one.place, one.variant) for one in played if one.result is not None)
     wanted = len(study.seeds)
     least, most = min(done.values()), max(done.values())
     if least < wanted:

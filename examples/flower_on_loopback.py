@@ -1,6 +1,6 @@
 """Run a configuration on a SuperLink and three SuperNodes, all started here on loopback.
 
-    python examples/flower_on_loopback.py runs/loopback rounds=3 devices=3 cohort=3
+    python examples/flower_on_loopback.py runs/loopback rounds=3 clients=3 cohort_size=3
 
 The commands are those that one would type on four machines; see docs/flower.md.
 """

@@ -84,7 +84,7 @@ class Case:
         return TYPES[self.name].kind
 
 
-class Worn:
+class Attached:
     """A tiny model that wears the adapter of a case."""
 
     def __init__(self, case: Case, spec: AdapterSpec | None = None, base: Any = None) -> None:
@@ -128,7 +128,7 @@ def usable_on(quantization: str) -> list[str]:
 def outcome(case: Case) -> dict[str, Any]:
     """How many tensors a layer has (or the prompt, if it is in no layer), or why it is refused."""
     try:
-        groups = Worn(case).groups
+        groups = Attached(case).groups
     except DroppeftError as error:
         return {"refused": str(error)}
     key: LayerKey = OTHER if case.kind == "global" else 0
@@ -211,12 +211,12 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 
 
 def only_adapter_and_head_are_trained(case: Case) -> None:
-    worn = Worn(case)
-    assert list(worn.groups) == [*([OTHER] if case.kind == "global" else range(LAYERS)), HEAD]
-    ours = {id(value) for named in worn.groups.values() for value in named.values()}
-    worn.scramble()
-    loss(worn.model.train()).backward()
-    for name, value in worn.model.named_parameters():
+    attached = Attached(case)
+    assert list(attached.groups) == [*([OTHER] if case.kind == "global" else range(LAYERS)), HEAD]
+    ours = {id(value) for named in attached.groups.values() for value in named.values()}
+    attached.scramble()
+    loss(attached.model.train()).backward()
+    for name, value in attached.model.named_parameters():
         assert value.requires_grad == (id(value) in ours), name
         assert (value.grad is not None and bool(value.grad.any())) == (id(value) in ours), name
 
@@ -224,14 +224,14 @@ def only_adapter_and_head_are_trained(case: Case) -> None:
 def the_seed_alone_decides(case: Case) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    one = Worn(case)
+    one = Attached(case)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert same(copies(one.model), copies(Worn(case).model))
+    assert same(copies(one.model), copies(Attached(case).model))
 
 
 def tensors_survive_the_way_there_and_back(case: Case) -> None:
-    one, other = Worn(case), Worn(case)
+    one, other = Attached(case), Attached(case)
     one.scramble()
     sent = get_tensors(one.groups)
     set_tensors(other.groups, sent)
@@ -244,7 +244,7 @@ def tensors_survive_the_way_there_and_back(case: Case) -> None:
 def a_dropped_layer_is_left_alone(case: Case) -> None:
     """The first step gives it momentum; the second, without it, must not use that, nor decay it."""
     without = tuple(layer != DROPPED for layer in range(LAYERS))
-    one, two = Worn(case), Worn(case)
+    one, two = Attached(case), Attached(case)
     start = copies(one.model)
     one.train([EVERY])
     two.train([EVERY, without])
@@ -258,22 +258,22 @@ def a_dropped_layer_is_left_alone(case: Case) -> None:
 
 
 def training_the_adapter_alone_lowers_the_loss(case: Case) -> None:
-    worn = Worn(case)
-    groups = {key: named for key, named in worn.groups.items() if key != HEAD}
-    before = loss(worn.model.eval()).item()
-    worn.train([EVERY] * 16, groups)
-    assert loss(worn.model.eval()).item() < before
+    attached = Attached(case)
+    groups = {key: named for key, named in attached.groups.items() if key != HEAD}
+    before = loss(attached.model.eval()).item()
+    attached.train([EVERY] * 16, groups)
+    assert loss(attached.model.eval()).item() < before
 
 
 def what_is_exported_is_what_was_trained(case: Case) -> None:
-    worn, plain = Worn(case), backbone(case.family, case.quantization)
-    worn.scramble()
-    answers = logits(worn.model)
+    attached, plain = Attached(case), backbone(case.family, case.quantization)
+    attached.scramble()
+    answers = logits(attached.model)
     assert not torch.equal(answers, logits(plain))
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name for name in ("one", "two")]
         for folder in folders:
-            export_adapter(worn.model.train(), folder, "card")
+            export_adapter(attached.model.train(), folder, "card")
         one, two = ({file.name: file.read_bytes() for file in f.iterdir()} for f in folders)
         assert one == two
         load = load_bottleneck if case.name == BOTTLENECK else PeftModel.from_pretrained
@@ -281,30 +281,30 @@ def what_is_exported_is_what_was_trained(case: Case) -> None:
 
 
 def detaching_gives_the_backbone_back(case: Case) -> None:
-    untouched, worn = backbone(case.family, case.quantization), Worn(case)
-    worn.scramble()
-    worn.train([EVERY])
-    restored = detach(worn.model)
-    assert restored is worn.base
+    untouched, attached = backbone(case.family, case.quantization), Attached(case)
+    attached.scramble()
+    attached.train([EVERY])
+    restored = detach(attached.model)
+    assert restored is attached.base
     assert same(copies(restored), copies(untouched))
     assert torch.equal(logits(restored), logits(untouched))
     assert not any(value.requires_grad for value in restored.parameters())
     again = attach(restored, case.spec, find_blocks(restored)[0], 7)
-    assert same(copies(again), copies(Worn(case).model))
+    assert same(copies(again), copies(Attached(case).model))
 
 
 def layers_without_an_adapter_change_nothing_in_others(case: Case) -> None:
     if case.kind != "layered":
         return
     layers = [None if layer == DROPPED else one for layer, one in enumerate(case.spec.layers)]
-    whole, part = Worn(case), Worn(case, replace(case.spec, layers=tuple(layers)))
+    whole, part = Attached(case), Attached(case, replace(case.spec, layers=tuple(layers)))
     assert list(part.groups) == [layer for layer in range(LAYERS) if layer != DROPPED] + [HEAD]
     whole.scramble()
     set_tensors(part.groups, {0: get_tensors(whole.groups)[0]})
     with torch.no_grad():
         behind_first, expected = (
-            answer(worn.model.eval(), output_hidden_states=True).hidden_states[1]
-            for worn in (part, whole)
+            answer(attached.model.eval(), output_hidden_states=True).hidden_states[1]
+            for attached in (part, whole)
         )
     assert torch.equal(behind_first, expected)
 
@@ -313,9 +313,9 @@ def quantised_weights_count_as_their_values(case: Case) -> None:
     """Fresh and trained, in values and gradients: codes taken for numbers would show in one."""
     if case.quantization == "none":
         return
-    codes, values = Worn(case), Worn(case, base=dequantised(case))
+    codes, values = Attached(case), Attached(case, base=dequantised(case))
     for _ in ("fresh", "trained"):
-        found, expected = (answers_and_gradients(worn) for worn in (codes, values))
+        found, expected = (answers_and_gradients(attached) for attached in (codes, values))
         for name, value in expected.items():
             near = 1e-3 * float(value.abs().max())
             torch.testing.assert_close(found[name], value, rtol=0, atol=near, msg=name)
@@ -323,13 +323,13 @@ def quantised_weights_count_as_their_values(case: Case) -> None:
         values.scramble()
 
 
-def answers_and_gradients(worn: Worn) -> dict[str, torch.Tensor]:
+def answers_and_gradients(attached: Attached) -> dict[str, torch.Tensor]:
     """In training mode, as an 8-bit layer rounds its inputs when it is evaluated on a CPU."""
     torch.manual_seed(5)
-    given = answer(worn.model.train()).logits
-    worn.model.zero_grad()
+    given = answer(attached.model.train()).logits
+    attached.model.zero_grad()
     functional.cross_entropy(given, texts()["labels"]).backward()
-    named = [pair for values in worn.groups.values() for pair in values.items()]
+    named = [pair for values in attached.groups.values() for pair in values.items()]
     missing = torch.zeros(())
     gradients = {name: missing if v.grad is None else v.grad.clone() for name, v in named}
     return {"logits": given.detach(), **gradients}

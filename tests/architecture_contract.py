@@ -697,19 +697,19 @@ def a_classifier_wears_adapters_by_layer(case: Case) -> None:
     found = classification(case)
     if found not in CLASSIFIES:
         return
-    worn, max_length = classifier(case, found)
-    path, blocks = find_blocks(worn)
-    groups = trainable_by_layer(worn, path)
+    attached, max_length = classifier(case, found)
+    path, blocks = find_blocks(attached)
+    groups = trainable_by_layer(attached, path)
     with gated(blocks) as gates:
         gates.active = (True, False, True)
-        worn.train()(**batch(case), labels=torch.tensor([0, 1])).loss.backward()
+        attached.train()(**batch(case), labels=torch.tensor([0, 1])).loss.backward()
     for layer in range(LAYERS):
         gradients = [value.grad for value in groups[layer].values()]
         assert gradients
         assert all((gradient is not None) == (layer != 1) for gradient in gradients), layer
     assert all(value.grad is not None for value in groups[HEAD].values())
     assert COMMON["max_position_embeddings"] - 2 <= max_length <= COMMON["max_position_embeddings"]
-    worn(input_ids=torch.full((1, max_length), 5))
+    attached(input_ids=torch.full((1, max_length), 5))
 
 
 def classifier(case: Case, found: str) -> tuple[Any, int]:

@@ -2,11 +2,17 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from droppeft.messages import Instruction
+    from droppeft.server.prepare import Prepared
+    from runs import Clients
 
 # Set before torch or transformers is imported, which is why they stand at module level.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,7 +49,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the devices of one test keep what is their own."""
+    """Where the clients of one test keep what is their own."""
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
     return tmp_path / "state"
 
@@ -82,3 +88,36 @@ def whole_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("whole") / "run"
     start_run(load_config(None, tiny_words), out, Recorder())
     return out
+
+
+@pytest.fixture
+def prepare_with(tiny_words: list[str]) -> "Callable[..., Prepared]":
+    """Make the tiny run with further settings: ``prepare_with("adapter.rank=2")``."""
+    from droppeft.config import load_config, resolve
+    from droppeft.server.prepare import prepare
+
+    def make(*words: str) -> "Prepared":
+        config = resolve(load_config(None, [*tiny_words, *words]), cuda=False)
+        return prepare(config, lambda step: None, "00c0ffee")
+
+    return make
+
+
+@pytest.fixture
+def prepared(prepare_with: "Callable[..., Prepared]") -> "Prepared":
+    """A run that is ready for round 1."""
+    return prepare_with()
+
+
+@pytest.fixture
+def clients(prepared: "Prepared") -> "Clients":
+    """All clients of that run, by number."""
+    from droppeft.client.run_inputs import clients_of
+
+    return clients_of(prepared.loaded)
+
+
+@pytest.fixture
+def instructions(prepared: "Prepared") -> "list[Instruction]":
+    """Round 1 for three clients."""
+    return prepared.method.instruct(prepared.setup, prepared.state, 1, [0, 1, 3])

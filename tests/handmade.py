@@ -1,4 +1,4 @@
-"""Plans, Updates and methods' surroundings made by hand, without a model."""
+"""instructions, Updates and methods' surroundings made by hand, without a model."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +15,11 @@ from droppeft.messages import (
     AdapterSpec,
     Array,
     Budget,
+    Instruction,
     Layout,
     LocalTraining,
     MeasuredCost,
     Objective,
-    Plan,
     Tensors,
     Update,
     flatten,
@@ -32,7 +32,7 @@ from droppeft.transports.base import Arrival
 
 LAYERS = 4
 COST = MeasuredCost(
-    turn_wall_s=3.0,
+    total_wall_s=3.0,
     train_wall_s=2.0,
     reward_wall_s=0.5,
     activation_bytes_peak=100,
@@ -75,10 +75,10 @@ def layout(spec: AdapterSpec) -> Layout:
 
 
 def setup_for(*words: str) -> Setup:
-    """Surroundings of a method: four layers, three of ten devices a round."""
-    config = load_config(None, ["devices=10", "cohort=3", "training.local_steps=2", *words])
+    """Surroundings of a method: four layers, three of ten clients a round."""
+    config = load_config(None, ["clients=10", "cohort_size=3", "training.local_steps=2", *words])
     config = resolve_layers(config, LAYERS)
-    fleet = make_fleet(config.clock, config.devices, config.seed)
+    fleet = make_fleet(config.clock, config.clients, config.seed)
     return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
 
 
@@ -107,11 +107,11 @@ TRAINING = LocalTraining(
 """What a run's configuration has by default."""
 
 
-def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
-    """A Plan for :func:`filled` tensors, all of them shared."""
-    plan = Plan(
+def instruction_for(client: int = 3, round: int = 1, **changes: Any) -> Instruction:
+    """An instruction for :func:`filled` tensors, all of them shared."""
+    instruction = Instruction(
         round=round,
-        device=device,
+        client=client,
         adapter=AdapterSpec(layers=(None,) * LAYERS, alpha=16.0),
         tensors=filled(1.0),
         train=None,
@@ -123,30 +123,30 @@ def plan_for(device: int = 3, round: int = 1, **changes: Any) -> Plan:
         training=TRAINING,
         reward_rows=0,
         seed=0,
-        nonce=f"nonce {round} {device}",
+        nonce=f"nonce {round} {client}",
     )
-    return replace(plan, **changes)
+    return replace(instruction, **changes)
 
 
-def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
+def answer_to(instruction: Instruction, value: float = 5.0, **changes: Any) -> Update:
     """An Update that is in order, every tensor that travels set to one value.
 
-    A device that chooses shares the first layers.
+    A client that chooses shares the first layers.
     """
-    rule = plan.sharing
+    rule = instruction.sharing
     count = LAYERS if rule is None else count_of(rule.fraction, LAYERS)
     kept = range(count, LAYERS)
     update = Update(
-        round=plan.round,
-        device=plan.device,
-        nonce=plan.nonce,
+        round=instruction.round,
+        client=instruction.client,
+        nonce=instruction.nonce,
         tensors=restrict(
             {
                 key: {name: np.full_like(array, value) for name, array in named.items()}
-                for key, named in plan.tensors.items()
+                for key, named in instruction.tensors.items()
                 if key not in kept
             },
-            plan.share,
+            instruction.share,
         ),
         examples=8,
         steps=2,
@@ -154,7 +154,9 @@ def answer_to(plan: Plan, value: float = 5.0, **changes: Any) -> Update:
         importance=(0.1, 0.2, 0.3, 0.4),
         train_loss=0.7,
         reward=None,
-        cost=COST if plan.own_copy is None else replace(COST, own_steps=2, own_tokens=64),
+        cost=COST
+        if instruction.personal_adapter is None
+        else replace(COST, personal_steps=2, personal_tokens=64),
         shared=None if rule is None else tuple(range(count)),
         scores=None if rule is None else (0.0,) * LAYERS,
     )
@@ -187,20 +189,24 @@ def layout_shaped(spec: AdapterSpec) -> Layout:
 def shaped(*words: str) -> Setup:
     """Surroundings in which adapters have the shapes that they say."""
     config = resolve(setup_for(*words).config, cuda=False)
-    fleet = make_fleet(config.clock, config.devices, config.seed)
+    fleet = make_fleet(config.clock, config.clients, config.seed)
     clock = make_clock(fleet, lambda spec: ARITHMETIC)
     return Setup(config, LAYERS, fresh_shaped, layout_shaped, clock)
 
 
 class Scripted:
-    """A transport whose devices answer as told, in the order told."""
+    """A transport whose clients answer as told, in the order told."""
 
-    def __init__(self, answer: Callable[[Plan], list[Any]], *, backwards: bool = False) -> None:
+    def __init__(
+        self, answer: Callable[[Instruction], list[Any]], *, backwards: bool = False
+    ) -> None:
         self.answer = answer
         self.backwards = backwards
 
-    def exchange(self, plans: Any) -> Any:
+    def exchange(self, instructions: Any) -> Any:
         replies = [
-            Arrival(index, reply) for index, plan in enumerate(plans) for reply in self.answer(plan)
+            Arrival(index, reply)
+            for index, instruction in enumerate(instructions)
+            for reply in self.answer(instruction)
         ]
         yield from reversed(replies) if self.backwards else replies

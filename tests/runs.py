@@ -14,7 +14,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_state import folder_of
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
-from droppeft.messages import Plan, Reply, Update
+from droppeft.messages import Instruction, Reply, Update
 from droppeft.methods import METHODS
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
 from droppeft.runs.ledger import RoundRow
@@ -28,8 +28,8 @@ TOPICS = {
     "music": ("violin", "song", "drum", "piano", "chord", "opera"),
 }
 SETTINGS = (
-    "devices=4",
-    "cohort=2",
+    "clients=4",
+    "cohort_size=2",
     "rounds=3",
     "training.local_steps=2",
     "training.batch_size=4",
@@ -88,7 +88,7 @@ def outcome(out: Path) -> dict[str, Any]:
         "adapter": adapter_bytes(out),
         "config": (out / "config.toml").read_bytes(),
         "rounds": timeless(rows_of(out / "rounds.jsonl")),
-        "devices": timeless(rows_of(out / "devices.jsonl")),
+        "clients": timeless(rows_of(out / "clients.jsonl")),
         "result": timeless(json.loads((out / "result.json").read_text())),
     }
 
@@ -97,9 +97,9 @@ Clients = Sequence[Client]
 """All clients of a run, by number."""
 
 
-def update_of(clients: Clients, plan: Plan) -> Update:
-    """What a device answers that carries a Plan out, which it must be able to."""
-    reply = clients[plan.device].run(plan)
+def update_of(clients: Clients, instruction: Instruction) -> Update:
+    """What a client answers that carries an instruction out, which it must be able to."""
+    reply = clients[instruction.client].run(instruction)
     assert isinstance(reply, Update)
     return reply
 
@@ -141,20 +141,20 @@ class Recorder:
         self.results.append(result)
 
 
-def meddling(
-    when: Callable[[Plan], bool], what: Callable[[Path], object]
+def interfering(
+    when: Callable[[Instruction], bool], what: Callable[[Path], object]
 ) -> Callable[[Loaded], AbstractContextManager[Transport]]:
-    """In this process; before such a turn something befalls each file that its device keeps."""
+    """In this process; before such a turn something befalls each file that its client keeps."""
 
-    class Meddles:
+    class Interferes:
         def __init__(self, inner: InProcess) -> None:
             self.inner = inner
 
-        def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
-            for plan in plans:
-                if plan.kept is not None and when(plan):
-                    for path in folder_of(plan.run, plan.device).iterdir():
+        def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
+            for instruction in instructions:
+                if instruction.kept is not None and when(instruction):
+                    for path in folder_of(instruction.run, instruction.client).iterdir():
                         what(path)
-            yield from self.inner.exchange(plans)
+            yield from self.inner.exchange(instructions)
 
-    return lambda loaded: nullcontext(Meddles(InProcess(clients_of(loaded))))
+    return lambda loaded: nullcontext(Interferes(InProcess(clients_of(loaded))))

@@ -87,8 +87,8 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["dropout.rates=[0.5]"], ["1 drop rates were given for 4 layers"]),
         (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
         (["dropout.mean=0.1", "dropout.count=1"], ["give only one of dropout.mean"]),
-        (["cohort=9"], ["cohort", "devices"]),
-        (["quorum=3"], ["quorum=3 is larger than cohort=2; lower quorum or raise cohort"]),
+        (["cohort_size=9"], ["cohort_size", "clients"]),
+        (["quorum=3"], ["quorum=3 is larger than cohort_size=2; lower quorum or raise cohort"]),
         (["method=fedlora"], ["dropout.mean has no effect with method=fedlora; leave it out"]),
         (["one.toml", "two.toml"], ["only one configuration file", "one.toml and two.toml"]),
         (["one.toml"], ["one.toml: no such configuration file"]),
@@ -104,7 +104,7 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["wrong"], ["'wrong' is neither a .toml file nor key=value\n"]),
         (["method=fedloar"], ["unknown method; did you mean fedlora? Known are droppeft, "]),
         (["adapter.targets=nothing"], ["adapter.targets: no layer has a linear module 'nothing'"]),
-        (["devices=100"], ["too few for devices=100"]),
+        (["clients=100"], ["too few for clients=100"]),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -112,9 +112,9 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     (tmp_path / "broken.toml").write_text("rounds = = 3\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    usual = tiny_words[:-1] if "dropout." in words[0] else tiny_words
+    typical = tiny_words[:-1] if "dropout." in words[0] else tiny_words
     for out in ([], ["--out", "run"]):
-        assert_refused(droppeft("run", *usual, *words, *out), *parts)
+        assert_refused(droppeft("run", *typical, *words, *out), *parts)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"broken.toml", "broken.parquet"}
 
@@ -231,7 +231,7 @@ def test_exporting_says_where_it_is_and_how_to_load_it(
     loaded: dict[str, Any] = {}
     exec("\n".join(lines), loaded)
     assert loaded["model"].config.id2label == {0: "food", 1: "music", 2: "space"}
-    [own] = [one for one in result["personalised"] if one["device"] == 2]
+    [own] = [one for one in result["personalised"] if one["client"] == 2]
     said = droppeft("export", whole_run, "--client", "2", "--out", "own", *form)
     accuracy = f"accuracy {own['accuracy']:.4f} on {own['rows']} test texts"
     assert said.out.splitlines()[0] == f"round 3, {accuracy}: {tmp_path / 'own'}"

@@ -94,7 +94,7 @@ def test_a_word_without_key_or_sign_is_refused(word: str) -> None:
 def test_words_win_over_the_file(tmp_path: Path) -> None:
     path = file(tmp_path, "rounds = 7\ndevices = 30\n[adapter]\nrank = 4\nalpha = 8.0\n")
     config = load_config(path, ["rounds=9", "adapter.rank=2"])
-    assert (config.rounds, config.devices) == (9, 30)
+    assert (config.rounds, config.clients) == (9, 30)
     assert (config.adapter.rank, config.adapter.alpha) == (2, 8.0)
 
 
@@ -103,7 +103,7 @@ def test_the_last_of_two_words_wins() -> None:
 
 
 def test_the_order_of_words_on_different_keys_does_not_matter() -> None:
-    words = ["devices=50", "cohort=40", "dropout.count=2"]
+    words = ["clients=50", "cohort_size=40", "dropout.count=2"]
     assert load_config(None, words) == load_config(None, words[::-1])
 
 
@@ -205,7 +205,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         "rounds=0",
         "seed=-1",
         f"seed={2**63}",
-        "devices=[1]",
+        "clients=[1]",
         "transport=true",
         "accelerator=gpu",
         "target_accuracy=1.0",
@@ -251,9 +251,9 @@ def test_a_value_where_a_table_stands_is_refused() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    message = refusal("cohort=6", "devices=5")
-    assert "cohort=6" in message
-    assert "devices=5" in message
+    message = refusal("cohort_size=6", "clients=5")
+    assert "cohort_size=6" in message
+    assert "clients=5" in message
     assert "partition.key" in refusal("partition.kind=natural")
     assert "newcomers are not measured with personalised=false; leave one out" in refusal(
         "evaluation.personalised=false", "evaluation.newcomers=true"
@@ -295,7 +295,7 @@ def tables() -> st.SearchStrategy[dict[str, object]]:
         optional={
             "seed": st.integers(0, 2**63 - 1),
             "model": text,
-            "devices": st.integers(5, 1000),
+            "clients": st.integers(5, 1000),
             "target_accuracy": st.floats(0.01, 0.99),
             "adapter": st.fixed_dictionaries(
                 {"alpha": st.floats(1e-6, 1e6)},
@@ -391,12 +391,12 @@ def test_true_is_no_number(key: str) -> None:
     assert key in refusal(f"{key}=true")
 
 
-# Devices on the modelled clock
+# Clients on the modelled clock
 
 WATCH = """
 [clock]
 profiles = ["watch", "jetson_tx2"]
-[clock.own.watch]
+[clock.custom.watch]
 effective_flops_per_s = 1e10
 memory_bytes = 5e8
 idle_watts = 0.1
@@ -410,7 +410,7 @@ def test_an_own_profile_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(WATCH)
     config = load_config(path)
-    watch = config.clock.own["watch"]
+    watch = config.clock.custom["watch"]
     assert (watch.step_overhead_s, watch.availability, watch.train_watts) == (0.0, 1.0, 1.0)
     assert (watch.download.mean, watch.download.deviation) == (1e6, 0.0)
     assert (watch.upload.least, watch.upload.most) == (1e4, 1e6)
@@ -421,20 +421,24 @@ def test_an_own_profile_is_read_and_written(tmp_path: Path) -> None:
 def test_a_word_changes_a_profile_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(WATCH)
-    config = load_config(path, ["clock.own.watch.availability=0.5"])
-    assert config.clock.own["watch"].availability == 0.5
-    assert config.clock.own["watch"].memory_bytes == 5e8
+    config = load_config(path, ["clock.custom.watch.availability=0.5"])
+    assert config.clock.custom["watch"].availability == 0.5
+    assert config.clock.custom["watch"].memory_bytes == 5e8
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("memory_bytes = 5e8", "", "clock.own.watch.memory_bytes in .*: field required"),
+        ("memory_bytes = 5e8", "", "clock.custom.watch.memory_bytes in .*: field required"),
         ("memory_bytes = 5e8", "memory_bytes = 0", "memory_bytes in .*greater than 0, got 0"),
-        ("memory_bytes =", "memory_byts =", "clock.own.watch in .*: memory_byts is no part of a"),
+        (
+            "memory_bytes =",
+            "memory_byts =",
+            "clock.custom.watch in .*: memory_byts is no part of a",
+        ),
         ("1e10", '"fast"', "effective_flops_per_s in .*valid number, got 'fast'"),
         ("1e10", "1e10\npeak_flops_per_s = 1e9", "effective_flops_per_s is more than peak_flops"),
-        ("1e6\nupload", "0\nupload", "clock.own.watch.download.mean in .*greater than 0, got 0"),
+        ("1e6\nupload", "0\nupload", "clock.custom.watch.download.mean in .*greater than 0, got 0"),
         (", least = 1e4, most = 1e6", "", "a bandwidth with a deviation needs least and most"),
         ("least = 1e4", "least = 1e7", "watch.upload in .*: least is more than most"),
         ("train_watts = 1", "train_watts = 1\navailability = 2", "less than or equal to 1, got 2"),
@@ -456,13 +460,13 @@ def test_a_mistake_in_a_profile_is_one_sentence(
 )
 def test_over_selection_is_rounded_up(cohort: int, factor: float, drawn: int) -> None:
     # 10 x 1.1 is 11.000000000000002.
-    config = load_config(None, [f"cohort={cohort}", f"clock.over_selection={factor}"])
+    config = load_config(None, [f"cohort_size={cohort}", f"clock.over_selection={factor}"])
     assert config.drawn == drawn
 
 
-def test_more_devices_than_there_are_cannot_be_drawn() -> None:
-    message = refusal("cohort=15", "clock.over_selection=1.5")
-    assert "draws 23 devices for a cohort of 15, there are 20" in message
+def test_more_clients_than_there_are_cannot_be_drawn() -> None:
+    message = refusal("cohort_size=15", "clock.over_selection=1.5")
+    assert "draws 23 clients for a cohort of 15, there are 20" in message
 
 
 @pytest.mark.parametrize(

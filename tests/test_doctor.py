@@ -195,7 +195,7 @@ CPU = {
     "version": "2.13.0+cpu",
     "cuda": None,
     "mps": False,
-    "device": None,
+    "client": None,
     "warnings": [],
 }
 GPU = {"name": "NVIDIA H100", "memory_bytes": 85e9, "bf16": True, "error": None}
@@ -221,15 +221,15 @@ def test_torch_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = judged(monkeypatch, version="2.13.0", cuda="13.0", device=GPU)
+    found = judged(monkeypatch, version="2.13.0", cuda="13.0", client=GPU)
     assert found == ok("2.13.0, CUDA 13.0 build; NVIDIA H100, 85.0 GB, with bf16")
-    old = judged(monkeypatch, cuda="13.0", device={**GPU, "bf16": False})
+    old = judged(monkeypatch, cuda="13.0", client={**GPU, "bf16": False})
     assert old.found.endswith("without bf16")
 
 
 def test_a_gpu_that_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = {**GPU, "error": "no kernel image is available"}
-    found = judged(monkeypatch, cuda="13.0", device=device)
+    client = {**GPU, "error": "no kernel image is available"}
+    found = judged(monkeypatch, cuda="13.0", client=client)
     assert (found.status, found.remedy) == ("problem", "droppeft run accelerator=cpu")
     assert found.found.endswith("NVIDIA H100 cannot be used: no kernel image is available")
 
@@ -263,7 +263,7 @@ def test_the_gpu_is_made_to_compute(fault: RuntimeError | None) -> None:
         get_device_properties=lambda index: SimpleNamespace(total_memory=8),
         is_bf16_supported=lambda including_emulation: including_emulation,
     )
-    torch = SimpleNamespace(cuda=cuda, ones=lambda count, device: Sum())
+    torch = SimpleNamespace(cuda=cuda, ones=lambda count, client: Sum())
     from droppeft.doctor.torch_facts import _device
 
     assert _device(torch) == {
@@ -570,7 +570,7 @@ def test_folders_that_can_be_written(room: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_of_devices_own_tensors_must_be_the_same_tomorrow(
+def test_the_folder_of_clients_own_tensors_must_be_the_same_tomorrow(
     room: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", "here")

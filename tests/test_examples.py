@@ -34,9 +34,15 @@ def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ag_news(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut to what a test can run: fewer rounds, devices, steps and texts."""
+    """Cut to what a test can run: fewer rounds, clients, steps and texts."""
     monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
-    words = ["rounds=1", "devices=4", "cohort=2", "training.local_steps=2", "training.batch_size=4"]
+    words = [
+        "rounds=1",
+        "clients=4",
+        "cohort_size=2",
+        "training.local_steps=2",
+        "training.batch_size=4",
+    ]
     few = ["source.max_train_rows=400", "source.max_test_rows=40", "training.max_length=32"]
     config = load_config(ROOT / "examples/ag_news.toml", [*words, *few])
     result = start_run(config, tmp_path / "run", Recorder())

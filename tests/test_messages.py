@@ -88,6 +88,6 @@ def test_restricting_twice_is_restricting_to_both(
 
 
 def test_messages_are_frozen() -> None:
-    failure = Failure(device=1, reason="lost")
+    failure = Failure(client=1, reason="lost")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        failure.device = 2
+        failure.client = 2

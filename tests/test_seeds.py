@@ -16,7 +16,7 @@ draws = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "purpose": st.text(st.characters(categories=["Ll"]), min_size=1),
         "round": small,
-        "device": st.integers(SERVER, 10_000),
+        "client": st.integers(SERVER, 10_000),
         "step": small,
     }
 )
@@ -25,7 +25,7 @@ draws = st.fixed_dictionaries(
 def test_a_seed_is_what_it_was() -> None:
     # First 8 bytes of BLAKE2b (digest size 8) of b"0|1|2|3|gates", halved; a change here changes
     # every result file.
-    assert seed_for(0, purpose="gates", round=1, device=2, step=3) == 3_029_793_032_118_884_633
+    assert seed_for(0, purpose="gates", round=1, client=2, step=3) == 3_029_793_032_118_884_633
 
 
 @given(draws)
@@ -39,24 +39,24 @@ def test_distinct_draws_have_distinct_seeds(one: dict, other: dict) -> None:
     assert (seed_for(**one) == seed_for(**other)) == (one == other)
 
 
-@given(draws, st.sampled_from(["seed", "round", "device", "step"]), st.integers(1, 5))
+@given(draws, st.sampled_from(["seed", "round", "client", "step"]), st.integers(1, 5))
 def test_every_argument_counts(draw: dict, name: str, change: int) -> None:
     assert seed_for(**draw) != seed_for(**{**draw, name: draw[name] + change})
 
 
-def test_round_device_and_step_do_not_meet() -> None:
+def test_round_client_and_step_do_not_meet() -> None:
     grid = list(product(range(20), range(SERVER, 20), range(20)))
-    seeds = {seed_for(7, purpose="x", round=r, device=d, step=s) for r, d, s in grid}
+    seeds = {seed_for(7, purpose="x", round=r, client=d, step=s) for r, d, s in grid}
     assert len(seeds) == len(grid)
 
 
-def test_the_server_is_no_device() -> None:
-    assert seed_for(0, purpose="x") == seed_for(0, purpose="x", device=SERVER)
-    assert seed_for(0, purpose="x") != seed_for(0, purpose="x", device=0)
+def test_the_server_is_no_client() -> None:
+    assert seed_for(0, purpose="x") == seed_for(0, purpose="x", client=SERVER)
+    assert seed_for(0, purpose="x") != seed_for(0, purpose="x", client=0)
 
 
 @pytest.mark.parametrize("make", [numpy_generator, python_generator])
-@pytest.mark.parametrize("place", [{"round": 1}, {"device": 1}, {"step": 1}, {"purpose": "y"}])
+@pytest.mark.parametrize("place", [{"round": 1}, {"client": 1}, {"step": 1}, {"purpose": "y"}])
 def test_a_generator_depends_on_every_part_of_its_place(make, place: dict) -> None:
     plain = {"purpose": "x"}
     assert make(3, **plain).random() == make(3, **plain).random()
@@ -65,7 +65,7 @@ def test_a_generator_depends_on_every_part_of_its_place(make, place: dict) -> No
 
 
 def test_generators_are_seeded_by_seed_for() -> None:
-    place = {"purpose": "x", "round": 2, "device": 3, "step": 4}
+    place = {"purpose": "x", "round": 2, "client": 3, "step": 4}
     seed = seed_for(1, **place)
     assert python_generator(1, **place).getstate() == random.Random(seed).getstate()
     assert numpy_generator(1, **place).bytes(16) == np.random.default_rng(seed).bytes(16)

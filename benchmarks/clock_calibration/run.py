@@ -5,8 +5,8 @@
 Anchors: seconds per step of BERT-base with LoRA in 12 layers, as an earlier test bed of the same
 group reported them, without batch and length. Batch 16 and the lengths below are our assumption.
 The arithmetic is counted on a model without values, so nothing is downloaded and nothing is
-measured here. Writes `study.json`; the profiles in `src/droppeft/costs/device_profiles.py` have the fitted
-values to three digits, and a test holds the two
+measured here. Writes `study.json`; the profiles in `src/droppeft/costs/device_profiles.py` have
+the fitted values to three digits, and a test holds the two
 together. About 5 seconds.
 """
 
@@ -17,7 +17,7 @@ from transformers import BertConfig
 
 from benchmarks.study import about, write_values
 from droppeft.config import AdapterConfig
-from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_counts import StepCounts, step_flops
 from droppeft.federated_method import adapter_spec
@@ -36,11 +36,11 @@ def count(length: int) -> StepCounts:
     """BERT-base with LoRA in its 12 layers, at one length."""
     config = BertConfig()
     spec = adapter_spec(AdapterConfig.model_validate({}), config.num_hidden_layers)
-    return count_step(PaperModel(config, spec), BATCH, length)
+    return count_step(FakeModel(config, spec), BATCH, length)
 
 
 def fit(anchors_s: dict[str, float], flops: dict[str, int]) -> dict[str, float]:
-    """Speed and overhead of one device."""
+    """Speed and overhead of one client."""
     speed, overhead = calibrated([flops[data] for data in anchors_s], list(anchors_s.values()))
     return {"effective_flops_per_s": speed, "step_overhead_s": overhead}
 
@@ -54,7 +54,7 @@ def quadratic_share(one: StepCounts, double: StepCounts) -> float:
 
 
 def content() -> dict[str, Any]:
-    """All that the page on devices says of the calibration."""
+    """All that the page on clients says of the calibration."""
     counts = {data: count(length) for data, length in LENGTHS.items()}
     layers = len(counts["MNLI"].blocks)
     flops = {data: step_flops(each, [True] * layers) for data, each in counts.items()}

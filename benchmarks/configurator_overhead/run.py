@@ -26,7 +26,7 @@ NAME = "configurator_overhead"
 SETTINGS = [
     "threads=1",
     "rounds=12",
-    "cohort=6",
+    "cohort_size=6",
     "training.batch_size=8",
     "configurator.reward=loss",
 ]
@@ -42,7 +42,7 @@ def played(config: Config) -> tuple[Rows, Rows]:
     spent: list[float] = []
     method = replace(
         prepared.method,
-        plan=timed(prepared.method.plan, spent),
+        instruction=timed(prepared.method.instruct, spent),
         merge=timed(prepared.method.merge, spent),
     )
     state, rounds, clients = prepared.state, [], []
@@ -76,9 +76,9 @@ def trainings(closed: Any) -> Iterator[dict[str, float]]:
     turns = [turn for turn in closed.modelled.turns if turn]
     for update, turn in zip(updates, turns, strict=True):
         yield {
-            "training_wall_s": update.cost.turn_wall_s,
+            "training_wall_s": update.cost.total_wall_s,
             "reward_wall_s": update.cost.reward_wall_s,
-            "training_modelled_s": turn.turn_s,
+            "training_modelled_s": turn.total_s,
             "reward_modelled_s": turn.reward_s,
         }
 
@@ -96,7 +96,7 @@ def main(words: list[str]) -> None:
     content = {
         **about(NAME),
         "rounds": config.rounds,
-        "cohort_size": config.cohort,
+        "cohort_size": config.cohort_size,
         "local_steps": config.training.local_steps,
         "batch_size": config.training.batch_size,
         "config": as_tree(config),

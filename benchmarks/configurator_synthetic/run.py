@@ -3,13 +3,13 @@
     python -m benchmarks.configurator_synthetic.run
 
 A run has a remaining loss of 1. A turn with arm a takes `worth(a) x rate` of it, seen through noise
-as the gain of a device; the round takes the mean of its turns off, and lasts as long as its
-slowest member. Three kinds of device, ten a round, six arms (none, a quarter or half dropped;
+as the gain of a client; the round takes the mean of its turns off, and lasts as long as its
+slowest member. Three kinds of client, ten a round, six arms (none, a quarter or half dropped;
 everything trained, or the upper half). Problems differ in noise, in how much dropping harms, and in
 whether that grows as the loss falls (drift). Time to the target counts until 5 % are left.
 
-Compared with the best fixed arm for all devices in hindsight (found by playing each), with the best
-arm per kind of device (of three seeds), and with the mean fixed arm. Policies that learn pay for
+Compared with the best fixed arm for all clients in hindsight (found by playing each), with the best
+arm per kind of client (of three seeds), and with the mean fixed arm. Policies that learn pay for
 measuring what turns gained, as a run's do with its defaults; fixed arms and the lot do not. Regret
 is the time ratio to the best fixed arm less one; intervals are bootstrapped over the seeds. The
 table `result` has a row per problem and policy. About fifteen minutes on one core.
@@ -29,7 +29,7 @@ from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, 
 from droppeft.bandit.bandit_memory import begin, halved, with_round
 
 NAME = "configurator_synthetic"
-SEEDS, DEVICES, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000
+SEEDS, CLIENTS, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000
 WINDOWS = (5, 10, 40)
 TARGET = 0.05
 ARMS = [Arm(mean, "uniform", prefix) for prefix in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
@@ -49,7 +49,7 @@ class Problem:
         rate: part of the remaining loss that a turn with everything takes.
         worth: of each arm at the start, 1 for everything.
         late: of each arm when nothing is left; between, it goes with the loss.
-        noise: deviation of a device's gain, in units of a turn's gain at the start of the round.
+        noise: deviation of a client's gain, in units of a turn's gain at the start of the round.
         floor: least deviation, in units of a turn's gain at the start of the run.
     """
 
@@ -82,12 +82,12 @@ def worth_now(problem: Problem, left: float) -> np.ndarray:
 
 
 def seconds_of(kinds: Sequence[int], *, measures: bool) -> np.ndarray:
-    """(devices, A) of a turn, with measuring what it gained."""
+    """(clients, A) of a turn, with measuring what it gained."""
     return (TIMES[None, :] + MEASURING * measures) / SPEEDS[list(kinds)][:, None]
 
 
-def usual_seconds(*, measures: bool) -> np.ndarray:
-    """(A,) of a turn, mean over the kinds of device."""
+def typical_seconds(*, measures: bool) -> np.ndarray:
+    """(A,) of a turn, mean over the kinds of client."""
     return seconds_of(range(len(SPEEDS)), measures=measures).mean(axis=0)
 
 
@@ -95,17 +95,17 @@ class Player:
     """A policy as the run plays it."""
 
     def __init__(self, policy: str, *, by_class: bool = True, window: int = WINDOW) -> None:
-        self.policy, self.by_class, self.window = policy, by_class, window
+        self.policy, self.by_profile, self.window = policy, by_class, window
         self.measures = policy != "uniform_random"
         self.memory = begin(ARMS, 64.0)
 
     def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
-        """An arm for each device."""
+        """An arm for each client."""
         numbers = list(self.memory.numbers)
         seconds = seconds_of(kinds, measures=self.measures)[:, numbers]
-        if not self.by_class:
-            usual = usual_seconds(measures=self.measures)[numbers]
-            seconds = np.tile(usual, (len(kinds), 1))
+        if not self.by_profile:
+            typical = typical_seconds(measures=self.measures)[numbers]
+            seconds = np.tile(typical, (len(kinds), 1))
         untried = np.array([number not in self.memory.tried for number in numbers])
         asked = Asked(seconds, seconds > 0, untried, EPSILON, rng)
         scored = score(self.policy, self.memory.known(self.window), asked)
@@ -118,12 +118,12 @@ class Player:
         ]
         self.memory = with_round(self.memory, trials, round, self.window, None, None)
         if self.policy == "successive_halving":
-            usual = usual_seconds(measures=True)[list(self.memory.numbers)]
-            self.memory = halved(self.memory, round, 3, self.window, usual)
+            typical = typical_seconds(measures=True)[list(self.memory.numbers)]
+            self.memory = halved(self.memory, round, 3, self.window, typical)
 
 
 class Fixed:
-    """One arm for each kind of device, always; it measures nothing."""
+    """One arm for each kind of client, always; it measures nothing."""
 
     measures = False
 
@@ -131,7 +131,7 @@ class Fixed:
         self.arms = arms
 
     def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
-        """Of each device's kind."""
+        """Of each client's kind."""
         return tuple(self.arms[kind] for kind in kinds)
 
     def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
@@ -139,19 +139,19 @@ class Fixed:
 
 
 def play(problem: Problem, player: Player | Fixed, seed: int) -> tuple[float, float]:
-    """Time to the target, and the mean part of it that devices wait.
+    """Time to the target, and the mean part of it that clients wait.
 
     Cohorts and noise are the same for every player of a seed.
     """
     rng, own = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     left, clock, idle = 1.0, 0.0, []
     for round in range(1, MOST + 1):
-        kinds = rng.integers(len(SPEEDS), size=DEVICES).tolist()
+        kinds = rng.integers(len(SPEEDS), size=CLIENTS).tolist()
         arms = player.choose(kinds, own)
         gain = left * problem.rate * worth_now(problem, left)[list(arms)]
         spread = problem.rate * max(problem.noise * left, problem.floor)
-        player.learn(round, arms, gain + spread * rng.normal(size=DEVICES))
-        took = seconds_of(kinds, measures=player.measures)[range(DEVICES), arms]
+        player.learn(round, arms, gain + spread * rng.normal(size=CLIENTS))
+        took = seconds_of(kinds, measures=player.measures)[range(CLIENTS), arms]
         clock += float(took.max())
         idle.append(1 - float(took.mean() / took.max()))
         left -= float(gain.mean())
@@ -181,7 +181,7 @@ def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     base = [play(problem, Fixed((best,) * 3), s) for s in seeds]
     rows = []
     players: dict[str, Callable[[], Player | Fixed]] = {
-        "best fixed arm per kind of device": lambda: Fixed(by_kind),
+        "best fixed arm per kind of client": lambda: Fixed(by_kind),
         **{name: (lambda name=name: Player(name)) for name in POLICIES},
         "budgeted_thompson, as if alike": lambda: Player("budgeted_thompson", by_class=False),
         **{
@@ -230,7 +230,7 @@ def main() -> None:
         print(f"  {'mean fixed arm':<36} {known[name]['mean_fixed_ratio']:6.3f}", flush=True)
     settings = {
         "seeds": SEEDS,
-        "clients": DEVICES,
+        "clients": CLIENTS,
         "window": WINDOW,
         "measuring": MEASURING,
         "other_windows": list(WINDOWS),

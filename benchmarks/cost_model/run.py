@@ -11,8 +11,9 @@ tokenizer, workspaces. What glibc keeps by default is measured apart, in the pro
 time; it is no property of the model and is not modelled.
 
 Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
-step of this machine are fitted to its fp32 cells by `droppeft.costs.modelled_clock.calibrated`; errors are
-those of the fit. Quantised weights are left out of it: their kernels have another speed. So are
+step of this machine are fitted to its fp32 cells by `droppeft.costs.modelled_clock.calibrated`;
+errors are those of the fit. Quantised weights are left out of it: their kernels have another
+    speed. So are
 those that are mapped from a file.
 
 Writes the tables `result` (a row per cell) and `trials`, `study.json`, and
@@ -37,8 +38,8 @@ from droppeft.config import Config, load_config, resolve
 from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_memory import Memory
 from droppeft.resources.estimate import Option, mean_flops, option
-from droppeft.resources.profile import in_fresh_process
 from droppeft.resources.profile_run import Trial
+from droppeft.resources.profiling import in_fresh_process
 
 NAME = "cost_model"
 FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/cost_model"

@@ -1,4 +1,4 @@
-"""Two methods on AG News over 20 devices: accuracy against wall time, and the loop's overhead.
+"""Two methods on AG News over 20 clients: accuracy against wall time, and the loop's overhead.
 
     DROPPEFT_DATA=../shared/data python -m benchmarks.first_slice.run
 
@@ -52,27 +52,27 @@ ROUND = (
 class Turns:
     """Lets one of several threads work at a time, in order; those that are done are passed over."""
 
-    def __init__(self, members: int) -> None:
-        self.waiting = list(range(members))
+    def __init__(self, variants: int) -> None:
+        self.waiting = list(range(variants))
         self._changed = threading.Condition()
 
-    def take(self, member: int) -> None:
+    def take(self, variant: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self.waiting[0] == member)
+            self._changed.wait_for(lambda: self.waiting[0] == variant)
 
-    def give(self, member: int, *, last: bool = False) -> None:
+    def give(self, variant: int, *, last: bool = False) -> None:
         with self._changed:
-            self.waiting.remove(member)
+            self.waiting.remove(variant)
             if not last:
-                self.waiting.append(member)
+                self.waiting.append(variant)
             self._changed.notify_all()
 
 
 class TakesTurns:
     """Watches a run and gives way to the other after each round."""
 
-    def __init__(self, turns: Turns, member: int) -> None:
-        self.turns, self.member = turns, member
+    def __init__(self, turns: Turns, variant: int) -> None:
+        self.turns, self.variant = turns, variant
 
     def preparing(self, what: str) -> None: ...
 
@@ -83,24 +83,26 @@ class TakesTurns:
     def finished(self, result: Mapping[str, Any]) -> None: ...
 
     def round_done(self, row: RoundRow) -> None:
-        print(f"{METHODS[self.member]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True)
-        self.turns.give(self.member)
-        self.turns.take(self.member)
+        print(
+            f"{METHODS[self.variant]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True
+        )
+        self.turns.give(self.variant)
+        self.turns.take(self.variant)
 
 
 def run_both(folder: Path, words: list[str]) -> None:
     """Run every method in its own thread and folder, one round at a time."""
     turns = Turns(len(METHODS))
 
-    def work(member: int) -> None:
-        turns.take(member)
+    def work(variant: int) -> None:
+        turns.take(variant)
         try:
-            config = load_config(EXAMPLE, [f"method={METHODS[member]}", *words])
-            start_run(config, folder / METHODS[member], TakesTurns(turns, member))
+            config = load_config(EXAMPLE, [f"method={METHODS[variant]}", *words])
+            start_run(config, folder / METHODS[variant], TakesTurns(turns, variant))
         finally:
-            turns.give(member, last=True)
+            turns.give(variant, last=True)
 
-    threads = [threading.Thread(target=work, args=(member,)) for member in range(len(METHODS))]
+    threads = [threading.Thread(target=work, args=(variant,)) for variant in range(len(METHODS))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,7 +127,7 @@ def collect(folder: Path) -> None:
     config = found["config"]
     content = {
         **about(NAME),
-        "clients": config["devices"],
+        "clients": config["clients"],
         "cohort_size": config["cohort"],
         "rounds": config["rounds"],
         "local_steps": config["training"]["local_steps"],
@@ -150,10 +152,10 @@ def draw() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     clocks = (
         (
-            "this process, devices one after another",
+            "this process, clients one after another",
             lambda r: r["host_wall_s"] - r["evaluation_wall_s"],
         ),
-        ("devices side by side (slowest member)", lambda r: r["round_measured_s"]),
+        ("clients side by side (slowest member)", lambda r: r["round_measured_s"]),
     )
     for axis, (title, seconds) in zip(axes, clocks, strict=True):
         draw_clock(axis, seconds)
@@ -164,7 +166,7 @@ def draw() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on 1,000 test texts")
     axes[0].legend(loc="lower right")
-    figure.suptitle("AG News, 20 devices, 5 per round, Dirichlet alpha 1, one seed")
+    figure.suptitle("AG News, 20 clients, 5 per round, Dirichlet alpha 1, one seed")
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
     figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})

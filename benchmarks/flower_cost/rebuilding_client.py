@@ -19,7 +19,7 @@ from droppeft.config import build_config
 from droppeft.models.loading import load_backbone
 from droppeft.transports.flower.client_app import introduce
 from droppeft.transports.flower.records import packed_of, record_of
-from droppeft.transports.flower.wire_format import pack_reply, unpack_plan
+from droppeft.transports.flower.wire_format import pack_reply, unpack_instruction
 
 app = ClientApp()
 app.query()(introduce)
@@ -28,13 +28,13 @@ app.query()(introduce)
 @app.train()
 def rebuild_and_answer(message: Message, context: Context) -> Message:
     """Take a turn on a model that was built for it."""
-    plan, errand = unpack_plan(packed_of(message.content))
-    loaded, clients = texts(json.dumps(errand.config))
+    instruction, run_context = unpack_instruction(packed_of(message.content))
+    loaded, clients = texts(json.dumps(run_context.config))
     config = loaded.config
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, loaded.data.label_names, head_seed)
     bench = ClientModel(backbone, config.accelerator, config.seed)
-    update = replace(clients[plan.device], model=bench).train(plan)
+    update = replace(clients[instruction.client], model=bench).train(instruction)
     return Message(record_of(pack_reply(update)), reply_to=message)
 
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.flower_cost.run
 
 Arms take turns (a short run each, then again from the first), so that all meet the same states of
-a shared machine. There is one device, so the time of a round less evaluation and saving is the
+a shared machine. There is one client, so the time of a round less evaluation and saving is the
 time of one client-round: planning, carrying, training, checking, merging. The first round of a run
 starts processes and loads texts and model; it is reported apart. Each repeat has a seed of its own,
 so that nothing of an earlier one is still loaded.
@@ -45,8 +45,13 @@ SETTINGS = (
     "evaluation.personalised=false",  # a client that rebuilds its model only trains
 )
 ROUNDS = {"places": 4, "client_round": 6}
-CLIENT_ROUND = (f"rounds={ROUNDS['client_round']}", "devices=1", "cohort=1", "evaluation.every=6")
-PLACES = (f"rounds={ROUNDS['places']}", f"devices={NODES}", f"cohort={NODES}")
+CLIENT_ROUND = (
+    f"rounds={ROUNDS['client_round']}",
+    "clients=1",
+    "cohort_size=1",
+    "evaluation.every=6",
+)
+PLACES = (f"rounds={ROUNDS['places']}", f"clients={NODES}", f"cohort_size={NODES}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from flower_on_loopback import Submit, loopback  # noqa: E402
@@ -82,7 +87,7 @@ def deployed(submit: Submit, words: Sequence[str], out: Path) -> None:
 
 
 def deployed_rebuilding(submit: Submit, words: Sequence[str], out: Path) -> None:
-    submit([*words, "flower.resident=false"], out)
+    submit([*words, "flower.model_server=false"], out)
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def client_rounds(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[s
             out = folder / f"cost-{repeat}-{number}"
             run([*SETTINGS, *CLIENT_ROUND, f"seed={repeat}"], out)
             rounds = read_rows(out / "rounds.jsonl")
-            trainings = [row["turn_wall_s"] for row in read_rows(out / "devices.jsonl")]
+            trainings = [row["total_wall_s"] for row in read_rows(out / "clients.jsonl")]
             whole = [
                 row["host_wall_s"] - row["evaluation_wall_s"] - row["saving_wall_s"]
                 for row in rounds

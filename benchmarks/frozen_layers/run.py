@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
-from droppeft.cached_layers import FrozenPrefix, StateStore
-from droppeft.cached_layers.cached_layers import PrefixOfTurn
+from droppeft.cached_layers import FrozenLayers, StateStore
+from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import sample_active
-from droppeft.messages import AdapterSpec, LayerAdapter, PrefixCost, StateCache
+from droppeft.messages import AdapterSpec, CachedLayersCost, LayerAdapter, StateCache
 from droppeft.models.loading import load_backbone
 from droppeft.training.loop import Step, train
 
@@ -112,7 +112,7 @@ class Stand:
             self._train(arm, self._prefix(arm, folder, round=1), draw)
         prefix = self._prefix(arm, folder, round=2)
         measured = self._train(arm, prefix, draw)
-        cost = prefix.cost if prefix else PrefixCost()
+        cost = prefix.cost if prefix else CachedLayersCost()
         expected = {"no cache": (0, 1), "first visit": (0, 1), "later visit": (1, 0)}
         hits, built = (share * len(self.rows) for share in expected[arm.visit])
         if prefix and (cost.hits, cost.built) != (hits, built):
@@ -120,17 +120,17 @@ class Stand:
         on_disk = cost.stored_bytes / len(self.rows)
         return {**measured, "build_s": cost.build_wall_s, "disk_bytes_per_example": on_disk}
 
-    def _prefix(self, arm: Arm, folder: Path, round: int) -> PrefixOfTurn | None:
+    def _prefix(self, arm: Arm, folder: Path, round: int) -> CachedLayers | None:
         if not arm.frozen:
             return None
         keeps = arm.visit != "no cache"
         store = StateStore(folder, f"{arm.frozen}", round, CACHE) if keeps else None
-        prefix = FrozenPrefix(self.bench.model, self.bench.blocks, arm.frozen)
+        prefix = FrozenLayers(self.bench.model, self.bench.blocks, arm.frozen)
         task = self.bench.task
-        return PrefixOfTurn(prefix, store, self.table, task, [self.rows], nullcontext)
+        return CachedLayers(prefix, store, self.table, task, [self.rows], nullcontext)
 
     def _train(
-        self, arm: Arm, prefix: PrefixOfTurn | None, draw: random.Random
+        self, arm: Arm, prefix: CachedLayers | None, draw: random.Random
     ) -> dict[str, float]:
         behind = self.depth - arm.frozen
         rates = (0.0,) * arm.frozen + (arm.dropped / behind,) * behind

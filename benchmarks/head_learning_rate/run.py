@@ -28,7 +28,7 @@ from droppeft.layer_dropout import find_blocks
 from droppeft.messages import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
-from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
+from droppeft.training.loop import Step, Trainable, evaluate, train, training_batches
 
 NAME = "head_learning_rate"
 SEEDS, STEPS = (0, 1, 2), (50, 100, 200)
@@ -58,7 +58,9 @@ def accuracies(data: TextData, seed: int, rates: tuple[float, float], pooler: bo
     chosen = {"learning_rate": rates[0], "head_learning_rate": rates[1]}
     settings = local_training(Config.model_validate({"training": chosen}))
     rng = np.random.default_rng(seed)
-    rows = turn_batches(np.arange(len(train_table)), train_table, 16, Budget(steps=STEPS[-1]), rng)
+    rows = training_batches(
+        np.arange(len(train_table)), train_table, 16, Budget(steps=STEPS[-1]), rng
+    )
     torch.manual_seed(seed)
     found = []
     for start, stop in zip((0, *STEPS), STEPS, strict=False):

@@ -1,7 +1,7 @@
 """What a dropped layer saves and what its gate costs: against sliced models and other ways.
 
     OMP_NUM_THREADS=1 python -m benchmarks.layer_dropout_cost.run
-    python -m benchmarks.layer_dropout_cost.run --only sliced --device cuda
+    python -m benchmarks.layer_dropout_cost.run --only sliced --client cuda
 
 Three parts, on architectures with random weights and LoRA (rank 8) in all layers:
 

@@ -30,8 +30,8 @@ from benchmarks.study import FOLDER, about, append_rows, read_table, write_value
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import trainable_by_layer
-from droppeft.cached_layers import FrozenPrefix
-from droppeft.cached_layers.cached_layers import PrefixOfTurn
+from droppeft.cached_layers import FrozenLayers
+from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.config import Config, SourceConfig, available_cores
 from droppeft.data.cache import cache_dir
 from droppeft.data.sources import load_text
@@ -43,7 +43,7 @@ from droppeft.layer_dropout.alone import GateOptions, gates_of_step
 from droppeft.messages import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
-from droppeft.training.loop import Step, Trainable, evaluate, train, turn_batches
+from droppeft.training.loop import Step, Trainable, evaluate, train, training_batches
 
 NAME = "layer_dropout_quality"
 BUDGET, WARM_UP, TURN, BATCH, DEV_ROWS = 160, 20, 40, 16, 1500
@@ -170,7 +170,7 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
     chosen = {"learning_rate": learning_rate, "head_learning_rate": 10 * learning_rate}
     training = local_training(Config.model_validate({"training": chosen}))
     rng = np.random.default_rng(cell.seed)
-    rows = turn_batches(np.arange(len(table)), table, BATCH, Budget(steps=total), rng)
+    rows = training_batches(np.arange(len(table)), table, BATCH, Budget(steps=total), rng)
     torch.manual_seed(cell.seed)
     options: GateOptions = {
         "sampling": settings["sampling"],
@@ -195,8 +195,8 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
             training,
             prefix=None
             if frozen == 0
-            else PrefixOfTurn(
-                FrozenPrefix(model, blocks, frozen),
+            else CachedLayers(
+                FrozenLayers(model, blocks, frozen),
                 None,
                 table,
                 task,

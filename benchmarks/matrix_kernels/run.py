@@ -88,11 +88,11 @@ def _gflops(rows: int, inner: int, columns: int) -> float:
 def _training() -> float:
     """Processor seconds of a local training of ten steps, the second of two."""
     prepared = prepare(resolve(load_config(None, WORDS), cuda=False), lambda step: None, "00c0ffee")
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     clients = clients_of(prepared.loaded)
     for _ in range(2):
         start = time.process_time()
-        clients[0].run(plan)
+        clients[0].run(instruction)
     return time.process_time() - start
 
 

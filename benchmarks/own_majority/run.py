@@ -1,4 +1,4 @@
-"""What devices of a contest get by always answering their own most frequent class.
+"""What clients of a contest get by always answering their own most frequent class.
 
     python -m benchmarks.own_majority.run      # two minutes; needs DROPPEFT_DATA
 
@@ -30,10 +30,10 @@ def main() -> None:
             if place not in known:
                 data = load_text(config.data, config.source, config.partition.key)
                 labels, keys = data.train.labels, data.train.keys
-                devices = partition_rows(
-                    labels, keys, config.devices, config.partition, config.seed
+                clients = partition_rows(
+                    labels, keys, config.clients, config.partition, config.seed
                 )
-                known[place] = own_majority_accuracy(data, devices)
+                known[place] = own_majority_accuracy(data, clients)
                 print(f"{Path(config.data).name}, seed {config.seed}: {known[place]:.3f}")
             by_seed = content.setdefault(name, {}).setdefault(Path(config.data).name, {})
             by_seed[str(config.seed)] = known[place]

@@ -1,4 +1,4 @@
-"""What scoring layers for personalised sharing costs a device, by criterion.
+"""What scoring layers for personalised sharing costs a client, by criterion.
 
     python -m benchmarks.sharing_criteria.run [SETTING=VALUE ...]
 
@@ -15,13 +15,13 @@ from dataclasses import replace
 from benchmarks.study import about, write_table, write_values
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import as_tree, load_config, resolve
-from droppeft.messages import Plan, SharingRule, Update, payload_bytes
+from droppeft.messages import Instruction, SharingRule, Update, payload_bytes
 from droppeft.server.prepare import prepare
 from droppeft.sharing.criteria import CRITERIA
 
 NAME = "sharing_criteria"
 REPEATS, WARM_UP = 20, 2
-SETTINGS = ["threads=1", "devices=4", "cohort=2", "dropout.mean=0", "training.max_length=64"]
+SETTINGS = ["threads=1", "clients=4", "cohort_size=2", "dropout.mean=0", "training.max_length=64"]
 """Ten steps of 16 texts at full depth."""
 
 
@@ -30,17 +30,17 @@ def main(words: list[str]) -> None:
     config = resolve(load_config(None, [*SETTINGS, *words]), cuda=False)
     prepared = prepare(config, lambda step: None, "0")
     clients = clients_of(prepared.loaded)
-    [plain] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
+    [plain] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
     rows = config.sharing.score_rows
-    plans: dict[str, Plan] = {"none": plain} | {
+    instructions: dict[str, Instruction] = {"none": plain} | {
         name: replace(plain, sharing=SharingRule(name, 0.5, 0.0, rows, None)) for name in CRITERIA
     }
     repeats = []
     order = random.Random(0)
     for repeat in range(WARM_UP + REPEATS):
-        for name in order.sample(list(plans), len(plans)):
+        for name in order.sample(list(instructions), len(instructions)):
             wall, cpu = time.perf_counter(), time.process_time()
-            reply = clients[1].run(plans[name])
+            reply = clients[1].run(instructions[name])
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             assert isinstance(reply, Update)
             if repeat >= WARM_UP:
@@ -69,7 +69,7 @@ def main(words: list[str]) -> None:
     }
     write_values(NAME, content)
     write_table(
-        NAME, "repeats", sorted(repeats, key=lambda row: list(plans).index(row["criterion"]))
+        NAME, "repeats", sorted(repeats, key=lambda row: list(instructions).index(row["criterion"]))
     )
 
 

@@ -18,7 +18,7 @@ from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
     from droppeft.config import Config
-    from droppeft.runs.listener import Watcher
+    from droppeft.runs.listener import Listener
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     help="Federated fine-tuning of language models with stochastic layer dropout.",
 )
 
-Words = Annotated[
+Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="CONFIG.toml KEY=VALUE ...", show_default=False),
 ]
@@ -40,7 +40,7 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accura
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
 
 
-class Worded(TyperCommand):
+class CommandWithSettings(TyperCommand):
     """A command with settings as words, which says so of a setting written as an option."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
@@ -66,11 +66,11 @@ def _top(
         raise typer.Exit
 
 
-@app.command(cls=Worded)
+@app.command(cls=CommandWithSettings)
 def run(
-    words: Words = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
+    words: Overrides = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
 ) -> None:
-    """Fine-tune a model across simulated devices.
+    """Fine-tune a model across simulated clients.
 
     Settings are words such as data=./reviews or dropout.count=3; a .toml file
     may hold them too, and words win over it. Without any, the built-in model
@@ -81,7 +81,7 @@ def run(
 
     config = load_config(*_split(words or []))
     folder = out or _new_folder(config.method)
-    _watched(lambda watcher: start_run(config, folder, watcher), quiet, as_json)
+    _with_listener(lambda listener: start_run(config, folder, listener), quiet, as_json)
     if not (quiet or as_json):
         _say_where(folder)
 
@@ -98,12 +98,12 @@ def resume(
 
     if (folder / RESULT).is_file() and not (quiet or as_json):
         typer.echo(f"droppeft: {folder} is finished; this is what it came to", err=True)
-    _watched(lambda watcher: resume_run(folder, watcher), quiet, as_json)
+    _with_listener(lambda listener: resume_run(folder, listener), quiet, as_json)
     if not (quiet or as_json):
         _say_where(folder)
 
 
-@app.command(cls=Worded)
+@app.command(cls=CommandWithSettings)
 def compare(
     words: Annotated[
         list[str] | None,
@@ -197,7 +197,7 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="A plain transformers model instead of an adapter.")
     ] = False,
-    device: Annotated[
+    client: Annotated[
         int | None,
         typer.Option(help="Whose own model, with what it keeps.", show_default="the global one"),
     ] = None,
@@ -208,7 +208,7 @@ def export(
 
     try:
         with Screen() as screen:
-            done = export_run(folder, out, round, merge, screen.preparing, device)
+            done = export_run(folder, out, round, merge, screen.preparing, client)
     except KeyboardInterrupt:
         _leave("stopped; nothing was written", STOPPED)
     measured = (
@@ -219,9 +219,9 @@ def export(
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
 
 
-@app.command(cls=Worded)
+@app.command(cls=CommandWithSettings)
 def profile(
-    words: Words = None,
+    words: Overrides = None,
     rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
     repeats: Annotated[int, typer.Option(min=1, help="Trials per rate.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps per trial.")] = 3,
@@ -254,14 +254,14 @@ def profile(
         report.show(result, console)
 
 
-@app.command(cls=Worded)
+@app.command(cls=CommandWithSettings)
 def estimate(
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What a device has, as 8GB.", show_default="the device's")
+        str | None, typer.Option(help="What a client has, as 8GB.", show_default="the client's")
     ] = None,
     profile: Annotated[
         str | None,
@@ -288,7 +288,7 @@ def estimate(
     from droppeft.resources.estimate import combinations, limits
 
     configs = list(combinations(*_split(words or [])))
-    found = limits(memory, seconds, profile, configs[0].clock.own)
+    found = limits(memory, seconds, profile, configs[0].clock.custom)
     console = Console(stderr=True) if as_json else Console()
     answer = report.consider(configs, found, profile, console)
     if as_json:
@@ -328,7 +328,7 @@ def main() -> None:
         _leave(str(error), USER_ERROR)
 
 
-def _watched(work: "Callable[[Watcher], Any]", quiet: bool, as_json: bool) -> None:
+def _with_listener(work: "Callable[[Listener], Any]", quiet: bool, as_json: bool) -> None:
     from droppeft.report.screen import JsonLines, Quiet, Screen
     from droppeft.server.run import Interrupted
 

@@ -1,8 +1,8 @@
 """What a federated method is: three functions over explicit state; the engine is a detail.
 
 The shape follows fedjax's federated algorithm: a method is a value, not a class to inherit from.
-Methods differ by the Plans they write and by how they merge; neither the round loop nor the
-device knows which method it serves.
+Methods differ by the instructions they write and by how they merge; neither the round loop nor the
+client knows which method it serves.
 """
 
 import secrets
@@ -19,13 +19,13 @@ from droppeft.messages import (
     AdapterSpec,
     Budget,
     GlobalModel,
+    Instruction,
     LayerAdapter,
     LayerDropout,
     Layout,
     LocalTraining,
     NoMemory,
     Objective,
-    Plan,
     Reply,
     ServerState,
     StateCache,
@@ -46,10 +46,10 @@ class Setup:
         num_layers: L of the backbone.
         fresh_tensors: initial values of an adapter of given shapes, from the run's seed.
         layout: the tensors of such an adapter: name to (layer, shape).
-        clock: what turns take on the devices that the run stands for; ``None`` for a model whose
+        clock: what turns take on the clients that the run stands for; ``None`` for a model whose
             arithmetic cannot be counted. Decisions about time are made by it and not by what this
             machine measured, so that a seed determines a run.
-        run: names the run where devices keep something for it.
+        run: names the run where clients keep something for it.
         longest_step: a step of the longest rows in the run's precision, quantisation included;
             for what fits a device's memory.
     """
@@ -63,8 +63,8 @@ class Setup:
     longest_step: Callable[[AdapterSpec], StepCounts] | None = None
 
 
-OfDevice = Callable[[Setup, ServerState, int, int], Plan]
-"""The Plan for a device in a round."""
+ForClient = Callable[[Setup, ServerState, int, int], Instruction]
+"""The instruction for a client in a round."""
 
 
 def _as_it_is(config: Config) -> Config:
@@ -83,8 +83,8 @@ def _all_is_well(config: Config) -> None:
     return None
 
 
-def _global_model(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    return without_steps(full_plan(setup, state, round, device))
+def _global_model(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    return without_steps(full_instruction(setup, state, round, client))
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,20 @@ class Method:
         tables: optional tables of the configuration that it reads; a setting of another is
             refused.
         init: state before round 1, of a configuration that passed :attr:`check`. Must raise what
-            :attr:`plan` would raise for a number of layers that cannot work, so that nothing is
+            :attr:`instruct` would raise for a number of layers that cannot work, so that nothing is
             written for a run that cannot start.
-        plan: one Plan per member of the cohort, in its order; a function of its arguments alone,
-            since what it decides is only remembered in the Plans.
-        merge: the state after a round, from its Plans and, in the same order, their replies; an
-            Update that was refused is a Failure there, and perhaps all are.
+        plan: one instruction per member of the cohort, in its order; a function of its arguments
+            alone, since what it decides is only remembered in the instructions.
+        merge: the state after a round, from its instructions and, in the same order, their
+            replies; an Update that was refused is a Failure there, and perhaps all are.
         check: raises a DroppeftError for a configuration that it cannot work with, whatever the
             model; :mod:`droppeft.methods.rules` calls it before anything is loaded.
         adjust: the configuration that its run has instead of the given one; of an adjusted one it
             makes nothing else.
-        own: the Plan that measures a device's own model, as it would begin the turn of that round:
-            the global model, where devices keep nothing to themselves.
+        own: the instruction that measures a client's own model, as it would begin the turn of that
+            round: the global model, where clients keep nothing to themselves.
         has_global_model: of a configuration; otherwise the state's model, or its head, is only
-            where devices begin.
+            where clients begin.
         note: plain values about the last round that a reader wants in the ledger, or ``None``.
         memory_type: class of the state's memory: a frozen dataclass of numbers, texts, tuples,
             mappings and dataclasses of such, which checkpoints hold as JSON.
@@ -120,11 +120,11 @@ class Method:
     summary: str
     tables: frozenset[str]
     init: Callable[[Setup], ServerState]
-    plan: Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]
-    merge: Callable[[Setup, ServerState, Sequence[Plan], Sequence[Reply]], ServerState]
+    instruct: Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]
+    merge: Callable[[Setup, ServerState, Sequence[Instruction], Sequence[Reply]], ServerState]
     check: Callable[[Config], None] = _all_is_well
     adjust: Callable[[Config], Config] = _as_it_is
-    own: OfDevice = _global_model
+    own: ForClient = _global_model
     has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
     memory_type: type = NoMemory
@@ -168,18 +168,18 @@ def start_with(setup: Setup, adapter: AdapterSpec) -> ServerState:
     return ServerState(GlobalModel(adapter, setup.fresh_tensors(adapter)))
 
 
-def full_plan(
+def full_instruction(
     setup: Setup,
     state: ServerState,
     round: int,
-    device: int,
+    client: int,
     dropout: LayerDropout | None = None,
-) -> Plan:
-    """The Plan most methods begin from: the whole global adapter, all of it to be shared."""
+) -> Instruction:
+    """The instruction most methods begin from: the whole global adapter, all of it to be shared."""
     training = setup.config.training
-    return Plan(
+    return Instruction(
         round=round,
-        device=device,
+        client=client,
         adapter=state.model.adapter,
         tensors=state.model.tensors,
         train=None,
@@ -223,38 +223,42 @@ def state_cache(config: Config) -> StateCache | None:
     return StateCache(config.frozen.precision, int(config.frozen.limit_mb * 1e6))
 
 
-def for_each(of_device: OfDevice) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Plan]]:
-    """A method's ``plan`` that asks for every device by itself."""
+def for_each(
+    for_client: ForClient,
+) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]:
+    """A method's ``plan`` that asks for every client by itself."""
 
-    def plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
-        return [of_device(setup, state, round, device) for device in cohort]
+    def instruction(
+        setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
+    ) -> list[Instruction]:
+        return [for_client(setup, state, round, client) for client in cohort]
 
-    return plan
+    return instruction
 
 
-def measuring(of_device: OfDevice) -> OfDevice:
-    """A method's ``own``: what a device would begin that turn with."""
+def measuring(for_client: ForClient) -> ForClient:
+    """A method's ``own``: what a client would begin that turn with."""
 
-    def own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-        return without_steps(of_device(setup, state, round, device))
+    def own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+        return without_steps(for_client(setup, state, round, client))
 
     return own
 
 
-def without_steps(plan: Plan) -> Plan:
-    """The same model on the device's test rows: nothing is trained, shared or kept."""
+def without_steps(instruction: Instruction) -> Instruction:
+    """The same model on the client's test rows: nothing is trained, shared or kept."""
     return replace(
-        plan,
+        instruction,
         budget=Budget(steps=0),
         share=frozenset(),
         sharing=None,
-        own_copy=None,
+        personal_adapter=None,
         measure=True,
     )
 
 
 def average_by_examples(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     """Every tensor becomes its holders' mean, weighted by the rows they trained on.
 

@@ -1,4 +1,4 @@
-"""Flower's ServerApp: a run whose devices are behind a grid, a simulated or a deployed one."""
+"""Flower's ServerApp: a run whose clients are behind a grid, a simulated or a deployed one."""
 
 import shlex
 from collections.abc import Mapping
@@ -91,10 +91,10 @@ class Log:
         quality = "" if row.global_accuracy is None else f", accuracy {row.global_accuracy:.3f}"
         _say(
             f"round {row.round}/{self._rounds}{quality}, {row.accepted} of {len(row.cohort)} "
-            f"devices, {row.host_wall_s:.1f} s"
+            f"clients, {row.host_wall_s:.1f} s"
         )
         for failure in row.failures:
-            _say(f"  device {failure['device']}: {failure['reason']}")
+            _say(f"  client {failure['client']}: {failure['reason']}")
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Say how it ended."""
@@ -103,8 +103,8 @@ class Log:
             if result["adapter_sha256"] is not None:
                 _say(f"adapter {result['adapter_sha256']}")
         if result.get("personalised_accuracy") is not None:
-            devices = result["personalised_devices"]
-            _say(f"mean of {devices} devices' own models {result['personalised_accuracy']:.4f}")
+            clients = result["personalised_devices"]
+            _say(f"mean of {clients} clients' own models {result['personalised_accuracy']:.4f}")
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The two messages of a round: the server's Plan for one device, and the device's Update.
+"""The two messages of a round: the server's instruction for one client, and the client's Update.
 
 Both are frozen values of numbers and numpy arrays: nothing here needs torch or a transport. How
 every method of the comparison is written with them is shown in ``docs/architecture.md``.
@@ -105,7 +105,7 @@ class RankPenalty:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss a device minimises: the task's, plus what a method adds.
+    """The loss a client minimises: the task's, plus what a method adds.
 
     Attributes:
         proximal: weight mu of (mu/2)·‖w − w_received‖² over the trainable tensors (FedProx,
@@ -123,7 +123,7 @@ TASK_ALONE = Objective()
 
 @dataclass(frozen=True)
 class BaseDelta:
-    """A change of the frozen backbone, in force for one device's turn only.
+    """A change of the frozen backbone, in force for one client's turn only.
 
     Attributes:
         version: names the content; part of the key of anything cached from the backbone.
@@ -136,7 +136,7 @@ class BaseDelta:
 
 @dataclass(frozen=True)
 class SharingRule:
-    """How a device chooses, after its training, the layers that it shares (METHOD 4).
+    """How a client chooses, after its training, the layers that it shares (METHOD 4).
 
     The choice is among the layers that the turn trained and ran; the others stay what they are.
 
@@ -144,9 +144,9 @@ class SharingRule:
         criterion: a name of :data:`droppeft.sharing.criteria.CRITERIA`.
         fraction: part of them that is shared, rounded to whole layers.
         hysteresis: by what part a layer must score higher to take the place of one that is kept.
-        score_rows: rows of the device's validation part, for criteria that run the model.
-        shared: layers that the device shared after its last merged turn; ``None`` before its first.
-        usual: of each layer, what devices' gradient norms in it are like (1 on average), 0 where
+        score_rows: rows of the client's validation part, for criteria that run the model.
+        shared: layers that the client shared after its last merged turn; ``None`` before its first.
+        usual: of each layer, what clients' gradient norms in it are like (1 on average), 0 where
             none is known; ``None`` for criteria that compare with nobody.
     """
 
@@ -155,7 +155,7 @@ class SharingRule:
     hysteresis: float
     score_rows: int
     shared: tuple[int, ...] | None
-    usual: tuple[float, ...] | None = None
+    typical: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,49 +211,49 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the server asks of one device in one round.
+class Instruction:
+    """What the server asks of one client in one round.
 
     Attributes:
         round: 1 for the first.
-        device: the device's stable number (not the engine's node id).
+        client: the client's stable number (not the engine's node id).
         adapter: shapes of the trainable tensors.
         tensors: their values at the start of the turn, as far as the server has them.
         train: names of the tensors that are trained, ``None`` for all; the others are frozen for
             this turn, at the values in ``tensors`` or, if they are not there, at those that follow
             from the seed (FFA-LoRA's A).
-        share: names of the tensors that may travel back; what is not named stays on the device.
-            With :attr:`sharing`, so do the layers that the device then chooses to keep.
+        share: names of the tensors that may travel back; what is not named stays on the client.
+            With :attr:`sharing`, so do the layers that the client then chooses to keep.
         dropout: gates, or ``None`` for full depth.
         objective: local loss.
         base_delta: change of the backbone during the turn, or ``None``.
         budget: length of the turn.
         training: batch size, learning rates, precision and the like.
-        reward_rows: rows of the device's validation part on which the loss is measured before and
+        reward_rows: rows of the client's validation part on which the loss is measured before and
             after training, at full depth; 0 measures nothing.
-        seed: the run's seed; the device derives its own draws from (seed, round, device).
+        seed: the run's seed; the client derives its own draws from (seed, round, client).
         nonce: from the operating system, not from the seed; must come back in the Update, so
             that a replayed or misdirected answer is noticed.
         frozen: so many of the first layers have no adapter and are never dropped: what they make
-            of an example may be kept on the device.
-        run: names the run; part of the place where a device keeps what is its own.
-        kept: the round at whose end the device kept what it needs and is not in ``tensors``, or
+            of an example may be kept on the client.
+        run: names the run; part of the place where a client keeps what is its own.
+        kept: the round at whose end the client kept what it needs and is not in ``tensors``, or
             its own copy; ``None`` if it needs nothing of that kind.
-        measure: the turn ends with a :class:`Measurement` of the device's own test rows, and
+        measure: the turn ends with a :class:`Measurement` of the client's own test rows, and
             changes nothing.
         untrained: so many of the first layers run, and nothing in them is trained.
-        sharing: which layers are shared the device chooses; ``None``: :attr:`share` says it all.
+        sharing: which layers are shared the client chooses; ``None``: :attr:`share` says it all.
         cache: how the states behind the frozen layers are stored; ``None``: they are computed in
             every step.
         arm: number of the configurator's arm that the turn follows, ``None`` without one. The
             client does nothing with it: merging reads from here which arm was tried.
-        own_copy: weight lambda of (lambda/2)·‖v − w‖² with which the device then also trains a
-            whole adapter v of its own, w being :attr:`tensors`, and keeps it (Ditto,
+        personal_adapter: weight lambda of (lambda/2)·‖v − w‖² with which the client then also
+            trains a whole adapter v of its own, w being :attr:`tensors`, and keeps it (Ditto,
             arXiv:2012.04221); ``None``: it has none.
     """
 
     round: int
-    device: int
+    client: int
     adapter: AdapterSpec
     tensors: Tensors
     train: frozenset[str] | None
@@ -274,19 +274,19 @@ class Plan:
     sharing: SharingRule | None = None
     cache: StateCache | None = None
     arm: int | None = None
-    own_copy: float | None = None
+    personal_adapter: float | None = None
 
 
 @dataclass(frozen=True)
-class PrefixCost:
+class CachedLayersCost:
     """What the frozen first layers cost in a turn; all 0 without them.
 
     Attributes:
-        hits: rows whose hidden states were on the device already.
+        hits: rows whose hidden states were on the client already.
         built: rows whose hidden states were computed.
         built_tokens: their tokens, padding included.
         build_wall_s: computing and keeping them; part of the training steps' time.
-        stored_bytes: on the device's disk after the turn.
+        stored_bytes: on the client's disk after the turn.
     """
 
     hits: int = 0
@@ -301,7 +301,7 @@ class MeasuredCost:
     """What a turn really cost on the machine that ran it.
 
     Attributes:
-        turn_wall_s: the whole turn, loading and packing included.
+        total_wall_s: the whole turn, loading and packing included.
         train_wall_s: the training steps alone.
         reward_wall_s: measuring the reward, 0 if it was not asked for.
         activation_bytes_peak: most bytes stored for backward in any step, each storage counted
@@ -313,10 +313,11 @@ class MeasuredCost:
         prefix: of the frozen first layers.
         scoring_tokens: tokens that scoring layers ran through all layers, padding included.
         scoring_wall_s: scoring them, as far as it is not done while training.
-        own_steps, own_tokens, own_wall_s: training an adapter of the device's own besides.
+        personal_steps, personal_tokens, personal_wall_s: training an adapter of the client's own
+            besides.
     """
 
-    turn_wall_s: float
+    total_wall_s: float
     train_wall_s: float
     reward_wall_s: float
     activation_bytes_peak: int
@@ -324,38 +325,38 @@ class MeasuredCost:
     rows: int
     layer_tokens: tuple[int, ...]
     reward_tokens: int
-    prefix: PrefixCost = PrefixCost()
+    prefix: CachedLayersCost = CachedLayersCost()
     scoring_tokens: int = 0
     scoring_wall_s: float = 0.0
-    own_steps: int = 0
-    own_tokens: int = 0
-    own_wall_s: float = 0.0
+    personal_steps: int = 0
+    personal_tokens: int = 0
+    personal_wall_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a device answers.
+    """What a client answers.
 
     Attributes:
-        round, device, nonce: copied from the Plan.
-        tensors: trained values by layer: those that the Plan lets travel and the device shares,
-            without layers that no step of the turn ran (they are as they were sent).
+        round, client, nonce: copied from the instruction.
+        tensors: trained values by layer: those that the instruction lets travel and the client
+            shares, without layers that no step of the turn ran (they are as they were sent).
         examples: rows trained on in this turn (repeats counted).
         steps: optimizer steps taken.
         active_steps: per layer, in how many of them it ran.
         importance: per layer, mean over its active steps of the gradient norm of its adapter
             (METHOD: ``gradient_norm``); 0 for a layer that never ran.
         train_loss: mean over steps.
-        reward: decrease of the loss on the device's validation rows, ``None`` if not asked for.
+        reward: decrease of the loss on the client's validation rows, ``None`` if not asked for.
         cost: measured.
-        shared: the layers that are shared from now on, in order: those that the device chose, and
+        shared: the layers that are shared from now on, in order: those that the client chose, and
             of those that the turn did not move the ones that were; ``None`` without a rule.
         scores: one per layer, by the rule's criterion, 0 where there was no choice; ``None``
             without a rule.
     """
 
     round: int
-    device: int
+    client: int
     nonce: str
     tensors: Tensors
     examples: int
@@ -371,17 +372,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a device's own model is worth on its own test rows.
+    """What a client's own model is worth on its own test rows.
 
     Attributes:
-        round, device, nonce: copied from the Plan.
+        round, client, nonce: copied from the instruction.
         rows: how many were measured.
         accuracy: share of them that is right.
         loss: mean cross-entropy.
     """
 
     round: int
-    device: int
+    client: int
     nonce: str
     rows: int
     accuracy: float
@@ -390,21 +391,21 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """A device that did not answer, or whose answer was refused.
+    """A client that did not answer, or whose answer was refused.
 
     Attributes:
-        device: which.
+        client: which.
         reason: one sentence.
         lost: it no longer has what it kept, and needs all tensors at its next turn.
     """
 
-    device: int
+    client: int
     reason: str
     lost: bool = False
 
 
 Reply = Update | Measurement | Failure
-"""What comes back for a Plan."""
+"""What comes back for an instruction."""
 
 
 @dataclass(frozen=True)
@@ -445,7 +446,9 @@ def checked_run(run: str) -> str:
         DroppeftError: it is no name that a server of ours makes.
     """
     if not _RUN.fullmatch(run):
-        raise DroppeftError("the Plan names no run, and this device cannot keep anything for it")
+        raise DroppeftError(
+            "the instruction names no run, and this client cannot keep anything for it"
+        )
     return run
 
 
@@ -461,18 +464,18 @@ def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
             yield key, name, array
 
 
-def first_trained_layer(plan: Plan) -> int:
+def first_trained_layer(instruction: Instruction) -> int:
     """Index of the first layer in which something is trained; below it nothing runs backward.
 
     What is trained in no layer, as a prompt, stands before the first.
     """
-    if plan.train is None or plan.untrained > plan.frozen:
-        return max(plan.frozen, plan.untrained)
-    trained = {key for key, name, _ in flatten(plan.tensors) if name in plan.train}
+    if instruction.train is None or instruction.untrained > instruction.frozen:
+        return max(instruction.frozen, instruction.untrained)
+    trained = {key for key, name, _ in flatten(instruction.tensors) if name in instruction.train}
     if OTHER in trained:
-        return plan.frozen
+        return instruction.frozen
     layers = [key for key in trained if isinstance(key, int)]
-    return min(layers, default=len(plan.adapter.layers))
+    return min(layers, default=len(instruction.adapter.layers))
 
 
 def payload_bytes(tensors: Tensors) -> int:
@@ -480,10 +483,10 @@ def payload_bytes(tensors: Tensors) -> int:
     return sum(array.nbytes for _, _, array in flatten(tensors))
 
 
-def plan_bytes(plan: Plan) -> int:
-    """What a Plan downloads: tensors and base delta, without a transport's framing."""
-    delta = plan.base_delta.tensors.values() if plan.base_delta else ()
-    return payload_bytes(plan.tensors) + sum(array.nbytes for array in delta)
+def instruction_bytes(instruction: Instruction) -> int:
+    """What an instruction downloads: tensors and base delta, without a transport's framing."""
+    delta = instruction.base_delta.tensors.values() if instruction.base_delta else ()
+    return payload_bytes(instruction.tensors) + sum(array.nbytes for array in delta)
 
 
 def restrict(tensors: Tensors, names: frozenset[str]) -> Tensors:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import adapter_contract as contract
-from adapter_contract import LAYERS, Case, Worn
+from adapter_contract import LAYERS, Attached, Case
 from droppeft.adapters.attach import attach, detach, export_adapter, loading_of, merged
 from droppeft.adapters.bottleneck import CONFIG, PLACES, TENSORS, Bottleneck, load_bottleneck
 from droppeft.errors import DroppeftError
@@ -56,8 +56,8 @@ def test_it_computes_what_houlsby_et_al_say() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_one_changes_nothing(family: str) -> None:
-    worn = Worn(contract.case("bottleneck", family))
-    assert torch.equal(contract.logits(worn.model), contract.logits(contract.backbone(family)))
+    attached = Attached(contract.case("bottleneck", family))
+    assert torch.equal(contract.logits(attached.model), contract.logits(contract.backbone(family)))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["attention", "feed_forward"])
@@ -65,13 +65,13 @@ def test_a_fresh_one_changes_nothing(family: str) -> None:
 def test_it_sits_between_a_sublayer_and_the_sum(family: str, place: int) -> None:
     """A constant added there is the sublayer's bias, moved by it; also before the normalisation."""
     shift = torch.linspace(-1.0, 1.0, 32)
-    worn = Worn(contract.case("bottleneck", family))
+    attached = Attached(contract.case("bottleneck", family))
     plain = contract.backbone(family)
     name = f"bottleneck_{tuple(PLACES[family])[place]}"
     with torch.no_grad():
-        worn.blocks[1].get_submodule(name).get_parameter("up.bias").copy_(shift)
+        attached.blocks[1].get_submodule(name).get_parameter("up.bias").copy_(shift)
         find_blocks(plain)[1][1].get_parameter(BIASES[family][place]).add_(shift)
-    torch.testing.assert_close(contract.logits(worn.model), contract.logits(plain))
+    torch.testing.assert_close(contract.logits(attached.model), contract.logits(plain))
     assert not torch.allclose(contract.logits(plain), contract.logits(contract.backbone(family)))
 
 
@@ -86,13 +86,13 @@ def test_it_sits_between_a_sublayer_and_the_sum_of_a_llama(place: str, sublayer:
     """Its constant is in what the sublayer returns, to which the block adds its input."""
     outputs = []
     for shift in (0.0, 0.25):
-        worn = Worn(contract.case("bottleneck", "llama"))
-        block = worn.blocks[0]
+        attached = Attached(contract.case("bottleneck", "llama"))
+        block = attached.blocks[0]
         block.get_submodule(f"bottleneck_{place}").get_parameter("up.bias").data.add_(shift)
         block.get_submodule(sublayer).register_forward_hook(
             lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
-        contract.logits(worn.model)
+        contract.logits(attached.model)
     torch.testing.assert_close(outputs[1], outputs[0] + 0.25)
 
 
@@ -104,15 +104,15 @@ def test_it_works_on_xlm_roberta() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model("xlm-roberta", vocab_size=64, intermediate_size=64, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
-    worn = attach(model, spec(4, 4), find_blocks(model)[0], 0)
-    assert len(bottlenecks(worn)) == 4
-    contract.answer(worn).logits.sum().backward()
-    assert all(one.up.bias.grad is not None for one in bottlenecks(worn).values())
+    attached = attach(model, spec(4, 4), find_blocks(model)[0], 0)
+    assert len(bottlenecks(attached)) == 4
+    contract.answer(attached).logits.sum().backward()
+    assert all(one.up.bias.grad is not None for one in bottlenecks(attached).values())
 
 
 def test_layers_have_widths_and_places_of_their_own() -> None:
-    worn = Worn(CASE, spec(4, None, 8, targets=("feed_forward",)))
-    found = {name: one.down.out_features for name, one in bottlenecks(worn.model).items()}
+    attached = Attached(CASE, spec(4, None, 8, targets=("feed_forward",)))
+    found = {name: one.down.out_features for name, one in bottlenecks(attached.model).items()}
     path = "bert.encoder.layer"
     assert found == {
         f"{path}.0.bottleneck_feed_forward": 4,
@@ -143,7 +143,7 @@ def test_an_unknown_place_is_refused(family: str, targets: tuple[str, ...], mess
 
 
 def test_detaching_leaves_no_hook() -> None:
-    base = detach(Worn(CASE).model)
+    base = detach(Attached(CASE).model)
     assert not any(module._forward_hooks for module in base.modules())
 
 
@@ -152,10 +152,10 @@ def test_detaching_leaves_no_hook() -> None:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    worn = Worn(CASE, spec(4, None, 8, targets=("attention",)))
-    worn.scramble()
-    export_adapter(worn.model, tmp_path / "adapter", "# A card\n")
-    return tmp_path / "adapter", contract.logits(worn.model)
+    attached = Attached(CASE, spec(4, None, 8, targets=("attention",)))
+    attached.scramble()
+    export_adapter(attached.model, tmp_path / "adapter", "# A card\n")
+    return tmp_path / "adapter", contract.logits(attached.model)
 
 
 def test_a_plain_model_loads_it(exported: tuple[Path, torch.Tensor]) -> None:
@@ -250,9 +250,9 @@ def test_a_model_that_does_not_fit_is_refused(exported: tuple[Path, torch.Tensor
 
 def test_what_cannot_be_merged_says_so() -> None:
     with pytest.raises(DroppeftError, match="type bottleneck cannot be merged into the backbone"):
-        merged(Worn(CASE).model)
+        merged(Attached(CASE).model)
     with pytest.raises(DroppeftError, match="type prefix_tuning cannot be merged"):
-        merged(Worn(contract.case("prefix_tuning", "bert")).model)
+        merged(Attached(contract.case("prefix_tuning", "bert")).model)
 
 
 def test_the_loading_lines_name_what_exists() -> None:
@@ -264,7 +264,7 @@ def test_the_loading_lines_name_what_exists() -> None:
 
 def test_places_chosen_in_another_order_are_the_same_adapter() -> None:
     one, other = (
-        Worn(Case("bottleneck", "bert", {"width": 4, "targets": targets})).model
+        Attached(Case("bottleneck", "bert", {"width": 4, "targets": targets})).model
         for targets in (("attention", "feed_forward"), ("feed_forward", "attention"))
     )
     assert contract.same(contract.copies(one), contract.copies(other))

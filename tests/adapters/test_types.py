@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, XLMRobertaConfig
 from transformers.pytorch_utils import Conv1D
 
 import adapter_contract as contract
-from adapter_contract import Case, Worn
+from adapter_contract import Attached, Case
 from droppeft.adapters.attach import attach, export_adapter
 from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.adapters.settings import config_class
@@ -155,7 +155,7 @@ def test_what_is_refused_on_a_quantised_backbone_does_not_work_there(
     base = contract.backbone(case.family, case.quantization)
     before = contract.copies(base)
     with pytest.raises(DroppeftError) as caught:
-        Worn(case, base=base)
+        Attached(case, base=base)
     assert str(caught.value) == (
         f"adapter.type={case.name} does not work on weights of {case.quantization[0]} bits: "
         f"{NOT_ON[case.quantization][case.name]}; set quantization=none, or take "
@@ -170,7 +170,7 @@ def test_what_is_refused_on_a_quantised_backbone_does_not_work_there(
 def test_dora_is_refused_on_8_bits_and_works_on_4() -> None:
     settings = {"options": {"use_dora": True}}
     with pytest.raises(DroppeftError, match=r"adapter.options.use_dora: peft loses the scales"):
-        Worn(Case("lora", "bert", settings, "8bit"))
+        Attached(Case("lora", "bert", settings, "8bit"))
     contract.quantised_weights_count_as_their_values(Case("lora", "bert", settings, "4bit"))
 
 
@@ -228,7 +228,7 @@ def test_a_type_whose_tensors_are_tied_is_refused_whatever_the_table_says(
 ) -> None:
     monkeypatch.setitem(TYPES, "vblora", AdapterType("layered", "VB-LoRA", "for this test"))
     with pytest.raises(DroppeftError, match="are one tensor"):
-        Worn(Case("vblora", "bert", {"options": {"vector_length": 8}}))
+        Attached(Case("vblora", "bert", {"options": {"vector_length": 8}}))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_type_in_the_wrong_place_of_the_table_is_noticed(
     monkeypatch.setitem(TYPES, name, kind)
     monkeypatch.setattr("droppeft.adapters.attach.layer_fields", lambda *_: {})
     with pytest.raises(DroppeftError, match=message):
-        Worn(contract.case(name, "bert"))
+        Attached(contract.case(name, "bert"))
 
 
 @pytest.mark.parametrize(("name", "family"), [("loha", "gpt2"), ("osf", "gpt2"), ("loha", "llama")])
@@ -290,27 +290,29 @@ def test_layers_may_have_ranks_of_their_own(name: str, tmp_path: Path) -> None:
     spec = AdapterSpec(
         (LayerAdapter(name, 2), None, LayerAdapter(name, 4)), targets=("all-linear",)
     )
-    worn = Worn(Case(name, "bert", {}), spec)
-    assert list(worn.groups) == [0, 2, "head"]
+    attached = Attached(Case(name, "bert", {}), spec)
+    assert list(attached.groups) == [0, 2, "head"]
     alone = {
-        rank: Worn(Case(name, "bert", {}), replace(spec, layers=(LayerAdapter(name, rank),) * 3))
+        rank: Attached(
+            Case(name, "bert", {}), replace(spec, layers=(LayerAdapter(name, rank),) * 3)
+        )
         for rank in (2, 4)
     }
     for layer, rank in ((0, 2), (2, 4)):
-        shapes = {key: value.shape for key, value in worn.groups[layer].items()}
+        shapes = {key: value.shape for key, value in attached.groups[layer].items()}
         assert shapes == {key: v.shape for key, v in alone[rank].groups[layer].items()}
-    worn.scramble()
-    export_adapter(worn.model, tmp_path, "card")
+    attached.scramble()
+    export_adapter(attached.model, tmp_path, "card")
     plain = contract.backbone("bert")
     loaded = PeftModel.from_pretrained(plain, tmp_path)
-    assert torch.equal(contract.logits(loaded), contract.logits(worn.model))
+    assert torch.equal(contract.logits(loaded), contract.logits(attached.model))
 
 
 def test_feed_forward_modules_of_ia3_scale_their_input() -> None:
-    worn = Worn(contract.case("ia3", "bert"))
+    attached = Attached(contract.case("ia3", "bert"))
     kinds = {
         name.rpartition("layer.0.")[2]: module.is_feedforward
-        for name, module in worn.model.named_modules()
+        for name, module in attached.model.named_modules()
         if hasattr(module, "is_feedforward") and "layer.0." in name
     }
     assert kinds == {
@@ -326,14 +328,14 @@ def test_feed_forward_modules_of_ia3_scale_their_input() -> None:
 
 def test_a_prefix_changes_every_layer_and_no_other() -> None:
     """What enters layer 1 depends on the prefix of layer 0 and not on its own."""
-    worn = Worn(contract.case("prefix_tuning", "bert"))
+    attached = Attached(contract.case("prefix_tuning", "bert"))
     entering = []
     for layer in (None, 0, 1):
         if layer is not None:
-            [value] = worn.groups[layer].values()
+            [value] = attached.groups[layer].values()
             value.data.add_(1.0)
         with torch.no_grad():
-            hidden = contract.answer(worn.model.eval(), output_hidden_states=True).hidden_states
+            hidden = contract.answer(attached.model.eval(), output_hidden_states=True).hidden_states
         entering.append(hidden[1])
     assert not torch.equal(entering[0], entering[1])
     assert torch.equal(entering[1], entering[2])

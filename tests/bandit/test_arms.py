@@ -19,7 +19,7 @@ SIX = Depth(layers=6, frozen=0, protect_first=1, protect_last=1)
 TWELVE = Depth(layers=12, frozen=0, protect_first=0, protect_last=1)
 
 
-def test_an_arm_without_a_prefix_has_the_usual_rates() -> None:
+def test_an_arm_without_a_prefix_has_the_typical_rates() -> None:
     assert arm_rates(Arm(0.5, "uniform", 0.0), SIX, None) == pytest.approx(
         (0, 0.75, 0.75, 0.75, 0.75, 0)
     )

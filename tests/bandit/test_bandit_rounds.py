@@ -1,4 +1,4 @@
-"""The bandit on a run: Plans by arm, seconds by the clock, nothing learnt from failures."""
+"""The bandit on a run: instructions by arm, seconds by the clock, nothing learnt from failures."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import (
     HEAD,
     Failure,
-    Plan,
+    Instruction,
     ServerState,
     Update,
     first_trained_layer,
@@ -37,7 +37,7 @@ from handmade import (
     REST,
     Scripted,
     answer_to,
-    plan_for,
+    instruction_for,
     setup_for,
 )
 from runs import Recorder, outcome, rows_of, stop_after_a_round
@@ -72,9 +72,12 @@ def learnt(setup: Setup) -> ServerState:
     """After two rounds in which every arm was tried, with rewards that say little."""
     state = DROPPEFT.init(setup)
     for round in (1, 2):
-        plans = DROPPEFT.plan(setup, state, round, list(range(6)))
-        rewards = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
-        state = as_saved(DROPPEFT.merge(setup, state, plans, rewards))
+        instructions = DROPPEFT.instruct(setup, state, round, list(range(6)))
+        rewards = [
+            answer_to(instruction, reward=0.1 * (instruction.client % 3))
+            for instruction in instructions
+        ]
+        state = as_saved(DROPPEFT.merge(setup, state, instructions, rewards))
     return state
 
 
@@ -83,38 +86,42 @@ def as_saved(state: ServerState) -> ServerState:
     return replace(state, memory=decode_memory(values, DropPEFTMemory))
 
 
-# Plans
+# instructions
 
 
-def test_fixed_plans_what_was_planned_without_a_bandit() -> None:
+def test_fixed_instructions_what_was_planned_without_a_bandit() -> None:
     fixed = setup_for("dropout.mean=0.25")
     state = DROPPEFT.init(fixed)
     assert state.memory == DropPEFTMemory()
-    for plan in DROPPEFT.plan(fixed, state, 1, [0, 1]):
-        assert plan.dropout is not None
-        assert plan.dropout.rates == configured_rates(fixed.config.dropout, LAYERS)
-        assert (plan.train, plan.reward_rows) == (None, 0)
+    for instruction in DROPPEFT.instruct(fixed, state, 1, [0, 1]):
+        assert instruction.dropout is not None
+        assert instruction.dropout.rates == configured_rates(fixed.config.dropout, LAYERS)
+        assert (instruction.train, instruction.reward_rows) == (None, 0)
     assert DROPPEFT.note(fixed, state) is None
 
 
-def test_a_plan_drops_and_trains_what_its_arm_says() -> None:
+def test_a_instruction_drops_and_trains_what_its_arm_says() -> None:
     own = setup("configurator.reward_rows=7")
     state = learnt(own)
     seen = set()
     for round in range(3, 20):
         cohort = [0, 3, 7]
-        plans = DROPPEFT.plan(own, state, round, cohort)
-        for plan, arm in zip(plans, given(own, state, round, cohort), strict=True):
+        instructions = DROPPEFT.instruct(own, state, round, cohort)
+        for instruction, arm in zip(instructions, given(own, state, round, cohort), strict=True):
             lower = 2 if arm.prefix else 0
             seen.add(arm)
-            assert plan.dropout is not None
-            assert sum(plan.dropout.rates[lower:]) == pytest.approx(arm.mean * (LAYERS - lower))
-            assert not any(plan.dropout.rates[:lower])
-            assert first_trained_layer(plan) == lower
-            assert plan.reward_rows == 7
-            assert len(plan.tensors) == LAYERS + 1  # every value travels to the device
+            assert instruction.dropout is not None
+            assert sum(instruction.dropout.rates[lower:]) == pytest.approx(
+                arm.mean * (LAYERS - lower)
+            )
+            assert not any(instruction.dropout.rates[:lower])
+            assert first_trained_layer(instruction) == lower
+            assert instruction.reward_rows == 7
+            assert len(instruction.tensors) == LAYERS + 1  # every value travels to the client
             if lower:
-                assert plan.train == plan.share == {"head.W", "layer.2.A", "layer.3.A"}
+                assert (
+                    instruction.train == instruction.share == {"head.W", "layer.2.A", "layer.3.A"}
+                )
     assert len(seen) > 3
 
 
@@ -132,29 +139,35 @@ def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
 def test_a_schedule_holds_for_every_arm() -> None:
     own = setup("rounds=10", "dropout.schedule=recovery")
     state = DROPPEFT.init(own)
-    late = DROPPEFT.plan(own, state, 9, [0, 1, 2])
-    assert all(plan.dropout is not None and not any(plan.dropout.rates) for plan in late)
+    late = DROPPEFT.instruct(own, state, 9, [0, 1, 2])
+    assert all(
+        instruction.dropout is not None and not any(instruction.dropout.rates)
+        for instruction in late
+    )
 
 
 def test_random_measures_nothing() -> None:
     own = setup_for("configurator.policy=uniform_random", *UNPROTECTED)
     state = DROPPEFT.init(own)
-    plans = DROPPEFT.plan(own, state, 1, [0, 1, 2])
-    assert {plan.reward_rows for plan in plans} == {0}
+    instructions = DROPPEFT.instruct(own, state, 1, [0, 1, 2])
+    assert {instruction.reward_rows for instruction in instructions} == {0}
 
 
 # What is learnt
 
 
-def test_rewards_count_for_the_arm_that_the_device_had() -> None:
+def test_rewards_count_for_the_arm_that_the_client_had() -> None:
     own = setup()
     state = DROPPEFT.init(own)
     cohort = [0, 1, 2, 3, 4]
-    plans = DROPPEFT.plan(own, state, 1, cohort)
+    instructions = DROPPEFT.instruct(own, state, 1, cohort)
     rewards = [0.1, None, 0.3, 0.4, 0.5]
-    replies = [answer_to(plan, reward=reward) for plan, reward in zip(plans, rewards, strict=True)]
+    replies = [
+        answer_to(instruction, reward=reward)
+        for instruction, reward in zip(instructions, rewards, strict=True)
+    ]
     replies[2] = Failure(2, "asleep")  # type: ignore[call-overload]
-    after = as_saved(DROPPEFT.merge(own, state, plans, replies))
+    after = as_saved(DROPPEFT.merge(own, state, instructions, replies))
     numbers = [number for number, _ in numbered(own, state, 1, cohort)]
     observations = memory_of(after).observations
     assert [(one.arm, one.reward) for one in observations] == [
@@ -164,7 +177,7 @@ def test_rewards_count_for_the_arm_that_the_device_had() -> None:
     ]
     note = DROPPEFT.note(own, after)
     assert note is not None
-    assert note["chosen"] == {str(device): number for device, number in enumerate(numbers)}
+    assert note["chosen"] == {str(client): number for client, number in enumerate(numbers)}
     assert sum(note["trials"]) == 3
     assert set(note["labels"]) == {str(number) for number in note["present"]}
 
@@ -172,18 +185,20 @@ def test_rewards_count_for_the_arm_that_the_device_had() -> None:
 def test_a_round_of_failures_shows_nothing() -> None:
     own = setup()
     state = DROPPEFT.init(own)
-    plans = DROPPEFT.plan(own, state, 1, [0, 1])
-    after = DROPPEFT.merge(own, state, plans, [Failure(plan.device, "x") for plan in plans])
+    instructions = DROPPEFT.instruct(own, state, 1, [0, 1])
+    after = DROPPEFT.merge(
+        own, state, instructions, [Failure(instruction.client, "x") for instruction in instructions]
+    )
     known, before = memory_of(after), memory_of(state)
     assert replace(known, tried=before.tried) == before
     assert known.tried == {number for number, _ in numbered(own, state, 1, [0, 1])}
 
 
 def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
-    """Layers 2 and 3 alone are trained by device 1; layer 2 does not run on device 0."""
+    """Layers 2 and 3 alone are trained by client 1; layer 2 does not run on client 0."""
     own = setup()
     state = DROPPEFT.init(own)
-    whole, part = plan_for(0), plan_for(1)
+    whole, part = instruction_for(0), instruction_for(1)
     names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
     part = replace(part, train=names, share=names)
     updates = [
@@ -199,7 +214,7 @@ def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
 
 
 @pytest.mark.parametrize(
-    "sharing", [(), ("sharing.fraction=0.5", "configurator.prefixes=[0, 0.25, 0.75]")]
+    "sharing", [(), ("sharing.fraction=0.5", "configurator.untrained=[0, 0.25, 0.75]")]
 )
 def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) -> None:
     """Ten steps of 16 rows: what is expected is a turn whose rows and gates are the mean ones.
@@ -211,22 +226,23 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
     memory = replace(memory_of(state), row_length=8.0)
     assert own.clock is not None
     for arm in memory.arms.values():
-        plan = _plan_of(own, state, arm)
-        lower = first_trained_layer(plan)
-        rates = plan.dropout.rates if plan.dropout else ()
+        instruction = _instruction_of(own, state, arm)
+        lower = first_trained_layer(instruction)
+        rates = instruction.dropout.rates if instruction.dropout else ()
         tokens = 10 * 16 * 8
-        update = _update_of(plan, tokens, [round(tokens * (1 - rate)) for rate in rates])
+        update = _update_of(instruction, tokens, [round(tokens * (1 - rate)) for rate in rates])
         if sharing:
             shared = range(lower, lower + (LAYERS - lower + 1) // 2)
-            sent = {key: plan.tensors[key] for key in (*shared, HEAD)}
+            sent = {key: instruction.tensors[key] for key in (*shared, HEAD)}
             update = replace(update, tensors=sent)
-        charged = own.clock.turn_cost(plan, update)
+        charged = own.clock.client_cost(instruction, update)
         profile = own.clock.fleet.profile(0)
-        expected = arm_costs.turn_seconds(own, state.model, memory, 1, arm, profile)
-        # The Plan is a first one, which brings all layers: later ones bring those of last time.
-        more = payload_bytes(plan.tensors) - typical_bytes(own.config, state.model.tensors)
+        expected = arm_costs.local_training_seconds(own, state.model, memory, 1, arm, profile)
+        # The instruction is a first one, which brings all layers: later ones bring those of last
+        # time.
+        more = payload_bytes(instruction.tensors) - typical_bytes(own.config, state.model.tensors)
         assert (more > 0) == bool(sharing)
-        later = charged.turn_s - more * seconds_per_byte(profile.download)
+        later = charged.total_s - more * seconds_per_byte(profile.download)
         assert expected == pytest.approx(later, rel=1e-10)
         # By hand: per token forward below, both above, head and embeddings always.
         active = sum(1 - rate for rate in rates[lower:])
@@ -234,21 +250,21 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
         assert charged.train_s == pytest.approx(flops / 3e11 + 10 * 0.02, rel=1e-6)
 
 
-def _plan_of(own: Setup, state: ServerState, arm: Arm) -> Plan:
+def _instruction_of(own: Setup, state: ServerState, arm: Arm) -> Instruction:
     memory = replace(memory_of(state), arms={0: arm})
     only = replace(state, memory=replace(state.memory, bandit=memory))
-    [plan] = DROPPEFT.plan(own, only, 1, [0])
-    return plan
+    [instruction] = DROPPEFT.instruct(own, only, 1, [0])
+    return instruction
 
 
-def _update_of(plan: Plan, tokens: int, layer_tokens: list[int]) -> Update:
-    update = answer_to(plan, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160)
+def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -> Update:
+    update = answer_to(instruction, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160)
     cost = replace(
         update.cost,
         tokens=tokens,
         rows=160,
         layer_tokens=tuple(layer_tokens),
-        reward_tokens=2 * plan.reward_rows * tokens // 160,
+        reward_tokens=2 * instruction.reward_rows * tokens // 160,
     )
     return replace(update, cost=cost)
 
@@ -270,7 +286,7 @@ def with_memory_limits(*limits: float) -> Setup:
     profiles = {name: DeviceProfile.model_validate(one) for name, one in own.items()}
     clock = plain.config.clock.model_copy(update={"own": profiles, "profiles": tuple(profiles)})
     config = plain.config.model_copy(update={"clock": clock})
-    fleet = make_fleet(clock, config.devices, config.seed)
+    fleet = make_fleet(clock, config.clients, config.seed)
     # Each layer stores a megabyte, the rest nothing.
     counts = [
         replace(count, blocks=tuple(replace(one, stored_bytes=10**6) for one in count.blocks))
@@ -288,7 +304,7 @@ def test_an_arm_that_does_not_fit_is_never_given() -> None:
     own = with_memory_limits(PROCESS + 2.5e6, PROCESS + 1e9)
     state = DROPPEFT.init(own)
     assert own.clock is not None
-    small = [device for device in range(10) if own.clock.fleet.names[device] == "kind0"]
+    small = [client for client in range(10) if own.clock.fleet.names[client] == "kind0"]
     assert len(small) == 5
     for policy in (*POLICIES,):
         chosen = own.config.configurator.model_copy(update={"policy": policy})
@@ -299,13 +315,13 @@ def test_an_arm_that_does_not_fit_is_never_given() -> None:
                 assert (LAYERS - lower) * (1 - arm.mean) <= 2
 
 
-def test_a_device_that_no_arm_fits_stops_the_run() -> None:
+def test_a_client_that_no_arm_fits_stops_the_run() -> None:
     said = "no arm of the configurator fits a kind0: the least takes 0.50 GB, it has 0.50; lower"
     with pytest.raises(DroppeftError, match=said):
         DROPPEFT.init(with_memory_limits(PROCESS + 0.5e6))
 
 
-def test_a_device_without_the_memory_for_the_last_rounds_stops_the_run() -> None:
+def test_a_client_without_the_memory_for_the_last_rounds_stops_the_run() -> None:
     """At full depth only an arm with a prefix fits, and there is none."""
     fits = with_memory_limits(PROCESS + 2.5e6)
     words = {"prefixes": (0.0,)}
@@ -317,18 +333,18 @@ def test_a_device_without_the_memory_for_the_last_rounds_stops_the_run() -> None
         DROPPEFT.init(replace(fits, config=config.model_copy(update={"dropout": recovers})))
 
 
-def test_slower_devices_get_cheaper_arms() -> None:
+def test_slower_clients_get_cheaper_arms() -> None:
     """Once it is known that dropping costs little: the cohort finishes together."""
     own = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
     state = DROPPEFT.init(own)
     for round in range(1, 30):
-        plans = DROPPEFT.plan(own, state, round, list(range(10)))
+        instructions = DROPPEFT.instruct(own, state, round, list(range(10)))
         arms = given(own, state, round, list(range(10)))
         replies = [
-            answer_to(plan, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.prefix)
-            for plan, arm in zip(plans, arms, strict=True)
+            answer_to(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.prefix)
+            for instruction, arm in zip(instructions, arms, strict=True)
         ]
-        state = as_saved(DROPPEFT.merge(own, state, plans, replies))
+        state = as_saved(DROPPEFT.merge(own, state, instructions, replies))
     assert own.clock is not None
     names = own.clock.fleet.names
     last = given(own, state, 30, list(range(10)))
@@ -339,9 +355,9 @@ def test_slower_devices_get_cheaper_arms() -> None:
     assert work["jetson_tx2"] < work["jetson_agx_xavier"]
 
 
-def test_devices_can_be_taken_as_alike() -> None:
+def test_clients_can_be_taken_as_alike() -> None:
     """Then which of them is slow changes nothing."""
-    words = ("training.local_steps=100", "configurator.by_class=false")
+    words = ("training.local_steps=100", "configurator.by_profile=false")
     mixed = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", *words)
     turned = setup("clock.profiles=jetson_agx_xavier,jetson_tx2", *words)
     state = learnt(mixed)
@@ -362,11 +378,11 @@ def test_without_a_clock_there_is_no_bandit() -> None:
 
 def test_impossible_arms_stop_before_anything_is_written() -> None:
     with pytest.raises(DroppeftError, match="no arm of the configurator is possible"):
-        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.prefixes=[0]"))
+        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.untrained=[0]"))
 
 
 def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
-    """Where a device has none in time it may have any."""
+    """Where a client has none in time it may have any."""
     words = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
     plain = setup(*words)
     state = learnt(plain)
@@ -397,17 +413,22 @@ def test_prompts_have_no_prefixes() -> None:
     assert {arm.prefix for arm in arms} == {0.0}
     state = learnt(setup("adapter.type=prompt_tuning", "configurator.refresh=1"))
     assert {arm.prefix for arm in memory_of(state).arms.values()} == {0.0}
-    plan = plan_for(0, train=frozenset({"prompt"}))
-    prompt = {**plan.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
-    assert first_trained_layer(replace(plan, tensors=prompt)) == 0
+    instruction = instruction_for(0, train=frozenset({"prompt"}))
+    prompt = {**instruction.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
+    assert first_trained_layer(replace(instruction, tensors=prompt)) == 0
 
 
 def test_rounds_at_a_schedule_s_full_depth_show_nothing_of_arms() -> None:
     own = setup("dropout.schedule=recovery", "configurator.refresh=1")
     state = learnt(own)
-    plans = DROPPEFT.plan(own, state, 39, [0, 1, 2])
-    assert {plan.reward_rows for plan in plans} == {0}
-    after = DROPPEFT.merge(own, state, plans, [answer_to(plan, reward=9.0) for plan in plans])
+    instructions = DROPPEFT.instruct(own, state, 39, [0, 1, 2])
+    assert {instruction.reward_rows for instruction in instructions} == {0}
+    after = DROPPEFT.merge(
+        own,
+        state,
+        instructions,
+        [answer_to(instruction, reward=9.0) for instruction in instructions],
+    )
     assert memory_of(after).arms == memory_of(state).arms
     assert 9.0 not in [one.reward for one in memory_of(after).observations]
 
@@ -421,13 +442,20 @@ def test_where_nothing_is_measured_nothing_is_tried(policy: str) -> None:
 
 
 def test_new_arms_are_such_as_the_configuration_has() -> None:
-    words = ("configurator.prefixes=[0]", 'configurator.shapes=["decay"]', "configurator.refresh=1")
+    words = (
+        "configurator.untrained=[0]",
+        'configurator.shapes=["decay"]',
+        "configurator.refresh=1",
+    )
     own = setup(*words)
     state = learnt(own)
     for round in range(3, 12):
-        plans = DROPPEFT.plan(own, state, round, list(range(6)))
-        rewards = [answer_to(plan, reward=0.1 * (plan.device % 3)) for plan in plans]
-        state = as_saved(DROPPEFT.merge(own, state, plans, rewards))
+        instructions = DROPPEFT.instruct(own, state, round, list(range(6)))
+        rewards = [
+            answer_to(instruction, reward=0.1 * (instruction.client % 3))
+            for instruction in instructions
+        ]
+        state = as_saved(DROPPEFT.merge(own, state, instructions, rewards))
         arms = memory_of(state).arms.values()
         assert {arm.prefix for arm in arms} == {0.0}
         assert {arm.shape for arm in arms} <= {"uniform", "decay"}  # nothing dropped is uniform
@@ -441,7 +469,7 @@ def test_arms_that_fit_nobody_are_no_candidates() -> None:
         assert (LAYERS - 2 * bool(arm.prefix)) * (1 - arm.mean) <= 2
 
 
-def test_a_round_without_devices_leaves_no_note() -> None:
+def test_a_round_without_clients_leaves_no_note() -> None:
     own = setup()
     state = learnt(own)
     assert DROPPEFT.note(own, state) is not None
@@ -460,7 +488,7 @@ def test_a_bandwidth_that_varies_takes_longer_than_its_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["configurator.prefixes=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"]
+    "word", ["configurator.untrained=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"]
 )
 def test_shares_are_shares(word: str) -> None:
     with pytest.raises(DroppeftError, match=r"configurator\.(means|prefixes)"):
@@ -477,7 +505,8 @@ def test_the_order_of_arrival_does_not_matter() -> None:
         state = DROPPEFT.init(own)
         for round in range(1, 7):
             transport = Scripted(
-                lambda plan: [answer_to(plan, reward=0.1 * (plan.device % 4))], backwards=backwards
+                lambda instruction: [answer_to(instruction, reward=0.1 * (instruction.client % 4))],
+                backwards=backwards,
             )
             state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
         return memory_of(state)
@@ -491,8 +520,8 @@ def test_the_order_of_arrival_does_not_matter() -> None:
 def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
     tiny_words: list[str], tmp_path: Path, reward: str
 ) -> None:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [*usual, THOMPSON, f"configurator.reward={reward}", *UNPROTECTED, "rounds=5"]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+    words = [*typical, THOMPSON, f"configurator.reward={reward}", *UNPROTECTED, "rounds=5"]
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     stop_after_a_round(words, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
@@ -500,8 +529,8 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
     rows = rows_of(tmp_path / "whole" / "rounds.jsonl")
     assert all(row["notes"]["chosen"].keys() == {str(d) for d in row["cohort"]} for row in rows)
     assert all(0 <= row["idle_modelled_share"] < 1 for row in rows)
-    devices = rows_of(tmp_path / "whole" / "devices.jsonl")
-    measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in devices]
+    clients = rows_of(tmp_path / "whole" / "clients.jsonl")
+    measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in clients]
     assert set(measured) == {reward == "loss"}
     rewards = [reward for row in rows for reward in row["notes"]["rewards"].values()]
     assert None not in rewards
@@ -510,9 +539,9 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
 
 @pytest.mark.parametrize("policy", ["epsilon_greedy", "successive_halving", "uniform_random"])
 def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: Path) -> None:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
     words = [
-        *usual,
+        *typical,
         f"configurator.policy={policy}",
         MEASURED,
         *UNPROTECTED,
@@ -523,23 +552,23 @@ def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: 
     present = [len(note["present"]) for note in notes]
     halves = policy == "successive_halving"
     assert (present[-1] < present[0]) == halves
-    devices = rows_of(tmp_path / "run" / "devices.jsonl")
-    assert all((row["reward"] is None) == (policy == "uniform_random") for row in devices)
+    clients = rows_of(tmp_path / "run" / "clients.jsonl")
+    assert all((row["reward"] is None) == (policy == "uniform_random") for row in clients)
 
 
 def test_what_an_untrained_layer_costs_is_its_forward() -> None:
-    """The clock, on a Plan that trains from layer 2 up."""
+    """The clock, on an instruction that trains from layer 2 up."""
     names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
-    plan = plan_for(0, train=names, share=names)
-    assert first_trained_layer(plan) == 2
-    assert first_trained_layer(plan_for(0)) == 0
-    assert first_trained_layer(replace(plan, train=frozenset({"head.W"}))) == LAYERS
-    config = resolve(load_config(None, ["devices=1", "cohort=1"]), cuda=False)
+    instruction = instruction_for(0, train=names, share=names)
+    assert first_trained_layer(instruction) == 2
+    assert first_trained_layer(instruction_for(0)) == 0
+    assert first_trained_layer(replace(instruction, train=frozenset({"head.W"}))) == LAYERS
+    config = resolve(load_config(None, ["clients=1", "cohort_size=1"]), cuda=False)
     clock = config.clock.model_copy(update={"profiles": ("laptop_cpu",)})
     fleet = make_fleet(clock, 1, 0)
-    update = answer_to(plan, active_steps=(2, 2, 2, 2))
+    update = answer_to(instruction, active_steps=(2, 2, 2, 2))
     update = replace(update, cost=replace(update.cost, layer_tokens=(64,) * 4))
-    charged = make_clock(fleet, lambda spec: ARITHMETIC).turn_cost(plan, update).train_s
+    charged = make_clock(fleet, lambda spec: ARITHMETIC).client_cost(instruction, update).train_s
     flops = 64 * (2 * FORWARD + 2 * (FORWARD + BACKWARD) + 2 * REST)
     profile = PROFILES["laptop_cpu"]
     assert charged == pytest.approx(flops / profile.effective_flops_per_s + 2 * 0.02)

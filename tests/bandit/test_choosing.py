@@ -1,4 +1,4 @@
-"""One arm per device, for the most reward per second of the whole round."""
+"""One arm per client, for the most reward per second of the whole round."""
 
 import itertools
 
@@ -28,11 +28,11 @@ def test_a_cohort_finishes_together() -> None:
     assert together([[1.0, 0.05]] * 2, [[2.0, 0.5], [3.0, 2.0]]) == [0, 0]
 
 
-def test_a_fast_device_has_time_for_the_better_arm() -> None:
+def test_a_fast_client_has_time_for_the_better_arm() -> None:
     assert together([[0.2, 1.0], [1.0, 0.9]], [[1.0, 4.0], [4.0, 4.0]]) == [1, 0]
 
 
-def test_a_device_that_explores_takes_what_it_must_and_the_others_know_it() -> None:
+def test_a_client_that_explores_takes_what_it_must_and_the_others_know_it() -> None:
     """The first takes 8 s whatever it gains: now the other may take the longer arm."""
     seconds = [[8.0, 1.0], [6.0, 1.0]]
     assert together([[0.1, 1.0], [1.5, 1.0]], seconds) == [1, 1]
@@ -65,22 +65,22 @@ def test_where_nothing_is_gained_the_cheapest_is_taken() -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10_000))
-def test_it_is_the_best_of_all_choices(devices: int, arms: int, seed: int) -> None:
+def test_it_is_the_best_of_all_choices(clients: int, arms: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    scores = np.maximum(rng.normal(0.5, 0.5, (devices, arms)), LEAST)
-    seconds = rng.uniform(0.5, 5, (devices, arms))
-    fits = rng.random((devices, arms)) < 0.8
+    scores = np.maximum(rng.normal(0.5, 0.5, (clients, arms)), LEAST)
+    seconds = rng.uniform(0.5, 5, (clients, arms))
+    fits = rng.random((clients, arms)) < 0.8
     fits[:, 0] |= ~fits.any(axis=1)
     chosen = choose_together(Scored(scores, np.zeros(arms)), seconds, fits)
 
     def worth(choice: tuple[int, ...]) -> float:
-        places = range(devices), choice
+        places = range(clients), choice
         return float(scores[places].sum() / seconds[places].max())
 
     possible = [
         choice
-        for choice in itertools.product(range(arms), repeat=devices)
-        if fits[range(devices), choice].all()
+        for choice in itertools.product(range(arms), repeat=clients)
+        if fits[range(clients), choice].all()
     ]
     assert chosen in possible
     assert worth(chosen) == pytest.approx(max(map(worth, possible)))

@@ -86,7 +86,7 @@ def test_no_reward_at_all_is_no_error() -> None:
     assert known.quality.tolist() == [0.0, 0.0]
 
 
-def test_one_device_s_word_moves_no_arm_alone() -> None:
+def test_one_client_s_word_moves_no_arm_alone() -> None:
     """Arm 2 is the worst, but for one turn of which somebody says that it gained a million."""
     observations = [
         Observation(r, arm, (0.1, 0.05, 0.01)[arm]) for r in range(10) for arm in (0, 1, 2)

@@ -22,17 +22,17 @@ SOME = Estimate(
 )
 
 
-def scores(policy: str, devices: int, epsilon: float = 0.2, seed: int = 0) -> np.ndarray:
-    return POLICIES[policy](SOME, asked(devices, epsilon, seed)).scores
+def scores(policy: str, clients: int, epsilon: float = 0.2, seed: int = 0) -> np.ndarray:
+    return POLICIES[policy](SOME, asked(clients, epsilon, seed)).scores
 
 
-def asked(devices: int, epsilon: float = 0.2, seed: int = 0) -> Asked:
-    seconds = np.tile([2.0, 1.0, 1.0], (devices, 1))
+def asked(clients: int, epsilon: float = 0.2, seed: int = 0) -> Asked:
+    seconds = np.tile([2.0, 1.0, 1.0], (clients, 1))
     none, rng = np.zeros(3, bool), np.random.default_rng(seed)
-    return Asked(seconds, np.ones((devices, 3), bool), none, epsilon, rng)
+    return Asked(seconds, np.ones((clients, 3), bool), none, epsilon, rng)
 
 
-def test_ucb_lets_one_device_try_the_arm_with_the_highest_bound() -> None:
+def test_ucb_lets_one_client_try_the_arm_with_the_highest_bound() -> None:
     """Expected per second .6, 1.0, .9; bounds with a bonus of √ln 13 = 1.6: .68, 1.32, 1.7.
 
     The second is the best, the third the challenger.
@@ -103,7 +103,7 @@ def test_nobody_is_told_to_try_what_does_not_fit() -> None:
             found = score(policy, SOME, given).scores
             tried |= {(int(d), int(a)) for d, a in np.argwhere(found == FORCED)}
         assert tried
-        assert all(fits[device, arm] for device, arm in tried)
+        assert all(fits[client, arm] for client, arm in tried)
 
 
 # A known problem: three arms of worth 1.0, .9 and .5 that take 4, 2 and 1.9 seconds
@@ -117,7 +117,7 @@ def play(
     policy: str,
     seed: int,
     rounds: int = 60,
-    devices: int = 5,
+    clients: int = 5,
     seconds: tuple[float, ...] = SECONDS,
     worth: tuple[float, ...] = WORTH,
 ) -> list[int]:
@@ -127,7 +127,7 @@ def play(
     for round in range(1, rounds + 1):
         level = 0.98**round
         places = [seconds[number] for number in memory.numbers]
-        times, fits = np.tile(places, (devices, 1)), np.ones((devices, len(places)), bool)
+        times, fits = np.tile(places, (clients, 1)), np.ones((clients, len(places)), bool)
         untried = np.array([number not in memory.tried for number in memory.numbers])
         also = Asked(times, fits, untried, 0.2, rng)
         picked = choose_together(score(policy, memory.known(20), also), times, fits)
@@ -140,7 +140,7 @@ def play(
         if policy == "successive_halving":
             memory = halved(memory, round, 5, 20, places)
         given += numbers
-    return given[-20 * devices :]
+    return given[-20 * clients :]
 
 
 @pytest.mark.parametrize(

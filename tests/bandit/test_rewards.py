@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from droppeft.bandit.rewards import agreements, rewards_of
-from droppeft.messages import HEAD, Failure, Plan, Update
+from droppeft.messages import HEAD, Failure, Instruction, Update
 from droppeft.methods import METHODS
-from handmade import answer_to, filled, plan_for, setup_for
+from handmade import answer_to, filled, instruction_for, setup_for
 
 AGREEING = ("configurator.policy=budgeted_thompson", "configurator.reward=agreement")
 
@@ -45,41 +45,49 @@ def test_nothing_is_learnt_where_nothing_moves_or_one_is_alone() -> None:
     assert agreements([], []) == []
 
 
-def turns(*values: float) -> tuple[list[Plan], list[Update]]:
-    plans = [plan_for(device) for device in range(len(values))]
-    return plans, [answer_to(plan, value) for plan, value in zip(plans, values, strict=True)]
+def turns(*values: float) -> tuple[list[Instruction], list[Update]]:
+    instructions = [instruction_for(client) for client in range(len(values))]
+    return instructions, [
+        answer_to(instruction, value)
+        for instruction, value in zip(instructions, values, strict=True)
+    ]
 
 
-def test_changes_are_from_what_the_plan_brought_without_the_head() -> None:
+def test_changes_are_from_what_the_instruction_brought_without_the_head() -> None:
     """From 1 to 2, 3 and 1 in eight values: products 8, 8·2·.5 = 8, 0 before the mean size."""
     setup = setup_for(*AGREEING)
-    plans, updates = turns(2.0, 3.0, 1.0)
+    instructions, updates = turns(2.0, 3.0, 1.0)
     far = replace(updates[2], tensors={**updates[2].tensors, HEAD: filled(900.0)[HEAD]})
-    assert rewards_of(setup, plans, [*updates[:2], far]) == pytest.approx([1.5, 1.5, 0.0])
+    assert rewards_of(setup, instructions, [*updates[:2], far]) == pytest.approx([1.5, 1.5, 0.0])
 
 
 def test_failures_are_no_turns() -> None:
     setup = setup_for(*AGREEING)
-    plans, updates = turns(2.0, 3.0, 9.0)
+    instructions, updates = turns(2.0, 3.0, 9.0)
     replies = [updates[0], Failure(1, "late"), updates[2]]
-    assert rewards_of(setup, plans, replies) == pytest.approx([1.0, None, 1.0])
+    assert rewards_of(setup, instructions, replies) == pytest.approx([1.0, None, 1.0])
 
 
-def test_what_a_device_had_kept_does_not_count() -> None:
+def test_what_a_client_had_kept_does_not_count() -> None:
     setup = setup_for(*AGREEING)
-    plans, updates = turns(2.0, 3.0)
-    without = {key: named for key, named in plans[0].tensors.items() if key == HEAD}
-    assert rewards_of(setup, [replace(plans[0], tensors=without), plans[1]], updates) == [None] * 2
+    instructions, updates = turns(2.0, 3.0)
+    without = {key: named for key, named in instructions[0].tensors.items() if key == HEAD}
+    assert (
+        rewards_of(setup, [replace(instructions[0], tensors=without), instructions[1]], updates)
+        == [None] * 2
+    )
 
 
-def test_no_device_measures_and_arms_are_learnt_all_the_same() -> None:
-    setup, method = setup_for(*AGREEING, "cohort=6"), METHODS["droppeft"]
+def test_no_client_measures_and_arms_are_learnt_all_the_same() -> None:
+    setup, method = setup_for(*AGREEING, "cohort_size=6"), METHODS["droppeft"]
     measured = setup_for(AGREEING[0], "configurator.reward=loss")
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, range(6))
-    assert {plan.reward_rows for plan in plans} == {0}
-    assert {one.reward_rows for one in method.plan(measured, state, 1, [1])} == {16}
-    state = method.merge(setup, state, plans, [answer_to(plan, 2.0) for plan in plans])
+    instructions = method.instruct(setup, state, 1, range(6))
+    assert {instruction.reward_rows for instruction in instructions} == {0}
+    assert {one.reward_rows for one in method.instruct(measured, state, 1, [1])} == {16}
+    state = method.merge(
+        setup, state, instructions, [answer_to(instruction, 2.0) for instruction in instructions]
+    )
     noted = method.note(setup, state)
     assert noted is not None
     assert sum(noted["trials"]) == 6

@@ -9,7 +9,7 @@ from torch import nn
 
 import architecture_contract as contract
 from architecture_contract import CASES, Case
-from droppeft.cached_layers import FrozenPrefix
+from droppeft.cached_layers import FrozenLayers
 from droppeft.layer_dropout import find_blocks, find_stacks, gated
 
 ONE_STACK = [case for case in CASES if len(find_stacks(contract.build(case))) == 1]
@@ -40,7 +40,7 @@ def test_states_stand_for_the_prefix_in_every_architecture(case: Case) -> None:
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
         for depth in range(1, len(blocks)):
-            prefix = FrozenPrefix(model, blocks, depth)
+            prefix = FrozenLayers(model, blocks, depth)
             prefix.open(gates)
             states = prefix.states(columns)
             gates.reset_executed()
@@ -54,7 +54,7 @@ def test_the_rest_of_the_model_does_not_run_for_states() -> None:
     model = bert()
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
-        FrozenPrefix(model, blocks, 2).states(words())
+        FrozenLayers(model, blocks, 2).states(words())
         assert gates.executed == (1, 1, 0)
 
 
@@ -64,7 +64,7 @@ def test_the_prefix_has_no_dropout_of_its_own_and_modes_are_put_back() -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    prefix = FrozenPrefix(model, blocks, 2)
+    prefix = FrozenLayers(model, blocks, 2)
     expected = prefix.states(words())
     model.train()
     blocks[0].eval()
@@ -78,7 +78,7 @@ def test_the_prefix_has_no_dropout_of_its_own_and_modes_are_put_back() -> None:
 def test_nothing_below_the_prefix_has_a_gradient_and_layers_above_can_be_dropped() -> None:
     model = bert()
     _, blocks = find_blocks(model)
-    prefix = FrozenPrefix(model, blocks, 1)
+    prefix = FrozenLayers(model, blocks, 1)
     with gated(blocks) as gates:
         states = prefix.states(words())
         assert not states.requires_grad
@@ -96,4 +96,4 @@ def test_an_error_inside_the_prefix_is_not_swallowed() -> None:
     model = bert()
     _, blocks = find_blocks(model)
     with pytest.raises(IndexError):
-        FrozenPrefix(model, blocks, 1).states({"input_ids": torch.tensor([[10_000]])})
+        FrozenLayers(model, blocks, 1).states({"input_ids": torch.tensor([[10_000]])})

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import droppeft.server.run
 from droppeft.cached_layers import cached_layers
-from droppeft.cached_layers.cached_layers import PrefixOfTurn, state_folder
+from droppeft.cached_layers.cached_layers import CachedLayers, state_folder
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.server.run import resume_run, start_run
 from runs import Recorder, adapter_bytes, outcome, rows_of
 
 FROZEN = ("frozen.layers=2", "frozen.precision=fp32", "dropout.mean=0")
-ALL_DEVICES = ("devices=2", "cohort=2")
+ALL_CLIENTS = ("clients=2", "cohort_size=2")
 
 
 def run(words: list[str], out: Path, *more: str) -> dict[str, Any]:
@@ -35,19 +35,19 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 def prefixes(out: Path) -> list[dict[str, Any]]:
-    return [row["prefix"] for row in rows_of(out / "devices.jsonl")]
+    return [row["prefix"] for row in rows_of(out / "clients.jsonl")]
 
 
 @pytest.fixture(scope="module")
 def frozen_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two devices that both train in every round."""
     out = tmp_path_factory.mktemp("frozen") / "run"
-    run(tiny_words, out, *ALL_DEVICES)
+    run(tiny_words, out, *ALL_CLIENTS)
     return out
 
 
 def test_frozen_layers_train_nothing_and_send_nothing(frozen_run: Path) -> None:
-    for row in rows_of(frozen_run / "devices.jsonl"):
+    for row in rows_of(frozen_run / "clients.jsonl"):
         assert row["active_steps"] == [0, 0, 2, 2]
         assert row["importance"][:2] == [0, 0]
     layers = {name.split(".layer.")[1][0] for name in tensors(frozen_run) if ".layer." in name}
@@ -70,7 +70,7 @@ def test_later_visits_find_what_earlier_ones_left(frozen_run: Path) -> None:
 def test_what_was_evicted_is_made_again_to_the_same_bits(
     frozen_run: Path, tiny_words: list[str], tmp_path: Path, more: str
 ) -> None:
-    run(tiny_words, tmp_path / "run", *ALL_DEVICES, more)
+    run(tiny_words, tmp_path / "run", *ALL_CLIENTS, more)
     built = [sum(one["built"] for one in prefixes(out)) for out in (tmp_path / "run", frozen_run)]
     assert built[0] > built[1]
     assert tensors(tmp_path / "run").keys() == tensors(frozen_run).keys()
@@ -90,7 +90,7 @@ def test_what_was_lost_between_rounds_is_made_again_to_the_same_bits(
             assert any(folder.iterdir())
             shutil.rmtree(folder)
 
-    config = load_config(None, [*tiny_words, *FROZEN, *ALL_DEVICES])
+    config = load_config(None, [*tiny_words, *FROZEN, *ALL_CLIENTS])
     start_run(config, tmp_path / "run", Forgetful())
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(frozen_run)
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_unbroken_one_in_every_row(
         def round_done(self, row: Any) -> None:
             monkeypatch.setattr(droppeft.server.run, "append_rows", crash)
 
-    config = load_config(None, [*tiny_words, *FROZEN, *ALL_DEVICES])
+    config = load_config(None, [*tiny_words, *FROZEN, *ALL_CLIENTS])
     with pytest.raises(MemoryError):
         start_run(config, tmp_path / "run", Second())
     monkeypatch.undo()
@@ -134,7 +134,7 @@ def test_without_a_cache_a_batch_of_one_gives_the_same_bits(
 def test_without_a_cache_other_batches_differ_by_rounding_alone(
     frozen_run: Path, tiny_words: list[str], tmp_path: Path
 ) -> None:
-    run(tiny_words, tmp_path / "run", *ALL_DEVICES, "frozen.cache=false")
+    run(tiny_words, tmp_path / "run", *ALL_CLIENTS, "frozen.cache=false")
     expected = tensors(frozen_run)
     for name, value in tensors(tmp_path / "run").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
@@ -146,7 +146,7 @@ def test_layers_behind_the_prefix_are_dropped_as_if_they_were_the_model(
     words = [word for word in tiny_words if not word.startswith("dropout")]
     words += ["frozen.layers=1", "dropout.count=1", "training.checkpointing=true"]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
-    for row in rows_of(tmp_path / "run" / "devices.jsonl"):
+    for row in rows_of(tmp_path / "run" / "clients.jsonl"):
         assert row["rates"] == [0, 0, 1, 0]
         assert row["active_steps"] == [0, 2, 0, 2]
 
@@ -155,7 +155,7 @@ def test_the_other_method_can_freeze_layers_too(tiny_words: list[str], tmp_path:
     words = [word for word in tiny_words if not word.startswith("dropout")]
     words += ["method=fedlora", "frozen.layers=3", "frozen.cache=false"]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
-    assert rows_of(tmp_path / "run" / "devices.jsonl")[0]["active_steps"] == [0, 0, 0, 2]
+    assert rows_of(tmp_path / "run" / "clients.jsonl")[0]["active_steps"] == [0, 0, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_states_that_do_not_fit_their_precision_are_said(
     def huge(*_: Any) -> torch.Tensor:
         return torch.full((1, 3, 8), 1e6)
 
-    monkeypatch.setattr(PrefixOfTurn, "_computed", huge)
+    monkeypatch.setattr(CachedLayers, "_computed", huge)
     with pytest.raises(DroppeftError, match=r"do not fit into fp16; set frozen\.precision=bf16"):
         run(tiny_words, tmp_path / "run", "frozen.precision=fp16")
 

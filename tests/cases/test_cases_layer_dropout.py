@@ -167,7 +167,7 @@ def contrastive_step(folder: Path, loss_name: str, **settings: int) -> Trained:
     """One step of a contrastive loss of sentence-transformers, with layer dropout and no other."""
     from sentence_transformers import SentenceTransformer, losses  # slow to import
 
-    model = SentenceTransformer(str(folder), device="cpu").train()
+    model = SentenceTransformer(str(folder), client="cpu").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -27,7 +27,7 @@ from transformers import (
 
 from droppeft.config import load_config, resolve
 from droppeft.models.loading import builtin_model_folder, load_backbone
-from droppeft.resources import profile
+from droppeft.resources import profiling
 from droppeft.resources.estimate import combinations, option
 from droppeft.resources.profile_run import run_trial
 from droppeft.runs.export import export_run
@@ -44,9 +44,9 @@ def play(tiny_words: list[str], tmp_path: Path) -> Callable[..., Any]:
     """A round of the tiny run with further settings; returns its result and its watcher."""
 
     def run(*words: str) -> tuple[dict[str, Any], Recorder]:
-        watcher = Recorder()
+        listener = Recorder()
         words = (*tiny_words, *ONE_ROUND, *words)
-        return start_run(load_config(None, words), tmp_path / "run", watcher), watcher
+        return start_run(load_config(None, words), tmp_path / "run", listener), listener
 
     return run
 
@@ -78,7 +78,7 @@ def adapter_model(whole_run: Path, tiny_words: list[str], tmp_path: Path) -> Pat
     "words",
     [
         pytest.param(["method=fedadaopt"], marks=TRAINED_UNSEEN),
-        pytest.param(["method=fedadapter", "cohort=3"], marks=TRAINED_UNSEEN),
+        pytest.param(["method=fedadapter", "cohort_size=3"], marks=TRAINED_UNSEEN),
         pytest.param(["adapter.targets=key"], marks=TRAINED_UNSEEN),
         pytest.param(["adapter.targets=key", "method=fedhetlora"], marks=OTHER_SENTENCE),
         pytest.param(["adapter.targets=query"], marks=OTHER_SENTENCE),
@@ -135,8 +135,8 @@ def test_a_head_in_another_order_is_not_mistaken(
     """Its rows are put into the data's order, or it is a new one, or the user is told."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        result, watcher = play(f"model={turned_model}")
-    told = [*watcher.steps, *(str(one.message) for one in warned)]
+        result, listener = play(f"model={turned_model}")
+    told = [*listener.steps, *(str(one.message) for one in warned)]
     assert (
         result["initial_accuracy"] == 1.0
         or "classifier" in load_backbone(str(turned_model), sorted(TOPICS), 0).new_modules
@@ -238,11 +238,11 @@ def test_a_composite_model_can_be_profiled(
     def here(config: Any, steps: int, *, frugal: bool) -> Any:
         return run_trial(config, steps, frugal=False)
 
-    monkeypatch.setattr(profile, "in_fresh_process", here)
+    monkeypatch.setattr(profiling, "in_fresh_process", here)
     monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path))  # a trial sets another one
     words = [f"model={make_gemma()}", "adapter.targets=q_proj", "training.max_length=32"]
     config = resolve(load_config(None, [*words, "threads=1", "accelerator=cpu"]), cuda=False)
-    [measured] = profile.profile(config, [0.0], 1, 1, lambda: None)
+    [measured] = profiling.profile(config, [0.0], 1, 1, lambda: None)
     assert measured.trials[0].executed == 4
 
 

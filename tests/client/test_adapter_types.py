@@ -17,7 +17,7 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import HEAD, OTHER
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
-from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_plan
+from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_instruction
 from runs import Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import save_tiny_model
 
@@ -37,8 +37,8 @@ def finished(
     """A run of one type, in which every step drops a layer."""
     out = tmp_path_factory.mktemp("types") / request.param
     words = (f"adapter.type={request.param}", *TYPES[request.param], "dropout.count=1")
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
-    start_run(load_config(None, [*usual, *words, "training.learning_rate=0.01"]), out, Recorder())
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+    start_run(load_config(None, [*typical, *words, "training.learning_rate=0.01"]), out, Recorder())
     return request.param, out
 
 
@@ -96,11 +96,13 @@ def test_a_resumed_run_leaves_the_same_adapter(finished: tuple[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_plan_travels_with_its_adapter(name: str, prepare_with: Callable[..., Prepared]) -> None:
+def test_a_instruction_travels_with_its_adapter(
+    name: str, prepare_with: Callable[..., Prepared]
+) -> None:
     prepared = prepare_with(f"adapter.type={name}", *TYPES[name])
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
-    there, _ = unpack_plan(pack_plan(plan, Errand({}, {}, False)))
-    assert there.adapter == plan.adapter
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
+    there, _ = unpack_instruction(pack_instruction(instruction, RunContext({}, {}, False)))
+    assert there.adapter == instruction.adapter
 
 
 @pytest.mark.parametrize(
@@ -115,11 +117,11 @@ def test_a_plan_travels_with_its_adapter(name: str, prepare_with: Callable[..., 
 def test_a_wrong_type_is_refused_before_anything_is_read_or_written(
     words: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    watcher = Recorder()
+    listener = Recorder()
     config = load_config(None, ["data=/nowhere", "model=/nowhere", *words])
     with pytest.raises(DroppeftError, match=f"^{re.escape(message)}"):
-        start_run(config, tmp_path / "run", watcher)
-    assert watcher.steps == []
+        start_run(config, tmp_path / "run", listener)
+    assert listener.steps == []
     assert list(tmp_path.iterdir()) == []
 
 

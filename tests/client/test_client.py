@@ -1,4 +1,4 @@
-"""A device's turn: what it reads, what it leaves, what it sends."""
+"""A client's turn: what it reads, what it leaves, what it sends."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,15 @@ from droppeft.adapters.by_layer import set_tensors
 from droppeft.client.local_training import _gates
 from droppeft.client.run_inputs import clients_of
 from droppeft.errors import DroppeftError
-from droppeft.messages import BaseDelta, Budget, LayerDropout, Plan, Update, flatten, restrict
+from droppeft.messages import (
+    BaseDelta,
+    Budget,
+    Instruction,
+    LayerDropout,
+    Update,
+    flatten,
+    restrict,
+)
 from droppeft.seeds import seed_for
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import evaluate
@@ -24,9 +32,9 @@ WRAPPED = "bert.encoder.layer.0.attention.self.query.weight"
 PLAIN = "bert.encoder.layer.2.output.dense.bias"
 
 
-def turn(prepared: Prepared, plan: Plan) -> Update:
+def turn(prepared: Prepared, instruction: Instruction) -> Update:
     clients = clients_of(prepared.loaded)
-    return clients[plan.device].train(plan)
+    return clients[instruction.client].train(instruction)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -97,10 +105,10 @@ def test_a_base_delta_that_does_not_fit_changes_nothing(
 
 
 def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
-    prepared: Prepared, plans: list[Plan], delta: BaseDelta
+    prepared: Prepared, instructions: list[Instruction], delta: BaseDelta
 ) -> None:
     before = bits(prepared.model.model)
-    plain, changed = (turn(prepared, replace(plans[0], base_delta=d)) for d in (None, delta))
+    plain, changed = (turn(prepared, replace(instructions[0], base_delta=d)) for d in (None, delta))
     assert plain.train_loss != changed.train_loss
     assert bits(prepared.model.model) == before
 
@@ -108,8 +116,8 @@ def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
 # What a turn sends
 
 
-def test_an_update_says_what_was_done(prepared: Prepared, plans: list[Plan]) -> None:
-    update = turn(prepared, replace(plans[0], budget=Budget(steps=3)))
+def test_an_update_says_what_was_done(prepared: Prepared, instructions: list[Instruction]) -> None:
+    update = turn(prepared, replace(instructions[0], budget=Budget(steps=3)))
     assert (update.steps, update.examples) == (3, 12)  # three batches of four rows
     assert update.reward is None
     # mean 0.25 over four layers, exact: one of the two inner layers is dropped in every step
@@ -120,53 +128,61 @@ def test_an_update_says_what_was_done(prepared: Prepared, plans: list[Plan]) -> 
     assert cost.tokens >= 12 * 3
     assert cost.activation_bytes_peak > 0
     assert cost.reward_wall_s == 0.0
-    assert 0 < cost.train_wall_s <= cost.turn_wall_s
+    assert 0 < cost.train_wall_s <= cost.total_wall_s
 
 
-def test_a_whole_pass_sees_every_row_once(prepared: Prepared, plans: list[Plan]) -> None:
-    update = turn(prepared, replace(plans[0], budget=Budget(epochs=1)))
-    assert update.examples == len(prepared.loaded.devices[0].train)
+def test_a_whole_pass_sees_every_row_once(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
+    update = turn(prepared, replace(instructions[0], budget=Budget(epochs=1)))
+    assert update.examples == len(prepared.loaded.clients[0].train)
 
 
-def test_a_turn_trains_what_it_sends(prepared: Prepared, plans: list[Plan]) -> None:
-    update = turn(prepared, replace(plans[0], dropout=None))
-    sent = {name: array for _, name, array in flatten(plans[0].tensors)}
+def test_a_turn_trains_what_it_sends(prepared: Prepared, instructions: list[Instruction]) -> None:
+    update = turn(prepared, replace(instructions[0], dropout=None))
+    sent = {name: array for _, name, array in flatten(instructions[0].tensors)}
     back = list(flatten(update.tensors))
-    assert {name for _, name, _ in back} == plans[0].share
+    assert {name for _, name, _ in back} == instructions[0].share
     # LoRA's A has no gradient in the first step, since B is zero; in the second it moves.
     assert [name for _, name, array in back if np.array_equal(array, sent[name])] == []
     assert all(array.dtype == np.float32 for _, _, array in back)
 
 
-def test_a_layer_that_never_ran_is_not_sent(prepared: Prepared, plans: list[Plan]) -> None:
+def test_a_layer_that_never_ran_is_not_sent(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
     dropout = LayerDropout((0.0, 1.0, 0.0, 0.0), "exact")
-    update = turn(prepared, replace(plans[0], dropout=dropout))
+    update = turn(prepared, replace(instructions[0], dropout=dropout))
     assert update.active_steps == (2, 0, 2, 2)
     assert update.importance[1] == 0.0
     assert set(update.tensors) == {0, 2, 3, "head"}
 
 
-def test_only_what_may_travel_is_sent(prepared: Prepared, plans: list[Plan]) -> None:
-    share = frozenset(plans[0].tensors[3])
-    update = turn(prepared, replace(plans[0], share=share, run="00c0ffee"))
+def test_only_what_may_travel_is_sent(prepared: Prepared, instructions: list[Instruction]) -> None:
+    share = frozenset(instructions[0].tensors[3])
+    update = turn(prepared, replace(instructions[0], share=share, run="00c0ffee"))
     assert set(update.tensors) == {3}
     assert set(update.tensors[3]) == share
 
 
-def test_a_plan_that_lacks_a_tensor_is_refused(prepared: Prepared, plans: list[Plan]) -> None:
-    names = frozenset(name for _, name, _ in flatten(plans[0].tensors))
-    lacking = sorted(plans[0].tensors[1])[0]
-    plan = replace(plans[0], tensors=restrict(plans[0].tensors, names - {lacking}))
-    with pytest.raises(DroppeftError, match=r"round 1, device 0: the Plan lacks .*layer.1"):
-        turn(prepared, plan)
+def test_a_instruction_that_lacks_a_tensor_is_refused(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
+    names = frozenset(name for _, name, _ in flatten(instructions[0].tensors))
+    lacking = sorted(instructions[0].tensors[1])[0]
+    instruction = replace(
+        instructions[0], tensors=restrict(instructions[0].tensors, names - {lacking})
+    )
+    with pytest.raises(DroppeftError, match=r"round 1, client 0: the instruction lacks .*layer.1"):
+        turn(prepared, instruction)
 
 
 def test_the_reward_is_the_decrease_of_the_validation_loss(
-    prepared: Prepared, plans: list[Plan]
+    prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    bench, rows = prepared.model, prepared.loaded.devices[0].validation[:3]
+    bench, rows = prepared.model, prepared.loaded.clients[0].validation[:3]
     assert len(rows) == 3
-    update = turn(prepared, replace(plans[0], dropout=None, reward_rows=3))
+    update = turn(prepared, replace(instructions[0], dropout=None, reward_rows=3))
 
     def loss(tensors: object) -> float:
         set_tensors(bench.parameters, tensors)
@@ -174,34 +190,38 @@ def test_the_reward_is_the_decrease_of_the_validation_loss(
             bench.model, clients_of(prepared.loaded)[0].table, rows, bench.task, 64
         ).loss
 
-    assert update.reward == loss(plans[0].tensors) - loss(update.tensors)
+    assert update.reward == loss(instructions[0].tensors) - loss(update.tensors)
     assert update.reward != 0
     assert update.cost.reward_wall_s > 0
 
 
-def test_tokens_of_the_reward_are_counted(prepared: Prepared, plans: list[Plan]) -> None:
-    table, rows = clients_of(prepared.loaded)[0].table, prepared.loaded.devices[0].validation[:3]
-    update = turn(prepared, replace(plans[0], reward_rows=3))
+def test_tokens_of_the_reward_are_counted(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
+    table, rows = clients_of(prepared.loaded)[0].table, prepared.loaded.clients[0].validation[:3]
+    update = turn(prepared, replace(instructions[0], reward_rows=3))
     # Two forwards of one batch, padded to its longest row.
     assert update.cost.reward_tokens == 2 * 3 * table.lengths[rows].max()
-    assert turn(prepared, plans[0]).cost.reward_tokens == 0
+    assert turn(prepared, instructions[0]).cost.reward_tokens == 0
 
 
-def test_tokens_are_counted_where_a_layer_ran(prepared: Prepared, plans: list[Plan]) -> None:
+def test_tokens_are_counted_where_a_layer_ran(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
     gates = LayerDropout((0.0, 1.0, 0.5, 0.0), "exact")
-    update = turn(prepared, replace(plans[0], dropout=gates, budget=Budget(steps=9)))
+    update = turn(prepared, replace(instructions[0], dropout=gates, budget=Budget(steps=9)))
     cost = update.cost
     assert cost.layer_tokens[:2] == (cost.tokens, 0)
     assert 0 < cost.layer_tokens[2] < cost.tokens
     assert cost.rows == update.examples
-    full = turn(prepared, replace(plans[0], dropout=None)).cost
+    full = turn(prepared, replace(instructions[0], dropout=None)).cost
     assert full.layer_tokens == (full.tokens,) * 4
 
 
 def test_measuring_the_reward_does_not_change_training(
-    prepared: Prepared, plans: list[Plan]
+    prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    one, other = (turn(prepared, replace(plans[0], reward_rows=rows)) for rows in (0, 3))
+    one, other = (turn(prepared, replace(instructions[0], reward_rows=rows)) for rows in (0, 3))
     for (_, name, left), (_, _, right) in zip(
         flatten(one.tensors), flatten(other.tensors), strict=True
     ):
@@ -215,87 +235,91 @@ def test_a_turn_neither_reads_nor_moves_the_global_generator(
     prepare_with: Callable[..., Prepared],
 ) -> None:
     prepared = prepare_with("adapter.dropout=0.5")
-    plan = prepared.method.plan(prepared.setup, prepared.state, 1, [2])[0]
+    instruction = prepared.method.instruct(prepared.setup, prepared.state, 1, [2])[0]
     losses = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        losses.append(turn(prepared, plan).train_loss)
+        losses.append(turn(prepared, instruction).train_loss)
         assert torch.equal(torch.get_rng_state(), before)
     assert losses[0] == losses[1]
 
 
-def test_every_draw_of_a_turn_is_the_device_s_own(
-    prepared: Prepared, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+def test_every_draw_of_a_turn_is_the_client_s_own(
+    prepared: Prepared, instructions: list[Instruction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
 
     def noted(seed: int, **about: Any) -> int:
-        drawn.append((seed, about["purpose"], about["round"], about["device"]))
+        drawn.append((seed, about["purpose"], about["round"], about["client"]))
         return seed_for(seed, **about)
 
-    plan = replace(plans[1], round=2, seed=7)
+    instruction = replace(instructions[1], round=2, seed=7)
     with monkeypatch.context() as patch:
         patch.setattr("droppeft.seeds.seed_for", noted)
-        turn(prepared, plan)
+        turn(prepared, instruction)
     assert set(drawn) == {(7, purpose, 2, 1) for purpose in ("batches", "gates", "modules")}
 
 
 @pytest.mark.parametrize(
     ("every", "held"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4]), (None, [0, 0, 0, 0, 0])]
 )
-def test_a_draw_holds_for_as_many_steps_as_the_plan_says(
-    prepared: Prepared, plans: list[Plan], every: int | None, held: list[int]
+def test_a_draw_holds_for_as_many_steps_as_the_instruction_says(
+    prepared: Prepared, instructions: list[Instruction], every: int | None, held: list[int]
 ) -> None:
     dropout = LayerDropout((0.0, 0.5, 0.5, 0.0), "bernoulli", every)
-    plan = replace(plans[1], dropout=dropout, seed=11)
-    prepared.model.attach(plan.adapter)
-    alone = replace(plan, dropout=replace(dropout, every=1))
+    instruction = replace(instructions[1], dropout=dropout, seed=11)
+    prepared.model.attach(instruction.adapter)
+    alone = replace(instruction, dropout=replace(dropout, every=1))
 
-    def gates(plan: Plan, step: int) -> tuple[bool, ...]:
-        return _gates(prepared.model, prepared.model.parameters, plan, step)
+    def gates(instruction: Instruction, step: int) -> tuple[bool, ...]:
+        return _gates(prepared.model, prepared.model.parameters, instruction, step)
 
-    assert [gates(plan, step) for step in range(5)] == [gates(alone, step) for step in held]
+    assert [gates(instruction, step) for step in range(5)] == [gates(alone, step) for step in held]
     assert len({gates(alone, step) for step in range(5)}) > 1
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])
 def test_another_seed_or_round_draws_anew(
-    prepared: Prepared, plans: list[Plan], change: dict[str, int]
+    prepared: Prepared, instructions: list[Instruction], change: dict[str, int]
 ) -> None:
-    one, other = turn(prepared, plans[0]), turn(prepared, replace(plans[0], **change))
+    one, other = turn(prepared, instructions[0]), turn(prepared, replace(instructions[0], **change))
     assert one.train_loss != other.train_loss
 
 
 # What a turn leaves alone
 
 
-def frozen_a(plan: Plan) -> Plan:
+def frozen_a(instruction: Instruction) -> Instruction:
     """FFA-LoRA: only B and the head are trained and travel; A follows from the seed."""
-    trained = frozenset(name for name in plan.share if ".lora_A." not in name)
-    return replace(plan, train=trained, share=trained, tensors=restrict(plan.tensors, trained))
+    trained = frozenset(name for name in instruction.share if ".lora_A." not in name)
+    return replace(
+        instruction, train=trained, share=trained, tensors=restrict(instruction.tensors, trained)
+    )
 
 
-def test_frozen_tensors_stay_as_the_seed_made_them(prepared: Prepared, plans: list[Plan]) -> None:
+def test_frozen_tensors_stay_as_the_seed_made_them(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
     bench = prepared.model
-    turn(prepared, replace(plans[1], dropout=None))  # leaves its own A on the bench
-    plan = frozen_a(replace(plans[0], dropout=None))
-    update = turn(prepared, plan)
-    assert {name for _, name, _ in flatten(update.tensors)} == plan.share
-    fresh = {name: array for _, name, array in flatten(bench.fresh_tensors(plan.adapter))}
+    turn(prepared, replace(instructions[1], dropout=None))  # leaves its own A on the bench
+    instruction = frozen_a(replace(instructions[0], dropout=None))
+    update = turn(prepared, instruction)
+    assert {name for _, name, _ in flatten(update.tensors)} == instruction.share
+    fresh = {name: array for _, name, array in flatten(bench.fresh_tensors(instruction.adapter))}
     for named in bench.parameters.values():
         for name, value in named.items():
             moved = not np.array_equal(value.detach().numpy(), fresh[name])
-            assert moved == (name in plan.share), name
+            assert moved == (name in instruction.share), name
 
 
 def test_what_was_frozen_is_trained_again_in_the_next_turn(
-    prepared: Prepared, plans: list[Plan]
+    prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    plan = replace(plans[0], dropout=None)
-    alone = turn(prepared, plan)
-    turn(prepared, frozen_a(plan))
-    after = turn(prepared, plan)
+    instruction = replace(instructions[0], dropout=None)
+    alone = turn(prepared, instruction)
+    turn(prepared, frozen_a(instruction))
+    after = turn(prepared, instruction)
     for (_, name, one), (_, _, other) in zip(
         flatten(alone.tensors), flatten(after.tensors), strict=True
     ):

@@ -1,4 +1,4 @@
-"""What a device keeps: whole or lost, and no more of it than can be asked for again."""
+"""What a client keeps: whole or lost, and no more of it than can be asked for again."""
 
 import logging
 import os
@@ -34,24 +34,24 @@ def test_it_comes_back_bit_by_bit_in_its_order(tmp_path: Path) -> None:
         assert one.shape == other.shape
 
 
-def test_every_run_and_device_has_a_place_of_its_own(
+def test_every_run_and_client_has_a_place_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path))
-    places = {folder_of(run, device) for run in (RUN, RUN[::-1]) for device in (0, 1)}
+    places = {folder_of(run, client) for run in (RUN, RUN[::-1]) for client in (0, 1)}
     assert len(places) == 4
     assert all(tmp_path in place.parents for place in places)
 
 
 @pytest.mark.parametrize("run", ["", "../../etc", "a/b", "RUN", "f" * 65])
 def test_a_server_cannot_choose_another_folder(run: str) -> None:
-    with pytest.raises(DroppeftError, match="the Plan names no run"):
+    with pytest.raises(DroppeftError, match="the instruction names no run"):
         folder_of(run, 0)
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "run" / "device", 1, None, tensors(1.0))
-    assert (tmp_path / "run" / "device").stat().st_mode & 0o077 == 0
+    save_tensors(tmp_path / "run" / "client", 1, None, tensors(1.0))
+    assert (tmp_path / "run" / "client").stat().st_mode & 0o077 == 0
 
 
 def test_a_lost_reply_changes_nothing(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_the_state_folder_is_the_same_tomorrow(
         folder_of(RUN, 0)
     monkeypatch.delenv("DROPPEFT_STATE")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert folder_of(RUN, 3) == tmp_path / "droppeft" / RUN / "device-000003"
+    assert folder_of(RUN, 3) == tmp_path / "droppeft" / RUN / "client-000003"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
-    assert folder_of(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "device-000000"
+    assert folder_of(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "client-000000"
 
 
 def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,15 +124,15 @@ def test_what_is_damaged_is_lost(
     assert "is damaged (" in caplog.text
 
 
-@pytest.mark.parametrize("other", ["run-a/device-1/4", "run-a/device-2/3", "run-b/device-1/3"])
+@pytest.mark.parametrize("other", ["run-a/client-1/4", "run-a/client-2/3", "run-b/client-1/3"])
 def test_what_another_turn_kept_is_lost(
     other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A whole file in the wrong place: of another round, device or run."""
+    """A whole file in the wrong place: of another round, client or run."""
     place, _, round = other.rpartition("/")
     save_tensors(tmp_path / place, int(round), None, tensors(1.0))
     [path] = (tmp_path / place).iterdir()
-    here = tmp_path / "run-a" / "device-1"
+    here = tmp_path / "run-a" / "client-1"
     here.mkdir(parents=True, exist_ok=True)
     if path != here / "round-000003.safetensors":
         shutil.copy(path, here / "round-000003.safetensors")
@@ -152,11 +152,11 @@ def test_what_killed_processes_left_goes_after_a_while(tmp_path: Path) -> None:
 
 def test_a_disk_that_takes_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DroppeftError, match="cannot keep this device's tensors"):
-        save_tensors(tmp_path / "file" / "device", 1, None, tensors(1.0))
+    with pytest.raises(DroppeftError, match="cannot keep this client's tensors"):
+        save_tensors(tmp_path / "file" / "client", 1, None, tensors(1.0))
 
 
-def test_only_its_owner_can_read_what_a_device_keeps(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_what_a_client_keeps(tmp_path: Path) -> None:
     save_tensors(tmp_path / "own", 1, None, tensors(0.1))
     [path] = (tmp_path / "own").iterdir()
     assert path.stat().st_mode & 0o077 == 0

@@ -24,8 +24,8 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import (
     HEAD,
     Failure,
+    Instruction,
     LayerDropout,
-    Plan,
     SharingRule,
     Update,
     first_trained_layer,
@@ -36,12 +36,12 @@ from droppeft.methods import METHODS
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
-from droppeft.sharing.criteria import CRITERIA, usual_norms
+from droppeft.sharing.criteria import CRITERIA, typical_norms
 from droppeft.training.loop import evaluate
 from droppeft.transports.in_process import InProcess
 from handmade import answer_to, assert_same, setup_for
 from processes import started
-from runs import Clients, Recorder, meddling, outcome, rows_of, stop_after_a_round, update_of
+from runs import Clients, Recorder, interfering, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -51,20 +51,22 @@ HALF = ("sharing.fraction=0.5", "sharing.hysteresis=0")
 
 
 @pytest.fixture
-def first(prepared: Prepared) -> Plan:
-    """Device 1's first, all layers run."""
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-    return replace(plan, run=RUN, dropout=None)
+def first(prepared: Prepared) -> Instruction:
+    """Client 1's first, all layers run."""
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
+    return replace(instruction, run=RUN, dropout=None)
 
 
-def with_rule(plan: Plan, criterion: str = "gradient_norm", **changes: Any) -> Plan:
+def with_rule(
+    instruction: Instruction, criterion: str = "gradient_norm", **changes: Any
+) -> Instruction:
     rule = SharingRule(criterion, 0.5, 0.0, 8, None)
-    return replace(plan, sharing=replace(rule, **changes))
+    return replace(instruction, sharing=replace(rule, **changes))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
-    clients: Clients, first: Plan, criterion: str
+def test_a_client_shares_what_scores_lowest_and_keeps_the_rest(
+    clients: Clients, first: Instruction, criterion: str
 ) -> None:
     reply = update_of(clients, with_rule(first, criterion))
     assert reply.shared is not None
@@ -80,36 +82,40 @@ def test_a_device_shares_what_scores_lowest_and_keeps_the_rest(
     assert reply.cost.scoring_tokens == forwards * once
 
 
-def test_devices_are_told_what_is_usual() -> None:
-    """Norms of a device's last turn count, and of no other's that was not merged."""
+def test_clients_are_told_what_is_typical() -> None:
+    """Norms of a client's last turn count, and of no other's that was not merged."""
     setup = setup_for(*HALF, "sharing.criterion=relative_gradient_norm", "dropout.mean=0")
     method, seen = METHODS["droppeft"], (1, 1, 1, 1)
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0, 1, 2])
-    assert [plan.sharing.usual for plan in plans if plan.sharing] == [None] * 3
+    instructions = method.instruct(setup, state, 1, [0, 1, 2])
+    assert [instruction.sharing.typical for instruction in instructions if instruction.sharing] == [
+        None
+    ] * 3
     norms = [(1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 3.0, 2.0)]
     replies: list[Update | Failure] = [
-        replace(answer_to(plan), importance=own, active_steps=seen)
-        for plan, own in zip(plans, norms, strict=False)
+        replace(answer_to(instruction), importance=own, active_steps=seen)
+        for instruction, own in zip(instructions, norms, strict=False)
     ]
-    state = method.merge(setup, state, plans, [*replies, Failure(2, "asleep")])
-    plans = method.plan(setup, state, 2, [2, 0])
-    usual = (0.75, 1.0, 1.25, 1.0)
-    assert [plan.sharing.usual for plan in plans if plan.sharing] == [usual] * 2
-    again = replace(answer_to(plans[1]), importance=(0.0, 4.0, 2.0, 0.0), active_steps=seen)
-    state = method.merge(setup, state, plans, [Failure(2, "asleep"), again])
-    [plan] = method.plan(setup, state, 3, [1])
-    assert plan.sharing is not None
-    assert plan.sharing.usual == usual_norms([again.importance, norms[1]])
+    state = method.merge(setup, state, instructions, [*replies, Failure(2, "asleep")])
+    instructions = method.instruct(setup, state, 2, [2, 0])
+    typical = (0.75, 1.0, 1.25, 1.0)
+    assert [instruction.sharing.typical for instruction in instructions if instruction.sharing] == [
+        typical
+    ] * 2
+    again = replace(answer_to(instructions[1]), importance=(0.0, 4.0, 2.0, 0.0), active_steps=seen)
+    state = method.merge(setup, state, instructions, [Failure(2, "asleep"), again])
+    [instruction] = method.instruct(setup, state, 3, [1])
+    assert instruction.sharing is not None
+    assert instruction.sharing.typical == typical_norms([again.importance, norms[1]])
 
 
-def test_a_device_divides_by_what_is_usual(clients: Clients, first: Plan) -> None:
+def test_a_client_divides_by_what_is_typical(clients: Clients, first: Instruction) -> None:
     plain = update_of(clients, with_rule(first, "relative_gradient_norm"))
     assert plain.scores == plain.importance
-    usual = (1.0, 2.0, 4.0, 0.5)
-    told = update_of(clients, with_rule(first, "relative_gradient_norm", usual=usual))
+    typical = (1.0, 2.0, 4.0, 0.5)
+    told = update_of(clients, with_rule(first, "relative_gradient_norm", typical=typical))
     assert told.scores == pytest.approx(
-        [n / u for n, u in zip(told.importance, usual, strict=True)]
+        [n / u for n, u in zip(told.importance, typical, strict=True)]
     )
 
 
@@ -117,7 +123,7 @@ def test_a_device_divides_by_what_is_usual(clients: Clients, first: Plan) -> Non
     "criterion", [name for name, one in CRITERIA.items() if one.runs_model == "no"]
 )
 def test_scores_of_gradients_take_no_pass_of_their_own(
-    clients: Clients, first: Plan, criterion: str, monkeypatch: pytest.MonkeyPatch
+    clients: Clients, first: Instruction, criterion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn of two steps: two forwards of the model, two backwards."""
     passes = {"forward": 0, "backward": 0}
@@ -143,14 +149,14 @@ def test_a_place_has_no_hysteresis() -> None:
     for criterion, hysteresis in (("position", 0.0), ("gradient_norm", 0.1)):
         setup = setup_for("sharing.fraction=0.5", f"sharing.criterion={criterion}")
         method = METHODS["droppeft"]
-        [plan] = method.plan(setup, method.init(setup), 1, [0])
-        assert plan.sharing is not None
-        assert plan.sharing.hysteresis == hysteresis
+        [instruction] = method.instruct(setup, method.init(setup), 1, [0])
+        assert instruction.sharing is not None
+        assert instruction.sharing.hysteresis == hysteresis
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_changes_nothing_that_is_learnt(
-    clients: Clients, first: Plan, criterion: str
+    clients: Clients, first: Instruction, criterion: str
 ) -> None:
     """With all layers shared a turn with a rule is the turn without one, bit for bit."""
     plain, ruled = (
@@ -163,23 +169,25 @@ def test_scoring_changes_nothing_that_is_learnt(
     assert not folder_of(RUN, 1).exists()
 
 
-def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Plan) -> None:
+def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Instruction) -> None:
     """Of the other three, half (2) are shared; it is in neither number, and is not sent."""
-    plan = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
-    new = update_of(clients, with_rule(plan))
+    instruction = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
+    new = update_of(clients, with_rule(instruction))
     assert new.shared is not None
     assert 1 in new.shared
     assert len(new.shared) == 3
     assert 1 not in new.tensors
     assert (new.scores or ())[1] == 0.0
-    later = with_rule(replace(plan, round=2), shared=(0, 2))
+    later = with_rule(replace(instruction, round=2), shared=(0, 2))
     mine = update_of(clients, later)
     assert mine.shared is not None
     assert len(mine.shared) == 2
     assert 1 in load_tensors(folder_of(RUN, 1), 2)
 
 
-def test_where_there_is_no_choice_nothing_is_run_to_make_it(clients: Clients, first: Plan) -> None:
+def test_where_there_is_no_choice_nothing_is_run_to_make_it(
+    clients: Clients, first: Instruction
+) -> None:
     for fraction in (0.0, 1.0):
         reply = update_of(clients, with_rule(first, "leave_one_out", fraction=fraction))
         assert len(reply.shared or ()) == fraction * LAYERS
@@ -187,7 +195,9 @@ def test_where_there_is_no_choice_nothing_is_run_to_make_it(clients: Clients, fi
         assert reply.scores == (0.0,) * LAYERS
 
 
-def test_leave_one_out_is_the_loss_without_the_turn_s_change(clients: Clients, first: Plan) -> None:
+def test_leave_one_out_is_the_loss_without_the_turn_s_change(
+    clients: Clients, first: Instruction
+) -> None:
     reply = update_of(clients, with_rule(first, "leave_one_out"))
     bench, rows = clients[0].model, clients[1].rows.validation[:8]
     trained = {**reply.tensors, **load_tensors(folder_of(RUN, 1), 1)}
@@ -202,7 +212,7 @@ def test_leave_one_out_is_the_loss_without_the_turn_s_change(clients: Clients, f
 
 
 def test_blocks_are_seen_as_they_are(
-    clients: Clients, first: Plan, monkeypatch: pytest.MonkeyPatch
+    clients: Clients, first: Instruction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes in and comes out, from transformers' own hidden states, row by row, unpadded."""
     found: list[Any] = []
@@ -242,8 +252,8 @@ def sharing(prepare_with: Callable[..., Prepared]) -> Prepared:
     return prepare_with(*HALF, "dropout.mean=0", "rounds=9")
 
 
-def answer(prepared: Prepared, plan: Plan, shared: tuple[int, ...]) -> Update:
-    """As if the device had added 1 to everything and chosen these layers."""
+def answer(prepared: Prepared, instruction: Instruction, shared: tuple[int, ...]) -> Update:
+    """As if the client had added 1 to everything and chosen these layers."""
     whole = prepared.state.model.tensors
     moved = {
         key: {name: array + np.float32(1) for name, array in named.items()}
@@ -251,30 +261,32 @@ def answer(prepared: Prepared, plan: Plan, shared: tuple[int, ...]) -> Update:
         if key in (*shared, HEAD)
     }
     scores = (0.0,) * LAYERS
-    return answer_to(plan, tensors=moved, shared=shared, scores=scores, active_steps=(2,) * LAYERS)
+    return answer_to(
+        instruction, tensors=moved, shared=shared, scores=scores, active_steps=(2,) * LAYERS
+    )
 
 
 def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     sharing: Prepared,
 ) -> None:
     setup, method, state = sharing.setup, sharing.method, sharing.state
-    [plan] = method.plan(setup, state, 1, [2])
-    assert set(plan.tensors) == {0, 1, 2, 3, HEAD}  # a first visit brings everything
-    assert (plan.kept, plan.sharing and plan.sharing.shared) == (None, None)
-    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 3))])
-    [other] = method.plan(setup, state, 2, [1])
-    assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # of a device that was never there
-    [plan] = method.plan(setup, state, 4, [2])
-    assert set(plan.tensors) == {0, 3, HEAD}
-    assert plan.kept == 1
-    assert plan.sharing is not None
-    assert plan.sharing.shared == (0, 3)
-    assert_same({0: plan.tensors[0]}, {0: state.model.tensors[0]})
+    [instruction] = method.instruct(setup, state, 1, [2])
+    assert set(instruction.tensors) == {0, 1, 2, 3, HEAD}  # a first visit brings everything
+    assert (instruction.kept, instruction.sharing and instruction.sharing.shared) == (None, None)
+    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 3))])
+    [other] = method.instruct(setup, state, 2, [1])
+    assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # of a client that was never there
+    [instruction] = method.instruct(setup, state, 4, [2])
+    assert set(instruction.tensors) == {0, 3, HEAD}
+    assert instruction.kept == 1
+    assert instruction.sharing is not None
+    assert instruction.sharing.shared == (0, 3)
+    assert_same({0: instruction.tensors[0]}, {0: state.model.tensors[0]})
     # Layer 1 becomes shared, layer 3 personal: 1 is sent now and comes back next time.
-    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 1))])
-    [plan] = method.plan(setup, state, 5, [2])
-    assert set(plan.tensors) == {0, 1, HEAD}
-    assert plan.kept == 4
+    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 1))])
+    [instruction] = method.instruct(setup, state, 5, [2])
+    assert set(instruction.tensors) == {0, 1, HEAD}
+    assert instruction.kept == 4
     own = method.own(setup, state, 6, 2)
     assert (set(own.tensors), own.kept, own.sharing, own.share) == (
         {0, 1, HEAD},
@@ -286,14 +298,14 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
 
 def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
     setup, method, state = sharing.setup, sharing.method, sharing.state
-    [plan] = method.plan(setup, state, 1, [2])
-    state = method.merge(setup, state, [plan], [answer(sharing, plan, (0, 3))])
-    [plan] = method.plan(setup, state, 2, [2])
-    late = method.merge(setup, state, [plan], [Failure(2, "late")])
-    [again] = method.plan(setup, late, 3, [2])
-    assert (again.kept, again.sharing) == (plan.kept, plan.sharing)
-    lost = method.merge(setup, state, [plan], [Failure(2, "gone", lost=True)])
-    [anew] = method.plan(setup, lost, 3, [2])
+    [instruction] = method.instruct(setup, state, 1, [2])
+    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 3))])
+    [instruction] = method.instruct(setup, state, 2, [2])
+    late = method.merge(setup, state, [instruction], [Failure(2, "late")])
+    [again] = method.instruct(setup, late, 3, [2])
+    assert (again.kept, again.sharing) == (instruction.kept, instruction.sharing)
+    lost = method.merge(setup, state, [instruction], [Failure(2, "gone", lost=True)])
+    [anew] = method.instruct(setup, lost, 3, [2])
     assert set(anew.tensors) == {0, 1, 2, 3, HEAD}
     assert anew.kept is None
     assert anew.sharing is not None
@@ -301,7 +313,7 @@ def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
 
 
 def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
-    clients: Clients, first: Plan
+    clients: Clients, first: Instruction
 ) -> None:
     """The same as if the server had sent it all."""
     one = update_of(clients, with_rule(first))
@@ -318,31 +330,31 @@ def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
     assert_same(found.tensors, expected.tensors)
 
 
-def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Plan) -> None:
-    """Layers 0 and 1 run with what the device has and are not trained: they stay what they are.
+def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Instruction) -> None:
+    """Layers 0 and 1 run with what the client has and are not trained: they stay what they are.
 
     Of the two that are trained one is shared; otherwise the untrained ones would be all that is.
     """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
-    plan = replace(first, train=names, share=names, untrained=2)
-    new = update_of(clients, with_rule(plan))
+    instruction = replace(first, train=names, share=names, untrained=2)
+    new = update_of(clients, with_rule(instruction))
     assert {0, 1} < set(new.shared or ())
     assert len(set(new.tensors) & {2, 3}) == 1
-    later = update_of(clients, with_rule(replace(plan, round=2), shared=(1, 2, 3)))
+    later = update_of(clients, with_rule(replace(instruction, round=2), shared=(1, 2, 3)))
     assert set(later.shared or ()) & {0, 1} == {1}
     assert_same({0: load_tensors(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 
 
-def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
+def test_the_first_trained_layer_is_known_of_what_a_client_keeps() -> None:
     """Otherwise a kept layer would be free of its backward on the modelled clock."""
     words = ("configurator.policy=uniform_random", "configurator.means=[0]")
-    setup = setup_for(*words, "configurator.prefixes=[0.25]", "sharing.fraction=0.25")
+    setup = setup_for(*words, "configurator.untrained=[0.25]", "sharing.fraction=0.25")
     method = METHODS["droppeft"]
     state = method.init(setup)
-    [plan] = method.plan(setup, state, 1, [0])
-    assert first_trained_layer(plan) == 1
-    reply = answer_to(plan, shared=(3,), scores=(0.0,) * 4)
-    [later] = method.plan(setup, method.merge(setup, state, [plan], [reply]), 2, [0])
+    [instruction] = method.instruct(setup, state, 1, [0])
+    assert first_trained_layer(instruction) == 1
+    reply = answer_to(instruction, shared=(3,), scores=(0.0,) * 4)
+    [later] = method.instruct(setup, method.merge(setup, state, [instruction], [reply]), 2, [0])
     assert set(later.tensors) == {3, HEAD}
     assert first_trained_layer(later) == 1
 
@@ -352,7 +364,7 @@ def test_the_first_trained_layer_is_known_of_what_a_device_keeps() -> None:
 
 @pytest.fixture
 def words(tiny_words: list[str]) -> list[str]:
-    return [*tiny_words, *HALF, "devices=3", "rounds=5"]
+    return [*tiny_words, *HALF, "clients=3", "rounds=5"]
 
 
 def sizes(prepared: Prepared) -> tuple[int, int]:
@@ -366,12 +378,12 @@ def test_only_shared_layers_travel_and_the_ledger_counts_them(
     start_run(load_config(None, [*words, "dropout.mean=0"]), tmp_path / "run", Recorder())
     layer, head = sizes(sharing)
     seen: set[int] = set()
-    for row in rows_of(tmp_path / "run" / "devices.jsonl"):
+    for row in rows_of(tmp_path / "run" / "clients.jsonl"):
         assert row["upload_bytes"] == 2 * layer + head
-        first = row["device"] not in seen
+        first = row["client"] not in seen
         assert row["download_bytes"] == (4 if first else 2) * layer + head
         assert len(row["shared"]) == 2
-        seen.add(row["device"])
+        seen.add(row["client"])
     for row in rows_of(tmp_path / "run" / "rounds.jsonl"):
         assert sum(row["coverage"]) == 2 * row["accepted"]
 
@@ -425,7 +437,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_
 
 
 def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> None:
-    """At the device's nth file: in the middle of it, or when it is whole."""
+    """At the client's nth file: in the middle of it, or when it is whole."""
     real, count = client_state.write_atomically, 0
 
     def write(path: Path, content: bytes, **options: Any) -> None:
@@ -444,16 +456,16 @@ def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("nth", [1, 3, 4])
-def test_a_run_that_is_killed_while_a_device_keeps_its_layers_ends_the_same(
+def test_a_run_that_is_killed_while_a_client_keeps_its_layers_ends_the_same(
     words: list[str], tmp_path: Path, nth: int, before: bool
 ) -> None:
     """In the middle of the file, and when it is whole and the server has not heard of it.
 
-    Two devices, both in every round: the first file is the first device's of round 1, the third and
-    fourth those of round 2. With the fourth the first device has tidied up after round 2 already,
+    Two clients, both in every round: the first file is the first client's of round 1, the third and
+    fourth those of round 2. With the fourth the first client has tidied up after round 2 already,
     and begins it again with what it kept in round 1.
     """
-    words = [*words, "devices=2"]
+    words = [*words, "clients=2"]
     begin(words, tmp_path / "whole")
     out = tmp_path / "run"
     process = started(begin_and_be_killed, words, out, nth, before)
@@ -472,15 +484,15 @@ def rows_until(out: Path) -> int:
 def test_a_damaged_file_costs_a_turn_and_then_the_global_layers_come(
     words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damages = meddling(
-        lambda plan: plan.round == 3 and not plan.measure,
+    damages = interfering(
+        lambda instruction: instruction.round == 3 and not instruction.measure,
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
     )
-    config = load_config(None, [*words, "devices=2"])
+    config = load_config(None, [*words, "clients=2"])
     with caplog.at_level(logging.WARNING):
         start_run(config, tmp_path / "run", Recorder(), damages)
     assert caplog.text.count(" is damaged (") == 2
-    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
     assert [row["reason"] for row in third] == ["what it kept in round 2 is damaged"] * 2
     whole = max(row["download_bytes"] for row in rows)
@@ -495,14 +507,14 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
     config = load_config(None, [*shared, "sharing.head=personal", "dropout.mean=0"])
     result = start_run(config, tmp_path / "run", Recorder())
     layer, _ = sizes(sharing)
-    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    rows = rows_of(tmp_path / "run" / "clients.jsonl")
     assert {row["upload_bytes"] for row in rows} == {4 * layer}
     assert result["global_accuracy"] is None
     assert result["personalised_devices"] == 3
     assert not (tmp_path / "run" / "adapter").exists()
-    for device in range(3):
-        [*_, last] = sorted(folder_of(result["run"], device).iterdir())
-        assert list(load_tensors(folder_of(result["run"], device), int(last.stem[-6:]))) == [HEAD]
+    for client in range(3):
+        [*_, last] = sorted(folder_of(result["run"], client).iterdir())
+        assert list(load_tensors(folder_of(result["run"], client), int(last.stem[-6:]))) == [HEAD]
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -513,33 +525,33 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
         ("sharing.head=personal",),
         ("method=ditto",),
         ("method=local",),
-        ("method=fedsa_lora",),  # half of a layer is the server's, half the device's
+        ("method=fedsa_lora",),  # half of a layer is the server's, half the client's
     ],
 )
-def test_any_device_s_own_model_is_exported_and_is_as_good_as_the_run_said(
+def test_any_client_s_own_model_is_exported_and_is_as_good_as_the_run_said(
     words: list[str], tmp_path: Path, more: tuple[str, ...], merge: bool
 ) -> None:
-    """Without droppeft, on that device's own test rows, one of which was never trained."""
+    """Without droppeft, on that client's own test rows, one of which was never trained."""
     other = any(word.startswith("method=") for word in more)
     kept = [w for w in words if not other or not w.startswith(("sharing.", "dropout."))]
-    sizes = ("devices=4", "cohort=1", "rounds=2", "training.learning_rate=0.02")
+    sizes = ("clients=4", "cohort_size=1", "rounds=2", "training.learning_rate=0.02")
     config = load_config(None, [*kept, *more, *sizes, "training.local_steps=8"])
     result = start_run(config, tmp_path / "run", Recorder())
     prepared = prepare(load_config(tmp_path / "run" / "config.toml"), lambda step: None)
     clients = clients_of(prepared.loaded)
     assert {one["turns"] > 0 for one in result["personalised"]} == {True, False}
     for one in result["personalised"]:
-        out = tmp_path / f"own-{one['device']}"
-        done = export_run(tmp_path / "run", out, device=one["device"], merge=merge)
+        out = tmp_path / f"own-{one['client']}"
+        done = export_run(tmp_path / "run", out, client=one["client"], merge=merge)
         assert (done.accuracy, done.rows) == (one["accuracy"], one["rows"])
         found: dict[str, Any] = {}
         exec(done.lines, found)
-        rows = clients[one["device"]].rows.test
+        rows = clients[one["client"]].rows.test
         measured = evaluate(found["model"], clients[0].table, rows, clients[0].model.task, 64)
         assert measured.accuracy == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
-        assert f"with which device {one['device']} would begin" in card
+        assert f"with which client {one['client']} would begin" in card
 
 
 def test_a_card_says_in_what_precision_its_accuracy_was_measured(
@@ -547,26 +559,26 @@ def test_a_card_says_in_what_precision_its_accuracy_was_measured(
 ) -> None:
     config = load_config(None, [*words, "training.precision=bf16", "rounds=1"])
     start_run(config, tmp_path / "run", Recorder())
-    for out, device in (("own", 1), ("global", None)):
-        done = export_run(tmp_path / "run", tmp_path / out, device=device)
+    for out, client in (("own", 1), ("global", None)):
+        done = export_run(tmp_path / "run", tmp_path / out, client=client)
         card = (done.folder / "README.md").read_text()
         assert ", computed in bf16 (the lines below: in fp32) |" in card
 
 
-def test_a_device_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:
+def test_a_client_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:
     start_run(load_config(None, words), tmp_path / "run", Recorder())
-    with pytest.raises(DroppeftError, match="has no device 3; its devices are 0 to 2"):
-        export_run(tmp_path / "run", device=3)
+    with pytest.raises(DroppeftError, match="has no client 3; its clients are 0 to 2"):
+        export_run(tmp_path / "run", client=3)
     shutil.rmtree(state)
-    with pytest.raises(DroppeftError, match="device 0 cannot be exported: what it kept in round"):
-        export_run(tmp_path / "run", device=0)
+    with pytest.raises(DroppeftError, match="client 0 cannot be exported: what it kept in round"):
+        export_run(tmp_path / "run", client=0)
     assert not list((tmp_path / "run").glob("adapter-*"))
 
 
 def test_personal_values_are_in_no_message_and_no_checkpoint(
     words: list[str], tmp_path: Path
 ) -> None:
-    """While they are personal: every file that a device ever kept, against all that travelled."""
+    """While they are personal: every file that a client ever kept, against all that travelled."""
     travelled: set[bytes] = set()
     kept: set[bytes] = set()
 
@@ -574,13 +586,15 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
         def __init__(self, inner: InProcess) -> None:
             self.inner = inner
 
-        def exchange(self, plans: Any) -> Any:
-            for arrival in self.inner.exchange(plans):
-                plan = plans[arrival.index]
-                messages = [plan.tensors]
+        def exchange(self, instructions: Any) -> Any:
+            for arrival in self.inner.exchange(instructions):
+                instruction = instructions[arrival.index]
+                messages = [instruction.tensors]
                 if isinstance(arrival.reply, Update):
                     messages.append(arrival.reply.tensors)
-                    own = load_tensors(folder_of(plan.run, plan.device), plan.round)
+                    own = load_tensors(
+                        folder_of(instruction.run, instruction.client), instruction.round
+                    )
                     kept.update(array.tobytes() for _, _, array in flatten(own) if array.any())
                     assert set(own).isdisjoint(arrival.reply.tensors)
                 travelled.update(a.tobytes() for one in messages for _, _, a in flatten(one))
@@ -624,7 +638,7 @@ def test_a_run_with_all_of_it_shares_and_goes_on(
     kept = [word for word in words if not (of_arms and word.startswith("dropout.mean"))]
     all_words = [*kept, *(word for word in more if word != "dropout.mean=none")]
     result = start_run(load_config(None, all_words), tmp_path / "whole", Recorder())
-    rows = rows_of(tmp_path / "whole" / "devices.jsonl")
+    rows = rows_of(tmp_path / "whole" / "clients.jsonl")
     assert all(row["accepted"] for row in rows)
     assert all(0 < len(row["shared"]) < LAYERS for row in rows)
     assert result["personalised_devices"] == 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from droppeft.cached_layers.frozen_layers import FrozenPrefix
+from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.messages import AdapterSpec, BaseDelta, LayerAdapter
@@ -25,7 +25,7 @@ FROZEN = ("frozen.layers=2", "dropout.mean=0.25", "dropout.protect_first=0")
 
 def run(words: list[str], out: Path, *more: str) -> tuple[dict[str, bytes], list[Any]]:
     start_run(load_config(None, [*words, *more]), out, Recorder())
-    return adapter_bytes(out), [timeless(row) for row in rows_of(out / "devices.jsonl")]
+    return adapter_bytes(out), [timeless(row) for row in rows_of(out / "clients.jsonl")]
 
 
 @pytest.mark.parametrize("more", [ROUND, FROZEN, (*FROZEN, *ROUND[:1])], ids=" ".join)
@@ -47,27 +47,27 @@ def test_the_adapter_is_the_same_when_the_disk_holds_too_few_states(
 
 def turn(prepared: Prepared, **changes: Any) -> Any:
     clients = clients_of(prepared.loaded)
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
-    plan = replace(plan, **changes)
-    return plan, clients[0].train(plan)
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
+    instruction = replace(instruction, **changes)
+    return instruction, clients[0].train(instruction)
 
 
 @pytest.fixture
 def holds(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """What is held, in order; a prefix that runs without being held fails."""
     found: list[set[int]] = [set()]
-    hold, states = OffloadedWeights.hold, FrozenPrefix.states
+    hold, states = OffloadedWeights.hold, FrozenLayers.states
 
     def noting(self: OffloadedWeights, layers: Collection[int]) -> None:
         found.append(set(layers))
         hold(self, layers)
 
-    def checking(self: FrozenPrefix, inputs: Any) -> Any:
+    def checking(self: FrozenLayers, inputs: Any) -> Any:
         assert set(range(self.depth)) <= found[-1]
         return states(self, inputs)
 
     monkeypatch.setattr(OffloadedWeights, "hold", noting)
-    monkeypatch.setattr(FrozenPrefix, "states", checking)
+    monkeypatch.setattr(FrozenLayers, "states", checking)
     return found
 
 
@@ -128,13 +128,13 @@ def test_a_base_delta_is_added_where_the_weights_are_used(
     assert holds[0] == {0, 1, 2, 3}
 
 
-def test_a_new_adapter_is_brought_to_the_device(
+def test_a_new_adapter_is_brought_to_the_client(
     prepare_with: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = prepare_with(OFFLOAD, *ROUND).bench
     brought: list[int] = []
 
-    def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def copied(values: torch.Tensor, client: torch.device) -> torch.Tensor:
         brought.append(values.data_ptr())
         return values
 

@@ -14,7 +14,7 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import local_training
-from droppeft.messages import Plan, Update, flatten
+from droppeft.messages import Instruction, Update, flatten
 from droppeft.models import precision
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
@@ -25,10 +25,10 @@ from tiny import save_tiny_model
 FP16 = ("training.precision=fp16", "training.checkpointing=true")
 
 
-def turn(prepared: Prepared) -> tuple[Plan, Update]:
+def turn(prepared: Prepared) -> tuple[Instruction, Update]:
     clients = clients_of(prepared.loaded)
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [0])
-    return plan, clients[0].train(plan)
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
+    return instruction, clients[0].train(instruction)
 
 
 @pytest.mark.parametrize("further", [(), ("frozen.layers=1",)])
@@ -68,9 +68,9 @@ def test_a_turn_in_which_every_step_overflowed_is_a_failure_and_not_the_end(
 ) -> None:
     prepared = prepare_with(*FP16)
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
-    plan, update = turn(prepared)
-    layout = prepared.model.layout(plan.adapter)
-    assert why_refused(plan, update, layout) == (
+    instruction, update = turn(prepared)
+    layout = prepared.model.layout(instruction.adapter)
+    assert why_refused(instruction, update, layout) == (
         "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
     )
 
@@ -81,11 +81,11 @@ def test_some_skipped_steps_are_no_failure(
     prepared = prepare_with(*FP16, "training.local_steps=3")
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
     monkeypatch.setattr(precision, "BACKOFF", 2.0**-20)
-    plan, update = turn(prepared)
+    instruction, update = turn(prepared)
     assert (update.steps, update.examples, update.cost.rows) == (3, 8, 12)
     assert max(update.active_steps) == 2
-    layout = prepared.model.layout(plan.adapter)
-    assert why_refused(plan, update, layout) is None
+    layout = prepared.model.layout(instruction.adapter)
+    assert why_refused(instruction, update, layout) is None
 
 
 # What a model and an adapter cannot, before the run

@@ -23,9 +23,9 @@ TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]
 
 
 def words_of(tiny_words: list[str], quantization: str) -> list[str]:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
     return [
-        *usual,
+        *typical,
         "model=builtin",
         "dropout.count=2",
         "rounds=2",
@@ -174,11 +174,11 @@ def test_a_card_without_bits_speaks_of_none(whole_run: Path) -> None:
 def test_what_does_not_work_is_refused_before_anything_is_read_or_written(
     words: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    watcher = Recorder()
+    listener = Recorder()
     config = load_config(None, ["data=/nowhere", "model=/nowhere", *words])
     with pytest.raises(DroppeftError, match=f"^{re.escape(message)}"):
-        start_run(config, tmp_path / "run", watcher)
-    assert watcher.steps == []
+        start_run(config, tmp_path / "run", listener)
+    assert listener.steps == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,7 +186,7 @@ def test_a_missing_library_is_told_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    watcher = Recorder()
+    listener = Recorder()
     with pytest.raises(DroppeftError, match=r"^quantization=8bit needs bitsandbytes; run: "):
-        start_run(load_config(None, ["quantization=8bit"]), tmp_path / "run", watcher)
-    assert watcher.steps == []
+        start_run(load_config(None, ["quantization=8bit"]), tmp_path / "run", listener)
+    assert listener.steps == []

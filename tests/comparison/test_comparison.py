@@ -47,8 +47,8 @@ from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
 def comparison(**settings: Any) -> Comparison:
-    members = {"full": ["method=fedlora"], "dropped": ["dropout.mean=0.25"]}
-    return Comparison.model_validate({"variants": members, "seeds": [0, 1], **settings})
+    variants = {"full": ["method=fedlora"], "dropped": ["dropout.mean=0.25"]}
+    return Comparison.model_validate({"variants": variants, "seeds": [0, 1], **settings})
 
 
 def asked(**settings: Any) -> Study:
@@ -58,14 +58,14 @@ def asked(**settings: Any) -> Study:
 # Which runs
 
 
-def test_members_take_turns_within_every_seed_and_place() -> None:
+def test_variants_take_turns_within_every_seed_and_place() -> None:
     found = cells(comparison(data=["a", "b"], models=["m"]))
-    order = [(cell.seed, cell.data, cell.member) for cell in found]
+    order = [(cell.seed, cell.data, cell.variant) for cell in found]
     assert order == [
-        (seed, data, member)
+        (seed, data, variant)
         for seed in (0, 1)
         for data in ("a", "b")
-        for member in ("full", "dropped")
+        for variant in ("full", "dropped")
     ]
     assert {cell.model for cell in found} == {"m"}
     assert found[0].config.method == "fedlora"
@@ -73,16 +73,20 @@ def test_members_take_turns_within_every_seed_and_place() -> None:
     assert len({cell.folder for cell in found}) == 8
 
 
-def test_a_member_s_settings_win_over_those_of_all() -> None:
+def test_a_variant_s_settings_win_over_those_of_all() -> None:
     [cell] = cells(
         Comparison.model_validate(
-            {"settings": ["rounds=3", "cohort=2"], "variants": {"a": ["rounds=7"]}, "seeds": [4]}
+            {
+                "settings": ["rounds=3", "cohort_size=2"],
+                "variants": {"a": ["rounds=7"]},
+                "seeds": [4],
+            }
         )
     )
-    assert (cell.config.rounds, cell.config.cohort, cell.config.seed) == (7, 2, 4)
+    assert (cell.config.rounds, cell.config.cohort_size, cell.config.seed) == (7, 2, 4)
 
 
-def test_settings_of_data_win_over_those_of_all_and_a_member_s_over_both() -> None:
+def test_settings_of_data_win_over_those_of_all_and_a_variant_s_over_both() -> None:
     found = cells(
         Comparison.model_validate(
             {
@@ -140,7 +144,7 @@ def test_a_file_that_makes_no_sense_is_one_sentence(
     assert "\n" not in str(found.value)
 
 
-def test_a_member_s_mistake_names_the_member() -> None:
+def test_a_variant_s_mistake_names_the_variant() -> None:
     with pytest.raises(DroppeftError, match=r"variant 'a': unknown key dropout.maen; did you mean"):
         cells(Comparison.model_validate({"variants": {"a": ["dropout.maen=1"]}}))
     with pytest.raises(DroppeftError, match="variant 'a': method=fedfoo: unknown method"):
@@ -154,9 +158,9 @@ def test_what_a_comparison_varies_is_refused_among_the_settings(word: str) -> No
         cells(Comparison.model_validate(tree))
 
 
-def test_a_member_s_word_wins_over_a_rival_of_all() -> None:
-    members = {"a": ["training.local_epochs=1", "dropout.count=2"]}
-    tree = {"variants": members, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
+def test_a_variant_s_word_wins_over_a_rival_of_all() -> None:
+    variants = {"a": ["training.local_epochs=1", "dropout.count=2"]}
+    tree = {"variants": variants, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
     [cell, *_] = cells(Comparison.model_validate(tree))
     training = cell.config.training
     assert (training.local_epochs, training.local_steps) == (1, None)
@@ -183,9 +187,9 @@ def test_a_target_on_the_command_line_is_the_comparison_s() -> None:
 
 
 def test_the_same_run_twice_is_refused() -> None:
-    members = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=15"]}
+    variants = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=15"]}
     with pytest.raises(DroppeftError, match="'a' and 'b' are the same run"):
-        cells(Comparison.model_validate({"variants": members}))
+        cells(Comparison.model_validate({"variants": variants}))
 
 
 # Playing
@@ -203,15 +207,15 @@ class Silent:
 
     def done(self, played: Played, wall_s: float | None) -> None:
         place = self.there if wall_s is None else self.played
-        place.append((played.member, played.seed))
+        place.append((played.variant, played.seed))
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_words: list[str]) -> Callable[..., Comparison]:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
 
     def make(**settings: Any) -> Comparison:
-        return comparison(settings=[*usual, "rounds=2"], **settings)
+        return comparison(settings=[*typical, "rounds=2"], **settings)
 
     return make
 
@@ -241,12 +245,12 @@ def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_pat
     assert timeless(played.result) == timeless(whole.result)
 
 
-def test_a_member_that_fails_does_not_stop_the_others(
+def test_a_variant_that_fails_does_not_stop_the_others(
     tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     chosen = tiny(seeds=[0])
-    members = {"wrong": ["method=fedlora", "frozen.layers=4"], **chosen.variants}
-    chosen = Comparison.model_validate({**chosen.model_dump(), "variants": members})
+    variants = {"wrong": ["method=fedlora", "frozen.layers=4"], **chosen.variants}
+    chosen = Comparison.model_validate({**chosen.model_dump(), "variants": variants})
     played = play(cells(chosen), tmp_path, Silent())
     assert [one.result is None for one in played] == [True, False, False]
     assert "leaves none of the 4 layers" in (played[0].failure or "")
@@ -256,7 +260,7 @@ def test_a_member_that_fails_does_not_stop_the_others(
     assert "wrong failed: frozen.layers=4 leaves none" in as_markdown([part])
 
 
-def test_whatever_goes_wrong_is_the_member_s(
+def test_whatever_goes_wrong_is_the_variant_s(
     tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
@@ -282,10 +286,10 @@ def test_a_stop_goes_through(
 # What it comes to
 
 
-def a_run(member: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> Played:
+def a_run(variant: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> Played:
     """A run with a round per accuracy, each of so many modelled and twice as many real seconds."""
     [cell] = [
-        one for one in cells(comparison(seeds=[seed])) if (one.member, one.seed) == (member, seed)
+        one for one in cells(comparison(seeds=[seed])) if (one.variant, one.seed) == (variant, seed)
     ]
     rows = [
         Row(
@@ -303,13 +307,13 @@ def a_run(member: str, seed: int, accuracies: Sequence[float], round_s: float = 
         activation_bytes_peak=100 * (seed + 1),
         upload_bytes=10,
         download_bytes=20 + seed,
-        energy_modelled_j=None if member == "dropped" else 5.0,
+        energy_modelled_j=None if variant == "dropped" else 5.0,
         round_modelled_s=round_s * len(rows),
         round_measured_s=2 * round_s * len(rows),
         **{"machine": {"cores": 2}, "versions": {"python": "3.11"}},
     )
-    which = (cell.folder, cell.member, cell.data, cell.model, cell.seed)
-    return Played(*which, (f"method={member}", "rounds=4"), result, rows, [], None)
+    which = (cell.folder, cell.variant, cell.data, cell.model, cell.seed)
+    return Played(*which, (f"method={variant}", "rounds=4"), result, rows, [], None)
 
 
 def with_result(run: Played, **columns: Any) -> Played:
@@ -324,7 +328,7 @@ FULL = [a_run("full", 0, [0.5, 0.6, 0.7, 0.7]), a_run("full", 1, [0.5, 0.7, 0.8,
 DROPPED = [a_run("dropped", seed, [0.6, 0.6, 0.6, 0.6], 5.0) for seed in (0, 1)]
 
 
-def test_a_member_s_row_by_hand() -> None:
+def test_a_variant_s_row_by_hand() -> None:
     target = {"accuracy": 0.6}
     [part] = summary(asked(target=target), [*FULL, *DROPPED])
     full, dropped = part.rows
@@ -359,7 +363,7 @@ def test_times_need_every_seed() -> None:
     )
 
 
-def test_a_speed_up_is_over_the_seeds_that_a_member_has() -> None:
+def test_a_speed_up_is_over_the_seeds_that_a_variant_has() -> None:
     """The baseline takes 30 and 120 s; who has the second seed alone took 60 there: 2, not 1.25."""
     base = [a_run("full", 0, [0.7] * 4), a_run("full", 1, [0.7] * 4, 40.0)]
     own = a_run("dropped", 1, [0.6] * 4, 20.0)
@@ -389,7 +393,7 @@ def test_the_baseline_can_be_named() -> None:
     assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
 
 
-def test_a_target_is_what_a_member_ends_with_on_the_same_seed_less_a_distance() -> None:
+def test_a_target_is_what_a_variant_ends_with_on_the_same_seed_less_a_distance() -> None:
     """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
     target = Target(variant="full", minus=0.1)
     found = target_accuracies(target, [*FULL, *DROPPED])
@@ -407,7 +411,7 @@ def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
     assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
 
 
-def test_references_are_means_over_seeds_of_what_members_agree_on() -> None:
+def test_references_are_means_over_seeds_of_what_variants_agree_on() -> None:
     known = {
         0: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.5},
         1: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.75},
@@ -415,7 +419,7 @@ def test_references_are_means_over_seeds_of_what_members_agree_on() -> None:
     runs = [with_result(run, **known[run.seed], tfidf_accuracy=None) for run in (*FULL, *DROPPED)]
     [part] = summary(asked(), runs)
     assert (part.majority, part.tfidf, part.own_majority) == (0.25, None, 0.625)
-    said = "References: the most frequent class .250, each device's own most frequent class"
+    said = "References: the most frequent class .250, each client's own most frequent class"
     assert said in as_markdown([part])
     other_split = with_result(runs[-1], own_majority_accuracy=1)
     [part] = summary(asked(), [*runs[:-1], other_split])
@@ -424,22 +428,22 @@ def test_references_are_means_over_seeds_of_what_members_agree_on() -> None:
     assert "References" not in as_markdown([part])
 
 
-def test_spread_between_devices_and_who_is_in_no_mean() -> None:
-    """Deviations .1 and .3; two devices of one run could not be measured."""
+def test_spread_between_clients_and_who_is_in_no_mean() -> None:
+    """Deviations .1 and .3; two clients of one run could not be measured."""
     found = [
         with_result(one, personalised_deviation=deviation, unmeasured_clients=unmeasured)
         for one, deviation, unmeasured in zip(FULL, (0.1, 0.3), (0, 2), strict=True)
     ]
     [part] = summary(asked(), [*found, *DROPPED])
     full, dropped = part.rows
-    assert full.between_devices is not None
-    assert full.between_devices.mean == pytest.approx(0.2)
-    assert dropped.between_devices is None
-    said = "full: 2 devices could not be measured, and are in no mean"
+    assert full.between_clients is not None
+    assert full.between_clients.mean == pytest.approx(0.2)
+    assert dropped.between_clients is None
+    said = "full: 2 clients could not be measured, and are in no mean"
     assert failures(part) == [said]
     assert said in as_markdown([part])
     assert [row["between_devices"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
-        str(full.between_devices.mean),
+        str(full.between_clients.mean),
         "",
     ]
 
@@ -495,7 +499,7 @@ def test_compare_from_the_command_line_to_its_files(
     for run, name in zip(played, ("fedlora", "droppeft"), strict=True):
         rows = rows_of(out / run.folder / "rounds.jsonl")
         assert [row["coverage"] for row in run.rows] == [row["coverage"] for row in rows]
-        assert (run.member, run.seed) == (name, 5)
+        assert (run.variant, run.seed) == (name, 5)
         assert f'method="{name}"' in run.settings
     with (out / CSV).open(newline="") as file:
         lines = list(csv.DictReader(file))

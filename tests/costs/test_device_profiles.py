@@ -1,4 +1,4 @@
-"""Who is what kind of device, and what is drawn for it in a round."""
+"""Who is what kind of client, and what is drawn for it in a round."""
 
 from collections import Counter
 from statistics import NormalDist
@@ -12,15 +12,15 @@ from droppeft.errors import DroppeftError
 JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
 
 
-def fleet_of(*names: str, devices: int = 30, seed: int = 0) -> Fleet:
-    return make_fleet(ClockConfig(profiles=names or JETSONS), devices, seed)
+def fleet_of(*names: str, clients: int = 30, seed: int = 0) -> Fleet:
+    return make_fleet(ClockConfig(profiles=names or JETSONS), clients, seed)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 30, 31, 32])
-def test_profiles_have_equal_shares(devices: int) -> None:
-    fleet = fleet_of(devices=devices)
+@pytest.mark.parametrize("clients", [1, 2, 30, 31, 32])
+def test_profiles_have_equal_shares(clients: int) -> None:
+    fleet = fleet_of(clients=clients)
     counts = Counter(fleet.names)
-    assert sum(counts.values()) == devices
+    assert sum(counts.values()) == clients
     assert max(counts.values()) - min(counts[name] for name in JETSONS) <= 1
 
 
@@ -37,7 +37,7 @@ def test_a_link_that_does_not_vary_is_its_mean() -> None:
 def test_upload_of_a_jetson_is_a_clipped_normal() -> None:
     fleet = fleet_of()
     drawn = [
-        fleet.upload_bytes_per_s(round, device) for round in range(200) for device in range(20)
+        fleet.upload_bytes_per_s(round, client) for round in range(200) for client in range(20)
     ]
     assert min(drawn) == 1e6
     assert max(drawn) == 3e6
@@ -47,9 +47,9 @@ def test_upload_of_a_jetson_is_a_clipped_normal() -> None:
     assert drawn.count(3e6) / 4000 == pytest.approx(above, abs=5 * (0.16 / 4000) ** 0.5)
 
 
-def test_a_draw_depends_on_seed_round_and_device_alone() -> None:
+def test_a_draw_depends_on_seed_round_and_client_alone() -> None:
     one, again, other = fleet_of(), fleet_of(), fleet_of(seed=1)
-    places = [(round, device) for round in range(10) for device in range(10)]
+    places = [(round, client) for round in range(10) for client in range(10)]
     forwards = [one.upload_bytes_per_s(*place) for place in places]
     backwards = [again.upload_bytes_per_s(*place) for place in reversed(places)]
     assert forwards == backwards[::-1]
@@ -59,12 +59,12 @@ def test_a_draw_depends_on_seed_round_and_device_alone() -> None:
 
 
 def test_availability_is_a_frequency() -> None:
-    fleet = fleet_of("phone", "laptop_cpu", devices=20)
+    fleet = fleet_of("phone", "laptop_cpu", clients=20)
     there = Counter(
-        fleet.names[device]
+        fleet.names[client]
         for round in range(200)
-        for device in range(20)
-        if fleet.is_there(round, device)
+        for client in range(20)
+        if fleet.is_there(round, client)
     )
     assert there["laptop_cpu"] == 2000
     assert there["phone"] / 2000 == pytest.approx(0.8, abs=5 * (0.16 / 2000) ** 0.5)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
 from droppeft.config import AdapterConfig
-from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.operation_counter import Tally
 from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
 from droppeft.errors import DroppeftError
@@ -67,7 +67,7 @@ def real(config: Any, spec: AdapterSpec, quantization: str = "none") -> nn.Modul
     return attach(plain, spec, find_blocks(plain)[0], 0).train()
 
 
-def batch(paper: PaperModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
+def batch(paper: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
     """As the paper's, with values; the last row is padded."""
     ids = torch.arange(rows * length).view(rows, length) % 50 + 1
     mask = torch.ones_like(ids)
@@ -96,7 +96,7 @@ def stepping(model: nn.Module, active: Sequence[bool], checkpointing: Any = None
 
 
 def measured(
-    paper: PaperModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
+    paper: FakeModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
 ) -> tuple[int, int]:
     """FLOPs and stored bytes of a real step."""
     meter, flops = ActivationMeter(model), FlopCounterMode(display=False)
@@ -128,7 +128,7 @@ def test_a_step_costs_what_was_counted(
     family: str, adapter: dict[str, Any], precision: str, frozen: int
 ) -> None:
     config, spec = config_of(family), spec_of(frozen=frozen, **adapter)
-    paper, model = PaperModel(config, spec), real(config, spec)
+    paper, model = FakeModel(config, spec), real(config, spec)
     counts = count_step(paper, ROWS, LENGTH, precision)
     for active in patterns(frozen=frozen):
         if family == "gemma3_text" and active not in SOME_OF_BOTH_KINDS:
@@ -150,7 +150,7 @@ def test_flops_of_a_bert_by_hand() -> None:
     In the backward a frozen map has one product, for its input; a trained one two; attention's have
     two each (with dropout of its weights, as here, torch keeps them)."""
     config = config_of("bert")
-    counts = count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
+    counts = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
     maps, attention = 2 * tokens * 8 * h * h, 2 * ROWS * 2 * LENGTH**2 * h
     lora = 2 * tokens * 2 * 2 * 8 * h
@@ -164,7 +164,7 @@ def test_what_the_lowest_layer_is_spared_is_taken_off_the_rest() -> None:
     """Nothing below it is trained: no gradient for the input of query, key and value, three frozen
     maps of H x H and two of LoRA's H x 8; and none for the keys, which nothing trained makes: one
     product of attention. Of the rest, classifier and pooler have a backward."""
-    counts = count_step(PaperModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    counts = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
     spared = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
     assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - spared
@@ -175,7 +175,7 @@ def test_what_the_lowest_layer_is_spared_is_taken_off_the_rest() -> None:
 def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantization: str) -> None:
     """FLOPs are not compared: torch does not see those of a 4-bit kernel."""
     config, spec = config_of(family), spec_of()
-    paper, model = PaperModel(config, spec, (), quantization), real(config, spec, quantization)
+    paper, model = FakeModel(config, spec, (), quantization), real(config, spec, quantization)
     weights = sum(map(kept, [*model.parameters(), *model.buffers()]))
     assert all_weights(count_step(paper, ROWS, LENGTH)) == weights
     for precision in ("fp32", "bf16"):
@@ -183,7 +183,7 @@ def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantiz
         for active in patterns():
             _, stored = measured(paper, model, active, precision)
             assert stored == step_stored_bytes(counts, active), active
-    plain = count_step(PaperModel(config, spec), ROWS, LENGTH)
+    plain = count_step(FakeModel(config, spec), ROWS, LENGTH)
     quantised_flops = count_step(paper, ROWS, LENGTH)
     assert step_flops(quantised_flops, (True,) * LAYERS) == step_flops(plain, (True,) * LAYERS)
 
@@ -191,7 +191,7 @@ def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantiz
 def test_a_quantised_weight_s_values_pass() -> None:
     """With two tokens the largest map, (32, 64) in fp32, is most of what passes."""
     config, spec = config_of("bert"), spec_of()
-    small, plain = (PaperModel(config, spec, (), bits) for bits in ("8bit", "none"))
+    small, plain = (FakeModel(config, spec, (), bits) for bits in ("8bit", "none"))
     more = count_step(small, 1, 2).passing_bytes - count_step(plain, 1, 2).passing_bytes
     assert 0.7 * 32 * 64 * 4 < more <= 32 * 64 * 4
 
@@ -216,7 +216,7 @@ def kept(value: Any) -> int:
 )
 def test_weights_and_what_is_trained_of_them(adapter: dict[str, Any]) -> None:
     config, spec = config_of("roberta"), spec_of(**adapter)
-    counts, model = count_step(PaperModel(config, spec), ROWS, LENGTH), real(config, spec)
+    counts, model = count_step(FakeModel(config, spec), ROWS, LENGTH), real(config, spec)
     groups = trainable_by_layer(model, find_blocks(model)[0])
     of_layers = [sum(v.numel() for v in groups.get(layer, {}).values()) for layer in range(LAYERS)]
     assert [block.trainable_parameters for block in counts.blocks] == of_layers
@@ -231,7 +231,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
     family: str, precision: str
 ) -> None:
     config, spec = config_of(family), spec_of()
-    paper, model = PaperModel(config, spec), real(config, spec)
+    paper, model = FakeModel(config, spec), real(config, spec)
     counts = count_step(paper, ROWS, LENGTH, precision, checkpointing=True)
     for active in patterns():
         tally = Tally(model)
@@ -255,7 +255,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
 def test_what_passes_is_the_peak_beyond_what_is_stored(family: str, precision: str) -> None:
     """Whatever the gates: within 2 %, which gradients of adapters make."""
     config, spec = config_of(family), spec_of()
-    paper, model = PaperModel(config, spec), real(config, spec)
+    paper, model = FakeModel(config, spec), real(config, spec)
     counts = count_step(paper, ROWS, 33, precision)
     for active in patterns():
         tally = Tally(model)
@@ -270,8 +270,8 @@ def test_what_passes_is_the_peak_beyond_what_is_stored(family: str, precision: s
 def test_frozen_layers_do_not_change_the_others() -> None:
     """So that one count with an adapter everywhere serves any number of frozen layers."""
     config = config_of("llama")
-    everywhere = count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
-    behind = count_step(PaperModel(config, spec_of(frozen=2)), ROWS, LENGTH)
+    everywhere = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
+    behind = count_step(FakeModel(config, spec_of(frozen=2)), ROWS, LENGTH)
     assert behind.blocks[2:] == everywhere.blocks[2:]
     assert behind.rest == everywhere.rest
     assert [block.stored_bytes for block in behind.blocks[:2]] == [0, 0]
@@ -280,7 +280,7 @@ def test_frozen_layers_do_not_change_the_others() -> None:
 
 def test_costs_are_straight_lines_in_the_batch() -> None:
     """From two rows on; what passes is only nearly so, and therefore always counted."""
-    paper = PaperModel(config_of("bert"), spec_of())
+    paper = FakeModel(config_of("bert"), spec_of())
     two, three, nine = (count_step(paper, rows, LENGTH, "bf16") for rows in (2, 3, 9))
     for active in patterns():
         for cost in (step_flops, step_stored_bytes):
@@ -290,7 +290,7 @@ def test_costs_are_straight_lines_in_the_batch() -> None:
 
 def test_a_single_row_counts_as_padded() -> None:
     config, spec = config_of("llama"), spec_of()
-    paper, model = PaperModel(config, spec), real(config, spec)
+    paper, model = FakeModel(config, spec), real(config, spec)
     counts, meter = count_step(paper, 1, LENGTH), ActivationMeter(model)
     row = batch(paper, rows=1)
     row["attention_mask"][0, -1] = 0
@@ -301,14 +301,14 @@ def test_a_single_row_counts_as_padded() -> None:
 
 def test_few_blocks_are_run_for_many() -> None:
     """Depth costs nothing: of forty like layers the first and the last are run."""
-    paper = PaperModel(config_of("bert", 40), spec_of(40))
+    paper = FakeModel(config_of("bert", 40), spec_of(40))
     ran: set[int] = set()
     for index, block in enumerate(paper.blocks):
         inside: Any = block
         inside.intermediate.register_forward_hook(lambda *_, index=index: ran.add(index))
     counts = count_step(paper, ROWS, LENGTH)
     assert ran == {0, 39}
-    shallow = count_step(PaperModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    shallow = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
     assert counts.blocks == shallow.blocks[:1] * 40
     assert counts.rest == shallow.rest
 
@@ -325,7 +325,7 @@ def test_a_model_that_looks_at_values_is_refused() -> None:
         languages=["en_XX"],
         default_language="en_XX",
     )
-    paper = PaperModel(config, spec_of(2, targets=["query"]))
+    paper = FakeModel(config, spec_of(2, targets=["query"]))
     with pytest.raises(DroppeftError, match="costs of a xmod model cannot be counted without"):
         count_step(paper, ROWS, LENGTH)
 
@@ -333,6 +333,6 @@ def test_a_model_that_looks_at_values_is_refused() -> None:
 def test_counting_touches_neither_configuration_nor_generator() -> None:
     config = config_of("bert")
     before, state = config.to_dict(), torch.get_rng_state()
-    count_step(PaperModel(config, spec_of()), ROWS, LENGTH)
+    count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)

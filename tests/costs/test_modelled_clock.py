@@ -27,8 +27,8 @@ from droppeft.costs.step_counts import (
     step_stored_bytes,
 )
 from droppeft.errors import DroppeftError
-from droppeft.messages import MeasuredCost, PrefixCost
-from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, answer_to, plan_for
+from droppeft.messages import CachedLayersCost, MeasuredCost
+from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, answer_to, instruction_for
 
 PROFILE = DeviceProfile(
     effective_flops_per_s=1e12,
@@ -67,15 +67,17 @@ def test_a_layer_counts_for_the_tokens_that_it_computed() -> None:
 
 
 def test_a_turn_by_hand() -> None:
-    plan = plan_for(4)
-    turn = CLOCK.turn_cost(plan, answer_to(plan, cost=replace(COST, reward_tokens=128)))
+    instruction = instruction_for(4)
+    turn = CLOCK.client_cost(
+        instruction, answer_to(instruction, cost=replace(COST, reward_tokens=128))
+    )
     assert turn.profile == "mine"
     assert turn.download_s == pytest.approx(36 / 9)  # nine values of 4 bytes
     assert turn.upload_s == pytest.approx(36 / 6)
     # (64 x 20 + 192 x 3) x 1e9 FLOPs at 1e12 per second, and two steps.
     assert turn.train_s == pytest.approx(1.856 + 2 * 0.5)
     assert turn.reward_s == pytest.approx(128 * (4 + 10) * 1e9 / 1e12)
-    assert turn.turn_s == pytest.approx(4 + 6 + 2.856 + 1.792)
+    assert turn.total_s == pytest.approx(4 + 6 + 2.856 + 1.792)
     assert turn.energy_j == pytest.approx(15 * (2.856 + 1.792) + 3 * (4 + 6))
 
 
@@ -91,7 +93,7 @@ def test_scoring_layers_costs_the_forwards_that_it_takes() -> None:
 def test_frozen_layers_run_forward_only_and_for_new_rows_only() -> None:
     # What is said of tokens in frozen layers is of no account.
     visited = replace(COST, layer_tokens=(64, 0, 32, 64))
-    built = replace(visited, prefix=PrefixCost(hits=4, built=4, built_tokens=20))
+    built = replace(visited, prefix=CachedLayersCost(hits=4, built=4, built_tokens=20))
     later = 64 * 2 * REST + 96 * (FORWARD + BACKWARD)
     assert training_flops(ARITHMETIC, visited, frozen=2) == pytest.approx(later)
     first = later + 20 * 2 * FORWARD

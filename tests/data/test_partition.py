@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import PartitionConfig
-from droppeft.data.partition import PARTITIONERS, DeviceRows, partition_rows
+from droppeft.data.partition import PARTITIONERS, ClientRows, partition_rows
 from droppeft.errors import DroppeftError
 
 Labels = npt.NDArray[np.int64]
@@ -25,21 +25,21 @@ def config(kind: str, **changes: Any) -> PartitionConfig:
     return PartitionConfig.model_validate({"kind": kind, "key": key, **changes})
 
 
-def all_rows(device: DeviceRows) -> npt.NDArray[np.int64]:
-    return np.concatenate([device.train, device.validation, device.test])
+def all_rows(client: ClientRows) -> npt.NDArray[np.int64]:
+    return np.concatenate([client.train, client.validation, client.test])
 
 
-def as_lists(devices: Sequence[DeviceRows]) -> list[list[int]]:
-    return [all_rows(device).tolist() for device in devices]
+def as_lists(clients: Sequence[ClientRows]) -> list[list[int]]:
+    return [all_rows(client).tolist() for client in clients]
 
 
-def owners(rows: int, devices: int) -> tuple[str, ...]:
-    return tuple(f"owner {row % devices}" for row in range(rows))
+def owners(rows: int, clients: int) -> tuple[str, ...]:
+    return tuple(f"owner {row % clients}" for row in range(rows))
 
 
-def mean_largest_share(labels: Labels, devices: Sequence[DeviceRows]) -> float:
-    """Mean over devices of the share of their most frequent class."""
-    shares = [np.bincount(labels[all_rows(device)]) / len(all_rows(device)) for device in devices]
+def mean_largest_share(labels: Labels, clients: Sequence[ClientRows]) -> float:
+    """Mean over clients of the share of their most frequent class."""
+    shares = [np.bincount(labels[all_rows(client)]) / len(all_rows(client)) for client in clients]
     return float(np.mean([share.max() for share in shares]))
 
 
@@ -49,7 +49,7 @@ def test_every_kind_of_the_configuration_exists() -> None:
 
 @given(
     kind=st.sampled_from(KINDS),
-    devices=st.integers(1, 8),
+    clients=st.integers(1, 8),
     spare=st.integers(0, 60),
     min_rows=st.integers(3, 9),
     alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
@@ -58,15 +58,15 @@ def test_every_kind_of_the_configuration_exists() -> None:
 )
 def test_every_row_has_one_place_and_every_part_some_row(
     kind: str,
-    devices: int,
+    clients: int,
     spare: int,
     min_rows: int,
     alpha: float,
     fractions: tuple[float, float],
     seed: int,
 ) -> None:
-    rows = devices * min_rows + spare
-    # Two classes: `pathological` gives every device both, so it never lacks rows.
+    rows = clients * min_rows + spare
+    # Two classes: `pathological` gives every client both, so it never lacks rows.
     labels = np.random.default_rng(seed).permutation(np.arange(rows) % 2)
     chosen = config(
         kind,
@@ -75,8 +75,8 @@ def test_every_row_has_one_place_and_every_part_some_row(
         validation_fraction=fractions[0],
         test_fraction=fractions[1],
     )
-    parts = partition_rows(labels, owners(rows, devices), devices, chosen, seed)
-    assert len(parts) == devices
+    parts = partition_rows(labels, owners(rows, clients), clients, chosen, seed)
+    assert len(parts) == clients
     assert sorted(np.concatenate([all_rows(part) for part in parts])) == list(range(rows))
     for part in parts:
         assert len(all_rows(part)) >= min_rows
@@ -96,7 +96,7 @@ def test_the_seed_alone_decides(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"natural"}))
-def test_another_seed_gives_devices_other_rows(kind: str) -> None:
+def test_another_seed_gives_clients_other_rows(kind: str) -> None:
     first, other = (
         partition_rows(balanced(4, 100), None, 8, config(kind), seed) for seed in (3, 4)
     )
@@ -130,11 +130,11 @@ def test_iid_is_equal_in_size_and_in_labels() -> None:
 
 
 def test_the_two_dirichlets_differ_as_derived() -> None:
-    """At alpha = 1, four equal classes and 20 devices.
+    """At alpha = 1, four equal classes and 20 clients.
 
-    ``dirichlet``: a device's four class shares are about independent exponentials, so its mix is
+    ``dirichlet``: a client's four class shares are about independent exponentials, so its mix is
     uniform on the simplex, whose largest of four parts is (1 + 1/2 + 1/3 + 1/4) / 4 = .52 on
-    average. ``dirichlet_by_device``: the mix is Dir(1/4, 1/4, 1/4, 1/4), concentrated at the
+    average. ``dirichlet_by_client``: the mix is Dir(1/4, 1/4, 1/4, 1/4), concentrated at the
     corners; its largest part is .72 on average (by simulation of 10^6 draws).
     """
     labels = balanced(4, 2000)
@@ -145,47 +145,47 @@ def test_the_two_dirichlets_differ_as_derived() -> None:
                 for seed in range(6)
             ]
         )
-        for kind in ("dirichlet", "dirichlet_by_device")
+        for kind in ("dirichlet", "dirichlet_by_client")
     }
     assert shares["dirichlet"] == pytest.approx(0.52, abs=0.04)
-    assert shares["dirichlet_by_device"] == pytest.approx(0.73, abs=0.05)
+    assert shares["dirichlet_by_client"] == pytest.approx(0.73, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_by_device"])
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_by_client"])
 def test_a_large_alpha_is_nearly_iid_and_a_small_one_nearly_one_class(kind: str) -> None:
     labels = balanced(4, 1000)
     large = partition_rows(labels, None, 10, config(kind, alpha=1000), 0)
     small = partition_rows(labels, None, 10, config(kind, alpha=0.02), 0)
     assert mean_largest_share(labels, large) < 0.35
-    # Not 1: rows that top up a small device are of other classes.
+    # Not 1: rows that top up a small client are of other classes.
     assert mean_largest_share(labels, small) > 0.6
 
 
-def test_dirichlet_by_device_gives_equal_sizes_and_follows_the_prior() -> None:
+def test_dirichlet_by_client_gives_equal_sizes_and_follows_the_prior() -> None:
     labels = np.repeat([0, 1], [900, 101])
-    parts = partition_rows(labels, None, 10, config("dirichlet_by_device", alpha=1000), 0)
+    parts = partition_rows(labels, None, 10, config("dirichlet_by_client", alpha=1000), 0)
     sizes = sorted(len(all_rows(part)) for part in parts)
     assert sizes == [100] * 9 + [101]
     first = labels[all_rows(parts[0])]
     assert first.mean() == pytest.approx(0.1, abs=0.08)
 
 
-def test_pathological_devices_have_few_classes_and_no_class_is_lost() -> None:
+def test_pathological_clients_have_few_classes_and_no_class_is_lost() -> None:
     labels = balanced(10, 200)
-    parts = partition_rows(labels, None, 20, config("pathological", classes_per_device=3), 0)
+    parts = partition_rows(labels, None, 20, config("pathological", classes_per_client=3), 0)
     held = [set(labels[all_rows(part)].tolist()) for part in parts]
     assert all(len(classes) == 3 for classes in held)
     assert set.union(*held) == set(range(10))
 
 
-def test_pathological_gives_each_class_a_device_where_there_are_enough() -> None:
+def test_pathological_gives_each_class_a_client_where_there_are_enough() -> None:
     labels = balanced(10, 50)
-    parts = partition_rows(labels, None, 10, config("pathological", classes_per_device=1), 0)
+    parts = partition_rows(labels, None, 10, config("pathological", classes_per_client=1), 0)
     held = [set(labels[all_rows(part)].tolist()) for part in parts]
     assert held == [{label} for label in range(10)]
 
 
-def test_natural_devices_are_the_largest_owners() -> None:
+def test_natural_clients_are_the_largest_owners() -> None:
     keys = ("b",) * 30 + ("a",) * 25 + ("d",) * 20 + ("c",) * 20 + ("e",) * 10
     parts = partition_rows(np.zeros(105, np.int64), keys, 3, config("natural"), 0)
     held = [{keys[row] for row in all_rows(part)} for part in parts]
@@ -193,10 +193,10 @@ def test_natural_devices_are_the_largest_owners() -> None:
     assert [len(all_rows(part)) for part in parts] == [25, 30, 20]
 
 
-# Small devices
+# Small clients
 
 
-def test_a_small_device_is_topped_up_from_the_largest_alone() -> None:
+def test_a_small_client_is_topped_up_from_the_largest_alone() -> None:
     keys = ("a",) * 5 + ("b",) * 60 + ("c",) * 40
     chosen = config("natural", min_rows=20)
     small, largest, other = partition_rows(np.zeros(105, np.int64), keys, 3, chosen, 0)
@@ -213,21 +213,21 @@ def test_what_is_moved_is_a_random_choice() -> None:
     assert moved not in (list(range(5, 20)), list(range(50, 65)))
 
 
-def test_a_small_device_can_be_an_error() -> None:
+def test_a_small_client_can_be_an_error() -> None:
     keys = ("a",) * 60 + ("b",) * 7
-    with pytest.raises(DroppeftError, match=r"device 1 gets 7 rows.*set partition\.small=merge"):
+    with pytest.raises(DroppeftError, match=r"client 1 gets 7 rows.*set partition\.small=merge"):
         partition_rows(np.zeros(67, np.int64), keys, 2, config("natural", small="error"), 0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "labels", "keys", "devices", "changes", "message"),
+    ("kind", "labels", "keys", "clients", "changes", "message"),
     [
-        ("iid", balanced(2, 29), None, 3, {}, "58 training rows are too few for devices=3"),
+        ("iid", balanced(2, 29), None, 3, {}, "58 training rows are too few for clients=3"),
         ("natural", balanced(2, 30), None, 3, {}, "needs an owner for every row"),
-        ("natural", balanced(2, 30), owners(60, 2), 3, {}, "2 owners, fewer than devices=3"),
+        ("natural", balanced(2, 30), owners(60, 2), 3, {}, "2 owners, fewer than clients=3"),
         ("natural", balanced(2, 99), tuple(map(str, range(198))), 3, {}, "3 training rows are too"),
-        ("pathological", balanced(2, 40), None, 2, {"classes_per_device": 3}, "more than the 2"),
-        ("pathological", balanced(5, 40), None, 2, {}, "some of the 5 classes have no device"),
+        ("pathological", balanced(2, 40), None, 2, {"classes_per_client": 3}, "more than the 2"),
+        ("pathological", balanced(5, 40), None, 2, {}, "some of the 5 classes have no client"),
         ("pathological", np.repeat([0, 1], [99, 1]), None, 3, {}, "a class has fewer rows than"),
     ],
 )
@@ -235,9 +235,9 @@ def test_the_impossible_is_refused(
     kind: str,
     labels: Labels,
     keys: tuple[str, ...] | None,
-    devices: int,
+    clients: int,
     changes: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(DroppeftError, match=message):
-        partition_rows(labels, keys, devices, config(kind, **changes), 0)
+        partition_rows(labels, keys, clients, config(kind, **changes), 0)

@@ -5,7 +5,7 @@ import pytest
 
 from droppeft.config import SourceConfig
 from droppeft.data import reference
-from droppeft.data.partition import DeviceRows
+from droppeft.data.partition import ClientRows
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData, TextTable
@@ -34,14 +34,14 @@ def test_the_majority_is_trains() -> None:
     assert majority_accuracy(_task(train, test)) == 1 / 4
 
 
-def test_a_device_s_own_majority_is_of_its_training_rows() -> None:
-    """By hand: device 0 answers 1, right once in three; device 1 answers 0, right each time."""
+def test_a_client_s_own_majority_is_of_its_training_rows() -> None:
+    """By hand: client 0 answers 1, right once in three; client 1 answers 0, right each time."""
     train = TextTable(tuple("abcdefghijk"), None, np.array([1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 0]))
-    devices = (
-        DeviceRows(np.array([0, 1, 2]), np.array([10]), np.array([3, 4, 5])),
-        DeviceRows(np.array([6, 7, 8]), np.array([9]), np.array([10])),
+    clients = (
+        ClientRows(np.array([0, 1, 2]), np.array([10]), np.array([3, 4, 5])),
+        ClientRows(np.array([6, 7, 8]), np.array([9]), np.array([10])),
     )
-    assert own_majority_accuracy(_task(train, train), devices) == pytest.approx((1 / 3 + 1) / 2)
+    assert own_majority_accuracy(_task(train, train), clients) == pytest.approx((1 / 3 + 1) / 2)
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ def test_gradients_of_zeros_at_a_dropped_layer_are_refused(model: Any) -> None:
         assert_same(before, adapters(model)[layer])
 
 
-def test_gradients_of_zeros_where_a_layer_ran_are_usual() -> None:
+def test_gradients_of_zeros_where_a_layer_ran_are_typical() -> None:
     """The first gradient of LoRA's A is zero, since B starts at zero."""
     model = get_peft_model(
         tiny_model(LAYERS, "llama"), LoraConfig(r=2, target_modules=["q_proj"])

@@ -220,8 +220,8 @@ def test_the_gates_count_a_skipped_step_as_the_trainer_does(tmp_path: Path) -> N
     with torch.no_grad():
         trainer.model.get_submodule("base_model.model.classifier").weight.mul_(100.0)
     trainer.train()
-    _, usual = train(tmp_path, lora_model())
-    assert witness.gates == usual.gates
+    _, typical = train(tmp_path, lora_model())
+    assert witness.gates == typical.gates
     assert witness.moved == [(False,) * LAYERS, *witness.gates[1:]]
 
 
@@ -264,7 +264,7 @@ def test_nothing_is_left_after_training(tmp_path: Path) -> None:
     assert witness.gates[:5] == witness.gates[5:]
 
 
-class Trouble(TrainerCallback):
+class DeliveryError(TrainerCallback):
     """Raises in the third step, once."""
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ class Trouble(TrainerCallback):
 
 def broken(folder: Path, model: Any) -> tuple[Trainer, LayerDropoutCallback]:
     callback = LayerDropoutCallback(0.5)
-    trainer = make(folder, model, callback, Trouble())
+    trainer = make(folder, model, callback, DeliveryError())
     with pytest.raises(RuntimeError, match="mine"):
         trainer.train()
     return trainer, callback

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import adapter_contract as contract
-from adapter_contract import DROPPED, EVERY, LAYERS, Worn
+from adapter_contract import DROPPED, EVERY, LAYERS, Attached
 from architecture_contract import calls_inside
 from droppeft.adapters.types import TYPES
 from droppeft.layer_dropout import layer_dropout
@@ -23,49 +23,49 @@ RATES = [0.0 if runs else 0.5 for runs in WITHOUT]
 Optimizer = torch.optim.Optimizer
 
 
-def loss(worn: Worn, rows: slice = slice(None)) -> torch.Tensor:
+def loss(attached: Attached, rows: slice = slice(None)) -> torch.Tensor:
     columns = {name: column[rows] for name, column in contract.texts().items()}
-    found: torch.Tensor = worn.model(**columns).loss
+    found: torch.Tensor = attached.model(**columns).loss
     return found
 
 
-def plainly(worn: Worn, optimizer: Optimizer) -> None:
-    loss(worn).backward()
+def plainly(attached: Attached, optimizer: Optimizer) -> None:
+    loss(attached).backward()
     optimizer.step()
 
 
-def recomputing(worn: Worn, optimizer: Optimizer, reentrant: bool) -> None:
-    worn.model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    worn.model.enable_input_require_grads()
-    plainly(worn, optimizer)
+def recomputing(attached: Attached, optimizer: Optimizer, reentrant: bool) -> None:
+    attached.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    attached.model.enable_input_require_grads()
+    plainly(attached, optimizer)
 
 
-def reentrant(worn: Worn, optimizer: Optimizer) -> None:
-    recomputing(worn, optimizer, reentrant=True)
+def reentrant(attached: Attached, optimizer: Optimizer) -> None:
+    recomputing(attached, optimizer, reentrant=True)
 
 
-def non_reentrant(worn: Worn, optimizer: Optimizer) -> None:
-    recomputing(worn, optimizer, reentrant=False)
+def non_reentrant(attached: Attached, optimizer: Optimizer) -> None:
+    recomputing(attached, optimizer, reentrant=False)
 
 
-def in_bf16(worn: Worn, optimizer: Optimizer) -> None:
+def in_bf16(attached: Attached, optimizer: Optimizer) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss(worn)
+        found = loss(attached)
     found.backward()
     optimizer.step()
 
 
-def in_fp16(worn: Worn, optimizer: Optimizer) -> None:
+def in_fp16(attached: Attached, optimizer: Optimizer) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     with torch.autocast("cpu", dtype=torch.float16):
-        found = loss(worn)
+        found = loss(attached)
     scaler.scale(found).backward()
     scaler.step(optimizer)
 
 
-def accumulating(worn: Worn, optimizer: Optimizer) -> None:
+def accumulating(attached: Attached, optimizer: Optimizer) -> None:
     for rows in (slice(4), slice(4, None)):
-        (loss(worn, rows) / 2).backward()
+        (loss(attached, rows) / 2).backward()
     optimizer.step()
 
 
@@ -77,38 +77,38 @@ class Step(NamedTuple):
     calls: list[int]
 
 
-def train(name: str, way: Callable[[Worn, Optimizer], None]) -> list[Step]:
+def train(name: str, way: Callable[[Attached, Optimizer], None]) -> list[Step]:
     """Two steps: of every layer, which gives all of them momentum, and without one of them."""
-    worn = Worn(contract.case(name, "bert"))
-    worn.scramble()
-    trained = [value for value in worn.model.train().parameters() if value.requires_grad]
+    attached = Attached(contract.case(name, "bert"))
+    attached.scramble()
+    trained = [value for value in attached.model.train().parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     steps = []
-    with layer_dropout(worn.model, optimizer, rates=RATES) as dropout:
+    with layer_dropout(attached.model, optimizer, rates=RATES) as dropout:
         for active in (EVERY, WITHOUT):
             while dropout.active != active:
                 dropout.step += 1
             number = dropout.step
             torch.manual_seed(5)
-            with calls_inside(list(worn.blocks)) as calls:
-                way(worn, optimizer)
+            with calls_inside(list(attached.blocks)) as calls:
+                way(attached, optimizer)
             assert dropout.step == number + 1
-            steps.append(Step(gradients(worn), values(worn), calls))
+            steps.append(Step(gradients(attached), values(attached), calls))
             optimizer.zero_grad()
     return steps
 
 
-def gradients(worn: Worn) -> dict[LayerKey, list[torch.Tensor | None]]:
+def gradients(attached: Attached) -> dict[LayerKey, list[torch.Tensor | None]]:
     return {
         key: [None if value.grad is None else value.grad.clone() for value in named.values()]
-        for key, named in worn.groups.items()
+        for key, named in attached.groups.items()
     }
 
 
-def values(worn: Worn) -> dict[LayerKey, list[torch.Tensor]]:
+def values(attached: Attached) -> dict[LayerKey, list[torch.Tensor]]:
     return {
         key: [value.detach().clone() for value in named.values()]
-        for key, named in worn.groups.items()
+        for key, named in attached.groups.items()
     }
 
 
@@ -159,8 +159,8 @@ def flat(groups: dict[LayerKey, list[Any]]) -> list[Any]:
 
 def test_prefixes_cannot_be_checkpointed_by_transformers() -> None:
     """With gates or without: it takes them for a cache. The table of adapters says so."""
-    worn = Worn(contract.case("prefix_tuning", "bert"))
-    worn.model.train().activation_checkpointing_enable({"use_reentrant": False})
+    attached = Attached(contract.case("prefix_tuning", "bert"))
+    attached.model.train().activation_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(RuntimeError, match="must match the size"):
-        loss(worn)
+        loss(attached)
     assert "transformers' own gradient checkpointing" in TYPES["prefix_tuning"].note

@@ -25,15 +25,15 @@ SPELT_OUT = (
     "frozen.cache=false",
     "configurator.policy=budgeted_thompson",
     "configurator.means=[0]",
-    "configurator.prefixes=[0, 0.34]",
+    "configurator.untrained=[0, 0.34]",
 )
 
 
 @pytest.fixture
 def words(tiny_words: list[str], tmp_path: Path) -> list[str]:
     """Of a run of six layers, in which nothing is said of dropout."""
-    usual = [word for word in tiny_words if not word.startswith(("dropout.", "model="))]
-    return [*usual, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
+    typical = [word for word in tiny_words if not word.startswith(("dropout.", "model="))]
+    return [*typical, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
 
 
 def test_it_is_what_droppeft_does_with_these_settings(words: list[str], tmp_path: Path) -> None:
@@ -59,10 +59,12 @@ def test_the_folder_says_how_many_layers_half_of_them_are(words: list[str], tmp_
 def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
     setup = setup_for("method=adaptive")
     state = ADAPTIVE.init(setup)
-    plans = ADAPTIVE.plan(setup, state, 1, list(range(10)))
-    assert {first_trained_layer(plan) for plan in plans} == {2, 3}
-    assert {plan.dropout.rates for plan in plans if plan.dropout} == {(0.0,) * 4}
-    assert {plan.sharing for plan in plans} == {None}
+    instructions = ADAPTIVE.instruct(setup, state, 1, list(range(10)))
+    assert {first_trained_layer(instruction) for instruction in instructions} == {2, 3}
+    assert {instruction.dropout.rates for instruction in instructions if instruction.dropout} == {
+        (0.0,) * 4
+    }
+    assert {instruction.sharing for instruction in instructions} == {None}
 
 
 @pytest.mark.parametrize(
@@ -90,17 +92,21 @@ def test_what_would_make_another_method_of_it_is_refused(word: str, message: str
 
 
 def test_a_method_s_defaults_hold_where_nothing_is_given() -> None:
-    usual = load_config(None, ["method=adaptive"])
-    assert (usual.frozen.layers, usual.frozen.cache, usual.dropout.mean) == ("half", False, 0.0)
-    chosen = usual.configurator
+    typical = load_config(None, ["method=adaptive"])
+    assert (typical.frozen.layers, typical.frozen.cache, typical.dropout.mean) == (
+        "half",
+        False,
+        0.0,
+    )
+    chosen = typical.configurator
     assert (chosen.policy, chosen.means, chosen.prefixes) == (
         "budgeted_thompson",
         (0.0,),
         (0.0, 0.34),
     )
-    own = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.prefixes=[0]"])
+    own = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.untrained=[0]"])
     assert (own.frozen.layers, own.frozen.cache) == (1, False)
-    assert own.configurator.prefixes == (0.0,)
+    assert own.configurator.untrained == (0.0,)
     assert own.configurator.policy == "budgeted_thompson"
     assert load_config(None, []).frozen.layers == 0
 

@@ -12,7 +12,7 @@ from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import base_delta_applied
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import GlobalModel, Plan, Update, flatten
+from droppeft.messages import GlobalModel, Instruction, Update, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
 from droppeft.server.prepare import Prepared, prepare
@@ -41,28 +41,33 @@ def changes(model: GlobalModel, scale: float) -> dict[str, Any]:
     return found
 
 
-def with_factors(plan: Plan, rng: np.random.Generator, examples: int) -> Update:
+def with_factors(instruction: Instruction, rng: np.random.Generator, examples: int) -> Update:
     """An answer of random values."""
     tensors = {
         key: {name: rng.normal(size=array.shape).astype(np.float32) for name, array in v.items()}
-        for key, v in plan.tensors.items()
+        for key, v in instruction.tensors.items()
     }
-    return answer_to(plan, examples=examples, tensors=tensors)
+    return answer_to(instruction, examples=examples, tensors=tensors)
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_global_model_is_the_mean_of_the_devices_over_several_rounds(name: str) -> None:
-    """Three rounds; what each device changed is weighed 1 : 3, exactly."""
+def test_the_global_model_is_the_mean_of_the_clients_over_several_rounds(name: str) -> None:
+    """Three rounds; what each client changed is weighed 1 : 3, exactly."""
     setup, method = shaped(f"method={name}", "adapter.rank=2", "adapter.alpha=4"), METHODS[name]
     state, rng = method.init(setup), np.random.default_rng(0)
     for round in (1, 2, 3):
-        plans = method.plan(setup, state, round, [0, 1])
-        updates = [with_factors(plan, rng, n) for plan, n in zip(plans, (10, 30), strict=True)]
-        own = [
-            changes(GlobalModel(plan.adapter, update.tensors, plan.base_delta), scale=2.0)
-            for plan, update in zip(plans, updates, strict=True)
+        instructions = method.instruct(setup, state, round, [0, 1])
+        updates = [
+            with_factors(instruction, rng, n)
+            for instruction, n in zip(instructions, (10, 30), strict=True)
         ]
-        state = method.merge(setup, state, plans, updates)
+        own = [
+            changes(
+                GlobalModel(instruction.adapter, update.tensors, instruction.base_delta), scale=2.0
+            )
+            for instruction, update in zip(instructions, updates, strict=True)
+        ]
+        state = method.merge(setup, state, instructions, updates)
         for a, merged in changes(state.model, scale=2.0).items():
             np.testing.assert_allclose(merged, own[0][a] / 4 + own[1][a] * 3 / 4, atol=1e-5)
         heads = [float(update.tensors["head"]["head.W"][0]) for update in updates]
@@ -74,9 +79,9 @@ def test_averaging_the_factors_is_not_exact() -> None:
     setup = shaped("method=fedlora", "adapter.rank=2", "adapter.alpha=4")
     method = METHODS["fedlora"]
     state, rng = method.init(setup), np.random.default_rng(0)
-    plans = method.plan(setup, state, 1, [0, 1])
-    updates = [with_factors(plan, rng, 10) for plan in plans]
-    merged = changes(method.merge(setup, state, plans, updates).model, scale=2.0)
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    updates = [with_factors(instruction, rng, 10) for instruction in instructions]
+    merged = changes(method.merge(setup, state, instructions, updates).model, scale=2.0)
     own = [changes(replace(state.model, tensors=update.tensors), 2.0) for update in updates]
     assert all(np.abs(merged[a] - (own[0][a] + own[1][a]) / 2).max() > 0.1 for a in merged)
 
@@ -85,8 +90,13 @@ def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> No
     setup, method = shaped("method=flora", "adapter.rank=2"), METHODS["flora"]
     state, seen = method.init(setup), []
     for round in (1, 2, 3):
-        plans = method.plan(setup, state, round, [0])
-        state = method.merge(setup, state, plans, [answer_to(plan, 1.0) for plan in plans])
+        instructions = method.instruct(setup, state, round, [0])
+        state = method.merge(
+            setup,
+            state,
+            instructions,
+            [answer_to(instruction, 1.0) for instruction in instructions],
+        )
         named = state.model.tensors[0]
         assert not named["0.lora_B.weight"].any()
         assert np.abs(named["0.lora_A.weight"]).max() <= 1 / np.sqrt(WIDTH_OF_MODEL)
@@ -94,8 +104,13 @@ def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> No
     assert len(set(seen)) == 3
     again = method.init(setup)
     for round in (1, 2):
-        plans = method.plan(setup, again, round, [0])
-        again = method.merge(setup, again, plans, [answer_to(plan, 1.0) for plan in plans])
+        instructions = method.instruct(setup, again, round, [0])
+        again = method.merge(
+            setup,
+            again,
+            instructions,
+            [answer_to(instruction, 1.0) for instruction in instructions],
+        )
     assert again.model.tensors[0]["0.lora_A.weight"].tobytes() == seen[1]
 
 
@@ -137,7 +152,7 @@ def logits(prepared: Prepared, model: GlobalModel | Update, delta: Any = None) -
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("name", EXACT)
-def test_one_device_s_model_becomes_the_global_one(
+def test_one_client_s_model_becomes_the_global_one(
     name: str, architecture: str, prepare_with: Callable[..., Prepared], tmp_path: Any
 ) -> None:
     """Twice: the second turn has a delta. GPT-2 keeps its weights the other way round."""
@@ -147,10 +162,10 @@ def test_one_device_s_model_becomes_the_global_one(
     )
     clients, state = clients_of(prepared.loaded), prepared.state
     for round in (1, 2):
-        [plan] = prepared.method.plan(prepared.setup, state, round, [1])
-        update = update_of(clients, plan)
-        trained = logits(prepared, update, plan.base_delta)
-        state = prepared.method.merge(prepared.setup, state, [plan], [update])
+        [instruction] = prepared.method.instruct(prepared.setup, state, round, [1])
+        update = update_of(clients, instruction)
+        trained = logits(prepared, update, instruction.base_delta)
+        state = prepared.method.merge(prepared.setup, state, [instruction], [update])
         merged = logits(prepared, state.model, state.model.base_delta)
         if name == "flora":  # all that was learnt is in the delta
             alone = logits(prepared, state.model)
@@ -160,23 +175,23 @@ def test_one_device_s_model_becomes_the_global_one(
 
 def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("method=ffa_lora", "training.learning_rate=0.02")
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-    sent = {name for _, name, _ in flatten(plan.tensors)}
-    assert sent == plan.train == plan.share
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
+    sent = {name for _, name, _ in flatten(instruction.tensors)}
+    assert sent == instruction.train == instruction.share
     assert not any(".lora_A." in name for name in sent)
     assert any(".lora_B." in name for name in sent)
     set_tensors(prepared.model.parameters, ones_like(prepared.state.model.tensors))
-    reply = update_of(clients_of(prepared.loaded), plan)
+    reply = update_of(clients_of(prepared.loaded), instruction)
     assert prepared.method.own(prepared.setup, prepared.state, 1, 1).train == sent
     assert {name for _, name, _ in flatten(reply.tensors)} == sent
-    state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
+    state = prepared.method.merge(prepared.setup, prepared.state, [instruction], [reply])
     for key, name, array in flatten(state.model.tensors):
         started = prepared.state.model.tensors[key][name]
         assert np.array_equal(array, started) == (".lora_A." in name)
-    worn = {name: value for _, name, value in flatten(get_tensors(prepared.model.parameters))}
+    attached = {name: value for _, name, value in flatten(get_tensors(prepared.model.parameters))}
     for _, name, array in flatten(prepared.state.model.tensors):
         if ".lora_A." in name:
-            np.testing.assert_array_equal(worn[name], array)
+            np.testing.assert_array_equal(attached[name], array)
 
 
 # FlexLoRA
@@ -184,35 +199,38 @@ def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Pre
 MIXED = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "method=flexlora", "adapter.rank=3")
 
 
-def test_flexlora_sends_every_device_the_largest_components_that_its_rank_holds() -> None:
+def test_flexlora_sends_every_client_the_largest_components_that_its_rank_holds() -> None:
     setup, method = shaped(*MIXED, "adapter.alpha=6"), METHODS["flexlora"]
     state, rng = method.init(setup), np.random.default_rng(0)
     ranks: Any = state.memory.ranks
     slow, fast = ranks.index(min(ranks)), ranks.index(max(ranks))
     assert (ranks[slow], ranks[fast]) == (1, 3)
-    plans = method.plan(setup, state, 1, [slow, fast])
-    updates = [with_factors(plan, rng, n) for plan, n in zip(plans, (10, 30), strict=True)]
+    instructions = method.instruct(setup, state, 1, [slow, fast])
+    updates = [
+        with_factors(instruction, rng, n)
+        for instruction, n in zip(instructions, (10, 30), strict=True)
+    ]
     firsts = [update.tensors[0] for update in updates]
     one, other = (named["0.lora_B.weight"] @ named["0.lora_A.weight"] for named in firsts)
     mean = one / 4 + other * 3 / 4
-    state = method.merge(setup, state, plans, updates)
+    state = method.merge(setup, state, instructions, updates)
     u, sizes, v = np.linalg.svd(mean.astype(np.float64))
-    for plan in method.plan(setup, state, 2, [slow, fast]):
-        rank = ranks[plan.device]
-        named = plan.tensors[0]
+    for instruction in method.instruct(setup, state, 2, [slow, fast]):
+        rank = ranks[instruction.client]
+        named = instruction.tensors[0]
         assert named["0.lora_A.weight"].shape == (rank, WIDTH_OF_MODEL)
         nearest = (u[:, :rank] * sizes[:rank]) @ v[:rank]
         found = named["0.lora_B.weight"].astype(np.float64) @ named["0.lora_A.weight"]
         np.testing.assert_allclose(found, nearest, atol=1e-4)
-        assert plan.adapter.alpha == 2 * rank
-        assert plan.objective.rank_penalty is None
-        own = method.own(setup, state, 3, plan.device)
+        assert instruction.adapter.alpha == 2 * rank
+        assert instruction.objective.rank_penalty is None
+        own = method.own(setup, state, 3, instruction.client)
         assert own.measure
-        assert_same(own.tensors, plan.tensors)
+        assert_same(own.tensors, instruction.tensors)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_round_that_nobody_answered_leaves_the_state(name: str) -> None:
     setup, method = shaped(f"method={name}"), METHODS[name]
     state = method.init(setup)
-    assert method.merge(setup, state, method.plan(setup, state, 1, [0]), []) is state
+    assert method.merge(setup, state, method.instruct(setup, state, 1, [0]), []) is state

@@ -8,7 +8,7 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, Failure, Plan, ServerState, Update, flatten
+from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update, flatten
 from droppeft.methods import METHODS, Method, Setup, method_named
 from droppeft.runs.checkpoints import Checkpoint, load_newest, save
 from droppeft.server.prepare import prepare
@@ -22,7 +22,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "droppeft": ("dropout.mean=0.25",),
     "adaptive": (),
     "fedlora": (),
-    "fedadapter": ("cohort=3",),
+    "fedadapter": ("cohort_size=3",),
     "fedadaopt": (),
     "fedhetlora": (),
     "fedra": ("dropout.mean=0.25",),
@@ -66,10 +66,10 @@ def setup(method: Method) -> Setup:
     return setup_for(f"method={method.name}", *ROWS[method.name])
 
 
-def lessons(plan: Plan) -> list[Update]:
+def lessons(instruction: Instruction) -> list[Update]:
     """Answers whose sum in floating point depends on the order of its terms."""
     # (1e30 - 1e30) + 1 = 1, but (1 - 1e30) + 1e30 = 0
-    return [answer_to(plan, (1e30, -1e30, 1.0)[plan.device % 3])]
+    return [answer_to(instruction, (1e30, -1e30, 1.0)[instruction.client % 3])]
 
 
 def test_every_method_has_a_row_and_its_own_name() -> None:
@@ -77,33 +77,37 @@ def test_every_method_has_a_row_and_its_own_name() -> None:
     assert all(method.name == name and method.summary for name, method in METHODS.items())
 
 
-def test_plans_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
+def test_instructions_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
     state = method.init(setup)
     assert isinstance(state, ServerState)
     assert type(state.memory) is method.memory_type
-    plans = method.plan(setup, state, 2, [7, 1, 4])
-    assert [(plan.round, plan.device) for plan in plans] == [(2, 7), (2, 1), (2, 4)]
-    again = method.plan(setup, state, 2, [7, 1, 4])
-    nonces = [plan.nonce for plan in (*plans, *again)]
+    instructions = method.instruct(setup, state, 2, [7, 1, 4])
+    assert [(instruction.round, instruction.client) for instruction in instructions] == [
+        (2, 7),
+        (2, 1),
+        (2, 4),
+    ]
+    again = method.instruct(setup, state, 2, [7, 1, 4])
+    nonces = [instruction.nonce for instruction in (*instructions, *again)]
     assert len(set(nonces)) == 6
     assert min(map(len, nonces)) >= 32
 
 
-def test_a_plan_can_be_carried_out(method: Method, setup: Setup) -> None:
-    for plan in method.plan(setup, method.init(setup), 1, [0, 5]):
-        assert plan.share or not method.has_global_model(setup.config)
-        assert plan.share <= {name for _, name, _ in flatten(plan.tensors)}
-        assert len(plan.adapter.layers) == LAYERS
-        assert plan.seed == setup.config.seed
-        assert (plan.budget.steps is None) != (plan.budget.epochs is None)
-        assert plan.dropout is None or len(plan.dropout.rates) == LAYERS
+def test_a_instruction_can_be_carried_out(method: Method, setup: Setup) -> None:
+    for instruction in method.instruct(setup, method.init(setup), 1, [0, 5]):
+        assert instruction.share or not method.has_global_model(setup.config)
+        assert instruction.share <= {name for _, name, _ in flatten(instruction.tensors)}
+        assert len(instruction.adapter.layers) == LAYERS
+        assert instruction.seed == setup.config.seed
+        assert (instruction.budget.steps is None) != (instruction.budget.epochs is None)
+        assert instruction.dropout is None or len(instruction.dropout.rates) == LAYERS
 
 
 def test_merging_nothing_changes_nothing(method: Method, setup: Setup) -> None:
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0, 1])
-    failed = [Failure(plan.device, "sent no reply") for plan in plans]
-    merged = method.merge(setup, state, plans, failed)
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    failed = [Failure(instruction.client, "sent no reply") for instruction in instructions]
+    merged = method.merge(setup, state, instructions, failed)
     assert_same(merged.model.tensors, state.model.tensors)
     memory = state.memory if method.name in BANDITS else merged.memory
     assert replace(merged, model=state.model, memory=memory) == state
@@ -114,17 +118,17 @@ def test_merging_makes_the_model_what_was_sent(method: Method, setup: Setup) -> 
     state = method.init(setup)
     asked: set[str] = set()
     for round in (1, 2, 3):
-        plans = method.plan(setup, state, round, [0, 1, 2])
-        asked |= {name for plan in plans for name in plan.share}
-        updates = [answer_to(plan, 5.0) for plan in plans]
-        state = method.merge(setup, state, plans, updates)
+        instructions = method.instruct(setup, state, round, [0, 1, 2])
+        asked |= {name for instruction in instructions for name in instruction.share}
+        updates = [answer_to(instruction, 5.0) for instruction in instructions]
+        state = method.merge(setup, state, instructions, updates)
     values = {name: set(array.tolist()) for _, name, array in flatten(state.model.tensors)}
     assert values == {name: {5.0} if name in asked else {1.0} for name in values}
     assert ("head.W" in asked) == (method.name != "local")
 
 
 def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
-    setup = setup_for(f"method={method.name}", "devices=3", *ROWS[method.name])
+    setup = setup_for(f"method={method.name}", "clients=3", *ROWS[method.name])
 
     def play(backwards: bool) -> ServerState:
         state = method.init(setup)
@@ -149,8 +153,8 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
         assert other.adapter == state.alternatives[name].adapter
         assert_same(other.tensors, state.alternatives[name].tensors)
     assert method.own(setup, loaded, 2, 0).measure
-    plain = method.plan(setup, state, 2, [0])[0]
-    reloaded = method.plan(setup, loaded, 2, [0])[0]
+    plain = method.instruct(setup, state, 2, [0])[0]
+    reloaded = method.instruct(setup, loaded, 2, [0])[0]
     assert (plain.adapter, plain.share, plain.dropout) == (
         reloaded.adapter,
         reloaded.share,
@@ -184,8 +188,8 @@ def test_a_whole_run_learns_and_leaves_its_files(
     result = start_run(load_config(None, words), tmp_path / "run", Recorder())
     # Three classes in equal parts: chance is a third.
     assert result["initial_accuracy"] < 0.5
-    assert result["personalised_devices"] == result["devices"]
-    files = {"checkpoints", "config.toml", "devices.jsonl", "result.json", "rounds.jsonl"}
+    assert result["personalised_devices"] == result["clients"]
+    files = {"checkpoints", "config.toml", "clients.jsonl", "result.json", "rounds.jsonl"}
     if method.has_global_model(load_config(None, words)):
         if method.name in WEAK:
             assert moved_beside_the_head(method, words, tmp_path / "run")
@@ -209,7 +213,7 @@ def test_an_unknown_method_is_named_with_those_there_are() -> None:
 def test_fedlora_weights_by_rows() -> None:
     setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
     state = method.init(setup)
-    one, other = method.plan(setup, state, 1, [0, 1])
+    one, other = method.instruct(setup, state, 1, [0, 1])
     updates = [answer_to(one, 1.0, examples=10), answer_to(other, 4.0, examples=20)]
     # (10 · 1 + 20 · 4) / 30 = 3
     assert_same(method.merge(setup, state, [one, other], updates).model.tensors, filled(3.0))
@@ -217,9 +221,9 @@ def test_fedlora_weights_by_rows() -> None:
 
 def test_fedlora_never_drops() -> None:
     setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
-    assert [plan.dropout for plan in method.plan(setup, method.init(setup), 1, [0, 1])] == [
-        None
-    ] * 2
+    assert [
+        instruction.dropout for instruction in method.instruct(setup, method.init(setup), 1, [0, 1])
+    ] == [None] * 2
 
 
 # DropPEFT
@@ -228,7 +232,7 @@ def test_fedlora_never_drops() -> None:
 def test_droppeft_averages_a_layer_over_those_who_ran_it() -> None:
     setup, method = setup_for(), METHODS["droppeft"]
     state = method.init(setup)
-    one, other = method.plan(setup, state, 1, [0, 1])
+    one, other = method.instruct(setup, state, 1, [0, 1])
     whole = answer_to(other, 4.0, examples=30)
     part = answer_to(one, 2.0, examples=10)
     part = replace(part, tensors={key: v for key, v in part.tensors.items() if key not in (1, 2)})
@@ -248,12 +252,14 @@ def test_droppeft_averages_a_layer_over_those_who_ran_it() -> None:
         (["dropout.rates=[0.1, 0.2, 0.3, 0.4]"], (0.1, 0.2, 0.3, 0.4)),
     ],
 )
-def test_droppeft_plans_the_configured_rates(words: list[str], rates: tuple[float, ...]) -> None:
+def test_droppeft_instructions_the_configured_rates(
+    words: list[str], rates: tuple[float, ...]
+) -> None:
     setup, method = setup_for(*words, "dropout.sampling=bernoulli"), METHODS["droppeft"]
-    for plan in method.plan(setup, method.init(setup), 1, [0, 1]):
-        assert plan.dropout is not None
-        assert plan.dropout.rates == pytest.approx(rates)
-        assert plan.dropout.sampling == "bernoulli"
+    for instruction in method.instruct(setup, method.init(setup), 1, [0, 1]):
+        assert instruction.dropout is not None
+        assert instruction.dropout.rates == pytest.approx(rates)
+        assert instruction.dropout.sampling == "bernoulli"
 
 
 @pytest.mark.parametrize(
@@ -268,11 +274,11 @@ def test_droppeft_plans_the_configured_rates(words: list[str], rates: tuple[floa
 def test_impossible_dropout_stops_before_anything_is_written(
     words: list[str], message: str, tiny_words: list[str], tmp_path: Path
 ) -> None:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
     with pytest.raises(DroppeftError, match=message):
         METHODS["droppeft"].init(setup_for(*words))
     with pytest.raises(DroppeftError, match=message):
-        start_run(load_config(None, [*usual, *words]), tmp_path / "run", Recorder())
+        start_run(load_config(None, [*typical, *words]), tmp_path / "run", Recorder())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,8 +308,10 @@ def test_rates_follow_their_schedule(words: tuple[str, ...], means: list[float])
     setup = setup_for("method=droppeft", "rounds=10", "dropout.mean=0.25", *words)
     method = METHODS["droppeft"]
     state = method.init(setup)
-    plans = [method.plan(setup, state, round, [1])[0] for round in range(1, 11)]
-    found = [sum(plan.dropout.rates) / 4 for plan in plans if plan.dropout]
+    instructions = [method.instruct(setup, state, round, [1])[0] for round in range(1, 11)]
+    found = [
+        sum(instruction.dropout.rates) / 4 for instruction in instructions if instruction.dropout
+    ]
     assert found == pytest.approx(means)
 
 
@@ -311,6 +319,6 @@ def test_rates_follow_their_schedule(words: tuple[str, ...], means: list[float])
 def test_a_draw_holds_as_the_configuration_says(word: str, every: int | None) -> None:
     setup = setup_for("method=droppeft", "dropout.mean=0.25", f"dropout.every={word}")
     method = METHODS["droppeft"]
-    [plan] = method.plan(setup, method.init(setup), 1, [1])
-    assert plan.dropout is not None
-    assert plan.dropout.every == every
+    [instruction] = method.instruct(setup, method.init(setup), 1, [1])
+    assert instruction.dropout is not None
+    assert instruction.dropout.every == every

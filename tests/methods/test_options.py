@@ -76,12 +76,12 @@ def test_yogi_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("name", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)])
-def test_every_optimiser_has_its_usual_rate(name: str, rate: float) -> None:
+def test_every_optimiser_has_its_typical_rate(name: str, rate: float) -> None:
     assert settings(optimizer=name).rate == rate
     assert settings(optimizer=name, step_size=0.5).rate == 0.5
 
 
-def test_another_optimiser_than_the_file_s_has_its_own_usual_rate(tmp_path: Path) -> None:
+def test_another_optimiser_than_the_file_s_has_its_own_typical_rate(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(to_toml(load_config(None, ["server.optimizer=momentum"])))
     assert load_config(file, ["server.optimizer=adam"]).server.rate == 0.01
@@ -92,11 +92,13 @@ def test_what_nobody_sent_neither_moves_nor_loses_its_momentum(name: str) -> Non
     setup = setup_for("method=fedlora", f"server.optimizer={name}")
     method = METHODS["fedlora"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0])
-    state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
-    part = answer_to(plans[0], 9.0)
+    instructions = method.instruct(setup, state, 1, [0])
+    state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
+    part = answer_to(instructions[0], 9.0)
     tensors = {key: named for key, named in part.tensors.items() if key != 1}
-    after = method.merge(setup, state, plans, [answer_to(plans[0], 9.0, tensors=tensors)])
+    after = method.merge(
+        setup, state, instructions, [answer_to(instructions[0], 9.0, tensors=tensors)]
+    )
     assert after.model.tensors[1]["layer.1.A"][0] == state.model.tensors[1]["layer.1.A"][0]
     assert after.model.tensors[2]["layer.2.A"][0] > state.model.tensors[2]["layer.2.A"][0]
     for which, moment in after.alternatives.items():
@@ -109,17 +111,22 @@ def test_a_round_without_answers_leaves_moments_alone() -> None:
     setup = setup_for("method=fedlora", "server.optimizer=momentum")
     method = METHODS["fedlora"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0])
-    state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
-    assert method.merge(setup, state, plans, [Failure(0, "asleep")]) == state
+    instructions = method.instruct(setup, state, 1, [0])
+    state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
+    assert method.merge(setup, state, instructions, [Failure(0, "asleep")]) == state
 
 
 def test_momentum_carries_layers_of_droppeft_on_too() -> None:
     setup, method = setup_for("server.optimizer=momentum"), METHODS["droppeft"]
     state = method.init(setup)
     for round in (1, 2):
-        plans = method.plan(setup, state, round, [0, 1])
-        state = method.merge(setup, state, plans, [answer_to(plan, 5.0) for plan in plans])
+        instructions = method.instruct(setup, state, round, [0, 1])
+        state = method.merge(
+            setup,
+            state,
+            instructions,
+            [answer_to(instruction, 5.0) for instruction in instructions],
+        )
     # 1 → 5 by a change of 4; then m = .9 · 4 + 0.
     assert state.model.tensors[3]["layer.3.A"][0] == pytest.approx(8.6)
 
@@ -145,19 +152,19 @@ def test_a_resumed_run_has_its_moments_again(
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_passes_the_proximal_term_on(name: str) -> None:
     setup, method = shaped(f"method={name}", "training.proximal=0.5"), METHODS[name]
-    plans = method.plan(setup, method.init(setup), 1, [0, 1, 2])
-    assert [plan.objective.proximal for plan in plans] == [0.5] * 3
+    instructions = method.instruct(setup, method.init(setup), 1, [0, 1, 2])
+    assert [instruction.objective.proximal for instruction in instructions] == [0.5] * 3
 
 
 def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
     def moved(proximal: float) -> float:
         words = [*tiny_words, f"training.proximal={proximal}", "training.local_steps=10"]
         prepared = prepare(load_config(None, words), lambda step: None, "00c0ffee")
-        [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-        reply = update_of(clients_of(prepared.loaded), plan)
+        [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
+        reply = update_of(clients_of(prepared.loaded), instruction)
         return float(
             sum(
-                np.square(array - plan.tensors[key][name]).sum()
+                np.square(array - instruction.tensors[key][name]).sum()
                 for key, name, array in flatten(reply.tensors)
             )
         )
@@ -200,17 +207,17 @@ def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
 def test_what_travels_is_averaged_by_examples(
     words: tuple[str, ...], tiny_words: list[str]
 ) -> None:
-    """1 of one example and 5 of three are 4; what stays on devices, or with the seed, stays."""
+    """1 of one example and 5 of three are 4; what stays on clients, or with the seed, stays."""
     plain = [word for word in tiny_words if not word.startswith("dropout.")]
     prepared = prepare(load_config(None, [*plain, *words]), lambda step: None, "00c0ffee")
     method, setup, before = prepared.method, prepared.setup, prepared.state
-    plans = method.plan(setup, before, 1, [0, 1])
+    instructions = method.instruct(setup, before, 1, [0, 1])
     updates = [
-        answer_to(plan, value, examples=examples)
-        for plan, value, examples in zip(plans, (1.0, 5.0), (1, 3), strict=True)
+        answer_to(instruction, value, examples=examples)
+        for instruction, value, examples in zip(instructions, (1.0, 5.0), (1, 3), strict=True)
     ]
     sent = {name for _, name, _ in flatten(updates[0].tensors)}
-    after = method.merge(setup, before, plans, updates)
+    after = method.merge(setup, before, instructions, updates)
     for key, name, array in flatten(after.model.tensors):
         expected = 4.0 if name in sent else before.model.tensors[key][name]
         np.testing.assert_array_equal(array, expected)
@@ -245,11 +252,24 @@ def test_fedadaopt_grows_in_steps_up_to_its_caps() -> None:
     method = METHODS["fedadaopt"]
     state, seen = method.init(setup), []
     for round in range(1, 4 * TRIAL_ROUNDS + 1):
-        plans = method.plan(setup, state, round, [0, 1])
-        depths = {sum(layer is not None for layer in plan.adapter.layers) for plan in plans}
-        widths = {layer.width for plan in plans for layer in plan.adapter.layers if layer}
-        seen.append((*depths, *widths, plans[0].frozen))
-        state = method.merge(setup, state, plans, [answer_to(plan, 5.0) for plan in plans])
+        instructions = method.instruct(setup, state, round, [0, 1])
+        depths = {
+            sum(layer is not None for layer in instruction.adapter.layers)
+            for instruction in instructions
+        }
+        widths = {
+            layer.width
+            for instruction in instructions
+            for layer in instruction.adapter.layers
+            if layer
+        }
+        seen.append((*depths, *widths, instructions[0].frozen))
+        state = method.merge(
+            setup,
+            state,
+            instructions,
+            [answer_to(instruction, 5.0) for instruction in instructions],
+        )
     # Depth, width, and the layers below, whose states are kept.
     steps = [(2, 8, 2), (3, 16, 1), (4, 16, 0), (4, 16, 0)]
     assert seen == [one for one in steps for _ in range(TRIAL_ROUNDS)]
@@ -261,9 +281,9 @@ def test_fedadaopt_s_growth_changes_nothing_yet_and_empty_rounds_do_not_count() 
     method = METHODS["fedadaopt"]
     state = method.init(setup)
     for round in range(1, TRIAL_ROUNDS + 1):
-        plans = method.plan(setup, state, round, [0])
-        assert method.merge(setup, state, plans, [Failure(0, "asleep")]) == state
-        state = method.merge(setup, state, plans, [answer_to(plans[0], 5.0)])
+        instructions = method.instruct(setup, state, round, [0])
+        assert method.merge(setup, state, instructions, [Failure(0, "asleep")]) == state
+        state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
     new, wider = state.model.tensors[1], state.model.tensors[2]
     np.testing.assert_array_equal(new["1.up.weight"], 0.0)
     np.testing.assert_array_equal(wider["2.up.weight"][:, :8], 5.0)

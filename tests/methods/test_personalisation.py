@@ -1,4 +1,4 @@
-"""Rivals of personalised layer sharing: what each keeps on the device, and where it begins next."""
+"""Rivals of personalised layer sharing: what each keeps on the client, and where it begins next."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ import pytest
 from droppeft.client.client_state import folder_of, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import HEAD, Measurement, Plan, flatten
+from droppeft.messages import HEAD, Instruction, Measurement, flatten
 from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
@@ -33,9 +33,9 @@ def prepare_with(plain: list[str]) -> Callable[..., Prepared]:
     return lambda *words: prepare(load_config(None, [*plain, *words]), lambda step: None, RUN)
 
 
-def first_plan(prepared: Prepared) -> Plan:
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-    return plan
+def first_instruction(prepared: Prepared) -> Instruction:
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
+    return instruction
 
 
 def distance(one: Any, other: Any) -> float:
@@ -51,26 +51,32 @@ def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
 ) -> None:
     """The same batches from the same values: what differs is the pull alone."""
     prepared = prepare_with("method=ditto", "ditto.pull=0")
-    reply = update_of(clients_of(prepared.loaded), first_plan(prepared))
+    reply = update_of(clients_of(prepared.loaded), first_instruction(prepared))
     assert distance(load_tensors(folder_of(RUN, 1), 1), reply.tensors) == 0
-    assert (reply.cost.own_steps, reply.cost.own_tokens) == (reply.steps, reply.cost.tokens)
+    assert (reply.cost.personal_steps, reply.cost.personal_tokens) == (
+        reply.steps,
+        reply.cost.tokens,
+    )
 
 
 def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepared]) -> None:
-    """Also in a later turn, which begins with the device's own."""
+    """Also in a later turn, which begins with the client's own."""
     prepared = prepare_with("method=ditto", "training.local_steps=20")
-    clients, plan = clients_of(prepared.loaded), first_plan(prepared)
-    shared = update_of(clients, plan)
-    far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in plan.tensors.items()}
-    later = replace(plan, round=2, kept=1, tensors=far, own_copy=0.0)
+    clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
+    shared = update_of(clients, instruction)
+    far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in instruction.tensors.items()}
+    later = replace(instruction, round=2, kept=1, tensors=far, personal_adapter=0.0)
     away = {}
     for pull in (0.0, 0.5, 50.0):
-        reply = update_of(clients, replace(later, own_copy=pull))
+        reply = update_of(clients, replace(later, personal_adapter=pull))
         assert (
-            distance(reply.tensors, update_of(clients, replace(later, own_copy=None)).tensors) == 0
+            distance(
+                reply.tensors, update_of(clients, replace(later, personal_adapter=None)).tensors
+            )
+            == 0
         )
         away[pull] = distance(load_tensors(folder_of(RUN, 1), 2), far)
-        update_of(clients, plan)  # its file for the next
+        update_of(clients, instruction)  # its file for the next
     assert away[0.0] > away[0.5] > away[50.0]
     assert distance(shared.tensors, far) > away[50.0]
 
@@ -78,7 +84,7 @@ def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepa
 def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
     plain: list[str], tmp_path: Path
 ) -> None:
-    more = ("rounds=4", "devices=3", "training.learning_rate=0.02", "training.local_steps=10")
+    more = ("rounds=4", "clients=3", "training.learning_rate=0.02", "training.local_steps=10")
     runs = {}
     for method in ("fedlora", "ditto"):
         config = load_config(None, [*plain, *more, f"method={method}"])
@@ -88,7 +94,7 @@ def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
     own = [one["loss"] for one in runs["ditto"]["personalised"]]
     assert own != [one["loss"] for one in runs["fedlora"]["personalised"]]
     # Twice the training on the modelled clock.
-    rows = {m: rows_of(tmp_path / m / "devices.jsonl") for m in runs}
+    rows = {m: rows_of(tmp_path / m / "clients.jsonl") for m in runs}
     for one, other in zip(rows["ditto"], rows["fedlora"], strict=True):
         ratio = one["train_modelled_s"] / other["train_modelled_s"]
         assert ratio == pytest.approx(2, rel=0.2)
@@ -96,7 +102,7 @@ def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
 
 @pytest.mark.parametrize("method", ["ditto", "fedsa_lora"])
 def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: str) -> None:
-    words = [*plain, f"method={method}", "devices=3", "rounds=4"]
+    words = [*plain, f"method={method}", "clients=3", "rounds=4"]
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     stop_after_a_round(words, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
@@ -110,14 +116,14 @@ def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: s
 
 def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("method=fedsa_lora")
-    clients, plan = clients_of(prepared.loaded), first_plan(prepared)
-    reply = update_of(clients, plan)
+    clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
+    reply = update_of(clients, instruction)
     kept = {name for _, name, _ in flatten(load_tensors(folder_of(RUN, 1), 1))}
     sent = {name for _, name, _ in flatten(reply.tensors)}
-    assert kept == {name for _, name, _ in flatten(plan.tensors) if ".lora_B." in name}
-    assert sent == {name for _, name, _ in flatten(plan.tensors)} - kept
-    state = prepared.method.merge(prepared.setup, prepared.state, [plan], [reply])
-    [later] = prepared.method.plan(prepared.setup, state, 2, [1])
+    assert kept == {name for _, name, _ in flatten(instruction.tensors) if ".lora_B." in name}
+    assert sent == {name for _, name, _ in flatten(instruction.tensors)} - kept
+    state = prepared.method.merge(prepared.setup, prepared.state, [instruction], [reply])
+    [later] = prepared.method.instruct(prepared.setup, state, 2, [1])
     assert {name for _, name, _ in flatten(later.tensors)} == sent
     assert later.kept == 1
     own = prepared.method.own(prepared.setup, state, 2, 1)
@@ -141,12 +147,12 @@ def test_other_ways_to_merge_give_another_model(
     assert hashes[0] != hashes[1]
 
 
-def test_a_mean_over_everyone_holds_back_what_one_device_sent() -> None:
+def test_a_mean_over_everyone_holds_back_what_one_client_sent() -> None:
     setup, method = setup_for("sharing.mean=everyone"), METHODS["droppeft"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0, 1])
-    part = {key: named for key, named in answer_to(plans[1]).tensors.items() if key != 2}
-    updates = [answer_to(plans[0], 5.0), answer_to(plans[1], 5.0, tensors=part)]
-    merged = method.merge(setup, state, plans, updates).model.tensors
-    # Device 1 counts for layer 2 as if it had sent the 1 that it got.
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    part = {key: named for key, named in answer_to(instructions[1]).tensors.items() if key != 2}
+    updates = [answer_to(instructions[0], 5.0), answer_to(instructions[1], 5.0, tensors=part)]
+    merged = method.merge(setup, state, instructions, updates).model.tensors
+    # Client 1 counts for layer 2 as if it had sent the 1 that it got.
     assert [float(merged[layer][f"layer.{layer}.A"][0]) for layer in (1, 2)] == [5.0, 3.0]

@@ -15,7 +15,7 @@ from droppeft.messages import (
     HEAD,
     AdapterSpec,
     Failure,
-    Plan,
+    Instruction,
     Tensors,
     Update,
     flatten,
@@ -30,8 +30,8 @@ from handmade import ARITHMETIC, LAYERS, answer_to, layout_shaped, setup_for, sh
 from runs import Recorder, rows_of
 
 
-def layers_of(plan: Plan) -> list[int]:
-    return [key for key in plan.tensors if isinstance(key, int)]
+def layers_of(instruction: Instruction) -> list[int]:
+    return [key for key in instruction.tensors if isinstance(key, int)]
 
 
 MIXED = "clock.profiles=jetson_tx2,jetson_agx_xavier"
@@ -45,24 +45,29 @@ def test_fedra_runs_trains_and_shares_the_layers_that_were_drawn() -> None:
     method = METHODS["fedra"]
     seen = set()
     for round in range(1, 9):
-        for plan in method.plan(setup, method.init(setup), round, [0, 1]):
-            layers = layers_of(plan)
+        for instruction in method.instruct(setup, method.init(setup), round, [0, 1]):
+            layers = layers_of(instruction)
             assert len(layers) == 2
             assert 3 in layers  # the last one is kept
-            assert plan.dropout is not None
-            assert plan.dropout.rates == tuple(float(layer not in layers) for layer in range(4))
-            assert plan.dropout.every is None
-            names = {name for _, name, _ in flatten(plan.tensors)}
-            assert plan.train == plan.share == names
+            assert instruction.dropout is not None
+            assert instruction.dropout.rates == tuple(
+                float(layer not in layers) for layer in range(4)
+            )
+            assert instruction.dropout.every is None
+            names = {name for _, name, _ in flatten(instruction.tensors)}
+            assert instruction.train == instruction.share == names
             assert "head.W" in names
             seen.add(tuple(layers))
     assert seen == {(0, 3), (1, 3), (2, 3)}
 
 
-def test_fedra_draws_again_for_every_device_and_round_and_the_same_in_another_life() -> None:
+def test_fedra_draws_again_for_every_client_and_round_and_the_same_in_another_life() -> None:
     setup, method = setup_for("method=fedra", "dropout.count=1"), METHODS["fedra"]
     rows = [
-        [tuple(layers_of(plan)) for plan in method.plan(setup, method.init(setup), r, range(8))]
+        [
+            tuple(layers_of(instruction))
+            for instruction in method.instruct(setup, method.init(setup), r, range(8))
+        ]
         for r in (1, 2, 1)
     ]
     assert rows[0] == rows[2] != rows[1]
@@ -73,8 +78,16 @@ def test_fedra_as_in_its_paper_protects_no_layer() -> None:
     ends = ("dropout.protect_first=0", "dropout.protect_last=0")
     setup, method = setup_for("method=fedra", "dropout.count=1", *ends), METHODS["fedra"]
     state = method.init(setup)
-    plans = [plan for r in range(1, 6) for plan in method.plan(setup, state, r, range(8))]
-    dropped = [plan.dropout.rates.index(1.0) for plan in plans if plan.dropout is not None]
+    instructions = [
+        instruction
+        for r in range(1, 6)
+        for instruction in method.instruct(setup, state, r, range(8))
+    ]
+    dropped = [
+        instruction.dropout.rates.index(1.0)
+        for instruction in instructions
+        if instruction.dropout is not None
+    ]
     assert len(dropped) == 5 * 8
     assert set(dropped) == set(range(LAYERS))
 
@@ -82,9 +95,9 @@ def test_fedra_as_in_its_paper_protects_no_layer() -> None:
 def test_fedra_averages_a_layer_over_those_who_drew_it() -> None:
     setup, method = setup_for("method=fedra", "dropout.count=1"), METHODS["fedra"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, range(8))
-    with_one = [plan for plan in plans if 1 in layers_of(plan)]
-    other = next(plan for plan in plans if 2 in layers_of(plan))
+    instructions = method.instruct(setup, state, 1, range(8))
+    with_one = [instruction for instruction in instructions if 1 in layers_of(instruction)]
+    other = next(instruction for instruction in instructions if 2 in layers_of(instruction))
     chosen = [with_one[0], other]
     updates = [answer_to(chosen[0], 3.0, examples=10), answer_to(chosen[1], 7.0, examples=30)]
     merged = method.merge(setup, state, chosen, updates).model.tensors
@@ -105,7 +118,7 @@ def test_legend_s_ranks_grow_from_half_to_one_and_a_half() -> None:
     assert min(ranks(1, 24)) == 1
 
 
-def test_legend_gives_a_device_the_layers_it_has_time_for() -> None:
+def test_legend_gives_a_client_the_layers_it_has_time_for() -> None:
     """The fastest trains all four; in its time the slower one has no more than a quarter, one."""
     setup, method = shaped("method=legend", MIXED), METHODS["legend"]
     assert setup.clock is not None
@@ -113,11 +126,11 @@ def test_legend_gives_a_device_the_layers_it_has_time_for() -> None:
     assert [layer.rank for layer in state.model.adapter.layers if layer] == [5, 7, 9, 11]
     names = setup.clock.fleet.names
     depths = {}
-    for plan in method.plan(setup, state, 1, range(10)):
-        depth = depths[names[plan.device]] = len(layers_of(plan))
-        assert layers_of(plan) == list(range(LAYERS - depth, LAYERS))
-        assert plan.adapter.layers[: LAYERS - depth] == (None,) * (LAYERS - depth)
-        assert plan.share == set(layout_shaped(plan.adapter))
+    for instruction in method.instruct(setup, state, 1, range(10)):
+        depth = depths[names[instruction.client]] = len(layers_of(instruction))
+        assert layers_of(instruction) == list(range(LAYERS - depth, LAYERS))
+        assert instruction.adapter.layers[: LAYERS - depth] == (None,) * (LAYERS - depth)
+        assert instruction.share == set(layout_shaped(instruction.adapter))
     assert depths == {"jetson_tx2": 1, "jetson_agx_xavier": 4}
 
 
@@ -134,9 +147,9 @@ def test_legend_s_depth_by_hand(speed: float, depth: int) -> None:
     slow = replace_profile(PROFILES["jetson_tx2"], speed * 1e12)
     fleet = replace(setup.clock.fleet, profiles={"jetson_tx2": slow, "jetson_agx_xavier": kind})
     setup = replace(setup, clock=replace(setup.clock, fleet=fleet))
-    device = fleet.names.index("jetson_tx2")
-    [plan] = METHODS["legend"].plan(setup, METHODS["legend"].init(setup), 1, [device])
-    assert len(layers_of(plan)) == depth
+    client = fleet.names.index("jetson_tx2")
+    [instruction] = METHODS["legend"].instruct(setup, METHODS["legend"].init(setup), 1, [client])
+    assert len(layers_of(instruction)) == depth
 
 
 def replace_profile(profile: DeviceProfile, speed: float) -> DeviceProfile:
@@ -144,22 +157,22 @@ def replace_profile(profile: DeviceProfile, speed: float) -> DeviceProfile:
     return profile.model_copy(update={"effective_flops_per_s": speed, "step_overhead_s": 0.0})
 
 
-def test_legend_asks_what_devices_there_are_and_not_what_profiles() -> None:
-    setup, method = shaped("method=legend", MIXED, "devices=1", "cohort=1"), METHODS["legend"]
-    [plan] = method.plan(setup, method.init(setup), 1, [0])
-    assert layers_of(plan) == [0, 1, 2, 3]
+def test_legend_asks_what_clients_there_are_and_not_what_profiles() -> None:
+    setup, method = shaped("method=legend", MIXED, "clients=1", "cohort_size=1"), METHODS["legend"]
+    [instruction] = method.instruct(setup, method.init(setup), 1, [0])
+    assert layers_of(instruction) == [0, 1, 2, 3]
 
 
-def test_legend_with_one_kind_of_device_trains_every_layer() -> None:
+def test_legend_with_one_kind_of_client_trains_every_layer() -> None:
     setup, method = shaped("method=legend", "clock.profiles=jetson_tx2"), METHODS["legend"]
-    for plan in method.plan(setup, method.init(setup), 1, [0, 1]):
-        assert layers_of(plan) == [0, 1, 2, 3]
+    for instruction in method.instruct(setup, method.init(setup), 1, [0, 1]):
+        assert layers_of(instruction) == [0, 1, 2, 3]
 
 
 def test_legend_without_a_clock_trains_every_layer() -> None:
     setup, method = replace(shaped("method=legend", MIXED), clock=None), METHODS["legend"]
-    for plan in method.plan(setup, method.init(setup), 1, range(10)):
-        assert layers_of(plan) == [0, 1, 2, 3]
+    for instruction in method.instruct(setup, method.init(setup), 1, range(10)):
+        assert layers_of(instruction) == [0, 1, 2, 3]
 
 
 # FedHetLoRA
@@ -199,17 +212,24 @@ def test_fedhetlora_weighs_by_the_products_norms() -> None:
         METHODS["fedhetlora"],
     )
     state = replace(method.init(setup), memory=Ranks((2, 1, *[2] * 8)))
-    plans = method.plan(setup, state, 1, [0, 1])
-    assert [plan.adapter.layers[0].rank for plan in plans if plan.adapter.layers[0]] == [2, 1]
-    assert [plan.adapter.alpha for plan in plans] == [16.0, 8.0]  # alpha / rank stays 8
-    updates = [answer_to(plan, 0.0) for plan in plans]
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    assert [
+        instruction.adapter.layers[0].rank
+        for instruction in instructions
+        if instruction.adapter.layers[0]
+    ] == [2, 1]
+    assert [instruction.adapter.alpha for instruction in instructions] == [
+        16.0,
+        8.0,
+    ]  # alpha / rank stays 8
+    updates = [answer_to(instruction, 0.0) for instruction in instructions]
     for update, size in zip(updates, (3.0, 1.0), strict=True):
         named = update.tensors[0]
         assert isinstance(named, dict)
         named["0.lora_A.weight"][0, 0] = 1.0
         named["0.lora_B.weight"][0, 0] = size
     updates[0].tensors[0]["0.lora_A.weight"][1, 2] = 8.0  # type: ignore[index]
-    merged = method.merge(setup, state, plans, updates).model.tensors[0]
+    merged = method.merge(setup, state, instructions, updates).model.tensors[0]
     np.testing.assert_allclose(merged["0.lora_B.weight"][0], [(3 * 3 + 1 * 1) / 4, 0])
     np.testing.assert_allclose(merged["0.lora_A.weight"], [[1, 0, 0], [0, 0, 3 * 8 / 4]])
 
@@ -225,26 +245,28 @@ def test_fedhetlora_prunes_what_training_made_smaller() -> None:
         for key, named in state.model.tensors.items()
     }
     state = replace(state, model=replace(state.model, tensors=tensors))
-    plans = method.plan(setup, state, 1, [0, 1])
-    assert {plan.objective.rank_penalty.kept for plan in plans if plan.objective.rank_penalty} == {
-        1
-    }
-    updates = [answer_to(plans[0], 0.5), answer_to(plans[1], 2.0)]
-    after = method.merge(setup, state, plans, updates)
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    assert {
+        instruction.objective.rank_penalty.kept
+        for instruction in instructions
+        if instruction.objective.rank_penalty
+    } == {1}
+    updates = [answer_to(instructions[0], 0.5), answer_to(instructions[1], 2.0)]
+    after = method.merge(setup, state, instructions, updates)
     assert after.memory == Ranks((1, *[2] * 9))
-    # The first device's second rank is gone before averaging: its part of the mean is 0.
+    # The first client's second rank is gone before averaging: its part of the mean is 0.
     a = after.model.tensors[0]["0.lora_A.weight"]
     cut = resized(updates[0].tensors, 1)
     norms = [product_norm(cut), product_norm(updates[1].tensors)]
     np.testing.assert_allclose(a[1], 2.0 * norms[1] / sum(norms), rtol=1e-6)
     np.testing.assert_allclose(a[0], (0.5 * norms[0] + 2.0 * norms[1]) / sum(norms), rtol=1e-6)
-    [again, _] = method.plan(setup, after, 2, [0, 1])
+    [again, _] = method.instruct(setup, after, 2, [0, 1])
     assert again.adapter.layers[0] is not None
     assert again.adapter.layers[0].rank == 1
 
 
 def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
-    """A quarter of 8 is 2: three shrinking turns take a device from 4 to 3 to 2, and no further."""
+    """A quarter of 8 is 2: three shrinking turns take a client from 4 to 3 to 2, and no further."""
     setup, method = shaped("method=fedhetlora", "adapter.rank=8"), METHODS["fedhetlora"]
     state = replace(method.init(setup), memory=Ranks((4,) * 10))
     seen = []
@@ -254,9 +276,9 @@ def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
             for key, named in state.model.tensors.items()
         }
         state = replace(state, model=replace(state.model, tensors=ones))
-        plans = method.plan(setup, state, round, [0])
-        state = method.merge(setup, state, plans, [answer_to(plans[0], 0.5)])
-        penalty = plans[0].objective.rank_penalty
+        instructions = method.instruct(setup, state, round, [0])
+        state = method.merge(setup, state, instructions, [answer_to(instructions[0], 0.5)])
+        penalty = instructions[0].objective.rank_penalty
         assert penalty is not None
         ranks_of = state.memory.ranks
         seen.append((penalty.kept, ranks_of[0]))
@@ -284,33 +306,39 @@ def test_fedhetlora_s_first_ranks_follow_speed_or_the_seed() -> None:
 GROWING = ("method=fedadapter", "adapter.type=bottleneck", "adapter.width=16")
 
 
-def rewarded(plan: Plan, gains: dict[int, float]) -> Update:
+def rewarded(instruction: Instruction, gains: dict[int, float]) -> Update:
     """An answer whose reward is that of the widths and depths of its adapter."""
-    [width] = {layer.width for layer in plan.adapter.layers if layer}
-    depth = sum(layer is not None for layer in plan.adapter.layers)
-    return answer_to(plan, 5.0, reward=gains[10 * depth + (width or 0)])
+    [width] = {layer.width for layer in instruction.adapter.layers if layer}
+    depth = sum(layer is not None for layer in instruction.adapter.layers)
+    return answer_to(instruction, 5.0, reward=gains[10 * depth + (width or 0)])
 
 
 def play(setup: Setup, gains: dict[int, float], state: Any = None) -> Any:
     method = METHODS["fedadapter"]
     state = state or method.init(setup)
     for round in range(1, TRIAL_ROUNDS + 1):
-        plans = method.plan(setup, state, round, [0, 1, 2])
-        state = method.merge(setup, state, plans, [rewarded(plan, gains) for plan in plans])
+        instructions = method.instruct(setup, state, round, [0, 1, 2])
+        state = method.merge(
+            setup,
+            state,
+            instructions,
+            [rewarded(instruction, gains) for instruction in instructions],
+        )
     return state
 
 
 def test_fedadapter_s_groups_have_one_more_layer_or_eight_more_widths() -> None:
     setup, method = shaped(*GROWING), METHODS["fedadapter"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [4, 5, 6])
+    instructions = method.instruct(setup, state, 1, [4, 5, 6])
     shapes = [
-        (layers_of(plan), {layer.width for layer in plan.adapter.layers if layer}) for plan in plans
+        (layers_of(instruction), {layer.width for layer in instruction.adapter.layers if layer})
+        for instruction in instructions
     ]
     assert sorted(shapes, key=str) == [([1, 2, 3], {8}), ([2, 3], {16}), ([2, 3], {8})]
-    assert {plan.frozen for plan in plans} == {1}
-    assert all(plan.reward_rows > 0 for plan in plans)
-    groups = [[id(p.adapter) for p in method.plan(setup, state, r, [4, 5, 6])] for r in (1, 2)]
+    assert {instruction.frozen for instruction in instructions} == {1}
+    assert all(instruction.reward_rows > 0 for instruction in instructions)
+    groups = [[id(p.adapter) for p in method.instruct(setup, state, r, [4, 5, 6])] for r in (1, 2)]
     assert groups[0] != groups[1]
 
 
@@ -343,8 +371,8 @@ def test_fedadapter_stops_growing_at_its_caps() -> None:
         assert state.memory.depth == depth
     assert set(state.alternatives) == set()
     assert set(state.memory.rewards) == {SAME}
-    plans = METHODS["fedadapter"].plan(setup, state, 1, [0, 1, 2])
-    assert {plan.reward_rows for plan in plans} == {0}
+    instructions = METHODS["fedadapter"].instruct(setup, state, 1, [0, 1, 2])
+    assert {instruction.reward_rows for instruction in instructions} == {0}
 
 
 def test_fedadapter_s_growth_changes_nothing_yet() -> None:
@@ -381,19 +409,21 @@ def test_fedadapter_s_groups_take_equal_modelled_time() -> None:
         return twice if sum(layer is not None for layer in spec.layers) == 3 else ARITHMETIC
 
     setup = replace(setup, clock=make_clock(setup.clock.fleet, arithmetic))
-    plans = METHODS["fedadapter"].plan(setup, METHODS["fedadapter"].init(setup), 1, [0, 1, 2])
-    steps = {len(layers_of(plan)): plan.budget.steps for plan in plans}
+    instructions = METHODS["fedadapter"].instruct(
+        setup, METHODS["fedadapter"].init(setup), 1, [0, 1, 2]
+    )
+    steps = {len(layers_of(instruction)): instruction.budget.steps for instruction in instructions}
     assert steps == {2: 10, 3: 5}
 
 
 # Centralised
 
 
-def test_centralised_is_one_device_with_all_the_work() -> None:
-    config = load_config(None, ["method=centralised", "devices=20", "cohort=5", "quorum=3"])
+def test_centralised_is_one_client_with_all_the_work() -> None:
+    config = load_config(None, ["method=centralised", "clients=20", "cohort_size=5", "quorum=3"])
     adjust = METHODS["centralised"].adjust
     alone = adjust(config)
-    assert (alone.devices, alone.cohort, alone.quorum, alone.drawn) == (1, 1, 1, 1)
+    assert (alone.clients, alone.cohort, alone.quorum, alone.drawn) == (1, 1, 1, 1)
     assert alone.training.local_steps == 5 * (config.training.local_steps or 0)
     assert adjust(alone) == alone
     assert alone.clock.profiles == ("datacentre_gpu",)
@@ -401,12 +431,12 @@ def test_centralised_is_one_device_with_all_the_work() -> None:
 
 
 def test_centralised_trains_on_everybody_s_rows(tiny_words: list[str], tmp_path: Any) -> None:
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
-    config = load_config(None, [*usual, "method=centralised"])
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+    config = load_config(None, [*typical, "method=centralised"])
     result = start_run(config, tmp_path / "run", Recorder())
-    assert (result["devices"], result["cohort_size"]) == (1, 1)
-    [row, *_] = rows_of(tmp_path / "run" / "devices.jsonl")
-    # Two steps of two devices, and of all rows but those kept for validation and test.
+    assert (result["clients"], result["cohort_size"]) == (1, 1)
+    [row, *_] = rows_of(tmp_path / "run" / "clients.jsonl")
+    # Two steps of two clients, and of all rows but those kept for validation and test.
     assert row["steps"] == 4
     [rows] = partition_rows(
         np.zeros(result["train_rows"], dtype=np.int64), None, 1, config.partition, config.seed
@@ -420,27 +450,32 @@ def test_centralised_trains_on_everybody_s_rows(tiny_words: list[str], tmp_path:
 def test_local_brings_all_values_once_and_shares_none() -> None:
     setup, method = setup_for("method=local"), METHODS["local"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0, 1])
-    assert all(plan.kept is None and len(plan.tensors) == LAYERS + 1 for plan in plans)
-    replies = [answer_to(plans[0]), Failure(1, "asleep")]
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    assert all(
+        instruction.kept is None and len(instruction.tensors) == LAYERS + 1
+        for instruction in instructions
+    )
+    replies = [answer_to(instructions[0]), Failure(1, "asleep")]
     assert all(not reply.tensors for reply in replies if isinstance(reply, Update))
-    state = method.merge(setup, state, plans, replies)
-    first, second, third = method.plan(setup, state, 2, [0, 1, 2])
+    state = method.merge(setup, state, instructions, replies)
+    first, second, third = method.instruct(setup, state, 2, [0, 1, 2])
     assert (first.kept, first.tensors) == (1, {})
     assert second.kept is third.kept is None
-    assert not any(plan.share for plan in (first, second, third))
+    assert not any(instruction.share for instruction in (first, second, third))
     own = method.own(setup, state, 2, 0)
     assert (own.kept, own.tensors, own.measure, own.budget.steps) == (1, {}, True, 0)
 
 
-def test_a_local_device_that_lost_its_values_gets_them_again() -> None:
+def test_a_local_client_that_lost_its_values_gets_them_again() -> None:
     setup, method = setup_for("method=local"), METHODS["local"]
     state = method.init(setup)
-    plans = method.plan(setup, state, 1, [0, 1])
-    state = method.merge(setup, state, plans, [answer_to(plan) for plan in plans])
-    plans = method.plan(setup, state, 2, [0, 1])
+    instructions = method.instruct(setup, state, 1, [0, 1])
+    state = method.merge(
+        setup, state, instructions, [answer_to(instruction) for instruction in instructions]
+    )
+    instructions = method.instruct(setup, state, 2, [0, 1])
     lost = [Failure(0, "it is gone", lost=True), Failure(1, "asleep")]
-    state = method.merge(setup, state, plans, lost)
-    again, other = method.plan(setup, state, 3, [0, 1])
+    state = method.merge(setup, state, instructions, lost)
+    again, other = method.instruct(setup, state, 3, [0, 1])
     assert (again.kept, len(again.tensors)) == (None, LAYERS + 1)
     assert (other.kept, other.tensors) == (1, {})

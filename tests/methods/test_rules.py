@@ -13,6 +13,7 @@ from droppeft.config import Config, build_config, load_config, parse_word
 from droppeft.errors import DroppeftError
 from droppeft.methods import METHODS, Method
 from droppeft.methods.rules import NO_EFFECT, check_costly, check_settings, given, without_effect
+from droppeft.resources.estimate import combinations
 from droppeft.server.run import start_run
 from runs import Recorder
 
@@ -75,7 +76,7 @@ IMPOSSIBLE = [
     ("sharing.factors=product sharing.mean=everyone", "set sharing.factors=separate"),
     ("sharing.factors=product server.optimizer=adam", "no gradient for server.optimizer=adam"),
     ("method=fedadapter adapter.type=lora", "adapter.type=lora; set adapter.type=bottleneck"),
-    ("method=fedadapter cohort=2", "cohort=2; set it to 3 or more"),
+    ("method=fedadapter cohort_size=2", "cohort_size=2; set it to 3 or more"),
     ("method=fedadapter frozen.layers=1", "leave frozen.layers=1 out"),
     ("method=fedadapter training.local_epochs=1", "instead of training.local_epochs"),
     ("method=fedadaopt adapter.type=lora", "adapter.type=lora; set adapter.type=bottleneck"),
@@ -217,21 +218,21 @@ def test_an_example_passes(file: Path) -> None:
 
 def configs(**tree: Any) -> dict[str, Config]:
     found = cells(Comparison.model_validate({"seeds": [0], **tree}))
-    return {cell.member: cell.config for cell in found}
+    return {cell.variant: cell.config for cell in found}
 
 
 MEMBERS = {"plain": ["method=fedlora"], "drops": ["method=fedra"], "whole": ["method=droppeft"]}
 
 
 def test_a_common_setting_is_for_those_who_heed_it() -> None:
-    found = configs(members=MEMBERS, settings=["dropout.count=2", "rounds=3"])
+    found = configs(variants=MEMBERS, settings=["dropout.count=2", "rounds=3"])
     assert [one.dropout.count for one in found.values()] == [None, 2, 2]
     assert {one.rounds for one in found.values()} == {3}
 
 
 def test_so_is_one_without_effect_beside_others() -> None:
-    members = {"all": [], "half": [HALF], "arms": [THOMPSON]}
-    found = configs(members=members, settings=["sharing.criterion=cka", "dropout.count=1"])
+    variants = {"all": [], "half": [HALF], "arms": [THOMPSON]}
+    found = configs(variants=variants, settings=["sharing.criterion=cka", "dropout.count=1"])
     criteria = [one.sharing.criterion for one in found.values()]
     assert criteria == ["gradient_norm", "cka", "gradient_norm"]
     assert [one.dropout.count for one in found.values()] == [1, 1, None]
@@ -244,7 +245,7 @@ def test_a_setting_of_one_of_the_data_may_be_heeded_there_alone() -> None:
         for cell in cells(
             Comparison.model_validate({**tree, "seeds": [0], "data_settings": {"hard": [HALF]}})
         )
-        if cell.member == "whole"
+        if cell.variant == "whole"
     ]
     assert (easy.sharing.criterion, hard.sharing.criterion) == ("gradient_norm", "cka")
     with pytest.raises(DroppeftError, match=r"criterion=cka: none of plain, drops, whole heeds it"):
@@ -256,8 +257,8 @@ def test_a_setting_of_one_of_the_data_may_be_heeded_there_alone() -> None:
 
 @pytest.mark.parametrize("by_file", [True, False])
 def test_a_common_setting_that_nobody_heeds(told: Told, tmp_path: Path, by_file: bool) -> None:
-    members = {name: [f"method={name}"] for name in ("fedlora", "legend")}
-    tree = {"members": members, "settings": ["rounds=3", "dropout.count=2"]}
+    variants = {name: [f"method={name}"] for name in ("fedlora", "legend")}
+    tree = {"members": variants, "settings": ["rounds=3", "dropout.count=2"]}
     (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
     words = ["c.toml"] if by_file else ["fedlora", "legend", "rounds=3", "dropout.count=2"]
     assert told("compare", *words) == (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import droppeft.models.offloading
-from adapter_contract import Worn, backbone, case, usable_on
+from adapter_contract import Attached, backbone, case, usable_on
 from droppeft.adapters.types import TYPES
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -195,9 +195,9 @@ def test_no_adapter_type_changes_weights_unseen(name: str, family: str, tmp_path
     weights = OffloadedWeights(base, find_blocks(base)[1], CPU, tmp_path)
     every = [weight for layer in weights._weights for weight in layer]
     before = [weight.mapped.clone() for weight in every]
-    worn = Worn(case(name, family), base=base)
-    worn.scramble()
-    worn.train([(True,) * len(worn.blocks)])
+    attached = Attached(case(name, family), base=base)
+    attached.scramble()
+    attached.train([(True,) * len(attached.blocks)])
     for weight, values in zip(every, before, strict=True):
         assert weight.changed or torch.equal(weight.mapped, values)
     weights.hold(())

@@ -27,7 +27,7 @@ from runs import Recorder
 THOUGHTS = ("rates-2", "arms-2")
 """Of the third member, which has a configurator."""
 
-COVERED = tuple(f"{name}-{member}" for name in ("coverage", "importance") for member in (1, 2, 3))
+COVERED = tuple(f"{name}-{variant}" for name in ("coverage", "importance") for variant in (1, 2, 3))
 """Of those that do not send all: in two steps some layers never run; the last shares nothing."""
 
 
@@ -45,10 +45,10 @@ class Silent:
 def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two members that ran, one whose name a page must not take for markup, one that failed."""
     out = tmp_path_factory.mktemp("compared") / "a & b"
-    usual = [word for word in tiny_words if not word.startswith("dropout.")]
+    typical = [word for word in tiny_words if not word.startswith("dropout.")]
     chosen = Comparison.model_validate(
         {
-            "settings": [*usual, "rounds=4"],
+            "settings": [*typical, "rounds=4"],
             "variants": {
                 "full": ["method=fedlora"],
                 "<b>dropped</b>": ["dropout.mean=0.25"],
@@ -97,7 +97,7 @@ def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
     assert not re.findall(r"url\((?!#)", text)
 
 
-def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
+def test_the_page_shows_every_variant_figure_and_failure(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
     of_all = len(AXES) + len(BARS) + len((EACH, TWO))
@@ -105,10 +105,10 @@ def test_the_page_shows_every_member_figure_and_failure(compared: Path) -> None:
     assert "thinks: drop rate of each layer" in reader.texts
     assert any("not trained" in part or "dropped" in part for part in reader.texts)
     assert [name for name in COLUMNS if name not in reader.texts] == []
-    for member in ("full", "<b>dropped</b>", "alone", "wrong"):
+    for variant in ("full", "<b>dropped</b>", "alone", "wrong"):
         # In the table, in every bar chart, and beside each curve if it has a global model.
-        least = 1 + len(BARS) + (len(AXES) if member not in ("alone", "wrong") else 0)
-        assert reader.texts.count(member) >= least, member
+        least = 1 + len(BARS) + (len(AXES) if variant not in ("alone", "wrong") else 0)
+        assert reader.texts.count(variant) >= least, variant
     assert "b" not in reader.tags
     assert any("wrong failed: frozen.layers=4 leaves none" in part for part in reader.texts)
     assert "a & b" in reader.texts
@@ -134,7 +134,7 @@ def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_pat
 def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
     """A round's share is a mean of it and of rounds before it, never of one that follows."""
     played = read_folder(compared)[2]
-    rows = next(one.rows for one in played if one.member == "thinks")
+    rows = next(one.rows for one in played if one.variant == "thinks")
     labels = {"0": "early", "1": "late"}
     given = [("0", 1), ("0", 2), ("1", 3), ("1", 4)]
     runs = [
@@ -173,7 +173,7 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
         replace(
             one,
             folder=f"{one.folder} {number} {seed}",
-            member=f"{one.member} {number}",
+            variant=f"{one.variant} {number}",
             seed=seed,
         )
         for number in range(5)
@@ -182,13 +182,13 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
         if one.seed == 0 and one.result
     ]
     assert len(every) == 100
-    members = tuple(dict.fromkeys(one.member for one in every))
-    write_tables(tmp_path, replace(study, variants=members, seeds=tuple(range(5))), every)
+    variants = tuple(dict.fromkeys(one.variant for one in every))
+    write_tables(tmp_path, replace(study, variants=variants, seeds=tuple(range(5))), every)
     text = write_page(tmp_path).read_text(encoding="utf-8")
     assert "20 methods, 5 seeds" in text
     reader = Reader(text)
     assert f"Of 20 members the {NAMED} that end highest have names." in text
-    assert {*members} <= {*reader.texts}
+    assert {*variants} <= {*reader.texts}
     # Many figures by member are folded away, and the page stays small enough to be sent.
     assert re.search(r"<summary>\d+ figures: Share of each round", text)
     assert len(text) < 5e6
@@ -200,7 +200,7 @@ def test_figures_take_the_page_s_ink(compared: Path) -> None:
     assert INK not in text
     assert text.count("currentColor") > 100
     assert "prefers-color-scheme: dark" in text
-    assert "width=device-width" in text
+    assert "width=client-width" in text
 
 
 def test_figures_are_files_too(compared: Path) -> None:
@@ -213,14 +213,14 @@ def test_figures_are_files_too(compared: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_among_many_members_the_best_have_names(
+def test_among_many_variants_the_best_have_names(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, study, played = read_folder(compared)
     [part] = summary(study, played)
     ends = {
-        row.member: fmean(
-            one.rows[-1]["global_accuracy"] for one in played if one.member == row.member
+        row.variant: fmean(
+            one.rows[-1]["global_accuracy"] for one in played if one.variant == row.variant
         )
         for row in part.rows
         if row.accuracy
@@ -228,7 +228,7 @@ def test_among_many_members_the_best_have_names(
     monkeypatch.setattr("droppeft.report.figures.NAMED", 1)
     drawn = svg(figures(part, played)["accuracy-traffic"])
     named = [text for text in Reader(drawn).texts if text in ends]
-    assert named == [max(ends, key=lambda member: ends[member])]
+    assert named == [max(ends, key=lambda variant: ends[variant])]
 
 
 def test_bands_are_drawn_where_they_do_not_hide_one_another(
@@ -247,9 +247,9 @@ def test_bands_are_drawn_where_they_do_not_hide_one_another(
     assert bands() == 0
 
 
-def test_rates_of_a_member_that_drops_nothing_are_not_drawn(compared: Path) -> None:
+def test_rates_of_a_variant_that_drops_nothing_are_not_drawn(compared: Path) -> None:
     played = read_folder(compared)[2]
-    rounds = [one.rows for one in played if one.member == "thinks"]
+    rounds = [one.rows for one in played if one.variant == "thinks"]
     assert {"rates-0", "arms-0"} <= of_layers(0, "thinks", rounds).keys()
     still = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
     assert "rates-0" not in (drawn := of_layers(0, "thinks", still))
@@ -263,13 +263,13 @@ def _undropped(notes: dict[str, Any]) -> dict[str, Any]:
 def test_many_figures_are_shown_when_asked_for(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = (compared / PAGE).read_text(encoding="utf-8")
+    typical = (compared / PAGE).read_text(encoding="utf-8")
     monkeypatch.setattr("droppeft.report.page.MANY", 5)
     text = write_page(compared).read_text(encoding="utf-8")
     assert f"<details><summary>{len(COVERED)} figures: Share of" in text
-    assert Reader(text).tags.count("svg") == Reader(usual).tags.count("svg")
+    assert Reader(text).tags.count("svg") == Reader(typical).tags.count("svg")
     monkeypatch.undo()
-    assert write_page(compared).read_text(encoding="utf-8") == usual
+    assert write_page(compared).read_text(encoding="utf-8") == typical
 
 
 def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
@@ -281,8 +281,8 @@ def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
 def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
     _, study, played = read_folder(compared)
     alone = replace(study, variants=("alone",))
-    [part] = summary(alone, [one for one in played if one.member == "alone"])
-    drawn = figures(part, [one for one in played if one.member == "alone"])
+    [part] = summary(alone, [one for one in played if one.variant == "alone"])
+    drawn = figures(part, [one for one in played if one.variant == "alone"])
     assert EACH in drawn
     assert not drawn.keys() & AXES.keys()
 
@@ -300,7 +300,7 @@ def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
     drawn = len(AXES) + len(BARS) - len(OF_THE_TARGET) + len((EACH,)) + by_layer
     assert reader.tags.count("svg") == drawn
     assert any("gradient norm of each layer" in text for text in reader.texts)
-    assert any("devices that sent each layer" in text for text in reader.texts)
+    assert any("clients that sent each layer" in text for text in reader.texts)
     assert f"{result['global_accuracy']:.3f}".replace("0.", ".", 1) in reader.texts
 
 

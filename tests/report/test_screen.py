@@ -115,7 +115,7 @@ def test_a_target_that_was_reached(result: dict[str, Any], rows: list[RoundRow])
     text = shown({**result, **reached, "time_to_target_modelled_s": 7.25}, rows)
     line = line_with(text, "target .850")
     assert "1 min 23 s" in line
-    assert "round 2; devices side by side" in line
+    assert "round 2; clients side by side" in line
     assert "7.2 s" in line_with(text, "7.2 s   on their profiles")
 
 
@@ -152,9 +152,9 @@ def test_f1_says_which_it_is(result: dict[str, Any], rows: list[RoundRow]) -> No
 
 
 def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> None:
-    failing = replace(rows[0], failures=[{"device": 7, "reason": "refused: its loss is infinite"}])
+    failing = replace(rows[0], failures=[{"client": 7, "reason": "refused: its loss is infinite"}])
     text = shown(result, [failing])
-    assert "device 7: refused: its loss is infinite" in text
+    assert "client 7: refused: its loss is infinite" in text
 
 
 def test_a_round_says_which_arms_were_tried_and_which_is_best(
@@ -188,13 +188,13 @@ def test_without_a_global_model_there_is_one_accuracy(
         "newcomers_accuracy_after_epoch": 0.625,
         "personalised_devices": 11,
         "personalised_rows": 55,
-        "personalised_failures": [{"device": 3, "reason": "asleep"}],
+        "personalised_failures": [{"client": 3, "reason": "asleep"}],
         "own_majority_accuracy": 0.4375,
     }
     text = shown({**result, "global_accuracy": None, **own}, rows)
     assert "–   there is no global model" in text
     assert ".500" in line_with(text, "personalised")
-    assert "of them: 2 devices" in line_with(text, "worst tenth")
+    assert "of them: 2 clients" in line_with(text, "worst tenth")
     assert ".125" in line_with(text, "deviation")
     assert ".375" in line_with(text, "newcomers")
     assert ".438" in line_with(text, "own majority class")

@@ -215,7 +215,7 @@ def test_a_crash_while_writing_leaves_the_old_ones(
         save(tmp_path, checkpoint(round))
 
     def crash(handle: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError("no space left on client")
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="no space"):

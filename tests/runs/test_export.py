@@ -34,7 +34,7 @@ from droppeft.messages import (
     BaseDelta,
     GlobalModel,
     LayerAdapter,
-    Plan,
+    Instruction,
     Tensors,
     flatten,
 )
@@ -134,10 +134,10 @@ def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
 
 
 def test_the_given_model_is_written_whatever_the_bench_wears(
-    prepared: Prepared, plans: list[Plan], tmp_path: Path
+    prepared: Prepared, instructions: list[Instruction], tmp_path: Path
 ) -> None:
     clients = clients_of(prepared.loaded)
-    clients[0].train(plans[0])
+    clients[0].train(instructions[0])
     facts = {"rows": 60, "accuracy": 0.5}
     write_adapter(prepared.loaded, prepared.state.model, facts, tmp_path)
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -291,7 +291,7 @@ def test_what_is_not_there_or_taken_is_refused_with_a_sentence(
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), DroppeftError),
+        (OSError(errno.ENOSPC, "No space left on client"), DroppeftError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
@@ -310,7 +310,7 @@ def test_what_is_not_finished_is_not_there(
     with pytest.raises(seen) as raised:
         export.export_run(whole_run, tmp_path / "model", merge=merge)
     if seen is DroppeftError:
-        assert "cannot be written (No space left on device)" in str(raised.value)
+        assert "cannot be written (No space left on client)" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.costs.modelled_clock import RoundCost, TurnCost
+from droppeft.costs.modelled_clock import RoundCost, ClientCost
 from droppeft.runs.ledger import (
     ClosedRound,
     RoundRow,
     append_rows,
-    device_row,
+    client_row,
     read_rows,
     rewind,
     round_row,
@@ -21,13 +21,13 @@ from droppeft.runs.ledger import (
     target_round,
 )
 from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
-from handmade import COST, answer_to, plan_for
+from handmade import COST, answer_to, instruction_for
 
-TURN = TurnCost("phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0)
+TURN = ClientCost("phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0)
 
 
 def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
-    usual = RoundRow(
+    typical = RoundRow(
         round=round,
         cohort=[0],
         accepted=1,
@@ -48,7 +48,7 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         round_modelled_s=15.0,
         energy_modelled_j=7.0,
     )
-    return replace(usual, **changes)
+    return replace(typical, **changes)
 
 
 def rows_with(*accuracies: float | None) -> list[RoundRow]:
@@ -133,18 +133,18 @@ def test_a_round_of_an_earlier_version_makes_modelled_totals_unknown() -> None:
 
 
 def test_a_round_is_summed_up() -> None:
-    plans = [plan_for(device) for device in (1, 4, 6)]
-    slow = replace(COST, turn_wall_s=9.0, activation_bytes_peak=70)
+    instructions = [instruction_for(client) for client in (1, 4, 6)]
+    slow = replace(COST, total_wall_s=9.0, activation_bytes_peak=70)
     replies: list[Reply] = [
-        answer_to(plans[0], train_loss=0.5),
+        answer_to(instructions[0], train_loss=0.5),
         Failure(4, "sent no reply"),
         answer_to(
-            plans[2],
+            instructions[2],
             train_loss=1.0,
             steps=6,
             active_steps=(6, 3, 3, 6),
             importance=(0.0, 0.2, 0.3, 1.2),
-            tensors={0: answer_to(plans[2]).tensors[0]},
+            tensors={0: answer_to(instructions[2]).tensors[0]},
             cost=slow,
         ),
     ]
@@ -152,18 +152,18 @@ def test_a_round_is_summed_up() -> None:
     framing = ((10, 3), (10, None), (7, 2))
     faster = replace(TURN, train_s=3.0)
     modelled = RoundCost((TURN, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
-    closed = ClosedRound(1, (*plans,), (*replies,), (*replies,), modelled, framing, 0.25)
+    closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, framing, 0.25)
     made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
         accepted=2,
-        failures=[{"device": 4, "reason": "sent no reply"}],
+        failures=[{"client": 4, "reason": "sent no reply"}],
         global_accuracy=0.8,
         global_f1=0.7,
         global_loss=0.4,
         train_loss=0.75,
-        mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over devices
+        mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients
         activation_bytes_peak=100,
         upload_bytes=36 + 8,  # nine values of 4 bytes, and two
         download_bytes=3 * 36,
@@ -188,39 +188,39 @@ def test_a_round_is_summed_up() -> None:
 
 
 def test_who_was_late_or_surplus_has_cost_something() -> None:
-    plans = [plan_for(device) for device in (1, 4, 6)]
-    answers: list[Reply] = [answer_to(plan) for plan in plans]
+    instructions = [instruction_for(client) for client in (1, 4, 6)]
+    answers: list[Reply] = [answer_to(instruction) for instruction in instructions]
     replies: list[Reply] = [answers[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
     modelled = RoundCost((TURN, TURN, TURN), late=(4,), surplus=(6,), round_s=15.0)
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
-    closed = ClosedRound(1, (*plans,), (*answers,), (*replies,), modelled, (), 0.0)
+    closed = ClosedRound(1, (*instructions,), (*answers,), (*replies,), modelled, (), 0.0)
     made = round_row(closed, quality, 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
     assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
 
 
-def test_a_device_s_row() -> None:
-    plan = plan_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
-    answer = answer_to(plan, reward=0.1)
-    made = device_row(plan, answer, answer, TURN)
+def test_a_client_s_row() -> None:
+    instruction = instruction_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
+    answer = answer_to(instruction, reward=0.1)
+    made = client_row(instruction, answer, answer, TURN)
     assert made == json.loads(json.dumps(made))
-    assert (made["round"], made["device"], made["accepted"]) == (1, 4, True)
+    assert (made["round"], made["client"], made["accepted"]) == (1, 4, True)
     assert made["rates"] == [0.0, 0.5, 0.5, 0.0]
     assert (made["upload_bytes"], made["download_bytes"]) == (36, 36)
     assert (made["active_steps"], made["reward"], made["tokens"]) == ([2, 1, 1, 2], 0.1, 64)
     assert made["layer_tokens"] == [64, 32, 32, 64]
-    assert (made["profile"], made["turn_modelled_s"], made["energy_modelled_j"]) == (
+    assert (made["profile"], made["client_modelled_s"], made["energy_modelled_j"]) == (
         "phone",
         15.0,
         7.0,
     )
     parts = ("download", "train", "reward", "upload")
     assert [made[f"{part}_modelled_s"] for part in parts] == [1.0, 8.0, 2.0, 4.0]
-    late = device_row(plan, answer, Failure(4, "late: it was"), TURN)
+    late = client_row(instruction, answer, Failure(4, "late: it was"), TURN)
     assert late == {**made, "accepted": False, "reason": "late: it was"}
     lost = Failure(4, "sent no reply")
-    failed = device_row(plan_for(4), lost, lost, None)
+    failed = client_row(instruction_for(4), lost, lost, None)
     assert (failed["accepted"], failed["rates"]) == (False, None)
     assert failed["reason"] == "sent no reply"
 
@@ -264,12 +264,12 @@ def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
 
 def test_a_change_of_the_backbone_is_traffic() -> None:
     delta = BaseDelta("v1", {"w": np.zeros((10, 10), np.float32)})
-    plan = plan_for(4, base_delta=delta)
+    instruction = instruction_for(4, base_delta=delta)
     lost = Failure(4, "lost")
-    assert device_row(plan, lost, lost, None)["download_bytes"] == 36 + 400
+    assert client_row(instruction, lost, lost, None)["download_bytes"] == 36 + 400
     nothing = dict.fromkeys(("accuracy", "f1", "loss", "wall_s"))
     nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
-    closed = ClosedRound(1, (plan,), (lost,), (lost,), nobody, ((None, None),), 0.0)
+    closed = ClosedRound(1, (instruction,), (lost,), (lost,), nobody, ((None, None),), 0.0)
     row = round_row(closed, nothing, 0.0, 0.0)
     assert row.download_bytes == 36 + 400
     assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

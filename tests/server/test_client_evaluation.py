@@ -1,4 +1,4 @@
-"""Devices that keep their tensors to themselves, and every device's model on its own rows."""
+"""Clients that keep their tensors to themselves, and every client's model on its own rows."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import without_steps
-from droppeft.messages import Failure, Measurement, Plan, Update, flatten, layer_key
+from droppeft.messages import Failure, Instruction, Measurement, Update, flatten, layer_key
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import (
     Personalised,
-    measure_devices,
+    measure_clients,
     personalised_sums,
 )
 from droppeft.server.prepare import Prepared
@@ -29,7 +29,7 @@ from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
 from handmade import Scripted, answer_to
-from runs import Clients, Recorder, meddling, outcome, rows_of, stop_after_a_round, update_of
+from runs import Clients, Recorder, interfering, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -38,28 +38,28 @@ OWN_LAYER = 1
 
 
 @pytest.fixture
-def first(prepared: Prepared) -> Plan:
-    """Device 1's first: one layer stays with it, everything else travels."""
-    [plan] = prepared.method.plan(prepared.setup, prepared.state, 1, [1])
-    own = {name for key, name, _ in flatten(plan.tensors) if key == OWN_LAYER}
-    return replace(plan, share=plan.share - own, run=RUN, dropout=None)
+def first(prepared: Prepared) -> Instruction:
+    """Client 1's first: one layer stays with it, everything else travels."""
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
+    own = {name for key, name, _ in flatten(instruction.tensors) if key == OWN_LAYER}
+    return replace(instruction, share=instruction.share - own, run=RUN, dropout=None)
 
 
-def next_visit(plan: Plan, round: int, kept: int | None) -> Plan:
-    """The server sends what it has of the device's layers, of the personal one nothing."""
-    sent = {key: named for key, named in plan.tensors.items() if key != OWN_LAYER}
-    return replace(plan, round=round, tensors=sent, kept=kept)
+def next_visit(instruction: Instruction, round: int, kept: int | None) -> Instruction:
+    """The server sends what it has of the client's layers, of the personal one nothing."""
+    sent = {key: named for key, named in instruction.tensors.items() if key != OWN_LAYER}
+    return replace(instruction, round=round, tensors=sent, kept=kept)
 
 
-def ask(clients: Clients, plan: Plan) -> Any:
-    return clients[plan.device].run(plan)
+def ask(clients: Clients, instruction: Instruction) -> Any:
+    return clients[instruction.client].run(instruction)
 
 
 def layers_of(reply: Update) -> set[Any]:
     return set(reply.tensors)
 
 
-def test_what_may_not_travel_stays(clients: Clients, first: Plan) -> None:
+def test_what_may_not_travel_stays(clients: Clients, first: Instruction) -> None:
     reply = update_of(clients, first)
     assert OWN_LAYER not in reply.tensors
     assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
@@ -69,7 +69,7 @@ def test_what_may_not_travel_stays(clients: Clients, first: Plan) -> None:
         assert not np.array_equal(array, first.tensors[OWN_LAYER][name])
 
 
-def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Plan) -> None:
+def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Instruction) -> None:
     """The same as if the server had sent it."""
     update_of(clients, first)
     kept = load_tensors(folder_of(RUN, 1), 1)
@@ -84,7 +84,9 @@ def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Plan
     assert fresh.train_loss != found.train_loss
 
 
-def test_what_the_plan_brings_goes_before_what_was_kept(clients: Clients, first: Plan) -> None:
+def test_what_the_instruction_brings_goes_before_what_was_kept(
+    clients: Clients, first: Instruction
+) -> None:
     """A layer that becomes shared takes the global value."""
     update_of(clients, first)
     whole = replace(first, round=2, share=first.share)
@@ -95,7 +97,7 @@ def test_what_the_plan_brings_goes_before_what_was_kept(clients: Clients, first:
 
 
 def test_a_turn_that_the_server_never_heard_of_does_not_count(
-    clients: Clients, first: Plan
+    clients: Clients, first: Instruction
 ) -> None:
     update_of(clients, first)
     expected = update_of(clients, next_visit(first, round=3, kept=1))
@@ -103,19 +105,23 @@ def test_a_turn_that_the_server_never_heard_of_does_not_count(
     assert update_of(clients, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
 
 
-def test_a_device_that_lost_what_it_kept_says_so(clients: Clients, first: Plan) -> None:
+def test_a_client_that_lost_what_it_kept_says_so(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     (folder_of(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
     reply = ask(clients, next_visit(first, round=2, kept=1))
     assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
 
 
-def test_a_plan_without_what_it_needs_is_an_error(clients: Clients, first: Plan) -> None:
-    with pytest.raises(DroppeftError, match="and this device has not kept it"):
+def test_a_instruction_without_what_it_needs_is_an_error(
+    clients: Clients, first: Instruction
+) -> None:
+    with pytest.raises(DroppeftError, match="and this client has not kept it"):
         ask(clients, next_visit(first, round=2, kept=None))
 
 
-def test_a_method_that_shares_all_keeps_nothing(clients: Clients, first: Plan, state: Path) -> None:
+def test_a_method_that_shares_all_keeps_nothing(
+    clients: Clients, first: Instruction, state: Path
+) -> None:
     every = frozenset(name for _, name, _ in flatten(first.tensors))
     update_of(clients, replace(first, share=every, run=""))
     assert not state.exists()
@@ -124,8 +130,8 @@ def test_a_method_that_shares_all_keeps_nothing(clients: Clients, first: Plan, s
 # Measuring
 
 
-def test_a_measurement_is_of_the_model_on_the_device_s_own_test_rows(
-    clients: Clients, first: Plan, state: Path
+def test_a_measurement_is_of_the_model_on_the_client_s_own_test_rows(
+    clients: Clients, first: Instruction, state: Path
 ) -> None:
     reply = ask(clients, without_steps(first))
     rows = clients[1].rows.test
@@ -137,7 +143,7 @@ def test_a_measurement_is_of_the_model_on_the_device_s_own_test_rows(
     assert not state.exists()
 
 
-def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Plan) -> None:
+def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     before = rows_kept(1)
     own = ask(clients, without_steps(next_visit(first, round=2, kept=1)))
@@ -146,58 +152,58 @@ def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Plan) -> Non
     assert rows_kept(1) == before
 
 
-def rows_kept(device: int) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder_of(RUN, device).iterdir()}
+def rows_kept(client: int) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder_of(RUN, client).iterdir()}
 
 
-def measurements(plan: Plan) -> list[Any]:
-    """Devices 0 to 3 say what is wrong in different ways, and 4 nothing."""
-    good = Measurement(plan.round, plan.device, plan.nonce, 8, 0.5, 1.0)
+def measurements(instruction: Instruction) -> list[Any]:
+    """Clients 0 to 3 say what is wrong in different ways, and 4 nothing."""
+    good = Measurement(instruction.round, instruction.client, instruction.nonce, 8, 0.5, 1.0)
     bad = {
         1: replace(good, nonce="another"),
         2: replace(good, accuracy=1.5),
         3: Failure(9, "asleep", lost=True),
-        5: answer_to(plan),
+        5: answer_to(instruction),
         6: replace(good, loss=float("nan")),
         7: replace(good, rows=0),
         8: replace(good, round=1),
     }
-    return [] if plan.device == 4 else [bad.get(plan.device, good)]
+    return [] if instruction.client == 4 else [bad.get(instruction.client, good)]
 
 
 def test_nothing_is_taken_on_trust(prepare_with: Callable[..., Prepared]) -> None:
-    prepared = prepare_with("devices=10")
+    prepared = prepare_with("clients=10")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
-    found = measure_devices(setup, method, transport, prepared.state, 4, {})
-    assert [one.device for one in found.measurements] == [0, 9]
-    assert {one.device: one.reason for one in found.failures} == {
-        1: "refused: does not carry this Plan's nonce",
+    found = measure_clients(setup, method, transport, prepared.state, 4, {})
+    assert [one.client for one in found.measurements] == [0, 9]
+    assert {one.client: one.reason for one in found.failures} == {
+        1: "refused: does not carry this instruction's nonce",
         2: "refused: its measurement is none",
         3: "asleep",
         4: "sent no reply",
         5: "refused: answers with no measurement",
         6: "refused: its measurement is none",
         7: "refused: its measurement is none",
-        8: "refused: answers round 1, device 8",
+        8: "refused: answers round 1, client 8",
     }
 
 
-def test_no_more_devices_are_asked_at_once_than_in_a_round(
+def test_no_more_clients_are_asked_at_once_than_in_a_round(
     prepare_with: Callable[..., Prepared],
 ) -> None:
-    prepared = prepare_with("devices=7", "cohort=3")
+    prepared = prepare_with("clients=7", "cohort_size=3")
     asked: list[int] = []
 
     class Counting(Scripted):
-        def exchange(self, plans: Any) -> Any:
-            asked.append(len(plans))
-            yield from super().exchange(plans)
+        def exchange(self, instructions: Any) -> Any:
+            asked.append(len(instructions))
+            yield from super().exchange(instructions)
 
-    found = measure_devices(
+    found = measure_clients(
         prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
     )
-    assert asked == [3, 3, 1, 1]  # device 3 has lost what it kept, and is asked once more
-    assert [one.device for one in found.failures] == [1, 2, 3, 4, 5, 6]
+    assert asked == [3, 3, 1, 1]  # client 3 has lost what it kept, and is asked once more
+    assert [one.client for one in found.failures] == [1, 2, 3, 4, 5, 6]
 
 
 def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
@@ -205,7 +211,9 @@ def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
 ) -> None:
     """Of a local run that is the model of the start; nobody is left out of the mean."""
 
-    forgetful = meddling(lambda plan: plan.measure and plan.device != 1, Path.unlink)
+    forgetful = interfering(
+        lambda instruction: instruction.measure and instruction.client != 1, Path.unlink
+    )
     start, config = Recorder(), load_config(None, words)
     result = start_run(config, tmp_path / "run", start, forgetful)
     assert (result["personalised_lost"], result["personalised_failures"]) == ([0, 2], [])
@@ -217,26 +225,26 @@ def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
         tmp_path / "never",
         Recorder(),
     )
-    for device, source in ((0, never), (1, plain), (2, never)):
-        found, expected = (run["personalised"][device] for run in (result, source))
+    for client, source in ((0, never), (1, plain), (2, never)):
+        found, expected = (run["personalised"][client] for run in (result, source))
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert plain["personalised"][0]["loss"] != pytest.approx(never["personalised"][0]["loss"])
 
 
-def test_sums_count_every_device_as_one() -> None:
+def test_sums_count_every_client_as_one() -> None:
     accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
     found = Personalised(
         tuple(Measurement(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
     )
     sums = personalised_sums(found, {0: 2, 10: 1})
     assert sums["personalised_accuracy"] == pytest.approx(5.4 / 11)
-    # A tenth of eleven devices, rounded up: .2 and .3.
+    # A tenth of eleven clients, rounded up: .2 and .3.
     assert sums["personalised_worst_tenth"] == pytest.approx(0.25)
     assert sums["personalised_deviation"] == pytest.approx(np.std(accuracies))
     assert sums["personalised_accuracy_trained"] == pytest.approx(0.6)
     assert (sums["personalised_devices"], sums["personalised_rows"]) == (11, 165)
     assert sums["personalised"][0] == {
-        "device": 0,
+        "client": 0,
         "turns": 2,
         "rows": 10,
         "accuracy": 0.9,
@@ -247,8 +255,14 @@ def test_sums_count_every_device_as_one() -> None:
 def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
     words: list[str], tmp_path: Path, state: Path
 ) -> None:
-    """They keep nothing of it; devices that trained are not asked again."""
-    more = ("method=fedlora", "devices=4", "cohort=1", "rounds=2", "training.learning_rate=0.02")
+    """They keep nothing of it; clients that trained are not asked again."""
+    more = (
+        "method=fedlora",
+        "clients=4",
+        "cohort_size=1",
+        "rounds=2",
+        "training.learning_rate=0.02",
+    )
     config = load_config(None, [*words, *more, "evaluation.newcomers=true"])
     result = start_run(config, tmp_path / "run", Recorder())
     new = [one["accuracy"] for one in result["personalised"] if not one["turns"]]
@@ -264,13 +278,13 @@ def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
 def test_nobody_measured_is_no_number() -> None:
     sums = personalised_sums(Personalised((), (Failure(0, "asleep"),), 0.0), {})
     assert sums["personalised_accuracy"] is sums["personalised_worst_tenth"] is None
-    assert sums["personalised_failures"] == [{"device": 0, "reason": "asleep"}]
+    assert sums["personalised_failures"] == [{"client": 0, "reason": "asleep"}]
 
 
 # Whole runs
 
 
-LOCAL = ("method=local", "devices=3", "rounds=5")
+LOCAL = ("method=local", "clients=3", "rounds=5")
 
 
 @pytest.fixture
@@ -284,19 +298,19 @@ def test_a_local_run_has_one_accuracy_and_sends_its_values_once(
     result = start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert result["global_accuracy"] is result["adapter_sha256"] is result["best_accuracy"] is None
     assert result["personalised_devices"] == 3
-    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    rows = rows_of(tmp_path / "run" / "clients.jsonl")
     assert all(row["upload_bytes"] == 0 for row in rows)
     seen: set[int] = set()
     for row in rows:
-        assert (row["download_bytes"] > 0) == (row["device"] not in seen)
-        seen.add(row["device"])
+        assert (row["download_bytes"] > 0) == (row["client"] not in seen)
+        seen.add(row["client"])
     assert [one["turns"] for one in result["personalised"]] == [
-        sum(row["device"] == device for row in rows) for device in range(3)
+        sum(row["client"] == client for row in rows) for client in range(3)
     ]
 
 
-def test_devices_of_a_local_run_learn_by_themselves(words: list[str], tmp_path: Path) -> None:
-    more = ("rounds=8", "training.local_steps=20", "training.learning_rate=0.02", "devices=2")
+def test_clients_of_a_local_run_learn_by_themselves(words: list[str], tmp_path: Path) -> None:
+    more = ("rounds=8", "training.local_steps=20", "training.learning_rate=0.02", "clients=2")
     config = load_config(None, [*words, *more, "training.batch_size=16", "partition.kind=iid"])
     result = start_run(config, tmp_path / "run", Recorder())
     assert result["personalised_accuracy"] > 0.6
@@ -313,7 +327,7 @@ def test_a_local_run_goes_on_as_if_nothing_had_happened(words: list[str], tmp_pa
 def test_a_turn_that_was_kept_and_not_saved_is_taken_again(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server dies after the devices of round 3 have kept what they made."""
+    """The server dies after the clients of round 3 have kept what they made."""
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
 
     class Dies(Recorder):
@@ -335,15 +349,17 @@ def own_outcome(out: Path) -> Any:
     return found
 
 
-def test_a_device_that_lost_its_values_begins_again(
+def test_a_client_that_lost_its_values_begins_again(
     words: list[str], tmp_path: Path, state: Path
 ) -> None:
     """One turn is lost; with the next one all values come from the server."""
 
-    forgetful = meddling(lambda plan: plan.round == 3 and not plan.measure, Path.unlink)
-    config = load_config(None, [*words, "devices=2", "rounds=5"])
+    forgetful = interfering(
+        lambda instruction: instruction.round == 3 and not instruction.measure, Path.unlink
+    )
+    config = load_config(None, [*words, "clients=2", "rounds=5"])
     start_run(config, tmp_path / "run", Recorder(), forgetful)
-    rows = rows_of(tmp_path / "run" / "devices.jsonl")
+    rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
     assert [row["reason"] for row in third] == ["what it kept in round 2 is gone"] * 2
     fourth = [row for row in rows if row["round"] == 4]
@@ -358,13 +374,13 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
         def __init__(self, inner: InProcess) -> None:
             self.inner = inner
 
-        def exchange(self, plans: Any) -> Any:
-            for arrival in self.inner.exchange(plans):
-                gone = Failure(plans[arrival.index].device, "asleep")
-                yield replace(arrival, reply=gone) if plans[0].measure else arrival
+        def exchange(self, instructions: Any) -> Any:
+            for arrival in self.inner.exchange(instructions):
+                gone = Failure(instructions[arrival.index].client, "asleep")
+                yield replace(arrival, reply=gone) if instructions[0].measure else arrival
 
     out = tmp_path / "run"
-    with pytest.raises(DroppeftError, match=r"no device could be measured \(device 0: asleep\)"):
+    with pytest.raises(DroppeftError, match=r"no client could be measured \(client 0: asleep\)"):
         start_run(
             load_config(None, words),
             out,
@@ -392,9 +408,14 @@ def test_the_measurement_can_be_left_out(tiny_words: list[str], tmp_path: Path) 
 
 def test_a_measurement_for_a_turn_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
     class Confused:
-        def exchange(self, plans: Any) -> Any:
-            for index, plan in enumerate(plans):
-                yield Arrival(index, Measurement(plan.round, plan.device, plan.nonce, 1, 1.0, 0.1))
+        def exchange(self, instructions: Any) -> Any:
+            for index, instruction in enumerate(instructions):
+                yield Arrival(
+                    index,
+                    Measurement(
+                        instruction.round, instruction.client, instruction.nonce, 1, 1.0, 0.1
+                    ),
+                )
 
     with pytest.raises(DroppeftError, match="refused: answers with a measurement"):
         start_run(

@@ -13,7 +13,7 @@ from droppeft.config import load_config
 from droppeft.costs.device_profiles import PROFILES, Fleet
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.messages import AdapterSpec, Failure, Plan, Reply, ServerState, Update
+from droppeft.messages import AdapterSpec, Failure, Instruction, Reply, ServerState, Update
 from droppeft.methods import METHODS, Setup
 from droppeft.models.loading import load_backbone
 from droppeft.runs.ledger import ClosedRound
@@ -22,12 +22,12 @@ from droppeft.server.round_cost import close_round, count_rows, make_clock
 from droppeft.server.rounds import draw_cohort, play_round
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
-from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, plan_for, setup_for
+from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, instruction_for, setup_for
 from runs import Recorder, outcome, rows_of
 
 METHOD = METHODS["fedlora"]
 
-# Seconds are tokens: a device with 1 FLOP/s per FLOP of a token, and a line that takes no time.
+# Seconds are tokens: a client with 1 FLOP/s per FLOP of a token, and a line that takes no time.
 OWN = {
     "effective_flops_per_s": 2.0 * REST,
     "memory_bytes": 1,
@@ -36,52 +36,56 @@ OWN = {
     "download": 1e30,
     "upload": 1e30,
 }
-WORDS = ("clock.profiles=own", *(f"clock.own.own.{key}={value}" for key, value in OWN.items()))
+WORDS = ("clock.profiles=own", *(f"clock.custom.own.{key}={value}" for key, value in OWN.items()))
 
 
 def setup_with(*words: str) -> Setup:
     return setup_for("method=fedlora", *WORDS, *words)
 
 
-def taking(plan: Plan, seconds: int, **changes: Any) -> Update:
+def taking(instruction: Instruction, seconds: int, **changes: Any) -> Update:
     """An Update whose turn takes so many modelled seconds: no layer ran, the rest did."""
     cost = replace(COST, tokens=seconds, rows=1, layer_tokens=(0,) * 4)
-    return answer_to(plan, examples=1, active_steps=(0,) * 4, cost=cost, **changes)
+    return answer_to(instruction, examples=1, active_steps=(0,) * 4, cost=cost, **changes)
 
 
 def closed_with(seconds: list[int | None], *words: str) -> tuple[list[Reply], Any]:
-    """Close a round of so many devices; ``None`` is one that failed."""
+    """Close a round of so many clients; ``None`` is one that failed."""
     setup = setup_with(*words)
-    plans = [plan_for(device) for device in range(len(seconds))]
+    instructions = [instruction_for(client) for client in range(len(seconds))]
     answers: list[Reply] = [
-        Failure(plan.device, "lost") if took is None else taking(plan, took)
-        for plan, took in zip(plans, seconds, strict=True)
+        Failure(instruction.client, "lost") if took is None else taking(instruction, took)
+        for instruction, took in zip(instructions, seconds, strict=True)
     ]
-    return close_round(setup.clock, setup.config, plans, answers)
+    return close_round(setup.clock, setup.config, instructions, answers)
 
 
 def merged(replies: list[Reply]) -> list[int]:
-    return [reply.device for reply in replies if isinstance(reply, Update)]
+    return [reply.client for reply in replies if isinstance(reply, Update)]
 
 
-def test_a_round_lasts_as_long_as_its_slowest_member() -> None:
+def test_a_round_lasts_as_long_as_its_slowest_variant() -> None:
     replies, cost = closed_with([30, 50, 40])
     assert merged(replies) == [0, 1, 2]
     assert cost.round_s == pytest.approx(50)
-    assert [turn.turn_s for turn in cost.turns] == pytest.approx([30, 50, 40])
+    assert [turn.total_s for turn in cost.turns] == pytest.approx([30, 50, 40])
     assert cost.energy_j == pytest.approx(10 * 120)
     assert (cost.late, cost.surplus, cost.absent) == ((), (), ())
 
 
 def test_without_a_clock_everybody_is_merged() -> None:
-    plans = [plan_for(device) for device in range(3)]
-    answers: list[Reply] = [taking(plans[0], 5), Failure(1, "lost"), taking(plans[2], 9)]
-    replies, cost = close_round(None, setup_for().config, plans, answers)
+    instructions = [instruction_for(client) for client in range(3)]
+    answers: list[Reply] = [
+        taking(instructions[0], 5),
+        Failure(1, "lost"),
+        taking(instructions[2], 9),
+    ]
+    replies, cost = close_round(None, setup_for().config, instructions, answers)
     assert replies == answers
     assert (cost.turns, cost.round_s, cost.energy_j) == ((None, None, None), None, None)
 
 
-def test_nobody_waits_for_a_device_that_failed() -> None:
+def test_nobody_waits_for_a_client_that_failed() -> None:
     replies, cost = closed_with([30, None, 40])
     assert replies[1] == Failure(1, "lost")
     assert cost.turns[1] is None
@@ -106,7 +110,7 @@ def test_all_are_late() -> None:
     assert (merged(replies), cost.round_s) == ([], 10)
 
 
-def test_the_first_of_an_over_selected_round_are_merged_in_plan_order() -> None:
+def test_the_first_of_an_over_selected_round_are_merged_in_instruction_order() -> None:
     seconds: list[int | None] = [70, 20, 60, 30, 10]
     replies, cost = closed_with(seconds, "clock.over_selection=1.5")
     assert merged(replies) == [1, 3, 4]
@@ -121,22 +125,24 @@ def test_a_full_cohort_waits_for_no_deadline() -> None:
     assert (cost.round_s, cost.surplus, cost.late) == (pytest.approx(30), (2,), (0,))
 
 
-def test_equal_times_are_told_apart_by_their_place_among_the_plans() -> None:
+def test_equal_times_are_told_apart_by_their_place_among_the_instructions() -> None:
     replies, cost = closed_with([20, 20, 20, 20, 20], "clock.over_selection=1.5")
     assert merged(replies) == [0, 1, 2]
     assert cost.surplus == (3, 4)
 
 
 def test_the_clock_reads_the_same_from_a_message() -> None:
-    setup, plan = setup_for(), plan_for(4)
+    setup, instruction = setup_for(), instruction_for(4)
     assert setup.clock is not None
-    update = answer_to(plan, cost=replace(COST, reward_tokens=7))
+    update = answer_to(instruction, cost=replace(COST, reward_tokens=7))
     came = unpack_reply(pack_reply(update), 10_000)
     assert isinstance(came, Update)
-    assert setup.clock.turn_cost(plan, came) == setup.clock.turn_cost(plan, update)
+    assert setup.clock.client_cost(instruction, came) == setup.clock.client_cost(
+        instruction, update
+    )
 
 
-def test_a_round_without_members() -> None:
+def test_a_round_without_variants() -> None:
     replies, cost = closed_with([])
     assert (replies, cost.turns, cost.round_s, cost.energy_j) == ([], (), 0.0, 0)
 
@@ -147,7 +153,7 @@ def test_what_closes_a_round(seconds: list[int | None], deadline: int | None) ->
     replies, cost = closed_with(seconds, "clock.over_selection=1.5", *words)
     # The deadlines lie between the times, so that rounding has no say.
     done = [took for took in seconds if took and (deadline is None or took < deadline + 0.5)]
-    assert sorted(seconds[device] or 0 for device in merged(replies)) == sorted(done)[:3]
+    assert sorted(seconds[client] or 0 for client in merged(replies)) == sorted(done)[:3]
     assert len(merged(replies)) + len(cost.late) + len(cost.surplus) == sum(
         took is not None for took in seconds
     )
@@ -164,15 +170,19 @@ def play(
     setup: Setup, *, backwards: bool = False, round: int = 1
 ) -> tuple[ServerState, ClosedRound]:
     transport = Scripted(
-        lambda plan: [taking(plan, 10 + 7 * plan.device % 50, tensors=trained(plan))],
+        lambda instruction: [
+            taking(instruction, 10 + 7 * instruction.client % 50, tensors=trained(instruction))
+        ],
         backwards=backwards,
     )
     return play_round(setup, METHOD, transport, METHOD.init(setup), round, lambda reply: None)
 
 
-def trained(plan: Plan) -> Any:
+def trained(instruction: Instruction) -> Any:
     """What is sent where no layer ran: the head."""
-    return {"head": {"head.W": plan.tensors["head"]["head.W"] * 0 + float(plan.device)}}
+    return {
+        "head": {"head.W": instruction.tensors["head"]["head.W"] * 0 + float(instruction.client)}
+    }
 
 
 def head(state: ServerState) -> float:
@@ -182,10 +192,13 @@ def head(state: ServerState) -> float:
 def test_a_round_draws_more_than_it_merges() -> None:
     setup = setup_with("clock.over_selection=2.0")
     state, closed = play(setup)
-    assert len(closed.plans) == len(draw_cohort(setup, 1)) == 6
-    fastest = sorted((10 + 7 * plan.device % 50, plan.device) for plan in closed.plans)[:3]
-    assert {update.device for update in closed.accepted} == {device for _, device in fastest}
-    assert head(state) == pytest.approx(sum(device for _, device in fastest) / 3)
+    assert len(closed.instructions) == len(draw_cohort(setup, 1)) == 6
+    fastest = sorted(
+        (10 + 7 * instruction.client % 50, instruction.client)
+        for instruction in closed.instructions
+    )[:3]
+    assert {update.client for update in closed.accepted} == {client for _, client in fastest}
+    assert head(state) == pytest.approx(sum(client for _, client in fastest) / 3)
     assert all(isinstance(answer, Update) for answer in closed.answers)
 
 
@@ -194,14 +207,14 @@ def test_the_order_of_arrival_decides_nothing() -> None:
     (state, closed), (other, backwards) = play(setup), play(setup, backwards=True)
     assert head(state) == head(other)
     assert closed.modelled == backwards.modelled
-    assert [update.device for update in closed.accepted] == [
-        update.device for update in backwards.accepted
+    assert [update.client for update in closed.accepted] == [
+        update.client for update in backwards.accepted
     ]
 
 
 def test_who_is_refused_is_not_timed() -> None:
     setup = setup_with()
-    transport = Scripted(lambda plan: [taking(plan, 5, nonce="an old one")])
+    transport = Scripted(lambda instruction: [taking(instruction, 5, nonce="an old one")])
     _, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, lambda reply: None)
     assert closed.modelled.turns == (None, None, None)
     assert closed.modelled.round_s == 0
@@ -215,20 +228,20 @@ def test_a_quorum_counts_who_was_in_time() -> None:
     assert closed.modelled.round_s == 1.0
 
 
-def test_an_absent_device_gets_no_plan_and_is_named() -> None:
-    setup = setup_with("clock.own.own.availability=0.5")
+def test_an_absent_client_gets_no_instruction_and_is_named() -> None:
+    setup = setup_with("clock.custom.own.availability=0.5")
     rounds = [play(setup, round=round)[1] for round in range(1, 21)]
     for round, closed in enumerate(rounds, start=1):
-        asked = [plan.device for plan in closed.plans]
+        asked = [instruction.client for instruction in closed.instructions]
         assert sorted([*asked, *closed.modelled.absent]) == list(draw_cohort(setup, round))
     # 60 draws at one half: standard deviation 3.9.
     assert abs(sum(len(closed.modelled.absent) for closed in rounds) - 30) < 20
 
 
 def test_everybody_may_be_absent() -> None:
-    setup = setup_with("clock.own.own.availability=1e-9")
+    setup = setup_with("clock.custom.own.availability=1e-9")
     state, closed = play(setup)
-    assert (closed.plans, closed.accepted, closed.modelled.round_s) == ((), (), 0.0)
+    assert (closed.instructions, closed.accepted, closed.modelled.round_s) == ((), (), 0.0)
     assert len(closed.modelled.absent) == 3
     assert head(state) == 1.0
 
@@ -241,9 +254,9 @@ def test_an_adapter_is_counted_once() -> None:
         return ARITHMETIC
 
     clock = make_clock(Fleet(0, ("own",) * 5, {"own": PROFILES["phone"]}), count)
-    for device in range(5):
-        plan = plan_for(device)
-        clock.turn_cost(plan, answer_to(plan))
+    for client in range(5):
+        instruction = instruction_for(client)
+        clock.client_cost(instruction, answer_to(instruction))
     assert len(counted) == 1
 
 
@@ -278,7 +291,7 @@ def test_an_unknown_profile_stops_before_anything_is_loaded(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def clock_words(tiny_words: list[str]) -> list[str]:
-    """Three of four devices are drawn, two merged, and phones are often not there."""
+    """Three of four clients are drawn, two merged, and phones are often not there."""
     more = ("rounds=4", "clock.over_selection=1.5", "clock.profiles=phone,jetson_tx2")
     return [*tiny_words, *more]
 
@@ -291,27 +304,27 @@ def clock_run(clock_words: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_rows_of_a_run_agree_with_each_other(clock_run: Path) -> None:
-    rounds, devices = (rows_of(clock_run / name) for name in ("rounds.jsonl", "devices.jsonl"))
+    rounds, clients = (rows_of(clock_run / name) for name in ("rounds.jsonl", "clients.jsonl"))
     for row in rounds:
-        members = [each for each in devices if each["round"] == row["round"]]
-        assert [each["device"] for each in members] == row["cohort"]
+        variants = [each for each in clients if each["round"] == row["round"]]
+        assert [each["client"] for each in variants] == row["cohort"]
         assert row["accepted"] + len(row["surplus"]) == len(row["cohort"])
         assert len(row["cohort"]) + len(row["absent"]) == 3
-        merged = [each["turn_modelled_s"] for each in members if each["accepted"]]
-        surplus = [each["turn_modelled_s"] for each in members if not each["accepted"]]
+        merged = [each["client_modelled_s"] for each in variants if each["accepted"]]
+        surplus = [each["client_modelled_s"] for each in variants if not each["accepted"]]
         assert row["round_modelled_s"] == max(merged)
         assert all(took >= max(merged) for took in surplus)
-        assert row["energy_modelled_j"] == sum(each["energy_modelled_j"] for each in members)
+        assert row["energy_modelled_j"] == sum(each["energy_modelled_j"] for each in variants)
     assert any(row["surplus"] for row in rounds)
     assert any(row["absent"] for row in rounds)
     result = json.loads((clock_run / "result.json").read_text())
     assert result["round_modelled_s"] == sum(row["round_modelled_s"] for row in rounds)
 
 
-def test_a_device_keeps_its_profile(clock_run: Path) -> None:
+def test_a_client_keeps_its_profile(clock_run: Path) -> None:
     kinds: dict[int, set[str]] = {}
-    for row in rows_of(clock_run / "devices.jsonl"):
-        kinds.setdefault(row["device"], set()).add(row["profile"])
+    for row in rows_of(clock_run / "clients.jsonl"):
+        kinds.setdefault(row["client"], set()).add(row["profile"])
     assert all(len(names) == 1 for names in kinds.values())
     assert set.union(*kinds.values()) == {"phone", "jetson_tx2"}
 
@@ -339,8 +352,8 @@ def test_layers_that_were_dropped_cost_no_modelled_time(
         out = tmp_path / str(mean)
         words = [*tiny_words, "rounds=1", f"dropout.mean={mean}"]
         start_run(load_config(None, words), out, Recorder())
-        rows = rows_of(out / "devices.jsonl")
-        return {(row["round"], row["device"]): row["train_modelled_s"] for row in rows}
+        rows = rows_of(out / "clients.jsonl")
+        return {(row["round"], row["client"]): row["train_modelled_s"] for row in rows}
 
     full, half = train_s(0.0), train_s(0.5)
     assert full.keys() == half.keys()
@@ -349,13 +362,13 @@ def test_layers_that_were_dropped_cost_no_modelled_time(
 
 def test_a_deadline_that_nobody_can_meet_ends_a_run(tiny_words: list[str], tmp_path: Path) -> None:
     words = [*tiny_words, "clock.deadline_s=1e-6"]
-    with pytest.raises(DroppeftError, match=r"longer than clock\.deadline_s, as that of device"):
+    with pytest.raises(DroppeftError, match=r"longer than clock\.deadline_s, as that of client"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
 
 
-def test_devices_that_are_never_there_end_a_run(tiny_words: list[str], tmp_path: Path) -> None:
-    words = [*tiny_words, *WORDS, "clock.own.own.availability=1e-9"]
-    with pytest.raises(DroppeftError, match="by the availability of their profiles no device"):
+def test_clients_that_are_never_there_end_a_run(tiny_words: list[str], tmp_path: Path) -> None:
+    words = [*tiny_words, *WORDS, "clock.custom.own.availability=1e-9"]
+    with pytest.raises(DroppeftError, match="by the availability of their profiles no client"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
 
 
@@ -381,7 +394,7 @@ def test_a_model_that_cannot_be_counted_is_trained_without_a_clock(
     assert (result["round_modelled_s"], result["energy_modelled_j"]) == (None, None)
     [row] = rows_of(out / "rounds.jsonl")
     assert (row["accepted"], row["round_modelled_s"]) == (2, None)
-    assert all("turn_modelled_s" not in each for each in rows_of(out / "devices.jsonl"))
+    assert all("client_modelled_s" not in each for each in rows_of(out / "clients.jsonl"))
 
 
 @pytest.mark.usefixtures("uncountable")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import HEAD, Failure, Plan, ServerState
+from droppeft.messages import HEAD, Failure, Instruction, ServerState
 from droppeft.methods import METHODS
-from droppeft.runs.ledger import ClosedRound, device_row, round_row
+from droppeft.runs.ledger import ClosedRound, client_row, round_row
 from droppeft.server.rounds import draw_cohort, play_round
 from droppeft.transports.base import Arrival
 from handmade import LAYERS, Scripted, answer_to, assert_same, setup_for
@@ -37,14 +37,14 @@ def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, Cl
 
 
 class Shuffled:
-    """Devices send random layers with values of all sizes, in random order."""
+    """Clients send random layers with values of all sizes, in random order."""
 
     def __init__(self, order: list[int], seed: int) -> None:
         self.order, self.seed = order, seed
 
-    def exchange(self, plans: Any) -> Any:
+    def exchange(self, instructions: Any) -> Any:
         arrivals = {}
-        for index, plan in enumerate(plans):
+        for index, instruction in enumerate(instructions):
             values = np.random.default_rng((self.seed, index))
             ran = tuple(int(one) for one in values.integers(0, 3, LAYERS))
             tensors = {
@@ -54,10 +54,10 @@ class Shuffled:
                     )
                     for name, array in named.items()
                 }
-                for key, named in plan.tensors.items()
+                for key, named in instruction.tensors.items()
                 if key == HEAD or ran[key] > 0
             }
-            update = answer_to(plan, active_steps=ran, tensors=tensors)
+            update = answer_to(instruction, active_steps=ran, tensors=tensors)
             cost = replace(update.cost, layer_tokens=tuple(32 * one for one in ran))
             examples = int(values.integers(1, 9))
             arrivals[index] = Arrival(index, replace(update, cost=cost, examples=examples))
@@ -66,7 +66,7 @@ class Shuffled:
 
 @given(st.permutations(range(5)), st.integers(0, 2**32))
 def test_the_order_of_arrival_does_not_show_in_any_bit(order: list[int], seed: int) -> None:
-    setup = setup_for("method=fedlora", "cohort=5")
+    setup = setup_for("method=fedlora", "cohort_size=5")
     (one, first), (other, second) = (
         play_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
         for places in (list(range(5)), order)
@@ -80,18 +80,22 @@ def head(state: ServerState) -> float:
     return float(state.model.tensors["head"]["head.W"][0])
 
 
-def all_but(device: int, reply: Any) -> Scripted:
+def all_but(client: int, reply: Any) -> Scripted:
     """Everybody trains to their own number but one, who answers as given."""
 
-    def answer(plan: Plan) -> list[Any]:
-        return reply(plan) if plan.device == device else [answer_to(plan, float(plan.device))]
+    def answer(instruction: Instruction) -> list[Any]:
+        return (
+            reply(instruction)
+            if instruction.client == client
+            else [answer_to(instruction, float(instruction.client))]
+        )
 
     return Scripted(answer)
 
 
 @pytest.fixture
 def cohort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices 4, 5 and 8 are drawn."""
+    """Clients 4, 5 and 8 are drawn."""
     monkeypatch.setattr("droppeft.server.rounds.draw_cohort", lambda setup, round: COHORT)
 
 
@@ -99,26 +103,31 @@ def cohort(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestRound:
     def test_all_answer(self) -> None:
         seen: list[Any] = []
-        state, closed = play(Scripted(lambda plan: [answer_to(plan, float(plan.device))]), seen)
+        state, closed = play(
+            Scripted(lambda instruction: [answer_to(instruction, float(instruction.client))]), seen
+        )
         assert head(state) == pytest.approx((4 + 5 + 8) / 3)
-        assert [plan.device for plan in closed.plans] == COHORT
+        assert [instruction.client for instruction in closed.instructions] == COHORT
         assert list(closed.replies) == seen == list(closed.accepted)
         assert closed.server_wall_s > 0
 
     @pytest.mark.parametrize(
         ("reply", "reason"),
         [
-            (lambda plan: [], "sent no reply"),
-            (lambda plan: [Failure(5, "ran out of battery")], "ran out of battery"),
-            # A device that cannot read its Plan does not know which it is.
-            (lambda plan: [Failure(-1, "cannot read its Plan")], "cannot read its Plan"),
+            (lambda instruction: [], "sent no reply"),
+            (lambda instruction: [Failure(5, "ran out of battery")], "ran out of battery"),
+            # A client that cannot read its instruction does not know which it is.
             (
-                lambda plan: [answer_to(plan, math.nan)],
+                lambda instruction: [Failure(-1, "cannot read its instruction")],
+                "cannot read its instruction",
+            ),
+            (
+                lambda instruction: [answer_to(instruction, math.nan)],
                 "refused: sends layer.0.A with values that are not finite",
             ),
             (
-                lambda plan: [answer_to(plan, 5.0, nonce="an old one")],
-                "refused: does not carry this Plan's nonce",
+                lambda instruction: [answer_to(instruction, 5.0, nonce="an old one")],
+                "refused: does not carry this instruction's nonce",
             ),
         ],
     )
@@ -126,18 +135,18 @@ class TestRound:
         state, closed = play(all_but(5, reply))
         assert head(state) == pytest.approx((4 + 8) / 2)
         assert closed.replies[1] == Failure(5, reason)
-        assert [update.device for update in closed.accepted] == [4, 8]
+        assert [update.client for update in closed.accepted] == [4, 8]
         row = row_of(closed)
         assert (row.cohort, row.accepted) == (COHORT, 2)
-        assert row.failures == [{"device": 5, "reason": reason}]
-        made = device_row(
-            closed.plans[1], closed.answers[1], closed.replies[1], closed.modelled.turns[1]
+        assert row.failures == [{"client": 5, "reason": reason}]
+        made = client_row(
+            closed.instructions[1], closed.answers[1], closed.replies[1], closed.modelled.turns[1]
         )
         assert made["reason"] == reason
 
     def test_who_claims_to_be_another_harms_only_himself(self) -> None:
-        def answer(plan: Plan) -> list[Any]:
-            return [answer_to(plan, float(plan.device), device=5)]
+        def answer(instruction: Instruction) -> list[Any]:
+            return [answer_to(instruction, float(instruction.client), client=5)]
 
         state, closed = play(Scripted(answer))
         assert head(state) == 5.0
@@ -147,14 +156,14 @@ class TestRound:
         def merge(*_: Any) -> ServerState:
             return replace(METHOD.init(SETUP), memory=Noted({3: (1.0, 0.1)}, frozenset({2})))
 
-        method, silent = replace(METHOD, merge=merge), Scripted(lambda plan: [])
+        method, silent = replace(METHOD, merge=merge), Scripted(lambda instruction: [])
         state, _ = play_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
         assert state.memory == Noted({3: (1.0, 0.1)}, frozenset({2}))
 
     @pytest.mark.parametrize(("quorum", "merged"), [(1, 2), (2, 2), (3, 0)])
     def test_too_few_answer(self, quorum: int, merged: int) -> None:
         setup = setup_for("method=fedlora", f"quorum={quorum}")
-        transport = all_but(5, lambda plan: [Failure(5, "ran out of battery")])
+        transport = all_but(5, lambda instruction: [Failure(5, "ran out of battery")])
         state, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
         assert len(closed.accepted) == merged
         assert head(state) == (pytest.approx((4 + 8) / 2) if merged else 1.0)
@@ -164,7 +173,7 @@ class TestRound:
             assert closed.replies[2] == Failure(8, reason)
 
     def test_nobody_answers(self) -> None:
-        state, closed = play(Scripted(lambda plan: []))
+        state, closed = play(Scripted(lambda instruction: []))
         assert head(state) == 1.0
         row = row_of(closed)
         assert (row.accepted, len(row.failures), row.upload_bytes) == (0, 3, 0)
@@ -195,14 +204,14 @@ def test_cohorts_follow_seed_and_round() -> None:
     ]
 
 
-def test_every_device_is_drawn_about_equally_often() -> None:
+def test_every_client_is_drawn_about_equally_often() -> None:
     rounds = 2000
-    drawn = Counter(device for round in range(rounds) for device in draw_cohort(SETUP, round))
+    drawn = Counter(client for round in range(rounds) for client in draw_cohort(SETUP, round))
     # Each is in a cohort with probability 0.3: 600 of 2000, standard deviation 20.5.
-    counts = np.array([drawn[device] for device in range(10)])
+    counts = np.array([drawn[client] for client in range(10)])
     assert np.abs(counts - 600).max() < 5 * 20.5
 
 
 def test_the_cohort_may_be_everybody() -> None:
-    everybody = setup_for("cohort=10")
+    everybody = setup_for("cohort_size=10")
     assert list(draw_cohort(everybody, 1)) == list(range(10))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Plan
+from droppeft.messages import Failure, Instruction
 from droppeft.runs.folder import check_free
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.transports.base import Arrival
@@ -44,7 +44,7 @@ class Crash(Exception):
 
 
 def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
-    rounds, devices = (rows_of(whole_run / name) for name in ("rounds.jsonl", "devices.jsonl"))
+    rounds, clients = (rows_of(whole_run / name) for name in ("rounds.jsonl", "clients.jsonl"))
     assert [row["round"] for row in rounds] == [1, 2, 3]
     fields = (
         "global_accuracy global_loss train_loss host_wall_s upload_bytes download_bytes "
@@ -54,8 +54,8 @@ def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
         assert all(row[name] is not None for name in fields.split())
         assert row["accepted"] == len(row["cohort"]) == 2
         assert sum(row["layer_steps"]) == row["mean_active_layers"] * 2 * len(row["cohort"])
-    asked = [(row["round"], device) for row in rounds for device in row["cohort"]]
-    assert [(row["round"], row["device"]) for row in devices] == asked
+    asked = [(row["round"], client) for row in rounds for client in row["cohort"]]
+    assert [(row["round"], row["client"]) for row in clients] == asked
     kept = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
     assert kept == ["round-00002.safetensors", "round-00003.safetensors"]
     assert list(whole_run.rglob("*.partial")) == []
@@ -104,13 +104,13 @@ def test_rounds_between_evaluations_have_no_accuracy(tiny_words: list[str], tmp_
     assert [value is None for value in measured] == [True, False, False]
 
 
-def test_a_watcher_hears_everything(tiny_words: list[str], tmp_path: Path) -> None:
-    watcher = Recorder()
-    result = start_run(load_config(None, tiny_words), tmp_path / "run", watcher)
-    assert watcher.earlier == []
-    assert [row.round for row in watcher.rows] == [1, 2, 3]
-    assert len(watcher.replies) == 6
-    assert watcher.results == [result]
+def test_a_listener_hears_everything(tiny_words: list[str], tmp_path: Path) -> None:
+    listener = Recorder()
+    result = start_run(load_config(None, tiny_words), tmp_path / "run", listener)
+    assert listener.earlier == []
+    assert [row.round for row in listener.rows] == [1, 2, 3]
+    assert len(listener.replies) == 6
+    assert listener.results == [result]
 
 
 # Crashes
@@ -118,7 +118,7 @@ def test_a_watcher_hears_everything(tiny_words: list[str], tmp_path: Path) -> No
 
 CRASHES: dict[str, tuple[str, int, bool]] = {
     # What is called for the n-th time when the process ends: before it has done anything, or after.
-    "before the devices' rows": ("droppeft.server.run.append_rows", 1, False),
+    "before the clients' rows": ("droppeft.server.run.append_rows", 1, False),
     "between the two ledgers": ("droppeft.server.run.append_rows", 3, True),
     "after the rows, before the checkpoint": ("droppeft.server.run.append_rows", 4, True),
     "after the first checkpoint": ("droppeft.runs.checkpoints.save", 2, True),
@@ -195,7 +195,7 @@ def stop_after(rounds: int, tiny_words: list[str], out: Path) -> None:
     assert (stopped.value.folder, stopped.value.round) == (out, rounds)
 
 
-@pytest.mark.parametrize("name", ["rounds.jsonl", "devices.jsonl"])
+@pytest.mark.parametrize("name", ["rounds.jsonl", "clients.jsonl"])
 def test_a_torn_line_is_played_again(
     name: str, tiny_words: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
@@ -214,9 +214,9 @@ def test_a_damaged_checkpoint_costs_a_round(
     stop_after(2, tiny_words, out)
     newest = out / "checkpoints" / "round-00002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-3])
-    watcher = Recorder()
-    resume_run(out, watcher)
-    assert [row.round for row in watcher.earlier] == [1]
+    listener = Recorder()
+    resume_run(out, listener)
+    assert [row.round for row in listener.earlier] == [1]
     assert outcome(out) == outcome(whole_run)
 
 
@@ -224,20 +224,20 @@ def test_resuming_shows_what_was_done_and_plays_the_rest(
     tiny_words: list[str], tmp_path: Path
 ) -> None:
     stop_after(2, tiny_words, tmp_path / "run")
-    watcher = Recorder()
-    resume_run(tmp_path / "run", watcher)
-    assert [row.round for row in watcher.earlier] == [1, 2]
-    assert [row.round for row in watcher.rows] == [3]
+    listener = Recorder()
+    resume_run(tmp_path / "run", listener)
+    assert [row.round for row in listener.earlier] == [1, 2]
+    assert [row.round for row in listener.rows] == [3]
 
 
 def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(out / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    watcher = Recorder()
-    result = resume_run(out, watcher)
-    assert watcher.results == [result] == [json.loads((out / "result.json").read_text())]
-    assert (watcher.steps, watcher.rows) == ([], [])
+    listener = Recorder()
+    result = resume_run(out, listener)
+    assert listener.results == [result] == [json.loads((out / "result.json").read_text())]
+    assert (listener.steps, listener.rows) == ([], [])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -250,9 +250,9 @@ def test_a_second_process_is_kept_out(tiny_words: list[str], tmp_path: Path) -> 
                 resume_run(out, Recorder())
             super().round_done(row)
 
-    watcher = Intruder()
-    start_run(load_config(None, tiny_words), out, watcher)
-    assert len(watcher.rows) == 3
+    listener = Intruder()
+    start_run(load_config(None, tiny_words), out, listener)
+    assert len(listener.rows) == 3
 
 
 def test_data_that_changed_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_an_interrupted_process_says_how_to_go_on(
     assert outcome(out) == long_run
 
 
-# Devices that do not answer
+# Clients that do not answer
 
 
 class Deaf:
@@ -437,11 +437,11 @@ class Deaf:
         self.inner = InProcess(clients_of(loaded))
         self.lost = lost
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
-        for arrival in self.inner.exchange(plans):
-            device = plans[arrival.index].device
-            lost = plans[0].round in self.lost
-            yield replace(arrival, reply=Failure(device, "asleep")) if lost else arrival
+    def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
+        for arrival in self.inner.exchange(instructions):
+            client = instructions[arrival.index].client
+            lost = instructions[0].round in self.lost
+            yield replace(arrival, reply=Failure(client, "asleep")) if lost else arrival
 
 
 def run_with_losses(words: list[str], out: Path, rounds: int, *lost: int) -> None:
@@ -453,7 +453,7 @@ def test_three_lost_rounds_end_a_run_that_can_be_resumed(
     tiny_words: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    said = rf"in 3 rounds in a row \(device \d: asleep\); mend that, then resume {out}$"
+    said = rf"in 3 rounds in a row \(client \d: asleep\); mend that, then resume {out}$"
     with pytest.raises(DroppeftError, match=said):
         run_with_losses(tiny_words, out, 6, 2, 3, 4)
     assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [2, 0, 0, 0]

@@ -10,9 +10,9 @@ import pytest
 
 from droppeft.messages import SharingRule
 from droppeft.server.validation import why_refused
-from handmade import COST, answer_to, filled, layout, plan_for
+from handmade import COST, answer_to, filled, instruction_for, layout
 
-PLAN = plan_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
+PLAN = instruction_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
 SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
 
 
@@ -36,10 +36,10 @@ def test_tokens_of_steps_that_were_skipped_are_accepted() -> None:
 
 
 def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
-    plan = replace(PLAN, frozen=1, share=PLAN.share - {"layer.0.A"})
-    update = answer_to(plan, tensors={key: SHARED[key] for key in (1, "head")})
+    instruction = replace(PLAN, frozen=1, share=PLAN.share - {"layer.0.A"})
+    update = answer_to(instruction, tensors={key: SHARED[key] for key in (1, "head")})
     idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
-    assert why_refused(plan, idle, layout(plan.adapter)) is None
+    assert why_refused(instruction, idle, layout(instruction.adapter)) is None
 
 
 def test_an_update_that_is_in_order_is_accepted() -> None:
@@ -58,12 +58,12 @@ def test_a_layer_that_never_ran_is_not_sent() -> None:
     )
 
 
-def test_a_tensor_that_the_plan_did_not_send_may_come_back() -> None:
-    """A layer that a device decides to share is not in what it was sent."""
+def test_a_tensor_that_the_instruction_did_not_send_may_come_back() -> None:
+    """A layer that a client decides to share is not in what it was sent."""
     kept = {key: named for key, named in PLAN.tensors.items() if key != 1}
-    plan = replace(PLAN, tensors=kept)
-    update = answer_to(plan, tensors=SHARED)
-    assert why_refused(plan, update, layout(plan.adapter)) is None
+    instruction = replace(PLAN, tensors=kept)
+    update = answer_to(instruction, tensors=SHARED)
+    assert why_refused(instruction, update, layout(instruction.adapter)) is None
 
 
 RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
@@ -82,7 +82,7 @@ def said_of_choice(**changes: Any) -> str | None:
     return why_refused(RULED, update, layout(RULED.adapter))
 
 
-def test_a_device_s_choice_of_layers_is_accepted() -> None:
+def test_a_client_s_choice_of_layers_is_accepted() -> None:
     """Also of a layer that may not travel in this turn; what never ran stays shared."""
     head = {"head": SHARED["head"]}
     assert said_of_choice() is None
@@ -96,11 +96,11 @@ def test_a_device_s_choice_of_layers_is_accepted() -> None:
 def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
     """A quarter of the two layers that are trained is one, and the others are shared."""
     names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
-    plan = replace(RULED, train=names, share=names)
-    update = answer_to(plan, **{**CHOSEN, "shared": (0, 1, 2)})
-    assert why_refused(plan, update, layout(PLAN.adapter)) is None
+    instruction = replace(RULED, train=names, share=names)
+    update = answer_to(instruction, **{**CHOSEN, "shared": (0, 1, 2)})
+    assert why_refused(instruction, update, layout(PLAN.adapter)) is None
     greedy = replace(update, shared=(0, 1))
-    said = why_refused(plan, greedy, layout(PLAN.adapter))
+    said = why_refused(instruction, greedy, layout(PLAN.adapter))
     assert said == "chooses about layers that it did not move"
 
 
@@ -128,7 +128,7 @@ def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
         ({"cost": replace(COST, scoring_tokens=-1)}, "claims impossible costs"),
         ({"cost": replace(COST, scoring_tokens=8)}, "measured what it was not asked for"),
         ({"cost": replace(COST, reward_tokens=8)}, "measured what it was not asked for"),
-        ({"cost": replace(COST, own_steps=2)}, "claims 2 steps with an adapter of its own"),
+        ({"cost": replace(COST, personal_steps=2)}, "claims 2 steps with an adapter of its own"),
     ],
 )
 def test_a_choice_is_refused(changes: dict[str, Any], reason: str) -> None:
@@ -142,9 +142,9 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"round": 2}, "answers round 2, device 3"),
-        ({"device": 4}, "answers round 1, device 4"),
-        ({"nonce": "another"}, "does not carry this Plan's nonce"),
+        ({"round": 2}, "answers round 2, client 3"),
+        ({"client": 4}, "answers round 1, client 4"),
+        ({"nonce": "another"}, "does not carry this instruction's nonce"),
         ({"active_steps": (2, 1, 1)}, "speaks of 3 layers, the model has 4"),
         ({"importance": (0.0,) * 5}, "speaks of 5 layers, the model has 4"),
         ({"examples": 0}, "trained on nothing: in every step fp16 overflowed"),
@@ -162,7 +162,7 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
         ({"importance": (0.0, 0.0, -0.1, 0.0)}, "claims an impossible gain or importance"),
         ({"importance": (0.0, 0.0, 1e31, 0.0)}, "claims an impossible gain or importance"),
         ({"importance": (0.0, 0.0, math.nan, 0.0)}, "its loss, reward or importance is not finite"),
-        ({"cost": replace(COST, turn_wall_s=math.inf)}, "claims impossible costs"),
+        ({"cost": replace(COST, total_wall_s=math.inf)}, "claims impossible costs"),
         ({"cost": replace(COST, reward_wall_s=math.nan)}, "claims impossible costs"),
         ({"cost": replace(COST, tokens=-1)}, "claims impossible costs"),
         ({"cost": replace(COST, reward_tokens=10**400)}, "claims impossible costs"),

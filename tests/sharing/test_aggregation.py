@@ -32,14 +32,14 @@ def filled(values: np.random.Generator) -> dict[LayerKey, dict[str, Array]]:
     }
 
 
-def update(device: int, tensors: Tensors) -> Update:
+def update(client: int, tensors: Tensors) -> Update:
     cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
-    return Update(1, device, "", tensors, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
+    return Update(1, client, "", tensors, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
 
 
 def of(weights: Sequence[float]) -> Weight:
-    """A weight for every device, by its number."""
-    return lambda update, layer: weights[update.device]
+    """A weight for every client, by its number."""
+    return lambda update, layer: weights[update.client]
 
 
 def only(tensors: Tensors, names: set[tuple[LayerKey, str]]) -> Tensors:
@@ -66,7 +66,7 @@ def test_every_tensor_is_the_weighted_mean_over_its_holders(
 ) -> None:
     values = np.random.default_rng(seed)
     current = filled(values)
-    updates = [update(device, only(filled(values), names)) for device, names in enumerate(coverage)]
+    updates = [update(client, only(filled(values), names)) for client, names in enumerate(coverage)]
     weight = st.integers(0, 3) | st.floats(0.0, 1e3, allow_subnormal=False)
     weights = [data.draw(weight) for _ in updates]
     merged = average_over_holders(current, updates, of(weights))
@@ -94,13 +94,13 @@ def test_the_order_of_arrival_does_not_show(
 ) -> None:
     values = np.random.default_rng(seed)
     current = filled(values)
-    updates = [update(device, only(filled(values), names)) for device, names in enumerate(coverage)]
+    updates = [update(client, only(filled(values), names)) for client, names in enumerate(coverage)]
     weights = list(values.uniform(0.1, 5.0, len(updates)))
     arrived = list(updates)
     shuffle.shuffle(arrived)
-    in_plan_order = sorted(arrived, key=lambda each: each.device)
+    in_instruction_order = sorted(arrived, key=lambda each: each.client)
     first = average_over_holders(current, updates, of(weights))
-    second = average_over_holders(current, in_plan_order, of(weights))
+    second = average_over_holders(current, in_instruction_order, of(weights))
     assert bits(first) == bits(second)
 
 
@@ -108,13 +108,13 @@ def test_sums_run_in_double_precision() -> None:
     """In float32 1e8 + 1 is 1e8, so the mean would be 0; it is 2 / 4."""
     current: Tensors = {0: {"x": np.zeros(1, dtype=np.float32)}}
     updates = [
-        update(device, {0: {"x": np.array([value], dtype=np.float32)}})
-        for device, value in enumerate((1e8, 1.0, 1.0, -1e8))
+        update(client, {0: {"x": np.array([value], dtype=np.float32)}})
+        for client, value in enumerate((1e8, 1.0, 1.0, -1e8))
     ]
     assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [0.5]
 
 
-def test_one_device_with_one_layer_changes_that_layer_alone() -> None:
+def test_one_client_with_one_layer_changes_that_layer_alone() -> None:
     values = np.random.default_rng(0)
     current, trained = filled(values), filled(values)
     merged = average_over_holders(current, [update(3, {1: trained[1]})], by_examples)
@@ -154,9 +154,9 @@ def test_a_layer_counts_by_the_steps_it_ran_in() -> None:
     """Rows times active steps: (2·1·0 + 2·3·4) / (2·1 + 2·3) = 3; the head: (0 + 4) / 2 = 2."""
     current: Tensors = {0: {"x": np.zeros(1, np.float32)}, HEAD: {"w": np.zeros(1, np.float32)}}
     updates = []
-    for device, (value, steps) in enumerate([(0.0, 1), (4.0, 3)]):
+    for client, (value, steps) in enumerate([(0.0, 1), (4.0, 3)]):
         array = np.full(1, value, np.float32)
-        made = update(device, {0: {"x": array}, HEAD: {"w": array}})
+        made = update(client, {0: {"x": array}, HEAD: {"w": array}})
         updates.append(replace(made, examples=2, steps=3, active_steps=(steps, 0)))
     merged = average_over_holders(current, updates, by_active_steps)
     assert (merged[0]["x"].tolist(), merged[HEAD]["w"].tolist()) == ([3.0], [2.0])

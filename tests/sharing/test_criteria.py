@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from droppeft.config import SharingConfig
-from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, usual_norms
-from droppeft.training.gradients import Moments
+from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, typical_norms
+from droppeft.training.gradients import GradientMoments
 
 LAYERS = 4
 GROWING = range(1, 5)
@@ -19,7 +19,7 @@ def turn(**changes: typing.Any) -> Turn:
     """Layer 0 was not trained, layer 2 never ran; all else moves."""
     made = Turn(
         active_steps=np.array([4.0, 4.0, 0.0, 2.0]),
-        gradients=Moments(
+        gradients=GradientMoments(
             norm=np.array([0.0, 2.0, 0.0, 1.0]),
             square=np.array([0.0, 5.0, 0.0, 1.5]),
             square_of_mean=np.array([0.0, 2.0, 0.0, 0.5]),
@@ -87,7 +87,7 @@ def test_only_what_is_asked_for_is_run() -> None:
 
 
 def test_gradients_that_agree_are_a_signal_and_others_noise() -> None:
-    gradients = Moments(np.ones(4), np.ones(4), np.array([0.0, 1.0, 0.0, 0.25]))
+    gradients = GradientMoments(np.ones(4), np.ones(4), np.array([0.0, 1.0, 0.0, 0.25]))
     scores = scores_of("gradient_snr", turn(gradients=gradients))
     assert scores[1] > 1e6 > scores[3]
 
@@ -135,34 +135,34 @@ def test_the_unbiased_hsic_is_that_of_its_definition() -> None:
     assert linear_cka(x, y) == pytest.approx(expected)
 
 
-def test_what_is_unusual_is_the_norm_through_the_usual_one() -> None:
-    scores = scores_of("relative_gradient_norm", turn(usual=np.array([9.0, 4.0, 9.0, 0.5])))
+def test_what_is_unusual_is_the_norm_through_the_typical_one() -> None:
+    scores = scores_of("relative_gradient_norm", turn(typical=np.array([9.0, 4.0, 9.0, 0.5])))
     assert (scores[1], scores[3]) == (0.5, 2.0)
 
 
-def test_a_layer_that_nobody_knows_counts_as_usual_as_the_others() -> None:
-    scores = scores_of("relative_gradient_norm", turn(usual=np.array([0.0, 4.0, 0.0, 0.0])))
+def test_a_layer_that_nobody_knows_counts_as_typical_as_the_others() -> None:
+    scores = scores_of("relative_gradient_norm", turn(typical=np.array([0.0, 4.0, 0.0, 0.0])))
     assert (scores[1], scores[3]) == (0.5, 0.25)
-    plain = scores_of("relative_gradient_norm", turn(usual=np.zeros(4)))
+    plain = scores_of("relative_gradient_norm", turn(typical=np.zeros(4)))
     assert (plain[1], plain[3]) == (2.0, 1.0)
 
 
-def test_what_is_usual_is_fitted_beside_how_large_a_device_s_gradients_are() -> None:
-    """A device whose gradients are ten times as large counts as any other."""
+def test_what_is_typical_is_fitted_beside_how_large_a_client_s_gradients_are() -> None:
+    """A client whose gradients are ten times as large counts as any other."""
     one, ten_times = [1.0, 3.0, 0.0], [30.0, 10.0, 0.0]
-    # Shares of a device's mean: 1/2 and 3/2; 3/2 and 1/2.
-    assert usual_norms([one, ten_times]) == pytest.approx((1.0, 1.0, 0.0))
-    assert usual_norms([one]) == pytest.approx((0.5, 1.5, 0.0))
-    assert usual_norms([]) is None
-    assert usual_norms([[0.0, 0.0]]) is None
+    # Shares of a client's mean: 1/2 and 3/2; 3/2 and 1/2.
+    assert typical_norms([one, ten_times]) == pytest.approx((1.0, 1.0, 0.0))
+    assert typical_norms([one]) == pytest.approx((0.5, 1.5, 0.0))
+    assert typical_norms([]) is None
+    assert typical_norms([[0.0, 0.0]]) is None
 
 
-def test_devices_that_trained_other_layers_are_compared_all_the_same() -> None:
-    """Upper layers have larger gradients, and half of the devices train those alone."""
+def test_clients_that_trained_other_layers_are_compared_all_the_same() -> None:
+    """Upper layers have larger gradients, and half of the clients train those alone."""
     rng = np.random.default_rng(0)
-    usual = np.array([0.4, 0.8, 1.2, 1.6])  # 1 on average
+    typical = np.array([0.4, 0.8, 1.2, 1.6])  # 1 on average
     size = rng.uniform(0.1, 10, size=(8, 1))
-    norms = size * usual
+    norms = size * typical
     norms[4:, :2] = 0.0
-    found = usual_norms(norms.tolist())
-    assert found == pytest.approx(usual, rel=1e-6)
+    found = typical_norms(norms.tolist())
+    assert found == pytest.approx(typical, rel=1e-6)

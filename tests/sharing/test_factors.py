@@ -21,9 +21,9 @@ def layer(rng: np.random.Generator, rank: int = RANK) -> dict[str, Any]:
     }
 
 
-def update(device: int, tensors: Tensors, examples: int = 1) -> Update:
+def update(client: int, tensors: Tensors, examples: int = 1) -> Update:
     cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
-    return Update(1, device, "", tensors, examples, 1, (1,), (0.0,), 0.0, None, cost)
+    return Update(1, client, "", tensors, examples, 1, (1,), (0.0,), 0.0, None, cost)
 
 
 def product(tensors: Tensors) -> Any:
@@ -46,7 +46,7 @@ def test_it_is_the_nearest_of_its_rank_to_the_mean_and_nearer_than_separate_mean
     rng: np.random.Generator,
 ) -> None:
     current, sent = {0: layer(rng)}, [{0: layer(rng)} for _ in range(3)]
-    updates = [update(device, one, device + 1) for device, one in enumerate(sent)]
+    updates = [update(client, one, client + 1) for client, one in enumerate(sent)]
     mean = sum((place + 1) * product(one) for place, one in enumerate(sent)) / 6
     merged = product(average_products(current, updates, by_examples))
     u, sizes, v = np.linalg.svd(mean)
@@ -56,7 +56,7 @@ def test_it_is_the_nearest_of_its_rank_to_the_mean_and_nearer_than_separate_mean
 
 
 def test_the_mean_over_those_who_hold_both(rng: np.random.Generator) -> None:
-    """Device 1 sends A alone: it is in the mean of A nowhere, since A is made anew."""
+    """Client 1 sends A alone: it is in the mean of A nowhere, since A is made anew."""
     current, one, other = {0: layer(rng)}, {0: layer(rng)}, {0: layer(rng)}
     part = {0: {A: other[0][A]}, HEAD: {}}
     merged = average_products(current, [update(0, one), update(1, part)], by_examples)

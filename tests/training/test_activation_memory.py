@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import profile
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from adapter_contract import Worn, case, texts
+from adapter_contract import Attached, case, texts
 from droppeft.costs.operation_counter import Tally
 from droppeft.tasks.classification import Classification
 from droppeft.training.activation_memory import ActivationMeter
@@ -169,7 +169,7 @@ def test_a_block_may_be_the_largest_in_a_step_that_keeps_less() -> None:
 
 def test_what_counting_a_block_stores_is_let_go() -> None:
     """Its graph has no backward that would take it apart: kept outputs must not hold themselves."""
-    on = Worn(case("lora", "bert"))
+    on = Attached(case("lora", "bert"))
     meter, tally = ActivationMeter(on.model), Tally(on.model)
     with checkpointed(on.model.train(), on.blocks, meter.note), tally:
         for _ in range(2):
@@ -200,7 +200,7 @@ EVERY = (True, True, True)
 
 def peak(gates: Sequence[bool], checkpointing: bool, **settings: Any) -> int:
     """Of one step of LoRA on a tiny BERT, 8 rows of 7 tokens, 32 wide."""
-    on = Worn(case("lora", "bert"))
+    on = Attached(case("lora", "bert"))
     config = replace(TRAINING, checkpointing=checkpointing, **settings)
     trainable = Trainable(on.model, on.blocks, on.groups, TASK)
     return train(trainable, [Step(texts(), gates, 1.0)], config).activation_bytes_peak
@@ -227,7 +227,7 @@ def test_under_autocast_blocks_are_run_again_as_the_backward_will(precision: str
     assert lean[2] - lean[1] == HIDDEN
 
 
-def live_bytes(on: Worn, batch: dict[str, torch.Tensor]) -> int:
+def live_bytes(on: Attached, batch: dict[str, torch.Tensor]) -> int:
     """The most that is allocated at any moment of a forward and a backward, by torch's profiler."""
     with profile(profile_memory=True) as seen:
         TASK.loss_and_logits(on.model, batch)[0].backward()
@@ -245,7 +245,7 @@ def live_bytes(on: Worn, batch: dict[str, torch.Tensor]) -> int:
     return most
 
 
-def counted_and_seen(on: Worn, checkpointing: bool) -> tuple[int, int]:
+def counted_and_seen(on: Attached, checkpointing: bool) -> tuple[int, int]:
     """What the meter counts of a step, and what the profiler sees of another."""
     batch = {name: column.repeat(16, *[8] * (column.dim() - 1)) for name, column in texts().items()}
     meter = ActivationMeter(on.model)
@@ -257,7 +257,7 @@ def counted_and_seen(on: Worn, checkpointing: bool) -> tuple[int, int]:
 
 def test_torch_s_profiler_sees_the_same_saving() -> None:
     """Beside what is stored there is what passes through a backward: the same in both."""
-    on = Worn(case("lora", "bert"))
+    on = Attached(case("lora", "bert"))
     counted, seen = counted_and_seen(on, checkpointing=False)
     lean_counted, lean_seen = counted_and_seen(on, checkpointing=True)
     assert lean_counted < 0.6 * counted

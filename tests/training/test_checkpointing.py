@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from adapter_contract import Case, Worn, case, texts
+from adapter_contract import Attached, Case, case, texts
 from droppeft.adapters.by_layer import get_tensors
 from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
@@ -35,9 +35,9 @@ CASES = [
 ]
 
 
-def worn(chosen: Case = LORA) -> Worn:
+def attached(chosen: Case = LORA) -> Attached:
     """A tiny model with trained-looking values, and dropout wherever there is a module for it."""
-    on = Worn(chosen)
+    on = Attached(chosen)
     on.scramble()
     for module in on.model.modules():
         if isinstance(module, nn.Dropout):
@@ -45,7 +45,7 @@ def worn(chosen: Case = LORA) -> Worn:
     return on
 
 
-def turn(on: Worn, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, torch.Tensor]:
+def turn(on: Attached, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, torch.Tensor]:
     """Train one step per entry of GATES; values, outcome, and the generator's state after it."""
     rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-3, "weight_decay": 0.1}
     torch.manual_seed(11)
@@ -58,7 +58,7 @@ def turn(on: Worn, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, tor
     return values, outcome, torch.get_rng_state()
 
 
-def runs_of(on: Worn) -> list[int]:
+def runs_of(on: Attached) -> list[int]:
     """Count how often the inside of each block runs, recomputation included."""
     runs = [0] * len(on.blocks)
     for layer, block in enumerate(on.blocks):
@@ -73,7 +73,7 @@ def runs_of(on: Worn) -> list[int]:
 
 def assert_same_turn(chosen: Case, **settings: Any) -> None:
     """With and without checkpointing: values, counts, and random numbers used."""
-    plain, lean = worn(chosen), worn(chosen)
+    plain, lean = attached(chosen), attached(chosen)
     once, twice = runs_of(plain), runs_of(lean)
     values, outcome, state = turn(plain, **settings)
     again, lean_outcome, lean_state = turn(lean, checkpointing=True, **settings)
@@ -101,18 +101,18 @@ def test_checkpointing_trains_the_same_bits_under_autocast(precision: str) -> No
 
 def test_values_were_trained_and_dropout_was_on() -> None:
     """Else equal bits would prove little."""
-    still = worn()
+    still = attached()
     before = {name: array.tobytes() for _, name, array in flatten(get_tensors(still.groups))}
     values, _, _ = turn(still)
     assert all(values[name] != bits for name, bits in before.items())
-    quiet = worn()
+    quiet = attached()
     for module in quiet.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     assert turn(quiet)[0] != values
 
 
-def notes(on: Worn, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
+def notes(on: Attached, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
     """What a training forward tells of its blocks."""
     found: list[Call] = []
     with checkpointed(on.model, on.blocks, found.append), gated(on.blocks) as gates:
@@ -122,21 +122,21 @@ def notes(on: Worn, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
 
 
 def test_every_block_that_runs_is_told_of_and_no_other() -> None:
-    on = worn()
+    on = attached()
     assert [call.block for call in notes(on)] == list(on.blocks)
     assert [call.block for call in notes(on, GATES[1])] == [on.blocks[0], on.blocks[2]]
 
 
 def test_a_call_knows_what_is_kept_for_it() -> None:
-    shapes = [tuple(tensor.shape) for tensor in notes(worn())[1].tensors]
+    shapes = [tuple(tensor.shape) for tensor in notes(attached())[1].tensors]
     assert shapes == [(8, 7, 32), (8, 1, 7, 7)]  # hidden states and the mask
-    prefix = [tuple(one.shape) for one in notes(worn(case("prefix_tuning", "bert")))[1].tensors]
+    prefix = [tuple(one.shape) for one in notes(attached(case("prefix_tuning", "bert")))[1].tensors]
     # And of all 3 layers, whose cache is one: keys and values of 3 virtual tokens for 2 heads.
     assert prefix == [(8, 7, 32), (8, 1, 7, 10), *[(8, 2, 3, 16)] * 6]
 
 
 def test_a_call_can_be_made_again_without_being_told_of() -> None:
-    on = worn(case("lora", "bert"))
+    on = attached(case("lora", "bert"))
     for module in on.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -146,7 +146,7 @@ def test_a_call_can_be_made_again_without_being_told_of() -> None:
 
 
 def test_evaluation_and_what_follows_are_not_checkpointed() -> None:
-    on = worn()
+    on = attached()
     before = [dict(vars(block)) for block in on.blocks]
     config = dict(vars(on.model.config))
     found: list[Call] = []
@@ -171,7 +171,7 @@ def test_training_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a cache was made")
 
-    on = worn(case("lora", "llama"))
+    on = attached(case("lora", "llama"))
     monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", refuse)
     turn(on)
 
@@ -179,7 +179,7 @@ def test_training_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_below_the_lowest_adapter_take_no_part_in_the_backward() -> None:
     """transformers' own switch makes embeddings require a gradient: all layers would."""
     spec = LORA.spec
-    on = Worn(LORA, replace(spec, layers=(None, None, spec.layers[2])))
+    on = Attached(LORA, replace(spec, layers=(None, None, spec.layers[2])))
     runs = runs_of(on)
     found: list[Call] = []
     on.model.train()

@@ -39,7 +39,7 @@ from droppeft.training.loop import (
     evaluate,
     rate_factor,
     train,
-    turn_batches,
+    training_batches,
 )
 from handmade import TRAINING
 from tiny import tiny_model
@@ -258,13 +258,13 @@ def test_importance_is_the_mean_over_the_steps_in_which_a_layer_ran() -> None:
 
 def test_norms_lie_on_the_device_where_the_gradients_are() -> None:
     """A dropped layer has none; its zero must be there too."""
-    device = torch.device("meta")
-    value = nn.Parameter(torch.ones(2, device=device))
-    value.grad = torch.ones(2, device=device)
-    dropped = nn.Parameter(torch.ones(2, device=device))
+    client = torch.device("meta")
+    value = nn.Parameter(torch.ones(2, client=client))
+    value.grad = torch.ones(2, client=client)
+    dropped = nn.Parameter(torch.ones(2, client=client))
     parameters = {0: {"a": value}, 1: {"b": dropped}}
-    norms = Gradients(parameters, 3, device, with_mean=False).norms()
-    assert (norms.device, norms.shape) == (device, (3,))
+    norms = Gradients(parameters, 3, client, with_mean=False).norms()
+    assert (norms.client, norms.shape) == (client, (3,))
 
 
 def proximal_term(
@@ -537,7 +537,7 @@ def test_a_turn_of_steps_has_that_many_and_prefers_no_row(
     rows: np.ndarray[Any, Any], batch_size: int, steps: int, seed: int
 ) -> None:
     draw = (rows, BIG, batch_size, Budget(steps=steps))
-    batches = turn_batches(*draw, np.random.default_rng(seed))
+    batches = training_batches(*draw, np.random.default_rng(seed))
     assert len(batches) == steps
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     counts = seen(batches)
@@ -546,7 +546,7 @@ def test_a_turn_of_steps_has_that_many_and_prefers_no_row(
     assert max(times) - min(times) <= 1
     if steps * batch_size < len(rows):
         assert sum(times) == steps * batch_size
-    again = turn_batches(*draw, np.random.default_rng(seed))
+    again = training_batches(*draw, np.random.default_rng(seed))
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in again]
 
 
@@ -555,7 +555,7 @@ def test_a_turn_of_epochs_takes_every_row_once_in_each(
     rows: np.ndarray[Any, Any], batch_size: int, epochs: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    batches = turn_batches(rows, BIG, batch_size, Budget(epochs=epochs), rng)
+    batches = training_batches(rows, BIG, batch_size, Budget(epochs=epochs), rng)
     each = math.ceil(len(rows) / batch_size)
     assert len(batches) == epochs * each
     for epoch in range(epochs):
@@ -566,7 +566,7 @@ def test_a_turn_of_epochs_takes_every_row_once_in_each(
 def test_short_turns_differ_and_reach_every_row() -> None:
     rows = np.arange(40)
     rng = np.random.default_rng(0)
-    turns = [seen(turn_batches(rows, BIG, 4, Budget(steps=2), rng)) for _ in range(60)]
+    turns = [seen(training_batches(rows, BIG, 4, Budget(steps=2), rng)) for _ in range(60)]
     assert len({tuple(sorted(turn)) for turn in turns}) > 50
     assert set().union(*turns) == set(rows.tolist())
 
@@ -617,7 +617,7 @@ def test_evaluation_is_the_naive_loop_over_rows(classes: int, batch_size: int) -
     assert result.wall_s > 0
 
 
-def test_a_skewed_device_can_be_evaluated() -> None:
+def test_a_skewed_client_can_be_evaluated() -> None:
     """Labels 0 and 1 alone do not make four classes two."""
     table = token_table(50, classes=4)
     rows = np.flatnonzero(table.labels < 2)

@@ -1,4 +1,4 @@
-"""The contract of every transport: what comes back depends on the Plan alone."""
+"""The contract of every transport: what comes back depends on the instruction alone."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 
 from droppeft.config import load_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.messages import LayerAdapter, Plan, Update, flatten
+from droppeft.messages import Instruction, LayerAdapter, Update, flatten
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.transports.base import Transport
 from droppeft.transports.registry import TRANSPORTS, transport_named
@@ -22,13 +22,13 @@ def transport(request: pytest.FixtureRequest, tiny_words: list[str]) -> Iterator
         yield transport
 
 
-def ask(transport: Transport, plans: list[Plan]) -> dict[int, Update]:
-    replies = {arrival.index: arrival.reply for arrival in transport.exchange(plans)}
-    assert sorted(replies) == list(range(len(plans)))
+def ask(transport: Transport, instructions: list[Instruction]) -> dict[int, Update]:
+    replies = {arrival.index: arrival.reply for arrival in transport.exchange(instructions)}
+    assert sorted(replies) == list(range(len(instructions)))
     answers = {}
     for index, reply in replies.items():
         assert isinstance(reply, Update)
-        answers[plans[index].device] = reply
+        answers[instructions[index].client] = reply
     return answers
 
 
@@ -43,15 +43,17 @@ def assert_same(one: Update, other: Update) -> None:
     assert one.cost.activation_bytes_peak == other.cost.activation_bytes_peak
 
 
-def test_every_plan_is_answered_once(transport: Transport, plans: list[Plan]) -> None:
-    answers = ask(transport, plans)
+def test_every_instruction_is_answered_once(
+    transport: Transport, instructions: list[Instruction]
+) -> None:
+    answers = ask(transport, instructions)
     assert sorted(answers) == [0, 1, 3]
-    for plan in plans:
-        answer = answers[plan.device]
-        assert (answer.round, answer.device, answer.nonce) == (
-            plan.round,
-            plan.device,
-            plan.nonce,
+    for instruction in instructions:
+        answer = answers[instruction.client]
+        assert (answer.round, answer.client, answer.nonce) == (
+            instruction.round,
+            instruction.client,
+            instruction.nonce,
         )
 
 
@@ -59,40 +61,42 @@ def test_nobody_is_asked_nobody_answers(transport: Transport) -> None:
     assert list(transport.exchange([])) == []
 
 
-def test_the_same_plan_gives_the_same_answer(transport: Transport, plans: list[Plan]) -> None:
-    first, second = ask(transport, plans), ask(transport, plans)
-    for device, answer in first.items():
-        assert_same(answer, second[device])
+def test_the_same_instruction_gives_the_same_answer(
+    transport: Transport, instructions: list[Instruction]
+) -> None:
+    first, second = ask(transport, instructions), ask(transport, instructions)
+    for client, answer in first.items():
+        assert_same(answer, second[client])
 
 
-def test_devices_differ(transport: Transport, plans: list[Plan]) -> None:
-    answers = ask(transport, plans)
+def test_clients_differ(transport: Transport, instructions: list[Instruction]) -> None:
+    answers = ask(transport, instructions)
     assert len({answer.train_loss for answer in answers.values()}) == 3
 
 
-def test_the_order_of_plans_does_not_change_an_answer(
-    transport: Transport, plans: list[Plan]
+def test_the_order_of_instructions_does_not_change_an_answer(
+    transport: Transport, instructions: list[Instruction]
 ) -> None:
-    forwards, backwards = ask(transport, plans), ask(transport, plans[::-1])
-    for device, answer in forwards.items():
-        assert_same(answer, backwards[device])
+    forwards, backwards = ask(transport, instructions), ask(transport, instructions[::-1])
+    for client, answer in forwards.items():
+        assert_same(answer, backwards[client])
 
 
 def test_an_answer_does_not_depend_on_what_was_done_before_or_where(
-    transport: Transport, prepared: Prepared, plans: list[Plan]
+    transport: Transport, prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     wide = LayerAdapter("lora", rank=2)
-    other_spec = replace(plans[0].adapter, layers=(wide, None, wide, None), dropout=0.3)
+    other_spec = replace(instructions[0].adapter, layers=(wide, None, wide, None), dropout=0.3)
     other = replace(
-        plans[0],
+        instructions[0],
         round=2,
         adapter=other_spec,
         tensors=prepared.setup.fresh_tensors(other_spec),
         dropout=None,
     )
-    ask(transport, [other, plans[2]])
+    ask(transport, [other, instructions[2]])
     with TRANSPORTS["in_process"](prepared.loaded) as unused:
-        assert_same(ask(transport, plans[1:2])[1], ask(unused, plans[1:2])[1])
+        assert_same(ask(transport, instructions[1:2])[1], ask(unused, instructions[1:2])[1])
 
 
 def test_an_unknown_transport_is_named_with_those_there_are() -> None:

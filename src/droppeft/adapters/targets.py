@@ -52,8 +52,8 @@ def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> 
         if (layer := spec.layers[_layer_index(target, blocks_path)]) and layer.rank is not None
     }
     if ranks:
-        usual = fields[TYPES[name].settings["rank"]] = max(ranks.values())
-        differing = {target: rank for target, rank in ranks.items() if rank != usual}
+        typical = fields[TYPES[name].settings["rank"]] = max(ranks.values())
+        differing = {target: rank for target, rank in ranks.items() if rank != typical}
         if differing:
             fields["rank_pattern"] = differing
     return fields
@@ -101,8 +101,8 @@ def _wanted(
         if name == "ia3"
         else PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())].target_module_mapping
     )
-    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    found = _of_type(own, model) or _of_type(usual, model)
+    typical = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = _of_type(own, model) or _of_type(typical, model)
     if found is None:
         raise DroppeftError(
             f"peft has no default targets for {model.config.model_type!r}; "

@@ -52,7 +52,7 @@ def _refused(title: str, source: str, reason: str) -> AdapterType:
     return AdapterType("refused", title, source, note=reason)
 
 
-_SVD = "frozen parts come from an SVD of the weights: devices of other make may find another one"
+_SVD = "frozen parts come from an SVD of the weights: clients of other make may find another one"
 _DRAWN = "frozen parts are drawn from a seed of its own, an option"
 _TIED = "it has one tensor for all layers, which no layer could drop, keep or share"
 _TASKS = "its forward needs a task number for every text"

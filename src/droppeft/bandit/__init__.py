@@ -1,4 +1,4 @@
-"""Which arm a device gets: rates over depth and a prefix, learnt while the run trains.
+"""Which arm a client gets: rates over depth and a prefix, learnt while the run trains.
 
 Source: a multi-armed bandit over dropout rates is DropPEFT's (arXiv:2503.10217); arms, rewards,
 policies and the choice for a whole cohort are ours.

@@ -1,4 +1,4 @@
-"""What an arm of the bandit takes on each kind of device: seconds and bytes. Ours."""
+"""What an arm of the bandit takes on each kind of client: seconds and bytes. Ours."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -52,9 +52,9 @@ def clock_of(setup: Setup) -> Clock:
 def of_kinds(
     setup: Setup, cohort: Sequence[int], value: Callable[[DeviceProfile], list[Any]]
 ) -> list[list[Any]]:
-    """A value of every device, found once for each kind."""
+    """A value of every client, found once for each kind."""
     fleet = clock_of(setup).fleet
-    names = [fleet.names[device] for device in cohort]
+    names = [fleet.names[client] for client in cohort]
     found = {name: value(fleet.profiles[name]) for name in dict.fromkeys(names)}
     return [found[name] for name in names]
 
@@ -63,13 +63,16 @@ def seconds_of(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[float]:
     """Modelled seconds of a turn with each arm."""
-    return [turn_seconds(setup, model, memory, round, arm, profile) for arm in memory.arms.values()]
+    return [
+        local_training_seconds(setup, model, memory, round, arm, profile)
+        for arm in memory.arms.values()
+    ]
 
 
 def typical_seconds(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
 ) -> tuple[float, ...]:
-    """The same, mean over the kinds of device that there are."""
+    """The same, mean over the kinds of client that there are."""
     by_kind = [seconds_of(setup, model, memory, round, kind) for kind in kinds(setup).values()]
     return tuple(fmean(seconds) for seconds in zip(*by_kind, strict=True))
 
@@ -79,7 +82,7 @@ def kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
     return {name: fleet.profiles[name] for name in dict.fromkeys(fleet.names)}
 
 
-def turn_seconds(
+def local_training_seconds(
     setup: Setup,
     model: GlobalModel,
     memory: BanditMemory,
@@ -116,7 +119,7 @@ def _row_flops(
 
 
 def reward_rows(setup: Setup, round: int) -> int:
-    """How many a device measures its reward on; 0 where nothing is learnt from it."""
+    """How many a client measures its reward on; 0 where nothing is learnt from it."""
     settings = setup.config.configurator
     idle = settings.policy in ("fixed", LOT) or not is_deciding(setup, round)
     return 0 if idle or settings.reward != "loss" else settings.reward_rows
@@ -125,7 +128,7 @@ def reward_rows(setup: Setup, round: int) -> int:
 def fitting(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[bool]:
-    """For which arms a kind of device has the memory."""
+    """For which arms a kind of client has the memory."""
     return [
         bytes_of_arm(setup, model, memory, round, arm) <= profile.memory_bytes
         for arm in memory.arms.values()
@@ -152,7 +155,7 @@ def bytes_of_arm(
 
 
 def unfitted(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> str | None:
-    """A kind of device that none of the arms fits, in this round or the last.
+    """A kind of client that none of the arms fits, in this round or the last.
 
     Schedules have full depth in the first round or the last.
     """
@@ -180,7 +183,7 @@ def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
 def fits_somewhere(
     setup: Setup, model: GlobalModel, memory: BanditMemory, arm: Arm, round: int
 ) -> bool:
-    """Whether some kind of device has the memory for an arm, in this round and the last."""
+    """Whether some kind of client has the memory for an arm, in this round and the last."""
     most = max(kind.memory_bytes for kind in kinds(setup).values())
     rounds = (round, setup.config.rounds)
     return all(bytes_of_arm(setup, model, memory, one, arm) <= most for one in rounds)

@@ -1,4 +1,4 @@
-"""Arms: what a device may be told to drop and to train. Ours."""
+"""Arms: what a client may be told to drop and to train. Ours."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ LEAST_PART = 1e-9
 
 @dataclass(frozen=True)
 class Arm:
-    """What a device does in one turn.
+    """What a client does in one turn.
 
     Attributes:
         mean: drop rate, mean over the layers that are trained; protected ones count 0.

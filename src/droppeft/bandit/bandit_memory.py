@@ -22,7 +22,7 @@ class BanditMemory:
         observations: of the window's rounds.
         row_length: tokens of a row, padding included, mean of the last rounds.
         importance: of each layer, running mean; ``None`` before any is known.
-        tried: numbers of the arms that some device was given, ever, merged or not.
+        tried: numbers of the arms that some client was given, ever, merged or not.
         changed: the round after which arms were last taken out or exchanged.
     """
 
@@ -62,7 +62,7 @@ def with_round(
     """Add what a round has shown; forget what is older than the window.
 
     Args:
-        given: numbers of the arms that devices were given, besides those of the observations.
+        given: numbers of the arms that clients were given, besides those of the observations.
         row_length: mean of the round's turns, ``None`` if nothing was merged.
         importance: of each layer, mean over the round's turns in which it ran and was trained; 0
             where there was none. ``None`` if nothing was merged.
@@ -101,8 +101,8 @@ def halved(
     Arms that were not tried in the window are not judged, and stay.
 
     Args:
-        seconds: what a turn takes with each arm, mean over the kinds of device.
-        suffice: whether every kind of device can have one of these arms; what is needed stays.
+        seconds: what a turn takes with each arm, mean over the kinds of client.
+        suffice: whether every kind of client can have one of these arms; what is needed stays.
     """
     if len(memory.arms) == 1 or round - memory.changed < every:
         return memory
@@ -131,7 +131,7 @@ def refreshed(
     Arms that were not tried in the window are not judged.
 
     Args:
-        near: neighbours of an arm, those that some device can have.
+        near: neighbours of an arm, those that some client can have.
     """
     if every == 0 or round - memory.changed < every or len(memory.arms) < 2:
         return memory

@@ -1,4 +1,4 @@
-"""From scores and seconds to an arm for each device: most reward per second of the round. Ours."""
+"""From scores and seconds to an arm for each client: most reward per second of the round. Ours."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +15,16 @@ def choose_together(
 ) -> tuple[int, ...]:
     """Choose for a cohort whose slowest member ends the round.
 
-    For a round of T seconds each device takes the best score among its arms that end by T; of all
-    T that has the largest sum of scores per second. A device that explores takes what it must.
+    For a round of T seconds each client takes the best score among its arms that end by T; of all
+    T that has the largest sum of scores per second. A client that explores takes what it must.
 
     Args:
-        scored: of (devices, A).
-        seconds: (devices, A) what a turn takes.
-        fits: (devices, A) whether the device has the memory.
+        scored: of (clients, A).
+        seconds: (clients, A) what a turn takes.
+        fits: (clients, A) whether the client has the memory.
 
     Returns:
-        An arm's place for every device; of equally good ones the first.
+        An arm's place for every client; of equally good ones the first.
 
     Raises:
         DroppeftError: no arm fits a device.
@@ -55,7 +55,7 @@ def choose_together(
 
 def _allowed(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
     if not fits.any(axis=1).all():
-        raise DroppeftError("no arm of the configurator fits the memory of every device")
+        raise DroppeftError("no arm of the configurator fits the memory of every client")
     return np.where(fits, scores, -np.inf)
 
 

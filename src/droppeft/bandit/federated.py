@@ -35,7 +35,7 @@ from droppeft.bandit.arm_costs import (
 from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, refreshed, with_round
 from droppeft.bandit.rewards import rewards_of
 from droppeft.federated_method import Setup
-from droppeft.messages import GlobalModel, Plan, Reply, Update, first_trained_layer
+from droppeft.messages import GlobalModel, Instruction, Reply, Update, first_trained_layer
 
 STEP = 0.125
 """Of the mean drop rate, between neighbours."""
@@ -71,7 +71,7 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
     """All candidates, none tried.
 
     Raises:
-        DroppeftError: no candidate is possible, none fits some device, or there is no clock.
+        DroppeftError: no candidate is possible, none fits some client, or there is no clock.
     """
     settings = setup.config.configurator
     found = candidates(settings.means, settings.shapes, _prefixes(setup), depth_of_run(setup))
@@ -84,7 +84,7 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
 def _prefixes(setup: Setup) -> Sequence[float]:
     """A prompt stands before the first layer: everything behind it has a backward."""
     layered = TYPES[setup.config.adapter.type].kind == "layered"
-    return setup.config.configurator.prefixes if layered else (0.0,)
+    return setup.config.configurator.untrained if layered else (0.0,)
 
 
 def arms_of_round(
@@ -98,7 +98,7 @@ def arms_of_round(
     common = (setup, model, memory, round)
     seconds = np.array(of_kinds(setup, cohort, lambda kind: seconds_of(*common, kind)))
     fits = np.array(of_kinds(setup, cohort, lambda kind: fitting(*common, kind)))
-    if not settings.by_class:
+    if not settings.by_profile:
         seconds = np.tile(typical_seconds(*common), (len(cohort), 1))
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
@@ -116,7 +116,7 @@ def arms_of_round(
 def _in_time(
     fits: npt.NDArray[np.bool_], seconds: npt.NDArray[np.float64], deadline_s: float | None
 ) -> npt.NDArray[np.bool_]:
-    """Arms that end by the deadline, on devices that have one."""
+    """Arms that end by the deadline, on clients that have one."""
     if deadline_s is None:
         return fits
     ends = fits & (seconds <= deadline_s)
@@ -127,24 +127,24 @@ def learned(
     setup: Setup,
     model: GlobalModel,
     memory: BanditMemory,
-    plans: Sequence[Plan],
+    instructions: Sequence[Instruction],
     replies: Sequence[Reply],
 ) -> tuple[BanditMemory, ArmsOfRound | None]:
     """The memory after a round, and what there is to show of it; failures teach nothing.
 
     Args:
-        model: from which the Plans were made.
+        model: from which the instructions were made.
         memory: from which their arms were chosen.
     """
-    if not plans:
+    if not instructions:
         return memory, None
-    settings, round = setup.config.configurator, plans[0].round
-    given = [plan.arm for plan in plans if plan.arm is not None]
+    settings, round = setup.config.configurator, instructions[0].round
+    given = [instruction.arm for instruction in instructions if instruction.arm is not None]
     labels = {number: memory.arms[number].label for number in given}
-    rewards = rewards_of(setup, plans, replies)
+    rewards = rewards_of(setup, instructions, replies)
     merged = [
-        (plan, reply)
-        for plan, reply in zip(plans, replies, strict=True)
+        (instruction, reply)
+        for instruction, reply in zip(instructions, replies, strict=True)
         if isinstance(reply, Update)
     ]
     observations = [
@@ -164,11 +164,11 @@ def learned(
     )
     if is_deciding(setup, round):
         memory = _other_arms(setup, model, memory, round)
-    return memory, _shown(setup, plans, replies, labels, rewards)
+    return memory, _shown(setup, instructions, replies, labels, rewards)
 
 
 def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> BanditMemory:
-    """Fewer, or one exchanged, as the policy has it; every kind of device has one that fits."""
+    """Fewer, or one exchanged, as the policy has it; every kind of client has one that fits."""
     settings = setup.config.configurator
     seconds = typical_seconds(setup, model, memory, round)
 
@@ -192,20 +192,24 @@ def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: i
 
 def _shown(
     setup: Setup,
-    plans: Sequence[Plan],
+    instructions: Sequence[Instruction],
     replies: Sequence[Reply],
     labels: Mapping[int, str],
     rewards: Sequence[float | None],
 ) -> ArmsOfRound:
-    rates = [plan.dropout.rates for plan in plans if plan.dropout]
-    lowest = [first_trained_layer(plan) for plan in plans]
+    rates = [instruction.dropout.rates for instruction in instructions if instruction.dropout]
+    lowest = [first_trained_layer(instruction) for instruction in instructions]
     return ArmsOfRound(
-        round=plans[0].round,
-        chosen={plan.device: plan.arm for plan in plans if plan.arm is not None},
+        round=instructions[0].round,
+        chosen={
+            instruction.client: instruction.arm
+            for instruction in instructions
+            if instruction.arm is not None
+        },
         labels=labels,
         rewards={
-            plan.device: reward
-            for plan, reply, reward in zip(plans, replies, rewards, strict=True)
+            instruction.client: reward
+            for instruction, reply, reward in zip(instructions, replies, rewards, strict=True)
             if isinstance(reply, Update)
         },
         rates=tuple(fmean(layer) for layer in zip(*rates, strict=True)),
@@ -222,7 +226,7 @@ def note(
 
     Besides what :class:`ArmsOfRound` has: ``labels`` of the present arms too; ``quality``,
     ``deviation``, ``trials``, ``seconds``: of the present arms, in units of the typical reward, how
-    often each was tried, and modelled seconds of a turn, mean over the kinds of device; ``best``:
+    often each was tried, and modelled seconds of a turn, mean over the kinds of client; ``best``:
     number of the arm with most reward per second.
     """
     known = memory.known(setup.config.configurator.window)
@@ -250,14 +254,14 @@ def _by_text(table: Mapping[int, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in table.items()}
 
 
-def _importance(setup: Setup, merged: Sequence[tuple[Plan, Update]]) -> list[float]:
+def _importance(setup: Setup, merged: Sequence[tuple[Instruction, Update]]) -> list[float]:
     """Of each layer, mean over the turns that trained it; 0 where none did."""
     found = []
     for layer in range(setup.num_layers):
         seen = [
             update.importance[layer]
-            for plan, update in merged
-            if layer >= first_trained_layer(plan) and update.active_steps[layer] > 0
+            for instruction, update in merged
+            if layer >= first_trained_layer(instruction) and update.active_steps[layer] > 0
         ]
         found.append(fmean(seen) if seen else 0.0)
     return found

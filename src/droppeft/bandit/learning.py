@@ -27,7 +27,7 @@ BELIEF = 4
 """So many turns' worth of belief that a reward is as noisy as it is large."""
 
 FARTHEST = 5.0
-"""Rewards count for at most so many times the median size: one device's word moves no arm alone."""
+"""Rewards count for at most so many times the median size: one client's word moves no arm alone."""
 
 LEAST = 0.02
 """Part of the typical reward that a turn counts for at least, so that time counts where no turn is

@@ -25,15 +25,15 @@ LOT = "uniform_random"
 """The policy that learns nothing."""
 
 FORCED = 1e6
-"""A score that no reward reaches: this device tries this arm."""
+"""A score that no reward reaches: this client tries this arm."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a policy hopes of every arm on every device.
+    """What a policy hopes of every arm on every client.
 
     Attributes:
-        scores: (devices, A) expected reward, or :data:`FORCED` in one place of a row.
+        scores: (clients, A) expected reward, or :data:`FORCED` in one place of a row.
         expected: (A,) what is expected of an arm, also where it is forced.
         by_cost: whether seconds count; otherwise the best score is taken whatever it takes.
     """
@@ -48,9 +48,9 @@ class Asked:
     """What a policy may need besides an estimate.
 
     Attributes:
-        seconds: (devices, A) of a turn.
-        fits: (devices, A) whether the device may have the arm.
-        untried: (A,) whether no device was ever given the arm.
+        seconds: (clients, A) of a turn.
+        fits: (clients, A) whether the client may have the arm.
+        untried: (A,) whether no client was ever given the arm.
         epsilon: part of the turns that explore.
         rng: of this round.
     """
@@ -62,7 +62,7 @@ class Asked:
     rng: np.random.Generator
 
     @property
-    def devices(self) -> int:
+    def clients(self) -> int:
         """Of the round."""
         return len(self.seconds)
 
@@ -73,7 +73,7 @@ Policy = Callable[[Estimate, Asked], Scored]
 def score(policy: str, known: Estimate, asked: Asked) -> Scored:
     """What a policy hopes; one that learns tries every arm once before it believes anything.
 
-    As many devices as there are untried arms get one each, the longest arms the fastest devices.
+    As many clients as there are untried arms get one each, the longest arms the fastest clients.
 
     Args:
         policy: a key of :data:`POLICIES`.
@@ -83,35 +83,35 @@ def score(policy: str, known: Estimate, asked: Asked) -> Scored:
         fastest = np.argsort(asked.seconds.mean(axis=1), kind="stable").tolist()
         longest = np.argsort(-asked.seconds.mean(axis=0), kind="stable").tolist()
         for arm in (arm for arm in longest if asked.untried[arm]):
-            device = next((one for one in fastest if asked.fits[one, arm]), None)
-            if device is not None:
-                fastest.remove(device)
-                found.scores[device] = known.quality
-                found.scores[device, arm] = FORCED
+            client = next((one for one in fastest if asked.fits[one, arm]), None)
+            if client is not None:
+                fastest.remove(client)
+                found.scores[client] = known.quality
+                found.scores[client, arm] = FORCED
     return found
 
 
 def _random(known: Estimate, asked: Asked) -> Scored:
-    scores = asked.rng.random((asked.devices, len(known.value)))
+    scores = asked.rng.random((asked.clients, len(known.value)))
     return Scored(scores, known.quality, by_cost=False)
 
 
 def _greedy(known: Estimate, asked: Asked) -> Scored:
-    scores = np.tile(known.quality, (asked.devices, 1))
-    for device in np.flatnonzero(asked.rng.random(asked.devices) < asked.epsilon):
-        able = np.flatnonzero(asked.fits[device])
+    scores = np.tile(known.quality, (asked.clients, 1))
+    for client in np.flatnonzero(asked.rng.random(asked.clients) < asked.epsilon):
+        able = np.flatnonzero(asked.fits[client])
         if len(able):
-            scores[device, asked.rng.choice(able)] = FORCED
+            scores[client, asked.rng.choice(able)] = FORCED
     return Scored(scores, known.quality)
 
 
 def _ucb(known: Estimate, asked: Asked) -> Scored:
-    """All but one device have the best arm; one tries that of the others with the highest bound.
+    """All but one client have the best arm; one tries that of the others with the highest bound.
 
     A reward counts against those of its round, so a round in which all do the same shows nothing.
     When no bound is above what is expected of the best arm, nobody tries others.
     """
-    scores = np.tile(known.quality, (asked.devices, 1))
+    scores = np.tile(known.quality, (asked.clients, 1))
     seconds = asked.seconds.mean(axis=0)
     bonus = BONUS * np.sqrt(np.log(max(2, known.count.sum()))) * known.deviation
     possible = asked.fits.any(axis=0)
@@ -128,19 +128,19 @@ def _ucb(known: Estimate, asked: Asked) -> Scored:
 
 def _thompson(known: Estimate, asked: Asked) -> Scored:
     drawn = asked.rng.multivariate_normal(
-        known.value, known.covariance, size=asked.devices, method="eigh"
+        known.value, known.covariance, size=asked.clients, method="eigh"
     )
     return Scored(known.level + drawn, known.quality)
 
 
 def _in_turn(known: Estimate, asked: Asked) -> Scored:
-    """Those that were tried least are next; a device that can have one alone has that."""
-    scores = np.tile(known.quality, (asked.devices, 1))
+    """Those that were tried least are next; a client that can have one alone has that."""
+    scores = np.tile(known.quality, (asked.clients, 1))
     tried = known.count.astype(float) + asked.rng.random(len(known.value)) / 2
-    for device in range(asked.devices):
-        if asked.fits[device].sum() > 1:
-            able = np.where(asked.fits[device], tried, np.inf)
-            scores[device, int(able.argmin())] = FORCED
+    for client in range(asked.clients):
+        if asked.fits[client].sum() > 1:
+            able = np.where(asked.fits[client], tried, np.inf)
+            scores[client, int(able.argmin())] = FORCED
             tried[int(able.argmin())] += 1
     return Scored(scores, known.quality)
 

@@ -1,11 +1,11 @@
 """What a turn was worth, by which arms are judged: in one of two ways. Ours.
 
-``loss``: the decrease of the loss on the device's own validation rows. The device measures it, and
+``loss``: the decrease of the loss on the client's own validation rows. The client measures it, and
 part of what it sees is how its own labels are distributed.
 
-``agreement``: how far the turn moved the adapter where the round's other turns moved it. If devices
+``agreement``: how far the turn moved the adapter where the round's other turns moved it. If clients
 move along the gradient of the common loss, plus what is their own, the product of one's change with
-the mean change of the others is, to first order, by how much it lowers the common loss. No device
+the mean change of the others is, to first order, by how much it lowers the common loss. No client
 has to measure anything.
 """
 
@@ -15,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from droppeft.federated_method import Setup
-from droppeft.messages import HEAD, LayerKey, Plan, Reply, Update
+from droppeft.messages import HEAD, Instruction, LayerKey, Reply, Update
 
 Matrix = npt.NDArray[np.float64]
 Changes = Mapping[tuple[LayerKey, str], Matrix]
 
 
-def rewards_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) -> list[float | None]:
-    """The reward of every Plan's turn; ``None`` of one that was not merged or that shows nothing.
+def rewards_of(
+    setup: Setup, instructions: Sequence[Instruction], replies: Sequence[Reply]
+) -> list[float | None]:
+    """The reward of every instruction's turn; ``None`` of one that was not merged or that shows
+    nothing.
 
     Args:
         plans: of a round.
@@ -30,9 +33,9 @@ def rewards_of(setup: Setup, plans: Sequence[Plan], replies: Sequence[Reply]) ->
     """
     if setup.config.configurator.reward == "loss":
         return [reply.reward if isinstance(reply, Update) else None for reply in replies]
-    answered = zip(plans, replies, strict=True)
-    merged = [(plan, reply) for plan, reply in answered if isinstance(reply, Update)]
-    changes = [_changes(plan, update) for plan, update in merged]
+    answered = zip(instructions, replies, strict=True)
+    merged = [(instruction, reply) for instruction, reply in answered if isinstance(reply, Update)]
+    changes = [_changes(instruction, update) for instruction, update in merged]
     found = iter(agreements(changes, [float(update.examples) for _, update in merged]))
     return [next(found) if isinstance(reply, Update) else None for reply in replies]
 
@@ -65,12 +68,14 @@ def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[flo
     return [None if one is None or typical == 0 else one / typical for one in products]
 
 
-def _changes(plan: Plan, update: Update) -> Changes:
-    """Of what the Plan brought; the head, which learns each device's own labels, is left out."""
+def _changes(instruction: Instruction, update: Update) -> Changes:
+    """Of what the instruction brought; the head, which learns each client's own labels, is left
+    out.
+    """
     return {
-        (key, name): np.subtract(array, plan.tensors[key][name], dtype=np.float64)
+        (key, name): np.subtract(array, instruction.tensors[key][name], dtype=np.float64)
         for key, named in update.tensors.items()
         if key != HEAD
         for name, array in named.items()
-        if name in plan.tensors.get(key, {})
+        if name in instruction.tensors.get(key, {})
     }

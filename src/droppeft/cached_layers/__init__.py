@@ -3,7 +3,7 @@
 Source: FedAdapter (arXiv:2205.10162) caches activations likewise; the rest is ours.
 """
 
-from droppeft.cached_layers.frozen_layers import FrozenPrefix
+from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.cached_layers.state_store import StateStore
 
-__all__ = ["FrozenPrefix", "StateStore"]
+__all__ = ["FrozenLayers", "StateStore"]

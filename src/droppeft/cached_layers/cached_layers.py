@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from droppeft.cached_layers.frozen_layers import FrozenPrefix
+from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.cached_layers.state_store import StateStore, digest_of
 from droppeft.data.cache import cache_dir
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates
-from droppeft.messages import PrefixCost, checked_run
+from droppeft.messages import CachedLayersCost, checked_run
 from droppeft.tasks.classification import Batch, Classification
 
 STATES, FORGOTTEN_AFTER_S = "frozen-prefix", 7 * 24 * 3600.0
@@ -34,7 +34,7 @@ STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Precision of stored states, by its name in the configuration."""
 
 
-class PrefixOfTurn:
+class CachedLayers:
     """The prefix at work in a turn: states of each step's rows, from the disk or new.
 
     With a store, an example's states are computed without padding, in a batch of one, and rounded
@@ -54,7 +54,7 @@ class PrefixOfTurn:
 
     def __init__(
         self,
-        prefix: FrozenPrefix,
+        prefix: FrozenLayers,
         store: StateStore | None,
         table: TokenTable,
         task: Classification,
@@ -62,7 +62,7 @@ class PrefixOfTurn:
         forward: Callable[[], Any],
         at_hand: Callable[[], Any] = nullcontext,
     ) -> None:
-        self.cost = PrefixCost()
+        self.cost = CachedLayersCost()
         self._prefix = prefix
         self._store = store
         self._table, self._task, self._steps = table, task, steps

@@ -14,7 +14,7 @@ from droppeft.layer_dropout.blocks import Gates
 from droppeft.models.key_value_cache import without_cache
 
 
-class FrozenPrefix:
+class FrozenLayers:
     """The layers of a model below some depth, in which nothing is trained.
 
     Args:
@@ -38,13 +38,13 @@ class FrozenPrefix:
 
         def stop(block: nn.Module, arguments: object, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
-            raise _BehindThePrefix
+            raise _BehindFrozenLayers
 
         hook = self._last.register_forward_hook(stop)
         try:
             with torch.no_grad(), without_cache(self._model), _evaluating(self._model):
                 self._model(**inputs)
-        except _BehindThePrefix:
+        except _BehindFrozenLayers:
             pass
         finally:
             hook.remove()
@@ -66,7 +66,7 @@ class FrozenPrefix:
         gates.stand_ins = {self.depth - 1: states}
 
 
-class _BehindThePrefix(Exception):
+class _BehindFrozenLayers(Exception):
     """Ends a forward whose rest nobody needs."""
 
 

@@ -14,20 +14,20 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import Lost, folder_of, load_tensors, save_tensors
 from droppeft.client.layer_scoring import Scored, score_layers
 from droppeft.client.local_training import reads, train_locally
-from droppeft.data.partition import DeviceRows
+from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
+    CachedLayersCost,
     Failure,
+    Instruction,
     LayerKey,
     LocalTraining,
     MeasuredCost,
     Measurement,
     Objective,
-    Plan,
-    PrefixCost,
     Reply,
     Tensors,
     Update,
@@ -50,9 +50,9 @@ class Client:
 
     model: ClientModel
     table: TokenTable
-    rows: DeviceRows
+    rows: ClientRows
 
-    def run(self, plan: Plan) -> Reply:
+    def run(self, instruction: Instruction) -> Reply:
         """Do what an instruction asks for: train, or measure.
 
         Raises:
@@ -60,11 +60,11 @@ class Client:
                 cannot be saved.
         """
         try:
-            return self.measure(plan) if plan.measure else self.train(plan)
+            return self.measure(instruction) if instruction.measure else self.train(instruction)
         except Lost as error:
-            return Failure(plan.device, str(error), lost=True)
+            return Failure(instruction.client, str(error), lost=True)
 
-    def measure(self, plan: Plan) -> Measurement:
+    def measure(self, instruction: Instruction) -> Measurement:
         """Measure this client's model at full depth on test rows, on which it never trains.
 
         With a budget of epochs: what the model would be after so many epochs of training on this
@@ -74,17 +74,22 @@ class Client:
             DroppeftError: as :meth:`run`.
             Lost: what this client saved is not there any more.
         """
-        parameters = self._load(plan)
+        parameters = self._load(instruction)
         self.model.load_layers()
-        with base_delta_applied(self.model.model, plan.base_delta):
-            if plan.budget.epochs:
-                train_locally(self.model, parameters, self.table, self.rows, plan)
-            found = self._evaluate(self.rows.test, plan.training)
+        with base_delta_applied(self.model.model, instruction.base_delta):
+            if instruction.budget.epochs:
+                train_locally(self.model, parameters, self.table, self.rows, instruction)
+            found = self._evaluate(self.rows.test, instruction.training)
         return Measurement(
-            plan.round, plan.device, plan.nonce, found.rows, found.accuracy, found.loss
+            instruction.round,
+            instruction.client,
+            instruction.nonce,
+            found.rows,
+            found.accuracy,
+            found.loss,
         )
 
-    def train(self, plan: Plan) -> Update:
+    def train(self, instruction: Instruction) -> Update:
         """Load, train, score the layers, save what stays here, and pack what may travel.
 
         Raises:
@@ -92,28 +97,32 @@ class Client:
             Lost: what this client saved is not there any more.
         """
         start = time.perf_counter()
-        parameters = self._load(plan)
-        if plan.base_delta is not None:
+        parameters = self._load(instruction)
+        if instruction.base_delta is not None:
             self.model.load_layers()  # what is added to is then where it will be used
 
         def measure(count: int) -> Evaluation:
-            return self._evaluate(self.rows.validation[:count], plan.training)
+            return self._evaluate(self.rows.validation[:count], instruction.training)
 
-        with base_delta_applied(self.model.model, plan.base_delta):
-            start_values = get_tensors(parameters) if reads(plan) == "start" else {}
-            before = measure(plan.reward_rows) if plan.reward_rows else None
-            outcome, cached = train_locally(self.model, parameters, self.table, self.rows, plan)
-            after = measure(plan.reward_rows) if plan.reward_rows else None
-            scored = score_layers(self.model, parameters, plan, outcome, start_values, measure)
+        with base_delta_applied(self.model.model, instruction.base_delta):
+            start_values = get_tensors(parameters) if reads(instruction) == "start" else {}
+            before = measure(instruction.reward_rows) if instruction.reward_rows else None
+            outcome, cached = train_locally(
+                self.model, parameters, self.table, self.rows, instruction
+            )
+            after = measure(instruction.reward_rows) if instruction.reward_rows else None
+            scored = score_layers(
+                self.model, parameters, instruction, outcome, start_values, measure
+            )
         personal = _names_of(self.model.parameters, scored.kept if scored else ())
-        tensors = _trained_and_shared(parameters, plan, personal, outcome)
-        self._save_the_rest(parameters, plan, personal)
-        own = self._train_personal_adapter(parameters, plan)
+        tensors = _trained_and_shared(parameters, instruction, personal, outcome)
+        self._save_the_rest(parameters, instruction, personal)
+        own = self._train_personal_adapter(parameters, instruction)
         cost = _cost(outcome, cached, (before, after), scored, own)
         return Update(
-            round=plan.round,
-            device=plan.device,
-            nonce=plan.nonce,
+            round=instruction.round,
+            client=instruction.client,
+            nonce=instruction.nonce,
             tensors=tensors,
             examples=outcome.examples,
             steps=outcome.steps,
@@ -121,36 +130,38 @@ class Client:
             importance=outcome.importance,
             train_loss=outcome.loss,
             reward=before.loss - after.loss if before and after else None,
-            cost=replace(cost, turn_wall_s=time.perf_counter() - start),
+            cost=replace(cost, total_wall_s=time.perf_counter() - start),
             shared=scored.shared if scored else None,
             scores=scored.scores if scored else None,
         )
 
-    def _load(self, plan: Plan) -> Parameters:
+    def _load(self, instruction: Instruction) -> Parameters:
         """Set all values that training begins with; return the parameters that it trains.
 
         Raises:
             DroppeftError: a tensor is to be trained and nobody has a value for it.
         """
         model = self.model
-        model.attach(plan.adapter)
-        fresh = model.fresh_tensors(plan.adapter)
-        sent = {name for _, name, _ in flatten(plan.tensors)}
+        model.attach(instruction.adapter)
+        fresh = model.fresh_tensors(instruction.adapter)
+        sent = {name for _, name, _ in flatten(instruction.tensors)}
         missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
-        saved = _saved(plan, missing)
+        saved = _saved(instruction, missing)
         here = {name for _, name, _ in flatten(saved)}
-        needed = (missing if plan.train is None else missing & plan.train) - here
+        needed = (missing if instruction.train is None else missing & instruction.train) - here
         if needed:
             raise DroppeftError(
-                f"round {plan.round}, device {plan.device}: the Plan lacks {min(needed)}, "
-                "and this device has not kept it"
+                f"round {instruction.round}, client {instruction.client}: the instruction lacks "
+                f"{min(needed)}, and this client has not saved it"
             )
-        set_tensors(model.parameters, plan.tensors)
+        set_tensors(model.parameters, instruction.tensors)
         set_tensors(model.parameters, saved)
         set_tensors(model.parameters, restrict(fresh, missing - here))
-        return _trained_parameters(model.parameters, plan)
+        return _trained_parameters(model.parameters, instruction)
 
-    def _save_the_rest(self, parameters: Parameters, plan: Plan, personal: frozenset[str]) -> None:
+    def _save_the_rest(
+        self, parameters: Parameters, instruction: Instruction, personal: frozenset[str]
+    ) -> None:
         """Save all that was to be trained and may not travel, and whole layers that are not shared.
 
         Args:
@@ -158,24 +169,39 @@ class Client:
             personal: names of the layers that are not shared, whether they were trained or not.
         """
         trained = frozenset(name for named in parameters.values() for name in named)
-        names = (trained - plan.share) | personal
+        names = (trained - instruction.share) | personal
         if names:
             tensors = restrict(get_tensors(self.model.parameters), names)
-            save_tensors(folder_of(plan.run, plan.device), plan.round, plan.kept, tensors)
-
-    def _train_personal_adapter(self, parameters: Parameters, plan: Plan) -> TrainOutcome | None:
-        """Train a whole adapter of this client's own on the same batches, and save it."""
-        if plan.own_copy is None:
-            return None
-        folder = folder_of(plan.run, plan.device)
-        own = plan.tensors if plan.kept is None else load_tensors(folder, plan.kept)
-        set_tensors(self.model.parameters, own)
-        alone = replace(plan, objective=Objective(proximal=plan.own_copy), sharing=None)
-        with base_delta_applied(self.model.model, plan.base_delta):
-            outcome, _ = train_locally(
-                self.model, parameters, self.table, self.rows, alone, anchors=plan.tensors
+            save_tensors(
+                folder_of(instruction.run, instruction.client),
+                instruction.round,
+                instruction.kept,
+                tensors,
             )
-        save_tensors(folder, plan.round, plan.kept, get_tensors(self.model.parameters))
+
+    def _train_personal_adapter(
+        self, parameters: Parameters, instruction: Instruction
+    ) -> TrainOutcome | None:
+        """Train a whole adapter of this client's own on the same batches, and save it."""
+        if instruction.personal_adapter is None:
+            return None
+        folder = folder_of(instruction.run, instruction.client)
+        own = (
+            instruction.tensors
+            if instruction.kept is None
+            else load_tensors(folder, instruction.kept)
+        )
+        set_tensors(self.model.parameters, own)
+        alone = replace(
+            instruction, objective=Objective(proximal=instruction.personal_adapter), sharing=None
+        )
+        with base_delta_applied(self.model.model, instruction.base_delta):
+            outcome, _ = train_locally(
+                self.model, parameters, self.table, self.rows, alone, anchors=instruction.tensors
+            )
+        save_tensors(
+            folder, instruction.round, instruction.kept, get_tensors(self.model.parameters)
+        )
         return outcome
 
     def _evaluate(self, rows: Rows, settings: LocalTraining) -> Evaluation:
@@ -224,22 +250,24 @@ def rehearse(
         ) from None
 
 
-def _trained_parameters(parameters: Parameters, plan: Plan) -> Parameters:
-    """Those that the Plan trains; they alone have gradients from now on."""
+def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Parameters:
+    """Those that the instruction trains; they alone have gradients from now on."""
     trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
     for key, named in parameters.items():
         for name, value in named.items():
-            value.requires_grad_(plan.train is None or name in plan.train)
+            value.requires_grad_(instruction.train is None or name in instruction.train)
             if value.requires_grad:
                 trained.setdefault(key, {})[name] = value
     return trained
 
 
-def _saved(plan: Plan, missing: frozenset[str]) -> Tensors:
-    """Of what this client has saved, the tensors that the Plan does not bring."""
-    if plan.kept is None:
+def _saved(instruction: Instruction, missing: frozenset[str]) -> Tensors:
+    """Of what this client has saved, the tensors that the instruction does not bring."""
+    if instruction.kept is None:
         return {}
-    return restrict(load_tensors(folder_of(plan.run, plan.device), plan.kept), missing)
+    return restrict(
+        load_tensors(folder_of(instruction.run, instruction.client), instruction.kept), missing
+    )
 
 
 def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:
@@ -247,28 +275,33 @@ def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset
 
 
 def _trained_and_shared(
-    parameters: Parameters, plan: Plan, personal: frozenset[str], outcome: TrainOutcome
+    parameters: Parameters,
+    instruction: Instruction,
+    personal: frozenset[str],
+    outcome: TrainOutcome,
 ) -> Tensors:
-    """What travels: tensors that Plan and client let go, of layers that ran at least once."""
+    """What travels: tensors that instruction and client let go, of layers that ran at least
+    once.
+    """
     trained = {
         key: named
         for key, named in parameters.items()
         if not isinstance(key, int) or outcome.active_steps[key] > 0
     }
-    return restrict(get_tensors(trained), plan.share - personal)
+    return restrict(get_tensors(trained), instruction.share - personal)
 
 
 def _cost(
     outcome: TrainOutcome,
-    cached: PrefixCost,
+    cached: CachedLayersCost,
     rewards: Sequence[Evaluation | None],
     scored: Scored | None,
     own: TrainOutcome | None,
 ) -> MeasuredCost:
-    """What the parts took; the whole, ``turn_wall_s``, is filled in by who knows it."""
+    """What the parts took; the whole, ``total_wall_s``, is filled in by who knows it."""
     measured = [one for one in rewards if one]
     return MeasuredCost(
-        turn_wall_s=0.0,
+        total_wall_s=0.0,
         train_wall_s=outcome.wall_s,
         reward_wall_s=sum(one.wall_s for one in measured),
         activation_bytes_peak=outcome.activation_bytes_peak,
@@ -279,7 +312,7 @@ def _cost(
         prefix=cached,
         scoring_tokens=scored.tokens if scored else 0,
         scoring_wall_s=scored.wall_s if scored else 0.0,
-        own_steps=own.steps if own else 0,
-        own_tokens=own.tokens if own else 0,
-        own_wall_s=own.wall_s if own else 0.0,
+        personal_steps=own.steps if own else 0,
+        personal_tokens=own.tokens if own else 0,
+        personal_wall_s=own.wall_s if own else 0.0,
     )

@@ -1,9 +1,9 @@
 """What a client saves for its next local training and sends to nobody: files with checksums; ours.
 
 There is one file for each local training. The server says with which one the next begins
-(:attr:`Plan.kept`), because only the server knows which updates were merged: after a lost reply, or
-when the run goes on from an older checkpoint, the client begins again where the server believes it
-to be.
+(:attr:`Instruction.kept`), because only the server knows which updates were merged: after a lost
+reply, or when the run goes on from an older checkpoint, the client begins again where the server
+believes it to be.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _log = logging.getLogger("droppeft")
 
 
 class Lost(DroppeftError):
-    """A device no longer has what it kept; it gets everything at its next turn."""
+    """A client no longer has what it kept; it gets everything at its next turn."""
 
 
 def state_dir() -> Path:
@@ -49,22 +49,22 @@ def state_dir() -> Path:
     return (shared if shared.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
 
 
-def folder_of(run: str, device: int) -> Path:
-    """Where one device keeps what is its own; a run's copy in another folder has the same.
+def folder_of(run: str, client: int) -> Path:
+    """Where one client keeps what is its own; a run's copy in another folder has the same.
 
     Raises:
         DroppeftError: the name of the run is none; it comes from a server.
     """
-    return state_dir() / checked_run(run) / f"device-{device:06}"
+    return state_dir() / checked_run(run) / f"client-{client:06}"
 
 
 def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
     """Write what a turn has made; older files than can be asked for again go.
 
     Args:
-        folder: of the device; made when it is not there.
+        folder: of the client; made when it is not there.
         round: of the turn.
-        before: :attr:`Plan.kept` of the same turn.
+        before: :attr:`Instruction.kept` of the same turn.
         tensors: to be kept.
 
     Raises:
@@ -80,7 +80,7 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
         for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
             _path(folder, one).unlink(missing_ok=True)
     except OSError as error:
-        raise DroppeftError(f"{folder}: cannot keep this device's tensors ({error})") from None
+        raise DroppeftError(f"{folder}: cannot keep this client's tensors ({error})") from None
 
 
 def load_tensors(folder: Path, round: int) -> Tensors:
@@ -109,7 +109,7 @@ def load_tensors(folder: Path, round: int) -> Tensors:
 
 
 def _make(folder: Path) -> None:
-    """Make a device's folder to last, and rid it of what killed processes left."""
+    """Make a client's folder to last, and rid it of what killed processes left."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for above in (folder.parent, folder.parent.parent):
@@ -121,7 +121,7 @@ def _make(folder: Path) -> None:
 
 
 def _owner(folder: Path) -> str:
-    """Run and device."""
+    """Run and client."""
     return f"{folder.parent.name}/{folder.name}"
 
 

@@ -1,4 +1,4 @@
-"""On the device, after its training: score the layers and choose which are shared; ours."""
+"""On the client, after its training: score the layers and choose which are shared; ours."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.layer_dropout.architectures import hidden_of
-from droppeft.messages import Plan, Tensors
+from droppeft.messages import Instruction, Tensors
 from droppeft.sharing.criteria import Seen, Turn, scores_of
 from droppeft.sharing.selection import count_of, select_shared, unmoved
 from droppeft.training.gradients import Vector
@@ -23,7 +23,7 @@ from droppeft.training.loop import Evaluation, TrainOutcome
 
 @dataclass(frozen=True)
 class Scored:
-    """What a device chose.
+    """What a client chose.
 
     Attributes:
         scores: (L,) by the rule's criterion.
@@ -42,21 +42,22 @@ class Scored:
 def score_layers(
     client_model: ClientModel,
     parameters: Parameters,
-    plan: Plan,
+    instruction: Instruction,
     outcome: TrainOutcome,
     start_values: Tensors,
     measure: Callable[[int], Evaluation],
 ) -> Scored | None:
-    """Score the layers of the model as the turn left it, and choose by the Plan's rule, if any.
+    """Score the layers of the model as the turn left it, and choose by the instruction's rule, if
+    any.
 
     Args:
         client_model: left as it is.
         parameters: what the turn trained.
         outcome: of the turn.
         start_values: that ``parameters`` had before it, where the criterion reads them.
-        measure: the model as it is, on so many rows of the device's validation part.
+        measure: the model as it is, on so many rows of the client's validation part.
     """
-    rule = plan.sharing
+    rule = instruction.sharing
     if rule is None:
         return None
     model = _Model(client_model, parameters, start_values, partial(measure, rule.score_rows))
@@ -71,9 +72,12 @@ def score_layers(
         undone=model.undone,
         moved=moved,
         rng=seeds.numpy_generator(
-            plan.seed, purpose="layer scores", round=plan.round, device=plan.device
+            instruction.seed,
+            purpose="layer scores",
+            round=instruction.round,
+            client=instruction.client,
         ),
-        usual=None if rule.usual is None else np.array(rule.usual),
+        typical=None if rule.typical is None else np.array(rule.typical),
     )
     count = count_of(rule.fraction, len(moved))
     has_choice = 0 < count < len(moved)

@@ -1,4 +1,4 @@
-"""What a configuration names, loaded: texts, their split over devices, the backbone.
+"""What a configuration names, loaded: texts, their split over clients, the backbone.
 
 A server and a client load the same; :mod:`droppeft.server.prepare` adds the server's part,
 :func:`clients_of` the clients'.
@@ -16,7 +16,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
 from droppeft.data.cache import cache_dir
-from droppeft.data.partition import DeviceRows, partition_rows
+from droppeft.data.partition import ClientRows, partition_rows
 from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData, TextTable
 from droppeft.data.tokens import TokenTable, tokenise
@@ -35,14 +35,14 @@ class Loaded:
     Attributes:
         config: resolved, the number of frozen layers too.
         data: texts and labels.
-        devices: each device's own rows of the training texts.
+        clients: each client's own rows of the training texts.
         backbone: as loaded; the model has an adapter attached.
         model: the same backbone, to attach adapters to.
     """
 
     config: Config
     data: TextData
-    devices: tuple[DeviceRows, ...]
+    clients: tuple[ClientRows, ...]
     backbone: Backbone
     model: ClientModel
 
@@ -60,8 +60,8 @@ def load(config: Config, say: Say) -> Loaded:
     torch.set_num_threads(config.threads)
     say("reading data")
     data = load_text(config.data, config.source, config.partition.key)
-    devices = partition_rows(
-        data.train.labels, data.train.keys, config.devices, config.partition, config.seed
+    clients = partition_rows(
+        data.train.labels, data.train.keys, config.clients, config.partition, config.seed
     )
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
@@ -72,7 +72,7 @@ def load(config: Config, say: Say) -> Loaded:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
     model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
-    return Loaded(config, data, tuple(devices), backbone, model)
+    return Loaded(config, data, tuple(clients), backbone, model)
 
 
 def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
@@ -85,13 +85,13 @@ def clients_of(loaded: Loaded) -> tuple[Client, ...]:
     """Make all clients ready to run in this process, on one model."""
     forget_old_runs()
     table = tokens_of(loaded, loaded.data.train)
-    return tuple(Client(loaded.model, table, rows) for rows in loaded.devices)
+    return tuple(Client(loaded.model, table, rows) for rows in loaded.clients)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:
     """Hashes of what every process of a run, and a resumed one, must have alike."""
     split = hashlib.sha256()
-    for rows in loaded.devices:
+    for rows in loaded.clients:
         for part in (rows.train, rows.validation, rows.test):
             split.update(part.tobytes() + b"|")
     return {

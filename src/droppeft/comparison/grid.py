@@ -104,7 +104,7 @@ class Cell:
         config: of the run.
     """
 
-    member: str
+    variant: str
     config: Config
 
     @property
@@ -125,7 +125,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """A name that people can read, and that no other cell has."""
-        parts = [self.member, Path(self.data).name, Path(self.model).name, f"seed{self.seed}"]
+        parts = [self.variant, Path(self.data).name, Path(self.model).name, f"seed{self.seed}"]
         digest = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:8]
         return "-".join([*(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts), digest])
 
@@ -173,7 +173,7 @@ def cells(comparison: Comparison) -> list[Cell]:
         other = names.setdefault(cell.folder.rpartition("-")[2], cell)
         if other is not cell:
             raise DroppeftError(
-                f"variants {other.member!r} and {cell.member!r} are the same run; take one out"
+                f"variants {other.variant!r} and {cell.variant!r} are the same run; take one out"
             )
     return found
 

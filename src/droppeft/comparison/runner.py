@@ -19,14 +19,14 @@ from droppeft.comparison.study_files import (
 from droppeft.config import as_tree
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
 from droppeft.runs.ledger import read_rows
-from droppeft.runs.listener import Watcher
+from droppeft.runs.listener import Listener
 from droppeft.server.run import Interrupted, resume_run, start_run
 
 
 class Audience(Protocol):
     """Who is told how a comparison goes."""
 
-    def begins(self, cell: Cell, number: int, of: int) -> Watcher:
+    def begins(self, cell: Cell, number: int, of: int) -> Listener:
         """It is a cell's turn; what watches its run, if it is still to be played."""
 
     def done(self, played: Played, wall_s: float | None) -> None:
@@ -47,8 +47,8 @@ def play(cells: Sequence[Cell], out: Path, audience: Audience) -> list[Played]:
     found, earlier = [], _earlier(out)
     for number, cell in enumerate(cells, start=1):
         start, there = time.perf_counter(), _done(cell, out, earlier)
-        watcher = audience.begins(cell, number, len(cells))
-        found.append(there or _one(cell, out / cell.folder, watcher))
+        listener = audience.begins(cell, number, len(cells))
+        found.append(there or _one(cell, out / cell.folder, listener))
         audience.done(found[-1], None if there else time.perf_counter() - start)
     return found
 
@@ -86,16 +86,16 @@ def _done(cell: Cell, out: Path, earlier: Mapping[str, Played]) -> Played | None
         return _read(cell, folder)
     one = earlier.get(cell.folder)
     # The same run may have another name now, and its data another place.
-    return one and replace(one, member=cell.member, data=cell.data, model=cell.model)
+    return one and replace(one, variant=cell.variant, data=cell.data, model=cell.model)
 
 
-def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:
+def _one(cell: Cell, folder: Path, listener: Listener) -> Played:
     """Begin or go on; whatever goes wrong is said of this cell."""
     try:
         if (folder / CONFIG).is_file():
-            resume_run(folder, watcher)
+            resume_run(folder, listener)
         else:
-            start_run(cell.config, folder, watcher)
+            start_run(cell.config, folder, listener)
     except Interrupted:
         raise
     except Exception as error:
@@ -106,10 +106,10 @@ def _one(cell: Cell, folder: Path, watcher: Watcher) -> Played:
 
 
 def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> Played:
-    which = (cell.folder, cell.member, cell.data, cell.model, cell.seed)
+    which = (cell.folder, cell.variant, cell.data, cell.model, cell.seed)
     return Played(*which, as_texts(as_tree(cell.config)), None, of_rounds(rows), [], reason)
 
 
 def _read(cell: Cell, folder: Path) -> Played:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return finished(cell.folder, cell.member, result, read_rows(folder / ROUNDS))
+    return finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))

@@ -37,8 +37,8 @@ OUTCOMES = (
 """Columns of a run that its ``result.json`` has under the same names."""
 
 SHOWN_SETTINGS = {
-    "clients": "devices",
-    "cohort_size": "cohort",
+    "clients": "clients",
+    "cohort_size": "cohort_size",
     "rounds": "rounds",
     "local_steps": "training.local_steps",
     "batch_size": "training.batch_size",
@@ -120,7 +120,7 @@ class Played:
     """
 
     folder: str
-    member: str
+    variant: str
     data: str
     model: str
     seed: int
@@ -137,7 +137,7 @@ class Played:
 
 
 def finished(
-    folder: str, member: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+    folder: str, variant: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
 ) -> Played:
     """A run that has a result, from its ``result.json`` and ``rounds.jsonl``."""
     settings = flat(result["config"])
@@ -148,10 +148,10 @@ def finished(
         | {name: result[name] for name in NUMBERED}
     )
     own = [
-        Row(client=one["device"], rows=one["rows"], accuracy=one["accuracy"])
+        Row(client=one["client"], rows=one["rows"], accuracy=one["accuracy"])
         for one in result.get("personalised") or ()
     ]
-    which = (folder, member, result["data"], result["model"], result["seed"])
+    which = (folder, variant, result["data"], result["model"], result["seed"])
     return Played(*which, as_texts(result["config"]), outcome, of_rounds(rows), own, None)
 
 
@@ -192,7 +192,7 @@ def write_tables(out: Path, study: Study, played: Sequence[Played]) -> None:
 
 
 def _run(one: Played, numbered: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    which = (one.folder, one.member, one.data, one.model, one.seed)
+    which = (one.folder, one.variant, one.data, one.model, one.seed)
     row = dict(zip(WHICH, which, strict=True)) | {"failure": one.failure, **(one.result or {})}
     for key, known in numbered.items():
         row[key] = known.index(one.result[key]) if one.result else None
@@ -208,13 +208,13 @@ def _settings(variants: Iterable[str], played: Sequence[Played]) -> dict[str, An
     """Settings of all runs, and those that each variant has beside them, by data and model."""
     found: dict[tuple[str, str, str], Played] = {}
     for one in sorted(played, key=lambda one: one.result is None):  # a run knows more
-        found.setdefault((one.member, one.data, one.model), one)
+        found.setdefault((one.variant, one.data, one.model), one)
     every = [one.settings for one in found.values()]
     common = [word for word in every[0] if all(word in words for words in every)]
     own: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-    for (member, data, model), one in found.items():
+    for (variant, data, model), one in found.items():
         rest = [word for word in one.settings if word not in common]
-        own[member].append({"data": data, "model": model, "settings": rest})
+        own[variant].append({"data": data, "model": model, "settings": rest})
     return {"settings": common, "variants": own}
 
 

@@ -18,7 +18,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class MemberRow:
+class VariantRow:
     """A member on one data set and model; over the seeds that have a result.
 
     Attributes:
@@ -27,10 +27,10 @@ class MemberRow:
         failures: why others have none, each reason once.
         accuracy: of the global model on the whole test set; ``None`` without such a model.
         f1: of the same: of class 1 where there are two classes, else the mean over classes.
-        personalised: mean over devices of their own models on their own test rows.
-        worst_tenth: of the devices, by the same measure.
-        between_devices: standard deviation of a run's devices, by the same measure.
-        unmeasured: devices of all runs that could not be measured so.
+        personalised: mean over clients of their own models on their own test rows.
+        worst_tenth: of the clients, by the same measure.
+        between_devices: standard deviation of a run's clients, by the same measure.
+        unmeasured: clients of all runs that could not be measured so.
         reached: how many seeds reached their target; ``None`` without one, or without a global
             model that could.
         time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
@@ -42,14 +42,14 @@ class MemberRow:
         energy_modelled_j, round_modelled_s, round_measured_s: of a whole run, mean.
     """
 
-    member: str
+    variant: str
     seeds: int
     failures: tuple[str, ...]
     accuracy: Spread | None
     f1: Spread | None
     personalised: Spread | None
     worst_tenth: Spread | None
-    between_devices: Spread | None
+    between_clients: Spread | None
     unmeasured: int
     reached: int | None
     time_to_target_measured_s: Spread | None
@@ -74,7 +74,7 @@ class Part:
         majority, tfidf: test accuracy of train's most frequent class, and of TF-IDF with a linear
             SVM on all training texts in one place; ``None`` where no run knows it, or members of
             one seed have different ones.
-        own_majority: mean over devices, and over runs, of a device's most frequent class on its
+        own_majority: mean over clients, and over runs, of a client's most frequent class on its
             own test rows.
         rows: in the order of the members.
     """
@@ -85,7 +85,7 @@ class Part:
     majority: float | None
     tfidf: float | None
     own_majority: float | None
-    rows: tuple[MemberRow, ...]
+    rows: tuple[VariantRow, ...]
 
 
 def summary(study: Study, played: Sequence[Played]) -> list[Part]:
@@ -96,11 +96,11 @@ def summary(study: Study, played: Sequence[Played]) -> list[Part]:
 
 def _part(study: Study, played: Sequence[Played]) -> Part:
     targets = target_accuracies(study.target, played)
-    by_member = {name: [one for one in played if one.member == name] for name in study.variants}
-    base = study.baseline or next(iter(by_member))
-    times = {name: _times(runs, targets) for name, runs in by_member.items()}
+    by_variant = {name: [one for one in played if one.variant == name] for name in study.variants}
+    base = study.baseline or next(iter(by_variant))
+    times = {name: _times(runs, targets) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
-    rows = (_row(name, runs, times[name], times[base]) for name, runs in by_member.items())
+    rows = (_row(name, runs, times[name], times[base]) for name, runs in by_variant.items())
     return Part(
         *played[0].place,
         target=fmean(known) if known else None,
@@ -135,7 +135,7 @@ def target_accuracies(
         return {}
     if target.accuracy is not None:
         return {one.seed: target.accuracy for one in played}
-    runs = {one.seed: one for one in played if one.member == target.variant}
+    runs = {one.seed: one for one in played if one.variant == target.variant}
     return {
         seed: fmean(found[-SMOOTHED_EVALUATIONS:]) - target.minus
         if run.result is not None and (found := _evaluations(run))
@@ -182,7 +182,7 @@ def _row(
     runs: Sequence[Played],
     own: Times,
     base: Times,
-) -> MemberRow:
+) -> VariantRow:
     results = [run.result for run in runs if run.result is not None]
     spreads = {clock: _if_all(list(times.values())) for clock, times in own.items()}
     reached = [time for time in own["measured"].values() if time is not None]
@@ -190,15 +190,15 @@ def _row(
     def mean_of(key: str) -> float | None:
         return _mean([result[key] for result in results])
 
-    return MemberRow(
-        member=name,
+    return VariantRow(
+        variant=name,
         seeds=len(results),
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
         accuracy=_if_all([result["global_accuracy"] for result in results]),
         f1=_if_all([result["global_f1"] for result in results]),
         personalised=_if_all([result["personalised_accuracy"] for result in results]),
         worst_tenth=_if_all([result["personalised_worst_tenth"] for result in results]),
-        between_devices=_if_all([result["personalised_deviation"] for result in results]),
+        between_clients=_if_all([result["personalised_deviation"] for result in results]),
         unmeasured=sum(result["unmeasured_clients"] or 0 for result in results),
         reached=len(reached) if own["measured"] and any(map(_evaluations, runs)) else None,
         time_to_target_measured_s=spreads["measured"],

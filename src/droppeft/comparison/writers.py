@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.comparison.study_files import STUDY, Played, Study, read_tables, write_tables
-from droppeft.comparison.summary import MemberRow, Part, Spread
+from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.files import write_atomically
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
@@ -29,7 +29,7 @@ def _seconds(spread: Spread | None) -> str:
     return f"{spread.mean:,.{places}f}{deviation} s"
 
 
-def _to_target(row: MemberRow, spread: Spread | None) -> str:
+def _to_target(row: VariantRow, spread: Spread | None) -> str:
     if spread is None and row.reached is not None:
         return f"{row.reached} of {row.seeds} seeds"
     return _seconds(spread)
@@ -47,14 +47,14 @@ def _scaled(value: float | None, unit: float, name: str) -> str:
     return f"{value / unit:{places}} {name}"
 
 
-COLUMNS: dict[str, Callable[[MemberRow], str]] = {
-    "member": lambda row: row.member,
+COLUMNS: dict[str, Callable[[VariantRow], str]] = {
+    "member": lambda row: row.variant,
     "seeds": lambda row: str(row.seeds),
     "accuracy": lambda row: _accuracy(row.accuracy),
     "F1": lambda row: _accuracy(row.f1),
     "personalised": lambda row: _accuracy(row.personalised),
     "worst tenth": lambda row: _accuracy(row.worst_tenth),
-    "between devices": lambda row: _accuracy(row.between_devices),
+    "between clients": lambda row: _accuracy(row.between_clients),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
     "speed-up": lambda row: _times(row.speed_up_modelled),
     "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
@@ -67,7 +67,7 @@ COLUMNS: dict[str, Callable[[MemberRow], str]] = {
 }
 """Columns of the tables for people, and what stands in them."""
 
-QUALITY = ("member", "accuracy", "F1", "personalised", "worst tenth", "between devices")
+QUALITY = ("member", "accuracy", "F1", "personalised", "worst tenth", "between clients")
 TIMES = ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
 COSTS = ("member", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
 """Of them those that fit side by side on a screen of 80 signs."""
@@ -94,7 +94,7 @@ def references(part: Part) -> list[str]:
     known = {
         "the most frequent class": part.majority,
         "TF-IDF with a linear SVM on all texts": part.tfidf,
-        "each device's own most frequent class (to judge own models by)": part.own_majority,
+        "each client's own most frequent class (to judge own models by)": part.own_majority,
     }
     found = [
         f"{name} {value:.3f}".replace("0.", ".")
@@ -132,7 +132,7 @@ def as_csv(parts: Sequence[Part]) -> str:
     return text.getvalue()
 
 
-def _flat(row: MemberRow) -> dict[str, Any]:
+def _flat(row: VariantRow) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in vars(row).items():
         if name == "failures":
@@ -175,9 +175,9 @@ def untimed(part: Part) -> list[str]:
 def failures(part: Part) -> list[str]:
     """What failed, a line each."""
     unmeasured = [
-        f"{row.member}: {row.unmeasured} devices could not be measured, and are in no mean"
+        f"{row.variant}: {row.unmeasured} clients could not be measured, and are in no mean"
         for row in part.rows
         if row.unmeasured
     ]
-    failed = [f"{row.member} failed: {reason}" for row in part.rows for reason in row.failures]
+    failed = [f"{row.variant} failed: {reason}" for row in part.rows for reason in row.failures]
     return failed + unmeasured

@@ -1,4 +1,4 @@
-"""The devices that a run stands for, on the modelled clock: profiles, deadline, over-selection."""
+"""The clients that a run stands for, on the modelled clock: profiles, deadline, over-selection."""
 
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ Link = Annotated[Bandwidth, BeforeValidator(_fixed_or_drawn)]
 
 
 class DeviceProfile(Table):
-    """A kind of device, as far as the modelled clock needs to know it.
+    """A kind of client, as far as the modelled clock needs to know it.
 
     Attributes:
         peak_flops_per_s: of the data sheet; only shown.
@@ -82,15 +82,15 @@ class DeviceProfile(Table):
 
 
 class ClockConfig(Table):
-    """The modelled clock: what the run would take on devices that are not here."""
+    """The modelled clock: what the run would take on clients that are not here."""
 
     profiles: WordList = Field(
         ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier"),
-        description="profiles of the devices, in equal shares, by the seed; "
-        "[devices.md](devices.md) lists them",
+        description="profiles of the clients, in equal shares, by the seed; "
+        "[device_profiles.md](device_profiles.md) lists them",
     )
-    own: dict[str, DeviceProfile] = Field(
-        {}, description="further profiles, each a table `[clock.own.NAME]`"
+    custom: dict[str, DeviceProfile] = Field(
+        {}, description="further profiles, each a table `[clock.custom.NAME]`"
     )
     deadline_s: Real | None = Field(
         None, gt=0, description="modelled seconds after which a turn is too late to be merged"
@@ -98,7 +98,7 @@ class ClockConfig(Table):
     over_selection: Real = Field(
         1.0,
         ge=1,
-        description="devices drawn per round are cohort times this; the first cohort of them by "
+        description="clients drawn per round are cohort times this; the first cohort of them by "
         "modelled time are merged",
     )
 

@@ -11,7 +11,7 @@ Shape = Literal["uniform", "incremental", "decay", "normal", "importance"]
 
 
 class ConfiguratorConfig(Table):
-    """What a device drops and trains is found out while the run trains.
+    """What a client drops and trains is found out while the run trains.
 
     With `policy=fixed` there is no configurator, and the rates are those of `dropout`. With another
     `dropout.mean`, `count`, `rates` and `shape` are not used; its other settings hold for all arms.
@@ -37,7 +37,7 @@ class ConfiguratorConfig(Table):
         description="their shapes over depth; `importance`: drop most what matters least, by the "
         "gradient norms of the run",
     )
-    prefixes: tuple[Share, ...] = Field(
+    untrained: tuple[Share, ...] = Field(
         (0.0, 0.5),
         min_length=1,
         description="share of the layers behind `frozen.layers`, from the first, that run and are "
@@ -46,11 +46,11 @@ class ConfiguratorConfig(Table):
     reward: Literal["loss", "agreement"] = Field(
         "agreement",
         description="what a turn is worth: `agreement`: how far it moves the adapter where the "
-        "round's other turns move it, which no device has to measure; `loss`: what it takes off "
-        "the loss on the device's validation rows",
+        "round's other turns move it, which no client has to measure; `loss`: what it takes off "
+        "the loss on the client's validation rows",
     )
     reward_rows: Whole = Field(
-        16, ge=1, description="validation rows on which a device measures a `loss`"
+        16, ge=1, description="validation rows on which a client measures a `loss`"
     )
     window: Whole = Field(20, ge=1, description="rounds after which a reward is forgotten")
     epsilon: Real = Field(
@@ -65,8 +65,8 @@ class ConfiguratorConfig(Table):
         description="rounds after which the worst arm makes room for a neighbour of the best; 0: "
         "never; of the policies that learn, but for `successive_halving`",
     )
-    by_class: bool = Field(
+    by_profile: bool = Field(
         True,
-        description="what an arm takes is that of the kind of device, so that a cohort finishes "
-        "together; otherwise devices are taken as alike",
+        description="what an arm takes is that of the kind of client, so that a cohort finishes "
+        "together; otherwise clients are taken as alike",
     )

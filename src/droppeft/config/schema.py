@@ -108,24 +108,24 @@ class SourceConfig(Table):
 
 
 class PartitionConfig(Table):
-    """How the training rows are spread over the devices."""
+    """How the training rows are spread over the clients."""
 
-    kind: Literal["iid", "dirichlet", "dirichlet_by_device", "pathological", "natural"] = Field(
+    kind: Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural"] = Field(
         "dirichlet",
-        description="`dirichlet`: each class is spread over the devices by Dir(alpha); "
-        "`dirichlet_by_device`: each device draws its label mix from Dir(alpha x class prior), "
+        description="`dirichlet`: each class is spread over the clients by Dir(alpha); "
+        "`dirichlet_by_client`: each client draws its label mix from Dir(alpha x class prior), "
         "equal sizes; `pathological`: a few classes each; `natural`: by a column",
     )
     alpha: Real = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
-    classes_per_device: Whole = Field(2, ge=1, description="for `pathological`")
+    classes_per_client: Whole = Field(2, ge=1, description="for `pathological`")
     key: str | None = Field(None, description="for `natural`: the column that names the owner")
-    validation_fraction: Real = Field(0.1, gt=0, lt=1, description="of a device's rows")
-    test_fraction: Real = Field(0.1, gt=0, lt=1, description="of a device's rows")
-    min_rows: Whole = Field(20, ge=3, description="fewest rows that make a device")
+    validation_fraction: Real = Field(0.1, gt=0, lt=1, description="of a client's rows")
+    test_fraction: Real = Field(0.1, gt=0, lt=1, description="of a client's rows")
+    min_rows: Whole = Field(20, ge=3, description="fewest rows that make a client")
     small: Literal["error", "merge"] = Field(
         "merge",
-        description="a device with fewer than min_rows: `merge` tops it up from the largest "
-        "device, `error` stops",
+        description="a client with fewer than min_rows: `merge` tops it up from the largest "
+        "client, `error` stops",
     )
 
     @model_validator(mode="after")
@@ -197,7 +197,7 @@ class DropoutConfig(Table):
     )
     every: Annotated[int | Literal["round"], BeforeValidator(_steps_or_round)] = Field(
         1,
-        description="optimizer steps for which a draw holds, 1 or more; `round`: a device's whole "
+        description="optimizer steps for which a draw holds, 1 or more; `round`: a client's whole "
         "turn",
     )
     schedule: Literal["constant", "warm_up", "recovery"] = Field(
@@ -241,14 +241,14 @@ class FrozenConfig(Table):
     )
     cache: bool = Field(
         True,
-        description="keep what they make of an example on the device's disk, so that they run once "
+        description="keep what they make of an example on the client's disk, so that they run once "
         "per example; otherwise they run in every step, without a backward",
     )
     precision: Literal["fp16", "bf16", "fp32"] = Field(
         "fp16", description="of what is kept; it is the same on an example's first visit"
     )
     limit_mb: Real = Field(
-        2048.0, gt=0, description="disk that a device spends; beyond it the oldest goes"
+        2048.0, gt=0, description="disk that a client spends; beyond it the oldest goes"
     )
 
     @property
@@ -260,7 +260,7 @@ class FrozenConfig(Table):
 
 
 class DittoConfig(Table):
-    """Of `ditto`: every device also trains a whole adapter of its own, which it keeps."""
+    """Of `ditto`: every client also trains a whole adapter of its own, which it keeps."""
 
     pull: Real = Field(
         0.1, ge=0, description="weight of (pull/2)·‖own − received‖² in the own adapter's loss"
@@ -268,13 +268,13 @@ class DittoConfig(Table):
 
 
 class TrainingConfig(Table):
-    """What a device does in its turn."""
+    """What a client does in its turn."""
 
     local_steps: Whole | None = Field(
         None, ge=1, description="optimizer steps per turn (10 if neither is given)"
     )
     local_epochs: Whole | None = Field(
-        None, ge=1, description="instead of local_steps: passes over the device's rows"
+        None, ge=1, description="instead of local_steps: passes over the client's rows"
     )
     batch_size: Whole = Field(16, ge=1, description="rows per optimizer step")
     learning_rate: Real = Field(
@@ -292,7 +292,7 @@ class TrainingConfig(Table):
     proximal: Real = Field(
         0.0,
         ge=0,
-        description="FedProx: weight mu of (mu/2)·‖trained − received‖² in a device's loss",
+        description="FedProx: weight mu of (mu/2)·‖trained − received‖² in a client's loss",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
@@ -333,17 +333,17 @@ class EvaluationConfig(Table):
     batch_size: Whole = Field(64, ge=1, description="rows per forward")
     personalised: bool = Field(
         True,
-        description="when the run ends, measure every device's own model on its own test rows, "
+        description="when the run ends, measure every client's own model on its own test rows, "
         "whether it ever trained or not",
     )
     newcomers: bool = Field(
         False,
-        description="then also give each device that never trained one epoch of its own rows, and "
+        description="then also give each client that never trained one epoch of its own rows, and "
         "measure what it makes of its model",
     )
 
     @model_validator(mode="after")
-    def _newcomers_are_devices(self) -> "EvaluationConfig":
+    def _newcomers_are_clients(self) -> "EvaluationConfig":
         if self.newcomers and not self.personalised:
             raise ValueError("newcomers are not measured with personalised=false; leave one out")
         return self
@@ -356,9 +356,9 @@ class FlowerConfig(Table):
         3600.0, gt=0, description="seconds after which a round closes without the missing replies"
     )
     nodes_timeout_s: Real = Field(
-        120.0, gt=0, description="seconds that the start of a run waits for its devices' nodes"
+        120.0, gt=0, description="seconds that the start of a run waits for its clients' nodes"
     )
-    resident: bool = Field(
+    model_server: bool = Field(
         True,
         description="on a SuperNode: keep the model in a process of its own between messages",
     )
@@ -382,12 +382,13 @@ class Config(Table):
     )
     transport: str = Field(
         "in_process",
-        description="how Plans reach devices: `in_process`, or `flower` (its simulation engine)",
+        description="how instructions reach clients: `in_process`, or `flower` (its simulation "
+        "engine)",
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="everything random follows from it")
     rounds: Whole = Field(15, ge=1, description="federated rounds")
-    devices: Whole = Field(20, ge=1, description="devices that hold data")
-    cohort: Whole = Field(5, ge=1, description="devices that train in a round")
+    clients: Whole = Field(20, ge=1, description="clients that hold data")
+    cohort_size: Whole = Field(5, ge=1, description="clients that train in a round")
     quorum: Whole = Field(
         1, ge=1, description="fewest replies that a round merges; with fewer it merges nothing"
     )
@@ -432,29 +433,29 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "Config":
-        if self.quorum > self.cohort:
+        if self.quorum > self.cohort_size:
             raise ValueError(
-                f"quorum={self.quorum} is larger than cohort={self.cohort}; "
+                f"quorum={self.quorum} is larger than cohort_size={self.cohort_size}; "
                 "lower quorum or raise cohort"
             )
         return self
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> "Config":
-        if self.cohort > self.devices:
+        if self.cohort_size > self.clients:
             raise ValueError(
-                f"cohort={self.cohort} is larger than devices={self.devices}; "
-                "lower cohort or raise devices"
+                f"cohort_size={self.cohort_size} is larger than clients={self.clients}; "
+                "lower cohort or raise clients"
             )
-        if self.drawn > self.devices:
+        if self.drawn > self.clients:
             raise ValueError(
-                f"clock.over_selection={self.clock.over_selection} draws {self.drawn} devices "
-                f"for a cohort of {self.cohort}, there are {self.devices}; lower one of them"
+                f"clock.over_selection={self.clock.over_selection} draws {self.drawn} clients "
+                f"for a cohort of {self.cohort_size}, there are {self.clients}; lower one of them"
             )
         return self
 
     @property
     def drawn(self) -> int:
-        """Devices drawn for a round: the cohort times the over-selection, rounded up."""
+        """Clients drawn for a round: the cohort times the over-selection, rounded up."""
         # 10 x 1.1 is 11 and a little more in binary.
-        return math.ceil(round(self.cohort * self.clock.over_selection, 6))
+        return math.ceil(round(self.cohort_size * self.clock.over_selection, 6))

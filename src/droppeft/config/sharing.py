@@ -1,4 +1,4 @@
-"""The sharing table: which layers a device shares, and how shared ones are merged."""
+"""The sharing table: which layers a client shares, and how shared ones are merged."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ from droppeft.config.table import Real, Table, Whole
 
 
 class SharingConfig(Table):
-    """Personalised layer sharing: a device keeps the layers that matter most to it."""
+    """Personalised layer sharing: a client keeps the layers that matter most to it."""
 
     fraction: Real = Field(
         1.0,
         ge=0,
         le=1,
-        description="part of the layers that a device shares, rounded to whole layers; the others, "
+        description="part of the layers that a client shares, rounded to whole layers; the others, "
         "which score highest, stay with it",
     )
     criterion: Literal[
@@ -46,12 +46,12 @@ class SharingConfig(Table):
     )
     weights: Literal["examples", "active_steps"] = Field(
         "examples",
-        description="what a device's layer counts in the mean: its rows, or its rows times the "
+        description="what a client's layer counts in the mean: its rows, or its rows times the "
         "steps that the layer ran in",
     )
     mean: Literal["holders", "everyone"] = Field(
         "holders",
-        description="a layer becomes the mean over the devices that sent it; `everyone`, a "
+        description="a layer becomes the mean over the clients that sent it; `everyone`, a "
         "control: the others count as if they had sent back the server's",
     )
     factors: Literal["separate", "product"] = Field(

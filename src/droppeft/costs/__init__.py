@@ -1,1 +1,1 @@
-"""What a step costs: counted for a model, and modelled for a device that is not here."""
+"""What a step costs: counted for a model, and modelled for a client that is not here."""

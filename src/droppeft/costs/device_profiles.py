@@ -1,4 +1,4 @@
-"""Kinds of device by name, and which of them each device of a run is.
+"""Kinds of client by name, and which of them each client of a run is.
 
 Sources: data sheets of the Jetsons; their effective speed is fitted to step times of an earlier
 test bed by ``benchmarks/clock_calibration``. What is said to be an assumption is ours.
@@ -90,16 +90,16 @@ PROFILES: dict[str, DeviceProfile] = {
         "reaches a third; 10 Gbit/s",
     ),
 }
-"""Profiles by name; more are defined in the configuration, as tables ``[clock.own.NAME]``."""
+"""Profiles by name; more are defined in the configuration, as tables ``[clock.custom.NAME]``."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The devices of a run on the modelled clock; every draw follows from (seed, round, device).
+    """The clients of a run on the modelled clock; every draw follows from (seed, round, client).
 
     Attributes:
         seed: of the run.
-        names: the name of each device's profile.
+        names: the name of each client's profile.
         profiles: those profiles by name.
     """
 
@@ -107,25 +107,25 @@ class Fleet:
     names: tuple[str, ...]
     profiles: Mapping[str, DeviceProfile]
 
-    def profile(self, device: int) -> DeviceProfile:
-        """What kind of device it is."""
-        return self.profiles[self.names[device]]
+    def profile(self, client: int) -> DeviceProfile:
+        """What kind of client it is."""
+        return self.profiles[self.names[client]]
 
-    def is_there(self, round: int, device: int) -> bool:
-        """Whether the device can be asked in a round."""
-        rng = seeds.python_generator(self.seed, purpose="presence", round=round, device=device)
-        return rng.random() < self.profile(device).availability
+    def is_there(self, round: int, client: int) -> bool:
+        """Whether the client can be asked in a round."""
+        rng = seeds.python_generator(self.seed, purpose="presence", round=round, client=client)
+        return rng.random() < self.profile(client).availability
 
-    def download_bytes_per_s(self, round: int, device: int) -> float:
-        """To the device, in a round."""
-        return self._drawn(self.profile(device).download, "download", round, device)
+    def download_bytes_per_s(self, round: int, client: int) -> float:
+        """To the client, in a round."""
+        return self._drawn(self.profile(client).download, "download", round, client)
 
-    def upload_bytes_per_s(self, round: int, device: int) -> float:
-        """From the device, in a round."""
-        return self._drawn(self.profile(device).upload, "upload", round, device)
+    def upload_bytes_per_s(self, round: int, client: int) -> float:
+        """From the client, in a round."""
+        return self._drawn(self.profile(client).upload, "upload", round, client)
 
-    def _drawn(self, link: Bandwidth, purpose: str, round: int, device: int) -> float:
-        rng = seeds.python_generator(self.seed, purpose=purpose, round=round, device=device)
+    def _drawn(self, link: Bandwidth, purpose: str, round: int, client: int) -> float:
+        rng = seeds.python_generator(self.seed, purpose=purpose, round=round, client=client)
         drawn = rng.gauss(link.mean, link.deviation)
         return min(max(drawn, link.least or drawn), link.most or drawn)
 
@@ -140,14 +140,14 @@ def seconds_per_byte(link: Bandwidth) -> float:
     return fmean(1 / min(max(one, link.least or one), link.most or one) for one in drawn)
 
 
-def make_fleet(settings: ClockConfig, devices: int, seed: int) -> Fleet:
-    """Give each device one of the configured profiles, in equal shares but for a remainder.
+def make_fleet(settings: ClockConfig, clients: int, seed: int) -> Fleet:
+    """Give each client one of the configured profiles, in equal shares but for a remainder.
 
     Raises:
         DroppeftError: a profile is neither known nor defined in the configuration.
     """
     profiles = {name: profile_named(name, settings.custom) for name in settings.profiles}
-    order = seeds.numpy_generator(seed, purpose="profiles").permutation(devices)
+    order = seeds.numpy_generator(seed, purpose="profiles").permutation(clients)
     names = tuple(settings.profiles[place % len(settings.profiles)] for place in order)
     return Fleet(seed, names, profiles)
 
@@ -162,6 +162,6 @@ def profile_named(name: str, own: Mapping[str, DeviceProfile]) -> DeviceProfile:
     if name not in known:
         raise DroppeftError(
             f"unknown profile {name!r}; known are {', '.join(known)}; "
-            f"others are defined in tables [clock.own.NAME]"
+            f"others are defined in tables [clock.custom.NAME]"
         )
     return known[name]

@@ -41,7 +41,7 @@ a moment in the memory that all weights take; with the real ones the shapes may 
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "block_idx", "layer_number"})
 
 
-class PaperModel:
+class FakeModel:
     """A model with an adapter and without values: its tensors are shapes.
 
     Attributes:
@@ -121,7 +121,7 @@ def _settle(model: nn.Module) -> None:
 
 
 def count_step(
-    paper: PaperModel,
+    paper: FakeModel,
     batch: int,
     length: int,
     precision: str = "fp32",
@@ -172,7 +172,7 @@ def count_step(
 
 
 def _executed(
-    paper: PaperModel,
+    paper: FakeModel,
     chosen: Sequence[int],
     rows: int,
     length: int,

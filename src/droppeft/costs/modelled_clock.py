@@ -1,4 +1,4 @@
-"""The modelled clock: seconds and joules that a turn would take on a device of a given kind.
+"""The modelled clock: seconds and joules that a turn would take on a client of a given kind.
 
 Ours. Time is arithmetic over effective speed, a fixed overhead per step, and bytes over bandwidth.
 """
@@ -13,21 +13,21 @@ from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
+    Instruction,
     MeasuredCost,
-    Plan,
     Update,
     first_trained_layer,
+    instruction_bytes,
     payload_bytes,
-    plan_bytes,
 )
 
 
 @dataclass(frozen=True)
-class TurnCost:
-    """A device's turn on the modelled clock.
+class ClientCost:
+    """A client's turn on the modelled clock.
 
     Attributes:
-        profile: name of the device's kind.
+        profile: name of the client's kind.
         download_s, train_s, reward_s, upload_s: one after another; ``reward_s`` is what measuring
             the reward and scoring the layers take, 0 if neither was asked for.
         energy_j: of the turn; waiting for others is not counted.
@@ -41,7 +41,7 @@ class TurnCost:
     energy_j: float
 
     @property
-    def turn_s(self) -> float:
+    def total_s(self) -> float:
         """From the start of the round to the arrival of the reply."""
         return self.download_s + self.train_s + self.reward_s + self.upload_s
 
@@ -51,14 +51,15 @@ class RoundCost:
     """A round on the modelled clock.
 
     Attributes:
-        turns: in Plan order; ``None`` for a device from which nothing came that could be checked.
-        late: devices that missed the deadline.
-        surplus: devices that were in time when enough others had been faster.
+        turns: in instruction order; ``None`` for a client from which nothing came that could be
+            checked.
+        late: clients that missed the deadline.
+        surplus: clients that were in time when enough others had been faster.
         round_s: from its start to its close; ``None`` without a clock.
-        absent: devices that were drawn and could not be asked.
+        absent: clients that were drawn and could not be asked.
     """
 
-    turns: tuple[TurnCost | None, ...]
+    turns: tuple[ClientCost | None, ...]
     late: tuple[int, ...]
     surplus: tuple[int, ...]
     round_s: float | None
@@ -115,29 +116,31 @@ def _lagrange(places: Sequence[int], place: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Clock:
-    """What the devices' turns take, for whoever decides by it; a pure function of its arguments.
+    """What the clients' turns take, for whoever decides by it; a pure function of its arguments.
 
     Attributes:
-        fleet: which device is of which kind.
+        fleet: which client is of which kind.
         arithmetic: of the run's model with an adapter of given shapes.
     """
 
     fleet: Fleet
     arithmetic: Callable[[AdapterSpec], Arithmetic]
 
-    def turn_cost(self, plan: Plan, update: Update) -> TurnCost:
-        """Cost of the turn that a device says it took; the same on every transport."""
-        round, device = plan.round, plan.device
-        profile = self.fleet.profile(device)
-        arithmetic = self.arithmetic(plan.adapter)
-        work = training_flops(arithmetic, update.cost, plan.frozen, first_trained_layer(plan))
-        down = plan_bytes(plan) / self.fleet.download_bytes_per_s(round, device)
-        up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, device)
+    def client_cost(self, instruction: Instruction, update: Update) -> ClientCost:
+        """Cost of the turn that a client says it took; the same on every transport."""
+        round, client = instruction.round, instruction.client
+        profile = self.fleet.profile(client)
+        arithmetic = self.arithmetic(instruction.adapter)
+        work = training_flops(
+            arithmetic, update.cost, instruction.frozen, first_trained_layer(instruction)
+        )
+        down = instruction_bytes(instruction) / self.fleet.download_bytes_per_s(round, client)
+        up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, client)
         work += own_flops(arithmetic, update.cost)
-        train = compute_seconds(profile, work, update.steps + update.cost.own_steps)
+        train = compute_seconds(profile, work, update.steps + update.cost.personal_steps)
         measuring = compute_seconds(profile, reward_flops(arithmetic, update.cost))
-        return TurnCost(
-            profile=self.fleet.names[device],
+        return ClientCost(
+            profile=self.fleet.names[client],
             download_s=down,
             train_s=train,
             reward_s=measuring,
@@ -152,9 +155,9 @@ def training_flops(
     """FLOPs of a turn's training: each layer counts for the tokens that it computed.
 
     Args:
-        cost: what the device says it computed.
+        cost: what the client says it computed.
         frozen: so many of the first layers run without a backward, for the rows whose states
-            were not on the device yet.
+            were not on the client yet.
         untrained: so many of the first layers run without a backward in every step, as far as they
             are not frozen.
     """
@@ -173,10 +176,10 @@ def training_flops(
 
 
 def own_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
-    """FLOPs of training an adapter of a device's own: all layers, rows as long as in the turn."""
+    """FLOPs of training an adapter of a client's own: all layers, rows as long as in the turn."""
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
-    return cost.own_tokens / row_length * (sum(layers) + rest)
+    return cost.personal_tokens / row_length * (sum(layers) + rest)
 
 
 def reward_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:

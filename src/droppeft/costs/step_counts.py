@@ -1,7 +1,7 @@
 """Arithmetic and bytes of one training step, by block: plain numbers that add up.
 
-Ours. :mod:`droppeft.costs.fake_step` counts them for a model; :mod:`droppeft.costs.modelled_clock` turns them
-into the seconds of a device.
+Ours. :mod:`droppeft.costs.fake_step` counts them for a model; :mod:`droppeft.costs.modelled_clock`
+turns them into the seconds of a client.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ VALUE_BYTES = 4
 PROCESS_BYTES = 500_000_000
 """Of a process that has loaded Python, torch, transformers and peft and taken a first small turn:
 its own memory and the code that it has read. ``droppeft profile`` measures it (490 MB on Linux with
-a CPU build). That a CUDA context takes as much of its device is an assumption."""
+a CPU build). That a CUDA context takes as much of its client is an assumption."""
 
 SURE = 0.95
 """Probability with which no step of a run takes more than is said, where coins decide."""

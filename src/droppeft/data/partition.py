@@ -1,7 +1,7 @@
 """Who holds which training rows: label skew by flwr_datasets' partitioners and two rules of ours.
 
 ``iid``, ``dirichlet`` (arXiv:1905.12022) and ``pathological`` (arXiv:1602.05629) are theirs;
-``dirichlet_by_device`` follows the FedNLP line (arXiv:2104.08815); ``natural`` is ours.
+``dirichlet_by_client`` follows the FedNLP line (arXiv:2104.08815); ``natural`` is ours.
 """
 
 import warnings
@@ -22,8 +22,8 @@ Keys = Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class DeviceRows:
-    """Numbers of the training table's rows that one device holds, in its three parts."""
+class ClientRows:
+    """Numbers of the training table's rows that one client holds, in its three parts."""
 
     train: Rows
     validation: Rows
@@ -31,26 +31,26 @@ class DeviceRows:
 
 
 def partition_rows(
-    labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int
-) -> tuple[DeviceRows, ...]:
-    """Give every row to one device and one of its parts.
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
+) -> tuple[ClientRows, ...]:
+    """Give every row to one client and one of its parts.
 
-    A device with fewer than ``config.min_rows`` rows is topped up with random rows of whichever
-    device has most at that moment, or is an error (``config.small``). Parts are drawn at random
+    A client with fewer than ``config.min_rows`` rows is topped up with random rows of whichever
+    client has most at that moment, or is an error (``config.small``). Parts are drawn at random
     and none is empty. Rows are left out by ``natural`` alone: where there are more owners than
-    devices, those with the fewest rows do not take part.
+    clients, those with the fewest rows do not take part.
 
     Args:
         labels: class indices, shape (rows,).
         keys: owner of each row, for ``natural``.
-        devices: how many devices hold data.
+        clients: how many clients hold data.
         seed: the run's seed; the same arguments give the same partition.
 
     Raises:
-        DroppeftError: not enough rows, owners or classes for so many devices.
+        DroppeftError: not enough rows, owners or classes for so many clients.
     """
-    _check_enough(len(labels), devices, config.min_rows)
-    owned = PARTITIONERS[config.kind](labels, keys, devices, config, seed)
+    _check_enough(len(labels), clients, config.min_rows)
+    owned = PARTITIONERS[config.kind](labels, keys, clients, config, seed)
     generator = seeds.numpy_generator(seed, purpose="partition parts")
     if config.small == "merge":
         owned = _topped_up(owned, config.min_rows, generator)
@@ -58,65 +58,65 @@ def partition_rows(
     return tuple(_parts(rows, config, generator) for rows in owned)
 
 
-def _check_enough(rows: int, devices: int, min_rows: int) -> None:
-    if rows < devices * min_rows:
+def _check_enough(rows: int, clients: int, min_rows: int) -> None:
+    if rows < clients * min_rows:
         raise DroppeftError(
-            f"{rows} training rows are too few for devices={devices} with partition.min_rows="
+            f"{rows} training rows are too few for clients={clients} with partition.min_rows="
             f"{min_rows} each; lower one of the two or give more data"
         )
 
 
 def _check_none_small(owned: Sequence[Rows], config: PartitionConfig) -> None:
-    for device, rows in enumerate(owned):
+    for client, rows in enumerate(owned):
         if len(rows) < config.min_rows:
             raise DroppeftError(
-                f"device {device} gets {len(rows)} rows, fewer than partition.min_rows="
+                f"client {client} gets {len(rows)} rows, fewer than partition.min_rows="
                 f"{config.min_rows}; set partition.small=merge, raise partition.alpha, or lower "
-                "partition.min_rows or devices"
+                "partition.min_rows or clients"
             )
 
 
 def _topped_up(owned: Sequence[Rows], min_rows: int, generator: np.random.Generator) -> list[Rows]:
-    """Move rows one by one from the largest device to those that have too few."""
+    """Move rows one by one from the largest client to those that have too few."""
     held = [generator.permutation(rows).tolist() for rows in owned]
     sizes = np.array([len(rows) for rows in held])
     _check_enough(int(sizes.sum()), len(held), min_rows)
-    for device in np.flatnonzero(sizes < min_rows):
-        while sizes[device] < min_rows:
+    for client in np.flatnonzero(sizes < min_rows):
+        while sizes[client] < min_rows:
             largest = int(sizes.argmax())
-            held[device].append(held[largest].pop())
-            sizes[device] += 1
+            held[client].append(held[largest].pop())
+            sizes[client] += 1
             sizes[largest] -= 1
     return [np.array(rows, np.int64) for rows in held]
 
 
-def _parts(rows: Rows, config: PartitionConfig, generator: np.random.Generator) -> DeviceRows:
+def _parts(rows: Rows, config: PartitionConfig, generator: np.random.Generator) -> ClientRows:
     """At least one row in each part; what is rounded goes to train."""
     shuffled = generator.permutation(rows)
     validation = min(max(1, int(config.validation_fraction * len(rows))), len(rows) - 2)
     test = min(max(1, int(config.test_fraction * len(rows))), len(rows) - validation - 1)
-    return DeviceRows(
+    return ClientRows(
         train=shuffled[validation + test :],
         validation=shuffled[:validation],
         test=shuffled[validation : validation + test],
     )
 
 
-def _iid(labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int) -> list[Rows]:
+def _iid(labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int) -> list[Rows]:
     from flwr_datasets.partitioner import IidPartitioner
 
     # IidPartitioner cuts the table as it lies.
     order = seeds.numpy_generator(seed, purpose="partition").permutation(len(labels))
-    return _by_flower(IidPartitioner(devices), labels, order)
+    return _by_flower(IidPartitioner(clients), labels, order)
 
 
 def _dirichlet(
-    labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
-        num_partitions=devices,
+        num_partitions=clients,
         partition_by="label",
         alpha=config.alpha,
         min_partition_size=0,  # it would draw anew until it is satisfied, or give up
@@ -126,21 +126,21 @@ def _dirichlet(
 
 
 def _pathological(
-    labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
     from flwr_datasets.partitioner import PathologicalPartitioner
 
     classes = len(np.unique(labels))
-    if config.classes_per_device > classes:
+    if config.classes_per_client > classes:
         raise DroppeftError(
-            f"partition.classes_per_device={config.classes_per_device} is more than the "
+            f"partition.classes_per_client={config.classes_per_client} is more than the "
             f"{classes} classes of the data"
         )
     partitioner = PathologicalPartitioner(
-        num_partitions=devices,
+        num_partitions=clients,
         partition_by="label",
-        num_classes_per_partition=config.classes_per_device,
-        class_assignment_mode="first-deterministic",  # from `classes` devices on, none is left out
+        num_classes_per_partition=config.classes_per_client,
+        class_assignment_mode="first-deterministic",  # from `classes` clients on, none is left out
         seed=seeds.seed_for(seed, purpose="partition"),
     )
     try:
@@ -148,13 +148,13 @@ def _pathological(
             owned = _by_flower(partitioner, labels, np.arange(len(labels)))
     except ValueError:
         raise DroppeftError(
-            "partition.kind=pathological: a class has fewer rows than devices that want some; "
-            "lower devices or partition.classes_per_device"
+            "partition.kind=pathological: a class has fewer rows than clients that want some; "
+            "lower clients or partition.classes_per_client"
         ) from None
     if sum(map(len, owned)) < len(labels):
         raise DroppeftError(
-            f"partition.kind=pathological: some of the {classes} classes have no device; raise "
-            f"devices={devices} or partition.classes_per_device={config.classes_per_device}"
+            f"partition.kind=pathological: some of the {classes} classes have no client; raise "
+            f"clients={clients} or partition.classes_per_client={config.classes_per_client}"
         )
     return owned
 
@@ -168,21 +168,21 @@ def _by_flower(partitioner: Any, labels: Rows, order: Rows) -> list[Rows]:
     return [np.array(part["row"], np.int64) for part in parts]
 
 
-def _dirichlet_by_device(
-    labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int
+def _dirichlet_by_client(
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    """Each device in turn draws its label mix from Dir(alpha · prior), then rows by that mix.
+    """Each client in turn draws its label mix from Dir(alpha · prior), then rows by that mix.
 
     Sizes are equal (up to one row). A class that runs out is struck from the mix; so the last
-    devices take what is left, whatever they drew.
+    clients take what is left, whatever they drew.
     """
     generator = seeds.numpy_generator(seed, purpose="partition")
     classes, counts = np.unique(labels, return_counts=True)
     left = [generator.permutation(np.flatnonzero(labels == label)).tolist() for label in classes]
     owned = []
-    for device in range(devices):
+    for client in range(clients):
         mix = generator.dirichlet(config.alpha * counts / len(labels))
-        size = len(labels) // devices + (device < len(labels) % devices)
+        size = len(labels) // clients + (client < len(labels) % clients)
         owned.append(np.array(_draw(left, mix, size, generator), np.int64))
     return owned
 
@@ -209,18 +209,18 @@ def _draw(
 
 
 def _natural(
-    labels: Rows, keys: Keys, devices: int, config: PartitionConfig, seed: int
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    """The owners with the most rows are the devices, in the order of their names."""
+    """The owners with the most rows are the clients, in the order of their names."""
     if keys is None:
         raise DroppeftError("partition.kind=natural needs an owner for every row (partition.key)")
     sizes = Counter(keys)
-    if len(sizes) < devices:
+    if len(sizes) < clients:
         raise DroppeftError(
-            f"partition.key={config.key} has {len(sizes)} owners, fewer than devices={devices}; "
-            "lower devices"
+            f"partition.key={config.key} has {len(sizes)} owners, fewer than clients={clients}; "
+            "lower clients"
         )
-    largest = sorted(sizes, key=lambda owner: (-sizes[owner], owner))[:devices]
+    largest = sorted(sizes, key=lambda owner: (-sizes[owner], owner))[:clients]
     owners = np.array(keys)
     return [np.flatnonzero(owners == owner) for owner in sorted(largest)]
 
@@ -230,8 +230,8 @@ Partitioner = Callable[[Rows, Keys, int, PartitionConfig, int], list[Rows]]
 PARTITIONERS: dict[str, Partitioner] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
-    "dirichlet_by_device": _dirichlet_by_device,
+    "dirichlet_by_client": _dirichlet_by_client,
     "pathological": _pathological,
     "natural": _natural,
 }
-"""Give each device its rows, as one array per device."""
+"""Give each client its rows, as one array per client."""

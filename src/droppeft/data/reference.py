@@ -8,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from droppeft.data.partition import DeviceRows
+from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows, TextData, TextTable
 
 _KNOWN: dict[str, float | None] = {}
@@ -47,13 +47,13 @@ def majority_accuracy(data: TextData) -> float:
     return _constant_accuracy(data.train.labels, data.test.labels)
 
 
-def own_majority_accuracy(data: TextData, devices: Sequence[DeviceRows]) -> float:
-    """Mean over devices of always answering the most frequent class of the device's training rows.
+def own_majority_accuracy(data: TextData, clients: Sequence[ClientRows]) -> float:
+    """Mean over clients of always answering the most frequent class of the client's training rows.
 
-    On its own test rows: what a personal model has to beat, which is much where devices are unlike.
+    On its own test rows: what a personal model has to beat, which is much where clients are unlike.
     """
     labels = data.train.labels
-    return fmean(_constant_accuracy(labels[own.train], labels[own.test]) for own in devices)
+    return fmean(_constant_accuracy(labels[own.train], labels[own.test]) for own in clients)
 
 
 def _constant_accuracy(train: Rows, test: Rows) -> float:

@@ -47,7 +47,7 @@ class TextData:
 
     Attributes:
         name: what the user called it.
-        train: rows that are spread over the devices.
+        train: rows that are spread over the clients.
         test: rows on which the global model is measured.
         label_names: one per class, in the order of the class indices.
     """

@@ -40,7 +40,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Flower": check_flower,
     "runs": check_runs_folder,
     "cache": check_cache_folder,
-    "devices' own": check_state_folder,
+    "clients' own": check_state_folder,
     "temporary files": check_temporary_folder,
 }
 """In the order in which they are shown."""

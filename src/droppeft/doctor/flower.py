@@ -1,4 +1,4 @@
-"""Flower, for its simulation and for devices on other machines; ours.
+"""Flower, for its simulation and for clients on other machines; ours.
 
 Neither flwr nor ray is imported: that takes seconds, and only ``federation`` may.
 """

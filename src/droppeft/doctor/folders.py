@@ -36,7 +36,7 @@ def check_cache_folder() -> Finding:
 
 
 def check_state_folder() -> Finding:
-    """Where devices keep what is their own; without it `method=local` does not work."""
+    """Where clients keep what is their own; without it `method=local` does not work."""
     from droppeft.client.client_state import state_dir  # loads numpy, which may be what is broken
 
     remedy = "export DROPPEFT_STATE=~/droppeft-state"
@@ -45,7 +45,7 @@ def check_state_folder() -> Finding:
     except DroppeftError as error:
         return problem(f"{error}", remedy)
     if reason := why_not(folder):
-        return note(f"{folder} {reason}; devices cannot keep anything to themselves", remedy)
+        return note(f"{folder} {reason}; clients cannot keep anything to themselves", remedy)
     return _with_room(folder, remedy)
 
 

@@ -39,13 +39,13 @@ def judge_torch(facts: dict[str, Any]) -> Finding:
     """Tell a person what :func:`droppeft.doctor.torch_facts.facts` says."""
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU"
     found = f"{facts['version']}, {build} build"
-    device = facts["device"]
-    if device and device["error"]:
-        broken = f"{found}; {device['name']} cannot be used: {device['error']}"
+    client = facts["client"]
+    if client and client["error"]:
+        broken = f"{found}; {client['name']} cannot be used: {client['error']}"
         return problem(broken, "droppeft run accelerator=cpu")
-    if device:
-        bf16 = "with bf16" if device["bf16"] else "without bf16"
-        return ok(f"{found}; {device['name']}, {size(device['memory_bytes'])}, {bf16}")
+    if client:
+        bf16 = "with bf16" if client["bf16"] else "without bf16"
+        return ok(f"{found}; {client['name']}, {size(client['memory_bytes'])}, {bf16}")
     if facts["cuda"]:
         said = "; ".join(["no CUDA device is seen, runs use the CPU", *facts["warnings"]])
         return note(f"{found}; {said}", "nvidia-smi")

@@ -1,4 +1,4 @@
-"""Centralised: one device that holds everybody's rows; an upper reference, not a federated method.
+"""Centralised: one client that holds everybody's rows; an upper reference, not a federated method.
 
 A round takes as many steps as the cohort of the federated run would take together, at full depth,
 with one optimizer for all of them. On the modelled clock it is the data-centre GPU. All ours.
@@ -19,13 +19,13 @@ def _check(config: Config) -> None:
 
 
 def _alone(config: Config) -> Config:
-    """One device with all rows; the same again for what is alone already."""
+    """One client with all rows; the same again for what is alone already."""
     steps = config.training.local_steps or 0
-    training = config.training.model_copy(update={"local_steps": steps * config.cohort})
+    training = config.training.model_copy(update={"local_steps": steps * config.cohort_size})
     partition = config.partition.model_copy(update={"kind": "iid"})
     where = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
     clock = config.clock.model_copy(update=where)
-    alone = {"devices": 1, "cohort": 1, "quorum": 1}
+    alone = {"clients": 1, "cohort_size": 1, "quorum": 1}
     return config.model_copy(
         update={**alone, "training": training, "partition": partition, "clock": clock}
     )
@@ -33,10 +33,10 @@ def _alone(config: Config) -> Config:
 
 CENTRALISED = Method(
     name="centralised",
-    summary="one device that holds all rows: an upper reference",
+    summary="one client that holds all rows: an upper reference",
     tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
-    plan=FEDLORA.plan,
+    instruct=FEDLORA.instruct,
     merge=average_by_examples,
     check=_check,
     adjust=_alone,

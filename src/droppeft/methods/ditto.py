@@ -1,7 +1,7 @@
-"""Ditto: FedLoRA, and beside it on every device a whole adapter of its own, pulled to it.
+"""Ditto: FedLoRA, and beside it on every client a whole adapter of its own, pulled to it.
 
 Source: arXiv:2012.04221, with one pass over the same batches for either, the shared adapter first.
-The own adapter is what personalised accuracy measures; a device that never trained has the shared.
+The own adapter is what personalised accuracy measures; a client that never trained has the shared.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     for_each,
-    full_plan,
+    full_instruction,
     start_with,
     uniform_adapter,
     without_steps,
 )
-from droppeft.messages import Plan, Reply, ServerState
+from droppeft.messages import Instruction, Reply, ServerState
 from droppeft.sharing.participation import (
     ParticipationMemory,
     last_participation,
@@ -29,32 +29,36 @@ def _init(setup: Setup) -> ServerState:
     return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
-def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    last = last_participation(state, device)
+def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    last = last_participation(state, client)
     return replace(
-        full_plan(setup, state, round, device),
+        full_instruction(setup, state, round, client),
         kept=None if last is None else last.round,
-        own_copy=setup.config.ditto.pull,
+        personal_adapter=setup.config.ditto.pull,
     )
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    return with_participations(average_by_examples(setup, state, plans, replies), plans, replies)
+    return with_participations(
+        average_by_examples(setup, state, instructions, replies), instructions, replies
+    )
 
 
-def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = _of_device(setup, state, round, device)
-    return without_steps(plan if plan.kept is None else replace(plan, tensors={}))
+def _own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    instruction = _for_client(setup, state, round, client)
+    return without_steps(
+        instruction if instruction.kept is None else replace(instruction, tensors={})
+    )
 
 
 DITTO = Method(
     name="ditto",
-    summary="FedLoRA, and an adapter of each device's own, pulled to the shared one (Ditto)",
+    summary="FedLoRA, and an adapter of each client's own, pulled to the shared one (Ditto)",
     tables=frozenset({"ditto", "server"}),
     init=_init,
-    plan=for_each(_of_device),
+    instruct=for_each(_for_client),
     merge=_merge,
     own=_own,
     memory_type=ParticipationMemory,

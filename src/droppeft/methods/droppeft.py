@@ -1,4 +1,4 @@
-"""DropPEFT: devices train with stochastic transformer layer dropout and share by layer.
+"""DropPEFT: clients train with stochastic transformer layer dropout and share by layer.
 
 Source: arXiv:2503.10217. The rates are the configuration's, or those that the bandit finds
 (`bandit/`); which layers are shared is `methods/personal_layers.py`'s. Exact gates,
@@ -19,7 +19,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
-    full_plan,
+    full_instruction,
     in_round,
     start_with,
     uniform_adapter,
@@ -27,13 +27,13 @@ from droppeft.federated_method import (
     without_steps,
 )
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
-from droppeft.messages import LayerDropout, Plan, Reply, ServerState, Update, flatten
+from droppeft.messages import Instruction, LayerDropout, Reply, ServerState, Update, flatten
 from droppeft.methods.personal_layers import (
     check_fraction,
     check_sharing,
     has_global_head,
     keeps_anything,
-    usual_of,
+    typical_of,
     weight_of,
     with_sharing,
 )
@@ -118,24 +118,26 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
     )
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+def _instruct(
+    setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
+) -> list[Instruction]:
     memory: DropPEFTMemory = state.memory
     if memory.bandit is None:
         gates = _gates(setup, rates_of_round(setup, round))
-        plans = [full_plan(setup, state, round, device, gates) for device in cohort]
+        instructions = [full_instruction(setup, state, round, client, gates) for client in cohort]
     else:
         arms = bandit.arms_of_round(setup, state.model, memory.bandit, round, cohort)
-        plans = [
-            _with_arm(full_plan(setup, state, round, device), setup, memory.bandit, number)
-            for device, number in zip(cohort, arms, strict=True)
+        instructions = [
+            _with_arm(full_instruction(setup, state, round, client), setup, memory.bandit, number)
+            for client, number in zip(cohort, arms, strict=True)
         ]
-    usual = usual_of(setup, state)
-    return [with_sharing(setup, state, plan, usual) for plan in plans]
+    typical = typical_of(setup, state)
+    return [with_sharing(setup, state, instruction, typical) for instruction in instructions]
 
 
-def _own(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = full_plan(setup, state, round, device)
-    return without_steps(with_sharing(setup, state, plan))
+def _own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    instruction = full_instruction(setup, state, round, client)
+    return without_steps(with_sharing(setup, state, instruction))
 
 
 def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
@@ -145,23 +147,27 @@ def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
     )
 
 
-def _with_arm(plan: Plan, setup: Setup, memory: BanditMemory, number: int) -> Plan:
-    """All values travel to the device, back those of the layers that it trains."""
+def _with_arm(
+    instruction: Instruction, setup: Setup, memory: BanditMemory, number: int
+) -> Instruction:
+    """All values travel to the client, back those of the layers that it trains."""
     arm = memory.arms[number]
-    gates = _gates(setup, rates_of_arm(setup, plan.round, arm, memory.importance))
-    rewards = reward_rows(setup, plan.round)
-    plan = replace(plan, dropout=gates, reward_rows=rewards, arm=number)
+    gates = _gates(setup, rates_of_arm(setup, instruction.round, arm, memory.importance))
+    rewards = reward_rows(setup, instruction.round)
+    instruction = replace(instruction, dropout=gates, reward_rows=rewards, arm=number)
     lower = first_trained(arm, depth_of_run(setup))
     if lower == setup.config.frozen.count:
-        return plan
+        return instruction
     names = frozenset(
-        name for key, name, _ in flatten(plan.tensors) if not isinstance(key, int) or key >= lower
+        name
+        for key, name, _ in flatten(instruction.tensors)
+        if not isinstance(key, int) or key >= lower
     )
-    return replace(plan, train=names, share=names, untrained=lower)
+    return replace(instruction, train=names, share=names, untrained=lower)
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     config = setup.config
     updates = [reply for reply in replies if isinstance(reply, Update)]
@@ -170,11 +176,11 @@ def _merge(
     )
     merged = with_mean(setup, state, updates, mean)
     if keeps_anything(config):
-        merged = with_participations(merged, plans, replies)
+        merged = with_participations(merged, instructions, replies)
     memory: DropPEFTMemory = merged.memory
     if memory.bandit is None:
         return merged
-    learnt, last = bandit.learned(setup, state.model, memory.bandit, plans, replies)
+    learnt, last = bandit.learned(setup, state.model, memory.bandit, instructions, replies)
     return replace(merged, memory=replace(memory, bandit=learnt, last_round=last))
 
 
@@ -190,7 +196,7 @@ DROPPEFT = Method(
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
     tables=frozenset({"dropout", "configurator", "sharing", "frozen", "server"}),
     init=_init,
-    plan=_plan,
+    instruct=_instruct,
     merge=_merge,
     check=check_sharing,
     own=_own,

@@ -8,8 +8,8 @@ into one layer more and all become 8 wider, up to the same caps.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from droppeft.federated_method import Method, Setup, full_plan, start_with
-from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update
+from droppeft.federated_method import Method, Setup, full_instruction, start_with
+from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update
 from droppeft.methods.fedadapter import (
     TRIAL_ROUNDS,
     WIDER_BY,
@@ -38,14 +38,16 @@ def _init(setup: Setup) -> ServerState:
     return replace(state, memory=Growth())
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+def _instruct(
+    setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
+) -> list[Instruction]:
     frozen = setup.num_layers - _shape(state.model)[0]
-    plans = [full_plan(setup, state, round, device) for device in cohort]
-    return [replace(plan, frozen=frozen) for plan in plans]
+    instructions = [full_instruction(setup, state, round, client) for client in cohort]
+    return [replace(instruction, frozen=frozen) for instruction in instructions]
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     """Average, and upgrade when it is time; a round in which nobody answered does not count."""
     if not any(isinstance(reply, Update) for reply in replies):
@@ -71,7 +73,7 @@ FEDADAOPT = Method(
     summary="bottlenecks upgraded in fixed steps of depth and width (FedAdaOPT, ours)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=_plan,
+    instruct=_instruct,
     merge=_merge,
     memory_type=Growth,
     check=check_bottlenecks,

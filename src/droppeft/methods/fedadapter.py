@@ -3,9 +3,9 @@
 Source: arXiv:2205.10162. The cohort is split into trial groups: one keeps the present depth and
 width, one has adapters in one layer more, one is 8 wider; groups get equal time, after a trial the
 best one's model continues, and what the layers below all adapters make of a text is kept on the
-device. Ours where the paper is silent: the first depth and width; trials of 3 rounds; devices
+client. Ours where the paper is silent: the first depth and width; trials of 3 rounds; clients
 change groups from round to round; equal time is modelled time, by the number of steps; the best
-group is the one whose devices' loss on their validation rows fell most per turn; a new layer and
+group is the one whose clients' loss on their validation rows fell most per turn; a new layer and
 new widths start as fresh adapters, which change nothing until they are trained.
 """
 
@@ -21,14 +21,14 @@ from droppeft.federated_method import (
     Method,
     Setup,
     adapter_spec,
-    full_plan,
+    full_instruction,
     start_with,
 )
 from droppeft.messages import (
     AdapterSpec,
     Array,
     GlobalModel,
-    Plan,
+    Instruction,
     Reply,
     ServerState,
     Tensors,
@@ -110,10 +110,10 @@ def _check(config: Config) -> None:
             "method=fedadapter gives its groups equal time by their steps; set "
             "training.local_steps instead of training.local_epochs"
         )
-    if config.cohort < 3:
+    if config.cohort_size < 3:
         raise DroppeftError(
-            f"method=fedadapter splits the cohort into three groups, and cohort={config.cohort}; "
-            "set it to 3 or more"
+            "method=fedadapter splits the cohort into three groups, and "
+            f"cohort_size={config.cohort_size}; set it to 3 or more"
         )
 
 
@@ -181,37 +181,41 @@ def _model(state: ServerState, group: str) -> GlobalModel:
     return state.model if group == SAME else state.alternatives[group]
 
 
-def _plan(setup: Setup, state: ServerState, round: int, cohort: Sequence[int]) -> list[Plan]:
+def _instruct(
+    setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
+) -> list[Instruction]:
     trial = _trial(state)
     groups = list(trial.rewards)
-    # Nobody stays in a group for good: devices differ in data and speed.
+    # Nobody stays in a group for good: clients differ in data and speed.
     return [
-        _of_group(setup, state, trial, groups[(place + round) % len(groups)], round, device)
-        for place, device in enumerate(cohort)
+        _of_group(setup, state, trial, groups[(place + round) % len(groups)], round, client)
+        for place, client in enumerate(cohort)
     ]
 
 
 def _of_group(
-    setup: Setup, state: ServerState, trial: Trial, group: str, round: int, device: int
-) -> Plan:
-    plan = full_plan(setup, replace(state, model=_model(state, group)), round, device, None)
-    # The same layers are kept for all groups, so that a device's states outlive a change of groups.
+    setup: Setup, state: ServerState, trial: Trial, group: str, round: int, client: int
+) -> Instruction:
+    instruction = full_instruction(
+        setup, replace(state, model=_model(state, group)), round, client, None
+    )
+    # The same layers are kept for all groups, so that a client's states outlive a change of groups.
     frozen = setup.num_layers - trial.depth - (DEEPER in trial.rewards)
-    budget = plan.budget
+    budget = instruction.budget
     if budget.steps is not None:
-        budget = replace(budget, steps=_steps(setup, state, group, frozen, device, budget.steps))
+        budget = replace(budget, steps=_steps(setup, state, group, frozen, client, budget.steps))
     rewards = REWARD_ROWS if len(trial.rewards) > 1 else 0  # there is nothing left to choose
-    return replace(plan, frozen=frozen, budget=budget, reward_rows=rewards)
+    return replace(instruction, frozen=frozen, budget=budget, reward_rows=rewards)
 
 
 def _steps(
-    setup: Setup, state: ServerState, group: str, frozen: int, device: int, steps: int
+    setup: Setup, state: ServerState, group: str, frozen: int, client: int, steps: int
 ) -> int:
     """As many as take the modelled time of so many with the present adapter; 1 at least."""
     clock, training = setup.clock, setup.config.training
     if clock is None or group == SAME:
         return steps
-    arithmetic, profile = clock.arithmetic, clock.fleet.profile(device)
+    arithmetic, profile = clock.arithmetic, clock.fleet.profile(client)
 
     def seconds(model: GlobalModel) -> float:
         layers, rest = arithmetic(model.adapter).training(training.max_length)
@@ -222,7 +226,7 @@ def _steps(
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     """Average each group's model; after the last round of a trial go on with the best one.
 
@@ -236,8 +240,8 @@ def _merge(
         model = _model(state, group)
         own = [
             reply
-            for plan, reply in zip(plans, replies, strict=True)
-            if plan.adapter == model.adapter
+            for instruction, reply in zip(instructions, replies, strict=True)
+            if instruction.adapter == model.adapter
         ]
         models[group] = plain_mean(model, own)
         rewards = [r.reward for r in own if isinstance(r, Update) and r.reward is not None]
@@ -256,7 +260,7 @@ FEDADAPTER = Method(
     summary="bottlenecks that grow in depth and width, by trial groups (FedAdapter)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=_plan,
+    instruct=_instruct,
     merge=_merge,
     memory_type=Trial,
     check=_check,

@@ -1,7 +1,7 @@
 """FedEx-LoRA: factors are averaged, and what that gets wrong goes into the frozen weights.
 
 Source: arXiv:2410.09432. The residual mean(B·A) - mean(B)·mean(A) is added to the weights behind
-it, so that the global model is the exact mean. Here devices get the sum of the residuals so far:
+it, so that the global model is the exact mean. Here clients get the sum of the residuals so far:
 one that comes back after some rounds has missed some.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft.federated_method import Method, Setup
-from droppeft.messages import GlobalModel, Plan, Reply, ServerState, Update, flatten
+from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update, flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
 from droppeft.sharing.aggregation import Wide, average_over_holders, by_examples
@@ -19,7 +19,7 @@ from droppeft.sharing.factors import A, B, mean_products
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     updates = [reply for reply in replies if isinstance(reply, Update)]
     if not updates:
@@ -29,7 +29,7 @@ def _merge(
     averaged = {name: array for _, name, array in flatten(tensors)}
 
     def missing(a: str, mean: Wide) -> Wide:
-        """What the product of the factors lacks, as devices get them."""
+        """What the product of the factors lacks, as clients get them."""
         up, down = averaged[a.replace(A, B)], averaged[a]
         return mean - up.astype(np.float64) @ down.astype(np.float64)
 
@@ -44,7 +44,7 @@ FEDEX_LORA = Method(
     summary="A and B averaged, the error of that put into the frozen weights (FedEx-LoRA)",
     tables=frozenset(),
     init=FEDLORA.init,
-    plan=FEDLORA.plan,
+    instruct=FEDLORA.instruct,
     merge=_merge,
     check=check_added_lora,
 )

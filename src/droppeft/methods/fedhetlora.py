@@ -1,9 +1,9 @@
-"""FedHetLoRA: devices have LoRA of different ranks, which they prune themselves.
+"""FedHetLoRA: clients have LoRA of different ranks, which they prune themselves.
 
-Source: HetLoRA (arXiv:2401.06432). A device gets the global matrices cut to its rank, trains with a
+Source: HetLoRA (arXiv:2401.06432). A client gets the global matrices cut to its rank, trains with a
 penalty on the last part of its ranks, and loses that part when training made its norm smaller; the
 server pads with zeros and weighs an update by the Frobenius norm of its product B·A. Ours where the
-paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of device) and all of
+paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of client) and all of
 it (the fastest), in equal shares by seed where all are of one kind; nobody is pruned below that
 quarter; the factor alpha / rank stays that of the full rank, so that cutting changes nothing but
 what is cut off; one norm per update, over all its matrices; if all products are zero, updates are
@@ -23,7 +23,7 @@ from droppeft.federated_method import (
     Method,
     Setup,
     for_each,
-    full_plan,
+    full_instruction,
     measuring,
     start_with,
     uniform_adapter,
@@ -32,8 +32,8 @@ from droppeft.messages import (
     AdapterSpec,
     Array,
     GlobalModel,
+    Instruction,
     LayerKey,
-    Plan,
     RankPenalty,
     Reply,
     ServerState,
@@ -44,10 +44,10 @@ from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import A, B, pairs_of
 
 LEAST_PART = 1 / 4
-"""Of the full rank, on the slowest devices."""
+"""Of the full rank, on the slowest clients."""
 
 PENALTY, KEPT_PART = 1e-3, 0.9
-"""Weight of the penalty, and the part of a device's ranks that it spares. The paper's are tuned in
+"""Weight of the penalty, and the part of a client's ranks that it spares. The paper's are tuned in
 1e-6 to 1e-3 and .85 to 1."""
 
 
@@ -105,8 +105,8 @@ def tail_norm(tensors: Tensors, kept: int) -> float:
 
 
 def first_ranks(setup: Setup, full: int) -> Ranks:
-    """The rank with which each device begins."""
-    count = setup.config.devices
+    """The rank with which each client begins."""
+    count = setup.config.clients
     least = _least(full)
     speeds = _speeds(setup)
     if len(set(speeds)) > 1:
@@ -121,11 +121,11 @@ def first_ranks(setup: Setup, full: int) -> Ranks:
 
 def _speeds(setup: Setup) -> list[float]:
     if setup.clock is None:
-        return [1.0] * setup.config.devices
+        return [1.0] * setup.config.clients
     fleet = setup.clock.fleet
     return [
-        math.log(fleet.profile(device).effective_flops_per_s)
-        for device in range(setup.config.devices)
+        math.log(fleet.profile(client).effective_flops_per_s)
+        for client in range(setup.config.clients)
     ]
 
 
@@ -138,7 +138,7 @@ def _check(config: Config) -> None:
         )
     if chosen.options.get("use_rslora"):
         raise DroppeftError(
-            "method=fedhetlora keeps alpha / rank alike on all devices, and use_rslora divides by "
+            "method=fedhetlora keeps alpha / rank alike on all clients, and use_rslora divides by "
             "the root of the rank; leave adapter.options.use_rslora out"
         )
 
@@ -148,17 +148,23 @@ def _init(setup: Setup) -> ServerState:
     return replace(state, memory=first_ranks(setup, setup.config.adapter.rank or 0))
 
 
-def _with_penalty(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan = at_rank(setup, state, round, device)
+def _with_penalty(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    instruction = at_rank(setup, state, round, client)
     least = _least(setup.config.adapter.rank or 0)
-    penalty = RankPenalty(PENALTY, _kept(_ranks(state)[device], least))
-    return replace(plan, objective=replace(plan.objective, rank_penalty=penalty))
+    penalty = RankPenalty(PENALTY, _kept(_ranks(state)[client], least))
+    return replace(instruction, objective=replace(instruction.objective, rank_penalty=penalty))
 
 
-def at_rank(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    """The Plan most methods begin from, cut to the rank that the state's memory has of a device."""
-    plan, rank = full_plan(setup, state, round, device), _ranks(state)[device]
-    return replace(plan, adapter=_cut(plan.adapter, rank), tensors=resized(plan.tensors, rank))
+def at_rank(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    """The instruction most methods begin from, cut to the rank that the state's memory has of a
+    client.
+    """
+    instruction, rank = full_instruction(setup, state, round, client), _ranks(state)[client]
+    return replace(
+        instruction,
+        adapter=_cut(instruction.adapter, rank),
+        tensors=resized(instruction.tensors, rank),
+    )
 
 
 def _cut(full: AdapterSpec, rank: int) -> AdapterSpec:
@@ -185,20 +191,22 @@ def _ranks(state: ServerState) -> tuple[int, ...]:
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     full = setup.config.adapter.rank or 0
     ranks, updates = list(_ranks(state)), []
-    for plan, reply in zip(plans, replies, strict=True):
+    for instruction, reply in zip(instructions, replies, strict=True):
         if isinstance(reply, Update):
-            rank = _pruned(ranks[plan.device], _least(full), plan.tensors, reply.tensors)
-            ranks[plan.device] = rank
+            rank = _pruned(
+                ranks[instruction.client], _least(full), instruction.tensors, reply.tensors
+            )
+            ranks[instruction.client] = rank
             tensors = resized(resized(reply.tensors, rank), full)
             updates.append(replace(reply, tensors=tensors))
-    norms = {update.device: product_norm(update.tensors) for update in updates}
+    norms = {update.client: product_norm(update.tensors) for update in updates}
 
     def by_norm(update: Update, layer: LayerKey) -> float:
-        return norms[update.device]
+        return norms[update.client]
 
     weight = by_norm if any(norms.values()) else by_examples
     tensors = average_over_holders(state.model.tensors, updates, weight)
@@ -214,10 +222,10 @@ def _pruned(rank: int, least: int, sent: Tensors, trained: Tensors) -> int:
 
 FEDHETLORA = Method(
     name="fedhetlora",
-    summary="LoRA of each device's own rank, pruned by itself (HetLoRA)",
+    summary="LoRA of each client's own rank, pruned by itself (HetLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=for_each(_with_penalty),
+    instruct=for_each(_with_penalty),
     merge=_merge,
     check=_check,
     own=measuring(at_rank),

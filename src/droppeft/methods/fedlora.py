@@ -8,7 +8,7 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     for_each,
-    full_plan,
+    full_instruction,
     start_with,
     uniform_adapter,
 )
@@ -24,6 +24,6 @@ FEDLORA = Method(
     summary="LoRA in every layer, full depth, plain averaging (FedIT)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
-    plan=for_each(full_plan),
+    instruct=for_each(full_instruction),
     merge=average_by_examples,
 )

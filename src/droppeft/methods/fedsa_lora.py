@@ -1,7 +1,7 @@
-"""FedSA-LoRA: devices share LoRA's A and the head, and keep B to themselves.
+"""FedSA-LoRA: clients share LoRA's A and the head, and keep B to themselves.
 
-Source: arXiv:2410.01463. B is never merged, so there is no global model: what each device has is
-measured on its own test rows, and a device that never trained has B = 0.
+Source: arXiv:2410.01463. B is never merged, so there is no global model: what each client has is
+measured on its own test rows, and a client that never trained has B = 0.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     for_each,
-    full_plan,
+    full_instruction,
     measuring,
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import Plan, Reply, ServerState, flatten, restrict
+from droppeft.messages import Instruction, Reply, ServerState, flatten, restrict
 from droppeft.sharing.factors import B
 from droppeft.sharing.participation import (
     ParticipationMemory,
@@ -40,29 +40,36 @@ def _init(setup: Setup) -> ServerState:
     return replace(start_with(setup, uniform_adapter(setup)), memory=ParticipationMemory())
 
 
-def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    plan, last = full_plan(setup, state, round, device), last_participation(state, device)
-    shared = frozenset(name for _, name, _ in flatten(plan.tensors) if B not in name)
+def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    instruction, last = (
+        full_instruction(setup, state, round, client),
+        last_participation(state, client),
+    )
+    shared = frozenset(name for _, name, _ in flatten(instruction.tensors) if B not in name)
     if last is None:
-        return replace(plan, share=shared)
-    return replace(plan, tensors=restrict(plan.tensors, shared), share=shared, kept=last.round)
+        return replace(instruction, share=shared)
+    return replace(
+        instruction, tensors=restrict(instruction.tensors, shared), share=shared, kept=last.round
+    )
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    return with_participations(average_by_examples(setup, state, plans, replies), plans, replies)
+    return with_participations(
+        average_by_examples(setup, state, instructions, replies), instructions, replies
+    )
 
 
 FEDSA_LORA = Method(
     name="fedsa_lora",
-    summary="LoRA's A and the head are shared, B stays on the device (FedSA-LoRA)",
+    summary="LoRA's A and the head are shared, B stays on the client (FedSA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
-    plan=for_each(_of_device),
+    instruct=for_each(_for_client),
     merge=_merge,
     check=_check,
-    own=measuring(_of_device),
+    own=measuring(_for_client),
     has_global_model=lambda config: False,
     memory_type=ParticipationMemory,
 )

@@ -11,20 +11,22 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     for_each,
-    full_plan,
+    full_instruction,
     measuring,
 )
-from droppeft.messages import Plan, ServerState, flatten, restrict
+from droppeft.messages import Instruction, ServerState, flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.sharing.factors import A
 
 
-def _of_device(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
-    """Every device makes A itself, from the seed."""
-    plan = full_plan(setup, state, round, device)
-    names = frozenset(name for _, name, _ in flatten(plan.tensors) if A not in name)
-    return replace(plan, tensors=restrict(plan.tensors, names), train=names, share=names)
+def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    """Every client makes A itself, from the seed."""
+    instruction = full_instruction(setup, state, round, client)
+    names = frozenset(name for _, name, _ in flatten(instruction.tensors) if A not in name)
+    return replace(
+        instruction, tensors=restrict(instruction.tensors, names), train=names, share=names
+    )
 
 
 FFA_LORA = Method(
@@ -32,8 +34,8 @@ FFA_LORA = Method(
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
-    plan=for_each(_of_device),
+    instruct=for_each(_for_client),
     merge=average_by_examples,
     check=check_plain_lora,
-    own=measuring(_of_device),
+    own=measuring(_for_client),
 )

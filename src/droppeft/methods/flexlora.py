@@ -1,7 +1,7 @@
-"""FlexLoRA: ranks that fit the devices, and products that are averaged instead of factors.
+"""FlexLoRA: ranks that fit the clients, and products that are averaged instead of factors.
 
 Source: arXiv:2402.11505. The server averages B·A, factors the mean again by SVD and sends every
-device as many of the largest components as its rank holds. The ranks are those that `fedhetlora`
+client as many of the largest components as its rank holds. The ranks are those that `fedhetlora`
 begins with, so that what differs is the merge; the factor alpha / rank stays that of the full rank.
 """
 
@@ -16,7 +16,7 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import Plan, Reply, ServerState, Update
+from droppeft.messages import Instruction, Reply, ServerState, Update
 from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.sharing.aggregation import by_examples
@@ -30,7 +30,7 @@ def _init(setup: Setup) -> ServerState:
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     full = setup.config.adapter.rank or 0
     updates = [
@@ -44,10 +44,10 @@ def _merge(
 
 FLEXLORA = Method(
     name="flexlora",
-    summary="LoRA of each device's own rank, products averaged and factored again (FlexLoRA)",
+    summary="LoRA of each client's own rank, products averaged and factored again (FlexLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    plan=for_each(at_rank),
+    instruct=for_each(at_rank),
     merge=_merge,
     check=check_plain_lora,
     own=measuring(at_rank),

@@ -1,9 +1,9 @@
 """FLoRA: every round's products go into the frozen weights, and the next begins with fresh factors.
 
-Source: arXiv:2409.05976, which stacks the devices' factors: the product of the stacks is the sum of
+Source: arXiv:2409.05976, which stacks the clients' factors: the product of the stacks is the sum of
 the products, without error. Here the server sends that sum as a change of the frozen weights, since
-a device that comes back after some rounds would need the stacks of all of them, which are soon
-larger than the weights. All devices have the same rank; the head is averaged.
+a client that comes back after some rounds would need the stacks of all of them, which are soon
+larger than the weights. All clients have the same rank; the head is averaged.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from droppeft.federated_method import (
 from droppeft.messages import (
     Array,
     GlobalModel,
+    Instruction,
     LayerKey,
-    Plan,
     Reply,
     ServerState,
     Tensors,
@@ -33,7 +33,7 @@ from droppeft.sharing.factors import mean_products, pairs_of
 
 
 def _merge(
-    setup: Setup, state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     updates = [reply for reply in replies if isinstance(reply, Update)]
     if not updates:
@@ -66,7 +66,7 @@ FLORA = Method(
     summary="every round's LoRA goes into the frozen weights, without error (FLoRA)",
     tables=frozenset(),
     init=FEDLORA.init,
-    plan=FEDLORA.plan,
+    instruct=FEDLORA.instruct,
     merge=_merge,
     check=check_added_lora,
 )

@@ -1,9 +1,9 @@
-"""LEGEND: adapters in as many last layers as a device has time for, larger towards the output.
+"""LEGEND: adapters in as many last layers as a client has time for, larger towards the output.
 
 Source: arXiv:2412.20004. There ranks grow in arithmetic progression towards the output and a
-device's depth follows from what it can compute. The numbers are ours: the rank of layer l of L is
+client's depth follows from what it can compute. The numbers are ours: the rank of layer l of L is
 ``adapter.rank`` times (l + 1) / L + (L - 1) / 2L, which is between a half and one and a half of it
-and ``adapter.rank`` on average; the fastest kind of device trains all layers, every other kind as
+and ``adapter.rank`` on average; the fastest kind of client trains all layers, every other kind as
 many of the last ones as it can in the same modelled time, and a quarter of them at least. Below
 the lowest adapter a layer runs forward only.
 """
@@ -19,14 +19,14 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     for_each,
-    full_plan,
+    full_instruction,
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import AdapterSpec, Plan, ServerState, restrict
+from droppeft.messages import AdapterSpec, Instruction, ServerState, restrict
 
 LEAST_PART = 1 / 4
-"""Of the layers that every device trains."""
+"""Of the layers that every client trains."""
 
 
 def ranks(rank: int, num_layers: int) -> tuple[int, ...]:
@@ -36,8 +36,8 @@ def ranks(rank: int, num_layers: int) -> tuple[int, ...]:
     return tuple(max(1, round(each)) for each in grown)
 
 
-def depth_of(setup: Setup, full: AdapterSpec, device: int) -> int:
-    """How many of the last layers a device trains; all of them without a modelled clock."""
+def depth_of(setup: Setup, full: AdapterSpec, client: int) -> int:
+    """How many of the last layers a client trains; all of them without a modelled clock."""
     if setup.clock is None:
         return setup.num_layers
     fleet, arithmetic = setup.clock.fleet, setup.clock.arithmetic(full)
@@ -47,7 +47,7 @@ def depth_of(setup: Setup, full: AdapterSpec, device: int) -> int:
 
     there = {name: fleet.profiles[name] for name in fleet.names}
     shortest = min(seconds(profile, setup.num_layers) for profile in there.values())
-    least, own = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(device)
+    least, own = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(client)
     deeper = range(least, setup.num_layers + 1)
     return max((depth for depth in deeper if seconds(own, depth) <= shortest), default=least)
 
@@ -83,23 +83,26 @@ def _init(setup: Setup) -> ServerState:
     return state
 
 
-def _last_layers(setup: Setup, state: ServerState, round: int, device: int) -> Plan:
+def _last_layers(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     full = state.model.adapter
-    lower = setup.num_layers - depth_of(setup, full, device)
+    lower = setup.num_layers - depth_of(setup, full, client)
     adapter = replace(full, layers=(None,) * lower + full.layers[lower:])
-    plan = full_plan(setup, state, round, device)
+    instruction = full_instruction(setup, state, round, client)
     names = frozenset(setup.layout(adapter))
     return replace(
-        plan, adapter=adapter, tensors=restrict(plan.tensors, names), share=plan.share & names
+        instruction,
+        adapter=adapter,
+        tensors=restrict(instruction.tensors, names),
+        share=instruction.share & names,
     )
 
 
 LEGEND = Method(
     name="legend",
-    summary="adapters in as many last layers as a device has time for (LEGEND)",
+    summary="adapters in as many last layers as a client has time for (LEGEND)",
     tables=frozenset({"server"}),
     init=_init,
-    plan=for_each(_last_layers),
+    instruct=for_each(_last_layers),
     merge=average_by_examples,
     check=_check,
 )

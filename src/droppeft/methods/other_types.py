@@ -24,7 +24,7 @@ def _variant(name: str, summary: str) -> Method:
         summary=summary,
         tables=FEDLORA.tables,
         init=FEDLORA.init,
-        plan=FEDLORA.plan,
+        instruct=FEDLORA.instruct,
         merge=average_by_examples,
         check=_check,
     )

@@ -1,7 +1,8 @@
-"""Personalised layer sharing on the server: what of a Plan a device already has. Source: METHOD 4.
+"""Personalised layer sharing on the server: what of an instruction a client already has. Source:
+METHOD 4.
 
-A device that was merged before gets the global values of the layers that it shared then; the others
-it has kept. What it shares this time it chooses after its training, by the rule in the Plan.
+A client that was merged before gets the global values of the layers that it shared then; the others
+it has kept. What it shares this time it chooses after its training, by the rule in the instruction.
 """
 
 from dataclasses import replace
@@ -13,25 +14,25 @@ from droppeft.federated_method import Setup
 from droppeft.messages import (
     HEAD,
     AdapterSpec,
+    Instruction,
     LayerKey,
-    Plan,
     ServerState,
     SharingRule,
     flatten,
 )
 from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
-from droppeft.sharing.criteria import CKA_ROWS, CRITERIA, usual_norms
+from droppeft.sharing.criteria import CKA_ROWS, CRITERIA, typical_norms
 from droppeft.sharing.participation import Participation, last_participation, norms_of_clients
 from droppeft.sharing.selection import count_of
 
 
 def keeps_layers(config: Config) -> bool:
-    """Whether devices keep any layer to themselves."""
+    """Whether clients keep any layer to themselves."""
     return config.sharing.fraction < 1
 
 
 def keeps_anything(config: Config) -> bool:
-    """Whether devices keep layers or the head."""
+    """Whether clients keep layers or the head."""
     return keeps_layers(config) or not has_global_head(config)
 
 
@@ -89,42 +90,49 @@ def check_sharing(config: Config) -> None:
         )
 
 
-def usual_of(setup: Setup, state: ServerState) -> tuple[float, ...] | None:
-    """What devices' gradients are like, where the run's criterion compares with that."""
+def typical_of(setup: Setup, state: ServerState) -> tuple[float, ...] | None:
+    """What clients' gradients are like, where the run's criterion compares with that."""
     compares = keeps_layers(setup.config) and CRITERIA[setup.config.sharing.criterion].compares
-    return usual_norms(norms_of_clients(state)) if compares else None
+    return typical_norms(norms_of_clients(state)) if compares else None
 
 
 def with_sharing(
-    setup: Setup, state: ServerState, plan: Plan, usual: tuple[float, ...] | None = None
-) -> Plan:
-    """A Plan of whole tensors, less what this device keeps, and with the rule of the run.
+    setup: Setup,
+    state: ServerState,
+    instruction: Instruction,
+    typical: tuple[float, ...] | None = None,
+) -> Instruction:
+    """An instruction of whole tensors, less what this client keeps, and with the rule of the run.
 
     Args:
-        usual: as :func:`usual_of`, for a Plan with steps.
+        usual: as :func:`usual_of`, for an instruction with steps.
     """
     config = setup.config
     if not keeps_anything(config):
-        return plan
+        return instruction
     personal: frozenset[LayerKey] = frozenset(() if has_global_head(config) else {HEAD})
-    last = last_participation(state, plan.device)
-    kept = personal | _kept_layers(plan.adapter, last) if last else frozenset()
-    travels = frozenset(name for key, name, _ in flatten(plan.tensors) if key not in personal)
+    last = last_participation(state, instruction.client)
+    kept = personal | _kept_layers(instruction.adapter, last) if last else frozenset()
+    travels = frozenset(
+        name for key, name, _ in flatten(instruction.tensors) if key not in personal
+    )
     return replace(
-        plan,
-        tensors={key: named for key, named in plan.tensors.items() if key not in kept},
-        share=plan.share & travels,
+        instruction,
+        tensors={key: named for key, named in instruction.tensors.items() if key not in kept},
+        share=instruction.share & travels,
         kept=last.round if last and kept else None,
-        sharing=_rule(setup, last, usual) if keeps_layers(config) else None,
+        sharing=_rule(setup, last, typical) if keeps_layers(config) else None,
     )
 
 
 def weight_of(config: Config) -> Weight:
-    """What a device's layer counts in the mean."""
+    """What a client's layer counts in the mean."""
     return by_examples if config.sharing.weights == "examples" else by_active_steps
 
 
-def _rule(setup: Setup, last: Participation | None, usual: tuple[float, ...] | None) -> SharingRule:
+def _rule(
+    setup: Setup, last: Participation | None, typical: tuple[float, ...] | None
+) -> SharingRule:
     settings = setup.config.sharing
     # A place does not change: there are no flaps that it would have to keep from.
     flaps = settings.criterion != "position"
@@ -134,12 +142,12 @@ def _rule(setup: Setup, last: Participation | None, usual: tuple[float, ...] | N
         hysteresis=settings.hysteresis if flaps else 0.0,
         score_rows=settings.score_rows,
         shared=last.shared if last else None,
-        usual=usual,
+        typical=typical,
     )
 
 
 def _kept_layers(adapter: AdapterSpec, last: Participation) -> frozenset[LayerKey]:
-    """Those that the device did not share; without a choice it shared all."""
+    """Those that the client did not share; without a choice it shared all."""
     if last.shared is None:
         return frozenset()
     return frozenset(layer for layer in _layers(adapter) if layer not in last.shared)

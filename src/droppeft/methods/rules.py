@@ -73,7 +73,7 @@ NO_EFFECT = (
         keys=("configurator.reward_rows",),
         read="configurator",
         when=lambda config: config.configurator.reward != "loss",
-        reason="configurator.reward={config.configurator.reward}, which no device measures",
+        reason="configurator.reward={config.configurator.reward}, which no client measures",
     ),
     NoEffect(
         keys=("sharing.criterion", "sharing.hysteresis", "sharing.score_rows"),
@@ -120,7 +120,7 @@ NO_EFFECT = (
 
 COSTLY = (
     *("model", "quantization", "accelerator", "threads", "seed"),
-    *("adapter.", "dropout.", "frozen.", "clock.own."),
+    *("adapter.", "dropout.", "frozen.", "clock.custom."),
     *("training.batch_size", "training.max_length", "training.precision"),
     *("training.checkpointing", "training.offload"),
 )
@@ -167,11 +167,11 @@ def reason_of(rule: NoEffect, config: Config) -> str:
 
 def given(config: Config) -> Mapping[str, Any]:
     """Settings by dotted key that differ from the defaults of the configuration's method."""
-    usual = flat(as_tree(build_config({"method": config.method})))
+    typical = flat(as_tree(build_config({"method": config.method})))
     return {
         key: value
         for key, value in flat(as_tree(config)).items()
-        if key not in usual or usual[key] != value
+        if key not in typical or typical[key] != value
     }
 
 

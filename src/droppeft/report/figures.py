@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from droppeft.comparison.study_files import Played
-from droppeft.comparison.summary import MemberRow, Part, Spread
+from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 from droppeft.report.layers import Row, of_layers
 
@@ -29,11 +29,11 @@ class Axis:
 
 AXES = {
     "accuracy-modelled-time": Axis("modelled time, s", ("round_modelled_s",)),
-    "accuracy-measured-time": Axis("measured time, devices side by side, s", ("round_measured_s",)),
-    "accuracy-traffic": Axis("traffic, all devices, MB", ("upload_bytes", "download_bytes"), 1e6),
-    "accuracy-energy": Axis("modelled energy, all devices, kJ", ("energy_modelled_j",), 1e3),
+    "accuracy-measured-time": Axis("measured time, clients side by side, s", ("round_measured_s",)),
+    "accuracy-traffic": Axis("traffic, all clients, MB", ("upload_bytes", "download_bytes"), 1e6),
+    "accuracy-energy": Axis("modelled energy, all clients, kJ", ("energy_modelled_j",), 1e3),
 }
-BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
+BARS: dict[str, tuple[str, Callable[[VariantRow], float | None]]] = {
     "time-modelled": (
         "modelled time to target, s",
         lambda row: _mean_of(row.time_to_target_modelled_s),
@@ -43,21 +43,21 @@ BARS: dict[str, tuple[str, Callable[[MemberRow], float | None]]] = {
         lambda row: _mean_of(row.time_to_target_measured_s),
     ),
     "personalised": (
-        "personalised accuracy, mean of devices",
+        "personalised accuracy, mean of clients",
         lambda row: _mean_of(row.personalised),
     ),
     "worst-tenth": (
-        "personalised accuracy, worst tenth of devices",
+        "personalised accuracy, worst tenth of clients",
         lambda row: _mean_of(row.worst_tenth),
     ),
     "activations": ("stored activations, peak, MB", lambda row: _in_mb(row.activation_bytes_peak)),
-    "upload": ("up, all devices, MB", lambda row: _in_mb(row.upload_bytes)),
-    "download": ("down, all devices, MB", lambda row: _in_mb(row.download_bytes)),
+    "upload": ("up, all clients, MB", lambda row: _in_mb(row.upload_bytes)),
+    "download": ("down, all clients, MB", lambda row: _in_mb(row.download_bytes)),
 }
 OF_THE_TARGET = ("time-modelled", "time-measured")
-OF_DEVICES = ("personalised", "worst-tenth")
-TWO, EACH = "two-accuracies", "each-device"
-"""Figures about devices' own models, of all members together."""
+OF_CLIENTS = ("personalised", "worst-tenth")
+TWO, EACH = "two-accuracies", "each-client"
+"""Figures about clients' own models, of all members together."""
 
 NAMED = 12
 """As many curves of a figure have a name and a colour: those that end highest."""
@@ -82,31 +82,31 @@ def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
             if wanted and (
-                name not in OF_DEVICES or any(value(row) is not None for row in part.rows)
+                name not in OF_CLIENTS or any(value(row) is not None for row in part.rows)
             ):
                 made[name] = _bars(part, title, value)
-        own = [[one for one in played if _own(one, row.member)] for row in part.rows]
+        own = [[one for one in played if _own(one, row.variant)] for row in part.rows]
         if any(own):
-            made[EACH] = _each_device(part, own)
+            made[EACH] = _each_client(part, own)
         both = [row for row in part.rows if row.accuracy and row.personalised]
         if len(both) > 1:
             made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
-            runs = [one.rows for one in played if one.member == row.member and one.result]
-            made |= of_layers(number, row.member, runs)
+            runs = [one.rows for one in played if one.variant == row.variant and one.result]
+            made |= of_layers(number, row.variant, runs)
     return made
 
 
-def _own(one: Played, member: str) -> bool:
-    """Whether it is a run of this member that measured devices' own models."""
-    return one.member == member and bool(one.clients)
+def _own(one: Played, variant: str) -> bool:
+    """Whether it is a run of this member that measured clients' own models."""
+    return one.variant == variant and bool(one.clients)
 
 
 def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     figure, axis = new_figure(3.4)
     curves = {}
     for number, row in enumerate(part.rows):
-        runs = [one for one in played if one.member == row.member and one.result]
+        runs = [one for one in played if one.variant == row.variant and one.result]
         if points := [found for one in runs if (found := curve_points(one.rows, of))]:
             curves[number] = points
     best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
@@ -114,7 +114,7 @@ def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
     for number, points in curves.items():
         if number in best:
             end = _curve(axis, number, points, band=len(curves) <= BANDS)
-            ends.append((*end, number, part.rows[number].member))
+            ends.append((*end, number, part.rows[number].variant))
         else:
             _faint(axis, points)
     if part.target is not None:
@@ -214,7 +214,7 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
 
 
 def _two_accuracies(part: Part) -> Any:
-    """The global model's accuracy against that of devices' own: mean and deviation over seeds."""
+    """The global model's accuracy against that of clients' own: mean and deviation over seeds."""
     figure, axis = new_figure(3.2 + 0.1 * len(part.rows))
     for number, row in enumerate(part.rows):
         if row.accuracy and row.personalised:
@@ -227,7 +227,7 @@ def _two_accuracies(part: Part) -> Any:
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=6,
                 linewidth=0.8,
-                label=row.member,
+                label=row.variant,
             )
     axis.set(xlabel="accuracy of the global model", ylabel="personalised accuracy")
     axis.grid(visible=True)
@@ -235,8 +235,8 @@ def _two_accuracies(part: Part) -> Any:
     return figure
 
 
-def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
-    """A line per member with a dot per device and seed, and their mean."""
+def _each_client(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
+    """A line per member with a dot per client and seed, and their mean."""
     figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
     for place, played in enumerate(runs):
         found = [one["accuracy"] for run in played for one in run.clients]
@@ -247,8 +247,8 @@ def _each_device(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
             axis.plot(found, spread, "o", color=colour, alpha=0.4, markersize=3.2, linewidth=0)
             axis.plot([fmean(found)] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
     axis.set(yticks=list(range(len(part.rows))))
-    figure.supxlabel("accuracy of a device's own model", fontsize=9.5)
-    axis.set_yticklabels([row.member for row in part.rows])
+    figure.supxlabel("accuracy of a client's own model", fontsize=9.5)
+    axis.set_yticklabels([row.variant for row in part.rows])
     axis.invert_yaxis()
     axis.grid(visible=True, axis="x")
     axis.tick_params(left=False)
@@ -270,7 +270,7 @@ def _shown(value: float) -> str:
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) -> Any:
+def _bars(part: Part, title: str, value: Callable[[VariantRow], float | None]) -> Any:
     """A bar per member with its number; a word where there is none."""
     figure, axis = new_figure(0.6 + 0.36 * len(part.rows))
     values = [value(row) for row in part.rows]
@@ -283,7 +283,7 @@ def _bars(part: Part, title: str, value: Callable[[MemberRow], float | None]) ->
         text = lacking if one is None else _shown(one)
         axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
     axis.set(xlim=(0, 1.35 * largest), yticks=list(places), ylim=(-0.6, len(values) - 0.4))
-    axis.set_yticklabels([row.member for row in part.rows])
+    axis.set_yticklabels([row.variant for row in part.rows])
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)  # names may leave the axes little room
     axis.invert_yaxis()
     axis.spines["bottom"].set_visible(False)

@@ -14,11 +14,11 @@ WIDTH = 56
 """As many letters of a title stand side by side."""
 
 RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
-"""Figures of a member with a configurator, and of one whose devices do not send every layer; their
+"""Figures of a member with a configurator, and of one whose clients do not send every layer; their
 names go on with the member's number."""
 
 
-def of_layers(number: int, member: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """Matplotlib figures by name of the member with this number; none that would show nothing.
 
     Args:
@@ -29,29 +29,29 @@ def of_layers(number: int, member: str, runs: Sequence[Sequence[Row]]) -> dict[s
     made = {}
     noted = [[one for one in rows if one.get("notes")] for rows in runs]
     if noted and all(noted):
-        title = f"{member}: drop rate of each layer"
+        title = f"{variant}: drop rate of each layer"
         if any(any(_rates(row)) for row in chain(*noted)):
             made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
-        made[f"{SHARES}-{number}"] = _shares(member, noted)
+        made[f"{SHARES}-{number}"] = _shares(variant, noted)
     merged = [[one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs]
     if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
-        title = f"{member}: devices that sent each layer"
+        title = f"{variant}: clients that sent each layer"
         made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
         moved = [[one for one in rows if any(one.get("importance") or ())] for rows in runs]
         if all(moved):
-            title = f"{member}: gradient norm of each layer, of the round's largest"
+            title = f"{variant}: gradient norm of each layer, of the round's largest"
             made[f"{IMPORTANCE}-{number}"] = _by_layer(title, moved, _important)
     return made
 
 
 def _rates(row: Row) -> Sequence[float]:
-    """How often each layer is dropped, mean over a round's devices."""
+    """How often each layer is dropped, mean over a round's clients."""
     rates: Sequence[float] = row["notes"]["rates"]
     return rates
 
 
 def _covered(row: Row) -> Sequence[float]:
-    """Share of a round's merged devices that sent each layer."""
+    """Share of a round's merged clients that sent each layer."""
     return [count / row["accepted"] for count in row["coverage"]]
 
 
@@ -69,7 +69,7 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
     for row in chain.from_iterable(runs):
         by_round.setdefault(row["round"], []).append(of(row))
     rounds, layers = max(by_round), len(of(runs[0][0]))
-    unknown = [[float("nan")] * layers]  # of a round without devices
+    unknown = [[float("nan")] * layers]  # of a round without clients
     values = [
         [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
         for round in range(1, rounds + 1)
@@ -98,8 +98,8 @@ def _name(axis: Any, title: str) -> None:
     axis.set_title(fill(title, WIDTH), loc="left", fontsize=9.5)
 
 
-def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
-    """Of a round's devices, the share that had each arm; mean over seeds and up to three rounds.
+def _shares(variant: str, runs: Sequence[Sequence[Row]]) -> Any:
+    """Of a round's clients, the share that had each arm; mean over seeds and up to three rounds.
 
     Of a round and the two before it, so that a figure shows nothing before it happened.
     """
@@ -123,8 +123,8 @@ def _shares(member: str, runs: Sequence[Sequence[Row]]) -> Any:
         layer.set_hatch(("", "//", "..", "xx", "--", "oo", "\\\\", "++")[number % 8])
         layer.set_edgecolor("#ffffff")
         layer.set_linewidth(0.3)
-    axis.set(xlabel="round", ylabel="share of devices", ylim=(0, 1), xlim=(1, max(2, rounds)))
-    title = f"{member}: arms, mean of a round and the two before"
+    axis.set(xlabel="round", ylabel="share of clients", ylim=(0, 1), xlim=(1, max(2, rounds)))
+    title = f"{variant}: arms, mean of a round and the two before"
     _name(axis, title)
     axis.xaxis.set_major_locator(whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)

@@ -36,7 +36,7 @@ from droppeft.report.figures import (
     BARS,
     EACH,
     NAMED,
-    OF_DEVICES,
+    OF_CLIENTS,
     OF_THE_TARGET,
     TWO,
     figures,
@@ -82,11 +82,11 @@ GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
     "with up to five members a band of one standard deviation.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
-    (*OF_DEVICES, EACH, TWO): "Every device's own model on its own test texts when the run ended, "
-    "whether it ever trained or not; a device counts as one. Without personal layers: the global "
-    "model. A dot is a device of a seed, a stroke their mean; crosses are standard deviations.",
+    (*OF_CLIENTS, EACH, TWO): "Every client's own model on its own test texts when the run ended, "
+    "whether it ever trained or not; a client counts as one. Without personal layers: the global "
+    "model. A dot is a client of a seed, a stroke their mean; crosses are standard deviations.",
     tuple(
-        name for name in BARS if name not in (*OF_THE_TARGET, *OF_DEVICES)
+        name for name in BARS if name not in (*OF_THE_TARGET, *OF_CLIENTS)
     ): "Most bytes that a step stored for "
     "its backward, and bytes of tensors that travelled in a whole run. Measured.",
 }
@@ -140,19 +140,19 @@ def _page(title: str, sections: Sequence[str], played: Sequence[Played]) -> str:
     shown = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="viewport" content="width=client-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(played)}"
         f"{''.join(sections)}{_settings(played)}</body></html>\n"
     )
 
 
 def _lead(played: Sequence[Played]) -> str:
-    members = len({one.member for one in played})
+    variants = len({one.variant for one in played})
     seeds = len({one.seed for one in played})
-    lines = f"{members} method{'s' * (members > 1)}, {seeds} seed{'s' * (seeds > 1)}."
+    lines = f"{variants} method{'s' * (variants > 1)}, {seeds} seed{'s' * (seeds > 1)}."
     return (
-        f"<p>{lines} <em>Modelled</em> is on the devices' profiles, all side by side; "
-        "<em>measured</em> on the machine that ran them, as if devices worked side by side.</p>\n"
+        f"<p>{lines} <em>Modelled</em> is on the clients' profiles, all side by side; "
+        "<em>measured</em> on the machine that ran them, as if clients worked side by side.</p>\n"
     )
 
 
@@ -169,7 +169,7 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
     )
     sent = _group(
         [made[name] for name in made if name.startswith((f"{COVERAGE}-", f"{IMPORTANCE}-"))],
-        "Share of each round's merged devices that sent a layer, mean over seeds: what stays "
+        "Share of each round's merged clients that sent a layer, mean over seeds: what stays "
         "personal, is dropped or not trained is not sent. Beside it how large the gradients of "
         "the layers' adapters are.",
     )
@@ -185,9 +185,9 @@ def _said(names: Sequence[str], caption: str, part: Part) -> str:
     if names != tuple(AXES):
         return caption
     dotted = " Dotted: the target." if part.target is not None else ""
-    members = len(part.rows)
-    named = f" Of {members} members the {NAMED} that end highest have names."
-    return f"{caption}{dotted}{named if members > NAMED else ''}"
+    variants = len(part.rows)
+    named = f" Of {variants} members the {NAMED} that end highest have names."
+    return f"{caption}{dotted}{named if variants > NAMED else ''}"
 
 
 def _group(drawn: Sequence[Any], caption: str) -> str:
@@ -229,12 +229,12 @@ def _table(part: Part, columns: Sequence[str]) -> str:
 
 def _settings(played: Sequence[Played]) -> str:
     """What all runs have in common, what each member has alone, versions and machine."""
-    own_of = {one.member: one.settings for one in played}
+    own_of = {one.variant: one.settings for one in played}
     common = set.intersection(*map(set, own_of.values()))
     parts = [("Settings of all", [*_places(played), *map(_spaced, sorted(common))])]
-    for member, settings in own_of.items():
+    for variant, settings in own_of.items():
         own = sorted(set(settings) - common)
-        parts += [(f"Settings of {member} alone", [*map(_spaced, own)])] if own else []
+        parts += [(f"Settings of {variant} alone", [*map(_spaced, own)])] if own else []
     results = [one.result for one in played if one.result is not None]
     for title, key in (("Versions", "versions"), ("Machine", "machine")):
         if results:

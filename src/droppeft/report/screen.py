@@ -41,7 +41,7 @@ class Screen:
         self._progress = bar(self.console)
         self._status = self.console.status("")
         self._rounds: TaskID | None = None
-        self._members: TaskID | None = None
+        self._variants: TaskID | None = None
         self._about: Mapping[str, Any] = {}
 
     def __enter__(self) -> "Screen":
@@ -73,18 +73,18 @@ class Screen:
         self._rounds = self._progress.add_task(
             "rounds ", total=about["planned_rounds"], completed=len(rows)
         )
-        self._members = self._progress.add_task("devices", total=about["drawn_size"])
+        self._variants = self._progress.add_task("clients", total=about["drawn_size"])
         self.console.print(_round_head(about))
         self._progress.start()
 
     def replied(self, reply: Reply) -> None:
         """Move the bar of the present round."""
-        if self._members is not None:
-            self._progress.advance(self._members)
+        if self._variants is not None:
+            self._progress.advance(self._variants)
 
     def round_done(self, row: RoundRow) -> None:
         """Print the round's line."""
-        if self._rounds is None or self._members is None:
+        if self._rounds is None or self._variants is None:
             return
         self.console.print(_round_line(row, self._about))
         for line in _left_out(row):
@@ -92,7 +92,7 @@ class Screen:
         for line in _thought(row, self._about):
             self.console.print(Padding(line, (0, 0, 0, 9)))
         self._progress.advance(self._rounds)
-        self._progress.reset(self._members)
+        self._progress.reset(self._variants)
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Print the closing table."""
@@ -186,10 +186,10 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     """Nothing in a run that did not measure it, as those of earlier versions."""
     if result.get("personalised_accuracy") is None:
         return []
-    devices, rows = result["personalised_devices"], result["personalised_rows"]
-    note = f"mean of {devices:,} devices' own models on their own {rows:,} test texts"
-    worst = max(1, -(-devices // 10))
-    of_them = f"of them: {worst} device{'s' * (worst > 1)}"
+    clients, rows = result["personalised_devices"], result["personalised_rows"]
+    note = f"mean of {clients:,} clients' own models on their own {rows:,} test texts"
+    worst = max(1, -(-clients // 10))
+    of_them = f"of them: {worst} client{'s' * (worst > 1)}"
     failed = result["personalised_failures"]
     if failed:
         note += f"; {len(failed)} could not be measured ({failed[0]['reason']})"
@@ -202,14 +202,14 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
         (
             "own majority class",
             _share(result.get("own_majority_accuracy")),
-            "reference: a device that always answers its most frequent class",
+            "reference: a client that always answers its most frequent class",
         ),
         *_newcomer_lines(result),
     ]
 
 
 def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Of devices that never trained, where they were given an epoch."""
+    """Of clients that never trained, where they were given an epoch."""
     if result.get("newcomers_accuracy_after_epoch") is None:
         return []
     return [
@@ -232,7 +232,7 @@ def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if result["target_round"] is None:
         return [(name, "not reached", "")]
     here, modelled = (result[f"time_to_target_{clock}_s"] for clock in ("measured", "modelled"))
-    note = f"round {result['target_round']}; devices side by side (measured)"
+    note = f"round {result['target_round']}; clients side by side (measured)"
     return [(name, _seconds(here), note), ("", _seconds(modelled), "on their profiles (modelled)")]
 
 
@@ -242,15 +242,15 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     behind = "" if layers == result["num_layers"] else " behind the frozen ones"
     return [
         ("time", _seconds(result["host_wall_s"]), f"{rounds} rounds on this machine (measured)"),
-        ("of it training", _seconds(result["train_wall_s"]), "all devices one after another"),
+        ("of it training", _seconds(result["train_wall_s"]), "all clients one after another"),
         (
             "modelled time",
             _seconds(result["round_modelled_s"]),
-            "devices side by side on their profiles",
+            "clients side by side on their profiles",
         ),
-        ("energy", _joules(result["energy_modelled_j"]), "all devices (modelled)"),
-        ("upload", bytes_text(result["upload_bytes"]), "all devices, all rounds"),
-        ("download", bytes_text(result["download_bytes"]), "all devices, all rounds"),
+        ("energy", _joules(result["energy_modelled_j"]), "all clients (modelled)"),
+        ("upload", bytes_text(result["upload_bytes"]), "all clients, all rounds"),
+        ("download", bytes_text(result["download_bytes"]), "all clients, all rounds"),
         (
             "mean depth",
             "–" if depth is None else f"{depth:.2f}",
@@ -275,8 +275,8 @@ def _header(about: Mapping[str, Any]) -> Panel:
     drawn = about["drawn_size"]
     of_drawn = f" (the first of {drawn})" if drawn > about["cohort_size"] else ""
     grid.add_row(
-        "devices",
-        f"{about['devices']}, {about['cohort_size']} per round{of_drawn}, "
+        "clients",
+        f"{about['clients']}, {about['cohort_size']} per round{of_drawn}, "
         f"{about['planned_rounds']} rounds",
     )
     if said := _shared(about["config"]["sharing"]):
@@ -342,7 +342,7 @@ def _left_out(row: RoundRow) -> Iterator[Text]:
     """Who was not merged in a round, and why."""
     indent = " " * 9
     for failure in row.failures:
-        yield Text(f"{indent}device {failure['device']}: {failure['reason']}", style="red")
+        yield Text(f"{indent}client {failure['client']}: {failure['reason']}", style="red")
     groups = {"absent": row.absent, "late": row.late, "surplus": row.surplus}
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:

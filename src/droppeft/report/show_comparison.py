@@ -23,7 +23,7 @@ from droppeft.comparison.writers import (
 from droppeft.messages import Reply
 from droppeft.report.screen import accuracy_line, bar
 from droppeft.runs.ledger import RoundRow
-from droppeft.runs.listener import Watcher
+from droppeft.runs.listener import Listener
 
 
 class Lines:
@@ -35,7 +35,7 @@ class Lines:
         self._walls: list[float] = []
         self._run = _Run(console, "")
 
-    def begins(self, cell: Cell, number: int, of: int) -> Watcher:
+    def begins(self, cell: Cell, number: int, of: int) -> Listener:
         """A bar of this run's rounds."""
         self._number, self._of = number, of
         self._run = _Run(self._console, f"{number}/{of} {_name(cell)}")
@@ -115,7 +115,7 @@ def show(parts: Sequence[Part], console: Console) -> None:
             console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))
-    note = "modelled: on the devices' profiles; measured (m.): here, devices side by side"
+    note = "modelled: on the clients' profiles; measured (m.): here, clients side by side"
     console.print(Text(note, style="dim"))
 
 
@@ -132,4 +132,4 @@ def _table(part: Part, columns: Sequence[str]) -> Table:
 
 
 def _name(one: Cell | Played) -> str:
-    return f"{one.member}, seed {one.seed}"
+    return f"{one.variant}, seed {one.seed}"

@@ -16,7 +16,7 @@ from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
 from droppeft.report.screen import bar, bytes_text
 from droppeft.resources.model_shape import outlined
-from droppeft.resources.profile import Measured, profile
+from droppeft.resources.profiling import Measured, profile
 from droppeft.runs.environment import machine, versions
 
 SCHEMA_VERSION = 1
@@ -165,7 +165,7 @@ def _row(one: Measured) -> dict[str, Any]:
 
 def _note(rows: Sequence[Mapping[str, Any]], accelerator: str) -> str:
     if accelerator == "cuda":
-        return "peak: most that torch had on the device; its context comes on top."
+        return "peak: most that torch had on the client; its context comes on top."
     process = bytes_text(rows[0]["process_bytes"])
     note = (
         f"peak: of the whole process, of which {process} are libraries; used: all that is freed "

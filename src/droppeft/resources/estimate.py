@@ -26,7 +26,7 @@ from droppeft.config import (
 )
 from droppeft.config.schema import HALF, RIVALS
 from droppeft.costs.device_profiles import profile_named
-from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.costs.step_counts import StepCounts
 from droppeft.costs.step_memory import Memory, most_active, step_memory
@@ -116,8 +116,10 @@ class Option:
     @property
     def words(self) -> list[str]:
         """What ``droppeft run`` has to be told for it."""
-        usual, own = flat(as_tree(Config())), flat(as_tree(self.config))
-        unusual = [key for key, value in own.items() if key not in GRID and value != usual.get(key)]
+        typical, own = flat(as_tree(Config())), flat(as_tree(self.config))
+        unusual = [
+            key for key, value in own.items() if key not in GRID and value != typical.get(key)
+        ]
         return [f"{key}={_text(own[key])}" for key in (*GRID, *unusual) if key in own]
 
     def excess(self, limits: Limits) -> float:
@@ -314,10 +316,10 @@ def parse_bytes(text: str) -> int:
 
 
 @lru_cache(maxsize=8)
-def _paper(model: str, adapter: str, quantization: str, device: str) -> PaperModel:
+def _paper(model: str, adapter: str, quantization: str, device: str) -> FakeModel:
     outline = outlined(model)
     spec = adapter_spec(AdapterConfig.model_validate_json(adapter), outline.num_layers)
-    return PaperModel(outline.config, spec, outline.new_modules, quantization, device)
+    return FakeModel(outline.config, spec, outline.new_modules, quantization, device)
 
 
 @cache

@@ -1,6 +1,7 @@
 """One turn of training on random tokens, in a process of its own, and what it took.
 
-Ours. The turn is a device's of a real run: the same Plan, loop, gates, frozen prefix and optimizer.
+Ours. The turn is a device's of a real run: the same instruction, loop, gates, frozen prefix and
+optimizer.
 """
 
 import gc
@@ -19,7 +20,7 @@ from droppeft import seeds
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
-from droppeft.data.partition import DeviceRows
+from droppeft.data.partition import ClientRows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import Setup
 from droppeft.messages import Budget, Update
@@ -110,10 +111,10 @@ def _turn(model: ClientModel, table: TokenTable, config: Config, round: int, ste
     earlier one left.
     """
     setup = Setup(config, model.num_layers, model.fresh_tensors, model.layout, None, run="0")
-    [plan] = DROPPEFT.plan(setup, DROPPEFT.init(setup), round, [0])
+    [plan] = DROPPEFT.instruct(setup, DROPPEFT.init(setup), round, [0])
     plan = replace(plan, budget=Budget(steps=steps))
     rows = np.arange(len(table))
-    return Client(model, table, DeviceRows(rows, rows[:0], rows[:0])).train(plan)
+    return Client(model, table, ClientRows(rows, rows[:0], rows[:0])).train(plan)
 
 
 def random_table(backbone: Backbone, config: Config) -> TokenTable:

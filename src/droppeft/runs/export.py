@@ -60,7 +60,7 @@ def export_run(
     round: int | None = None,
     merge: bool = False,
     say: Say = lambda step: None,
-    device: int | None = None,
+    client: int | None = None,
 ) -> Exported:
     """Write the model of a checkpoint as a new folder, in one step.
 
@@ -71,38 +71,38 @@ def export_run(
         merge: a plain transformers model with its tokenizer, in place of an adapter; in full
             precision, whatever the run's quantisation.
         say: told what is being done, for people.
-        device: whose own model, as it would begin its next turn; by default the global one. What
-            the device keeps must be on this machine.
+        client: whose own model, as it would begin its next turn; by default the global one. What
+            the client keeps must be on this machine.
 
     Raises:
-        DroppeftError: no such run, round or device, a folder that is taken, a backbone that
+        DroppeftError: no such run, round or client, a folder that is taken, a backbone that
             changed, or a model that cannot be written in this form; nothing has been written then.
     """
     run = run.resolve()
     if not (run / CONFIG).is_file():
         raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
     config = load_config(run / CONFIG)
-    if device is None and not method_named(config.method).has_global_model(config):
+    if client is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
             f"{run}: method={config.method} has no global model to export with these settings; "
-            "export a device's own with --client"
+            "export a client's own with --client"
         )
-    if device is not None and not 0 <= device < config.devices:
+    if client is not None and not 0 <= client < config.clients:
         raise DroppeftError(
-            f"{run}: has no device {device}; its devices are 0 to {config.devices - 1}"
+            f"{run}: has no client {client}; its clients are 0 to {config.clients - 1}"
         )
     folder = run / "checkpoints"
     checkpoint = _checkpoint(folder, round, method_named(config.method).memory_type)
     kind = "merged" if merge else "adapter"
-    whose = "" if device is None else f"-device-{device}"
+    whose = "" if client is None else f"-client-{client}"
     out = (out or run / f"{kind}{whose}-round-{checkpoint.round}").resolve()
     if out.exists():
         raise DroppeftError(f"{out}: exists already; choose another folder with --out")
     if not merge:
         check_alone(checkpoint.state.model)
     source = _source(run, config, checkpoint, merge, say)
-    if device is not None:
-        source = _of_device(run, source, checkpoint, device)
+    if client is not None:
+        source = _for_client(run, source, checkpoint, client)
     say("writing")
     save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
     save(source, out)
@@ -149,30 +149,30 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     )
 
 
-def _of_device(run: Path, source: Source, checkpoint: Checkpoint, device: int) -> Source:
-    """The model with which a device would begin its next turn."""
+def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) -> Source:
+    """The model with which a client would begin its next turn."""
     client_model, config, state = source.client_model, source.config, checkpoint.state
     name = checkpoint.facts.get("run", "")
     layers = source.backbone.num_layers
     setup = Setup(config, layers, client_model.fresh_tensors, client_model.layout, None, name)
-    plan = method_named(config.method).own(setup, state, checkpoint.round + 1, device)
+    instruction = method_named(config.method).own(setup, state, checkpoint.round + 1, client)
     try:
-        kept = {} if plan.kept is None else load_tensors(folder_of(plan.run, device), plan.kept)
+        kept = {} if instruction.kept is None else load_tensors(folder_of(instruction.run, client), instruction.kept)
     except Lost as error:
         raise DroppeftError(
-            f"{run}: device {device} cannot be exported: {error}, or on another machine "
-            f"({folder_of(plan.run, device)})"
+            f"{run}: client {client} cannot be exported: {error}, or on another machine "
+            f"({folder_of(instruction.run, client)})"
         ) from None
     whole = {
-        key: {**kept.get(key, {}), **plan.tensors.get(key, {})}
-        for key in dict.fromkeys((*plan.tensors, *kept))
+        key: {**kept.get(key, {}), **instruction.tensors.get(key, {})}
+        for key in dict.fromkeys((*instruction.tensors, *kept))
     }
     measured = (_result(run, checkpoint.round) or {}).get("personalised", [])
-    found = [one for one in measured if one["device"] == device]
+    found = [one for one in measured if one["client"] == client]
     return replace(
         source,
-        model=GlobalModel(plan.adapter, whole, plan.base_delta),
-        device=device,
+        model=GlobalModel(instruction.adapter, whole, instruction.base_delta),
+        client=client,
         accuracy=found[0]["accuracy"] if found else None,
         rows=found[0]["rows"] if found else 0,
     )

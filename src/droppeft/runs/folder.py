@@ -16,7 +16,7 @@ from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.files import sync, write_atomically
 
-CONFIG, ROUNDS, DEVICES, RESULT = "config.toml", "rounds.jsonl", "devices.jsonl", "result.json"
+CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
 
 
 def check_free(out: Path) -> None:

@@ -1,7 +1,7 @@
-"""The record of a run: one row per round, one per device and round, one result at the end.
+"""The record of a run: one row per round, one per client and round, one result at the end.
 
 Names say what they hold: ``host`` is this process, ``measured`` a real clock, ``_s`` seconds,
-``_bytes`` bytes; ``modelled`` stands for devices that are not here (:mod:`droppeft.costs.modelled_clock`).
+``_bytes`` bytes; ``modelled`` stands for clients that are not here (:mod:`droppeft.costs.modelled_clock`).
 """
 
 import json
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from droppeft.costs.modelled_clock import RoundCost, TurnCost
+from droppeft.costs.modelled_clock import RoundCost, ClientCost
 from droppeft.files import sync, write_atomically
-from droppeft.messages import Failure, Plan, Reply, Update, payload_bytes, plan_bytes
+from droppeft.messages import Failure, Instruction, Reply, Update, payload_bytes, instruction_bytes
 
 SCHEMA_VERSION = 3
 ROUNDING = 1e-9
@@ -27,35 +27,35 @@ class RoundRow:
 
     Attributes:
         round: 1 for the first.
-        cohort: devices that were asked.
+        cohort: clients that were asked.
         accepted: how many of their Updates were merged.
-        failures: device and reason of those whose Updates did not come, were refused or set aside.
+        failures: client and reason of those whose Updates did not come, were refused or set aside.
         global_accuracy, global_f1, global_loss: of the merged model at full depth on the fixed
             sample of test rows; ``None`` in a round that was not evaluated.
-        train_loss: mean over accepted devices of their mean over steps.
-        mean_active_layers: layers run per step, mean over all steps of accepted devices.
-        activation_bytes_peak: most bytes stored for backward in any step of any device. This, the
-            bytes and ``train_wall_s`` count late and surplus devices too.
+        train_loss: mean over accepted clients of their mean over steps.
+        mean_active_layers: layers run per step, mean over all steps of accepted clients.
+        activation_bytes_peak: most bytes stored for backward in any step of any client. This, the
+            bytes and ``train_wall_s`` count late and surplus clients too.
         upload_bytes, download_bytes: tensors that travelled, without a transport's framing.
-        round_measured_s: as if devices worked side by side: the slowest turn plus the server.
-        train_wall_s: training steps of all devices together.
+        round_measured_s: as if clients worked side by side: the slowest turn plus the server.
+        train_wall_s: training steps of all clients together.
         evaluation_wall_s: measuring the merged model, for this report only.
         saving_wall_s: writing the rows and checkpoint of the round before (this row is part of
             what is written now, so its own saving is not known yet).
         host_wall_s: the whole round in this process, evaluation and that saving included.
         upload_framed_bytes, download_framed_bytes: what the transport really carried, its
-            framing of messages included and that of the network not; ``None`` where devices are in
+            framing of messages included and that of the network not; ``None`` where clients are in
             this process. They count what was refused or set aside, and not what was never sent;
             ``upload_bytes`` and ``download_bytes`` follow from Updates that could be checked,
-            merged or not, and from all Plans.
-        absent: devices that were drawn and were not there, by the availability of their profile.
-        late: devices that missed the modelled deadline.
-        surplus: devices in time when a cohort of others had been faster on the modelled clock.
-        round_modelled_s: slowest merged turn on the devices' profiles, or the deadline that the
+            merged or not, and from all instructions.
+        absent: clients that were drawn and were not there, by the availability of their profile.
+        late: clients that missed the modelled deadline.
+        surplus: clients in time when a cohort of others had been faster on the modelled clock.
+        round_modelled_s: slowest merged turn on the clients' profiles, or the deadline that the
             round waited for.
-        energy_modelled_j: of all devices that trained. These five are unknown for rounds that an
+        energy_modelled_j: of all clients that trained. These five are unknown for rounds that an
             earlier version played.
-        idle_modelled_share: of the merged devices' time until the slowest of them is done, the part
+        idle_modelled_share: of the merged clients' time until the slowest of them is done, the part
             in which they wait for it.
         coverage: of each layer, how many merged Updates brought it.
         layer_steps: of each layer, in how many steps of the merged turns it ran; unknown for rounds
@@ -112,7 +112,7 @@ class ClosedRound:
     """
 
     round: int
-    plans: tuple[Plan, ...]
+    instructions: tuple[Instruction, ...]
     answers: tuple[Reply, ...]
     replies: tuple[Reply, ...]
     modelled: RoundCost
@@ -121,12 +121,12 @@ class ClosedRound:
 
     @property
     def accepted(self) -> tuple[Update, ...]:
-        """The Updates that were merged, in the order of the Plans."""
+        """The Updates that were merged, in the order of the instructions."""
         return tuple(reply for reply in self.replies if isinstance(reply, Update))
 
 
-def device_row(plan: Plan, answer: Reply, reply: Reply, turn: TurnCost | None) -> dict[str, Any]:
-    """One device's turn as a row of ``devices.jsonl``; one that was not merged has a reason.
+def client_row(instruction: Instruction, answer: Reply, reply: Reply, turn: ClientCost | None) -> dict[str, Any]:
+    """One client's turn as a row of ``clients.jsonl``; one that was not merged has a reason.
 
     Args:
         answer: what came and was found in order.
@@ -134,11 +134,11 @@ def device_row(plan: Plan, answer: Reply, reply: Reply, turn: TurnCost | None) -
         turn: its modelled cost, if there is an Update.
     """
     row: dict[str, Any] = {
-        "round": plan.round,
-        "device": plan.device,
+        "round": instruction.round,
+        "client": instruction.client,
         "accepted": isinstance(reply, Update),
-        "download_bytes": plan_bytes(plan),
-        "rates": list(plan.dropout.rates) if plan.dropout else None,
+        "download_bytes": instruction_bytes(instruction),
+        "rates": list(instruction.dropout.rates) if instruction.dropout else None,
     }
     if isinstance(reply, Failure):
         row["reason"] = reply.reason
@@ -163,14 +163,14 @@ def _work(update: Update) -> dict[str, Any]:
     }
 
 
-def _modelled(turn: TurnCost) -> dict[str, Any]:
+def _modelled(turn: ClientCost) -> dict[str, Any]:
     return {
         "profile": turn.profile,
         "download_modelled_s": turn.download_s,
         "train_modelled_s": turn.train_s,
         "reward_modelled_s": turn.reward_s,
         "upload_modelled_s": turn.upload_s,
-        "turn_modelled_s": turn.turn_s,
+        "client_modelled_s": turn.total_s,
         "energy_modelled_j": turn.energy_j,
     }
 
@@ -193,10 +193,10 @@ def round_row(
     came = [answer for answer in closed.answers if isinstance(answer, Update)]
     updates, modelled = closed.accepted, closed.modelled
     steps = sum(update.steps for update in updates)
-    slowest_s = max((update.cost.turn_wall_s for update in updates), default=0.0)
+    slowest_s = max((update.cost.total_wall_s for update in updates), default=0.0)
     return RoundRow(
         round=closed.round,
-        cohort=[plan.device for plan in closed.plans],
+        cohort=[instruction.client for instruction in closed.instructions],
         accepted=len(updates),
         failures=_failures(closed),
         global_accuracy=quality["accuracy"],
@@ -208,7 +208,7 @@ def round_row(
         else None,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in came), default=0),
         upload_bytes=sum(payload_bytes(update.tensors) for update in came),
-        download_bytes=sum(plan_bytes(plan) for plan in closed.plans),
+        download_bytes=sum(instruction_bytes(instruction) for instruction in closed.instructions),
         round_measured_s=slowest_s + closed.server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in came),
         evaluation_wall_s=quality["wall_s"] or 0.0,
@@ -222,7 +222,7 @@ def round_row(
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, closed.replies),
-        coverage=_coverage(closed.plans, updates),
+        coverage=_coverage(closed.instructions, updates),
         layer_steps=[sum(layer) for layer in zip(*(u.active_steps for u in updates), strict=True)],
         importance=_importance(updates),
         notes=None if notes is None else dict(notes),
@@ -233,14 +233,14 @@ def _failures(closed: ClosedRound) -> list[dict[str, Any]]:
     """Those that neither the deadline nor over-selection explains."""
     explained = (*closed.modelled.late, *closed.modelled.surplus)
     return [
-        {"device": reply.device, "reason": reply.reason}
+        {"client": reply.client, "reason": reply.reason}
         for reply in closed.replies
-        if isinstance(reply, Failure) and reply.device not in explained
+        if isinstance(reply, Failure) and reply.client not in explained
     ]
 
 
-def _coverage(plans: Sequence[Plan], updates: Sequence[Update]) -> list[int]:
-    layers = max((len(plan.adapter.layers) for plan in plans), default=0)
+def _coverage(instructions: Sequence[Instruction], updates: Sequence[Update]) -> list[int]:
+    layers = max((len(instruction.adapter.layers) for instruction in instructions), default=0)
     return [sum(layer in update.tensors for update in updates) for layer in range(layers)]
 
 
@@ -251,7 +251,7 @@ def _importance(updates: Sequence[Update]) -> list[float]:
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
     turns = zip(modelled.turns, replies, strict=True)
-    seconds = [turn.turn_s for turn, reply in turns if turn and isinstance(reply, Update)]
+    seconds = [turn.total_s for turn, reply in turns if turn and isinstance(reply, Update)]
     if not seconds or max(seconds) <= 0:
         return None
     return 1 - sum(seconds) / (len(seconds) * max(seconds))

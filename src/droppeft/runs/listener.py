@@ -7,7 +7,7 @@ from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
 
 
-class Watcher(Protocol):
+class Listener(Protocol):
     """Who is told how a run goes; the screen is one."""
 
     def preparing(self, what: str) -> None:
@@ -17,7 +17,7 @@ class Watcher(Protocol):
         """Rounds begin; ``rows`` are those that an earlier process finished."""
 
     def replied(self, reply: Reply) -> None:
-        """A device of the present round has answered."""
+        """A client of the present round has answered."""
 
     def round_done(self, row: RoundRow) -> None:
         """A round is merged, measured and saved."""

@@ -48,7 +48,7 @@ class Source:
         round: the last one that is in it; 0 before the first.
         accuracy: what the run recorded at that round, ``None`` if it was not evaluated then.
         rows: on how many test texts.
-        device: whose model it is; ``None`` for the global one.
+        client: whose model it is; ``None`` for the global one.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class Source:
     round: int
     accuracy: float | None
     rows: int
-    device: int | None = None
+    client: int | None = None
 
     @property
     def adapter_type(self) -> str:
@@ -304,7 +304,7 @@ def _table(source: Source) -> str:
 | data | {config.data} (content hash {source.data_hash}) |
 | classes | {len(source.label_names)} |
 | round | {source.round} of {config.rounds} |
-| cohort | {config.cohort} of {config.devices} devices in each round |
+| cohort | {config.cohort_size} of {config.clients} clients in each round |
 | seed | {config.seed} |
 | parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
 {_accuracy(source)}
@@ -312,9 +312,9 @@ def _table(source: Source) -> str:
 
 
 def _whose(source: Source) -> str:
-    if source.device is None:
+    if source.client is None:
         return "the global one"
-    return f"that with which device {source.device} would begin its next turn"
+    return f"that with which client {source.client} would begin its next turn"
 
 
 def _merged_values(config: Config) -> str:
@@ -335,7 +335,7 @@ def _bits(config: Config) -> str:
 
 
 def _accuracy(source: Source) -> str:
-    own = "" if source.device is None else f" of device {source.device}"
+    own = "" if source.client is None else f" of client {source.client}"
     if source.accuracy is None:
         return f"| accuracy{own} | not evaluated at this round |"
     precision = source.config.training.precision

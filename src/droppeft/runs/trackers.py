@@ -16,7 +16,7 @@ from typing import Any
 
 from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
-from droppeft.runs.listener import Watcher
+from droppeft.runs.listener import Listener
 from droppeft.files import write_atomically
 from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
@@ -37,12 +37,12 @@ def check_tracker(name: str) -> None:
 
 
 @contextmanager
-def tracked(watcher: Watcher, config: Config, out: Path) -> Iterator[Watcher]:
+def tracked(listener: Listener, config: Config, out: Path) -> Iterator[Listener]:
     """The same watcher, with the configured tracker beside it, which is closed in the end."""
     if config.tracker == "none":
-        yield watcher
+        yield listener
         return
-    both = Tracked(watcher, config, out)
+    both = Tracked(listener, config, out)
     try:
         yield both
     finally:
@@ -58,14 +58,14 @@ class Tracked:
         out: folder of the run.
     """
 
-    def __init__(self, watcher: Watcher, config: Config, out: Path) -> None:
-        self._watcher, self._config, self._out = watcher, config, out
+    def __init__(self, listener: Listener, config: Config, out: Path) -> None:
+        self._listener, self._config, self._out = listener, config, out
         self._tracker: Any = None
         self._own: dict[str, str] = {}
 
     def preparing(self, what: str) -> None:
         """Passed on."""
-        self._watcher.preparing(what)
+        self._listener.preparing(what)
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
         """Open the tracker; rounds of an earlier process are there already."""
@@ -75,11 +75,11 @@ class Tracked:
         settings = flat(as_tree(self._config))
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         self._tracker.store_init_configuration(plain)
-        self._watcher.started(about, rows)
+        self._listener.started(about, rows)
 
     def replied(self, reply: Reply) -> None:
         """Passed on."""
-        self._watcher.replied(reply)
+        self._listener.replied(reply)
 
     def round_done(self, row: RoundRow) -> None:
         """Write the numbers of a round's row, at the step of its number."""
@@ -89,16 +89,16 @@ class Tracked:
             if isinstance(value, int | float) and name != "round"
         }
         self._tracker.log(numbers, step=row.round)
-        self._watcher.round_done(row)
+        self._listener.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Write how good the models are, the global one and the devices' own."""
+        """Write how good the models are, the global one and the clients' own."""
         if self._tracker is not None:
             names = ("global_accuracy", "global_f1", "global_loss", "personalised_accuracy")
             found = {f"final_{name}": result.get(name) for name in names}
             final = {name: value for name, value in found.items() if value is not None}
             self._tracker.log(final, step=result["rounds"])
-        self._watcher.finished(result)
+        self._listener.finished(result)
 
     def close(self) -> None:
         """End it, whatever became of the run; the environment is as it was."""

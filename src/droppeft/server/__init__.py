@@ -1,1 +1,1 @@
-"""Rounds of Plans and Updates over a transport, and what is kept of them."""
+"""The server: rounds, what it accepts, how it evaluates, and a whole run."""

@@ -1,7 +1,7 @@
-"""Every device's own model on its own test rows: the second of the two accuracies; ours.
+"""Every client's own model on its own test rows: the second of the two accuracies; ours.
 
 It is asked for when a run ends, for the report alone: no clock counts it and nothing follows from
-it. Devices that never trained are asked too.
+it. Clients that never trained are asked too.
 """
 
 import time
@@ -12,7 +12,7 @@ from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
-from droppeft.messages import Budget, Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.messages import Budget, Failure, Instruction, Measurement, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
 from droppeft.server.validation import checked, why_not_its_own
 from droppeft.sharing.participation import with_participations
@@ -21,16 +21,16 @@ from droppeft.transports.base import Transport
 
 @dataclass(frozen=True)
 class Personalised:
-    """What all devices answered.
+    """What all clients answered.
 
     Attributes:
-        measurements: of those that did, in the order of the devices.
+        measurements: of those that did, in the order of the clients.
         failures: of the others.
         wall_s: on this machine.
-        newcomers: of devices that never trained, after one epoch on their own rows; none unless
+        newcomers: of clients that never trained, after one epoch on their own rows; none unless
             the configuration asks for it.
         newcomer_failures: of those that did not answer to that.
-        lost: devices that no longer have what they kept; measured with the global model instead.
+        lost: clients that no longer have what they kept; measured with the global model instead.
     """
 
     measurements: tuple[Measurement, ...]
@@ -41,7 +41,7 @@ class Personalised:
     lost: tuple[int, ...] = ()
 
 
-def measure_devices(
+def measure_clients(
     setup: Setup,
     method: Method,
     transport: Transport,
@@ -49,26 +49,31 @@ def measure_devices(
     round: int,
     trained: Mapping[int, int],
 ) -> Personalised:
-    """Ask every device of the run, and newcomers once more if the configuration says so.
+    """Ask every client of the run, and newcomers once more if the configuration says so.
 
-    A device that has lost what it kept is asked again for what it would begin with instead.
+    A client that has lost what it kept is asked again for what it would begin with instead.
 
     Args:
         round: the one that would come next.
-        trained: merged turns of each device that has any.
+        trained: merged turns of each client that has any.
     """
     start = time.perf_counter()
-    plans = [method.own(setup, state, round, device) for device in range(setup.config.devices)]
-    answers = _ask(setup, transport, plans)
-    lost = tuple(one.device for one in answers if isinstance(one, Failure) and one.lost)
-    forgotten = with_participations(state, plans, answers) if lost else state
-    again = [method.own(setup, forgotten, round, device) for device in lost]
+    instructions = [
+        method.own(setup, state, round, client) for client in range(setup.config.clients)
+    ]
+    answers = _ask(setup, transport, instructions)
+    lost = tuple(one.client for one in answers if isinstance(one, Failure) and one.lost)
+    forgotten = with_participations(state, instructions, answers) if lost else state
+    again = [method.own(setup, forgotten, round, client) for client in lost]
     instead = dict(zip(lost, _ask(setup, transport, again), strict=True))
-    answers = [instead.get(plan.device, one) for plan, one in zip(plans, answers, strict=True)]
+    answers = [
+        instead.get(instruction.client, one)
+        for instruction, one in zip(instructions, answers, strict=True)
+    ]
     once_more = [
-        replace(plan, budget=Budget(epochs=1))
-        for plan in plans
-        if setup.config.evaluation.newcomers and not trained.get(plan.device)
+        replace(instruction, budget=Budget(epochs=1))
+        for instruction in instructions
+        if setup.config.evaluation.newcomers and not trained.get(instruction.client)
     ]
     after = _ask(setup, transport, once_more)
     return Personalised(
@@ -81,32 +86,32 @@ def measure_devices(
     )
 
 
-def _ask(setup: Setup, transport: Transport, plans: Sequence[Plan]) -> list[Reply]:
+def _ask(setup: Setup, transport: Transport, instructions: Sequence[Instruction]) -> list[Reply]:
     """Never more at once than in a round."""
     answers: list[Reply] = []
-    for first in range(0, len(plans), setup.config.drawn):
-        some = plans[first : first + setup.config.drawn]
+    for first in range(0, len(instructions), setup.config.drawn):
+        some = instructions[first : first + setup.config.drawn]
         came = {arrival.index: arrival.reply for arrival in transport.exchange(some)}
         answers += [
-            checked(plan, came.get(index), partial(_why_refused, plan))
-            for index, plan in enumerate(some)
+            checked(instruction, came.get(index), partial(_why_refused, instruction))
+            for index, instruction in enumerate(some)
         ]
     return answers
 
 
 def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[str, Any]:
-    """What goes into ``result.json``; a device counts as one, however many rows it has.
+    """What goes into ``result.json``; a client counts as one, however many rows it has.
 
-    The worst tenth is the mean of the lowest tenth of all devices' accuracies, rounded up to whole
-    devices; the deviation is theirs around the mean.
+    The worst tenth is the mean of the lowest tenth of all clients' accuracies, rounded up to whole
+    clients; the deviation is theirs around the mean.
 
     Args:
-        trained: merged turns of each device that has any.
+        trained: merged turns of each client that has any.
     """
     accuracies = [one.accuracy for one in found.measurements]
     worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
-    seen = [one.accuracy for one in found.measurements if trained.get(one.device)]
-    new = [one.accuracy for one in found.measurements if not trained.get(one.device)]
+    seen = [one.accuracy for one in found.measurements if trained.get(one.client)]
+    new = [one.accuracy for one in found.measurements if not trained.get(one.client)]
     return {
         "personalised_accuracy": _mean(accuracies),
         "personalised_worst_tenth": _mean(worst),
@@ -120,8 +125,8 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
         "personalised_wall_s": found.wall_s,
         "personalised": [
             {
-                "device": one.device,
-                "turns": trained.get(one.device, 0),
+                "client": one.client,
+                "turns": trained.get(one.client, 0),
                 "rows": one.rows,
                 "accuracy": one.accuracy,
                 "loss": one.loss,
@@ -130,19 +135,19 @@ def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[s
         ],
         "personalised_lost": list(found.lost),
         "personalised_failures": [
-            {"device": one.device, "reason": one.reason} for one in found.failures
+            {"client": one.client, "reason": one.reason} for one in found.failures
         ],
         "newcomers_failures": [
-            {"device": one.device, "reason": one.reason} for one in found.newcomer_failures
+            {"client": one.client, "reason": one.reason} for one in found.newcomer_failures
         ],
     }
 
 
-def _why_refused(plan: Plan, answer: Update | Measurement) -> str | None:
+def _why_refused(instruction: Instruction, answer: Update | Measurement) -> str | None:
     if isinstance(answer, Update):
         return "answers with no measurement"
     if answer.rows > 0 and 0 <= answer.accuracy <= 1 and isfinite(answer.loss):
-        return why_not_its_own(plan, answer)
+        return why_not_its_own(instruction, answer)
     return "its measurement is none"
 
 

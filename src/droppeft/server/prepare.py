@@ -62,7 +62,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     Args:
         config: resolved, and one that :func:`droppeft.methods.rules.check_settings` lets pass.
         say: told what is being done, for people.
-        run: names it where devices keep something for it.
+        run: names it where clients keep something for it.
 
     Raises:
         DroppeftError: whatever the configuration names does not exist or does not fit.
@@ -71,7 +71,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     method = method_named(config.method)
     transport_named(config.transport)
     check_installed(config.quantization)
-    fleet = make_fleet(config.clock, config.devices, config.seed)
+    fleet = make_fleet(config.clock, config.clients, config.seed)
     loaded = load(config, say)
     config, model = loaded.config, loaded.model
     clock, without_clock = clock_for(config, fleet, loaded.backbone)
@@ -110,6 +110,6 @@ def references(loaded: Loaded) -> dict[str, float | None]:
     """What a reader compares with: most frequent classes, and TF-IDF with a linear SVM."""
     return {
         "majority_accuracy": majority_accuracy(loaded.data),
-        "own_majority_accuracy": own_majority_accuracy(loaded.data, loaded.devices),
+        "own_majority_accuracy": own_majority_accuracy(loaded.data, loaded.clients),
         "tfidf_accuracy": tfidf_accuracy(loaded.data),
     }

@@ -1,7 +1,7 @@
 """When a round closes on the modelled clock: who is there, who is merged, and how long it takes.
 
-Ours. All of it follows from Plans, Updates and the seed, never from the order of arrival, so that
-every transport and a resumed run decide alike.
+Ours. All of it follows from instructions, Updates and the seed, never from the order of arrival,
+so that every transport and a resumed run decide alike.
 """
 
 import time
@@ -11,12 +11,12 @@ from typing import Any
 
 from droppeft.config import Config, TrainingConfig
 from droppeft.costs.device_profiles import Fleet
-from droppeft.costs.fake_step import PaperModel, count_step
+from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import Arithmetic, Clock, RoundCost
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.messages import AdapterSpec, Failure, Plan, Reply, Update
+from droppeft.messages import AdapterSpec, Failure, Instruction, Reply, Update
 from droppeft.models.loading import Backbone
 
 _COUNTED: dict[object, Arithmetic] = {}
@@ -61,7 +61,7 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     try:
         clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.count))
     except DroppeftError as error:
-        if config.clock.deadline_s is not None or config.drawn > config.cohort:
+        if config.clock.deadline_s is not None or config.drawn > config.cohort_size:
             raise DroppeftError(
                 f"clock.deadline_s and clock.over_selection cannot be kept: {error}; leave them out"
             ) from None
@@ -81,12 +81,12 @@ def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) 
     step = (training.batch_size, training.max_length, training.checkpointing)
     of = (type(model), repr(vars(model)), spec, tuple(backbone.new_modules), step)
     if of not in _COUNTED:
-        paper = PaperModel(model, spec, backbone.new_modules)
+        paper = FakeModel(model, spec, backbone.new_modules)
         _COUNTED[of] = _counted(paper, training)
     return _COUNTED[of]
 
 
-def _counted(paper: PaperModel, training: TrainingConfig) -> Arithmetic:
+def _counted(paper: FakeModel, training: TrainingConfig) -> Arithmetic:
     longest = training.max_length
     return Arithmetic(
         tuple(
@@ -102,7 +102,7 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
     @cache
     def count(spec: AdapterSpec) -> StepCounts:
         training = config.training
-        paper = PaperModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
+        paper = FakeModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
         return count_step(
             paper,
             training.batch_size,
@@ -115,14 +115,17 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
 
 
 def close_round(
-    clock: Clock | None, config: Config, plans: Sequence[Plan], answers: Sequence[Reply]
+    clock: Clock | None,
+    config: Config,
+    instructions: Sequence[Instruction],
+    answers: Sequence[Reply],
 ) -> tuple[list[Reply], RoundCost]:
     """Keep the first ``cohort`` Updates by modelled time that are not late; the rest fail.
 
     Without a clock all are kept.
 
     The round lasts until the last of those has arrived; until the deadline if it closed with fewer
-    and somebody was late. Nobody waits for a device that fails. Whoever trained has spent the
+    and somebody was late. Nobody waits for a client that fails. Whoever trained has spent the
     energy, merged or not.
 
     Args:
@@ -130,32 +133,36 @@ def close_round(
         answers: in their order, refused ones replaced by their Failure.
 
     Returns:
-        What is merged, in Plan order, and what it cost.
+        What is merged, in instruction order, and what it cost.
     """
     if clock is None:
-        return list(answers), RoundCost((None,) * len(plans), late=(), surplus=(), round_s=None)
-    deadline_s, cohort = config.clock.deadline_s, config.cohort
+        return list(answers), RoundCost(
+            (None,) * len(instructions), late=(), surplus=(), round_s=None
+        )
+    deadline_s, cohort = config.clock.deadline_s, config.cohort_size
     turns = [
-        clock.turn_cost(plan, answer) if isinstance(answer, Update) else None
-        for plan, answer in zip(plans, answers, strict=True)
+        clock.client_cost(instruction, answer) if isinstance(answer, Update) else None
+        for instruction, answer in zip(instructions, answers, strict=True)
     ]
-    # Equal times are told apart by their place among the Plans.
-    finished = sorted((turn.turn_s, place) for place, turn in enumerate(turns) if turn)
+    # Equal times are told apart by their place among the instructions.
+    finished = sorted((turn.total_s, place) for place, turn in enumerate(turns) if turn)
     in_time = [pair for pair in finished if deadline_s is None or pair[0] <= deadline_s]
     merged, surplus, late = in_time[:cohort], in_time[cohort:], finished[len(in_time) :]
     replies = list(answers)
-    for turn_s, place in surplus:
+    for total_s, place in surplus:
         replies[place] = Failure(
-            plans[place].device, f"surplus: {cohort} others were done in {turn_s:.1f} modelled s"
+            instructions[place].client,
+            f"surplus: {cohort} others were done in {total_s:.1f} modelled s",
         )
-    for turn_s, place in late:
+    for total_s, place in late:
         replies[place] = Failure(
-            plans[place].device, f"late: {turn_s:.1f} modelled s, the deadline is {deadline_s:g} s"
+            instructions[place].client,
+            f"late: {total_s:.1f} modelled s, the deadline is {deadline_s:g} s",
         )
     last_s = merged[-1][0] if merged else 0.0
     return replies, RoundCost(
         turns=tuple(turns),
-        late=tuple(sorted(plans[place].device for _, place in late)),
-        surplus=tuple(sorted(plans[place].device for _, place in surplus)),
+        late=tuple(sorted(instructions[place].client for _, place in late)),
+        surplus=tuple(sorted(instructions[place].client for _, place in surplus)),
         round_s=deadline_s if deadline_s and late and len(merged) < cohort else last_s,
     )

@@ -1,7 +1,7 @@
 """One federated round: plan, exchange, check, merge. The loop knows no method by name.
 
-Merging waits until the round has closed and then runs in Plan order, so that the result depends on
-neither the order of arrival nor the transport.
+Merging waits until the round has closed and then runs in instruction order, so that the result
+depends on neither the order of arrival nor the transport.
 """
 
 import time
@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.messages import Failure, Measurement, Plan, Reply, ServerState, Update
+from droppeft.messages import Failure, Instruction, Measurement, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
@@ -38,22 +38,25 @@ def play_round(
     """
     start, counted_s = time.perf_counter(), counting_wall_s(setup.clock)
     present, absent = _presence(setup, round)
-    plans = method.plan(setup, state, round, present)
+    instructions = method.instruct(setup, state, round, present)
     planned_s = time.perf_counter() - start
     arrived: dict[int, Arrival] = {}
-    for arrival in transport.exchange(plans):
+    for arrival in transport.exchange(instructions):
         arrived[arrival.index] = arrival
         on_reply(arrival.reply)
     start = time.perf_counter()
-    answers = [_checked(setup, plan, arrived.get(index)) for index, plan in enumerate(plans)]
-    replies, modelled = close_round(setup.clock, setup.config, plans, answers)
+    answers = [
+        _checked(setup, instruction, arrived.get(index))
+        for index, instruction in enumerate(instructions)
+    ]
+    replies, modelled = close_round(setup.clock, setup.config, instructions, answers)
     replies = _with_quorum(replies, setup.config.quorum)
-    state = _as_saved(method.merge(setup, state, plans, replies))
+    state = _as_saved(method.merge(setup, state, instructions, replies))
     counted_s = counting_wall_s(setup.clock) - counted_s
     server_wall_s = planned_s + time.perf_counter() - start - counted_s
     return state, ClosedRound(
         round=round,
-        plans=tuple(plans),
+        instructions=tuple(instructions),
         answers=tuple(answers),
         replies=tuple(replies),
         modelled=replace(modelled, absent=absent),
@@ -63,41 +66,41 @@ def play_round(
 
 
 def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
-    """The devices of a round, uniformly without replacement, from (seed, round) alone.
+    """The clients of a round, uniformly without replacement, from (seed, round) alone.
 
     More than the cohort if the configuration over-selects.
     """
     rng = seeds.numpy_generator(setup.config.seed, purpose="cohort", round=round)
-    drawn = rng.choice(setup.config.devices, size=setup.config.drawn, replace=False)
-    return [int(device) for device in np.sort(drawn)]
+    drawn = rng.choice(setup.config.clients, size=setup.config.drawn, replace=False)
+    return [int(client) for client in np.sort(drawn)]
 
 
 def _presence(setup: Setup, round: int) -> tuple[list[int], tuple[int, ...]]:
-    """The drawn devices that are there, and those that are not: no Plan is made for them."""
+    """The drawn clients that are there, and those that are not: no instruction is made for them."""
     drawn = list(draw_cohort(setup, round))
     if setup.clock is None:
         return drawn, ()
-    there = {device for device in drawn if setup.clock.fleet.is_there(round, device)}
-    present = [device for device in drawn if device in there]
-    return present, tuple(device for device in drawn if device not in there)
+    there = {client for client in drawn if setup.clock.fleet.is_there(round, client)}
+    present = [client for client in drawn if client in there]
+    return present, tuple(client for client in drawn if client not in there)
 
 
-def _checked(setup: Setup, plan: Plan, arrival: Arrival | None) -> Reply:
+def _checked(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> Reply:
     def why_not(answer: Update | Measurement) -> str | None:
         if isinstance(answer, Measurement):
             return "answers with a measurement"
-        return why_refused(plan, answer, setup.layout(plan.adapter))
+        return why_refused(instruction, answer, setup.layout(instruction.adapter))
 
-    return checked(plan, arrival.reply if arrival else None, why_not)
+    return checked(instruction, arrival.reply if arrival else None, why_not)
 
 
 def _with_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
-    """Set the Updates of a round aside that too few devices answered."""
+    """Set the Updates of a round aside that too few clients answered."""
     found = sum(isinstance(reply, Update) for reply in replies)
     if found >= quorum:
         return replies
     reason = f"set aside: {found} of the {quorum} replies that a round needs"
-    return [Failure(r.device, reason) if isinstance(r, Update) else r for r in replies]
+    return [Failure(r.client, reason) if isinstance(r, Update) else r for r in replies]
 
 
 def _as_saved(state: ServerState) -> ServerState:

@@ -34,21 +34,21 @@ from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.environment import machine, versions
-from droppeft.runs.folder import CONFIG, DEVICES, RESULT, ROUNDS, begin, check_free, held
+from droppeft.runs.folder import CLIENTS, CONFIG, RESULT, ROUNDS, begin, check_free, held
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
     RoundRow,
     append_rows,
-    device_row,
+    client_row,
     read_rows,
     rewind,
     round_row,
     summarise,
 )
-from droppeft.runs.listener import Watcher
+from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
-from droppeft.server.client_evaluation import measure_devices, personalised_sums
+from droppeft.server.client_evaluation import measure_clients, personalised_sums
 from droppeft.server.prepare import Prepared, prepare, references
 from droppeft.server.rounds import play_round
 from droppeft.training.loop import Evaluation, evaluate
@@ -69,7 +69,7 @@ class Interrupted(Exception):
 
 
 def start_run(
-    config: Config, out: Path, watcher: Watcher, connect: Connect | None = None
+    config: Config, out: Path, listener: Listener, connect: Connect | None = None
 ) -> dict[str, Any]:
     """Run a configuration in a new folder and return the content of its ``result.json``.
 
@@ -83,19 +83,19 @@ def start_run(
     """
     check_settings(config)
     check_free(out)
-    state_dir()  # said now, and not when a device wants to keep something
+    state_dir()  # said now, and not when a client wants to keep something
     out = out.resolve()
     config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
-    prepared = prepare(config, watcher.preparing, secrets.token_hex(8))
-    with _open(prepared, connect, watcher) as transport:
-        watcher.preparing("measuring the references")
+    prepared = prepare(config, listener.preparing, secrets.token_hex(8))
+    with _open(prepared, connect, listener) as transport:
+        listener.preparing("measuring the references")
         first = Checkpoint(0, prepared.state, _facts(prepared))
         begin(out, prepared.config, first)
         with held(out):
-            return _play(prepared, transport, first, [], out, watcher)
+            return _play(prepared, transport, first, [], out, listener)
 
 
-def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> dict[str, Any]:
+def resume_run(out: Path, listener: Listener, connect: Connect | None = None) -> dict[str, Any]:
     """Go on where a run stopped; a finished one is only reported.
 
     Raises:
@@ -108,14 +108,14 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
     with held(out):
         if (out / RESULT).exists():
             result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
-            watcher.finished(result)
+            listener.finished(result)
             return result
         config = load_config(out / CONFIG)
         check_settings(config)
         memory_type = method_named(config.method).memory_type
         newest = checkpoints.load_newest(out / "checkpoints", memory_type)
         config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")
-        prepared = prepare(config, watcher.preparing, run)
+        prepared = prepare(config, listener.preparing, run)
         _check_same_start(prepared, newest, out)
         rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
         if len(rows) != newest.round:
@@ -123,16 +123,16 @@ def resume_run(out: Path, watcher: Watcher, connect: Connect | None = None) -> d
                 f"{out / ROUNDS} has {len(rows)} of the {newest.round} rounds that are saved; "
                 "put the file back, or start a new run"
             )
-        rewind(out / DEVICES, newest.round)
-        with _open(prepared, connect, watcher) as transport:
-            return _play(prepared, transport, newest, rows, out, watcher)
+        rewind(out / CLIENTS, newest.round)
+        with _open(prepared, connect, listener) as transport:
+            return _play(prepared, transport, newest, rows, out, listener)
 
 
 def _open(
-    prepared: Prepared, connect: Connect | None, watcher: Watcher
+    prepared: Prepared, connect: Connect | None, listener: Listener
 ) -> AbstractContextManager[Transport]:
     check_tracker(prepared.config.tracker)
-    watcher.preparing("reaching the devices")
+    listener.preparing("reaching the clients")
     return (connect or transport_named(prepared.config.transport))(prepared.loaded)
 
 
@@ -142,15 +142,15 @@ def _play(
     last: Checkpoint,
     rows: list[RoundRow],
     out: Path,
-    watcher: Watcher,
+    listener: Listener,
 ) -> dict[str, Any]:
     saving_wall_s = 0.0
-    with tracked(watcher, prepared.config, out) as told:
+    with tracked(listener, prepared.config, out) as told:
         try:
             told.started(_about(prepared, last.facts), list(rows))
             for _ in range(last.round, prepared.config.rounds):
-                now, row, devices = _one_round(prepared, transport, last, saving_wall_s, told)
-                saving_wall_s = _save(out, now, row, devices)
+                now, row, clients = _one_round(prepared, transport, last, saving_wall_s, told)
+                saving_wall_s = _save(out, now, row, clients)
                 last = now
                 rows.append(row)
                 told.round_done(row)
@@ -179,10 +179,10 @@ def _why_nobody(row: RoundRow) -> str:
     """Why nothing of a round was merged, by an example."""
     if row.failures:
         last = row.failures[-1]
-        return f"device {last['device']}: {last['reason']}"
+        return f"client {last['client']}: {last['reason']}"
     if row.late:
-        return f"modelled turns are longer than clock.deadline_s, as that of device {row.late[-1]}"
-    return "by the availability of their profiles no device was there"
+        return f"modelled turns are longer than clock.deadline_s, as that of client {row.late[-1]}"
+    return "by the availability of their profiles no client was there"
 
 
 def _one_round(
@@ -190,13 +190,13 @@ def _one_round(
     transport: Transport,
     last: Checkpoint,
     saving_wall_s: float,
-    watcher: Watcher,
+    listener: Listener,
 ) -> tuple[Checkpoint, RoundRow, list[dict[str, Any]]]:
     """Play and measure one round; return what is to be saved of it."""
     start = time.perf_counter()
     round = last.round + 1
     state, closed = play_round(
-        prepared.setup, prepared.method, transport, last.state, round, watcher.replied
+        prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
     quality = _quality(prepared, state.model, round)
     row = round_row(
@@ -207,15 +207,15 @@ def _one_round(
         prepared.method.note(prepared.setup, state),
     )
     turns = closed.modelled.turns
-    parts = zip(closed.plans, closed.answers, closed.replies, turns, strict=True)
-    devices = [device_row(*each) for each in parts]
-    return Checkpoint(round, state, last.facts), row, devices
+    parts = zip(closed.instructions, closed.answers, closed.replies, turns, strict=True)
+    clients = [client_row(*each) for each in parts]
+    return Checkpoint(round, state, last.facts), row, clients
 
 
-def _save(out: Path, now: Checkpoint, row: RoundRow, devices: list[dict[str, Any]]) -> float:
+def _save(out: Path, now: Checkpoint, row: RoundRow, clients: list[dict[str, Any]]) -> float:
     """Rows first, since the checkpoint is what counts; returns the seconds it took."""
     start = time.perf_counter()
-    append_rows(out / DEVICES, devices)
+    append_rows(out / CLIENTS, clients)
     append_rows(out / ROUNDS, [asdict(row)])
     checkpoints.save(out / "checkpoints", now)
     return time.perf_counter() - start
@@ -236,12 +236,12 @@ def _finish(
     last: Checkpoint,
     rows: list[RoundRow],
     out: Path,
-    watcher: Watcher,
+    listener: Listener,
 ) -> dict[str, Any]:
     config = prepared.config
-    measured = _global_result(prepared, last.state.model, out, watcher)
+    measured = _global_result(prepared, last.state.model, out, listener)
     if config.evaluation.personalised:
-        measured |= _personalised_result(prepared, transport, last, out, watcher)
+        measured |= _personalised_result(prepared, transport, last, out, listener)
     result = {
         "schema_version": SCHEMA_VERSION,
         **_about(prepared, last.facts),
@@ -253,12 +253,12 @@ def _finish(
     }
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
-    watcher.finished(result)
+    listener.finished(result)
     return result
 
 
 def _global_result(
-    prepared: Prepared, model: GlobalModel, out: Path, watcher: Watcher
+    prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
 ) -> dict[str, Any]:
     """What the global model is worth, and its adapter as files; nothing where there is none.
 
@@ -268,7 +268,7 @@ def _global_result(
     names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
     if not prepared.method.has_global_model(prepared.config):
         return {**dict.fromkeys(names), "test_rows": 0}
-    watcher.preparing("measuring on the whole test set")
+    listener.preparing("measuring on the whole test set")
     whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
     return {
         "global_accuracy": whole.accuracy,
@@ -282,16 +282,16 @@ def _global_result(
 
 
 def _personalised_result(
-    prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, watcher: Watcher
+    prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, listener: Listener
 ) -> dict[str, Any]:
-    watcher.preparing("measuring each device's model on its own test rows")
+    listener.preparing("measuring each client's model on its own test rows")
     setup, method = prepared.setup, prepared.method
-    turns = Counter(row["device"] for row in read_rows(out / DEVICES) if row["accepted"])
-    found = measure_devices(setup, method, transport, last.state, last.round + 1, turns)
+    turns = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
+    found = measure_clients(setup, method, transport, last.state, last.round + 1, turns)
     if not found.measurements:
         example = found.failures[0]
         raise DroppeftError(
-            f"no device could be measured (device {example.device}: {example.reason}); mend that, "
+            f"no client could be measured (client {example.client}: {example.reason}); mend that, "
             f"then resume {out}"
         )
     return personalised_sums(found, turns)
@@ -321,8 +321,8 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "model": config.model,
         "data": config.data,
         "seed": config.seed,
-        "devices": config.devices,
-        "cohort_size": config.cohort,
+        "clients": config.clients,
+        "cohort_size": config.cohort_size,
         "drawn_size": config.drawn,
         "profiles": list(config.clock.profiles),
         "without_clock": prepared.without_clock,
@@ -345,7 +345,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trainable(prepared: Prepared) -> int:
-    """Values that devices train, the head included; a method may leave a part of an adapter out."""
+    """Values that clients train, the head included; a method may leave a part of an adapter out."""
     names = prepared.method.own(prepared.setup, prepared.state, 1, 0).train
     parameters = prepared.model.parameters
     if names is None:

@@ -1,4 +1,4 @@
-"""Merge what devices shared, tensor by tensor over those who shared it.
+"""Merge what clients shared, tensor by tensor over those who shared it.
 
 Source: federated averaging (arXiv:1602.05629) applied by layer, as METHOD 4 of the design has it:
 a tensor that nobody shared keeps its value. Averaging LoRA's A and B separately is inexact
@@ -21,7 +21,7 @@ Weight = Callable[[Update, LayerKey], float]
 
 
 def by_examples(update: Update, layer: LayerKey) -> float:
-    """The rows that the device trained on."""
+    """The rows that the client trained on."""
     return float(update.examples)
 
 
@@ -39,7 +39,7 @@ def average_over_holders(current: Tensors, updates: Sequence[Update], weight: We
 
     Args:
         current: the server's values; they decide which tensors exist and stay where unshared.
-        updates: in Plan order. Sums run in that order in float64, so the result depends on
+        updates: in instruction order. Sums run in that order in float64, so the result depends on
             neither the order of arrival nor the transport.
         weight: of an update's layer.
     """
@@ -57,7 +57,7 @@ def average_over_holders(current: Tensors, updates: Sequence[Update], weight: We
 def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
     """As :func:`average_over_holders`, an update without a tensor counting as the server's value.
 
-    A control: it holds back what few devices train.
+    A control: it holds back what few clients train.
     """
     whole = [
         replace(

@@ -1,4 +1,4 @@
-"""Criteria by which a device scores its layers: what scores highest, it keeps to itself.
+"""Criteria by which a client scores its layers: what scores highest, it keeps to itself.
 
 Sources: ``gradient_norm`` is DropPEFT's (arXiv:2503.10217: layers with larger gradient norms are
 more sensitive and stay personal); ``block_influence`` is ShortGPT's (arXiv:2403.03853); ``cka``
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.training.gradients import Moments, Vector
+from droppeft.training.gradients import GradientMoments, Vector
 
 Matrix = npt.NDArray[np.float64]
 
@@ -45,19 +45,19 @@ class Turn:
         undone: of each layer of a list, the loss on validation rows when it alone goes back to the
             values that the turn began with, less the loss with what the turn made of all.
         moved: layers that were trained and ran: those that there is a choice about.
-        rng: of this device's turn.
-        usual: (L,) what other devices' gradient norms are like, 0 where that is not known; ``None``
+        rng: of this client's turn.
+        usual: (L,) what other clients' gradient norms are like, 0 where that is not known; ``None``
             without any.
     """
 
     active_steps: Vector
-    gradients: Moments
+    gradients: GradientMoments
     change: Callable[[], Vector]
     seen: Callable[[], Sequence[Seen]]
     undone: Callable[[Sequence[int]], Sequence[float]]
     moved: tuple[int, ...]
     rng: np.random.Generator
-    usual: Vector | None = None
+    typical: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Criterion:
             row, or one per row and one more per row and layer.
         reads: what has to be collected for it besides the gradients' norms: the mean gradient, or
             the values that the turn begins with.
-        compares: with what other devices' gradients are like, which the server then tells.
+        compares: with what other clients' gradients are like, which the server then tells.
     """
 
     summary: str
@@ -125,41 +125,41 @@ def _signal_to_noise(turn: Turn) -> Vector:
 
 def _relative(turn: Turn) -> Vector:
     """Through what is usual in the layer; where that is not known, through what is on average."""
-    norm, usual = turn.gradients.norm, turn.usual
-    if usual is None or not usual.any():
+    norm, typical = turn.gradients.norm, turn.typical
+    if typical is None or not typical.any():
         return norm
-    found: Vector = norm / np.where(usual > 0, usual, usual[usual > 0].mean())
+    found: Vector = norm / np.where(typical > 0, typical, typical[typical > 0].mean())
     return found
 
 
 FITS = 30
-"""Each takes a part of the error off; the first is exact where all devices trained all layers."""
+"""Each takes a part of the error off; the first is exact where all clients trained all layers."""
 
 
-def usual_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
-    """Of each layer, what devices' gradient norms in it are like; 1 on average.
+def typical_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
+    """Of each layer, what clients' gradient norms in it are like; 1 on average.
 
-    A norm is taken for what is usual in the layer, times how large the device's gradients are
-    altogether, times what is unusual: both factors are fitted in turn, so that devices that
+    A norm is taken for what is usual in the layer, times how large the client's gradients are
+    altogether, times what is unusual: both factors are fitted in turn, so that clients that
     trained different layers can be compared.
 
     Args:
-        norms: L of every device, 0 in a layer that it did not train or run, which does not count.
+        norms: L of every client, 0 in a layer that it did not train or run, which does not count.
 
     Returns:
-        0 for a layer that no device knows; ``None`` if there is none that one knows.
+        0 for a layer that no client knows; ``None`` if there is none that one knows.
     """
     table = np.array(norms, dtype=np.float64)
     table = table[table.any(axis=1)] if table.size else table
     if not table.size:
         return None
     known = table > 0
-    usual: Vector = np.asarray(known.any(axis=0), dtype=np.float64)
+    typical: Vector = np.asarray(known.any(axis=0), dtype=np.float64)
     for _ in range(FITS):
-        size = table.sum(axis=1, keepdims=True) / (known * usual).sum(axis=1, keepdims=True)
+        size = table.sum(axis=1, keepdims=True) / (known * typical).sum(axis=1, keepdims=True)
         fitted: Vector = (table / size).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-        usual = np.divide(fitted, fitted[fitted > 0].mean())
-    return tuple(usual.tolist())
+        typical = np.divide(fitted, fitted[fitted > 0].mean())
+    return tuple(typical.tolist())
 
 
 def _undone(turn: Turn) -> Vector:
@@ -174,7 +174,7 @@ CRITERIA: Mapping[str, Criterion] = {
         lambda turn: turn.gradients.norm,
     ),
     "relative_gradient_norm": Criterion(
-        "that norm through what it usually is in the layer: what is unusual about the device",
+        "that norm through what it usually is in the layer: what is unusual about the client",
         _relative,
         compares=True,
     ),
@@ -203,7 +203,7 @@ CRITERIA: Mapping[str, Criterion] = {
         runs_model="once",
     ),
     "leave_one_out": Criterion(
-        "what the device would lose without the turn's change of it: an oracle, and dear",
+        "what the client would lose without the turn's change of it: an oracle, and dear",
         _undone,
         runs_model="per layer",
         reads="start",

@@ -79,7 +79,7 @@ def _stacked(holders: Sequence[tuple[Array, Array, float]]) -> tuple[Wide, Wide]
 def _nearest(holders: Sequence[tuple[Array, Array, float]], rank: int) -> tuple[Array, Array]:
     """A (r, in) and B (out, r) nearest to the mean product.
 
-    A's rows are orthogonal and as long as those of the devices on average, B has the rest: where
+    A's rows are orthogonal and as long as those of the clients on average, B has the rest: where
     the product has less rank than r, A stays what a gradient can start from.
     """
     down, up = _stacked(holders)

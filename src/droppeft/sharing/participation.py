@@ -1,13 +1,13 @@
 """What the server remembers of each client's last participation that counted; ours.
 
 Its round names what the client kept then and begins with next; its shared layers are what the next
-Plan brings.
+instruction brings.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from droppeft.messages import Failure, Plan, Reply, ServerState, Update
+from droppeft.messages import Failure, Instruction, Reply, ServerState, Update
 from droppeft.sharing.criteria import CRITERIA
 
 
@@ -45,18 +45,18 @@ def last_participation(state: ServerState, client: int) -> Participation | None:
 
 
 def with_participations(
-    state: ServerState, plans: Sequence[Plan], replies: Sequence[Reply]
+    state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     """Note whose updates a round merged, and who has lost what it kept."""
     memory: ParticipationMemory = state.memory
     participations, norms = dict(memory.participations), dict(memory.gradient_norms)
-    for plan, reply in zip(plans, replies, strict=True):
+    for instruction, reply in zip(instructions, replies, strict=True):
         if isinstance(reply, Update):
-            participations[plan.device] = Participation(plan.round, reply.shared)
-            if plan.sharing is not None and CRITERIA[plan.sharing.criterion].compares:
-                norms[plan.device] = reply.importance
+            participations[instruction.client] = Participation(instruction.round, reply.shared)
+            if instruction.sharing is not None and CRITERIA[instruction.sharing.criterion].compares:
+                norms[instruction.client] = reply.importance
         elif isinstance(reply, Failure) and reply.lost:
-            participations.pop(plan.device, None)
+            participations.pop(instruction.client, None)
     known = replace(memory, participations=participations, gradient_norms=norms)
     return replace(state, memory=known)
 

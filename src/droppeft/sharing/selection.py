@@ -19,7 +19,7 @@ def unmoved(
     Args:
         layers: that have an adapter.
         moved: those that the turn trained and ran.
-        before: shared after the device's last turn that counted; ``None`` before its first.
+        before: shared after the client's last turn that counted; ``None`` before its first.
     """
     return frozenset(layer for layer in layers if before is None or layer in before) - {*moved}
 

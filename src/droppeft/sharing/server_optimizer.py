@@ -14,13 +14,17 @@ from droppeft.sharing.aggregation import Wide
 
 MOMENTS = ("first", "second")
 
-Moments = Mapping[str, Tensors]
+GradientMoments = Mapping[str, Tensors]
 """What an optimiser carries from round to round, by :data:`MOMENTS`; nothing at the beginning."""
 
 
 def step(
-    settings: ServerConfig, before: Tensors, mean: Tensors, sent: Collection[str], moments: Moments
-) -> tuple[Tensors, Moments]:
+    settings: ServerConfig,
+    before: Tensors,
+    mean: Tensors,
+    sent: Collection[str],
+    moments: GradientMoments,
+) -> tuple[Tensors, GradientMoments]:
     """The server's values after a round, and its moments.
 
     With change d = mean - before: ``momentum`` has m = b m + d and moves by lr m; ``adam`` and
@@ -30,7 +34,7 @@ def step(
     Args:
         settings: of an optimiser.
         before: the server's values.
-        mean: of what devices sent; the value before where nobody did.
+        mean: of what clients sent; the value before where nobody did.
         sent: names of the tensors that someone sent.
         moments: after the round before.
     """
@@ -70,7 +74,7 @@ def _moved(settings: ServerConfig, change: Wide, m: Wide, s: Wide) -> tuple[Wide
 
 
 def _moment(
-    moments: Moments, which: str, key: LayerKey, name: str, like: Array, begin: float
+    moments: GradientMoments, which: str, key: LayerKey, name: str, like: Array, begin: float
 ) -> Wide:
     known = moments.get(which)
     if known is None:

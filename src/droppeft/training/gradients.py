@@ -19,7 +19,7 @@ Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Moments:
+class GradientMoments:
     """Of each of the L layers, over its active steps; 0 for a layer that had no gradient.
 
     Attributes:
@@ -77,7 +77,7 @@ class Gradients:
         """Count a step that moved something."""
         self._norms.append(norms)
 
-    def moments(self, active_steps: Sequence[int]) -> Moments:
+    def moments(self, active_steps: Sequence[int]) -> GradientMoments:
         """What was collected.
 
         Args:
@@ -89,7 +89,7 @@ class Gradients:
         if self._sums is not None:
             squares = [sum(float(one.double().square().sum()) for one in s) for s in self._sums]
             means = np.array(squares) / steps**2
-        return Moments(
+        return GradientMoments(
             norm=found.sum(dim=0).numpy() / steps,
             square=found.square().sum(dim=0).numpy() / steps,
             square_of_mean=means,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.cached_layers.cached_layers import PrefixOfTurn
+from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.layer_dropout import gated
@@ -27,7 +27,7 @@ from droppeft.models.precision import autocast, loss_scaler, move
 from droppeft.tasks.classification import Batch, Classification, accuracy_and_f1
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
-from droppeft.training.gradients import Gradients, Moments, total_norm
+from droppeft.training.gradients import GradientMoments, Gradients, total_norm
 from droppeft.training.objectives import Terms
 
 
@@ -58,7 +58,7 @@ class TrainOutcome:
     layer_tokens: tuple[int, ...]
     loss: float
     active_steps: tuple[int, ...]
-    gradients: Moments
+    gradients: GradientMoments
     activation_bytes_peak: int
     wall_s: float
 
@@ -125,7 +125,7 @@ def train(
     steps: Sequence[Step],
     settings: LocalTraining,
     objective: Objective = TASK_ALONE,
-    prefix: PrefixOfTurn | None = None,
+    prefix: CachedLayers | None = None,
     *,
     with_mean_gradient: bool = False,
     anchors: Tensors | None = None,
@@ -174,7 +174,7 @@ class _Loop:
         self.gradients = Gradients(
             on.parameters, len(on.blocks), on.task.device, with_mean=with_mean_gradient
         )
-        self.book = _Book(len(on.blocks), self.gradients)
+        self.book = _Totals(len(on.blocks), self.gradients)
         self.meter = ActivationMeter(on.model)
 
     def recomputing(self) -> AbstractContextManager[None]:
@@ -229,7 +229,7 @@ def evaluate(
     return Evaluation(loss_sum / len(rows), accuracy, f1, len(rows), wall_s, tokens)
 
 
-def turn_batches(
+def training_batches(
     rows: Rows,
     table: TokenTable,
     batch_size: int,
@@ -274,7 +274,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Part of the peak rate left, by the part of the run (after warm-up) that has passed."""
 
 
-class _Book:
+class _Totals:
     """Sums over the steps of a turn."""
 
     def __init__(self, num_layers: int, gradients: Gradients) -> None:

@@ -16,7 +16,7 @@ class Terms:
     """The added terms of a turn; only of layers that have a gradient in a step.
 
     Args:
-        objective: of the Plan.
+        objective: of the instruction.
         parameters: what is trained, at the values that it begins with.
         anchors: values that the proximal term pulls to; by default those.
     """

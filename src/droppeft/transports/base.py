@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.messages import Plan, Reply
+from droppeft.messages import Instruction, Reply
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Arrival:
     """A reply as the transport hands it over.
 
     Attributes:
-        index: which of the Plans it answers, by the transport's own addressing.
+        index: which of the instructions it answers, by the transport's own addressing.
         reply: what came back, or why nothing did.
         sent_bytes, received_bytes: what was sent for it and back, framing included; ``None``
             where nothing was framed.
@@ -27,10 +27,10 @@ class Arrival:
 
 
 class Transport(Protocol):
-    """Whatever carries a round's Plans to devices."""
+    """Whatever carries a round's instructions to clients."""
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
-        """Yield one arrival per Plan, in any order; the round closes after the last."""
+    def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
+        """Yield one arrival per instruction, in any order; the round closes after the last."""
 
 
 Connect = Callable[[Loaded], AbstractContextManager[Transport]]

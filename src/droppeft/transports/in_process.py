@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import Loaded, clients_of
-from droppeft.messages import Plan
+from droppeft.messages import Instruction
 from droppeft.transports.base import Arrival, Transport
 
 
@@ -20,10 +20,10 @@ class InProcess:
 
     clients: Sequence[Client]
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
-        """Yield each client's reply, in the order of the Plans."""
-        for index, plan in enumerate(plans):
-            yield Arrival(index, self.clients[plan.device].run(plan))
+    def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
+        """Yield each client's reply, in the order of the instructions."""
+        for index, instruction in enumerate(instructions):
+            yield Arrival(index, self.clients[instruction.client].run(instruction))
 
 
 def in_process(loaded: Loaded) -> AbstractContextManager[Transport]:

@@ -1,4 +1,4 @@
-"""A device's side: what it loads, how often, and that nothing is ever raised."""
+"""A client's side: what it loads, how often, and that nothing is ever raised."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +10,16 @@ import torch
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
-from droppeft.messages import Failure, Plan, Reply, Update
+from droppeft.messages import Failure, Instruction, Reply, Update
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import client_runtime
 from droppeft.transports.flower.client_runtime import answer
-from droppeft.transports.flower.wire_format import Errand, Packed, pack_plan, unpack_reply
+from droppeft.transports.flower.wire_format import (
+    Packed,
+    RunContext,
+    pack_instruction,
+    unpack_reply,
+)
 from droppeft.transports.in_process import in_process
 
 MOST = 10**8
@@ -29,12 +34,12 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.fixture
-def errand(prepared: Prepared) -> Errand:
-    return Errand(as_tree(prepared.config), identity(prepared.loaded), resident=False)
+def run_context(prepared: Prepared) -> RunContext:
+    return RunContext(as_tree(prepared.config), identity(prepared.loaded), model_server=False)
 
 
-def ask(plan: Plan, errand: Errand, **node: Any) -> Reply:
-    return unpack_reply(answer(pack_plan(plan, errand), node), MOST)
+def ask(instruction: Instruction, run_context: RunContext, **node: Any) -> Reply:
+    return unpack_reply(answer(pack_instruction(instruction, run_context), node), MOST)
 
 
 def reason(reply: Reply) -> str:
@@ -43,26 +48,28 @@ def reason(reply: Reply) -> str:
 
 
 def test_an_answer_is_the_turn_in_process(
-    prepared: Prepared, plans: list[Plan], errand: Errand
+    prepared: Prepared, instructions: list[Instruction], run_context: RunContext
 ) -> None:
     with in_process(prepared.loaded) as transport:
-        [here] = [arrival.reply for arrival in transport.exchange(plans[:1])]
-    there = ask(plans[0], errand)
+        [here] = [arrival.reply for arrival in transport.exchange(instructions[:1])]
+    there = ask(instructions[0], run_context)
     assert isinstance(here, Update)
     assert isinstance(there, Update)
     assert (there.train_loss, there.importance) == (here.train_loss, here.importance)
 
 
-def test_a_run_is_loaded_once(plans: list[Plan], errand: Errand) -> None:
-    for plan in plans:
-        assert isinstance(ask(plan, errand), Update)
+def test_a_run_is_loaded_once(instructions: list[Instruction], run_context: RunContext) -> None:
+    for instruction in instructions:
+        assert isinstance(ask(instruction, run_context), Update)
     assert client_runtime._clients.cache_info().misses == 1
-    assert isinstance(ask(plans[0], errand, threads=1, data=errand.config["data"]), Update)
+    assert isinstance(
+        ask(instructions[0], run_context, threads=1, data=run_context.config["data"]), Update
+    )
     assert client_runtime._clients.cache_info().misses == 1
 
 
 def test_a_node_has_its_own_copies_and_settings(
-    plans: list[Plan], errand: Errand, monkeypatch: pytest.MonkeyPatch
+    instructions: list[Instruction], run_context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     real = client_runtime.load
@@ -72,47 +79,55 @@ def test_a_node_has_its_own_copies_and_settings(
         return real(config, say)
 
     monkeypatch.setattr(client_runtime, "load", load)
-    moved = Errand({**errand.config, "data": "/elsewhere"}, errand.identity, resident=False)
-    data = errand.config["data"]
-    reply = ask(plans[0], moved, data=data, threads=2, seed=99, **{"partition-id": 0})
+    moved = RunContext(
+        {**run_context.config, "data": "/elsewhere"}, run_context.identity, model_server=False
+    )
+    data = run_context.config["data"]
+    reply = ask(instructions[0], moved, data=data, threads=2, seed=99, **{"partition-id": 0})
     assert isinstance(reply, Update)
     assert (seen[0].data, seen[0].threads, seen[0].seed) == (data, 2, 0)
 
 
 @pytest.mark.parametrize("own", [{"threads": 0}, {"accelerator": "auto"}], ids=str)
 def test_what_a_node_leaves_open_is_found_out_there(
-    plans: list[Plan], errand: Errand, own: dict[str, Any]
+    instructions: list[Instruction], run_context: RunContext, own: dict[str, Any]
 ) -> None:
-    assert isinstance(ask(plans[0], errand, **own), Update)
+    assert isinstance(ask(instructions[0], run_context, **own), Update)
 
 
-def test_an_accelerator_that_is_not_there_is_said(plans: list[Plan], errand: Errand) -> None:
+def test_an_accelerator_that_is_not_there_is_said(
+    instructions: list[Instruction], run_context: RunContext
+) -> None:
     if not torch.cuda.is_available():
-        assert "torch sees no CUDA device" in reason(ask(plans[0], errand, accelerator="cuda"))
+        assert "torch sees no CUDA device" in reason(
+            ask(instructions[0], run_context, accelerator="cuda")
+        )
 
 
 @pytest.mark.parametrize("what", ["data", "split", "model"])
-def test_another_copy_is_refused(plans: list[Plan], errand: Errand, what: str) -> None:
-    other = replace(errand, identity={**errand.identity, f"{what}_hash": "other"})
-    said = reason(ask(plans[0], other))
+def test_another_copy_is_refused(
+    instructions: list[Instruction], run_context: RunContext, what: str
+) -> None:
+    other = replace(run_context, identity={**run_context.identity, f"{what}_hash": "other"})
+    said = reason(ask(instructions[0], other))
     assert said.startswith(f"the {what} is another (other, here ")
     assert said.endswith("this node's copy is not the server's")
 
 
-def test_what_is_missing_is_said(plans: list[Plan], errand: Errand) -> None:
-    assert "/nowhere" in reason(ask(plans[0], errand, data="/nowhere"))
+def test_what_is_missing_is_said(instructions: list[Instruction], run_context: RunContext) -> None:
+    assert "/nowhere" in reason(ask(instructions[0], run_context, data="/nowhere"))
 
 
 def test_an_error_is_a_failure_with_its_name(
-    plans: list[Plan], errand: Errand, monkeypatch: pytest.MonkeyPatch
+    instructions: list[Instruction], run_context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Update:
         raise ZeroDivisionError("no rows")
 
     monkeypatch.setattr(Client, "run", broken)
-    assert reason(ask(plans[1], errand)) == "ZeroDivisionError: no rows"
+    assert reason(ask(instructions[1], run_context)) == "ZeroDivisionError: no rows"
 
 
-def test_a_plan_that_cannot_be_read_is_answered() -> None:
+def test_a_instruction_that_cannot_be_read_is_answered() -> None:
     reply = unpack_reply(answer(Packed("{}", b""), {}), MOST)
-    assert reason(reply).startswith("cannot read its Plan: ")
+    assert reason(reply).startswith("cannot read its instruction: ")

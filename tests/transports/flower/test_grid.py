@@ -1,4 +1,6 @@
-"""Plans over a Flower grid: whose reply is whose, and what becomes of every kind of trouble."""
+"""instructions over a Flower grid: whose reply is whose, and what becomes of every kind of
+trouble.
+"""
 
 import itertools
 import subprocess
@@ -15,18 +17,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.supercore.task_identity import TaskIdentity
 
 from droppeft.config import FlowerConfig
-from droppeft.messages import Failure, Plan, Update
+from droppeft.messages import Failure, Instruction, Update
 from droppeft.transports.base import Arrival
 from droppeft.transports.flower import client_app
 from droppeft.transports.flower.grid import OverGrid
-from droppeft.transports.flower.messenger import Post
+from droppeft.transports.flower.messenger import Messenger
 from droppeft.transports.flower.nodes import Directory
 from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
-from droppeft.transports.flower.wire_format import Errand, pack_reply, unpack_plan
-from handmade import answer_to, layout, plan_for
+from droppeft.transports.flower.wire_format import RunContext, pack_reply, unpack_instruction
+from handmade import answer_to, instruction_for, layout
 
 SUPERLINK = 1
-ERRAND = Errand({"seed": 0}, {"data_hash": "d"}, resident=False)
+ERRAND = RunContext({"seed": 0}, {"data_hash": "d"}, model_server=False)
 QUICK = FlowerConfig(deadline_s=1.0, nodes_timeout_s=0.2)
 
 
@@ -35,10 +37,11 @@ class Nodes:
 
     Attributes:
         parts: node id to its node configuration.
-        answer: from (node, Plan) to the content or error of the reply, or ``None`` for silence.
+        answer: from (node, instruction) to the content or error of the reply, or ``None`` for
+            silence.
     """
 
-    def __init__(self, parts: dict[int, dict[str, int]], answer: Callable[[int, Plan], Any]):
+    def __init__(self, parts: dict[int, dict[str, int]], answer: Callable[[int, Instruction], Any]):
         self.parts = parts
         self.answer = answer
         self.sent: list[Message] = []
@@ -63,7 +66,7 @@ class Nodes:
             content: Any = self.introduction_of(node)
         else:
             self.sent.append(message)
-            content = self.answer(node, unpack_plan(packed_of(message.content))[0])
+            content = self.answer(node, unpack_instruction(packed_of(message.content))[0])
         if content is not None:
             self._replies[name] = Message(content, reply_to=message)
         return name
@@ -84,22 +87,22 @@ def one_each(count: int) -> dict[int, dict[str, int]]:
     return {900 - 7 * part: {"partition": part, "partitions": count} for part in range(count)}
 
 
-def good(node: int, plan: Plan) -> RecordDict:
-    return record_of(pack_reply(answer_to(plan, float(plan.device))))
+def good(node: int, instruction: Instruction) -> RecordDict:
+    return record_of(pack_reply(answer_to(instruction, float(instruction.client))))
 
 
-def over(nodes: Any, devices: int = 0, **settings: float) -> OverGrid:
-    """A transport that waits at its start for so many devices."""
-    post = Post(nodes)
+def over(nodes: Any, clients: int = 0, **settings: float) -> OverGrid:
+    """A transport that waits at its start for so many clients."""
+    messenger = Messenger(nodes)
     chosen = QUICK.model_copy(update=settings)
-    return OverGrid(post, Directory(post), ERRAND, devices, chosen, layout)
+    return OverGrid(messenger, Directory(messenger), ERRAND, clients, chosen, layout)
 
 
-def exchange(transport: OverGrid, *devices: int) -> dict[int, Arrival]:
-    plans = [plan_for(device) for device in devices]
-    arrivals = list(transport.exchange(plans))
-    assert sorted(arrival.index for arrival in arrivals) == list(range(len(plans)))
-    return {plans[arrival.index].device: arrival for arrival in arrivals}
+def exchange(transport: OverGrid, *clients: int) -> dict[int, Arrival]:
+    instructions = [instruction_for(client) for client in clients]
+    arrivals = list(transport.exchange(instructions))
+    assert sorted(arrival.index for arrival in arrivals) == list(range(len(instructions)))
+    return {instructions[arrival.index].client: arrival for arrival in arrivals}
 
 
 def reason(arrival: Arrival) -> str:
@@ -114,26 +117,26 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, value)
 
 
-def test_each_device_gets_its_own_plan_and_its_reply_is_its_own() -> None:
+def test_each_client_gets_its_own_instruction_and_its_reply_is_its_own() -> None:
     nodes = Nodes(one_each(4), good)
     arrivals = exchange(over(nodes), 2, 0, 3)
-    for device, arrival in arrivals.items():
+    for client, arrival in arrivals.items():
         assert isinstance(arrival.reply, Update)
-        assert arrival.reply.device == device
-        assert float(arrival.reply.tensors["head"]["head.W"][0]) == device
+        assert arrival.reply.client == client
+        assert float(arrival.reply.tensors["head"]["head.W"][0]) == client
     assert [message.metadata.dst_node_id for message in nodes.sent] == [886, 900, 879]
     assert {message.metadata.group_id for message in nodes.sent} == {"1"}
-    assert unpack_plan(packed_of(nodes.sent[0].content))[1] == ERRAND
+    assert unpack_instruction(packed_of(nodes.sent[0].content))[1] == ERRAND
 
 
 def test_bytes_are_those_of_the_messages() -> None:
     nodes = Nodes(one_each(1), good)
     [arrival] = exchange(over(nodes), 0).values()
     assert arrival.sent_bytes == framed_bytes(nodes.sent[0].content)
-    assert arrival.received_bytes == framed_bytes(good(0, plan_for(0)))
+    assert arrival.received_bytes == framed_bytes(good(0, instruction_for(0)))
 
 
-def test_a_node_serves_every_device_of_its_residue() -> None:
+def test_a_node_serves_every_client_of_its_residue() -> None:
     nodes = Nodes(one_each(3), good)
     exchange(over(nodes), 7, 5, 3)
     parts = [nodes.parts[message.metadata.dst_node_id]["partition"] for message in nodes.sent]
@@ -141,12 +144,12 @@ def test_a_node_serves_every_device_of_its_residue() -> None:
 
 
 def test_what_a_reply_claims_does_not_matter_for_whose_it_is() -> None:
-    def swapped(node: int, plan: Plan) -> RecordDict:
-        return record_of(pack_reply(answer_to(plan, device=1 - plan.device)))
+    def swapped(node: int, instruction: Instruction) -> RecordDict:
+        return record_of(pack_reply(answer_to(instruction, client=1 - instruction.client)))
 
     arrivals = exchange(over(Nodes(one_each(2), swapped)), 0, 1)
-    replies = [arrivals[device].reply for device in (0, 1)]
-    assert [reply.device for reply in replies] == [1, 0]  # refused later, by validation
+    replies = [arrivals[client].reply for client in (0, 1)]
+    assert [reply.client for reply in replies] == [1, 0]  # refused later, by validation
 
 
 @pytest.mark.parametrize(
@@ -159,9 +162,13 @@ def test_what_a_reply_claims_does_not_matter_for_whose_it_is() -> None:
         (8, "died"),
     ],
 )
-def test_an_error_reply_is_the_failure_of_its_device(code: int, said: str) -> None:
-    def failing(node: int, plan: Plan) -> Any:
-        return Error(code, "ValueError: no rows") if plan.device == 1 else good(node, plan)
+def test_an_error_reply_is_the_failure_of_its_client(code: int, said: str) -> None:
+    def failing(node: int, instruction: Instruction) -> Any:
+        return (
+            Error(code, "ValueError: no rows")
+            if instruction.client == 1
+            else good(node, instruction)
+        )
 
     arrivals = exchange(over(Nodes(one_each(3), failing)), 0, 1, 2)
     assert said in reason(arrivals[1])
@@ -177,22 +184,24 @@ def test_an_error_reply_is_the_failure_of_its_device(code: int, said: str) -> No
         RecordDict(),
         RecordDict({"head": ConfigRecord({"json": "{}"})}),
         RecordDict({"tensors": ArrayRecord({"x": Array(np.zeros(3))})}),
-        record_of(pack_reply(replace(answer_to(plan_for(1)), tensors={0: {"a": np.zeros(10**6)}}))),
+        record_of(
+            pack_reply(replace(answer_to(instruction_for(1)), tensors={0: {"a": np.zeros(10**6)}}))
+        ),
     ],
     ids=["empty", "half", "array", "too large"],
 )
 def test_content_that_is_no_reply_is_refused(content: RecordDict) -> None:
-    def odd(node: int, plan: Plan) -> Any:
-        return content if plan.device == 1 else good(node, plan)
+    def odd(node: int, instruction: Instruction) -> Any:
+        return content if instruction.client == 1 else good(node, instruction)
 
     arrivals = exchange(over(Nodes(one_each(2), odd)), 0, 1)
     assert reason(arrivals[1]).startswith("refused: ")
     assert isinstance(arrivals[0].reply, Update)
 
 
-def test_a_failure_that_a_device_reports_is_passed_on() -> None:
-    def failing(node: int, plan: Plan) -> RecordDict:
-        return record_of(pack_reply(Failure(plan.device, "battery is empty")))
+def test_a_failure_that_a_client_reports_is_passed_on() -> None:
+    def failing(node: int, instruction: Instruction) -> RecordDict:
+        return record_of(pack_reply(Failure(instruction.client, "battery is empty")))
 
     assert reason(exchange(over(Nodes(one_each(1), failing)), 0)[0]) == "battery is empty"
 
@@ -200,8 +209,8 @@ def test_a_failure_that_a_device_reports_is_passed_on() -> None:
 def test_who_is_late_fails_and_a_late_reply_is_nobody_s() -> None:
     silent = {1}
 
-    def answer(node: int, plan: Plan) -> Any:
-        return None if plan.device in silent else good(node, plan)
+    def answer(node: int, instruction: Instruction) -> Any:
+        return None if instruction.client in silent else good(node, instruction)
 
     nodes = Nodes(one_each(2), answer)
     transport = over(nodes, deadline_s=0.3)
@@ -209,14 +218,14 @@ def test_who_is_late_fails_and_a_late_reply_is_nobody_s() -> None:
     assert reason(arrivals[1]) == "no reply within 0.3 s"
     assert isinstance(arrivals[0].reply, Update)
     silent.clear()
-    nodes._replies["message 4"] = Message(good(0, plan_for(1)), reply_to=nodes.sent[1])
+    nodes._replies["message 4"] = Message(good(0, instruction_for(1)), reply_to=nodes.sent[1])
     [again] = exchange(transport, 0).values()
     assert isinstance(again.reply, Update)
-    assert again.reply.device == 0
+    assert again.reply.client == 0
 
 
 class Troubled(Nodes):
-    """Raises an error for the first Plan, as often as told."""
+    """Raises an error for the first instruction, as often as told."""
 
     def __init__(self, error: Exception, times: int) -> None:
         super().__init__(one_each(2), good)
@@ -242,7 +251,7 @@ def test_a_superlink_out_of_reach_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize("answer", [[], [None], httpx.ConnectError("refused")], ids=str)
-def test_a_plan_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
+def test_a_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
     """Two of the three are for one node: each has a failure of its own."""
 
     class Full(Nodes):
@@ -261,16 +270,16 @@ def test_a_plan_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
         assert (arrival.sent_bytes, arrival.received_bytes) == (0, 0)
 
 
-def test_the_start_waits_for_every_device_and_later_nobody_does() -> None:
+def test_the_start_waits_for_every_client_and_later_nobody_does() -> None:
     nodes = Nodes({5: {"partition": 0, "partitions": 2}}, good)
-    transport = over(nodes, devices=2, nodes_timeout_s=0.5)
+    transport = over(nodes, clients=2, nodes_timeout_s=0.5)
     start = time.monotonic()
     arrivals = exchange(transport, 0, 1)
     assert time.monotonic() - start > 0.5
-    assert reason(arrivals[1]) == "no node serves this device (none is connected)"
+    assert reason(arrivals[1]) == "no node serves this client (none is connected)"
     assert isinstance(arrivals[0].reply, Update)
     transport.settings = QUICK.model_copy(update={"nodes_timeout_s": 1000.0})
-    assert reason(exchange(transport, 1)[1]).startswith("no node serves this device")
+    assert reason(exchange(transport, 1)[1]).startswith("no node serves this client")
 
 
 def test_nodes_are_asked_once_and_new_ones_when_they_appear() -> None:
@@ -298,7 +307,7 @@ def test_a_node_that_has_gone_is_not_asked() -> None:
     del nodes.parts[893]
     arrivals = exchange(transport, 0, 1)
     assert isinstance(arrivals[0].reply, Update)
-    assert reason(arrivals[1]).startswith("no node serves this device")
+    assert reason(arrivals[1]).startswith("no node serves this client")
 
 
 class Shy(Nodes):
@@ -333,7 +342,7 @@ def test_a_node_that_never_introduces_itself_is_the_reason(
 ) -> None:
     nodes = Nodes(one_each(1), good)
     monkeypatch.setattr(nodes, "introduction_of", lambda node: Error(8, ""))
-    assert "(node 900: the device's app died" in reason(exchange(over(nodes), 0)[0])
+    assert "(node 900: the client's app died" in reason(exchange(over(nodes), 0)[0])
 
 
 @pytest.mark.parametrize(
@@ -350,10 +359,10 @@ def test_waiting_stops_when_no_reply_can_come() -> None:
     def gone() -> None:
         raise RuntimeError("the engine is gone")
 
-    nodes = Nodes(one_each(1), lambda node, plan: None)
+    nodes = Nodes(one_each(1), lambda node, instruction: None)
     transport = replace(over(nodes), check=gone)
     with pytest.raises(RuntimeError, match="engine is gone"):
-        list(transport.exchange([plan_for(0)]))
+        list(transport.exchange([instruction_for(0)]))
 
 
 def test_the_client_says_which_part_is_its_own() -> None:
@@ -371,7 +380,7 @@ def test_the_client_says_which_part_is_its_own() -> None:
 
 
 def test_a_client_process_starts_without_torch() -> None:
-    """A SuperNode starts one for every message; the resident process has torch already."""
+    """A SuperNode starts one for every message; the model server has torch already."""
     code = "import sys, droppeft.transports.flower.client_app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -15,10 +15,10 @@ import pytest
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Plan, Reply, Update
+from droppeft.messages import Failure, Instruction, Reply, Update
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import model_server
-from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
+from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
 
 MOST = 10**8
 
@@ -30,7 +30,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setattr(tempfile, "tempdir", short)
         found = Path(short) / f"droppeft-{os.getuid()}"
         yield found
-        for process in residents(found):
+        for process in model_servers(found):
             process.kill()
             process.wait()
 
@@ -45,25 +45,25 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]
 
 
 @pytest.fixture
-def errand(prepared: Prepared) -> Errand:
-    return Errand(as_tree(prepared.config), identity(prepared.loaded), resident=True)
+def run_context(prepared: Prepared) -> RunContext:
+    return RunContext(as_tree(prepared.config), identity(prepared.loaded), model_server=True)
 
 
 Ask = Callable[..., Reply]
 
 
 @pytest.fixture
-def ask(plans: list[Plan], errand: Errand) -> Ask:
-    """Ask for the first Plan's turn."""
+def ask(instructions: list[Instruction], run_context: RunContext) -> Ask:
+    """Ask for the first instruction's turn."""
 
     def one(node_id: int = 7) -> Reply:
-        packed = pack_plan(plans[0], errand)
-        return unpack_reply(model_server.ask(packed, errand, node_id, {}), MOST)
+        packed = pack_instruction(instructions[0], run_context)
+        return unpack_reply(model_server.ask(packed, run_context, node_id, {}), MOST)
 
     return one
 
 
-def residents(folder: Path) -> list[psutil.Process]:
+def model_servers(folder: Path) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -82,19 +82,19 @@ def test_one_process_answers_all_and_ends_with_its_supernode(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
     first = ask()
-    [process] = residents(folder)
+    [process] = model_servers(folder)
     opened = process.io_counters().read_chars
     second = ask()
     assert isinstance(first, Update)
     assert isinstance(second, Update)
     assert first.train_loss == second.train_loss
-    # A model and a tokenizer have megabytes; a Plan has kilobytes.
+    # A model and a tokenizer have megabytes; an instruction has kilobytes.
     assert process.io_counters().read_chars - opened < 300_000 < opened
     assert isinstance(ask(node_id=8), Update)
-    assert len(residents(folder)) == 2
+    assert len(model_servers(folder)) == 2
     watched.kill()
     watched.wait()
-    assert becomes_true(lambda: not residents(folder))
+    assert becomes_true(lambda: not model_servers(folder))
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
@@ -102,7 +102,7 @@ def test_after_one_has_died_another_is_started(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
     assert isinstance(ask(), Update)
-    [process] = residents(folder)
+    [process] = model_servers(folder)
     process.kill()
     process.wait()
     assert isinstance(ask(), Update)  # though the old one's socket is there still
@@ -112,13 +112,13 @@ def test_death_while_it_works_is_said(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
     ask()
-    [process] = residents(folder)
+    [process] = model_servers(folder)
     process.suspend()
     killer = threading.Timer(1.0, process.kill)
     killer.start()
     reply = ask()
     assert isinstance(reply, Failure)
-    assert reply.reason.startswith("its resident process is gone (")
+    assert reply.reason.startswith("its model server is gone (")
     assert str(folder) in reply.reason
 
 
@@ -128,7 +128,7 @@ def test_one_that_cannot_start_is_said(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     reply = ask()
     assert isinstance(reply, Failure)
-    assert "could not be started; flower.resident=false does without" in reply.reason
+    assert "could not be started; flower.model_server=false does without" in reply.reason
 
 
 def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> None:

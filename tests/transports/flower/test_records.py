@@ -30,7 +30,7 @@ from droppeft.transports.flower.records import (
 )
 from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import Packed, pack_reply, unpack_reply
-from handmade import answer_to, plan_for
+from handmade import answer_to, instruction_for
 
 CHUNK = 5_242_880  # Flower's own default
 
@@ -71,7 +71,9 @@ def test_a_message_survives_the_way_through_flower(size: int) -> None:
 
 
 def test_an_update_survives_the_way_through_flower() -> None:
-    update = answer_to(plan_for(), tensors={3: {"w": np.arange(6, dtype="f4").reshape(2, 3)}})
+    update = answer_to(
+        instruction_for(), tensors={3: {"w": np.arange(6, dtype="f4").reshape(2, 3)}}
+    )
     back = unpack_reply(packed_of(delivered(record_of(pack_reply(update)))), 10_000)
     assert isinstance(back, Update)
     assert back.tensors[3]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -96,7 +98,7 @@ def test_the_framed_bytes_are_those_that_flower_pushes(tensors: bytes) -> None:
 
 
 def test_the_framed_bytes_hold_the_payload_and_the_text() -> None:
-    update = answer_to(plan_for())
+    update = answer_to(instruction_for())
     packed = pack_reply(update)
     framing = framed_bytes(record_of(packed)) - len(packed.head) - len(packed.tensors)
     assert len(packed.tensors) > payload_bytes(update.tensors)
@@ -204,22 +206,22 @@ NO_HEARTBEAT = "Error: Node Unavailable — The destination node failed to repor
 @pytest.mark.parametrize(
     ("code", "reason", "expected"),
     [
-        (2, RAISED, "the device's app raised an error: ZeroDivisionError: division by zero"),
-        (2, OF_RAY, "the device's app raised an error: KeyError: 'no such key'"),
-        (2, OF_RAY_TWICE, "the device's app raised an error: ValueError: no such key"),
-        (0, "<class 'KeyError'>:<''>", "the device failed: KeyError"),
-        (0, "\x1b[1;31mred\x1b[0m alert", "the device failed: red alert"),
-        (0, "", "the device failed"),
-        (0, " \n ", "the device failed"),
-        (0, "\n  AgentApp failed\nbefore replying.", "the device failed: AgentApp failed"),
+        (2, RAISED, "the client's app raised an error: ZeroDivisionError: division by zero"),
+        (2, OF_RAY, "the client's app raised an error: KeyError: 'no such key'"),
+        (2, OF_RAY_TWICE, "the client's app raised an error: ValueError: no such key"),
+        (0, "<class 'KeyError'>:<''>", "the client failed: KeyError"),
+        (0, "\x1b[1;31mred\x1b[0m alert", "the client failed: red alert"),
+        (0, "", "the client failed"),
+        (0, " \n ", "the client failed"),
+        (0, "\n  AgentApp failed\nbefore replying.", "the client failed: AgentApp failed"),
         (
             0,
             NO_MEMORY,
-            "the device failed: OutOfMemoryError: "
+            "the client failed: OutOfMemoryError: "
             "Task was killed due to the node running low on memory.",
         ),
-        (5, NO_HEARTBEAT, "the device's node gives no sign of life"),
-        (5, "forged\x1b[2J by somebody", "the device's node gives no sign of life"),
+        (5, NO_HEARTBEAT, "the client's node gives no sign of life"),
+        (5, "forged\x1b[2J by somebody", "the client's node gives no sign of life"),
     ],
 )
 def test_an_error_becomes_a_sentence(code: int, reason: str, expected: str) -> None:
@@ -228,7 +230,7 @@ def test_an_error_becomes_a_sentence(code: int, reason: str, expected: str) -> N
 
 def test_a_long_error_is_cut() -> None:
     sentence = error_reason(0, DEAD_ACTOR)
-    assert sentence.startswith("the device failed: The actor is dead because its worker process")
+    assert sentence.startswith("the client failed: The actor is dead because its worker process")
     assert sentence.endswith("…")
     assert len(sentence) == MOST_REASON
 

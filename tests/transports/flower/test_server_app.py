@@ -17,7 +17,7 @@ from runs import adapter_bytes, stop_after_a_round
 
 @pytest.fixture(autouse=True)
 def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices are in this process; what is tested is around them."""
+    """Clients are in this process; what is tested is around them."""
 
     def over(grid: object, loaded: Loaded) -> Transport:
         with in_process(loaded) as transport:
@@ -42,7 +42,7 @@ def test_a_run_starts_from_settings_and_a_file(
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole_run)
     said = capsys.readouterr().out
     assert "droppeft: round 3/3, accuracy 0." in said
-    assert ", 2 of 2 devices, " in said
+    assert ", 2 of 2 clients, " in said
     assert load_config(tmp_path / "run" / "config.toml").transport == "flower"
 
 

@@ -50,8 +50,8 @@ def framed(out: Path) -> list[tuple[int, int]]:
     return [tuple(row[name] for name in FRAMED) for row in rows_of(out / "rounds.jsonl")]  # type: ignore[misc]
 
 
-SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "devices=3", "rounds=4")
-"""What devices keep to themselves is kept by the processes that run them."""
+SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "clients=3", "rounds=4")
+"""What clients keep to themselves is kept by the processes that run them."""
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def sharing_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory)
 def test_a_simulation_is_the_run_in_process(
     tiny_words: list[str], sharing_run: Path, tmp_path: Path
 ) -> None:
-    out, watcher = tmp_path / "run", Recorder()
-    start_run(load_config(None, [*tiny_words, *SHARING, "transport=flower"]), out, watcher)
+    out, listener = tmp_path / "run", Recorder()
+    start_run(load_config(None, [*tiny_words, *SHARING, "transport=flower"]), out, listener)
     assert everywhere(out) == everywhere(sharing_run)
-    for row, (up, down) in zip(watcher.rows, framed(out), strict=True):
+    for row, (up, down) in zip(listener.rows, framed(out), strict=True):
         assert row.upload_bytes < up < 2 * row.upload_bytes + 10_000
         assert row.download_bytes < down < 2 * row.download_bytes + 20_000
     assert framed(sharing_run) == [(None, None)] * 4
@@ -99,13 +99,13 @@ def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
                 self.processes = _processes()
                 self.processes[0].kill()
 
-    watcher = Kills()
-    many = ["transport=flower", "rounds=40", "cohort=4", "evaluation.every=40"]
-    start_run(load_config(None, [*tiny_words, *many]), tmp_path / "run", watcher)
-    accepted = [row.accepted for row in watcher.rows]
+    listener = Kills()
+    many = ["transport=flower", "rounds=40", "cohort_size=4", "evaluation.every=40"]
+    start_run(load_config(None, [*tiny_words, *many]), tmp_path / "run", listener)
+    accepted = [row.accepted for row in listener.rows]
     assert accepted[0] == accepted[-1] == 4
     assert min(accepted) < 4
-    _, alive = psutil.wait_procs(watcher.processes, timeout=20)
+    _, alive = psutil.wait_procs(listener.processes, timeout=20)
     assert alive == []
 
 
@@ -124,9 +124,9 @@ def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
     example: ModuleType, tiny_words: list[str], whole_run: Path, sharing_run: Path, tmp_path: Path
 ) -> None:
-    """Real processes, four devices on three nodes: a run of theirs, and one that began here.
+    """Real processes, four clients on three nodes: a run of theirs, and one that began here.
 
-    That one goes on with what its devices have kept before.
+    That one goes on with what its clients have kept before.
     """
     begun, out = tmp_path / "begun", tmp_path / "run"
     stop_after_a_round([*tiny_words, *SHARING], begun)
@@ -142,7 +142,7 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server's hashes are falsified: to the devices it is their texts that differ."""
+    """The server's hashes are falsified: to the clients it is their texts that differ."""
     from droppeft.transports.flower import grid
 
     real = grid.identity

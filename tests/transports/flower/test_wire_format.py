@@ -22,8 +22,8 @@ from droppeft.messages import (
     AdapterSpec,
     BaseDelta,
     Failure,
+    Instruction,
     Measurement,
-    Plan,
     Reply,
     Update,
     payload_bytes,
@@ -32,17 +32,19 @@ from droppeft.transports.flower import strict_json
 from droppeft.transports.flower.strict_json import MOST_TEXT, Malformed, one_line
 from droppeft.transports.flower.wire_format import (
     MOST_HEAD,
-    Errand,
     Packed,
-    pack_plan,
+    RunContext,
+    pack_instruction,
     pack_reply,
-    unpack_plan,
+    unpack_instruction,
     unpack_reply,
 )
-from handmade import answer_to, filled, plan_for
+from handmade import answer_to, filled, instruction_for
 
 ENOUGH = 10**9
-ERRAND = Errand(as_tree(load_config(None)), {"data_hash": "a", "split_hash": "b"}, resident=True)
+ERRAND = RunContext(
+    as_tree(load_config(None)), {"data_hash": "a", "split_hash": "b"}, model_server=True
+)
 
 # Values of every type that a message may hold, found by the dataclasses' own hints: a field that
 # is added to one of them is tested without a line here.
@@ -121,11 +123,11 @@ def fingerprint(value: Any) -> Any:
 
 
 @settings(max_examples=60)
-@given(values_of(Plan), values_of(Errand))
-def test_every_plan_comes_back(plan: Plan, errand: Errand) -> None:
-    packed = pack_plan(plan, errand)
-    assert fingerprint(unpack_plan(packed)) == fingerprint((plan, errand))
-    assert pack_plan(*unpack_plan(packed)) == packed
+@given(values_of(Instruction), values_of(RunContext))
+def test_every_instruction_comes_back(instruction: Instruction, run_context: RunContext) -> None:
+    packed = pack_instruction(instruction, run_context)
+    assert fingerprint(unpack_instruction(packed)) == fingerprint((instruction, run_context))
+    assert pack_instruction(*unpack_instruction(packed)) == packed
 
 
 @settings(max_examples=60)
@@ -138,8 +140,8 @@ def test_every_reply_comes_back(reply: Reply) -> None:
 def test_layers_and_names_keep_their_order_and_kind() -> None:
     w = np.zeros(1, np.float32)
     tensors = {"head": {"z": w, "a": w}, 3: {}, "3": {"a": w}, 10: {"b": w}, 2: {"b": w}}
-    plan, _ = unpack_plan(pack_plan(plan_for(tensors=tensors), ERRAND))
-    assert [(key, list(named)) for key, named in plan.tensors.items()] == [
+    instruction, _ = unpack_instruction(pack_instruction(instruction_for(tensors=tensors), ERRAND))
+    assert [(key, list(named)) for key, named in instruction.tensors.items()] == [
         ("head", ["z", "a"]),
         (3, []),
         ("3", ["a"]),
@@ -150,8 +152,8 @@ def test_layers_and_names_keep_their_order_and_kind() -> None:
 
 def test_one_tensor_in_two_places_is_two() -> None:
     w = np.arange(3, dtype=np.float32)
-    plan = plan_for(tensors={0: {"w": w}}, base_delta=BaseDelta("v1", {"w": w}))
-    back, _ = unpack_plan(pack_plan(plan, ERRAND))
+    instruction = instruction_for(tensors={0: {"w": w}}, base_delta=BaseDelta("v1", {"w": w}))
+    back, _ = unpack_instruction(pack_instruction(instruction, ERRAND))
     assert back.base_delta is not None
     back.tensors[0]["w"][0] = 7
     assert back.base_delta.tensors["w"].tolist() == [0, 1, 2]
@@ -160,26 +162,26 @@ def test_one_tensor_in_two_places_is_two() -> None:
 def test_an_option_keeps_its_type() -> None:
     options = (("a", True), ("b", 1), ("c", 1.0), ("d", "1"), ("e", ("x", "y")), ("f", ()))
     spec = AdapterSpec(layers=(), alpha=1.0, options=options)
-    back, _ = unpack_plan(pack_plan(plan_for(adapter=spec), ERRAND))
+    back, _ = unpack_instruction(pack_instruction(instruction_for(adapter=spec), ERRAND))
     assert fingerprint(back.adapter.options) == fingerprint(options)
 
 
 def test_equal_sets_give_equal_bytes() -> None:
     names = [f"layer.{i}.A" for i in range(50)]
-    one = plan_for(share=frozenset(names), nonce="n")
-    other = plan_for(share=frozenset(reversed(names)), nonce="n")
-    assert pack_plan(one, ERRAND) == pack_plan(other, ERRAND)
+    one = instruction_for(share=frozenset(names), nonce="n")
+    other = instruction_for(share=frozenset(reversed(names)), nonce="n")
+    assert pack_instruction(one, ERRAND) == pack_instruction(other, ERRAND)
 
 
 def test_a_number_that_is_not_finite_gets_through_to_be_judged() -> None:
-    update = answer_to(plan_for(), train_loss=float("nan"), reward=float("-inf"))
+    update = answer_to(instruction_for(), train_loss=float("nan"), reward=float("-inf"))
     back = unpack_reply(pack_reply(update), ENOUGH)
     assert isinstance(back, Update)
     assert (np.isnan(back.train_loss), back.reward) == (True, float("-inf"))
 
 
 def test_the_tensors_can_be_written_to() -> None:
-    back, _ = unpack_plan(pack_plan(plan_for(), ERRAND))
+    back, _ = unpack_instruction(pack_instruction(instruction_for(), ERRAND))
     assert all(array.flags.writeable for named in back.tensors.values() for array in named.values())
 
 
@@ -214,24 +216,24 @@ def test_packing_needs_neither_flower_nor_torch() -> None:
 @pytest.mark.parametrize("kind", [object, np.complex64, np.longdouble, "U3", "M8[s]"])
 def test_an_array_that_cannot_travel_is_not_packed(kind: Any) -> None:
     with pytest.raises(Malformed, match="the update cannot be packed"):
-        pack_reply(answer_to(plan_for(), tensors={0: {"w": np.zeros(2, kind)}}))
+        pack_reply(answer_to(instruction_for(), tensors={0: {"w": np.zeros(2, kind)}}))
 
 
 def test_a_value_that_cannot_travel_is_not_packed() -> None:
     with pytest.raises(Malformed, match="int32 is not JSON"):
-        pack_reply(answer_to(plan_for(), steps=np.int32(3)))
+        pack_reply(answer_to(instruction_for(), steps=np.int32(3)))
 
 
 def test_a_text_too_long_is_neither_packed_nor_read() -> None:
     names = frozenset(str(number) for number in range(MOST_HEAD // 8))
     with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
-        pack_plan(plan_for(share=names), ERRAND)
+        pack_instruction(instruction_for(share=names), ERRAND)
     with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
-        unpack_plan(Packed(" " * (MOST_HEAD + 1), safetensors.numpy.save({})))
+        unpack_instruction(Packed(" " * (MOST_HEAD + 1), safetensors.numpy.save({})))
 
 
 def test_a_blob_too_large_is_refused_before_it_is_read() -> None:
-    packed = pack_reply(answer_to(plan_for()))
+    packed = pack_reply(answer_to(instruction_for()))
     size = len(packed.tensors)
     assert isinstance(unpack_reply(packed, size), Update)
     with pytest.raises(Malformed, match=f"{size} bytes of tensors, {size - 1} at most"):
@@ -243,7 +245,7 @@ def test_a_blob_too_large_is_refused_before_it_is_read() -> None:
 @given(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=30), st.sampled_from("fd?"))
 def test_the_blob_is_little_larger_than_its_arrays(shapes: list[list[int]], kind: str) -> None:
     tensors = {0: {f"a long name {i}" * 20: np.zeros(s, kind) for i, s in enumerate(shapes)}}
-    packed = pack_reply(answer_to(plan_for(), tensors=tensors))
+    packed = pack_reply(answer_to(instruction_for(), tensors=tensors))
     assert len(packed.tensors) <= payload_bytes(tensors) + 200 * len(shapes) + 16
 
 
@@ -252,7 +254,7 @@ def test_the_blob_is_little_larger_than_its_arrays(shapes: list[list[int]], kind
 
 def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
     """A good Update whose text was changed."""
-    packed = pack_reply(answer_to(plan_for(), tensors=filled(1.0, 2)))
+    packed = pack_reply(answer_to(instruction_for(), tensors=filled(1.0, 2)))
     tree = json.loads(packed.head)
     change(tree["update"])
     return replace(packed, head=json.dumps(tree))
@@ -314,12 +316,12 @@ def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> 
         ),
     ],
 )
-def test_a_text_that_is_not_a_plan_is_refused(change: dict[str, Any], expected: str) -> None:
-    packed = pack_plan(plan_for(), ERRAND)
+def test_a_text_that_is_not_a_instruction_is_refused(change: dict[str, Any], expected: str) -> None:
+    packed = pack_instruction(instruction_for(), ERRAND)
     tree = json.loads(packed.head)
     tree["task"]["plan"].update(change)
     with pytest.raises(Malformed, match=expected):
-        unpack_plan(replace(packed, head=json.dumps(tree)))
+        unpack_instruction(replace(packed, head=json.dumps(tree)))
 
 
 EMPTY = safetensors.numpy.save({})
@@ -333,13 +335,13 @@ EMPTY = safetensors.numpy.save({})
         ("[" * 100_000, "not JSON"),
         ("1" * 5_000, "not JSON"),
         ('{"failure": {}, "failure": {}}', "twice"),
-        ('{"failure": {"device": 1, "device": 1, "reason": "r"}}', "twice"),
+        ('{"failure": {"client": 1, "client": 1, "reason": "r"}}', "twice"),
         ("[]", "not a JSON object"),
         ("null", "not a JSON object"),
         ("{}", "no update and no measurement and no failure"),
         ('{"task": {}}', "no update and no measurement and no failure"),
         ('{"failure": {}, "update": {}}', "no update and no measurement"),
-        ('{"failure": {}}', "lacks device, lost, reason"),
+        ('{"failure": {}}', "lacks client, lost, reason"),
         ('{"failure": []}', "not an object"),
     ],
 )
@@ -389,7 +391,7 @@ def test_what_is_said_about_a_message_repeats_nothing_of_it() -> None:
     heads = (
         f'{{"update": {{"{hostile}": 1}}}}',
         json.dumps({hostile: 1}),
-        json.dumps({"failure": {"device": hostile, "reason": hostile}}),
+        json.dumps({"failure": {"client": hostile, "reason": hostile}}),
     )
     for head in heads:
         with pytest.raises(Malformed) as caught:
@@ -413,14 +415,14 @@ def readable(packed: Packed) -> None:
 
 def a_task(packed: Packed) -> None:
     try:
-        plan, errand = unpack_plan(packed)
+        instruction, run_context = unpack_instruction(packed)
     except Malformed:
         return
-    pack_plan(plan, errand)
+    pack_instruction(instruction, run_context)
 
 
-UPDATE = pack_reply(answer_to(plan_for(), tensors={0: {"a": np.ones((2, 2), "f4")}, 1: {}}))
-TASK = pack_plan(plan_for(base_delta=BaseDelta("v", {"b": np.ones(1, "f4")})), ERRAND)
+UPDATE = pack_reply(answer_to(instruction_for(), tensors={0: {"a": np.ones((2, 2), "f4")}, 1: {}}))
+TASK = pack_instruction(instruction_for(base_delta=BaseDelta("v", {"b": np.ones(1, "f4")})), ERRAND)
 
 
 @given(st.text() | json_values.map(json.dumps), st.binary())

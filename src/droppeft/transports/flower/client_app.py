@@ -1,4 +1,4 @@
-"""Flower's ClientApp: says which devices its node serves, and takes their turns.
+"""Flower's ClientApp: says which clients its node serves, and takes their turns.
 
 Importing it loads neither torch nor transformers: on a SuperNode every message starts a process.
 """
@@ -8,14 +8,14 @@ from flwr.clientapp import ClientApp
 
 from droppeft.transports.flower.model_server import ask
 from droppeft.transports.flower.records import packed_of, record_of
-from droppeft.transports.flower.wire_format import unpack_plan
+from droppeft.transports.flower.wire_format import unpack_instruction
 
 app = ClientApp()
 
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell the server which part of the devices this node serves."""
+    """Tell the server which part of the clients this node serves."""
     node = context.node_config
     about = ConfigRecord(
         {
@@ -28,11 +28,11 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 def turn(message: Message, context: Context) -> Message:
-    """Answer one device's Plan."""
+    """Answer one client's instruction."""
     packed = packed_of(message.content)
-    _, errand = unpack_plan(packed)
-    if errand.resident:
-        reply = ask(packed, errand, context.node_id, context.node_config)
+    _, run_context = unpack_instruction(packed)
+    if run_context.model_server:
+        reply = ask(packed, run_context, context.node_id, context.node_config)
     else:
         from droppeft.transports.flower.client_runtime import answer  # loads torch
 

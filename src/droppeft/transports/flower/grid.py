@@ -15,13 +15,13 @@ from flwr.superlink.grid import InMemoryGrid
 
 from droppeft.client.run_inputs import Loaded, identity
 from droppeft.config import FlowerConfig, as_tree
-from droppeft.messages import AdapterSpec, Failure, Layout, Plan, Reply
+from droppeft.messages import AdapterSpec, Failure, Instruction, Layout, Reply
 from droppeft.transports.base import Arrival
-from droppeft.transports.flower.messenger import Post, Trouble, Unsent
+from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
 from droppeft.transports.flower.nodes import Directory
 from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
 from droppeft.transports.flower.strict_json import Malformed
-from droppeft.transports.flower.wire_format import Errand, pack_plan, unpack_reply
+from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
 
 BYTES_PER_ARRAY = 200
 """Most that safetensors needs to describe one."""
@@ -29,86 +29,92 @@ BYTES_PER_ARRAY = 200
 
 @dataclass
 class OverGrid:
-    """Plans as messages to nodes, replies as they come.
+    """instructions as messages to nodes, replies as they come.
 
     Attributes:
         post: the grid.
-        directory: which node serves which device.
-        errand: what a device needs beside its Plan.
-        devices: all devices of the run; the first exchange waits until each has a node.
+        directory: which node serves which client.
+        errand: what a client needs beside its instruction.
+        clients: all clients of the run; the first exchange waits until each has a node.
         settings: deadlines.
-        layout: the tensors of a Plan's adapter, which bound the size of a reply.
+        layout: the tensors of an instruction's adapter, which bound the size of a reply.
         check: called while waiting; raises when no reply can come any more.
     """
 
-    post: Post
+    messenger: Messenger
     directory: Directory
-    errand: Errand
-    devices: int
+    run_context: RunContext
+    clients: int
     settings: FlowerConfig
     layout: Callable[[AdapterSpec], Layout]
     check: Callable[[], None] = lambda: None
     _begun: bool = False
 
-    def exchange(self, plans: Sequence[Plan]) -> Iterator[Arrival]:
+    def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
         """Yield failures to send, replies in order of arrival, and who did not reply in time."""
         if not self._begun:
-            self.directory.find(range(self.devices), self.settings.nodes_timeout_s, self.check)
+            self.directory.find(range(self.clients), self.settings.nodes_timeout_s, self.check)
             self._begun = True
-        nodes = self.directory.find([plan.device for plan in plans], 0.0, self.check)
+        nodes = self.directory.find(
+            [instruction.client for instruction in instructions], 0.0, self.check
+        )
         waiting: dict[str, tuple[int, int]] = {}
-        for index, plan in enumerate(plans):
+        for index, instruction in enumerate(instructions):
             try:
-                name, size = self._send(plan, nodes.get(plan.device))
-            except Unsent as error:
-                yield Arrival(index, Failure(plan.device, str(error)), 0, 0)
+                name, size = self._send(instruction, nodes.get(instruction.client))
+            except NotSent as error:
+                yield Arrival(index, Failure(instruction.client, str(error)), 0, 0)
             else:
                 waiting[name] = index, size
-        yield from self._replies(plans, waiting)
+        yield from self._replies(instructions, waiting)
 
-    def _send(self, plan: Plan, node: int | None) -> tuple[str, int]:
-        """Send one Plan; return the name of its reply and its bytes."""
+    def _send(self, instruction: Instruction, node: int | None) -> tuple[str, int]:
+        """Send one instruction; return the name of its reply and its bytes."""
         if node is None:
-            raise Unsent(f"no node serves this device ({self.directory.trouble})")
-        record = record_of(pack_plan(plan, self.errand))
+            raise NotSent(f"no node serves this client ({self.directory.problem})")
+        record = record_of(pack_instruction(instruction, self.run_context))
         size = framed_bytes(record)
-        name = self.post.send(record, node, "train", str(plan.round), self.settings.deadline_s)
+        name = self.messenger.send(
+            record, node, "train", str(instruction.round), self.settings.deadline_s
+        )
         return name, size
 
     def _replies(
-        self, plans: Sequence[Plan], waiting: dict[str, tuple[int, int]]
+        self, instructions: Sequence[Instruction], waiting: dict[str, tuple[int, int]]
     ) -> Iterator[Arrival]:
         start = time.monotonic()
         while waiting and time.monotonic() - start < self.settings.deadline_s:
             self.check()
-            for name, answer in self.post.fetch(waiting):
+            for name, answer in self.messenger.fetch(waiting):
                 index, sent = waiting.pop(name)
-                size = 0 if isinstance(answer, Trouble) else framed_bytes(answer.content)
-                yield Arrival(index, self._reply(plans[index], answer), sent, size)
+                size = 0 if isinstance(answer, DeliveryError) else framed_bytes(answer.content)
+                yield Arrival(index, self._reply(instructions[index], answer), sent, size)
             if waiting:
                 time.sleep(_pause_s(time.monotonic() - start))
         for index, sent in waiting.values():
             reason = f"no reply within {self.settings.deadline_s:g} s"
-            yield Arrival(index, Failure(plans[index].device, reason), sent, 0)
+            yield Arrival(index, Failure(instructions[index].client, reason), sent, 0)
 
-    def _reply(self, plan: Plan, answer: Message | Trouble) -> Reply:
-        if isinstance(answer, Trouble):
-            return Failure(plan.device, answer.reason)
+    def _reply(self, instruction: Instruction, answer: Message | DeliveryError) -> Reply:
+        if isinstance(answer, DeliveryError):
+            return Failure(instruction.client, answer.reason)
         try:
-            return unpack_reply(packed_of(answer.content), _most_bytes(self.layout(plan.adapter)))
+            return unpack_reply(
+                packed_of(answer.content), _most_bytes(self.layout(instruction.adapter))
+            )
         except Malformed as error:
-            return Failure(plan.device, f"refused: {error}")
+            return Failure(instruction.client, f"refused: {error}")
 
 
 def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: None) -> OverGrid:
     """The transport of a run over a grid; a simulated one keeps its processes by itself."""
-    config, post = loaded.config, Post(grid)
-    resident = config.flower.resident and not isinstance(grid, InMemoryGrid)
+    config, messenger = loaded.config, Messenger(grid)
+    model_server = config.flower.model_server and not isinstance(grid, InMemoryGrid)
     return OverGrid(
-        post=post,
-        directory=Directory(post),
-        errand=Errand(as_tree(config), identity(loaded), resident),
-        devices=config.devices,
+        messenger=messenger,
+        directory=Directory(messenger),
+        run_context=RunContext(as_tree(config), identity(loaded), model_server),
+        clients=config.clients,
         settings=config.flower,
         layout=loaded.model.layout,
         check=check,

@@ -14,12 +14,12 @@ from droppeft.transports.flower.records import error_reason
 _log = logging.getLogger("droppeft")
 
 
-class Unsent(DroppeftError):
+class NotSent(DroppeftError):
     """A message that did not leave."""
 
 
 @dataclass(frozen=True)
-class Trouble:
+class DeliveryError:
     """What came instead of a reply.
 
     Attributes:
@@ -30,7 +30,7 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Post:
+class Messenger:
     """A grid, used so that one bad message harms no other.
 
     Attributes:
@@ -57,13 +57,13 @@ class Post:
         try:
             names = list(self.grid.push_messages([message]))
         except Exception as error:
-            raise Unsent(f"could not be sent: {type(error).__name__}: {error}") from error
+            raise NotSent(f"could not be sent: {type(error).__name__}: {error}") from error
         # Flower returns nothing, or None, for a message that it does not take.
         if not names or not names[0]:
-            raise Unsent("could not be sent: Flower did not take the message")
+            raise NotSent("could not be sent: Flower did not take the message")
         return names[0]
 
-    def fetch(self, names: Iterable[str]) -> Iterator[tuple[str, Message | Trouble]]:
+    def fetch(self, names: Iterable[str]) -> Iterator[tuple[str, Message | DeliveryError]]:
         """Yield what has come by now for the given names.
 
         Each is fetched by itself, since one that Flower cannot read would hide the others.
@@ -76,10 +76,10 @@ class Post:
                 continue
             except Exception as error:
                 reason = f"its reply could not be read: {type(error).__name__}: {error}"
-                yield name, Trouble(reason)
+                yield name, DeliveryError(reason)
                 continue
             for message in came:
-                yield name, message if message.has_content() else Trouble(_error_of(message))
+                yield name, message if message.has_content() else DeliveryError(_error_of(message))
 
 
 def _error_of(message: Message) -> str:

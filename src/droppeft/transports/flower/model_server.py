@@ -25,12 +25,12 @@ from typing import Any
 
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure
-from droppeft.transports.flower.wire_format import Errand, Packed, pack_reply
+from droppeft.transports.flower.wire_format import Packed, RunContext, pack_reply
 
 MODULE = "droppeft.transports.flower.model_server"
 
 IDLE_S = 600.0
-"""A resident process that was asked nothing for so long ends."""
+"""A model server that was asked nothing for so long ends."""
 
 START_S = 60.0
 """Most that a new one may take before it can be asked."""
@@ -39,16 +39,18 @@ LONGEST_FOLDER = 80
 """The path of a Unix socket has 107 bytes at most."""
 
 
-def ask(packed: Packed, errand: Errand, node_id: int, node: Mapping[str, Any]) -> Packed:
-    """Have the resident process of this node and run answer, starting it if there is none.
+def ask(packed: Packed, run_context: RunContext, node_id: int, node: Mapping[str, Any]) -> Packed:
+    """Have the model server of this node and run answer, starting it if there is none.
 
     Args:
-        packed: a Plan.
+        packed: an instruction.
         errand: what came with it, which tells runs apart.
-        node_id: Flower's; nodes of one machine have resident processes of their own.
+        node_id: Flower's; nodes of one machine have model serveres of their own.
         node: the node's configuration.
     """
-    mark = json.dumps([node_id, dict(errand.config), dict(errand.identity)], sort_keys=True)
+    mark = json.dumps(
+        [node_id, dict(run_context.config), dict(run_context.identity)], sort_keys=True
+    )
     place = _folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}.sock"
     try:
         with _connection(place) as connection:
@@ -57,7 +59,7 @@ def ask(packed: Packed, errand: Errand, node_id: int, node: Mapping[str, Any]) -
             return _receive(connection)
     except (EOFError, OSError) as error:
         said = f"{type(error).__name__} {error}".strip()
-        reason = f"its resident process is gone ({said}); see {_log_of(place)}"
+        reason = f"its model server is gone ({said}); see {_log_of(place)}"
         return pack_reply(Failure(-1, reason))
 
 
@@ -143,7 +145,7 @@ def _start(place: Path) -> Connection:
         if connection is not None:
             return connection
         time.sleep(0.05)
-    raise ConnectionRefusedError("could not be started; flower.resident=false does without")
+    raise ConnectionRefusedError("could not be started; flower.model_server=false does without")
 
 
 def _folder() -> Path:

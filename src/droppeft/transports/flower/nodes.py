@@ -1,4 +1,4 @@
-"""Which of Flower's nodes serves which device: nodes say so themselves."""
+"""Which of Flower's nodes serves which client: nodes say so themselves."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from droppeft.transports.flower.messenger import Post, Trouble, Unsent
+from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
 
 _log = logging.getLogger("droppeft")
 
@@ -19,28 +19,28 @@ INTRODUCTION_S = 600.0
 class Directory:
     """The nodes that have introduced themselves.
 
-    A node with ``partition-id`` p of ``num-partitions`` n serves the devices d with d mod n = p,
-    so that any number of nodes serves any number of devices. Ids of nodes mean nothing, and one
-    that comes back may have another. Of several that serve a device the last met is taken.
+    A node with ``partition-id`` p of ``num-partitions`` n serves the clients d with d mod n = p,
+    so that any number of nodes serves any number of clients. Ids of nodes mean nothing, and one
+    that comes back may have another. Of several that serve a client the last met is taken.
 
     Attributes:
         post: how they are reached.
         trouble: the last reason for which a node serves nothing.
     """
 
-    post: Post
-    trouble: str = "none is connected"
+    messenger: Messenger
+    problem: str = "none is connected"
     _parts: dict[int, tuple[int, int]] = field(default_factory=dict)
     _useless: set[int] = field(default_factory=set)
     _asked: dict[str, int] = field(default_factory=dict)
 
     def find(
-        self, devices: Collection[int], wait_s: float, check: Callable[[], None]
+        self, clients: Collection[int], wait_s: float, check: Callable[[], None]
     ) -> Mapping[int, int]:
-        """Find a connected node for each device.
+        """Find a connected node for each client.
 
         Args:
-            devices: whose node is wanted.
+            clients: whose node is wanted.
             wait_s: how long to wait for those that are missing.
             check: called while waiting; may raise.
         """
@@ -48,29 +48,31 @@ class Directory:
         failed: set[int] = set()
         while True:
             check()
-            connected = self.post.nodes()
+            connected = self.messenger.nodes()
             self._ask(connected - self._parts.keys() - self._useless - failed)
             failed |= self._listen()
-            found = self._serving(devices, connected)
-            if len(found) == len(set(devices)) or time.monotonic() >= end:
+            found = self._serving(clients, connected)
+            if len(found) == len(set(clients)) or time.monotonic() >= end:
                 return found
             time.sleep(0.1)
 
-    def _serving(self, devices: Collection[int], connected: Collection[int]) -> dict[int, int]:
+    def _serving(self, clients: Collection[int], connected: Collection[int]) -> dict[int, int]:
         present = [(node, part) for node, part in self._parts.items() if node in connected]
         return {
-            device: node
+            client: node
             for node, (part, parts) in present
-            for device in devices
-            if device % parts == part
+            for client in clients
+            if client % parts == part
         }
 
     def _ask(self, nodes: Collection[int]) -> None:
         waiting = set(self._asked.values())
         for node in sorted(set(nodes) - waiting):
             try:
-                name = self.post.send(RecordDict(), node, "query", "introduction", INTRODUCTION_S)
-            except Unsent as error:
+                name = self.messenger.send(
+                    RecordDict(), node, "query", "introduction", INTRODUCTION_S
+                )
+            except NotSent as error:
                 self._note(node, str(error))
             else:
                 self._asked[name] = node
@@ -78,9 +80,9 @@ class Directory:
     def _listen(self) -> set[int]:
         """Hear who has answered; return those that failed to, who may be asked again later."""
         failed = set()
-        for name, answer in self.post.fetch(self._asked):
+        for name, answer in self.messenger.fetch(self._asked):
             node = self._asked.pop(name)
-            if isinstance(answer, Trouble):
+            if isinstance(answer, DeliveryError):
                 failed.add(node)
                 self._note(node, answer.reason)
                 continue
@@ -93,8 +95,8 @@ class Directory:
         return failed
 
     def _note(self, node: int, reason: str) -> None:
-        self.trouble = f"node {node}: {reason}"
-        _log.warning("node %d serves no device: %s", node, reason)
+        self.problem = f"node {node}: {reason}"
+        _log.warning("node %d serves no client: %s", node, reason)
 
 
 def _part_of(message: Message) -> tuple[int, int] | None:

@@ -28,15 +28,15 @@ _RAISED = re.compile(r"<class '([^']*)'>:<'(.*)'>", re.DOTALL)
 
 # What happened, and whether the text that comes with it adds anything.
 _MEANINGS = {
-    ErrorCode.UNKNOWN: ("the device failed", True),
-    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: ("the device cannot load its app", True),
-    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: ("the device's app raised an error", True),
+    ErrorCode.UNKNOWN: ("the client failed", True),
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: ("the client cannot load its app", True),
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: ("the client's app raised an error", True),
     ErrorCode.MESSAGE_UNAVAILABLE: ("the message or its reply is gone: late, or cut off", False),
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: ("the reply came, but was not fetched in time", False),
-    ErrorCode.NODE_UNAVAILABLE: ("the device's node gives no sign of life", False),
-    ErrorCode.MOD_FAILED_PRECONDITION: ("a mod of the device's app refused the message", True),
-    ErrorCode.INVALID_FAB: ("the device could not verify the app's bundle", False),
-    ErrorCode.CLIENT_APP_CRASHED: ("the device's app died while it worked", False),
+    ErrorCode.NODE_UNAVAILABLE: ("the client's node gives no sign of life", False),
+    ErrorCode.MOD_FAILED_PRECONDITION: ("a mod of the client's app refused the message", True),
+    ErrorCode.INVALID_FAB: ("the client could not verify the app's bundle", False),
+    ErrorCode.CLIENT_APP_CRASHED: ("the client's app died while it worked", False),
 }
 
 
@@ -65,7 +65,7 @@ def packed_of(record: RecordDict) -> Packed:
 def framed_bytes(record: RecordDict) -> int:
     """Count the bytes of all objects that Flower sends for a message's content, each once.
 
-    That is what one device loads or sends, and a function of the content alone. Not counted: the
+    That is what one client loads or sends, and a function of the content alone. Not counted: the
     Message object around it (addresses and times, 100 to 300 bytes), and HTTP.
     """
     with no_object_id_recompute():

@@ -1,4 +1,4 @@
-"""Flower's simulation engine: one virtual SuperNode per device, in Ray's processes."""
+"""Flower's simulation engine: one virtual SuperNode per client, in Ray's processes."""
 
 import logging
 import queue
@@ -28,12 +28,12 @@ STOP_S = 30.0
 """What it may take when its processes are ended for it."""
 
 ACTOR = "ray::ClientAppActor"
-"""How Ray names the processes in which Flower runs devices."""
+"""How Ray names the processes in which Flower runs clients."""
 
 
 @contextmanager
 def simulated(loaded: Loaded) -> Iterator[Transport]:
-    """Run Flower's simulation engine beside this thread, one virtual SuperNode per device.
+    """Run Flower's simulation engine beside this thread, one virtual SuperNode per client.
 
     Raises:
         DroppeftError: the engine could not be started or has stopped.
@@ -58,7 +58,7 @@ class _Engine:
         server = ServerApp()
         server.main()(self._lend)
         self._thread = threading.Thread(
-            target=self._run, args=(server, config.devices, _resources(config)), daemon=True
+            target=self._run, args=(server, config.clients, _resources(config)), daemon=True
         )
         self._thread.start()
 
@@ -108,7 +108,7 @@ class _Engine:
 
 
 def _resources(config: Config) -> dict[str, Any]:
-    """As many devices at once as cores allow with the run's thread count each.
+    """As many clients at once as cores allow with the run's thread count each.
 
     Flower hands its "client resources" to Ray as they are, so they may ask that a process which
     died is started again. Flower's pool keeps the dead one and would lose every turn given to it.
@@ -131,7 +131,7 @@ def _resources(config: Config) -> dict[str, Any]:
 
 
 def _processes() -> list[psutil.Process]:
-    """Ray's processes that run devices, below this one."""
+    """Ray's processes that run clients, below this one."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

@@ -1,4 +1,5 @@
-"""Plans and Replies as JSON text and one safetensors blob, and back; nothing is ever unpickled.
+"""instructions and Replies as JSON text and one safetensors blob, and back; nothing is ever
+unpickled.
 
 The text follows the fields and types of the dataclasses themselves: a message that gains a field
 needs no line here. What comes in is taken for hostile until every value has its declared type.
@@ -13,7 +14,7 @@ from typing import Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from droppeft.messages import Array, Failure, Measurement, Plan, Reply, Update
+from droppeft.messages import Array, Failure, Instruction, Measurement, Reply, Update
 from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
 
 MOST_HEAD = 1_000_000
@@ -41,47 +42,47 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Errand:
-    """What a device is told besides its Plan, so that it needs no configuration of its own.
+class RunContext:
+    """What a client is told besides its instruction, so that it needs no configuration of its own.
 
     Attributes:
         config: the run's resolved configuration, the tree of ``config.as_tree``.
-        identity: hashes of the texts, split and backbone that the device must find.
-        resident: whether a process beside the device may keep the model for the next message.
+        identity: hashes of the texts, split and backbone that the client must find.
+        model_server: whether a process beside the client may keep the model for the next message.
     """
 
     config: Mapping[str, Any]
     identity: Mapping[str, str]
-    resident: bool
+    model_server: bool
 
 
 @dataclass(frozen=True)
-class _Task:
-    plan: Plan
-    errand: Errand
+class _Message:
+    instruction: Instruction
+    run_context: RunContext
 
 
-def pack_plan(plan: Plan, errand: Errand) -> Packed:
-    """Pack what a device is sent; equal content in equal order gives equal bytes.
+def pack_instruction(instruction: Instruction, run_context: RunContext) -> Packed:
+    """Pack what a client is sent; equal content in equal order gives equal bytes.
 
     Raises:
         Malformed: it holds what cannot travel, or its text is too long.
     """
-    return _pack("task", _Task(plan, errand))
+    return _pack("task", _Message(instruction, run_context))
 
 
-def unpack_plan(packed: Packed) -> tuple[Plan, Errand]:
-    """Read what :func:`pack_plan` made.
+def unpack_instruction(packed: Packed) -> tuple[Instruction, RunContext]:
+    """Read what :func:`pack_instruction` made.
 
     Raises:
         Malformed: it is anything else.
     """
-    task: _Task = _unpack(packed, {"task": _Task})
-    return task.plan, task.errand
+    task: _Message = _unpack(packed, {"task": _Message})
+    return task.instruction, task.run_context
 
 
 def pack_reply(reply: Reply) -> Packed:
-    """Pack what a device answers; the reason of a Failure is made one line.
+    """Pack what a client answers; the reason of a Failure is made one line.
 
     Raises:
         Malformed: it holds what cannot travel, or its text is too long.

@@ -17,11 +17,11 @@ from droppeft.costs.step_counts import step_stored_bytes
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import load_backbone
 from droppeft.report import show_profile as report
-from droppeft.resources import profile
+from droppeft.resources import profiling
 from droppeft.resources.estimate import counts_of, option
 from droppeft.resources.model_shape import CLASSES
-from droppeft.resources.profile import Measured, at_rate, in_fresh_process, profile
 from droppeft.resources.profile_run import Trial, random_table
+from droppeft.resources.profiling import Measured, at_rate, in_fresh_process, profile
 from tiny import save_tiny_model
 
 SETTINGS = ("training.batch_size=4", "training.max_length=16", "accelerator=cpu", "threads=1")
@@ -127,7 +127,7 @@ def test_rates_take_turns_and_memory_comes_first(
         asked.append((config.dropout.mean, frugal))
         return trial(float(len(asked)))
 
-    monkeypatch.setattr(profile, "in_fresh_process", made_up)
+    monkeypatch.setattr(profiling, "in_fresh_process", made_up)
     done: list[None] = []
     found = profile(config_of(folder), [0.0, 0.5], 2, 1, lambda: done.append(None))
     assert asked == [(0, True), (0.5, True), (0, False), (0.5, False), (0, False), (0.5, False)]
@@ -167,7 +167,7 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(profile, "in_fresh_process", None)
+    monkeypatch.setattr(profiling, "in_fresh_process", None)
     assert run(monkeypatch, f"model={folder}", *words) == cli.USER_ERROR
     shown = capsys.readouterr()
     assert sentence in shown.err
@@ -176,8 +176,8 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(
 
 def in_a_fork(monkeypatch: pytest.MonkeyPatch, do: Callable[..., object], folder: Path) -> None:
     """Let the trial's process, a copy of this one, do something else."""
-    monkeypatch.setattr(profile, "_start_method", lambda: "fork")
-    monkeypatch.setattr(profile, "run_trial", do)
+    monkeypatch.setattr(profiling, "_start_method", lambda: "fork")
+    monkeypatch.setattr(profiling, "run_trial", do)
     in_fresh_process(at_rate(config_of(folder), 0.25), 1, frugal=False)
 
 

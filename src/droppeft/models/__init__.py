@@ -1,0 +1,1 @@
+"""Backbones: loading, precision, quantisation, offloading."""
