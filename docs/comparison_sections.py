@@ -17,7 +17,7 @@ from tables import (
     was_compared,
 )
 
-from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.study_files import RunRecord, Study
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.writers import COLUMNS, failures, heading, references
 
@@ -102,8 +102,8 @@ MEASURED = (
 DATA = """\
 ## Data and models of the contest
 
-Neither is part of this repository. Files as they were played (in `$DROPPEFT_DATA`; training and
-test rows); others with the same columns can be played too, and will give other numbers.
+Neither is part of this repository. Files as they were run (in `$DROPPEFT_DATA`; training and
+test rows); others with the same columns can be run too, and will give other numbers.
 
 - `ag_news`, news in four classes (26,855 and 7,600): a class-balanced part of the 120,000.
 - `qqp`, pairs of questions, class 1 for duplicates (21,391 and 7,598): parts, 49 % duplicates
@@ -159,8 +159,8 @@ def synthetic_sections() -> list[str]:
 
 
 def _comparison(name: str) -> str:
-    study, played, parts = read_parts(name)
-    results = [outcome_of(one) for one in played if one.result is not None]
+    study, records, parts = read_parts(name)
+    results = [outcome_of(one) for one in records if one.result is not None]
     walls = sorted(result["host_wall_s"] for result in results)
     title, about = COMPARISONS[name]
     target = study.target
@@ -168,7 +168,7 @@ def _comparison(name: str) -> str:
         title=title,
         name=name,
         about=about,
-        seeds=seeds_of_comparison(study, played),
+        seeds=seeds_of_comparison(study, records),
         target=TARGET.format(target.variant, target.minus) if target else "",
         measured="" if name in UNFIT else MEASURED,
         place=" and ".join(dict.fromkeys(processor(one["machine"]) for one in results)),
@@ -178,7 +178,7 @@ def _comparison(name: str) -> str:
     if (FIGURES / f"{name}.png").is_file():
         picture = [f"![{title}: time, accuracies and traffic](figures/{name}.png)\n"]
     rounds: dict[tuple[str, str], int] = {}
-    for one in played:
+    for one in records:
         if one.result is not None:
             rounds[one.place] = max(rounds.get(one.place, 0), one.result["rounds"])
     return "\n".join(
@@ -190,12 +190,12 @@ def _comparison(name: str) -> str:
     )
 
 
-def read_parts(name: str) -> tuple[Study, list[Played], list[Part]]:
+def read_parts(name: str) -> tuple[Study, list[RunRecord], list[Part]]:
     """A comparison with its parts, own majorities filled in where its runs do not know them."""
-    study, played = read_compared(name)
-    parts = summary(study, played)
+    study, records = read_compared(name)
+    parts = summary(study, records)
     found = read_values("own_majority")["accuracies"].get(name, {})
-    return study, played, [_with_own_majority(part, found, study.seeds) for part in parts]
+    return study, records, [_with_own_majority(part, found, study.seeds) for part in parts]
 
 
 def _with_own_majority(
@@ -231,20 +231,20 @@ def _synthetic(content: Mapping[str, Any]) -> str:
         window=settings["window"],
         measuring=settings["measuring"],
     )
-    played: dict[str, dict[str, Mapping[str, Any]]] = {}
+    records: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in read_table("configurator_synthetic"):
-        played.setdefault(row["problem"], {})[row["policy"]] = row
+        records.setdefault(row["problem"], {})[row["policy"]] = row
     rows = [
         [
             name,
             found["best_fixed_arm"],
-            *(_ratio(played[name][player]) for player in PLAYERS),
+            *(_ratio(records[name][player]) for player in PLAYERS),
             f"{found['mean_fixed_ratio']:.2f}",
         ]
         for name, found in content["problems"].items()
     ]
     columns = ("problem", "best fixed arm", *PLAYERS, "mean fixed arm")
-    thompson = [rows["budgeted_thompson"] for rows in played.values()]
+    thompson = [rows["budgeted_thompson"] for rows in records.values()]
     fixed = [found["best_fixed_idle_share"] for found in content["problems"].values()]
     idle = (
         f"Idle: {_range([one['idle_share'] for one in thompson])} with `budgeted_thompson`, "

@@ -11,7 +11,7 @@ from typing import Any
 from studies import seeds_of_comparison
 from tables import FIGURES, read_compared, was_compared
 
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part, summary
 from droppeft.report.drawing import INK, looks, style
 from droppeft.report.figures import AXES, curve_points, mean_curve
@@ -26,8 +26,8 @@ def draw(name: str) -> None:
     """The picture of one comparison; its members look as they do in the first."""
     from matplotlib.figure import Figure
 
-    study, played = read_compared(name)
-    parts = summary(study, played)
+    study, records = read_compared(name)
+    parts = summary(study, records)
     variants = dict.fromkeys([*read_compared(CONTESTS[0])[0].variants, *study.variants])
     numbers = {variant: number for number, variant in enumerate(variants)}
     width = 1.2 + 3.1 * len(parts)
@@ -35,7 +35,7 @@ def draw(name: str) -> None:
         figure = Figure(figsize=(width, 6.6 if len(parts) > 1 else 7.6), layout="constrained")
         grid: Any = figure.subplots(2, len(parts), squeeze=False)
         for (above, below), part in zip(grid.T, parts, strict=True):
-            runs = [one for one in played if one.place == (part.data, part.model)]
+            runs = [one for one in records if one.place == (part.data, part.model)]
             _curves(above, part, runs, numbers)
             _own_models(below, part, numbers)
         grid[0, 0].set_ylabel("accuracy of the global model")
@@ -50,14 +50,16 @@ def draw(name: str) -> None:
             markerscale=0.6,
             columnspacing=1.4,
         )
-        note = f"means over {seeds_of_comparison(study, played)}; dotted: the target; large: ours"
+        note = f"means over {seeds_of_comparison(study, records)}; dotted: the target; large: ours"
         figure.suptitle(note.replace("**", ""), fontsize=9.5, x=0.01, ha="left")
         figure.savefig(FIGURES / f"{name}.png", dpi=150, facecolor="white")
 
 
-def _curves(axis: Any, part: Part, played: Sequence[Played], numbers: Mapping[str, int]) -> None:
+def _curves(
+    axis: Any, part: Part, records: Sequence[RunRecord], numbers: Mapping[str, int]
+) -> None:
     for row in part.rows:
-        runs = [one for one in played if one.variant == row.variant and one.result]
+        runs = [one for one in records if one.variant == row.variant and one.result]
         found = mean_curve([curve_points(one.rows, CLOCK) for one in runs])
         if found:
             across, up = zip(*found, strict=True)

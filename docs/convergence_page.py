@@ -205,8 +205,8 @@ def convergence_page() -> str:
 
 
 def _read() -> tuple[Study, Runs, Found]:
-    study, played = read_compared(NAME)
-    runs = runs_of(played)
+    study, records = read_compared(NAME)
+    runs = runs_of(records)
     found: dict[Setting, dict[str, Seeds]] = {}
     for variant, own in runs.items():
         known = outcome_of(next(iter(own.values())))

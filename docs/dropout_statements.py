@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from studies import Runs, bare, outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, read_compared, was_compared
 
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 
 NAME = "statements"
 NOTHING = "nothing dropped"
@@ -153,16 +153,16 @@ def _variants(runs: Runs) -> str:
     return markdown_table(columns, lines)
 
 
-def _peak(run: Played) -> float:
+def _peak(run: RunRecord) -> float:
     return float(max(row["activation_bytes_peak"] for row in run.rows)) / 1e6
 
 
-def _least_steps(run: Played) -> float:
+def _least_steps(run: RunRecord) -> float:
     layers = zip(*(row["layer_steps"] for row in run.rows if row["layer_steps"]), strict=True)
     return min(map(sum, layers))
 
 
-def _mean_dropped(run: Played) -> float:
+def _mean_dropped(run: RunRecord) -> float:
     layers: int = outcome_of(run)["num_layers"]
     return 1 - fmean(row["mean_active_layers"] for row in run.rows) / layers
 
@@ -173,7 +173,7 @@ def _predictors(runs: Runs) -> str:
     if len(dropping) < 4:
         return ""
 
-    def means(value: Callable[[Played], float]) -> list[float]:
+    def means(value: Callable[[RunRecord], float]) -> list[float]:
         return [fmean(map(value, own)) for own in dropping]
 
     table = np.array([means(_least_steps), means(_mean_dropped), means(final_loss)]).T

@@ -5,13 +5,13 @@ from statistics import fmean
 
 from studies import Seeds, bare
 
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 
 ENOUGH = 3
 """Seeds without which nothing is said."""
 
 
-def final_loss(run: Played, last: int | None = None) -> float:
+def final_loss(run: RunRecord, last: int | None = None) -> float:
     """Of the global model: mean of the last two evaluations, so that one alone decides nothing.
 
     Args:
@@ -20,13 +20,13 @@ def final_loss(run: Played, last: int | None = None) -> float:
     return fmean(_evaluations(run, "global_loss", last)[-2:])
 
 
-def final_accuracy(run: Played) -> float:
+def final_accuracy(run: RunRecord) -> float:
     """Of the global model, over the same evaluations."""
     return fmean(_evaluations(run, "global_accuracy")[-2:])
 
 
 def gaps(
-    one: Seeds, other: Seeds, value: Callable[[Played], float] = final_loss
+    one: Seeds, other: Seeds, value: Callable[[RunRecord], float] = final_loss
 ) -> dict[int, float]:
     """First less second, by the seeds that both have."""
     return {seed: value(one[seed]) - value(other[seed]) for seed in sorted(one.keys() & other)}
@@ -47,6 +47,6 @@ def signed(values: Iterable[float], places: int = 3) -> str:
     return bare(", ".join(f"{one:+.{places}f}" for one in values)) or "–"
 
 
-def _evaluations(run: Played, key: str, last: int | None = None) -> list[float]:
+def _evaluations(run: RunRecord, key: str, last: int | None = None) -> list[float]:
     rows = [row for row in run.rows if last is None or row["round"] <= last]
     return [row[key] for row in rows if row[key] is not None]

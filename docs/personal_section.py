@@ -7,7 +7,7 @@ from statistics import fmean
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, read_compared, was_compared
 
-from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.study_files import RunRecord, Study
 from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS
 from droppeft.sharing.selection import count_of
@@ -71,7 +71,7 @@ ACCURACIES = ("global", "personalised", "worst tenth")
 
 def personal_sections() -> list[str]:
     """A section per study that was made."""
-    makers: dict[str, Callable[[Study, Sequence[Played]], str]] = {
+    makers: dict[str, Callable[[Study, Sequence[RunRecord]], str]] = {
         "personalisation": _personalisation,
         "sharing_heterogeneity": _heterogeneity,
         "sharing_confirmation": _confirmation,
@@ -81,8 +81,8 @@ def personal_sections() -> list[str]:
     return [make(*read_compared(name)) for name, make in makers.items() if was_compared(name)]
 
 
-def _personalisation(study: Study, played: Sequence[Played]) -> str:
-    runs = runs_of(played)
+def _personalisation(study: Study, records: Sequence[RunRecord]) -> str:
+    runs = runs_of(records)
     lines = [
         (
             variant,
@@ -98,7 +98,7 @@ def _personalisation(study: Study, played: Sequence[Played]) -> str:
     return f"{head}\n{markdown_table(columns, lines)}"
 
 
-def _least_covered(own: Mapping[int, Played]) -> str:
+def _least_covered(own: Mapping[int, RunRecord]) -> str:
     """Part of a round's clients that sent the layer that the fewest sent."""
     parts = []
     for run in own.values():
@@ -108,8 +108,8 @@ def _least_covered(own: Mapping[int, Played]) -> str:
     return f"{fmean(parts):.0%}"
 
 
-def _heterogeneity(study: Study, played: Sequence[Played]) -> str:
-    runs = runs_of(played)
+def _heterogeneity(study: Study, records: Sequence[RunRecord]) -> str:
+    runs = runs_of(records)
     lines = []
     for variant, own in runs.items():
         split = variant.rpartition(", ")[0]
@@ -122,21 +122,21 @@ def _heterogeneity(study: Study, played: Sequence[Played]) -> str:
     return f"{HETEROGENEITY.format(**shown_settings(runs))}\n{markdown_table(columns, lines)}"
 
 
-def _confirmation(study: Study, played: Sequence[Played]) -> str:
+def _confirmation(study: Study, records: Sequence[RunRecord]) -> str:
     lines = []
-    for data, model in dict.fromkeys(one.place for one in played):
-        runs = runs_of([one for one in played if one.place == (data, model)])
+    for data, model in dict.fromkeys(one.place for one in records):
+        runs = runs_of([one for one in records if one.place == (data, model)])
         for variant, own in runs.items():
             differences = _differences(own, runs.get("share all", {}))
             place = (Path(data).name, Path(model).name)
             lines.append((*place, variant, *_accuracies(own), *differences, *_traffic(own)))
     columns = ("data", "model", *_columns("way", "sharing all"))
-    head = CONFIRMATION.format(**shown_settings(runs_of(played)))
+    head = CONFIRMATION.format(**shown_settings(runs_of(records)))
     return f"{head}\n{markdown_table(columns, lines)}"
 
 
-def _newcomers(study: Study, played: Sequence[Played]) -> str:
-    runs = runs_of(played)
+def _newcomers(study: Study, records: Sequence[RunRecord]) -> str:
+    runs = runs_of(records)
     lines = []
     for variant, own in runs.items():
         results = _results(own)
@@ -146,9 +146,9 @@ def _newcomers(study: Study, played: Sequence[Played]) -> str:
     return f"{NEWCOMERS.format(**shown_settings(runs))}\n{markdown_table(NEWCOMER_COLUMNS, lines)}"
 
 
-def _ablation(study: Study, played: Sequence[Played]) -> str:
-    runs = runs_of(played)
-    [part] = summary(study, played)
+def _ablation(study: Study, records: Sequence[RunRecord]) -> str:
+    runs = runs_of(records)
+    [part] = summary(study, records)
     to_target = {row.variant: COLUMNS["to target, modelled"](row) for row in part.rows}
     lines = []
     for variant, own in runs.items():
@@ -182,16 +182,16 @@ def _columns(what: str, other: str) -> tuple[str, ...]:
     )
 
 
-def _results(own: Mapping[int, Played]) -> list[Mapping[str, float | None]]:
+def _results(own: Mapping[int, RunRecord]) -> list[Mapping[str, float | None]]:
     return [one.result for one in own.values() if one.result is not None]
 
 
-def _accuracies(own: Mapping[int, Played]) -> list[str]:
+def _accuracies(own: Mapping[int, RunRecord]) -> list[str]:
     keys = ("global_accuracy", "personalised_accuracy", "personalised_worst_tenth")
     return [spread([result[key] for result in _results(own)]) for key in keys]
 
 
-def _differences(own: Mapping[int, Played], other: Mapping[int, Played]) -> list[str]:
+def _differences(own: Mapping[int, RunRecord], other: Mapping[int, RunRecord]) -> list[str]:
     found = []
     for key in ("global_accuracy", "personalised_accuracy"):
         points = [
@@ -205,12 +205,12 @@ def _differences(own: Mapping[int, Played], other: Mapping[int, Played]) -> list
     return found
 
 
-def _value(run: Played, key: str) -> float | None:
+def _value(run: RunRecord, key: str) -> float | None:
     value: float | None = outcome_of(run)[key]
     return value
 
 
-def _traffic(own: Mapping[int, Played]) -> list[str]:
+def _traffic(own: Mapping[int, RunRecord]) -> list[str]:
     results = _results(own)
     return [
         f"{fmean(result[key] or 0 for result in results) / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, processor, read_compared, read_table, read_values, was_compared
 
 from droppeft.bandit.policies import LOT, POLICIES
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import target_accuracies, time_to_target
 
 STUDIES = {
@@ -136,13 +136,13 @@ def _measuring(clients: Sequence[Mapping[str, Any]], clock: str) -> float:
 
 def _section(name: str) -> str:
     title, others = STUDIES[name]
-    study, played = read_compared(name)
+    study, records = read_compared(name)
     for other in others:
         if was_compared(other):
-            played += read_compared(other)[1]
-    played = [one for one in played if one.result is not None]
-    targets = target_accuracies(study.target, played)
-    by_variant = runs_of(played)
+            records += read_compared(other)[1]
+    records = [one for one in records if one.result is not None]
+    targets = target_accuracies(study.target, records)
+    by_variant = runs_of(records)
     times = {
         variant: {
             seed: time_to_target(run, targets.get(seed), "round_modelled_s")
@@ -151,7 +151,7 @@ def _section(name: str) -> str:
         for variant, runs in by_variant.items()
     }
     best = _best_arm(times)
-    early = min(_whole(run) for run in played)
+    early = min(_whole(run) for run in records)
     lines = [
         _line(variant, runs, by_variant.get(best or "", {}), times, best, early)
         for variant, runs in by_variant.items()
@@ -170,7 +170,7 @@ def _section(name: str) -> str:
     return "\n".join([head, markdown_table(COLUMNS, lines), *seen])
 
 
-def _reward(run: Played) -> str | None:
+def _reward(run: RunRecord) -> str | None:
     """What its gains are, if it learns; those of runs before there was a choice are of the loss."""
     known = outcome_of(run)
     return (known["reward"] or "loss") if known["policy"] in POLICIES.keys() - {LOT} else None
@@ -188,8 +188,8 @@ def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
 
 def _line(
     variant: str,
-    runs: Mapping[int, Played],
-    of_best: Mapping[int, Played],
+    runs: Mapping[int, RunRecord],
+    of_best: Mapping[int, RunRecord],
     times_of: Mapping[str, Mapping[int, float | None]],
     best: str | None,
     early: float,
@@ -234,11 +234,11 @@ def _regret(points: Sequence[float]) -> str:
     return f"{mean:.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
-def _whole(run: Played) -> float:
+def _whole(run: RunRecord) -> float:
     return float(sum(row["round_modelled_s"] for row in run.rows))
 
 
-def _at(run: Played, seconds: float) -> float:
+def _at(run: RunRecord, seconds: float) -> float:
     """Mean of the last three evaluations by then."""
     clock, found = 0.0, []
     for row in run.rows:
@@ -249,7 +249,8 @@ def _at(run: Played, seconds: float) -> float:
 
 
 def _rewards(
-    learning: Mapping[str, Mapping[int, Played]], by_variant: Mapping[str, Mapping[int, Played]]
+    learning: Mapping[str, Mapping[int, RunRecord]],
+    by_variant: Mapping[str, Mapping[int, RunRecord]],
 ) -> str:
     turns = [
         turn
@@ -286,7 +287,7 @@ class Seen:
     seconds: float
 
 
-def _turns(run: Played, name: str) -> Iterator[Seen]:
+def _turns(run: RunRecord, name: str) -> Iterator[Seen]:
     """Single arms and the lot measure no gains."""
     for row in run.rows:
         notes = row["notes"] or {"chosen": {}}

@@ -6,7 +6,7 @@ from comparison_sections import read_parts
 from studies import runs_of, seeds_of_comparison, shown_settings
 from tables import markdown_table, was_compared
 
-from droppeft.comparison.study_files import Played, Study
+from droppeft.comparison.study_files import RunRecord, Study
 from droppeft.comparison.summary import Part, VariantRow
 
 README = Path(__file__).parent.parent / "README.md"
@@ -42,16 +42,16 @@ def readme_page() -> str:
 
 def _results() -> str:
     contests = {name: read_parts(name) for name in CONTESTS if was_compared(name)}
-    study, played, _ = next(iter(contests.values()))
-    head = TEXT.format(rival=study.baseline, **shown_settings(runs_of(played)))
+    study, records, _ = next(iter(contests.values()))
+    head = TEXT.format(rival=study.baseline, **shown_settings(runs_of(records)))
     return "\n".join([head, *(_table(CONTESTS[name], *found) for name, found in contests.items())])
 
 
-def _table(title: str, study: Study, played: list[Played], parts: list[Part]) -> str:
+def _table(title: str, study: Study, records: list[RunRecord], parts: list[Part]) -> str:
     most = len(study.seeds)
     names = [Path(part.data).name for part in parts]
     columns = ["", *names, "personalised", "activations", "upload", "download"]
-    two = {one.data for one in played if one.result and one.result["classes"] == 2}
+    two = {one.data for one in records if one.result and one.result["classes"] == 2}
     own = ", ".join(_known(part.own_majority) for part in parts)
     rows = [
         *(_line(parts, most, two, one) for one in study.variants),
@@ -67,8 +67,8 @@ def _table(title: str, study: Study, played: list[Played], parts: list[Part]) ->
         ],
     ]
     head = (
-        f"{title}: {_by_data(played, 'rounds')} rounds, evaluated every "
-        f"{_by_data(played, 'evaluation_every')} rounds, {seeds_of_comparison(study, played)}."
+        f"{title}: {_by_data(records, 'rounds')} rounds, evaluated every "
+        f"{_by_data(records, 'evaluation_every')} rounds, {seeds_of_comparison(study, records)}."
     )
     return f"{head}\n\n{markdown_table(columns, rows)}"
 
@@ -77,9 +77,9 @@ def _known(value: float | None) -> str:
     return "–" if value is None else _short(value)
 
 
-def _by_data(played: list[Played], key: str) -> str:
+def _by_data(records: list[RunRecord], key: str) -> str:
     """A setting, where it depends on the data with their names."""
-    found = {Path(one.data).name: one.result[key] for one in played if one.result is not None}
+    found = {Path(one.data).name: one.result[key] for one in records if one.result is not None}
     if len(set(found.values())) == 1:
         return str(next(iter(found.values())))
     return ", ".join(f"{value} ({name})" for name, value in found.items())

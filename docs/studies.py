@@ -6,25 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from droppeft.comparison.study_files import Played, Row, Study
+from droppeft.comparison.study_files import Row, RunRecord, Study
 
-Seeds = Mapping[int, Played]
+Seeds = Mapping[int, RunRecord]
 """Runs of a member by seed."""
 
 Runs = Mapping[str, Seeds]
 """Finished runs by member and seed."""
 
 
-def runs_of(played: Sequence[Played]) -> Runs:
+def runs_of(records: Sequence[RunRecord]) -> Runs:
     """Those that have a result, members in their own order."""
-    done = [one for one in played if one.result is not None]
+    done = [one for one in records if one.result is not None]
     return {
         variant: {one.seed: one for one in done if one.variant == variant}
         for variant in dict.fromkeys(one.variant for one in done)
     }
 
 
-def outcome_of(run: Played) -> Row:
+def outcome_of(run: RunRecord) -> Row:
     """Columns of a run that has a result."""
     assert run.result is not None
     return run.result
@@ -46,9 +46,9 @@ def seeds_of(runs: Runs) -> str:
     return f"{counts[0]} seeds" if counts[0] > 1 else "one seed, **not finished**"
 
 
-def seeds_of_comparison(study: Study, played: Sequence[Played]) -> str:
+def seeds_of_comparison(study: Study, records: Sequence[RunRecord]) -> str:
     """How many seeds each member has on each of its data, and whether that is all it asks for."""
-    done = Counter((one.place, one.variant) for one in played if one.result is not None)
+    done = Counter((one.place, one.variant) for one in records if one.result is not None)
     wanted = len(study.seeds)
     least, most = min(done.values()), max(done.values())
     if least < wanted:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.study_files import Played, Study, read_tables
+from droppeft.comparison.study_files import RunRecord, Study, read_tables
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package of studies is
 from benchmarks.study import read_table as read_table
@@ -23,7 +23,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
 
-def read_compared(name: str) -> tuple[Study, list[Played]]:
+def read_compared(name: str) -> tuple[Study, list[RunRecord]]:
     """What a study asked, and its runs."""
     return read_tables(STUDIES / name)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from droppeft.client.client import Client
-from droppeft.client.client_state import folder_of
+from droppeft.client.client_state import client_folder
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.messages import Instruction, Reply, Update
@@ -152,8 +152,8 @@ def interfering(
 
         def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
             for instruction in instructions:
-                if instruction.kept is not None and when(instruction):
-                    for path in folder_of(instruction.run, instruction.client).iterdir():
+                if instruction.state_round is not None and when(instruction):
+                    for path in client_folder(instruction.run, instruction.client).iterdir():
                         what(path)
             yield from self.inner.exchange(instructions)
 

@@ -19,7 +19,7 @@ from benchmarks.study import about, write_table, write_values
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.messages import Update
 from droppeft.server.prepare import prepare
-from droppeft.server.rounds import play_round
+from droppeft.server.rounds import run_round
 from droppeft.transports.in_process import in_process
 
 NAME = "configurator_overhead"
@@ -49,7 +49,7 @@ def played(config: Config) -> tuple[Rows, Rows]:
     with in_process(prepared.loaded) as transport:
         for round in range(1, config.rounds + 1):
             spent.clear()
-            state, closed = play_round(
+            state, closed = run_round(
                 prepared.setup, method, transport, state, round, lambda reply: None
             )
             place = {"policy": config.configurator.policy, "round": round}
@@ -73,7 +73,7 @@ def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any
 def trainings(closed: Any) -> Iterator[dict[str, float]]:
     """Seconds of each merged local training of a round, and of measuring its reward."""
     updates = [one for one in closed.replies if isinstance(one, Update)]
-    turns = [turn for turn in closed.modelled.turns if turn]
+    turns = [turn for turn in closed.modelled.clients if turn]
     for update, turn in zip(updates, turns, strict=True):
         yield {
             "training_wall_s": update.cost.total_wall_s,

@@ -38,7 +38,7 @@ from droppeft.config import Config, load_config, resolve
 from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_memory import Memory
 from droppeft.resources.estimate import Option, mean_flops, option
-from droppeft.resources.profile_run import Trial
+from droppeft.resources.profile_run import ProfileRun
 from droppeft.resources.profiling import in_fresh_process
 
 NAME = "cost_model"
@@ -94,9 +94,9 @@ def configuration(words: Sequence[str]) -> Config:
     return resolve(load_config(None, opened), cuda=False)
 
 
-def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[Trial]]:
+def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[ProfileRun]]:
     """Trials of every cell, the frugal one first; cells take turns, if their time is modelled."""
-    found: dict[str, list[Trial]] = {name: [] for name in chosen}
+    found: dict[str, list[ProfileRun]] = {name: [] for name in chosen}
     for turn in range(repeats + 1):
         for number, (name, words) in enumerate(chosen.items()):
             if turn > 0 and unlike(name):
@@ -107,7 +107,7 @@ def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list
     return found
 
 
-def compared(name: str, words: Sequence[str], trials: Sequence[Trial]) -> dict[str, Any]:
+def compared(name: str, words: Sequence[str], trials: Sequence[ProfileRun]) -> dict[str, Any]:
     """One cell: modelled beside measured."""
     config = configuration(words)
     modelled: Option = option(config, None)
@@ -184,7 +184,7 @@ def draw(result: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
 
 
-def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[Trial]]) -> None:
+def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[ProfileRun]]) -> None:
     """Put what was measured beside the cells that are there."""
     known = was_measured(NAME)
     commands = read_values(NAME)["commands"] if known else []

@@ -72,7 +72,7 @@ class TakesTurns:
     """Watches a run and gives way to the other after each round."""
 
     def __init__(self, turns: Turns, variant: int) -> None:
-        self.turns, self.variant = turns, variant
+        self.clients, self.variant = turns, variant
 
     def preparing(self, what: str) -> None: ...
 
@@ -86,8 +86,8 @@ class TakesTurns:
         print(
             f"{METHODS[self.variant]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True
         )
-        self.turns.give(self.variant)
-        self.turns.take(self.variant)
+        self.clients.give(self.variant)
+        self.clients.take(self.variant)
 
 
 def run_both(folder: Path, words: list[str]) -> None:

@@ -137,7 +137,7 @@ class Stand:
         active = sample_active(rates, "exact", draw)
         step = Step(self.bench.task.collate(self.table, self.rows), active, 1.0)
         trainable = self.bench.trainable(self.bench.parameters)
-        outcome = train(trainable, [step], local_training(Config()), prefix=prefix)
+        outcome = train(trainable, [step], local_training(Config()), cached=prefix)
         if prefix:
             prefix.close()
         ran = sum(outcome.active_steps)

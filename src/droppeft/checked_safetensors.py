@@ -19,7 +19,7 @@ DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 """What reading a damaged file may raise."""
 
 
-def seal(arrays: Mapping[str, Array], head: Mapping[str, Any]) -> bytes:
+def encode_checked(arrays: Mapping[str, Array], head: Mapping[str, Any]) -> bytes:
     """Content of a file; arrays come back in the same order.
 
     Args:
@@ -32,8 +32,8 @@ def seal(arrays: Mapping[str, Array], head: Mapping[str, Any]) -> bytes:
     return content
 
 
-def unseal(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read what :func:`seal` made.
+def decode_checked(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read what :func:`encode_checked` made.
 
     Raises:
         Exception: one of :data:`DAMAGES`.

@@ -41,7 +41,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per 
 
 
 class CommandWithSettings(TyperCommand):
-    """A command with settings as words, which says so of a setting written as an option."""
+    """A command with settings as overrides, which says so of a setting written as an option."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """As click's; an unknown option that a setting is called says how to write it."""
@@ -68,18 +68,21 @@ def _top(
 
 @app.command(cls=CommandWithSettings)
 def run(
-    words: Overrides = None, out: Out = None, quiet: QuietFlag = False, as_json: JsonFlag = False
+    overrides: Overrides = None,
+    out: Out = None,
+    quiet: QuietFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Fine-tune a model across simulated clients.
 
-    Settings are words such as data=./reviews or dropout.count=3; a .toml file
-    may hold them too, and words win over it. Without any, the built-in model
+    Settings are overrides such as data=./reviews or dropout.count=3; a .toml file
+    may hold them too, and overrides win over it. Without any, the built-in model
     and data are used. docs/configuration.md lists all settings.
     """
     from droppeft.config import load_config
     from droppeft.server.run import start_run
 
-    config = load_config(*_split(words or []))
+    config = load_config(*_split(overrides or []))
     folder = out or _new_folder(config.method)
     _with_listener(lambda listener: start_run(config, folder, listener), quiet, as_json)
     if not (quiet or as_json):
@@ -105,7 +108,7 @@ def resume(
 
 @app.command(cls=CommandWithSettings)
 def compare(
-    words: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...", show_default=False),
     ] = None,
@@ -132,9 +135,9 @@ def compare(
     from droppeft.report.page import write_page
     from droppeft.server.run import Interrupted
 
-    files = [word for word in words or [] if word.endswith(".toml") and "=" not in word]
-    methods = [word for word in words or [] if "=" not in word and word not in files]
-    settings = [word for word in words or [] if "=" in word]
+    files = [word for word in overrides or [] if word.endswith(".toml") and "=" not in word]
+    methods = [word for word in overrides or [] if "=" not in word and word not in files]
+    settings = [word for word in overrides or [] if "=" in word]
     if len(files) > 1 or (files and (methods or settings)) or not (files or methods):
         raise DroppeftError(
             "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
@@ -158,10 +161,10 @@ def compare(
     )
     lines = report.Lines(console)
     try:
-        own = runner.play(mine, folder, lines)
-        played = runner.with_others(own, every, folder)
-        parts = summary.summary(study, played)
-        writers.write(folder, study, played, parts)
+        own = runner.run_cells(mine, folder, lines)
+        records = runner.with_others(own, every, folder)
+        parts = summary.summary(study, records)
+        writers.write(folder, study, records, parts)
     except (Interrupted, KeyboardInterrupt):
         _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
     except OSError as error:
@@ -221,7 +224,7 @@ def export(
 
 @app.command(cls=CommandWithSettings)
 def profile(
-    words: Overrides = None,
+    overrides: Overrides = None,
     rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
     repeats: Annotated[int, typer.Option(min=1, help="Trials per rate.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps per trial.")] = 3,
@@ -240,7 +243,7 @@ def profile(
 
     from droppeft.report import show_profile as report
 
-    config = _to_measure(words or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
+    config = _to_measure(overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
     console = Console(stderr=True) if as_json else Console()
     try:
         result = report.run_profile(config, _numbers(rates), repeats, steps, console)
@@ -256,7 +259,7 @@ def profile(
 
 @app.command(cls=CommandWithSettings)
 def estimate(
-    words: Annotated[
+    overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
     ] = None,
@@ -287,7 +290,7 @@ def estimate(
     from droppeft.report import show_estimate as report
     from droppeft.resources.estimate import combinations, limits
 
-    configs = list(combinations(*_split(words or [])))
+    configs = list(combinations(*_split(overrides or [])))
     found = limits(memory, seconds, profile, configs[0].clock.custom)
     console = Console(stderr=True) if as_json else Console()
     answer = report.consider(configs, found, profile, console)
@@ -362,9 +365,9 @@ def _name_of(comparison: Path) -> str:
     return comparison.stem if own else comparison.resolve().parent.name
 
 
-def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+def _split(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Tell the configuration file from the settings."""
-    files = [word for word in words if "=" not in word]
+    files = [word for word in overrides if "=" not in word]
     if len(files) > 1:
         odd = next((word for word in files if not word.endswith(".toml")), files[0])
         meant = _meant(odd, *files[files.index(odd) + 1 :][:1])
@@ -373,7 +376,7 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         )
     if files and not files[0].endswith(".toml"):
         raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value{_meant(*files)}")
-    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+    return (Path(files[0]) if files else None), [word for word in overrides if "=" in word]
 
 
 def _meant(word: str, value: str = "VALUE") -> str:
@@ -386,14 +389,14 @@ def _meant(word: str, value: str = "VALUE") -> str:
     return f"; did you mean {word}={value}?" if word in dict(known_keys()) else ""
 
 
-def _to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config":
-    """The configuration of a step; words win over the defaults."""
+def _to_measure(overrides: Sequence[str], defaults: Sequence[str]) -> "Config":
+    """The configuration of a step; overrides win over the defaults."""
     import torch
 
     from droppeft.config import load_config, resolve
     from droppeft.methods.rules import check_costly
 
-    path, settings = _split(words)
+    path, settings = _split(overrides)
     check_costly(settings)
     config = load_config(path, [*defaults, *settings])
     return resolve(config, cuda=torch.cuda.is_available())

@@ -107,8 +107,8 @@ class Method:
             model; :mod:`droppeft.methods.rules` calls it before anything is loaded.
         adjust: the configuration that its run has instead of the given one; of an adjusted one it
             makes nothing else.
-        own: the instruction that measures a client's own model, as it would begin the turn of that
-            round: the global model, where clients keep nothing to themselves.
+        evaluate_client: the instruction that measures a client's own model, as it would begin the
+            turn of that round: the global model, where clients keep nothing to themselves.
         has_global_model: of a configuration; otherwise the state's model, or its head, is only
             where clients begin.
         note: plain values about the last round that a reader wants in the ledger, or ``None``.
@@ -124,7 +124,7 @@ class Method:
     merge: Callable[[Setup, ServerState, Sequence[Instruction], Sequence[Reply]], ServerState]
     check: Callable[[Config], None] = _all_is_well
     adjust: Callable[[Config], Config] = _as_it_is
-    own: ForClient = _global_model
+    evaluate_client: ForClient = _global_model
     has_global_model: Callable[[Config], bool] = _always
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
     memory_type: type = NoMemory
@@ -236,7 +236,7 @@ def for_each(
     return instruction
 
 
-def measuring(for_client: ForClient) -> ForClient:
+def evaluating(for_client: ForClient) -> ForClient:
     """A method's ``own``: what a client would begin that turn with."""
 
     def own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:

@@ -63,7 +63,7 @@ class AdapterSpec:
         alpha: LoRA's scaling numerator; a layer's update counts alpha / rank.
         dropout: dropout probability on the adapter's input.
         targets: module names, or ``("default",)`` or ``("all-linear",)``.
-        tokens: virtual tokens of a prefix or prompt.
+        tokens: virtual tokens of a cached or prompt.
         options: further settings of the PEFT type, by the names of its own configuration class.
     """
 
@@ -237,8 +237,8 @@ class Instruction:
         frozen: so many of the first layers have no adapter and are never dropped: what they make
             of an example may be kept on the client.
         run: names the run; part of the place where a client keeps what is its own.
-        kept: the round at whose end the client kept what it needs and is not in ``tensors``, or
-            its own copy; ``None`` if it needs nothing of that kind.
+        state_round: the round at whose end the client kept what it needs and is not in
+            ``tensors``, or its own copy; ``None`` if it needs nothing of that kind.
         measure: the turn ends with a :class:`Measurement` of the client's own test rows, and
             changes nothing.
         untrained: so many of the first layers run, and nothing in them is trained.
@@ -268,7 +268,7 @@ class Instruction:
     nonce: str
     frozen: int = 0
     run: str = ""
-    kept: int | None = None
+    state_round: int | None = None
     measure: bool = False
     untrained: int = 0
     sharing: SharingRule | None = None
@@ -310,7 +310,7 @@ class MeasuredCost:
         rows: rows they are of.
         layer_tokens: per layer, how many of them it computed.
         reward_tokens: tokens that measuring the reward ran through all layers, padding included.
-        prefix: of the frozen first layers.
+        cached_layers: of the frozen first layers.
         scoring_tokens: tokens that scoring layers ran through all layers, padding included.
         scoring_wall_s: scoring them, as far as it is not done while training.
         personal_steps, personal_tokens, personal_wall_s: training an adapter of the client's own
@@ -325,7 +325,7 @@ class MeasuredCost:
     rows: int
     layer_tokens: tuple[int, ...]
     reward_tokens: int
-    prefix: CachedLayersCost = CachedLayersCost()
+    cached_layers: CachedLayersCost = CachedLayersCost()
     scoring_tokens: int = 0
     scoring_wall_s: float = 0.0
     personal_steps: int = 0

@@ -26,7 +26,7 @@ from droppeft.methods import METHODS, Setup
 from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
 from droppeft.runs.method_memory import decode_memory, encode_memory
 from droppeft.server.round_cost import make_clock
-from droppeft.server.rounds import play_round
+from droppeft.server.rounds import run_round
 from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.expected_costs import typical_bytes
 from handmade import (
@@ -108,7 +108,7 @@ def test_a_instruction_drops_and_trains_what_its_arm_says() -> None:
         cohort = [0, 3, 7]
         instructions = DROPPEFT.instruct(own, state, round, cohort)
         for instruction, arm in zip(instructions, given(own, state, round, cohort), strict=True):
-            lower = 2 if arm.prefix else 0
+            lower = 2 if arm.untrained else 0
             seen.add(arm)
             assert instruction.dropout is not None
             assert sum(instruction.dropout.rates[lower:]) == pytest.approx(
@@ -311,7 +311,7 @@ def test_an_arm_that_does_not_fit_is_never_given() -> None:
         other = replace(own, config=own.config.model_copy(update={"configurator": chosen}))
         for round in range(1, 15):
             for arm in given(other, state, round, small):
-                lower = 2 if arm.prefix else 0
+                lower = 2 if arm.untrained else 0
                 assert (LAYERS - lower) * (1 - arm.mean) <= 2
 
 
@@ -341,7 +341,7 @@ def test_slower_clients_get_cheaper_arms() -> None:
         instructions = DROPPEFT.instruct(own, state, round, list(range(10)))
         arms = given(own, state, round, list(range(10)))
         replies = [
-            answer_to(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.prefix)
+            answer_to(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.untrained)
             for instruction, arm in zip(instructions, arms, strict=True)
         ]
         state = as_saved(DROPPEFT.merge(own, state, instructions, replies))
@@ -410,9 +410,9 @@ def test_prompts_have_no_prefixes() -> None:
     """They stand before the first layer: all others have a backward."""
     own = setup("adapter.type=prompt_tuning")
     arms = memory_of(DROPPEFT.init(own)).arms.values()
-    assert {arm.prefix for arm in arms} == {0.0}
+    assert {arm.untrained for arm in arms} == {0.0}
     state = learnt(setup("adapter.type=prompt_tuning", "configurator.refresh=1"))
-    assert {arm.prefix for arm in memory_of(state).arms.values()} == {0.0}
+    assert {arm.untrained for arm in memory_of(state).arms.values()} == {0.0}
     instruction = instruction_for(0, train=frozenset({"prompt"}))
     prompt = {**instruction.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
     assert first_trained_layer(replace(instruction, tensors=prompt)) == 0
@@ -457,7 +457,7 @@ def test_new_arms_are_such_as_the_configuration_has() -> None:
         ]
         state = as_saved(DROPPEFT.merge(own, state, instructions, rewards))
         arms = memory_of(state).arms.values()
-        assert {arm.prefix for arm in arms} == {0.0}
+        assert {arm.untrained for arm in arms} == {0.0}
         assert {arm.shape for arm in arms} <= {"uniform", "decay"}  # nothing dropped is uniform
     assert memory_of(state).next_number > 5
 
@@ -466,7 +466,7 @@ def test_arms_that_fit_nobody_are_no_candidates() -> None:
     own = with_memory_limits(PROCESS + 2.5e6)
     state = DROPPEFT.init(own)
     for arm in memory_of(state).arms.values():
-        assert (LAYERS - 2 * bool(arm.prefix)) * (1 - arm.mean) <= 2
+        assert (LAYERS - 2 * bool(arm.untrained)) * (1 - arm.mean) <= 2
 
 
 def test_a_round_without_clients_leaves_no_note() -> None:
@@ -508,7 +508,7 @@ def test_the_order_of_arrival_does_not_matter() -> None:
                 lambda instruction: [answer_to(instruction, reward=0.1 * (instruction.client % 4))],
                 backwards=backwards,
             )
-            state, _ = play_round(own, DROPPEFT, transport, state, round, lambda reply: None)
+            state, _ = run_round(own, DROPPEFT, transport, state, round, lambda reply: None)
         return memory_of(state)
 
     memory = play(backwards=False)

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import LEAST
-from droppeft.bandit.policies import FORCED, Scored
+from droppeft.bandit.policies import FORCED, ScoredArms
 from droppeft.errors import DroppeftError
 
 
 def together(scores: list[list[float]], seconds: list[list[float]], **more: object) -> list[int]:
     fits = np.array(more.get("fits", np.ones(np.shape(scores), bool)))
     expected = np.array(more.get("expected", np.zeros(len(scores[0]))))
-    scored = Scored(np.array(scores), expected, bool(more.get("by_cost", True)))
+    scored = ScoredArms(np.array(scores), expected, bool(more.get("by_cost", True)))
     return list(choose_together(scored, np.array(seconds), fits))
 
 
@@ -71,7 +71,7 @@ def test_it_is_the_best_of_all_choices(clients: int, arms: int, seed: int) -> No
     seconds = rng.uniform(0.5, 5, (clients, arms))
     fits = rng.random((clients, arms)) < 0.8
     fits[:, 0] |= ~fits.any(axis=1)
-    chosen = choose_together(Scored(scores, np.zeros(arms)), seconds, fits)
+    chosen = choose_together(ScoredArms(scores, np.zeros(arms)), seconds, fits)
 
     def worth(choice: tuple[int, ...]) -> float:
         places = range(clients), choice

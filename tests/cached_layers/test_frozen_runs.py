@@ -35,7 +35,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 def prefixes(out: Path) -> list[dict[str, Any]]:
-    return [row["prefix"] for row in rows_of(out / "clients.jsonl")]
+    return [row["cached_layers"] for row in rows_of(out / "clients.jsonl")]
 
 
 @pytest.fixture(scope="module")

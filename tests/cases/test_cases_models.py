@@ -29,7 +29,7 @@ from droppeft.config import load_config, resolve
 from droppeft.models.loading import builtin_model_folder, load_backbone
 from droppeft.resources import profiling
 from droppeft.resources.estimate import combinations, option
-from droppeft.resources.profile_run import run_trial
+from droppeft.resources.profile_run import run_steps
 from droppeft.runs.export import export_run
 from droppeft.server.run import start_run
 from refusals import or_refused, refused
@@ -236,7 +236,7 @@ def test_a_composite_model_can_be_profiled(
     make_gemma: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def here(config: Any, steps: int, *, frugal: bool) -> Any:
-        return run_trial(config, steps, frugal=False)
+        return run_steps(config, steps, frugal=False)
 
     monkeypatch.setattr(profiling, "in_fresh_process", here)
     monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path))  # a trial sets another one

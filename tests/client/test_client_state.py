@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from droppeft.client.client_state import Lost, folder_of, load_tensors, save_tensors
+from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
 from droppeft.errors import DroppeftError
 from droppeft.messages import HEAD, Tensors, flatten
 
@@ -38,7 +38,7 @@ def test_every_run_and_client_has_a_place_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path))
-    places = {folder_of(run, client) for run in (RUN, RUN[::-1]) for client in (0, 1)}
+    places = {client_folder(run, client) for run in (RUN, RUN[::-1]) for client in (0, 1)}
     assert len(places) == 4
     assert all(tmp_path in place.parents for place in places)
 
@@ -46,7 +46,7 @@ def test_every_run_and_client_has_a_place_of_its_own(
 @pytest.mark.parametrize("run", ["", "../../etc", "a/b", "RUN", "f" * 65])
 def test_a_server_cannot_choose_another_folder(run: str) -> None:
     with pytest.raises(DroppeftError, match="the instruction names no run"):
-        folder_of(run, 0)
+        client_folder(run, 0)
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_now_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "round-000002.safetensors").mkdir()
     with pytest.raises(DroppeftError, match="cannot be read") as error:
         load_tensors(tmp_path, 2)
-    assert not isinstance(error.value, Lost)
+    assert not isinstance(error.value, StateLost)
 
 
 def test_the_state_folder_is_the_same_tomorrow(
@@ -95,16 +95,19 @@ def test_the_state_folder_is_the_same_tomorrow(
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", "here")
     with pytest.raises(DroppeftError, match="DROPPEFT_STATE=here is not an absolute path"):
-        folder_of(RUN, 0)
+        client_folder(RUN, 0)
     monkeypatch.delenv("DROPPEFT_STATE")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert folder_of(RUN, 3) == tmp_path / "droppeft" / RUN / "client-000003"
+    assert client_folder(RUN, 3) == tmp_path / "droppeft" / RUN / "client-000003"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
-    assert folder_of(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "client-000000"
+    assert client_folder(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "client-000000"
 
 
 def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is gone"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(StateLost, match="kept in round 2 is gone"),
+    ):
         load_tensors(tmp_path, 2)
     assert "round-000002.safetensors is gone" in caplog.text
 
@@ -119,7 +122,10 @@ def test_what_is_damaged_is_lost(
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     changed = {"flip": flipped, "cut": content[:-5], "empty": b"", "text": b"hello" * 20}
     path.write_bytes(changed[damage])
-    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 2 is damaged"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(StateLost, match="kept in round 2 is damaged"),
+    ):
         load_tensors(tmp_path, 2)
     assert "is damaged (" in caplog.text
 
@@ -136,7 +142,10 @@ def test_what_another_turn_kept_is_lost(
     here.mkdir(parents=True, exist_ok=True)
     if path != here / "round-000003.safetensors":
         shutil.copy(path, here / "round-000003.safetensors")
-    with caplog.at_level(logging.WARNING), pytest.raises(Lost, match="kept in round 3 is damaged"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(StateLost, match="kept in round 3 is damaged"),
+    ):
         load_tensors(here, 3)
     assert f"it is of round {round} of {place}" in caplog.text
 

@@ -17,7 +17,7 @@ import torch
 
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.client import client_state, layer_scoring
-from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -75,7 +75,7 @@ def test_a_client_shares_what_scores_lowest_and_keeps_the_rest(
     ranked = sorted(range(LAYERS), key=lambda layer: (reply.scores or ())[layer])
     assert set(kept) == set(ranked[2:])
     assert set(reply.tensors) == {*reply.shared, HEAD}
-    assert list(load_tensors(folder_of(RUN, 1), 1)) == kept
+    assert list(load_tensors(client_folder(RUN, 1), 1)) == kept
     forwards = {"no": 0, "once": 1, "per layer": LAYERS + 1}[CRITERIA[criterion].runs_model]
     assert (reply.cost.scoring_tokens > 0) == (reply.cost.scoring_wall_s > 0) == (forwards > 0)
     once = update_of(clients, with_rule(first, "cka")).cost.scoring_tokens
@@ -166,7 +166,7 @@ def test_scoring_changes_nothing_that_is_learnt(
     assert_same(plain.tensors, ruled.tensors)
     assert plain.importance == ruled.importance
     assert plain.train_loss == ruled.train_loss
-    assert not folder_of(RUN, 1).exists()
+    assert not client_folder(RUN, 1).exists()
 
 
 def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Instruction) -> None:
@@ -182,7 +182,7 @@ def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Instr
     mine = update_of(clients, later)
     assert mine.shared is not None
     assert len(mine.shared) == 2
-    assert 1 in load_tensors(folder_of(RUN, 1), 2)
+    assert 1 in load_tensors(client_folder(RUN, 1), 2)
 
 
 def test_where_there_is_no_choice_nothing_is_run_to_make_it(
@@ -200,7 +200,7 @@ def test_leave_one_out_is_the_loss_without_the_turn_s_change(
 ) -> None:
     reply = update_of(clients, with_rule(first, "leave_one_out"))
     bench, rows = clients[0].model, clients[1].rows.validation[:8]
-    trained = {**reply.tensors, **load_tensors(folder_of(RUN, 1), 1)}
+    trained = {**reply.tensors, **load_tensors(client_folder(RUN, 1), 1)}
 
     def loss(tensors: Any) -> float:
         set_tensors(bench.parameters, tensors)
@@ -272,13 +272,16 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     setup, method, state = sharing.setup, sharing.method, sharing.state
     [instruction] = method.instruct(setup, state, 1, [2])
     assert set(instruction.tensors) == {0, 1, 2, 3, HEAD}  # a first visit brings everything
-    assert (instruction.kept, instruction.sharing and instruction.sharing.shared) == (None, None)
+    assert (instruction.state_round, instruction.sharing and instruction.sharing.shared) == (
+        None,
+        None,
+    )
     state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 3))])
     [other] = method.instruct(setup, state, 2, [1])
     assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # of a client that was never there
     [instruction] = method.instruct(setup, state, 4, [2])
     assert set(instruction.tensors) == {0, 3, HEAD}
-    assert instruction.kept == 1
+    assert instruction.state_round == 1
     assert instruction.sharing is not None
     assert instruction.sharing.shared == (0, 3)
     assert_same({0: instruction.tensors[0]}, {0: state.model.tensors[0]})
@@ -286,8 +289,8 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 1))])
     [instruction] = method.instruct(setup, state, 5, [2])
     assert set(instruction.tensors) == {0, 1, HEAD}
-    assert instruction.kept == 4
-    own = method.own(setup, state, 6, 2)
+    assert instruction.state_round == 4
+    own = method.evaluate_client(setup, state, 6, 2)
     assert (set(own.tensors), own.kept, own.sharing, own.share) == (
         {0, 1, HEAD},
         4,
@@ -303,7 +306,7 @@ def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
     [instruction] = method.instruct(setup, state, 2, [2])
     late = method.merge(setup, state, [instruction], [Failure(2, "late")])
     [again] = method.instruct(setup, late, 3, [2])
-    assert (again.kept, again.sharing) == (instruction.kept, instruction.sharing)
+    assert (again.kept, again.sharing) == (instruction.state_round, instruction.sharing)
     lost = method.merge(setup, state, [instruction], [Failure(2, "gone", lost=True)])
     [anew] = method.instruct(setup, lost, 3, [2])
     assert set(anew.tensors) == {0, 1, 2, 3, HEAD}
@@ -318,13 +321,13 @@ def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
     """The same as if the server had sent it all."""
     one = update_of(clients, with_rule(first))
     assert one.shared is not None
-    kept = load_tensors(folder_of(RUN, 1), 1)
+    kept = load_tensors(client_folder(RUN, 1), 1)
     merged = {
         key: {name: array * np.float32(0.5) for name, array in named.items()}
         for key, named in one.tensors.items()
     }
-    later = with_rule(replace(first, round=2, tensors=merged, kept=1), shared=one.shared)
-    told = replace(later, tensors={**merged, **kept}, kept=None)
+    later = with_rule(replace(first, round=2, tensors=merged, state_round=1), shared=one.shared)
+    told = replace(later, tensors={**merged, **kept}, state_round=None)
     found, expected = update_of(clients, later), update_of(clients, told)
     assert found.train_loss == expected.train_loss
     assert_same(found.tensors, expected.tensors)
@@ -342,7 +345,7 @@ def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Instruction) -> N
     assert len(set(new.tensors) & {2, 3}) == 1
     later = update_of(clients, with_rule(replace(instruction, round=2), shared=(1, 2, 3)))
     assert set(later.shared or ()) & {0, 1} == {1}
-    assert_same({0: load_tensors(folder_of(RUN, 1), 2)[0]}, {0: first.tensors[0]})
+    assert_same({0: load_tensors(client_folder(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 
 
 def test_the_first_trained_layer_is_known_of_what_a_client_keeps() -> None:
@@ -513,8 +516,10 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
     assert result["personalised_devices"] == 3
     assert not (tmp_path / "run" / "adapter").exists()
     for client in range(3):
-        [*_, last] = sorted(folder_of(result["run"], client).iterdir())
-        assert list(load_tensors(folder_of(result["run"], client), int(last.stem[-6:]))) == [HEAD]
+        [*_, last] = sorted(client_folder(result["run"], client).iterdir())
+        assert list(load_tensors(client_folder(result["run"], client), int(last.stem[-6:]))) == [
+            HEAD
+        ]
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -593,7 +598,7 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
                 if isinstance(arrival.reply, Update):
                     messages.append(arrival.reply.tensors)
                     own = load_tensors(
-                        folder_of(instruction.run, instruction.client), instruction.round
+                        client_folder(instruction.run, instruction.client), instruction.round
                     )
                     kept.update(array.tobytes() for _, _, array in flatten(own) if array.any())
                     assert set(own).isdisjoint(arrival.reply.tensors)

@@ -1,4 +1,4 @@
-"""Methods side by side: which runs there are, that each is played once, and what they come to."""
+"""Methods side by side: which runs there are, that each is run once, and what they come to."""
 
 import csv
 import sys
@@ -17,13 +17,13 @@ from droppeft.comparison.grid import (
     named_on_the_command_line,
     read_comparison,
 )
-from droppeft.comparison.runner import done, play
+from droppeft.comparison.runner import done, run_cells
 from droppeft.comparison.study_files import (
     DEFINITION,
     RUNS,
     STUDY,
-    Played,
     Row,
+    RunRecord,
     Study,
     Target,
     read_tables,
@@ -196,18 +196,18 @@ def test_the_same_run_twice_is_refused() -> None:
 
 
 class Silent:
-    """Notes what was played and what was there."""
+    """Notes what was run and what was there."""
 
     def __init__(self) -> None:
-        self.played: list[tuple[str, int]] = []
+        self.records: list[tuple[str, int]] = []
         self.there: list[tuple[str, int]] = []
 
     def begins(self, cell: Any, number: int, of: int) -> Any:
         return Recorder()
 
-    def done(self, played: Played, wall_s: float | None) -> None:
-        place = self.there if wall_s is None else self.played
-        place.append((played.variant, played.seed))
+    def done(self, records: RunRecord, wall_s: float | None) -> None:
+        place = self.there if wall_s is None else self.records
+        place.append((records.variant, records.seed))
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +223,13 @@ def tiny(tiny_words: list[str]) -> Callable[..., Comparison]:
 def test_what_is_done_is_not_done_again(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
     first, second = Silent(), Silent()
     chosen = cells(tiny(seeds=[0]))
-    played = play(chosen, tmp_path, first)
-    assert first.played == [("full", 0), ("dropped", 0)]
-    again = play(cells(tiny(seeds=[0, 1])), tmp_path, second)
-    assert second.there == first.played
-    assert second.played == [("full", 1), ("dropped", 1)]
-    assert [one.result for one in again[:2]] == [one.result for one in played]
-    assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in played]
+    records = run_cells(chosen, tmp_path, first)
+    assert first.records == [("full", 0), ("dropped", 0)]
+    again = run_cells(cells(tiny(seeds=[0, 1])), tmp_path, second)
+    assert second.there == first.records
+    assert second.records == [("full", 1), ("dropped", 1)]
+    assert [one.result for one in again[:2]] == [one.result for one in records]
+    assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in records]
 
 
 def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_pat
     )
     words = [*tiny().settings, "method=fedlora", "seed=0"]
     stop_after_a_round(words, tmp_path / cell.folder)
-    [played] = play([cell], tmp_path, Silent())
-    [whole] = play([cell], tmp_path / "whole", Silent())
-    assert timeless(played.result) == timeless(whole.result)
+    [records] = run_cells([cell], tmp_path, Silent())
+    [whole] = run_cells([cell], tmp_path / "whole", Silent())
+    assert timeless(records.result) == timeless(whole.result)
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(
@@ -251,10 +251,10 @@ def test_a_variant_that_fails_does_not_stop_the_others(
     chosen = tiny(seeds=[0])
     variants = {"wrong": ["method=fedlora", "frozen.layers=4"], **chosen.variants}
     chosen = Comparison.model_validate({**chosen.model_dump(), "variants": variants})
-    played = play(cells(chosen), tmp_path, Silent())
-    assert [one.result is None for one in played] == [True, False, False]
-    assert "leaves none of the 4 layers" in (played[0].failure or "")
-    [part] = summary(chosen.study(), played)
+    records = run_cells(cells(chosen), tmp_path, Silent())
+    assert [one.result is None for one in records] == [True, False, False]
+    assert "leaves none of the 4 layers" in (records[0].failure or "")
+    [part] = summary(chosen.study(), records)
     assert part.rows[0].accuracy is None
     assert part.rows[1].accuracy is not None
     assert "wrong failed: frozen.layers=4 leaves none" in as_markdown([part])
@@ -267,8 +267,8 @@ def test_whatever_goes_wrong_is_the_variant_s(
         raise ValueError("a\nb")
 
     monkeypatch.setattr("droppeft.comparison.runner.start_run", broken)
-    played = play(cells(tiny(seeds=[0])), tmp_path, Silent())
-    assert [one.failure for one in played] == ["a", "a"]
+    records = run_cells(cells(tiny(seeds=[0])), tmp_path, Silent())
+    assert [one.failure for one in records] == ["a", "a"]
 
 
 def test_a_stop_goes_through(
@@ -279,14 +279,14 @@ def test_a_stop_goes_through(
 
     monkeypatch.setattr("droppeft.comparison.runner.start_run", stopped)
     with pytest.raises(Interrupted):
-        play(cells(tiny()), tmp_path, Silent())
+        run_cells(cells(tiny()), tmp_path, Silent())
     assert running.start_run is not stopped
 
 
 # What it comes to
 
 
-def a_run(variant: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> Played:
+def a_run(variant: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> RunRecord:
     """A run with a round per accuracy, each of so many modelled and twice as many real seconds."""
     [cell] = [
         one for one in cells(comparison(seeds=[seed])) if (one.variant, one.seed) == (variant, seed)
@@ -313,14 +313,14 @@ def a_run(variant: str, seed: int, accuracies: Sequence[float], round_s: float =
         **{"machine": {"cores": 2}, "versions": {"python": "3.11"}},
     )
     which = (cell.folder, cell.variant, cell.data, cell.model, cell.seed)
-    return Played(*which, (f"method={variant}", "rounds=4"), result, rows, [], None)
+    return RunRecord(*which, (f"method={variant}", "rounds=4"), result, rows, [], None)
 
 
-def with_result(run: Played, **columns: Any) -> Played:
+def with_result(run: RunRecord, **columns: Any) -> RunRecord:
     return replace(run, result=Row({**(run.result or {}), **columns}))
 
 
-def lost(run: Played) -> Played:
+def lost(run: RunRecord) -> RunRecord:
     return replace(run, result=None, rows=[], failure="lost")
 
 
@@ -490,13 +490,13 @@ def test_compare_from_the_command_line_to_its_files(
     assert "1 run to go: about" in shown
     assert "to target" not in shown
     assert {STUDY, DEFINITION, RUNS, CSV, MARKDOWN} < {path.name for path in out.iterdir()}
-    study, played = read_tables(out)
+    study, records = read_tables(out)
     [said] = study.commands
     assert said.startswith("droppeft compare fedlora droppeft ")
     assert [cell.folder for cell in cells(read_comparison(out / DEFINITION))] == [
-        run.folder for run in played
+        run.folder for run in records
     ]
-    for run, name in zip(played, ("fedlora", "droppeft"), strict=True):
+    for run, name in zip(records, ("fedlora", "droppeft"), strict=True):
         rows = rows_of(out / run.folder / "rounds.jsonl")
         assert [row["coverage"] for row in run.rows] == [row["coverage"] for row in rows]
         assert (run.variant, run.seed) == (name, 5)
@@ -504,8 +504,8 @@ def test_compare_from_the_command_line_to_its_files(
     with (out / CSV).open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["member"] for line in lines] == ["fedlora", "droppeft"]
-    assert played[0].result is not None
-    assert float(lines[0]["accuracy"]) == played[0].result["global_accuracy"]
+    assert records[0].result is not None
+    assert float(lines[0]["accuracy"]) == records[0].result["global_accuracy"]
     assert (out / MARKDOWN).read_text().count("| fedlora | 1 |") == 1
     code, shown, _ = command(
         "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
@@ -517,12 +517,12 @@ def test_a_comparison_goes_on_elsewhere_with_its_tables_alone(
     tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     first, second = tiny(seeds=[0]), tiny(seeds=[0, 1])
-    played = play(cells(first), tmp_path / "here", Silent())
-    write(tmp_path / "there", first.study(), played, summary(first.study(), played))
+    records = run_cells(cells(first), tmp_path / "here", Silent())
+    write(tmp_path / "there", first.study(), records, summary(first.study(), records))
     watched = Silent()
-    found = play(cells(second), tmp_path / "there", watched)
-    assert watched.played == [("full", 1), ("dropped", 1)]
-    for one, other in zip(found, played, strict=False):
+    found = run_cells(cells(second), tmp_path / "there", watched)
+    assert watched.records == [("full", 1), ("dropped", 1)]
+    for one, other in zip(found, records, strict=False):
         assert {*one.settings} == {*other.settings}
         assert replace(one, settings=()) == replace(other, settings=())
     words = [*first.settings, "quorum=2"]
@@ -558,7 +558,7 @@ def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
 def test_a_damaged_file_is_said_and_stays(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
     (tmp_path / STUDY).write_text('{"runs": [')
     with pytest.raises(DroppeftError, match=r"study\.json or a table beside it is damaged"):
-        play(cells(tiny(seeds=[0])), tmp_path, Silent())
+        run_cells(cells(tiny(seeds=[0])), tmp_path, Silent())
     assert [path.name for path in tmp_path.iterdir()] == [STUDY]
 
 
@@ -654,10 +654,10 @@ def test_the_studies_can_be_read(
 def test_every_study_has_results() -> None:
     assert len(STUDIES) > 20
     for path in STUDIES:
-        study, played = read_tables(path.parent)
+        study, records = read_tables(path.parent)
         assert study.definition == path.read_text(encoding="utf-8")
         assert {*read_comparison(path).variants} == {*study.variants}
-        assert all(one.result is not None and one.rows for one in played)
+        assert all(one.result is not None and one.rows for one in records)
 
 
 @pytest.mark.parametrize(

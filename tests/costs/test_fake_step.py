@@ -15,7 +15,7 @@ from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
 from droppeft.config import AdapterConfig
 from droppeft.costs.fake_step import FakeModel, count_step
-from droppeft.costs.operation_counter import Tally
+from droppeft.costs.operation_counter import OperationCounter
 from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
@@ -234,21 +234,21 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
     paper, model = FakeModel(config, spec), real(config, spec)
     counts = count_step(paper, ROWS, LENGTH, precision, checkpointing=True)
     for active in patterns():
-        tally = Tally(model)
+        counter = OperationCounter(model)
 
-        def note(call: Call, tally: Tally = tally) -> None:
+        def note(call: Call, counter: OperationCounter = counter) -> None:
             for tensor in call.tensors:
-                tally.store(tensor, 0)
+                counter.store(tensor, 0)
 
-        with stepping(model, active, note), tally:
-            with autocast(precision, torch.device("cpu")), tally.storing():
+        with stepping(model, active, note), counter:
+            with autocast(precision, torch.device("cpu")), counter.storing():
                 loss, _ = paper.task.loss_and_logits(model, batch(paper))
-            stored = tally.stored_bytes
+            stored = counter.stored_bytes
             loss.backward()
-        assert sum(tally.flops.values()) == step_flops(counts, active)
+        assert sum(counter.flops.values()) == step_flops(counts, active)
         assert stored == step_stored_bytes(counts, active)
         hidden_state = 4 * ROWS * LENGTH * 32  # gradients that other gates do not need
-        assert 0 <= stored + counts.passing_bytes - tally.peak_bytes <= 2 * hidden_state
+        assert 0 <= stored + counts.passing_bytes - counter.peak_bytes <= 2 * hidden_state
 
 
 @pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("llama", "bf16")])
@@ -258,13 +258,13 @@ def test_what_passes_is_the_peak_beyond_what_is_stored(family: str, precision: s
     paper, model = FakeModel(config, spec), real(config, spec)
     counts = count_step(paper, ROWS, 33, precision)
     for active in patterns():
-        tally = Tally(model)
-        with stepping(model, active), tally:
+        counter = OperationCounter(model)
+        with stepping(model, active), counter:
             with autocast(precision, torch.device("cpu")):
                 loss, _ = paper.task.loss_and_logits(model, batch(paper, ROWS, 33))
             loss.backward()
         expected = step_stored_bytes(counts, active) + counts.passing_bytes
-        assert tally.peak_bytes == pytest.approx(expected, rel=0.02), active
+        assert counter.peak_bytes == pytest.approx(expected, rel=0.02), active
 
 
 def test_frozen_layers_do_not_change_the_others() -> None:

@@ -93,7 +93,7 @@ def test_scoring_layers_costs_the_forwards_that_it_takes() -> None:
 def test_frozen_layers_run_forward_only_and_for_new_rows_only() -> None:
     # What is said of tokens in frozen layers is of no account.
     visited = replace(COST, layer_tokens=(64, 0, 32, 64))
-    built = replace(visited, prefix=CachedLayersCost(hits=4, built=4, built_tokens=20))
+    built = replace(visited, cached_layers=CachedLayersCost(hits=4, built=4, built_tokens=20))
     later = 64 * 2 * REST + 96 * (FORWARD + BACKWARD)
     assert training_flops(ARITHMETIC, visited, frozen=2) == pytest.approx(later)
     first = later + 20 * 2 * FORWARD

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from droppeft.costs.operation_counter import Tally, watched
+from droppeft.costs.operation_counter import OperationCounter, watched
 
 FLOAT = 4
 
@@ -20,88 +20,88 @@ class Square(nn.Module):
         return out
 
 
-def counted(blocks: list[Square], hidden: torch.Tensor, cut: int | None = None) -> Tally:
+def counted(blocks: list[Square], hidden: torch.Tensor, cut: int | None = None) -> OperationCounter:
     model = nn.ModuleList(blocks)
-    tally = Tally(model)
-    with tally, watched(tally, dict(enumerate(blocks)), cut):
-        with tally.storing():
+    counter = OperationCounter(model)
+    with counter, watched(counter, dict(enumerate(blocks)), cut):
+        with counter.storing():
             for block in blocks:
                 hidden = block(hidden)
             loss = hidden.sum()
-        tally.phase, tally.region = "backward", None
+        counter.phase, counter.region = "backward", None
         loss.backward()
-    return tally
+    return counter
 
 
 def test_flops_are_told_apart_by_block_and_direction() -> None:
     """A product of (6, 8) and (8, 8) is 2·6·8·8; the backward has one for the weight and, where
     something below is trained, one for the input."""
-    tally = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
+    counter = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
     product = 2 * 6 * 8 * 8
-    assert tally.flops[0, "forward"] == tally.flops[1, "forward"] == product
-    assert tally.flops[0, "backward"] == product
-    assert tally.flops[1, "backward"] == 2 * product
-    assert tally.flops_in("forward") == 2 * product
-    assert tally.flops_in("backward") == 3 * product
+    assert counter.flops[0, "forward"] == counter.flops[1, "forward"] == product
+    assert counter.flops[0, "backward"] == product
+    assert counter.flops[1, "backward"] == 2 * product
+    assert counter.flops_in("forward") == 2 * product
+    assert counter.flops_in("backward") == 3 * product
 
 
 def test_a_cut_lets_the_backward_reach_the_input_of_a_block() -> None:
-    tally = counted([Square(8), Square(8)], torch.ones(2, 3, 8), cut=0)
-    assert tally.flops[0, "backward"] == tally.flops[1, "backward"] == 2 * (2 * 6 * 8 * 8)
+    counter = counted([Square(8), Square(8)], torch.ones(2, 3, 8), cut=0)
+    assert counter.flops[0, "backward"] == counter.flops[1, "backward"] == 2 * (2 * 6 * 8 * 8)
 
 
 def test_a_block_stores_its_input_and_its_product() -> None:
     """Each of 6·8 values: the linear map needs its input, the square its own."""
-    tally = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
+    counter = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
     each = 2 * 6 * 8 * FLOAT
-    assert [tally.stored_for(0), tally.stored_for(1)] == [each, each]
-    assert tally.stored_bytes == 2 * each
+    assert [counter.stored_for(0), counter.stored_for(1)] == [each, each]
+    assert counter.stored_bytes == 2 * each
 
 
 def test_what_was_made_outside_of_blocks_is_not_theirs() -> None:
     """But for the hidden states that they are given."""
     block, mask = Square(8), torch.ones(6, 8)
-    tally = Tally(block)
-    with tally, watched(tally, {0: block}), tally.storing():
+    counter = OperationCounter(block)
+    with counter, watched(counter, {0: block}), counter.storing():
         block(torch.ones(1, 6, 8))
-        tally.store(mask, 0)
-        tally.store(mask, 1)
-    assert tally.stored_for(0) == 2 * 6 * 8 * FLOAT
-    assert tally.stored_bytes == 3 * 6 * 8 * FLOAT
+        counter.store(mask, 0)
+        counter.store(mask, 1)
+    assert counter.stored_for(0) == 2 * 6 * 8 * FLOAT
+    assert counter.stored_bytes == 3 * 6 * 8 * FLOAT
 
 
 def test_the_peak_is_of_what_lives_together() -> None:
     """Of 1,000 values each: a, b and their sum; then the sum's double while a and b are gone."""
-    tally = Tally(nn.Identity())
-    with tally:
+    counter = OperationCounter(nn.Identity())
+    with counter:
         a, b = torch.ones(1000), torch.ones(1000)
         c = a + b
-        assert tally.peak_bytes == 3 * 1000 * FLOAT
+        assert counter.peak_bytes == 3 * 1000 * FLOAT
         del a, b
         d = c * 2
         c.add_(d)  # in place: nothing new
         torch.ones(500)
-        assert tally.peak_bytes == 3 * 1000 * FLOAT
+        assert counter.peak_bytes == 3 * 1000 * FLOAT
         e, f = c + d, c - d
-    assert tally.peak_bytes == 4 * 1000 * FLOAT
+    assert counter.peak_bytes == 4 * 1000 * FLOAT
     assert len(e) == len(f)
 
 
 def test_parameters_neither_live_nor_are_stored() -> None:
     model = nn.Linear(4, 4, bias=False)
-    tally = Tally(model)
-    with tally, tally.storing():
+    counter = OperationCounter(model)
+    with counter, counter.storing():
         model(torch.ones(2, 4, requires_grad=True).clone())
     # The copy, which the weight's gradient needs, and the product; the leaf was made before.
-    assert tally.stored_bytes == 2 * 4 * FLOAT
-    assert tally.peak_bytes == 3 * 2 * 4 * FLOAT
+    assert counter.stored_bytes == 2 * 4 * FLOAT
+    assert counter.peak_bytes == 3 * 2 * 4 * FLOAT
 
 
 def test_products_with_experts_count() -> None:
     """Seven tokens of width 8, each with one of three matrices (8, 4)."""
     tokens, experts = torch.ones(7, 8), torch.ones(3, 8, 4)
     ends = torch.tensor([2, 5, 7], dtype=torch.int32)
-    tally = Tally(nn.Identity())
-    with tally:
+    counter = OperationCounter(nn.Identity())
+    with counter:
         torch._grouped_mm(tokens, experts, offs=ends)
-    assert tally.flops_in("forward") == 2 * 7 * 8 * 4
+    assert counter.flops_in("forward") == 2 * 7 * 8 * 4

@@ -182,7 +182,7 @@ def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Pre
     assert any(".lora_B." in name for name in sent)
     set_tensors(prepared.model.parameters, ones_like(prepared.state.model.tensors))
     reply = update_of(clients_of(prepared.loaded), instruction)
-    assert prepared.method.own(prepared.setup, prepared.state, 1, 1).train == sent
+    assert prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 1).train == sent
     assert {name for _, name, _ in flatten(reply.tensors)} == sent
     state = prepared.method.merge(prepared.setup, prepared.state, [instruction], [reply])
     for key, name, array in flatten(state.model.tensors):
@@ -224,7 +224,7 @@ def test_flexlora_sends_every_client_the_largest_components_that_its_rank_holds(
         np.testing.assert_allclose(found, nearest, atol=1e-4)
         assert instruction.adapter.alpha == 2 * rank
         assert instruction.objective.rank_penalty is None
-        own = method.own(setup, state, 3, instruction.client)
+        own = method.evaluate_client(setup, state, 3, instruction.client)
         assert own.measure
         assert_same(own.tensors, instruction.tensors)
 

@@ -12,7 +12,7 @@ from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update, f
 from droppeft.methods import METHODS, Method, Setup, method_named
 from droppeft.runs.checkpoints import Checkpoint, load_newest, save
 from droppeft.server.prepare import prepare
-from droppeft.server.rounds import play_round
+from droppeft.server.rounds import run_round
 from droppeft.server.run import start_run
 from handmade import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
 from runs import Recorder
@@ -134,7 +134,7 @@ def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
         state = method.init(setup)
         for round in (1, 2):
             transport = Scripted(lessons, backwards=backwards)
-            state, _ = play_round(setup, method, transport, state, round, lambda reply: None)
+            state, _ = run_round(setup, method, transport, state, round, lambda reply: None)
         return state
 
     assert_same(play(backwards=False).model.tensors, play(backwards=True).model.tensors)
@@ -142,7 +142,7 @@ def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
 
 def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Path) -> None:
     state = method.init(setup)
-    state, _ = play_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
+    state, _ = run_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
     save(tmp_path, Checkpoint(1, state, {}))
     loaded = load_newest(tmp_path, method.memory_type).state
     assert_same(loaded.model.tensors, state.model.tensors)
@@ -152,7 +152,7 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     for name, other in loaded.alternatives.items():
         assert other.adapter == state.alternatives[name].adapter
         assert_same(other.tensors, state.alternatives[name].tensors)
-    assert method.own(setup, loaded, 2, 0).measure
+    assert method.evaluate_client(setup, loaded, 2, 0).measure
     plain = method.instruct(setup, state, 2, [0])[0]
     reloaded = method.instruct(setup, loaded, 2, [0])[0]
     assert (plain.adapter, plain.share, plain.dropout) == (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.messages import HEAD, Instruction, Measurement, flatten
@@ -52,7 +52,7 @@ def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
     """The same batches from the same values: what differs is the pull alone."""
     prepared = prepare_with("method=ditto", "ditto.pull=0")
     reply = update_of(clients_of(prepared.loaded), first_instruction(prepared))
-    assert distance(load_tensors(folder_of(RUN, 1), 1), reply.tensors) == 0
+    assert distance(load_tensors(client_folder(RUN, 1), 1), reply.tensors) == 0
     assert (reply.cost.personal_steps, reply.cost.personal_tokens) == (
         reply.steps,
         reply.cost.tokens,
@@ -65,7 +65,7 @@ def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepa
     clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
     shared = update_of(clients, instruction)
     far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in instruction.tensors.items()}
-    later = replace(instruction, round=2, kept=1, tensors=far, personal_adapter=0.0)
+    later = replace(instruction, round=2, state_round=1, tensors=far, personal_adapter=0.0)
     away = {}
     for pull in (0.0, 0.5, 50.0):
         reply = update_of(clients, replace(later, personal_adapter=pull))
@@ -75,7 +75,7 @@ def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepa
             )
             == 0
         )
-        away[pull] = distance(load_tensors(folder_of(RUN, 1), 2), far)
+        away[pull] = distance(load_tensors(client_folder(RUN, 1), 2), far)
         update_of(clients, instruction)  # its file for the next
     assert away[0.0] > away[0.5] > away[50.0]
     assert distance(shared.tensors, far) > away[50.0]
@@ -118,17 +118,17 @@ def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> Non
     prepared = prepare_with("method=fedsa_lora")
     clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
     reply = update_of(clients, instruction)
-    kept = {name for _, name, _ in flatten(load_tensors(folder_of(RUN, 1), 1))}
+    kept = {name for _, name, _ in flatten(load_tensors(client_folder(RUN, 1), 1))}
     sent = {name for _, name, _ in flatten(reply.tensors)}
     assert kept == {name for _, name, _ in flatten(instruction.tensors) if ".lora_B." in name}
     assert sent == {name for _, name, _ in flatten(instruction.tensors)} - kept
     state = prepared.method.merge(prepared.setup, prepared.state, [instruction], [reply])
     [later] = prepared.method.instruct(prepared.setup, state, 2, [1])
     assert {name for _, name, _ in flatten(later.tensors)} == sent
-    assert later.kept == 1
-    own = prepared.method.own(prepared.setup, state, 2, 1)
+    assert later.state_round == 1
+    own = prepared.method.evaluate_client(prepared.setup, state, 2, 1)
     measured = clients[1].run(own)
-    fresh = prepared.method.own(prepared.setup, state, 2, 0)
+    fresh = prepared.method.evaluate_client(prepared.setup, state, 2, 0)
     assert isinstance(measured, Measurement)
     assert {name for _, name, _ in flatten(fresh.tensors)} == sent | kept
     assert HEAD in own.tensors

@@ -286,8 +286,10 @@ def test_fedhetlora_never_prunes_below_the_least_rank() -> None:
 
 
 def test_the_tail_is_what_the_penalty_measures() -> None:
-    assert tail_norm(pair([[9, 9], [3, 4]], [[9, 2], [9, 0]]), kept=1) == pytest.approx(5 * 2)
-    assert tail_norm(pair([[9, 9]], [[9], [9]]), kept=1) == 0
+    assert tail_norm(pair([[9, 9], [3, 4]], [[9, 2], [9, 0]]), state_round=1) == pytest.approx(
+        5 * 2
+    )
+    assert tail_norm(pair([[9, 9]], [[9], [9]]), state_round=1) == 0
 
 
 def test_fedhetlora_s_first_ranks_follow_speed_or_the_seed() -> None:
@@ -452,17 +454,17 @@ def test_local_brings_all_values_once_and_shares_none() -> None:
     state = method.init(setup)
     instructions = method.instruct(setup, state, 1, [0, 1])
     assert all(
-        instruction.kept is None and len(instruction.tensors) == LAYERS + 1
+        instruction.state_round is None and len(instruction.tensors) == LAYERS + 1
         for instruction in instructions
     )
     replies = [answer_to(instructions[0]), Failure(1, "asleep")]
     assert all(not reply.tensors for reply in replies if isinstance(reply, Update))
     state = method.merge(setup, state, instructions, replies)
     first, second, third = method.instruct(setup, state, 2, [0, 1, 2])
-    assert (first.kept, first.tensors) == (1, {})
+    assert (first.state_round, first.tensors) == (1, {})
     assert second.kept is third.kept is None
     assert not any(instruction.share for instruction in (first, second, third))
-    own = method.own(setup, state, 2, 0)
+    own = method.evaluate_client(setup, state, 2, 0)
     assert (own.kept, own.tensors, own.measure, own.budget.steps) == (1, {}, True, 0)
 
 

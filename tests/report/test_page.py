@@ -14,7 +14,7 @@ import pytest
 
 from droppeft.comparison.grid import Comparison, cells
 from droppeft.comparison.runner import play
-from droppeft.comparison.study_files import Played, read_tables, write_tables
+from droppeft.comparison.study_files import RunRecord, read_tables, write_tables
 from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS, write
 from droppeft.errors import DroppeftError
@@ -37,7 +37,7 @@ class Silent:
     def begins(self, cell: Any, number: int, of: int) -> Any:
         return Recorder()
 
-    def done(self, played: Played, wall_s: float | None) -> None:
+    def done(self, played: RunRecord, wall_s: float | None) -> None:
         pass
 
 

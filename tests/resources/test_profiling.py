@@ -20,7 +20,7 @@ from droppeft.report import show_profile as report
 from droppeft.resources import profiling
 from droppeft.resources.estimate import counts_of, option
 from droppeft.resources.model_shape import CLASSES
-from droppeft.resources.profile_run import Trial, random_table
+from droppeft.resources.profile_run import ProfileRun, random_table
 from droppeft.resources.profiling import Measured, at_rate, in_fresh_process, profile
 from tiny import save_tiny_model
 
@@ -101,8 +101,10 @@ def test_memory_in_use_is_what_is_planned() -> None:
     )
 
 
-def trial(step_s: float, stored: int = 5, peak: int = 100, step_j: float | None = None) -> Trial:
-    return Trial(step_s, 3.0, stored, 40, peak, False, step_j)
+def trial(
+    step_s: float, stored: int = 5, peak: int = 100, step_j: float | None = None
+) -> ProfileRun:
+    return ProfileRun(step_s, 3.0, stored, 40, peak, False, step_j)
 
 
 def test_what_is_said_of_some_trials() -> None:
@@ -123,7 +125,7 @@ def test_rates_take_turns_and_memory_comes_first(
 ) -> None:
     asked: list[tuple[float | None, bool]] = []
 
-    def made_up(config: Config, steps: int, *, frugal: bool) -> Trial:
+    def made_up(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
         asked.append((config.dropout.mean, frugal))
         return trial(float(len(asked)))
 
@@ -177,7 +179,7 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(
 def in_a_fork(monkeypatch: pytest.MonkeyPatch, do: Callable[..., object], folder: Path) -> None:
     """Let the trial's process, a copy of this one, do something else."""
     monkeypatch.setattr(profiling, "_start_method", lambda: "fork")
-    monkeypatch.setattr(profiling, "run_trial", do)
+    monkeypatch.setattr(profiling, "run_steps", do)
     in_fresh_process(at_rate(config_of(folder), 0.25), 1, frugal=False)
 
 

@@ -64,12 +64,12 @@ def test_a_run_that_fails_closes_its_tracker(
     closed: list[bool] = []
     monkeypatch.setattr(trackers.Tracked, "close", lambda self: closed.append(True))
 
-    class Lost(Recorder):
+    class StateLost(Recorder):
         def round_done(self, row: Any) -> None:
             raise OSError("lost")
 
     with pytest.raises(OSError, match="lost"):
-        start_run(load_config(None, [*tiny_words, TRACKER]), tmp_path / "run", Lost())
+        start_run(load_config(None, [*tiny_words, TRACKER]), tmp_path / "run", StateLost())
     assert closed == [True]
 
 

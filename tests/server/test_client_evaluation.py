@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from droppeft.adapters.by_layer import set_tensors
-from droppeft.client.client_state import folder_of, load_tensors
+from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -48,7 +48,7 @@ def first(prepared: Prepared) -> Instruction:
 def next_visit(instruction: Instruction, round: int, kept: int | None) -> Instruction:
     """The server sends what it has of the client's layers, of the personal one nothing."""
     sent = {key: named for key, named in instruction.tensors.items() if key != OWN_LAYER}
-    return replace(instruction, round=round, tensors=sent, kept=kept)
+    return replace(instruction, round=round, tensors=sent, state_round=kept)
 
 
 def ask(clients: Clients, instruction: Instruction) -> Any:
@@ -63,7 +63,7 @@ def test_what_may_not_travel_stays(clients: Clients, first: Instruction) -> None
     reply = update_of(clients, first)
     assert OWN_LAYER not in reply.tensors
     assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
-    kept = load_tensors(folder_of(RUN, 1), 1)
+    kept = load_tensors(client_folder(RUN, 1), 1)
     assert set(kept) == {OWN_LAYER}
     for name, array in kept[OWN_LAYER].items():
         assert not np.array_equal(array, first.tensors[OWN_LAYER][name])
@@ -72,10 +72,10 @@ def test_what_may_not_travel_stays(clients: Clients, first: Instruction) -> None
 def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Instruction) -> None:
     """The same as if the server had sent it."""
     update_of(clients, first)
-    kept = load_tensors(folder_of(RUN, 1), 1)
-    later = next_visit(first, round=2, kept=1)
+    kept = load_tensors(client_folder(RUN, 1), 1)
+    later = next_visit(first, round=2, state_round=1)
     found = update_of(clients, later)
-    told = replace(later, tensors={**later.tensors, **kept}, kept=None)
+    told = replace(later, tensors={**later.tensors, **kept}, state_round=None)
     expected = update_of(clients, told)
     assert found.train_loss == expected.train_loss
     for key, name, array in flatten(found.tensors):
@@ -91,7 +91,7 @@ def test_what_the_instruction_brings_goes_before_what_was_kept(
     update_of(clients, first)
     whole = replace(first, round=2, share=first.share)
     assert (
-        update_of(clients, replace(whole, kept=1)).train_loss
+        update_of(clients, replace(whole, state_round=1)).train_loss
         == update_of(clients, whole).train_loss
     )
 
@@ -100,15 +100,18 @@ def test_a_turn_that_the_server_never_heard_of_does_not_count(
     clients: Clients, first: Instruction
 ) -> None:
     update_of(clients, first)
-    expected = update_of(clients, next_visit(first, round=3, kept=1))
-    update_of(clients, next_visit(first, round=2, kept=1))  # its reply is lost
-    assert update_of(clients, next_visit(first, round=3, kept=1)).train_loss == expected.train_loss
+    expected = update_of(clients, next_visit(first, round=3, state_round=1))
+    update_of(clients, next_visit(first, round=2, state_round=1))  # its reply is lost
+    assert (
+        update_of(clients, next_visit(first, round=3, state_round=1)).train_loss
+        == expected.train_loss
+    )
 
 
 def test_a_client_that_lost_what_it_kept_says_so(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
-    (folder_of(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
-    reply = ask(clients, next_visit(first, round=2, kept=1))
+    (client_folder(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
+    reply = ask(clients, next_visit(first, round=2, state_round=1))
     assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
 
 
@@ -116,7 +119,7 @@ def test_a_instruction_without_what_it_needs_is_an_error(
     clients: Clients, first: Instruction
 ) -> None:
     with pytest.raises(DroppeftError, match="and this client has not kept it"):
-        ask(clients, next_visit(first, round=2, kept=None))
+        ask(clients, next_visit(first, round=2, state_round=None))
 
 
 def test_a_method_that_shares_all_keeps_nothing(
@@ -146,14 +149,14 @@ def test_a_measurement_is_of_the_model_on_the_client_s_own_test_rows(
 def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     before = rows_kept(1)
-    own = ask(clients, without_steps(next_visit(first, round=2, kept=1)))
+    own = ask(clients, without_steps(next_visit(first, round=2, state_round=1)))
     plain = ask(clients, without_steps(replace(first, round=2)))
     assert own.loss != plain.loss
     assert rows_kept(1) == before
 
 
 def rows_kept(client: int) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder_of(RUN, client).iterdir()}
+    return {path.name: path.read_bytes() for path in client_folder(RUN, client).iterdir()}
 
 
 def measurements(instruction: Instruction) -> list[Any]:

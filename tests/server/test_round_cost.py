@@ -19,7 +19,7 @@ from droppeft.models.loading import load_backbone
 from droppeft.runs.ledger import ClosedRound
 from droppeft.server import round_cost
 from droppeft.server.round_cost import close_round, count_rows, make_clock
-from droppeft.server.rounds import draw_cohort, play_round
+from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
 from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, instruction_for, setup_for
@@ -68,7 +68,7 @@ def test_a_round_lasts_as_long_as_its_slowest_variant() -> None:
     replies, cost = closed_with([30, 50, 40])
     assert merged(replies) == [0, 1, 2]
     assert cost.round_s == pytest.approx(50)
-    assert [turn.total_s for turn in cost.turns] == pytest.approx([30, 50, 40])
+    assert [turn.total_s for turn in cost.clients] == pytest.approx([30, 50, 40])
     assert cost.energy_j == pytest.approx(10 * 120)
     assert (cost.late, cost.surplus, cost.absent) == ((), (), ())
 
@@ -82,13 +82,13 @@ def test_without_a_clock_everybody_is_merged() -> None:
     ]
     replies, cost = close_round(None, setup_for().config, instructions, answers)
     assert replies == answers
-    assert (cost.turns, cost.round_s, cost.energy_j) == ((None, None, None), None, None)
+    assert (cost.clients, cost.round_s, cost.energy_j) == ((None, None, None), None, None)
 
 
 def test_nobody_waits_for_a_client_that_failed() -> None:
     replies, cost = closed_with([30, None, 40])
     assert replies[1] == Failure(1, "lost")
-    assert cost.turns[1] is None
+    assert cost.clients[1] is None
     assert cost.round_s == pytest.approx(40)
 
 
@@ -144,7 +144,7 @@ def test_the_clock_reads_the_same_from_a_message() -> None:
 
 def test_a_round_without_variants() -> None:
     replies, cost = closed_with([])
-    assert (replies, cost.turns, cost.round_s, cost.energy_j) == ([], (), 0.0, 0)
+    assert (replies, cost.clients, cost.round_s, cost.energy_j) == ([], (), 0.0, 0)
 
 
 @given(st.lists(st.none() | st.integers(1, 100), max_size=5), st.none() | st.integers(1, 100))
@@ -175,7 +175,7 @@ def play(
         ],
         backwards=backwards,
     )
-    return play_round(setup, METHOD, transport, METHOD.init(setup), round, lambda reply: None)
+    return run_round(setup, METHOD, transport, METHOD.init(setup), round, lambda reply: None)
 
 
 def trained(instruction: Instruction) -> Any:
@@ -215,8 +215,8 @@ def test_the_order_of_arrival_decides_nothing() -> None:
 def test_who_is_refused_is_not_timed() -> None:
     setup = setup_with()
     transport = Scripted(lambda instruction: [taking(instruction, 5, nonce="an old one")])
-    _, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, lambda reply: None)
-    assert closed.modelled.turns == (None, None, None)
+    _, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, lambda reply: None)
+    assert closed.modelled.clients == (None, None, None)
     assert closed.modelled.round_s == 0
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from droppeft.messages import HEAD, Failure, Instruction, ServerState
 from droppeft.methods import METHODS
 from droppeft.runs.ledger import ClosedRound, client_row, round_row
-from droppeft.server.rounds import draw_cohort, play_round
+from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.transports.base import Arrival
 from handmade import LAYERS, Scripted, answer_to, assert_same, setup_for
 
@@ -33,7 +33,7 @@ class Noted:
 
 def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, ClosedRound]:
     heard: list[Any] = [] if seen is None else seen
-    return play_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
+    return run_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
 
 
 class Shuffled:
@@ -68,7 +68,7 @@ class Shuffled:
 def test_the_order_of_arrival_does_not_show_in_any_bit(order: list[int], seed: int) -> None:
     setup = setup_for("method=fedlora", "cohort_size=5")
     (one, first), (other, second) = (
-        play_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
+        run_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
         for places in (list(range(5)), order)
     )
     assert len(first.accepted) == 5
@@ -140,7 +140,7 @@ class TestRound:
         assert (row.cohort, row.accepted) == (COHORT, 2)
         assert row.failures == [{"client": 5, "reason": reason}]
         made = client_row(
-            closed.instructions[1], closed.answers[1], closed.replies[1], closed.modelled.turns[1]
+            closed.instructions[1], closed.answers[1], closed.replies[1], closed.modelled.clients[1]
         )
         assert made["reason"] == reason
 
@@ -157,14 +157,14 @@ class TestRound:
             return replace(METHOD.init(SETUP), memory=Noted({3: (1.0, 0.1)}, frozenset({2})))
 
         method, silent = replace(METHOD, merge=merge), Scripted(lambda instruction: [])
-        state, _ = play_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
+        state, _ = run_round(SETUP, method, silent, METHOD.init(SETUP), 1, print)
         assert state.memory == Noted({3: (1.0, 0.1)}, frozenset({2}))
 
     @pytest.mark.parametrize(("quorum", "merged"), [(1, 2), (2, 2), (3, 0)])
     def test_too_few_answer(self, quorum: int, merged: int) -> None:
         setup = setup_for("method=fedlora", f"quorum={quorum}")
         transport = all_but(5, lambda instruction: [Failure(5, "ran out of battery")])
-        state, closed = play_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        state, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
         assert len(closed.accepted) == merged
         assert head(state) == (pytest.approx((4 + 8) / 2) if merged else 1.0)
         assert closed.replies[1] == Failure(5, "ran out of battery")

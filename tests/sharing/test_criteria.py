@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from droppeft.config import SharingConfig
-from droppeft.sharing.criteria import CRITERIA, Seen, Turn, linear_cka, scores_of, typical_norms
+from droppeft.sharing.criteria import (
+    CRITERIA,
+    LocalResult,
+    Seen,
+    linear_cka,
+    scores_of,
+    typical_norms,
+)
 from droppeft.training.gradients import GradientMoments
 
 LAYERS = 4
@@ -15,9 +22,9 @@ GROWING = range(1, 5)
 STATES = np.random.default_rng(3).normal(size=(8, 3))
 
 
-def turn(**changes: typing.Any) -> Turn:
+def turn(**changes: typing.Any) -> LocalResult:
     """Layer 0 was not trained, layer 2 never ran; all else moves."""
-    made = Turn(
+    made = LocalResult(
         active_steps=np.array([4.0, 4.0, 0.0, 2.0]),
         gradients=GradientMoments(
             norm=np.array([0.0, 2.0, 0.0, 1.0]),

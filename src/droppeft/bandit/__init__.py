@@ -7,7 +7,7 @@ policies and the choice for a whole cohort are ours.
 from droppeft.bandit.arms import Arm, arm_rates, candidates, first_trained, neighbours
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
-from droppeft.bandit.policies import POLICIES, Asked, Scored, score
+from droppeft.bandit.policies import POLICIES, Asked, ScoredArms, score
 
 __all__ = [
     "POLICIES",
@@ -15,7 +15,7 @@ __all__ = [
     "Asked",
     "Estimate",
     "Observation",
-    "Scored",
+    "ScoredArms",
     "arm_rates",
     "candidates",
     "choose_together",

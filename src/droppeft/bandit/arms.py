@@ -22,21 +22,21 @@ class Arm:
     Attributes:
         mean: drop rate, mean over the layers that are trained; protected ones count 0.
         shape: of the rates over those layers, a name of ``SHAPES`` or :data:`IMPORTANCE`.
-        prefix: share of the layers, from the first, that run and are not trained.
+        untrained: share of the layers, from the first, that run and are not trained.
     """
 
     mean: float
     shape: str
-    prefix: float
+    untrained: float
 
     @property
     def label(self) -> str:
         """For people."""
-        prefix = f", first {self.prefix:.0%} not trained" if self.prefix else ""
+        untrained = f", first {self.untrained:.0%} not trained" if self.untrained else ""
         if not self.mean:
-            return f"nothing dropped{prefix}"
+            return f"nothing dropped{untrained}"
         shape = "" if self.shape == "uniform" else f" ({self.shape})"
-        return f"{self.mean:.0%} dropped{shape}{prefix}"
+        return f"{self.mean:.0%} dropped{shape}{untrained}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Depth:
 
 
 def candidates(
-    means: Sequence[float], shapes: Sequence[str], prefixes: Sequence[float], depth: Depth
+    means: Sequence[float], shapes: Sequence[str], untrained: Sequence[float], depth: Depth
 ) -> tuple[Arm, ...]:
     """All combinations that the protected layers allow, each once.
 
@@ -64,8 +64,8 @@ def candidates(
         DroppeftError: none is possible.
     """
     every = (
-        _plain(Arm(mean, shape, prefix), depth)
-        for prefix, mean, shape in itertools.product(prefixes, means, shapes)
+        _plain(Arm(mean, shape, untrained), depth)
+        for untrained, mean, shape in itertools.product(untrained, means, shapes)
     )
     found = tuple(dict.fromkeys(arm for arm in every if is_possible(arm, depth)))
     if not found:
@@ -78,10 +78,10 @@ def candidates(
 
 
 def _plain(arm: Arm, depth: Depth) -> Arm:
-    """Equal behaviour under one name: nothing dropped has no shape, a prefix whole layers."""
+    """Equal behaviour under one name: nothing dropped has no shape, a untrained whole layers."""
     trainable = depth.layers - depth.frozen
-    prefix = (first_trained(arm, depth) - depth.frozen) / trainable
-    return Arm(arm.mean, arm.shape if arm.mean else "uniform", prefix)
+    untrained = (first_trained(arm, depth) - depth.frozen) / trainable
+    return Arm(arm.mean, arm.shape if arm.mean else "uniform", untrained)
 
 
 def is_possible(arm: Arm, depth: Depth) -> bool:
@@ -95,7 +95,7 @@ def is_possible(arm: Arm, depth: Depth) -> bool:
 
 def first_trained(arm: Arm, depth: Depth) -> int:
     """Index of the first layer that is trained."""
-    return depth.frozen + round(arm.prefix * (depth.layers - depth.frozen))
+    return depth.frozen + round(arm.untrained * (depth.layers - depth.frozen))
 
 
 def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tuple[float, ...]:
@@ -126,7 +126,7 @@ def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Seq
 
 
 def neighbours(
-    arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, prefixes: bool = True
+    arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, several_depths: bool = True
 ) -> tuple[Arm, ...]:
     """Arms that differ in one thing: a little more or less dropped, another shape, one layer more
     or less trained.
@@ -134,14 +134,18 @@ def neighbours(
     Args:
         step: of the mean.
         shapes: that there may be.
-        prefixes: whether there may be another prefix.
+        several_depths: whether the share of untrained layers may change.
     """
     layer = 1 / (depth.layers - depth.frozen)
     near = [
         *(replace(arm, mean=round(arm.mean + change, 6)) for change in (-step, step)),
         *(replace(arm, shape=shape) for shape in shapes),
-        *(replace(arm, prefix=arm.prefix + change) for change in (-layer, layer) if prefixes),
+        *(
+            replace(arm, untrained=arm.untrained + change)
+            for change in (-layer, layer)
+            if several_depths
+        ),
     ]
-    inside = [one for one in near if 0 <= one.mean < 1 and -1e-9 <= one.prefix < 1]
+    inside = [one for one in near if 0 <= one.mean < 1 and -1e-9 <= one.untrained < 1]
     found = dict.fromkeys(_plain(one, depth) for one in inside if is_possible(one, depth))
     return tuple(one for one in found if one != _plain(arm, depth))

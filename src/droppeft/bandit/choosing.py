@@ -4,14 +4,14 @@ import numpy as np
 import numpy.typing as npt
 
 from droppeft.bandit.learning import LEAST
-from droppeft.bandit.policies import FORCED, Scored
+from droppeft.bandit.policies import FORCED, ScoredArms
 from droppeft.errors import DroppeftError
 
 Matrix = npt.NDArray[np.float64]
 
 
 def choose_together(
-    scored: Scored, seconds: Matrix, fits: npt.NDArray[np.bool_]
+    scored: ScoredArms, seconds: Matrix, fits: npt.NDArray[np.bool_]
 ) -> tuple[int, ...]:
     """Choose for a cohort whose slowest member ends the round.
 

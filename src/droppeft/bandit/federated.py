@@ -14,7 +14,7 @@ from droppeft.bandit import (
     Arm,
     Asked,
     Observation,
-    Scored,
+    ScoredArms,
     candidates,
     choose_together,
     neighbours,
@@ -74,14 +74,16 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
         DroppeftError: no candidate is possible, none fits some client, or there is no clock.
     """
     settings = setup.config.configurator
-    found = candidates(settings.means, settings.shapes, _prefixes(setup), depth_of_run(setup))
+    found = candidates(
+        settings.means, settings.shapes, _untrained_shares(setup), depth_of_run(setup)
+    )
     memory = begin(found, setup.config.training.max_length / 2)
     check_fits(setup, model, memory)
     possible = [arm for arm in found if fits_somewhere(setup, model, memory, arm, 1)]
     return begin(possible, memory.row_length)
 
 
-def _prefixes(setup: Setup) -> Sequence[float]:
+def _untrained_shares(setup: Setup) -> Sequence[float]:
     """A prompt stands before the first layer: everything behind it has a backward."""
     layered = TYPES[setup.config.adapter.type].kind == "layered"
     return setup.config.configurator.untrained if layered else (0.0,)
@@ -108,7 +110,7 @@ def arms_of_round(
     if is_deciding(setup, round):
         scored = score(settings.policy, known, asked)
     else:
-        scored = Scored(np.tile(known.quality, (len(cohort), 1)), known.quality)
+        scored = ScoredArms(np.tile(known.quality, (len(cohort), 1)), known.quality)
     places = choose_together(scored, seconds, fits)
     return [numbers[place] for place in places]
 
@@ -177,9 +179,9 @@ def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: i
         return unfitted(setup, model, replace(memory, arms=left), round) is None
 
     def near(arm: Arm) -> list[Arm]:
-        several = any(_prefixes(setup))
+        several = any(_untrained_shares(setup))
         depth = depth_of_run(setup)
-        found = neighbours(arm, STEP, settings.shapes, depth, prefixes=several)
+        found = neighbours(arm, STEP, settings.shapes, depth, several_depths=several)
         return [one for one in found if fits_somewhere(setup, model, memory, one, round)]
 
     if settings.policy == "successive_halving":

@@ -29,7 +29,7 @@ FORCED = 1e6
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredArms:
     """What a policy hopes of every arm on every client.
 
     Attributes:
@@ -67,10 +67,10 @@ class Asked:
         return len(self.seconds)
 
 
-Policy = Callable[[Estimate, Asked], Scored]
+Policy = Callable[[Estimate, Asked], ScoredArms]
 
 
-def score(policy: str, known: Estimate, asked: Asked) -> Scored:
+def score(policy: str, known: Estimate, asked: Asked) -> ScoredArms:
     """What a policy hopes; one that learns tries every arm once before it believes anything.
 
     As many clients as there are untried arms get one each, the longest arms the fastest clients.
@@ -91,21 +91,21 @@ def score(policy: str, known: Estimate, asked: Asked) -> Scored:
     return found
 
 
-def _random(known: Estimate, asked: Asked) -> Scored:
+def _random(known: Estimate, asked: Asked) -> ScoredArms:
     scores = asked.rng.random((asked.clients, len(known.value)))
-    return Scored(scores, known.quality, by_cost=False)
+    return ScoredArms(scores, known.quality, by_cost=False)
 
 
-def _greedy(known: Estimate, asked: Asked) -> Scored:
+def _greedy(known: Estimate, asked: Asked) -> ScoredArms:
     scores = np.tile(known.quality, (asked.clients, 1))
     for client in np.flatnonzero(asked.rng.random(asked.clients) < asked.epsilon):
         able = np.flatnonzero(asked.fits[client])
         if len(able):
             scores[client, asked.rng.choice(able)] = FORCED
-    return Scored(scores, known.quality)
+    return ScoredArms(scores, known.quality)
 
 
-def _ucb(known: Estimate, asked: Asked) -> Scored:
+def _ucb(known: Estimate, asked: Asked) -> ScoredArms:
     """All but one client have the best arm; one tries that of the others with the highest bound.
 
     A reward counts against those of its round, so a round in which all do the same shows nothing.
@@ -123,17 +123,17 @@ def _ucb(known: Estimate, asked: Asked) -> Scored:
     if bound[challenger] > worth[best]:
         able = np.flatnonzero(asked.fits[:, challenger])
         scores[asked.rng.choice(able), challenger] = FORCED
-    return Scored(scores, known.quality)
+    return ScoredArms(scores, known.quality)
 
 
-def _thompson(known: Estimate, asked: Asked) -> Scored:
+def _thompson(known: Estimate, asked: Asked) -> ScoredArms:
     drawn = asked.rng.multivariate_normal(
         known.value, known.covariance, size=asked.clients, method="eigh"
     )
-    return Scored(known.level + drawn, known.quality)
+    return ScoredArms(known.level + drawn, known.quality)
 
 
-def _in_turn(known: Estimate, asked: Asked) -> Scored:
+def _in_turn(known: Estimate, asked: Asked) -> ScoredArms:
     """Those that were tried least are next; a client that can have one alone has that."""
     scores = np.tile(known.quality, (asked.clients, 1))
     tried = known.count.astype(float) + asked.rng.random(len(known.value)) / 2
@@ -142,7 +142,7 @@ def _in_turn(known: Estimate, asked: Asked) -> Scored:
             able = np.where(asked.fits[client], tried, np.inf)
             scores[client, int(able.argmin())] = FORCED
             tried[int(able.argmin())] += 1
-    return Scored(scores, known.quality)
+    return ScoredArms(scores, known.quality)
 
 
 POLICIES: dict[str, Policy] = {

@@ -11,8 +11,8 @@ from torch import nn
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
-from droppeft.client.client_state import Lost, folder_of, load_tensors, save_tensors
-from droppeft.client.layer_scoring import Scored, score_layers
+from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
+from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import reads, train_locally
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
@@ -61,7 +61,7 @@ class Client:
         """
         try:
             return self.measure(instruction) if instruction.measure else self.train(instruction)
-        except Lost as error:
+        except StateLost as error:
             return Failure(instruction.client, str(error), lost=True)
 
     def measure(self, instruction: Instruction) -> Measurement:
@@ -72,7 +72,7 @@ class Client:
 
         Raises:
             DroppeftError: as :meth:`run`.
-            Lost: what this client saved is not there any more.
+            StateLost: what this client saved is not there any more.
         """
         parameters = self._load(instruction)
         self.model.load_layers()
@@ -94,7 +94,7 @@ class Client:
 
         Raises:
             DroppeftError: as :meth:`run`.
-            Lost: what this client saved is not there any more.
+            StateLost: what this client saved is not there any more.
         """
         start = time.perf_counter()
         parameters = self._load(instruction)
@@ -114,7 +114,7 @@ class Client:
             scored = score_layers(
                 self.model, parameters, instruction, outcome, start_values, measure
             )
-        personal = _names_of(self.model.parameters, scored.kept if scored else ())
+        personal = _names_of(self.model.parameters, scored.personal if scored else ())
         tensors = _trained_and_shared(parameters, instruction, personal, outcome)
         self._save_the_rest(parameters, instruction, personal)
         own = self._train_personal_adapter(parameters, instruction)
@@ -173,9 +173,9 @@ class Client:
         if names:
             tensors = restrict(get_tensors(self.model.parameters), names)
             save_tensors(
-                folder_of(instruction.run, instruction.client),
+                client_folder(instruction.run, instruction.client),
                 instruction.round,
-                instruction.kept,
+                instruction.state_round,
                 tensors,
             )
 
@@ -185,11 +185,11 @@ class Client:
         """Train a whole adapter of this client's own on the same batches, and save it."""
         if instruction.personal_adapter is None:
             return None
-        folder = folder_of(instruction.run, instruction.client)
+        folder = client_folder(instruction.run, instruction.client)
         own = (
             instruction.tensors
-            if instruction.kept is None
-            else load_tensors(folder, instruction.kept)
+            if instruction.state_round is None
+            else load_tensors(folder, instruction.state_round)
         )
         set_tensors(self.model.parameters, own)
         alone = replace(
@@ -200,7 +200,7 @@ class Client:
                 self.model, parameters, self.table, self.rows, alone, anchors=instruction.tensors
             )
         save_tensors(
-            folder, instruction.round, instruction.kept, get_tensors(self.model.parameters)
+            folder, instruction.round, instruction.state_round, get_tensors(self.model.parameters)
         )
         return outcome
 
@@ -263,10 +263,11 @@ def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Par
 
 def _saved(instruction: Instruction, missing: frozenset[str]) -> Tensors:
     """Of what this client has saved, the tensors that the instruction does not bring."""
-    if instruction.kept is None:
+    if instruction.state_round is None:
         return {}
     return restrict(
-        load_tensors(folder_of(instruction.run, instruction.client), instruction.kept), missing
+        load_tensors(client_folder(instruction.run, instruction.client), instruction.state_round),
+        missing,
     )
 
 
@@ -295,7 +296,7 @@ def _cost(
     outcome: TrainOutcome,
     cached: CachedLayersCost,
     rewards: Sequence[Evaluation | None],
-    scored: Scored | None,
+    scored: LayerChoice | None,
     own: TrainOutcome | None,
 ) -> MeasuredCost:
     """What the parts took; the whole, ``total_wall_s``, is filled in by who knows it."""
@@ -309,7 +310,7 @@ def _cost(
         rows=outcome.rows,
         layer_tokens=outcome.layer_tokens,
         reward_tokens=sum(one.tokens for one in measured),
-        prefix=cached,
+        cached_layers=cached,
         scoring_tokens=scored.tokens if scored else 0,
         scoring_wall_s=scored.wall_s if scored else 0.0,
         personal_steps=own.steps if own else 0,

@@ -1,9 +1,9 @@
 """What a client saves for its next local training and sends to nobody: files with checksums; ours.
 
 There is one file for each local training. The server says with which one the next begins
-(:attr:`Instruction.kept`), because only the server knows which updates were merged: after a lost
-reply, or when the run goes on from an older checkpoint, the client begins again where the server
-believes it to be.
+(:attr:`Instruction.state_round`), because only the server knows which updates were merged: after a
+lost reply, or when the run goes on from an older checkpoint, the client begins again where the
+server believes it to be.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from droppeft.checked_safetensors import DAMAGES, seal, unseal
+from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
 from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
@@ -29,7 +29,7 @@ _NAME = re.compile(r"round-(\d{6})\.safetensors")
 _log = logging.getLogger("droppeft")
 
 
-class Lost(DroppeftError):
+class StateLost(DroppeftError):
     """A client no longer has what it kept; it gets everything at its next turn."""
 
 
@@ -49,7 +49,7 @@ def state_dir() -> Path:
     return (shared if shared.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
 
 
-def folder_of(run: str, client: int) -> Path:
+def client_folder(run: str, client: int) -> Path:
     """Where one client keeps what is its own; a run's copy in another folder has the same.
 
     Raises:
@@ -64,7 +64,7 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
     Args:
         folder: of the client; made when it is not there.
         round: of the turn.
-        before: :attr:`Instruction.kept` of the same turn.
+        before: :attr:`Instruction.state_round` of the same turn.
         tensors: to be kept.
 
     Raises:
@@ -74,7 +74,7 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
     try:
         _make(folder)
         head = {"round": round, "of": _owner(folder)}
-        write_atomically(_path(folder, round), seal(arrays, head), private=True)
+        write_atomically(_path(folder, round), encode_checked(arrays, head), private=True)
         counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
         # Not those of later rounds: this turn may be the one that is late.
         for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
@@ -87,12 +87,12 @@ def load_tensors(folder: Path, round: int) -> Tensors:
     """Read what the turn of a round has made.
 
     Raises:
-        Lost: it is not there, or damaged, or is another turn's.
+        StateLost: it is not there, or damaged, or is another turn's.
         DroppeftError: it cannot be read now, and perhaps later.
     """
     path = _path(folder, round)
     try:
-        arrays, head = unseal(path)
+        arrays, head = decode_checked(path)
         if (head["round"], head["of"]) != (round, _owner(folder)):
             raise ValueError(f"it is of round {head['round']} of {head['of']}")
     except DAMAGES as error:
@@ -100,7 +100,7 @@ def load_tensors(folder: Path, round: int) -> Tensors:
             raise DroppeftError(f"{path} cannot be read ({error})") from None
         why = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         _log.warning("%s %s", path, why)
-        raise Lost(f"what it kept in round {round} {why.partition(' (')[0]}") from None
+        raise StateLost(f"what it kept in round {round} {why.partition(' (')[0]}") from None
     tensors: dict[LayerKey, dict[str, Array]] = {}
     for label, array in arrays.items():
         key, name = label.split("|", 1)

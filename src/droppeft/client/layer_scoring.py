@@ -15,26 +15,26 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.messages import Instruction, Tensors
-from droppeft.sharing.criteria import Seen, Turn, scores_of
+from droppeft.sharing.criteria import LocalResult, Seen, scores_of
 from droppeft.sharing.selection import count_of, select_shared, unmoved
 from droppeft.training.gradients import Vector
 from droppeft.training.loop import Evaluation, TrainOutcome
 
 
 @dataclass(frozen=True)
-class Scored:
+class LayerChoice:
     """What a client chose.
 
     Attributes:
         scores: (L,) by the rule's criterion.
         shared: layers, in order; of those that the turn did not move the ones that were.
-        kept: the other layers that have an adapter.
+        personal: the other layers that have an adapter.
         tokens, wall_s: of the forwards that scoring took, padding included.
     """
 
     scores: tuple[float, ...]
     shared: tuple[int, ...]
-    kept: tuple[int, ...]
+    personal: tuple[int, ...]
     tokens: int
     wall_s: float
 
@@ -46,14 +46,14 @@ def score_layers(
     outcome: TrainOutcome,
     start_values: Tensors,
     measure: Callable[[int], Evaluation],
-) -> Scored | None:
+) -> LayerChoice | None:
     """Score the layers of the model as the turn left it, and choose by the instruction's rule, if
     any.
 
     Args:
         client_model: left as it is.
         parameters: what the turn trained.
-        outcome: of the turn.
+        outcome: of the result.
         start_values: that ``parameters`` had before it, where the criterion reads them.
         measure: the model as it is, on so many rows of the client's validation part.
     """
@@ -64,7 +64,7 @@ def score_layers(
     moved = tuple(
         key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
     )
-    turn = Turn(
+    result = LocalResult(
         active_steps=np.array(outcome.active_steps, dtype=np.float64),
         gradients=outcome.gradients,
         change=model.change,
@@ -81,12 +81,12 @@ def score_layers(
     )
     count = count_of(rule.fraction, len(moved))
     has_choice = 0 < count < len(moved)
-    scores = scores_of(rule.criterion, turn) if has_choice else (0.0,) * client_model.num_layers
+    scores = scores_of(rule.criterion, result) if has_choice else (0.0,) * client_model.num_layers
     chosen = select_shared(scores, moved, count, rule.shared, rule.hysteresis)
     layers = [key for key in client_model.parameters if isinstance(key, int)]
     shared = unmoved(layers, moved, rule.shared).union(chosen)
     kept = tuple(layer for layer in layers if layer not in shared)
-    return Scored(scores, tuple(sorted(shared)), kept, model.tokens, model.wall_s)
+    return LayerChoice(scores, tuple(sorted(shared)), kept, model.tokens, model.wall_s)
 
 
 class _Model:

@@ -56,7 +56,9 @@ def train_locally(
     gates = [_gates(model, parameters, instruction, step) for step in range(len(chosen))]
     needed = {layer for layer, active in enumerate(zip(*gates, strict=True)) if any(active)}
     start = time.perf_counter()
-    prefix = _prefix(model, table, chosen, instruction, needed) if instruction.frozen else None
+    cached = (
+        _cached_layers(model, table, chosen, instruction, needed) if instruction.frozen else None
+    )
     model.load_layers(needed)
     before_s = time.perf_counter() - start
     with torch.random.fork_rng():
@@ -74,15 +76,15 @@ def train_locally(
             _steps(model, table, chosen, gates, instruction),
             instruction.training,
             instruction.objective,
-            prefix,
+            cached,
             with_mean_gradient=reads(instruction) == "mean gradient",
             anchors=anchors,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
-    if prefix is None:
+    if cached is None:
         return outcome, CachedLayersCost()
-    prefix.close()
-    return outcome, prefix.cost
+    cached.close()
+    return outcome, cached.cost
 
 
 def _steps(
@@ -115,7 +117,7 @@ def _factor(instruction: Instruction, progress: float) -> float:
     )
 
 
-def _prefix(
+def _cached_layers(
     model: ClientModel,
     table: TokenTable,
     chosen: Sequence[Rows],
@@ -136,7 +138,7 @@ def _prefix(
         yield
         model.load_layers(needed)
 
-    prefix = CachedLayers(
+    cached = CachedLayers(
         FrozenLayers(model.model, model.blocks, instruction.frozen),
         store,
         table,
@@ -149,8 +151,8 @@ def _prefix(
         needed.difference_update(first)
         if model.is_offloading:
             model.load_layers(first)
-            prefix.build()
-    return prefix
+            cached.build()
+    return cached
 
 
 def _store(model: ClientModel, instruction: Instruction) -> StateStore | None:

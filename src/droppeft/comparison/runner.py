@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from droppeft.comparison.grid import Cell
 from droppeft.comparison.study_files import (
     STUDY,
-    Played,
+    RunRecord,
     as_texts,
     finished,
     of_rounds,
@@ -23,18 +23,18 @@ from droppeft.runs.listener import Listener
 from droppeft.server.run import Interrupted, resume_run, start_run
 
 
-class Audience(Protocol):
+class ProgressListener(Protocol):
     """Who is told how a comparison goes."""
 
     def begins(self, cell: Cell, number: int, of: int) -> Listener:
-        """It is a cell's turn; what watches its run, if it is still to be played."""
+        """It is a cell's turn; what watches its run, if it is still to be run."""
 
-    def done(self, played: Played, wall_s: float | None) -> None:
+    def done(self, record: RunRecord, wall_s: float | None) -> None:
         """A cell is finished; ``None`` seconds if that was long ago."""
 
 
-def play(cells: Sequence[Cell], out: Path, audience: Audience) -> list[Played]:
-    """Play what has not been played yet; a run that fails does not keep others from theirs.
+def run_cells(cells: Sequence[Cell], out: Path, progress: ProgressListener) -> list[RunRecord]:
+    """Run what has not been run yet; a run that fails does not keep others from theirs.
 
     Args:
         out: a folder per cell is made in it. What its tables have of a cell is done, so that a
@@ -47,14 +47,14 @@ def play(cells: Sequence[Cell], out: Path, audience: Audience) -> list[Played]:
     found, earlier = [], _earlier(out)
     for number, cell in enumerate(cells, start=1):
         start, there = time.perf_counter(), _done(cell, out, earlier)
-        listener = audience.begins(cell, number, len(cells))
+        listener = progress.begins(cell, number, len(cells))
         found.append(there or _one(cell, out / cell.folder, listener))
-        audience.done(found[-1], None if there else time.perf_counter() - start)
+        progress.done(found[-1], None if there else time.perf_counter() - start)
     return found
 
 
-def done(cells: Sequence[Cell], out: Path) -> list[Played]:
-    """Those that have been played in a folder, by whichever process.
+def done(cells: Sequence[Cell], out: Path) -> list[RunRecord]:
+    """Those that have been run in a folder, by whichever process.
 
     Raises:
         DroppeftError: as :func:`play`.
@@ -63,8 +63,8 @@ def done(cells: Sequence[Cell], out: Path) -> list[Played]:
     return [there for cell in cells if (there := _done(cell, out, earlier))]
 
 
-def with_others(own: Sequence[Played], cells: Sequence[Cell], out: Path) -> list[Played]:
-    """What was just played and, of the other cells, what was by another call; in their order.
+def with_others(own: Sequence[RunRecord], cells: Sequence[Cell], out: Path) -> list[RunRecord]:
+    """What was just run and, of the other cells, what was by another call; in their order.
 
     Raises:
         DroppeftError: as :func:`play`.
@@ -73,14 +73,14 @@ def with_others(own: Sequence[Played], cells: Sequence[Cell], out: Path) -> list
     return [known[cell.folder] for cell in cells if cell.folder in known]
 
 
-def _earlier(out: Path) -> dict[str, Played]:
+def _earlier(out: Path) -> dict[str, RunRecord]:
     """Runs with a result in a comparison's tables, by the names of their folders."""
     if not (out / STUDY).is_file():
         return {}
     return {one.folder: one for one in read_tables(out)[1] if one.result is not None}
 
 
-def _done(cell: Cell, out: Path, earlier: Mapping[str, Played]) -> Played | None:
+def _done(cell: Cell, out: Path, earlier: Mapping[str, RunRecord]) -> RunRecord | None:
     folder = out / cell.folder
     if (folder / RESULT).is_file():
         return _read(cell, folder)
@@ -89,7 +89,7 @@ def _done(cell: Cell, out: Path, earlier: Mapping[str, Played]) -> Played | None
     return one and replace(one, variant=cell.variant, data=cell.data, model=cell.model)
 
 
-def _one(cell: Cell, folder: Path, listener: Listener) -> Played:
+def _one(cell: Cell, folder: Path, listener: Listener) -> RunRecord:
     """Begin or go on; whatever goes wrong is said of this cell."""
     try:
         if (folder / CONFIG).is_file():
@@ -105,11 +105,11 @@ def _one(cell: Cell, folder: Path, listener: Listener) -> Played:
     return _read(cell, folder)
 
 
-def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> Played:
+def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> RunRecord:
     which = (cell.folder, cell.variant, cell.data, cell.model, cell.seed)
-    return Played(*which, as_texts(as_tree(cell.config)), None, of_rounds(rows), [], reason)
+    return RunRecord(*which, as_texts(as_tree(cell.config)), None, of_rounds(rows), [], reason)
 
 
-def _read(cell: Cell, folder: Path) -> Played:
+def _read(cell: Cell, folder: Path) -> RunRecord:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))

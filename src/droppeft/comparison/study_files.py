@@ -106,7 +106,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Played:
+class RunRecord:
     """What became of a run.
 
     Attributes:
@@ -138,7 +138,7 @@ class Played:
 
 def finished(
     folder: str, variant: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
-) -> Played:
+) -> RunRecord:
     """A run that has a result, from its ``result.json`` and ``rounds.jsonl``."""
     settings = flat(result["config"])
     outcome = Row(
@@ -152,7 +152,7 @@ def finished(
         for one in result.get("personalised") or ()
     ]
     which = (folder, variant, result["data"], result["model"], result["seed"])
-    return Played(*which, as_texts(result["config"]), outcome, of_rounds(rows), own, None)
+    return RunRecord(*which, as_texts(result["config"]), outcome, of_rounds(rows), own, None)
 
 
 def of_rounds(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -173,12 +173,12 @@ def as_toml(value: Any) -> str:
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
-def write_tables(out: Path, study: Study, played: Sequence[Played]) -> None:
+def write_tables(out: Path, study: Study, records: Sequence[RunRecord]) -> None:
     """Write a comparison's data, each file whole or not at all; ``study.json`` comes last."""
-    _write(out / ROUNDS, [_stored(one.folder, row) for one in played for row in one.rows])
-    _write(out / CLIENTS, [{"run": one.folder, **row} for one in played for row in one.clients])
-    numbered = {key: _distinct(played, key) for key in NUMBERED}
-    _write(out / RUNS, [_run(one, numbered) for one in played])
+    _write(out / ROUNDS, [_stored(one.folder, row) for one in records for row in one.rows])
+    _write(out / CLIENTS, [{"run": one.folder, **row} for one in records for row in one.clients])
+    numbered = {key: _distinct(records, key) for key in NUMBERED}
+    _write(out / RUNS, [_run(one, numbered) for one in records])
     write_atomically(out / DEFINITION, study.definition.encode())
     about = {
         "schema_version": SCHEMA_VERSION,
@@ -186,12 +186,12 @@ def write_tables(out: Path, study: Study, played: Sequence[Played]) -> None:
         **{"commands": study.commands, "seeds": study.seeds, "baseline": study.baseline},
         "target": study.target and asdict(study.target),
         **{NUMBERED[key]: known for key, known in numbered.items()},
-        **_settings(study.variants, played),
+        **_settings(study.variants, records),
     }
     write_atomically(out / STUDY, (json.dumps(about, indent=1) + "\n").encode())
 
 
-def _run(one: Played, numbered: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def _run(one: RunRecord, numbered: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     which = (one.folder, one.variant, one.data, one.model, one.seed)
     row = dict(zip(WHICH, which, strict=True)) | {"failure": one.failure, **(one.result or {})}
     for key, known in numbered.items():
@@ -204,10 +204,10 @@ def _stored(run: str, row: Row) -> dict[str, Any]:
     return {"run": run, **row, "notes": notes and json.dumps(notes)}
 
 
-def _settings(variants: Iterable[str], played: Sequence[Played]) -> dict[str, Any]:
+def _settings(variants: Iterable[str], records: Sequence[RunRecord]) -> dict[str, Any]:
     """Settings of all runs, and those that each variant has beside them, by data and model."""
-    found: dict[tuple[str, str, str], Played] = {}
-    for one in sorted(played, key=lambda one: one.result is None):  # a run knows more
+    found: dict[tuple[str, str, str], RunRecord] = {}
+    for one in sorted(records, key=lambda one: one.result is None):  # a run knows more
         found.setdefault((one.variant, one.data, one.model), one)
     every = [one.settings for one in found.values()]
     common = [word for word in every[0] if all(word in words for words in every)]
@@ -218,9 +218,9 @@ def _settings(variants: Iterable[str], played: Sequence[Played]) -> dict[str, An
     return {"settings": common, "variants": own}
 
 
-def _distinct(played: Iterable[Played], key: str) -> list[Any]:
+def _distinct(records: Iterable[RunRecord], key: str) -> list[Any]:
     found: list[Any] = []
-    for one in played:
+    for one in records:
         if one.result and one.result[key] not in found:
             found.append(one.result[key])
     return found
@@ -235,7 +235,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, buffer.getvalue().to_pybytes())
 
 
-def read_tables(folder: Path) -> tuple[Study, list[Played]]:
+def read_tables(folder: Path) -> tuple[Study, list[RunRecord]]:
     """Read a comparison's data; runs are in the order in which they were written.
 
     Raises:
@@ -249,7 +249,7 @@ def read_tables(folder: Path) -> tuple[Study, list[Played]]:
         ) from None
 
 
-def _read(folder: Path) -> tuple[Study, list[Played]]:
+def _read(folder: Path) -> tuple[Study, list[RunRecord]]:
     about = Row(json.loads((folder / STUDY).read_text(encoding="utf-8")))
     target = Row(about["target"] or {})
     study = Study(
@@ -266,7 +266,7 @@ def _read(folder: Path) -> tuple[Study, list[Played]]:
 
 def _played(
     row: Row, about: Row, rounds: Mapping[str, list[Row]], clients: Mapping[str, list[Row]]
-) -> Played:
+) -> RunRecord:
     run, variant, data, model, seed = (row.pop(name) for name in WHICH)
     failure = row.pop("failure", None)
     [own] = [
@@ -279,7 +279,7 @@ def _played(
     rows = rounds.get(run, [])
     for one in rows:
         one["notes"] = one["notes"] and json.loads(one["notes"])
-    return Played(
+    return RunRecord(
         **{"folder": run, "member": variant, "data": data, "model": model, "seed": seed},
         settings=(*about["settings"], *own),
         result=None if failure else row,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from droppeft.comparison.study_files import Played, Study, Target
+from droppeft.comparison.study_files import RunRecord, Study, Target
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
 
 
@@ -88,33 +88,33 @@ class Part:
     rows: tuple[VariantRow, ...]
 
 
-def summary(study: Study, played: Sequence[Played]) -> list[Part]:
+def summary(study: Study, records: Sequence[RunRecord]) -> list[Part]:
     """Sum up what there is, by data set and model in the order of the cells."""
-    places = dict.fromkeys(one.place for one in played)
-    return [_part(study, [one for one in played if one.place == p]) for p in places]
+    places = dict.fromkeys(one.place for one in records)
+    return [_part(study, [one for one in records if one.place == p]) for p in places]
 
 
-def _part(study: Study, played: Sequence[Played]) -> Part:
-    targets = target_accuracies(study.target, played)
-    by_variant = {name: [one for one in played if one.variant == name] for name in study.variants}
+def _part(study: Study, records: Sequence[RunRecord]) -> Part:
+    targets = target_accuracies(study.target, records)
+    by_variant = {name: [one for one in records if one.variant == name] for name in study.variants}
     base = study.baseline or next(iter(by_variant))
     times = {name: _times(runs, targets) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
     rows = (_row(name, runs, times[name], times[base]) for name, runs in by_variant.items())
     return Part(
-        *played[0].place,
+        *records[0].place,
         target=fmean(known) if known else None,
-        majority=_reference(played, "majority_accuracy"),
-        tfidf=_reference(played, "tfidf_accuracy"),
-        own_majority=_reference(played, "own_majority_accuracy"),
+        majority=_reference(records, "majority_accuracy"),
+        tfidf=_reference(records, "tfidf_accuracy"),
+        own_majority=_reference(records, "own_majority_accuracy"),
         rows=tuple(rows),
     )
 
 
-def _reference(played: Sequence[Played], key: str) -> float | None:
+def _reference(records: Sequence[RunRecord], key: str) -> float | None:
     """Mean over seeds; ``None`` where members of one seed differ, as with a split of their own."""
     found: dict[int, set[float]] = {}
-    for run in played:
+    for run in records:
         if run.result is not None and run.result[key] is not None:
             found.setdefault(run.seed, set()).add(run.result[key])
     if not found or any(len(values) > 1 for values in found.values()):
@@ -123,7 +123,7 @@ def _reference(played: Sequence[Played], key: str) -> float | None:
 
 
 def target_accuracies(
-    target: Target | None, played: Sequence[Played]
+    target: Target | None, records: Sequence[RunRecord]
 ) -> Mapping[int, float | None]:
     """The number that is asked for, by seed; of a member what it ends with on the same seed.
 
@@ -134,8 +134,8 @@ def target_accuracies(
     if target is None:
         return {}
     if target.accuracy is not None:
-        return {one.seed: target.accuracy for one in played}
-    runs = {one.seed: one for one in played if one.variant == target.variant}
+        return {one.seed: target.accuracy for one in records}
+    runs = {one.seed: one for one in records if one.variant == target.variant}
     return {
         seed: fmean(found[-SMOOTHED_EVALUATIONS:]) - target.minus
         if run.result is not None and (found := _evaluations(run))
@@ -144,8 +144,8 @@ def target_accuracies(
     }
 
 
-def _evaluations(played: Played) -> list[float]:
-    found = [row["global_accuracy"] for row in played.rows]
+def _evaluations(records: RunRecord) -> list[float]:
+    found = [row["global_accuracy"] for row in records.rows]
     return [accuracy for accuracy in found if accuracy is not None]
 
 
@@ -153,7 +153,7 @@ Times = Mapping[str, Mapping[int, float | None]]
 """Seconds to the target by clock and seed; ``None`` for a run that failed or did not reach it."""
 
 
-def _times(runs: Sequence[Played], targets: Mapping[int, float | None]) -> Times:
+def _times(runs: Sequence[RunRecord], targets: Mapping[int, float | None]) -> Times:
     return {
         clock: {
             run.seed: time_to_target(run, targets.get(run.seed), f"round_{clock}_s")
@@ -164,7 +164,7 @@ def _times(runs: Sequence[Played], targets: Mapping[int, float | None]) -> Times
     }
 
 
-def time_to_target(run: Played, target: float | None, column: str) -> float | None:
+def time_to_target(run: RunRecord, target: float | None, column: str) -> float | None:
     """Seconds until a run reaches an accuracy, by a column of its rounds.
 
     ``None`` if it failed or does not reach it, or if a round on the way has no such time.
@@ -179,7 +179,7 @@ def time_to_target(run: Played, target: float | None, column: str) -> float | No
 
 def _row(
     name: str,
-    runs: Sequence[Played],
+    runs: Sequence[RunRecord],
     own: Times,
     base: Times,
 ) -> VariantRow:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from droppeft.comparison.study_files import STUDY, Played, Study, read_tables, write_tables
+from droppeft.comparison.study_files import STUDY, RunRecord, Study, read_tables, write_tables
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.files import write_atomically
 
@@ -104,7 +104,7 @@ def references(part: Part) -> list[str]:
     return [f"References: {', '.join(found)}."] if found else []
 
 
-def write(out: Path, study: Study, played: Sequence[Played], parts: Sequence[Part]) -> None:
+def write(out: Path, study: Study, records: Sequence[RunRecord], parts: Sequence[Part]) -> None:
     """Write data and tables, each file whole or not at all; the folder is made if no run made it.
 
     Commands that the folder's ``study.json`` names are kept.
@@ -113,7 +113,7 @@ def write(out: Path, study: Study, played: Sequence[Played], parts: Sequence[Par
     if (out / STUDY).is_file():
         commands = dict.fromkeys([*read_tables(out)[0].commands, *study.commands])
         study = replace(study, commands=tuple(commands))
-    write_tables(out, study, played)
+    write_tables(out, study, records)
     write_atomically(out / CSV, as_csv(parts).encode())
     write_atomically(out / MARKDOWN, as_markdown(parts).encode())
 

@@ -1,4 +1,5 @@
-"""Read a configuration from a TOML file, from ``key=value`` words, or from both; the words win.
+"""Read a configuration from a TOML file, from ``key=value`` overrides, or from both; the overrides
+win.
 
 Keys inside a table are written with a dot: ``dropout.mean=0.5``.
 """
@@ -19,20 +20,20 @@ from droppeft.config.table import Table
 from droppeft.errors import DroppeftError
 
 
-def load_config(path: Path | None, words: Sequence[str] = ()) -> Config:
-    """Read a TOML file (or none) and apply ``key=value`` words.
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (or none) and apply ``key=value`` overrides.
 
     Raises:
         DroppeftError: unreadable file, unknown key, wrong type or impossible value; the message
             names the key and, for an unknown one, the nearest that exists.
     """
     tree = read_toml(path) if path else {}
-    settings = dict(parse_word(word) for word in words)
+    settings = dict(parse_word(word) for word in overrides)
     for key in settings:
         _drop_rivals(tree, key)
     for key, value in settings.items():
         _insert(tree, key, value)
-    return build_config(tree, f"in {path}" if path and not words else "")
+    return build_config(tree, f"in {path}" if path and not overrides else "")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

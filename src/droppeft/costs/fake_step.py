@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, trainable_by_layer
-from droppeft.costs.operation_counter import Region, Tally, watched
-from droppeft.costs.quantized_stubs import StandIn, kept_bytes, with_stand_ins
+from droppeft.costs.operation_counter import OperationCounter, Region, watched
+from droppeft.costs.quantized_stubs import QuantizedStub, kept_bytes, with_stand_ins
 from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
@@ -180,15 +180,15 @@ def _executed(
     checkpointing: bool,
     *,
     cut: bool,
-) -> Tally:
+) -> OperationCounter:
     """Run one step with the chosen blocks alone."""
-    tally = Tally(paper.model)
+    counter = OperationCounter(paper.model)
     blocks = {index: paper.blocks[index] for index in chosen}
 
     def note(call: Call) -> None:
         [index] = [index for index, block in blocks.items() if block is call.block]
         for tensor in call.tensors:
-            tally.store(tensor, index)
+            counter.store(tensor, index)
 
     recomputing = checkpointed(paper.model, paper.blocks, note) if checkpointing else nullcontext()
     try:
@@ -198,14 +198,14 @@ def _executed(
             without_cache(paper.model),
             recomputing,
             gated(paper.blocks) as gates,
-            tally,
-            watched(tally, blocks, paper.lowest if cut else None),
+            counter,
+            watched(counter, blocks, paper.lowest if cut else None),
         ):
             gates.active = tuple(index in blocks for index in range(len(paper.blocks)))
             batch = paper.batch(rows, length)
-            with autocast(precision, paper.task.device), tally.storing():
+            with autocast(precision, paper.task.device), counter.storing():
                 loss, _ = paper.task.loss_and_logits(paper.model, batch)
-            tally.phase, tally.region = "backward", None
+            counter.phase, counter.region = "backward", None
             loss.backward()  # type: ignore[no-untyped-call]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         config: Any = paper.model.config
@@ -215,7 +215,7 @@ def _executed(
         ) from None
     finally:
         paper.model.zero_grad(set_to_none=True)
-    return tally
+    return counter
 
 
 class _ExpertsInFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -263,7 +263,7 @@ def _weights(
     bits = {
         id(module.weight): module.quantization
         for module in model.modules()
-        if isinstance(module, StandIn)
+        if isinstance(module, QuantizedStub)
     }
     for value in model.buffers():
         found[owner.get(id(value))][0] += value.nbytes

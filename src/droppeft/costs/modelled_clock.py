@@ -51,7 +51,7 @@ class RoundCost:
     """A round on the modelled clock.
 
     Attributes:
-        turns: in instruction order; ``None`` for a client from which nothing came that could be
+        clients: in instruction order; ``None`` for a client from which nothing came that could be
             checked.
         late: clients that missed the deadline.
         surplus: clients that were in time when enough others had been faster.
@@ -59,7 +59,7 @@ class RoundCost:
         absent: clients that were drawn and could not be asked.
     """
 
-    turns: tuple[ClientCost | None, ...]
+    clients: tuple[ClientCost | None, ...]
     late: tuple[int, ...]
     surplus: tuple[int, ...]
     round_s: float | None
@@ -70,7 +70,7 @@ class RoundCost:
         """Of all turns, merged or not; ``None`` without a clock."""
         if self.round_s is None:
             return None
-        return sum(turn.energy_j for turn in self.turns if turn)
+        return sum(turn.energy_j for turn in self.clients if turn)
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ def training_flops(
     lower = max(frozen, untrained)
     total = _dot(rows[frozen:lower], forward[frozen:lower])
     total += _dot(rows[lower:], layers[lower:]) + cost.rows * rest
-    if cost.prefix.built:
-        layers, _ = arithmetic.forward(cost.prefix.built_tokens / cost.prefix.built)
-        total += cost.prefix.built * sum(layers[:frozen])
+    if cost.cached_layers.built:
+        layers, _ = arithmetic.forward(cost.cached_layers.built_tokens / cost.cached_layers.built)
+        total += cost.cached_layers.built * sum(layers[:frozen])
     # The rest may be below 0, by what the lowest layer of a step that runs any is spared.
     return max(0.0, total)
 

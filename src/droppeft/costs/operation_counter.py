@@ -53,7 +53,7 @@ class Storage:
     input_of: Region = None
 
 
-class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every operation inside its context, by region and phase.
 
     Attributes:
@@ -143,11 +143,13 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) -> Iterator[None]:
-    """Tell a tally which block the model is in, forward and backward.
+def watched(
+    counter: OperationCounter, blocks: dict[int, nn.Module], cut: int | None = None
+) -> Iterator[None]:
+    """Tell a counter which block the model is in, forward and backward.
 
     Args:
-        tally: in force.
+        counter: in force.
         blocks: by index, those that run, from the input up.
         cut: of this block the input is made to require a gradient, if nothing below it is trained.
     """
@@ -155,7 +157,7 @@ def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) 
 
     def enter(index: int) -> Callable[..., Any]:
         def hook(block: nn.Module, args: Any, kwargs: Any) -> Any:
-            if tally.phase == "backward":  # a checkpointed block runs again
+            if counter.phase == "backward":  # a checkpointed block runs again
                 return None
             call, hidden = (args, kwargs), hidden_of((args, kwargs))
             if index == cut and not hidden.requires_grad:
@@ -163,22 +165,22 @@ def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) 
                 hidden = hidden.detach().requires_grad_().view_as(hidden)
                 call = with_hidden(call, hidden)
             if not any(hidden is one for one in last):
-                _on_gradient(tally, hidden, None)
-            storage = tally.storage(hidden)
+                _on_gradient(counter, hidden, None)
+            storage = counter.storage(hidden)
             if storage is not None:
                 storage.input_of = index
-            tally.region = index
+            counter.region = index
             return call
 
         return hook
 
     def leave(index: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: Any, output: Any) -> None:
-            if tally.phase == "forward":
+            if counter.phase == "forward":
                 hidden = output[0] if isinstance(output, tuple) else output
-                _on_gradient(tally, hidden, index)
+                _on_gradient(counter, hidden, index)
                 last[:] = [hidden]
-                tally.region = None
+                counter.region = None
 
         return hook
 
@@ -193,11 +195,11 @@ def watched(tally: Tally, blocks: dict[int, nn.Module], cut: int | None = None) 
             hook.remove()
 
 
-def _on_gradient(tally: Tally, hidden: torch.Tensor, region: Region) -> None:
+def _on_gradient(counter: OperationCounter, hidden: torch.Tensor, region: Region) -> None:
     """When the gradient of some hidden states is there, the backward goes on in that region."""
 
     def hook(gradient: torch.Tensor) -> None:
-        tally.region = region
+        counter.region = region
 
     if hidden.requires_grad:
         hidden.register_hook(hook)  # type: ignore[no-untyped-call]

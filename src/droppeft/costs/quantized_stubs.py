@@ -31,7 +31,7 @@ def kept_bytes(shape: torch.Size, quantization: str) -> int:
     return math.ceil(count / 2) + scales + 4 * math.ceil(scales / SCALES_PER_BLOCK) + TABLES_BYTES
 
 
-class StandIn(nn.Linear):
+class QuantizedStub(nn.Linear):
     """A frozen linear map whose weight is kept in few bits.
 
     Attributes:
@@ -62,7 +62,7 @@ def with_stand_ins(model: nn.Module, quantization: str) -> None:
             if isinstance(module, Conv1D):
                 inputs, outputs = outputs, inputs
             with torch.device("meta"):
-                small = StandIn(inputs, outputs, module.bias is not None, quantization)
+                small = QuantizedStub(inputs, outputs, module.bias is not None, quantization)
             model.set_submodule(name, small)
 
 

@@ -33,7 +33,7 @@ def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> In
     last = last_participation(state, client)
     return replace(
         full_instruction(setup, state, round, client),
-        kept=None if last is None else last.round,
+        state_round=None if last is None else last.round,
         personal_adapter=setup.config.ditto.pull,
     )
 
@@ -46,10 +46,10 @@ def _merge(
     )
 
 
-def _own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+def _evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = _for_client(setup, state, round, client)
     return without_steps(
-        instruction if instruction.kept is None else replace(instruction, tensors={})
+        instruction if instruction.state_round is None else replace(instruction, tensors={})
     )
 
 
@@ -60,6 +60,6 @@ DITTO = Method(
     init=_init,
     instruct=for_each(_for_client),
     merge=_merge,
-    own=_own,
+    evaluate_client=_evaluate_client,
     memory_type=ParticipationMemory,
 )

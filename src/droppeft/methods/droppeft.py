@@ -135,7 +135,7 @@ def _instruct(
     return [with_sharing(setup, state, instruction, typical) for instruction in instructions]
 
 
-def _own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+def _evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = full_instruction(setup, state, round, client)
     return without_steps(with_sharing(setup, state, instruction))
 
@@ -199,7 +199,7 @@ DROPPEFT = Method(
     instruct=_instruct,
     merge=_merge,
     check=check_sharing,
-    own=_own,
+    evaluate_client=_evaluate_client,
     has_global_model=has_global_head,
     note=_note,
     memory_type=DropPEFTMemory,

@@ -22,9 +22,9 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
+    evaluating,
     for_each,
     full_instruction,
-    measuring,
     start_with,
     uniform_adapter,
 )
@@ -228,6 +228,6 @@ FEDHETLORA = Method(
     instruct=for_each(_with_penalty),
     merge=_merge,
     check=_check,
-    own=measuring(at_rank),
+    evaluate_client=evaluating(at_rank),
     memory_type=Ranks,
 )

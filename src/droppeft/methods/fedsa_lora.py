@@ -13,9 +13,9 @@ from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
+    evaluating,
     for_each,
     full_instruction,
-    measuring,
     start_with,
     uniform_adapter,
 )
@@ -49,7 +49,10 @@ def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> In
     if last is None:
         return replace(instruction, share=shared)
     return replace(
-        instruction, tensors=restrict(instruction.tensors, shared), share=shared, kept=last.round
+        instruction,
+        tensors=restrict(instruction.tensors, shared),
+        share=shared,
+        state_round=last.round,
     )
 
 
@@ -69,7 +72,7 @@ FEDSA_LORA = Method(
     instruct=for_each(_for_client),
     merge=_merge,
     check=_check,
-    own=measuring(_for_client),
+    evaluate_client=evaluating(_for_client),
     has_global_model=lambda config: False,
     memory_type=ParticipationMemory,
 )

@@ -10,9 +10,9 @@ from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
+    evaluating,
     for_each,
     full_instruction,
-    measuring,
 )
 from droppeft.messages import Instruction, ServerState, flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
@@ -37,5 +37,5 @@ FFA_LORA = Method(
     instruct=for_each(_for_client),
     merge=average_by_examples,
     check=check_plain_lora,
-    own=measuring(_for_client),
+    evaluate_client=evaluating(_for_client),
 )

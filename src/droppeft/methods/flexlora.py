@@ -11,8 +11,8 @@ from dataclasses import replace
 from droppeft.federated_method import (
     Method,
     Setup,
+    evaluating,
     for_each,
-    measuring,
     start_with,
     uniform_adapter,
 )
@@ -50,6 +50,6 @@ FLEXLORA = Method(
     instruct=for_each(at_rank),
     merge=_merge,
     check=check_plain_lora,
-    own=measuring(at_rank),
+    evaluate_client=evaluating(at_rank),
     memory_type=Ranks,
 )

@@ -10,9 +10,9 @@ from dataclasses import replace
 from droppeft.federated_method import (
     Method,
     Setup,
+    evaluating,
     for_each,
     full_instruction,
-    measuring,
     start_with,
     uniform_adapter,
 )
@@ -33,7 +33,7 @@ def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> In
     last = last_participation(state, client)
     tensors = instruction.tensors if last is None else {}
     kept = None if last is None else last.round
-    return replace(instruction, tensors=tensors, share=frozenset(), kept=kept)
+    return replace(instruction, tensors=tensors, share=frozenset(), state_round=kept)
 
 
 def _merge(
@@ -49,7 +49,7 @@ LOCAL = Method(
     init=_init,
     instruct=for_each(_for_client),
     merge=_merge,
-    own=measuring(_for_client),
+    evaluate_client=evaluating(_for_client),
     has_global_model=lambda config: False,
     memory_type=ParticipationMemory,
 )

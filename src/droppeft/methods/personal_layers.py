@@ -120,7 +120,7 @@ def with_sharing(
         instruction,
         tensors={key: named for key, named in instruction.tensors.items() if key not in kept},
         share=instruction.share & travels,
-        kept=last.round if last and kept else None,
+        state_round=last.round if last and kept else None,
         sharing=_rule(setup, last, typical) if keeps_layers(config) else None,
     )
 

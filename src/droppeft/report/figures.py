@@ -6,7 +6,7 @@ from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any
 
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 from droppeft.report.layers import Row, of_layers
@@ -69,44 +69,44 @@ BANDS = 5
 """As many curves have their deviation drawn; bands of more hide one another."""
 
 
-def figures(part: Part, played: Sequence[Played]) -> dict[str, Any]:
+def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
     """Matplotlib figures by name, small enough for a phone.
 
     Args:
         part: whose members they show.
-        played: its runs.
+        records: its runs.
     """
     with style():
         measured = any(row.accuracy for row in part.rows)
-        made = {name: _accuracy(part, played, axis) for name, axis in AXES.items() if measured}
+        made = {name: _accuracy(part, records, axis) for name, axis in AXES.items() if measured}
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
             if wanted and (
                 name not in OF_CLIENTS or any(value(row) is not None for row in part.rows)
             ):
                 made[name] = _bars(part, title, value)
-        own = [[one for one in played if _own(one, row.variant)] for row in part.rows]
+        own = [[one for one in records if _own(one, row.variant)] for row in part.rows]
         if any(own):
             made[EACH] = _each_client(part, own)
         both = [row for row in part.rows if row.accuracy and row.personalised]
         if len(both) > 1:
             made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
-            runs = [one.rows for one in played if one.variant == row.variant and one.result]
+            runs = [one.rows for one in records if one.variant == row.variant and one.result]
             made |= of_layers(number, row.variant, runs)
     return made
 
 
-def _own(one: Played, variant: str) -> bool:
+def _own(one: RunRecord, variant: str) -> bool:
     """Whether it is a run of this member that measured clients' own models."""
     return one.variant == variant and bool(one.clients)
 
 
-def _accuracy(part: Part, played: Sequence[Played], of: Axis) -> Any:
+def _accuracy(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
     figure, axis = new_figure(3.4)
     curves = {}
     for number, row in enumerate(part.rows):
-        runs = [one for one in played if one.variant == row.variant and one.result]
+        runs = [one for one in records if one.variant == row.variant and one.result]
         if points := [found for one in runs if (found := curve_points(one.rows, of))]:
             curves[number] = points
     best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
@@ -235,11 +235,11 @@ def _two_accuracies(part: Part) -> Any:
     return figure
 
 
-def _each_client(part: Part, runs: Sequence[Sequence[Played]]) -> Any:
+def _each_client(part: Part, runs: Sequence[Sequence[RunRecord]]) -> Any:
     """A line per member with a dot per client and seed, and their mean."""
     figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
-    for place, played in enumerate(runs):
-        found = [one["accuracy"] for run in played for one in run.clients]
+    for place, records in enumerate(runs):
+        found = [one["accuracy"] for run in records for one in run.clients]
         if found:
             colour = COLOURS[place % len(COLOURS)]
             # Some up, some down, always the same ones: dots of equal accuracy stay apart.

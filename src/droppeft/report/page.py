@@ -11,7 +11,7 @@ from typing import Any
 
 from droppeft.comparison.study_files import (
     STUDY,
-    Played,
+    RunRecord,
     Study,
     Target,
     as_toml,
@@ -99,16 +99,16 @@ def write_page(folder: Path) -> Path:
     Raises:
         DroppeftError: the folder holds neither, or it is not finished.
     """
-    title, study, played = read_folder(folder)
-    parts = summary(study, played)
+    title, study, records = read_folder(folder)
+    parts = summary(study, records)
     sections: list[str] = []
     drawn: dict[str, Any] = {}
     for number, part in enumerate(parts):
-        runs = [one for one in played if one.place == (part.data, part.model)]
+        runs = [one for one in records if one.place == (part.data, part.model)]
         made = figures(part, runs)
         sections.append(_section(part, made))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
-    text = _page(title, sections, played)
+    text = _page(title, sections, records)
     for name, figure in drawn.items():
         path = folder / FIGURES / name
         path.parent.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def read_folder(folder: Path) -> tuple[str, Study, list[Played]]:
+def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
     """Title, study and runs of a comparison's folder, or of a run's.
 
     Raises:
@@ -136,19 +136,19 @@ def read_folder(folder: Path) -> tuple[str, Study, list[Played]]:
     raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
 
 
-def _page(title: str, sections: Sequence[str], played: Sequence[Played]) -> str:
+def _page(title: str, sections: Sequence[str], records: Sequence[RunRecord]) -> str:
     shown = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>'
         '<meta name="viewport" content="width=client-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(played)}"
-        f"{''.join(sections)}{_settings(played)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(records)}"
+        f"{''.join(sections)}{_settings(records)}</body></html>\n"
     )
 
 
-def _lead(played: Sequence[Played]) -> str:
-    variants = len({one.variant for one in played})
-    seeds = len({one.seed for one in played})
+def _lead(records: Sequence[RunRecord]) -> str:
+    variants = len({one.variant for one in records})
+    seeds = len({one.seed for one in records})
     lines = f"{variants} method{'s' * (variants > 1)}, {seeds} seed{'s' * (seeds > 1)}."
     return (
         f"<p>{lines} <em>Modelled</em> is on the clients' profiles, all side by side; "
@@ -227,15 +227,15 @@ def _table(part: Part, columns: Sequence[str]) -> str:
     )
 
 
-def _settings(played: Sequence[Played]) -> str:
+def _settings(records: Sequence[RunRecord]) -> str:
     """What all runs have in common, what each member has alone, versions and machine."""
-    own_of = {one.variant: one.settings for one in played}
+    own_of = {one.variant: one.settings for one in records}
     common = set.intersection(*map(set, own_of.values()))
-    parts = [("Settings of all", [*_places(played), *map(_spaced, sorted(common))])]
+    parts = [("Settings of all", [*_places(records), *map(_spaced, sorted(common))])]
     for variant, settings in own_of.items():
         own = sorted(set(settings) - common)
         parts += [(f"Settings of {variant} alone", [*map(_spaced, own)])] if own else []
-    results = [one.result for one in played if one.result is not None]
+    results = [one.result for one in records if one.result is not None]
     for title, key in (("Versions", "versions"), ("Machine", "machine")):
         if results:
             known = results[0][key].items()
@@ -249,12 +249,12 @@ def _settings(played: Sequence[Played]) -> str:
     return f"<h2>Settings, versions, machine</h2>\n{blocks}"
 
 
-def _places(played: Sequence[Played]) -> list[str]:
+def _places(records: Sequence[RunRecord]) -> list[str]:
     """Models, data and seeds, several of which belong to all members."""
     found: dict[str, Iterable[Any]] = {
-        "model": dict.fromkeys(one.model for one in played),
-        "data": dict.fromkeys(one.data for one in played),
-        "seed": dict.fromkeys(one.seed for one in played),
+        "model": dict.fromkeys(one.model for one in records),
+        "data": dict.fromkeys(one.data for one in records),
+        "seed": dict.fromkeys(one.seed for one in records),
     }
     return [f"{name} = {', '.join(map(as_toml, values))}" for name, values in found.items()]
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.comparison.grid import Cell
-from droppeft.comparison.study_files import Played
+from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part
 from droppeft.comparison.writers import (
     COLUMNS,
@@ -41,17 +41,17 @@ class Lines:
         self._run = _Run(self._console, f"{number}/{of} {_name(cell)}")
         return self._run
 
-    def done(self, played: Played, wall_s: float | None) -> None:
+    def done(self, records: RunRecord, wall_s: float | None) -> None:
         """The run's line."""
         self._run.close()
-        line = Text(f"{self._number:>3}/{self._of} {_name(played):<40} ")
-        if played.result is None:
-            line.append(f"failed: {played.failure}", style="red")
+        line = Text(f"{self._number:>3}/{self._of} {_name(records):<40} ")
+        if records.result is None:
+            line.append(f"failed: {records.failure}", style="red")
         else:
-            line.append(accuracy_line(played.result), style="bold green")
+            line.append(accuracy_line(records.result), style="bold green")
             line.append(" done before" if wall_s is None else f" in {wall_s:.0f} s", style="dim")
         self._console.print(line, soft_wrap=True)
-        if wall_s is not None and played.result is not None:
+        if wall_s is not None and records.result is not None:
             self._walls.append(wall_s)
             self._estimate()
 
@@ -131,5 +131,5 @@ def _table(part: Part, columns: Sequence[str]) -> Table:
     return table
 
 
-def _name(one: Cell | Played) -> str:
+def _name(one: Cell | RunRecord) -> str:
     return f"{one.variant}, seed {one.seed}"

@@ -38,7 +38,7 @@ WATTS_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
-class Trial:
+class ProfileRun:
     """What one process found.
 
     Attributes:
@@ -63,7 +63,7 @@ class Trial:
     step_j: float | None
 
 
-def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
+def run_steps(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
     """Load a model, take one step to warm up, and a turn that is measured.
 
     Args:
@@ -93,7 +93,7 @@ def run_trial(config: Config, steps: int, *, frugal: bool) -> Trial:
             update = _turn(model, table, config, round=2, steps=steps)
         peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     step_s = update.cost.train_wall_s / steps
-    return Trial(
+    return ProfileRun(
         step_s=step_s,
         executed=sum(update.active_steps) / steps,
         activation_bytes_peak=update.cost.activation_bytes_peak,

@@ -13,7 +13,7 @@ from typing import Any
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.resources.model_shape import check_runnable
-from droppeft.resources.profile_run import Trial, run_trial
+from droppeft.resources.profile_run import ProfileRun, run_steps
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Measured:
     """
 
     rate: float
-    trials: tuple[Trial, ...]
-    frugal: Trial
+    trials: tuple[ProfileRun, ...]
+    frugal: ProfileRun
 
     @property
     def step_s(self) -> float:
@@ -97,7 +97,7 @@ def profile(
     at = {rate: at_rate(config, rate) for rate in rates}
     for one in at.values():
         check_runnable(one)
-    found: dict[float, list[Trial]] = {rate: [] for rate in at}
+    found: dict[float, list[ProfileRun]] = {rate: [] for rate in at}
     for frugal in (True, *[False] * repeats):
         for rate, trials in found.items():
             trials.append(in_fresh_process(at[rate], steps, frugal=frugal))
@@ -105,8 +105,8 @@ def profile(
     return [Measured(rate, tuple(trials[1:]), trials[0]) for rate, trials in found.items()]
 
 
-def in_fresh_process(config: Config, steps: int, *, frugal: bool) -> Trial:
-    """:func:`~droppeft.resources.profile_run.run_trial` in a process that has done nothing else.
+def in_fresh_process(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
+    """:func:`~droppeft.resources.profile_run.run_steps` in a process that has done nothing else.
 
     It is forked from one that has loaded the libraries and no more, where the system can do that.
 
@@ -118,7 +118,7 @@ def in_fresh_process(config: Config, steps: int, *, frugal: bool) -> Trial:
     process = context.Process(target=_answer, args=(sender, config, steps, frugal), daemon=True)
     process.start()
     sender.close()
-    answer: Trial | str | None = None
+    answer: ProfileRun | str | None = None
     try:
         answer = receiver.recv()
     except EOFError:
@@ -146,9 +146,9 @@ def _start_method() -> str:
 
 
 def _answer(sender: Connection, config: Config, steps: int, frugal: bool) -> None:
-    """Send a Trial, or the sentence with which it failed."""
+    """Send a ProfileRun, or the sentence with which it failed."""
     try:
-        sender.send(run_trial(config, steps, frugal=frugal))
+        sender.send(run_steps(config, steps, frugal=frugal))
     except (DroppeftError, MemoryError, RuntimeError) as error:
         sender.send(str(error).strip().partition("\n")[0] or "there is not enough memory")
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from droppeft.messages import (
     flatten,
     layer_key,
 )
-from droppeft.checked_safetensors import DAMAGES, seal, unseal
+from droppeft.checked_safetensors import DAMAGES, encode_checked, decode_checked
 
 KEPT = 2
 _SEPARATOR = "|"
@@ -117,12 +117,12 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         "memory": encode_memory(state.memory),
         "models": {name: _describe(model) for name, model in models.items()},
     }
-    return seal(arrays, head)
+    return encode_checked(arrays, head)
 
 
 def _decode(path: Path) -> Checkpoint:
     """A checkpoint whose memory is still plain values."""
-    arrays, head = unseal(path)
+    arrays, head = decode_checked(path)
     models = {
         name: _assemble(name, description, arrays) for name, description in head["models"].items()
     }

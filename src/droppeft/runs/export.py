@@ -13,7 +13,7 @@ import torch
 
 from droppeft import seeds
 from droppeft.client.client_model import ClientModel
-from droppeft.client.client_state import Lost, folder_of, load_tensors
+from droppeft.client.client_state import StateLost, client_folder, load_tensors
 from droppeft.client.run_inputs import Say
 from droppeft.config import Config, load_config
 from droppeft.data.sources import load_text
@@ -155,13 +155,13 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
     name = checkpoint.facts.get("run", "")
     layers = source.backbone.num_layers
     setup = Setup(config, layers, client_model.fresh_tensors, client_model.layout, None, name)
-    instruction = method_named(config.method).own(setup, state, checkpoint.round + 1, client)
+    instruction = method_named(config.method).evaluate_client(setup, state, checkpoint.round + 1, client)
     try:
-        kept = {} if instruction.kept is None else load_tensors(folder_of(instruction.run, client), instruction.kept)
-    except Lost as error:
+        kept = {} if instruction.state_round is None else load_tensors(client_folder(instruction.run, client), instruction.state_round)
+    except StateLost as error:
         raise DroppeftError(
             f"{run}: client {client} cannot be exported: {error}, or on another machine "
-            f"({folder_of(instruction.run, client)})"
+            f"({client_folder(instruction.run, client)})"
         ) from None
     whole = {
         key: {**kept.get(key, {}), **instruction.tensors.get(key, {})}

@@ -250,7 +250,7 @@ def _importance(updates: Sequence[Update]) -> list[float]:
 
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
-    turns = zip(modelled.turns, replies, strict=True)
+    turns = zip(modelled.clients, replies, strict=True)
     seconds = [turn.total_s for turn, reply in turns if turn and isinstance(reply, Update)]
     if not seconds or max(seconds) <= 0:
         return None

@@ -59,12 +59,13 @@ def measure_clients(
     """
     start = time.perf_counter()
     instructions = [
-        method.own(setup, state, round, client) for client in range(setup.config.clients)
+        method.evaluate_client(setup, state, round, client)
+        for client in range(setup.config.clients)
     ]
     answers = _ask(setup, transport, instructions)
     lost = tuple(one.client for one in answers if isinstance(one, Failure) and one.lost)
     forgotten = with_participations(state, instructions, answers) if lost else state
-    again = [method.own(setup, forgotten, round, client) for client in lost]
+    again = [method.evaluate_client(setup, forgotten, round, client) for client in lost]
     instead = dict(zip(lost, _ask(setup, transport, again), strict=True))
     answers = [
         instead.get(instruction.client, one)

@@ -161,7 +161,7 @@ def close_round(
         )
     last_s = merged[-1][0] if merged else 0.0
     return replies, RoundCost(
-        turns=tuple(turns),
+        clients=tuple(turns),
         late=tuple(sorted(instructions[place].client for _, place in late)),
         surplus=tuple(sorted(instructions[place].client for _, place in surplus)),
         round_s=deadline_s if deadline_s and late and len(merged) < cohort else last_s,

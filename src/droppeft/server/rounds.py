@@ -22,7 +22,7 @@ from droppeft.transports.base import Arrival, Transport
 OnReply = Callable[[Reply], None]
 
 
-def play_round(
+def run_round(
     setup: Setup,
     method: Method,
     transport: Transport,

@@ -50,7 +50,7 @@ from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.client_evaluation import measure_clients, personalised_sums
 from droppeft.server.prepare import Prepared, prepare, references
-from droppeft.server.rounds import play_round
+from droppeft.server.rounds import run_round
 from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.registry import transport_named
@@ -195,7 +195,7 @@ def _one_round(
     """Play and measure one round; return what is to be saved of it."""
     start = time.perf_counter()
     round = last.round + 1
-    state, closed = play_round(
+    state, closed = run_round(
         prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
     quality = _quality(prepared, state.model, round)
@@ -206,7 +206,7 @@ def _one_round(
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
     )
-    turns = closed.modelled.turns
+    turns = closed.modelled.clients
     parts = zip(closed.instructions, closed.answers, closed.replies, turns, strict=True)
     clients = [client_row(*each) for each in parts]
     return Checkpoint(round, state, last.facts), row, clients
@@ -346,7 +346,7 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trainable(prepared: Prepared) -> int:
     """Values that clients train, the head included; a method may leave a part of an adapter out."""
-    names = prepared.method.own(prepared.setup, prepared.state, 1, 0).train
+    names = prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 0).train
     parameters = prepared.model.parameters
     if names is None:
         return count_parameters(parameters)

@@ -34,7 +34,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Turn:
+class LocalResult:
     """What criteria can ask of a turn; what runs the model is only run when it is asked for.
 
     Attributes:
@@ -45,7 +45,7 @@ class Turn:
         undone: of each layer of a list, the loss on validation rows when it alone goes back to the
             values that the turn began with, less the loss with what the turn made of all.
         moved: layers that were trained and ran: those that there is a choice about.
-        rng: of this client's turn.
+        rng: of this client's result.
         usual: (L,) what other clients' gradient norms are like, 0 where that is not known; ``None``
             without any.
     """
@@ -75,7 +75,7 @@ class Criterion:
     """
 
     summary: str
-    score: Callable[[Turn], Vector]
+    score: Callable[[LocalResult], Vector]
     runs_model: Literal["no", "once", "per layer"] = "no"
     reads: Literal["", "mean gradient", "start"] = ""
     compares: bool = False
@@ -108,24 +108,24 @@ def _hsic(x: Matrix, y: Matrix) -> float:
     return float(found - 2 / (n - 2) * (x.sum(axis=0) @ y.sum(axis=1))) / (n * (n - 3))
 
 
-def _signal_to_noise(turn: Turn) -> Vector:
+def _signal_to_noise(result: LocalResult) -> Vector:
     """Square of the true mean gradient through the variance of a step's; 0 with a single step.
 
     Estimated without bias: the mean of n steps of nothing but noise has a square too, a part of
     the variance that is larger for layers that ran less.
     """
-    squares, square_of_mean = turn.gradients.square, turn.gradients.square_of_mean
+    squares, square_of_mean = result.gradients.square, result.gradients.square_of_mean
     assert square_of_mean is not None
-    steps = np.maximum(turn.active_steps, 1)
+    steps = np.maximum(result.active_steps, 1)
     noise = (squares - square_of_mean) * steps / np.maximum(steps - 1, 1)
     signal = np.maximum(square_of_mean - noise / steps, 0.0)
     found: Vector = np.where(steps > 1, signal / np.maximum(noise, 1e-12 * squares + 1e-300), 0.0)
     return found
 
 
-def _relative(turn: Turn) -> Vector:
+def _relative(result: LocalResult) -> Vector:
     """Through what is usual in the layer; where that is not known, through what is on average."""
-    norm, typical = turn.gradients.norm, turn.typical
+    norm, typical = result.gradients.norm, result.typical
     if typical is None or not typical.any():
         return norm
     found: Vector = norm / np.where(typical > 0, typical, typical[typical > 0].mean())
@@ -140,7 +140,7 @@ def typical_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
     """Of each layer, what clients' gradient norms in it are like; 1 on average.
 
     A norm is taken for what is usual in the layer, times how large the client's gradients are
-    altogether, times what is unusual: both factors are fitted in turn, so that clients that
+    altogether, times what is unusual: both factors are fitted in result, so that clients that
     trained different layers can be compared.
 
     Args:
@@ -162,16 +162,16 @@ def typical_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
     return tuple(typical.tolist())
 
 
-def _undone(turn: Turn) -> Vector:
-    scores = np.zeros(len(turn.active_steps))
-    scores[list(turn.moved)] = turn.undone(turn.moved)
+def _undone(result: LocalResult) -> Vector:
+    scores = np.zeros(len(result.active_steps))
+    scores[list(result.moved)] = result.undone(result.moved)
     return scores
 
 
 CRITERIA: Mapping[str, Criterion] = {
     "gradient_norm": Criterion(
         "norm of its adapter's gradient, mean over the steps it ran in",
-        lambda turn: turn.gradients.norm,
+        lambda result: result.gradients.norm,
     ),
     "relative_gradient_norm": Criterion(
         "that norm through what it usually is in the layer: what is unusual about the client",
@@ -180,7 +180,7 @@ CRITERIA: Mapping[str, Criterion] = {
     ),
     "fisher": Criterion(
         "square of that norm, mean over those steps: a stand-in for the Fisher information",
-        lambda turn: turn.gradients.square,
+        lambda result: result.gradients.square,
     ),
     "gradient_snr": Criterion(
         "how much the gradients of its steps agree: square of their mean through their variance",
@@ -189,17 +189,17 @@ CRITERIA: Mapping[str, Criterion] = {
     ),
     "weight_change": Criterion(
         "how far the turn moved its adapter, through the steps it ran in",
-        lambda turn: turn.change() / np.maximum(turn.active_steps, 1),
+        lambda result: result.change() / np.maximum(result.active_steps, 1),
         reads="start",
     ),
     "block_influence": Criterion(
         "how much the block turns a token's state: one minus the cosine",
-        lambda turn: np.array([1 - seen.cosine for seen in turn.seen()]),
+        lambda result: np.array([1 - seen.cosine for seen in result.seen()]),
         runs_model="once",
     ),
     "cka": Criterion(
         "how much the block changes what rows have in common: one minus linear CKA",
-        lambda turn: np.array([1 - linear_cka(one.before, one.after) for one in turn.seen()]),
+        lambda result: np.array([1 - linear_cka(one.before, one.after) for one in result.seen()]),
         runs_model="once",
     ),
     "leave_one_out": Criterion(
@@ -208,22 +208,24 @@ CRITERIA: Mapping[str, Criterion] = {
         runs_model="per layer",
         reads="start",
     ),
-    "random": Criterion("by lot: a control", lambda turn: turn.rng.random(len(turn.active_steps))),
+    "random": Criterion(
+        "by lot: a control", lambda result: result.rng.random(len(result.active_steps))
+    ),
     "position": Criterion(
         "its place: the lower layers are shared, the same ones always",
-        lambda turn: np.arange(len(turn.active_steps), dtype=np.float64),
+        lambda result: np.arange(len(result.active_steps), dtype=np.float64),
     ),
 }
 """By name; adding one is a line here, a word in the configuration and a row in its test."""
 
 
-def scores_of(name: str, turn: Turn) -> tuple[float, ...]:
+def scores_of(name: str, result: LocalResult) -> tuple[float, ...]:
     """Scores of all L layers; 0 where there is no choice.
 
     Args:
         name: a key of :data:`CRITERIA`.
     """
-    found = np.zeros(len(turn.active_steps))
-    moved = list(turn.moved)
-    found[moved] = CRITERIA[name].score(turn)[moved]
+    found = np.zeros(len(result.active_steps))
+    moved = list(result.moved)
+    found[moved] = CRITERIA[name].score(result)[moved]
     return tuple(float(score) for score in found)

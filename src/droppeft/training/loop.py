@@ -125,7 +125,7 @@ def train(
     steps: Sequence[Step],
     settings: LocalTraining,
     objective: Objective = TASK_ALONE,
-    prefix: CachedLayers | None = None,
+    cached: CachedLayers | None = None,
     *,
     with_mean_gradient: bool = False,
     anchors: Tensors | None = None,
@@ -142,7 +142,7 @@ def train(
         steps: in order.
         settings: learning rates, precision and the like.
         objective: what is added to the task's loss.
-        prefix: stands for the first layers in every step; they do not run, and count as dropped.
+        cached: stands for the first layers in every step; they do not run, and count as dropped.
         with_mean_gradient: see :class:`~droppeft.training.gradients.Gradients`.
         anchors: see :class:`~droppeft.training.objectives.Terms`.
     """
@@ -152,8 +152,8 @@ def train(
     with without_cache(on.model), loop.recomputing(), gated(on.blocks) as gates:
         for place, step in enumerate(steps):
             gates.active = tuple(step.active)
-            if prefix is not None:
-                prefix.skip(gates, place, step.batch)
+            if cached is not None:
+                cached.skip(gates, place, step.batch)
             loop.take(step, gates.active)
     if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # the time is that of work done, not of work ordered
