@@ -1,10 +1,10 @@
-# `make run` and `make test` are the whole interface: each prepares what it needs. `make results` draws
-# the pages and pictures of comparisons anew from the committed result files, and every table.
+# `make run` and `make test` prepare whatever they need. `make results` writes the figures and tables of
+# docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
 #              empty torch comes from the usual index, which gives Linux its CUDA build (several GB)
-# ARGS         words for `droppeft run`, as ARGS="rounds=5 dropout.mean=0.5"
+# ARGS         overrides for `droppeft run`, as ARGS="rounds=5 dropout.mean=0.5"
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
@@ -54,7 +54,7 @@ results: $(DEV)
 	$(BIN)/python docs/convergence_page.py
 	$(BIN)/python docs/generate.py
 
-# The newest set that pyproject.toml allows, from a new environment; run `make test` on it.
+# Pins the newest versions that pyproject.toml allows, from a new environment; run `make test` after it.
 constraints:
 	rm -rf build/constraints
 	$(PYTHON) -m venv build/constraints

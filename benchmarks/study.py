@@ -1,4 +1,4 @@
-"""Reads and writes what a study found: `study.json`, and tables of rows beside it.
+"""Read and write the results of a study: `study.json`, and tables of rows beside it.
 
 The folder `benchmarks/NAME` of a study holds its script and its results:
 
@@ -31,15 +31,15 @@ Row = Mapping[str, Any]
 
 
 def about(name: str, *, accelerator: str = "cpu", data: Path | None = None) -> dict[str, Any]:
-    """What every `study.json` says of where it comes from.
+    """What every `study.json` says about its origin.
 
     Args:
         data: the folder that the command line names; `$DROPPEFT_DATA` stands in its place.
     """
-    words = ["$DROPPEFT_DATA" if word == str(data) else word for word in sys.argv[1:]]
+    arguments = ["$DROPPEFT_DATA" if word == str(data) else word for word in sys.argv[1:]]
     return {
         "schema_version": SCHEMA_VERSION,
-        "command": " ".join([f"python -m benchmarks.{name}.run", *words]),
+        "command": " ".join([f"python -m benchmarks.{name}.run", *arguments]),
         "versions": versions(),
         "machine": machine(accelerator),
     }
@@ -72,7 +72,7 @@ def write_table(name: str, table: str, rows: Sequence[Row]) -> None:
 
 
 def append_rows(name: str, table: str, rows: Sequence[Row]) -> None:
-    """Add rows of the same columns in one piece: other processes may add theirs meanwhile."""
+    """Append rows of the same columns in one write, because other processes may append theirs."""
     file, text = _file(name, table), io.StringIO()
     new = not file.exists()
     columns = list(rows[0] if new else read_table(name, table)[0])
@@ -85,7 +85,7 @@ def append_rows(name: str, table: str, rows: Sequence[Row]) -> None:
 
 
 def read_table(name: str, table: str = "result") -> list[dict[str, Any]]:
-    """The rows of a table in their order; what is empty is `None`."""
+    """The rows of a table in their order; an empty field is `None`."""
     options = pyarrow.csv.ConvertOptions(
         strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""]
     )

@@ -25,24 +25,24 @@ DEVELOPMENT = "Development data (20 Newsgroups), the built-in model."
 COMPARISONS = {
     "contest": (
         "The contest",
-        "The built-in model, [data](#data-and-models-of-the-contest) on which no member was chosen "
-        "([but for what decision 0009 says](decisions/0009-the-contest.md)). Every method with a "
-        "claim to speed, Dirichlet alpha 1, 20 clients of three kinds.",
+        "The built-in model, [data](#data-and-models-of-the-contest) on which no variant was "
+        "chosen ([but for what decision 0009 says](decisions/0009-the-contest.md)). Every method "
+        "that claims speed, Dirichlet alpha 1, 20 clients of three kinds.",
     ),
     "contest_deep": (
         "The contest on twelve layers",
         "As above on [`deep12`](#data-and-models-of-the-contest). *droppeft, all shared* was added "
-        "after the contest on six layers had been seen, AG News and QQP with these seeds among it: "
-        "what is new to it is the model.",
+        "after the results on six layers were known, which include AG News and QQP with these "
+        "seeds: only the model is new to it.",
     ),
     "contest_confirmation": (
         "Depth by client with everything shared, on new seeds",
-        "The contest's data, the built-in model, seeds that the contest has not: whether what was "
-        "chosen after seeing the contest's holds (decision 0009, 12).",
+        "The contest's data and the built-in model, with seeds that the contest did not use: does "
+        "what was chosen after the contest hold (decision 0009, 12)?",
     ),
     "heterogeneity_unlike": (
         "The contest's AG News, clients very unlike",
-        "The contest's AG News at Dirichlet alpha .1; its targets are of this study's FedLoRA.",
+        "The contest's AG News at Dirichlet alpha .1; targets are from this study's FedLoRA.",
     ),
     "heterogeneity_alike": (
         "The contest's AG News, clients nearly alike",
@@ -50,39 +50,40 @@ COMPARISONS = {
     ),
     "contest_others": (
         "The other methods on AG News",
-        "As the contest; where the adapter or the server is not FedLoRA's with the rate that was "
-        "best [on development data](#learning-rates-for-the-other-methods). No measured times "
-        "are shown, and those of the page do not compare: other work ran beside some members and "
-        "not beside others.",
+        "As the contest. Where the adapter or the server is not FedLoRA's, the learning rate is "
+        "the best one [on development data](#learning-rates-for-the-other-methods). No "
+        "measured times are shown, because they cannot be compared: other work ran beside some "
+        "variants and not beside others.",
     ),
     "rates": (
         "Learning rates for the other methods",
-        f"{DEVELOPMENT} One seed, that no contest has: to choose by, not to claim by. Twenty "
-        "clients of three kinds, Dirichlet alpha 1. The rate that ended highest was taken.",
+        f"{DEVELOPMENT} One seed, used in no contest: enough to choose by, not for claims. Twenty "
+        "clients of three kinds, Dirichlet alpha 1. The rate with the highest final accuracy "
+        "was chosen.",
     ),
     "ia3": (
         "IA3 as deep as LoRA was tried",
-        f"{DEVELOPMENT} Two seeds that no contest has. Twenty clients of three kinds, Dirichlet "
-        "alpha 1. IA3 with a rate of .01 if nothing is said; *all shared*: the last three layers "
-        "or the last two, as the configurator finds for each kind of client.",
+        f"{DEVELOPMENT} Two seeds, used in no contest. Twenty clients of three kinds, Dirichlet "
+        "alpha 1. IA3 with a rate of .01 unless said otherwise; *all shared*: the last three "
+        "layers or the last two, as the configurator finds for each kind of client.",
     ),
     "depth": (
         "How many layers to train, and on which client",
         f"{DEVELOPMENT} LoRA in the last layers alone, Dirichlet alpha 1, 20 clients of three "
         "kinds; *depth by client*: the last three or the last two, as the configurator finds. "
-        "Prefixes are cached. From this the contest's members were chosen.",
+        "Frozen layers are cached. The contest's variants were chosen from this study.",
     ),
     "one_client": (
         "One client, rates from none to half",
-        f"{DEVELOPMENT} One client holds all rows: what a rate costs and gives without federation.",
+        f"{DEVELOPMENT} One client holds all rows: what a rate costs and saves without federation.",
     ),
     "many_clients": (
         "Twenty clients of three kinds, all layers shared",
-        f"{DEVELOPMENT} Layer dropout alone beside rivals and controls, Dirichlet alpha 1.",
+        f"{DEVELOPMENT} Layer dropout alone, other methods and controls, Dirichlet alpha 1.",
     ),
 }
 UNFIT = ("contest_others",)
-"""Comparisons whose measured times do not compare."""
+"""Comparisons whose measured times cannot be compared."""
 
 COMPARISON_HEAD = """\
 ## {title}
@@ -95,15 +96,15 @@ classes, else the mean over classes. Modelled: on the clients' profiles{measured
 """
 
 MEASURED = (
-    "; measured (m.): clients as if side by side, while other work ran on the machine: compare "
+    "; measured (m.): as if clients ran in parallel, while other work ran on the machine: use "
     "measured times as ratios only"
 )
 
 DATA = """\
 ## Data and models of the contest
 
-Neither is part of this repository. Files as they were run (in `$DROPPEFT_DATA`; training and
-test rows); others with the same columns can be run too, and will give other numbers.
+Neither is part of this repository. These are the files that were used (in `$DROPPEFT_DATA`), with
+training and test rows. Other files with the same columns work too, and give other numbers.
 
 - `ag_news`, news in four classes (26,855 and 7,600): a class-balanced part of the 120,000.
 - `qqp`, pairs of questions, class 1 for duplicates (21,391 and 7,598): parts, 49 % duplicates
@@ -126,17 +127,18 @@ TARGET = "The target is what `{}` ends with on the same seed, less {:g}. "
 SYNTHETIC_HEAD = """\
 ## Policies on problems whose answer is known
 
-`benchmarks/configurator_synthetic`: no model and no data. A made-up run whose turns take off a
-part of the remaining loss, seen through noise; three kinds of client, {clients} a round, {arms}
-arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the best fixed arm in hindsight
-(mean, bootstrap 95 % interval); below 1 is faster than any one arm for all clients can be, because
-slower clients get cheaper arms. "As if alike": arms are chosen without knowing which client is
-slow. Policies that learn pay {measuring:.1%} of a whole turn for measuring its gain, as with the
-defaults of a run; fixed arms and the lot pay nothing. The window is {window} rounds where nothing
-is said. Idle: part of the clients' time in which they wait for the slowest of their round.
+`benchmarks/configurator_synthetic`: no model and no data. In a simulated run each local training
+reduces the remaining loss by a part, which is observed with noise; three kinds of client,
+{clients} a round, {arms} arms, {seeds} seeds. Modelled time to 5 % of the loss, over that of the
+best fixed arm in hindsight (mean, bootstrap 95 % interval). Below 1 is faster than any single arm
+for all clients can be, because slower clients get cheaper arms. "As if alike": arms are chosen
+without knowing which client is slow. Policies that learn pay {measuring:.1%} of a full local
+training for measuring the reward, as with the defaults of a run; fixed arms and random choice pay
+nothing. The window is {window} rounds unless said otherwise. Idle: part of the clients' time in
+which they wait for the slowest one.
 """
 PLAYERS = (
-    "best fixed arm per kind of client",
+    "best fixed arm per kind of device",
     "budgeted_thompson",
     "budgeted_thompson, window 5",
     "budgeted_thompson, window 40",

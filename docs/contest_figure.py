@@ -23,7 +23,7 @@ CLOCK = AXES["accuracy-modelled-time"]
 
 
 def draw(name: str) -> None:
-    """The picture of one comparison; its members look as they do in the first."""
+    """The picture of one comparison; its variants look as they do in the first."""
     from matplotlib.figure import Figure
 
     study, records = read_compared(name)

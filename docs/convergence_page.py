@@ -22,19 +22,19 @@ FIGURE = FIGURES / "convergence.png"
 THEORY = """\
 # What layer dropout converges to
 
-Assumptions, an elementary argument (ours), what it leads to expect, and what the data support. The
-predictions were written down before these two studies were run
-([decision 0010](decisions/0010-convergence.md)). Earlier runs on one client
-([findings](findings.md)) had shown P1, P4 and P6 already, and no effect of a draw per turn: these
-are repetitions in a federation rather than forecasts.
+This page states assumptions, an elementary argument (ours), what it leads to expect, and what the
+data support. The predictions were written down before these two studies were run ([decision
+0010](decisions/0010-convergence.md)). Earlier runs on one client ([findings](findings.md)) had
+already shown P1, P4 and P6, and no effect of a draw per local training: in a federation these are
+repetitions rather than predictions.
 
 ## Setting and assumptions
 
 Client *i* has the loss Fᵢ(A; g): A are the adapters and the head, g the gates of one mini-batch,
-which close layer *l* with probability pₗ (0 where it is protected). Judged is F(A), the mean over
-clients of Fᵢ(A; 1): all layers open. Assumed are:
+which close layer *l* with probability pₗ (0 where it is protected). The model is judged by F(A),
+the mean over clients of Fᵢ(A; 1), with all layers open. The assumptions are:
 
-- every Fᵢ(·; g) has a Lipschitz gradient in the region that training visits;
+- every Fᵢ(·; g) has a Lipschitz gradient in the region that training reaches;
 - gates are drawn independently of the texts, between steps and between clients (with exact counts
   layers depend on each other within a step, which changes the numbers and not the argument);
 - a step's gradient has variance σ² by its texts, for every g, and σ_g² by its gates, which is 0
@@ -45,20 +45,20 @@ clients of Fᵢ(A; 1): all layers open. Assumed are:
 ## The argument
 
 With gates drawn afresh in every step, a step on client *i* follows an unbiased estimate of the
-gradient of its **gated loss** F̃ᵢ(A) = E_g Fᵢ(A; g), not of Fᵢ(A; 1). So the usual bounds for
+gradient of its **gated loss** F̃ᵢ(A) = E_g Fᵢ(A; g), not of Fᵢ(A; 1). So the known bounds for
 federated averaging with partial participation hold for F̃, the mean of these, with σ² + σ_g² in the
 place of σ². With a step size that falls with the number of rounds, their terms vanish. With a
 constant one a part stays that grows with σ² + σ_g² and falls with the cohort.
 
 Where ∇F̃ = 0, ‖∇F‖ *is* ‖∇F − ∇F̃‖: unless the two gradients vanish together, training ends where F
 still falls. In general ‖∇F‖² ≤ 2 ‖∇F̃‖² + 2 B², B being the largest distance of the two gradients
-in the region that training visits; it depends on how gates are drawn, jointly, and is 0 when
+in the region that training reaches; it depends on how gates are drawn, jointly, and is 0 when
 nothing is dropped. B knows nothing of rounds, cohort, local steps or skew. That it grows with the
 rate, and that it shows in the loss, the argument does not say: P1 to P3 are expectations from it,
 not consequences. Opening all gates for a last part makes F̃ = F; what is then left shrinks as in
 any training that begins there, given enough rounds and step size (P4).
 
-With one draw per turn this fails within the turn: all K steps follow the same gates, so that gate
+With one draw per local training this fails: all K steps follow the same gates, so that gate
 noise is not averaged over K and acts like a difference between clients, which is why P5 expects a
 loss that grows with K.
 
@@ -67,20 +67,20 @@ weights by client and round, and prove convergence to a stationary point under c
 analysis turns on *model reduction noise*, how much a mask takes away, and on the *minimum coverage
 index*, how many clients train the parameter that the fewest train. That noise is of masked trained
 weights; a closed gate bypasses frozen weights too, so that only the roles compare: their noise with
-our B. Per mini-batch a layer stays untrained for a turn with probability pₗᴷ (half dropped, 10
-steps: one turn in a thousand), though it may have had one step only. With one draw per turn a layer
+our B. With a draw per mini-batch a layer is not trained at all in a local training with probability
+pₗᴷ (half dropped, 10 steps: once in a thousand). With one draw per local training a layer
 has M (1 − pₗ) clients on average and none with probability pₗᴹ (half dropped, 2 clients: one round
-in four); the *least covered* of several layers fares worse. (Of that paper its abstract and our
-memory of it were at hand, not its proofs.)
+in four); the *least covered* of several layers fares worse. (We used that paper's abstract and what
+we remember of it, not its proofs.)
 
-**Where droppeft leaves the assumptions**: AdamW, whose moments begin anew in each turn, with
-clipped gradients and weight decay; batches of a turn drawn without replacement; a mean weighted by
-the rows of the turn (nearly equal here) over the clients that ran a layer at least once, which with
-one draw per turn moves a layer further in a round than a mean over all, by up to 1/(1 − pₗ): the
-argument says nothing of P7; the modules' own dropout (.1) in training and not in evaluation, for
-all members alike; and a loss measured on test texts of all classes: gates may regularise, so that a
-gap may be negative without contradicting any of this. The bounds are a guide to what to measure,
-and no guarantee.
+**Where droppeft departs from the assumptions**: AdamW, whose moments start afresh in each local
+training, with clipped gradients and weight decay; batches drawn without replacement; a mean
+weighted by rows (nearly equal here) over the clients that ran a layer at least once, which with
+one draw per local training moves a layer further in a round than a mean over all, by up to 1/(1 −
+pₗ): the argument says nothing of P7; the modules' own dropout (.1) in training and not in
+evaluation, for all variants alike; and a loss measured on test texts of all classes: gates may
+regularise, so that a gap may be negative without contradicting any of this. The bounds are a guide
+to what to measure, and no guarantee.
 """
 NOT_YET = """\
 ## What the data support
@@ -91,7 +91,7 @@ STUDY = """\
 ## Drop rate, local steps, skew and cohort
 
 `droppeft compare benchmarks/convergence/study.toml`: development data (20 Newsgroups), the built-in
-model, {clients} clients, {total} steps a client and turn taken together, in {some} rounds or in
+model, {clients} clients, {total} steps per client over all rounds, in {some} rounds or in
 {many}, {batch} texts a step, constant learning rates, forwards in bf16, {seeds}; the loss is on
 {sample} test texts. Gap: the global model's loss less that of nothing dropped on the same seed,
 mean of the last two evaluations (the last quarter of the run), every seed. *Holds*: all seeds above
@@ -122,8 +122,9 @@ LONG_HEAD = """\
 
 Three times as many rounds ({setting}), with a constant and with a falling learning rate: the gap
 after a round, mean of it and the evaluation before. Share left: the gap at the end through that
-after a third of the rounds. P2 (it does not close) *holds* where every seed keeps at least half,
-*fails* where every seed keeps less, and is *open* otherwise, as where there is no gap to keep.
+after a third of the rounds. P2 (it does not close) *holds* where at least half is left on every
+seed, *fails* where less is left on every seed, and is *open* otherwise, also where there is no
+gap.
 
 """
 SUPPORT = """\
@@ -359,14 +360,14 @@ def _long(found: Found) -> str:
         ends = [round * setting.rounds // 3 for round in (1, 2, 3)]
         for rate in RATES[1:]:
             parts = [gaps(own[rate], own["none"], partial(final_loss, last=last)) for last in ends]
-            kept = {seed: parts[-1][seed] / early for seed, early in parts[0].items() if early > 0}
+            left = {seed: parts[-1][seed] / early for seed, early in parts[0].items() if early > 0}
             lines.append(
                 (
                     f"{rate} dropped, {setting.schedule} rate",
                     *(signed(part.values()) for part in parts),
-                    ", ".join(f"{one:.0%}" for one in kept.values()) or "–",
-                    verdict(share - 0.5 for share in kept.values())
-                    if len(kept) == len(parts[0])
+                    ", ".join(f"{one:.0%}" for one in left.values()) or "–",
+                    verdict(share - 0.5 for share in left.values())
+                    if len(left) == len(parts[0])
                     else "open",
                 )
             )

@@ -1,4 +1,4 @@
-"""The parts of the results about costs: planned and measured, frozen layers, savings together."""
+"""The parts of the results about costs: estimated and measured, frozen layers, savings together."""
 
 import re
 from collections import Counter
@@ -11,24 +11,23 @@ from tables import markdown_table, processor, read_table, read_values
 Row = Mapping[str, Any]
 
 COST_MODEL_HEAD = """\
-## What was planned, and what it took
+## What was estimated, and what it took
 
-`benchmarks/cost_model`: memory and time of a step as `droppeft estimate` has them (modelled),
-beside what fresh processes took (measured). Memory: peak resident of a process that keeps what is
-in use and no more, less what it had before the model; what glibc's malloc keeps beyond that by
-default stands in the last column. Largest error: {memory}. Time: medians of {trials} trials; for
-    each model
-one speed and one overhead per step are fitted to its cells, so that the errors are those of the
-fit. Largest: {time}. Quantised and offloaded weights are read by other kernels or from other
-places, and their time is not modelled. Cells with frozen layers and all of BERT-large were measured
-again after a mistake in the trial had been mended, and two whose trials disagreed once more: the
-file has the commands. Made on {place}; another process was busy on the other core.
+`benchmarks/cost_model`: memory and time of a step as `droppeft estimate` gives them (modelled),
+and what fresh processes took (measured). Memory: the resident peak of a process that returns all
+freed memory, less what it had before the model; what glibc's malloc holds beyond that by default is
+in the last column. Largest error: {memory}. Time: medians of {trials} trials; for each model one
+speed and one overhead per step are fitted to its cells, so that the errors are those of the fit.
+Largest: {time}. Quantised and offloaded weights are read by other kernels or from other places, and
+their time is not modelled. Cells with frozen layers and all of BERT-large were measured again after
+a mistake in the trial was corrected, and two cells whose trials disagreed were measured once more:
+the file has the commands. Made on {place}; another process was busy on the other core.
 
 ![Modelled against measured: memory and time of a step](figures/cost_model.png)
 """
 COST_MODEL_COLUMNS = (
     *("cell", "memory measured", "modelled", "error"),
-    *("step measured", "modelled", "error", "kept by malloc (measured)"),
+    *("step measured", "modelled", "error", "held by malloc (measured)"),
 )
 
 SAVINGS_HEAD = """\
@@ -37,9 +36,9 @@ SAVINGS_HEAD = """\
 The same measurements, against LoRA in all layers at full depth: what the model and its training
 add to a process (measured), the same with the {process:.1f} GB of the process itself, and at
 batches of 16 texts of 128 tokens (modelled; measured at {batch}).
-The paper reports 40 to 67 % for dropout alone on its clients. A rate of .5 is exact, without
-protected ends; *per turn* means that a draw holds for a client's whole turn; *offload* is
-`training.offload=true`. Measured is the worse of an example's first and later visits.
+The paper reports 40 to 67 % for dropout alone on its devices. A rate of .5 is exact, without
+protected ends; *per turn* means that a draw holds for a client's whole local training; *offload* is
+`training.offload=true`. Measured is the worse of the first and of later uses of a row.
 """
 SAVINGS_COLUMNS = ("savings", "memory measured", "less", "less, with process", "less at 16 x 128")
 
@@ -47,11 +46,11 @@ FROZEN_LAYERS_HEAD = """\
 ## Frozen first layers
 
 `benchmarks/frozen_layers`: one training step with LoRA of rank 8 in the layers behind the frozen
-ones, against LoRA in all layers at full depth; arms take turns. *No cache*: LoRA in the last
-layers, the first run forward in every step. *First visit*: their states are computed one by one and
-kept. *Later visit*: the states are on the disk. The limit is the share of layers that still run.
-Medians of {repeats} ratios with quartiles, all measured, on {place}; another process was busy on
-the other core.
+ones, against LoRA in all layers at full depth; arms alternate. *No cache*: LoRA in the last
+layers, the first run forward in every step. *First visit*: the hidden states are computed row by
+row and stored. *Later visit*: the states are on the disk. The limit is the share of layers that
+still run. Medians of {repeats} ratios with quartiles, all measured, on {place}; another process
+was busy on the other core.
 
 ![Step time and stored bytes against the number of frozen layers](figures/frozen_layers.png)
 """
@@ -64,10 +63,10 @@ FROZEN_LAYERS_COLUMNS = (
 MATRIX_KERNELS_HEAD = """\
 ## MKL's kernels on a processor that is not Intel's
 
-`benchmarks/matrix_kernels`: processes with and without one preloaded line of C take turns, on
-{place}, while other work ran on the machine. GFLOP/s of (rows, in) x
-(in, out), and processor seconds of a turn of ten steps with the built-in model; medians of
-{repeats}, in brackets the best.
+`benchmarks/matrix_kernels`: processes with and without one preloaded line of C alternate, on
+{place}, while other work ran on the machine. GFLOP/s of (rows, in) x (in, out), and processor
+seconds of a local training of ten steps with the built-in model; medians of {repeats}, in brackets
+the best.
 """
 
 
@@ -167,7 +166,7 @@ def _frozen_layers() -> str:
 
 
 def _frozen_row(row: Row) -> Sequence[str]:
-    kept = row["disk_bytes_per_example"]
+    stored = row["disk_bytes_per_example"]
     within = f"{row['time_ratio_low']:.3f} to {row['time_ratio_high']:.3f}"
     return (
         str(row["frozen"]),
@@ -177,7 +176,7 @@ def _frozen_row(row: Row) -> Sequence[str]:
         f"{row['time_ratio']:.3f} ({within})",
         f"{row['stored_ratio']:.3f}",
         f"{row['build_s']:.2f} s" if row["visit"] != "no cache" else "–",
-        f"{kept / 1e3:,.0f} kB" if kept else "–",
+        f"{stored / 1e3:,.0f} kB" if stored else "–",
     )
 
 
@@ -190,10 +189,10 @@ def _matrix_kernels() -> str:
     lines = []
     for name, found in runs.items():
         speeds = zip(*(one["gflops"] for one in found), strict=True)
-        turns = [one["training_s"] for one in found]
+        seconds = [one["training_s"] for one in found]
         shown = [f"{median(speed):.0f} ({max(speed):.0f})" for speed in speeds]
-        lines.append((name, *shown, f"{median(turns):.2f} s ({min(turns):.2f})"))
-    return f"{head}\n{markdown_table(('kernels', *shapes, 'turn'), lines)}"
+        lines.append((name, *shown, f"{median(seconds):.2f} s ({min(seconds):.2f})"))
+    return f"{head}\n{markdown_table(('kernels', *shapes, 'training'), lines)}"
 
 
 def _place(machine: Row) -> str:

@@ -18,35 +18,36 @@ HEAD = """\
 ## What was predicted of layer dropout, each beside its control
 
 `droppeft compare benchmarks/statements/study.toml`: development data (20 Newsgroups), the built-in
-model, {clients} clients, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts (*long
-turns*: 4 of 40), forwards in bf16, learning rates that fall to 0, Dirichlet alpha {alpha}, {seeds}.
-The last layer is never dropped: half are three of the other five. Predictions were written down
-before ([decision 0010](decisions/0010-convergence.md)). Gap: loss of the global model of the member
-that should be worse less that of the other, mean of the last two evaluations, every seed: + is as
-predicted in loss, and - in points of accuracy. *Holds*: all seeds are as predicted; *fails*: all
-are not; *open* otherwise. A line in which nothing differed would hold by chance one time in eight.
-Recovery opens all gates in the last quarter of the rounds, at a quarter of the peak learning rate
-and less: equal steps, more work, and the peak of full depth.
+model, {clients} clients, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts
+(*long turns*: 4 of 40), forwards in bf16, learning rates that fall to 0, Dirichlet alpha {alpha},
+{seeds}. The last layer is never dropped: half are three of the other five. Predictions were
+written down before ([decision 0010](decisions/0010-convergence.md)). A *turn* is a client's local
+training in a round. Gap: loss of the global model of the variant that should be worse less that of
+the other, mean of the last two evaluations, every seed: + is as predicted in loss, and - in points
+of accuracy. *Holds*: all seeds are as predicted; *fails*: all are not; *open* otherwise. A line in
+which nothing differed would hold by chance one time in eight. Recovery opens all gates in the last
+quarter of the rounds, at a quarter of the peak learning rate and less: equal steps, more work, and
+the peak of full depth.
 """
-MEMBERS_HEAD = """\
+VARIANTS_HEAD = """\
 
-Every member: mean and standard deviation over seeds; *least steps*: those that the layer with the
-fewest ran in, over all clients and rounds; activations: the largest peak of a turn (measured);
-modelled: the whole run on the clients' profiles.
+Every variant: mean and standard deviation over seeds; *least steps*: those that the layer with the
+fewest ran in, over all clients and rounds; activations: the largest peak of a local training
+(measured); modelled: the whole run on the clients' profiles.
 
 """
 PREDICTOR_HEAD = """\
 
-What goes with the final loss (P8), over the {count} members that drop layers: rank correlations of
-means over seeds, and 95 % intervals by drawing members anew. Most of these members have nearly the
-same mean rate, which the mean cannot tell apart: the difference shows little.
+What correlates with the final loss (P8), over the {count} variants that drop layers: rank
+correlations of means over seeds, and 95 % intervals by resampling variants. Most of these variants
+have nearly the same mean rate, which the mean cannot tell apart: the difference shows little.
 
 """
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one member ends with a lower loss than another."""
+    """That one variant ends with a lower loss than another."""
 
     prediction: str
     text: str
@@ -92,7 +93,7 @@ def statement_sections() -> list[str]:
     head = HEAD.format(**shown_settings(runs))
     lines = [*_claims(runs), *_recovered(runs), _the_more(runs), *_coins(runs)]
     table = markdown_table(COLUMNS, sorted(lines, key=lambda line: line[0]))
-    return [f"{head}\n{table}{MEMBERS_HEAD}{_variants(runs)}{_predictors(runs)}"]
+    return [f"{head}\n{table}{VARIANTS_HEAD}{_variants(runs)}{_predictors(runs)}"]
 
 
 def _claims(runs: Runs) -> Iterator[tuple[str, ...]]:
@@ -149,7 +150,7 @@ def _variants(runs: Runs) -> str:
                 f"{seconds:.1f} s",
             )
         )
-    columns = ("member", "accuracy", "loss", "least steps", "activations", "modelled")
+    columns = ("variant", "accuracy", "loss", "least steps", "activations", "modelled")
     return markdown_table(columns, lines)
 
 

@@ -1,4 +1,4 @@
-"""What two members of a study are apart, seed by seed, and whether that is as was predicted."""
+"""What two variants of a study are apart, seed by seed, and whether that is as was predicted."""
 
 from collections.abc import Callable, Iterable
 from statistics import fmean

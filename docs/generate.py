@@ -42,8 +42,8 @@ BOUNDS = {
 CONFIGURATION_HEAD = """\
 # Configuration
 
-A run is described by a TOML file, by `key=value` words on the command line, or by both. The words
-win.
+A run is described by a TOML file, by overrides `key=value` on the command line, or by both. An
+override wins over the file.
 
 ```
 droppeft run my.toml rounds=50 dropout.mean=0.5
@@ -61,8 +61,8 @@ mean = 0.5
   the command line.
 - An unknown key is an error that names the nearest one, so a typing mistake never passes for a
   default.
-- Of the settings that are said to stand "instead of" another only one may be given; a word on the
-  command line replaces the file's choice.
+- Of settings that stand "instead of" another only one may be given; an override on the command line
+  replaces the file's choice.
 - Some methods have other defaults than the tables below; they hold where nothing is given
   ([defaults of methods](#defaults-of-methods)).
 - Every run writes all values, defaults included, to `config.toml` in its result folder; that file
@@ -109,21 +109,21 @@ droppeft run adapter.type=oft adapter.options.oft_block_size=16
 - *layered*: every trained tensor sits in one layer. A step that drops the layer leaves them as they
   are, bit for bit: no gradient, no momentum, no decay. A layer may have no adapter at all.
 - *sliced*: the type has one tensor for all layers; here it is one parameter per layer, with the
-  same promise, and one tensor again in the exported folder.
+  same property, and one tensor again in the exported folder.
 - *global*: the trained tensors belong to no layer (group `other`): nothing to drop or to share by
   layer, everything else is the same.
 
-What "works" means is written as code in `tests/adapter_contract.py` and run on tiny models: only
-adapter and head are trained; the seed alone decides their first values; a dropped layer is left
-alone; training the adapter lowers the loss; the exported folder, loaded into a plain model, answers
-with the same bits; taking the adapter off gives the old backbone back. It says nothing about
+`tests/adapter_contract.py` defines what "works" means and tests it on tiny models: only adapter and
+head are trained; the seed alone decides their initial values; a dropped layer is not changed;
+training the adapter lowers the loss; the exported folder, loaded into a plain model, gives the same
+output bit for bit; removing the adapter restores the backbone. It says nothing about
 accuracy. Tensors are counted in a layer of BERT with default targets, or in the whole prompt.
 
 The columns "8-bit" and "4-bit" say the same of a backbone with `quantization=8bit` or `4bit`, and
-that all answers and gradients are, up to rounding, those on the values that its codes stand for.
-*yes*: on the same architectures. (GPT-2's maps, which some types do not take whole, are ordinary
-ones once they are quantised.) Where there is a –, `droppeft run` refuses before training: most of
-these types take a weight for a matrix of numbers. LoRA's `use_dora` is refused with 8 bits.
+that all outputs and gradients are, up to rounding, those of the dequantised weights. *yes*: on the
+same architectures. (GPT-2's Conv1D maps, which some types do not support, become linear maps when
+they are quantised.) Where there is a –, `droppeft run` refuses before training: most of these types
+need a weight that is a matrix of numbers. LoRA's `use_dora` is refused with 8 bits.
 
 Settings: `rank`, `alpha`, `dropout`, `width` and `tokens` of the table `[adapter]`, where the type
 has them; another one is refused, not ignored. What is not given has peft's own default, except for
@@ -147,8 +147,8 @@ model = load_bottleneck(model, "adapter").eval()
 ADAPTERS_REFUSED = """\
 ## Refused types
 
-A version of peft with types that are not in these tables fails our tests, until somebody has looked
-at them.
+The tests fail with a version of peft that has types which are not in these tables, until they have
+been added.
 """
 
 
@@ -162,7 +162,7 @@ ARCHITECTURES_COLUMNS = (
     "classification in `droppeft run`",
     "remarks",
 )
-ARCHITECTURES_ANSWERS = {
+ARCHITECTURES_OUTPUTS = {
     "tensor": "its input",
     "tuple": "its input, in a tuple",
     "position bias": "its input and position biases",
@@ -219,10 +219,10 @@ ARCHITECTURES_TAIL = """\
 ## Another type
 
 Add a line to `ARCHITECTURES` in `src/droppeft/layer_dropout/architectures.py` and a case to
-`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and
-`python docs/generate.py`. What has to be true: hidden states are the first argument and the first
-result of a block, and whatever else later blocks need of it, a dropped one still yields. Blocks of
-your own can be given to `gated` without any of this, on your word that it is so.
+`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and `python
+docs/generate.py`. What has to be true: hidden states are the first argument and the first result
+of a block, and whatever else later blocks need of it, a dropped one still yields. You can give
+blocks of your own to `gated` without any of this, if they meet these conditions.
 """
 
 
@@ -248,11 +248,11 @@ CALIBRATION_COLUMNS = (
     "error",
 )
 DEVICES_HEAD = """\
-# Clients
+# Device profiles
 
-A run stands for clients that are not here. What a turn takes on them is *modelled*, from what the
-client says it computed: which layers ran, for how many tokens. Every figure of that kind has
-`modelled` in its name and stands beside what this machine really took.
+A run simulates clients on hardware that is not here. What a local training takes on such a device
+is *modelled* from what the client reports: which layers ran, for how many tokens. Every number of
+that kind has `modelled` in its name, and is shown beside what was measured on this machine.
 
 ```
 droppeft run                                                # three Jetsons, a third each
@@ -260,7 +260,7 @@ droppeft run clock.profiles=phone,laptop_cpu
 droppeft run clock.over_selection=1.3 clock.deadline_s=60   # draw more, merge the first
 ```
 
-A turn on the modelled clock is download + training + measuring the reward (if it is asked for) +
+A client's time on the modelled clock is download + training + measuring the reward (if requested) +
 upload:
 
 - **Compute**: FLOPs over effective FLOP/s, and a fixed overhead per optimizer step. The FLOPs of
@@ -271,27 +271,26 @@ upload:
 - **Energy**: full watts while it computes, idle watts while it loads and sends. Waiting for
   others is not counted.
 
-A round lasts until the slowest merged member has answered. `clock.over_selection` draws more
-clients than the cohort: the first `cohort` of them by modelled time are merged, the others are
+A round lasts until the slowest merged client has replied. `clock.over_selection` draws more
+clients than the cohort: the first `cohort_size` of them by modelled time are merged, the others are
 *surplus*. `clock.deadline_s` sets aside who takes longer (*late*); a round that closes with fewer
 than its cohort because somebody was late lasts until the deadline. A client may be *absent*, by
-the availability of its profile: it is drawn and then sent nothing, and nobody waits for it. Late
-and surplus clients have trained: their energy, bytes and rows are in the ledger.
+the availability of its profile: it is drawn, but nothing is sent to it and the round does not wait
+for it. Late and surplus clients have trained: their energy, bytes and rows are in the ledger.
 
 A model whose arithmetic depends on values (of those that classify, `xmod`) cannot be counted: it is
 trained without a modelled clock, and a deadline or over-selection is refused.
 
-All of this follows from the seed, from instructions and from Updates. Neither the transport, nor
-the order of arrival, nor this machine's speed changes it, and a resumed run decides like an
-unbroken one.
+All of this follows from the seed, the instructions and the updates. It does not depend on the
+transport, the order of arrival or this machine's speed, and is the same in a resumed run.
 
 ## Profiles
 """
 
 DEVICES_OWN = """\
-Where a profile rests on an assumption its source says so: take such figures for a class of clients,
-not for a product. A profile of your own, or one in place of a known one, is a table of the run's
-TOML file:
+Where a profile rests on an assumption, its source says so: such numbers describe a class of
+devices, not a product. A profile of your own, or one in place of a known one, is a table of the
+run's TOML file:
 
 ```toml
 [clock]
@@ -315,26 +314,26 @@ CALIBRATION_HEAD = """\
 `benchmarks/clock_calibration` fits the effective speed of the three Jetsons to step times that
 an earlier test bed reported for {model} with LoRA in {layers} layers. **Batch and length were not
 stated: batch {batch} and the lengths of this table are our assumption**, and the speed depends on
-it. The fit has the least squared relative errors; an overhead below 0 is not allowed, and 0 is
-what is left: from the shortest to the middle length the anchors grow faster than the arithmetic.
+it. The fit minimises squared relative errors. The overhead may not be negative and comes out as 0,
+because from the shortest to the middle length the anchors grow faster than the arithmetic.
 """
 
 CALIBRATION_TAIL = """\
-What the clock does not see: memory bandwidth (a small batch is slower than it says), throttling,
-and which kernels a client has. The quadratic part of attention is charged at the mean length of a
-turn's rows: the charge is low by that part times the squared relative spread of the lengths. For
-{model} at {length} tokens the part is {quadratic} of a step, so rows that spread by half their
-mean are {error} too cheap. A layer that is dropped saves its FLOPs, but nothing of the overhead
-per step.
+The clock does not model memory bandwidth (a small batch is slower than it says), throttling, and
+the kernels that a device has. The quadratic part of attention is charged at the mean length of a
+local training's rows: the charge is low by that part times the squared relative spread of the
+lengths. For {model} at {length} tokens the part is {quadratic} of a step, so rows that spread by
+half their mean are charged {error} too little. A dropped layer saves its FLOPs, but none of the
+overhead per step.
 """
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
-    if words not in ([], ["--check"]):
+    if arguments not in ([], ["--check"]):
         print("usage: python docs/generate.py [--check]", file=sys.stderr)
         return 2
-    if not words:
+    if not arguments:
         write_pages(FOLDER)
         return 0
     stale = stale_pages(FOLDER)
@@ -409,7 +408,7 @@ def architectures_page() -> str:
             f"`{case['model_type']}`" + (f", {case['variant']}" if case["variant"] else ""),
             case["class"],
             ", ".join(f"`{name}`" for name in case["blocks"]),
-            ARCHITECTURES_ANSWERS[case["answer"]],
+            ARCHITECTURES_OUTPUTS[case["output"]],
             case["reference"],
             case["checkpointing"],
             case["classification"],
@@ -502,12 +501,12 @@ def _with_unit(value: float, unit: str) -> str:
 
 
 def _found(families: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """How many tensors a layer of BERT has, and on which architectures the contract is kept."""
+    """How many tensors a layer of BERT has, and on which architectures the contract holds."""
     return str(families["bert"]["tensors"]), ", ".join(_kept(families))
 
 
 def _also_on(families: dict[str, dict[str, Any]], whole: dict[str, dict[str, Any]]) -> str:
-    """On which architectures the contract is kept when they are quantised."""
+    """On which architectures the contract holds when they are quantised."""
     missing = [family for family in _kept(whole) if family not in _kept(families)]
     more = [family for family in _kept(families) if family not in _kept(whole)]
     if missing:

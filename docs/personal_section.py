@@ -13,12 +13,12 @@ from droppeft.comparison.writers import COLUMNS
 from droppeft.sharing.selection import count_of
 
 PERSONAL = """\
-## Which half of the layers to keep, and other ways to be personal
+## Which half of the layers is personal, and other ways to personalise
 
 `droppeft compare benchmarks/personalisation/study.toml`: development data (20 Newsgroups), the
 built-in model, {clients} clients, {cohort} a round, {rounds} rounds of {steps} steps of {batch}
-texts at full depth, Dirichlet alpha {alpha}, {seeds}. Every way from *relative gradient norm* to
-*CKA* shares half of the layers. Personalised: mean over all clients of each one's own model on its
+texts at full depth, Dirichlet alpha {alpha}, {seeds}. All rows from *relative gradient norm* to
+*CKA* share half of the layers. Personalised: mean over all clients of each one's own model on its
 own test texts; worst tenth: of the clients. Mean and standard deviation over seeds; *over sharing
 all*: in points, on the same seed, every seed; least covered: part of a round's clients, mean over
 rounds, that sent the layer that the fewest sent. Traffic is what was sent in a whole run.
@@ -32,7 +32,7 @@ is two. With four classes each there are twenty clients, so that every class has
 all*: in points, on the same split and seed, every seed.
 """
 CONFIRMATION = """\
-## Keeping half of the layers on other data and another model
+## Half of the layers personal, on other data and another model
 
 `droppeft compare benchmarks/sharing_confirmation/study.toml`, run once: {clients} clients, {cohort}
 a round, {rounds} rounds of {steps} steps of {batch} texts, forwards in bf16, Dirichlet alpha
@@ -44,7 +44,7 @@ NEWCOMERS = """\
 
 `droppeft compare benchmarks/newcomers/study.toml`: development data (20 Newsgroups), the built-in
 model, {clients} clients of which {cohort} train in each of {rounds} rounds, {steps} steps of
-{batch} texts a turn, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on clients' own
+{batch} texts, forwards in bf16, Dirichlet alpha {alpha}, {seeds}. Accuracy on clients' own
 test texts, mean over clients: those that trained, those that never did, and these after one epoch
 on their own texts, of which nothing is sent. Mean and standard deviation over seeds.
 """
@@ -59,12 +59,12 @@ ABLATION = """\
 ## The method's parts, each taken away
 
 `droppeft compare benchmarks/ablation/study.toml`: as above, alpha {alpha}, {seeds}. Layer dropout
-with rates from the configurator (budgeted Thompson sampling, gains by agreement), a prefix as one
-of its choices, half of the layers shared by relative gradient norm (rounded up: two of three);
-*half frozen*: LoRA in the last half of the layers alone, whose inputs are kept. Without the
-configurator there is no prefix either. *Over all parts*: in points, on the same seed, every seed.
-To target (modelled): until what *none of them* ends with, less a point. Modelled: the whole run;
-activations: the largest peak of a turn.
+with rates from the configurator (budgeted Thompson sampling, rewards by agreement), untrained
+layers as one of its choices (*prefix*), half of the layers shared by relative gradient norm
+(rounded up: two of three); *half frozen*: LoRA in the last half of the layers alone, whose inputs
+are cached. Without the configurator there are no untrained layers either. *Over all parts*: in
+points, on the same seed, every seed. To target (modelled): until what *none of them* ends with,
+less a point. Modelled: the whole run; activations: the largest peak of a local training.
 """
 ACCURACIES = ("global", "personalised", "worst tenth")
 

@@ -9,7 +9,7 @@ import numpy as np
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, processor, read_compared, read_table, read_values, was_compared
 
-from droppeft.bandit.policies import LOT, POLICIES
+from droppeft.bandit.policies import POLICIES, RANDOM
 from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import target_accuracies, time_to_target
 
@@ -17,7 +17,7 @@ STUDIES = {
     "configurator": ("the built-in model (6 layers)", ("configurator_agreement",)),
     "configurator_deep": ("`deep12` (12 layers)", ()),
 }
-"""Title, and later comparisons whose members join the table."""
+"""Title, and later comparisons whose variants join the table."""
 FIXED = (
     "nothing dropped",
     "a quarter",
@@ -34,14 +34,14 @@ ARMS = {
     "25% dropped, first 50% not trained": "upper half, a quarter",
     "50% dropped, first 50% not trained": "upper half, half",
 }
-"""Labels of the arms in the ledger, and the members that have nothing else."""
+"""Labels of the arms in the ledger, and the variants that have nothing else."""
 
 HEAD = """\
 ## Policies on real data: {model}
 
 `droppeft compare benchmarks/{name}/study.toml`: 20 Newsgroups (development data), {clients} clients
 of three kinds, {cohort} a round, {rounds} rounds of {steps} steps of {batch} texts, Dirichlet alpha
-{alpha:g}; {seeds}. All times are modelled and include exploring and measuring. Members above the
+{alpha:g}; {seeds}. All times are modelled and include exploring and measuring. Variants above the
 line are single arms, below it are policies over all six. The target is what full depth ends with
 on the same seed (mean of three evaluations) less a point; a run that never gets there in its
 rounds has no time. *Early*: accuracy (mean of the last three evaluations) at {early:.2f} modelled
@@ -51,7 +51,7 @@ arm*: per seed, time to target over that of this arm. `droppeft report benchmark
 all of it.
 """
 COLUMNS = (
-    "member",
+    "variant",
     "accuracy",
     "early",
     "regret",
@@ -67,26 +67,33 @@ REWARD_HEAD = """\
 
 ### What the policies saw
 
-All turns of the policies that learn, together: the gain of an arm by least squares on arms and
-rounds, in units of the root mean square of all gains, ± one standard error; and what the arm is
-worth when it is all there is.
+All local trainings of the policies that learn, together: the reward of an arm by least squares on
+arms and rounds, in units of the root mean square of all rewards, ± one standard error; and the
+accuracy of the arm when it is used alone.
 """
 REWARDS = {
-    "loss": "Gains by the loss on a client's own validation rows:\n",
-    "agreement": "Gains by agreement with the round's other turns:\n",
+    "loss": "Rewards by the loss on a client's own validation rows:\n",
+    "agreement": "Rewards by agreement with the round's other clients:\n",
 }
-REWARD_COLUMNS = ("arm", "turns", "gain", "seconds of a turn", "gain per second", "accuracy alone")
+REWARD_COLUMNS = (
+    "arm",
+    "trials",
+    "reward",
+    "seconds of a trial",
+    "reward per second",
+    "accuracy alone",
+)
 
 
 OVERHEAD_HEAD = """\
 ## What the configurator itself takes
 
 `benchmarks/configurator_overhead`: {rounds} rounds of {cohort} clients, {steps} steps of {batch}
-texts each, on {place}; the same run with fixed rates beside it. Planning and merging are the
-server's seconds of a round (median); measuring is what clients spend on a gain by `loss`, of all
+texts each, on {place}; the same run with fixed rates beside it. Instructing and merging are the
+server's seconds of a round (median); measuring is what clients spend on a reward by `loss`, of all
 their time (by `agreement` it is nothing).
 """
-OVERHEAD_COLUMNS = ("run", "planning, merging", "of a round", "measuring", "measuring, modelled")
+OVERHEAD_COLUMNS = ("run", "instructing, merging", "of a round", "measuring", "measuring, modelled")
 
 
 def policies_sections() -> list[str]:
@@ -160,20 +167,20 @@ def _section(name: str) -> str:
     lines.insert(place, ("–",) * len(COLUMNS))
     head = HEAD.format(model=title, name=name, early=early, **shown_settings(by_variant))
     seen = [REWARD_HEAD]
-    for reward, words in REWARDS.items():
+    for reward, title in REWARDS.items():
         found = {
             variant: runs
             for variant, runs in by_variant.items()
             if any(_reward(run) == reward for run in runs.values())
         }
-        seen += [words, _rewards(found, by_variant)] if found else []
+        seen += [title, _rewards(found, by_variant)] if found else []
     return "\n".join([head, markdown_table(COLUMNS, lines), *seen])
 
 
 def _reward(run: RunRecord) -> str | None:
-    """What its gains are, if it learns; those of runs before there was a choice are of the loss."""
+    """The kind of its rewards, if it learns; runs without that setting have rewards by the loss."""
     known = outcome_of(run)
-    return (known["reward"] or "loss") if known["policy"] in POLICIES.keys() - {LOT} else None
+    return (known["reward"] or "loss") if known["policy"] in POLICIES.keys() - {RANDOM} else None
 
 
 def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:
@@ -252,25 +259,25 @@ def _rewards(
     learning: Mapping[str, Mapping[int, RunRecord]],
     by_variant: Mapping[str, Mapping[int, RunRecord]],
 ) -> str:
-    turns = [
-        turn
+    trials = [
+        trial
         for variant, runs in learning.items()
         for seed, run in runs.items()
-        for turn in _turns(run, f"{variant} {seed}")
+        for trial in _trials(run, f"{variant} {seed}")
     ]
-    arms = [arm for arm in ARMS if any(turn.arm == arm for turn in turns)]
-    gains, errors = _adjusted(turns, arms)
+    arms = [arm for arm in ARMS if any(trial.arm == arm for trial in trials)]
+    rewards, errors = _adjusted(trials, arms)
     lines = []
-    for arm, gain, error in zip(arms, gains, errors, strict=True):
-        seconds = fmean(turn.seconds for turn in turns if turn.arm == arm)
+    for arm, reward, error in zip(arms, rewards, errors, strict=True):
+        seconds = fmean(trial.seconds for trial in trials if trial.arm == arm)
         alone = [run.result for run in by_variant.get(ARMS[arm], {}).values() if run.result]
         lines.append(
             (
                 ARMS[arm],
-                f"{sum(turn.arm == arm for turn in turns):,}",
-                f"{gain:.2f} ± {error:.2f}",
+                f"{sum(trial.arm == arm for trial in trials):,}",
+                f"{reward:.2f} ± {error:.2f}",
                 f"{seconds:.3f}",
-                f"{gain / seconds:.2f} ± {error / seconds:.2f}",
+                f"{reward / seconds:.2f} ± {error / seconds:.2f}",
                 spread([result["global_accuracy"] for result in alone]),
             )
         )
@@ -279,43 +286,43 @@ def _rewards(
 
 @dataclass(frozen=True)
 class Seen:
-    """A turn of a policy that learns: its round, its arm, what it gained, and the arm's seconds."""
+    """A local training under a policy that learns: round, arm, reward, and the arm's seconds."""
 
     round: str
     arm: str
-    gain: float
+    reward: float
     seconds: float
 
 
-def _turns(run: RunRecord, name: str) -> Iterator[Seen]:
-    """Single arms and the lot measure no gains."""
+def _trials(run: RunRecord, name: str) -> Iterator[Seen]:
+    """Single arms and random choice measure no rewards."""
     for row in run.rows:
         notes = row["notes"] or {"chosen": {}}
         for client, number in notes["chosen"].items():
-            gain, arm = notes["rewards"].get(client), notes["labels"][str(number)]
-            if gain is not None and arm in ARMS and number in notes["present"]:
+            reward, arm = notes["rewards"].get(client), notes["labels"][str(number)]
+            if reward is not None and arm in ARMS and number in notes["present"]:
                 took = notes["seconds"][notes["present"].index(number)]
-                yield Seen(f"{name} {row['round']}", arm, gain, took)
+                yield Seen(f"{name} {row['round']}", arm, reward, took)
 
 
-def _adjusted(turns: Sequence[Seen], arms: Sequence[str]) -> tuple[Any, Any]:
-    """Least squares of gains on arm and round, in units of the gains' root mean square.
+def _adjusted(trials: Sequence[Seen], arms: Sequence[str]) -> tuple[Any, Any]:
+    """Least squares of rewards on arm and round, in units of the rewards' root mean square.
 
-    An arm's gain is the mean of all, more by its effect over the mean effect.
+    An arm's reward is the mean of all rewards plus its effect, relative to the mean effect.
     """
-    gains = np.array([turn.gain for turn in turns])
-    gains /= np.sqrt(np.mean(gains**2))
-    chosen = np.array([[turn.arm == arm for arm in arms] for turn in turns], dtype=float)
-    _, rounds = np.unique([turn.round for turn in turns], return_inverse=True)
-    own = np.zeros((len(turns), rounds.max() + 1))
-    own[np.arange(len(turns)), rounds] = 1
+    rewards = np.array([trial.reward for trial in trials])
+    rewards /= np.sqrt(np.mean(rewards**2))
+    chosen = np.array([[trial.arm == arm for arm in arms] for trial in trials], dtype=float)
+    _, rounds = np.unique([trial.round for trial in trials], return_inverse=True)
+    own = np.zeros((len(trials), rounds.max() + 1))
+    own[np.arange(len(trials)), rounds] = 1
     means = own / own.sum(axis=0)
     within = chosen - own @ (means.T @ chosen)
-    left = gains - own @ (means.T @ gains)
+    left = rewards - own @ (means.T @ rewards)
     inverse = np.linalg.pinv(within.T @ within)
     effects = inverse @ within.T @ left
-    free = len(turns) - own.shape[1] - len(arms) + 1
+    free = len(trials) - own.shape[1] - len(arms) + 1
     variance = float(np.square(left - within @ effects).sum()) / free
     centre = np.eye(len(arms)) - chosen.mean(axis=0)
     errors = np.sqrt(np.diag(centre @ inverse @ centre.T) * variance)
-    return gains.mean() + centre @ effects, errors
+    return rewards.mean() + centre @ effects, errors

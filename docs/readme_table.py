@@ -16,18 +16,18 @@ END = "<!-- End of what is written. -->\n"
 CONTESTS = {
     "contest": "The built-in model, six layers",
     "contest_deep": "`deep12`, twelve layers",
-    "contest_confirmation": "Six layers again, other seeds, members that the contest had suggested",
+    "contest_confirmation": "Six layers again, other seeds, variants suggested by the contest",
 }
 
 TEXT = """\
 {clients} clients of three kinds, {cohort} a round, Dirichlet alpha {alpha:g} (clients differ in
-which classes they have); [data](docs/results.md#data-and-models-of-the-contest) on which no member
+which classes they have); [data](docs/results.md#data-and-models-of-the-contest) on which no variant
 was chosen ([but for what decision 0009 says](docs/decisions/0009-the-contest.md); *all shared* was
 prompted by six layers). *Accuracy*: of the global model on 1,000 test texts, with the F1 of class 1
 where there are two classes. In brackets: how many times sooner than *{rival}* it reaches the target
-on the *modelled clock* (what work and traffic take by clients' data sheets), or how many seeds
-do. The *target* is the mean of {rival}'s last three evaluations (500 texts) less a point; reached
-is what the mean of three evaluations reaches, so that a time is known to some rounds.
+on the *modelled clock* (time of work and traffic by the data sheets of devices), or how many seeds
+reach it. The *target* is the mean of {rival}'s last three evaluations (500 texts) less a point. It
+is reached when the mean of three evaluations reaches it, so a time is known to some rounds.
 *Personalised*: clients' own models on their own texts. Activations (measured, of the client that
 stores most) and traffic of a run are the largest of the data sets.
 """

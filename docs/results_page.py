@@ -17,9 +17,9 @@ from tables import NOTICE, markdown_table, place, read_table, read_values
 RESULTS_HEAD = """\
 # Results
 
-Every figure here comes from a file in [`benchmarks`](../benchmarks), made by the study or the
-script named with it. Measured means a real clock on the machine named; what is modelled says so.
-What follows from them: [findings.md](findings.md).
+Every number here comes from a file in [`benchmarks`](../benchmarks), made by the study or the
+script named with it. *Measured* means with a real clock on the machine named; what is modelled is
+marked as such. [findings.md](findings.md) says what follows from the numbers.
 """
 
 FIRST_SLICE_HEAD = """\
@@ -27,7 +27,7 @@ FIRST_SLICE_HEAD = """\
 
 `benchmarks/first_slice`: the {layers}-layer built-in model, {cohort} clients per round, {rounds}
 rounds of {steps} steps, Dirichlet alpha {alpha}, one seed. `fedlora` runs all layers, `droppeft`
-drops exactly 2 in every step. The two take turns round by round on one machine: {place}.
+drops exactly 2 in every step. The two alternate round by round on one machine: {place}.
 
 ![Accuracy against wall time of both methods](figures/first_slice.png)
 """
@@ -45,19 +45,20 @@ FLOWER_HEAD = """\
 
 `benchmarks/flower_cost`: the built-in model and data, {nodes} clients, all of them in each of
 {rounds} rounds; the SuperLink and its {nodes} SuperNodes are on loopback. All measured, medians of
-{runs} runs that take turns, on {place}.
+{runs} alternating runs, on {place}.
 The hash is over all files of `adapter/`: it is the same everywhere, or the script stops.
 """
 
 FLOWER_COST_HEAD = """\
 ### What a client-round costs
 
-One client, {rounds} rounds of 10 steps of 16 texts; {runs} runs per arm that take turns. A
-client-round is a round less evaluation and saving; "beside the turn" is what is not spent in
-setting values, training and packing on the client. "Model built per message" is the usual pattern
-of Flower's examples: the ClientApp builds its model whenever it is called. In a simulation the
-process stays and the texts with it; on a SuperNode every message has a new process, which loads
-everything. The built-in model is small (22 M parameters); what building one costs grows with it.
+One client, {rounds} rounds of 10 steps of 16 texts; {runs} alternating runs per arm. A
+client-round is a round less evaluation and saving; "beside the training" is what is not spent in
+setting values, training and packing on the client. "Model built per message" is the pattern of
+most of Flower's examples: the ClientApp builds its model whenever it is called. In a simulation
+the process stays, and the texts with it. On a SuperNode every message has a new process, which
+loads everything. The built-in model is small (22 M parameters); the cost of building grows with
+the model.
 """
 
 
@@ -65,8 +66,8 @@ LAYER_DROPOUT_HEAD = """\
 ## What dropping layers saves, and what a gate costs
 
 `benchmarks/layer_dropout_cost`: training steps (forward, backward, AdamW) of models with random
-weights and LoRA of rank 8 in all layers; exact gates, first and last layer kept. All measured, on
-{place}.
+weights and LoRA of rank 8 in all layers; exact gates, first and last layer never dropped.
+Measured, on {place}.
 
 ![Cost of gates, savings, and stored bytes of 50 steps](figures/layer_dropout_cost.png)
 
@@ -76,7 +77,7 @@ The *sliced* model is made of the same weights, with the list of blocks cut to t
 take the same step, one right after the other, in random order, with new gates for every pair.
 Medians of the pairs' ratios with bootstrap 95 % intervals; within 3 % is *yes* if the upper end of
 the interval of seconds is, *no* if the lower end is not, else *open*. Blocks that ran were counted
-in every step. Stored is what autograd keeps for the backward, parameters excluded.
+in every step. Stored is what autograd saves for the backward, parameters excluded.
 """
 
 LAYER_DROPOUT_PEAKS_HEAD = """\
@@ -93,9 +94,9 @@ An OPT model of {layers} layers, rate .5, {pairs} pairs of steps each. *Ours* in
 columns is `gated`, as in `droppeft run`. Both steps of a pair have the same gates, but for
 torchtune, which draws for every row of a batch, and the model without dropout. transformers'
 `layerdrop` and torchtune have independent gates without protected ends; the loop and the
-multiplication got ours. What a way does with a dropped layer was looked at with a batch of one row.
-`gated` obeys its gates in evaluation mode too: leave it before evaluating; `layer_dropout` sees to
-that by itself.
+multiplication use our gates. What each does with a dropped layer was tested with a batch of one
+row. `gated` applies its gates in evaluation mode too, so leave it before evaluating;
+`layer_dropout` opens all gates in evaluation mode by itself.
 """
 
 
@@ -106,11 +107,11 @@ COMPILE_HEAD = """\
 {rows} texts of {tokens} tokens, a third of the layers dropped in every step, gates changing.
 *Block by block*: `block.forward = torch.compile(block.forward)`, as in the README; *whole model*:
 `torch.compile(model)`, which compiles what lies between gates. Times of {rounds} steps that the
-three take in turn, against not compiling: medians of the ratios with bootstrap 95 % intervals.
-Graphs are all that were compiled, first for every pattern of dropped layers that came, then for
-{rounds} more lengths of texts. All measured, on {place}.
-Other work ran there as well: seconds of the processor are
-steadier than those of the clock, and compiling would be quicker on a quiet machine.
+three take alternately, relative to not compiling: medians of the ratios with bootstrap 95 %
+intervals. Graphs are all that were compiled, first for every pattern of dropped layers that
+occurred, then for {rounds} more lengths of texts. All measured, on {place}.
+Other work ran there as well: processor seconds vary less than wall seconds, and compiling would be
+faster on an idle machine.
 """
 
 
@@ -121,12 +122,12 @@ QUALITY_HEAD = """\
 learning rate after {warm_up} steps; accuracy on {rows:,} rows cut from the training part
 (development data), at full depth. *Equal steps*: after {budget} steps. *Equal work*: after as many
 steps as cost what {budget} steps at full depth cost, counted as tokens times layers that ran. In
-brackets the mean difference to full depth with the same seeds. The centre is a third of the layers
-dropped, exact counts, uniform, first and last layer kept. A single seed says little: another one
-moves a cell by {noise:.3f} (standard deviation over the seeds of a cell, median of the cells).
-*Frozen* rows have LoRA in the layers behind the frozen ones alone; they ran at equal steps and
-without a cache, whose gain in time comes on top ([below](#frozen-first-layers)). What follows from
-all this is in [findings.md](findings.md).
+brackets the mean difference to full depth with the same seeds. The reference is a third of the
+layers dropped, exact counts, uniform, first and last layer never dropped. A single seed says
+little: another seed changes a cell by {noise:.3f} (standard deviation over the seeds of a cell,
+median of the cells). *Frozen* rows have LoRA only in the layers above the frozen ones; they ran at
+equal steps and without a cache, which would save more time ([below](#frozen-first-layers)). What
+follows from all this is in [findings.md](findings.md).
 """
 
 
@@ -228,7 +229,13 @@ def _flower() -> str:
     )
     costs_head = FLOWER_COST_HEAD.format(rounds=content["rounds"]["client_round"], runs=runs)
     places_columns = ("", "adapter", "rounds", "command", *TRAFFIC.values())
-    costs_columns = ("", "client-round (quartiles)", "turn", "beside the turn", "first round")
+    costs_columns = (
+        "",
+        "client-round (quartiles)",
+        "training",
+        "beside the training",
+        "first round",
+    )
     return "\n".join(
         [
             head,

@@ -1,4 +1,4 @@
-"""What the sections about studies of several members and seeds have in common."""
+"""What the sections about studies of several variants and seeds have in common."""
 
 import re
 from collections import Counter
@@ -9,14 +9,14 @@ from typing import Any
 from droppeft.comparison.study_files import Row, RunRecord, Study
 
 Seeds = Mapping[int, RunRecord]
-"""Runs of a member by seed."""
+"""Runs of a variant by seed."""
 
 Runs = Mapping[str, Seeds]
-"""Finished runs by member and seed."""
+"""Finished runs by variant and seed."""
 
 
 def runs_of(records: Sequence[RunRecord]) -> Runs:
-    """Those that have a result, members in their own order."""
+    """Those that have a result, variants in their own order."""
     done = [one for one in records if one.result is not None]
     return {
         variant: {one.seed: one for one in done if one.variant == variant}
@@ -39,7 +39,7 @@ def shown_settings(runs: Runs) -> dict[str, Any]:
 
 
 def seeds_of(runs: Runs) -> str:
-    """How many seeds members have, and whether that is all there will be."""
+    """How many seeds variants have, and whether that is all there will be."""
     counts = sorted({len(own) for own in runs.values()})
     if len(counts) > 1:
         return f"{counts[0]} to {counts[-1]} seeds, **not finished**"
@@ -47,7 +47,7 @@ def seeds_of(runs: Runs) -> str:
 
 
 def seeds_of_comparison(study: Study, records: Sequence[RunRecord]) -> str:
-    """How many seeds each member has on each of its data, and whether that is all it asks for."""
+    """How many seeds each variant has on each of its data, and whether that is all it asks for."""
     done = Counter((one.place, one.variant) for one in records if one.result is not None)
     wanted = len(study.seeds)
     least, most = min(done.values()), max(done.values())

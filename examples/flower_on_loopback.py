@@ -2,7 +2,7 @@
 
     python examples/flower_on_loopback.py runs/loopback rounds=3 clients=3 cohort_size=3
 
-The commands are those that one would type on four machines; see docs/flower.md.
+The same commands are used on four machines; see docs/flower.md.
 """
 
 import json
@@ -21,12 +21,12 @@ APP = Path(__file__).parent / "flower_app"
 NODES = 3
 
 Submit = Callable[[Sequence[str], Path], None]
-"""Run settings such as ``rounds=3`` and leave the run in a folder."""
+"""Runs droppeft with settings such as ``rounds=3`` in a given folder."""
 
 
 @contextmanager
 def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
-    """A SuperLink and its SuperNodes, as processes; logs and Flower's state go to ``folder``."""
+    """Start a SuperLink and SuperNodes; ``folder`` gets their logs and Flower's state."""
     folder.mkdir(parents=True, exist_ok=True)
     port, *node_ports = free_ports(1 + nodes)
     address = f"127.0.0.1:{port}"
@@ -57,10 +57,10 @@ def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
 
 
 def submit(folder: Path, settings: Sequence[str], out: Path, timeout_s: float = 3600.0) -> None:
-    """Hand the app to the SuperLink and follow its log to the end."""
+    """Submit the app to the SuperLink and follow its log until it ends."""
     run_config = {"settings": shlex.join(settings), "out": str(out.resolve())}
-    words = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
-    command = ["flwr", "run", str(APP), "here", "--stream", "--run-config", words]
+    overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
+    command = ["flwr", "run", str(APP), "here", "--stream", "--run-config", overrides]
     with suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=environment(folder), check=True, timeout=timeout_s)
     if not (out / "result.json").exists():
@@ -69,7 +69,7 @@ def submit(folder: Path, settings: Sequence[str], out: Path, timeout_s: float = 
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Flower's commands first on the path, its files in ``folder``, nothing reported."""
+    """Put Flower's commands on the path and its files in ``folder``; switch telemetry off."""
     commands = Path(sys.executable).parent
     return {
         **os.environ,
@@ -81,16 +81,16 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
+    """Find ports that are free at the moment."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_for(port: int, timeout_s: float = 60.0) -> None:
-    """Return when somebody listens."""
+    """Wait until a process listens on a port."""
     end = time.monotonic() + timeout_s
     while True:
         try:
@@ -103,7 +103,7 @@ def wait_for(port: int, timeout_s: float = 60.0) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process, gently at first."""
+    """Terminate a process, and kill it if it does not end."""
     process.terminate()
     try:
         process.wait(timeout=10)
@@ -113,7 +113,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(out: Path, settings: Sequence[str]) -> None:
-    """Run once and show what came out."""
+    """Run once, and print the accuracy and the hash of the adapter."""
     with tempfile.TemporaryDirectory() as folder, loopback(Path(folder)) as run:
         run(settings, out)
     result = json.loads((out / "result.json").read_text())

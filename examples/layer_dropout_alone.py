@@ -1,6 +1,6 @@
 """Layer dropout in a plain PyTorch loop, without federation.
 
-Fine-tunes the built-in model with LoRA on a few of the built-in texts; each step drops exactly 3 of
+Fine-tunes the built-in model with LoRA on some of the built-in texts. Each step drops exactly 3 of
 the 6 layers, never the first or the last.
 """
 
@@ -17,7 +17,7 @@ STEPS, ROWS = 20, 16
 
 
 def main() -> None:
-    """Train for some steps and print loss and depth."""
+    """Train for some steps and print the loss and the number of layers that ran."""
     data = load_text("builtin", SourceConfig())
     backbone = load_backbone("builtin", data.label_names, seed=0)
     model = get_peft_model(backbone.model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16))
@@ -35,9 +35,9 @@ def main() -> None:
             loss = model(**batch, labels=labels).loss
             loss.backward()
             print(f"step {step + 1:2}  loss {loss.item():.3f}  layers {sum(dropout.active)} of 6")
-            optimizer.step()  # from here on other layers run
+            optimizer.step()  # draws the layers of the next step
             optimizer.zero_grad()
-    model.eval()  # every layer runs, inside of the context too
+    model.eval()  # all layers run, also inside the context
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What every adapter type must do, checked on tiny models.
+"""Rules that every adapter type must satisfy, checked on tiny models.
 
-``python tests/adapter_contract.py`` runs it for all types on all families, whole and quantised, and
-writes ``docs/adapters.json``, from which ``docs/adapters.md`` is made. It takes half an hour.
+``python tests/adapter_contract.py`` checks them for all types on all model families, with and
+without quantisation, and writes ``docs/adapters.json``, from which ``docs/adapters.md`` is
+generated. It takes half an hour.
 """
 
 import json
@@ -29,7 +30,7 @@ from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
 from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerKey, flatten
 from droppeft.models.loading import HEAD_MODULES, quiet
-from droppeft.models.quantization import put_values, quantised, settle
+from droppeft.models.quantization import copy_dequantised_values, patch_quantised_layers, quantised
 from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, train
 from handmade import TRAINING
@@ -42,7 +43,7 @@ FILE = Path(__file__).parents[1] / "docs" / "adapters.json"
 USABLE = tuple(name for name, kind in TYPES.items() if kind.kind != "refused")
 QUANTIZATIONS = ("none", *NOT_ON)
 
-# Settings for models as small as these. A new type gets a row here if its defaults do not fit.
+# Settings that fit tiny models. Add an entry for a new type if its defaults do not fit.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamss": {"options": {"r": 8, "num_subspaces": 2}},
     BOTTLENECK: {"width": 8},
@@ -65,7 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A type with its settings, on a tiny model of a family, whole or quantised."""
+    """A type with its settings, on a tiny model of a family, quantised or not."""
 
     name: str
     family: str
@@ -80,12 +81,12 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Layered, sliced or global."""
+        """The kind of the type: layered, sliced or global."""
         return TYPES[self.name].kind
 
 
 class Attached:
-    """A tiny model that wears the adapter of a case."""
+    """A tiny model with the adapter of a case."""
 
     def __init__(self, case: Case, spec: AdapterSpec | None = None, base: Any = None) -> None:
         self.base = backbone(case.family, case.quantization) if base is None else base
@@ -95,7 +96,7 @@ class Attached:
         self.groups: Parameters = trainable_by_layer(self.model, path)
 
     def scramble(self) -> None:
-        """Trained-looking values everywhere: a fresh adapter changes nothing, so proves nothing."""
+        """Add random values to all trained tensors, since a new adapter has no effect."""
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for named in self.groups.values():
@@ -103,7 +104,7 @@ class Attached:
                     value.add_(torch.randn(value.shape, generator=generator) * 0.1)
 
     def train(self, gates: list[tuple[bool, ...]], groups: Parameters | None = None) -> None:
-        """Take a step of droppeft's training, decay included, for every entry of ``gates``."""
+        """Take a training step with weight decay for every entry of ``gates``."""
         rates = {"learning_rate": 5e-4, "head_learning_rate": 5e-4, "weight_decay": 0.1}
         torch.manual_seed(11)
         trained = self.groups if groups is None else groups
@@ -116,17 +117,17 @@ class Attached:
 
 
 def case(name: str, family: str, quantization: str = "none") -> Case:
-    """The case of a type with the settings that fit tiny models."""
+    """Return the case of a type, with settings that fit tiny models."""
     return Case(name, family, SETTINGS.get(name, {}), quantization)
 
 
 def usable_on(quantization: str) -> list[str]:
-    """Types that the table does not refuse."""
+    """Return the types that are not refused with a quantisation."""
     return [name for name in USABLE if name not in NOT_ON.get(quantization, {})]
 
 
 def outcome(case: Case) -> dict[str, Any]:
-    """How many tensors a layer has (or the prompt, if it is in no layer), or why it is refused."""
+    """Return the number of tensors of a layer or of a global prompt, or the reason of a refusal."""
     try:
         groups = Attached(case).groups
     except DroppeftError as error:
@@ -136,7 +137,7 @@ def outcome(case: Case) -> dict[str, Any]:
 
 
 def backbone(family: str, quantization: str = "none") -> Any:
-    """A tiny model without dropout, with biases and a loud head, so that adapters are heard."""
+    """Return a tiny model without dropout; biases and a large head make adapters visible."""
     model = tiny_model(LAYERS, family)
     with torch.no_grad():
         for number, (name, value) in enumerate(model.named_parameters()):
@@ -146,14 +147,14 @@ def backbone(family: str, quantization: str = "none") -> Any:
                 value.mul_(20.0)
     with quiet():
         made = quantised(model, quantization, HEAD_MODULES)
-    settle(made)
+    patch_quantised_layers(made)
     return without_dropout(made)
 
 
 def dequantised(case: Case) -> Any:
-    """The backbone of a case in full precision, with the values that its codes stand for.
+    """Return the backbone of a case in full precision, with the dequantised values.
 
-    Its linear maps are of the same class in all families, as they are when quantised.
+    Its linear maps have the same class in all families, as in a quantised model.
     """
     plain = backbone(case.family)
     for name, module in list(plain.named_modules()):
@@ -161,12 +162,12 @@ def dequantised(case: Case) -> Any:
             linear = nn.Linear(*module.weight.shape)
             linear.bias = module.bias
             plain.set_submodule(name, linear)
-    put_values(backbone(case.family, case.quantization), plain)
+    copy_dequantised_values(backbone(case.family, case.quantization), plain)
     return plain
 
 
 def without_dropout(model: Any) -> Any:
-    """The same model, without dropout."""
+    """Disable dropout and return the model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -174,7 +175,7 @@ def without_dropout(model: Any) -> Any:
 
 
 def texts(rows: int = 8) -> dict[str, torch.Tensor]:
-    """Two classes that differ by their words; rows of different length, padded on the right."""
+    """Return rows of two classes with different tokens, padded on the right."""
     labels = np.arange(rows) % 2
     ids = np.random.default_rng(0).integers(2, 30, (rows, 7)) + 30 * labels[:, None]
     ids[::3, 5:] = 0
@@ -182,43 +183,43 @@ def texts(rows: int = 8) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def answer(model: Any, **options: Any) -> Any:
-    """What a model says to :func:`texts`."""
+def forward(model: Any, **options: Any) -> Any:
+    """Return the output of a model for :func:`texts`."""
     batch = texts()
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
 
 
 def logits(model: Any) -> torch.Tensor:
-    """In evaluation mode, without gradients."""
+    """Return the logits for :func:`texts` in evaluation mode."""
     with torch.no_grad():
-        found: torch.Tensor = answer(model.eval()).logits
-    return found
+        result: torch.Tensor = forward(model.eval()).logits
+    return result
 
 
 def loss(model: Any) -> torch.Tensor:
-    """Cross-entropy of a model as it stands."""
-    return functional.cross_entropy(answer(model).logits, texts()["labels"])
+    """Return the cross-entropy for :func:`texts` in the current mode."""
+    return functional.cross_entropy(forward(model).logits, texts()["labels"])
 
 
 def copies(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All values, buffers included."""
+    """Return copies of all parameters and buffers."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Equal names, equal bits."""
+    """Whether names and bits are equal."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def only_adapter_and_head_are_trained(case: Case) -> None:
     attached = Attached(case)
     assert list(attached.groups) == [*([OTHER] if case.kind == "global" else range(LAYERS)), HEAD]
-    ours = {id(value) for named in attached.groups.values() for value in named.values()}
+    trained = {id(value) for named in attached.groups.values() for value in named.values()}
     attached.scramble()
     loss(attached.model.train()).backward()
     for name, value in attached.model.named_parameters():
-        assert value.requires_grad == (id(value) in ours), name
-        assert (value.grad is not None and bool(value.grad.any())) == (id(value) in ours), name
+        assert value.requires_grad == (id(value) in trained), name
+        assert (value.grad is not None and bool(value.grad.any())) == (id(value) in trained), name
 
 
 def the_seed_alone_decides(case: Case) -> None:
@@ -230,19 +231,19 @@ def the_seed_alone_decides(case: Case) -> None:
     assert same(copies(one.model), copies(Attached(case).model))
 
 
-def tensors_survive_the_way_there_and_back(case: Case) -> None:
+def tensors_can_be_copied_to_another_model(case: Case) -> None:
     one, other = Attached(case), Attached(case)
     one.scramble()
     sent = get_tensors(one.groups)
     set_tensors(other.groups, sent)
-    back = get_tensors(other.groups)
-    there = [(key, name, array.tobytes()) for key, name, array in flatten(sent)]
-    assert there == [(key, name, array.tobytes()) for key, name, array in flatten(back)]
+    received = get_tensors(other.groups)
+    expected = [(key, name, array.tobytes()) for key, name, array in flatten(sent)]
+    assert expected == [(key, name, array.tobytes()) for key, name, array in flatten(received)]
     assert torch.equal(logits(one.model), logits(other.model))
 
 
-def a_dropped_layer_is_left_alone(case: Case) -> None:
-    """The first step gives it momentum; the second, without it, must not use that, nor decay it."""
+def a_dropped_layer_does_not_change(case: Case) -> None:
+    """Momentum from the first step and weight decay must not change it in the second."""
     without = tuple(layer != DROPPED for layer in range(LAYERS))
     one, two = Attached(case), Attached(case)
     start = copies(one.model)
@@ -268,8 +269,8 @@ def training_the_adapter_alone_lowers_the_loss(case: Case) -> None:
 def what_is_exported_is_what_was_trained(case: Case) -> None:
     attached, plain = Attached(case), backbone(case.family, case.quantization)
     attached.scramble()
-    answers = logits(attached.model)
-    assert not torch.equal(answers, logits(plain))
+    expected = logits(attached.model)
+    assert not torch.equal(expected, logits(plain))
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name for name in ("one", "two")]
         for folder in folders:
@@ -277,7 +278,7 @@ def what_is_exported_is_what_was_trained(case: Case) -> None:
         one, two = ({file.name: file.read_bytes() for file in f.iterdir()} for f in folders)
         assert one == two
         load = load_bottleneck if case.name == BOTTLENECK else PeftModel.from_pretrained
-        assert torch.equal(logits(load(plain, folders[0])), answers)
+        assert torch.equal(logits(load(plain, folders[0])), expected)
 
 
 def detaching_gives_the_backbone_back(case: Case) -> None:
@@ -296,26 +297,26 @@ def detaching_gives_the_backbone_back(case: Case) -> None:
 def layers_without_an_adapter_change_nothing_in_others(case: Case) -> None:
     if case.kind != "layered":
         return
-    layers = [None if layer == DROPPED else one for layer, one in enumerate(case.spec.layers)]
+    layers = [None if i == DROPPED else layer for i, layer in enumerate(case.spec.layers)]
     whole, part = Attached(case), Attached(case, replace(case.spec, layers=tuple(layers)))
     assert list(part.groups) == [layer for layer in range(LAYERS) if layer != DROPPED] + [HEAD]
     whole.scramble()
     set_tensors(part.groups, {0: get_tensors(whole.groups)[0]})
     with torch.no_grad():
-        behind_first, expected = (
-            answer(attached.model.eval(), output_hidden_states=True).hidden_states[1]
+        after_first, expected = (
+            forward(attached.model.eval(), output_hidden_states=True).hidden_states[1]
             for attached in (part, whole)
         )
-    assert torch.equal(behind_first, expected)
+    assert torch.equal(after_first, expected)
 
 
 def quantised_weights_count_as_their_values(case: Case) -> None:
-    """Fresh and trained, in values and gradients: codes taken for numbers would show in one."""
+    """Checked for new and trained adapters, for outputs and gradients."""
     if case.quantization == "none":
         return
     codes, values = Attached(case), Attached(case, base=dequantised(case))
     for _ in ("fresh", "trained"):
-        found, expected = (answers_and_gradients(attached) for attached in (codes, values))
+        found, expected = (logits_and_gradients(attached) for attached in (codes, values))
         for name, value in expected.items():
             near = 1e-3 * float(value.abs().max())
             torch.testing.assert_close(found[name], value, rtol=0, atol=near, msg=name)
@@ -323,34 +324,34 @@ def quantised_weights_count_as_their_values(case: Case) -> None:
         values.scramble()
 
 
-def answers_and_gradients(attached: Attached) -> dict[str, torch.Tensor]:
-    """In training mode, as an 8-bit layer rounds its inputs when it is evaluated on a CPU."""
+def logits_and_gradients(attached: Attached) -> dict[str, torch.Tensor]:
+    """In training mode, since an 8-bit layer on a CPU rounds its inputs in evaluation mode."""
     torch.manual_seed(5)
-    given = answer(attached.model.train()).logits
+    output = forward(attached.model.train()).logits
     attached.model.zero_grad()
-    functional.cross_entropy(given, texts()["labels"]).backward()
+    functional.cross_entropy(output, texts()["labels"]).backward()
     named = [pair for values in attached.groups.values() for pair in values.items()]
     missing = torch.zeros(())
     gradients = {name: missing if v.grad is None else v.grad.clone() for name, v in named}
-    return {"logits": given.detach(), **gradients}
+    return {"logits": output.detach(), **gradients}
 
 
 RULES: tuple[Callable[[Case], None], ...] = (
     only_adapter_and_head_are_trained,
     the_seed_alone_decides,
-    tensors_survive_the_way_there_and_back,
-    a_dropped_layer_is_left_alone,
+    tensors_can_be_copied_to_another_model,
+    a_dropped_layer_does_not_change,
     training_the_adapter_alone_lowers_the_loss,
     what_is_exported_is_what_was_trained,
     detaching_gives_the_backbone_back,
     layers_without_an_adapter_change_nothing_in_others,
     quantised_weights_count_as_their_values,
 )
-"""The contract."""
+"""The rules that every type must satisfy."""
 
 
 def main() -> None:
-    """Run everything; nothing is written if a rule is broken."""
+    """Check all cases and write the results. Nothing is written if a check fails."""
     record: dict[str, dict[str, dict[str, Any]]] = {}
     for quantization in QUANTIZATIONS:
         for name in usable_on(quantization):

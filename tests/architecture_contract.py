@@ -1,7 +1,7 @@
-"""What layer dropout must do on every architecture, checked on tiny models.
+"""Rules that layer dropout must satisfy on every architecture, checked on tiny models.
 
-``python tests/architecture_contract.py`` runs it for all of them and writes
-``docs/architectures.json``, from which ``docs/architectures.md`` is made.
+``python tests/architecture_contract.py`` checks them for all architectures and writes
+``docs/architectures.json``, from which ``docs/architectures.md`` is generated.
 """
 
 import copy
@@ -105,20 +105,20 @@ DEBERTA_V3 = {
     "share_att_key": True,
     "norm_rel_ebd": "layer_norm",
 }
-BIASES = "a dropped first block still yields the position biases that later ones read"
+BIASES = "a dropped first block still returns the position biases that later blocks use"
 VISION = {"image_size": 8, "patch_size": 4, "num_channels": 3}
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A tiny configuration of a model type, and what its gated model is compared with.
+    """A tiny configuration of a model type, and the reference for its gated model.
 
     Attributes:
         model_type: a key of ``ARCHITECTURES``.
-        settings: of the configuration, beside :data:`COMMON`.
-        variant: what is special about these settings, if the type has several cases.
+        settings: settings of the configuration in addition to :data:`COMMON`.
+        variant: name of these settings, if the type has several cases.
         reference: a key of :data:`REFERENCES`.
-        note: what a reader of the page should know.
+        note: a remark for the documentation.
     """
 
     model_type: str
@@ -129,11 +129,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Type and variant."""
+        """The type and the variant."""
         return f"{self.model_type}, {self.variant}" if self.variant else self.model_type
 
     def config(self) -> Any:
-        """A new configuration."""
+        """Return a new configuration."""
         return AutoConfig.for_model(self.model_type, **{**COMMON, **self.settings})
 
 
@@ -151,7 +151,7 @@ CASES: tuple[Case, ...] = (
         {**DEBERTA_V3, "conv_kernel_size": 3},
         "convolution",
         "replaced",
-        "the convolution after block 0 is the encoder's: it runs when block 0 is dropped, too",
+        "the convolution after block 0 belongs to the encoder: it runs even if block 0 is dropped",
     ),
     Case("distilbert", {"dim": 16, "hidden_dim": 24, "n_layers": LAYERS, "n_heads": 2}),
     Case("electra", {"embedding_size": 8}),
@@ -160,7 +160,7 @@ CASES: tuple[Case, ...] = (
         "esm",
         {"position_embedding_type": "rotary", "token_dropout": False},
         reference="replaced",
-        note="an unused head for contacts has a weight per layer",
+        note="an unused head for contacts has one weight per layer",
     ),
     Case("eurobert"),
     Case("megatron-bert"),
@@ -168,7 +168,7 @@ CASES: tuple[Case, ...] = (
         "modernbert",
         {**MIXED, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
         reference="replaced",
-        note="its first block has no normalisation of its input, wherever it comes to stand",
+        note="its first block does not normalise its input, at whatever position",
     ),
     Case("mpnet"),
     Case("nomic_bert"),
@@ -206,7 +206,7 @@ CASES: tuple[Case, ...] = (
         },
         "one dense layer",
     ),
-    Case("diffllama", {}, "", "replaced", "a block's scaling follows from its depth"),
+    Case("diffllama", {}, "", "replaced", "the scaling in a block depends on its depth"),
     Case("ernie4_5", {"head_dim": 8}),
     Case("exaone4", WINDOW),
     Case("falcon", {"alibi": False}, "rotary"),
@@ -234,7 +234,7 @@ CASES: tuple[Case, ...] = (
             "mm_tokens_per_image": 4,
             "image_token_index": 39,
         },
-        note="text alone; the vision tower always runs at full depth",
+        note="only the text model; the layers of the vision tower always run",
     ),
     Case("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 8}),
     Case("glm", {"head_dim": 8}),
@@ -245,7 +245,7 @@ CASES: tuple[Case, ...] = (
         {"scale_attn_by_inverse_layer_idx": True},
         "scaled",
         "replaced",
-        "a block's attention is scaled by its depth",
+        "attention is scaled by the depth of the block",
     ),
     Case("gpt_bigcode"),
     Case(
@@ -285,7 +285,7 @@ CASES: tuple[Case, ...] = (
         {**QWEN_EXPERTS, "decoder_sparse_step": 2},
         "every second",
         "replaced",
-        "which blocks have experts follows from their depth",
+        "whether a block has experts depends on its depth",
     ),
     Case("qwen3", {**WINDOW, "use_sliding_window": True}),
     Case("qwen3_moe", {**QWEN_EXPERTS, "head_dim": 8}),
@@ -301,7 +301,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "m2m_100",
         {**BART, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
-        note="transformers drops 5 % of its layers by default, on top: set both layerdrops to 0",
+        note="transformers itself drops 5 % of the layers by default: set both layerdrops to 0",
     ),
     Case("marian", BART),
     Case("mbart", BART),
@@ -317,10 +317,10 @@ CASES: tuple[Case, ...] = (
     Case("vit", VISION),
     Case("vit_msn", VISION),
 )
-"""A new architecture gets a row here."""
+"""One or more cases for every architecture."""
 
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
-"""Entries of a configuration with one value per layer."""
+"""Entries of configurations with one value per layer."""
 
 
 def build(
@@ -329,19 +329,19 @@ def build(
     attn_implementation: str | None = None,
     num_labels: int | None = None,
 ) -> Any:
-    """A model with random weights, always the same, in evaluation mode."""
+    """Return a model with reproducible random weights, in evaluation mode."""
     config = case.config()
     if num_labels is not None:
         config.num_labels = num_labels
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = auto.from_config(config, attn_implementation=attn_implementation).eval()
-        loud(model)
+        perturb(model)
     return model
 
 
-def loud(model: nn.Module) -> None:
-    """Zeros and ones that transformers starts with would hide a tensor in the wrong place."""
+def perturb(model: nn.Module) -> None:
+    """Add noise: tensors that are initialised with zeros or ones could be confused."""
     with torch.no_grad():
         for value in model.parameters():
             if value.numel() and value.is_floating_point():
@@ -349,7 +349,7 @@ def loud(model: nn.Module) -> None:
 
 
 def batch(case: Case, rows: int = 2) -> dict[str, torch.Tensor]:
-    """Two rows of 7 tokens, the second with padding on the right; or pictures."""
+    """Return rows of 7 tokens, padded on the right from the second on, or images."""
     generator = torch.Generator().manual_seed(1)
     if "image_size" in case.settings:
         return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
@@ -363,12 +363,12 @@ def batch(case: Case, rows: int = 2) -> dict[str, torch.Tensor]:
 
 
 def all_blocks(model: nn.Module) -> list[nn.Module]:
-    """Of all stacks, encoder first."""
+    """Return the blocks of all stacks, encoder first."""
     return [block for blocks in find_stacks(model).values() for block in blocks]
 
 
 def patterns(model: nn.Module) -> Iterator[tuple[bool, ...]]:
-    """One stack: all gates with a closed and an open one. Two: some, with an open one in each."""
+    """Yield gates: all patterns of one stack with open and closed gates; six for two stacks."""
     stacks = [len(blocks) for blocks in find_stacks(model).values()]
     if len(stacks) == 1:
         [depth] = stacks
@@ -377,56 +377,61 @@ def patterns(model: nn.Module) -> Iterator[tuple[bool, ...]]:
         return
     first = (False, True, True)
     last = (True, True, False)
-    one = (False, False, True)
-    yield from (one + one, first + last, last + first, (True,) * LAYERS + one)
+    only_last = (False, False, True)
+    yield from (
+        only_last + only_last,
+        first + last,
+        last + first,
+        (True,) * LAYERS + only_last,
+    )
     rng = random.Random(len(list(model.parameters())))
     for _ in range(2):
         yield tuple(gate for _ in stacks for gate in rng.sample([*first, rng.random() < 0.5], 3))
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """Of the last layer."""
-    found: torch.Tensor = output.last_hidden_state
-    return found
+    """Return the hidden states of the last layer."""
+    states: torch.Tensor = output.last_hidden_state
+    return states
 
 
 def step(
     model: Any, columns: Mapping[str, torch.Tensor], between: Callable[[], None] | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Forward, ``between`` and backward; the last hidden state and a copy of every gradient."""
+    """Run forward, ``between`` and backward; return the last hidden states and all gradients."""
     model.zero_grad()
-    answer = hidden(model(**columns))
-    weights = torch.randn(answer.shape, generator=torch.Generator().manual_seed(2))
+    states = hidden(model(**columns))
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
     if between is not None:
         between()
-    (answer * weights).sum().backward()
+    (states * weights).sum().backward()
     gradients = {
         name: None if value.grad is None else value.grad.clone()
         for name, value in model.named_parameters()
     }
-    return answer.detach(), gradients
+    return states.detach(), gradients
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal bits, or both nothing."""
+    """Whether both are equal tensors, or both are ``None``."""
     return (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
-# References: models that never heard of gates
+# References: models without gates
 
 
-def kept_names(model: nn.Module, active: tuple[bool, ...]) -> dict[str, str]:
-    """Name of every kept block in the full model to its name in the small one."""
+def moved_names(model: nn.Module, active: tuple[bool, ...]) -> dict[str, str]:
+    """Return, by the name of every active block in the full model, its name in the small one."""
     gates = iter(active)
     names = {}
     for path, blocks in find_stacks(model).items():
-        kept = [layer for layer, _ in enumerate(blocks) if next(gates)]
-        names.update({f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)})
+        remaining = [layer for layer, _ in enumerate(blocks) if next(gates)]
+        names.update({f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(remaining)})
     return names
 
 
 def sliced_config(model: Any, active: tuple[bool, ...]) -> Any:
-    """Depths and everything that is written down per layer, for the kept blocks alone."""
+    """Return the configuration of a model that has only the active blocks."""
     config = copy.deepcopy(model.config)
     start = 0
     for depth in ARCHITECTURES[config.model_type].stacks.values():
@@ -440,17 +445,17 @@ def sliced_config(model: Any, active: tuple[bool, ...]) -> Any:
         for name in LAYER_LISTS:
             values = getattr(owner, name, None)
             if values is not None:
-                kept = [value for value, runs in zip(values, gates, strict=True) if runs]
-                setattr(owner, name, kept)
+                remaining = [value for value, runs in zip(values, gates, strict=True) if runs]
+                setattr(owner, name, remaining)
         slice_numbers(owner, gates)
     return config
 
 
 def slice_numbers(config: Any, gates: tuple[bool, ...]) -> None:
-    """Settings that name layers by number."""
+    """Change settings that refer to layers by index."""
     if getattr(config, "mlp_only_layers", None):
-        kept = [layer for layer in config.mlp_only_layers if gates[layer]]
-        config.mlp_only_layers = [sum(gates[:layer]) for layer in kept]
+        remaining = [layer for layer in config.mlp_only_layers if gates[layer]]
+        config.mlp_only_layers = [sum(gates[:layer]) for layer in remaining]
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = sum(gates[: config.first_k_dense_replace])
     if hasattr(config, "attention_types"):
@@ -458,19 +463,19 @@ def slice_numbers(config: Any, gates: tuple[bool, ...]) -> None:
 
 
 Reference = tuple[Any, dict[str, str]]
-"""A model, and for each of its parameters the name in the gated model."""
+"""A model, and the name of each of its parameters in the gated model."""
 
 
 def sliced(
     model: Any, active: tuple[bool, ...], auto: Any = AutoModel, stays: str = ""
 ) -> Reference:
-    """A fresh model of the configuration without the dropped layers, with the kept weights.
+    """Return a new model without the dropped layers, with the weights of the active ones.
 
     Args:
-        stays: end of the name of a parameter that remains in the first block, whichever that is.
+        stays: end of the name of a parameter that stays in the first block of the new model.
     """
     small = auto.from_config(sliced_config(model, active)).eval()
-    moved = kept_names(model, active)
+    moved = moved_names(model, active)
     paths = tuple(f"{path}." for path in find_stacks(model))
     origin = {}
     for old in model.state_dict():
@@ -488,31 +493,31 @@ def sliced(
 def sliced_with_moved_biases(
     model: Any, active: tuple[bool, ...], auto: Any = AutoModel
 ) -> Reference:
-    """T5: the table of position biases lies in a stack's first block, but belongs to the stack."""
+    """T5: the table of position biases is in the first block of a stack, but used by the stack."""
     return sliced(model, active, auto, "layer.0.SelfAttention.relative_attention_bias.weight")
 
 
 class PassThrough(nn.Module):
-    """Stands where a dropped block stood."""
+    """Replacement for a dropped block."""
 
     def __init__(self, block: nn.Module, in_tuple: bool) -> None:
         super().__init__()
         self.in_tuple = in_tuple
-        self.attention_type = getattr(block, "attention_type", None)  # ModernBERT asks for it
+        self.attention_type = getattr(block, "attention_type", None)  # used by ModernBERT
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hand on what came in."""
+        """Return the input."""
         return (hidden, None) if self.in_tuple else hidden
 
 
 def replaced(model: Any, active: tuple[bool, ...], auto: Any = AutoModel) -> Reference:
-    """A fresh model of the full configuration with modules that do nothing for dropped blocks.
+    """Return a new model in which dropped blocks are replaced by :class:`PassThrough`.
 
-    For settings that make a block's place in the list matter: every block keeps its place.
+    For architectures in which the position of a block in the list matters.
     """
     whole = auto.from_config(model.config).eval()
     whole.load_state_dict(model.state_dict())
-    in_tuple = ARCHITECTURES[model.config.model_type].answer == "tuple"
+    in_tuple = ARCHITECTURES[model.config.model_type].output == "tuple"
     gates = iter(active)
     for path, blocks in find_stacks(whole).items():
         for layer, block in enumerate(blocks):
@@ -538,24 +543,24 @@ def a_dropped_block_is_absent(case: Case) -> None:
     names = {value: name for name, value in model.named_parameters()}
     for active in patterns(model):
         small, origin = REFERENCES[case.reference](model, active)
-        expected, theirs = step(small, columns)
+        expected, expected_gradients = step(small, columns)
         with gated(blocks) as gates:
             gates.active = active
             found, ours = step(model, columns)
             assert gates.executed == tuple(map(int, active)), active
         assert torch.equal(found, expected), active
         assert not torch.equal(found, full), active
-        for name, gradient in theirs.items():
+        for name, gradient in expected_gradients.items():
             assert same(ours.pop(origin[name]), gradient), (active, name)
-        # What the small model lacks are the dropped blocks' parameters.
+        # Only the dropped blocks' parameters are missing in the small model.
         assert all(gradient is None for gradient in ours.values()), active
         for block, runs in zip(blocks, active, strict=True):
-            lonely = [names[value] for value in block.parameters() if value.grad is not None]
-            assert runs or not [one for one in lonely if one not in origin.values()], active
+            trained = [names[value] for value in block.parameters() if value.grad is not None]
+            assert runs or not [name for name in trained if name not in origin.values()], active
     assert torch.equal(hidden(model(**columns)), full)
 
 
-def open_gates_are_the_plain_model(case: Case) -> None:
+def open_gates_change_nothing(case: Case) -> None:
     model, columns = build(case).train(), batch(case)
     before = (list(model.state_dict()), [name for name, _ in model.named_modules()])
     torch.manual_seed(3)
@@ -571,12 +576,12 @@ def open_gates_are_the_plain_model(case: Case) -> None:
 
 
 def a_dropped_block_does_not_run(case: Case) -> None:
-    """Not even once, to see what it returns: what it records would be taken for the model's."""
+    """Not even to find out what it returns: hooks would record values of a dropped layer."""
     model, columns = build(case), batch(case)
     blocks, runs = all_blocks(model), []
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if name and not name.endswith("relative_attention_bias"):  # T5's, of the whole stack
+            if name and not name.endswith("relative_attention_bias"):  # used by T5's whole stack
                 module.register_forward_hook(lambda *_, index=index: runs.append(index))
     with gated(blocks) as gates, torch.no_grad():
         gates.active = [index % LAYERS == 1 for index in range(len(blocks))]
@@ -585,38 +590,38 @@ def a_dropped_block_does_not_run(case: Case) -> None:
     assert {index for index in runs if index % LAYERS == 1}
 
 
-def checkpoints_recompute_what_ran(case: Case) -> None:
-    """Whatever the gates say by the time of the backward."""
+def checkpointing_recomputes_what_ran(case: Case) -> None:
+    """Also if the gates change before the backward."""
     for whole, reentrant in CHECKPOINTING[checkpointing(case)]:
         model, columns = build(case).train(), batch(case)
         if not whole:
-            train_blocks_alone(model)
+            train_only_blocks(model)
         blocks = all_blocks(model)
         active = random.Random(case.name).choice(list(patterns(model)))
         with gated(blocks) as gates, calls_inside(blocks) as calls:
 
-            def turn(gates: Gates = gates, active: tuple[bool, ...] = active) -> None:
+            def invert(gates: Gates = gates, active: tuple[bool, ...] = active) -> None:
                 gates.active = tuple(not runs for runs in active)
 
             gates.active = active
             torch.manual_seed(4)
             expected, theirs = step(model, columns)
-            once = list(calls)
+            forward_calls = list(calls)
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             torch.manual_seed(4)
-            found, ours = step(model, columns, turn)
+            found, ours = step(model, columns, invert)
             assert gates.executed == tuple(2 * runs for runs in active)
-        # Two forwards and a recomputation, which may leave out what the backward does not need.
-        for count, first, runs in zip(calls, once, active, strict=True):
+        # Two forwards and a recomputation, which may skip what the backward does not need.
+        for count, first, runs in zip(calls, forward_calls, active, strict=True):
             assert 2 * first < count <= 3 * first if runs else count == 0
         assert torch.equal(found, expected)
-        # What a decoder's blocks say about the encoder's output is then added in another order.
+        # Gradients of the encoder's output are then summed over decoder blocks in another order.
         rounding = 1e-5 if reentrant and len(find_stacks(model)) > 1 else 0.0
         assert_gradients(ours, theirs, rounding)
 
 
-def train_blocks_alone(model: Any) -> None:
-    """As with adapters: the embeddings are frozen, so their output has to be told of gradients."""
+def train_only_blocks(model: Any) -> None:
+    """Freeze all but the blocks, as with adapters, and let the embeddings require gradients."""
     model.requires_grad_(False)
     for block in all_blocks(model):
         for module in block.modules():
@@ -627,7 +632,7 @@ def train_blocks_alone(model: Any) -> None:
 
 @contextmanager
 def calls_inside(blocks: list[nn.Module]) -> Iterator[list[int]]:
-    """How often anything inside of each block was called."""
+    """Count the calls of modules inside each block."""
     calls = [0] * len(blocks)
 
     def count(*_: object, index: int) -> None:
@@ -636,37 +641,39 @@ def calls_inside(blocks: list[nn.Module]) -> Iterator[list[int]]:
     with ExitStack() as hooks:
         for index, block in enumerate(blocks):
             for name, module in block.named_modules():
-                if name and not name.endswith("relative_attention_bias"):  # T5's, of the stack
+                if name and not name.endswith(
+                    "relative_attention_bias"
+                ):  # used by T5's whole stack
                     hook = module.register_forward_pre_hook(partial(count, index=index))
                     hooks.callback(hook.remove)
         yield calls
 
 
 def assert_gradients(ours: dict[str, Any], theirs: dict[str, Any], rounding: float) -> None:
-    """Equal up to a share of the largest element of all; nothing where there is nothing."""
+    """Check that gradients are equal up to ``rounding`` times the largest, or both ``None``."""
     largest = max(float(value.abs().max()) for value in theirs.values() if value is not None)
     for name, other in theirs.items():
-        one = ours[name]
-        assert (one is None) == (other is None), name
-        assert one is None or float((one - other).abs().max()) <= rounding * largest, name
+        found = ours[name]
+        assert (found is None) == (other is None), name
+        assert found is None or float((found - other).abs().max()) <= rounding * largest, name
 
 
 def hidden_states_are_those_of_every_depth(case: Case) -> None:
-    """Those who read them by layer must not be off by one, nor find another block's attention."""
-    tuples = ARCHITECTURES[case.model_type].answer == "tuple"
+    """Hidden states and attentions by layer must belong to the right layer."""
+    tuples = ARCHITECTURES[case.model_type].output == "tuple"
     model = build(case, attn_implementation="eager" if tuples else None)
     blocks = all_blocks(model)
     with gated(blocks) as gates, torch.no_grad():
         gates.active = [index % LAYERS != 1 for index in range(len(blocks))]
-        answer = model(**batch(case), output_hidden_states=True, output_attentions=tuples)
+        output = model(**batch(case), output_hidden_states=True, output_attentions=tuples)
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    depths = [answer[name] for name in names if answer.get(name) is not None]
+    depths = [output[name] for name in names if output.get(name) is not None]
     assert len(depths) == len(find_stacks(model))
     for states in depths:
         assert len(states) == LAYERS + 1
         assert [torch.equal(states[1], states[2]), torch.equal(states[0], states[1])] == [1, 0]
     if tuples:
-        assert [one is None for one in answer.attentions] == [False, True, False]
+        assert [entry is None for entry in output.attentions] == [False, True, False]
 
 
 def generation_is_right_or_refused(case: Case) -> None:
@@ -674,30 +681,30 @@ def generation_is_right_or_refused(case: Case) -> None:
     if auto is None:
         return
     model = build(case, auto)
-    words = {"input_ids": batch(case)["input_ids"][:1]}
+    prompt = {"input_ids": batch(case)["input_ids"][:1]}
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     cached, plain = {**options, "use_cache": True}, {**options, "use_cache": False}
     blocks = all_blocks(model)
-    full = model.generate(**words, **cached)
+    full = model.generate(**prompt, **cached)
     active = (True,) * (len(blocks) - LAYERS) + (False, True, True)
     small, _ = REFERENCES[case.reference](model, active, auto)
     with gated(blocks) as gates:
-        assert torch.equal(model.generate(**words, **cached), full)
+        assert torch.equal(model.generate(**prompt, **cached), full)
         gates.active = active
         number = active.index(False)
         with pytest.raises(DroppeftError, match=f"block {number} was dropped in an earlier part"):
-            model.generate(**words, **cached)
-        assert torch.equal(model.generate(**words, **plain), small.generate(**words, **plain))
+            model.generate(**prompt, **cached)
+        assert torch.equal(model.generate(**prompt, **plain), small.generate(**prompt, **plain))
         gates.active = (True,) * len(blocks)
-        assert torch.equal(model.generate(**words, **cached), full)
+        assert torch.equal(model.generate(**prompt, **cached), full)
 
 
-def a_classifier_wears_adapters_by_layer(case: Case) -> None:
-    """As in ``droppeft run``, from a saved base model to the gradients of a step."""
-    found = classification(case)
-    if found not in CLASSIFIES:
+def a_classifier_has_adapters_by_layer(case: Case) -> None:
+    """As in ``droppeft run``: from a saved base model to the gradients of a step."""
+    support = classification(case)
+    if support not in CLASSIFIES:
         return
-    attached, max_length = classifier(case, found)
+    attached, max_length = classifier(case, support)
     path, blocks = find_blocks(attached)
     groups = trainable_by_layer(attached, path)
     with gated(blocks) as gates:
@@ -712,11 +719,11 @@ def a_classifier_wears_adapters_by_layer(case: Case) -> None:
     attached(input_ids=torch.full((1, max_length), 5))
 
 
-def classifier(case: Case, found: str) -> tuple[Any, int]:
-    """A saved base model as ``droppeft run`` loads it, with LoRA and a new head for two classes.
+def classifier(case: Case, support: str) -> tuple[Any, int]:
+    """Load a base model as ``droppeft run`` does, with LoRA and a new head for two classes.
 
     Returns:
-        It, and the most tokens that it takes.
+        The model, and the largest number of tokens of its input.
     """
     with tempfile.TemporaryDirectory() as folder:
         build(case).save_pretrained(folder)
@@ -724,13 +731,13 @@ def classifier(case: Case, found: str) -> tuple[Any, int]:
             shutil.copy(builtin_model_folder() / name, folder)
         backbone = load_backbone(folder, ("one", "other"), 0)
     model, path = backbone.model, backbone.blocks_path
-    targets = ("default",) if found == "yes" else attention_modules(model, path)
+    targets = ("default",) if support == "yes" else attention_modules(model, path)
     spec = adapter_spec(AdapterConfig(targets=targets), LAYERS)
     return attach(model, spec, path, 0, backbone.new_modules), backbone.max_length
 
 
 def attention_modules(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Names of linear modules that a user would give."""
+    """Return names of linear modules in the attention, as a user would choose them."""
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -741,21 +748,21 @@ def attention_modules(model: nn.Module, path: str) -> tuple[str, ...]:
 
 RULES: tuple[Callable[[Case], None], ...] = (
     a_dropped_block_is_absent,
-    open_gates_are_the_plain_model,
+    open_gates_change_nothing,
     a_dropped_block_does_not_run,
-    checkpoints_recompute_what_ran,
+    checkpointing_recomputes_what_ran,
     hidden_states_are_those_of_every_depth,
     generation_is_right_or_refused,
-    a_classifier_wears_adapters_by_layer,
+    a_classifier_has_adapters_by_layer,
 )
-"""The contract."""
+"""The rules that every architecture must satisfy."""
 
 
-# The record
+# The results
 
 
 def generator(case: Case) -> Any:
-    """The class of transformers that makes text with this type, if it is made for that."""
+    """Return the class of transformers that generates text with this type, if there is one."""
     config = case.config()
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
@@ -769,12 +776,12 @@ CHECKPOINTING: dict[str, tuple[tuple[bool, bool], ...]] = {
     "non-reentrant; both for adapters": ((True, False), (False, False), (False, True)),
     "–": (),
 }
-"""What transformers can do: trained as a whole or in the blocks alone, with reentrant or not."""
+"""By name, the pairs that work: (the whole model is trained, reentrant)."""
 
 
 @cache
 def checkpointing(case: Case) -> str:
-    """Find out, without any gates, which of :data:`CHECKPOINTING` it is."""
+    """Return the entry of :data:`CHECKPOINTING` for the model, found without gates."""
     model, columns = build(case).train(), batch(case)
     if not model.supports_gradient_checkpointing:
         return "–"
@@ -782,8 +789,8 @@ def checkpointing(case: Case) -> str:
     try:
         step(model, columns)
     except RuntimeError as error:
-        answers = {"backward through the graph a second": "non-reentrant; both for adapters"}
-        [found] = [answer for reason, answer in answers.items() if reason in str(error)]
+        reasons = {"backward through the graph a second": "non-reentrant; both for adapters"}
+        [found] = [name for reason, name in reasons.items() if reason in str(error)]
         return found
     return "both"
 
@@ -793,31 +800,31 @@ CLASSIFIES = ("yes", "name targets")
 
 @cache
 def classification(case: Case) -> str:
-    """Tell whether ``droppeft run`` can classify texts with this type: in :data:`CLASSIFIES`."""
+    """Return whether ``droppeft run`` can classify texts with this type (:data:`CLASSIFIES`)."""
     if type(case.config()) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return "–"
     try:
         classifier(case, "yes")
     except DroppeftError as error:
-        answers = {
+        reasons = {
             "peft has no default targets": "name targets",
             "no fitting weights for dense": "with a trained head",
             "has 2 lists of blocks": "two stacks",
         }
-        [found] = [answer for reason, answer in answers.items() if reason in str(error)]
+        [found] = [name for reason, name in reasons.items() if reason in str(error)]
         return found
     return "yes"
 
 
 def outcome(case: Case) -> dict[str, Any]:
-    """A row of the page."""
+    """Return a row of the documentation's table."""
     model = build(case)
     return {
         "model_type": case.model_type,
         "variant": case.variant,
         "class": type(model).__name__,
         "blocks": list(find_stacks(model)),
-        "answer": ARCHITECTURES[case.model_type].answer,
+        "output": ARCHITECTURES[case.model_type].output,
         "reference": case.reference,
         "checkpointing": checkpointing(case),
         "classification": classification(case),
@@ -826,7 +833,7 @@ def outcome(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run everything; nothing is written if a rule is broken."""
+    """Check all cases and write the results. Nothing is written if a check fails."""
     rows = []
     for case in CASES:
         for rule in RULES:

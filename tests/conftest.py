@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, one folder of built-in data."""
+"""Fixtures for all tests: no network, one thread, and one cache folder."""
 
 import os
 import sys
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from droppeft.server.prepare import Prepared
     from runs import Clients
 
-# Set before torch or transformers is imported, which is why they stand at module level.
+# At module level, since they must be set before torch or transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A slow machine is not a failing test.
+# Tests must not fail on a slow machine.
 settings.register_profile("droppeft", deadline=None)
 settings.load_profile("droppeft")
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Undo the thread count that an earlier test chose; tests that need another set it."""
+    """Reset the thread count; tests that need another one set it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The droppeft cache of this test run, shared by pytest-xdist's workers.
+    """The cache folder of this test run, shared by the workers of pytest-xdist.
 
-    Two workers may build the same entry at once; the cache's writer replaces files atomically.
+    Two workers may write the same entry at once, since cache files are replaced atomically.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "droppeft-cache"
@@ -49,7 +49,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the clients of one test keep what is their own."""
+    """The folder of the client states of a test."""
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
     return tmp_path / "state"
 
@@ -68,8 +68,8 @@ def data_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a whole run that takes about a second: a tiny model on 180 texts."""
+def tiny_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a run that takes about a second: a tiny model on 180 texts."""
     from runs import SETTINGS, write_tiny_data
     from tiny import save_tiny_model
 
@@ -79,25 +79,25 @@ def tiny_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def whole_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run that nothing disturbed; tests only read it."""
+def whole_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, which tests must only read."""
     from droppeft.config import load_config
     from droppeft.server.run import start_run
     from runs import Recorder
 
     out = tmp_path_factory.mktemp("whole") / "run"
-    start_run(load_config(None, tiny_words), out, Recorder())
+    start_run(load_config(None, tiny_overrides), out, Recorder())
     return out
 
 
 @pytest.fixture
-def prepare_with(tiny_words: list[str]) -> "Callable[..., Prepared]":
-    """Make the tiny run with further settings: ``prepare_with("adapter.rank=2")``."""
+def prepare_with(tiny_overrides: list[str]) -> "Callable[..., Prepared]":
+    """Function that prepares the tiny run: ``prepare_with("adapter.rank=2")``."""
     from droppeft.config import load_config, resolve
     from droppeft.server.prepare import prepare
 
-    def make(*words: str) -> "Prepared":
-        config = resolve(load_config(None, [*tiny_words, *words]), cuda=False)
+    def make(*overrides: str) -> "Prepared":
+        config = resolve(load_config(None, [*tiny_overrides, *overrides]), cuda=False)
         return prepare(config, lambda step: None, "00c0ffee")
 
     return make
@@ -111,7 +111,7 @@ def prepared(prepare_with: "Callable[..., Prepared]") -> "Prepared":
 
 @pytest.fixture
 def clients(prepared: "Prepared") -> "Clients":
-    """All clients of that run, by number."""
+    """All clients of the prepared run, by number."""
     from droppeft.client.run_inputs import clients_of
 
     return clients_of(prepared.loaded)
@@ -119,5 +119,5 @@ def clients(prepared: "Prepared") -> "Clients":
 
 @pytest.fixture
 def instructions(prepared: "Prepared") -> "list[Instruction]":
-    """Round 1 for three clients."""
+    """The instructions of round 1 for three clients."""
     return prepared.method.instruct(prepared.setup, prepared.state, 1, [0, 1, 3])

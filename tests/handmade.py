@@ -1,4 +1,4 @@
-"""instructions, Updates and methods' surroundings made by hand, without a model."""
+"""Instructions, updates and setups of methods, created by hand and without a model."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,11 +42,12 @@ COST = MeasuredCost(
     reward_tokens=0,
 )
 FORWARD, BACKWARD, REST = 10**9, 2 * 10**9, 10**10
-"""FLOPs per token of the made-up model: of a layer, and of the rest (as much again backward)."""
+"""FLOPs per token of an invented model: of a layer forward and backward, and of the rest, whose
+backward pass takes as many again."""
 
 
 def counts_at(length: int, batch: int = 2) -> StepCounts:
-    """A model whose arithmetic is linear in tokens."""
+    """Counts of a model whose operations are proportional to the tokens."""
     tokens = batch * length
     block = BlockCounts(FORWARD * tokens, BACKWARD * tokens, 0, 0, 0, 0)
     rest = BlockCounts(REST * tokens, REST * tokens, 0, 0, 0, 0)
@@ -57,7 +58,7 @@ ARITHMETIC = Arithmetic((counts_at(4), counts_at(8), counts_at(16)))
 
 
 def filled(value: float, num_layers: int = LAYERS) -> Tensors:
-    """Two values in every layer and one in the head, all alike."""
+    """Two values in every layer and one in the head, all equal."""
     layers: dict[int | str, dict[str, Array]] = {
         layer: {f"layer.{layer}.A": np.full(2, value, np.float32)} for layer in range(num_layers)
     }
@@ -65,7 +66,7 @@ def filled(value: float, num_layers: int = LAYERS) -> Tensors:
 
 
 def fresh(spec: AdapterSpec) -> Tensors:
-    """What stands in for a model's initial values."""
+    """Initial values of an adapter: all 1."""
     return filled(1.0, len(spec.layers))
 
 
@@ -74,9 +75,11 @@ def layout(spec: AdapterSpec) -> Layout:
     return {name: (key, array.shape) for key, name, array in flatten(fresh(spec))}
 
 
-def setup_for(*words: str) -> Setup:
-    """Surroundings of a method: four layers, three of ten clients a round."""
-    config = load_config(None, ["clients=10", "cohort_size=3", "training.local_steps=2", *words])
+def setup_for(*overrides: str) -> Setup:
+    """Setup of a method: four layers, and cohorts of three of ten clients."""
+    config = load_config(
+        None, ["clients=10", "cohort_size=3", "training.local_steps=2", *overrides]
+    )
     config = resolve_layers(config, LAYERS)
     fleet = make_fleet(config.clock, config.clients, config.seed)
     return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
@@ -104,7 +107,7 @@ TRAINING = LocalTraining(
     checkpointing=False,
     evaluation_batch_size=64,
 )
-"""What a run's configuration has by default."""
+"""Settings of local training that are the defaults of the configuration."""
 
 
 def instruction_for(client: int = 3, round: int = 1, **changes: Any) -> Instruction:
@@ -128,14 +131,14 @@ def instruction_for(client: int = 3, round: int = 1, **changes: Any) -> Instruct
     return replace(instruction, **changes)
 
 
-def answer_to(instruction: Instruction, value: float = 5.0, **changes: Any) -> Update:
-    """An Update that is in order, every tensor that travels set to one value.
+def update_for(instruction: Instruction, value: float = 5.0, **changes: Any) -> Update:
+    """A valid Update, in which all tensors have the same value.
 
-    A client that chooses shares the first layers.
+    With a sharing rule, the first layers are shared.
     """
     rule = instruction.sharing
     count = LAYERS if rule is None else count_of(rule.fraction, LAYERS)
-    kept = range(count, LAYERS)
+    personal = range(count, LAYERS)
     update = Update(
         round=instruction.round,
         client=instruction.client,
@@ -144,7 +147,7 @@ def answer_to(instruction: Instruction, value: float = 5.0, **changes: Any) -> U
             {
                 key: {name: np.full_like(array, value) for name, array in named.items()}
                 for key, named in instruction.tensors.items()
-                if key not in kept
+                if key not in personal
             },
             instruction.share,
         ),
@@ -167,18 +170,18 @@ WIDTH_OF_MODEL = 3
 
 
 def fresh_shaped(spec: AdapterSpec) -> Tensors:
-    """LoRA or bottlenecks where a layer has them; A and down-projections of ones, the rest 0."""
-    made: dict[Any, dict[str, Array]] = {}
+    """Initial values in the shapes of LoRA or bottlenecks: A and down-projections 1, the rest 0."""
+    tensors: dict[Any, dict[str, Array]] = {}
     for layer, adapter in enumerate(spec.layers):
         if adapter is None:
             continue
         rank = adapter.rank or adapter.width or 0
         first, last = ("lora_A", "lora_B") if adapter.rank else ("down", "up")
-        made[layer] = {
+        tensors[layer] = {
             f"{layer}.{first}.weight": np.ones((rank, WIDTH_OF_MODEL), np.float32),
             f"{layer}.{last}.weight": np.zeros((WIDTH_OF_MODEL, rank), np.float32),
         }
-    return {**made, HEAD: {"head.W": np.zeros(1, np.float32)}}
+    return {**tensors, HEAD: {"head.W": np.zeros(1, np.float32)}}
 
 
 def layout_shaped(spec: AdapterSpec) -> Layout:
@@ -186,27 +189,27 @@ def layout_shaped(spec: AdapterSpec) -> Layout:
     return {name: (key, array.shape) for key, name, array in flatten(fresh_shaped(spec))}
 
 
-def shaped(*words: str) -> Setup:
-    """Surroundings in which adapters have the shapes that they say."""
-    config = resolve(setup_for(*words).config, cuda=False)
+def shaped(*overrides: str) -> Setup:
+    """Setup of a method in which tensors have the shapes of the adapter."""
+    config = resolve(setup_for(*overrides).config, cuda=False)
     fleet = make_fleet(config.clock, config.clients, config.seed)
     clock = make_clock(fleet, lambda spec: ARITHMETIC)
     return Setup(config, LAYERS, fresh_shaped, layout_shaped, clock)
 
 
 class Scripted:
-    """A transport whose clients answer as told, in the order told."""
+    """A transport with given replies of clients, in the order of the instructions or backwards."""
 
     def __init__(
-        self, answer: Callable[[Instruction], list[Any]], *, backwards: bool = False
+        self, replies_to: Callable[[Instruction], list[Any]], *, backwards: bool = False
     ) -> None:
-        self.answer = answer
+        self.replies_to = replies_to
         self.backwards = backwards
 
     def exchange(self, instructions: Any) -> Any:
         replies = [
             Arrival(index, reply)
             for index, instruction in enumerate(instructions)
-            for reply in self.answer(instruction)
+            for reply in self.replies_to(instruction)
         ]
         yield from reversed(replies) if self.backwards else replies

@@ -1,7 +1,7 @@
-"""Processes to be killed, forked off one that has imported torch and transformers already.
+"""Start processes that tests kill, forked from one that has imported torch and transformers.
 
-Importing them takes longer than the tiny runs that are killed. The server of ``multiprocessing``
-has run no backward pass, after which torch refuses to go on in a forked process.
+Importing them takes longer than the tiny runs that are killed. The fork server of
+``multiprocessing`` has run no backward pass, after which torch does not work in a forked process.
 """
 
 import multiprocessing
@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 
 
 def started(work: Callable[..., object], *arguments: object) -> BaseProcess:
-    """A process that does ``work`` with this one's environment; of a module, not a closure."""
+    """Start a process that calls ``work``, a function of a module, with the current environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["droppeft.server.run"])
     process = context.Process(target=_work, args=(dict(os.environ), work, arguments), daemon=True)

@@ -1,4 +1,4 @@
-"""The other right answer in many cases: a refusal in one sentence."""
+"""Assertions about error messages, which are one sentence on one line."""
 
 import re
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from droppeft.errors import DroppeftError
 
 
 def assert_one_sentence(error: BaseException) -> None:
-    """What the command line would print on one line."""
+    """Check that the message is not empty and has one line."""
     assert str(error).strip()
     assert "\n" not in str(error)
 
 
 @contextmanager
 def or_refused(match: str) -> Iterator[None]:
-    """Leave the rest of this block out where such a sentence says why it cannot be done."""
+    """Accept a DroppeftError that matches; the rest of the block is then skipped."""
     try:
         yield
     except DroppeftError as error:
@@ -28,7 +28,7 @@ def or_refused(match: str) -> Iterator[None]:
 
 @contextmanager
 def refused(match: str) -> Iterator[None]:
-    """What is inside must be refused, in one sentence that the regular expression finds."""
+    """Expect a DroppeftError whose message is one line and matches."""
     with pytest.raises(DroppeftError, match=match) as found:
         yield
     assert_one_sentence(found.value)

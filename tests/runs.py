@@ -1,4 +1,4 @@
-"""A whole run in about a second: its data, its settings, and how two runs are compared."""
+"""A whole run that takes about a second: its data, its settings, and comparisons of runs."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def adapter_bytes(out: Path) -> dict[str, bytes]:
 
 
 def timeless(value: Any) -> Any:
-    """The same without what a clock measured and the run's own name, which no two runs share."""
+    """Remove measured times and the run's name, which differ between equal runs."""
     if isinstance(value, dict):
         return {
             key: timeless(item)
@@ -71,7 +71,7 @@ def timeless(value: Any) -> Any:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file, every line of which must be whole."""
+    """Rows of a JSON Lines file; every line must be complete."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -83,7 +83,7 @@ def checkpoint_of(run: Path, round: int | None = None) -> Checkpoint:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """All that two runs of one configuration must share, whatever happened on the way."""
+    """All that must be equal in two runs of the same configuration, interrupted or not."""
     return {
         "adapter": adapter_bytes(out),
         "config": (out / "config.toml").read_bytes(),
@@ -98,25 +98,25 @@ Clients = Sequence[Client]
 
 
 def update_of(clients: Clients, instruction: Instruction) -> Update:
-    """What a client answers that carries an instruction out, which it must be able to."""
+    """The update of a client that runs an instruction; fails if there is none."""
     reply = clients[instruction.client].run(instruction)
     assert isinstance(reply, Update)
     return reply
 
 
-def stop_after_a_round(words: list[str], out: Path) -> None:
-    """A run in process that ends when its first round is saved."""
+def stop_after_a_round(overrides: list[str], out: Path) -> None:
+    """Start a run that fails after its first round has been saved."""
 
     class Stops(Recorder):
         def round_done(self, row: RoundRow) -> None:
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        start_run(load_config(None, words), out, Stops())
+        start_run(load_config(None, overrides), out, Stops())
 
 
 class Recorder:
-    """A watcher that keeps what it is told."""
+    """A listener that records what it is told."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
@@ -144,7 +144,7 @@ class Recorder:
 def interfering(
     when: Callable[[Instruction], bool], what: Callable[[Path], object]
 ) -> Callable[[Loaded], AbstractContextManager[Transport]]:
-    """In this process; before such a turn something befalls each file that its client keeps."""
+    """A transport in this process that changes a client's state files before some instructions."""
 
     class Interferes:
         def __init__(self, inner: InProcess) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one sentence for every mistake, and what it prints when all is well."""
+"""The command line: every mistake is reported in one sentence; output of successful commands."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from runs import rows_of
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     """Exit code and the two streams."""
 
     code: int
@@ -24,7 +24,7 @@ class Said:
     err: str
 
 
-Command = Callable[..., Said]
+Command = Callable[..., Output]
 
 
 @pytest.fixture
@@ -34,36 +34,36 @@ def droppeft(
     """Run a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    # Registered once here and undone by pytest: the handler would outlive the test.
+    # main() installs a signal handler, which would outlive the test.
     monkeypatch.setattr("signal.signal", lambda *handler: None)
 
-    def call(*words: object) -> Said:
-        monkeypatch.setattr("sys.argv", ["droppeft", *map(str, words)])
+    def call(*arguments: object) -> Output:
+        monkeypatch.setattr("sys.argv", ["droppeft", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
         code = left.value.code
         captured = capfd.readouterr()
-        return Said(code if isinstance(code, int) else 0, captured.out, captured.err)
+        return Output(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return call
 
 
-def assert_refused(said: Said, *parts: str) -> None:
+def assert_refused(output: Output, *parts: str) -> None:
     """One sentence on stderr, exit code 2."""
-    assert said.code == 2, said
-    assert said.err.startswith("droppeft: "), said.err
-    assert said.err.count("\n") == 1, said.err
+    assert output.code == 2, output
+    assert output.err.startswith("droppeft: "), output.err
+    assert output.err.count("\n") == 1, output.err
     for part in parts:
-        assert part in said.err
-    assert "Traceback" not in said.out + said.err
+        assert part in output.err
+    assert "Traceback" not in output.out + output.err
 
 
-# What is refused before anything is written
+# Mistakes are refused before anything is written
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("arguments", "parts"),
     [
         (["rouns=3"], ["unknown key rouns", "did you mean rounds?"]),
         (["dropout.meen=0.1"], ["unknown key dropout.meen", "did you mean dropout.mean?"]),
@@ -76,19 +76,22 @@ def assert_refused(said: Said, *parts: str) -> None:
         (["data=broken.parquet"], ["broken.parquet", "cannot be read as parquet"]),
         (
             ["model=nobody/nothing"],
-            ["model=nobody/nothing", "this hub id (is it right? HF_HUB_OFFLINE"],
+            ["model=nobody/nothing", "this hub id (check the id; HF_HUB_OFFLINE"],
         ),
         (["model=config:tiny"], ["unknown architecture; known are bert-large"]),
         (["transport=post"], ["transport=post: unknown transport; known are in_process"]),
         (["dropout.rates=[0,2,0,0]"], ["dropout.rates", "every rate must lie between 0 and 1"]),
         (["dropout.every=0"], ["dropout.every: must be a number of steps, 1 or more, or round"]),
         (["data=$NOWHERE/x"], ["data=", "the environment has no variable NOWHERE"]),
-        (["sharing.fraction=0.05"], ["of 4 layers is none; set 0.25 for one of them, or 0"]),
+        (["sharing.fraction=0.05"], ["of 4 layers is none; set it to 0.25 for one layer, or to 0"]),
         (["dropout.rates=[0.5]"], ["1 drop rates were given for 4 layers"]),
         (["dropout.mean=0.9"], ["largest possible mean is 0.5"]),
         (["dropout.mean=0.1", "dropout.count=1"], ["give only one of dropout.mean"]),
         (["cohort_size=9"], ["cohort_size", "clients"]),
-        (["quorum=3"], ["quorum=3 is larger than cohort_size=2; lower quorum or raise cohort"]),
+        (
+            ["quorum=3"],
+            ["quorum=3 is larger than cohort_size=2; lower quorum or raise cohort_size"],
+        ),
         (["method=fedlora"], ["dropout.mean has no effect with method=fedlora; leave it out"]),
         (["one.toml", "two.toml"], ["only one configuration file", "one.toml and two.toml"]),
         (["one.toml"], ["one.toml: no such configuration file"]),
@@ -108,13 +111,17 @@ def assert_refused(said: Said, *parts: str) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(
-    droppeft: Command, tiny_words: list[str], tmp_path: Path, words: list[str], parts: list[str]
+    droppeft: Command,
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    arguments: list[str],
+    parts: list[str],
 ) -> None:
     (tmp_path / "broken.toml").write_text("rounds = = 3\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    typical = tiny_words[:-1] if "dropout." in words[0] else tiny_words
+    base = tiny_overrides[:-1] if "dropout." in arguments[0] else tiny_overrides
     for out in ([], ["--out", "run"]):
-        assert_refused(droppeft("run", *typical, *words, *out), *parts)
+        assert_refused(droppeft("run", *base, *arguments, *out), *parts)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"broken.toml", "broken.parquet"}
 
@@ -132,11 +139,11 @@ def test_a_mistake_in_a_file_names_the_file(droppeft: Command, tmp_path: Path) -
     assert_refused(droppeft("run", "mine.toml"), "unknown key dropout.meen in mine.toml")
 
 
-def test_a_folder_that_is_taken(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_exists(droppeft: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
     assert_refused(
-        droppeft("run", *tiny_words, "--out", "run"),
+        droppeft("run", *tiny_overrides, "--out", "run"),
         "--out run exists already",
         "droppeft resume run",
     )
@@ -144,64 +151,66 @@ def test_a_folder_that_is_taken(droppeft: Command, tiny_words: list[str], tmp_pa
 
 
 def test_a_folder_that_cannot_be_made(
-    droppeft: Command, tiny_words: list[str], tmp_path: Path
+    droppeft: Command, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     for out in ("file", "file/run", "file/deep/run"):
-        assert_refused(droppeft("run", *tiny_words, "--out", out), f"--out {out}")
+        assert_refused(droppeft("run", *tiny_overrides, "--out", out), f"--out {out}")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_resuming_what_is_not_there(droppeft: Command) -> None:
+def test_resuming_a_run_that_does_not_exist(droppeft: Command) -> None:
     assert_refused(droppeft("resume", "nowhere"), "nowhere: holds no run to resume")
 
 
-def test_exporting_what_is_not_there(droppeft: Command, whole_run: Path) -> None:
+def test_exporting_a_run_that_does_not_exist(droppeft: Command, whole_run: Path) -> None:
     assert_refused(droppeft("export", "nowhere"), "nowhere: holds no run to export")
-    said = droppeft("export", whole_run, "--round", "1", "--out", "adapter")
-    assert_refused(said, "holds no round 1; the rounds kept are: 3, 2")
+    output = droppeft("export", whole_run, "--round", "1", "--out", "adapter")
+    assert_refused(output, "holds no round 1; the saved rounds are: 3, 2")
 
 
 # What is printed
 
 
 def test_the_version(droppeft: Command) -> None:
-    said = droppeft("--version")
-    assert (said.code, said.out) == (0, f"droppeft {__version__}\n")
+    output = droppeft("--version")
+    assert (output.code, output.out) == (0, f"droppeft {__version__}\n")
 
 
 def test_help_lists_the_commands(droppeft: Command) -> None:
-    said = droppeft("--help")
-    assert said.code == 0
-    assert "run" in said.out
-    assert "resume" in said.out
+    output = droppeft("--help")
+    assert output.code == 0
+    assert "run" in output.out
+    assert "resume" in output.out
     assert "--out" in droppeft("run", "--help").out
 
 
-def test_a_run_on_the_screen(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
-    said = droppeft("run", *tiny_words)
-    assert (said.code, said.err) == (0, "")
+def test_a_run_on_the_screen(droppeft: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
+    output = droppeft("run", *tiny_overrides)
+    assert (output.code, output.err) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-droppeft")
-    assert f"result, ledger and checkpoints: runs/{folder.name}" in said.out
-    assert said.out.count("\nround ") == 3
-    assert "Result" in said.out
+    assert f"result, ledger and checkpoints: runs/{folder.name}" in output.out
+    assert output.out.count("\nround ") == 3
+    assert "Result" in output.out
 
 
-def test_a_quiet_run_says_one_line(
-    droppeft: Command, tiny_words: list[str], tmp_path: Path
+def test_a_quiet_run_prints_one_line(
+    droppeft: Command, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    said = droppeft("run", *tiny_words, "--out", "run", "--quiet")
+    output = droppeft("run", *tiny_overrides, "--out", "run", "--quiet")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert said == Said(0, f"{accuracy_line(result)}\n", "")
+    assert output == Output(0, f"{accuracy_line(result)}\n", "")
 
 
-def test_a_run_for_programs(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
-    said = droppeft("run", *tiny_words, "--out", "run", "--json")
-    assert (said.code, said.err) == (0, "")
-    *rounds, last = (json.loads(line) for line in said.out.splitlines())
-    kept = rows_of(tmp_path / "run" / "rounds.jsonl")
-    assert rounds == [{"event": "round", **row} for row in kept]
+def test_a_run_with_json_output(
+    droppeft: Command, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    output = droppeft("run", *tiny_overrides, "--out", "run", "--json")
+    assert (output.code, output.err) == (0, "")
+    *rounds, last = (json.loads(line) for line in output.out.splitlines())
+    saved = rows_of(tmp_path / "run" / "rounds.jsonl")
+    assert rounds == [{"event": "round", **row} for row in saved]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert last == {"event": "result", **result}
 
@@ -211,30 +220,30 @@ def test_resuming_a_finished_run_reports_it(
 ) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
     result = json.loads((whole_run / "result.json").read_text())
-    said = droppeft("resume", "run", "--quiet")
-    assert said == Said(0, f"{accuracy_line(result)}\n", "")
-    told = droppeft("resume", "run")
-    assert "Result" in told.out
-    assert told.err == "droppeft: run is finished; this is what it came to\n"
+    output = droppeft("resume", "run", "--quiet")
+    assert output == Output(0, f"{accuracy_line(result)}\n", "")
+    shown = droppeft("resume", "run")
+    assert "Result" in shown.out
+    assert shown.err == "droppeft: run is finished already; its result:\n"
 
 
 @pytest.mark.parametrize("form", [[], ["--merge"]])
-def test_exporting_says_where_it_is_and_how_to_load_it(
+def test_exporting_prints_the_folder_and_how_to_load_it(
     droppeft: Command, whole_run: Path, tmp_path: Path, form: list[str]
 ) -> None:
-    said = droppeft("export", whole_run, "--out", "it", *form)
+    output = droppeft("export", whole_run, "--out", "it", *form)
     result = json.loads((whole_run / "result.json").read_text())
-    first, empty, *lines = said.out.splitlines()
+    first, empty, *lines = output.out.splitlines()
     accuracy = f"accuracy {result['global_accuracy']:.4f} on 60 test texts"
     assert first == f"round 3, {accuracy}: {tmp_path / 'it'}"
-    assert (said.code, said.err, empty) == (0, "", "")
+    assert (output.code, output.err, empty) == (0, "", "")
     loaded: dict[str, Any] = {}
     exec("\n".join(lines), loaded)
     assert loaded["model"].config.id2label == {0: "food", 1: "music", 2: "space"}
     [own] = [one for one in result["personalised"] if one["client"] == 2]
-    said = droppeft("export", whole_run, "--client", "2", "--out", "own", *form)
+    output = droppeft("export", whole_run, "--client", "2", "--out", "own", *form)
     accuracy = f"accuracy {own['accuracy']:.4f} on {own['rows']} test texts"
-    assert said.out.splitlines()[0] == f"round 3, {accuracy}: {tmp_path / 'own'}"
+    assert output.out.splitlines()[0] == f"round 3, {accuracy}: {tmp_path / 'own'}"
     assert loaded["tokenizer"]("bread")["input_ids"]
 
 
@@ -245,28 +254,28 @@ def test_ctrl_c_while_exporting(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("droppeft.runs.model_files.export_adapter", stop)
-    said = droppeft("export", whole_run, "--out", "it")
-    assert (said.code, said.err) == (130, "droppeft: stopped; nothing was written\n")
+    output = droppeft("export", whole_run, "--out", "it")
+    assert (output.code, output.err) == (130, "droppeft: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_and_words(droppeft: Command, tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_file_and_overrides(droppeft: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("rounds = 9\nseed = 5\n")
-    words = [word for word in tiny_words if not word.startswith("rounds=")]
-    said = droppeft("run", "mine.toml", *words, "rounds=1", "--out", "run", "--quiet")
-    assert said.code == 0
+    arguments = [setting for setting in tiny_overrides if not setting.startswith("rounds=")]
+    output = droppeft("run", "mine.toml", *arguments, "rounds=1", "--out", "run", "--quiet")
+    assert output.code == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["rounds"], result["seed"]) == (1, 5)
 
 
 def test_ctrl_c_before_the_first_round(
-    droppeft: Command, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    droppeft: Command, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("droppeft.client.run_inputs.load_backbone", stop)
-    said = droppeft("run", *tiny_words, "--out", "run")
-    assert said.code == 130
-    assert said.err == "droppeft: stopped while preparing; nothing is lost\n"
+    output = droppeft("run", *tiny_overrides, "--out", "run")
+    assert output.code == 130
+    assert output.err == "droppeft: stopped while preparing; nothing is lost\n"
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, what is refused and in which words, what is written."""
+"""Configuration: accepted and refused values, error messages, and written files."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from droppeft.config import (
     build_config,
     known_keys,
     load_config,
-    parse_word,
+    parse_override,
     read_toml,
     resolve,
     to_toml,
@@ -30,13 +30,13 @@ def file(folder: Path, text: str) -> Path:
     return path
 
 
-def refusal(*words: str, path: Path | None = None) -> str:
+def refusal(*overrides: str, path: Path | None = None) -> str:
     with pytest.raises(DroppeftError) as caught:
-        load_config(path, words)
+        load_config(path, overrides)
     message = str(caught.value)
     assert "\n" not in message
     shown = caught.value.__context__ if not caught.value.__suppress_context__ else None
-    assert (caught.value.__cause__ or shown) is None, "no other report may precede ours"
+    assert (caught.value.__cause__ or shown) is None, "the traceback must show no other error"
     return message
 
 
@@ -48,7 +48,7 @@ def test_nothing_given_is_the_default_run() -> None:
     assert (Config().model, Config().data) == ("builtin", "builtin")
 
 
-def test_defaults_that_depend_on_rivals() -> None:
+def test_defaults_among_mutually_exclusive_settings() -> None:
     assert Config().dropout.mean == DEFAULT_MEAN_RATE
     assert Config().training.local_steps == DEFAULT_LOCAL_STEPS
     assert load_config(None, ["dropout.shape=decay"]).dropout.mean == DEFAULT_MEAN_RATE
@@ -66,11 +66,11 @@ def test_a_configuration_is_frozen() -> None:
         config.dropout.mean = 0.1
 
 
-# Words and files
+# Overrides and files
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("override", "expected"),
     [
         ("rounds=5", ("rounds", 5)),
         ("dropout.mean=0.5", ("dropout.mean", 0.5)),
@@ -82,29 +82,31 @@ def test_a_configuration_is_frozen() -> None:
         ("source.label=", ("source.label", "")),
     ],
 )
-def test_a_word_is_read_as_toml_or_as_text(word: str, expected: tuple[str, object]) -> None:
-    assert parse_word(word) == expected
+def test_an_override_is_read_as_toml_or_as_text(
+    override: str, expected: tuple[str, object]
+) -> None:
+    assert parse_override(override) == expected
 
 
-@pytest.mark.parametrize("word", ["rounds", "=5", " =5", ""])
-def test_a_word_without_key_or_sign_is_refused(word: str) -> None:
-    assert repr(word) in refusal(word)
+@pytest.mark.parametrize("override", ["rounds", "=5", " =5", ""])
+def test_an_override_without_key_or_equals_sign_is_refused(override: str) -> None:
+    assert repr(override) in refusal(override)
 
 
-def test_words_win_over_the_file(tmp_path: Path) -> None:
-    path = file(tmp_path, "rounds = 7\ndevices = 30\n[adapter]\nrank = 4\nalpha = 8.0\n")
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, "rounds = 7\nclients = 30\n[adapter]\nrank = 4\nalpha = 8.0\n")
     config = load_config(path, ["rounds=9", "adapter.rank=2"])
     assert (config.rounds, config.clients) == (9, 30)
     assert (config.adapter.rank, config.adapter.alpha) == (2, 8.0)
 
 
-def test_the_last_of_two_words_wins() -> None:
+def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(None, ["rounds=5", "rounds=6"]).rounds == 6
 
 
-def test_the_order_of_words_on_different_keys_does_not_matter() -> None:
-    words = ["clients=50", "cohort_size=40", "dropout.count=2"]
-    assert load_config(None, words) == load_config(None, words[::-1])
+def test_the_order_of_overrides_of_different_keys_does_not_matter() -> None:
+    overrides = ["clients=50", "cohort_size=40", "dropout.count=2"]
+    assert load_config(None, overrides) == load_config(None, overrides[::-1])
 
 
 @pytest.mark.parametrize("value", ["a,b", " a , b ", '["a", "b"]'])
@@ -112,10 +114,10 @@ def test_a_list_of_texts_may_be_written_with_commas(value: str) -> None:
     assert load_config(None, [f"source.text={value}"]).source.text == ("a", "b")
 
 
-# Rivals: mean, count, rates; local_steps, local_epochs
+# Mutually exclusive settings: mean, count, rates; local_steps, local_epochs
 
 
-def test_a_rival_removes_the_default() -> None:
+def test_a_given_setting_removes_the_default_of_its_group() -> None:
     dropout = load_config(None, ["dropout.count=2"]).dropout
     assert (dropout.mean, dropout.count, dropout.rates) == (None, 2, None)
     dropout = load_config(None, ["dropout.rates=[0.0, 0.5]"]).dropout
@@ -125,16 +127,16 @@ def test_a_rival_removes_the_default() -> None:
 
 
 @pytest.mark.parametrize("value", ["mean = 0.2", "count = 1", "rates = [0.1, 0.2]"])
-@pytest.mark.parametrize("word", ["mean=0.5", "count=3", "rates=[0.4, 0.4]"])
-def test_a_word_replaces_the_files_choice_among_rivals(
-    tmp_path: Path, value: str, word: str
+@pytest.mark.parametrize("override", ["mean=0.5", "count=3", "rates=[0.4, 0.4]"])
+def test_an_override_replaces_the_files_mutually_exclusive_setting(
+    tmp_path: Path, value: str, override: str
 ) -> None:
     path = file(tmp_path, f"[dropout]\n{value}\nshape = 'decay'\n")
-    dropout = load_config(path, [f"dropout.{word}"]).dropout
-    assert dropout == load_config(None, [f"dropout.{word}", "dropout.shape=decay"]).dropout
+    dropout = load_config(path, [f"dropout.{override}"]).dropout
+    assert dropout == load_config(None, [f"dropout.{override}", "dropout.shape=decay"]).dropout
 
 
-def test_a_word_on_another_key_leaves_the_files_choice(tmp_path: Path) -> None:
+def test_an_override_of_another_key_leaves_the_files_choice(tmp_path: Path) -> None:
     path = file(tmp_path, "[dropout]\ncount = 1\n[training]\nlocal_epochs = 2\n")
     config = load_config(path, ["dropout.shape=decay", "training.batch_size=8"])
     assert (config.dropout.count, config.dropout.mean) == (1, None)
@@ -142,15 +144,15 @@ def test_a_word_on_another_key_leaves_the_files_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ("dropout.mean=0.5", "dropout.count=2"),
         ("dropout.count=2", "dropout.rates=[0.5]"),
         ("dropout.mean=0.5", "dropout.rates=[0.5]"),
     ],
 )
-def test_two_rivals_at_once_are_refused(words: tuple[str, str]) -> None:
-    assert "only one of dropout.mean, dropout.count and dropout.rates" in refusal(*words)
+def test_two_mutually_exclusive_overrides_are_refused(overrides: tuple[str, str]) -> None:
+    assert "only one of dropout.mean, dropout.count and dropout.rates" in refusal(*overrides)
 
 
 def test_steps_and_epochs_at_once_are_refused() -> None:
@@ -158,7 +160,7 @@ def test_steps_and_epochs_at_once_are_refused() -> None:
     assert "only one of training.local_steps and training.local_epochs" in message
 
 
-def test_two_rivals_in_the_file_are_refused(tmp_path: Path) -> None:
+def test_two_mutually_exclusive_settings_in_the_file_are_refused(tmp_path: Path) -> None:
     path = file(tmp_path, "[dropout]\nmean = 0.2\ncount = 1\n")
     message = refusal(path=path)
     assert "only one of" in message
@@ -185,7 +187,7 @@ def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
     assert f"did you mean {nearest}?" in message
 
 
-def test_an_unknown_key_without_neighbour_points_to_the_list() -> None:
+def test_an_unknown_key_without_a_similar_one_points_to_the_list() -> None:
     assert "docs/configuration.md" in refusal("qqqqqq=1")
 
 
@@ -198,7 +200,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word",
+    "override",
     [
         "rounds=many",
         "rounds=1.5",
@@ -233,9 +235,9 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         "evaluation.every=0",
     ],
 )
-def test_a_wrong_value_names_its_key(word: str) -> None:
-    key = word.partition("=")[0]
-    message = refusal(word)
+def test_a_wrong_value_names_its_key(override: str) -> None:
+    key = override.partition("=")[0]
+    message = refusal(override)
     assert key in message
     assert "unknown" not in message
 
@@ -245,7 +247,7 @@ def test_a_wrong_value_is_shown() -> None:
     assert "1.1" in refusal("dropout.mean=1.1")
 
 
-def test_a_value_where_a_table_stands_is_refused() -> None:
+def test_a_value_in_place_of_a_table_is_refused() -> None:
     assert "dropout" in refusal("dropout=0.5")
     assert refusal("rounds=5", "rounds.more=5").startswith("rounds.more: rounds is a value")
 
@@ -255,7 +257,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "cohort_size=6" in message
     assert "clients=5" in message
     assert "partition.key" in refusal("partition.kind=natural")
-    assert "newcomers are not measured with personalised=false; leave one out" in refusal(
+    assert "newcomers are not evaluated with personalised=false; leave one out" in refusal(
         "evaluation.personalised=false", "evaluation.newcomers=true"
     )
     fractions = ("partition.validation_fraction=0.5", "partition.test_fraction=0.5")
@@ -284,14 +286,14 @@ def tables() -> st.SearchStrategy[dict[str, object]]:
         st.fixed_dictionaries({"rates": st.lists(rate, min_size=1, max_size=24)}),
         st.just({}),
     )
-    turns = st.one_of(
+    lengths = st.one_of(
         st.fixed_dictionaries({"local_steps": st.integers(1, 99)}),
         st.fixed_dictionaries({"local_epochs": st.integers(1, 9)}),
         st.just({}),
     )
     text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
     return st.fixed_dictionaries(
-        {"dropout": rivals, "training": turns},
+        {"dropout": rivals, "training": lengths},
         optional={
             "seed": st.integers(0, 2**63 - 1),
             "model": text,
@@ -373,8 +375,8 @@ def test_resolve_makes_existing_paths_absolute(
 
 
 @pytest.mark.parametrize("name", ["./not-there", "../not-there", "/not/there"])
-def test_resolve_leaves_a_path_that_is_not_there_as_it_is(name: str) -> None:
-    """Without its ./ it would pass for a hub id."""
+def test_resolve_leaves_a_path_that_does_not_exist_as_it_is(name: str) -> None:
+    """Without ./ it would be taken for a Hub id."""
     config = resolve(load_config(None, [f"data={name}", f"model={name}"]), cuda=False)
     assert (config.data, config.model) == (name, name)
 
@@ -387,11 +389,11 @@ def test_resolve_expands_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("key", ["rounds", "training.learning_rate"])
-def test_true_is_no_number(key: str) -> None:
+def test_true_is_not_a_number(key: str) -> None:
     assert key in refusal(f"{key}=true")
 
 
-# Clients on the modelled clock
+# Device profiles and the modelled clock
 
 WATCH = """
 [clock]
@@ -406,7 +408,7 @@ upload = {mean = 1e5, deviation = 1e5, least = 1e4, most = 1e6}
 """
 
 
-def test_an_own_profile_is_read_and_written(tmp_path: Path) -> None:
+def test_a_custom_profile_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(WATCH)
     config = load_config(path)
@@ -418,7 +420,7 @@ def test_an_own_profile_is_read_and_written(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-def test_a_word_changes_a_profile_of_the_file(tmp_path: Path) -> None:
+def test_an_override_changes_a_profile_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(WATCH)
     config = load_config(path, ["clock.custom.watch.availability=0.5"])
@@ -427,14 +429,14 @@ def test_a_word_changes_a_profile_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "expected"),
     [
         ("memory_bytes = 5e8", "", "clock.custom.watch.memory_bytes in .*: field required"),
         ("memory_bytes = 5e8", "memory_bytes = 0", "memory_bytes in .*greater than 0, got 0"),
         (
             "memory_bytes =",
             "memory_byts =",
-            "clock.custom.watch in .*: memory_byts is no part of a",
+            "clock.custom.watch in .*: memory_byts is not a key of a",
         ),
         ("1e10", '"fast"', "effective_flops_per_s in .*valid number, got 'fast'"),
         ("1e10", "1e10\npeak_flops_per_s = 1e9", "effective_flops_per_s is more than peak_flops"),
@@ -445,13 +447,13 @@ def test_a_word_changes_a_profile_of_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_a_profile_is_one_sentence(
-    tmp_path: Path, old: str, new: str, said: str
+    tmp_path: Path, old: str, new: str, expected: str
 ) -> None:
     path = tmp_path / "run.toml"
     assert old in WATCH
     path.write_text(WATCH.replace(old, new))
     message = refusal(path=path)
-    assert re.search(said, message)
+    assert re.search(expected, message)
     assert "\n" not in message
 
 
@@ -459,18 +461,18 @@ def test_a_mistake_in_a_profile_is_one_sentence(
     ("cohort", "factor", "drawn"), [(5, 1.0, 5), (5, 1.3, 7), (10, 1.1, 11), (1, 1.01, 2)]
 )
 def test_over_selection_is_rounded_up(cohort: int, factor: float, drawn: int) -> None:
-    # 10 x 1.1 is 11.000000000000002.
+    # In floating point, 10 * 1.1 is 11.000000000000002.
     config = load_config(None, [f"cohort_size={cohort}", f"clock.over_selection={factor}"])
     assert config.drawn == drawn
 
 
-def test_more_clients_than_there_are_cannot_be_drawn() -> None:
+def test_drawing_more_clients_than_exist_is_refused() -> None:
     message = refusal("cohort_size=15", "clock.over_selection=1.5")
-    assert "draws 23 clients for a cohort of 15, there are 20" in message
+    assert "draws 23 clients for a cohort of 15, but there are only 20" in message
 
 
 @pytest.mark.parametrize(
-    "word", ["clock.over_selection=0.9", "clock.deadline_s=0", "clock.profiles=[]"]
+    "override", ["clock.over_selection=0.9", "clock.deadline_s=0", "clock.profiles=[]"]
 )
-def test_a_clock_that_cannot_be_is_refused(word: str) -> None:
-    assert word.partition("=")[0] in refusal(word)
+def test_an_invalid_clock_is_refused(override: str) -> None:
+    assert override.partition("=")[0] in refusal(override)

@@ -54,17 +54,17 @@ def test_a_missing_or_changed_page_is_stale(
 def test_pages_need_no_setting_of_today(
     generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings may be renamed or go: results that were made with them give the same pages."""
+    """If settings are renamed or removed, results that were made with them give the same pages."""
     import tables
 
     for study in sorted(FOLDER.parent.glob("benchmarks/*/study.toml")):
-        there = tmp_path / study.parent.name
-        shutil.copytree(study.parent, there)
-        text = (there / study.name).read_text(encoding="utf-8")
+        folder = tmp_path / study.parent.name
+        shutil.copytree(study.parent, folder)
+        text = (folder / "study.json").read_text(encoding="utf-8")
         renamed = re.sub(r'"[\w.]+=', r'"no.such.setting=', text)
         assert renamed != text
-        (there / study.name).write_text(renamed, encoding="utf-8")
-        (there / "study.toml").write_text("nonsense = true\n", encoding="utf-8")
+        (folder / "study.json").write_text(renamed, encoding="utf-8")
+        (folder / "study.toml").write_text("nonsense = true\n", encoding="utf-8")
     monkeypatch.setattr(tables, "STUDIES", tmp_path)
     for name in ("../README.md", "convergence.md", "results.md"):
         assert (FOLDER / name).read_text(encoding="utf-8") == generate.PAGES[name]()
@@ -81,8 +81,8 @@ def test_every_setting_has_a_row_with_a_meaning(generate: ModuleType) -> None:
 
 def test_a_row_shows_bounds_default_and_meaning(generate: ModuleType) -> None:
     page = generate.configuration_page()
-    assert "| `partition.min_rows` | whole number ≥ 3 | `20` | fewest rows that make" in page
-    assert '| `adapter.targets` | list of texts | `["default"]` | module names' in page
+    assert "| `partition.min_rows` | whole number ≥ 3 | `20` | fewest rows of a client" in page
+    assert '| `adapter.targets` | list of texts | `["default"]` | names of modules' in page
     assert "| `adapter.options` | table | `{}` | further settings of the type" in page
 
 
@@ -114,7 +114,7 @@ def test_a_row_of_an_architecture_shows_what_was_found(generate: ModuleType) -> 
     page = generate.architectures_page()
     assert "| `bert` | BertModel | `encoder.layer` | its input | sliced | both | yes |  |" in page
     assert "| `t5`, 1.1 | T5Model | `encoder.block`, `decoder.block` | its input and " in page
-    assert "| `albert` | it runs one block at every depth" in page
+    assert "| `albert` | it runs the same block at every depth" in page
 
 
 def test_a_bar_does_not_break_a_table(generate: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Each check of the installation in the situation that it is for, and what the command says."""
+"""Each check of the installation, with and without the fault that it looks for, and the command."""
 
 import importlib.metadata
 import importlib.util
@@ -36,7 +36,7 @@ REPAIR = f"{PIP} install -c {shlex.quote(str(REPOSITORY / 'constraints.txt'))} d
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
-    """Give packages another version; ``None`` takes them away."""
+    """Give packages another version; ``None`` means that they are not installed."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -73,7 +73,7 @@ def test_a_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_environment_has_its_dependencies() -> None:
     found = packages.check_dependencies()
     assert found.status == "ok", found
-    assert found.found.startswith(f"{len(packages.requirements('droppeft'))} required packages")
+    assert found.found.startswith(f"{len(packages.requirements('droppeft'))} required packages and")
 
 
 def test_extras_are_not_required() -> None:
@@ -84,7 +84,7 @@ def test_extras_are_not_required() -> None:
 
 def test_a_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, torch=None)
-    # peft and others need torch too, which is not said a second time.
+    # peft and others need torch too, which is not reported a second time.
     assert packages.check_dependencies() == problem("torch is missing", REPAIR)
 
 
@@ -104,15 +104,15 @@ def test_a_local_build_is_in_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packages.check_pins().status == "ok"
 
 
-def test_what_a_dependency_needs_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_indirect_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, tokenizers=None)
     found = packages.check_dependencies()
     assert (found.status, found.remedy) == ("problem", REPAIR)
     assert found.found.startswith("tokenizers is missing for ")
-    assert found.found.count("tokenizers is missing") == 1  # though two packages need them
+    assert found.found.count("tokenizers is missing") == 1  # though two packages need it
 
 
-def test_what_a_dependency_needs_is_out_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_indirect_dependency_out_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, tokenizers="0.1")
     found = packages.check_dependencies()
     assert found.status == "note"
@@ -130,10 +130,10 @@ def test_an_environment_like_the_pinned_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_packages_that_are_not_at_their_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     pins = packages.read_pins(REPOSITORY / "constraints.txt")
     here = {**pins, "pandas": "3.0.0", "numpy": "2.2.0"}
-    del here["ruff"]  # a run needs no tools: what is absent is no difference
+    del here["ruff"]  # a run does not need ruff: a missing package does not count
     monkeypatch.setattr(packages, "installed", here.get)
     assert packages.check_pins() == note(
-        f"other than in constraints.txt, 2 of {len(pins) - 1}: "
+        f"2 of {len(pins) - 1} packages differ from constraints.txt: "
         f"numpy 2.2.0 (pinned {pins['numpy']}), pandas 3.0.0 (pinned {pins['pandas']})",
         f"{PIP} install numpy=={pins['numpy']} pandas=={pins['pandas']}",
     )
@@ -157,7 +157,7 @@ def test_pins_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     package = tmp_path / "site-packages" / "droppeft"
     package.mkdir(parents=True)
     monkeypatch.setattr(packages, "PACKAGE", package)
-    (tmp_path / "constraints.txt").write_text("sympy==0.1\n")  # somebody else's
+    (tmp_path / "constraints.txt").write_text("sympy==0.1\n")  # of another project
     assert packages.constraints_file() is None
     assert packages.check_pins() == note(
         "this installation has no constraints.txt", f"{PIP} install droppeft"
@@ -165,10 +165,12 @@ def test_pins_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (package / "constraints.txt").write_text("# words == words\nsympy==0.1\n")
     assert packages.constraints_file() == package / "constraints.txt"
     assert packages.read_pins(package / "constraints.txt") == {"sympy": "0.1"}
-    assert packages.check_pins().found.startswith("other than in constraints.txt, 1 of 1: sympy")
+    assert packages.check_pins().found.startswith(
+        "1 of 1 packages differ from constraints.txt: sympy"
+    )
 
 
-def test_the_wheel_is_told_to_carry_the_pins() -> None:
+def test_the_wheel_includes_the_pins() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["force-include"] == {"constraints.txt": "droppeft/constraints.txt"}
@@ -195,7 +197,7 @@ CPU = {
     "version": "2.13.0+cpu",
     "cuda": None,
     "mps": False,
-    "client": None,
+    "device": None,
     "warnings": [],
 }
 GPU = {"name": "NVIDIA H100", "memory_bytes": 85e9, "bf16": True, "error": None}
@@ -208,33 +210,33 @@ def judged(monkeypatch: pytest.MonkeyPatch, driver: bool = False, **changes: Any
 
 def test_torch_here() -> None:
     found = machine.check_torch()
-    seen = facts()
-    assert set(seen) == set(CPU)
+    reported = facts()
+    assert set(reported) == set(CPU)
     assert found.status in ("ok", "note")
-    assert found.found.startswith(f"{seen['version']}, ")
+    assert found.found.startswith(f"{reported['version']}, ")
 
 
 def test_torch_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "2.13.0+cpu, CPU build; no accelerator"
-    assert judged(monkeypatch) == ok(words)
-    assert judged(monkeypatch, mps=True) == ok(f"{words} (MPS is not used)")
+    text = "2.13.0+cpu, CPU build; no accelerator"
+    assert judged(monkeypatch) == ok(text)
+    assert judged(monkeypatch, mps=True) == ok(f"{text} (MPS is not used)")
 
 
 def test_torch_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = judged(monkeypatch, version="2.13.0", cuda="13.0", client=GPU)
+    found = judged(monkeypatch, version="2.13.0", cuda="13.0", device=GPU)
     assert found == ok("2.13.0, CUDA 13.0 build; NVIDIA H100, 85.0 GB, with bf16")
-    old = judged(monkeypatch, cuda="13.0", client={**GPU, "bf16": False})
+    old = judged(monkeypatch, cuda="13.0", device={**GPU, "bf16": False})
     assert old.found.endswith("without bf16")
 
 
 def test_a_gpu_that_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = {**GPU, "error": "no kernel image is available"}
-    found = judged(monkeypatch, cuda="13.0", client=client)
+    device = {**GPU, "error": "no kernel image is available"}
+    found = judged(monkeypatch, cuda="13.0", device=device)
     assert (found.status, found.remedy) == ("problem", "droppeft run accelerator=cpu")
     assert found.found.endswith("NVIDIA H100 cannot be used: no kernel image is available")
 
 
-def test_a_cuda_build_that_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_build_that_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = judged(monkeypatch, cuda="13.0", warnings=["The NVIDIA driver is too old."])
     assert (found.status, found.remedy) == ("note", "nvidia-smi")
     assert found.found.endswith("runs use the CPU; The NVIDIA driver is too old.")
@@ -243,7 +245,7 @@ def test_a_cuda_build_that_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_the_cpu_build_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     found = judged(monkeypatch, driver=True)
     assert found.status == "note"
-    assert "an NVIDIA driver is here, which this build cannot use" in found.found
+    assert "an NVIDIA driver is installed, which this build cannot use" in found.found
     assert found.remedy == f"{PIP} uninstall -y torch && {REPAIR}"
 
 
@@ -263,7 +265,7 @@ def test_the_gpu_is_made_to_compute(fault: RuntimeError | None) -> None:
         get_device_properties=lambda index: SimpleNamespace(total_memory=8),
         is_bf16_supported=lambda including_emulation: including_emulation,
     )
-    torch = SimpleNamespace(cuda=cuda, ones=lambda count, client: Sum())
+    torch = SimpleNamespace(cuda=cuda, ones=lambda count, device: Sum())
     from droppeft.doctor.torch_facts import _device
 
     assert _device(torch) == {
@@ -310,15 +312,13 @@ def test_a_file_named_torch_in_the_current_folder(
 def test_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("droppeft.config.available_cores", lambda: 3)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert machine.check_processor() == ok(
-        "3 cores, aarch64; a run takes all of them, or threads=N"
-    )
+    assert machine.check_processor() == ok("3 cores, aarch64; a run uses all of them, or threads=N")
 
 
-def remember(
+def set_memory(
     monkeypatch: pytest.MonkeyPatch, folder: Path, free_kb: int, limit: str | None = None
 ) -> None:
-    """A machine of 16 GB and a container's limit."""
+    """Pretend that the machine has 16 GB, and maybe a container's limit."""
     lines = f"MemTotal: 16000000 kB\nMemAvailable: {free_kb} kB\nHugePages_Total: 0\n"
     (folder / "meminfo").write_text(lines)
     monkeypatch.setattr(machine, "MEMORY", folder / "meminfo")
@@ -329,23 +329,23 @@ def remember(
 
 def test_enough_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # 16,000,000 kB of 1024 bytes are 16.4 GB
-    remember(monkeypatch, tmp_path, free_kb=8_000_000, limit="max")
+    set_memory(monkeypatch, tmp_path, free_kb=8_000_000, limit="max")
     assert machine.check_memory() == ok("16.4 GB, 8.2 GB free")
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    remember(monkeypatch, tmp_path, free_kb=1_000_000)
+    set_memory(monkeypatch, tmp_path, free_kb=1_000_000)
     found = machine.check_memory()
     assert (found.status, found.found.split(":")[0]) == ("note", "16.4 GB, 1.0 GB free")
 
 
 def test_a_container_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    remember(monkeypatch, tmp_path, free_kb=8_000_000, limit="1000000000")
+    set_memory(monkeypatch, tmp_path, free_kb=8_000_000, limit="1000000000")
     found = machine.check_memory()
     assert (found.status, found.found.split(":")[0]) == ("note", "1.0 GB, 1.0 GB free")
 
 
-def test_a_system_that_does_not_say_what_is_free(
+def test_a_system_that_does_not_report_free_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(machine, "MEMORY", tmp_path / "none")
@@ -358,7 +358,7 @@ def test_a_system_that_does_not_say_what_is_free(
 
 
 def model_in(folder: Path) -> Path:
-    """A package like the built-in model's, with its small files and no weights."""
+    """A package like that of the built-in model, without its weights."""
     package = folder / builtin.MODEL_PACKAGE
     shutil.copytree(
         loading.builtin_model_folder(),
@@ -413,7 +413,7 @@ def test_the_weights_are_cut_off(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Built-in data of two libraries and few rows, and a cache of their own."""
+    """Built-in data of two libraries and few rows, in a separate cache."""
     monkeypatch.setattr(texts, "LIBRARIES", {"networkx": "networkx", "sympy": "sympy"})
     monkeypatch.setattr(texts, "TRAIN_ROWS", 12)
     monkeypatch.setattr(texts, "TEST_ROWS", 4)
@@ -422,7 +422,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_data_that_are_not_built_yet(small: Path) -> None:
-    assert builtin.check_builtin_data() == ok("not built yet; the first run does it, in about 10 s")
+    assert builtin.check_builtin_data() == ok(
+        "not built yet; the first run builds them in about 10 s"
+    )
     assert not small.exists()
 
 
@@ -437,7 +439,7 @@ def test_data_that_are_built(monkeypatch: pytest.MonkeyPatch, small: Path) -> No
     made = texts.load_builtin(small).content_hash
     found = builtin.check_builtin_data()
     assert found.status == "note"
-    assert found.found == f"not the published texts, accuracies do not compare (hash {made})"
+    assert found.found == f"{builtin.NOT_PUBLISHED} (hash {made})"
     assert found.remedy == f"{PIP} uninstall -y networkx sympy && {REPAIR}"
     monkeypatch.setattr(texts, "EXPECTED_HASH", made)
     assert builtin.check_builtin_data() == ok(
@@ -448,15 +450,14 @@ def test_data_that_are_built(monkeypatch: pytest.MonkeyPatch, small: Path) -> No
 def test_a_library_of_the_data_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, sympy=None)
     assert builtin.check_builtin_data() == problem(
-        "made from the text of libraries, and sympy is missing", REPAIR
+        "they are made from the text of libraries; sympy is missing", REPAIR
     )
 
 
 def test_a_library_of_the_data_has_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, sympy="1.13.3", peft="0.1")
     assert builtin.check_builtin_data() == note(
-        "not the published texts, accuracies do not compare since they are made from "
-        "sympy 1.13.3, wanted ==1.14.0",
+        f"{builtin.NOT_PUBLISHED}, since they are made from sympy 1.13.3, wanted ==1.14.0",
         REPAIR,
     )
 
@@ -498,7 +499,7 @@ def test_a_data_folder_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Flower's commands beside a Python, and nothing on the PATH."""
+    """Flower's commands in the folder of a Python, and an empty folder as PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in flower.COMMANDS:
@@ -529,20 +530,20 @@ def test_flower_without_a_command(commands: Path) -> None:
     (commands / "flower-supernode").unlink()
     found = flower.check_flower()
     assert found.status == "note"
-    assert found.found.endswith("what is missing: the command flower-supernode")
+    assert found.found.endswith("transports: the command flower-supernode")
     assert found.remedy == packages.reinstall("flwr")
 
 
 def test_flower_without_ray(monkeypatch: pytest.MonkeyPatch, commands: Path) -> None:
-    lose(monkeypatch, "ray")  # its metadata alone would not do
+    lose(monkeypatch, "ray")  # its metadata alone is not enough
     found = flower.check_flower()
     assert (found.status, found.remedy) == ("note", packages.repair())
-    assert found.found.endswith("what is missing: ray")
+    assert found.found.endswith("transports: ray")
 
 
 def test_no_flower(monkeypatch: pytest.MonkeyPatch, commands: Path) -> None:
     pretend(monkeypatch, flwr=None)
-    assert flower.check_flower().found.endswith("what is missing: flwr")
+    assert flower.check_flower().found.endswith("transports: flwr")
 
 
 # Folders
@@ -550,7 +551,7 @@ def test_no_flower(monkeypatch: pytest.MonkeyPatch, commands: Path) -> None:
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An empty current folder, and a way to say how much is free on its disk."""
+    """An empty current folder, and a function that sets the free space on its disk."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path / "cache" / "deep"))
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / "state"))
@@ -570,7 +571,7 @@ def test_folders_that_can_be_written(room: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_of_clients_own_tensors_must_be_the_same_tomorrow(
+def test_the_folder_of_client_states_must_be_an_absolute_path(
     room: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", "here")
@@ -579,13 +580,13 @@ def test_the_folder_of_clients_own_tensors_must_be_the_same_tomorrow(
     assert found.remedy == "export DROPPEFT_STATE=~/droppeft-state"
 
 
-def test_the_check_takes_a_writable_folder_only(room: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(room: Any, tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     (tmp_path / "cache").touch()
     runs, cache = folders.check_runs_folder(), folders.check_cache_folder()
     assert (runs.status, cache.status) == ("problem", "note")
     assert runs.found == f"{tmp_path / 'runs'} cannot be written: Not a directory"
-    assert "every run prepares its data anew" in cache.found
+    assert "every run prepares its data again" in cache.found
 
 
 def test_a_file_system_that_is_read_only(
@@ -613,7 +614,7 @@ def test_a_disk_that_is_nearly_full(room: Any) -> None:
     for check in FOLDER_CHECKS:
         found = check()
         assert found.status == "note"
-        assert found.found.endswith("999 MB free: that is little")
+        assert found.found.endswith("999 MB free, which is little")
 
 
 def test_a_disk_that_is_full(room: Any) -> None:
@@ -624,7 +625,7 @@ def test_a_disk_that_is_full(room: Any) -> None:
 
 def test_no_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getcwd", lambda: (_ for _ in ()).throw(FileNotFoundError()))
-    assert folders.check_runs_folder() == problem("the current folder is gone", "cd ~")
+    assert folders.check_runs_folder() == problem("the current folder no longer exists", "cd ~")
 
 
 def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,7 +641,7 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 # All together
 
 
-def test_a_check_that_fails_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Finding:
         raise ModuleNotFoundError("No module\nnamed 'packaging'")
 
@@ -689,7 +690,7 @@ def test_the_table_fits_and_commands_can_be_pasted(width: int) -> None:
     assert lines[-1].startswith("Not ready")
 
 
-def test_when_all_is_well_there_is_nothing_to_do() -> None:
+def test_without_notes_and_problems_there_is_nothing_to_do() -> None:
     lines = shown({"Python": ok("3.11.9")}, 80)
     assert not any("What to do" in line for line in lines)
     assert lines[-1] == "Ready: droppeft run"
@@ -709,16 +710,16 @@ def test_exit_codes(
     monkeypatch.setattr(doctor, "examine", lambda: findings)
     code = 0 if ready else 1
     assert CliRunner().invoke(app, ["doctor"]).exit_code == code
-    said = CliRunner().invoke(app, ["doctor", "--json"])
-    assert said.exit_code == code
-    assert json.loads(said.stdout)["ok"] is ready
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == code
+    assert json.loads(done.stdout)["ok"] is ready
 
 
-def real(folder: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The command as a person starts it."""
+def real(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command as a user does."""
     command = [sys.executable, "-P", "-c", "from droppeft.cli import main; main()", "doctor"]
     return subprocess.run(
-        [*command, *words],
+        [*command, *arguments],
         cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
@@ -728,13 +729,13 @@ def real(folder: Path, *words: str, **environment: str) -> "subprocess.Completed
 
 
 def test_the_command_for_programs(tmp_path: Path) -> None:
-    said = real(tmp_path, "--json")
-    assert (said.returncode, said.stderr) == (0, ""), said
-    assert said.stdout.count("\n") == 1
-    answer = json.loads(said.stdout)
-    assert (answer["ok"], answer["version"]) == (True, droppeft.__version__)
-    assert [check["name"] for check in answer["checks"]] == list(CHECKS)
-    for check in answer["checks"]:
+    done = real(tmp_path, "--json")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.count("\n") == 1
+    report = json.loads(done.stdout)
+    assert (report["ok"], report["version"]) == (True, droppeft.__version__)
+    assert [check["name"] for check in report["checks"]] == list(CHECKS)
+    for check in report["checks"]:
         assert list(check) == ["name", "status", "found", "remedy"]
         assert check["status"] in ("ok", "note")
         assert (check["remedy"] is None) == (check["status"] == "ok")
@@ -747,20 +748,20 @@ def break_modules(folder: Path, *names: str) -> None:
 
 
 def test_the_command_where_everything_is_broken(tmp_path: Path) -> None:
-    """Libraries that cannot be imported leave a table, an exit code, and no traceback."""
+    """If libraries cannot be imported, there is a table and an exit code, and no traceback."""
     break_modules(tmp_path, "torch", "transformers", "numpy", "flwr", "pydantic", "safetensors")
-    said = real(tmp_path, PYTHONPATH=str(tmp_path), COLUMNS="120")
-    assert (said.returncode, said.stderr) == (1, "")
-    assert "cannot be imported: ImportError: torch is broken" in said.stdout
-    assert "this check failed: ImportError: safetensors is broken" in said.stdout
-    assert "Traceback" not in said.stdout
-    assert "Not ready" in said.stdout
+    done = real(tmp_path, PYTHONPATH=str(tmp_path), COLUMNS="120")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "cannot be imported: ImportError: torch is broken" in done.stdout
+    assert "this check failed: ImportError: safetensors is broken" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "Not ready" in done.stdout
 
 
 def test_the_command_where_versions_cannot_be_compared(tmp_path: Path) -> None:
     break_modules(tmp_path, "packaging", "torch")
-    said = real(tmp_path, "--json", PYTHONPATH=str(tmp_path))
-    assert (said.returncode, said.stderr) == (1, "")
-    status = {check["name"]: check["status"] for check in json.loads(said.stdout)["checks"]}
+    done = real(tmp_path, "--json", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    status = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
     assert {status[name] for name in ("Python", "dependencies", "torch")} == {"problem"}
     assert (status["built-in model"], status["runs"]) == ("ok", "ok")

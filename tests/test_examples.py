@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the README's lines are settings that exist."""
+"""The examples run, and the code and commands in the README are valid."""
 
 import re
 import runpy
@@ -34,17 +34,17 @@ def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ag_news(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut to what a test can run: fewer rounds, clients, steps and texts."""
+    """With fewer rounds, clients, steps and texts."""
     monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
-    words = [
+    overrides = [
         "rounds=1",
         "clients=4",
         "cohort_size=2",
         "training.local_steps=2",
         "training.batch_size=4",
     ]
-    few = ["source.max_train_rows=400", "source.max_test_rows=40", "training.max_length=32"]
-    config = load_config(ROOT / "examples/ag_news.toml", [*words, *few])
+    limits = ["source.max_train_rows=400", "source.max_test_rows=40", "training.max_length=32"]
+    config = load_config(ROOT / "examples/ag_news.toml", [*overrides, *limits])
     result = start_run(config, tmp_path / "run", Recorder())
     assert result["mean_active_layers"] == 4.0
     assert (result["classes"], result["test_rows"]) == (4, 40)
@@ -61,14 +61,14 @@ def test_the_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_a_readme_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readme_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    path, words = _split(shlex.split(command)[2:])
-    check_settings(load_config(path if path and path.exists() else None, words))
+    path, overrides = _split(shlex.split(command)[2:])
+    check_settings(load_config(path if path and path.exists() else None, overrides))
 
 
 def readme_code(part: str) -> str:
-    """The one block of Python in the README that has this in it."""
+    """Return the only Python block in the README that contains ``part``."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [code] = [block for block in blocks if part in block]
     return str(code)

@@ -1,4 +1,4 @@
-"""The helpers of the two messages: flatten, restrict, payload_bytes."""
+"""Functions of messages: flatten, restrict, payload_bytes."""
 
 import dataclasses
 
@@ -48,18 +48,18 @@ def test_payload_counts_a_view_by_its_own_size() -> None:
 
 
 def test_restrict_keeps_the_named_tensors_and_drops_empty_layers() -> None:
-    kept = restrict(small_tree(), frozenset({"lora_B", "weight"}))
-    assert {key: set(named) for key, named in kept.items()} == {0: {"lora_B"}, HEAD: {"weight"}}
+    selected = restrict(small_tree(), frozenset({"lora_B", "weight"}))
+    assert {key: set(named) for key, named in selected.items()} == {0: {"lora_B"}, HEAD: {"weight"}}
 
 
 def test_restrict_ignores_names_that_are_not_there() -> None:
     assert restrict(small_tree(), frozenset({"absent"})) == {}
 
 
-def test_restrict_copies_no_array_and_leaves_its_input_alone() -> None:
+def test_restrict_copies_no_array_and_does_not_change_its_input() -> None:
     tree = small_tree()
-    kept = restrict(tree, frozenset({"lora_A"}))
-    assert kept[0]["lora_A"] is tree[0]["lora_A"]
+    selected = restrict(tree, frozenset({"lora_A"}))
+    assert selected[0]["lora_A"] is tree[0]["lora_A"]
     assert set(tree[0]) == {"lora_A", "lora_B"}
     assert HEAD in tree
 
@@ -67,13 +67,13 @@ def test_restrict_copies_no_array_and_leaves_its_input_alone() -> None:
 @given(trees, name_sets)
 def test_restrict_keeps_exactly_what_is_named(tree: Tensors, names: frozenset[str]) -> None:
     expected = [(key, name, id(a)) for key, name, a in flatten(tree) if name in names]
-    kept = restrict(tree, names)
-    assert [(key, name, id(a)) for key, name, a in flatten(kept)] == expected
-    assert all(kept.values())
+    selected = restrict(tree, names)
+    assert [(key, name, id(a)) for key, name, a in flatten(selected)] == expected
+    assert all(selected.values())
 
 
 @given(trees, name_sets)
-def test_what_is_kept_and_what_is_not_add_up(tree: Tensors, names: frozenset[str]) -> None:
+def test_selected_and_other_tensors_add_up_to_all(tree: Tensors, names: frozenset[str]) -> None:
     rest = frozenset(NAMES) - names
     parts = payload_bytes(restrict(tree, names)) + payload_bytes(restrict(tree, rest))
     assert parts == payload_bytes(tree)

@@ -1,4 +1,4 @@
-"""Draws depend on what they are for, and on nothing else."""
+"""Random draws depend on their purpose, round, client and step, and on nothing else."""
 
 import random
 from itertools import product
@@ -22,7 +22,7 @@ draws = st.fixed_dictionaries(
 )
 
 
-def test_a_seed_is_what_it_was() -> None:
+def test_seeds_do_not_change_between_versions() -> None:
     # First 8 bytes of BLAKE2b (digest size 8) of b"0|1|2|3|gates", halved; a change here changes
     # every result file.
     assert seed_for(0, purpose="gates", round=1, client=2, step=3) == 3_029_793_032_118_884_633
@@ -44,9 +44,9 @@ def test_every_argument_counts(draw: dict, name: str, change: int) -> None:
     assert seed_for(**draw) != seed_for(**{**draw, name: draw[name] + change})
 
 
-def test_round_client_and_step_do_not_meet() -> None:
+def test_different_rounds_clients_and_steps_have_different_seeds() -> None:
     grid = list(product(range(20), range(SERVER, 20), range(20)))
-    seeds = {seed_for(7, purpose="x", round=r, client=d, step=s) for r, d, s in grid}
+    seeds = {seed_for(7, purpose="x", round=r, client=c, step=s) for r, c, s in grid}
     assert len(seeds) == len(grid)
 
 
@@ -56,22 +56,22 @@ def test_the_server_is_no_client() -> None:
 
 
 @pytest.mark.parametrize("make", [numpy_generator, python_generator])
-@pytest.mark.parametrize("place", [{"round": 1}, {"client": 1}, {"step": 1}, {"purpose": "y"}])
-def test_a_generator_depends_on_every_part_of_its_place(make, place: dict) -> None:
+@pytest.mark.parametrize("arguments", [{"round": 1}, {"client": 1}, {"step": 1}, {"purpose": "y"}])
+def test_a_generator_depends_on_every_argument(make, arguments: dict) -> None:
     plain = {"purpose": "x"}
     assert make(3, **plain).random() == make(3, **plain).random()
-    assert make(3, **plain).random() != make(3, **{**plain, **place}).random()
+    assert make(3, **plain).random() != make(3, **{**plain, **arguments}).random()
     assert make(3, **plain).random() != make(4, **plain).random()
 
 
 def test_generators_are_seeded_by_seed_for() -> None:
-    place = {"purpose": "x", "round": 2, "client": 3, "step": 4}
-    seed = seed_for(1, **place)
-    assert python_generator(1, **place).getstate() == random.Random(seed).getstate()
-    assert numpy_generator(1, **place).bytes(16) == np.random.default_rng(seed).bytes(16)
+    arguments = {"purpose": "x", "round": 2, "client": 3, "step": 4}
+    seed = seed_for(1, **arguments)
+    assert python_generator(1, **arguments).getstate() == random.Random(seed).getstate()
+    assert numpy_generator(1, **arguments).bytes(16) == np.random.default_rng(seed).bytes(16)
 
 
-def test_global_generators_are_neither_read_nor_moved() -> None:
+def test_global_generators_are_neither_read_nor_changed() -> None:
     random.seed(1)
     before = random.getstate()
     first = python_generator(0, purpose="x").random()

@@ -23,11 +23,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"bos_token_id": 0, "eos_token_id": 0},
     "llama": {},
 }
-"""What each architecture's configuration needs beside the sizes."""
+"""Settings of each architecture's configuration in addition to the sizes."""
 
 
 def tiny_model(num_layers: int = 4, model_type: str = "bert", vocab_size: int = 64) -> Any:
-    """A sequence classifier with random weights, always the same, and two classes."""
+    """Return a sequence classifier for two classes with reproducible random weights."""
     config = AutoConfig.for_model(
         model_type,
         vocab_size=vocab_size,
@@ -44,7 +44,7 @@ def tiny_model(num_layers: int = 4, model_type: str = "bert", vocab_size: int = 
 
 
 def save_tiny_model(folder: Path, num_layers: int = 4, model_type: str = "bert") -> Path:
-    """Save a tiny model and the built-in tokenizer as ``load_backbone`` reads them."""
+    """Save a tiny model and the built-in tokenizer in a folder for ``load_backbone``."""
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
     tiny_model(num_layers, model_type, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

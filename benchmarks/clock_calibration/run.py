@@ -6,8 +6,7 @@ Anchors: seconds per step of BERT-base with LoRA in 12 layers, as an earlier tes
 group reported them, without batch and length. Batch 16 and the lengths below are our assumption.
 The arithmetic is counted on a model without values, so nothing is downloaded and nothing is
 measured here. Writes `study.json`; the profiles in `src/droppeft/costs/device_profiles.py` have
-the fitted values to three digits, and a test holds the two
-together. About 5 seconds.
+the fitted values to three digits, which a test compares. About 5 seconds.
 """
 
 import json
@@ -40,7 +39,7 @@ def count(length: int) -> StepCounts:
 
 
 def fit(anchors_s: dict[str, float], flops: dict[str, int]) -> dict[str, float]:
-    """Speed and overhead of one client."""
+    """Speed and overhead of one device."""
     speed, overhead = calibrated([flops[data] for data in anchors_s], list(anchors_s.values()))
     return {"effective_flops_per_s": speed, "step_overhead_s": overhead}
 
@@ -54,7 +53,7 @@ def quadratic_share(one: StepCounts, double: StepCounts) -> float:
 
 
 def content() -> dict[str, Any]:
-    """All that the page on clients says of the calibration."""
+    """All that `docs/device_profiles.md` says of the calibration."""
     counts = {data: count(length) for data, length in LENGTHS.items()}
     layers = len(counts["MNLI"].blocks)
     flops = {data: step_flops(each, [True] * layers) for data, each in counts.items()}

@@ -3,14 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.compile_blocks.run
 
 Three models with LoRA (rank 8) on all linear modules, a third of the layers dropped in every step.
-A step is a forward and a backward; the arms take the same steps in turn, with the same gates, so
-that all meet the same states of a shared machine. Before that each arm is looked at alone, with an
+A step is a forward and a backward. The arms take the same steps alternately, with the same gates,
+so that all run under the same load of a shared machine. Before that each arm is run alone, with an
 empty cache: the seconds of its first steps (which are compiling), its graphs after all patterns of
-dropped layers that came, and those that texts of other lengths add. If its gradients are not the
-plain model's, if other blocks run, or if torch gives up on a function, the script stops.
+dropped layers that occurred, and those that texts of other lengths add. If its gradients are not
+the plain model's, if other blocks run, or if torch gives up on a function, the script stops.
 
-A step counts in seconds of the clock and of the processor: on a machine with other work the second
-is what a quiet one would show.
+A step is measured in wall seconds and in processor seconds, which depend less on other work on the
+machine.
 
 Writes the tables `result` and `repeats` and `study.json`. About 10 minutes on a core of its own.
 """
@@ -85,7 +85,7 @@ WAYS = {"not compiled": plain, "block by block": by_block, "whole model": whole}
 
 
 def shaped(name: str) -> nn.Module:
-    """Random weights, always the same; no module dropout, whose draws a compiler makes anew."""
+    """Random weights, always the same; no module dropout, whose draws a compiler changes."""
     silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def difference(arm: Arm, other: Arm) -> float:
 
 
 def compiling(name: str, way: str, rounds: int) -> dict[str, Any]:
-    """What the compiler makes of an arm by itself, what it takes for that, and whether it is right.
+    """Compile an arm alone: its graphs, the seconds for them, and whether its results are right.
 
     Giving up on a function after too many graphs of it is an error here.
     """
@@ -191,7 +191,7 @@ def graphs() -> int:
 
 
 def timed(name: str, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of steps that the arms take in turn, once everything is compiled."""
+    """Seconds of steps that the arms take alternately, after everything is compiled."""
     raw: dict[str, dict[str, list[float]]] = {way: {"wall_s": [], "cpu_s": []} for way in WAYS}
     with arms(name, tuple(WAYS)) as found, fresh_cache():
         for number in range(WARM_STEPS + rounds):
@@ -226,7 +226,7 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def compared(seconds: Mapping[str, list[float]], base: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Medians, and what they are of the model's that is not compiled."""
+    """Medians, and their ratios to the model that is not compiled."""
     return {
         "step_wall_s": median(seconds["wall_s"]),
         "step_cpu_s": median(seconds["cpu_s"]),

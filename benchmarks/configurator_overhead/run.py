@@ -36,13 +36,13 @@ POLICIES = ("fixed", "budgeted_thompson")
 Rows = list[dict[str, Any]]
 
 
-def played(config: Config) -> tuple[Rows, Rows]:
-    """A run's rounds: the server's seconds, and each merged local training's."""
+def seconds_of_run(config: Config) -> tuple[Rows, Rows]:
+    """Run a configuration; return rows of the tables `rounds` and `clients`."""
     prepared = prepare(config, lambda step: None, "0")
     spent: list[float] = []
     method = replace(
         prepared.method,
-        instruction=timed(prepared.method.instruct, spent),
+        instruct=timed(prepared.method.instruct, spent),
         merge=timed(prepared.method.merge, spent),
     )
     state, rounds, clients = prepared.state, [], []
@@ -59,7 +59,7 @@ def played(config: Config) -> tuple[Rows, Rows]:
 
 
 def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-    """The same function; the seconds of each call are added to a list."""
+    """The same function, which appends the seconds of each call to a list."""
 
     def call(*args: Any) -> Any:
         start = time.perf_counter()
@@ -73,23 +73,23 @@ def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any
 def trainings(closed: Any) -> Iterator[dict[str, float]]:
     """Seconds of each merged local training of a round, and of measuring its reward."""
     updates = [one for one in closed.replies if isinstance(one, Update)]
-    turns = [turn for turn in closed.modelled.clients if turn]
-    for update, turn in zip(updates, turns, strict=True):
+    costs = [cost for cost in closed.modelled.clients if cost]
+    for update, cost in zip(updates, costs, strict=True):
         yield {
             "training_wall_s": update.cost.total_wall_s,
             "reward_wall_s": update.cost.reward_wall_s,
-            "training_modelled_s": turn.total_s,
-            "reward_modelled_s": turn.reward_s,
+            "training_modelled_s": cost.total_s,
+            "reward_modelled_s": cost.reward_s,
         }
 
 
-def main(words: list[str]) -> None:
+def main(overrides: list[str]) -> None:
     """Measure and write."""
     rounds, clients = [], []
     for policy in POLICIES:
-        chosen = [*SETTINGS, *words, f"configurator.policy={policy}"]
+        chosen = [*SETTINGS, *overrides, f"configurator.policy={policy}"]
         config = resolve(load_config(None, chosen), cuda=False)
-        of_rounds, of_clients = played(config)
+        of_rounds, of_clients = seconds_of_run(config)
         rounds += of_rounds
         clients += of_clients
         print(policy, "done", flush=True)

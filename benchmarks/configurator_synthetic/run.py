@@ -2,17 +2,18 @@
 
     python -m benchmarks.configurator_synthetic.run
 
-A run has a remaining loss of 1. A turn with arm a takes `worth(a) x rate` of it, seen through noise
-as the gain of a client; the round takes the mean of its turns off, and lasts as long as its
-slowest member. Three kinds of client, ten a round, six arms (none, a quarter or half dropped;
-everything trained, or the upper half). Problems differ in noise, in how much dropping harms, and in
-whether that grows as the loss falls (drift). Time to the target counts until 5 % are left.
+A run begins with a remaining loss of 1. A local training with arm a reduces it by the part
+`worth(a) x rate`, which is observed with noise as the client's reward. The round reduces the loss
+by the mean of its clients, and lasts as long as the slowest one. Three kinds of client, ten a
+round, six arms (none, a quarter or half dropped; everything trained, or the upper half). Problems
+differ in noise, in how much dropping harms, and in whether that grows as the loss falls (drift).
+Time to the target counts until 5 % are left.
 
-Compared with the best fixed arm for all clients in hindsight (found by playing each), with the best
-arm per kind of client (of three seeds), and with the mean fixed arm. Policies that learn pay for
-measuring what turns gained, as a run's do with its defaults; fixed arms and the lot do not. Regret
-is the time ratio to the best fixed arm less one; intervals are bootstrapped over the seeds. The
-table `result` has a row per problem and policy. About fifteen minutes on one core.
+Policies are compared with the best fixed arm for all clients in hindsight (found by running each),
+with the best arm per kind of client (of three seeds), and with the mean fixed arm. Policies that
+learn pay for measuring rewards, as in a run with its defaults; fixed arms and random choice do
+not. Regret is the time ratio to the best fixed arm less one; intervals are bootstrapped over the
+seeds. The table `result` has a row per problem and policy. About fifteen minutes on one core.
 """
 
 import itertools
@@ -25,18 +26,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study import about, write_table, write_values
-from droppeft.bandit import POLICIES, Arm, Asked, Observation, choose_together, score
+from droppeft.bandit import POLICIES, Arm, Observation, PolicyInputs, choose_together, score
 from droppeft.bandit.bandit_memory import begin, halved, with_round
 
 NAME = "configurator_synthetic"
 SEEDS, CLIENTS, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000
 WINDOWS = (5, 10, 40)
 TARGET = 0.05
-ARMS = [Arm(mean, "uniform", prefix) for prefix in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
+ARMS = [Arm(mean, "uniform", untrained) for untrained in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
 # A step's time is forward 1 and backward 2 of every layer that runs, a twelfth for the rest.
 TIMES = np.array([1.0, 0.77, 0.54, 0.69, 0.58, 0.46])
 MEASURING = 2 * 16 / 3 / (10 * 16)
-"""Of a turn with everything: forwards over 16 rows before and after its ten steps of 16."""
+"""Of a full local training: forwards over 16 rows before and after its ten steps of 16."""
 SPEEDS = np.array([1.0, 1.9, 2.9])
 """Of a Jetson TX2, Xavier NX and AGX Xavier, in the proportion of their fitted profiles."""
 
@@ -46,11 +47,11 @@ class Problem:
     """What the policies do not know.
 
     Attributes:
-        rate: part of the remaining loss that a turn with everything takes.
-        worth: of each arm at the start, 1 for everything.
-        late: of each arm when nothing is left; between, it goes with the loss.
-        noise: deviation of a client's gain, in units of a turn's gain at the start of the round.
-        floor: least deviation, in units of a turn's gain at the start of the run.
+        rate: part of the remaining loss by which a full local training reduces it.
+        worth: of each arm at the start, 1 for full training.
+        late: worth of each arm when no loss is left; between, it is linear in the loss.
+        noise: deviation of a client's reward, in units of a full reward at the start of the round.
+        floor: least deviation, in units of a full reward at the start of the run.
     """
 
     rate: float
@@ -77,25 +78,25 @@ Choice = Callable[[int, Sequence[int], np.random.Generator], tuple[int, ...]]
 
 
 def worth_now(problem: Problem, left: float) -> np.ndarray:
-    """Of each arm, when so much of the loss is left."""
+    """Worth of each arm, when so much of the loss is left."""
     return left * np.array(problem.worth) + (1 - left) * np.array(problem.late)
 
 
 def seconds_of(kinds: Sequence[int], *, measures: bool) -> np.ndarray:
-    """(clients, A) of a turn, with measuring what it gained."""
+    """Seconds (clients, A) of a local training, with measuring its reward if ``measures``."""
     return (TIMES[None, :] + MEASURING * measures) / SPEEDS[list(kinds)][:, None]
 
 
 def typical_seconds(*, measures: bool) -> np.ndarray:
-    """(A,) of a turn, mean over the kinds of client."""
+    """Seconds (A,) of a local training, mean over the kinds of client."""
     return seconds_of(range(len(SPEEDS)), measures=measures).mean(axis=0)
 
 
 class Player:
-    """A policy as the run plays it."""
+    """A policy as a run uses it."""
 
-    def __init__(self, policy: str, *, by_class: bool = True, window: int = WINDOW) -> None:
-        self.policy, self.by_profile, self.window = policy, by_class, window
+    def __init__(self, policy: str, *, by_profile: bool = True, window: int = WINDOW) -> None:
+        self.policy, self.by_profile, self.window = policy, by_profile, window
         self.measures = policy != "uniform_random"
         self.memory = begin(ARMS, 64.0)
 
@@ -107,14 +108,15 @@ class Player:
             typical = typical_seconds(measures=self.measures)[numbers]
             seconds = np.tile(typical, (len(kinds), 1))
         untried = np.array([number not in self.memory.tried for number in numbers])
-        asked = Asked(seconds, seconds > 0, untried, EPSILON, rng)
+        asked = PolicyInputs(seconds, seconds > 0, untried, EPSILON, rng)
         scored = score(self.policy, self.memory.known(self.window), asked)
         return tuple(numbers[place] for place in choose_together(scored, seconds, asked.fits))
 
-    def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
-        """What the round has shown."""
+    def learn(self, round: int, arms: Sequence[int], rewards: Sequence[float]) -> None:
+        """Add the rewards of a round to what is known."""
         trials = [
-            Observation(round, arm, float(gain)) for arm, gain in zip(arms, gains, strict=True)
+            Observation(round, arm, float(reward))
+            for arm, reward in zip(arms, rewards, strict=True)
         ]
         self.memory = with_round(self.memory, trials, round, self.window, None, None)
         if self.policy == "successive_halving":
@@ -123,7 +125,7 @@ class Player:
 
 
 class Fixed:
-    """One arm for each kind of client, always; it measures nothing."""
+    """One fixed arm for each kind of client; no reward is measured."""
 
     measures = False
 
@@ -131,37 +133,37 @@ class Fixed:
         self.arms = arms
 
     def choose(self, kinds: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
-        """Of each client's kind."""
+        """The arm of each client's kind."""
         return tuple(self.arms[kind] for kind in kinds)
 
-    def learn(self, round: int, arms: Sequence[int], gains: Sequence[float]) -> None:
-        """Nothing."""
+    def learn(self, round: int, arms: Sequence[int], rewards: Sequence[float]) -> None:
+        """Do nothing."""
 
 
-def play(problem: Problem, player: Player | Fixed, seed: int) -> tuple[float, float]:
-    """Time to the target, and the mean part of it that clients wait.
+def simulate(problem: Problem, player: Player | Fixed, seed: int) -> tuple[float, float]:
+    """Time to the target, and the mean share of it in which clients wait.
 
-    Cohorts and noise are the same for every player of a seed.
+    Cohorts and noise are the same for every policy with one seed.
     """
     rng, own = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     left, clock, idle = 1.0, 0.0, []
     for round in range(1, MOST + 1):
         kinds = rng.integers(len(SPEEDS), size=CLIENTS).tolist()
         arms = player.choose(kinds, own)
-        gain = left * problem.rate * worth_now(problem, left)[list(arms)]
+        reward = left * problem.rate * worth_now(problem, left)[list(arms)]
         spread = problem.rate * max(problem.noise * left, problem.floor)
-        player.learn(round, arms, gain + spread * rng.normal(size=CLIENTS))
+        player.learn(round, arms, reward + spread * rng.normal(size=CLIENTS))
         took = seconds_of(kinds, measures=player.measures)[range(CLIENTS), arms]
         clock += float(took.max())
         idle.append(1 - float(took.mean() / took.max()))
-        left -= float(gain.mean())
+        left -= float(reward.mean())
         if left <= TARGET:
             return clock, fmean(idle)
     return float("inf"), fmean(idle)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % of the means of 2,000 draws."""
+    """Bootstrap 95 % interval of the mean, from 2,000 draws."""
     rng = np.random.default_rng(0)
     means = rng.choice(values, size=(2000, len(values))).mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
@@ -169,21 +171,23 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All players on one problem: what is known of it, and a row for each policy."""
+    """Run all policies on one problem; return facts about it, and a row for each policy."""
     seeds = range(SEEDS)
-    fixed = {arm: fmean(play(problem, Fixed((arm,) * 3), s)[0] for s in seeds) for arm in range(6)}
+    fixed = {
+        arm: fmean(simulate(problem, Fixed((arm,) * 3), s)[0] for s in seeds) for arm in range(6)
+    }
     best = min(fixed, key=lambda arm: fixed[arm])
     kinds = {
-        arms: fmean(play(problem, Fixed(arms), seed)[0] for seed in range(3))
+        arms: fmean(simulate(problem, Fixed(arms), seed)[0] for seed in range(3))
         for arms in itertools.product(range(6), repeat=3)
     }
     by_kind = min(kinds, key=lambda arms: kinds[arms])
-    base = [play(problem, Fixed((best,) * 3), s) for s in seeds]
+    base = [simulate(problem, Fixed((best,) * 3), s) for s in seeds]
     rows = []
     players: dict[str, Callable[[], Player | Fixed]] = {
-        "best fixed arm per kind of client": lambda: Fixed(by_kind),
+        "best fixed arm per kind of device": lambda: Fixed(by_kind),
         **{name: (lambda name=name: Player(name)) for name in POLICIES},
-        "budgeted_thompson, as if alike": lambda: Player("budgeted_thompson", by_class=False),
+        "budgeted_thompson, as if alike": lambda: Player("budgeted_thompson", by_profile=False),
         **{
             f"budgeted_thompson, window {window}": (
                 lambda window=window: Player("budgeted_thompson", window=window)
@@ -192,8 +196,8 @@ def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         },
     }
     for name, make in players.items():
-        played = [play(problem, make(), seed) for seed in seeds]
-        ratios = [own[0] / other[0] for own, other in zip(played, base, strict=True)]
+        outcomes = [simulate(problem, make(), seed) for seed in seeds]
+        ratios = [own[0] / other[0] for own, other in zip(outcomes, base, strict=True)]
         low, high = interval(ratios)
         rows.append(
             {
@@ -201,7 +205,7 @@ def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 "time_ratio": fmean(ratios),
                 "time_ratio_low": low,
                 "time_ratio_high": high,
-                "idle_share": fmean(idle for _, idle in played),
+                "idle_share": fmean(idle for _, idle in outcomes),
             }
         )
     known = {
@@ -216,7 +220,7 @@ def study(problem: Problem) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Play all and write what was found."""
+    """Run all problems and write the results."""
     start = time.perf_counter()
     known, result = {}, []
     for name, problem in PROBLEMS.items():

@@ -1,24 +1,23 @@
-"""How far plan is from profile: memory and time of a step, modelled and measured.
+"""Memory and time of a step: how far `droppeft estimate` is from `droppeft profile`.
 
     OMP_NUM_THREADS=1 DROPPEFT_DATA=... python -m benchmarks.cost_model.run
 
 Every cell of a stated grid is measured in fresh processes as `droppeft profile` does it, and
 modelled as `droppeft estimate` does it.
 
-Memory: peak resident memory of a process that keeps resident what is in use and no more (freed
-memory goes back to the system at once), less what it had after a first small turn: libraries,
-tokenizer, workspaces. What glibc keeps by default is measured apart, in the processes that measure
+Memory: peak resident memory of a process that returns freed memory to the system at once, less what
+it had after a first small local training: libraries, tokenizer, workspaces. What glibc holds by
+default is measured separately, in the processes that measure
 time; it is no property of the model and is not modelled.
 
-Time: cells take turns, some trials each, medians. For each model the speed and the overhead per
-step of this machine are fitted to its fp32 cells by `droppeft.costs.modelled_clock.calibrated`;
-errors are those of the fit. Quantised weights are left out of it: their kernels have another
-    speed. So are
-those that are mapped from a file.
+Time: cells alternate, with several trials each; medians. For each model the speed and the overhead
+per step of this machine are fitted to its fp32 cells by
+`droppeft.costs.modelled_clock.calibrated`; errors are those of the fit. Quantised weights are
+excluded, because their kernels have another speed, and so are weights that are mapped from a file.
 
 Writes the tables `result` (a row per cell) and `trials`, `study.json`, and
 `docs/figures/cost_model`. About an hour on 2 cores, nothing else running. `--cells WORD` measures
-only cells with this in their name anew, `--draw` draws again.
+only cells with this in their name again, `--draw` only draws.
 """
 
 import argparse
@@ -76,14 +75,14 @@ def cells() -> dict[str, tuple[str, ...]]:
 
 
 def together(half: int) -> dict[str, tuple[str, ...]]:
-    """Savings that need one another, and all that go together; rate .5 unless a name says 0."""
+    """Savings that need one another, and all that can be combined; rate .5 unless a name says 0."""
     drop, frozen = ("dropout.mean=0.5",), (f"frozen.layers={half}",)
-    turn, off = ("dropout.every=round",), ("training.offload=true",)
+    per_round, off = ("dropout.every=round",), ("training.offload=true",)
     lean = (*drop, *frozen, "training.checkpointing=true")
     return {
         f"rate 0, {half} frozen, offload": ("dropout.mean=0", *frozen, *off),
-        "rate 0.5 per turn, offload": (*drop, *turn, *off),
-        f"rate 0.5 per turn, {half} frozen, offload, checkpointing": (*lean, *turn, *off),
+        "rate 0.5 per turn, offload": (*drop, *per_round, *off),
+        f"rate 0.5 per turn, {half} frozen, offload, checkpointing": (*lean, *per_round, *off),
         f"rate 0.5, {half} frozen, checkpointing, 8bit": (*lean, "quantization=8bit"),
         f"rate 0.5, {half} frozen, checkpointing, 4bit": (*lean, "quantization=4bit"),
     }
@@ -95,15 +94,15 @@ def configuration(words: Sequence[str]) -> Config:
 
 
 def measure(chosen: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[ProfileRun]]:
-    """Trials of every cell, the frugal one first; cells take turns, if their time is modelled."""
+    """Trials of every cell, first the one that measures memory; cells alternate."""
     found: dict[str, list[ProfileRun]] = {name: [] for name in chosen}
-    for turn in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for number, (name, words) in enumerate(chosen.items()):
-            if turn > 0 and unlike(name):
+            if repeat > 0 and unlike(name):
                 continue
-            trial = in_fresh_process(configuration(words), STEPS, frugal=turn == 0)
+            trial = in_fresh_process(configuration(words), STEPS, release_memory=repeat == 0)
             found[name].append(trial)
-            print(f"{turn}/{repeats}, {number + 1}/{len(chosen)}: {name}", file=sys.stderr)
+            print(f"{repeat}/{repeats}, {number + 1}/{len(chosen)}: {name}", file=sys.stderr)
     return found
 
 
@@ -185,7 +184,7 @@ def draw(result: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[ProfileRun]]) -> None:
-    """Put what was measured beside the cells that are there."""
+    """Add measured cells to those in the result."""
     known = was_measured(NAME)
     commands = read_values(NAME)["commands"] if known else []
     rows, repeats = (

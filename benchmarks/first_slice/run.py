@@ -2,9 +2,9 @@
 
     DROPPEFT_DATA=../shared/data python -m benchmarks.first_slice.run
 
-Runs `examples/ag_news.toml` with two methods that take turns round by round (fedlora's round 1,
-droppeft's round 1, fedlora's round 2 ...), so that both meet the same state of a shared machine.
-Writes the tables `result` (a row per method) and `rounds`, and draws
+Runs `examples/ag_news.toml` with two methods that alternate round by round (fedlora's round 1,
+droppeft's round 1, fedlora's round 2 ...), so that both run under the same load of a shared
+machine. Writes the tables `result` (a row per method) and `rounds`, and draws
 `docs/figures/first_slice.png` and `.svg`; `--draw` only draws the committed result again. About 20
 minutes on 2 cores.
 """
@@ -40,17 +40,17 @@ RESULT = (
     *("prepare_wall_s", "train_wall_s", "evaluation_wall_s", "host_wall_s", "round_measured_s"),
     *("target", "target_round", "time_to_target_measured_s", "time_to_target_host_s"),
 )
-"""What is kept of a run's result."""
+"""What is taken from a run's result."""
 ROUND = (
     *("round", "global_accuracy", "global_f1", "global_loss", "train_loss", "mean_active_layers"),
     *("activation_bytes_peak", "upload_bytes", "download_bytes", "round_measured_s"),
     *("train_wall_s", "evaluation_wall_s", "saving_wall_s", "host_wall_s"),
 )
-"""What is kept of each round, beside its cohort."""
+"""What is taken from each round, besides its cohort."""
 
 
 class Turns:
-    """Lets one of several threads work at a time, in order; those that are done are passed over."""
+    """Lets one of several threads work at a time, in order; threads that are done are skipped."""
 
     def __init__(self, variants: int) -> None:
         self.waiting = list(range(variants))
@@ -69,10 +69,10 @@ class Turns:
 
 
 class TakesTurns:
-    """Watches a run and gives way to the other after each round."""
+    """A listener that lets the other run continue after each round."""
 
     def __init__(self, turns: Turns, variant: int) -> None:
-        self.clients, self.variant = turns, variant
+        self.turns, self.variant = turns, variant
 
     def preparing(self, what: str) -> None: ...
 
@@ -86,18 +86,18 @@ class TakesTurns:
         print(
             f"{METHODS[self.variant]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True
         )
-        self.clients.give(self.variant)
-        self.clients.take(self.variant)
+        self.turns.give(self.variant)
+        self.turns.take(self.variant)
 
 
-def run_both(folder: Path, words: list[str]) -> None:
+def run_both(folder: Path, overrides: list[str]) -> None:
     """Run every method in its own thread and folder, one round at a time."""
     turns = Turns(len(METHODS))
 
     def work(variant: int) -> None:
         turns.take(variant)
         try:
-            config = load_config(EXAMPLE, [f"method={METHODS[variant]}", *words])
+            config = load_config(EXAMPLE, [f"method={METHODS[variant]}", *overrides])
             start_run(config, folder / METHODS[variant], TakesTurns(turns, variant))
         finally:
             turns.give(variant, last=True)
@@ -114,8 +114,8 @@ def collect(folder: Path) -> None:
     result, rounds = [], []
     for method in METHODS:
         found = json.loads((folder / method / "result.json").read_text(encoding="utf-8"))
-        kept = {key: found[key] for key in RESULT}
-        result.append({"variant": method, **kept, "overhead": overhead(found)})
+        totals = {key: found[key] for key in RESULT}
+        result.append({"variant": method, **totals, "overhead": overhead(found)})
         rounds += [
             {
                 "variant": method,
@@ -155,7 +155,7 @@ def draw() -> None:
             "this process, clients one after another",
             lambda r: r["host_wall_s"] - r["evaluation_wall_s"],
         ),
-        ("clients side by side (slowest member)", lambda r: r["round_measured_s"]),
+        ("clients in parallel (slowest client)", lambda r: r["round_measured_s"]),
     )
     for axis, (title, seconds) in zip(axes, clocks, strict=True):
         draw_clock(axis, seconds)
@@ -191,7 +191,7 @@ def draw_clock(axis: Any, seconds: Callable[[Mapping[str, Any]], float]) -> None
 
 
 def main() -> None:
-    """Run, or draw again; further words are settings, as for ``droppeft run``."""
+    """Run, or draw again; further arguments are overrides, as for ``droppeft run``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="only draw the committed result")
     parser.add_argument("settings", nargs="*", help="key=value")

@@ -1,7 +1,7 @@
-"""A ClientApp that builds its model in every call, as Flower's examples do; for flower_cost.py.
+"""A ClientApp that builds its model in every call, as Flower's examples do; used by `run.py`.
 
 Texts and tokens stay cached, as a FederatedDataset in a module's global does. It is a module of its
-own because Ray would send the functions of a script anew, cache and all, with every message.
+own because Ray would otherwise send the functions of a script, with their cache, in every message.
 """
 
 import functools
@@ -27,14 +27,14 @@ app.query()(introduce)
 
 @app.train()
 def rebuild_and_answer(message: Message, context: Context) -> Message:
-    """Take a turn on a model that was built for it."""
+    """Run an instruction on a model that was built for it."""
     instruction, run_context = unpack_instruction(packed_of(message.content))
     loaded, clients = texts(json.dumps(run_context.config))
     config = loaded.config
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, loaded.data.label_names, head_seed)
-    bench = ClientModel(backbone, config.accelerator, config.seed)
-    update = replace(clients[instruction.client], model=bench).train(instruction)
+    model = ClientModel(backbone, config.accelerator, config.seed)
+    update = replace(clients[instruction.client], model=model).train(instruction)
     return Message(record_of(pack_reply(update)), reply_to=message)
 
 

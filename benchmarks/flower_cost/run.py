@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.flower_cost.run
 
-Arms take turns (a short run each, then again from the first), so that all meet the same states of
-a shared machine. There is one client, so the time of a round less evaluation and saving is the
-time of one client-round: planning, carrying, training, checking, merging. The first round of a run
-starts processes and loads texts and model; it is reported apart. Each repeat has a seed of its own,
-so that nothing of an earlier one is still loaded.
+Arms alternate (a short run each, then again from the first), so that all run under the same load
+of a shared machine. There is one client, so the time of a round less evaluation and saving is the
+time of one client-round: instructing, sending, training, validating, merging. The first round of a
+run starts processes and loads texts and model; it is reported separately. Each repeat has a seed
+of its own, so that nothing of an earlier one is still loaded.
 
-The two arms with "model built per message" are the usual pattern of Flower's examples: the
+The two arms with "model built per message" follow most of Flower's examples: the
 ClientApp builds its model whenever it is called. In simulation the texts stay cached, as a
 FederatedDataset in a module's global does; in deployment the process is new and so is everything.
 
@@ -60,7 +60,7 @@ Run = Callable[[Sequence[str], Path], None]
 
 
 class Silent:
-    """Watches a run and says nothing."""
+    """A listener that prints nothing."""
 
     def preparing(self, what: str) -> None: ...
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None: ...

@@ -4,11 +4,12 @@
     python -m benchmarks.frozen_layers.run $DROPPEFT_DATA --models deep12 --repeats 3
 
 For BERT-large (random weights) and `deep12`, with the first m layers frozen, in random order: LoRA
-in the last L - m layers without a cache, an example's first visit (its hidden states are computed
-alone and kept) and a later one (they are there), each at full depth and with half of the layers
-behind the frozen ones dropped in every step. Beside it the limit: the share of the layers that
-still run. All measured, on one thread; ratios to LoRA in all layers of the same repeat.
-Writes the tables `result` and `repeats`, `study.json` and `docs/figures/frozen_layers.png`.
+in the last L - m layers without a cache, with the first use of a row (its hidden states are
+computed alone and stored), and with a later use (they are on the disk), each at full depth and
+with half of the layers behind the frozen ones dropped in every step. Beside it the limit: the
+share of the layers that still run. All measured, on one thread; ratios to LoRA in all layers of
+the same repeat. Writes the tables `result` and `repeats`, `study.json` and
+`docs/figures/frozen_layers.png`.
 """
 
 import argparse
@@ -78,7 +79,7 @@ class Arm:
 
 
 def arms(depth: int) -> Iterator[Arm]:
-    """All of them; the first is what the others are compared with."""
+    """All arms; the others are compared with the first."""
     for share in SHARES:
         frozen = round(share * depth)
         for visit in VISITS if frozen else VISITS[:1]:
@@ -91,7 +92,7 @@ class Stand:
 
     def __init__(self, subject: Subject, data: Path) -> None:
         backbone = load_backbone(subject.path(data), ("a", "b"), seed=0)
-        self.bench = ClientModel(backbone, "cpu", seed=0)
+        self.model = ClientModel(backbone, "cpu", seed=0)
         self.depth = backbone.num_layers
         rng = np.random.default_rng(0)
         rows, tokens = subject.batch, subject.batch * subject.length
@@ -104,42 +105,42 @@ class Stand:
         self.rows: Rows = np.arange(rows)
 
     def step(self, arm: Arm, folder: Path, draw: random.Random) -> dict[str, float]:
-        """One training step of an arm; on a later visit the states are there already."""
+        """One training step of an arm; on a later visit the states are on the disk already."""
         lora = LayerAdapter("lora", rank=8)
         behind = self.depth - arm.frozen
-        self.bench.attach(AdapterSpec((None,) * arm.frozen + (lora,) * behind, alpha=16.0))
+        self.model.attach(AdapterSpec((None,) * arm.frozen + (lora,) * behind, alpha=16.0))
         if arm.visit == "later visit":
-            self._train(arm, self._prefix(arm, folder, round=1), draw)
-        prefix = self._prefix(arm, folder, round=2)
-        measured = self._train(arm, prefix, draw)
-        cost = prefix.cost if prefix else CachedLayersCost()
+            self._train(arm, self._cached(arm, folder, round=1), draw)
+        cached = self._cached(arm, folder, round=2)
+        measured = self._train(arm, cached, draw)
+        cost = cached.cost if cached else CachedLayersCost()
         expected = {"no cache": (0, 1), "first visit": (0, 1), "later visit": (1, 0)}
         hits, built = (share * len(self.rows) for share in expected[arm.visit])
-        if prefix and (cost.hits, cost.built) != (hits, built):
+        if cached and (cost.hits, cost.built) != (hits, built):
             raise RuntimeError(f"{arm.name}: {cost}")
         on_disk = cost.stored_bytes / len(self.rows)
         return {**measured, "build_s": cost.build_wall_s, "disk_bytes_per_example": on_disk}
 
-    def _prefix(self, arm: Arm, folder: Path, round: int) -> CachedLayers | None:
+    def _cached(self, arm: Arm, folder: Path, round: int) -> CachedLayers | None:
         if not arm.frozen:
             return None
-        keeps = arm.visit != "no cache"
-        store = StateStore(folder, f"{arm.frozen}", round, CACHE) if keeps else None
-        prefix = FrozenLayers(self.bench.model, self.bench.blocks, arm.frozen)
-        task = self.bench.task
-        return CachedLayers(prefix, store, self.table, task, [self.rows], nullcontext)
+        stores = arm.visit != "no cache"
+        store = StateStore(folder, f"{arm.frozen}", round, CACHE) if stores else None
+        frozen = FrozenLayers(self.model.model, self.model.blocks, arm.frozen)
+        task = self.model.task
+        return CachedLayers(frozen, store, self.table, task, [self.rows], nullcontext)
 
     def _train(
-        self, arm: Arm, prefix: CachedLayers | None, draw: random.Random
+        self, arm: Arm, cached: CachedLayers | None, draw: random.Random
     ) -> dict[str, float]:
         behind = self.depth - arm.frozen
         rates = (0.0,) * arm.frozen + (arm.dropped / behind,) * behind
         active = sample_active(rates, "exact", draw)
-        step = Step(self.bench.task.collate(self.table, self.rows), active, 1.0)
-        trainable = self.bench.trainable(self.bench.parameters)
-        outcome = train(trainable, [step], local_training(Config()), cached=prefix)
-        if prefix:
-            prefix.close()
+        step = Step(self.model.task.collate(self.table, self.rows), active, 1.0)
+        trainable = self.model.trainable(self.model.parameters)
+        outcome = train(trainable, [step], local_training(Config()), cached=cached)
+        if cached:
+            cached.close()
         ran = sum(outcome.active_steps)
         if ran != behind - arm.dropped:
             raise RuntimeError(f"{arm.name}: {ran} layers ran")

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def accuracies(data: TextData, seed: int, rates: tuple[float, float], pooler: bool) -> list[float]:
-    """Accuracy after each of STEPS; AdamW starts afresh there, as it does between turns."""
+    """Accuracy after each of STEPS; AdamW starts afresh there, as between local trainings."""
     backbone = load_backbone("builtin", data.label_names, seeds.seed_for(seed, purpose="head"))
     layer = LayerAdapter("lora", rank=8)
     spec = AdapterSpec((layer,) * backbone.num_layers, alpha=16.0)

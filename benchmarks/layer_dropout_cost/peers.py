@@ -24,7 +24,7 @@ from droppeft.layer_dropout import (
     layer_rates,
     protected_ends,
 )
-from droppeft.layer_dropout.alone import gates_of_step
+from droppeft.layer_dropout.dropout import gates_of_step
 
 RATE = 0.5
 Active = tuple[bool, ...]
@@ -36,10 +36,10 @@ class Way:
 
     Attributes:
         model: has what is trained.
-        forward: (batch, gates) to what the model returns; a way with coins of its own ignores the
+        forward: (batch, gates) to what the model returns; a way that draws for itself ignores the
             gates. Named arguments go to the model.
-        draw: seed to the gates of the next forward; a way with coins of its own sets them by the
-            seed. ``None``: there are no gates that hold for the whole batch.
+        draw: seed to the gates of the next forward; a way that draws for itself is seeded by
+            it. ``None``: there are no gates that hold for the whole batch.
         ran: the share of the rows that the last forward ran through each layer, if it is not what
             the gates say.
         by_model: the forward is the model's own, so that its other outputs can be asked for.
@@ -74,7 +74,7 @@ class Slicer:
 
 
 def default_gates(num_layers: int, mean: float, seed: int) -> Active:
-    """Exact gates, first and last layer kept: droppeft's defaults."""
+    """Exact gates, first and last layer never dropped: droppeft's defaults."""
     rates = layer_rates(mean, "uniform", num_layers, protected=protected_ends(num_layers, 1, 1))
     return gates_of_step(seed, rates, {"seed": 0})
 
@@ -178,8 +178,8 @@ def multiplied_way(model: nn.Module) -> Way:
 def layerdrop_way(model: nn.Module) -> Way:
     """transformers' own, for a model whose configuration has ``layerdrop=RATE``.
 
-    Its coins come from torch's global generator: if nothing else draws from it (this model has no
-    other dropout), they are known in advance.
+    It draws from torch's global generator. If nothing else draws from it (this model has no other
+    dropout), the draws are known in advance.
     """
     _, blocks = find_blocks(model)
 

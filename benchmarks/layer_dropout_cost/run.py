@@ -1,9 +1,9 @@
 """What a dropped layer saves and what its gate costs: against sliced models and other ways.
 
     OMP_NUM_THREADS=1 python -m benchmarks.layer_dropout_cost.run
-    python -m benchmarks.layer_dropout_cost.run --only sliced --client cuda
+    python -m benchmarks.layer_dropout_cost.run --only sliced --device cuda
 
-Three parts, on architectures with random weights and LoRA (rank 8) in all layers:
+There are three parts, on architectures with random weights and LoRA (rank 8) in all layers:
 
 - `sliced`: a full training step with exact gates against the same step of a model that has only
   the layers that run, made of the same weights. Every round draws gates anew for each rate; rates
@@ -15,7 +15,7 @@ Three parts, on architectures with random weights and LoRA (rank 8) in all layer
   omegaconf tiktoken.
 
 The learning rate is 0: a step does all its work, and the next starts from the same weights, so
-that the two losses of a pair must be the same bits, and how many are is part of the result. On
+that the two losses of a pair must be equal bit for bit; how many are is part of the result. On
 CUDA base weights are bf16 and the forward runs under autocast.
 
 Every shape is written as it finishes, beside what is there: to the table of its part, to
@@ -79,7 +79,7 @@ from benchmarks.study import (
 )
 from droppeft import seeds
 from droppeft.layer_dropout import layer_rates, protected_ends
-from droppeft.layer_dropout.alone import gates_of_step
+from droppeft.layer_dropout.dropout import gates_of_step
 
 NAME = "layer_dropout_cost"
 FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/layer_dropout_cost"
@@ -229,7 +229,7 @@ def measure_peers(bench: Bench, pairs: int) -> tuple[dict[str, Any], Found]:
 def other_ways(
     plain: Any, optimizer: torch.optim.Optimizer, bench: Bench, contexts: ExitStack
 ) -> Ways:
-    """All that need no package of their own; all but `layerdrop` share one set of weights."""
+    """The ways that need no other package; all but `layerdrop` share one set of weights."""
     rows, tokens = bench.batch["input_ids"].shape
     alone = shell(plain)
     hooked = warm_optimizer(alone, bench)
@@ -406,24 +406,24 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="of `sliced`: ARCHITECTURE:BATCHxTOKENS")
     parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument("--draw", action="store_true", help="only draw the committed result")
-    words = parser.parse_args()
-    if not words.draw:
-        run(words)
+    arguments = parser.parse_args()
+    if not arguments.draw:
+        run(arguments)
     if {"sliced", "peaks"} <= {one["part"] for one in read_values(NAME)["measured"]}:
         draw()
 
 
-def run(words: argparse.Namespace) -> None:
-    device = torch.device(words.device)
+def run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
     shapes = {
-        "sliced": words.shapes or SHAPES[words.device],
+        "sliced": arguments.shapes or SHAPES[arguments.device],
         "peaks": (PEAK_SHAPE,),
         "peers": (PEER_SHAPE,),
     }
-    chosen = [words.only] if words.only else DEFAULT_PARTS[words.device]
+    chosen = [arguments.only] if arguments.only else DEFAULT_PARTS[arguments.device]
     for part in chosen:
         for shape in shapes[part]:
-            measure(part, shape, device, words.pairs)
+            measure(part, shape, device, arguments.pairs)
 
 
 if __name__ == "__main__":

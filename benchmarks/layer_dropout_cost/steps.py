@@ -119,7 +119,7 @@ class Step:
     Attributes:
         wall_s, cpu_s: a clock's seconds, and the process's own; the second are steadier where
             others use the machine, and say little where a GPU works.
-        device_bytes: on CUDA, the most that was allocated, what was there before included.
+        device_bytes: on CUDA, the most that was allocated, including what was allocated before.
     """
 
     wall_s: float
@@ -148,7 +148,7 @@ def timed_step(forward: Forward, optimizer: torch.optim.Optimizer, bench: Bench)
 
 
 def stored_bytes(model: nn.Module, forward: Forward, bench: Bench) -> int:
-    """What a forward keeps for its backward."""
+    """Bytes that a forward stores for its backward."""
     meter = ActivationMeter(model)
     with autocast(bench.precision, bench.device), meter.measuring():
         forward()
@@ -166,7 +166,7 @@ def interval(name: str, above: Sequence[float], below: Sequence[float]) -> dict[
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two steps of a pair; ``prepare`` sets the coins of its forward."""
+    """One of the two steps of a pair; ``prepare`` seeds the draws of its forward."""
 
     prepare: Callable[[], object]
     forward: Forward

@@ -1,16 +1,16 @@
-"""What dropping layers costs in accuracy: one device, development data, many small trainings.
+"""What dropping layers costs in accuracy: one client, development data, many small trainings.
 
     python -m benchmarks.layer_dropout_quality.run $DROPPEFT_DATA              # hours; goes on
     python -m benchmarks.layer_dropout_quality.run $DROPPEFT_DATA --models builtin --worker 0/2
 
-A cell is one training: a model, a seed and a CONDITION, which changes the CENTRE in one respect or
-two. It is measured after BUDGET steps (*equal steps*) and after as many steps as cost what BUDGET
-steps at full depth cost (*equal work*: tokens times layers that ran); a schedule over the run has
-one run for each. Quality is measured at full depth on DEV_ROWS rows that are cut from the training
-part of QQP; no test text is read. Every finished cell adds
-its rows to the table `result`, one per budget; what is there is not run again. The order of cells
-is by importance, so that an unfinished study is of use. One thread; CPU seconds are the process's
-own, so that several workers may share a machine.
+A cell is one training: a model, a seed and a CONDITION, which changes one or two settings of the
+CENTRE. It is measured after BUDGET steps (*equal steps*) and after as many steps as cost what
+BUDGET steps at full depth cost (*equal work*: tokens times layers that ran); a schedule over the
+run needs one run for each. Quality is measured at full depth on DEV_ROWS rows that are cut from
+the training part of QQP; no test text is read. Every finished cell adds its rows to the table
+`result`, one per budget; what is there is not run again. Cells are ordered by importance, so that
+an unfinished study is of use. One thread; CPU seconds are the process's own, so that several
+workers may share a machine.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from droppeft.data.texts import TextData, TextTable
 from droppeft.data.tokens import tokenise
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks, layer_rates, protected_ends
-from droppeft.layer_dropout.alone import GateOptions, gates_of_step
+from droppeft.layer_dropout.dropout import GateOptions, gates_of_step
 from droppeft.messages import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
@@ -183,8 +183,8 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
     found: dict[str, Any] = {}
     cpu_s = work = 0.0
     peak = 0
-    turns = sorted({*range(0, total, TURN), *stops.values(), total})
-    for start, stop in itertools.pairwise(turns):
+    borders = sorted({*range(0, total, TURN), *stops.values(), total})
+    for start, stop in itertools.pairwise(borders):
         batches = [task.collate(table, chosen) for chosen in rows[start:stop]]
         factors = [min(1.0, (step + 1) / WARM_UP) for step in range(start, stop)]
         before = time.process_time()
@@ -193,7 +193,7 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
             Trainable(model, blocks, parameters, task),
             steps,
             training,
-            prefix=None
+            cached=None
             if frozen == 0
             else CachedLayers(
                 FrozenLayers(model, blocks, frozen),

@@ -2,15 +2,15 @@
 
     python -m benchmarks.matrix_kernels.run    # about six minutes; needs a C compiler
 
-MKL, with which torch multiplies matrices on x86, asks who made the processor and takes generic
-kernels on others. The answer can be given by a library of one line that is loaded first:
+MKL, with which torch multiplies matrices on x86, detects the maker of the processor and uses
+generic kernels on others than Intel's. A preloaded library of one line changes what it detects:
 
     echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' > intel.c
     cc -shared -fPIC -o intel.so intel.c
     LD_PRELOAD=$PWD/intel.so droppeft run
 
-Processes with and without it take turns: multiplying matrices, and steps of the built-in model, on
-one thread. Goes to `study.json`.
+Processes with and without it alternate: multiplying matrices, and steps of the built-in model, on
+one thread. Writes `study.json`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ WORDS = ("method=fedlora", "threads=1", "training.batch_size=8", "training.max_l
 
 
 def main() -> None:
-    """Measure in child processes that take turns, and write the result."""
+    """Measure in child processes, alternately, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

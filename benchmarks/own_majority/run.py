@@ -2,8 +2,8 @@
 
     python -m benchmarks.own_majority.run      # two minutes; needs DROPPEFT_DATA
 
-Runs say it themselves (`own_majority_accuracy` in `result.json`); the contests were played before
-they did. It follows from data, split and seed alone. Goes to `study.json`.
+A run reports this itself (`own_majority_accuracy` in `result.json`), but the runs of the contests
+do not have it. It follows from data, split and seed alone. Writes `study.json`.
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     python -m benchmarks.sharing_criteria.run [SETTING=VALUE ...]
 
-Whole local trainings of the built-in model on the built-in data, without a rule and with each
-criterion, in random order. The table `repeats` has CPU and wall seconds of each, and the tokens of
-its steps and of scoring. 12 minutes on one core.
+Measures whole local trainings of the built-in model on the built-in data, without a rule and with
+each criterion, in random order. The table `repeats` has CPU and wall seconds of each, and the
+tokens of its steps and of scoring. 12 minutes on one core.
 """
 
 import random
@@ -25,9 +25,9 @@ SETTINGS = ["threads=1", "clients=4", "cohort_size=2", "dropout.mean=0", "traini
 """Ten steps of 16 texts at full depth."""
 
 
-def main(words: list[str]) -> None:
+def main(overrides: list[str]) -> None:
     """Measure and write."""
-    config = resolve(load_config(None, [*SETTINGS, *words]), cuda=False)
+    config = resolve(load_config(None, [*SETTINGS, *overrides]), cuda=False)
     prepared = prepare(config, lambda step: None, "0")
     clients = clients_of(prepared.loaded)
     [plain] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])

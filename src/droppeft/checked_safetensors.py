@@ -1,4 +1,4 @@
-"""Arrays and a text in one safetensors file with a checksum over both; nothing is ever unpickled.
+"""Safetensors files of arrays and JSON values, with a checksum over both; no pickle.
 
 Ours.
 """
@@ -16,14 +16,15 @@ from safetensors import SafetensorError, safe_open
 from droppeft.messages import Array
 
 DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
-"""What reading a damaged file may raise."""
+"""Exceptions that reading a damaged file may raise."""
 
 
 def encode_checked(arrays: Mapping[str, Array], head: Mapping[str, Any]) -> bytes:
-    """Content of a file; arrays come back in the same order.
+    """Return the content of a file.
 
     Args:
-        head: JSON.
+        arrays: by name; :func:`decode_checked` returns them in the same order.
+        head: JSON values that are stored with them.
     """
     dense = {label: np.asarray(array, order="C") for label, array in arrays.items()}
     text = json.dumps({**head, "order": list(dense)})
@@ -33,10 +34,10 @@ def encode_checked(arrays: Mapping[str, Array], head: Mapping[str, Any]) -> byte
 
 
 def decode_checked(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read what :func:`encode_checked` made.
+    """Return arrays and JSON values of a file with the content of :func:`encode_checked`.
 
     Raises:
-        Exception: one of :data:`DAMAGES`.
+        Exception: the file is missing or damaged; one of :data:`DAMAGES`.
     """
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}

@@ -17,6 +17,7 @@ from droppeft import __version__
 from droppeft.errors import DroppeftError
 
 if TYPE_CHECKING:
+    from droppeft.comparison.grid import Comparison
     from droppeft.config import Config
     from droppeft.runs.listener import Listener
 
@@ -41,10 +42,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per 
 
 
 class CommandWithSettings(TyperCommand):
-    """A command with settings as overrides, which says so of a setting written as an option."""
+    """A command with settings as ``KEY=VALUE``; a setting written as an option gets a hint."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        """As click's; an unknown option that a setting is called says how to write it."""
+        """Parse as click does, and add the hint to the error about an unknown option."""
         from droppeft.config import known_keys
 
         try:
@@ -53,8 +54,8 @@ class CommandWithSettings(TyperCommand):
             key = error.option_name.lstrip("-").replace("-", "_")
             if key not in dict(known_keys()):
                 raise
-            said = f"{key} is a setting: write {key}=VALUE, without dashes."
-            raise UsageError(said, ctx) from None
+            hint = f"{key} is a setting: write {key}=VALUE, without dashes."
+            raise UsageError(hint, ctx) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -75,8 +76,8 @@ def run(
 ) -> None:
     """Fine-tune a model across simulated clients.
 
-    Settings are overrides such as data=./reviews or dropout.count=3; a .toml file
-    may hold them too, and overrides win over it. Without any, the built-in model
+    Settings are given as KEY=VALUE, such as data=./reviews or dropout.count=3, or in
+    a .toml file; KEY=VALUE wins over the file. Without settings, the built-in model
     and data are used. docs/configuration.md lists all settings.
     """
     from droppeft.config import load_config
@@ -95,12 +96,12 @@ def resume(
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Go on with a run that was stopped; it ends as if it had not been."""
+    """Continue a run that was stopped; its result is the same as without the stop."""
     from droppeft.runs.folder import RESULT
     from droppeft.server.run import resume_run
 
     if (folder / RESULT).is_file() and not (quiet or as_json):
-        typer.echo(f"droppeft: {folder} is finished; this is what it came to", err=True)
+        typer.echo(f"droppeft: {folder} is finished already; its result:", err=True)
     _with_listener(lambda listener: resume_run(folder, listener), quiet, as_json)
     if not (quiet or as_json):
         _say_where(folder)
@@ -113,67 +114,51 @@ def compare(
         typer.Argument(metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; go on in it.", show_default="runs/compare-NAME")
+        Path | None,
+        typer.Option(help="New folder, or one to continue.", show_default="runs/compare-NAME"),
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="These alone, as 0,1.", show_default="the file's, or 0,1,2"),
+        typer.Option(help="Run only these, as 0,1.", show_default="the file's, or 0,1,2"),
     ] = None,
 ) -> None:
-    """Run methods side by side, and say what each is worth.
+    """Run several methods or variants and compare their results.
 
-    A .toml file names variants, data, models, seeds and a target; or methods
-    are named here, with settings for all that heed them. What is done is not run
-    again: the same command goes on where it was stopped. With --seeds a file's
-    other seeds are left to other calls, on other cores say; whoever ends last
-    has them all.
+    Either name a .toml file with variants, data, models, seeds and a target, or
+    name methods, and settings for all methods that use them. Finished runs are not
+    repeated: the same command continues a comparison that was stopped.
+    With --seeds, only these seeds of the file are run; other processes can run the
+    others in the same folder. Tables and page contain all runs that are finished.
     """
     from rich.console import Console
 
-    from droppeft.comparison import grid, runner, summary, writers
+    from droppeft.comparison.grid import cells
+    from droppeft.comparison.in_folder import compare_in_folder
     from droppeft.report import show_comparison as report
     from droppeft.report.page import write_page
     from droppeft.server.run import Interrupted
 
-    files = [word for word in overrides or [] if word.endswith(".toml") and "=" not in word]
-    methods = [word for word in overrides or [] if "=" not in word and word not in files]
-    settings = [word for word in overrides or [] if "=" in word]
-    if len(files) > 1 or (files and (methods or settings)) or not (files or methods):
-        raise DroppeftError(
-            "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
-        )
-    of = None if seeds is None else _whole_numbers(seeds)
-    chosen = (
-        grid.read_comparison(Path(files[0]))
-        if files
-        else grid.named_on_the_command_line(methods, settings, of)
-    )
-    if of and not {*of} <= {*chosen.seeds}:
-        there = ",".join(map(str, chosen.seeds))
-        raise DroppeftError(f"--seeds {seeds}: {files[0]} has {there}")
-    every = grid.cells(chosen)
-    mine = [cell for cell in every if of is None or cell.seed in of]
-    name = _name_of(Path(files[0])) if files else "-".join(methods)
-    folder, console = out or Path("runs") / f"compare-{name}", Console()
-    study = chosen.study(
-        Path(files[0]).read_text(encoding="utf-8") if files else "",
+    file, methods, settings = _split_for_compare(overrides or [])
+    chosen_seeds = None if seeds is None else _whole_numbers(seeds)
+    comparison = _comparison(file, methods, settings, chosen_seeds)
+    study = comparison.study(
+        file.read_text(encoding="utf-8") if file else "",
         shlex.join(["droppeft", *sys.argv[1:]]),
     )
+    folder = out or Path("runs") / f"compare-{_name_of(file) if file else '-'.join(methods)}"
+    every, console = cells(comparison), Console()
     lines = report.Lines(console)
     try:
-        own = runner.run_cells(mine, folder, lines)
-        records = runner.with_others(own, every, folder)
-        parts = summary.summary(study, records)
-        writers.write(folder, study, records, parts)
+        compared = compare_in_folder(study, every, chosen_seeds, folder, lines)
     except (Interrupted, KeyboardInterrupt):
-        _leave("stopped; what is done is kept, and the same command goes on", STOPPED)
+        _leave("stopped; finished runs are saved, and the same command continues", STOPPED)
     except OSError as error:
-        _leave(f"cannot go on: {error}; runs that are complete stay saved", FAILED)
+        _leave(f"cannot continue: {error}; finished runs are saved", FAILED)
     finally:
         lines.close()
-    report.show(parts, console)
+    report.show(compared.parts, console)
     typer.echo(f"page: {write_page(folder)}; tables, data and a folder per run beside it")
-    if any(one.result is None for one in own):
+    if compared.failed:
         raise typer.Exit(FAILED)
 
 
@@ -181,7 +166,7 @@ def compare(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run or a comparison.")],
 ) -> None:
-    """Write one page about a run or a comparison, and its figures as PNG and SVG."""
+    """Write an HTML page about a run or a comparison, and its figures as PNG and SVG."""
     from droppeft.report.page import write_page
 
     typer.echo(write_page(folder))
@@ -191,21 +176,21 @@ def report(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[
-        int | None, typer.Option(help="Which kept checkpoint.", show_default="the newest")
+        int | None, typer.Option(help="Round of a saved checkpoint.", show_default="the newest")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder.", show_default="RUN/adapter-round-N or RUN/merged-round-N"),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="A plain transformers model instead of an adapter.")
+        bool, typer.Option("--merge", help="Write a plain transformers model, not an adapter.")
     ] = False,
     client: Annotated[
         int | None,
-        typer.Option(help="Whose own model, with what it keeps.", show_default="the global one"),
+        typer.Option(help="Export this client's model.", show_default="the global model"),
     ] = None,
 ) -> None:
-    """Write a checkpoint's adapter in PEFT's format, or merged into the model."""
+    """Export a checkpoint as an adapter in PEFT's format, or as a merged model."""
     from droppeft.report.screen import Screen
     from droppeft.runs.export import export_run
 
@@ -215,7 +200,7 @@ def export(
     except KeyboardInterrupt:
         _leave("stopped; nothing was written", STOPPED)
     measured = (
-        "not evaluated then"
+        "not evaluated in this round"
         if done.accuracy is None
         else f"accuracy {done.accuracy:.4f} on {done.rows} test texts"
     )
@@ -226,8 +211,8 @@ def export(
 def profile(
     overrides: Overrides = None,
     rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
-    repeats: Annotated[int, typer.Option(min=1, help="Trials per rate.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps per trial.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Profile runs per rate.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per profile run.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON and a figure.", show_default="nowhere")
     ] = None,
@@ -235,9 +220,9 @@ def profile(
 ) -> None:
     """Measure what a training step takes on this machine, at several drop rates.
 
-    Settings are a run's, as model=config:bert-large training.batch_size=4;
-    texts are random. Each trial has a process of its own, and rates take
-    turns.
+    Settings are those of a run, such as model=config:bert-large
+    training.batch_size=4. The input is random tokens. Each profile run has its own
+    process, and the runs of different rates alternate.
     """
     from rich.console import Console
 
@@ -264,26 +249,29 @@ def estimate(
         typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What a client has, as 8GB.", show_default="the client's")
+        str | None, typer.Option(help="Memory of the device, as 8GB.", show_default="the profile's")
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", help="A device profile, for time.", show_default="none"),
+        typer.Option(
+            "--profile", help="Device profile that step times are modelled on.", show_default="none"
+        ),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="Longest step on --profile.", show_default="any")
+        float | None,
+        typer.Option(min=0, help="Longest step on --profile, in seconds.", show_default="any"),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show all that fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which settings fit a device, from the model's configuration alone.
+    """Estimate which settings fit a device, from the model's configuration alone.
 
-    Settings are a run's that change what a step costs; these may have several
-    values, and are tried with some where nothing is said: model, adapter.type, training.batch_size,
+    Settings are those of a run that change the cost of a training step. The
+    following may have several values: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
     training.offload, dropout.mean, frozen.layers (also half), quantization.
-    Of what fits, that is shown which saves no more than it must. The exit
-    code is 1 where nothing fits.
+    Some of them are varied when they are not given. Of the combinations that fit,
+    those with the fewest savings are shown. The exit code is 1 if nothing fits.
     """
     from rich.console import Console
 
@@ -291,9 +279,9 @@ def estimate(
     from droppeft.resources.estimate import combinations, limits
 
     configs = list(combinations(*_split(overrides or [])))
-    found = limits(memory, seconds, profile, configs[0].clock.custom)
+    device = limits(memory, seconds, profile, configs[0].clock.custom)
     console = Console(stderr=True) if as_json else Console()
-    answer = report.consider(configs, found, profile, console)
+    answer = report.consider(configs, device, profile, console)
     if as_json:
         typer.echo(report.as_json(answer))
     else:
@@ -305,9 +293,9 @@ def estimate(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what this installation has, what it lacks, and what to do about it.
+    """Check this installation, and say what to do about what is missing.
 
-    The exit code is 1 when a run with the built-in model and data would not work.
+    The exit code is 1 if a run with the built-in model and data would not work.
     """
     from rich.console import Console
 
@@ -323,7 +311,7 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2, Ctrl-C is 130."""
+    """Entry point: a user's mistake is reported in one sentence with exit code 2; Ctrl-C is 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
@@ -344,11 +332,11 @@ def _with_listener(work: "Callable[[Listener], Any]", quiet: bool, as_json: bool
     except KeyboardInterrupt:
         _leave("stopped while preparing; nothing is lost", STOPPED)
     except OSError as error:
-        _leave(f"cannot go on: {error}; rounds that are complete stay saved", FAILED)
+        _leave(f"cannot continue: {error}; finished rounds are saved", FAILED)
     except Interrupted as stop:
         _leave(
             f"stopped after round {stop.round}, which is saved; "
-            f"go on with: droppeft resume {stop.folder}",
+            f"continue with: droppeft resume {stop.folder}",
             STOPPED,
         )
 
@@ -358,46 +346,78 @@ def _say_where(folder: Path) -> None:
 
 
 def _name_of(comparison: Path) -> str:
-    """A study is called as its folder is, another file by its own name."""
+    """The name of a comparison's file; of a study, whose file is ``study.toml``, its folder's."""
     from droppeft.comparison.study_files import DEFINITION
 
-    own = comparison.name != DEFINITION
-    return comparison.stem if own else comparison.resolve().parent.name
+    is_study = comparison.name == DEFINITION
+    return comparison.resolve().parent.name if is_study else comparison.stem
+
+
+def _split_for_compare(arguments: Sequence[str]) -> tuple[Path | None, list[str], list[str]]:
+    """Comparison file, methods and settings among the arguments of ``compare``."""
+    settings = [argument for argument in arguments if "=" in argument]
+    names = [argument for argument in arguments if "=" not in argument]
+    files = [name for name in names if name.endswith(".toml")]
+    methods = [name for name in names if name not in files]
+    if len(files) > 1 or (files and (methods or settings)) or not (files or methods):
+        raise DroppeftError(
+            "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
+        )
+    return (Path(files[0]) if files else None), methods, settings
+
+
+def _comparison(
+    file: Path | None,
+    methods: Sequence[str],
+    settings: Sequence[str],
+    seeds: Sequence[int] | None,
+) -> "Comparison":
+    """What ``compare`` was asked for; all seeds of a file, also those that are not chosen."""
+    from droppeft.comparison.grid import named_on_the_command_line, read_comparison
+
+    if file is None:
+        return named_on_the_command_line(methods, settings, seeds)
+    comparison = read_comparison(file)
+    if seeds and not {*seeds} <= {*comparison.seeds}:
+        chosen, known = (",".join(map(str, some)) for some in (seeds, comparison.seeds))
+        raise DroppeftError(f"--seeds {chosen}: {file} has only the seeds {known}")
+    return comparison
 
 
 def _split(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Tell the configuration file from the settings."""
-    files = [word for word in overrides if "=" not in word]
+    """Separate the configuration file from the ``key=value`` settings."""
+    files = [argument for argument in overrides if "=" not in argument]
     if len(files) > 1:
-        odd = next((word for word in files if not word.endswith(".toml")), files[0])
-        meant = _meant(odd, *files[files.index(odd) + 1 :][:1])
+        odd = next((name for name in files if not name.endswith(".toml")), files[0])
+        hint = _hint(odd, *files[files.index(odd) + 1 :][:1])
         raise DroppeftError(
-            f"only one configuration file can be given, got {' and '.join(files)}{meant}"
+            f"only one configuration file can be given, got {' and '.join(files)}{hint}"
         )
     if files and not files[0].endswith(".toml"):
-        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value{_meant(*files)}")
-    return (Path(files[0]) if files else None), [word for word in overrides if "=" in word]
+        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value{_hint(*files)}")
+    settings = [argument for argument in overrides if "=" in argument]
+    return (Path(files[0]) if files else None), settings
 
 
-def _meant(word: str, value: str = "VALUE") -> str:
-    """What a word without ``=`` may have been meant for: a setting, or a method."""
+def _hint(argument: str, value: str = "VALUE") -> str:
+    """A suggestion for an argument without ``=`` that is the name of a setting or a method."""
     from droppeft.config import known_keys
     from droppeft.methods import METHODS
 
-    if word in METHODS:
-        return f"; did you mean method={word}?"
-    return f"; did you mean {word}={value}?" if word in dict(known_keys()) else ""
+    if argument in METHODS:
+        return f"; did you mean method={argument}?"
+    return f"; did you mean {argument}={value}?" if argument in dict(known_keys()) else ""
 
 
 def _to_measure(overrides: Sequence[str], defaults: Sequence[str]) -> "Config":
-    """The configuration of a step; overrides win over the defaults."""
+    """The configuration whose step is measured; overrides win over the file and the defaults."""
     import torch
 
     from droppeft.config import load_config, resolve
-    from droppeft.methods.rules import check_costly
+    from droppeft.methods.rules import check_step_settings
 
     path, settings = _split(overrides)
-    check_costly(settings)
+    check_step_settings(settings)
     config = load_config(path, [*defaults, *settings])
     return resolve(config, cuda=torch.cuda.is_available())
 
@@ -417,7 +437,7 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _new_folder(method: str) -> Path:
-    """A name for the folder; to the millisecond, for runs that a script starts together."""
+    """A folder named by method and time, in milliseconds since a script may start several runs."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     return Path("runs") / f"{time}-{method}"
 

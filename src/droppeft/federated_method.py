@@ -1,8 +1,11 @@
-"""What a federated method is: three functions over explicit state; the engine is a detail.
+"""What a federated method is: functions that create, use and update a server state.
 
-The shape follows fedjax's federated algorithm: a method is a value, not a class to inherit from.
-Methods differ by the instructions they write and by how they merge; neither the round loop nor the
-client knows which method it serves.
+A method is a :class:`Method`, a frozen dataclass of functions. :attr:`Method.init` creates the
+state, :attr:`Method.instruct` writes the instructions of a round, and :attr:`Method.merge` merges
+the replies into the next state. Methods differ in these functions only: the round loop and the
+clients are the same for all of them. The design follows fedjax's ``FederatedAlgorithm``.
+
+The functions below the class are what most methods are composed of.
 """
 
 import secrets
@@ -39,19 +42,19 @@ from droppeft.sharing.server_optimizer import MOMENTS, step
 
 @dataclass(frozen=True)
 class Setup:
-    """What every function of a method may read.
+    """What the functions of a method know about the run.
 
     Attributes:
-        config: the run.
-        num_layers: L of the backbone.
-        fresh_tensors: initial values of an adapter of given shapes, from the run's seed.
-        layout: the tensors of such an adapter: name to (layer, shape).
-        clock: what turns take on the clients that the run stands for; ``None`` for a model whose
-            arithmetic cannot be counted. Decisions about time are made by it and not by what this
-            machine measured, so that a seed determines a run.
-        run: names the run where clients keep something for it.
-        longest_step: a step of the longest rows in the run's precision, quantisation included;
-            for what fits a device's memory.
+        config: the run's configuration.
+        num_layers: number L of layers of the backbone.
+        fresh_tensors: returns the initial values of an adapter, which follow from the run's seed.
+        layout: returns the names, layers and shapes of an adapter's tensors.
+        clock: models how long a local training takes on each client's device profile; ``None`` if
+            the model's operations cannot be counted. Methods decide about time by this clock and
+            not by measured times, so that the seed determines the run.
+        run: name of the run, under which clients save their state.
+        longest_step: returns the counts of a training step on the longest rows, in the run's
+            precision and quantisation. Methods use it to decide what fits into a device's memory.
     """
 
     config: Config
@@ -64,10 +67,10 @@ class Setup:
 
 
 ForClient = Callable[[Setup, ServerState, int, int], Instruction]
-"""The instruction for a client in a round."""
+"""Returns the instruction for a client: (setup, state, round, client)."""
 
 
-def _as_it_is(config: Config) -> Config:
+def _unchanged(config: Config) -> Config:
     return config
 
 
@@ -75,11 +78,11 @@ def _always(config: Config) -> bool:
     return True
 
 
-def _nothing(setup: Setup, state: ServerState) -> None:
+def _no_note(setup: Setup, state: ServerState) -> None:
     return None
 
 
-def _all_is_well(config: Config) -> None:
+def _accept(config: Config) -> None:
     return None
 
 
@@ -92,28 +95,29 @@ class Method:
     """A federated method.
 
     Attributes:
-        name: as on the command line.
-        summary: one line for people.
-        tables: optional tables of the configuration that it reads; a setting of another is
-            refused.
-        init: state before round 1, of a configuration that passed :attr:`check`. Must raise what
-            :attr:`instruct` would raise for a number of layers that cannot work, so that nothing is
-            written for a run that cannot start.
-        plan: one instruction per member of the cohort, in its order; a function of its arguments
-            alone, since what it decides is only remembered in the instructions.
-        merge: the state after a round, from its instructions and, in the same order, their
-            replies; an Update that was refused is a Failure there, and perhaps all are.
-        check: raises a DroppeftError for a configuration that it cannot work with, whatever the
-            model; :mod:`droppeft.methods.rules` calls it before anything is loaded.
-        adjust: the configuration that its run has instead of the given one; of an adjusted one it
-            makes nothing else.
-        evaluate_client: the instruction that measures a client's own model, as it would begin the
-            turn of that round: the global model, where clients keep nothing to themselves.
-        has_global_model: of a configuration; otherwise the state's model, or its head, is only
-            where clients begin.
-        note: plain values about the last round that a reader wants in the ledger, or ``None``.
-        memory_type: class of the state's memory: a frozen dataclass of numbers, texts, tuples,
-            mappings and dataclasses of such, which checkpoints hold as JSON.
+        name: the name on the command line.
+        summary: one line of help.
+        tables: names of the optional configuration tables that the method uses. A setting of
+            another optional table is refused.
+        init: returns the state before round 1. The configuration has passed :attr:`check`. If the
+            model's number of layers makes the run impossible, ``init`` must raise what
+            :attr:`instruct` would raise, so that nothing is written for a run that cannot start.
+        instruct: returns one instruction per client of the cohort, in the cohort's order. It
+            depends on its arguments alone, and only its instructions carry what it decided.
+        merge: returns the state after a round. The replies are in the order of the instructions.
+            A refused Update is a Failure there, and all replies may be Failures.
+        check: raises a DroppeftError for a configuration that the method cannot run with any
+            model. :mod:`droppeft.methods.rules` calls it before anything is loaded.
+        adjust: returns the configuration that the run uses instead of the given one. Adjusting
+            an adjusted configuration changes nothing.
+        evaluate_client: returns the instruction that evaluates a client's model as it would be at
+            the start of a local training in that round. If clients save no tensors, this is the
+            global model.
+        has_global_model: whether, with this configuration, the state's model is a complete global
+            model. Otherwise the model, or its head, only gives clients their initial values.
+        note: returns values about the last round for the ledger, or ``None``.
+        memory_type: class of ``ServerState.memory``: a frozen dataclass of numbers, strings,
+            tuples, mappings and such dataclasses, which checkpoints store as JSON.
     """
 
     name: str
@@ -122,16 +126,16 @@ class Method:
     init: Callable[[Setup], ServerState]
     instruct: Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]
     merge: Callable[[Setup, ServerState, Sequence[Instruction], Sequence[Reply]], ServerState]
-    check: Callable[[Config], None] = _all_is_well
-    adjust: Callable[[Config], Config] = _as_it_is
+    check: Callable[[Config], None] = _accept
+    adjust: Callable[[Config], Config] = _unchanged
     evaluate_client: ForClient = _global_model
     has_global_model: Callable[[Config], bool] = _always
-    note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _nothing
+    note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _no_note
     memory_type: type = NoMemory
 
 
 def uniform_adapter(setup: Setup) -> AdapterSpec:
-    """The configured adapter in every layer behind the frozen ones.
+    """Return an adapter with the configured type in every layer that is not frozen.
 
     Raises:
         DroppeftError: all layers are frozen.
@@ -139,13 +143,14 @@ def uniform_adapter(setup: Setup) -> AdapterSpec:
     frozen = setup.config.frozen.count
     if frozen >= setup.num_layers:
         raise DroppeftError(
-            f"frozen.layers={frozen} leaves none of the {setup.num_layers} layers to train"
+            f"frozen.layers={frozen} leaves none of the {setup.num_layers} layers to train; "
+            "lower it"
         )
     return adapter_spec(setup.config.adapter, setup.num_layers, frozen)
 
 
 def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> AdapterSpec:
-    """The same adapter in each of so many layers, but for the first ``frozen``."""
+    """Return an adapter that is the same in all layers, without one in the first ``frozen``."""
     layer = LayerAdapter(type=chosen.type, rank=chosen.rank, width=chosen.width)
     return AdapterSpec(
         layers=(None,) * frozen + (layer,) * (num_layers - frozen),
@@ -158,13 +163,13 @@ def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> Ada
 
 
 def in_round(setup: Setup, round: int, rates: Sequence[float]) -> tuple[float, ...]:
-    """Drop rates as the run's schedule has them in a round."""
+    """Return the drop rates of a round, following the schedule of the run."""
     dropout, progress = setup.config.dropout, (round - 1) / setup.config.rounds
     return scheduled_rates(rates, dropout.schedule, progress, dropout.schedule_part)
 
 
 def start_with(setup: Setup, adapter: AdapterSpec) -> ServerState:
-    """State with a fresh adapter."""
+    """Return a state whose global model is an adapter with its initial values."""
     return ServerState(GlobalModel(adapter, setup.fresh_tensors(adapter)))
 
 
@@ -175,7 +180,10 @@ def full_instruction(
     client: int,
     dropout: LayerDropout | None = None,
 ) -> Instruction:
-    """The instruction most methods begin from: the whole global adapter, all of it to be shared."""
+    """Return an instruction to train the whole global model and share all of its tensors.
+
+    Most methods begin with it and replace some of its fields.
+    """
     training = setup.config.training
     return Instruction(
         round=round,
@@ -199,7 +207,7 @@ def full_instruction(
 
 
 def local_training(config: Config) -> LocalTraining:
-    """How clients train, as the configuration says it."""
+    """Return the configured settings of local training."""
     settings = config.training
     return LocalTraining(
         batch_size=settings.batch_size,
@@ -217,7 +225,7 @@ def local_training(config: Config) -> LocalTraining:
 
 
 def state_cache(config: Config) -> StateCache | None:
-    """How clients store what frozen layers make of their rows, ``None`` where they do not."""
+    """Return how clients cache the output of frozen layers, or ``None`` if they do not."""
     if not config.frozen.cache:
         return None
     return StateCache(config.frozen.precision, int(config.frozen.limit_mb * 1e6))
@@ -226,27 +234,27 @@ def state_cache(config: Config) -> StateCache | None:
 def for_each(
     for_client: ForClient,
 ) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]:
-    """A method's ``plan`` that asks for every client by itself."""
+    """Return an :attr:`Method.instruct` that writes each client's instruction independently."""
 
-    def instruction(
+    def instruct(
         setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
     ) -> list[Instruction]:
         return [for_client(setup, state, round, client) for client in cohort]
 
-    return instruction
+    return instruct
 
 
 def evaluating(for_client: ForClient) -> ForClient:
-    """A method's ``own``: what a client would begin that turn with."""
+    """Return an :attr:`Method.evaluate_client` for the model that ``for_client`` would train."""
 
-    def own(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
+    def evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
         return without_steps(for_client(setup, state, round, client))
 
-    return own
+    return evaluate_client
 
 
 def without_steps(instruction: Instruction) -> Instruction:
-    """The same model on the client's test rows: nothing is trained, shared or kept."""
+    """Return an instruction that evaluates the same model; nothing is trained, sent or saved."""
     return replace(
         instruction,
         budget=Budget(steps=0),
@@ -260,9 +268,10 @@ def without_steps(instruction: Instruction) -> Instruction:
 def average_by_examples(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    """Every tensor becomes its holders' mean, weighted by the rows they trained on.
+    """Return the state in which each tensor is the mean over the clients that sent it.
 
-    With a server optimiser it moves towards that mean by its rule.
+    Clients are weighted by the number of rows that they trained on. With a server optimiser, the
+    tensors move towards this mean by the optimiser's rule.
     """
     updates = [reply for reply in replies if isinstance(reply, Update)]
     return with_mean(
@@ -273,12 +282,12 @@ def average_by_examples(
 def with_mean(
     setup: Setup, state: ServerState, updates: Sequence[Update], mean: Tensors
 ) -> ServerState:
-    """The state after a round of these updates, whose mean by tensor is given."""
+    """Return the state after a round, given its updates and the mean of each tensor."""
     settings, model, others = setup.config.server, state.model, state.alternatives
     if settings.optimizer != "none" and updates:
         sent = {name for update in updates for _, name, _ in flatten(update.tensors)}
         known = {which: others[which].tensors for which in MOMENTS if which in others}
         mean, moments = step(settings, model.tensors, mean, sent, known)
-        kept = {which: GlobalModel(model.adapter, tensors) for which, tensors in moments.items()}
-        others = {**others, **kept}
+        stored = {which: GlobalModel(model.adapter, tensors) for which, tensors in moments.items()}
+        others = {**others, **stored}
     return replace(state, model=replace(model, tensors=mean), alternatives=others)

@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old content or the new, never half of one."""
+"""Write files so that after a crash they have either the old content or the new content."""
 
 import os
 import tempfile
@@ -6,10 +6,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace a file: write a temporary one beside it, fsync, rename, fsync the folder.
+    """Replace a file: write a temporary file beside it, fsync, rename, fsync the folder.
 
-    The temporary name is unique, so two processes may write one file: a reader sees all of one.
-    What is private only its owner can read.
+    The temporary name is unique. If two processes write the same file, a reader sees the whole
+    content of one of them.
+
+    Args:
+        private: whether only the file's owner can read it.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = Path(name)
@@ -28,7 +31,7 @@ def write_atomically(path: Path, content: bytes, *, private: bool = False) -> No
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the renames inside a folder, durable."""
+    """Flush a file's content, or the renames inside a folder, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,7 +40,7 @@ def sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's file mode mask; there is no way to read it without setting it."""
+    """Return the file mode mask of the process, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

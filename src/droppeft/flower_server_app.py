@@ -1,4 +1,7 @@
-"""Flower's ServerApp: a run whose clients are behind a grid, a simulated or a deployed one."""
+"""Flower's ServerApp: runs droppeft with clients that are reached over a Flower grid.
+
+The grid may be simulated or deployed.
+"""
 
 import shlex
 from collections.abc import Mapping
@@ -27,10 +30,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Start the run that the run configuration describes, or go on with it.
+    """Start the run that the run configuration describes, or resume it.
 
-    Its keys are ``config`` (path of a TOML file, or empty), ``settings`` (words as for
-    ``droppeft run``) and ``out`` (folder; one that holds a run is resumed).
+    The keys of the run configuration are ``config`` (path of a TOML file, or empty), ``settings``
+    (overrides as for ``droppeft run``) and ``out`` (folder of the run; if it holds a run, that run
+    is resumed).
     """
     given = {key: str(context.run_config[key]) for key in ("config", "settings", "out")}
     out = Path(given["out"]).expanduser()
@@ -39,55 +43,57 @@ def main(grid: Grid, context: Context) -> None:
         return nullcontext(over_grid(grid, loaded))
 
     try:
-        wanted = _configuration(given["config"], given["settings"])
+        requested = _requested_config(given["config"], given["settings"])
         if (out / CONFIG).is_file():
             if given["config"] or given["settings"]:
-                _check_same(wanted, load_config(out / CONFIG), out)
-            _say(f"going on with {out}")
+                _check_same(requested, load_config(out / CONFIG), out)
+            _say(f"resuming {out}")
             resume_run(out, Log(), connect)
         else:
-            start_run(wanted, out, Log(), connect)
+            start_run(requested, out, Log(), connect)
     except DroppeftError as error:
         _say(str(error))
         raise
 
 
-def _configuration(file: str, settings: str) -> Config:
+def _requested_config(file: str, settings: str) -> Config:
     return load_config(
         Path(file).expanduser() if file else None, [*shlex.split(settings), "transport=flower"]
     )
 
 
-def _check_same(wanted: Config, found: Config, out: Path) -> None:
-    """Refuse to give an earlier run out as the one that was asked for."""
-    wanted = method_named(wanted.method).adjust(resolve(wanted, cuda=torch.cuda.is_available()))
-    if wanted.frozen.layers == HALF:  # of a model that is not loaded yet; the run has the number
-        layers = {"layers": found.frozen.layers}
-        wanted = wanted.model_copy(update={"frozen": wanted.frozen.model_copy(update=layers)})
-    if wanted != found.model_copy(update={"transport": wanted.transport}):
+def _check_same(requested: Config, saved: Config, out: Path) -> None:
+    """Refuse to resume a run whose configuration is not the requested one."""
+    requested = resolve(requested, cuda=torch.cuda.is_available())
+    requested = method_named(requested.method).adjust(requested)
+    if requested.frozen.layers == HALF:
+        # Half of a model that is not loaded yet: the saved configuration has the number.
+        frozen = requested.frozen.model_copy(update={"layers": saved.frozen.layers})
+        requested = requested.model_copy(update={"frozen": frozen})
+    if requested != saved.model_copy(update={"transport": requested.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "
-            "or leave config and settings empty to go on with that one"
+            "or leave config and settings empty to resume that run"
         )
 
 
 class Log:
-    """A line of text per event, for logs that somebody streams."""
+    """A listener that prints one line of text per event, for Flower's logs."""
 
     def preparing(self, what: str) -> None:
-        """Say which step has begun."""
+        """Print which step begins."""
         _say(what)
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """Say what is run."""
+        """Print what is run."""
         self._rounds = about["planned_rounds"]
         _say(f"{about['method']}, {about['model']} on {about['data']}, from round {len(rows) + 1}")
 
     def replied(self, reply: Reply) -> None:
-        """Nothing: rounds are enough."""
+        """Print nothing; there is a line per round."""
 
     def round_done(self, row: RoundRow) -> None:
-        """Say how the round went."""
+        """Print accuracy, number of updates, seconds and failures of a round."""
         quality = "" if row.global_accuracy is None else f", accuracy {row.global_accuracy:.3f}"
         _say(
             f"round {row.round}/{self._rounds}{quality}, {row.accepted} of {len(row.cohort)} "
@@ -97,13 +103,13 @@ class Log:
             _say(f"  client {failure['client']}: {failure['reason']}")
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Say how it ended."""
+        """Print the final accuracies and the hash of the adapter."""
         if result["global_accuracy"] is not None:
             _say(f"accuracy on {result['test_rows']} test texts {result['global_accuracy']:.4f}")
             if result["adapter_sha256"] is not None:
                 _say(f"adapter {result['adapter_sha256']}")
         if result.get("personalised_accuracy") is not None:
-            clients = result["personalised_devices"]
+            clients = result["personalised_clients"]
             _say(f"mean of {clients} clients' own models {result['personalised_accuracy']:.4f}")
 
 

@@ -1,7 +1,12 @@
-"""The two messages of a round: the server's instruction for one client, and the client's Update.
+"""The messages of a round: the server's instruction to one client, and the client's reply.
 
-Both are frozen values of numbers and numpy arrays: nothing here needs torch or a transport. How
-every method of the comparison is written with them is shown in ``docs/architecture.md``.
+In every round the server sends an :class:`Instruction` to each client of the cohort. The client
+replies with an :class:`Update` if it trained, with a :class:`Measurement` if it only evaluated its
+model, or with a :class:`Failure`. What a method carries from one round to the next is a
+:class:`ServerState`.
+
+All messages are frozen dataclasses of numbers, strings and numpy arrays, so this module needs
+neither torch nor a transport. ``docs/architecture.md`` shows how each method uses them.
 """
 
 import re
@@ -14,13 +19,13 @@ import numpy.typing as npt
 
 from droppeft.errors import DroppeftError
 
-_RUN = re.compile(r"[0-9a-f]{1,64}")
+_RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
 
 Array = npt.NDArray[np.generic]
 
 LayerKey = int | str
 """Where a trainable tensor belongs: a layer index (0 is nearest the input), ``"head"`` (the task
-head) or ``"other"`` (trainable, but in no layer, as a soft prompt)."""
+head) or ``"other"`` (trainable but not part of a layer, such as a soft prompt)."""
 
 HEAD: LayerKey = "head"
 OTHER: LayerKey = "other"
@@ -28,22 +33,21 @@ OTHER: LayerKey = "other"
 Tensors = Mapping[LayerKey, Mapping[str, Array]]
 """Trainable tensors by layer, then by parameter name."""
 
-
 Layout = Mapping[str, tuple[LayerKey, tuple[int, ...]]]
-"""The trainable tensors that an adapter has: name to (layer, shape)."""
-
+"""The trainable tensors of an adapter, without values: parameter name to (layer, shape)."""
 
 OptionValue = bool | int | float | str | tuple[str, ...]
+"""Value of an option of a PEFT configuration class."""
 
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """What is attached to one layer.
+    """The adapter of one layer.
 
     Attributes:
-        type: a name of ``droppeft.adapters.types.TYPES``, ``"lora"``.
-        rank: r; ``None`` for the type's own default, and for types without one.
-        width: of a bottleneck, ``None`` for other types.
+        type: a name of ``droppeft.adapters.types.TYPES``, for example ``"lora"``.
+        rank: the rank r. ``None`` means the type's default, or that the type has no rank.
+        width: the inner width of a bottleneck adapter; ``None`` for other types.
     """
 
     type: str
@@ -53,18 +57,18 @@ class LayerAdapter:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The adapter of every layer, and what they have in common.
+    """The adapter of every layer, and the settings that they have in common.
 
-    A setting that is ``None`` has the type's own default, or the type does not have it.
+    ``None`` means the default of the adapter type, or that the type has no such setting.
 
     Attributes:
-        layers: one entry per layer, ``None`` where the layer has no adapter. A prompt is in no
-            layer: its type stands in every entry.
-        alpha: LoRA's scaling numerator; a layer's update counts alpha / rank.
+        layers: one entry per layer, ``None`` where the layer has no adapter. A soft prompt is not
+            part of a layer; its type is given in every entry.
+        alpha: LoRA's alpha; the output of a LoRA adapter is scaled by alpha / rank.
         dropout: dropout probability on the adapter's input.
-        targets: module names, or ``("default",)`` or ``("all-linear",)``.
-        tokens: virtual tokens of a cached or prompt.
-        options: further settings of the PEFT type, by the names of its own configuration class.
+        targets: names of the adapted modules, or ``("default",)`` or ``("all-linear",)``.
+        tokens: number of virtual tokens of prefix tuning or prompt tuning.
+        options: further options, named as in the PEFT configuration class of the type.
     """
 
     layers: tuple[LayerAdapter | None, ...]
@@ -77,12 +81,14 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class LayerDropout:
-    """Gates of one turn.
+    """How the gates of one local training are drawn.
 
     Attributes:
-        rates: probability of being dropped, one per layer, each in [0, 1].
-        sampling: ``"exact"`` (the same count every step) or ``"bernoulli"``.
-        every: for how many steps a draw holds; ``None`` for the whole turn.
+        rates: the probability that a layer is dropped, one per layer, each in [0, 1].
+        sampling: ``"exact"`` (the same number of layers is dropped in every step) or
+            ``"bernoulli"`` (each layer is drawn independently).
+        every: number of steps for which the same gates are used; ``None`` for the whole local
+            training.
     """
 
     rates: tuple[float, ...]
@@ -92,25 +98,25 @@ class LayerDropout:
 
 @dataclass(frozen=True)
 class RankPenalty:
-    """What makes the last ranks of LoRA small (HetLoRA, arXiv:2401.06432).
+    """A penalty that makes the last ranks of LoRA small (HetLoRA, arXiv:2401.06432).
 
     Attributes:
-        weight: of the sum over LoRA's pairs of ‖B[:, kept:]‖·‖A[kept:]‖ (Frobenius).
-        kept: ranks that are spared.
+        weight: weight of the sum of ‖B[:, m:]‖·‖A[m:]‖ over LoRA's pairs (Frobenius norms).
+        unpenalised: number m of the first ranks, which are not penalised.
     """
 
     weight: float
-    kept: int
+    unpenalised: int
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss a client minimises: the task's, plus what a method adds.
+    """What a method adds to the task's loss in local training.
 
     Attributes:
         proximal: weight mu of (mu/2)·‖w − w_received‖² over the trainable tensors (FedProx,
             arXiv:1812.06127); 0 adds nothing and costs nothing.
-        rank_penalty: on LoRA's last ranks, or ``None``.
+        rank_penalty: penalty on LoRA's last ranks, or ``None``.
     """
 
     proximal: float = 0.0
@@ -123,11 +129,13 @@ TASK_ALONE = Objective()
 
 @dataclass(frozen=True)
 class BaseDelta:
-    """A change of the frozen backbone, in force for one client's turn only.
+    """A change of the frozen backbone, in force during one local training or evaluation.
 
     Attributes:
-        version: names the content; part of the key of anything cached from the backbone.
-        tensors: what is added, by the backbone's own parameter name; to a linear map (out, in).
+        version: identifies the content. Hidden states that are cached under another version are
+            not used.
+        tensors: what is added to each weight, by its parameter name in the backbone. The shape is
+            that of the weight, for a linear layer (out, in).
     """
 
     version: str
@@ -136,18 +144,22 @@ class BaseDelta:
 
 @dataclass(frozen=True)
 class SharingRule:
-    """How a client chooses, after its training, the layers that it shares (METHOD 4).
+    """How a client chooses the layers that it shares, after local training (arXiv:2503.10217).
 
-    The choice is among the layers that the turn trained and ran; the others stay what they are.
+    The client chooses among the layers that were trained and that ran in at least one step. Every
+    other layer stays as it was, shared or personal.
 
     Attributes:
-        criterion: a name of :data:`droppeft.sharing.criteria.CRITERIA`.
-        fraction: part of them that is shared, rounded to whole layers.
-        hysteresis: by what part a layer must score higher to take the place of one that is kept.
-        score_rows: rows of the client's validation part, for criteria that run the model.
-        shared: layers that the client shared after its last merged turn; ``None`` before its first.
-        usual: of each layer, what clients' gradient norms in it are like (1 on average), 0 where
-            none is known; ``None`` for criteria that compare with nobody.
+        criterion: a name of :data:`droppeft.sharing.criteria.CRITERIA`. The layers that score
+            lowest are shared.
+        fraction: fraction of these layers that is shared, rounded to whole layers.
+        hysteresis: relative margin by which a shared layer must score higher than a personal one
+            before the two change places.
+        score_rows: number of the client's validation rows, for criteria that run the model.
+        shared: the layers that the client shared in its last participation; ``None`` before the
+            first one.
+        typical: the typical gradient norm of each layer among clients (1 on average), 0 where
+            none is known; ``None`` for criteria that do not compare clients.
     """
 
     criterion: str
@@ -160,20 +172,22 @@ class SharingRule:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains and measures; the same for all clients of a run, unless a method differs.
+    """The settings of local training and evaluation.
+
+    They are the same for all clients of a run unless the method says otherwise.
 
     Attributes:
-        batch_size: rows of an optimizer step.
+        batch_size: rows per optimizer step.
         learning_rate: AdamW's peak learning rate for the adapters.
-        head_learning_rate: the same for the head's last linear map.
-        schedule: course of both learning rates over the run, after the warm-up.
-        warmup_fraction: part of the run that warms up.
-        rounds: length of the run, over which the schedule is spread.
+        head_learning_rate: the same for the last linear layer of the head.
+        schedule: how both learning rates change over the run, after the warm-up.
+        warmup_fraction: fraction of the run in which the learning rates rise linearly from 0.
+        rounds: number of rounds of the run, over which the schedule extends.
         weight_decay: AdamW's decoupled weight decay.
-        clip_norm: largest global gradient norm.
-        precision: of the forward pass; adapters, gradients and optimizer stay fp32.
-        checkpointing: whether activations inside the layers are computed again in the backward.
-        evaluation_batch_size: rows of a forward pass that measures.
+        clip_norm: gradients are clipped to this global norm.
+        precision: precision of the forward pass. Adapters, gradients and optimizer stay in fp32.
+        checkpointing: whether the backward pass recomputes the activations inside the layers.
+        evaluation_batch_size: rows per forward pass of an evaluation.
     """
 
     batch_size: int
@@ -191,11 +205,11 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class StateCache:
-    """How a client stores the hidden states that its frozen layers make of its rows.
+    """How a client stores the hidden states that its frozen layers compute.
 
     Attributes:
-        precision: of what is stored.
-        limit_bytes: on the client's disk; beyond it the oldest states are deleted.
+        precision: precision of the stored states.
+        limit_bytes: most bytes on the client's disk. Beyond it the oldest states are deleted.
     """
 
     precision: Literal["fp16", "bf16", "fp32"]
@@ -204,7 +218,10 @@ class StateCache:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work a turn is. Exactly one of the two is given; 0 steps only to measure."""
+    """The length of a local training, in optimizer steps or in epochs.
+
+    Exactly one of the two is given. An instruction that only evaluates has 0 steps.
+    """
 
     steps: int | None = None
     epochs: int | None = None
@@ -215,41 +232,41 @@ class Instruction:
     """What the server asks of one client in one round.
 
     Attributes:
-        round: 1 for the first.
-        client: the client's stable number (not the engine's node id).
-        adapter: shapes of the trainable tensors.
-        tensors: their values at the start of the turn, as far as the server has them.
-        train: names of the tensors that are trained, ``None`` for all; the others are frozen for
-            this turn, at the values in ``tensors`` or, if they are not there, at those that follow
-            from the seed (FFA-LoRA's A).
-        share: names of the tensors that may travel back; what is not named stays on the client.
-            With :attr:`sharing`, so do the layers that the client then chooses to keep.
-        dropout: gates, or ``None`` for full depth.
-        objective: local loss.
-        base_delta: change of the backbone during the turn, or ``None``.
-        budget: length of the turn.
-        training: batch size, learning rates, precision and the like.
-        reward_rows: rows of the client's validation part on which the loss is measured before and
-            after training, at full depth; 0 measures nothing.
-        seed: the run's seed; the client derives its own draws from (seed, round, client).
-        nonce: from the operating system, not from the seed; must come back in the Update, so
-            that a replayed or misdirected answer is noticed.
-        frozen: so many of the first layers have no adapter and are never dropped: what they make
-            of an example may be kept on the client.
-        run: names the run; part of the place where a client keeps what is its own.
-        state_round: the round at whose end the client kept what it needs and is not in
-            ``tensors``, or its own copy; ``None`` if it needs nothing of that kind.
-        measure: the turn ends with a :class:`Measurement` of the client's own test rows, and
-            changes nothing.
-        untrained: so many of the first layers run, and nothing in them is trained.
-        sharing: which layers are shared the client chooses; ``None``: :attr:`share` says it all.
-        cache: how the states behind the frozen layers are stored; ``None``: they are computed in
-            every step.
-        arm: number of the configurator's arm that the turn follows, ``None`` without one. The
-            client does nothing with it: merging reads from here which arm was tried.
-        personal_adapter: weight lambda of (lambda/2)·‖v − w‖² with which the client then also
-            trains a whole adapter v of its own, w being :attr:`tensors`, and keeps it (Ditto,
-            arXiv:2012.04221); ``None``: it has none.
+        round: number of the round, from 1.
+        client: number of the client, from 0. It is not the node id of a transport.
+        adapter: the adapter that is attached; it determines the shapes of the trainable tensors.
+        tensors: the values that local training begins with, as far as the server holds them.
+        train: names of the tensors that are trained, ``None`` for all. The others are frozen, at
+            the value in ``tensors`` or, if that has none, at the initial value that follows from
+            the seed (as FFA-LoRA's A).
+        share: names of the tensors that may be sent to the server. All others stay on the client.
+            With :attr:`sharing`, so do the layers that the client does not choose to share.
+        dropout: how gates are drawn; ``None`` runs all layers in every step.
+        objective: what is added to the task's loss.
+        base_delta: change of the backbone while this instruction runs, or ``None``.
+        budget: length of the local training.
+        training: batch size, learning rates, precision and further settings of local training.
+        reward_rows: number of the client's validation rows on which the loss is measured before
+            and after training, with all layers; 0 measures nothing.
+        seed: the run's seed. The client derives its random draws from (seed, round, client).
+        nonce: a random string from the operating system, independent of the seed. The reply must
+            repeat it, so that a replayed or misdirected reply is noticed.
+        frozen: number of first layers that have no adapter and are never dropped. The client may
+            cache their output.
+        run: name of the run; part of the path of the client's saved state.
+        state_round: the round in which the client saved the tensors that it needs and that
+            ``tensors`` lacks, or its personal adapter; ``None`` if it needs no saved tensors.
+        measure: whether the client only evaluates its model on its test rows. It then replies
+            with a :class:`Measurement` and saves no tensors.
+        untrained: number of first layers that run but are not trained.
+        sharing: how the client chooses the layers that it shares; ``None`` if :attr:`share` alone
+            decides.
+        cache: how the output of the frozen layers is stored; ``None`` computes it in every step.
+        arm: number of the bandit's arm that this instruction follows, or ``None``. The client
+            ignores it; the server reads it when it merges the update.
+        personal_adapter: weight lambda of (lambda/2)·‖v − w‖², with which the client also trains
+            and saves a personal adapter v (Ditto, arXiv:2012.04221); w is :attr:`tensors`.
+            ``None``: there is no personal adapter.
     """
 
     round: int
@@ -279,14 +296,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class CachedLayersCost:
-    """What the frozen first layers cost in a turn; all 0 without them.
+    """Cost of the frozen layers in one local training; all 0 without frozen layers.
 
     Attributes:
-        hits: rows whose hidden states were on the client already.
+        hits: rows whose hidden states were already on the client's disk.
         built: rows whose hidden states were computed.
-        built_tokens: their tokens, padding included.
-        build_wall_s: computing and keeping them; part of the training steps' time.
-        stored_bytes: on the client's disk after the turn.
+        built_tokens: tokens of the ``built`` rows, padding included.
+        build_wall_s: seconds for computing and storing the states; part of the time of the
+            training steps.
+        stored_bytes: bytes of states on the client's disk after the local training.
     """
 
     hits: int = 0
@@ -298,23 +316,22 @@ class CachedLayersCost:
 
 @dataclass(frozen=True)
 class MeasuredCost:
-    """What a turn really cost on the machine that ran it.
+    """Measured cost of one local training on the machine that ran it; times in seconds.
 
     Attributes:
-        total_wall_s: the whole turn, loading and packing included.
+        total_wall_s: the whole local training, loading and packing included.
         train_wall_s: the training steps alone.
-        reward_wall_s: measuring the reward, 0 if it was not asked for.
-        activation_bytes_peak: most bytes stored for backward in any step, each storage counted
-            once, parameters excluded.
-        tokens: tokens trained on, padding included; those of skipped steps too.
-        rows: rows they are of.
-        layer_tokens: per layer, how many of them it computed.
-        reward_tokens: tokens that measuring the reward ran through all layers, padding included.
-        cached_layers: of the frozen first layers.
-        scoring_tokens: tokens that scoring layers ran through all layers, padding included.
-        scoring_wall_s: scoring them, as far as it is not done while training.
-        personal_steps, personal_tokens, personal_wall_s: training an adapter of the client's own
-            besides.
+        reward_wall_s: measuring the reward; 0 if it was not asked for.
+        activation_bytes_peak: most bytes stored for the backward pass in any step. Each storage
+            counts once, parameters do not count.
+        tokens: tokens trained on, padding and skipped steps included.
+        rows: rows that contain these tokens.
+        layer_tokens: per layer, how many of these tokens it computed.
+        reward_tokens: tokens that all layers computed to measure the reward, padding included.
+        cached_layers: cost of the frozen layers.
+        scoring_tokens: tokens that all layers computed to score layers, padding included.
+        scoring_wall_s: scoring the layers, beyond what is collected while training.
+        personal_steps, personal_tokens, personal_wall_s: training the personal adapter.
     """
 
     total_wall_s: float
@@ -335,24 +352,24 @@ class MeasuredCost:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client answers.
+    """A client's reply after local training.
 
     Attributes:
         round, client, nonce: copied from the instruction.
-        tensors: trained values by layer: those that the instruction lets travel and the client
-            shares, without layers that no step of the turn ran (they are as they were sent).
-        examples: rows trained on in this turn (repeats counted).
+        tensors: trained values by layer, as far as the instruction lets them be sent and the
+            client shares them. Layers that ran in no step are left out, as they did not change.
+        examples: rows trained on, repetitions counted.
         steps: optimizer steps taken.
-        active_steps: per layer, in how many of them it ran.
-        importance: per layer, mean over its active steps of the gradient norm of its adapter
-            (METHOD: ``gradient_norm``); 0 for a layer that never ran.
-        train_loss: mean over steps.
-        reward: decrease of the loss on the client's validation rows, ``None`` if not asked for.
-        cost: measured.
-        shared: the layers that are shared from now on, in order: those that the client chose, and
-            of those that the turn did not move the ones that were; ``None`` without a rule.
-        scores: one per layer, by the rule's criterion, 0 where there was no choice; ``None``
-            without a rule.
+        active_steps: per layer, the number of steps in which it ran.
+        importance: per layer, the gradient norm of its adapter, mean over its active steps; 0 for
+            a layer that never ran.
+        train_loss: mean loss over the steps.
+        reward: decrease of the loss on the client's validation rows; ``None`` if not asked for.
+        cost: measured cost.
+        shared: the layers that the client shares from now on, in order: those that it chose, and
+            those that did not change and were shared before. ``None`` without a sharing rule.
+        scores: one score per layer by the rule's criterion, 0 where there was no choice; ``None``
+            without a sharing rule.
     """
 
     round: int
@@ -372,13 +389,13 @@ class Update:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a client's own model is worth on its own test rows.
+    """Quality of a client's model on the client's test rows.
 
     Attributes:
         round, client, nonce: copied from the instruction.
-        rows: how many were measured.
-        accuracy: share of them that is right.
-        loss: mean cross-entropy.
+        rows: number of test rows.
+        accuracy: fraction of the rows that is classified correctly.
+        loss: mean cross-entropy over the rows.
     """
 
     round: int
@@ -391,12 +408,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not answer, or whose answer was refused.
+    """Stands for the reply of a client that sent nothing to merge.
+
+    Either the client did not reply, or it could not run the instruction, or the server refused
+    its reply.
 
     Attributes:
-        client: which.
-        reason: one sentence.
-        lost: it no longer has what it kept, and needs all tensors at its next turn.
+        client: number of the client.
+        reason: the reason, in one sentence.
+        lost: whether the client no longer has its saved state. The next instruction must then
+            bring all tensors.
     """
 
     client: int
@@ -405,12 +426,18 @@ class Failure:
 
 
 Reply = Update | Measurement | Failure
-"""What comes back for an instruction."""
+"""What the server receives for an instruction."""
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """A model as the server holds it: shapes, values, and the change of the backbone if any."""
+    """A model as the server holds it.
+
+    Attributes:
+        adapter: the adapter, which determines the shapes of the tensors.
+        tensors: the values of its trainable tensors.
+        base_delta: change of the backbone, or ``None``.
+    """
 
     adapter: AdapterSpec
     tensors: Tensors
@@ -419,7 +446,7 @@ class GlobalModel:
 
 @dataclass(frozen=True)
 class NoMemory:
-    """The memory of a method that carries nothing besides its models."""
+    """Memory of a method that carries nothing but its models from round to round."""
 
 
 @dataclass(frozen=True)
@@ -427,11 +454,12 @@ class ServerState:
     """All that a method carries from one round to the next.
 
     Attributes:
-        model: the model that is evaluated and exported.
-        alternatives: further global models by name (the branches of FedAdapter).
-        memory: anything else (what a bandit learnt, who keeps which layers): a frozen dataclass of
-            the method's own, its ``Method.memory_type``. The round loop passes it through JSON
-            after each merge, so a resumed run sees what an unbroken one sees.
+        model: the global model, which is evaluated and exported.
+        alternatives: further global models by name, such as the branches of FedAdapter.
+        memory: everything else, such as a bandit's statistics or which client shares which layers.
+            It is an instance of the method's ``Method.memory_type``, a frozen dataclass. After each
+            merge the round loop converts it to JSON and back, so that a resumed run sees the same
+            values as an uninterrupted one.
     """
 
     model: GlobalModel
@@ -440,34 +468,35 @@ class ServerState:
 
 
 def checked_run(run: str) -> str:
-    """The name of a run, which becomes part of a path on a client.
+    """Return a run's name if it is valid; it becomes part of a path on the client.
 
     Raises:
-        DroppeftError: it is no name that a server of ours makes.
+        DroppeftError: the name is not 1 to 64 lowercase hexadecimal digits.
     """
-    if not _RUN.fullmatch(run):
+    if not _RUN_NAME.fullmatch(run):
         raise DroppeftError(
-            "the instruction names no run, and this client cannot keep anything for it"
+            "the instruction has no valid run name, so this client cannot save anything for it; "
+            "the name must be 1 to 64 lowercase hexadecimal digits"
         )
     return run
 
 
 def layer_key(text: str) -> LayerKey:
-    """The key that ``str`` made this text of."""
+    """Return the layer key for its text form; the inverse of ``str``."""
     return int(text) if text.isdigit() else text
 
 
 def flatten(tensors: Tensors) -> Iterator[tuple[LayerKey, str, Array]]:
-    """Yield (layer, name, array) in the tree's own order."""
+    """Yield (layer, name, array) in the order of the mappings."""
     for key, named in tensors.items():
         for name, array in named.items():
             yield key, name, array
 
 
 def first_trained_layer(instruction: Instruction) -> int:
-    """Index of the first layer in which something is trained; below it nothing runs backward.
+    """Return the index of the first trained layer, below which no backward pass is needed.
 
-    What is trained in no layer, as a prompt, stands before the first.
+    Trained tensors that are not part of a layer, such as a soft prompt, come before all layers.
     """
     if instruction.train is None or instruction.untrained > instruction.frozen:
         return max(instruction.frozen, instruction.untrained)
@@ -479,20 +508,20 @@ def first_trained_layer(instruction: Instruction) -> int:
 
 
 def payload_bytes(tensors: Tensors) -> int:
-    """Bytes of the arrays themselves, without a transport's framing."""
+    """Return the bytes of the arrays, without the overhead of a transport."""
     return sum(array.nbytes for _, _, array in flatten(tensors))
 
 
 def instruction_bytes(instruction: Instruction) -> int:
-    """What an instruction downloads: tensors and base delta, without a transport's framing."""
+    """Return the bytes of an instruction's tensors and base delta, without transport overhead."""
     delta = instruction.base_delta.tensors.values() if instruction.base_delta else ()
     return payload_bytes(instruction.tensors) + sum(array.nbytes for array in delta)
 
 
 def restrict(tensors: Tensors, names: frozenset[str]) -> Tensors:
-    """Keep the named tensors; a layer left without any disappears."""
-    kept = {
+    """Return the named tensors only; a layer that has none of them is left out."""
+    selected = {
         key: {name: array for name, array in named.items() if name in names}
         for key, named in tensors.items()
     }
-    return {key: named for key, named in kept.items() if named}
+    return {key: named for key, named in selected.items() if named}

@@ -1,7 +1,8 @@
-"""Every random draw of a run, derived from (seed, round, client, purpose, step) alone.
+"""Seeds and generators for all random draws of a run.
 
-A draw never depends on what was drawn before it, on arrival order or on the wall clock: the same
-run on another transport, or resumed after a crash, draws the same numbers.
+Each draw depends on (seed, round, client, purpose, step) alone. It depends neither on earlier
+draws nor on the order of replies nor on the time. So a run draws the same numbers on any transport,
+and after it was resumed.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ def seed_for(
 ) -> int:
     """Return a 63-bit seed for one draw; distinct arguments give independent seeds.
 
-    The hash (BLAKE2b) makes neighbouring rounds, clients and steps unrelated, where adding them
-    up would let (round 1, client 2) meet (round 2, client 1).
+    A hash (BLAKE2b) makes the seeds of neighbouring rounds, clients and steps unrelated. A sum of
+    the arguments would give (round 1, client 2) and (round 2, client 1) the same seed.
     """
     label = f"{seed}|{round}|{client}|{step}|{purpose}".encode()
     digest = hashlib.blake2b(label, digest_size=8).digest()
@@ -40,6 +41,6 @@ def python_generator(
 ) -> random.Random:
     """Return the standard library's generator for one purpose; see :func:`seed_for`.
 
-    Cheaper to make than numpy's or torch's, so it serves draws that are made anew every step.
+    It is faster to create than numpy's or torch's, for draws that create one in every step.
     """
     return random.Random(seed_for(seed, purpose=purpose, round=round, client=client, step=step))

@@ -56,7 +56,7 @@ def copies(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Equal names in equal order, equal bits."""
+    """Whether names, their order and bits are equal."""
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -65,7 +65,7 @@ def ids() -> dict[str, torch.Tensor]:
 
 
 def scramble(model: nn.Module) -> None:
-    """Trained-looking values everywhere: a fresh adapter changes nothing, so proves nothing."""
+    """Set trained tensors to random values, since a new adapter has no effect."""
     torch.manual_seed(5)
     with torch.no_grad():
         for value in model.parameters():
@@ -116,7 +116,7 @@ def test_named_targets_in_many_layers_keep_their_ranks() -> None:
     }
 
 
-def test_an_update_counts_alpha_over_the_layers_own_rank() -> None:
+def test_scaling_is_alpha_over_the_rank_of_the_layer() -> None:
     model = attach(tiny_model(2), spec(2, 8), PATH, 0)
     scalings = {
         name: module.scaling["default"]
@@ -131,14 +131,16 @@ def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
         attach(tiny_model(), spec(2, 2, 2, 2, targets=("query", "q_proj")), PATH, 0)
     assert str(caught.value) == (
         "adapter.targets: no layer has a linear module 'q_proj'; "
-        "this model has dense, key, query, value"
+        "choose from dense, key, query, value"
     )
 
 
 def test_an_architecture_without_default_targets_asks_for_names() -> None:
     backbone = tiny_model()
     backbone.config.model_type = "unheard-of"
-    with pytest.raises(DroppeftError, match="no default targets for 'unheard-of'; name them"):
+    with pytest.raises(
+        DroppeftError, match="no default targets for 'unheard-of'; name the modules"
+    ):
         attach(backbone, spec(2, 2, 2, 2), PATH, 0)
 
 
@@ -219,7 +221,7 @@ def test_an_export_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     assert first == second
     assert first.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     config = json.loads(first["adapter_config.json"])
-    assert len(config["target_modules"]) > 3  # else no order could differ
+    assert len(config["target_modules"]) > 3  # otherwise there is no order
 
 
 def test_a_new_pooler_is_trained_and_exported_with_the_head(tmp_path: Path) -> None:
@@ -230,10 +232,10 @@ def test_a_new_pooler_is_trained_and_exported_with_the_head(tmp_path: Path) -> N
         "pooler",
     }
     export_adapter(model, tmp_path, "card")
-    kept = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
-    assert "pooler" in kept
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "pooler" in config["modules_to_save"]
 
 
 def test_a_specification_without_an_adapter_is_refused() -> None:
-    with pytest.raises(DroppeftError, match="an adapter needs a layer to sit in"):
+    with pytest.raises(DroppeftError, match="no layer has an adapter"):
         attach(tiny_model(2), spec(None, None), PATH, 0)

@@ -1,4 +1,4 @@
-"""Our own adapter: what it computes, where it sits, and its file format."""
+"""Bottleneck adapters: their output, their places and their file format."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from droppeft.messages import AdapterSpec, LayerAdapter
 from tiny import FAMILIES, tiny_model
 
 CASE = contract.case("bottleneck", "bert")
-# The biases that a constant behind a sublayer is the same as; llama's linear maps have none.
+# Biases to which adding a constant equals adding it to the adapter; llama has no biases.
 BIASES = {
     "bert": ("attention.output.dense.bias", "output.dense.bias"),
     "roberta": ("attention.output.dense.bias", "output.dense.bias"),
@@ -40,10 +40,10 @@ def spec(*widths: int | None, targets: tuple[str, ...] = ("default",)) -> Adapte
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
-    return {name: one for name, one in model.named_modules() if isinstance(one, Bottleneck)}
+    return {name: found for name, found in model.named_modules() if isinstance(found, Bottleneck)}
 
 
-def test_it_computes_what_houlsby_et_al_say() -> None:
+def test_the_output_is_that_of_houlsby_et_al() -> None:
     adapter = Bottleneck(4, 2)
     hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(adapter(hidden), hidden)
@@ -55,15 +55,15 @@ def test_it_computes_what_houlsby_et_al_say() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_one_changes_nothing(family: str) -> None:
+def test_a_new_adapter_changes_nothing(family: str) -> None:
     attached = Attached(contract.case("bottleneck", family))
     assert torch.equal(contract.logits(attached.model), contract.logits(contract.backbone(family)))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["attention", "feed_forward"])
 @pytest.mark.parametrize("family", BIASES)
-def test_it_sits_between_a_sublayer_and_the_sum(family: str, place: int) -> None:
-    """A constant added there is the sublayer's bias, moved by it; also before the normalisation."""
+def test_it_is_before_the_residual_connection(family: str, place: int) -> None:
+    """Adding a constant there equals adding it to the bias of the sublayer."""
     shift = torch.linspace(-1.0, 1.0, 32)
     attached = Attached(contract.case("bottleneck", family))
     plain = contract.backbone(family)
@@ -82,8 +82,8 @@ def test_it_sits_between_a_sublayer_and_the_sum(family: str, place: int) -> None
         ("feed_forward", "mlp"),
     ],
 )
-def test_it_sits_between_a_sublayer_and_the_sum_of_a_llama(place: str, sublayer: str) -> None:
-    """Its constant is in what the sublayer returns, to which the block adds its input."""
+def test_it_is_before_the_residual_connection_of_a_llama(place: str, sublayer: str) -> None:
+    """The constant is part of the output of the sublayer, to which the block adds its input."""
     outputs = []
     for shift in (0.0, 0.25):
         attached = Attached(contract.case("bottleneck", "llama"))
@@ -96,7 +96,7 @@ def test_it_sits_between_a_sublayer_and_the_sum_of_a_llama(place: str, sublayer:
     torch.testing.assert_close(outputs[1], outputs[0] + 0.25)
 
 
-def test_the_architectures_that_it_knows() -> None:
+def test_supported_architectures() -> None:
     assert PLACES.keys() == {*FAMILIES, "xlm-roberta"}
 
 
@@ -106,13 +106,15 @@ def test_it_works_on_xlm_roberta() -> None:
     model = AutoModelForSequenceClassification.from_config(config)
     attached = attach(model, spec(4, 4), find_blocks(model)[0], 0)
     assert len(bottlenecks(attached)) == 4
-    contract.answer(attached).logits.sum().backward()
-    assert all(one.up.bias.grad is not None for one in bottlenecks(attached).values())
+    contract.forward(attached).logits.sum().backward()
+    assert all(found.up.bias.grad is not None for found in bottlenecks(attached).values())
 
 
-def test_layers_have_widths_and_places_of_their_own() -> None:
+def test_widths_and_places_may_differ_by_layer() -> None:
     attached = Attached(CASE, spec(4, None, 8, targets=("feed_forward",)))
-    found = {name: one.down.out_features for name, one in bottlenecks(attached.model).items()}
+    found = {
+        name: adapter.down.out_features for name, adapter in bottlenecks(attached.model).items()
+    }
     path = "bert.encoder.layer"
     assert found == {
         f"{path}.0.bottleneck_feed_forward": 4,
@@ -131,7 +133,7 @@ def test_layers_have_widths_and_places_of_their_own() -> None:
         (
             "unheard-of",
             ("default",),
-            "a bottleneck does not know the layers of 'unheard-of'; known:",
+            "bottlenecks are not supported for 'unheard-of', only for ",
         ),
     ],
 )
@@ -159,11 +161,12 @@ def exported(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 
 def test_a_plain_model_loads_it(exported: tuple[Path, torch.Tensor]) -> None:
-    folder, answers = exported
-    assert torch.equal(contract.logits(load_bottleneck(contract.backbone("bert"), folder)), answers)
+    folder, expected = exported
+    loaded = load_bottleneck(contract.backbone("bert"), folder)
+    assert torch.equal(contract.logits(loaded), expected)
 
 
-def test_what_is_in_the_folder(exported: tuple[Path, torch.Tensor]) -> None:
+def test_files_of_an_export(exported: tuple[Path, torch.Tensor]) -> None:
     folder, _ = exported
     assert {path.name for path in folder.iterdir()} == {"README.md", CONFIG, TENSORS}
     assert (folder / "README.md").read_text() == "# A card\n"
@@ -182,54 +185,54 @@ def test_what_is_in_the_folder(exported: tuple[Path, torch.Tensor]) -> None:
     }
 
 
-def test_peft_does_not_take_it_for_its_own(exported: tuple[Path, torch.Tensor]) -> None:
+def test_peft_refuses_to_load_it(exported: tuple[Path, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         PeftModel.from_pretrained(contract.backbone("bert"), exported[0])
 
 
 def test_a_backbone_in_bfloat16_keeps_its_type(exported: tuple[Path, torch.Tensor]) -> None:
     model = load_bottleneck(contract.backbone("bert").to(torch.bfloat16), exported[0])
-    answers = contract.logits(model)
-    assert answers.dtype == torch.bfloat16
-    torch.testing.assert_close(answers.float(), exported[1], atol=0.2, rtol=0.1)
+    logits = contract.logits(model)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), exported[1], atol=0.2, rtol=0.1)
 
 
-def damage(folder: Path, how: str) -> None:
+def damage(folder: Path, damaged: str) -> None:
     config, tensors = folder / CONFIG, load_file(folder / TENSORS)
-    if how == "missing":
+    if damaged == "missing":
         config.unlink()
-    elif how == "cut":
+    elif damaged == "cut":
         (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
-    elif how == "no JSON":
+    elif damaged == "no JSON":
         config.write_text("{")
-    elif how == "another format":
+    elif damaged == "another format":
         config.write_text(config.read_text().replace("bottleneck 1", "bottleneck 2"))
-    elif how == "fewer tensors":
+    elif damaged == "fewer tensors":
         tensors.pop("bert.encoder.layer.0.bottleneck_attention.up.bias")
         save_file(tensors, folder / TENSORS)
-    elif how == "more tensors":
+    elif damaged == "more tensors":
         save_file({**tensors, "bert.extra": torch.zeros(1)}, folder / TENSORS)
-    elif how == "another shape":
+    elif damaged == "another shape":
         save_file({**tensors, "classifier.bias": torch.zeros(5)}, folder / TENSORS)
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("damaged", "message"),
     [
-        ("missing", "holds no readable bottleneck adapter"),
-        ("cut", "holds no readable bottleneck adapter"),
-        ("no JSON", "is not what droppeft writes there"),
+        ("missing", "has no readable bottleneck adapter"),
+        ("cut", "has no readable bottleneck adapter"),
+        ("no JSON", "is not a configuration that droppeft wrote"),
         ("another format", "has format 'droppeft bottleneck 2', not 'droppeft bottleneck 1'"),
-        ("fewer tensors", "layer.0.bottleneck_attention.up.bias is missing on one side"),
-        ("more tensors", "does not fit this model: bert.extra is missing on one side"),
+        ("fewer tensors", "has the tensor bert.encoder.layer.0.bottleneck_attention.up.bias"),
+        ("more tensors", "does not fit this model: only one of them has the tensor bert.extra"),
         ("another shape", "does not fit this model: size mismatch for classifier.bias"),
     ],
 )
 def test_a_damaged_folder_is_refused(
-    exported: tuple[Path, torch.Tensor], how: str, message: str
+    exported: tuple[Path, torch.Tensor], damaged: str, message: str
 ) -> None:
     folder, _ = exported
-    damage(folder, how)
+    damage(folder, damaged)
     model = contract.backbone("bert")
     with pytest.raises(DroppeftError, match=re.escape(message)) as caught:
         load_bottleneck(model, folder)
@@ -244,25 +247,25 @@ def test_a_model_that_does_not_fit_is_refused(exported: tuple[Path, torch.Tensor
     with pytest.raises(DroppeftError, match=f"of {LAYERS} layers, not for a bert of 2 layers"):
         load_bottleneck(tiny_model(2), folder)
     model = load_bottleneck(contract.backbone("bert"), folder)
-    with pytest.raises(DroppeftError, match="has bottlenecks already; load it anew"):
+    with pytest.raises(DroppeftError, match="already has bottlenecks; load the model again"):
         load_bottleneck(model, folder)
 
 
-def test_what_cannot_be_merged_says_so() -> None:
+def test_types_that_cannot_be_merged_are_refused() -> None:
     with pytest.raises(DroppeftError, match="type bottleneck cannot be merged into the backbone"):
         merged(Attached(CASE).model)
     with pytest.raises(DroppeftError, match="type prefix_tuning cannot be merged"):
         merged(Attached(contract.case("prefix_tuning", "bert")).model)
 
 
-def test_the_loading_lines_name_what_exists() -> None:
+def test_loading_names_existing_functions() -> None:
     for name in ("bottleneck", "lora"):
         names: dict[str, Any] = {}
         exec(loading_of(name).import_line, names)
         assert callable(eval(loading_of(name).function, names))
 
 
-def test_places_chosen_in_another_order_are_the_same_adapter() -> None:
+def test_the_order_of_places_does_not_matter() -> None:
     one, other = (
         Attached(Case("bottleneck", "bert", {"width": 4, "targets": targets})).model
         for targets in (("attention", "feed_forward"), ("feed_forward", "attention"))

@@ -20,7 +20,7 @@ from tiny import FAMILIES, tiny_model
 SPEC = AdapterSpec((LayerAdapter("lora", 2),) * 4, alpha=16.0)
 
 
-def wear(family: str = "bert") -> tuple[nn.Module, Parameters]:
+def attached(family: str = "bert") -> tuple[nn.Module, Parameters]:
     backbone = tiny_model(4, family)
     model = attach(backbone, SPEC, find_blocks(backbone)[0], 0)
     return model, trainable_by_layer(model, find_blocks(model)[0])
@@ -28,7 +28,7 @@ def wear(family: str = "bert") -> tuple[nn.Module, Parameters]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tensor_belongs_to_the_block_that_holds_it(family: str) -> None:
-    model, groups = wear(family)
+    model, groups = attached(family)
     path, blocks = find_blocks(model)
     holder = {
         id(value): layer for layer, block in enumerate(blocks) for value in block.parameters()
@@ -41,7 +41,7 @@ def test_a_tensor_belongs_to_the_block_that_holds_it(family: str) -> None:
     assert list(groups) == [0, 1, 2, 3, HEAD]
 
 
-def test_a_layer_is_known_by_its_whole_number_and_the_whole_path() -> None:
+def test_a_layer_is_found_by_its_whole_index_and_path() -> None:
     assert layer_of("encoder.layer.10.dense.weight", "encoder.layer") == 10
     assert layer_of("encoder.layer_norm.1.weight", "encoder.layer") == OTHER
     assert layer_of("other.encoder.layer.1.weight", "encoder.layer") == OTHER
@@ -66,13 +66,13 @@ def test_groups_come_in_order_of_depth_and_without_frozen_tensors() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_can_be_written_into_another_model(family: str) -> None:
-    _, source = wear(family)
+def test_tensors_can_be_written_into_another_model(family: str) -> None:
+    _, source = attached(family)
     with torch.no_grad():
         for number, value in enumerate(v for named in source.values() for v in named.values()):
             value.copy_(torch.linspace(number, number + 1, value.numel()).reshape(value.shape))
     sent = get_tensors(source)
-    _, target = wear(family)
+    _, target = attached(family)
     set_tensors(target, sent)
     for key, named in source.items():
         assert list(target[key]) == list(named)
@@ -80,19 +80,19 @@ def test_what_is_read_can_be_written_into_another_model(family: str) -> None:
     assert {array.dtype for _, _, array in flatten(sent)} == {np.dtype(np.float32)}
 
 
-def test_what_is_read_is_a_copy() -> None:
-    _, parameters = wear()
+def test_tensors_are_copies() -> None:
+    _, parameters = attached()
     sent = get_tensors(parameters)
-    kept = {name: array.copy() for _, name, array in flatten(sent)}
+    copies = {name: array.copy() for _, name, array in flatten(sent)}
     with torch.no_grad():
         for named in parameters.values():
             for value in named.values():
                 value.add_(1.0)
-    assert all(np.array_equal(array, kept[name]) for _, name, array in flatten(sent))
+    assert all(np.array_equal(array, copies[name]) for _, name, array in flatten(sent))
 
 
-def test_what_is_not_named_stays() -> None:
-    _, parameters = wear()
+def test_tensors_that_are_not_given_do_not_change() -> None:
+    _, parameters = attached()
     before = get_tensors(parameters)
     set_tensors(parameters, {2: {name: array + 1 for name, array in before[2].items()}})
     for key, named in get_tensors(parameters).items():
@@ -103,8 +103,8 @@ def test_what_is_not_named_stays() -> None:
 
 
 @pytest.mark.parametrize("mistake", ["name", "shape"])
-def test_what_does_not_fit_is_refused_and_nothing_is_written(mistake: str) -> None:
-    _, parameters = wear()
+def test_tensors_that_do_not_fit_are_refused_and_nothing_is_written(mistake: str) -> None:
+    _, parameters = attached()
     before = get_tensors(parameters)
     name = next(iter(before[3]))
     good = {key: {n: array + 1 for n, array in named.items()} for key, named in before.items()}
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(mistake: str) -> No
     else:
         good[3][name] = good[3][name].T
         shapes = (before[3][name].shape[::-1], before[3][name].shape)
-        message = f"tensor {name} has shape {shapes[0]}, the model's is {shapes[1]}"
+        message = f"tensor {name} has shape {shapes[0]} instead of {shapes[1]}"
     with pytest.raises(DroppeftError) as caught:
         set_tensors(parameters, good)
     assert str(caught.value) == message
@@ -131,7 +131,7 @@ def test_a_tensor_under_two_names_is_refused(kind: str) -> None:
     elif kind == "parameter":
         second.weight = first.weight
     else:
-        # Another object that sees the same memory, transposed.
+        # A different object with the same memory, transposed.
         second.weight = nn.Parameter(first.get_parameter("weight").detach().t())
-    with pytest.raises(DroppeftError, match=r"^h\.1\.weight and h\.0\.weight are one tensor"):
+    with pytest.raises(DroppeftError, match=r"^h\.1\.weight and h\.0\.weight are the same tensor"):
         trainable_by_layer(nn.ModuleDict({"h": layers}), "h")

@@ -1,4 +1,4 @@
-"""What may be said of an adapter, and in which words the rest is refused."""
+"""Settings and options of adapters, and the messages for those that are refused."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from droppeft.messages import AdapterSpec, LayerAdapter
 USABLE = [name for name, kind in TYPES.items() if kind.kind != "refused"]
 
 
-def refusal(*words: str) -> str:
+def refusal(*overrides: str) -> str:
     with pytest.raises(DroppeftError) as caught:
-        check(adapter_spec(load_config(None, words).adapter, 2))
+        check(adapter_spec(load_config(None, overrides).adapter, 2))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_a_type_alone_is_enough(name: str) -> None:
+def test_a_type_needs_no_other_setting(name: str) -> None:
     config = load_config(None, [f"adapter.type={name}"])
     assert check(adapter_spec(config.adapter, 2)) == name
 
@@ -46,7 +46,7 @@ def test_a_type_has_its_own_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "setting"),
+    ("overrides", "setting"),
     [
         (("adapter.type=ia3", "adapter.rank=4"), "rank"),
         (("adapter.type=hra", "adapter.alpha=4"), "alpha"),
@@ -59,14 +59,16 @@ def test_a_type_has_its_own_defaults() -> None:
     ],
 )
 def test_a_setting_that_a_type_does_not_have_is_refused(
-    words: tuple[str, ...], setting: str
+    overrides: tuple[str, ...], setting: str
 ) -> None:
-    name = words[0].partition("type=")[2] or "lora"
-    assert refusal(*words) == f"adapter.{setting}: type {name} has no such setting; leave it out"
+    name = overrides[0].partition("type=")[2] or "lora"
+    assert (
+        refusal(*overrides) == f"adapter.{setting}: type {name} has no such setting; leave it out"
+    )
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (
             ("adapter.options.init_weight=true", "adapter.type=ia3"),
@@ -87,8 +89,8 @@ def test_a_setting_that_a_type_does_not_have_is_refused(
         ),
     ],
 )
-def test_an_option_that_does_not_fit_is_refused(words: tuple[str, ...], message: str) -> None:
-    assert refusal(*words) == message
+def test_an_option_that_does_not_fit_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    assert refusal(*overrides) == message
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,10 @@ def test_an_option_that_does_not_fit_is_refused(words: tuple[str, ...], message:
         "task_type",
     ],
 )
-def test_options_that_reach_beyond_layers_are_closed(option: str) -> None:
+def test_options_that_affect_more_than_layers_are_closed(option: str) -> None:
     assert refusal(f"adapter.options.{option}=x") == (
-        f"adapter.options.{option} cannot be set: droppeft sets it, or it would touch more than "
-        "single layers"
+        f"adapter.options.{option} cannot be set: droppeft sets it, or it affects more than single "
+        "layers"
     )
 
 
@@ -122,11 +124,11 @@ def test_no_closed_option_is_open() -> None:
 
 @pytest.mark.parametrize("value", ["2020-01-01", "[1, 2]", "{ a = 1 }"])
 def test_an_option_is_a_plain_value(value: str) -> None:
-    with pytest.raises(DroppeftError, match=r"^adapter\.options: x must be a number, true or"):
+    with pytest.raises(DroppeftError, match=r"^adapter\.options: x must be a number, true, false"):
         load_config(None, [f"adapter.options.x={value}"])
 
 
-def test_options_come_from_file_and_words(tmp_path: Any) -> None:
+def test_options_come_from_file_and_overrides(tmp_path: Any) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[adapter]\ntype = "oft"\n[adapter.options]\ncoft = true\neps = 1e-4\n')
     config = load_config(path, ["adapter.options.oft_block_size=4"])
@@ -135,34 +137,43 @@ def test_options_come_from_file_and_words(tmp_path: Any) -> None:
     assert checked_options("oft", spec.options) == {"coft": True, "eps": 1e-4, "oft_block_size": 4}
 
 
-def test_a_word_that_only_looks_like_an_option_is_unknown() -> None:
+def test_a_misspelt_option_table_is_unknown() -> None:
     with pytest.raises(DroppeftError, match=r"^unknown key adapter\.option\.x; did you mean"):
         load_config(None, ["adapter.option.x=1"])
 
 
-def one(name: str, **fields: Any) -> LayerAdapter:
+def layer(name: str, **fields: Any) -> LayerAdapter:
     return LayerAdapter(name, **fields)
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ((None, None), "an adapter needs a layer to sit in"),
+        ((None, None), "no layer has an adapter; at least one must have one"),
         (
-            (one("lora", rank=1), one("ia3")),
-            "an adapter is of one type in all layers, not ia3, lora",
+            (layer("lora", rank=1), layer("ia3")),
+            "an adapter must have the same type in all layers, not ia3, lora",
         ),
-        ((one("lora", rank=0), None), "adapter.rank must be 1 or more"),
-        ((one("lora", rank=4), one("lora")), "adapter.type=lora needs adapter.rank in every layer"),
-        ((one("bottleneck"),), "adapter.type=bottleneck needs adapter.width in every layer"),
-        ((one("prompt_tuning"),), "adapter.type=prompt_tuning needs adapter.tokens in every layer"),
+        ((layer("lora", rank=0), None), "adapter.rank must be 1 or more"),
         (
-            (one("hira", rank=2), one("hira", rank=4)),
-            "adapter.type=hira has one rank for all layers, not one for each",
+            (layer("lora", rank=4), layer("lora")),
+            "adapter.type=lora needs adapter.rank in every layer that has an adapter",
+        ),
+        (
+            (layer("bottleneck"),),
+            "adapter.type=bottleneck needs adapter.width in every layer that has an adapter",
+        ),
+        (
+            (layer("prompt_tuning"),),
+            "adapter.type=prompt_tuning needs adapter.tokens in every layer that has an adapter",
+        ),
+        (
+            (layer("hira", rank=2), layer("hira", rank=4)),
+            "adapter.type=hira must have the same rank in all layers",
         ),
     ],
 )
-def test_layers_that_do_not_go_together_are_refused(
+def test_specifications_that_are_impossible_are_refused(
     layers: tuple[LayerAdapter | None, ...], message: str
 ) -> None:
     with pytest.raises(DroppeftError) as caught:
@@ -171,6 +182,6 @@ def test_layers_that_do_not_go_together_are_refused(
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "prompt_tuning"])
-def test_prompts_are_in_every_layer_alike(name: str) -> None:
-    with pytest.raises(DroppeftError, match="is in every layer alike or in none"):
-        check(AdapterSpec((one(name), None), tokens=2))
+def test_prompts_must_be_in_every_layer(name: str) -> None:
+    with pytest.raises(DroppeftError, match="must be the same in every layer"):
+        check(AdapterSpec((layer(name), None), tokens=2))

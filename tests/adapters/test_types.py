@@ -1,4 +1,4 @@
-"""Every type of peft has a place in the table, and every usable type keeps the contract."""
+"""Every type of peft is in the table, and every type that can be used satisfies the contract."""
 
 import json
 from collections.abc import Mapping
@@ -70,12 +70,12 @@ def label(value: Any) -> str:
     return f"{value.name}-{value.family}{bits}"
 
 
-def test_every_type_of_peft_has_a_place() -> None:
-    """A new version of peft with a new type ends here: look at it, and add a line to TYPES."""
+def test_every_type_of_peft_is_in_the_table() -> None:
+    """If a new version of peft has a new type, look at it and add an entry to TYPES."""
     assert {kind.value.lower() for kind in PeftType} | {BOTTLENECK} == TYPES.keys()
 
 
-def test_every_type_says_what_it_is() -> None:
+def test_every_type_has_a_title_and_a_source() -> None:
     assert all(kind.title and kind.source for kind in TYPES.values())
     titles = [kind.title for kind in TYPES.values()]
     assert len(set(titles)) == len(titles)
@@ -101,14 +101,14 @@ def test_the_contract_on_a_quantised_backbone(name: str, quantization: str) -> N
 
 
 @pytest.mark.parametrize("case", QUANTISED, ids=label)
-def test_what_else_works_on_a_quantised_backbone(case: Case) -> None:
-    contract.a_dropped_layer_is_left_alone(case)
+def test_other_types_on_a_quantised_backbone(case: Case) -> None:
+    contract.a_dropped_layer_does_not_change(case)
     contract.quantised_weights_count_as_their_values(case)
 
 
 @pytest.mark.parametrize("name", contract.USABLE)
 def test_the_record_is_up_to_date(name: str) -> None:
-    """docs/adapters.json; python tests/adapter_contract.py writes it."""
+    """Run python tests/adapter_contract.py to update docs/adapters.json."""
     assert RECORDED["none"][name] == {
         family: contract.outcome(contract.case(name, family)) for family in FAMILIES
     }
@@ -149,7 +149,7 @@ def test_a_refused_type_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", NOT_QUANTISED, ids=label)
-def test_what_is_refused_on_a_quantised_backbone_does_not_work_there(
+def test_types_refused_on_a_quantised_backbone_do_not_work(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = contract.backbone(case.family, case.quantization)
@@ -157,8 +157,8 @@ def test_what_is_refused_on_a_quantised_backbone_does_not_work_there(
     with pytest.raises(DroppeftError) as caught:
         Attached(case, base=base)
     assert str(caught.value) == (
-        f"adapter.type={case.name} does not work on weights of {case.quantization[0]} bits: "
-        f"{NOT_ON[case.quantization][case.name]}; set quantization=none, or take "
+        f"adapter.type={case.name} does not work with {case.quantization[0]}-bit weights: "
+        f"{NOT_ON[case.quantization][case.name]}; set quantization=none, or choose "
         f"{', '.join(contract.usable_on(case.quantization))}"
     )
     assert contract.same(contract.copies(base), before)
@@ -188,30 +188,32 @@ def test_an_unknown_type_gets_a_hint(name: str, hint: str) -> None:
     assert str(caught.value) == f"adapter.type={name} is unknown; {hint}"
 
 
-def test_what_is_refused_for_its_task_head_cannot_train_one() -> None:
+def test_types_refused_for_the_task_head_cannot_train_one() -> None:
     for name in ("adaption_prompt", "trainable_tokens", "xlora"):
         assert "modules_to_save" not in config_class(name).__dataclass_fields__
 
 
 @pytest.mark.parametrize("name", ["lily", "tinylora", "unilora", "vblora"])
-def test_what_is_refused_for_its_ties_has_them(name: str) -> None:
+def test_types_refused_for_tied_tensors_have_them(name: str) -> None:
     options = {"vblora": {"vector_length": 8}}.get(name, {})
     config = config_class(name)(task_type="SEQ_CLS", target_modules=["query"], **options)
     model = get_peft_model(tiny_model(3), config)
-    with pytest.raises(DroppeftError, match="are one tensor: it belongs to no single layer"):
+    with pytest.raises(
+        DroppeftError, match="are the same tensor, which belongs to no single layer"
+    ):
         trainable_by_layer(model, find_blocks(model)[0])
 
 
 @pytest.mark.parametrize("name", ["poly", "multitask_prompt_tuning"])
-def test_what_is_refused_for_its_task_numbers_needs_them(name: str) -> None:
+def test_types_refused_for_task_ids_need_them(name: str) -> None:
     options = {"poly": {"target_modules": ["query"]}}.get(name, {"num_virtual_tokens": 2})
     config = config_class(name)(task_type="SEQ_CLS", **options)
     model = get_peft_model(tiny_model(3), config)
     with pytest.raises(ValueError, match="task_ids"):
-        contract.answer(model)
+        contract.forward(model)
 
 
-def test_cpt_is_for_causal_language_models_alone() -> None:
+def test_cpt_is_only_for_causal_language_models() -> None:
     with pytest.raises(ValueError, match="CAUSAL_LM"):
         peft.CPTConfig(task_type="SEQ_CLS")
 
@@ -227,18 +229,18 @@ def test_a_type_whose_tensors_are_tied_is_refused_whatever_the_table_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(TYPES, "vblora", AdapterType("layered", "VB-LoRA", "for this test"))
-    with pytest.raises(DroppeftError, match="are one tensor"):
+    with pytest.raises(DroppeftError, match="are the same tensor"):
         Attached(Case("vblora", "bert", {"options": {"vector_length": 8}}))
 
 
 @pytest.mark.parametrize(
     ("name", "wrong_kind", "message"),
     [
-        ("prompt_tuning", "layered", "trains nothing in layer 0 of this model"),
-        ("lora", "global", "trains nothing in layer other of this model"),
+        ("prompt_tuning", "layered", "has no trainable tensor in layer 0 of this model"),
+        ("lora", "global", "has no trainable tensor in layer other of this model"),
     ],
 )
-def test_a_type_in_the_wrong_place_of_the_table_is_noticed(
+def test_a_type_of_the_wrong_kind_is_refused(
     name: str, wrong_kind: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = replace(TYPES[name], kind=wrong_kind)
@@ -249,8 +251,8 @@ def test_a_type_in_the_wrong_place_of_the_table_is_noticed(
 
 
 @pytest.mark.parametrize(("name", "family"), [("loha", "gpt2"), ("osf", "gpt2"), ("loha", "llama")])
-def test_a_model_that_does_not_fit_stays_as_it_was(name: str, family: str) -> None:
-    """peft notices at the first module, or not at all, or in the middle of its work."""
+def test_a_model_that_does_not_fit_does_not_change(name: str, family: str) -> None:
+    """peft raises an error at the first module, at a later one, or not at all."""
     base = contract.backbone(family)
     if family == "llama":
         base.set_submodule("model.layers.1.self_attn.v_proj", Conv1D(32, 32))
@@ -261,8 +263,8 @@ def test_a_model_that_does_not_fit_stays_as_it_was(name: str, family: str) -> No
     assert torch.equal(contract.logits(base), plain)
 
 
-def test_a_new_architecture_with_old_modules_has_their_defaults() -> None:
-    """peft knows no targets of (IA)³ for XLM-RoBERTa, which is RoBERTa with another vocabulary."""
+def test_an_architecture_with_the_modules_of_another_has_its_defaults() -> None:
+    """peft has no targets of (IA)³ for XLM-RoBERTa, which has the modules of RoBERTa."""
     base = tiny_model(2, "roberta")
     expected = sorted(trainable(base))
     config = XLMRobertaConfig(
@@ -286,13 +288,13 @@ def trainable(base: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["lora", "loha", "lokr", "delora"])
-def test_layers_may_have_ranks_of_their_own(name: str, tmp_path: Path) -> None:
+def test_ranks_may_differ_by_layer(name: str, tmp_path: Path) -> None:
     spec = AdapterSpec(
         (LayerAdapter(name, 2), None, LayerAdapter(name, 4)), targets=("all-linear",)
     )
     attached = Attached(Case(name, "bert", {}), spec)
     assert list(attached.groups) == [0, 2, "head"]
-    alone = {
+    uniform = {
         rank: Attached(
             Case(name, "bert", {}), replace(spec, layers=(LayerAdapter(name, rank),) * 3)
         )
@@ -300,7 +302,7 @@ def test_layers_may_have_ranks_of_their_own(name: str, tmp_path: Path) -> None:
     }
     for layer, rank in ((0, 2), (2, 4)):
         shapes = {key: value.shape for key, value in attached.groups[layer].items()}
-        assert shapes == {key: v.shape for key, v in alone[rank].groups[layer].items()}
+        assert shapes == {key: v.shape for key, v in uniform[rank].groups[layer].items()}
     attached.scramble()
     export_adapter(attached.model, tmp_path, "card")
     plain = contract.backbone("bert")
@@ -327,15 +329,17 @@ def test_feed_forward_modules_of_ia3_scale_their_input() -> None:
 
 
 def test_a_prefix_changes_every_layer_and_no_other() -> None:
-    """What enters layer 1 depends on the prefix of layer 0 and not on its own."""
+    """The input of layer 1 depends on the prefix of layer 0, but not on that of layer 1."""
     attached = Attached(contract.case("prefix_tuning", "bert"))
-    entering = []
+    inputs = []
     for layer in (None, 0, 1):
         if layer is not None:
             [value] = attached.groups[layer].values()
             value.data.add_(1.0)
         with torch.no_grad():
-            hidden = contract.answer(attached.model.eval(), output_hidden_states=True).hidden_states
-        entering.append(hidden[1])
-    assert not torch.equal(entering[0], entering[1])
-    assert torch.equal(entering[1], entering[2])
+            hidden = contract.forward(
+                attached.model.eval(), output_hidden_states=True
+            ).hidden_states
+        inputs.append(hidden[1])
+    assert not torch.equal(inputs[0], inputs[1])
+    assert torch.equal(inputs[1], inputs[2])

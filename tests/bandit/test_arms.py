@@ -1,4 +1,4 @@
-"""Arms: rates with the mean they say, and nothing impossible among the candidates."""
+"""Arms: their rates have the given mean, and all candidates are possible."""
 
 import pytest
 from hypothesis import given
@@ -19,26 +19,26 @@ SIX = Depth(layers=6, frozen=0, protect_first=1, protect_last=1)
 TWELVE = Depth(layers=12, frozen=0, protect_first=0, protect_last=1)
 
 
-def test_an_arm_without_a_prefix_has_the_typical_rates() -> None:
+def test_without_untrained_layers_an_arm_has_the_rates_of_its_shape() -> None:
     assert arm_rates(Arm(0.5, "uniform", 0.0), SIX, None) == pytest.approx(
         (0, 0.75, 0.75, 0.75, 0.75, 0)
     )
 
 
 def test_layers_before_the_first_trained_are_never_dropped() -> None:
-    """Six of twelve are trained, of those the last is protected: 6 · .25 over five layers."""
+    """Six of twelve layers are trained, and the last is protected: 6 · .25 over five layers."""
     arm = Arm(0.25, "uniform", 0.5)
     assert first_trained(arm, TWELVE) == 6
     assert arm_rates(arm, TWELVE, None) == pytest.approx((0,) * 6 + (0.3,) * 5 + (0,))
 
 
-def test_a_prefix_comes_behind_the_frozen_layers() -> None:
+def test_untrained_layers_are_above_the_frozen_ones() -> None:
     depth = Depth(layers=12, frozen=4, protect_first=0, protect_last=0)
     assert first_trained(Arm(0.0, "uniform", 0.5), depth) == 8
     assert arm_rates(Arm(0.5, "uniform", 0.0), depth, None) == (0.0,) * 4 + (0.5,) * 8
 
 
-def test_what_matters_least_is_dropped_most() -> None:
+def test_the_least_important_layer_is_dropped_most() -> None:
     """Inverse importances 1, 1/2, 1/4 and 1 share 4 · .25."""
     depth = Depth(layers=4, frozen=0, protect_first=0, protect_last=0)
     arm = Arm(0.25, IMPORTANCE, 0.0)
@@ -47,7 +47,7 @@ def test_what_matters_least_is_dropped_most() -> None:
 
 
 @pytest.mark.parametrize("unknown", [None, [1.0, 0.0, 2.0, 1.0]])
-def test_importance_that_is_not_known_is_uniform(unknown: list[float] | None) -> None:
+def test_unknown_importance_gives_uniform_rates(unknown: list[float] | None) -> None:
     depth = Depth(layers=4, frozen=0, protect_first=0, protect_last=0)
     assert arm_rates(Arm(0.25, IMPORTANCE, 0.0), depth, unknown) == (0.25,) * 4
 
@@ -60,10 +60,10 @@ def test_importance_that_is_not_known_is_uniform(unknown: list[float] | None) ->
     st.lists(st.floats(0.01, 10), min_size=24, max_size=24),
 )
 def test_the_mean_is_exact_over_the_trained_layers(
-    layers: int, mean: float, shape: str, prefix: float, importance: list[float]
+    layers: int, mean: float, shape: str, untrained: float, importance: list[float]
 ) -> None:
     depth = Depth(layers, 0, 0, 0)
-    arm = Arm(mean, shape, prefix)
+    arm = Arm(mean, shape, untrained)
     lower = first_trained(arm, depth)
     if lower == layers:
         with pytest.raises(DroppeftError, match="trains no layer"):
@@ -90,7 +90,7 @@ def test_candidates_are_the_possible_combinations_each_once() -> None:
     )
 
 
-def test_prefixes_of_the_same_layers_are_one() -> None:
+def test_equal_shares_of_untrained_layers_are_one_candidate() -> None:
     found = candidates((0.0,), ("uniform",), (0.5, 0.51, 0.0, 0.02), SIX)
     assert found == (Arm(0.0, "uniform", 0.5), Arm(0.0, "uniform", 0.0))
 
@@ -111,6 +111,6 @@ def test_neighbours_differ_in_one_thing_and_are_possible() -> None:
     assert set(full) == {Arm(0.125, "uniform", 0.0), Arm(0.0, "uniform", 1 / 6)}
 
 
-def test_labels_are_for_people() -> None:
+def test_labels_describe_arms() -> None:
     assert Arm(0.0, "uniform", 0.0).label == "nothing dropped"
     assert Arm(0.25, "decay", 0.5).label == "25% dropped (decay), first 50% not trained"

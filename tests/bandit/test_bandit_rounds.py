@@ -1,4 +1,4 @@
-"""The bandit on a run: instructions by arm, seconds by the clock, nothing learnt from failures."""
+"""The bandit in rounds and runs: instructions of arms, modelled seconds, and learning."""
 
 import json
 from dataclasses import replace
@@ -36,9 +36,9 @@ from handmade import (
     LAYERS,
     REST,
     Scripted,
-    answer_to,
     instruction_for,
     setup_for,
+    update_for,
 )
 from runs import Recorder, outcome, rows_of, stop_after_a_round
 
@@ -48,17 +48,16 @@ MEASURED = "configurator.reward=loss"
 UNPROTECTED = ("dropout.protect_first=0", "dropout.protect_last=0")
 
 
-def setup(*words: str) -> Setup:
-    return setup_for(THOMPSON, MEASURED, *UNPROTECTED, "rounds=40", *words)
+def setup(*overrides: str) -> Setup:
+    return setup_for(THOMPSON, MEASURED, *UNPROTECTED, "rounds=40", *overrides)
 
 
-def given(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[Arm]:
-    return [arm for _, arm in numbered(setup, state, round, cohort)]
+def arms_of(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[Arm]:
+    arms = memory_of(state).arms
+    return [arms[number] for number in numbers_of(setup, state, round, cohort)]
 
 
-def numbered(
-    setup: Setup, state: ServerState, round: int, cohort: list[int]
-) -> list[tuple[int, Arm]]:
+def numbers_of(setup: Setup, state: ServerState, round: int, cohort: list[int]) -> list[int]:
     return federated.arms_of_round(setup, state.model, memory_of(state), round, cohort)
 
 
@@ -69,12 +68,12 @@ def memory_of(state: ServerState) -> BanditMemory:
 
 
 def learnt(setup: Setup) -> ServerState:
-    """After two rounds in which every arm was tried, with rewards that say little."""
+    """The state after two rounds in which every arm was tried, with uninformative rewards."""
     state = DROPPEFT.init(setup)
     for round in (1, 2):
         instructions = DROPPEFT.instruct(setup, state, round, list(range(6)))
         rewards = [
-            answer_to(instruction, reward=0.1 * (instruction.client % 3))
+            update_for(instruction, reward=0.1 * (instruction.client % 3))
             for instruction in instructions
         ]
         state = as_saved(DROPPEFT.merge(setup, state, instructions, rewards))
@@ -86,10 +85,10 @@ def as_saved(state: ServerState) -> ServerState:
     return replace(state, memory=decode_memory(values, DropPEFTMemory))
 
 
-# instructions
+# Instructions
 
 
-def test_fixed_instructions_what_was_planned_without_a_bandit() -> None:
+def test_a_fixed_policy_uses_the_configured_rates() -> None:
     fixed = setup_for("dropout.mean=0.25")
     state = DROPPEFT.init(fixed)
     assert state.memory == DropPEFTMemory()
@@ -100,14 +99,16 @@ def test_fixed_instructions_what_was_planned_without_a_bandit() -> None:
     assert DROPPEFT.note(fixed, state) is None
 
 
-def test_a_instruction_drops_and_trains_what_its_arm_says() -> None:
-    own = setup("configurator.reward_rows=7")
-    state = learnt(own)
+def test_an_instruction_drops_and_trains_what_its_arm_says() -> None:
+    run_setup = setup("configurator.reward_rows=7")
+    state = learnt(run_setup)
     seen = set()
     for round in range(3, 20):
         cohort = [0, 3, 7]
-        instructions = DROPPEFT.instruct(own, state, round, cohort)
-        for instruction, arm in zip(instructions, given(own, state, round, cohort), strict=True):
+        instructions = DROPPEFT.instruct(run_setup, state, round, cohort)
+        for instruction, arm in zip(
+            instructions, arms_of(run_setup, state, round, cohort), strict=True
+        ):
             lower = 2 if arm.untrained else 0
             seen.add(arm)
             assert instruction.dropout is not None
@@ -117,7 +118,7 @@ def test_a_instruction_drops_and_trains_what_its_arm_says() -> None:
             assert not any(instruction.dropout.rates[:lower])
             assert first_trained_layer(instruction) == lower
             assert instruction.reward_rows == 7
-            assert len(instruction.tensors) == LAYERS + 1  # every value travels to the client
+            assert len(instruction.tensors) == LAYERS + 1  # the client gets all values
             if lower:
                 assert (
                     instruction.train == instruction.share == {"head.W", "layer.2.A", "layer.3.A"}
@@ -126,107 +127,110 @@ def test_a_instruction_drops_and_trains_what_its_arm_says() -> None:
 
 
 def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
-    own = setup()
-    state = learnt(own)
-    first = given(own, state, 1, [1, 2, 3])
-    assert given(own, as_saved(state), 1, [1, 2, 3]) == first
-    several = [given(own, state, round, [1, 2, 3]) for round in range(1, 9)]
+    run_setup = setup()
+    state = learnt(run_setup)
+    first = arms_of(run_setup, state, 1, [1, 2, 3])
+    assert arms_of(run_setup, as_saved(state), 1, [1, 2, 3]) == first
+    several = [arms_of(run_setup, state, round, [1, 2, 3]) for round in range(1, 9)]
     assert len(set(map(tuple, several))) > 2
     other = setup("seed=1")
-    assert [given(other, state, round, [1, 2, 3]) for round in range(1, 9)] != several
+    assert [arms_of(other, state, round, [1, 2, 3]) for round in range(1, 9)] != several
 
 
 def test_a_schedule_holds_for_every_arm() -> None:
-    own = setup("rounds=10", "dropout.schedule=recovery")
-    state = DROPPEFT.init(own)
-    late = DROPPEFT.instruct(own, state, 9, [0, 1, 2])
+    run_setup = setup("rounds=10", "dropout.schedule=recovery")
+    state = DROPPEFT.init(run_setup)
+    late = DROPPEFT.instruct(run_setup, state, 9, [0, 1, 2])
     assert all(
         instruction.dropout is not None and not any(instruction.dropout.rates)
         for instruction in late
     )
 
 
-def test_random_measures_nothing() -> None:
-    own = setup_for("configurator.policy=uniform_random", *UNPROTECTED)
-    state = DROPPEFT.init(own)
-    instructions = DROPPEFT.instruct(own, state, 1, [0, 1, 2])
+def test_the_random_policy_measures_no_rewards() -> None:
+    run_setup = setup_for("configurator.policy=uniform_random", *UNPROTECTED)
+    state = DROPPEFT.init(run_setup)
+    instructions = DROPPEFT.instruct(run_setup, state, 1, [0, 1, 2])
     assert {instruction.reward_rows for instruction in instructions} == {0}
 
 
 # What is learnt
 
 
-def test_rewards_count_for_the_arm_that_the_client_had() -> None:
-    own = setup()
-    state = DROPPEFT.init(own)
+def test_a_reward_counts_for_the_arm_of_its_client() -> None:
+    run_setup = setup()
+    state = DROPPEFT.init(run_setup)
     cohort = [0, 1, 2, 3, 4]
-    instructions = DROPPEFT.instruct(own, state, 1, cohort)
+    instructions = DROPPEFT.instruct(run_setup, state, 1, cohort)
     rewards = [0.1, None, 0.3, 0.4, 0.5]
     replies = [
-        answer_to(instruction, reward=reward)
+        update_for(instruction, reward=reward)
         for instruction, reward in zip(instructions, rewards, strict=True)
     ]
     replies[2] = Failure(2, "asleep")  # type: ignore[call-overload]
-    after = as_saved(DROPPEFT.merge(own, state, instructions, replies))
-    numbers = [number for number, _ in numbered(own, state, 1, cohort)]
+    after = as_saved(DROPPEFT.merge(run_setup, state, instructions, replies))
+    numbers = numbers_of(run_setup, state, 1, cohort)
     observations = memory_of(after).observations
-    assert [(one.arm, one.reward) for one in observations] == [
+    assert [(each.arm, each.reward) for each in observations] == [
         (numbers[0], 0.1),
         (numbers[3], 0.4),
         (numbers[4], 0.5),
     ]
-    note = DROPPEFT.note(own, after)
+    note = DROPPEFT.note(run_setup, after)
     assert note is not None
     assert note["chosen"] == {str(client): number for client, number in enumerate(numbers)}
     assert sum(note["trials"]) == 3
     assert set(note["labels"]) == {str(number) for number in note["present"]}
 
 
-def test_a_round_of_failures_shows_nothing() -> None:
-    own = setup()
-    state = DROPPEFT.init(own)
-    instructions = DROPPEFT.instruct(own, state, 1, [0, 1])
+def test_a_round_of_failures_teaches_nothing() -> None:
+    run_setup = setup()
+    state = DROPPEFT.init(run_setup)
+    instructions = DROPPEFT.instruct(run_setup, state, 1, [0, 1])
     after = DROPPEFT.merge(
-        own, state, instructions, [Failure(instruction.client, "x") for instruction in instructions]
+        run_setup,
+        state,
+        instructions,
+        [Failure(instruction.client, "x") for instruction in instructions],
     )
     known, before = memory_of(after), memory_of(state)
     assert replace(known, tried=before.tried) == before
-    assert known.tried == {number for number, _ in numbered(own, state, 1, [0, 1])}
+    assert known.tried == {*numbers_of(run_setup, state, 1, [0, 1])}
 
 
-def test_importance_is_of_the_layers_that_were_trained_and_ran() -> None:
-    """Layers 2 and 3 alone are trained by client 1; layer 2 does not run on client 0."""
-    own = setup()
-    state = DROPPEFT.init(own)
-    whole, part = instruction_for(0), instruction_for(1)
+def test_importance_is_a_mean_over_clients_that_ran_and_trained_the_layer() -> None:
+    """Client 1 trains only layers 2 and 3; on client 0 layer 2 does not run."""
+    run_setup = setup()
+    state = DROPPEFT.init(run_setup)
+    whole, part = instruction_for(0, arm=0), instruction_for(1, arm=0)
     names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
     part = replace(part, train=names, share=names)
     updates = [
-        answer_to(whole, importance=(1.0, 2.0, 0.0, 4.0), active_steps=(2, 2, 0, 2)),
-        answer_to(part, importance=(0.0, 0.0, 5.0, 8.0), active_steps=(2, 2, 2, 2)),
+        update_for(whole, importance=(1.0, 2.0, 0.0, 4.0), active_steps=(2, 2, 0, 2)),
+        update_for(part, importance=(0.0, 0.0, 5.0, 8.0), active_steps=(2, 2, 2, 2)),
     ]
-    memory = federated.learned(own, state.model, memory_of(state), [whole, part], updates)[0]
+    memory = federated.learned(run_setup, state.model, memory_of(state), [whole, part], updates)[0]
     assert memory.importance == (1.0, 2.0, 5.0, 6.0)
     assert memory.row_length == 64 / 8
 
 
-# What arms take
+# Modelled costs of arms
 
 
 @pytest.mark.parametrize(
     "sharing", [(), ("sharing.fraction=0.5", "configurator.untrained=[0, 0.25, 0.75]")]
 )
-def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) -> None:
-    """Ten steps of 16 rows: what is expected is a turn whose rows and gates are the mean ones.
+def test_expected_seconds_are_those_of_the_modelled_clock(sharing: tuple[str, ...]) -> None:
+    """Ten steps of 16 rows; rows and gates of the expected local training are the mean ones.
 
-    Of the layers that an arm trains half travel up, halves rounded up: the lowest here.
+    Half of the layers that an arm trains are uploaded, rounded up; here the lowest ones.
     """
-    own = setup("training.local_steps=10", "clock.profiles=laptop_cpu", *sharing)
-    state = DROPPEFT.init(own)
+    run_setup = setup("training.local_steps=10", "clock.profiles=laptop_cpu", *sharing)
+    state = DROPPEFT.init(run_setup)
     memory = replace(memory_of(state), row_length=8.0)
-    assert own.clock is not None
+    assert run_setup.clock is not None
     for arm in memory.arms.values():
-        instruction = _instruction_of(own, state, arm)
+        instruction = _instruction_of(run_setup, state, arm)
         lower = first_trained_layer(instruction)
         rates = instruction.dropout.rates if instruction.dropout else ()
         tokens = 10 * 16 * 8
@@ -235,30 +239,34 @@ def test_seconds_are_those_that_the_clock_will_charge(sharing: tuple[str, ...]) 
             shared = range(lower, lower + (LAYERS - lower + 1) // 2)
             sent = {key: instruction.tensors[key] for key in (*shared, HEAD)}
             update = replace(update, tensors=sent)
-        charged = own.clock.client_cost(instruction, update)
-        profile = own.clock.fleet.profile(0)
-        expected = arm_costs.local_training_seconds(own, state.model, memory, 1, arm, profile)
-        # The instruction is a first one, which brings all layers: later ones bring those of last
-        # time.
-        more = payload_bytes(instruction.tensors) - typical_bytes(own.config, state.model.tensors)
+        charged = run_setup.clock.client_cost(instruction, update)
+        profile = run_setup.clock.fleet.profile(0)
+        expected = arm_costs.local_training_seconds(run_setup, state.model, memory, 1, arm, profile)
+        # A first instruction brings all layers; later ones bring those that were shared.
+        more = payload_bytes(instruction.tensors) - typical_bytes(
+            run_setup.config, state.model.tensors
+        )
         assert (more > 0) == bool(sharing)
         later = charged.total_s - more * seconds_per_byte(profile.download)
         assert expected == pytest.approx(later, rel=1e-10)
-        # By hand: per token forward below, both above, head and embeddings always.
+        # By hand, per token: forward in untrained layers; forward and backward in trained layers,
+        # in the head and in the embeddings.
         active = sum(1 - rate for rate in rates[lower:])
         flops = tokens * (lower * FORWARD + active * (FORWARD + BACKWARD) + 2 * REST)
         assert charged.train_s == pytest.approx(flops / 3e11 + 10 * 0.02, rel=1e-6)
 
 
-def _instruction_of(own: Setup, state: ServerState, arm: Arm) -> Instruction:
+def _instruction_of(run_setup: Setup, state: ServerState, arm: Arm) -> Instruction:
     memory = replace(memory_of(state), arms={0: arm})
     only = replace(state, memory=replace(state.memory, bandit=memory))
-    [instruction] = DROPPEFT.instruct(own, only, 1, [0])
+    [instruction] = DROPPEFT.instruct(run_setup, only, 1, [0])
     return instruction
 
 
 def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -> Update:
-    update = answer_to(instruction, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160)
+    update = update_for(
+        instruction, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160
+    )
     cost = replace(
         update.cost,
         tokens=tokens,
@@ -270,8 +278,8 @@ def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -
 
 
 def with_memory_limits(*limits: float) -> Setup:
-    """One profile for each number of bytes."""
-    own = {
+    """A setup with one device profile for each memory limit in bytes."""
+    tables = {
         f"kind{place}": {
             "effective_flops_per_s": 1e12,
             "memory_bytes": limit,
@@ -283,13 +291,13 @@ def with_memory_limits(*limits: float) -> Setup:
         for place, limit in enumerate(limits)
     }
     plain = setup()
-    profiles = {name: DeviceProfile.model_validate(one) for name, one in own.items()}
-    clock = plain.config.clock.model_copy(update={"own": profiles, "profiles": tuple(profiles)})
+    profiles = {name: DeviceProfile.model_validate(table) for name, table in tables.items()}
+    clock = plain.config.clock.model_copy(update={"custom": profiles, "profiles": tuple(profiles)})
     config = plain.config.model_copy(update={"clock": clock})
     fleet = make_fleet(clock, config.clients, config.seed)
-    # Each layer stores a megabyte, the rest nothing.
+    # Each layer stores one megabyte of activations, all else nothing.
     counts = [
-        replace(count, blocks=tuple(replace(one, stored_bytes=10**6) for one in count.blocks))
+        replace(count, blocks=tuple(replace(block, stored_bytes=10**6) for block in count.blocks))
         for count in ARITHMETIC.counts
     ]
     stored = replace(ARITHMETIC, counts=tuple(counts))
@@ -300,54 +308,57 @@ PROCESS = 500_000_000
 
 
 def test_an_arm_that_does_not_fit_is_never_given() -> None:
-    """Two megabytes: two of four layers at a time, and no more."""
-    own = with_memory_limits(PROCESS + 2.5e6, PROCESS + 1e9)
-    state = DROPPEFT.init(own)
-    assert own.clock is not None
-    small = [client for client in range(10) if own.clock.fleet.names[client] == "kind0"]
+    """Two megabytes are enough for two of four layers at a time."""
+    run_setup = with_memory_limits(PROCESS + 2.5e6, PROCESS + 1e9)
+    state = DROPPEFT.init(run_setup)
+    assert run_setup.clock is not None
+    small = [client for client in range(10) if run_setup.clock.fleet.names[client] == "kind0"]
     assert len(small) == 5
-    for policy in (*POLICIES,):
-        chosen = own.config.configurator.model_copy(update={"policy": policy})
-        other = replace(own, config=own.config.model_copy(update={"configurator": chosen}))
+    for policy in POLICIES:
+        chosen = run_setup.config.configurator.model_copy(update={"policy": policy})
+        other = replace(
+            run_setup, config=run_setup.config.model_copy(update={"configurator": chosen})
+        )
         for round in range(1, 15):
-            for arm in given(other, state, round, small):
+            for arm in arms_of(other, state, round, small):
                 lower = 2 if arm.untrained else 0
                 assert (LAYERS - lower) * (1 - arm.mean) <= 2
 
 
-def test_a_client_that_no_arm_fits_stops_the_run() -> None:
-    said = "no arm of the configurator fits a kind0: the least takes 0.50 GB, it has 0.50; lower"
-    with pytest.raises(DroppeftError, match=said):
+def test_a_client_that_no_arm_fits_is_an_error() -> None:
+    message = (
+        "no arm of the configurator fits the memory of kind0: the smallest needs 0.50 GB of 0.50"
+    )
+    with pytest.raises(DroppeftError, match=message):
         DROPPEFT.init(with_memory_limits(PROCESS + 0.5e6))
 
 
-def test_a_client_without_the_memory_for_the_last_rounds_stops_the_run() -> None:
-    """At full depth only an arm with a prefix fits, and there is none."""
+def test_a_client_without_the_memory_for_the_last_rounds_is_an_error() -> None:
+    """At full depth only an arm with untrained layers fits, and there is none."""
     fits = with_memory_limits(PROCESS + 2.5e6)
-    words = {"prefixes": (0.0,)}
-    settings = fits.config.configurator.model_copy(update=words)
+    settings = fits.config.configurator.model_copy(update={"untrained": (0.0,)})
     config = fits.config.model_copy(update={"configurator": settings})
     DROPPEFT.init(replace(fits, config=config))
     recovers = config.dropout.model_copy(update={"schedule": "recovery"})
-    with pytest.raises(DroppeftError, match="no arm of the configurator fits a kind0"):
+    with pytest.raises(DroppeftError, match="no arm of the configurator fits the memory of kind0"):
         DROPPEFT.init(replace(fits, config=config.model_copy(update={"dropout": recovers})))
 
 
 def test_slower_clients_get_cheaper_arms() -> None:
-    """Once it is known that dropping costs little: the cohort finishes together."""
-    own = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
-    state = DROPPEFT.init(own)
+    """After it was learnt that dropping costs little reward, the cohort finishes together."""
+    run_setup = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
+    state = DROPPEFT.init(run_setup)
     for round in range(1, 30):
-        instructions = DROPPEFT.instruct(own, state, round, list(range(10)))
-        arms = given(own, state, round, list(range(10)))
+        instructions = DROPPEFT.instruct(run_setup, state, round, list(range(10)))
+        arms = arms_of(run_setup, state, round, list(range(10)))
         replies = [
-            answer_to(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.untrained)
+            update_for(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.untrained)
             for instruction, arm in zip(instructions, arms, strict=True)
         ]
-        state = as_saved(DROPPEFT.merge(own, state, instructions, replies))
-    assert own.clock is not None
-    names = own.clock.fleet.names
-    last = given(own, state, 30, list(range(10)))
+        state = as_saved(DROPPEFT.merge(run_setup, state, instructions, replies))
+    assert run_setup.clock is not None
+    names = run_setup.clock.fleet.names
+    last = arms_of(run_setup, state, 30, list(range(10)))
     work = {
         name: np.mean([1 - arm.mean for place, arm in enumerate(last) if names[place] == name])
         for name in ("jetson_tx2", "jetson_agx_xavier")
@@ -355,18 +366,18 @@ def test_slower_clients_get_cheaper_arms() -> None:
     assert work["jetson_tx2"] < work["jetson_agx_xavier"]
 
 
-def test_clients_can_be_taken_as_alike() -> None:
-    """Then which of them is slow changes nothing."""
-    words = ("training.local_steps=100", "configurator.by_profile=false")
-    mixed = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", *words)
-    turned = setup("clock.profiles=jetson_agx_xavier,jetson_tx2", *words)
+def test_without_profiles_all_clients_are_alike() -> None:
+    """Which of them is slow then makes no difference."""
+    overrides = ("training.local_steps=100", "configurator.by_profile=false")
+    mixed = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", *overrides)
+    swapped = setup("clock.profiles=jetson_agx_xavier,jetson_tx2", *overrides)
     state = learnt(mixed)
     for round in range(1, 9):
         cohort = list(range(10))
-        assert given(mixed, state, round, cohort) == given(turned, state, round, cohort)
-    by_class = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", words[0])
+        assert arms_of(mixed, state, round, cohort) == arms_of(swapped, state, round, cohort)
+    by_profile = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", overrides[0])
     assert any(
-        given(by_class, state, round, [0, 1, 2]) != given(mixed, state, round, [0, 1, 2])
+        arms_of(by_profile, state, round, [0, 1, 2]) != arms_of(mixed, state, round, [0, 1, 2])
         for round in range(1, 9)
     )
 
@@ -376,40 +387,40 @@ def test_without_a_clock_there_is_no_bandit() -> None:
         DROPPEFT.init(replace(setup(), clock=None))
 
 
-def test_impossible_arms_stop_before_anything_is_written() -> None:
+def test_impossible_arms_are_an_error() -> None:
     with pytest.raises(DroppeftError, match="no arm of the configurator is possible"):
         DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.untrained=[0]"))
 
 
-def test_no_arm_is_given_that_ends_behind_the_deadline() -> None:
-    """Where a client has none in time it may have any."""
-    words = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
-    plain = setup(*words)
+def test_an_arm_that_misses_the_deadline_is_not_given() -> None:
+    """If a client has no arm that meets the deadline, it may have any."""
+    overrides = ("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
+    plain = setup(*overrides)
     state = learnt(plain)
     memory = memory_of(state)
     assert plain.clock is not None
     fleet = plain.clock.fleet
-    slow = next(d for d in range(10) if fleet.names[d] == "jetson_tx2")
-    takes = dict(
+    slow = next(client for client in range(10) if fleet.names[client] == "jetson_tx2")
+    seconds = dict(
         zip(
             memory.arms.values(),
             arm_costs.seconds_of(plain, state.model, memory, 3, fleet.profile(slow)),
             strict=True,
         )
     )
-    middle = sorted(takes.values())[2]
-    tight = setup(*words, f"clock.deadline_s={middle + 1e-6}")
+    middle = sorted(seconds.values())[2]
+    tight = setup(*overrides, f"clock.deadline_s={middle + 1e-6}")
     for round in range(3, 20):
-        [arm] = given(tight, state, round, [slow])
-        assert takes[arm] <= middle
-    never = setup(*words, "clock.deadline_s=0.001")
-    assert given(never, state, 3, [slow])
+        [arm] = arms_of(tight, state, round, [slow])
+        assert seconds[arm] <= middle
+    never = setup(*overrides, "clock.deadline_s=0.001")
+    assert arms_of(never, state, 3, [slow])
 
 
-def test_prompts_have_no_prefixes() -> None:
-    """They stand before the first layer: all others have a backward."""
-    own = setup("adapter.type=prompt_tuning")
-    arms = memory_of(DROPPEFT.init(own)).arms.values()
+def test_prompts_have_no_untrained_layers() -> None:
+    """They are inputs of the first layer, so that all layers need a backward pass."""
+    run_setup = setup("adapter.type=prompt_tuning")
+    arms = memory_of(DROPPEFT.init(run_setup)).arms.values()
     assert {arm.untrained for arm in arms} == {0.0}
     state = learnt(setup("adapter.type=prompt_tuning", "configurator.refresh=1"))
     assert {arm.untrained for arm in memory_of(state).arms.values()} == {0.0}
@@ -418,68 +429,71 @@ def test_prompts_have_no_prefixes() -> None:
     assert first_trained_layer(replace(instruction, tensors=prompt)) == 0
 
 
-def test_rounds_at_a_schedule_s_full_depth_show_nothing_of_arms() -> None:
-    own = setup("dropout.schedule=recovery", "configurator.refresh=1")
-    state = learnt(own)
-    instructions = DROPPEFT.instruct(own, state, 39, [0, 1, 2])
+def test_rounds_at_full_depth_teach_nothing_about_arms() -> None:
+    run_setup = setup("dropout.schedule=recovery", "configurator.refresh=1")
+    state = learnt(run_setup)
+    instructions = DROPPEFT.instruct(run_setup, state, 39, [0, 1, 2])
     assert {instruction.reward_rows for instruction in instructions} == {0}
     after = DROPPEFT.merge(
-        own,
+        run_setup,
         state,
         instructions,
-        [answer_to(instruction, reward=9.0) for instruction in instructions],
+        [update_for(instruction, reward=9.0) for instruction in instructions],
     )
     assert memory_of(after).arms == memory_of(state).arms
-    assert 9.0 not in [one.reward for one in memory_of(after).observations]
+    assert 9.0 not in [each.reward for each in memory_of(after).observations]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_where_nothing_is_measured_nothing_is_tried(policy: str) -> None:
-    own = setup("dropout.schedule=recovery", f"configurator.policy={policy}")
-    state = learnt(own)
-    arms = {tuple(given(own, state, round, [0, 1, 2])) for round in range(30, 40)}
+def test_rounds_at_full_depth_explore_nothing(policy: str) -> None:
+    run_setup = setup("dropout.schedule=recovery", f"configurator.policy={policy}")
+    state = learnt(run_setup)
+    arms = {tuple(arms_of(run_setup, state, round, [0, 1, 2])) for round in range(30, 40)}
     assert len(arms) == 1
 
 
-def test_new_arms_are_such_as_the_configuration_has() -> None:
-    words = (
+def test_new_arms_have_configured_shapes_and_untrained_layers() -> None:
+    overrides = (
         "configurator.untrained=[0]",
         'configurator.shapes=["decay"]',
         "configurator.refresh=1",
     )
-    own = setup(*words)
-    state = learnt(own)
+    run_setup = setup(*overrides)
+    state = learnt(run_setup)
     for round in range(3, 12):
-        instructions = DROPPEFT.instruct(own, state, round, list(range(6)))
+        instructions = DROPPEFT.instruct(run_setup, state, round, list(range(6)))
         rewards = [
-            answer_to(instruction, reward=0.1 * (instruction.client % 3))
+            update_for(instruction, reward=0.1 * (instruction.client % 3))
             for instruction in instructions
         ]
-        state = as_saved(DROPPEFT.merge(own, state, instructions, rewards))
+        state = as_saved(DROPPEFT.merge(run_setup, state, instructions, rewards))
         arms = memory_of(state).arms.values()
         assert {arm.untrained for arm in arms} == {0.0}
-        assert {arm.shape for arm in arms} <= {"uniform", "decay"}  # nothing dropped is uniform
+        assert {arm.shape for arm in arms} <= {
+            "uniform",
+            "decay",
+        }  # without dropout the shape is uniform
     assert memory_of(state).next_number > 5
 
 
-def test_arms_that_fit_nobody_are_no_candidates() -> None:
-    own = with_memory_limits(PROCESS + 2.5e6)
-    state = DROPPEFT.init(own)
+def test_arms_that_fit_no_client_are_no_candidates() -> None:
+    run_setup = with_memory_limits(PROCESS + 2.5e6)
+    state = DROPPEFT.init(run_setup)
     for arm in memory_of(state).arms.values():
         assert (LAYERS - 2 * bool(arm.untrained)) * (1 - arm.mean) <= 2
 
 
 def test_a_round_without_clients_leaves_no_note() -> None:
-    own = setup()
-    state = learnt(own)
-    assert DROPPEFT.note(own, state) is not None
-    after = DROPPEFT.merge(own, state, [], [])
+    run_setup = setup()
+    state = learnt(run_setup)
+    assert DROPPEFT.note(run_setup, state) is not None
+    after = DROPPEFT.merge(run_setup, state, [], [])
     assert memory_of(after) == memory_of(state)
-    assert DROPPEFT.note(own, after) is None
+    assert DROPPEFT.note(run_setup, after) is None
 
 
 def test_a_bandwidth_that_varies_takes_longer_than_its_mean() -> None:
-    """Half of the draws of N(1, 2.25²) are cut off at 1 MB/s; found by drawing."""
+    """Half of the draws of N(1, 2.25²) are clipped at 1 MB/s; the mean is found by sampling."""
     link = PROFILES["jetson_tx2"].upload
     drawn = np.random.default_rng(0).normal(link.mean, link.deviation, 200_000)
     expected = np.mean(1 / np.clip(drawn, link.least, link.most))
@@ -488,46 +502,51 @@ def test_a_bandwidth_that_varies_takes_longer_than_its_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["configurator.untrained=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"]
+    "override",
+    ["configurator.untrained=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"],
 )
-def test_shares_are_shares(word: str) -> None:
-    with pytest.raises(DroppeftError, match=r"configurator\.(means|prefixes)"):
-        load_config(None, [word])
+def test_shares_outside_their_range_are_refused(override: str) -> None:
+    with pytest.raises(DroppeftError, match=r"configurator\.(means|untrained)"):
+        load_config(None, [override])
 
 
 # Rounds and runs
 
 
 def test_the_order_of_arrival_does_not_matter() -> None:
-    own = setup("configurator.refresh=2")
+    run_setup = setup("configurator.refresh=2")
 
-    def play(*, backwards: bool) -> BanditMemory:
-        state = DROPPEFT.init(own)
+    def memory_after(*, backwards: bool) -> BanditMemory:
+        state = DROPPEFT.init(run_setup)
         for round in range(1, 7):
             transport = Scripted(
-                lambda instruction: [answer_to(instruction, reward=0.1 * (instruction.client % 4))],
+                lambda instruction: [
+                    update_for(instruction, reward=0.1 * (instruction.client % 4))
+                ],
                 backwards=backwards,
             )
-            state, _ = run_round(own, DROPPEFT, transport, state, round, lambda reply: None)
+            state, _ = run_round(run_setup, DROPPEFT, transport, state, round, lambda reply: None)
         return memory_of(state)
 
-    memory = play(backwards=False)
-    assert memory.next_number > len(memory.arms)  # some arm was exchanged
-    assert memory == play(backwards=True)
+    memory = memory_after(backwards=False)
+    assert memory.next_number > len(memory.arms)  # some arm was replaced
+    assert memory == memory_after(backwards=True)
 
 
 @pytest.mark.parametrize("reward", ["agreement", "loss"])
-def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
-    tiny_words: list[str], tmp_path: Path, reward: str
+def test_a_resumed_run_continues_with_the_saved_memory(
+    tiny_overrides: list[str], tmp_path: Path, reward: str
 ) -> None:
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [*typical, THOMPSON, f"configurator.reward={reward}", *UNPROTECTED, "rounds=5"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
-    stop_after_a_round(words, tmp_path / "run")
+    other = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    overrides = [*other, THOMPSON, f"configurator.reward={reward}", *UNPROTECTED, "rounds=5"]
+    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
+    stop_after_a_round(overrides, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     rows = rows_of(tmp_path / "whole" / "rounds.jsonl")
-    assert all(row["notes"]["chosen"].keys() == {str(d) for d in row["cohort"]} for row in rows)
+    assert all(
+        row["notes"]["chosen"].keys() == {str(client) for client in row["cohort"]} for row in rows
+    )
     assert all(0 <= row["idle_modelled_share"] < 1 for row in rows)
     clients = rows_of(tmp_path / "whole" / "clients.jsonl")
     measured = [row["reward"] is not None and row["reward_modelled_s"] > 0 for row in clients]
@@ -538,16 +557,18 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_knew(
 
 
 @pytest.mark.parametrize("policy", ["epsilon_greedy", "successive_halving", "uniform_random"])
-def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: Path) -> None:
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [
-        *typical,
+def test_every_policy_completes_a_run(
+    policy: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    other = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    overrides = [
+        *other,
         f"configurator.policy={policy}",
         MEASURED,
         *UNPROTECTED,
         "configurator.stage=1",
     ]
-    start_run(load_config(None, words), tmp_path / "run", Recorder())
+    start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     notes = [row["notes"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     present = [len(note["present"]) for note in notes]
     halves = policy == "successive_halving"
@@ -556,8 +577,8 @@ def test_every_policy_plays_a_run(policy: str, tiny_words: list[str], tmp_path: 
     assert all((row["reward"] is None) == (policy == "uniform_random") for row in clients)
 
 
-def test_what_an_untrained_layer_costs_is_its_forward() -> None:
-    """The clock, on an instruction that trains from layer 2 up."""
+def test_an_untrained_layer_costs_its_forward_pass() -> None:
+    """The modelled clock, for an instruction that trains the layers from 2 on."""
     names = frozenset({"head.W", "layer.2.A", "layer.3.A"})
     instruction = instruction_for(0, train=names, share=names)
     assert first_trained_layer(instruction) == 2
@@ -566,7 +587,7 @@ def test_what_an_untrained_layer_costs_is_its_forward() -> None:
     config = resolve(load_config(None, ["clients=1", "cohort_size=1"]), cuda=False)
     clock = config.clock.model_copy(update={"profiles": ("laptop_cpu",)})
     fleet = make_fleet(clock, 1, 0)
-    update = answer_to(instruction, active_steps=(2, 2, 2, 2))
+    update = update_for(instruction, active_steps=(2, 2, 2, 2))
     update = replace(update, cost=replace(update.cost, layer_tokens=(64,) * 4))
     charged = make_clock(fleet, lambda spec: ARITHMETIC).client_cost(instruction, update).train_s
     flops = 64 * (2 * FORWARD + 2 * (FORWARD + BACKWARD) + 2 * REST)

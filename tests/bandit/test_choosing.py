@@ -1,4 +1,4 @@
-"""One arm per client, for the most reward per second of the whole round."""
+"""Choosing one arm per client so that the reward per second of the round is largest."""
 
 import itertools
 
@@ -21,10 +21,13 @@ def together(scores: list[list[float]], seconds: list[list[float]], **more: obje
 
 
 def test_a_cohort_finishes_together() -> None:
-    """Fast: whole arm 2 s, slow: whole 8 s, thin 2 s. Both whole 2 / 8; one each (1 + .6) / 2."""
+    """Arm 0 takes the clients 2 s and 8 s, arm 1 takes the slow one 2 s.
+
+    Both with arm 0: 2 / 8 per second; one with each: (1 + .6) / 2.
+    """
     scores = [[1.0, 0.6], [1.0, 0.6]]
     assert together(scores, [[2.0, 0.5], [8.0, 2.0]]) == [0, 1]
-    # Where thin gains little the slow one is waited for: 1.05 / 2 < 2 / 3.
+    # If arm 1 has little reward, it is better to wait for the slow client: 1.05 / 2 < 2 / 3.
     assert together([[1.0, 0.05]] * 2, [[2.0, 0.5], [3.0, 2.0]]) == [0, 0]
 
 
@@ -32,16 +35,16 @@ def test_a_fast_client_has_time_for_the_better_arm() -> None:
     assert together([[0.2, 1.0], [1.0, 0.9]], [[1.0, 4.0], [4.0, 4.0]]) == [1, 0]
 
 
-def test_a_client_that_explores_takes_what_it_must_and_the_others_know_it() -> None:
-    """The first takes 8 s whatever it gains: now the other may take the longer arm."""
+def test_a_forced_arm_is_taken_and_the_others_use_its_time() -> None:
+    """The first client is forced to take 8 s, so that the other may take the longer arm."""
     seconds = [[8.0, 1.0], [6.0, 1.0]]
     assert together([[0.1, 1.0], [1.5, 1.0]], seconds) == [1, 1]
     assert together([[FORCED, 1.0], [1.5, 1.0]], seconds) == [0, 0]
     assert together([[FORCED, 1.0], [1.0, FORCED]], seconds) == [0, 1]
 
 
-def test_what_explorers_are_expected_to_yield_counts() -> None:
-    """One gains 1 in 1 s anyhow: 1.5 / 1 is more than 2 / 1.9."""
+def test_the_expected_reward_of_a_forced_arm_counts() -> None:
+    """The forced client gets 1 in 1 s, and 1.5 / 1 is more than 2 / 1.9."""
     scores, seconds = [[FORCED, 0.0, 0.0], [0.0, 1.0, 0.5]], [[1.0, 9.0, 9.0], [9.0, 1.9, 1.0]]
     assert together(scores, seconds, expected=[1.0, 1.0, 0.5]) == [0, 2]
     assert together(scores, seconds, expected=[0.0, 1.0, 0.5]) == [0, 1]
@@ -56,16 +59,16 @@ def test_an_arm_that_does_not_fit_is_never_taken() -> None:
         together([[1.0]], [[1.0]], fits=[[False]])
 
 
-def test_without_costs_the_best_score_is_taken() -> None:
+def test_without_seconds_the_best_score_is_taken() -> None:
     assert together([[0.1, 0.9]], [[1.0, 100.0]], by_cost=False) == [1]
 
 
-def test_where_nothing_is_gained_the_cheapest_is_taken() -> None:
+def test_without_positive_scores_the_fastest_arm_is_taken() -> None:
     assert together([[-1.0, -0.5], [-3.0, -9.0]], [[2.0, 1.0], [2.0, 1.0]]) == [1, 1]
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10_000))
-def test_it_is_the_best_of_all_choices(clients: int, arms: int, seed: int) -> None:
+def test_the_choice_is_the_best_of_all_choices(clients: int, arms: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     scores = np.maximum(rng.normal(0.5, 0.5, (clients, arms)), LEAST)
     seconds = rng.uniform(0.5, 5, (clients, arms))

@@ -1,4 +1,4 @@
-"""A model that starts behind its prefix computes what the whole model computes."""
+"""A model that starts after its frozen layers computes what the whole model computes."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ ONE_STACK = [case for case in CASES if len(find_stacks(contract.build(case))) ==
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Configurations as small as these draw warnings about tokens they have no room for."""
+    """transformers warns that special tokens exceed the small vocabularies of these models."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -29,22 +29,22 @@ def bert() -> nn.Module:
     return contract.build(case)
 
 
-def words(rows: int = 2, length: int = 5) -> dict[str, torch.Tensor]:
+def token_batch(rows: int = 2, length: int = 5) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.arange(rows * length).reshape(rows, length) + 3}
 
 
 @pytest.mark.parametrize("case", ONE_STACK, ids=lambda case: case.name)
-def test_states_stand_for_the_prefix_in_every_architecture(case: Case) -> None:
+def test_states_replace_the_frozen_layers_in_every_architecture(case: Case) -> None:
     model, columns = contract.build(case), contract.batch(case)
     expected = contract.hidden(model(**columns))
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
         for depth in range(1, len(blocks)):
-            prefix = FrozenLayers(model, blocks, depth)
-            prefix.open(gates)
-            states = prefix.states(columns)
+            frozen = FrozenLayers(model, blocks, depth)
+            frozen.open(gates)
+            states = frozen.states(columns)
             gates.reset_executed()
-            prefix.skip(gates, (True,) * len(blocks), states)
+            frozen.skip(gates, (True,) * len(blocks), states)
             found = contract.hidden(model(**columns))
             assert torch.equal(found, expected), depth
             assert gates.executed == (0,) * depth + (1,) * (len(blocks) - depth)
@@ -54,37 +54,37 @@ def test_the_rest_of_the_model_does_not_run_for_states() -> None:
     model = bert()
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
-        FrozenLayers(model, blocks, 2).states(words())
+        FrozenLayers(model, blocks, 2).states(token_batch())
         assert gates.executed == (1, 1, 0)
 
 
-def test_the_prefix_has_no_dropout_of_its_own_and_modes_are_put_back() -> None:
+def test_frozen_layers_run_without_dropout_and_modes_are_restored() -> None:
     model = bert()
     _, blocks = find_blocks(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    prefix = FrozenLayers(model, blocks, 2)
-    expected = prefix.states(words())
+    frozen = FrozenLayers(model, blocks, 2)
+    expected = frozen.states(token_batch())
     model.train()
     blocks[0].eval()
     modes = [module.training for module in model.modules()]
-    assert torch.equal(prefix.states(words()), expected)
+    assert torch.equal(frozen.states(token_batch()), expected)
     assert [module.training for module in model.modules()] == modes
     assert any(modes)
     assert not all(modes)
 
 
-def test_nothing_below_the_prefix_has_a_gradient_and_layers_above_can_be_dropped() -> None:
+def test_frozen_layers_have_no_gradient_and_later_layers_can_be_dropped() -> None:
     model = bert()
     _, blocks = find_blocks(model)
-    prefix = FrozenLayers(model, blocks, 1)
+    frozen = FrozenLayers(model, blocks, 1)
     with gated(blocks) as gates:
-        states = prefix.states(words())
+        states = frozen.states(token_batch())
         assert not states.requires_grad
-        prefix.skip(gates, (True, False, True), states)
+        frozen.skip(gates, (True, False, True), states)
         assert gates.active == (False, False, True)
-        contract.hidden(model(**words())).sum().backward()
+        contract.hidden(model(**token_batch())).sum().backward()
         assert gates.executed == (1, 0, 1)
     trained = {name for name, value in model.named_parameters() if value.grad is not None}
     assert any(name.startswith("encoder.layer.2.") for name in trained)
@@ -92,7 +92,7 @@ def test_nothing_below_the_prefix_has_a_gradient_and_layers_above_can_be_dropped
     assert not [name for name in trained if name.startswith(below)]
 
 
-def test_an_error_inside_the_prefix_is_not_swallowed() -> None:
+def test_an_error_inside_the_frozen_layers_is_raised() -> None:
     model = bert()
     _, blocks = find_blocks(model)
     with pytest.raises(IndexError):

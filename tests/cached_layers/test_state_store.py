@@ -1,4 +1,4 @@
-"""States on disk: bounded, whole or absent, and of no other turn than an earlier one."""
+"""States on disk: limited, complete or absent, and of earlier rounds only."""
 
 import stat
 from pathlib import Path
@@ -15,7 +15,7 @@ def states(value: float, tokens: int = 4) -> torch.Tensor:
 
 
 def opened(folder: Path, round: int, content: str = "a", limit: int = 1 << 20) -> StateStore:
-    return StateStore(folder / "device-0", content, round, StateCache("fp16", limit))
+    return StateStore(folder / "client-0", content, round, StateCache("fp16", limit))
 
 
 def fill(folder: Path, round: int, *digests: str, content: str = "a", limit: int = 1 << 20) -> None:
@@ -25,7 +25,7 @@ def fill(folder: Path, round: int, *digests: str, content: str = "a", limit: int
     store.flush()
 
 
-def test_a_later_turn_finds_what_an_earlier_one_kept(tmp_path: Path) -> None:
+def test_a_later_round_finds_the_states_of_an_earlier_one(tmp_path: Path) -> None:
     fill(tmp_path, 3, "x", "y")
     store = opened(tmp_path, 4)
     found = store.get("y")
@@ -35,7 +35,7 @@ def test_a_later_turn_finds_what_an_earlier_one_kept(tmp_path: Path) -> None:
     assert store.get("z") is None
 
 
-def test_within_a_turn_states_are_there_before_and_after_they_are_written(tmp_path: Path) -> None:
+def test_states_can_be_read_before_and_after_they_are_written(tmp_path: Path) -> None:
     store = opened(tmp_path, 1)
     store.put("x", states(5))
     assert torch.equal(store.get("x"), states(5))  # type: ignore[arg-type]
@@ -46,23 +46,23 @@ def test_within_a_turn_states_are_there_before_and_after_they_are_written(tmp_pa
 
 
 @pytest.mark.parametrize("round", [2, 1])
-def test_a_turn_that_is_played_again_finds_nothing_of_itself(tmp_path: Path, round: int) -> None:
+def test_a_repeated_round_does_not_find_its_own_states(tmp_path: Path, round: int) -> None:
     fill(tmp_path, 2, "x")
     store = opened(tmp_path, round)
     assert store.get("x") is None
     assert store.bytes == 0
 
 
-def test_states_of_another_content_are_gone(tmp_path: Path) -> None:
+def test_states_of_another_content_are_deleted(tmp_path: Path) -> None:
     fill(tmp_path, 1, "x", content="a")
     fill(tmp_path, 2, "y", content="b")
     store = opened(tmp_path, 3, "b")
     assert store.get("x") is None
     assert store.get("y") is not None
-    assert len(list((tmp_path / "device-0").iterdir())) == 1
+    assert len(list((tmp_path / "client-0").iterdir())) == 1
 
 
-def test_the_oldest_go_when_there_is_no_room(tmp_path: Path) -> None:
+def test_the_oldest_are_deleted_at_the_limit(tmp_path: Path) -> None:
     fill(tmp_path, 1, "x")
     limit = int(2.5 * opened(tmp_path, 2).bytes)
     for round, digest in enumerate("yz", start=2):
@@ -72,12 +72,12 @@ def test_the_oldest_go_when_there_is_no_room(tmp_path: Path) -> None:
     assert [store.get(digest) is not None for digest in "xyz"] == [False, True, True]
 
 
-def test_what_exceeds_the_limit_by_itself_is_not_kept(tmp_path: Path) -> None:
+def test_a_file_above_the_limit_is_not_written(tmp_path: Path) -> None:
     fill(tmp_path, 1, "x", limit=10)
     assert opened(tmp_path, 2, limit=10).bytes == 0
 
 
-def test_much_is_written_in_parts(tmp_path: Path) -> None:
+def test_many_states_are_written_in_several_files(tmp_path: Path) -> None:
     store = opened(tmp_path, 1, limit=4 * SEGMENT_BYTES)
     large = torch.zeros(SEGMENT_BYTES // 16 // 2 + 1, 8, dtype=torch.float16)
     for digest in "abcd":
@@ -87,26 +87,26 @@ def test_much_is_written_in_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 64, b"short"])
-def test_a_damaged_file_is_as_if_it_were_not_there(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_file_is_deleted(tmp_path: Path, damage: bytes) -> None:
     fill(tmp_path, 1, "x")
-    [path] = (tmp_path / "device-0").iterdir()
+    [path] = (tmp_path / "client-0").iterdir()
     path.write_bytes(damage)
     store = opened(tmp_path, 2)
     assert store.get("x") is None
     assert not path.exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
-    (tmp_path / "device-0").write_text("a file where the folder should be")
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "client-0").write_text("a file where the folder should be")
     fill(tmp_path, 1, "x")
     assert opened(tmp_path, 2).get("x") is None
 
 
-def test_the_folder_is_the_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_folder(tmp_path: Path) -> None:
     fill(tmp_path, 1, "x")
-    assert stat.S_IMODE((tmp_path / "device-0").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "client-0").stat().st_mode) == 0o700
 
 
-def test_a_digest_tells_where_one_column_ends() -> None:
+def test_a_digest_depends_on_where_a_column_ends() -> None:
     assert digest_of(b"ab", b"c") != digest_of(b"a", b"bc")
     assert digest_of(b"ab") == digest_of(b"ab")

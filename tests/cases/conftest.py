@@ -1,4 +1,4 @@
-"""A model that knows its task, made by a few steps of plain torch."""
+"""A model that is already trained on its task, with a few steps in plain torch."""
 
 import csv
 from pathlib import Path
@@ -11,10 +11,10 @@ from runs import TOPICS
 
 
 @pytest.fixture(scope="session")
-def trained_model(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the tiny model with a head that names each topic of the tiny data."""
+def trained_model(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny model, trained to classify the topics of the tiny data."""
     folder = tmp_path_factory.mktemp("trained") / "model"
-    start, data = (word.partition("=")[2] for word in tiny_words[:2])
+    start, data = (setting.partition("=")[2] for setting in tiny_overrides[:2])
     names = sorted(TOPICS)
     with (Path(data) / "train.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Data files that users of neighbouring libraries stumbled over."""
+"""Data files that cause problems in other libraries."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ happy end,pos
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="A stray quote makes one text of three lines, without a word.",
+    reason="A stray quote joins three lines into one text without a warning.",
 )
-def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
-    """Six rows, or a sentence that names the line of the file or the row that opens the quote."""
+def test_a_stray_quote_joins_no_rows(tmp_path: Path) -> None:
+    """Six rows, or an error that names the line or row with the quote."""
     path = tmp_path / "train.csv"
     path.write_text(STRAY_QUOTES)
     with or_refused(r"\b(line 3|row 2)\b"):

@@ -1,4 +1,4 @@
-"""Layer dropout in training loops, models and trainers that users of similar tools have."""
+"""Layer dropout in training loops, models and trainers of users of similar libraries."""
 
 import copy
 import math
@@ -33,19 +33,19 @@ def batch() -> dict[str, torch.Tensor]:
 
 # What a model with a dropped layer returns
 
-MOVED_UP = pytest.mark.xfail(
+SHIFTED = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="A dropped layer has no entry among the attentions, so later ones move up.",
+    reason="A dropped layer has no entry in the attentions, so later entries are shifted.",
 )
 
 
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param("bert", marks=MOVED_UP),
-        pytest.param("gpt2", marks=MOVED_UP),
-        pytest.param("llama", marks=MOVED_UP),
+        pytest.param("bert", marks=SHIFTED),
+        pytest.param("gpt2", marks=SHIFTED),
+        pytest.param("llama", marks=SHIFTED),
         "deberta-v2",
     ],
 )
@@ -71,7 +71,7 @@ def test_attentions_have_an_entry_per_layer(
     raises=AssertionError,
     reason="The gates of a copy call the blocks of the original.",
 )
-def test_a_copy_answers_by_its_own_weights(
+def test_a_copy_uses_its_own_weights(
     make_copy: Callable[[nn.Module], Any], batch: dict[str, torch.Tensor]
 ) -> None:
     model = tiny_model().train()
@@ -116,7 +116,7 @@ def _has_gradient(module: nn.Module) -> bool:
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="The model's own layerdrop skips half of the layers that the gates leave.",
+    reason="The model's own layerdrop skips half of the layers that the gates let run.",
 )
 def test_a_model_s_own_layerdrop_does_not_add_up() -> None:
     """Two of four layers run in every step, or the model is refused."""
@@ -149,7 +149,7 @@ def test_a_model_s_own_layerdrop_does_not_add_up() -> None:
 
 
 class Trained(NamedTuple):
-    """A step: its loss, gradients by parameter, which gates are open, and which layers learn."""
+    """A step: its loss, gradients by parameter, open gates, and layers with a gradient."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -164,10 +164,10 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contrastive_step(folder: Path, loss_name: str, **settings: int) -> Trained:
-    """One step of a contrastive loss of sentence-transformers, with layer dropout and no other."""
+    """Run a step of a contrastive loss of sentence-transformers with layer dropout only."""
     from sentence_transformers import SentenceTransformer, losses  # slow to import
 
-    model = SentenceTransformer(str(folder), client="cpu").train()
+    model = SentenceTransformer(str(folder), device="cpu").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -190,14 +190,14 @@ CACHED = ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2})
 AT_FULL_DEPTH = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="Where the first forward of a step is without gradients, every layer runs and trains.",
+    reason="If the first forward of a step has no gradients, every layer runs and is trained.",
 )
 
 
 @pytest.mark.parametrize(
     "loss", [PLAIN, pytest.param(CACHED, marks=AT_FULL_DEPTH)], ids=["plain", "cached"]
 )
-def test_layers_with_a_gradient_are_the_open_gates(
+def test_layers_with_a_gradient_have_open_gates(
     embedder: Path, loss: tuple[str, dict[str, int]]
 ) -> None:
     with or_refused("gradient|no_grad"):
@@ -217,11 +217,11 @@ def test_a_loss_in_two_passes_equals_its_plain_form(embedder: Path) -> None:
             assert torch.allclose(gradient, plain.gradients[name], atol=1e-5)
 
 
-# Trainers that compare a model with another forward of it
+# Trainers that compare two forwards of a model
 
 
 def _dpo(folder: Path, out: Path, callbacks: list[Any]) -> float:
-    """DPO's loss before the first step; a model that equals its reference has ln 2."""
+    """Return DPO's first loss minus ln 2, which is 0 if model and reference agree."""
     from trl import DPOConfig, DPOTrainer
 
     rows = {
@@ -239,7 +239,7 @@ def _dpo(folder: Path, out: Path, callbacks: list[Any]) -> float:
 
 
 def _grpo(folder: Path, out: Path, callbacks: list[Any]) -> float:
-    """The share of GRPO's probability ratios that are clipped before the first step."""
+    """Return the share of GRPO's probability ratios that are clipped before the first step."""
     from trl import GRPOConfig, GRPOTrainer
 
     rows = {"prompt": ["Once upon a time"] * 8}
@@ -284,7 +284,7 @@ def _first_log(trainer: Any) -> dict[str, float]:
 
 
 def _documented(trainer: str) -> bool:
-    """Whether users are told of it, where they are told of the callback."""
+    """Whether the documentation of the callback mentions the trainer."""
     return trainer in README.read_text() + (LayerDropoutCallback.__doc__ or "")
 
 
@@ -292,7 +292,7 @@ TRAINERS = {"DPO": _dpo, "GRPO": _grpo}
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_without_layer_dropout_a_trainer_starts_at_its_reference(
+def test_without_layer_dropout_model_and_reference_agree(
     name: str, data_folder: Path, tmp_path: Path
 ) -> None:
     distance = TRAINERS[name](data_folder / "stories260K", tmp_path, [])
@@ -303,12 +303,12 @@ def test_without_layer_dropout_a_trainer_starts_at_its_reference(
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="The reference runs every layer and the trained model some, which nobody is told.",
+    reason="The reference runs every layer, the trained model only some, which is not documented.",
 )
-def test_with_layer_dropout_too_or_users_are_told(
+def test_with_layer_dropout_they_agree_or_it_is_documented(
     name: str, data_folder: Path, tmp_path: Path
 ) -> None:
-    """The same depth for both, a refusal, or a sentence where the callback is documented."""
+    """The same layers run in both, or there is an error, or the documentation mentions it."""
     with or_refused(f"{name}|reference"):
         distance = TRAINERS[name](
             data_folder / "stories260K", tmp_path, [LayerDropoutCallback(0.4)]

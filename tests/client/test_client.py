@@ -1,4 +1,4 @@
-"""A client's turn: what it reads, what it leaves, what it sends."""
+"""Local training of a client: what it reads, sends and leaves unchanged."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,12 +27,12 @@ from droppeft.seeds import seed_for
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import evaluate
 
-# One that peft wraps because it has an adapter, and one that it leaves alone.
+# A weight that peft wraps because it has an adapter, and one that peft does not wrap.
 WRAPPED = "bert.encoder.layer.0.attention.self.query.weight"
 PLAIN = "bert.encoder.layer.2.output.dense.bias"
 
 
-def turn(prepared: Prepared, instruction: Instruction) -> Update:
+def train_client(prepared: Prepared, instruction: Instruction) -> Update:
     clients = clients_of(prepared.loaded)
     return clients[instruction.client].train(instruction)
 
@@ -58,18 +58,18 @@ def delta() -> BaseDelta:
 
 
 def logits(prepared: Prepared) -> torch.Tensor:
-    bench = prepared.model
-    bench.model.eval()
-    batch = bench.task.collate(prepared.test, np.arange(4))
+    client_model = prepared.model
+    client_model.model.eval()
+    batch = client_model.task.collate(prepared.test, np.arange(4))
     with torch.inference_mode():
-        return bench.task.loss_and_logits(bench.model, batch)[1]
+        return client_model.task.loss_and_logits(client_model.model, batch)[1]
 
 
 # The change of the backbone
 
 
 @pytest.mark.parametrize("name", [WRAPPED, PLAIN])
-def test_a_base_delta_is_in_force_inside_only(
+def test_a_base_delta_is_in_force_only_inside_the_context(
     prepared: Prepared, delta: BaseDelta, name: str
 ) -> None:
     model = prepared.model.model
@@ -81,7 +81,7 @@ def test_a_base_delta_is_in_force_inside_only(
     assert torch.equal(logits(prepared), plain)
 
 
-def test_a_base_delta_is_undone_when_the_turn_fails(prepared: Prepared, delta: BaseDelta) -> None:
+def test_a_base_delta_is_undone_when_training_fails(prepared: Prepared, delta: BaseDelta) -> None:
     model = prepared.model.model
     before = bits(model)
     with pytest.raises(RuntimeError, match="lost"), base_delta_applied(model, delta):
@@ -104,20 +104,22 @@ def test_a_base_delta_that_does_not_fit_changes_nothing(
     assert bits(model) == before
 
 
-def test_a_turn_with_a_base_delta_trains_on_the_changed_backbone(
+def test_with_a_base_delta_a_client_trains_on_the_changed_backbone(
     prepared: Prepared, instructions: list[Instruction], delta: BaseDelta
 ) -> None:
     before = bits(prepared.model.model)
-    plain, changed = (turn(prepared, replace(instructions[0], base_delta=d)) for d in (None, delta))
+    plain, changed = (
+        train_client(prepared, replace(instructions[0], base_delta=d)) for d in (None, delta)
+    )
     assert plain.train_loss != changed.train_loss
     assert bits(prepared.model.model) == before
 
 
-# What a turn sends
+# What a client sends
 
 
 def test_an_update_says_what_was_done(prepared: Prepared, instructions: list[Instruction]) -> None:
-    update = turn(prepared, replace(instructions[0], budget=Budget(steps=3)))
+    update = train_client(prepared, replace(instructions[0], budget=Budget(steps=3)))
     assert (update.steps, update.examples) == (3, 12)  # three batches of four rows
     assert update.reward is None
     # mean 0.25 over four layers, exact: one of the two inner layers is dropped in every step
@@ -131,15 +133,15 @@ def test_an_update_says_what_was_done(prepared: Prepared, instructions: list[Ins
     assert 0 < cost.train_wall_s <= cost.total_wall_s
 
 
-def test_a_whole_pass_sees_every_row_once(
-    prepared: Prepared, instructions: list[Instruction]
-) -> None:
-    update = turn(prepared, replace(instructions[0], budget=Budget(epochs=1)))
+def test_an_epoch_uses_every_row_once(prepared: Prepared, instructions: list[Instruction]) -> None:
+    update = train_client(prepared, replace(instructions[0], budget=Budget(epochs=1)))
     assert update.examples == len(prepared.loaded.clients[0].train)
 
 
-def test_a_turn_trains_what_it_sends(prepared: Prepared, instructions: list[Instruction]) -> None:
-    update = turn(prepared, replace(instructions[0], dropout=None))
+def test_all_tensors_that_are_sent_were_trained(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
+    update = train_client(prepared, replace(instructions[0], dropout=None))
     sent = {name: array for _, name, array in flatten(instructions[0].tensors)}
     back = list(flatten(update.tensors))
     assert {name for _, name, _ in back} == instructions[0].share
@@ -152,7 +154,7 @@ def test_a_layer_that_never_ran_is_not_sent(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     dropout = LayerDropout((0.0, 1.0, 0.0, 0.0), "exact")
-    update = turn(prepared, replace(instructions[0], dropout=dropout))
+    update = train_client(prepared, replace(instructions[0], dropout=dropout))
     assert update.active_steps == (2, 0, 2, 2)
     assert update.importance[1] == 0.0
     assert set(update.tensors) == {0, 2, 3, "head"}
@@ -160,12 +162,12 @@ def test_a_layer_that_never_ran_is_not_sent(
 
 def test_only_what_may_travel_is_sent(prepared: Prepared, instructions: list[Instruction]) -> None:
     share = frozenset(instructions[0].tensors[3])
-    update = turn(prepared, replace(instructions[0], share=share, run="00c0ffee"))
+    update = train_client(prepared, replace(instructions[0], share=share, run="00c0ffee"))
     assert set(update.tensors) == {3}
     assert set(update.tensors[3]) == share
 
 
-def test_a_instruction_that_lacks_a_tensor_is_refused(
+def test_an_instruction_that_lacks_a_tensor_is_refused(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     names = frozenset(name for _, name, _ in flatten(instructions[0].tensors))
@@ -174,20 +176,20 @@ def test_a_instruction_that_lacks_a_tensor_is_refused(
         instructions[0], tensors=restrict(instructions[0].tensors, names - {lacking})
     )
     with pytest.raises(DroppeftError, match=r"round 1, client 0: the instruction lacks .*layer.1"):
-        turn(prepared, instruction)
+        train_client(prepared, instruction)
 
 
 def test_the_reward_is_the_decrease_of_the_validation_loss(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    bench, rows = prepared.model, prepared.loaded.clients[0].validation[:3]
+    client_model, rows = prepared.model, prepared.loaded.clients[0].validation[:3]
     assert len(rows) == 3
-    update = turn(prepared, replace(instructions[0], dropout=None, reward_rows=3))
+    update = train_client(prepared, replace(instructions[0], dropout=None, reward_rows=3))
 
     def loss(tensors: object) -> float:
-        set_tensors(bench.parameters, tensors)
+        set_tensors(client_model.parameters, tensors)
         return evaluate(
-            bench.model, clients_of(prepared.loaded)[0].table, rows, bench.task, 64
+            client_model.model, clients_of(prepared.loaded)[0].table, rows, client_model.task, 64
         ).loss
 
     assert update.reward == loss(instructions[0].tensors) - loss(update.tensors)
@@ -199,29 +201,31 @@ def test_tokens_of_the_reward_are_counted(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     table, rows = clients_of(prepared.loaded)[0].table, prepared.loaded.clients[0].validation[:3]
-    update = turn(prepared, replace(instructions[0], reward_rows=3))
+    update = train_client(prepared, replace(instructions[0], reward_rows=3))
     # Two forwards of one batch, padded to its longest row.
     assert update.cost.reward_tokens == 2 * 3 * table.lengths[rows].max()
-    assert turn(prepared, instructions[0]).cost.reward_tokens == 0
+    assert train_client(prepared, instructions[0]).cost.reward_tokens == 0
 
 
 def test_tokens_are_counted_where_a_layer_ran(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     gates = LayerDropout((0.0, 1.0, 0.5, 0.0), "exact")
-    update = turn(prepared, replace(instructions[0], dropout=gates, budget=Budget(steps=9)))
+    update = train_client(prepared, replace(instructions[0], dropout=gates, budget=Budget(steps=9)))
     cost = update.cost
     assert cost.layer_tokens[:2] == (cost.tokens, 0)
     assert 0 < cost.layer_tokens[2] < cost.tokens
     assert cost.rows == update.examples
-    full = turn(prepared, replace(instructions[0], dropout=None)).cost
+    full = train_client(prepared, replace(instructions[0], dropout=None)).cost
     assert full.layer_tokens == (full.tokens,) * 4
 
 
 def test_measuring_the_reward_does_not_change_training(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    one, other = (turn(prepared, replace(instructions[0], reward_rows=rows)) for rows in (0, 3))
+    one, other = (
+        train_client(prepared, replace(instructions[0], reward_rows=rows)) for rows in (0, 3)
+    )
     for (_, name, left), (_, _, right) in zip(
         flatten(one.tensors), flatten(other.tensors), strict=True
     ):
@@ -231,7 +235,7 @@ def test_measuring_the_reward_does_not_change_training(
 # Randomness
 
 
-def test_a_turn_neither_reads_nor_moves_the_global_generator(
+def test_training_neither_reads_nor_changes_the_global_generator(
     prepare_with: Callable[..., Prepared],
 ) -> None:
     prepared = prepare_with("adapter.dropout=0.5")
@@ -240,24 +244,24 @@ def test_a_turn_neither_reads_nor_moves_the_global_generator(
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        losses.append(turn(prepared, instruction).train_loss)
+        losses.append(train_client(prepared, instruction).train_loss)
         assert torch.equal(torch.get_rng_state(), before)
     assert losses[0] == losses[1]
 
 
-def test_every_draw_of_a_turn_is_the_client_s_own(
+def test_every_draw_depends_on_seed_round_and_client(
     prepared: Prepared, instructions: list[Instruction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
 
-    def noted(seed: int, **about: Any) -> int:
+    def recorded(seed: int, **about: Any) -> int:
         drawn.append((seed, about["purpose"], about["round"], about["client"]))
         return seed_for(seed, **about)
 
     instruction = replace(instructions[1], round=2, seed=7)
     with monkeypatch.context() as patch:
-        patch.setattr("droppeft.seeds.seed_for", noted)
-        turn(prepared, instruction)
+        patch.setattr("droppeft.seeds.seed_for", recorded)
+        train_client(prepared, instruction)
     assert set(drawn) == {(7, purpose, 2, 1) for purpose in ("batches", "gates", "modules")}
 
 
@@ -280,14 +284,17 @@ def test_a_draw_holds_for_as_many_steps_as_the_instruction_says(
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])
-def test_another_seed_or_round_draws_anew(
+def test_another_seed_or_round_gives_other_draws(
     prepared: Prepared, instructions: list[Instruction], change: dict[str, int]
 ) -> None:
-    one, other = turn(prepared, instructions[0]), turn(prepared, replace(instructions[0], **change))
+    one, other = (
+        train_client(prepared, instructions[0]),
+        train_client(prepared, replace(instructions[0], **change)),
+    )
     assert one.train_loss != other.train_loss
 
 
-# What a turn leaves alone
+# What local training leaves unchanged
 
 
 def frozen_a(instruction: Instruction) -> Instruction:
@@ -301,25 +308,29 @@ def frozen_a(instruction: Instruction) -> Instruction:
 def test_frozen_tensors_stay_as_the_seed_made_them(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
-    bench = prepared.model
-    turn(prepared, replace(instructions[1], dropout=None))  # leaves its own A on the bench
+    client_model = prepared.model
+    train_client(
+        prepared, replace(instructions[1], dropout=None)
+    )  # leaves its A in the client model
     instruction = frozen_a(replace(instructions[0], dropout=None))
-    update = turn(prepared, instruction)
+    update = train_client(prepared, instruction)
     assert {name for _, name, _ in flatten(update.tensors)} == instruction.share
-    fresh = {name: array for _, name, array in flatten(bench.fresh_tensors(instruction.adapter))}
-    for named in bench.parameters.values():
+    fresh = {
+        name: array for _, name, array in flatten(client_model.fresh_tensors(instruction.adapter))
+    }
+    for named in client_model.parameters.values():
         for name, value in named.items():
             moved = not np.array_equal(value.detach().numpy(), fresh[name])
             assert moved == (name in instruction.share), name
 
 
-def test_what_was_frozen_is_trained_again_in_the_next_turn(
+def test_what_was_frozen_is_trained_again_in_the_next_local_training(
     prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     instruction = replace(instructions[0], dropout=None)
-    alone = turn(prepared, instruction)
-    turn(prepared, frozen_a(instruction))
-    after = turn(prepared, instruction)
+    alone = train_client(prepared, instruction)
+    train_client(prepared, frozen_a(instruction))
+    after = train_client(prepared, instruction)
     for (_, name, one), (_, _, other) in zip(
         flatten(alone.tensors), flatten(after.tensors), strict=True
     ):

@@ -1,4 +1,4 @@
-"""What a client keeps: whole or lost, and no more of it than can be asked for again."""
+"""The client state: it is complete or lost, and files that are no longer needed are deleted."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ def rounds(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_comes_back_bit_by_bit_in_its_order(tmp_path: Path) -> None:
+def test_tensors_are_loaded_bit_for_bit_and_in_order(tmp_path: Path) -> None:
     save_tensors(tmp_path, 3, None, tensors(0.1))
     found, expected = list(flatten(load_tensors(tmp_path, 3))), list(flatten(tensors(0.1)))
     assert [item[:2] for item in found] == [item[:2] for item in expected]
@@ -34,28 +34,28 @@ def test_it_comes_back_bit_by_bit_in_its_order(tmp_path: Path) -> None:
         assert one.shape == other.shape
 
 
-def test_every_run_and_client_has_a_place_of_its_own(
+def test_every_run_and_client_has_a_folder_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path))
-    places = {client_folder(run, client) for run in (RUN, RUN[::-1]) for client in (0, 1)}
-    assert len(places) == 4
-    assert all(tmp_path in place.parents for place in places)
+    folders = {client_folder(run, client) for run in (RUN, RUN[::-1]) for client in (0, 1)}
+    assert len(folders) == 4
+    assert all(tmp_path in folder.parents for folder in folders)
 
 
 @pytest.mark.parametrize("run", ["", "../../etc", "a/b", "RUN", "f" * 65])
 def test_a_server_cannot_choose_another_folder(run: str) -> None:
-    with pytest.raises(DroppeftError, match="the instruction names no run"):
+    with pytest.raises(DroppeftError, match="the instruction has no valid run name"):
         client_folder(run, 0)
 
 
-def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_folder(tmp_path: Path) -> None:
     save_tensors(tmp_path / "run" / "client", 1, None, tensors(1.0))
     assert (tmp_path / "run" / "client").stat().st_mode & 0o077 == 0
 
 
 def test_a_lost_reply_changes_nothing(tmp_path: Path) -> None:
-    """The server did not hear of rounds 4 and 5: their files go when a later turn is kept."""
+    """The server does not know of rounds 4 and 5, so their files are deleted at the next save."""
     save_tensors(tmp_path, 3, None, tensors(3.0))
     for round in (4, 5):
         save_tensors(tmp_path, round, 3, tensors(float(round)))
@@ -64,7 +64,7 @@ def test_a_lost_reply_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_server_that_goes_back_finds_what_it_knows(tmp_path: Path) -> None:
-    """It keeps two checkpoints: from round 9 it may go back to 8, at whose start 7 counted."""
+    """A server has two checkpoints: from round 9 it may go back to 8, which starts from state 7."""
     before = None
     for round in (5, 6, 7, 8, 9):
         save_tensors(tmp_path, round, before, tensors(float(round)))
@@ -75,7 +75,7 @@ def test_a_server_that_goes_back_finds_what_it_knows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_tensors(tmp_path, 8)[HEAD]["W"], [80.0])
 
 
-def test_a_turn_that_is_late_takes_nothing_from_a_later_one(tmp_path: Path) -> None:
+def test_a_late_local_training_deletes_no_file_of_a_later_round(tmp_path: Path) -> None:
     """Two processes of a simulation: round 5 was given up, and ends after round 6 was merged."""
     save_tensors(tmp_path, 4, None, tensors(4.0))
     save_tensors(tmp_path, 6, 4, tensors(6.0))
@@ -83,14 +83,14 @@ def test_a_turn_that_is_late_takes_nothing_from_a_later_one(tmp_path: Path) -> N
     np.testing.assert_array_equal(load_tensors(tmp_path, 6)[HEAD]["W"], [6.0])
 
 
-def test_what_cannot_be_read_now_is_not_lost(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "round-000002.safetensors").mkdir()
     with pytest.raises(DroppeftError, match="cannot be read") as error:
         load_tensors(tmp_path, 2)
     assert not isinstance(error.value, StateLost)
 
 
-def test_the_state_folder_is_the_same_tomorrow(
+def test_the_state_folder_does_not_depend_on_the_working_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DROPPEFT_STATE", "here")
@@ -103,17 +103,17 @@ def test_the_state_folder_is_the_same_tomorrow(
     assert client_folder(RUN, 0) == Path.home() / ".local/state/droppeft" / RUN / "client-000000"
 
 
-def test_what_is_not_there_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="kept in round 2 is gone"),
+        pytest.raises(StateLost, match="saved in round 2 is missing"),
     ):
         load_tensors(tmp_path, 2)
-    assert "round-000002.safetensors is gone" in caplog.text
+    assert "round-000002.safetensors is missing" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
-def test_what_is_damaged_is_lost(
+def test_a_damaged_file_is_lost(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tensors(tmp_path, 2, None, tensors(1.0))
@@ -124,17 +124,17 @@ def test_what_is_damaged_is_lost(
     path.write_bytes(changed[damage])
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="kept in round 2 is damaged"),
+        pytest.raises(StateLost, match="saved in round 2 is damaged"),
     ):
         load_tensors(tmp_path, 2)
     assert "is damaged (" in caplog.text
 
 
 @pytest.mark.parametrize("other", ["run-a/client-1/4", "run-a/client-2/3", "run-b/client-1/3"])
-def test_what_another_turn_kept_is_lost(
+def test_a_file_of_another_round_client_or_run_is_lost(
     other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A whole file in the wrong place: of another round, client or run."""
+    """An undamaged file in the wrong folder, or with the wrong name."""
     place, _, round = other.rpartition("/")
     save_tensors(tmp_path / place, int(round), None, tensors(1.0))
     [path] = (tmp_path / place).iterdir()
@@ -144,13 +144,13 @@ def test_what_another_turn_kept_is_lost(
         shutil.copy(path, here / "round-000003.safetensors")
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="kept in round 3 is damaged"),
+        pytest.raises(StateLost, match="saved in round 3 is damaged"),
     ):
         load_tensors(here, 3)
     assert f"it is of round {round} of {place}" in caplog.text
 
 
-def test_what_killed_processes_left_goes_after_a_while(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_processes_are_deleted_after_a_while(tmp_path: Path) -> None:
     old, new = (tmp_path / f".round-000001.safetensors.{name}" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"values")
@@ -159,13 +159,13 @@ def test_what_killed_processes_left_goes_after_a_while(tmp_path: Path) -> None:
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_disk_that_takes_nothing_is_said(tmp_path: Path) -> None:
+def test_an_error_says_that_the_disk_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DroppeftError, match="cannot keep this client's tensors"):
+    with pytest.raises(DroppeftError, match="this client's tensors cannot be saved"):
         save_tensors(tmp_path / "file" / "client", 1, None, tensors(1.0))
 
 
-def test_only_its_owner_can_read_what_a_client_keeps(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_file(tmp_path: Path) -> None:
     save_tensors(tmp_path / "own", 1, None, tensors(0.1))
     [path] = (tmp_path / "own").iterdir()
     assert path.stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""Personalised layer sharing from the score to the next turn, in the time order of METHOD 4."""
+"""Personalised layer sharing, from the scores to the next local training and to whole runs."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.criteria import CRITERIA, typical_norms
 from droppeft.training.loop import evaluate
 from droppeft.transports.in_process import InProcess
-from handmade import answer_to, assert_same, setup_for
+from handmade import assert_same, setup_for, update_for
 from processes import started
 from runs import Clients, Recorder, interfering, outcome, rows_of, stop_after_a_round, update_of
 
@@ -52,7 +52,7 @@ HALF = ("sharing.fraction=0.5", "sharing.hysteresis=0")
 
 @pytest.fixture
 def first(prepared: Prepared) -> Instruction:
-    """Client 1's first, all layers run."""
+    """The first instruction of client 1, in which all layers run."""
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
     return replace(instruction, run=RUN, dropout=None)
 
@@ -65,17 +65,17 @@ def with_rule(
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_client_shares_what_scores_lowest_and_keeps_the_rest(
+def test_a_client_shares_the_layers_that_score_lowest_and_saves_the_others(
     clients: Clients, first: Instruction, criterion: str
 ) -> None:
     reply = update_of(clients, with_rule(first, criterion))
     assert reply.shared is not None
     assert reply.scores is not None
-    kept = [layer for layer in range(LAYERS) if layer not in reply.shared]
+    personal = [layer for layer in range(LAYERS) if layer not in reply.shared]
     ranked = sorted(range(LAYERS), key=lambda layer: (reply.scores or ())[layer])
-    assert set(kept) == set(ranked[2:])
+    assert set(personal) == set(ranked[2:])
     assert set(reply.tensors) == {*reply.shared, HEAD}
-    assert list(load_tensors(client_folder(RUN, 1), 1)) == kept
+    assert list(load_tensors(client_folder(RUN, 1), 1)) == personal
     forwards = {"no": 0, "once": 1, "per layer": LAYERS + 1}[CRITERIA[criterion].runs_model]
     assert (reply.cost.scoring_tokens > 0) == (reply.cost.scoring_wall_s > 0) == (forwards > 0)
     once = update_of(clients, with_rule(first, "cka")).cost.scoring_tokens
@@ -83,7 +83,7 @@ def test_a_client_shares_what_scores_lowest_and_keeps_the_rest(
 
 
 def test_clients_are_told_what_is_typical() -> None:
-    """Norms of a client's last turn count, and of no other's that was not merged."""
+    """Typical norms follow from each client's last participation; unmerged updates do not count."""
     setup = setup_for(*HALF, "sharing.criterion=relative_gradient_norm", "dropout.mean=0")
     method, seen = METHODS["droppeft"], (1, 1, 1, 1)
     state = method.init(setup)
@@ -93,8 +93,8 @@ def test_clients_are_told_what_is_typical() -> None:
     ] * 3
     norms = [(1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 3.0, 2.0)]
     replies: list[Update | Failure] = [
-        replace(answer_to(instruction), importance=own, active_steps=seen)
-        for instruction, own in zip(instructions, norms, strict=False)
+        replace(update_for(instruction), importance=client_norms, active_steps=seen)
+        for instruction, client_norms in zip(instructions, norms, strict=False)
     ]
     state = method.merge(setup, state, instructions, [*replies, Failure(2, "asleep")])
     instructions = method.instruct(setup, state, 2, [2, 0])
@@ -102,7 +102,7 @@ def test_clients_are_told_what_is_typical() -> None:
     assert [instruction.sharing.typical for instruction in instructions if instruction.sharing] == [
         typical
     ] * 2
-    again = replace(answer_to(instructions[1]), importance=(0.0, 4.0, 2.0, 0.0), active_steps=seen)
+    again = replace(update_for(instructions[1]), importance=(0.0, 4.0, 2.0, 0.0), active_steps=seen)
     state = method.merge(setup, state, instructions, [Failure(2, "asleep"), again])
     [instruction] = method.instruct(setup, state, 3, [1])
     assert instruction.sharing is not None
@@ -122,10 +122,10 @@ def test_a_client_divides_by_what_is_typical(clients: Clients, first: Instructio
 @pytest.mark.parametrize(
     "criterion", [name for name, one in CRITERIA.items() if one.runs_model == "no"]
 )
-def test_scores_of_gradients_take_no_pass_of_their_own(
+def test_scores_of_gradients_take_no_further_passes(
     clients: Clients, first: Instruction, criterion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A turn of two steps: two forwards of the model, two backwards."""
+    """Two steps take two forward and two backward passes of the model."""
     passes = {"forward": 0, "backward": 0}
     backward, forward = torch.Tensor.backward, clients[0].model.task.loss_and_logits
 
@@ -145,7 +145,7 @@ def test_scores_of_gradients_take_no_pass_of_their_own(
     assert passes == {"forward": reply.steps, "backward": reply.steps}
 
 
-def test_a_place_has_no_hysteresis() -> None:
+def test_the_criterion_position_has_no_hysteresis() -> None:
     for criterion, hysteresis in (("position", 0.0), ("gradient_norm", 0.1)):
         setup = setup_for("sharing.fraction=0.5", f"sharing.criterion={criterion}")
         method = METHODS["droppeft"]
@@ -155,10 +155,10 @@ def test_a_place_has_no_hysteresis() -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_scoring_changes_nothing_that_is_learnt(
+def test_scoring_does_not_change_training(
     clients: Clients, first: Instruction, criterion: str
 ) -> None:
-    """With all layers shared a turn with a rule is the turn without one, bit for bit."""
+    """If all layers are shared, training with a sharing rule gives the same bits as without."""
     plain, ruled = (
         update_of(clients, first),
         update_of(clients, with_rule(first, criterion, fraction=1.0)),
@@ -169,8 +169,10 @@ def test_scoring_changes_nothing_that_is_learnt(
     assert not client_folder(RUN, 1).exists()
 
 
-def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Instruction) -> None:
-    """Of the other three, half (2) are shared; it is in neither number, and is not sent."""
+def test_a_layer_that_never_ran_stays_shared_or_personal(
+    clients: Clients, first: Instruction
+) -> None:
+    """Of the other three layers, half (2) are shared; this one stays shared and is not sent."""
     instruction = replace(first, dropout=LayerDropout((0.0, 1.0, 0.0, 0.0), "exact"))
     new = update_of(clients, with_rule(instruction))
     assert new.shared is not None
@@ -185,7 +187,7 @@ def test_a_layer_that_never_ran_stays_what_it_was(clients: Clients, first: Instr
     assert 1 in load_tensors(client_folder(RUN, 1), 2)
 
 
-def test_where_there_is_no_choice_nothing_is_run_to_make_it(
+def test_without_a_choice_no_forward_pass_is_run_for_scores(
     clients: Clients, first: Instruction
 ) -> None:
     for fraction in (0.0, 1.0):
@@ -195,42 +197,44 @@ def test_where_there_is_no_choice_nothing_is_run_to_make_it(
         assert reply.scores == (0.0,) * LAYERS
 
 
-def test_leave_one_out_is_the_loss_without_the_turn_s_change(
+def test_leave_one_out_is_the_loss_without_the_change_of_the_layer(
     clients: Clients, first: Instruction
 ) -> None:
     reply = update_of(clients, with_rule(first, "leave_one_out"))
-    bench, rows = clients[0].model, clients[1].rows.validation[:8]
+    client_model, rows = clients[0].model, clients[1].rows.validation[:8]
     trained = {**reply.tensors, **load_tensors(client_folder(RUN, 1), 1)}
 
     def loss(tensors: Any) -> float:
-        set_tensors(bench.parameters, tensors)
-        return evaluate(bench.model, clients[0].table, rows, bench.task, 64, "fp32").loss
+        set_tensors(client_model.parameters, tensors)
+        return evaluate(
+            client_model.model, clients[0].table, rows, client_model.task, 64, "fp32"
+        ).loss
 
     whole = loss(trained)
     undone = [loss({**trained, i: first.tensors[i]}) - whole for i in range(LAYERS)]
     assert reply.scores == pytest.approx(undone, abs=1e-12)
 
 
-def test_blocks_are_seen_as_they_are(
+def test_block_states_are_the_hidden_states_of_the_model(
     clients: Clients, first: Instruction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What goes in and comes out, from transformers' own hidden states, row by row, unpadded."""
+    """Compared with transformers' hidden states, computed row by row and without padding."""
     found: list[Any] = []
 
-    def spy(name: str, turn: Any) -> tuple[float, ...]:
-        found.extend(turn.seen())
+    def spy(name: str, result: Any) -> tuple[float, ...]:
+        found.extend(result.block_states())
         return (0.0,) * LAYERS
 
     monkeypatch.setattr(layer_scoring, "scores_of", spy)
     update_of(clients, with_rule(first, "block_influence", score_rows=3))
     monkeypatch.undo()
-    bench, rows = clients[0].model, clients[1].rows.validation[:3]
+    client_model, rows = clients[0].model, clients[1].rows.validation[:3]
     cosines, means = np.zeros((LAYERS, 2)), []
     with torch.inference_mode():
         for row in rows:
-            batch = bench.task.collate(clients[0].table, np.array([row]))
+            batch = client_model.task.collate(clients[0].table, np.array([row]))
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            states = bench.model(**inputs, output_hidden_states=True).hidden_states
+            states = client_model.model(**inputs, output_hidden_states=True).hidden_states
             means.append([one[0].mean(dim=0).double().numpy() for one in states])
             for layer in range(LAYERS):
                 cosine = torch.cosine_similarity(states[layer][0], states[layer + 1][0], dim=-1)
@@ -244,7 +248,7 @@ def test_blocks_are_seen_as_they_are(
             assert len(set(gaps.argmin(axis=0))) == len(rows)
 
 
-# The time order
+# What one participation means for the next
 
 
 @pytest.fixture
@@ -252,8 +256,8 @@ def sharing(prepare_with: Callable[..., Prepared]) -> Prepared:
     return prepare_with(*HALF, "dropout.mean=0", "rounds=9")
 
 
-def answer(prepared: Prepared, instruction: Instruction, shared: tuple[int, ...]) -> Update:
-    """As if the client had added 1 to everything and chosen these layers."""
+def update_with(prepared: Prepared, instruction: Instruction, shared: tuple[int, ...]) -> Update:
+    """An update in which the client has added 1 to all tensors and shares these layers."""
     whole = prepared.state.model.tensors
     moved = {
         key: {name: array + np.float32(1) for name, array in named.items()}
@@ -261,24 +265,24 @@ def answer(prepared: Prepared, instruction: Instruction, shared: tuple[int, ...]
         if key in (*shared, HEAD)
     }
     scores = (0.0,) * LAYERS
-    return answer_to(
+    return update_for(
         instruction, tensors=moved, shared=shared, scores=scores, active_steps=(2,) * LAYERS
     )
 
 
-def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
+def test_the_chosen_layers_determine_the_upload_and_the_next_download(
     sharing: Prepared,
 ) -> None:
     setup, method, state = sharing.setup, sharing.method, sharing.state
     [instruction] = method.instruct(setup, state, 1, [2])
-    assert set(instruction.tensors) == {0, 1, 2, 3, HEAD}  # a first visit brings everything
+    assert set(instruction.tensors) == {0, 1, 2, 3, HEAD}  # a first instruction brings all tensors
     assert (instruction.state_round, instruction.sharing and instruction.sharing.shared) == (
         None,
         None,
     )
-    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 3))])
+    state = method.merge(setup, state, [instruction], [update_with(sharing, instruction, (0, 3))])
     [other] = method.instruct(setup, state, 2, [1])
-    assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # of a client that was never there
+    assert set(other.tensors) == {0, 1, 2, 3, HEAD}  # for a client that has not taken part yet
     [instruction] = method.instruct(setup, state, 4, [2])
     assert set(instruction.tensors) == {0, 3, HEAD}
     assert instruction.state_round == 1
@@ -286,12 +290,17 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     assert instruction.sharing.shared == (0, 3)
     assert_same({0: instruction.tensors[0]}, {0: state.model.tensors[0]})
     # Layer 1 becomes shared, layer 3 personal: 1 is sent now and comes back next time.
-    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 1))])
+    state = method.merge(setup, state, [instruction], [update_with(sharing, instruction, (0, 1))])
     [instruction] = method.instruct(setup, state, 5, [2])
     assert set(instruction.tensors) == {0, 1, HEAD}
     assert instruction.state_round == 4
-    own = method.evaluate_client(setup, state, 6, 2)
-    assert (set(own.tensors), own.kept, own.sharing, own.share) == (
+    evaluation = method.evaluate_client(setup, state, 6, 2)
+    assert (
+        set(evaluation.tensors),
+        evaluation.state_round,
+        evaluation.sharing,
+        evaluation.share,
+    ) == (
         {0, 1, HEAD},
         4,
         None,
@@ -299,44 +308,46 @@ def test_what_is_chosen_in_one_turn_rules_its_upload_and_the_next_download(
     )
 
 
-def test_a_turn_that_was_not_merged_never_happened(sharing: Prepared) -> None:
+def test_an_update_that_was_not_merged_changes_nothing(sharing: Prepared) -> None:
     setup, method, state = sharing.setup, sharing.method, sharing.state
     [instruction] = method.instruct(setup, state, 1, [2])
-    state = method.merge(setup, state, [instruction], [answer(sharing, instruction, (0, 3))])
+    state = method.merge(setup, state, [instruction], [update_with(sharing, instruction, (0, 3))])
     [instruction] = method.instruct(setup, state, 2, [2])
     late = method.merge(setup, state, [instruction], [Failure(2, "late")])
     [again] = method.instruct(setup, late, 3, [2])
-    assert (again.kept, again.sharing) == (instruction.state_round, instruction.sharing)
+    assert (again.state_round, again.sharing) == (instruction.state_round, instruction.sharing)
     lost = method.merge(setup, state, [instruction], [Failure(2, "gone", lost=True)])
     [anew] = method.instruct(setup, lost, 3, [2])
     assert set(anew.tensors) == {0, 1, 2, 3, HEAD}
-    assert anew.kept is None
+    assert anew.state_round is None
     assert anew.sharing is not None
     assert anew.sharing.shared is None
 
 
-def test_the_next_turn_begins_with_global_shared_and_own_personal_layers(
+def test_local_training_begins_with_global_shared_layers_and_saved_personal_layers(
     clients: Clients, first: Instruction
 ) -> None:
-    """The same as if the server had sent it all."""
+    """The result is the same as if the server had sent all layers."""
     one = update_of(clients, with_rule(first))
     assert one.shared is not None
-    kept = load_tensors(client_folder(RUN, 1), 1)
+    personal = load_tensors(client_folder(RUN, 1), 1)
     merged = {
         key: {name: array * np.float32(0.5) for name, array in named.items()}
         for key, named in one.tensors.items()
     }
     later = with_rule(replace(first, round=2, tensors=merged, state_round=1), shared=one.shared)
-    told = replace(later, tensors={**merged, **kept}, state_round=None)
+    told = replace(later, tensors={**merged, **personal}, state_round=None)
     found, expected = update_of(clients, later), update_of(clients, told)
     assert found.train_loss == expected.train_loss
     assert_same(found.tensors, expected.tensors)
 
 
-def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Instruction) -> None:
-    """Layers 0 and 1 run with what the client has and are not trained: they stay what they are.
+def test_untrained_layers_of_an_arm_are_not_chosen_among(
+    clients: Clients, first: Instruction
+) -> None:
+    """Layers 0 and 1 run with the client's values and are not trained: they stay as they were.
 
-    Of the two that are trained one is shared; otherwise the untrained ones would be all that is.
+    Of the two layers that are trained, one is shared.
     """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
     instruction = replace(first, train=names, share=names, untrained=2)
@@ -348,15 +359,15 @@ def test_an_arm_s_prefix_is_no_choice(clients: Clients, first: Instruction) -> N
     assert_same({0: load_tensors(client_folder(RUN, 1), 2)[0]}, {0: first.tensors[0]})
 
 
-def test_the_first_trained_layer_is_known_of_what_a_client_keeps() -> None:
-    """Otherwise a kept layer would be free of its backward on the modelled clock."""
-    words = ("configurator.policy=uniform_random", "configurator.means=[0]")
-    setup = setup_for(*words, "configurator.untrained=[0.25]", "sharing.fraction=0.25")
+def test_a_personal_layer_can_be_the_first_trained_layer() -> None:
+    """Otherwise the modelled clock would not count the backward pass of a personal layer."""
+    overrides = ("configurator.policy=uniform_random", "configurator.means=[0]")
+    setup = setup_for(*overrides, "configurator.untrained=[0.25]", "sharing.fraction=0.25")
     method = METHODS["droppeft"]
     state = method.init(setup)
     [instruction] = method.instruct(setup, state, 1, [0])
     assert first_trained_layer(instruction) == 1
-    reply = answer_to(instruction, shared=(3,), scores=(0.0,) * 4)
+    reply = update_for(instruction, shared=(3,), scores=(0.0,) * 4)
     [later] = method.instruct(setup, method.merge(setup, state, [instruction], [reply]), 2, [0])
     assert set(later.tensors) == {3, HEAD}
     assert first_trained_layer(later) == 1
@@ -366,8 +377,8 @@ def test_the_first_trained_layer_is_known_of_what_a_client_keeps() -> None:
 
 
 @pytest.fixture
-def words(tiny_words: list[str]) -> list[str]:
-    return [*tiny_words, *HALF, "clients=3", "rounds=5"]
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return [*tiny_overrides, *HALF, "clients=3", "rounds=5"]
 
 
 def sizes(prepared: Prepared) -> tuple[int, int]:
@@ -375,10 +386,10 @@ def sizes(prepared: Prepared) -> tuple[int, int]:
     return payload_bytes({0: tensors[0]}), payload_bytes({HEAD: tensors[HEAD]})
 
 
-def test_only_shared_layers_travel_and_the_ledger_counts_them(
-    words: list[str], tmp_path: Path, sharing: Prepared
+def test_only_shared_layers_are_sent_and_the_ledger_counts_them(
+    overrides: list[str], tmp_path: Path, sharing: Prepared
 ) -> None:
-    start_run(load_config(None, [*words, "dropout.mean=0"]), tmp_path / "run", Recorder())
+    start_run(load_config(None, [*overrides, "dropout.mean=0"]), tmp_path / "run", Recorder())
     layer, head = sizes(sharing)
     seen: set[int] = set()
     for row in rows_of(tmp_path / "run" / "clients.jsonl"):
@@ -392,11 +403,11 @@ def test_only_shared_layers_travel_and_the_ledger_counts_them(
 
 
 def test_all_layers_shared_is_the_run_without_sharing(
-    tiny_words: list[str], tmp_path: Path, whole_run: Path, state: Path
+    tiny_overrides: list[str], tmp_path: Path, whole_run: Path, state: Path
 ) -> None:
-    """By default: 0.9 of four layers is all of them too, through the code that shares."""
-    words = [*tiny_words, "sharing.fraction=0.9"]
-    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    """Without sharing, and with 0.9 of four layers, which is rounded to all of them."""
+    overrides = [*tiny_overrides, "sharing.fraction=0.9"]
+    result = start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     plain, found = outcome(whole_run), outcome(tmp_path / "run")
     assert found["adapter"] == plain["adapter"]
     assert found["rounds"] == plain["rounds"]
@@ -404,30 +415,32 @@ def test_all_layers_shared_is_the_run_without_sharing(
     assert not list(state.rglob("*.safetensors"))
 
 
-def test_a_run_that_shares_goes_on_as_if_nothing_had_happened(
-    words: list[str], tmp_path: Path
+def test_a_resumed_run_with_sharing_ends_as_the_uninterrupted_one(
+    overrides: list[str], tmp_path: Path
 ) -> None:
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
-    stop_after_a_round(words, tmp_path / "run")
+    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
+    stop_after_a_round(overrides, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def begin(words: list[str], out: Path) -> None:
-    start_run(load_config(None, words), out, Recorder())
+def begin(overrides: list[str], out: Path) -> None:
+    start_run(load_config(None, overrides), out, Recorder())
 
 
-def go_on(_: list[str], out: Path) -> None:
+def resume(_: list[str], out: Path) -> None:
     resume_run(out, Recorder())
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_path: Path) -> None:
-    """A process of its own, SIGKILL three times, wherever it then stands."""
-    words = [*words, "rounds=9"]
-    begin(words, tmp_path / "whole")
+def test_a_run_that_is_killed_at_any_moment_ends_the_same(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    """The run has a process of its own, which gets SIGKILL three times at arbitrary moments."""
+    overrides = [*overrides, "rounds=9"]
+    begin(overrides, tmp_path / "whole")
     out = tmp_path / "run"
-    for rounds, work in ((1, begin), (2, go_on), (4, go_on)):
-        process = started(work, words, out)
+    for rounds, work in ((1, begin), (2, resume), (4, resume)):
+        process = started(work, overrides, out)
         limit = time.monotonic() + 120
         while process.is_alive() and rows_until(out) < rounds and time.monotonic() < limit:
             time.sleep(0.002)
@@ -439,8 +452,8 @@ def test_a_run_that_is_killed_at_any_moment_ends_the_same(words: list[str], tmp_
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
-def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> None:
-    """At the client's nth file: in the middle of it, or when it is whole."""
+def begin_and_be_killed(overrides: list[str], out: Path, nth: int, before: bool) -> None:
+    """Kill the process in the middle of writing the nth client state, or after it."""
     real, count = client_state.write_atomically, 0
 
     def write(path: Path, content: bytes, **options: Any) -> None:
@@ -454,24 +467,24 @@ def begin_and_be_killed(words: list[str], out: Path, nth: int, before: bool) -> 
             os.kill(os.getpid(), signal.SIGKILL)
 
     client_state.write_atomically = write
-    begin(words, out)
+    begin(overrides, out)
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("nth", [1, 3, 4])
-def test_a_run_that_is_killed_while_a_client_keeps_its_layers_ends_the_same(
-    words: list[str], tmp_path: Path, nth: int, before: bool
+def test_a_run_that_is_killed_while_a_client_saves_its_layers_ends_the_same(
+    overrides: list[str], tmp_path: Path, nth: int, before: bool
 ) -> None:
-    """In the middle of the file, and when it is whole and the server has not heard of it.
+    """The process is killed in the middle of a file, or after it but before the server's merge.
 
-    Two clients, both in every round: the first file is the first client's of round 1, the third and
-    fourth those of round 2. With the fourth the first client has tidied up after round 2 already,
-    and begins it again with what it kept in round 1.
+    Two clients take part in every round. The first file is the first client's of round 1, the third
+    and fourth are those of round 2. At the fourth file, the first client has already deleted old
+    files in round 2, and runs this round again from the state that it saved in round 1.
     """
-    words = [*words, "clients=2"]
-    begin(words, tmp_path / "whole")
+    overrides = [*overrides, "clients=2"]
+    begin(overrides, tmp_path / "whole")
     out = tmp_path / "run"
-    process = started(begin_and_be_killed, words, out, nth, before)
+    process = started(begin_and_be_killed, overrides, out, nth, before)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert rows_until(out) == (0 if nth < 3 else 1)
@@ -484,36 +497,36 @@ def rows_until(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_a_damaged_file_costs_a_turn_and_then_the_global_layers_come(
-    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_after_a_damaged_file_a_client_fails_once_and_gets_the_global_layers(
+    overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damages = interfering(
         lambda instruction: instruction.round == 3 and not instruction.measure,
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
     )
-    config = load_config(None, [*words, "clients=2"])
+    config = load_config(None, [*overrides, "clients=2"])
     with caplog.at_level(logging.WARNING):
         start_run(config, tmp_path / "run", Recorder(), damages)
     assert caplog.text.count(" is damaged (") == 2
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
-    assert [row["reason"] for row in third] == ["what it kept in round 2 is damaged"] * 2
+    assert [row["reason"] for row in third] == ["the state that it saved in round 2 is damaged"] * 2
     whole = max(row["download_bytes"] for row in rows)
     assert [row["download_bytes"] for row in rows if row["round"] == 4] == [whole] * 2
     assert all(row["accepted"] for row in rows if row["round"] >= 4)
 
 
-def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
-    words: list[str], tmp_path: Path, sharing: Prepared
+def test_a_personal_head_is_never_sent_and_there_is_no_global_accuracy(
+    overrides: list[str], tmp_path: Path, sharing: Prepared
 ) -> None:
-    shared = [word for word in words if not word.startswith("sharing.")]
+    shared = [override for override in overrides if not override.startswith("sharing.")]
     config = load_config(None, [*shared, "sharing.head=personal", "dropout.mean=0"])
     result = start_run(config, tmp_path / "run", Recorder())
     layer, _ = sizes(sharing)
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     assert {row["upload_bytes"] for row in rows} == {4 * layer}
     assert result["global_accuracy"] is None
-    assert result["personalised_devices"] == 3
+    assert result["personalised_clients"] == 3
     assert not (tmp_path / "run" / "adapter").exists()
     for client in range(3):
         [*_, last] = sorted(client_folder(result["run"], client).iterdir())
@@ -530,21 +543,21 @@ def test_a_personal_head_never_travels_and_there_is_no_global_accuracy(
         ("sharing.head=personal",),
         ("method=ditto",),
         ("method=local",),
-        ("method=fedsa_lora",),  # half of a layer is the server's, half the client's
+        ("method=fedsa_lora",),  # one half of a layer is shared, the other half personal
     ],
 )
-def test_any_client_s_own_model_is_exported_and_is_as_good_as_the_run_said(
-    words: list[str], tmp_path: Path, more: tuple[str, ...], merge: bool
+def test_the_exported_model_of_any_client_has_the_reported_quality(
+    overrides: list[str], tmp_path: Path, more: tuple[str, ...], merge: bool
 ) -> None:
-    """Without droppeft, on that client's own test rows, one of which was never trained."""
-    other = any(word.startswith("method=") for word in more)
-    kept = [w for w in words if not other or not w.startswith(("sharing.", "dropout."))]
+    """Loaded without droppeft and evaluated on the test rows of each client; one never trained."""
+    other = any(override.startswith("method=") for override in more)
+    base = [w for w in overrides if not other or not w.startswith(("sharing.", "dropout."))]
     sizes = ("clients=4", "cohort_size=1", "rounds=2", "training.learning_rate=0.02")
-    config = load_config(None, [*kept, *more, *sizes, "training.local_steps=8"])
+    config = load_config(None, [*base, *more, *sizes, "training.local_steps=8"])
     result = start_run(config, tmp_path / "run", Recorder())
     prepared = prepare(load_config(tmp_path / "run" / "config.toml"), lambda step: None)
     clients = clients_of(prepared.loaded)
-    assert {one["turns"] > 0 for one in result["personalised"]} == {True, False}
+    assert {one["participations"] > 0 for one in result["personalised"]} == {True, False}
     for one in result["personalised"]:
         out = tmp_path / f"own-{one['client']}"
         done = export_run(tmp_path / "run", out, client=one["client"], merge=merge)
@@ -556,13 +569,13 @@ def test_any_client_s_own_model_is_exported_and_is_as_good_as_the_run_said(
         assert measured.accuracy == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
-        assert f"with which client {one['client']} would begin" in card
+        assert f"with which client {one['client']} would start" in card
 
 
 def test_a_card_says_in_what_precision_its_accuracy_was_measured(
-    words: list[str], tmp_path: Path
+    overrides: list[str], tmp_path: Path
 ) -> None:
-    config = load_config(None, [*words, "training.precision=bf16", "rounds=1"])
+    config = load_config(None, [*overrides, "training.precision=bf16", "rounds=1"])
     start_run(config, tmp_path / "run", Recorder())
     for out, client in (("own", 1), ("global", None)):
         done = export_run(tmp_path / "run", tmp_path / out, client=client)
@@ -570,24 +583,28 @@ def test_a_card_says_in_what_precision_its_accuracy_was_measured(
         assert ", computed in bf16 (the lines below: in fp32) |" in card
 
 
-def test_a_client_s_own_model_must_be_here(words: list[str], tmp_path: Path, state: Path) -> None:
-    start_run(load_config(None, words), tmp_path / "run", Recorder())
+def test_a_client_is_exported_only_where_its_state_is(
+    overrides: list[str], tmp_path: Path, state: Path
+) -> None:
+    start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     with pytest.raises(DroppeftError, match="has no client 3; its clients are 0 to 2"):
         export_run(tmp_path / "run", client=3)
     shutil.rmtree(state)
-    with pytest.raises(DroppeftError, match="client 0 cannot be exported: what it kept in round"):
+    with pytest.raises(
+        DroppeftError, match="client 0 cannot be exported: the state that it saved in"
+    ):
         export_run(tmp_path / "run", client=0)
     assert not list((tmp_path / "run").glob("adapter-*"))
 
 
 def test_personal_values_are_in_no_message_and_no_checkpoint(
-    words: list[str], tmp_path: Path
+    overrides: list[str], tmp_path: Path
 ) -> None:
-    """While they are personal: every file that a client ever kept, against all that travelled."""
-    travelled: set[bytes] = set()
-    kept: set[bytes] = set()
+    """Compares all files that clients saved with all tensors that were sent."""
+    sent: set[bytes] = set()
+    saved: set[bytes] = set()
 
-    class Listens:
+    class RecordsMessages:
         def __init__(self, inner: InProcess) -> None:
             self.inner = inner
 
@@ -597,27 +614,29 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
                 messages = [instruction.tensors]
                 if isinstance(arrival.reply, Update):
                     messages.append(arrival.reply.tensors)
-                    own = load_tensors(
+                    personal = load_tensors(
                         client_folder(instruction.run, instruction.client), instruction.round
                     )
-                    kept.update(array.tobytes() for _, _, array in flatten(own) if array.any())
-                    assert set(own).isdisjoint(arrival.reply.tensors)
-                travelled.update(a.tobytes() for one in messages for _, _, a in flatten(one))
+                    saved.update(
+                        array.tobytes() for _, _, array in flatten(personal) if array.any()
+                    )
+                    assert set(personal).isdisjoint(arrival.reply.tensors)
+                sent.update(a.tobytes() for one in messages for _, _, a in flatten(one))
                 yield arrival
 
     start_run(
-        load_config(None, [*words, "dropout.mean=0"]),
+        load_config(None, [*overrides, "dropout.mean=0"]),
         tmp_path / "run",
         Recorder(),
-        lambda loaded: nullcontext(Listens(InProcess(clients_of(loaded)))),
+        lambda loaded: nullcontext(RecordsMessages(InProcess(clients_of(loaded)))),
     )
-    saved = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors"))
-    assert kept
-    assert not kept & travelled
-    assert not [array for array in kept if array in saved]
+    checkpoints = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors"))
+    assert saved
+    assert not saved & sent
+    assert not [array for array in saved if array in checkpoints]
 
 
-# Together with the parts that it must live with
+# Sharing together with other settings
 
 
 @pytest.mark.parametrize(
@@ -636,18 +655,20 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
         ("adapter.type=lora", "adapter.options.use_dora=true", "sharing.criterion=cka"),
     ],
 )
-def test_a_run_with_all_of_it_shares_and_goes_on(
-    words: list[str], tmp_path: Path, more: tuple[str, ...]
+def test_runs_with_sharing_and_other_settings_can_be_resumed(
+    overrides: list[str], tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    of_arms = any(word.startswith("configurator.") for word in more)
-    kept = [word for word in words if not (of_arms and word.startswith("dropout.mean"))]
-    all_words = [*kept, *(word for word in more if word != "dropout.mean=none")]
-    result = start_run(load_config(None, all_words), tmp_path / "whole", Recorder())
+    of_arms = any(override.startswith("configurator.") for override in more)
+    base = [
+        override for override in overrides if not (of_arms and override.startswith("dropout.mean"))
+    ]
+    all_overrides = [*base, *(override for override in more if override != "dropout.mean=none")]
+    result = start_run(load_config(None, all_overrides), tmp_path / "whole", Recorder())
     rows = rows_of(tmp_path / "whole" / "clients.jsonl")
     assert all(row["accepted"] for row in rows)
     assert all(0 < len(row["shared"]) < LAYERS for row in rows)
-    assert result["personalised_devices"] == 3
-    stop_after_a_round(all_words, tmp_path / "run")
+    assert result["personalised_clients"] == 3
+    stop_after_a_round(all_overrides, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     for folder in ("run", "whole"):
         (tmp_path / folder / "adapter").mkdir(exist_ok=True)  # a personal head leaves none

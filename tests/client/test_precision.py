@@ -1,4 +1,4 @@
-"""Runs in half precision and with gradient checkpointing: what is refused, what is the same."""
+"""Runs in half precision and with gradient checkpointing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from tiny import save_tiny_model
 FP16 = ("training.precision=fp16", "training.checkpointing=true")
 
 
-def turn(prepared: Prepared) -> tuple[Instruction, Update]:
+def train_client_0(prepared: Prepared) -> tuple[Instruction, Update]:
     clients = clients_of(prepared.loaded)
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     return instruction, clients[0].train(instruction)
@@ -35,9 +35,9 @@ def turn(prepared: Prepared) -> tuple[Instruction, Update]:
 def test_checkpointing_sends_the_same_update_from_less_memory(
     prepare_with: Callable[..., Prepared], further: tuple[str, ...]
 ) -> None:
-    words = ("adapter.dropout=0.2", "training.precision=bf16", "dropout.mean=0", *further)
-    _, plain = turn(prepare_with(*words))
-    _, lean = turn(prepare_with(*words, "training.checkpointing=true"))
+    overrides = ("adapter.dropout=0.2", "training.precision=bf16", "dropout.mean=0", *further)
+    _, plain = train_client_0(prepare_with(*overrides))
+    _, lean = train_client_0(prepare_with(*overrides, "training.checkpointing=true"))
     for (_, name, one), (_, _, other) in zip(
         flatten(plain.tensors), flatten(lean.tensors), strict=True
     ):
@@ -48,10 +48,10 @@ def test_checkpointing_sends_the_same_update_from_less_memory(
 
 
 def test_a_resumed_run_in_fp16_leaves_the_same_adapter(
-    tiny_words: list[str], tmp_path: Path
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
-    config = load_config(None, [*tiny_words, *FP16])
+    config = load_config(None, [*tiny_overrides, *FP16])
     start_run(config, whole, Recorder())
     start_run(config, again, Recorder())
     sorted((again / "checkpoints").iterdir())[-1].unlink()
@@ -63,12 +63,12 @@ def test_a_resumed_run_in_fp16_leaves_the_same_adapter(
     assert rows[-1]["global_loss"] != rows[0]["global_loss"]
 
 
-def test_a_turn_in_which_every_step_overflowed_is_a_failure_and_not_the_end(
+def test_a_client_of_which_every_step_overflowed_is_a_failure_and_the_run_continues(
     prepare_with: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare_with(*FP16)
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
-    instruction, update = turn(prepared)
+    instruction, update = train_client_0(prepared)
     layout = prepared.model.layout(instruction.adapter)
     assert why_refused(instruction, update, layout) == (
         "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
@@ -81,23 +81,23 @@ def test_some_skipped_steps_are_no_failure(
     prepared = prepare_with(*FP16, "training.local_steps=3")
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
     monkeypatch.setattr(precision, "BACKOFF", 2.0**-20)
-    instruction, update = turn(prepared)
+    instruction, update = train_client_0(prepared)
     assert (update.steps, update.examples, update.cost.rows) == (3, 8, 12)
     assert max(update.active_steps) == 2
     layout = prepared.model.layout(instruction.adapter)
     assert why_refused(instruction, update, layout) is None
 
 
-# What a model and an adapter cannot, before the run
+# Rehearsals: what a model and an adapter cannot be trained with is found before the run
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_an_adapter_that_fails_under_autocast_is_refused_before_anything_is_written(
-    tiny_words: list[str], tmp_path: Path, precision: str
+    tiny_overrides: list[str], tmp_path: Path, precision: str
 ) -> None:
     model = save_tiny_model(tmp_path / "model", 2, "deberta-v2")
-    words = ["dropout.mean=0", "adapter.type=vera", "adapter.rank=4"]
-    config = [*tiny_words, f"model={model}", *words, f"training.precision={precision}"]
+    overrides = ["dropout.mean=0", "adapter.type=vera", "adapter.rank=4"]
+    config = [*tiny_overrides, f"model={model}", *overrides, f"training.precision={precision}"]
     with pytest.raises(DroppeftError) as caught:
         start_run(load_config(None, config), tmp_path / "run", Recorder())
     assert str(caught.value).startswith(
@@ -107,38 +107,38 @@ def test_an_adapter_that_fails_under_autocast_is_refused_before_anything_is_writ
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("words", [FP16, ("training.precision=bf16",)])
-def test_a_rehearsal_moves_nothing(
-    prepare_with: Callable[..., Prepared], words: tuple[str, ...]
+@pytest.mark.parametrize("overrides", [FP16, ("training.precision=bf16",)])
+def test_a_rehearsal_changes_no_value(
+    prepare_with: Callable[..., Prepared], overrides: tuple[str, ...]
 ) -> None:
-    prepared = prepare_with(*words)
-    bench, spec = prepared.model, prepared.state.model.adapter
+    prepared = prepare_with(*overrides)
+    client_model, spec = prepared.model, prepared.state.model.adapter
     rng = np.random.default_rng(0)
     values = {
         key: {name: rng.normal(size=one.shape).astype(np.float32) for name, one in named.items()}
         for key, named in prepared.state.model.tensors.items()
     }
-    set_tensors(bench.parameters, values)
+    set_tensors(client_model.parameters, values)
     state = torch.get_rng_state()
-    rehearse(bench, prepared.test, local_training(prepared.config), spec)
+    rehearse(client_model, prepared.test, local_training(prepared.config), spec)
     for (_, name, one), (_, _, other) in zip(
-        flatten(values), flatten(get_tensors(bench.parameters)), strict=True
+        flatten(values), flatten(get_tensors(client_model.parameters)), strict=True
     ):
         np.testing.assert_array_equal(one, other, err_msg=name)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
-    ("words", "steps"),
+    ("overrides", "steps"),
     [((), 0), (("training.precision=fp16",), 1), (("training.checkpointing=true",), 1)],
 )
-def test_what_every_model_can_is_not_rehearsed(
+def test_settings_that_every_model_supports_are_not_rehearsed(
     prepare_with: Callable[..., Prepared],
     monkeypatch: pytest.MonkeyPatch,
-    words: tuple[str, ...],
+    overrides: tuple[str, ...],
     steps: int,
 ) -> None:
     taken: list[Any] = []
     monkeypatch.setattr("droppeft.client.client.train", lambda *args: taken.append(args))
-    prepare_with(*words)
+    prepare_with(*overrides)
     assert len(taken) == steps

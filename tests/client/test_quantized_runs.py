@@ -22,10 +22,12 @@ from runs import Recorder, checkpoint_of, outcome, rows_of
 TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]
 
 
-def words_of(tiny_words: list[str], quantization: str) -> list[str]:
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+def overrides_with(tiny_overrides: list[str], quantization: str) -> list[str]:
+    without_dropout = [
+        override for override in tiny_overrides if not override.startswith("dropout.")
+    ]
     return [
-        *typical,
+        *without_dropout,
         "model=builtin",
         "dropout.count=2",
         "rounds=2",
@@ -36,11 +38,13 @@ def words_of(tiny_words: list[str], quantization: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=["8bit", "4bit"])
 def finished(
-    request: pytest.FixtureRequest, tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_overrides: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Path]:
     """A run of the built-in model, in which every step drops two layers."""
     out = tmp_path_factory.mktemp("bits") / request.param
-    start_run(load_config(None, words_of(tiny_words, request.param)), out, Recorder())
+    start_run(load_config(None, overrides_with(tiny_overrides, request.param)), out, Recorder())
     return request.param, out
 
 
@@ -59,12 +63,12 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def as_left_by(out: Path) -> tuple[Any, Any]:
-    """The model of the last round as the run itself wears it."""
+    """The model of the last round, with the adapter attached as in the run itself."""
     prepared = prepare(load_config(out / "config.toml"), lambda step: None)
-    bench, model = prepared.model, checkpoint_of(out).state.model
-    bench.attach(model.adapter)
-    set_tensors(bench.parameters, model.tensors)
-    return bench.model, prepared.loaded.backbone.tokenizer
+    client_model, model = prepared.model, checkpoint_of(out).state.model
+    client_model.attach(model.adapter)
+    set_tensors(client_model.parameters, model.tensors)
+    return client_model.model, prepared.loaded.backbone.tokenizer
 
 
 def test_a_run_learns_and_the_same_seed_leaves_the_same_bytes(
@@ -96,17 +100,17 @@ def test_other_bits_are_another_model(finished: tuple[str, Path], tmp_path: Path
     shutil.copytree(out, other)
     text = (other / "config.toml").read_text()
     (other / "config.toml").write_text(re.sub('quantization = ".*"', 'quantization = "none"', text))
-    with pytest.raises(DroppeftError, match="the model builtin changed since this run began"):
+    with pytest.raises(DroppeftError, match="the model builtin has changed since this run started"):
         export_run(other, tmp_path / "adapter")
     (other / "result.json").unlink()
-    with pytest.raises(DroppeftError, match="the model is another"):
+    with pytest.raises(DroppeftError, match="the model differs"):
         resume_run(other, Recorder())
 
 
 def test_the_card_loads_the_same_bits_and_the_same_adapter(
     finished: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On some CPUs 4-bit layers answer by another kernel here, in bfloat16, and round so."""
+    """Outputs may differ: on some CPUs the run uses a 4-bit kernel that computes in bfloat16."""
     quantization, out = finished
     card = (out / "adapter" / "README.md").read_text()
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
@@ -123,12 +127,12 @@ def test_the_card_loads_the_same_bits_and_the_same_adapter(
     for name, value in expected.named_parameters():
         if is_quantised(value):
             assert torch.equal(codes[name], value), name
-    answers, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
-    torch.testing.assert_close(answers, ours, rtol=0, atol=0.03 * float(ours.abs().max()))
+    theirs, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0.03 * float(ours.abs().max()))
     assert f"with its linear maps in {quantization[0]} bits (bitsandbytes) |" in card
 
 
-def test_a_merged_model_has_the_numbers_that_the_bits_stand_for(
+def test_a_merged_model_has_the_dequantized_weights(
     finished: tuple[str, Path], tmp_path: Path
 ) -> None:
     quantization, out = finished
@@ -137,33 +141,33 @@ def test_a_merged_model_has_the_numbers_that_the_bits_stand_for(
     assert quantization_of(loaded["model"]) == "none"
     assert not hasattr(loaded["model"].config, "quantization_config")
     expected, tokenizer = as_left_by(out)
-    answers, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
+    theirs, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
     near = {"8bit": 0.05, "4bit": 1e-4}[quantization]  # 8-bit layers round their inputs, too
-    torch.testing.assert_close(answers, ours, rtol=0, atol=near * float(ours.abs().max()))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=near * float(ours.abs().max()))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"on a base with its linear maps in {quantization[0]} bits (bitsandbytes)." in card
-    assert "the accuracy was recorded\nwith the bits" in card
+    assert "the accuracy was recorded with the\nquantised ones" in card
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")
 
 
-def test_a_card_without_bits_speaks_of_none(whole_run: Path) -> None:
+def test_the_card_of_a_run_without_quantization_does_not_mention_bits(whole_run: Path) -> None:
     card = (whole_run / "adapter" / "README.md").read_text()
     assert "bits" not in card
     assert "quantization" not in card
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (
             ("quantization=4bit", "adapter.type=loha"),
-            "adapter.type=loha does not work on weights of 4 bits: it takes the weights for a "
-            "matrix of numbers; set quantization=none, or take bottleneck, lora, ",
+            "adapter.type=loha does not work with 4-bit weights: it treats the quantised codes as "
+            "if they were weights; set quantization=none, or choose bottleneck, lora, ",
         ),
         (
             ("quantization=8bit", "adapter.type=c3a"),
-            "adapter.type=c3a does not work on weights of 8 bits: it changes a layer's output in ",
+            "adapter.type=c3a does not work with 8-bit weights: it changes a layer's output in ",
         ),
         (
             ("quantization=8bit", "adapter.options.use_dora=true"),
@@ -172,17 +176,17 @@ def test_a_card_without_bits_speaks_of_none(whole_run: Path) -> None:
     ],
 )
 def test_what_does_not_work_is_refused_before_anything_is_read_or_written(
-    words: tuple[str, ...], message: str, tmp_path: Path
+    overrides: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     listener = Recorder()
-    config = load_config(None, ["data=/nowhere", "model=/nowhere", *words])
+    config = load_config(None, ["data=/nowhere", "model=/nowhere", *overrides])
     with pytest.raises(DroppeftError, match=f"^{re.escape(message)}"):
         start_run(config, tmp_path / "run", listener)
     assert listener.steps == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_library_is_told_before_anything_is_read(
+def test_a_missing_library_is_reported_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""Methods side by side: which runs there are, that each is run once, and what they come to."""
+"""Comparisons: which runs there are, that each is run once, and how they are summarised."""
 
 import csv
 import sys
@@ -51,14 +51,14 @@ def comparison(**settings: Any) -> Comparison:
     return Comparison.model_validate({"variants": variants, "seeds": [0, 1], **settings})
 
 
-def asked(**settings: Any) -> Study:
+def study_of(**settings: Any) -> Study:
     return comparison(**settings).study()
 
 
 # Which runs
 
 
-def test_variants_take_turns_within_every_seed_and_place() -> None:
+def test_variants_alternate_within_every_seed_and_data_set() -> None:
     found = cells(comparison(data=["a", "b"], models=["m"]))
     order = [(cell.seed, cell.data, cell.variant) for cell in found]
     assert order == [
@@ -73,7 +73,7 @@ def test_variants_take_turns_within_every_seed_and_place() -> None:
     assert len({cell.folder for cell in found}) == 8
 
 
-def test_a_variant_s_settings_win_over_those_of_all() -> None:
+def test_a_variant_s_settings_win_over_common_ones() -> None:
     [cell] = cells(
         Comparison.model_validate(
             {
@@ -86,7 +86,7 @@ def test_a_variant_s_settings_win_over_those_of_all() -> None:
     assert (cell.config.rounds, cell.config.cohort_size, cell.config.seed) == (7, 2, 4)
 
 
-def test_settings_of_data_win_over_those_of_all_and_a_variant_s_over_both() -> None:
+def test_settings_of_data_win_over_common_ones_and_a_variant_s_over_both() -> None:
     found = cells(
         Comparison.model_validate(
             {
@@ -118,20 +118,20 @@ def test_a_folder_s_name_follows_from_the_configuration() -> None:
     ("settings", "sentence"),
     [
         ({"variants": {}}, "variants"),
-        ({"seeds": [1, 1]}, "the same seed stands there twice"),
-        ({"baseline": "nobody"}, "baseline='nobody' is none of the variants full, dropped"),
-        ({"target": {"variant": "x"}}, "target.variant='x' is none of the variants"),
+        ({"seeds": [1, 1]}, "a seed is listed twice"),
+        ({"baseline": "nobody"}, "baseline='nobody' is not one of the variants full, dropped"),
+        ({"target": {"variant": "x"}}, "target.variant='x' is not one of the variants"),
         ({"target": {}}, "give target.accuracy or target.variant"),
         (
             {"target": {"accuracy": 0.5, "variant": "full"}},
             "give target.accuracy or target.variant",
         ),
         ({"targets": {}}, "targets"),
-        ({"data_settings": {"x": ["rounds=2"]}}, "'x', which is none of its data .none is listed"),
-        ({"data": ["y"], "data_settings": {"x": []}}, "'x', which is none of its data .y"),
+        ({"data_settings": {"x": ["rounds=2"]}}, "'x', which is not in data .nothing is listed"),
+        ({"data": ["y"], "data_settings": {"x": []}}, "'x', which is not in data .y"),
     ],
 )
-def test_a_file_that_makes_no_sense_is_one_sentence(
+def test_an_invalid_file_is_reported_in_one_sentence(
     settings: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
     import tomli_w
@@ -144,21 +144,21 @@ def test_a_file_that_makes_no_sense_is_one_sentence(
     assert "\n" not in str(found.value)
 
 
-def test_a_variant_s_mistake_names_the_variant() -> None:
+def test_an_invalid_setting_names_its_variant() -> None:
     with pytest.raises(DroppeftError, match=r"variant 'a': unknown key dropout.maen; did you mean"):
         cells(Comparison.model_validate({"variants": {"a": ["dropout.maen=1"]}}))
     with pytest.raises(DroppeftError, match="variant 'a': method=fedfoo: unknown method"):
         cells(Comparison.model_validate({"variants": {"a": ["method=fedfoo"]}}))
 
 
-@pytest.mark.parametrize("word", ["seed=3", "data=x"])
-def test_what_a_comparison_varies_is_refused_among_the_settings(word: str) -> None:
-    tree = {"variants": {"a": ["method=fedlora"]}, "data": ["y"], "settings": [word]}
-    with pytest.raises(DroppeftError, match="is what the comparison varies; leave it out"):
+@pytest.mark.parametrize("setting", ["seed=3", "data=x"])
+def test_settings_that_the_comparison_varies_are_refused(setting: str) -> None:
+    tree = {"variants": {"a": ["method=fedlora"]}, "data": ["y"], "settings": [setting]}
+    with pytest.raises(DroppeftError, match="is varied by the comparison; leave it out"):
         cells(Comparison.model_validate(tree))
 
 
-def test_a_variant_s_word_wins_over_a_rival_of_all() -> None:
+def test_a_variant_s_setting_wins_over_a_mutually_exclusive_common_one() -> None:
     variants = {"a": ["training.local_epochs=1", "dropout.count=2"]}
     tree = {"variants": variants, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
     [cell, *_] = cells(Comparison.model_validate(tree))
@@ -167,8 +167,8 @@ def test_a_variant_s_word_wins_over_a_rival_of_all() -> None:
     assert (cell.config.dropout.count, cell.config.dropout.mean) == (2, None)
 
 
-def test_paths_are_whole_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a variable points elsewhere there is another run."""
+def test_paths_are_absolute_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another value of the variable gives another run."""
     tree = {"variants": {"a": ["method=fedlora"]}, "data": ["$SOME_DATA/x"], "seeds": [0]}
     names = []
     for place in ("one", "other"):
@@ -192,57 +192,57 @@ def test_the_same_run_twice_is_refused() -> None:
         cells(Comparison.model_validate({"variants": variants}))
 
 
-# Playing
+# Running
 
 
 class Silent:
-    """Notes what was run and what was there."""
+    """A progress listener that notes which cells were run and which had been finished before."""
 
     def __init__(self) -> None:
-        self.records: list[tuple[str, int]] = []
-        self.there: list[tuple[str, int]] = []
+        self.run: list[tuple[str, int]] = []
+        self.finished: list[tuple[str, int]] = []
 
     def begins(self, cell: Any, number: int, of: int) -> Any:
         return Recorder()
 
-    def done(self, records: RunRecord, wall_s: float | None) -> None:
-        place = self.there if wall_s is None else self.records
-        place.append((records.variant, records.seed))
+    def done(self, record: RunRecord, wall_s: float | None) -> None:
+        cells = self.finished if wall_s is None else self.run
+        cells.append((record.variant, record.seed))
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_words: list[str]) -> Callable[..., Comparison]:
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+def tiny(tiny_overrides: list[str]) -> Callable[..., Comparison]:
+    common = [setting for setting in tiny_overrides if not setting.startswith("dropout.")]
 
     def make(**settings: Any) -> Comparison:
-        return comparison(settings=[*typical, "rounds=2"], **settings)
+        return comparison(settings=[*common, "rounds=2"], **settings)
 
     return make
 
 
-def test_what_is_done_is_not_done_again(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+def test_finished_runs_are_not_repeated(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
     first, second = Silent(), Silent()
     chosen = cells(tiny(seeds=[0]))
     records = run_cells(chosen, tmp_path, first)
-    assert first.records == [("full", 0), ("dropped", 0)]
+    assert first.run == [("full", 0), ("dropped", 0)]
     again = run_cells(cells(tiny(seeds=[0, 1])), tmp_path, second)
-    assert second.there == first.records
-    assert second.records == [("full", 1), ("dropped", 1)]
+    assert second.finished == first.run
+    assert second.run == [("full", 1), ("dropped", 1)]
     assert [one.result for one in again[:2]] == [one.result for one in records]
     assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in records]
 
 
-def test_a_run_that_was_stopped_goes_on(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+def test_a_stopped_run_is_continued(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
     [cell] = cells(
         Comparison.model_validate(
             {**tiny(seeds=[0]).model_dump(), "variants": {"full": ["method=fedlora"]}}
         )
     )
-    words = [*tiny().settings, "method=fedlora", "seed=0"]
-    stop_after_a_round(words, tmp_path / cell.folder)
-    [records] = run_cells([cell], tmp_path, Silent())
+    arguments = [*tiny().settings, "method=fedlora", "seed=0"]
+    stop_after_a_round(arguments, tmp_path / cell.folder)
+    [record] = run_cells([cell], tmp_path, Silent())
     [whole] = run_cells([cell], tmp_path / "whole", Silent())
-    assert timeless(records.result) == timeless(whole.result)
+    assert timeless(record.result) == timeless(whole.result)
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(
@@ -260,7 +260,7 @@ def test_a_variant_that_fails_does_not_stop_the_others(
     assert "wrong failed: frozen.layers=4 leaves none" in as_markdown([part])
 
 
-def test_whatever_goes_wrong_is_the_variant_s(
+def test_any_error_becomes_the_variant_s_failure(
     tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
@@ -271,7 +271,7 @@ def test_whatever_goes_wrong_is_the_variant_s(
     assert [one.failure for one in records] == ["a", "a"]
 
 
-def test_a_stop_goes_through(
+def test_an_interruption_stops_the_comparison(
     tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*arguments: Any) -> Any:
@@ -283,11 +283,11 @@ def test_a_stop_goes_through(
     assert running.start_run is not stopped
 
 
-# What it comes to
+# Summary
 
 
 def a_run(variant: str, seed: int, accuracies: Sequence[float], round_s: float = 10.0) -> RunRecord:
-    """A run with a round per accuracy, each of so many modelled and twice as many real seconds."""
+    """A run with a round per accuracy; measured rounds take twice ``round_s``."""
     [cell] = [
         one for one in cells(comparison(seeds=[seed])) if (one.variant, one.seed) == (variant, seed)
     ]
@@ -330,7 +330,7 @@ DROPPED = [a_run("dropped", seed, [0.6, 0.6, 0.6, 0.6], 5.0) for seed in (0, 1)]
 
 def test_a_variant_s_row_by_hand() -> None:
     target = {"accuracy": 0.6}
-    [part] = summary(asked(target=target), [*FULL, *DROPPED])
+    [part] = summary(study_of(target=target), [*FULL, *DROPPED])
     full, dropped = part.rows
     assert full.accuracy is not None
     assert full.accuracy.mean == pytest.approx(0.75)
@@ -353,7 +353,7 @@ def test_a_variant_s_row_by_hand() -> None:
 
 def test_times_need_every_seed() -> None:
     runs = [a_run("dropped", 0, [0.6] * 4), a_run("dropped", 1, [0.5] * 4)]
-    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, *runs])
+    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, *runs])
     dropped = part.rows[1]
     assert (dropped.reached, dropped.seeds) == (1, 2)
     assert dropped.time_to_target_modelled_s is None
@@ -364,17 +364,16 @@ def test_times_need_every_seed() -> None:
 
 
 def test_a_speed_up_is_over_the_seeds_that_a_variant_has() -> None:
-    """The baseline takes 30 and 120 s; who has the second seed alone took 60 there: 2, not 1.25."""
+    """The baseline takes 30 and 120 s; the variant has the second seed alone, 60 s: 120 / 60."""
     base = [a_run("full", 0, [0.7] * 4), a_run("full", 1, [0.7] * 4, 40.0)]
     own = a_run("dropped", 1, [0.6] * 4, 20.0)
-    [part] = summary(asked(target={"accuracy": 0.6}), [*base, own])
+    [part] = summary(study_of(target={"accuracy": 0.6}), [*base, own])
     assert [row.speed_up_modelled for row in part.rows] == [1.0, 2.0]
-    [part] = summary(asked(target={"accuracy": 0.6}), [base[0], own])
+    [part] = summary(study_of(target={"accuracy": 0.6}), [base[0], own])
     assert part.rows[1].speed_up_modelled is None
 
 
-def test_who_has_no_global_model_misses_no_target() -> None:
-    """It says nothing of a method that none of its seeds reached what it does not aim at."""
+def test_a_variant_without_global_model_has_no_count_of_reached_targets() -> None:
     own = [
         replace(
             with_result(run, global_accuracy=None, global_f1=None),
@@ -382,7 +381,7 @@ def test_who_has_no_global_model_misses_no_target() -> None:
         )
         for run in DROPPED
     ]
-    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, *own])
+    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, *own])
     assert [row.reached for row in part.rows] == [2, None]
     assert "| dropped | 2 | – | – | – | – | – | – |" in as_markdown([part])
 
@@ -393,7 +392,7 @@ def test_the_baseline_can_be_named() -> None:
     assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
 
 
-def test_a_target_is_what_a_variant_ends_with_on_the_same_seed_less_a_distance() -> None:
+def test_a_target_is_a_variant_s_last_accuracy_on_the_same_seed_less_a_distance() -> None:
     """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
     target = Target(variant="full", minus=0.1)
     found = target_accuracies(target, [*FULL, *DROPPED])
@@ -404,52 +403,52 @@ def test_a_target_is_what_a_variant_ends_with_on_the_same_seed_less_a_distance()
     assert target_accuracies(target, [lost(FULL[0]), FULL[1]])[0] is None
 
 
-def test_whose_end_is_the_target_reaches_it_on_every_seed() -> None:
+def test_the_variant_that_sets_the_target_reaches_it_on_every_seed() -> None:
     chosen = comparison(target={"variant": "full", "minus": 0.01})
     [part] = summary(chosen.study(), [*FULL, *DROPPED])
     assert [row.reached for row in part.rows] == [2, 0]
     assert part.target == pytest.approx((2.0 + 2.3) / 6 - 0.01)
 
 
-def test_references_are_means_over_seeds_of_what_variants_agree_on() -> None:
+def test_references_are_means_over_seeds_where_all_variants_agree() -> None:
     known = {
         0: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.5},
         1: {"majority_accuracy": 0.25, "own_majority_accuracy": 0.75},
     }
     runs = [with_result(run, **known[run.seed], tfidf_accuracy=None) for run in (*FULL, *DROPPED)]
-    [part] = summary(asked(), runs)
+    [part] = summary(study_of(), runs)
     assert (part.majority, part.tfidf, part.own_majority) == (0.25, None, 0.625)
-    said = "References: the most frequent class .250, each client's own most frequent class"
-    assert said in as_markdown([part])
+    expected = "References: the most frequent class .250, each client's own most frequent class"
+    assert expected in as_markdown([part])
     other_split = with_result(runs[-1], own_majority_accuracy=1)
-    [part] = summary(asked(), [*runs[:-1], other_split])
+    [part] = summary(study_of(), [*runs[:-1], other_split])
     assert (part.majority, part.own_majority) == (0.25, None)
-    [part] = summary(asked(), [*FULL, *DROPPED])
+    [part] = summary(study_of(), [*FULL, *DROPPED])
     assert "References" not in as_markdown([part])
 
 
-def test_spread_between_clients_and_who_is_in_no_mean() -> None:
-    """Deviations .1 and .3; two clients of one run could not be measured."""
+def test_deviation_between_clients_and_clients_that_are_not_evaluated() -> None:
+    """Deviations .1 and .3; two clients of one run could not be evaluated."""
     found = [
         with_result(one, personalised_deviation=deviation, unmeasured_clients=unmeasured)
         for one, deviation, unmeasured in zip(FULL, (0.1, 0.3), (0, 2), strict=True)
     ]
-    [part] = summary(asked(), [*found, *DROPPED])
+    [part] = summary(study_of(), [*found, *DROPPED])
     full, dropped = part.rows
     assert full.between_clients is not None
     assert full.between_clients.mean == pytest.approx(0.2)
     assert dropped.between_clients is None
-    said = "full: 2 clients could not be measured, and are in no mean"
-    assert failures(part) == [said]
-    assert said in as_markdown([part])
-    assert [row["between_devices"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
+    expected = "full: 2 clients could not be evaluated and are in no mean"
+    assert failures(part) == [expected]
+    assert expected in as_markdown([part])
+    assert [row["between_clients"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
         str(full.between_clients.mean),
         "",
     ]
 
 
 def test_a_seed_that_failed_did_not_reach_the_target() -> None:
-    [part] = summary(asked(target={"accuracy": 0.6}), [*FULL, DROPPED[0], lost(DROPPED[1])])
+    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, DROPPED[0], lost(DROPPED[1])])
     dropped = part.rows[1]
     assert (dropped.seeds, dropped.reached) == (1, 1)
     assert dropped.time_to_target_modelled_s is None
@@ -462,8 +461,8 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["droppeft", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["droppeft", *arguments])
         monkeypatch.setenv("COLUMNS", "120")
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -477,12 +476,12 @@ def test_compare_from_the_command_line_to_its_files(
     command: Command, tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = [*tiny().settings, "dropout.mean=0.25"]
+    arguments = [*tiny().settings, "dropout.mean=0.25"]
     target = [*tiny().settings, "target_accuracy=0.1", "--seeds", "5"]
     _, shown, _ = command("compare", "fedlora", *target, "--out", str(tmp_path / "target"))
     assert "to target, modelled" in shown
     code, shown, _ = command(
-        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+        "compare", "fedlora", "droppeft", *arguments, "--seeds", "5", "--out", str(out)
     )
     assert code == 0
     assert "1/2 fedlora, seed 5" in shown
@@ -491,8 +490,8 @@ def test_compare_from_the_command_line_to_its_files(
     assert "to target" not in shown
     assert {STUDY, DEFINITION, RUNS, CSV, MARKDOWN} < {path.name for path in out.iterdir()}
     study, records = read_tables(out)
-    [said] = study.commands
-    assert said.startswith("droppeft compare fedlora droppeft ")
+    [expected] = study.commands
+    assert expected.startswith("droppeft compare fedlora droppeft ")
     assert [cell.folder for cell in cells(read_comparison(out / DEFINITION))] == [
         run.folder for run in records
     ]
@@ -503,35 +502,35 @@ def test_compare_from_the_command_line_to_its_files(
         assert f'method="{name}"' in run.settings
     with (out / CSV).open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["member"] for line in lines] == ["fedlora", "droppeft"]
+    assert [line["variant"] for line in lines] == ["fedlora", "droppeft"]
     assert records[0].result is not None
     assert float(lines[0]["accuracy"]) == records[0].result["global_accuracy"]
     assert (out / MARKDOWN).read_text().count("| fedlora | 1 |") == 1
     code, shown, _ = command(
-        "compare", "fedlora", "droppeft", *words, "--seeds", "5", "--out", str(out)
+        "compare", "fedlora", "droppeft", *arguments, "--seeds", "5", "--out", str(out)
     )
     assert (code, shown.count("done before")) == (0, 2)
 
 
-def test_a_comparison_goes_on_elsewhere_with_its_tables_alone(
+def test_a_comparison_can_be_continued_from_its_tables_alone(
     tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     first, second = tiny(seeds=[0]), tiny(seeds=[0, 1])
     records = run_cells(cells(first), tmp_path / "here", Silent())
     write(tmp_path / "there", first.study(), records, summary(first.study(), records))
-    watched = Silent()
-    found = run_cells(cells(second), tmp_path / "there", watched)
-    assert watched.records == [("full", 1), ("dropped", 1)]
+    progress = Silent()
+    found = run_cells(cells(second), tmp_path / "there", progress)
+    assert progress.run == [("full", 1), ("dropped", 1)]
     for one, other in zip(found, records, strict=False):
         assert {*one.settings} == {*other.settings}
         assert replace(one, settings=()) == replace(other, settings=())
-    words = [*first.settings, "quorum=2"]
-    changed = Comparison.model_validate({**first.model_dump(), "settings": words})
+    arguments = [*first.settings, "quorum=2"]
+    changed = Comparison.model_validate({**first.model_dump(), "settings": arguments})
     assert done(cells(changed), tmp_path / "there") == []
 
 
-def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
-    """Runs of one variant may have other settings on other data; a failed one has no columns."""
+def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Settings of a variant may depend on the data; a failed run has no columns."""
     notes = {"chosen": {"3": 1}, "labels": {"1": "half"}}
     noted = [Row({**row, "notes": notes, "coverage": [1, 2]}) for row in FULL[0].rows]
     runs = [
@@ -540,10 +539,10 @@ def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
         replace(FULL[1], data="other", settings=("method=full", "rounds=9")),
         DROPPED[0],
     ]
-    study = asked(target={"variant": "full"}, baseline="dropped")
+    study = study_of(target={"variant": "full"}, baseline="dropped")
     write(tmp_path, study, runs, summary(study, runs))
-    there, found = read_tables(tmp_path)
-    assert there == study
+    stored, found = read_tables(tmp_path)
+    assert stored == study
     for one, other in zip(found, runs, strict=True):
         known = [{name: v for name, v in row.items() if v is not None} for row in one.rows]
         assert known == [{n: v for n, v in row.items() if v is not None} for row in other.rows]
@@ -552,29 +551,31 @@ def test_tables_give_back_what_was_written_by_name(tmp_path: Path) -> None:
         assert one.clients == other.clients
         assert (one.place, one.failure) == (other.place, other.failure)
     assert found[1].result is not None
-    assert found[1].result["a column of another version"] is None
+    assert found[1].result["a column that the file lacks"] is None
 
 
-def test_a_damaged_file_is_said_and_stays(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_and_left(
+    tiny: Callable[..., Comparison], tmp_path: Path
+) -> None:
     (tmp_path / STUDY).write_text('{"runs": [')
     with pytest.raises(DroppeftError, match=r"study\.json or a table beside it is damaged"):
         run_cells(cells(tiny(seeds=[0])), tmp_path, Silent())
     assert [path.name for path in tmp_path.iterdir()] == [STUDY]
 
 
-def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
+def test_seeds_of_a_file_may_be_run_by_separate_calls(
     command: Command, tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     file, out = tmp_path / "pair.toml", tmp_path / "out"
-    settings = ", ".join(f'"{word}"' for word in tiny().settings)
+    settings = ", ".join(f'"{setting}"' for setting in tiny().settings)
     file.write_text(
         f'settings = [{settings}]\nseeds = [5, 6]\n[variants]\nfull = ["method=fedlora"]\n'
     )
-    for seed, there in (("6", [6]), ("5", [5, 6])):
+    for seed, finished in (("6", [6]), ("5", [5, 6])):
         code, shown, _ = command("compare", str(file), "--seeds", seed, "--out", str(out))
         assert code == 0
         assert f"1/1 full, seed {seed}" in shown
-        assert [run.seed for run in read_tables(out)[1]] == there
+        assert [run.seed for run in read_tables(out)[1]] == finished
     study = read_tables(out)[0]
     assert study.definition == file.read_text()
     assert ["--seeds 6" in command for command in study.commands] == [True, False]
@@ -582,10 +583,10 @@ def test_seeds_of_a_file_may_be_played_apart_and_are_then_collected(
     assert (code, shown.count("done before")) == (0, 2)
     code, _, errors = command("compare", str(file), "--seeds", "5,7", "--out", str(out))
     assert code == cli.USER_ERROR
-    assert f"--seeds 5,7: {file} has 5,6" in errors
+    assert f"--seeds 5,7: {file} has only the seeds 5,6" in errors
 
 
-def test_a_comparison_of_which_all_failed_leaves_its_reasons(
+def test_a_comparison_whose_runs_all_failed_writes_the_reasons(
     command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
@@ -598,7 +599,7 @@ def test_a_comparison_of_which_all_failed_leaves_its_reasons(
     assert "fedadapter failed" in (out / MARKDOWN).read_text()
 
 
-def test_names_are_no_markup(
+def test_names_are_not_taken_for_markup(
     command: Command, tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     import tomli_w
@@ -610,7 +611,7 @@ def test_names_are_no_markup(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ([], "name one .toml file, or methods and settings"),
         (["a.toml", "b.toml"], "name one .toml file, or methods"),
@@ -621,15 +622,15 @@ def test_names_are_no_markup(
     ],
 )
 def test_a_mistake_in_compare_is_one_sentence(
-    command: Command, words: list[str], sentence: str, tmp_path: Path
+    command: Command, arguments: list[str], sentence: str, tmp_path: Path
 ) -> None:
-    code, _, errors = command("compare", *words, "--out", str(tmp_path / "out"))
+    code, _, errors = command("compare", *arguments, "--out", str(tmp_path / "out"))
     assert code == cli.USER_ERROR
     assert sentence in errors
     assert not (tmp_path / "out").exists()
 
 
-STUDIES = sorted((Path(__file__).parent.parent / "benchmarks").glob(f"*/{DEFINITION}"))
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks").glob(f"*/{DEFINITION}"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
@@ -661,9 +662,9 @@ def test_every_study_has_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [(None, "–"), (0.0, "0.0 kJ"), (12.0, "0.01 kJ"), (49.0, "0.05 kJ"), (1234567.0, "1,234.6 kJ")],
 )
-def test_what_is_little_is_no_zero(value: float | None, said: str) -> None:
+def test_small_values_are_not_shown_as_zero(value: float | None, expected: str) -> None:
     row: Any = SimpleNamespace(energy_modelled_j=value)
-    assert COLUMNS["energy, modelled"](row) == said
+    assert COLUMNS["energy, modelled"](row) == expected

@@ -1,4 +1,4 @@
-"""Who is what kind of client, and what is drawn for it in a round."""
+"""Which device profile a client is assigned, and what is drawn for it in a round."""
 
 from collections import Counter
 from statistics import NormalDist
@@ -24,7 +24,7 @@ def test_profiles_have_equal_shares(clients: int) -> None:
     assert max(counts.values()) - min(counts[name] for name in JETSONS) <= 1
 
 
-def test_who_has_which_follows_from_the_seed() -> None:
+def test_the_assignment_follows_from_the_seed() -> None:
     assert fleet_of(seed=1) == fleet_of(seed=1)
     assert len({fleet_of(seed=seed).names for seed in range(10)}) == 10
 
@@ -48,36 +48,38 @@ def test_upload_of_a_jetson_is_a_clipped_normal() -> None:
 
 
 def test_a_draw_depends_on_seed_round_and_client_alone() -> None:
-    one, again, other = fleet_of(), fleet_of(), fleet_of(seed=1)
-    places = [(round, client) for round in range(10) for client in range(10)]
-    forwards = [one.upload_bytes_per_s(*place) for place in places]
-    backwards = [again.upload_bytes_per_s(*place) for place in reversed(places)]
-    assert forwards == backwards[::-1]
-    assert forwards != [other.upload_bytes_per_s(*place) for place in places]
-    between = [drawn for drawn in forwards if 1e6 < drawn < 3e6]
+    first, again, other = fleet_of(), fleet_of(), fleet_of(seed=1)
+    pairs = [(round, client) for round in range(10) for client in range(10)]
+    drawn = [first.upload_bytes_per_s(*pair) for pair in pairs]
+    in_reverse = [again.upload_bytes_per_s(*pair) for pair in reversed(pairs)]
+    assert drawn == in_reverse[::-1]
+    assert drawn != [other.upload_bytes_per_s(*pair) for pair in pairs]
+    between = [speed for speed in drawn if 1e6 < speed < 3e6]
     assert len(set(between)) == len(between) > 10
 
 
 def test_availability_is_a_frequency() -> None:
     fleet = fleet_of("phone", "laptop_cpu", clients=20)
-    there = Counter(
+    available = Counter(
         fleet.names[client]
         for round in range(200)
         for client in range(20)
-        if fleet.is_there(round, client)
+        if fleet.is_available(round, client)
     )
-    assert there["laptop_cpu"] == 2000
-    assert there["phone"] / 2000 == pytest.approx(0.8, abs=5 * (0.16 / 2000) ** 0.5)
+    assert available["laptop_cpu"] == 2000
+    assert available["phone"] / 2000 == pytest.approx(0.8, abs=5 * (0.16 / 2000) ** 0.5)
 
 
-def test_an_own_profile_goes_first() -> None:
-    own = PROFILES["phone"].model_copy(update={"memory_bytes": 1e9})
-    assert profile_named("phone", {"phone": own}).memory_bytes == 1e9
-    assert profile_named("jetson_tx2", {"phone": own}) == PROFILES["jetson_tx2"]
+def test_a_custom_profile_takes_precedence() -> None:
+    custom = PROFILES["phone"].model_copy(update={"memory_bytes": 1e9})
+    assert profile_named("phone", {"phone": custom}).memory_bytes == 1e9
+    assert profile_named("jetson_tx2", {"phone": custom}) == PROFILES["jetson_tx2"]
 
 
-def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
-    with pytest.raises(DroppeftError, match=r"'jetson'; known are jetson_tx2, .*, watch; others"):
+def test_an_unknown_profile_is_refused_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(
+        DroppeftError, match=r"'jetson'; known are jetson_tx2, .*, watch; define others"
+    ):
         profile_named("jetson", {"watch": PROFILES["phone"]})
 
 
@@ -87,8 +89,8 @@ def test_a_bandwidth_in_bytes_per_second_is_positive_whatever_is_drawn() -> None
             assert link.deviation == 0 or (link.least or 0) > 0
 
 
-def test_an_odd_link_is_drawn_within_its_ends() -> None:
+def test_a_bandwidth_is_clipped_to_its_bounds() -> None:
     wide = Bandwidth(mean=1.0, deviation=1e9, least=2.0, most=2.0)
     profile = PROFILES["phone"].model_copy(update={"upload": wide})
-    fleet = Fleet(0, ("odd",), {"odd": profile})
+    fleet = Fleet(0, ("clipped",), {"clipped": profile})
     assert {fleet.upload_bytes_per_s(round, 0) for round in range(20)} == {2.0}

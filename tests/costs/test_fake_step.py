@@ -1,4 +1,4 @@
-"""What is counted without values is what real models do: byte for byte, FLOP for FLOP."""
+"""Counts with fake tensors equal those of real models, in FLOPs and bytes."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,12 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import AdapterSpec
+from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import HEAD_MODULES
 from droppeft.models.precision import autocast
-from droppeft.models.quantization import quantised, settle
+from droppeft.models.quantization import patch_quantised_layers, quantised
 from droppeft.training.activation_memory import ActivationMeter
-from droppeft.training.checkpointing import Call, checkpointed, without_cache
+from droppeft.training.checkpointing import Call, checkpointed
 from tiny import FAMILIES
 
 LAYERS, ROWS, LENGTH = 4, 3, 9
@@ -41,7 +42,7 @@ FEW: dict[str, Any] = {"num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
 def config_of(model_type: str, layers: int = LAYERS) -> Any:
-    own = {**FEW, **FAMILIES.get(model_type, {}), **MORE.get(model_type, {})}
+    sizes = {**FEW, **FAMILIES.get(model_type, {}), **MORE.get(model_type, {})}
     return AutoConfig.for_model(
         model_type,
         vocab_size=60,
@@ -50,7 +51,7 @@ def config_of(model_type: str, layers: int = LAYERS) -> Any:
         num_attention_heads=2,
         intermediate_size=64,
         pad_token_id=0,
-        **own,
+        **sizes,
     )
 
 
@@ -63,26 +64,26 @@ def real(config: Any, spec: AdapterSpec, quantization: str = "none") -> nn.Modul
         torch.manual_seed(0)
         plain: Any = AutoModelForSequenceClassification.from_config(config)
     plain = quantised(plain, quantization, HEAD_MODULES)
-    settle(plain)
+    patch_quantised_layers(plain)
     return attach(plain, spec, find_blocks(plain)[0], 0).train()
 
 
-def batch(paper: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
-    """As the paper's, with values; the last row is padded."""
+def batch(fake: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """Like :meth:`FakeModel.batch`, with values and padding."""
     ids = torch.arange(rows * length).view(rows, length) % 50 + 1
     mask = torch.ones_like(ids)
     mask[1:, -1:] = 0
-    columns = {name: torch.zeros_like(ids) for name in paper.task.inputs}
+    columns = {name: torch.zeros_like(ids) for name in fake.task.inputs}
     return {**columns, "input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
 
 
 def patterns(layers: int = LAYERS, frozen: int = 0) -> Iterator[tuple[bool, ...]]:
-    """Full depth, and some others with at least two layers behind the frozen ones."""
+    """Gates of a full step, and others with at least two layers after the frozen ones."""
     yield (True,) * layers
     rng = random.Random(7)
     for _ in range(3):
-        kept = rng.sample(range(frozen, layers), k=rng.randint(2, layers - frozen))
-        yield tuple(index in kept for index in range(layers))
+        running = rng.sample(range(frozen, layers), k=rng.randint(2, layers - frozen))
+        yield tuple(index in running for index in range(layers))
 
 
 @contextmanager
@@ -96,13 +97,13 @@ def stepping(model: nn.Module, active: Sequence[bool], checkpointing: Any = None
 
 
 def measured(
-    paper: FakeModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
+    fake: FakeModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
 ) -> tuple[int, int]:
     """FLOPs and stored bytes of a real step."""
     meter, flops = ActivationMeter(model), FlopCounterMode(display=False)
     with stepping(model, active), flops:
         with autocast(precision, torch.device("cpu")), meter.measuring():
-            loss, _ = paper.task.loss_and_logits(model, batch(paper))
+            loss, _ = fake.task.loss_and_logits(model, batch(fake))
         loss.backward()
     return flops.get_total_flops(), meter.peak_bytes
 
@@ -124,16 +125,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "adapter", "precision", "frozen"), CASES)
-def test_a_step_costs_what_was_counted(
+def test_a_real_step_has_the_counted_costs(
     family: str, adapter: dict[str, Any], precision: str, frozen: int
 ) -> None:
     config, spec = config_of(family), spec_of(frozen=frozen, **adapter)
-    paper, model = FakeModel(config, spec), real(config, spec)
-    counts = count_step(paper, ROWS, LENGTH, precision)
+    fake, model = FakeModel(config, spec), real(config, spec)
+    counts = count_step(fake, ROWS, LENGTH, precision)
     for active in patterns(frozen=frozen):
         if family == "gemma3_text" and active not in SOME_OF_BOTH_KINDS:
             continue
-        flops, stored = measured(paper, model, active, precision)
+        flops, stored = measured(fake, model, active, precision)
         if family != "mixtral":  # torch has no formula for experts
             assert flops == step_flops(counts, active), active
         assert stored == step_stored_bytes(counts, active), active
@@ -143,12 +144,12 @@ SOME_OF_BOTH_KINDS = [(True,) * 4, (True, True, True, False), (False, True, True
 
 
 def test_flops_of_a_bert_by_hand() -> None:
-    """A multiplication with an addition is two. A layer multiplies, per token, by four maps (H, H)
+    """A multiply-add is two FLOPs. A layer multiplies, per token, by four maps (H, H)
     and two of H x 2H (8 H² in all), and by LoRA's two maps of H x 8 on query and value (4·8·H);
     attention multiplies queries with keys and weights with values, S² H each per row.
 
-    In the backward a frozen map has one product, for its input; a trained one two; attention's have
-    two each (with dropout of its weights, as here, torch keeps them)."""
+    In the backward a frozen map has one product, for its input, and a trained one has two. Each
+    product of attention has two (with dropout on attention weights, as here, torch stores them)."""
     config = config_of("bert")
     counts = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
@@ -160,36 +161,36 @@ def test_flops_of_a_bert_by_hand() -> None:
     assert counts.rest.forward_flops == 2 * ROWS * (h * h + h * 2)  # pooler and classifier
 
 
-def test_what_the_lowest_layer_is_spared_is_taken_off_the_rest() -> None:
-    """Nothing below it is trained: no gradient for the input of query, key and value, three frozen
-    maps of H x H and two of LoRA's H x 8; and none for the keys, which nothing trained makes: one
-    product of attention. Of the rest, classifier and pooler have a backward."""
+def test_what_the_lowest_layer_saves_is_subtracted_from_the_rest() -> None:
+    """Nothing below it is trained. So there is no gradient for the input of query, key and value
+    (three frozen maps of H x H and two of LoRA's H x 8), and none for the keys, which no trained
+    map computes (one product of attention). In the rest, classifier and pooler have a backward."""
     counts = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
-    spared = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
-    assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - spared
+    saved = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
+    assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - saved
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_quantised_weights_store_and_weigh_what_was_counted(family: str, quantization: str) -> None:
-    """FLOPs are not compared: torch does not see those of a 4-bit kernel."""
+def test_quantised_models_have_the_counted_bytes(family: str, quantization: str) -> None:
+    """FLOPs are not compared, since torch does not count those of a 4-bit kernel."""
     config, spec = config_of(family), spec_of()
-    paper, model = FakeModel(config, spec, (), quantization), real(config, spec, quantization)
-    weights = sum(map(kept, [*model.parameters(), *model.buffers()]))
-    assert all_weights(count_step(paper, ROWS, LENGTH)) == weights
+    fake, model = FakeModel(config, spec, (), quantization), real(config, spec, quantization)
+    weights = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
+    assert all_weights(count_step(fake, ROWS, LENGTH)) == weights
     for precision in ("fp32", "bf16"):
-        counts = count_step(paper, ROWS, LENGTH, precision)
+        counts = count_step(fake, ROWS, LENGTH, precision)
         for active in patterns():
-            _, stored = measured(paper, model, active, precision)
+            _, stored = measured(fake, model, active, precision)
             assert stored == step_stored_bytes(counts, active), active
     plain = count_step(FakeModel(config, spec), ROWS, LENGTH)
-    quantised_flops = count_step(paper, ROWS, LENGTH)
+    quantised_flops = count_step(fake, ROWS, LENGTH)
     assert step_flops(quantised_flops, (True,) * LAYERS) == step_flops(plain, (True,) * LAYERS)
 
 
-def test_a_quantised_weight_s_values_pass() -> None:
-    """With two tokens the largest map, (32, 64) in fp32, is most of what passes."""
+def test_a_dequantised_weight_is_a_temporary_tensor() -> None:
+    """With two tokens the largest map, (32, 64) in fp32, is most of the temporary bytes."""
     config, spec = config_of("bert"), spec_of()
     small, plain = (FakeModel(config, spec, (), bits) for bits in ("8bit", "none"))
     more = count_step(small, 1, 2).passing_bytes - count_step(plain, 1, 2).passing_bytes
@@ -200,21 +201,21 @@ def all_weights(counts: StepCounts) -> int:
     return sum(part.weight_bytes for part in (*counts.blocks, counts.rest))
 
 
-def kept(value: Any) -> int:
-    """Bytes of a tensor with what bitsandbytes keeps beside its codes."""
-    beside = []
+def bytes_of(value: Any) -> int:
+    """Bytes of a tensor, including what bitsandbytes stores besides its codes."""
+    extra = []
     if type(value).__name__ == "Int8Params":
-        beside = [value.SCB]
+        extra = [value.SCB]
     if type(value).__name__ == "Params4bit":
         state = value.quant_state
-        beside = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return int(value.nbytes + sum(one.nbytes for one in beside))
+        extra = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return int(value.nbytes + sum(each.nbytes for each in extra))
 
 
 @pytest.mark.parametrize(
     "adapter", [{}, {"type": "prefix_tuning"}, {"type": "prompt_tuning"}], ids=str
 )
-def test_weights_and_what_is_trained_of_them(adapter: dict[str, Any]) -> None:
+def test_numbers_of_weights_and_of_trained_ones(adapter: dict[str, Any]) -> None:
     config, spec = config_of("roberta"), spec_of(**adapter)
     counts, model = count_step(FakeModel(config, spec), ROWS, LENGTH), real(config, spec)
     groups = trainable_by_layer(model, find_blocks(model)[0])
@@ -231,8 +232,8 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
     family: str, precision: str
 ) -> None:
     config, spec = config_of(family), spec_of()
-    paper, model = FakeModel(config, spec), real(config, spec)
-    counts = count_step(paper, ROWS, LENGTH, precision, checkpointing=True)
+    fake, model = FakeModel(config, spec), real(config, spec)
+    counts = count_step(fake, ROWS, LENGTH, precision, checkpointing=True)
     for active in patterns():
         counter = OperationCounter(model)
 
@@ -242,33 +243,33 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
 
         with stepping(model, active, note), counter:
             with autocast(precision, torch.device("cpu")), counter.storing():
-                loss, _ = paper.task.loss_and_logits(model, batch(paper))
+                loss, _ = fake.task.loss_and_logits(model, batch(fake))
             stored = counter.stored_bytes
             loss.backward()
         assert sum(counter.flops.values()) == step_flops(counts, active)
         assert stored == step_stored_bytes(counts, active)
-        hidden_state = 4 * ROWS * LENGTH * 32  # gradients that other gates do not need
+        hidden_state = 4 * ROWS * LENGTH * 32  # gradients that are not needed with other gates
         assert 0 <= stored + counts.passing_bytes - counter.peak_bytes <= 2 * hidden_state
 
 
 @pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("llama", "bf16")])
-def test_what_passes_is_the_peak_beyond_what_is_stored(family: str, precision: str) -> None:
-    """Whatever the gates: within 2 %, which gradients of adapters make."""
+def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precision: str) -> None:
+    """For all gates, within 2 %, which are due to the adapters' gradients."""
     config, spec = config_of(family), spec_of()
-    paper, model = FakeModel(config, spec), real(config, spec)
-    counts = count_step(paper, ROWS, 33, precision)
+    fake, model = FakeModel(config, spec), real(config, spec)
+    counts = count_step(fake, ROWS, 33, precision)
     for active in patterns():
         counter = OperationCounter(model)
         with stepping(model, active), counter:
             with autocast(precision, torch.device("cpu")):
-                loss, _ = paper.task.loss_and_logits(model, batch(paper, ROWS, 33))
+                loss, _ = fake.task.loss_and_logits(model, batch(fake, ROWS, 33))
             loss.backward()
         expected = step_stored_bytes(counts, active) + counts.passing_bytes
         assert counter.peak_bytes == pytest.approx(expected, rel=0.02), active
 
 
 def test_frozen_layers_do_not_change_the_others() -> None:
-    """So that one count with an adapter everywhere serves any number of frozen layers."""
+    """So one count with adapters in all layers is enough for any number of frozen layers."""
     config = config_of("llama")
     everywhere = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
     behind = count_step(FakeModel(config, spec_of(frozen=2)), ROWS, LENGTH)
@@ -278,10 +279,10 @@ def test_frozen_layers_do_not_change_the_others() -> None:
     assert [block.backward_flops for block in behind.blocks[:2]] == [0, 0]
 
 
-def test_costs_are_straight_lines_in_the_batch() -> None:
-    """From two rows on; what passes is only nearly so, and therefore always counted."""
-    paper = FakeModel(config_of("bert"), spec_of())
-    two, three, nine = (count_step(paper, rows, LENGTH, "bf16") for rows in (2, 3, 9))
+def test_costs_are_linear_in_the_batch_size() -> None:
+    """From two rows on. Temporary bytes are only nearly linear, so they are always counted."""
+    fake = FakeModel(config_of("bert"), spec_of())
+    two, three, nine = (count_step(fake, rows, LENGTH, "bf16") for rows in (2, 3, 9))
     for active in patterns():
         for cost in (step_flops, step_stored_bytes):
             slope = cost(three, active) - cost(two, active)
@@ -290,30 +291,30 @@ def test_costs_are_straight_lines_in_the_batch() -> None:
 
 def test_a_single_row_counts_as_padded() -> None:
     config, spec = config_of("llama"), spec_of()
-    paper, model = FakeModel(config, spec), real(config, spec)
-    counts, meter = count_step(paper, 1, LENGTH), ActivationMeter(model)
-    row = batch(paper, rows=1)
+    fake, model = FakeModel(config, spec), real(config, spec)
+    counts, meter = count_step(fake, 1, LENGTH), ActivationMeter(model)
+    row = batch(fake, rows=1)
     row["attention_mask"][0, -1] = 0
     with stepping(model, (True,) * LAYERS), meter.measuring():
-        paper.task.loss_and_logits(model, row)
+        fake.task.loss_and_logits(model, row)
     assert meter.peak_bytes == step_stored_bytes(counts, (True,) * LAYERS)
 
 
-def test_few_blocks_are_run_for_many() -> None:
-    """Depth costs nothing: of forty like layers the first and the last are run."""
-    paper = FakeModel(config_of("bert", 40), spec_of(40))
+def test_one_block_is_run_for_all_like_it() -> None:
+    """Of forty equal layers only the first and the last are run."""
+    fake = FakeModel(config_of("bert", 40), spec_of(40))
     ran: set[int] = set()
-    for index, block in enumerate(paper.blocks):
+    for index, block in enumerate(fake.blocks):
         inside: Any = block
         inside.intermediate.register_forward_hook(lambda *_, index=index: ran.add(index))
-    counts = count_step(paper, ROWS, LENGTH)
+    counts = count_step(fake, ROWS, LENGTH)
     assert ran == {0, 39}
     shallow = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
     assert counts.blocks == shallow.blocks[:1] * 40
     assert counts.rest == shallow.rest
 
 
-def test_a_model_that_looks_at_values_is_refused() -> None:
+def test_a_model_whose_forward_depends_on_values_is_refused() -> None:
     config = AutoConfig.for_model(
         "xmod",
         vocab_size=60,
@@ -325,12 +326,12 @@ def test_a_model_that_looks_at_values_is_refused() -> None:
         languages=["en_XX"],
         default_language="en_XX",
     )
-    paper = FakeModel(config, spec_of(2, targets=["query"]))
+    fake = FakeModel(config, spec_of(2, targets=["query"]))
     with pytest.raises(DroppeftError, match="costs of a xmod model cannot be counted without"):
-        count_step(paper, ROWS, LENGTH)
+        count_step(fake, ROWS, LENGTH)
 
 
-def test_counting_touches_neither_configuration_nor_generator() -> None:
+def test_counting_changes_neither_configuration_nor_generator() -> None:
     config = config_of("bert")
     before, state = config.to_dict(), torch.get_rng_state()
     count_step(FakeModel(config, spec_of()), ROWS, LENGTH)

@@ -1,4 +1,4 @@
-"""The modelled clock against numbers worked out by hand, and what must hold for any numbers."""
+"""The modelled clock against numbers computed by hand, and properties for any numbers."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ from droppeft.costs.step_counts import (
 )
 from droppeft.errors import DroppeftError
 from droppeft.messages import CachedLayersCost, MeasuredCost
-from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, answer_to, instruction_for
+from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, instruction_for, update_for
 
 PROFILE = DeviceProfile(
     effective_flops_per_s=1e12,
@@ -48,7 +48,7 @@ def cost_with(layer_tokens: Sequence[int]) -> MeasuredCost:
     return replace(COST, layer_tokens=tuple(layer_tokens))
 
 
-# A turn, by hand
+# A local training, by hand
 
 
 def test_seconds_are_work_over_speed_and_an_overhead_per_step() -> None:
@@ -56,7 +56,7 @@ def test_seconds_are_work_over_speed_and_an_overhead_per_step() -> None:
     assert compute_seconds(PROFILE, 3e12) == 3.0
 
 
-def test_energy_is_full_power_at_work_and_idle_power_on_the_line() -> None:
+def test_energy_is_full_power_when_computing_and_idle_power_when_transferring() -> None:
     assert energy_joules(PROFILE, computing_s=10.0, waiting_s=4.0) == 150.0 + 12.0
 
 
@@ -66,19 +66,19 @@ def test_a_layer_counts_for_the_tokens_that_it_computed() -> None:
     assert training_flops(ARITHMETIC, COST) == pytest.approx(expected)
 
 
-def test_a_turn_by_hand() -> None:
+def test_a_local_training_by_hand() -> None:
     instruction = instruction_for(4)
-    turn = CLOCK.client_cost(
-        instruction, answer_to(instruction, cost=replace(COST, reward_tokens=128))
+    cost = CLOCK.client_cost(
+        instruction, update_for(instruction, cost=replace(COST, reward_tokens=128))
     )
-    assert turn.profile == "mine"
-    assert turn.download_s == pytest.approx(36 / 9)  # nine values of 4 bytes
-    assert turn.upload_s == pytest.approx(36 / 6)
+    assert cost.profile == "mine"
+    assert cost.download_s == pytest.approx(36 / 9)  # nine values of 4 bytes
+    assert cost.upload_s == pytest.approx(36 / 6)
     # (64 x 20 + 192 x 3) x 1e9 FLOPs at 1e12 per second, and two steps.
-    assert turn.train_s == pytest.approx(1.856 + 2 * 0.5)
-    assert turn.reward_s == pytest.approx(128 * (4 + 10) * 1e9 / 1e12)
-    assert turn.total_s == pytest.approx(4 + 6 + 2.856 + 1.792)
-    assert turn.energy_j == pytest.approx(15 * (2.856 + 1.792) + 3 * (4 + 6))
+    assert cost.train_s == pytest.approx(1.856 + 2 * 0.5)
+    assert cost.reward_s == pytest.approx(128 * (4 + 10) * 1e9 / 1e12)
+    assert cost.total_s == pytest.approx(4 + 6 + 2.856 + 1.792)
+    assert cost.energy_j == pytest.approx(15 * (2.856 + 1.792) + 3 * (4 + 6))
 
 
 def test_no_reward_costs_nothing() -> None:
@@ -91,16 +91,16 @@ def test_scoring_layers_costs_the_forwards_that_it_takes() -> None:
 
 
 def test_frozen_layers_run_forward_only_and_for_new_rows_only() -> None:
-    # What is said of tokens in frozen layers is of no account.
-    visited = replace(COST, layer_tokens=(64, 0, 32, 64))
-    built = replace(visited, cached_layers=CachedLayersCost(hits=4, built=4, built_tokens=20))
-    later = 64 * 2 * REST + 96 * (FORWARD + BACKWARD)
-    assert training_flops(ARITHMETIC, visited, frozen=2) == pytest.approx(later)
-    first = later + 20 * 2 * FORWARD
+    # The tokens that are reported for frozen layers are not used.
+    cached = replace(COST, layer_tokens=(64, 0, 32, 64))
+    built = replace(cached, cached_layers=CachedLayersCost(hits=4, built=4, built_tokens=20))
+    trained = 64 * 2 * REST + 96 * (FORWARD + BACKWARD)
+    assert training_flops(ARITHMETIC, cached, frozen=2) == pytest.approx(trained)
+    first = trained + 20 * 2 * FORWARD
     assert training_flops(ARITHMETIC, built, frozen=2) == pytest.approx(first)
 
 
-def test_a_turn_that_ran_no_layer_is_not_cheaper_than_nothing() -> None:
+def test_a_local_training_that_ran_no_layer_has_no_negative_cost() -> None:
     block = BlockCounts(6, 6, 0, 0, 0, 0)
     counts = StepCounts(1, 1, (block,) * LAYERS, BlockCounts(1, -4, 0, 0, 0, 0), 0)
     assert training_flops(Arithmetic((counts,)), cost_with([0] * LAYERS)) == 0
@@ -130,12 +130,12 @@ def test_three_lengths_give_every_other(lengths: list[int], batch: int, length: 
     assert arithmetic.forward(length)[1] == pytest.approx(row, rel=1e-6)
 
 
-# What must hold for any turn
+# Properties of any local training
 
 
 @given(token_counts, st.integers(0, LAYERS - 1), st.integers(1, 100))
 def test_more_tokens_in_a_layer_take_longer(tokens: tuple[int, ...], layer: int, more: int) -> None:
-    longer = [count + more * (place == layer) for place, count in enumerate(tokens)]
+    longer = [count + more * (index == layer) for index, count in enumerate(tokens)]
     before, after = (training_flops(ARITHMETIC, cost_with(each)) for each in (tokens, longer))
     assert after - before == pytest.approx(more * (FORWARD + BACKWARD), rel=1e-6)
 
@@ -162,7 +162,7 @@ def test_a_step_is_its_active_blocks_and_the_rest(active: list[bool]) -> None:
 
 
 @given(st.floats(1e9, 1e15), st.floats(0, 2), st.lists(st.floats(1e9, 1e15), min_size=3))
-def test_exact_step_times_give_back_what_made_them(
+def test_speed_and_overhead_are_recovered_from_exact_step_times(
     speed: float, overhead: float, flops: list[float]
 ) -> None:
     flops = [*flops, 1e9, 1e15]
@@ -181,10 +181,10 @@ def test_an_overhead_is_never_negative() -> None:
 
 
 @pytest.mark.parametrize(("flops", "seconds"), [([1.0, 2.0], [2.0, 1.0])])
-def test_times_that_fall_with_the_work_are_refused(
+def test_times_that_fall_with_the_flops_are_refused(
     flops: list[float], seconds: list[float]
 ) -> None:
-    with pytest.raises(DroppeftError, match="do not grow with the work"):
+    with pytest.raises(DroppeftError, match="do not grow with the FLOPs"):
         calibrated(flops, seconds)
 
 

@@ -1,4 +1,4 @@
-"""FLOPs, stored and living bytes against numbers derived by hand."""
+"""FLOPs, stored bytes and allocated bytes against numbers derived by hand."""
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def counted(blocks: list[Square], hidden: torch.Tensor, cut: int | None = None) 
     return counter
 
 
-def test_flops_are_told_apart_by_block_and_direction() -> None:
+def test_flops_are_counted_by_block_and_direction() -> None:
     """A product of (6, 8) and (8, 8) is 2·6·8·8; the backward has one for the weight and, where
     something below is trained, one for the input."""
     counter = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
@@ -51,15 +51,15 @@ def test_a_cut_lets_the_backward_reach_the_input_of_a_block() -> None:
 
 
 def test_a_block_stores_its_input_and_its_product() -> None:
-    """Each of 6·8 values: the linear map needs its input, the square its own."""
+    """Two tensors of 6·8 values: the inputs of the linear map and of the square."""
     counter = counted([Square(8), Square(8)], torch.ones(2, 3, 8))
     each = 2 * 6 * 8 * FLOAT
     assert [counter.stored_for(0), counter.stored_for(1)] == [each, each]
     assert counter.stored_bytes == 2 * each
 
 
-def test_what_was_made_outside_of_blocks_is_not_theirs() -> None:
-    """But for the hidden states that they are given."""
+def test_tensors_made_outside_of_blocks_are_not_counted_for_them() -> None:
+    """Except for their input hidden states."""
     block, mask = Square(8), torch.ones(6, 8)
     counter = OperationCounter(block)
     with counter, watched(counter, {0: block}), counter.storing():
@@ -70,8 +70,8 @@ def test_what_was_made_outside_of_blocks_is_not_theirs() -> None:
     assert counter.stored_bytes == 3 * 6 * 8 * FLOAT
 
 
-def test_the_peak_is_of_what_lives_together() -> None:
-    """Of 1,000 values each: a, b and their sum; then the sum's double while a and b are gone."""
+def test_the_peak_is_of_what_is_alive_at_the_same_time() -> None:
+    """Tensors of 1,000 values: a, b and their sum; then twice the sum, after a and b are freed."""
     counter = OperationCounter(nn.Identity())
     with counter:
         a, b = torch.ones(1000), torch.ones(1000)
@@ -79,7 +79,7 @@ def test_the_peak_is_of_what_lives_together() -> None:
         assert counter.peak_bytes == 3 * 1000 * FLOAT
         del a, b
         d = c * 2
-        c.add_(d)  # in place: nothing new
+        c.add_(d)  # in place: nothing is allocated
         torch.ones(500)
         assert counter.peak_bytes == 3 * 1000 * FLOAT
         e, f = c + d, c - d
@@ -87,12 +87,12 @@ def test_the_peak_is_of_what_lives_together() -> None:
     assert len(e) == len(f)
 
 
-def test_parameters_neither_live_nor_are_stored() -> None:
+def test_parameters_are_not_counted() -> None:
     model = nn.Linear(4, 4, bias=False)
     counter = OperationCounter(model)
     with counter, counter.storing():
         model(torch.ones(2, 4, requires_grad=True).clone())
-    # The copy, which the weight's gradient needs, and the product; the leaf was made before.
+    # Stored: the copy, which the weight's gradient needs. Allocated: leaf, copy and product.
     assert counter.stored_bytes == 2 * 4 * FLOAT
     assert counter.peak_bytes == 3 * 2 * 4 * FLOAT
 

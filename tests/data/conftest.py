@@ -1,4 +1,4 @@
-"""Small data sets in files."""
+"""Fixtures for small data sets in files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 
 @pytest.fixture
 def write() -> Callable[[Path, Columns], Path]:
-    """Write columns to a file of the kind that its name says: ``write(path, columns)``."""
+    """Function ``write(path, columns)`` that writes a file in the format of its suffix."""
 
     def to_file(path: Path, columns: Columns) -> Path:
         WRITERS[path.suffix](pa.table(dict(columns)), path)

@@ -22,7 +22,7 @@ def data(cache_folder: Path) -> TextData:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two libraries and few rows, for tests that build more than once."""
+    """Use two libraries and few rows, for tests that build the task more than once."""
     monkeypatch.setattr(builtin, "LIBRARIES", {"networkx": "networkx", "sympy": "sympy"})
     monkeypatch.setattr(builtin, "TRAIN_ROWS", 12)
     monkeypatch.setattr(builtin, "TEST_ROWS", 4)
@@ -58,7 +58,7 @@ def test_no_near_duplicates_remain(data: TextData) -> None:
     assert drop_near_duplicates(rows) == rows
 
 
-def test_texts_are_prose_on_one_line_without_the_answer(data: TextData) -> None:
+def test_texts_are_prose_on_one_line_without_the_library(data: TextData) -> None:
     names = re.compile("|".join([*builtin.LIBRARIES, "numpy", "scikit"]), re.IGNORECASE)
     for text in data.train.texts + data.test.texts:
         assert not names.search(text)
@@ -67,7 +67,7 @@ def test_texts_are_prose_on_one_line_without_the_answer(data: TextData) -> None:
         assert not text.startswith(">>>")
 
 
-def test_the_task_is_neither_trivial_nor_hopeless(data: TextData) -> None:
+def test_the_task_is_neither_trivial_nor_impossible(data: TextData) -> None:
     assert majority_accuracy(data) == 1 / len(builtin.LIBRARIES)
     assert 0.5 < tfidf_accuracy(data) < 0.8
 
@@ -102,7 +102,7 @@ def test_opening_paragraph(docstring: str, expected: str | None) -> None:
         assert text == expected
 
 
-def test_of_near_duplicates_the_first_stays() -> None:
+def test_the_first_of_near_duplicates_is_used() -> None:
     texts = [
         "Compute eigenvalues for symmetric sparse matrices quickly",
         "Compute eigenvalues for symmetric sparse matrices slowly",
@@ -112,15 +112,15 @@ def test_of_near_duplicates_the_first_stays() -> None:
     assert drop_near_duplicates(rows) == [rows[0], rows[2]]
 
 
-def test_a_row_is_only_dropped_for_one_that_stays() -> None:
-    # Neighbours share 5 of 7 words (0.71), the ends 4 of 8 (0.5): the middle goes, the last stays.
+def test_a_row_is_only_removed_for_one_that_is_used() -> None:
+    # Adjacent rows share 5 of 7 words (0.71), first and last 4 of 8 (0.5): only the middle goes.
     words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"]
     rows = [Row(" ".join(words[start : start + 6]), "", "", "") for start in range(3)]
     assert drop_near_duplicates(rows) == [rows[0], rows[2]]
 
 
 @pytest.mark.usefixtures("small")
-def test_the_cache_gives_what_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_returns_what_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = load_builtin(tmp_path)
     monkeypatch.setattr(builtin, "build", lambda: pytest.fail("built again"))
     again = load_builtin(tmp_path)
@@ -141,7 +141,7 @@ def test_the_cache_gives_what_was_built(tmp_path: Path, monkeypatch: pytest.Monk
     ],
     ids=["empty", "half", "list", "keys", "text"],
 )
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: object) -> None:
+def test_a_damaged_cache_is_replaced(tmp_path: Path, damage: object) -> None:
     assert callable(damage)
     built = load_builtin(tmp_path)
     [file] = tmp_path.iterdir()
@@ -171,7 +171,7 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         builtin.build()
 
 
-def test_load_text_gives_the_builtin_set_and_its_owners(data: TextData) -> None:
+def test_load_text_returns_the_builtin_data_and_its_owners(data: TextData) -> None:
     plain = load_text("builtin", SourceConfig())
     assert plain.content_hash == data.content_hash
     assert plain.train.keys is None

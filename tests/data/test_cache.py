@@ -6,26 +6,26 @@ from droppeft.data.cache import cache_dir, store
 
 
 @pytest.mark.parametrize(
-    ("own", "shared", "expected"),
+    ("folder", "parent", "expected"),
     [
-        ("/a/own", "/b", Path("/a/own")),
+        ("/a", "/b", Path("/a")),
         (None, "/b", Path("/b/droppeft")),
         (None, None, Path("/home/someone/.cache/droppeft")),
         ("", "", Path("/home/someone/.cache/droppeft")),
     ],
 )
 def test_the_folder_follows_the_environment(
-    monkeypatch: pytest.MonkeyPatch, own: str | None, shared: str | None, expected: Path
+    monkeypatch: pytest.MonkeyPatch, folder: str | None, parent: str | None, expected: Path
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    for name, value in (("DROPPEFT_CACHE", own), ("XDG_CACHE_HOME", shared)):
+    for name, value in (("DROPPEFT_CACHE", folder), ("XDG_CACHE_HOME", parent)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
     assert cache_dir() == expected
 
 
-def test_store_makes_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
+def test_store_creates_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "entry"
     store(path, b"first")
     store(path, b"second")
@@ -33,7 +33,7 @@ def test_store_makes_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+def test_a_failed_write_leaves_only_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "entry"
@@ -48,7 +48,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     store(tmp_path / "file" / "entry", b"content")
     assert (tmp_path / "file").read_bytes() == b""

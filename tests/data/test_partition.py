@@ -56,7 +56,7 @@ def test_every_kind_of_the_configuration_exists() -> None:
     fractions=st.sampled_from([(0.1, 0.1), (0.9, 0.05), (0.05, 0.9), (0.45, 0.45)]),
     seed=st.integers(0, 2**40),
 )
-def test_every_row_has_one_place_and_every_part_some_row(
+def test_every_row_is_used_once_and_no_part_is_empty(
     kind: str,
     clients: int,
     spare: int,
@@ -66,7 +66,7 @@ def test_every_row_has_one_place_and_every_part_some_row(
     seed: int,
 ) -> None:
     rows = clients * min_rows + spare
-    # Two classes: `pathological` gives every client both, so it never lacks rows.
+    # Two classes: `pathological` assigns both to every client, so there are always enough rows.
     labels = np.random.default_rng(seed).permutation(np.arange(rows) % 2)
     chosen = config(
         kind,
@@ -103,7 +103,7 @@ def test_another_seed_gives_clients_other_rows(kind: str) -> None:
     assert [set(all_rows(part)) for part in first] != [set(all_rows(part)) for part in other]
 
 
-def test_parts_have_the_asked_sizes() -> None:
+def test_parts_have_the_requested_sizes() -> None:
     chosen = config("iid", validation_fraction=0.25, test_fraction=0.15)
     for part in partition_rows(balanced(2, 100), None, 2, chosen, 0):
         assert (len(part.train), len(part.validation), len(part.test)) == (60, 25, 15)
@@ -111,7 +111,7 @@ def test_parts_have_the_asked_sizes() -> None:
 
 @pytest.mark.parametrize("small", ["merge", "error"])
 def test_parts_are_drawn_at_random(small: str) -> None:
-    """Rows of one owner come sorted by class; its parts must not."""
+    """The rows of an owner are sorted by class, but parts must have both classes."""
     labels = balanced(2, 200)
     [part] = partition_rows(labels, ("me",) * 400, 1, config("natural", small=small), 0)
     assert 0.25 < labels[part.test].mean() < 0.75
@@ -132,10 +132,11 @@ def test_iid_is_equal_in_size_and_in_labels() -> None:
 def test_the_two_dirichlets_differ_as_derived() -> None:
     """At alpha = 1, four equal classes and 20 clients.
 
-    ``dirichlet``: a client's four class shares are about independent exponentials, so its mix is
-    uniform on the simplex, whose largest of four parts is (1 + 1/2 + 1/3 + 1/4) / 4 = .52 on
-    average. ``dirichlet_by_client``: the mix is Dir(1/4, 1/4, 1/4, 1/4), concentrated at the
-    corners; its largest part is .72 on average (by simulation of 10^6 draws).
+    ``dirichlet``: the four class counts of a client are about independent exponentials, so its
+    label distribution is uniform on the simplex. The largest of four shares is then
+    (1 + 1/2 + 1/3 + 1/4) / 4 = .52 on average. ``dirichlet_by_client``: the label distribution is
+    Dir(1/4, 1/4, 1/4, 1/4), concentrated at the corners. The largest share is .72 on average (from
+    a simulation of 10^6 draws).
     """
     labels = balanced(4, 2000)
     shares = {
@@ -157,7 +158,7 @@ def test_a_large_alpha_is_nearly_iid_and_a_small_one_nearly_one_class(kind: str)
     large = partition_rows(labels, None, 10, config(kind, alpha=1000), 0)
     small = partition_rows(labels, None, 10, config(kind, alpha=0.02), 0)
     assert mean_largest_share(labels, large) < 0.35
-    # Not 1: rows that top up a small client are of other classes.
+    # Below 1, since rows that are moved to small clients have other classes.
     assert mean_largest_share(labels, small) > 0.6
 
 
@@ -196,7 +197,7 @@ def test_natural_clients_are_the_largest_owners() -> None:
 # Small clients
 
 
-def test_a_small_client_is_topped_up_from_the_largest_alone() -> None:
+def test_a_small_client_receives_rows_only_from_the_largest() -> None:
     keys = ("a",) * 5 + ("b",) * 60 + ("c",) * 40
     chosen = config("natural", min_rows=20)
     small, largest, other = partition_rows(np.zeros(105, np.int64), keys, 3, chosen, 0)
@@ -205,7 +206,7 @@ def test_a_small_client_is_topped_up_from_the_largest_alone() -> None:
     assert {keys[row] for row in all_rows(small)} == {"a", "b"}
 
 
-def test_what_is_moved_is_a_random_choice() -> None:
+def test_moved_rows_are_random() -> None:
     keys = ("a",) * 5 + ("b",) * 60
     chosen = config("natural", min_rows=20)
     small, _ = partition_rows(np.zeros(65, np.int64), keys, 2, chosen, 0)
@@ -215,7 +216,7 @@ def test_what_is_moved_is_a_random_choice() -> None:
 
 def test_a_small_client_can_be_an_error() -> None:
     keys = ("a",) * 60 + ("b",) * 7
-    with pytest.raises(DroppeftError, match=r"client 1 gets 7 rows.*set partition\.small=merge"):
+    with pytest.raises(DroppeftError, match=r"client 1 has 7 rows.*set partition\.small=merge"):
         partition_rows(np.zeros(67, np.int64), keys, 2, config("natural", small="error"), 0)
 
 
@@ -231,7 +232,7 @@ def test_a_small_client_can_be_an_error() -> None:
         ("pathological", np.repeat([0, 1], [99, 1]), None, 3, {}, "a class has fewer rows than"),
     ],
 )
-def test_the_impossible_is_refused(
+def test_impossible_partitions_are_refused(
     kind: str,
     labels: Labels,
     keys: tuple[str, ...] | None,

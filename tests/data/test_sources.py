@@ -45,7 +45,7 @@ def test_all_formats_give_the_same_task(tmp_path: Path, write: Write, suffix: st
     assert data.label_names == ("2", "5")
     assert data.train.pairs is None
     assert data.train.keys is None
-    assert list(tmp_path.iterdir()) == [*tmp_path.glob("t*")]  # nothing was written beside them
+    assert list(tmp_path.iterdir()) == [*tmp_path.glob("t*")]  # no other file was written
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_columns_and_splits_can_be_named(tmp_path: Path, write: Write) -> None:
 def test_a_text_column_of_numbers_is_refused(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "train.csv", {"text": [1, 2], "label": [0, 1]})
     write(tmp_path / "test.csv", {"text": [1, 2], "label": [0, 1]})
-    with pytest.raises(DroppeftError, match=r"train\.csv: text holds int64, not text"):
+    with pytest.raises(DroppeftError, match=r"train\.csv: text has type int64, not text"):
         load(tmp_path)
 
 
 def test_all_rows_of_a_csv_file_decide_what_a_column_holds(tmp_path: Path, write: Write) -> None:
-    """The reader would look at the first megabyte alone."""
+    """By default, the reader infers types from the first megabyte only."""
     labels = ["1"] * 20 + ["many"] * 20
     path = write(tmp_path / "rows.csv", {"text": ["long " * 20_000] * 40, "label": labels})
     assert load(path).label_names == ("1", "many")
@@ -168,21 +168,31 @@ def test_owners_are_read_for_the_training_rows(folder: Path, write: Write) -> No
     ("split", "columns", "source", "message"),
     [
         ("train", {"body": ["x"], "label": [1]}, DEFAULT, "no text column found among body, label"),
-        ("train", {"text": ["x"], "y": [1]}, DEFAULT, "no label column found among text, y; name"),
+        ("train", {"text": ["x"], "y": [1]}, DEFAULT, "no label column found among text, y; set"),
         ("test", {"body": ["x"], "label": [2]}, DEFAULT, "no column text .* columns: body, label"),
         ("train", TRAIN, SourceConfig(text=("words",)), r"no column words \(source.text\)"),
         ("train", TRAIN, SourceConfig(label="kind"), r"no column kind \(source.label\)"),
         ("train", {"text": ["x", None], "label": [2, 5]}, DEFAULT, "text is missing in row 2"),
         ("train", {"text": ["x", "y"], "label": [None, 2]}, DEFAULT, "label is missing in row 1"),
         ("train", {"text": ["x", "y"], "label": ["a", ""]}, DEFAULT, "label is missing in row 2"),
-        ("train", {"text": ["x", "y"], "label": [1.5, 2]}, DEFAULT, "label holds double; labels"),
-        ("train", {"text": ["x", "y"], "label": [[1], [2]]}, DEFAULT, "label holds list"),
-        ("train", {"text": [["x"], ["y"]], "label": [2, 5]}, DEFAULT, "text holds list.* not text"),
-        ("train", {"text": ["x", "y"], "label": [2, 2]}, DEFAULT, "one value only, 2"),
+        (
+            "train",
+            {"text": ["x", "y"], "label": [1.5, 2]},
+            DEFAULT,
+            "label has type double; labels",
+        ),
+        ("train", {"text": ["x", "y"], "label": [[1], [2]]}, DEFAULT, "label has type list"),
+        (
+            "train",
+            {"text": [["x"], ["y"]], "label": [2, 5]},
+            DEFAULT,
+            "text has type list.* not text",
+        ),
+        ("train", {"text": ["x", "y"], "label": [2, 2]}, DEFAULT, "only one value, 2"),
         ("train", {"text": pa.array([], pa.string()), "label": []}, DEFAULT, "has no rows"),
         ("test", {"text": ["x", "y"], "label": [2, -1]}, DEFAULT, "-1, a hidden label, in row 2"),
         ("test", {"text": ["x", "y"], "label": [2, 9]}, DEFAULT, "label 9 in row 2 does not occur"),
-        ("test", {"text": ["x", "y"], "label": ["2", "5"]}, DEFAULT, "a number in one of"),
+        ("test", {"text": ["x", "y"], "label": ["2", "5"]}, DEFAULT, "a number in only one of"),
     ],
 )
 def test_a_wrong_table_is_refused_in_one_sentence(
@@ -200,7 +210,7 @@ def test_a_wrong_table_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_hidden_label_comes_with_advice(folder: Path, write: Write) -> None:
+def test_a_hidden_label_suggests_another_split(folder: Path, write: Write) -> None:
     write(folder / "test.parquet", {"text": ["x"], "label": [-1]})
     with pytest.raises(DroppeftError, match=r"source\.test=validation"):
         load(folder)
@@ -211,7 +221,7 @@ def test_a_missing_owner_column_is_named(folder: Path) -> None:
         load(folder, key="user")
 
 
-def test_a_column_that_stands_twice_is_refused(folder: Path) -> None:
+def test_a_column_that_occurs_twice_is_refused(folder: Path) -> None:
     (folder / "train.parquet").unlink()
     (folder / "train.csv").write_text("text,label,text\na,2,b\nc,5,d\n")
     with pytest.raises(DroppeftError, match="has it twice"):
@@ -248,9 +258,9 @@ def test_an_unreadable_file_is_named(tmp_path: Path, suffix: str, content: bytes
     assert "\n" not in str(caught.value)
 
 
-def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
+def test_other_file_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("text")
-    with pytest.raises(DroppeftError, match=r"holds no \.parquet, \.csv, \.jsonl file"):
+    with pytest.raises(DroppeftError, match=r"has no \.parquet, \.csv, \.jsonl file"):
         load(tmp_path)
     with pytest.raises(DroppeftError, match=r"train\.txt is not one of \.parquet"):
         load(tmp_path / "train.txt")
@@ -260,7 +270,7 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
 def test_a_missing_path_is_not_looked_for_on_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("the hub was used"))
     with pytest.raises(DroppeftError, match="no such file or folder"):
         load_text(name, DEFAULT)
 
@@ -276,7 +286,7 @@ def one_file(tmp_path: Path, write: Write) -> Path:
     return write(tmp_path / "rows.csv", {"text": texts, "label": labels, "who": texts})
 
 
-def test_a_single_file_gives_up_a_fifth_of_every_class(one_file: Path) -> None:
+def test_a_fifth_of_every_class_of_a_single_file_is_the_test_split(one_file: Path) -> None:
     data = load(one_file, key="who")
     assert np.bincount(data.test.labels, minlength=3).tolist() == [6, 2, 0]
     assert np.bincount(data.train.labels).tolist() == [24, 8, 1]
@@ -305,10 +315,10 @@ def test_a_single_file_has_no_splits_to_name(one_file: Path) -> None:
         load(one_file, SourceConfig(test="dev"))
 
 
-# How much is read
+# Limits on the number of rows
 
 
-def test_a_limit_keeps_a_fixed_choice_of_rows(one_file: Path) -> None:
+def test_a_limit_selects_a_fixed_subset_of_rows(one_file: Path) -> None:
     whole = load(one_file, key="who")
     part = load(one_file, SourceConfig(max_train_rows=20, max_test_rows=3), key="who")
     assert (len(part.train), len(part.test)) == (20, 3)
@@ -333,7 +343,7 @@ def test_a_limit_beyond_the_rows_changes_nothing(one_file: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A hub with one data set; the calls it gets."""
+    """Replace the hub by one data set, and record the calls."""
     features = datasets.Features(
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
     )
@@ -349,7 +359,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_a_hub_id_gives_the_same_tables(hub: list[tuple[Any, ...]]) -> None:
+def test_a_hub_id_is_loaded(hub: list[tuple[Any, ...]]) -> None:
     data = load_text("someone/reviews:small", DEFAULT)
     assert hub == [("someone/reviews", "small")]
     assert data.label_names == ("bad", "good")
@@ -363,7 +373,7 @@ def test_a_hub_id_needs_no_configuration(hub: list[tuple[Any, ...]]) -> None:
     assert hub == [("reviews", None)]
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence() -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line() -> None:
     with pytest.raises(DroppeftError, match=r"^data=nobody/nothing is no file or folder") as caught:
         load_text("nobody/nothing", DEFAULT)
     assert "\n" not in str(caught.value)

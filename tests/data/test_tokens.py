@@ -46,10 +46,10 @@ def test_rows_are_what_the_tokenizer_gives_one_by_one(table: TextTable, tokenize
     assert len(result) == len(table)
     for row, text in enumerate(table.texts):
         pair = table.pairs[row] if table.pairs else None
-        alone = tokenizer(text, pair, truncation=True, max_length=6)
-        assert result.row(row)["input_ids"].tolist() == alone["input_ids"]
-        assert result.row(row)["token_type_ids"].tolist() == alone["token_type_ids"]
-        assert result.lengths[row] == len(alone["input_ids"])
+        single = tokenizer(text, pair, truncation=True, max_length=6)
+        assert result.row(row)["input_ids"].tolist() == single["input_ids"]
+        assert result.row(row)["token_type_ids"].tolist() == single["token_type_ids"]
+        assert result.lengths[row] == len(single["input_ids"])
     assert set(result.columns) == {"input_ids", "token_type_ids"}
     assert {column.dtype for column in result.columns.values()} == {np.dtype(np.int32)}
     assert result.offsets.dtype == np.int64
@@ -57,19 +57,19 @@ def test_rows_are_what_the_tokenizer_gives_one_by_one(table: TextTable, tokenize
     assert result.lengths.max() == 6
 
 
-def test_blocks_do_not_show(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_does_not_matter(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenise(SINGLE, tokenizer, 6, None)
     monkeypatch.setattr(tokens, "BLOCK_ROWS", 2)
     assert same(tokenise(SINGLE, tokenizer, 6, None), whole)
 
 
-def test_padding_that_the_tokenizer_remembers_is_not_stored(tokenizer: Any) -> None:
+def test_padding_of_an_earlier_call_is_not_stored(tokenizer: Any) -> None:
     fresh = tokenise(SINGLE, tokenizer, 6, None)
     tokenizer(list(SINGLE.texts), padding="max_length", max_length=20)
     assert same(tokenise(SINGLE, tokenizer, 6, None), fresh)
 
 
-def test_the_cache_gives_what_was_tokenised(
+def test_the_cache_returns_what_was_tokenised(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = tokenise(PAIRED, tokenizer, 6, tmp_path)
@@ -84,7 +84,7 @@ def test_labels_are_never_those_of_the_cache(tokenizer: Any, tmp_path: Path) -> 
     assert tokenise(other, tokenizer, 6, tmp_path).labels.tolist() == [0, 1]
 
 
-def test_whatever_changes_tokens_is_another_entry(tokenizer: Any, tmp_path: Path) -> None:
+def test_everything_that_changes_tokens_is_part_of_the_key(tokenizer: Any, tmp_path: Path) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.add_tokens(["seven"])
     left = AutoTokenizer.from_pretrained(tokenizer.name_or_path, truncation_side="left")
@@ -98,7 +98,7 @@ def test_whatever_changes_tokens_is_another_entry(tokenizer: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "flipped bit"])
-def test_a_damaged_cache_is_made_anew(tokenizer: Any, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_replaced(tokenizer: Any, tmp_path: Path, damage: str) -> None:
     fresh = tokenise(SINGLE, tokenizer, 6, tmp_path)
     [file] = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -140,7 +140,7 @@ def test_ordered_batches_go_from_short_to_long_with_ties_in_given_order() -> Non
     assert [batch.tolist() for batch in batches] == [[1, 2, 0], [4]]
 
 
-def test_grouped_batches_save_padding_and_still_differ_every_epoch() -> None:
+def test_grouped_batches_have_little_padding_and_differ_between_epochs() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 128, 1000)
     rows = np.arange(1000)
@@ -152,7 +152,7 @@ def test_grouped_batches_save_padding_and_still_differ_every_epoch() -> None:
     plain = np.array_split(generator.permutation(rows), 63)
     assert padded(first) < 1.15 * lengths.sum() < padded(plain)
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
-    # Shuffled: batch lengths must not rise through the epoch or through a window.
+    # Batches are shuffled: their lengths must not increase within an epoch or a window.
     means = [lengths[batch].mean() for batch in first]
     assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
 
@@ -165,7 +165,7 @@ def test_grouped_batches_follow_the_generator() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_padded_batch_written_out() -> None:
+def test_a_padded_batch() -> None:
     table = TokenTable(
         columns={
             "input_ids": np.array([7, 8, 9, 5, 6], np.int32),
@@ -199,8 +199,8 @@ def test_padding_is_the_tokenizers_own(tokenizer: Any, side: Literal["right", "l
         assert batch[name].tolist() == expected[name]
 
 
-class _Wordless:
-    """A tokenizer that adds nothing, as a decoder's: an empty text has no tokens."""
+class _NoSpecialTokens:
+    """A tokenizer without special tokens, as a decoder's: an empty text has no tokens."""
 
     class backend_tokenizer:
         @staticmethod
@@ -213,4 +213,4 @@ class _Wordless:
 
 def test_a_text_without_tokens_is_refused() -> None:
     with pytest.raises(DroppeftError, match="text 2 has no tokens"):
-        tokenise(SINGLE, _Wordless(), 6, None)
+        tokenise(SINGLE, _NoSpecialTokens(), 6, None)

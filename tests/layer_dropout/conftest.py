@@ -56,7 +56,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def build() -> Callable[..., PreTrainedModel]:
-    """Make a sequence classifier: ``build(architecture, **configuration)``; always the same."""
+    """Function ``build(architecture, **configuration)`` for a reproducible sequence classifier."""
     return tiny_model
 
 

@@ -1,8 +1,7 @@
-"""How often layers are dropped, against how often they should be: chi-square tests at one level.
+"""Chi-square tests of how often layers are dropped.
 
-Correct code fails one of all these tests with probability 1e-6 at most, each time that somebody
-chooses other seeds or another way to draw; with the seeds as they are it does not. Whoever checks
-draws here also sees that a biased sampler is noticed.
+With new seeds, correct code fails any of these tests with probability 1e-6 at most; with the given
+seeds it passes. The tests also check that a biased sampler would fail.
 """
 
 import itertools
@@ -14,7 +13,7 @@ from scipy.stats import chi2
 
 FALSE_ALARM = 1e-6
 COMPARISONS = 1000
-"""At most so many, among which the false alarm is divided (Bonferroni). There are about 400."""
+"""Largest number of comparisons, by which the level is divided (Bonferroni); about 400 exist."""
 
 DRAWS = 6000
 
@@ -24,13 +23,13 @@ _numbers = itertools.count(1)
 
 
 def largest(degrees: int = 1) -> float:
-    """The chi-square statistic above which one of the comparisons fails."""
+    """Return the chi-square statistic above which a comparison fails."""
     assert next(_numbers) <= COMPARISONS, "raise COMPARISONS"
     return float(chi2.isf(FALSE_ALARM / COMPARISONS, df=degrees))
 
 
 def assert_share(count: int, share: float, draws: int = DRAWS) -> None:
-    """``count`` of so many independent draws, when it should be ``share`` of them."""
+    """Check that ``count`` of independent draws is compatible with a probability of ``share``."""
     if share in (0, 1):
         assert count == share * draws
     else:
@@ -39,13 +38,13 @@ def assert_share(count: int, share: float, draws: int = DRAWS) -> None:
 
 
 def assert_rates(draws: Draws, rates: Sequence[float]) -> None:
-    """Every layer is dropped as often as its rate says."""
+    """Check that every layer is dropped at its rate."""
     for layer, rate in enumerate(rates):
         assert_share(sum(not active[layer] for active in draws), rate, len(draws))
 
 
 def assert_marginals(draws: Iterable[tuple[bool, ...]], rates: Sequence[float]) -> None:
-    """The same, and a sampler that is a little off would have failed."""
+    """Check the rates, and that a slightly biased sampler would fail."""
     draws = list(draws)
     assert_rates(draws, rates)
     with pytest.raises(AssertionError):
@@ -53,7 +52,7 @@ def assert_marginals(draws: Iterable[tuple[bool, ...]], rates: Sequence[float]) 
 
 
 def biased(draws: Draws) -> Draws:
-    """Every third draw drops a layer more, or, if none is left, one less."""
+    """Return draws of which every third drops one layer more, or less if all are dropped."""
     rng = random.Random(1)
     worse = [list(active) for active in draws]
     for active in worse[::3]:

@@ -1,4 +1,4 @@
-"""Every architecture of the table keeps the contract; those that cannot are refused."""
+"""Every architecture of the table satisfies the contract; others are refused."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ import architecture_contract as contract
 from architecture_contract import CASES, Case
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES, REFUSED, find_blocks, find_stacks, gated
-from droppeft.layer_dropout.architectures import ANSWERS, BLOCK_ANSWERS
+from droppeft.layer_dropout.architectures import BLOCK_OUTPUTS, DROPPED_OUTPUTS
 
 RECORD = json.loads(contract.FILE.read_text(encoding="utf-8"))
 RECORDED = {(row["model_type"], row["variant"]): row for row in RECORD["cases"]}
@@ -29,7 +29,7 @@ RECORDED = {(row["model_type"], row["variant"]): row for row in RECORD["cases"]}
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Configurations as small as these draw warnings about tokens they have no room for."""
+    """Tiny configurations cause warnings about special tokens outside the vocabulary."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -47,7 +47,7 @@ def case(model_type: str, variant: str = "") -> Case:
 def test_the_contract(case: Case) -> None:
     for rule in contract.RULES:
         rule(case)
-    # docs/architectures.json; python tests/architecture_contract.py writes it
+    # Run python tests/architecture_contract.py to update docs/architectures.json.
     assert RECORDED[case.model_type, case.variant] == contract.outcome(case)
 
 
@@ -57,11 +57,11 @@ def test_every_architecture_has_a_case_and_every_case_a_row() -> None:
     assert len(ARCHITECTURES) >= 35
 
 
-def test_the_answers_are_consistent() -> None:
+def test_the_outputs_are_consistent() -> None:
     for name, architecture in ARCHITECTURES.items():
-        assert architecture.answer in ANSWERS, name
+        assert architecture.output in DROPPED_OUTPUTS, name
         for block in architecture.blocks:
-            assert BLOCK_ANSWERS[block] == architecture.answer, name
+            assert BLOCK_OUTPUTS[block] == architecture.output, name
 
 
 # Two stacks
@@ -74,7 +74,9 @@ def test_the_answers_are_consistent() -> None:
         ("t5", ["encoder.block", "decoder.block"]),
     ],
 )
-def test_both_stacks_are_found_but_not_as_one_list(model_type: str, names: list[str]) -> None:
+def test_find_stacks_finds_both_stacks_and_find_blocks_refuses_them(
+    model_type: str, names: list[str]
+) -> None:
     model = contract.build(case(model_type))
     stacks = find_stacks(model)
     assert list(stacks) == names
@@ -98,27 +100,29 @@ def test_stacks_may_be_of_different_depth() -> None:
 
 
 @pytest.mark.parametrize("keyword", [False, True])
-def test_the_first_block_of_t5_yields_its_biases_to_a_text_that_goes_on(keyword: bool) -> None:
-    """Dropped for the first time in the middle of a text, when a cache has 4 tokens of it."""
+def test_a_dropped_first_block_of_t5_returns_biases_with_a_cache(keyword: bool) -> None:
+    """It is dropped when the cache already has 4 tokens of the text."""
     model = contract.build(case("t5"))
     block = model.decoder.block[0]
     cache = DynamicCache(config=model.decoder.config)
     model.decoder(torch.arange(4).view(1, 4), past_key_values=cache, use_cache=True)
-    # Of the same length, so that reading it here adds nothing to the first.
+    # A copy, since this call appends to the cache.
     copied = DynamicCache([(cache.layers[0].keys.clone(), cache.layers[0].values.clone())])
     assert copied.get_seq_length() == 4
     hidden = torch.randn(1, 2, 16)
     _, expected, _ = block(hidden, None, None, past_key_values=copied)
-    words = {"hidden_states": hidden} if keyword else {}
+    keywords = {"hidden_states": hidden} if keyword else {}
     with gated([block]) as gates:
         gates.active = (False,)
-        given, bias, cross = block(*([] if keyword else [hidden]), past_key_values=cache, **words)
+        given, bias, cross = block(
+            *([] if keyword else [hidden]), past_key_values=cache, **keywords
+        )
     assert given is hidden
     assert torch.equal(bias, expected)
     assert cross is None
 
 
-def test_biases_that_an_earlier_block_yielded_are_handed_on() -> None:
+def test_biases_of_an_earlier_block_are_returned() -> None:
     block = contract.build(case("t5")).encoder.block[1]
     hidden, bias = torch.randn(1, 2, 16), torch.randn(1, 2, 2, 2)
     with gated([block]) as gates:
@@ -130,7 +134,7 @@ def test_biases_that_an_earlier_block_yielded_are_handed_on() -> None:
 # A cache
 
 
-def test_a_fresh_cache_in_every_step_is_no_text_that_goes_on() -> None:
+def test_a_new_cache_in_every_step_is_accepted() -> None:
     model = contract.build(case("llama"))
     columns = contract.batch(case("llama"))
     with gated(contract.all_blocks(model)) as gates:
@@ -140,7 +144,9 @@ def test_a_fresh_cache_in_every_step_is_no_text_that_goes_on() -> None:
 
 
 @pytest.mark.parametrize("later", [(True, True, True), (False, False, False), (True, False, True)])
-def test_going_on_with_a_gap_is_refused_whatever_is_open_then(later: tuple[bool, ...]) -> None:
+def test_continuing_with_an_incomplete_cache_is_refused_for_any_gates(
+    later: tuple[bool, ...],
+) -> None:
     model = contract.build(case("llama"))
     columns = contract.batch(case("llama"))
     with gated(contract.all_blocks(model)) as gates:
@@ -151,17 +157,17 @@ def test_going_on_with_a_gap_is_refused_whatever_is_open_then(later: tuple[bool,
             model(columns["input_ids"][:, :1], past_key_values=cache)
 
 
-def test_the_balance_of_experts_is_that_of_the_layers_that_ran() -> None:
-    """Routers are recorded by hooks: a dropped layer's must leave nothing there."""
+def test_the_auxiliary_loss_of_experts_is_that_of_the_layers_that_ran() -> None:
+    """Hooks record the routers; the router of a dropped layer must not be recorded."""
     model = contract.build(case("mixtral"), AutoModelForCausalLM)
     columns = contract.batch(case("mixtral"))
-    words = {**columns, "labels": columns["input_ids"], "output_router_logits": True}
+    inputs = {**columns, "labels": columns["input_ids"], "output_router_logits": True}
     active = (False, True, True)
     small, _ = contract.sliced(model, active, AutoModelForCausalLM)
     with gated(contract.all_blocks(model)) as gates:
         gates.active = active
-        found = model(**words)
-    expected = small(**words)
+        found = model(**inputs)
+    expected = small(**inputs)
     assert len(found.router_logits) == 2
     assert torch.equal(found.aux_loss, expected.aux_loss)
     assert torch.equal(found.loss, expected.loss)
@@ -171,7 +177,7 @@ def test_the_balance_of_experts_is_that_of_the_layers_that_ran() -> None:
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_a_refused_type_says_why(model_type: str) -> None:
+def test_a_refused_type_gives_the_reason(model_type: str) -> None:
     assert model_type in CONFIG_MAPPING
     assert model_type not in ARCHITECTURES
     model = nn.Module()
@@ -199,7 +205,7 @@ def test_a_block_of_another_class_is_refused() -> None:
         find_stacks(model)
 
 
-def test_a_block_of_a_class_made_from_its_class_is_not() -> None:
+def test_a_block_of_a_derived_class_is_accepted() -> None:
     model = contract.build(case("t5"))
     kind = type(model.encoder.block[0])
     model.encoder.block[0].__class__ = type("FSDPBlock", (kind,), {})

@@ -1,4 +1,4 @@
-"""A gated model computes exactly what the model without the dropped blocks computes."""
+"""A gated model computes exactly the same as a model without the dropped blocks."""
 
 import copy
 import random
@@ -36,13 +36,13 @@ def assert_same(one: tuple[torch.Tensor, list[Any]], other: tuple[torch.Tensor, 
 
 
 def shallow(model: PreTrainedModel, active: tuple[bool, ...]) -> PreTrainedModel:
-    """A model that has the active blocks only, made from its configuration, with their weights."""
+    """Return a new model that has only the active blocks, with their weights."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = sum(active)
     small = AutoModelForSequenceClassification.from_config(config)
     name, _ = find_blocks(model)
-    kept = [layer for layer, runs in enumerate(active) if runs]
-    moved = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(kept)}
+    remaining = [layer for layer, runs in enumerate(active) if runs]
+    moved = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(remaining)}
     weights = {}
     for key, value in model.state_dict().items():
         if not key.startswith(f"{name}."):
@@ -55,7 +55,7 @@ def shallow(model: PreTrainedModel, active: tuple[bool, ...]) -> PreTrainedModel
 
 
 def patterns() -> Iterator[tuple[bool, ...]]:
-    """Gates with at least one open: few enough to try all but the full one."""
+    """Yield all gates except all open and all closed."""
     for number in range(1, 2**LAYERS - 1):
         yield tuple(bool(number >> layer & 1) for layer in range(LAYERS))
 
@@ -72,7 +72,7 @@ def test_all_active_is_the_plain_model(model: PreTrainedModel, batch: Batch) -> 
     assert torch.equal(torch.get_rng_state(), after_plain)
 
 
-def test_dropping_blocks_is_having_fewer(
+def test_dropping_blocks_equals_a_model_without_them(
     model: PreTrainedModel, batch: Batch, architecture: str
 ) -> None:
     model.eval()
@@ -80,7 +80,7 @@ def test_dropping_blocks_is_having_fewer(
     full = model(**batch).logits
     for active in patterns():
         if architecture == "deberta-v2-conv" and not active[0]:
-            continue  # the convolution after block 0 would follow another block in the small model
+            continue  # in the small model, the convolution would follow another block
         small = shallow(model, active)
         with gated(blocks) as gates, torch.no_grad():
             gates.active = active
@@ -103,7 +103,7 @@ def test_the_convolution_of_a_dropped_block_0_still_runs(
     assert block_output is hidden
 
 
-def test_a_dropped_block_returns_the_object_it_got(model: PreTrainedModel, batch: Batch) -> None:
+def test_a_dropped_block_returns_its_input_object(model: PreTrainedModel, batch: Batch) -> None:
     _, blocks = find_blocks(model)
     seen: list[tuple[torch.Tensor, Any]] = []
     for block in blocks:
@@ -118,9 +118,7 @@ def test_a_dropped_block_returns_the_object_it_got(model: PreTrainedModel, batch
         assert (returned is given) == (not runs)
 
 
-def test_nothing_but_the_head_is_left_when_all_are_dropped(
-    model: PreTrainedModel, batch: Batch
-) -> None:
+def test_all_blocks_can_be_dropped(model: PreTrainedModel, batch: Batch) -> None:
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
         gates.active = (False,) * LAYERS
@@ -135,7 +133,7 @@ def test_dropped_blocks_get_no_gradient_and_do_not_decay(
     _, blocks = find_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     with gated(blocks) as gates:
-        # The second and third step find momentum from the first.
+        # There is momentum from the first step in the second and third.
         for active in [(True,) * 4, (True, False, True, False), (True, True, False, False)]:
             gates.active = active
             before = [[p.detach().clone() for p in block.parameters()] for block in blocks]
@@ -148,18 +146,18 @@ def test_dropped_blocks_get_no_gradient_and_do_not_decay(
                     assert torch.equal(parameter, value) != runs
 
 
-def test_names_and_state_are_untouched(model: PreTrainedModel, batch: Batch) -> None:
-    def look() -> tuple[list[str], list[str], list[str]]:
+def test_names_and_state_do_not_change(model: PreTrainedModel, batch: Batch) -> None:
+    def names() -> tuple[list[str], list[str], list[str]]:
         modules = [f"{name} {type(module)}" for name, module in model.named_modules()]
         return modules, [name for name, _ in model.named_parameters()], list(model.state_dict())
 
-    before = look()
+    before = names()
     attributes = [set(vars(block)) for block in find_blocks(model)[1]]
     with gated(find_blocks(model)[1]) as gates:
         gates.active = (False, True, True, False)
         model(**batch)
-        assert look() == before
-    assert look() == before
+        assert names() == before
+    assert names() == before
     assert [set(vars(block)) for block in find_blocks(model)[1]] == attributes
 
 
@@ -180,7 +178,7 @@ def test_an_exception_inside_removes_the_gates(model: PreTrainedModel) -> None:
     assert all("forward" not in vars(block) for block in blocks)
 
 
-def test_a_forward_that_another_tool_put_there_is_kept(model: PreTrainedModel) -> None:
+def test_a_forward_that_another_tool_has_set_is_restored(model: PreTrainedModel) -> None:
     _, blocks = find_blocks(model)
     theirs = blocks[1].forward
     vars(blocks[1])["forward"] = theirs
@@ -192,7 +190,7 @@ def test_a_forward_that_another_tool_put_there_is_kept(model: PreTrainedModel) -
 def test_gating_twice_is_refused(build: Callable[..., PreTrainedModel]) -> None:
     _, blocks = find_blocks(build("bert"))
     with gated(blocks[:2]) as gates:
-        with pytest.raises(DroppeftError, match="gated already"), gated(blocks):
+        with pytest.raises(DroppeftError, match="is gated already"), gated(blocks):
             pass
         assert "forward" not in vars(blocks[3])
         gates.active = (False, True)
@@ -226,17 +224,19 @@ def test_executed_forwards_are_counted(model: PreTrainedModel, batch: Batch) -> 
 
 @pytest.fixture
 def unknown_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks as somebody's own would be: what they return has to be learned."""
-    monkeypatch.setattr("droppeft.layer_dropout.blocks.BLOCK_ANSWERS", {})
+    """Make the classes of the blocks unknown, as those of a custom model."""
+    monkeypatch.setattr("droppeft.layer_dropout.blocks.BLOCK_OUTPUTS", {})
 
 
 @pytest.mark.usefixtures("unknown_classes")
-def test_learning_what_blocks_return_leaves_no_trace(model: PreTrainedModel, batch: Batch) -> None:
+def test_finding_out_what_blocks_return_has_no_side_effects(
+    model: PreTrainedModel, batch: Batch
+) -> None:
     model.train()
     _, blocks = find_blocks(model)
     active = (False, True, False, True)
     with gated(blocks) as gates:
-        model(**batch)  # all active: what they return is known from now on
+        model(**batch)  # all blocks run, so what they return is known afterwards
         gates.active = active
         known = step(model, batch)
         after_known = torch.get_rng_state()
@@ -248,7 +248,7 @@ def test_learning_what_blocks_return_leaves_no_trace(model: PreTrainedModel, bat
 
 
 @pytest.mark.usefixtures("unknown_classes")
-def test_a_dropped_block_runs_once_at_most_to_learn_what_it_returns(
+def test_a_dropped_block_runs_at_most_once_to_find_out_what_it_returns(
     model: PreTrainedModel, batch: Batch
 ) -> None:
     _, blocks = find_blocks(model)
@@ -297,16 +297,16 @@ def test_a_peft_model_is_gated_like_a_plain_one(model: PreTrainedModel, batch: B
     assert_same(step(wrapped, batch), plain)
 
 
-def test_random_gates_train_alike_when_repeated(model: PreTrainedModel, batch: Batch) -> None:
+def test_training_with_random_gates_is_reproducible(model: PreTrainedModel, batch: Batch) -> None:
     def train() -> list[torch.Tensor]:
-        own = copy.deepcopy(model).train()
-        optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3)
+        copied = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(copied.parameters(), lr=1e-3)
         rng = random.Random(1)
-        with gated(find_blocks(own)[1]) as gates:
+        with gated(find_blocks(copied)[1]) as gates:
             for number in range(4):
                 gates.active = [rng.random() < 0.5 for _ in range(LAYERS)]
-                step(own, batch, seed=number)
+                step(copied, batch, seed=number)
                 optimizer.step()
-        return list(own.parameters())
+        return list(copied.parameters())
 
     assert all(map(torch.equal, train(), train()))

@@ -1,7 +1,7 @@
-"""torch.compile, in every way there is, leaves gates alone; and they leave it few graphs to make.
+"""Gates work with every use of torch.compile, and cause few graphs to be compiled.
 
-Graphs are captured, and in one test differentiated, as for any compiler and then run as they are:
-what torch's compiler makes of them is checked and timed by ``benchmarks/compile_blocks``.
+Graphs are captured (in some tests also differentiated) and then run without a compiler backend;
+``benchmarks/compile_blocks`` checks and times torch's default backend.
 """
 
 import random
@@ -27,7 +27,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Compiler:
-    """Counts the graphs that it gets."""
+    """A compiler backend that counts the graphs it is called with."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -40,7 +40,7 @@ class Compiler:
 
 @pytest.fixture
 def compiler() -> Iterator[Compiler]:
-    """Nothing is compiled yet; giving up after too many graphs of one function is an error."""
+    """Start without compiled graphs; exceeding the limit of recompilations is an error."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield (found := Compiler())
@@ -67,7 +67,7 @@ def lora_model(model_type: str) -> Any:
 
 
 def step(run: Callable[..., Any], model: nn.Module, inputs: Batch) -> dict[str, Any]:
-    """Loss and gradients by name."""
+    """Return the loss, and gradients by name."""
     model.zero_grad()
     torch.manual_seed(3)
     loss = run(**inputs).loss
@@ -108,15 +108,13 @@ def whole_model(model: nn.Module, compiler: Compiler) -> Any:
     return torch.compile(model, backend=compiler)
 
 
-# A block's input needs a gradient or, in the first of a frozen backbone, not. A model's graphs are
-# besides: what is before the first block, between two, and behind the last.
+# A block has two graphs: the input of the first block of a frozen backbone needs no gradient,
+# other inputs do. A whole model also has graphs before, between and after the blocks.
 GRAPHS = {forwards: 2, blocks: 2, entries_of_the_list: 2, whole_model: 8}
 
 
 @pytest.mark.parametrize("way", GRAPHS, ids=lambda way: way.__name__)
-def test_gates_change_freely_in_front_of_compiled_blocks(
-    way: Callable[..., Any], compiler: Compiler
-) -> None:
+def test_gates_of_compiled_blocks_can_change(way: Callable[..., Any], compiler: Compiler) -> None:
     plain, model = lora_model("bert"), lora_model("bert")
     inner = find_blocks(model)[1]
     run = way(model, compiler)
@@ -135,8 +133,8 @@ def test_gates_change_freely_in_front_of_compiled_blocks(
     assert compiler.graphs <= GRAPHS[way]
 
 
-def test_draws_are_no_part_of_a_graph(compiler: Compiler) -> None:
-    """The hook that opens a gate comes before the block, and so into what this compiles."""
+def test_drawing_gates_is_not_part_of_a_graph(compiler: Compiler) -> None:
+    """A hook of the block sets its gate, and block.compile compiles hooks too."""
     model = blocks(lora_model("bert"), compiler)
     with layer_dropout(model, None, rates=[0.5] * LAYERS, sampling="bernoulli") as dropout:
         for number in range(PATTERNS // 2):
@@ -149,14 +147,14 @@ def test_draws_are_no_part_of_a_graph(compiler: Compiler) -> None:
 
 
 def recipe(compiler: Compiler) -> str:
-    """The lines of the README, for another compiler than torch's own."""
+    """Return the code of the README, changed to use the test's backend."""
     [code] = re.findall(r"```python\n([^`]*?torch\.compile.*?)```", README.read_text(), re.DOTALL)
     assert code.count("torch.compile(block.forward)") == 1
     return str(code).replace("(block.forward)", "(block.forward, backend=compiler)")
 
 
-def test_the_readme_s_lines_on_texts_of_any_length(compiler: Compiler) -> None:
-    """Evaluation inside of the context, too, and layers that draw by themselves."""
+def test_the_readme_s_code_with_texts_of_any_length(compiler: Compiler) -> None:
+    """Also evaluates inside the context."""
     plain, model = lora_model("llama"), lora_model("llama")
     plain.config.use_cache = False
     compiler.name = "aot_eager"
@@ -178,8 +176,8 @@ def test_the_readme_s_lines_on_texts_of_any_length(compiler: Compiler) -> None:
             assert dropout.executed == expected.executed
             seen.add(dropout.active)
     assert len(seen) == 2**LAYERS
-    # An input that needs a gradient or not, in a training forward; without gradients; each of these
-    # for the first length and for all others.
+    # Three graphs (input with and without gradient in training, and evaluation), each compiled for
+    # the first length and once for all other lengths.
     assert compiler.graphs <= 6
 
 
@@ -188,11 +186,11 @@ def test_checkpointed_blocks_are_recomputed_as_they_ran(
     compiler: Compiler, reentrant: bool
 ) -> None:
     plain, model = lora_model("bert"), lora_model("bert")
-    compiler.name = "aot_eager"  # graphs that run as they are would draw dropout anew
+    compiler.name = "aot_eager"  # with "eager", recomputation would draw dropout again
     forwards(model, compiler)
-    for one in (plain, model):
-        one.activation_checkpointing_enable({"use_reentrant": reentrant})
-        one.enable_input_require_grads()
+    for each in (plain, model):
+        each.activation_checkpointing_enable({"use_reentrant": reentrant})
+        each.enable_input_require_grads()
     with gated(find_blocks(plain)[1]) as expected, gated(find_blocks(model)[1]) as gates:
         for active in [(True, False, True), (False, True, False), (True, True, False)]:
             expected.active = gates.active = active
@@ -202,20 +200,20 @@ def test_checkpointed_blocks_are_recomputed_as_they_ran(
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["gated", "layer_dropout"])
-def test_one_graph_of_a_whole_model_is_refused(compiler: Compiler, drawn: bool) -> None:
+def test_fullgraph_is_refused(compiler: Compiler, drawn: bool) -> None:
     model = tiny_model(LAYERS).train()
     run = torch.compile(model, backend=compiler, fullgraph=True)
     context: Any = layer_dropout(model, None, 0.3) if drawn else gated(find_blocks(model)[1])
     with context as gates:
-        with pytest.raises(Unsupported, match=r"a gate chooses .* compile without fullgraph=True"):
+        with pytest.raises(Unsupported, match=r"a gate decides .* compile without fullgraph=True"):
             run(**batch())
         assert gates.executed == (0,) * LAYERS
     assert run(**batch()).loss.isfinite()
 
 
 @pytest.mark.parametrize("model_type", ["t5", "deberta"])
-def test_a_compiled_entry_of_the_list_is_known_for_what_it_is(model_type: str) -> None:
-    """A dropped one answers as its class does, without being asked once."""
+def test_the_class_of_a_compiled_block_is_recognised(model_type: str) -> None:
+    """If dropped, it returns what its class returns, without being run once."""
     [case, *_] = [case for case in contract.CASES if case.model_type == model_type]
     model, columns = contract.build(case), contract.batch(case)
     active = (False, True, True, *[True] * LAYERS)[: len(contract.all_blocks(model))]

@@ -1,4 +1,4 @@
-"""The block list is found by its documented path, or not at all."""
+"""The list of blocks is found by its documented path; other models are refused."""
 
 from collections.abc import Callable
 
@@ -66,14 +66,16 @@ def test_a_list_of_another_length_is_refused(build: Callable[..., PreTrainedMode
         find_blocks(model)
 
 
-def test_a_second_candidate_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_second_list_is_refused(build: Callable[..., PreTrainedModel]) -> None:
     model = build("llama")
     model.layers = nn.ModuleList(nn.Identity() for _ in range(4))
-    with pytest.raises(DroppeftError, match="has 2"):
+    with pytest.raises(DroppeftError, match="has 2 lists"):
         find_blocks(model)
 
 
-def test_a_list_whose_name_only_ends_alike_is_none(build: Callable[..., PreTrainedModel]) -> None:
+def test_a_list_whose_name_ends_with_the_same_letter_is_ignored(
+    build: Callable[..., PreTrainedModel],
+) -> None:
     model = build("gpt2")
     model.transformer.branch = nn.ModuleList(nn.Identity() for _ in range(4))
     assert find_blocks(model)[0] == "transformer.h"
@@ -82,5 +84,5 @@ def test_a_list_whose_name_only_ends_alike_is_none(build: Callable[..., PreTrain
 def test_a_missing_list_is_refused(build: Callable[..., PreTrainedModel]) -> None:
     model = build("gpt2")
     model.transformer.h = nn.Sequential(*model.transformer.h)
-    with pytest.raises(DroppeftError, match="has 0"):
+    with pytest.raises(DroppeftError, match="has no list of blocks 'h'"):
         find_blocks(model)

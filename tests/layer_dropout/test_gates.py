@@ -1,4 +1,4 @@
-"""Gates: counts, marginals and conditioned draws."""
+"""Gates: number of dropped layers, drop rates of layers, and conditions on draws."""
 
 import itertools
 import math
@@ -26,11 +26,11 @@ RATES = st.lists(
     max_size=40,
 )
 NASTY = {
-    "three tenths": (0.1,) * 10,  # one by one: 0.9999999999999999
+    "ten tenths": (0.1,) * 10,  # the float sum is 0.9999999999999999
     "six thirds": (1 / 3,) * 6,
     "sevenths": (1 / 7,) * 49,
     "two thirds": (2 / 3,) * 12,
-    "0.7 + 0.2 + 0.1": (0.7, 0.2, 0.1),  # one by one: 0.9999999999999999
+    "0.7 + 0.2 + 0.1": (0.7, 0.2, 0.1),  # the float sum is 0.9999999999999999
     "0.1 * 3 + 0.7": (0.1 * 3, 0.7),
     "tiny and almost one": (1e-10, 1 - 1e-10),
     "almost nothing": (1e-11, 0.0),
@@ -60,7 +60,7 @@ def test_exact_drops_the_sum_of_the_rates_or_a_neighbour(rates: list[float], see
 
 
 @given(rates=RATES, seed=st.integers(0, 2**32), sampling=st.sampled_from(sorted(SAMPLINGS)))
-def test_rates_of_zero_and_one_are_honoured(rates: list[float], seed: int, sampling: str) -> None:
+def test_rates_of_zero_and_one_are_certain(rates: list[float], seed: int, sampling: str) -> None:
     active = sample_active(rates, sampling, random.Random(seed))
     assert len(active) == len(rates)
     assert all(runs for runs, rate in zip(active, rates, strict=True) if rate == 0)
@@ -74,8 +74,8 @@ def test_a_sum_that_is_whole_but_for_rounding_is_whole(rates: tuple[float, ...])
     assert counts == {round(math.fsum(rates))}
 
 
-class Comb(random.Random):
-    """A generator whose order and comb offset are chosen."""
+class FixedRandom(random.Random):
+    """A generator with a fixed order of layers and offset of the grid."""
 
     def __init__(self, order: tuple[int, ...], offset: int) -> None:
         super().__init__(0)
@@ -89,28 +89,30 @@ class Comb(random.Random):
 
 
 @pytest.mark.parametrize("rates", NASTY.values(), ids=NASTY)
-def test_no_offset_of_the_comb_changes_a_whole_count(rates: tuple[float, ...]) -> None:
-    # Random offsets would meet a gap of 2^-40 practically never; the ends of the range do.
+def test_no_offset_of_the_grid_changes_a_whole_count(rates: tuple[float, ...]) -> None:
+    # Random offsets almost never fall into a gap of 2^-40, but the ends of the range would.
     order = tuple(range(len(rates)))
     for offset in (0, 1, 2, -1, -2):
-        assert dropped(sample_active(rates, "exact", Comb(order, offset))) == round(sum(rates))
+        assert dropped(sample_active(rates, "exact", FixedRandom(order, offset))) == round(
+            sum(rates)
+        )
 
 
-def test_making_a_count_whole_spares_rates_of_zero_and_one() -> None:
-    # In multiples of 2^-40 six thirds are 2 short of two and three two-thirds 1 over: if layer 0
-    # took the difference, a comb at either end of its range would show it.
-    assert sample_active((0.0, *[1 / 3] * 6), "exact", Comb(tuple(range(7)), -1))[0]
-    assert not sample_active((1.0, *[2 / 3] * 3), "exact", Comb(tuple(range(4)), 0))[0]
+def test_rounding_to_a_whole_sum_does_not_change_rates_of_zero_and_one() -> None:
+    # In multiples of 2^-40, six thirds are 2 less than two, and three two-thirds are 1 more than
+    # two. If layer 0 took the difference, a grid offset at an end of its range would show it.
+    assert sample_active((0.0, *[1 / 3] * 6), "exact", FixedRandom(tuple(range(7)), -1))[0]
+    assert not sample_active((1.0, *[2 / 3] * 3), "exact", FixedRandom(tuple(range(4)), 0))[0]
 
 
 def test_exact_marginals_hold_in_every_order() -> None:
-    # Rates in quarters: a comb offset matters only through its quarter, so four offsets, equally
-    # likely, are all there is and the marginals come out without any chance.
+    # With rates in quarters only the quarter of the grid's offset matters. Four equally likely
+    # offsets are all cases, so the drop rates can be computed exactly.
     rates = (0.25, 0.5, 0.75, 0.5, 1.0, 0.0)
     for order in itertools.permutations(range(6)):
         counts = [0] * 6
         for quarter in range(4):
-            active = sample_active(rates, "exact", Comb(order, quarter << 38))
+            active = sample_active(rates, "exact", FixedRandom(order, quarter << 38))
             counts = [count + (not runs) for count, runs in zip(counts, active, strict=True)]
         assert counts == [1, 2, 3, 2, 4, 0]
 
@@ -135,14 +137,14 @@ def test_marginals_are_the_rates(
     assert_marginals(draws(rates, sampling), rates)
 
 
-def test_exact_counts_mix_the_two_neighbours_in_proportion() -> None:
+def test_exact_counts_have_the_right_mean() -> None:
     rng = random.Random(3)
     larger = sum(dropped(sample_active((0.45,) * 5, "exact", rng)) == 3 for _ in range(DRAWS))
     assert_share(larger, 0.25)  # 5 x 0.45 = 2.25
 
 
 def test_exact_draws_every_set_of_layers() -> None:
-    # Without the random order only neighbours at a fixed distance would be dropped together.
+    # Without the random order, only layers at a fixed distance would be dropped together.
     rng = random.Random(4)
     drawn = {sample_active((0.5,) * 6, "exact", rng) for _ in range(1000)}
     assert len(drawn) == math.comb(6, 3)
@@ -191,12 +193,12 @@ def test_conditioned_marginals_are_those_of_the_draws(
 
 
 def test_conditioned_rates_follow_bayes() -> None:
-    # p = .5 x .8 = .4, so (.5 - .4) / .6 and (.8 - .4) / .6; the layer outside keeps its rate.
+    # p = .5 x .8 = .4, so (.5 - .4) / .6 and (.8 - .4) / .6; the rate of the last does not change.
     expected = (1 / 6, 2 / 3, 0.3)
     assert conditioned_rates((0.5, 0.8, 0.3), "bernoulli", {0, 1}) == pytest.approx(expected)
 
 
-def test_nothing_is_conditioned_when_exact_counts_leave_a_needed_layer() -> None:
+def test_rates_do_not_change_if_a_draw_cannot_drop_all_needed_layers() -> None:
     rates = (0.5, 0.75, 0.75, 0.5)  # 2.5: at most three of four
     assert conditioned_rates(rates, "exact", range(4)) == rates
     assert conditioned_rates(rates, "bernoulli", ()) == rates
@@ -217,14 +219,14 @@ def test_a_needed_layer_is_always_active(rates: list[float], seed: int, sampling
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rate", [1.0, 1 - 1e-9])
-def test_waiting_for_a_layer_that_never_runs_is_refused(sampling: str, rate: float) -> None:
+def test_needing_a_layer_that_never_runs_is_refused(sampling: str, rate: float) -> None:
     with pytest.raises(DroppeftError, match="one of them must run"):
         sample_active((0.0, rate, 1.0), sampling, random.Random(0), need_one_of={1, 2})
     with pytest.raises(DroppeftError, match="one of them must run"):
         conditioned_rates((0.0, rate, 1.0), sampling, {1, 2})
 
 
-def test_exact_says_where_it_has_no_closed_form() -> None:
+def test_exact_without_a_closed_form_is_refused() -> None:
     with pytest.raises(DroppeftError, match="no closed form"):
         conditioned_rates((0.5, 0.5, 0.5, 0.5), "exact", {0, 1})
 
@@ -238,7 +240,7 @@ def test_exact_says_where_it_has_no_closed_form() -> None:
         ((0.5, 0.5), "bernoulli", (-1,), "layers are 0 to 1"),
     ],
 )
-def test_wrong_arguments_are_explained(
+def test_wrong_arguments_are_refused(
     rates: tuple[float, ...], sampling: str, needed: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(DroppeftError, match=message):

@@ -1,4 +1,4 @@
-"""What dropped blocks cost: nothing stored, nothing recomputed under gradient checkpointing."""
+"""Dropped blocks store nothing, and gradient checkpointing does not recompute them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,20 +16,20 @@ LAYERS = 4
 
 
 def stored_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters excluded."""
+    """Return the bytes that a forward stores for its backward, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    stored: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            stored[storage.data_ptr()] = storage  # keeps it alive, so that addresses are unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
     assert loss.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in stored.values())
 
 
 def test_dropped_blocks_store_nothing(model: PreTrainedModel, batch: Batch) -> None:
@@ -44,14 +44,16 @@ def test_dropped_blocks_store_nothing(model: PreTrainedModel, batch: Batch) -> N
 
         model(**batch)
         one, two, four = stored(0, 0, 0, 1), stored(1, 0, 1, 0), stored(1, 1, 1, 1)
-        # Whatever the blocks share (masks, position tables) is stored with the first of them.
+        # What blocks share (masks, position tables) is stored for the first one that runs.
         block = two - one
         assert block > 0
         assert four - two == 2 * block
         assert one - stored(0, 0, 0, 0) >= block
 
 
-def test_learning_what_blocks_return_stores_nothing(model: PreTrainedModel, batch: Batch) -> None:
+def test_finding_out_what_blocks_return_stores_nothing(
+    model: PreTrainedModel, batch: Batch
+) -> None:
     model.train()
     _, blocks = find_blocks(model)
     with gated(blocks) as gates:
@@ -63,7 +65,7 @@ def test_learning_what_blocks_return_stores_nothing(model: PreTrainedModel, batc
 def checkpointed_step(
     model: Any, batch: Batch, active: tuple[bool, ...]
 ) -> tuple[list[Any], tuple[int, ...], list[int]]:
-    """Return gradients, the gates' counts, and how often each block's insides really ran."""
+    """Return gradients, the counts of the gates, and how often each block really ran."""
     _, blocks = find_blocks(model)
     runs = [0] * LAYERS
 
@@ -79,13 +81,13 @@ def checkpointed_step(
     ]
     model.zero_grad()
     with gated(blocks) as gates:
-        model(**batch)  # from here on it is known what blocks return
+        model(**batch)  # what blocks return is known afterwards
         gates.reset_executed()
         runs[:] = [0] * LAYERS
         gates.active = active
         torch.manual_seed(3)
         loss = model(**batch).loss
-        gates.active = tuple(not runs for runs in active)  # the backward must not look at this
+        gates.active = tuple(not runs for runs in active)  # must not affect the backward
         loss.backward()
     for hook in hooks:
         hook.remove()
@@ -94,7 +96,7 @@ def checkpointed_step(
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpoint_recomputation_lies_inside_the_gate(
+def test_recomputation_does_not_use_the_gate(
     model: PreTrainedModel, batch: Batch, reentrant: bool
 ) -> None:
     lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
@@ -108,7 +110,7 @@ def test_checkpoint_recomputation_lies_inside_the_gate(
     model.enable_input_require_grads()
     gradients, executed, runs = checkpointed_step(model, batch, active)
     assert executed == (1, 0, 1, 0)
-    assert runs == [2, 0, 2, 0]  # once forward, once recomputed: checkpointing was really on
+    assert runs == [2, 0, 2, 0]  # forward and recomputation: checkpointing was enabled
     for mine, theirs in zip(gradients, plain, strict=True):
         assert (mine is None) == (theirs is None)
         assert mine is None or torch.equal(mine, theirs)

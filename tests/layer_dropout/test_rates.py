@@ -1,4 +1,4 @@
-"""Drop rates over depth: sums, bounds, shapes and messages."""
+"""Drop rates over depth: sums, bounds, shapes and error messages."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from droppeft.layer_dropout import SHAPES, explicit_rates, layer_rates, protecte
 
 @st.composite
 def possible(draw: st.DrawFn) -> tuple[float, int, frozenset[int]]:
-    """A mean that some rates reach, the number of layers, and protected layers."""
+    """Draw a possible mean, the number of layers, and protected layers."""
     num_layers = draw(st.integers(1, 48))
     protected = draw(st.frozensets(st.integers(0, num_layers - 1)))
     largest = (num_layers - len(protected)) / num_layers
@@ -45,7 +45,7 @@ def test_layers_below_one_keep_the_proportions_of_the_shape(
     free = [layer for layer in range(num_layers) if layer not in protected]
     scales = [rates[layer] / weights[layer] for layer in free if rates[layer] < 1]
     assert scales == pytest.approx([scales[0]] * len(scales) if scales else [], rel=1e-9, abs=1e-12)
-    # A clipped layer would have got more than 1 at the scale of the others.
+    # The rate of a clipped layer would be above 1 at the scale of the others.
     for layer in free:
         if rates[layer] == 1 and scales:
             assert weights[layer] * scales[0] >= 1 - 1e-9
@@ -71,8 +71,8 @@ def test_shapes_differ_over_depth_as_their_names_say() -> None:
 
 
 def test_the_excess_above_one_goes_to_the_others() -> None:
-    # Weights 1 2 3 4 with sum 3 would be .3 .6 .9 1.2; the last is 1 and 2 remain for 1 2 3:
-    # 1/3, 2/3, 1.
+    # With sum 3, weights 1 2 3 4 give .3 .6 .9 1.2. The last is clipped to 1, which leaves 2 for
+    # weights 1 2 3: 1/3, 2/3, 1.
     assert layer_rates(0.75, "incremental", 4) == pytest.approx((1 / 3, 2 / 3, 1, 1))
 
 
@@ -84,28 +84,29 @@ def test_protected_layers_count_in_the_mean() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_largest_mean_drops_with_certainty(shape: str) -> None:
     for num_layers in range(1, 61):
-        for kept in (0, num_layers // 3):
+        for never_dropped in (0, num_layers // 3):
             rates = layer_rates(
-                (num_layers - kept) / num_layers, shape, num_layers, protected=range(kept)
+                (num_layers - never_dropped) / num_layers,
+                shape,
+                num_layers,
+                protected=range(never_dropped),
             )
-            assert rates == (0.0,) * kept + (1.0,) * (num_layers - kept)
+            assert rates == (0.0,) * never_dropped + (1.0,) * (num_layers - never_dropped)
 
 
 @given(num_layers=st.integers(1, 60), data=st.data())
-def test_the_largest_mean_that_the_message_names_is_accepted(
-    num_layers: int, data: st.DataObject
-) -> None:
-    kept = range(data.draw(st.integers(1, num_layers)))
+def test_the_largest_mean_in_the_message_is_accepted(num_layers: int, data: st.DataObject) -> None:
+    never_dropped = range(data.draw(st.integers(1, num_layers)))
     with pytest.raises(DroppeftError, match="largest possible mean") as error:
-        layer_rates(1.0, "normal", num_layers, protected=kept)
+        layer_rates(1.0, "normal", num_layers, protected=never_dropped)
     named = re.search(r"mean is ([0-9.]+);", str(error.value))
     assert named is not None
-    largest = (num_layers - len(kept)) / num_layers
+    largest = (num_layers - len(never_dropped)) / num_layers
     assert float(named[1]) == pytest.approx(largest, abs=1.01e-4)
-    layer_rates(float(named[1]), "normal", num_layers, protected=kept)
+    layer_rates(float(named[1]), "normal", num_layers, protected=never_dropped)
 
 
-def test_everything_protected_and_nothing_to_drop_is_fine() -> None:
+def test_all_layers_can_be_protected_if_the_mean_is_zero() -> None:
     assert layer_rates(0, "uniform", 2, protected=protected_ends(2, 1, 1)) == (0, 0)
 
 
@@ -122,7 +123,7 @@ def test_everything_protected_and_nothing_to_drop_is_fine() -> None:
         (0.6, "uniform", 4, (0, 3), "2 of them protected: the largest possible mean is 0.5;"),
     ],
 )
-def test_an_impossible_mean_is_explained(
+def test_an_impossible_mean_is_refused(
     mean: float, shape: str, num_layers: int, protected: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(DroppeftError, match=re.escape(message)):
@@ -136,12 +137,12 @@ def test_protected_ends_are_the_first_and_the_last_layers() -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(3, 2), (5, 0), (-1, 1), (1, -1)])
-def test_impossible_ends_are_explained(first: int, last: int) -> None:
+def test_impossible_ends_are_refused(first: int, last: int) -> None:
     with pytest.raises(DroppeftError, match="cannot protect"):
         protected_ends(4, first, last)
 
 
-def test_explicit_rates_are_kept() -> None:
+def test_explicit_rates_do_not_change() -> None:
     assert explicit_rates([0, 0.25, 1], 3) == (0.0, 0.25, 1.0)
 
 
@@ -154,6 +155,6 @@ def test_explicit_rates_are_kept() -> None:
         ((math.nan, 0.5, 0.5), "layer 0 is nan"),
     ],
 )
-def test_wrong_explicit_rates_are_explained(rates: tuple[float, ...], message: str) -> None:
+def test_wrong_explicit_rates_are_refused(rates: tuple[float, ...], message: str) -> None:
     with pytest.raises(DroppeftError, match=message):
         explicit_rates(rates, 3)

@@ -1,4 +1,4 @@
-"""Rates over a run: their factors, how often layers are really dropped, and what is refused."""
+"""Schedules: factors of the rates, how often layers are dropped, and error messages."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ from droppeft.layer_dropout import (
     layer_rates,
     scheduled_rates,
 )
-from droppeft.layer_dropout.alone import gates_of_step
+from droppeft.layer_dropout.dropout import gates_of_step
 
 RATES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 SHARES = st.floats(0, 1)
@@ -104,7 +104,7 @@ def test_marginals_over_a_run_are_the_rates(sampling: str, every: int) -> None:
 
 
 def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
-    """When one of two layers has to run, at three quarters of their rates."""
+    """One of two layers has to run, at three quarters of the rates."""
     rates, needed = (0.9, 0.8, 0.6), (0, 1)
     run: Any = {"schedule": "warm_up", "schedule_part": 0.4, "total_steps": 100}
     run |= {"sampling": "bernoulli"}
@@ -122,7 +122,7 @@ def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
         ("warm_up", 0.5, 30, "the part of the run that warm_up takes is 30; it must be above 0"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_impossible_arguments_are_refused(
     schedule: str, progress: float, part: float, message: str
 ) -> None:
     with pytest.raises(DroppeftError, match=re.escape(message)):

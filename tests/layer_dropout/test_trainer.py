@@ -1,4 +1,4 @@
-"""Layer dropout in transformers' Trainer and in TRL's: per optimizer step, resumed, removed."""
+"""LayerDropoutCallback in transformers' Trainer and in TRL's SFTTrainer."""
 
 import copy
 import gc
@@ -53,24 +53,24 @@ def rows(number: int = 14) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
 
 
-class Witness(TrainerCallback):
-    """Notes what every optimizer step ran and moved; stands after the callback it watches."""
+class StepRecorder(TrainerCallback):
+    """Records which layers every step ran and updated; to be added after the tested callback."""
 
-    def __init__(self, watched: LayerDropoutCallback) -> None:
-        self.watched = watched
+    def __init__(self, callback: LayerDropoutCallback) -> None:
+        self.callback = callback
         self.gates: list[Gates] = []
         self.forwards: list[list[int]] = []
         self.moved: list[Gates] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        assert self.watched.dropout is not None
-        self.gates.append(self.watched.dropout.active)
-        self.executed = self.watched.dropout.executed
+        assert self.callback.dropout is not None
+        self.gates.append(self.callback.dropout.active)
+        self.executed = self.callback.dropout.executed
         self.values = trained(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        assert self.watched.dropout is not None
-        counts = zip(self.watched.dropout.executed, self.executed, strict=True)
+        assert self.callback.dropout is not None
+        counts = zip(self.callback.dropout.executed, self.executed, strict=True)
         self.forwards.append([now - before for now, before in counts])
         layers = list(zip(trained(model), self.values, strict=True))
         moved = [[not torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in layers]
@@ -79,7 +79,7 @@ class Witness(TrainerCallback):
 
 
 def trained(model: Any) -> list[list[torch.Tensor]]:
-    """Copies of what is trained, by layer."""
+    """Return copies of the trained tensors of each layer."""
     _, blocks = find_blocks(model)
     return [
         [value.detach().clone() for value in block.parameters() if value.requires_grad]
@@ -113,12 +113,12 @@ def make(
 
 def train(
     folder: Path, model: Any, settings: Any = (), **arguments: Any
-) -> tuple[Trainer, Witness]:
+) -> tuple[Trainer, StepRecorder]:
     callback = LayerDropoutCallback(0.5, **dict(settings))
-    witness = Witness(callback)
-    trainer = make(folder, model, callback, witness, **arguments)
+    recorder = StepRecorder(callback)
+    trainer = make(folder, model, callback, recorder, **arguments)
     trainer.train()
-    return trainer, witness
+    return trainer, recorder
 
 
 def gated_blocks(model: Any) -> int:
@@ -126,23 +126,23 @@ def gated_blocks(model: Any) -> int:
 
 
 @pytest.mark.parametrize("build", [lora_model, full_model])
-def test_a_step_moves_the_layers_that_it_runs(tmp_path: Path, build: Callable[[], Any]) -> None:
-    _, witness = train(tmp_path, build(), max_steps=8)
-    assert len(witness.gates) == 8
-    assert len(set(witness.gates)) > 1
-    assert all(sum(active) == 3 for active in witness.gates)
+def test_a_step_updates_the_layers_that_it_runs(tmp_path: Path, build: Callable[[], Any]) -> None:
+    _, recorder = train(tmp_path, build(), max_steps=8)
+    assert len(recorder.gates) == 8
+    assert len(set(recorder.gates)) > 1
+    assert all(sum(active) == 3 for active in recorder.gates)
     # AdamW decays by 0.5 and has momentum, but a dropped layer has no gradient at all.
-    assert witness.moved == witness.gates
-    assert witness.forwards == [list(map(int, active)) for active in witness.gates]
+    assert recorder.moved == recorder.gates
+    assert recorder.forwards == [list(map(int, active)) for active in recorder.gates]
 
 
 def test_accumulated_batches_run_the_same_layers(tmp_path: Path) -> None:
-    """7 batches an epoch by 3: the last step of an epoch has one batch."""
-    _, witness = train(tmp_path, lora_model(), gradient_accumulation_steps=3, max_steps=7)
-    assert len(set(witness.gates)) > 1
-    assert witness.moved == witness.gates
+    """An epoch has 7 batches, so with 3 per step the last step of an epoch has one batch."""
+    _, recorder = train(tmp_path, lora_model(), gradient_accumulation_steps=3, max_steps=7)
+    assert len(set(recorder.gates)) > 1
+    assert recorder.moved == recorder.gates
     numbers = [3, 3, 1, 3, 3, 1, 3]
-    for active, number, counts in zip(witness.gates, numbers, witness.forwards, strict=True):
+    for active, number, counts in zip(recorder.gates, numbers, recorder.forwards, strict=True):
         assert counts == [number * runs for runs in active]
 
 
@@ -152,15 +152,15 @@ def test_evaluation_between_steps_is_at_full_depth(tmp_path: Path) -> None:
     )
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert len(losses) == 4
-    # The last one was made within training, at the weights that are still there.
+    # The last evaluation during training used the final weights.
     assert trainer.evaluate()["eval_loss"] == losses[-1]
     trainer.remove_callback(LayerDropoutCallback)
     assert trainer.predict(rows(4)).metrics["test_loss"] == losses[-1]
 
 
 def test_the_mean_depth_is_logged(tmp_path: Path) -> None:
-    """Coins, so that the depth varies; two steps a row."""
-    trainer, witness = train(
+    """Bernoulli sampling, so that the number varies; logged every two steps."""
+    trainer, recorder = train(
         tmp_path,
         lora_model(),
         {"sampling": "bernoulli"},
@@ -169,22 +169,22 @@ def test_the_mean_depth_is_logged(tmp_path: Path) -> None:
         eval_strategy="steps",
         eval_steps=1,
     )
-    depths = [sum(active) for active in witness.gates]
+    depths = [sum(active) for active in recorder.gates]
     pairs = [(a + b) / 2 for a, b in zip(depths[::2], depths[1::2], strict=True)]
     history = trainer.state.log_history
     assert [row["active_layers"] for row in history if "loss" in row] == pairs
     assert sum("active_layers" in row for row in history) == 3
 
 
-def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
-    whole, unbroken = train(tmp_path, lora_model(), {"every": 2}, **arguments)
+    whole, uninterrupted = train(tmp_path, lora_model(), {"every": 2}, **arguments)
     callback = LayerDropoutCallback(0.5, every=2)
-    witness = Witness(callback)
-    second = make(tmp_path, lora_model(), callback, witness, **arguments)
+    recorder = StepRecorder(callback)
+    second = make(tmp_path, lora_model(), callback, recorder, **arguments)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert witness.gates == unbroken.gates[3:]
-    assert len(set(witness.gates)) > 1
+    assert recorder.gates == uninterrupted.gates[3:]
+    assert len(set(recorder.gates)) > 1
     for ours, theirs in zip(trained(second.model), trained(whole.model), strict=True):
         assert all(map(torch.equal, ours, theirs))
 
@@ -202,30 +202,30 @@ def test_checkpointing_changes_nothing(
     tmp_path: Path, build: Callable[[], Any], reentrant: bool
 ) -> None:
     plain, _ = train(tmp_path, build())
-    trainer, witness = train(tmp_path, build(), **checkpointing(reentrant))
+    trainer, recorder = train(tmp_path, build(), **checkpointing(reentrant))
     assert trainer.model.is_activation_checkpointing
-    assert witness.moved == witness.gates
+    assert recorder.moved == recorder.gates
     for ours, theirs in zip(trained(trainer.model), trained(plain.model), strict=True):
         assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_gates_count_a_skipped_step_as_the_trainer_does(tmp_path: Path) -> None:
-    """With a loss scaler under which the first step overflows, as it may in fp16 on a GPU."""
+    """With a loss scaler with which the first step overflows, as may happen in fp16 on a GPU."""
     callback = LayerDropoutCallback(0.5)
-    witness = Witness(callback)
-    trainer = make(tmp_path, lora_model(), callback, witness)
+    recorder = StepRecorder(callback)
+    trainer = make(tmp_path, lora_model(), callback, recorder)
     trainer.accelerator.scaler = torch.amp.GradScaler(
         "cpu", init_scale=2.0**127, backoff_factor=2.0**-120
     )
     with torch.no_grad():
         trainer.model.get_submodule("base_model.model.classifier").weight.mul_(100.0)
     trainer.train()
-    _, typical = train(tmp_path, lora_model())
-    assert witness.gates == typical.gates
-    assert witness.moved == [(False,) * LAYERS, *witness.gates[1:]]
+    _, plain = train(tmp_path, lora_model())
+    assert recorder.gates == plain.gates
+    assert recorder.moved == [(False,) * LAYERS, *recorder.gates[1:]]
 
 
-def test_without_a_gpu_the_trainer_passes_fp16_over(tmp_path: Path) -> None:
+def test_without_a_gpu_the_trainer_ignores_fp16(tmp_path: Path) -> None:
     plain, asked = lora_model(), lora_model()
     train(tmp_path, plain)
     trainer, _ = train(tmp_path, asked, fp16=True)
@@ -235,15 +235,15 @@ def test_without_a_gpu_the_trainer_passes_fp16_over(tmp_path: Path) -> None:
 
 
 def test_autocast_in_bf16(tmp_path: Path) -> None:
-    trainer, witness = train(tmp_path, lora_model(), bf16=True)
-    assert witness.moved == witness.gates
+    trainer, recorder = train(tmp_path, lora_model(), bf16=True)
+    assert recorder.moved == recorder.gates
     assert all(value.isfinite().all() for layer in trained(trainer.model) for value in layer)
 
 
 def test_a_schedule_follows_the_trainer_s_steps(tmp_path: Path) -> None:
     settings = {"schedule": "recovery", "schedule_part": 0.4}
-    _, witness = train(tmp_path, lora_model(), settings, max_steps=10)
-    assert [sum(active) for active in witness.gates] == [3] * 6 + [6] * 4
+    _, recorder = train(tmp_path, lora_model(), settings, max_steps=10)
+    assert [sum(active) for active in recorder.gates] == [3] * 6 + [6] * 4
 
 
 def test_the_seed_is_the_trainer_s_unless_given(tmp_path: Path) -> None:
@@ -256,16 +256,16 @@ def test_the_seed_is_the_trainer_s_unless_given(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_after_training(tmp_path: Path) -> None:
-    trainer, witness = train(tmp_path, model := lora_model())
-    assert witness.watched.dropout is None
+    trainer, recorder = train(tmp_path, model := lora_model())
+    assert recorder.callback.dropout is None
     assert gated_blocks(model) == 0
     trainer.train()  # once more, with the same callback
-    assert len(witness.gates) == 10
-    assert witness.gates[:5] == witness.gates[5:]
+    assert len(recorder.gates) == 10
+    assert recorder.gates[:5] == recorder.gates[5:]
 
 
-class DeliveryError(TrainerCallback):
-    """Raises in the third step, once."""
+class RaiseOnce(TrainerCallback):
+    """Raises an error after the third step of the first training."""
 
     def __init__(self) -> None:
         self.armed = True
@@ -276,35 +276,35 @@ class DeliveryError(TrainerCallback):
             raise RuntimeError("mine")
 
 
-def broken(folder: Path, model: Any) -> tuple[Trainer, LayerDropoutCallback]:
+def train_with_error(folder: Path, model: Any) -> tuple[Trainer, LayerDropoutCallback]:
     callback = LayerDropoutCallback(0.5)
-    trainer = make(folder, model, callback, DeliveryError())
+    trainer = make(folder, model, callback, RaiseOnce())
     with pytest.raises(RuntimeError, match="mine"):
         trainer.train()
     return trainer, callback
 
 
 def test_after_training_raised(tmp_path: Path) -> None:
-    trainer, callback = broken(tmp_path, model := lora_model())
+    trainer, callback = train_with_error(tmp_path, model := lora_model())
     assert gated_blocks(model) == LAYERS
     loss = trainer.evaluate()["eval_loss"]
     callback.remove()
     assert gated_blocks(model) == 0
-    assert trainer.evaluate()["eval_loss"] == loss  # it was at full depth already
-    callback.remove()  # which does no harm
+    assert trainer.evaluate()["eval_loss"] == loss  # every layer ran before, too
+    callback.remove()  # a second call has no effect
 
 
 def test_training_again_after_training_raised(tmp_path: Path) -> None:
-    trainer, callback = broken(tmp_path, model := lora_model())
+    trainer, callback = train_with_error(tmp_path, model := lora_model())
     trainer.train()
     assert trainer.state.global_step == 5
     assert callback.dropout is None
     assert gated_blocks(model) == 0
 
 
-def test_a_callback_that_is_freed_takes_its_gates_along(tmp_path: Path) -> None:
+def test_a_garbage_collected_callback_removes_its_gates(tmp_path: Path) -> None:
     model = lora_model()
-    broken(tmp_path, model)
+    train_with_error(tmp_path, model)
     gc.collect()
     assert gated_blocks(model) == 0
 
@@ -314,7 +314,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path, model, callback)
     args = copy.copy(trainer.args)
     args._n_gpu = 2
-    message = "this process sees 2 GPUs, over which the Trainer would copy the model"
+    message = "this process has 2 GPUs, and the Trainer would copy the model"
     with pytest.raises(DroppeftError, match=message):
         callback.on_train_begin(args, trainer.state, trainer.control, model=model)
     assert gated_blocks(model) == 0
@@ -322,7 +322,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither before nor after; the Trainer leaves its choice where others would find it."""
+    """Remove compiled graphs before and after, and global settings of the Trainer."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     torch._dynamo.reset()
     counters.clear()
@@ -333,12 +333,12 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_model_is_trained_alike(tmp_path: Path) -> None:
-    """In more than eight patterns, after which torch would give up on a graph."""
+    """With more than eight patterns, torch's limit of recompilations of a function."""
 
     def run(**arguments: Any) -> tuple[Any, ...]:
         model = lora_model()
-        _, witness = train(tmp_path, model, {"sampling": "bernoulli"}, max_steps=16, **arguments)
-        return witness.gates, witness.forwards, witness.moved, trained(model)
+        _, recorder = train(tmp_path, model, {"sampling": "bernoulli"}, max_steps=16, **arguments)
+        return recorder.gates, recorder.forwards, recorder.moved, trained(model)
 
     plain = run()
     assert len(set(plain[0])) > 8
@@ -373,29 +373,30 @@ for build, settings in (
     (lora_model, checkpointing(False)),
     (full_model, {"ddp_find_unused_parameters": True, **checkpointing(False)}),
 ):
-    trainer, witness = train(folder, build(), gradient_accumulation_steps=2, **settings)
+    trainer, recorder = train(folder, build(), gradient_accumulation_steps=2, **settings)
     total = sum(float(value.sum()) for layer in trained(trainer.model) for value in layer)
     kind = type(trainer.model_wrapped).__name__
     with open(f"{folder}/{dist.get_rank()}", "a") as file:
-        print(json.dumps([kind, witness.gates, witness.moved, witness.forwards, total]), file=file)
+        row = [kind, recorder.gates, recorder.moved, recorder.forwards, total]
+        print(json.dumps(row), file=file)
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
-    """What no process used has no gradient in any, if unused parameters are looked for."""
+    """With unused parameters detected, a dropped layer has no gradient in any process."""
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
     here = Path(__file__).parent
     path = os.pathsep.join([*map(str, (here, here.parent)), *sys.path])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    answer = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", *launch, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
-    assert answer.returncode == 0, answer.stderr
+    assert result.returncode == 0, result.stderr
     one, other = ((tmp_path / rank).read_text() for rank in "01")
     assert one == other
     runs = [json.loads(line) for line in one.splitlines()]
@@ -408,7 +409,7 @@ def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
 
 
 def test_trl_s_trainer(tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer  # slow to import, and needed here alone
+    from trl import SFTConfig, SFTTrainer  # slow to import, and needed only here
 
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
     tokenizer.eos_token = tokenizer.sep_token
@@ -422,8 +423,8 @@ def test_trl_s_trainer(tmp_path: Path) -> None:
         num_attention_heads=2,
     )
     callback = LayerDropoutCallback(0.5)
-    witness = Witness(callback)
-    words = ["one tree grows", "two rivers meet far below", "a stone", "rain fell on the old roof"]
+    recorder = StepRecorder(callback)
+    texts = ["one tree grows", "two rivers meet far below", "a stone", "rain fell on the old roof"]
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_config(config),
         SFTConfig(
@@ -440,15 +441,15 @@ def test_trl_s_trainer(tmp_path: Path) -> None:
             use_cpu=True,
             bf16=False,
         ),
-        train_dataset=Dataset.from_dict({"text": words * 3}),
+        train_dataset=Dataset.from_dict({"text": texts * 3}),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
-        callbacks=[callback, witness],
+        callbacks=[callback, recorder],
     )
     trainer.train()
-    assert len(set(witness.gates)) > 1
-    assert witness.moved == witness.gates
-    assert witness.forwards == [[2 * runs for runs in active] for active in witness.gates]
+    assert len(set(recorder.gates)) > 1
+    assert recorder.moved == recorder.gates
+    assert recorder.forwards == [[2 * runs for runs in active] for active in recorder.gates]
     logged = [row["active_layers"] for row in trainer.state.log_history if "loss" in row]
     assert logged == [3.0] * 4
     assert gated_blocks(trainer.model) == 0

@@ -1,7 +1,8 @@
-"""Every adapter type under layer dropout in a loop of one's own, with what such loops are made of.
+"""Every adapter type with layer dropout in a custom training loop.
 
-A step that drops a layer gives its adapter no gradient and leaves its bits alone, and moves all
-others: with both kinds of checkpointing (as without any), in half precision, when accumulating.
+If a step drops a layer, its adapter has no gradient and does not change, while all others are
+updated. This is tested with both kinds of checkpointing, in half precision and with gradient
+accumulation.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def accumulating(attached: Attached, optimizer: Optimizer) -> None:
 
 
 class Step(NamedTuple):
-    """What a step left behind: by group, gradient and value of each tensor; calls by layer."""
+    """Results of a step: gradients and values of tensors by group, and calls by layer."""
 
     gradients: dict[LayerKey, list[torch.Tensor | None]]
     values: dict[LayerKey, list[torch.Tensor]]
@@ -78,7 +79,7 @@ class Step(NamedTuple):
 
 
 def train(name: str, way: Callable[[Attached, Optimizer], None]) -> list[Step]:
-    """Two steps: of every layer, which gives all of them momentum, and without one of them."""
+    """Take a step that runs every layer (so that all have momentum) and one that drops a layer."""
     attached = Attached(contract.case(name, "bert"))
     attached.scramble()
     trained = [value for value in attached.model.train().parameters() if value.requires_grad]
@@ -112,8 +113,8 @@ def values(attached: Attached) -> dict[LayerKey, list[torch.Tensor]]:
     }
 
 
-def assert_left_alone(steps: list[Step]) -> None:
-    """The dropped layer in the second step, and nothing else."""
+def assert_only_dropped_layer_unchanged(steps: list[Step]) -> None:
+    """In the second step, which drops a layer."""
     first, second = steps
     for key, found in first.gradients.items():
         assert all(value is not None and value.isfinite().all() for value in found), key
@@ -131,18 +132,20 @@ def without_checkpoints(name: str) -> list[Step]:
 
 @pytest.mark.parametrize("way", [plainly, in_bf16, in_fp16, accumulating])
 @pytest.mark.parametrize("name", contract.USABLE)
-def test_a_dropped_layer_s_adapter_is_left_alone(name: str, way: Callable[..., None]) -> None:
+def test_the_adapter_of_a_dropped_layer_does_not_change(
+    name: str, way: Callable[..., None]
+) -> None:
     steps = without_checkpoints(name) if way is plainly else train(name, way)
     if TYPES[name].kind != "global":
         assert {*range(LAYERS)} <= steps[0].values.keys()
-    assert_left_alone(steps)
+    assert_only_dropped_layer_unchanged(steps)
 
 
 @pytest.mark.parametrize("way", [non_reentrant, reentrant])
 @pytest.mark.parametrize("name", [name for name in contract.USABLE if name != "prefix_tuning"])
 def test_checkpointing_changes_no_bit(name: str, way: Callable[..., None]) -> None:
     steps = train(name, way)
-    assert_left_alone(steps)
+    assert_only_dropped_layer_unchanged(steps)
     for ours, theirs in zip(steps, without_checkpoints(name), strict=True):
         for part in ("gradients", "values"):
             mine, plain = flat(getattr(ours, part)), flat(getattr(theirs, part))
@@ -150,15 +153,15 @@ def test_checkpointing_changes_no_bit(name: str, way: Callable[..., None]) -> No
                 assert (one is None) == (other is None)
                 assert one is None or torch.equal(one, other)
         for now, before in zip(ours.calls, theirs.calls, strict=True):
-            assert before < now <= 2 * before if before else now == 0  # it was really on
+            assert before < now <= 2 * before if before else now == 0  # it was enabled
 
 
 def flat(groups: dict[LayerKey, list[Any]]) -> list[Any]:
     return [value for found in groups.values() for value in found]
 
 
-def test_prefixes_cannot_be_checkpointed_by_transformers() -> None:
-    """With gates or without: it takes them for a cache. The table of adapters says so."""
+def test_transformers_checkpointing_does_not_work_with_prefixes() -> None:
+    """Neither with gates nor without: it discards the cache. The table of adapters says so."""
     attached = Attached(contract.case("prefix_tuning", "bert"))
     attached.model.train().activation_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(RuntimeError, match="must match the size"):

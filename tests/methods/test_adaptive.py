@@ -1,4 +1,4 @@
-"""Adaptive: DropPEFT's bandit over depth alone, under a name of its own; defaults by method."""
+"""Adaptive: DropPEFT's bandit over untrained layers only; and defaults of methods."""
 
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,19 @@ SPELT_OUT = (
 
 
 @pytest.fixture
-def words(tiny_words: list[str], tmp_path: Path) -> list[str]:
-    """Of a run of six layers, in which nothing is said of dropout."""
-    typical = [word for word in tiny_words if not word.startswith(("dropout.", "model="))]
-    return [*typical, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
+def overrides(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    """Overrides of a run with six layers and without settings of layer dropout."""
+    other = [
+        override for override in tiny_overrides if not override.startswith(("dropout.", "model="))
+    ]
+    return [*other, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
 
 
-def test_it_is_what_droppeft_does_with_these_settings(words: list[str], tmp_path: Path) -> None:
+def test_it_is_droppeft_with_these_settings(overrides: list[str], tmp_path: Path) -> None:
     hashes = {
-        start_run(load_config(None, [*words, *more]), tmp_path / name, Recorder())["adapter_sha256"]
+        start_run(load_config(None, [*overrides, *more]), tmp_path / name, Recorder())[
+            "adapter_sha256"
+        ]
         for name, more in (("short", ("method=adaptive",)), ("long", SPELT_OUT))
     }
     assert len(hashes) == 1
@@ -47,11 +51,13 @@ def test_it_is_what_droppeft_does_with_these_settings(words: list[str], tmp_path
     assert {arm for row in short for arm in row["notes"]["chosen"].values()} == {0, 1}
 
 
-def test_the_folder_says_how_many_layers_half_of_them_are(words: list[str], tmp_path: Path) -> None:
-    words = [*words, "method=adaptive"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+def test_the_run_folder_has_half_of_the_layers_as_a_number(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    overrides = [*overrides, "method=adaptive"]
+    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
     assert load_config(tmp_path / "whole" / "config.toml").frozen.layers == 3
-    stop_after_a_round(words, tmp_path / "run")
+    stop_after_a_round(overrides, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
@@ -70,53 +76,53 @@ def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
 @pytest.mark.parametrize(
     "tree", [{"dropout": {"schedule": "recovery"}}, {"sharing": {"fraction": 0.5}}], ids=str
 )
-def test_dropout_and_sharing_are_for_other_methods(tree: dict[str, Any]) -> None:
+def test_settings_of_dropout_and_sharing_are_refused(tree: dict[str, Any]) -> None:
     with pytest.raises(DroppeftError, match="has no effect with method=adaptive"):
         check_settings(build_config({"method": "adaptive", **tree}))
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("configurator.policy=fixed", r"leave configurator\.policy=fixed out"),
         ("configurator.means=[0, 0.25]", r"drops no layers; leave configurator\.means out"),
         ("configurator.refresh=3", r"drops no layers; leave configurator\.refresh out"),
     ],
 )
-def test_what_would_make_another_method_of_it_is_refused(word: str, message: str) -> None:
+def test_settings_that_make_it_another_method_are_refused(override: str, message: str) -> None:
     with pytest.raises(DroppeftError, match=message):
-        check_settings(load_config(None, ["method=adaptive", word]))
+        check_settings(load_config(None, ["method=adaptive", override]))
 
 
 # Defaults by method
 
 
-def test_a_method_s_defaults_hold_where_nothing_is_given() -> None:
-    typical = load_config(None, ["method=adaptive"])
-    assert (typical.frozen.layers, typical.frozen.cache, typical.dropout.mean) == (
+def test_defaults_of_a_method_apply_if_a_setting_is_not_given() -> None:
+    default = load_config(None, ["method=adaptive"])
+    assert (default.frozen.layers, default.frozen.cache, default.dropout.mean) == (
         "half",
         False,
         0.0,
     )
-    chosen = typical.configurator
-    assert (chosen.policy, chosen.means, chosen.prefixes) == (
+    chosen = default.configurator
+    assert (chosen.policy, chosen.means, chosen.untrained) == (
         "budgeted_thompson",
         (0.0,),
         (0.0, 0.34),
     )
-    own = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.untrained=[0]"])
-    assert (own.frozen.layers, own.frozen.cache) == (1, False)
-    assert own.configurator.untrained == (0.0,)
-    assert own.configurator.policy == "budgeted_thompson"
+    given = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.untrained=[0]"])
+    assert (given.frozen.layers, given.frozen.cache) == (1, False)
+    assert given.configurator.untrained == (0.0,)
+    assert given.configurator.policy == "budgeted_thompson"
     assert load_config(None, []).frozen.layers == 0
 
 
-def test_a_default_gives_way_to_what_stands_instead_of_it() -> None:
+def test_a_setting_replaces_the_default_of_its_alternative() -> None:
     given = load_config(None, ["method=adaptive", "dropout.count=2"]).dropout
     assert (given.count, given.mean) == (2, None)
 
 
-def test_defaults_come_back_from_the_folder_of_a_run(tmp_path: Path) -> None:
+def test_a_written_configuration_is_read_back_with_its_defaults(tmp_path: Path) -> None:
     config = load_config(None, ["method=adaptive"])
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "config.toml") == config
@@ -125,20 +131,20 @@ def test_defaults_come_back_from_the_folder_of_a_run(tmp_path: Path) -> None:
 # Half of the layers
 
 
-@pytest.mark.parametrize("word", ["-1", "third", "true", "1.5"])
-def test_frozen_layers_are_a_number_or_half(word: str) -> None:
+@pytest.mark.parametrize("override", ["-1", "third", "true", "1.5"])
+def test_frozen_layers_are_a_number_or_half(override: str) -> None:
     with pytest.raises(DroppeftError, match=r"frozen\.layers: must be a number of layers, .*half"):
-        load_config(None, [f"frozen.layers={word}"])
+        load_config(None, [f"frozen.layers={override}"])
 
 
-def test_half_of_the_layers_is_what_the_number_is(words: list[str], tmp_path: Path) -> None:
+def test_half_of_the_layers_equals_their_number(overrides: list[str], tmp_path: Path) -> None:
     for layers in ("half", "3"):
         more = ("method=fedlora", f"frozen.layers={layers}", "rounds=1")
-        start_run(load_config(None, [*words, *more]), tmp_path / layers, Recorder())
+        start_run(load_config(None, [*overrides, *more]), tmp_path / layers, Recorder())
     assert adapter_bytes(tmp_path / "half") == adapter_bytes(tmp_path / "3")
 
 
-def test_the_same_settings_go_on_with_a_run_over_flower(tmp_path: Path) -> None:
+def test_a_run_on_flower_is_continued_with_the_same_settings(tmp_path: Path) -> None:
     wanted = load_config(None, ["method=adaptive", "threads=1", "accelerator=cpu"])
     frozen = wanted.frozen.model_copy(update={"layers": 3})
     _check_same(wanted, wanted.model_copy(update={"frozen": frozen}), tmp_path)

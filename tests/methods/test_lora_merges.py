@@ -1,4 +1,4 @@
-"""Methods that merge LoRA as a product: what the global model then is, against hand and model."""
+"""Methods that merge LoRA as a product: the global model, by hand and with a model."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.sharing.factors import pairs_of
-from handmade import WIDTH_OF_MODEL, answer_to, assert_same, shaped
+from handmade import WIDTH_OF_MODEL, assert_same, shaped, update_for
 from runs import update_of
 from tiny import save_tiny_model
 
@@ -28,7 +28,7 @@ EXACT = ("flora", "fedex_lora")
 
 
 def changes(model: GlobalModel, scale: float) -> dict[str, Any]:
-    """Of each A: what model and delta together change in the weight behind it."""
+    """By name of A: the change of its weight by the model's LoRA and base delta together."""
     found = {}
     for key, a, b in pairs_of(model.tensors):
         named = model.tensors[key]
@@ -42,17 +42,17 @@ def changes(model: GlobalModel, scale: float) -> dict[str, Any]:
 
 
 def with_factors(instruction: Instruction, rng: np.random.Generator, examples: int) -> Update:
-    """An answer of random values."""
+    """An update of random values."""
     tensors = {
         key: {name: rng.normal(size=array.shape).astype(np.float32) for name, array in v.items()}
         for key, v in instruction.tensors.items()
     }
-    return answer_to(instruction, examples=examples, tensors=tensors)
+    return update_for(instruction, examples=examples, tensors=tensors)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_global_model_is_the_mean_of_the_clients_over_several_rounds(name: str) -> None:
-    """Three rounds; what each client changed is weighed 1 : 3, exactly."""
+    """Three rounds; the clients' changes have the weights 1 and 3, exactly."""
     setup, method = shaped(f"method={name}", "adapter.rank=2", "adapter.alpha=4"), METHODS[name]
     state, rng = method.init(setup), np.random.default_rng(0)
     for round in (1, 2, 3):
@@ -61,7 +61,7 @@ def test_the_global_model_is_the_mean_of_the_clients_over_several_rounds(name: s
             with_factors(instruction, rng, n)
             for instruction, n in zip(instructions, (10, 30), strict=True)
         ]
-        own = [
+        expected = [
             changes(
                 GlobalModel(instruction.adapter, update.tensors, instruction.base_delta), scale=2.0
             )
@@ -69,7 +69,9 @@ def test_the_global_model_is_the_mean_of_the_clients_over_several_rounds(name: s
         ]
         state = method.merge(setup, state, instructions, updates)
         for a, merged in changes(state.model, scale=2.0).items():
-            np.testing.assert_allclose(merged, own[0][a] / 4 + own[1][a] * 3 / 4, atol=1e-5)
+            np.testing.assert_allclose(
+                merged, expected[0][a] / 4 + expected[1][a] * 3 / 4, atol=1e-5
+            )
         heads = [float(update.tensors["head"]["head.W"][0]) for update in updates]
         merged_head = float(state.model.tensors["head"]["head.W"][0])
         assert merged_head == pytest.approx(heads[0] / 4 + heads[1] * 3 / 4)
@@ -82,11 +84,13 @@ def test_averaging_the_factors_is_not_exact() -> None:
     instructions = method.instruct(setup, state, 1, [0, 1])
     updates = [with_factors(instruction, rng, 10) for instruction in instructions]
     merged = changes(method.merge(setup, state, instructions, updates).model, scale=2.0)
-    own = [changes(replace(state.model, tensors=update.tensors), 2.0) for update in updates]
-    assert all(np.abs(merged[a] - (own[0][a] + own[1][a]) / 2).max() > 0.1 for a in merged)
+    expected = [changes(replace(state.model, tensors=update.tensors), 2.0) for update in updates]
+    assert all(
+        np.abs(merged[a] - (expected[0][a] + expected[1][a]) / 2).max() > 0.1 for a in merged
+    )
 
 
-def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> None:
+def test_flora_begins_each_round_with_fresh_factors_that_change_nothing() -> None:
     setup, method = shaped("method=flora", "adapter.rank=2"), METHODS["flora"]
     state, seen = method.init(setup), []
     for round in (1, 2, 3):
@@ -95,7 +99,7 @@ def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> No
             setup,
             state,
             instructions,
-            [answer_to(instruction, 1.0) for instruction in instructions],
+            [update_for(instruction, 1.0) for instruction in instructions],
         )
         named = state.model.tensors[0]
         assert not named["0.lora_B.weight"].any()
@@ -109,12 +113,12 @@ def test_flora_begins_every_round_with_other_factors_that_change_nothing() -> No
             setup,
             again,
             instructions,
-            [answer_to(instruction, 1.0) for instruction in instructions],
+            [update_for(instruction, 1.0) for instruction in instructions],
         )
     assert again.model.tensors[0]["0.lora_A.weight"].tobytes() == seen[1]
 
 
-def test_a_delta_is_named_by_its_content() -> None:
+def test_the_version_of_a_base_delta_follows_from_its_content() -> None:
     product = {"base_model.model.enc.q.lora_A.default.weight": np.ones((2, 2))}
     one, two = (with_added(None, product.items(), 0.5) for _ in range(2))
     assert one is not None
@@ -136,26 +140,28 @@ def ones_like(tensors: Any) -> Any:
 
 
 @pytest.fixture
-def prepare_with(tiny_words: list[str]) -> Callable[..., Prepared]:
-    plain = [word for word in tiny_words if not word.startswith("dropout.")]
-    return lambda *words: prepare(load_config(None, [*plain, *words]), lambda step: None, RUN)
+def prepare_with(tiny_overrides: list[str]) -> Callable[..., Prepared]:
+    plain = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    return lambda *overrides: prepare(
+        load_config(None, [*plain, *overrides]), lambda step: None, RUN
+    )
 
 
 def logits(prepared: Prepared, model: GlobalModel | Update, delta: Any = None) -> torch.Tensor:
-    bench = prepared.model
-    set_tensors(bench.parameters, model.tensors)
-    bench.model.eval()
-    batch = bench.task.collate(prepared.test, np.arange(6))
-    with torch.inference_mode(), base_delta_applied(bench.model, delta):
-        return bench.task.loss_and_logits(bench.model, batch)[1]
+    client_model = prepared.model
+    set_tensors(client_model.parameters, model.tensors)
+    client_model.model.eval()
+    batch = client_model.task.collate(prepared.test, np.arange(6))
+    with torch.inference_mode(), base_delta_applied(client_model.model, delta):
+        return client_model.task.loss_and_logits(client_model.model, batch)[1]
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("name", EXACT)
-def test_one_client_s_model_becomes_the_global_one(
+def test_with_one_client_its_model_becomes_the_global_one(
     name: str, architecture: str, prepare_with: Callable[..., Prepared], tmp_path: Any
 ) -> None:
-    """Twice: the second turn has a delta. GPT-2 keeps its weights the other way round."""
+    """Two rounds, since the second has a base delta. GPT-2 stores weights as (in, out)."""
     model = save_tiny_model(tmp_path / "model", 4, architecture)
     prepared = prepare_with(
         f"method={name}", f"model={model}", "training.learning_rate=0.02", "training.local_steps=8"
@@ -167,13 +173,15 @@ def test_one_client_s_model_becomes_the_global_one(
         trained = logits(prepared, update, instruction.base_delta)
         state = prepared.method.merge(prepared.setup, state, [instruction], [update])
         merged = logits(prepared, state.model, state.model.base_delta)
-        if name == "flora":  # all that was learnt is in the delta
+        if name == "flora":  # all that was learnt is in the base delta
             alone = logits(prepared, state.model)
             assert not torch.allclose(alone, trained, atol=1e-3)
         torch.testing.assert_close(merged, trained, atol=2e-5, rtol=1e-4)
 
 
-def test_ffa_s_a_is_the_seed_s_and_never_travels(prepare_with: Callable[..., Prepared]) -> None:
+def test_ffa_computes_a_from_the_seed_and_does_not_send_it(
+    prepare_with: Callable[..., Prepared],
+) -> None:
     prepared = prepare_with("method=ffa_lora", "training.learning_rate=0.02")
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
     sent = {name for _, name, _ in flatten(instruction.tensors)}
@@ -224,13 +232,13 @@ def test_flexlora_sends_every_client_the_largest_components_that_its_rank_holds(
         np.testing.assert_allclose(found, nearest, atol=1e-4)
         assert instruction.adapter.alpha == 2 * rank
         assert instruction.objective.rank_penalty is None
-        own = method.evaluate_client(setup, state, 3, instruction.client)
-        assert own.measure
-        assert_same(own.tensors, instruction.tensors)
+        evaluation = method.evaluate_client(setup, state, 3, instruction.client)
+        assert evaluation.measure
+        assert_same(evaluation.tensors, instruction.tensors)
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_a_round_that_nobody_answered_leaves_the_state(name: str) -> None:
+def test_a_round_without_replies_leaves_the_state(name: str) -> None:
     setup, method = shaped(f"method={name}"), METHODS[name]
     state = method.init(setup)
     assert method.merge(setup, state, method.instruct(setup, state, 1, [0]), []) is state

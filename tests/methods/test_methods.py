@@ -1,4 +1,4 @@
-"""The contract of every federated method, and what is particular to each."""
+"""The tests that every federated method must pass, and tests of FedLoRA and DropPEFT."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,10 @@ from droppeft.runs.checkpoints import Checkpoint, load_newest, save
 from droppeft.server.prepare import prepare
 from droppeft.server.rounds import run_round
 from droppeft.server.run import start_run
-from handmade import LAYERS, Scripted, answer_to, assert_same, filled, setup_for
+from handmade import LAYERS, Scripted, assert_same, filled, setup_for, update_for
 from runs import Recorder
 
-# Settings with which a method's contract is tested: adding a method adds a row.
+# Settings with which each method is tested; a new method needs a row.
 ROWS: dict[str, tuple[str, ...]] = {
     "droppeft": ("dropout.mean=0.25",),
     "adaptive": (),
@@ -50,9 +50,9 @@ LEARNING = {
     "fedia3": ("training.local_steps=60", "training.learning_rate=0.2"),
 }
 WITH_BASE_DELTA = {"flora", "fedex_lora"}
-# An arm that a client was given counts as tried, whatever came of it.
+# Their memory changes without updates: an arm that was given to a client counts as tried.
 BANDITS = {"adaptive"}
-# What random weights make of a text cannot be steered by these.
+# With a backbone of random weights these adapters are too weak to learn the task.
 WEAK = {"fedprompt", "fedptuning", "fedprefix", "fedbitfit"}
 
 
@@ -66,18 +66,18 @@ def setup(method: Method) -> Setup:
     return setup_for(f"method={method.name}", *ROWS[method.name])
 
 
-def lessons(instruction: Instruction) -> list[Update]:
-    """Answers whose sum in floating point depends on the order of its terms."""
+def order_sensitive(instruction: Instruction) -> list[Update]:
+    """Updates whose sum in floating point depends on the order of its terms."""
     # (1e30 - 1e30) + 1 = 1, but (1 - 1e30) + 1e30 = 0
-    return [answer_to(instruction, (1e30, -1e30, 1.0)[instruction.client % 3])]
+    return [update_for(instruction, (1e30, -1e30, 1.0)[instruction.client % 3])]
 
 
-def test_every_method_has_a_row_and_its_own_name() -> None:
+def test_every_method_has_a_row_and_its_name() -> None:
     assert ROWS.keys() == METHODS.keys()
     assert all(method.name == name and method.summary for name, method in METHODS.items())
 
 
-def test_instructions_answer_to_the_cohort_in_its_order(method: Method, setup: Setup) -> None:
+def test_instructions_are_in_the_order_of_the_cohort(method: Method, setup: Setup) -> None:
     state = method.init(setup)
     assert isinstance(state, ServerState)
     assert type(state.memory) is method.memory_type
@@ -93,7 +93,7 @@ def test_instructions_answer_to_the_cohort_in_its_order(method: Method, setup: S
     assert min(map(len, nonces)) >= 32
 
 
-def test_a_instruction_can_be_carried_out(method: Method, setup: Setup) -> None:
+def test_an_instruction_is_consistent(method: Method, setup: Setup) -> None:
     for instruction in method.instruct(setup, method.init(setup), 1, [0, 5]):
         assert instruction.share or not method.has_global_model(setup.config)
         assert instruction.share <= {name for _, name, _ in flatten(instruction.tensors)}
@@ -103,7 +103,7 @@ def test_a_instruction_can_be_carried_out(method: Method, setup: Setup) -> None:
         assert instruction.dropout is None or len(instruction.dropout.rates) == LAYERS
 
 
-def test_merging_nothing_changes_nothing(method: Method, setup: Setup) -> None:
+def test_merging_failures_changes_nothing(method: Method, setup: Setup) -> None:
     state = method.init(setup)
     instructions = method.instruct(setup, state, 1, [0, 1])
     failed = [Failure(instruction.client, "sent no reply") for instruction in instructions]
@@ -113,14 +113,14 @@ def test_merging_nothing_changes_nothing(method: Method, setup: Setup) -> None:
     assert replace(merged, model=state.model, memory=memory) == state
 
 
-def test_merging_makes_the_model_what_was_sent(method: Method, setup: Setup) -> None:
-    """Some methods ask for some layers, or compare models for some rounds: what was asked for."""
+def test_merging_equal_updates_gives_their_value(method: Method, setup: Setup) -> None:
+    """Only tensors that some instruction asked for change, which may take several rounds."""
     state = method.init(setup)
     asked: set[str] = set()
     for round in (1, 2, 3):
         instructions = method.instruct(setup, state, round, [0, 1, 2])
         asked |= {name for instruction in instructions for name in instruction.share}
-        updates = [answer_to(instruction, 5.0) for instruction in instructions]
+        updates = [update_for(instruction, 5.0) for instruction in instructions]
         state = method.merge(setup, state, instructions, updates)
     values = {name: set(array.tolist()) for _, name, array in flatten(state.model.tensors)}
     assert values == {name: {5.0} if name in asked else {1.0} for name in values}
@@ -130,19 +130,20 @@ def test_merging_makes_the_model_what_was_sent(method: Method, setup: Setup) -> 
 def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
     setup = setup_for(f"method={method.name}", "clients=3", *ROWS[method.name])
 
-    def play(backwards: bool) -> ServerState:
+    def state_after(backwards: bool) -> ServerState:
         state = method.init(setup)
         for round in (1, 2):
-            transport = Scripted(lessons, backwards=backwards)
+            transport = Scripted(order_sensitive, backwards=backwards)
             state, _ = run_round(setup, method, transport, state, round, lambda reply: None)
         return state
 
-    assert_same(play(backwards=False).model.tensors, play(backwards=True).model.tensors)
+    first, second = state_after(backwards=False), state_after(backwards=True)
+    assert_same(first.model.tensors, second.model.tensors)
 
 
 def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Path) -> None:
     state = method.init(setup)
-    state, _ = run_round(setup, method, Scripted(lessons), state, 1, lambda reply: None)
+    state, _ = run_round(setup, method, Scripted(order_sensitive), state, 1, lambda reply: None)
     save(tmp_path, Checkpoint(1, state, {}))
     loaded = load_newest(tmp_path, method.memory_type).state
     assert_same(loaded.model.tensors, state.model.tensors)
@@ -162,21 +163,21 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     )
 
 
-def moved_beside_the_head(method: Method, words: list[str], out: Path) -> bool:
-    """Whether every tensor of the adapter itself has changed since the start."""
-    first = prepare(load_config(None, words), lambda step: None).state.model.tensors
+def adapter_changed(method: Method, overrides: list[str], out: Path) -> bool:
+    """Whether every tensor of the adapter, without the head, has changed since the start."""
+    first = prepare(load_config(None, overrides), lambda step: None).state.model.tensors
     last = load_newest(out / "checkpoints", method.memory_type).state.model.tensors
     return not any(
         np.array_equal(array, first[key][name]) for key, name, array in flatten(last) if key != HEAD
     )
 
 
-def test_a_whole_run_learns_and_leaves_its_files(
-    method: Method, tiny_words: list[str], tmp_path: Path
+def test_a_whole_run_learns_and_writes_its_files(
+    method: Method, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    without_tables = [word for word in tiny_words if not word.startswith("dropout.")]
-    words = [
-        *without_tables,
+    other = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    overrides = [
+        *other,
         f"method={method.name}",
         "training.local_steps=20",
         "training.batch_size=16",
@@ -185,14 +186,14 @@ def test_a_whole_run_learns_and_leaves_its_files(
         *ROWS[method.name],
         *LEARNING.get(method.name, ()),
     ]
-    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    result = start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     # Three classes in equal parts: chance is a third.
     assert result["initial_accuracy"] < 0.5
-    assert result["personalised_devices"] == result["clients"]
+    assert result["personalised_clients"] == result["clients"]
     files = {"checkpoints", "config.toml", "clients.jsonl", "result.json", "rounds.jsonl"}
-    if method.has_global_model(load_config(None, words)):
+    if method.has_global_model(load_config(None, overrides)):
         if method.name in WEAK:
-            assert moved_beside_the_head(method, words, tmp_path / "run")
+            assert adapter_changed(method, overrides, tmp_path / "run")
         else:
             assert result["global_accuracy"] > 0.6
         if method.name not in WITH_BASE_DELTA:
@@ -200,7 +201,7 @@ def test_a_whole_run_learns_and_leaves_its_files(
     assert {path.name for path in (tmp_path / "run").iterdir()} == files
 
 
-def test_an_unknown_method_is_named_with_those_there_are() -> None:
+def test_the_error_for_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(
         DroppeftError, match="method=fedfoo: unknown method; known are droppeft, ad"
     ):
@@ -214,12 +215,12 @@ def test_fedlora_weights_by_rows() -> None:
     setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
     state = method.init(setup)
     one, other = method.instruct(setup, state, 1, [0, 1])
-    updates = [answer_to(one, 1.0, examples=10), answer_to(other, 4.0, examples=20)]
+    updates = [update_for(one, 1.0, examples=10), update_for(other, 4.0, examples=20)]
     # (10 · 1 + 20 · 4) / 30 = 3
     assert_same(method.merge(setup, state, [one, other], updates).model.tensors, filled(3.0))
 
 
-def test_fedlora_never_drops() -> None:
+def test_fedlora_has_no_layer_dropout() -> None:
     setup, method = setup_for("method=fedlora"), METHODS["fedlora"]
     assert [
         instruction.dropout for instruction in method.instruct(setup, method.init(setup), 1, [0, 1])
@@ -229,22 +230,22 @@ def test_fedlora_never_drops() -> None:
 # DropPEFT
 
 
-def test_droppeft_averages_a_layer_over_those_who_ran_it() -> None:
+def test_droppeft_averages_a_layer_over_the_clients_that_sent_it() -> None:
     setup, method = setup_for(), METHODS["droppeft"]
     state = method.init(setup)
     one, other = method.instruct(setup, state, 1, [0, 1])
-    whole = answer_to(other, 4.0, examples=30)
-    part = answer_to(one, 2.0, examples=10)
+    whole = update_for(other, 4.0, examples=30)
+    part = update_for(one, 2.0, examples=10)
     part = replace(part, tensors={key: v for key, v in part.tensors.items() if key not in (1, 2)})
     rest = replace(whole, tensors={key: v for key, v in whole.tensors.items() if key != 2})
     merged = method.merge(setup, state, [one, other], [part, rest]).model.tensors
-    # Layer 0: (10 · 2 + 30 · 4) / 40 = 3.5; layer 1: only 4; layer 2: nobody, so 1 as before.
+    # Layer 0: (10 · 2 + 30 · 4) / 40 = 3.5; layer 1: 4 of one client; layer 2: no client, so 1.
     values = [float(next(iter(merged[layer].values()))[0]) for layer in range(LAYERS)]
     assert values == [3.5, 4.0, 1.0, 3.5]
 
 
 @pytest.mark.parametrize(
-    ("words", "rates"),
+    ("overrides", "rates"),
     [
         (["dropout.mean=0.25"], (0.0, 0.5, 0.5, 0.0)),
         (["dropout.count=2"], (0.0, 1.0, 1.0, 0.0)),
@@ -252,10 +253,10 @@ def test_droppeft_averages_a_layer_over_those_who_ran_it() -> None:
         (["dropout.rates=[0.1, 0.2, 0.3, 0.4]"], (0.1, 0.2, 0.3, 0.4)),
     ],
 )
-def test_droppeft_instructions_the_configured_rates(
-    words: list[str], rates: tuple[float, ...]
+def test_droppeft_instructs_the_configured_rates(
+    overrides: list[str], rates: tuple[float, ...]
 ) -> None:
-    setup, method = setup_for(*words, "dropout.sampling=bernoulli"), METHODS["droppeft"]
+    setup, method = setup_for(*overrides, "dropout.sampling=bernoulli"), METHODS["droppeft"]
     for instruction in method.instruct(setup, method.init(setup), 1, [0, 1]):
         assert instruction.dropout is not None
         assert instruction.dropout.rates == pytest.approx(rates)
@@ -263,49 +264,52 @@ def test_droppeft_instructions_the_configured_rates(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["dropout.mean=0.6"], "largest possible mean is 0.5"),
-        (["dropout.count=3"], "dropout.count=3 is impossible: 4 layers of which 2 are protected"),
+        (
+            ["dropout.count=3"],
+            "dropout.count=3 is impossible: 2 of 4 layers are protected; set at most 2",
+        ),
         (["dropout.rates=[0.5, 0.5]"], "2 drop rates were given for 4 layers"),
         (["dropout.protect_first=4"], "cannot protect 4 first and 1 last"),
     ],
 )
-def test_impossible_dropout_stops_before_anything_is_written(
-    words: list[str], message: str, tiny_words: list[str], tmp_path: Path
+def test_impossible_dropout_is_refused_before_anything_is_written(
+    overrides: list[str], message: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+    other = [override for override in tiny_overrides if not override.startswith("dropout.")]
     with pytest.raises(DroppeftError, match=message):
-        METHODS["droppeft"].init(setup_for(*words))
+        METHODS["droppeft"].init(setup_for(*overrides))
     with pytest.raises(DroppeftError, match=message):
-        start_run(load_config(None, [*typical, *words]), tmp_path / "run", Recorder())
+        start_run(load_config(None, [*other, *overrides]), tmp_path / "run", Recorder())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exact_count_runs_the_same_depth_in_every_step(
-    tiny_words: list[str], tmp_path: Path
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    words = [*tiny_words[:-1], "dropout.count=2"]
-    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    overrides = [*tiny_overrides[:-1], "dropout.count=2"]
+    result = start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     assert result["mean_active_layers"] == 2.0
 
 
-# Rates of droppeft over a run
+# Schedules of DropPEFT's rates
 
 
 @pytest.mark.parametrize(
-    ("words", "means"),
+    ("overrides", "means"),
     [
         ((), [0.25] * 10),
-        # Grows over the first three of ten rounds, from nothing.
+        # Rates grow from 0 over the first three of ten rounds.
         (("dropout.schedule=warm_up",), [0.0, 0.25 / 3, 0.5 / 3, *[0.25] * 7]),
         # The last three of ten rounds run at full depth.
         (("dropout.schedule=recovery",), [*[0.25] * 7, 0.0, 0.0, 0.0]),
         (("dropout.schedule=recovery", "dropout.schedule_part=0.1"), [*[0.25] * 9, 0.0]),
     ],
 )
-def test_rates_follow_their_schedule(words: tuple[str, ...], means: list[float]) -> None:
-    setup = setup_for("method=droppeft", "rounds=10", "dropout.mean=0.25", *words)
+def test_rates_follow_their_schedule(overrides: tuple[str, ...], means: list[float]) -> None:
+    setup = setup_for("method=droppeft", "rounds=10", "dropout.mean=0.25", *overrides)
     method = METHODS["droppeft"]
     state = method.init(setup)
     instructions = [method.instruct(setup, state, round, [1])[0] for round in range(1, 11)]
@@ -315,9 +319,9 @@ def test_rates_follow_their_schedule(words: tuple[str, ...], means: list[float])
     assert found == pytest.approx(means)
 
 
-@pytest.mark.parametrize(("word", "every"), [("1", 1), ("5", 5), ("round", None)])
-def test_a_draw_holds_as_the_configuration_says(word: str, every: int | None) -> None:
-    setup = setup_for("method=droppeft", "dropout.mean=0.25", f"dropout.every={word}")
+@pytest.mark.parametrize(("override", "every"), [("1", 1), ("5", 5), ("round", None)])
+def test_a_draw_of_gates_holds_for_the_configured_steps(override: str, every: int | None) -> None:
+    setup = setup_for("method=droppeft", "dropout.mean=0.25", f"dropout.every={override}")
     method = METHODS["droppeft"]
     [instruction] = method.instruct(setup, method.init(setup), 1, [1])
     assert instruction.dropout is not None

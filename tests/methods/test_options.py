@@ -1,4 +1,4 @@
-"""Options of several methods: FedProx, server optimisers, PEFT types by a method's name."""
+"""Options of several methods: FedProx, server optimizers, and methods named after PEFT types."""
 
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,18 @@ from droppeft.methods.other_types import OTHER_TYPES
 from droppeft.server.prepare import prepare
 from droppeft.server.run import resume_run, start_run
 from droppeft.sharing.server_optimizer import step
-from handmade import answer_to, setup_for, shaped
+from handmade import setup_for, shaped, update_for
 from runs import Recorder, outcome, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
 
-def settings(**words: Any) -> ServerConfig:
-    return ServerConfig.model_validate(words)
+def settings(**values: Any) -> ServerConfig:
+    return ServerConfig.model_validate(values)
 
 
 def stepped(config: ServerConfig, means: list[float]) -> list[float]:
-    """Values of one number that begins at 1, after rounds with these means."""
+    """Values of one parameter, initially 1, after rounds with these means of the updates."""
     values, moments, found = {0: {"w": np.array([1.0], np.float32)}}, {}, []
     for mean in means:
         target = {0: {"w": np.array([mean], np.float32)}}
@@ -42,7 +42,7 @@ def stepped(config: ServerConfig, means: list[float]) -> list[float]:
     return found
 
 
-# Server optimisers
+# Server optimizers
 
 
 def test_momentum_by_hand() -> None:
@@ -76,28 +76,28 @@ def test_yogi_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("name", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)])
-def test_every_optimiser_has_its_typical_rate(name: str, rate: float) -> None:
+def test_every_optimizer_has_a_default_step_size(name: str, rate: float) -> None:
     assert settings(optimizer=name).rate == rate
     assert settings(optimizer=name, step_size=0.5).rate == 0.5
 
 
-def test_another_optimiser_than_the_file_s_has_its_own_typical_rate(tmp_path: Path) -> None:
+def test_an_override_of_the_optimizer_brings_its_default_step_size(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(to_toml(load_config(None, ["server.optimizer=momentum"])))
     assert load_config(file, ["server.optimizer=adam"]).server.rate == 0.01
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
-def test_what_nobody_sent_neither_moves_nor_loses_its_momentum(name: str) -> None:
+def test_a_tensor_that_no_client_sent_keeps_value_and_moments(name: str) -> None:
     setup = setup_for("method=fedlora", f"server.optimizer={name}")
     method = METHODS["fedlora"]
     state = method.init(setup)
     instructions = method.instruct(setup, state, 1, [0])
-    state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
-    part = answer_to(instructions[0], 9.0)
+    state = method.merge(setup, state, instructions, [update_for(instructions[0], 5.0)])
+    part = update_for(instructions[0], 9.0)
     tensors = {key: named for key, named in part.tensors.items() if key != 1}
     after = method.merge(
-        setup, state, instructions, [answer_to(instructions[0], 9.0, tensors=tensors)]
+        setup, state, instructions, [update_for(instructions[0], 9.0, tensors=tensors)]
     )
     assert after.model.tensors[1]["layer.1.A"][0] == state.model.tensors[1]["layer.1.A"][0]
     assert after.model.tensors[2]["layer.2.A"][0] > state.model.tensors[2]["layer.2.A"][0]
@@ -107,16 +107,16 @@ def test_what_nobody_sent_neither_moves_nor_loses_its_momentum(name: str) -> Non
         assert moment.tensors[2]["layer.2.A"][0] != before[2]["layer.2.A"][0]
 
 
-def test_a_round_without_answers_leaves_moments_alone() -> None:
+def test_a_round_without_updates_leaves_the_state() -> None:
     setup = setup_for("method=fedlora", "server.optimizer=momentum")
     method = METHODS["fedlora"]
     state = method.init(setup)
     instructions = method.instruct(setup, state, 1, [0])
-    state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
+    state = method.merge(setup, state, instructions, [update_for(instructions[0], 5.0)])
     assert method.merge(setup, state, instructions, [Failure(0, "asleep")]) == state
 
 
-def test_momentum_carries_layers_of_droppeft_on_too() -> None:
+def test_momentum_applies_to_droppeft_too() -> None:
     setup, method = setup_for("server.optimizer=momentum"), METHODS["droppeft"]
     state = method.init(setup)
     for round in (1, 2):
@@ -125,23 +125,23 @@ def test_momentum_carries_layers_of_droppeft_on_too() -> None:
             setup,
             state,
             instructions,
-            [answer_to(instruction, 5.0) for instruction in instructions],
+            [update_for(instruction, 5.0) for instruction in instructions],
         )
     # 1 → 5 by a change of 4; then m = .9 · 4 + 0.
     assert state.model.tensors[3]["layer.3.A"][0] == pytest.approx(8.6)
 
 
 @pytest.mark.parametrize("method", ["fedlora", "droppeft"])
-def test_a_resumed_run_has_its_moments_again(
-    method: str, tiny_words: list[str], tmp_path: Path
+def test_a_resumed_run_has_the_saved_moments(
+    method: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    words = [word for word in tiny_words if not word.startswith("dropout.")]
-    words += [f"method={method}", "server.optimizer=yogi", "server.step_size=0.05"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
-    stop_after_a_round(words, tmp_path / "resumed")
+    overrides = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    overrides += [f"method={method}", "server.optimizer=yogi", "server.step_size=0.05"]
+    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
+    stop_after_a_round(overrides, tmp_path / "resumed")
     resume_run(tmp_path / "resumed", Recorder())
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "resumed")
-    plain = [word for word in words if not word.startswith("server.")]
+    plain = [override for override in overrides if not override.startswith("server.")]
     start_run(load_config(None, plain), tmp_path / "plain", Recorder())
     assert outcome(tmp_path / "whole")["adapter"] != outcome(tmp_path / "plain")["adapter"]
 
@@ -150,16 +150,16 @@ def test_a_resumed_run_has_its_moments_again(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_passes_the_proximal_term_on(name: str) -> None:
+def test_every_method_instructs_the_proximal_term(name: str) -> None:
     setup, method = shaped(f"method={name}", "training.proximal=0.5"), METHODS[name]
     instructions = method.instruct(setup, method.init(setup), 1, [0, 1, 2])
     assert [instruction.objective.proximal for instruction in instructions] == [0.5] * 3
 
 
-def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
+def test_a_proximal_term_limits_the_change(tiny_overrides: list[str]) -> None:
     def moved(proximal: float) -> float:
-        words = [*tiny_words, f"training.proximal={proximal}", "training.local_steps=10"]
-        prepared = prepare(load_config(None, words), lambda step: None, "00c0ffee")
+        overrides = [*tiny_overrides, f"training.proximal={proximal}", "training.local_steps=10"]
+        prepared = prepare(load_config(None, overrides), lambda step: None, "00c0ffee")
         [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
         reply = update_of(clients_of(prepared.loaded), instruction)
         return float(
@@ -172,7 +172,7 @@ def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
     assert moved(0.0) > moved(1.0) > moved(100.0)
 
 
-# PEFT types by a method's name
+# Methods named after PEFT types
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_proximal_term_holds_a_turn_back(tiny_words: list[str]) -> None:
         ("fedadaopt", "bottleneck"),
     ],
 )
-def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
+def test_a_method_sets_its_adapter_type(name: str, type_: str) -> None:
     found = load_config(None, [f"method={name}"])
     targets = ("all-linear",) if name == "fedbitfit" else ("default",)
     expected = AdapterConfig.model_validate({"type": type_, "targets": targets})
@@ -197,23 +197,23 @@ def test_a_method_brings_its_adapter(name: str, type_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         *((f"method={name}",) for name in ("fedlora", "ffa_lora", "fedsa_lora", *OTHER_TYPES)),
         ("adapter.type=bottleneck",),
     ],
-    ids=lambda words: words[0],
+    ids=lambda overrides: overrides[0],
 )
-def test_what_travels_is_averaged_by_examples(
-    words: tuple[str, ...], tiny_words: list[str]
+def test_shared_tensors_are_averaged_by_examples(
+    overrides: tuple[str, ...], tiny_overrides: list[str]
 ) -> None:
-    """1 of one example and 5 of three are 4; what stays on clients, or with the seed, stays."""
-    plain = [word for word in tiny_words if not word.startswith("dropout.")]
-    prepared = prepare(load_config(None, [*plain, *words]), lambda step: None, "00c0ffee")
+    """The mean of 1 (one row) and 5 (three rows) is 4; tensors that are not sent do not change."""
+    plain = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    prepared = prepare(load_config(None, [*plain, *overrides]), lambda step: None, "00c0ffee")
     method, setup, before = prepared.method, prepared.setup, prepared.state
     instructions = method.instruct(setup, before, 1, [0, 1])
     updates = [
-        answer_to(instruction, value, examples=examples)
+        update_for(instruction, value, examples=examples)
         for instruction, value, examples in zip(instructions, (1.0, 5.0), (1, 3), strict=True)
     ]
     sent = {name for _, name, _ in flatten(updates[0].tensors)}
@@ -226,18 +226,18 @@ def test_what_travels_is_averaged_by_examples(
     assert sent == {name for name in everything if stays is None or stays not in name}
 
 
-def test_its_own_settings_stay() -> None:
-    words = ["method=fedprompt", "adapter.tokens=3"]
-    assert load_config(None, words).adapter.tokens == 3
-    words = ["method=fedbitfit", "adapter.targets=query"]
-    assert load_config(None, words).adapter.targets == ("query",)
+def test_given_adapter_settings_are_used() -> None:
+    overrides = ["method=fedprompt", "adapter.tokens=3"]
+    assert load_config(None, overrides).adapter.tokens == 3
+    overrides = ["method=fedbitfit", "adapter.targets=query"]
+    assert load_config(None, overrides).adapter.targets == ("query",)
 
 
 def test_bitfit_trains_a_vector_for_every_linear_map_and_nothing_else(
-    tiny_words: list[str],
+    tiny_overrides: list[str],
 ) -> None:
-    words = [word for word in tiny_words if not word.startswith("dropout.")]
-    config = load_config(None, [*words, "method=fedbitfit"])
+    overrides = [override for override in tiny_overrides if not override.startswith("dropout.")]
+    config = load_config(None, [*overrides, "method=fedbitfit"])
     prepared = prepare(config, lambda step: None, "00c0ffee")
     layer = prepared.state.model.tensors[0]
     assert len(layer) == 6  # query, key, value, output, and the two of the feed-forward
@@ -247,7 +247,7 @@ def test_bitfit_trains_a_vector_for_every_linear_map_and_nothing_else(
 # FedAdaOPT
 
 
-def test_fedadaopt_grows_in_steps_up_to_its_caps() -> None:
+def test_fedadaopt_grows_in_steps_up_to_its_limits() -> None:
     setup = shaped("method=fedadaopt", "adapter.type=bottleneck", "adapter.width=16")
     method = METHODS["fedadaopt"]
     state, seen = method.init(setup), []
@@ -268,22 +268,22 @@ def test_fedadaopt_grows_in_steps_up_to_its_caps() -> None:
             setup,
             state,
             instructions,
-            [answer_to(instruction, 5.0) for instruction in instructions],
+            [update_for(instruction, 5.0) for instruction in instructions],
         )
-    # Depth, width, and the layers below, whose states are kept.
+    # Depth, width, and the number of frozen layers, whose states are cached.
     steps = [(2, 8, 2), (3, 16, 1), (4, 16, 0), (4, 16, 0)]
-    assert seen == [one for one in steps for _ in range(TRIAL_ROUNDS)]
+    assert seen == [shape for shape in steps for _ in range(TRIAL_ROUNDS)]
     np.testing.assert_array_equal(state.model.tensors[3]["3.up.weight"], 5.0)
 
 
-def test_fedadaopt_s_growth_changes_nothing_yet_and_empty_rounds_do_not_count() -> None:
+def test_fedadaopt_growth_keeps_the_function_and_ignores_rounds_without_updates() -> None:
     setup = shaped("method=fedadaopt", "adapter.type=bottleneck", "adapter.width=16")
     method = METHODS["fedadaopt"]
     state = method.init(setup)
     for round in range(1, TRIAL_ROUNDS + 1):
         instructions = method.instruct(setup, state, round, [0])
         assert method.merge(setup, state, instructions, [Failure(0, "asleep")]) == state
-        state = method.merge(setup, state, instructions, [answer_to(instructions[0], 5.0)])
+        state = method.merge(setup, state, instructions, [update_for(instructions[0], 5.0)])
     new, wider = state.model.tensors[1], state.model.tensors[2]
     np.testing.assert_array_equal(new["1.up.weight"], 0.0)
     np.testing.assert_array_equal(wider["2.up.weight"][:, :8], 5.0)

@@ -1,4 +1,4 @@
-"""Rivals of personalised layer sharing: what each keeps on the client, and where it begins next."""
+"""Methods with personal tensors: what stays on the client, and with what it begins next time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from droppeft.messages import HEAD, Instruction, Measurement, flatten
 from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
-from handmade import answer_to, setup_for
+from handmade import setup_for, update_for
 from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -24,13 +24,15 @@ RUN = "00c0ffee"
 
 
 @pytest.fixture
-def plain(tiny_words: list[str]) -> list[str]:
-    return [word for word in tiny_words if not word.startswith("dropout.")]
+def plain(tiny_overrides: list[str]) -> list[str]:
+    return [override for override in tiny_overrides if not override.startswith("dropout.")]
 
 
 @pytest.fixture
 def prepare_with(plain: list[str]) -> Callable[..., Prepared]:
-    return lambda *words: prepare(load_config(None, [*plain, *words]), lambda step: None, RUN)
+    return lambda *overrides: prepare(
+        load_config(None, [*plain, *overrides]), lambda step: None, RUN
+    )
 
 
 def first_instruction(prepared: Prepared) -> Instruction:
@@ -46,10 +48,10 @@ def distance(one: Any, other: Any) -> float:
 # Ditto
 
 
-def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
+def test_without_a_pull_the_first_personal_adapter_is_the_shared_one(
     prepare_with: Callable[..., Prepared],
 ) -> None:
-    """The same batches from the same values: what differs is the pull alone."""
+    """Both train on the same batches from the same values; only the pull may differ."""
     prepared = prepare_with("method=ditto", "ditto.pull=0")
     reply = update_of(clients_of(prepared.loaded), first_instruction(prepared))
     assert distance(load_tensors(client_folder(RUN, 1), 1), reply.tensors) == 0
@@ -59,14 +61,14 @@ def test_without_a_pull_the_first_own_adapter_is_the_shared_one(
     )
 
 
-def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepared]) -> None:
-    """Also in a later turn, which begins with the client's own."""
+def test_the_pull_is_towards_the_received_values(prepare_with: Callable[..., Prepared]) -> None:
+    """Also in a later round, which begins with the saved personal adapter."""
     prepared = prepare_with("method=ditto", "training.local_steps=20")
     clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
     shared = update_of(clients, instruction)
     far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in instruction.tensors.items()}
     later = replace(instruction, round=2, state_round=1, tensors=far, personal_adapter=0.0)
-    away = {}
+    distances = {}
     for pull in (0.0, 0.5, 50.0):
         reply = update_of(clients, replace(later, personal_adapter=pull))
         assert (
@@ -75,13 +77,13 @@ def test_the_pull_is_towards_what_was_received(prepare_with: Callable[..., Prepa
             )
             == 0
         )
-        away[pull] = distance(load_tensors(client_folder(RUN, 1), 2), far)
-        update_of(clients, instruction)  # its file for the next
-    assert away[0.0] > away[0.5] > away[50.0]
-    assert distance(shared.tensors, far) > away[50.0]
+        distances[pull] = distance(load_tensors(client_folder(RUN, 1), 2), far)
+        update_of(clients, instruction)  # writes the client state again
+    assert distances[0.0] > distances[0.5] > distances[50.0]
+    assert distance(shared.tensors, far) > distances[50.0]
 
 
-def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
+def test_ditto_shares_as_fedlora_and_evaluates_personal_adapters(
     plain: list[str], tmp_path: Path
 ) -> None:
     more = ("rounds=4", "clients=3", "training.learning_rate=0.02", "training.local_steps=10")
@@ -91,9 +93,9 @@ def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
         runs[method] = start_run(config, tmp_path / method, Recorder())
     assert runs["ditto"]["adapter_sha256"] == runs["fedlora"]["adapter_sha256"]
     assert runs["ditto"]["upload_bytes"] == runs["fedlora"]["upload_bytes"]
-    own = [one["loss"] for one in runs["ditto"]["personalised"]]
-    assert own != [one["loss"] for one in runs["fedlora"]["personalised"]]
-    # Twice the training on the modelled clock.
+    losses = [client["loss"] for client in runs["ditto"]["personalised"]]
+    assert losses != [client["loss"] for client in runs["fedlora"]["personalised"]]
+    # Two adapters are trained, which takes twice the modelled time.
     rows = {m: rows_of(tmp_path / m / "clients.jsonl") for m in runs}
     for one, other in zip(rows["ditto"], rows["fedlora"], strict=True):
         ratio = one["train_modelled_s"] / other["train_modelled_s"]
@@ -102,57 +104,59 @@ def test_ditto_shares_what_fedlora_shares_and_measures_its_own(
 
 @pytest.mark.parametrize("method", ["ditto", "fedsa_lora"])
 def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: str) -> None:
-    words = [*plain, f"method={method}", "clients=3", "rounds=4"]
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
-    stop_after_a_round(words, tmp_path / "run")
+    overrides = [*plain, f"method={method}", "clients=3", "rounds=4"]
+    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
+    stop_after_a_round(overrides, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     for folder in ("run", "whole"):
-        (tmp_path / folder / "adapter").mkdir(exist_ok=True)  # fedsa_lora leaves none
+        (tmp_path / folder / "adapter").mkdir(exist_ok=True)  # fedsa_lora exports none
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 # FedSA-LoRA
 
 
-def test_fedsa_sends_a_and_keeps_b(prepare_with: Callable[..., Prepared]) -> None:
+def test_fedsa_sends_a_and_saves_b(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("method=fedsa_lora")
     clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
     reply = update_of(clients, instruction)
-    kept = {name for _, name, _ in flatten(load_tensors(client_folder(RUN, 1), 1))}
+    saved = {name for _, name, _ in flatten(load_tensors(client_folder(RUN, 1), 1))}
     sent = {name for _, name, _ in flatten(reply.tensors)}
-    assert kept == {name for _, name, _ in flatten(instruction.tensors) if ".lora_B." in name}
-    assert sent == {name for _, name, _ in flatten(instruction.tensors)} - kept
+    assert saved == {name for _, name, _ in flatten(instruction.tensors) if ".lora_B." in name}
+    assert sent == {name for _, name, _ in flatten(instruction.tensors)} - saved
     state = prepared.method.merge(prepared.setup, prepared.state, [instruction], [reply])
     [later] = prepared.method.instruct(prepared.setup, state, 2, [1])
     assert {name for _, name, _ in flatten(later.tensors)} == sent
     assert later.state_round == 1
-    own = prepared.method.evaluate_client(prepared.setup, state, 2, 1)
-    measured = clients[1].run(own)
+    evaluation = prepared.method.evaluate_client(prepared.setup, state, 2, 1)
+    measured = clients[1].run(evaluation)
     fresh = prepared.method.evaluate_client(prepared.setup, state, 2, 0)
     assert isinstance(measured, Measurement)
-    assert {name for _, name, _ in flatten(fresh.tensors)} == sent | kept
-    assert HEAD in own.tensors
+    assert {name for _, name, _ in flatten(fresh.tensors)} == sent | saved
+    assert HEAD in evaluation.tensors
 
 
-@pytest.mark.parametrize("words", [("sharing.weights=active_steps",), ("sharing.factors=product",)])
+@pytest.mark.parametrize(
+    "overrides", [("sharing.weights=active_steps",), ("sharing.factors=product",)]
+)
 def test_other_ways_to_merge_give_another_model(
-    tiny_words: list[str], tmp_path: Path, words: tuple[str, ...]
+    tiny_overrides: list[str], tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    """With gates by coin, layers run in unequal numbers of steps."""
-    base = [*tiny_words, "dropout.sampling=bernoulli", "rounds=2", "training.local_steps=6"]
+    """With Bernoulli sampling, layers run in different numbers of steps."""
+    base = [*tiny_overrides, "dropout.sampling=bernoulli", "rounds=2", "training.local_steps=6"]
     hashes = [
         start_run(load_config(None, [*base, *more]), tmp_path / name, Recorder())["adapter_sha256"]
-        for name, more in (("plain", ()), ("other", words))
+        for name, more in (("plain", ()), ("other", overrides))
     ]
     assert hashes[0] != hashes[1]
 
 
-def test_a_mean_over_everyone_holds_back_what_one_client_sent() -> None:
+def test_a_mean_over_everyone_counts_clients_that_did_not_send_a_layer() -> None:
     setup, method = setup_for("sharing.mean=everyone"), METHODS["droppeft"]
     state = method.init(setup)
     instructions = method.instruct(setup, state, 1, [0, 1])
-    part = {key: named for key, named in answer_to(instructions[1]).tensors.items() if key != 2}
-    updates = [answer_to(instructions[0], 5.0), answer_to(instructions[1], 5.0, tensors=part)]
+    part = {key: named for key, named in update_for(instructions[1]).tensors.items() if key != 2}
+    updates = [update_for(instructions[0], 5.0), update_for(instructions[1], 5.0, tensors=part)]
     merged = method.merge(setup, state, instructions, updates).model.tensors
-    # Client 1 counts for layer 2 as if it had sent the 1 that it got.
+    # In layer 2, client 1 counts with the value 1 that it was sent.
     assert [float(merged[layer][f"layer.{layer}.A"][0]) for layer in (1, 2)] == [5.0, 3.0]

@@ -1,4 +1,4 @@
-"""Rules about settings: the same sentence by words, by file, in a comparison and from Python."""
+"""Rules about settings: the same message for overrides, files, comparisons and Python."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,16 @@ import tomli_w
 
 from droppeft import cli
 from droppeft.comparison.grid import Comparison, cells, named_on_the_command_line
-from droppeft.config import Config, build_config, load_config, parse_word
+from droppeft.config import Config, build_config, load_config, parse_override
 from droppeft.errors import DroppeftError
 from droppeft.methods import METHODS, Method
-from droppeft.methods.rules import NO_EFFECT, check_costly, check_settings, given, without_effect
+from droppeft.methods.rules import (
+    NO_EFFECT,
+    check_settings,
+    check_step_settings,
+    given,
+    without_effect,
+)
 from droppeft.resources.estimate import combinations
 from droppeft.server.run import start_run
 from runs import Recorder
@@ -33,7 +39,7 @@ IGNORED = [
     (f"{THOMPSON} dropout.shape=decay", "set configurator.policy=fixed"),
     (
         f"{THOMPSON} configurator.reward_rows=4",
-        "configurator.reward_rows has no effect with configurator.reward=agreement, which no ",
+        "configurator.reward_rows has no effect with configurator.reward=agreement, which ",
     ),
     (
         "sharing.criterion=cka",
@@ -44,7 +50,7 @@ IGNORED = [
     (f"{HALF} sharing.score_rows=8", "with sharing.criterion=gradient_norm, which does not run"),
     (
         f"{HALF} sharing.criterion=position sharing.hysteresis=0",
-        "sharing.hysteresis has no effect with sharing.criterion=position, which never changes",
+        "sharing.hysteresis has no effect with sharing.criterion=position, whose scores never",
     ),
     (
         "server.step_size=0.5",
@@ -59,22 +65,24 @@ IGNORED = [
 IMPOSSIBLE = [
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
     ("adapter.type=ia3 adapter.rank=4", "adapter.rank: type ia3 has no such setting; leave it out"),
-    ("adapter.type=loha quantization=4bit", "adapter.type=loha does not work on weights of 4 bits"),
-    ("training.offload=true", "training.offload=true keeps nothing off"),
-    ("frozen.layers=1 adapter.type=prompt_tuning", "prompt_tuning is not in a layer; choose"),
+    ("adapter.type=loha quantization=4bit", "adapter.type=loha does not work with 4-bit weights"),
+    ("training.offload=true", "training.offload=true saves no memory"),
+    ("frozen.layers=1 adapter.type=prompt_tuning", "prompt_tuning is not in a layer; set"),
     (
         "method=fedsa_lora evaluation.personalised=false",
-        "no accuracy but the personalised one; leave out evaluation.personalised=false",
+        "only personalised accuracy can be measured; leave out evaluation.personalised=false",
     ),
-    ("sharing.head=personal evaluation.personalised=false", "no accuracy but the personalised one"),
+    ("sharing.head=personal evaluation.personalised=false", "only personalised accuracy can be"),
     (f"{HALF} adapter.type=prompt_tuning", "adapter.type=prompt_tuning is in no layer"),
     (
         f"{HALF} sharing.criterion=cka sharing.score_rows=3",
-        "sharing.criterion=cka compares rows with each other, for which it takes 4; set sharing.",
+        "sharing.criterion=cka compares rows with each other and needs 4 of them; set sharing.",
     ),
-    ("sharing.factors=product adapter.type=ia3", "sharing.factors=product is about LoRA's A and B"),
+    ("sharing.factors=product adapter.type=ia3", "sharing.factors=product needs LoRA's A and B"),
     ("sharing.factors=product sharing.mean=everyone", "set sharing.factors=separate"),
     ("sharing.factors=product server.optimizer=adam", "no gradient for server.optimizer=adam"),
+    ("method=adaptive configurator.policy=fixed", "leave configurator.policy=fixed out"),
+    ("method=adaptive configurator.refresh=3", "leave configurator.refresh out"),
     ("method=fedadapter adapter.type=lora", "adapter.type=lora; set adapter.type=bottleneck"),
     ("method=fedadapter cohort_size=2", "cohort_size=2; set it to 3 or more"),
     ("method=fedadapter frozen.layers=1", "leave frozen.layers=1 out"),
@@ -82,14 +90,14 @@ IMPOSSIBLE = [
     ("method=fedadaopt adapter.type=lora", "adapter.type=lora; set adapter.type=bottleneck"),
     ("method=fedhetlora adapter.type=ia3", "adapter.type=ia3; set adapter.type=lora"),
     ("method=fedhetlora adapter.options.use_rslora=true", "leave adapter.options.use_rslora out"),
-    ("method=fedra dropout.every=5", "dropout.every=5 is not possible, leave it out"),
+    ("method=fedra dropout.every=5", "dropout.every=5 is not possible; leave it out"),
     ("method=legend adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
-    ("method=fedsa_lora adapter.type=ia3", "adapter.type=ia3 has none, leave it out"),
+    ("method=fedsa_lora adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
     ("method=centralised training.local_epochs=2", "set training.local_steps"),
     *(
-        (f"method={name} {word}", said)
+        (f"method={name} {override}", sentence)
         for name in ("ffa_lora", "flexlora", "flora", "fedex_lora")
-        for word, said in (
+        for override, sentence in (
             ("adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
             ("adapter.options.use_dora=true", "leave adapter.options.use_dora out"),
         )
@@ -99,25 +107,25 @@ IMPOSSIBLE = [
         for name in ("flora", "fedex_lora")
     ),
     *(
-        (f"method={name} adapter.type=lora", "adapter.type=lora; leave it out, or take method=")
+        (f"method={name} adapter.type=lora", "adapter.type=lora; leave it out, or set method=")
         for name in ("fedprompt", "fedptuning", "fedprefix", "fedia3", "fedbitfit")
     ),
 ]
 
 
-Told = Callable[..., str]
+MessageOf = Callable[..., str]
 
 
 @pytest.fixture
-def told(
+def message_of(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Told:
-    """What a command says on stderr in an empty folder, which it leaves."""
+) -> MessageOf:
+    """Returns a command's error message; the command is run in a folder that it may not change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *handler: None)
 
-    def call(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["droppeft", *words])
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["droppeft", *arguments])
         before = {*tmp_path.iterdir()}
         with pytest.raises(SystemExit) as left:
             cli.main()
@@ -128,10 +136,10 @@ def told(
     return call
 
 
-def tree_of(words: list[str]) -> dict[str, Any]:
-    """What a file has to hold to say the same as words."""
+def tree_of(overrides: list[str]) -> dict[str, Any]:
+    """The content of a file that says the same as these overrides."""
     tree: dict[str, Any] = {}
-    for key, value in map(parse_word, words):
+    for key, value in map(parse_override, overrides):
         *tables, leaf = key.split(".")
         place = tree
         for table in tables:
@@ -141,40 +149,40 @@ def tree_of(words: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [*IGNORED, *IMPOSSIBLE])
-def test_a_rule_holds_by_every_way_in(
-    settings: str, sentence: str, told: Told, tmp_path: Path
+def test_a_rule_holds_for_every_kind_of_input(
+    settings: str, sentence: str, message_of: MessageOf, tmp_path: Path
 ) -> None:
-    words = settings.split()
+    overrides = settings.split()
     file, comparison = tmp_path / "run.toml", tmp_path / "comparison.toml"
-    file.write_text(tomli_w.dumps(tree_of(words)))
-    comparison.write_text(tomli_w.dumps({"members": {"plain": [], "odd": words}}))
-    said = told("run", *words)
-    assert said.startswith("droppeft: ")
-    assert said.count("\n") == 1
-    assert sentence in said
-    assert sentence in told("run", "run.toml")
-    in_comparison = told("compare", "comparison.toml")
-    assert in_comparison.startswith("droppeft: member 'odd': ")
+    file.write_text(tomli_w.dumps(tree_of(overrides)))
+    comparison.write_text(tomli_w.dumps({"variants": {"plain": [], "odd": overrides}}))
+    message = message_of("run", *overrides)
+    assert message.startswith("droppeft: ")
+    assert message.count("\n") == 1
+    assert sentence in message
+    assert sentence in message_of("run", "run.toml")
+    in_comparison = message_of("compare", "comparison.toml")
+    assert in_comparison.startswith("droppeft: variant 'odd': ")
     assert sentence in in_comparison
     with pytest.raises(DroppeftError) as raised:
-        start_run(load_config(None, words), tmp_path / "run", Recorder())
-    assert said == f"droppeft: {raised.value}\n"
+        start_run(load_config(None, overrides), tmp_path / "run", Recorder())
+    assert message == f"droppeft: {raised.value}\n"
 
 
 def test_every_rule_about_effects_has_a_case() -> None:
-    found = [without_effect(load_config(None, words.split())) for words, _ in IGNORED]
+    found = [without_effect(load_config(None, overrides.split())) for overrides, _ in IGNORED]
     seen = {id(rule) for rules in found for rule in rules.values()}
     assert [rule.reason for rule in NO_EFFECT if id(rule) not in seen] == []
 
 
 def test_every_method_with_rules_has_a_case() -> None:
-    named = {build_config(tree_of(words.split())).method for words, _ in IMPOSSIBLE}
-    silent = Method.__dataclass_fields__["check"].default
-    assert {name for name, one in METHODS.items() if one.check is not silent} <= named
+    named = {build_config(tree_of(overrides.split())).method for overrides, _ in IMPOSSIBLE}
+    default = Method.__dataclass_fields__["check"].default
+    assert {name for name, method in METHODS.items() if method.check is not default} <= named
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_defaults_keep_to_the_rules_of_their_method(name: str) -> None:
+def test_defaults_satisfy_the_rules_of_their_method(name: str) -> None:
     config = load_config(None, [f"method={name}"])
     assert given(config) == {}
     check_settings(config)
@@ -183,7 +191,7 @@ def test_defaults_keep_to_the_rules_of_their_method(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [THOMPSON, "configurator.refresh=3", "dropout.sampling=bernoulli"],
         [THOMPSON, "configurator.reward=loss", "configurator.reward_rows=4"],
@@ -195,11 +203,11 @@ def test_defaults_keep_to_the_rules_of_their_method(name: str) -> None:
         ["method=fedra", "dropout.count=2"],
     ],
 )
-def test_settings_that_have_an_effect_pass(words: list[str]) -> None:
-    check_settings(load_config(None, words))
+def test_settings_that_have_an_effect_pass(overrides: list[str]) -> None:
+    check_settings(load_config(None, overrides))
 
 
-def test_a_default_that_is_written_is_not_given() -> None:
+def test_a_setting_with_its_default_value_does_not_count_as_given() -> None:
     check_settings(load_config(None, ["method=fedlora", "dropout.protect_first=1"]))
     check_settings(load_config(None, ["method=fedadapter", "adapter.type=bottleneck"]))
 
@@ -213,7 +221,7 @@ def test_an_example_passes(file: Path) -> None:
     check_settings(load_config(file))
 
 
-# What is set for all members of a comparison
+# Settings of all variants of a comparison
 
 
 def configs(**tree: Any) -> dict[str, Config]:
@@ -221,25 +229,25 @@ def configs(**tree: Any) -> dict[str, Config]:
     return {cell.variant: cell.config for cell in found}
 
 
-MEMBERS = {"plain": ["method=fedlora"], "drops": ["method=fedra"], "whole": ["method=droppeft"]}
+VARIANTS = {"plain": ["method=fedlora"], "drops": ["method=fedra"], "whole": ["method=droppeft"]}
 
 
-def test_a_common_setting_is_for_those_who_heed_it() -> None:
-    found = configs(variants=MEMBERS, settings=["dropout.count=2", "rounds=3"])
-    assert [one.dropout.count for one in found.values()] == [None, 2, 2]
-    assert {one.rounds for one in found.values()} == {3}
+def test_a_common_setting_is_for_the_variants_that_use_it() -> None:
+    found = configs(variants=VARIANTS, settings=["dropout.count=2", "rounds=3"])
+    assert [config.dropout.count for config in found.values()] == [None, 2, 2]
+    assert {config.rounds for config in found.values()} == {3}
 
 
-def test_so_is_one_without_effect_beside_others() -> None:
+def test_a_common_setting_is_left_out_where_it_has_no_effect() -> None:
     variants = {"all": [], "half": [HALF], "arms": [THOMPSON]}
     found = configs(variants=variants, settings=["sharing.criterion=cka", "dropout.count=1"])
-    criteria = [one.sharing.criterion for one in found.values()]
+    criteria = [config.sharing.criterion for config in found.values()]
     assert criteria == ["gradient_norm", "cka", "gradient_norm"]
-    assert [one.dropout.count for one in found.values()] == [1, 1, None]
+    assert [config.dropout.count for config in found.values()] == [1, 1, None]
 
 
-def test_a_setting_of_one_of_the_data_may_be_heeded_there_alone() -> None:
-    tree = {"members": MEMBERS, "data": ["easy", "hard"], "settings": ["sharing.criterion=cka"]}
+def test_a_common_setting_may_have_an_effect_on_one_data_set_only() -> None:
+    tree = {"variants": VARIANTS, "data": ["easy", "hard"], "settings": ["sharing.criterion=cka"]}
     [easy, hard] = [
         cell.config
         for cell in cells(
@@ -248,26 +256,30 @@ def test_a_setting_of_one_of_the_data_may_be_heeded_there_alone() -> None:
         if cell.variant == "whole"
     ]
     assert (easy.sharing.criterion, hard.sharing.criterion) == ("gradient_norm", "cka")
-    with pytest.raises(DroppeftError, match=r"criterion=cka: none of plain, drops, whole heeds it"):
+    with pytest.raises(
+        DroppeftError, match=r"criterion=cka has no effect on any of the variants pl"
+    ):
         configs(**tree)
     only = {**tree, "settings": [], "data_settings": {"hard": ["flower.deadline_s=5"]}}
-    with pytest.raises(DroppeftError, match=r"flower.deadline_s=5: none of .*transport=in_process"):
+    with pytest.raises(DroppeftError, match=r"flower.deadline_s=5 has no .*transport=in_process"):
         configs(**only)
 
 
 @pytest.mark.parametrize("by_file", [True, False])
-def test_a_common_setting_that_nobody_heeds(told: Told, tmp_path: Path, by_file: bool) -> None:
+def test_a_common_setting_that_no_variant_uses_is_refused(
+    message_of: MessageOf, tmp_path: Path, by_file: bool
+) -> None:
     variants = {name: [f"method={name}"] for name in ("fedlora", "legend")}
-    tree = {"members": variants, "settings": ["rounds=3", "dropout.count=2"]}
+    tree = {"variants": variants, "settings": ["rounds=3", "dropout.count=2"]}
     (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
-    words = ["c.toml"] if by_file else ["fedlora", "legend", "rounds=3", "dropout.count=2"]
-    assert told("compare", *words) == (
-        "droppeft: dropout.count=2: none of fedlora, legend heeds it, it has no effect with "
-        "method=fedlora and method=legend; leave it out\n"
+    arguments = ["c.toml"] if by_file else ["fedlora", "legend", "rounds=3", "dropout.count=2"]
+    assert message_of("compare", *arguments) == (
+        "droppeft: dropout.count=2 has no effect on any of the variants fedlora, legend "
+        "(with method=fedlora and method=legend); leave it out\n"
     )
 
 
-def test_methods_on_the_command_line_take_the_settings_that_they_heed() -> None:
+def test_methods_on_the_command_line_take_the_settings_that_they_use() -> None:
     found = named_on_the_command_line(["fedlora", "fedra"], ["rounds=5", "dropout.count=2"], [3])
     [plain, drops] = [cell.config for cell in cells(found)]
     assert (plain.rounds, plain.dropout.count, plain.seed) == (5, None, 3)
@@ -284,19 +296,22 @@ def test_methods_on_the_command_line_take_the_settings_that_they_heed() -> None:
     [
         ("rounds=3", "rounds has no effect on what a step costs; leave it out"),
         ("training.local_epochs=1", "training.local_epochs has no effect on what a step costs"),
-        ("method=ditto", "whatever the method makes of it; leave method out, and set adapter"),
+        (
+            "method=ditto",
+            "method=ditto has no effect on what a step of the configured adapter costs; leave it",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", [["profile"], ["estimate", "--memory", "1GB"]], ids=" ".join)
 def test_what_does_not_change_costs_is_refused(
-    settings: str, sentence: str, command: list[str], told: Told
+    settings: str, sentence: str, command: list[str], message_of: MessageOf
 ) -> None:
-    words = ["model=config:bert-base", *settings.split()]
-    assert sentence in told(*command, *words)
+    overrides = ["model=config:bert-base", *settings.split()]
+    assert sentence in message_of(*command, *overrides)
 
 
 def test_what_changes_costs_passes() -> None:
-    check_costly(["method=fedia3", "training.batch_size=4", "dropout.count=2"])
+    check_step_settings(["method=fedia3", "training.batch_size=4", "dropout.count=2"])
 
 
 def test_the_file_of_a_whole_run_can_be_estimated(whole_run: Path) -> None:

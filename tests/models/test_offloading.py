@@ -1,4 +1,4 @@
-"""Weights in a file: the same values, in memory only where they are held."""
+"""Offloaded weights: the same values, in memory only for layers that are loaded."""
 
 import os
 import re
@@ -23,7 +23,7 @@ BLOCK_BYTES = WIDTH * WIDTH * 4
 
 
 class Stack(nn.Module):
-    """Three blocks of a megabyte, and a map that is in none."""
+    """Three blocks of a megabyte, and a linear map outside of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,26 +46,26 @@ def offloaded(stack: Stack, folder: Path, device: torch.device = CPU) -> Offload
 
 
 def resident_bytes() -> int:
-    """Of files that have no name any more."""
+    """Resident bytes of mapped files whose names are deleted."""
     text = Path("/proc/self/smaps").read_text(encoding="ascii")
     found = re.findall(r"\.safetensors \(deleted\)\n(?:.*\n)*?Rss:\s+(\d+) kB", text)
     return sum(map(int, found)) * 1024
 
 
-def test_only_layers_that_are_held_stay_in_memory(stack: Stack, tmp_path: Path) -> None:
+def test_only_loaded_layers_stay_in_memory(stack: Stack, tmp_path: Path) -> None:
     before = resident_bytes()
     weights = offloaded(stack, tmp_path)
     assert resident_bytes() - before < BLOCK_BYTES / 4
-    for held, blocks in (((0, 1, 2), 3), ((1,), 1), ((), 0), (range(3), 3), ((0, 2), 2)):
-        sums = [float(weight.sum()) for weight in stack.weights()]  # bring all pages in
-        weights.hold(held)
-        assert abs(resident_bytes() - before - blocks * BLOCK_BYTES) < BLOCK_BYTES / 4, held
+    for loaded, blocks in (((0, 1, 2), 3), ((1,), 1), ((), 0), (range(3), 3), ((0, 2), 2)):
+        sums = [float(weight.sum()) for weight in stack.weights()]  # reading loads all pages
+        weights.load_layers(loaded)
+        assert abs(resident_bytes() - before - blocks * BLOCK_BYTES) < BLOCK_BYTES / 4, loaded
         assert [float(weight.sum()) for weight in stack.weights()] == sums
 
 
 def test_values_are_those_that_were_loaded(stack: Stack, tmp_path: Path) -> None:
     expected = [weight.clone() for weight in stack.weights()]
-    offloaded(stack, tmp_path).hold((0,))
+    offloaded(stack, tmp_path).load_layers((0,))
     assert all(map(torch.equal, stack.weights(), expected))
 
 
@@ -75,8 +75,8 @@ def test_the_file_has_no_name(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Addresses of what was copied to an accelerator, which this machine need not have."""
+def copied_addresses(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Addresses of tensors that were copied to an accelerator, which is simulated."""
     addresses: set[int] = set()
 
     def copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -90,27 +90,27 @@ def there(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return addresses
 
 
-def test_on_an_accelerator_only_layers_that_are_held_are_there(
-    stack: Stack, tmp_path: Path, there: set[int]
+def test_only_loaded_layers_are_on_an_accelerator(
+    stack: Stack, tmp_path: Path, copied_addresses: set[int]
 ) -> None:
     expected = [weight.clone() for weight in stack.weights()]
     weights = offloaded(stack, tmp_path, CUDA)
-    assert all(value.data_ptr() in there for value in stack.rest.parameters())
-    for held in ((0, 1), (), (1,), range(3), (2,)):
-        weights.hold(held)
+    assert all(value.data_ptr() in copied_addresses for value in stack.rest.parameters())
+    for loaded in ((0, 1), (), (1,), range(3), (2,)):
+        weights.load_layers(loaded)
         mapped = [weight.mapped.data_ptr() for [weight] in weights._weights]
         now = [weight.data_ptr() for weight in stack.weights()]
-        assert [layer for layer in range(3) if now[layer] != mapped[layer]] == list(held)
-        assert {now[layer] for layer in held} <= there
+        assert [layer for layer in range(3) if now[layer] != mapped[layer]] == list(loaded)
+        assert {now[layer] for layer in loaded} <= copied_addresses
         assert all(map(torch.equal, stack.weights(), expected))
 
 
-def test_layers_go_before_others_come(
-    stack: Stack, tmp_path: Path, there: set[int], monkeypatch: pytest.MonkeyPatch
+def test_layers_are_released_before_others_are_loaded(
+    stack: Stack, tmp_path: Path, copied_addresses: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that an accelerator never has more than what is held, or was."""
+    """So that an accelerator never has more than the layers of one call."""
     weights = offloaded(stack, tmp_path, CUDA)
-    weights.hold((2,))
+    weights.load_layers((2,))
     copied, counts = droppeft.models.offloading._copied, []
 
     def counting(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -120,21 +120,21 @@ def test_layers_go_before_others_come(
         return copied(values, device)
 
     monkeypatch.setattr(droppeft.models.offloading, "_copied", counting)
-    weights.hold((0, 1))
+    weights.load_layers((0, 1))
     assert counts == [0, 1]
 
 
-def test_a_weight_that_was_written_to_is_brought_along(
-    stack: Stack, tmp_path: Path, there: set[int]
+def test_a_weight_that_was_replaced_is_moved_to_the_accelerator(
+    stack: Stack, tmp_path: Path, copied_addresses: set[int]
 ) -> None:
     weights = offloaded(stack, tmp_path, CUDA)
     stack.blocks[0].weight.data = torch.ones(WIDTH, WIDTH)
-    weights.hold((0,))
-    assert stack.weights()[0].data_ptr() in there
+    weights.load_layers((0,))
+    assert stack.weights()[0].data_ptr() in copied_addresses
     assert torch.equal(stack.weights()[0], torch.ones(WIDTH, WIDTH))
 
 
-def test_what_a_killed_process_left_is_deleted(stack: Stack, tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_deleted(stack: Stack, tmp_path: Path) -> None:
     for name, age in (("old", 7200), ("new", 60)):
         file = tmp_path / f"{name}.safetensors"
         file.write_bytes(b"weights")
@@ -143,54 +143,56 @@ def test_what_a_killed_process_left_is_deleted(stack: Stack, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
 
 
-def test_what_is_held_already_is_not_copied_again(
-    stack: Stack, tmp_path: Path, there: set[int]
+def test_a_loaded_layer_is_not_copied_again(
+    stack: Stack, tmp_path: Path, copied_addresses: set[int]
 ) -> None:
     weights = offloaded(stack, tmp_path, CUDA)
-    weights.hold((0, 1))
+    weights.load_layers((0, 1))
     first = [weight.data_ptr() for weight in stack.weights()]
-    weights.hold((0, 2))
+    weights.load_layers((0, 2))
     assert stack.weights()[0].data_ptr() == first[0]
 
 
-def test_what_comes_later_is_brought_to_the_accelerator(
-    stack: Stack, tmp_path: Path, there: set[int]
+def test_modules_that_are_added_later_are_moved_to_the_accelerator(
+    stack: Stack, tmp_path: Path, copied_addresses: set[int]
 ) -> None:
     weights = offloaded(stack, tmp_path, CUDA)
-    there.clear()
+    copied_addresses.clear()
     stack.late = nn.Linear(2, 2)
     stack.register_buffer("counter", torch.zeros(1))
-    weights.bring_rest(stack)
-    assert {value.data_ptr() for value in (*stack.late.parameters(), *stack.buffers())} <= there
-    assert not {weight.data_ptr() for weight in stack.weights()} & there
+    weights.move_rest(stack)
+    assert {
+        value.data_ptr() for value in (*stack.late.parameters(), *stack.buffers())
+    } <= copied_addresses
+    assert not {weight.data_ptr() for weight in stack.weights()} & copied_addresses
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_a_weight_that_was_written_to_stays(
-    stack: Stack, tmp_path: Path, device: torch.device, there: set[int]
+def test_a_weight_that_was_changed_is_not_released(
+    stack: Stack, tmp_path: Path, device: torch.device, copied_addresses: set[int]
 ) -> None:
     weights = offloaded(stack, tmp_path, device)
-    weights.hold(range(3))
+    weights.load_layers(range(3))
     with torch.no_grad():
         stack.blocks[0].weight.add_(1)
     stack.blocks[1].weight.data = torch.ones(WIDTH, WIDTH)
     expected = [weight.clone() for weight in stack.weights()]
-    weights.hold(())
+    weights.load_layers(())
     assert all(map(torch.equal, stack.weights(), expected))
 
 
-def test_a_weight_with_other_strides_stays_as_it_is(stack: Stack, tmp_path: Path) -> None:
+def test_a_weight_with_other_strides_is_not_offloaded(stack: Stack, tmp_path: Path) -> None:
     stack.blocks[1].weight.data = stack.blocks[1].weight.data.T
-    place = stack.blocks[1].weight.data_ptr()
+    address = stack.blocks[1].weight.data_ptr()
     offloaded(stack, tmp_path)
-    assert stack.blocks[1].weight.data_ptr() == place
+    assert stack.blocks[1].weight.data_ptr() == address
     assert not stack.blocks[1].weight.is_contiguous()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("name", [n for n in usable_on("none") if TYPES[n].kind != "global"])
 def test_no_adapter_type_changes_weights_unseen(name: str, family: str, tmp_path: Path) -> None:
-    """Pages that were written to must not be let go: the file has the old values."""
+    """Pages that were written to must not be released: the file has the old values."""
     base = backbone(family)
     weights = OffloadedWeights(base, find_blocks(base)[1], CPU, tmp_path)
     every = [weight for layer in weights._weights for weight in layer]
@@ -200,10 +202,10 @@ def test_no_adapter_type_changes_weights_unseen(name: str, family: str, tmp_path
     attached.train([(True,) * len(attached.blocks)])
     for weight, values in zip(every, before, strict=True):
         assert weight.changed or torch.equal(weight.mapped, values)
-    weights.hold(())
+    weights.load_layers(())
 
 
-def test_a_full_disk_is_one_sentence(
+def test_a_full_disk_is_reported_in_one_sentence(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
@@ -215,7 +217,7 @@ def test_a_full_disk_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cpu_elsewhere_is_refused(
+def test_a_cpu_of_another_system_is_refused(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
@@ -223,8 +225,8 @@ def test_a_cpu_elsewhere_is_refused(
         offloaded(stack, tmp_path)
 
 
-def test_an_accelerator_elsewhere_is_not_refused(
-    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[int]
+def test_an_accelerator_of_another_system_is_not_refused(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_addresses: set[int]
 ) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     offloaded(stack, tmp_path, CUDA)
@@ -234,20 +236,20 @@ OFFLOAD = "training.offload=true"
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
-        ([], "keeps nothing off when every step may run other layers; set dropout.every=round"),
-        (["frozen.layers=2", "frozen.cache=false"], "keeps nothing off"),
-        (["dropout.every=5"], "keeps nothing off"),
-        (["dropout.every=round", "quantization=4bit"], "quantization=4bit makes others of them"),
+        ([], "saves no memory when every step may run other layers; set dropout.every=round"),
+        (["frozen.layers=2", "frozen.cache=false"], "saves no memory"),
+        (["dropout.every=5"], "saves no memory"),
+        (["dropout.every=round", "quantization=4bit"], "combined with quantization=4bit"),
     ],
 )
-def test_offloading_that_saves_nothing_is_refused(words: list[str], sentence: str) -> None:
+def test_offloading_that_saves_nothing_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(DroppeftError, match=sentence):
-        check_offload(load_config(None, [OFFLOAD, *words]))
-    check_offload(load_config(None, words))
+        check_offload(load_config(None, [OFFLOAD, *overrides]))
+    check_offload(load_config(None, overrides))
 
 
-@pytest.mark.parametrize("word", ["frozen.layers=2", "dropout.every=round"])
-def test_offloading_that_saves_is_not_refused(word: str) -> None:
-    check_offload(load_config(None, [OFFLOAD, word]))
+@pytest.mark.parametrize("override", ["frozen.layers=2", "dropout.every=round"])
+def test_offloading_that_saves_is_not_refused(override: str) -> None:
+    check_offload(load_config(None, [OFFLOAD, override]))

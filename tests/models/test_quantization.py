@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits behave as frozen weights, and layers over them are dropped as any."""
+"""Quantised weights behave like frozen weights, and quantised layers are dropped like others."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def codes(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapted(model: Any) -> tuple[Any, tuple[nn.Module, ...]]:
-    """With LoRA in every layer, which is no longer fresh."""
+    """A model with LoRA in every layer, with random values; and its blocks."""
     wrapped = attach(
         model, adapter_spec(AdapterConfig.model_validate({}), LAYERS), find_blocks(model)[0], 7
     )
@@ -73,7 +73,7 @@ def gradients(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", BITS)
-def test_linear_maps_of_the_layers_are_quantised_and_nothing_else(
+def test_only_linear_maps_of_the_layers_are_quantised(
     family: str, quantization: str, folders: dict[str, str]
 ) -> None:
     whole, small = (load_backbone(folders[family], NAMES, 3, q) for q in ("none", quantization))
@@ -91,7 +91,7 @@ def test_linear_maps_of_the_layers_are_quantised_and_nothing_else(
         if name in inside:
             assert values[name].numel() * per_byte == value.numel()
             assert values[name].element_size() == 1
-        else:  # heads follow from the seed as ever
+        else:  # the values of heads follow from the seed
             assert torch.equal(values[name], value), name
     assert (small.new_modules, small.num_layers) == (whole.new_modules, LAYERS)
 
@@ -115,7 +115,7 @@ def test_an_architecture_is_quantised_as_its_saved_weights_are(
     assert len(codes(random.model)) == 12
 
 
-def test_the_identity_tells_the_bits(folders: dict[str, str]) -> None:
+def test_the_hash_depends_on_the_quantisation(folders: dict[str, str]) -> None:
     hashes = [
         load_backbone(folders["bert"], NAMES, seed, quantization).weights_hash
         for seed in (0, 1)
@@ -125,7 +125,7 @@ def test_the_identity_tells_the_bits(folders: dict[str, str]) -> None:
     assert len(set(hashes)) == 3
 
 
-def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bitsandbytes_is_reported_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DroppeftError) as caught:
         load_backbone("/nowhere", NAMES, 0, "4bit")
@@ -148,7 +148,7 @@ def test_files_that_are_quantised_already_are_refused(
         load_backbone(str(tmp_path), NAMES, 0, setting)
 
 
-def test_the_setting_is_one_of_three_and_travels() -> None:
+def test_the_setting_is_one_of_three_and_is_written_and_read() -> None:
     config = load_config(None, ["quantization=4bit"])
     assert build_config(config.model_dump(mode="json")) == config
     assert 'quantization = "4bit"' in to_toml(config)
@@ -181,9 +181,9 @@ def test_dequantised_weights_compute_what_the_quantised_ones_do(
 
 @pytest.mark.parametrize("quantization", BITS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluation_and_training_leave_every_bit_of_the_base(loaded: Any, precision: str) -> None:
-    """Without :func:`settle` a 4-bit layer cannot be trained after an evaluation on some CPUs, and
-    an 8-bit layer's bias is rounded under autocast."""
+def test_evaluation_and_training_do_not_change_frozen_weights(loaded: Any, precision: str) -> None:
+    """Without :func:`patch_quantised_layers`, on some CPUs a 4-bit layer cannot be trained after an
+    evaluation, and an 8-bit layer's bias is rounded under autocast."""
     model, _ = adapted(loaded)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     before = {name: value for name, value in copies(model).items() if name in frozen}
@@ -217,11 +217,9 @@ def test_4_bits_are_those_of_qlora_and_not_packed_for_a_kernel_without_backward(
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_what_8_bit_layers_keep_beside_their_weights_moves_along(
-    folders: dict[str, str], used: bool
-) -> None:
-    """torch moves a parameter's values, and to another device not its attributes: until the first
-    forward codes and scales are attributes of the weight, then of the layer's state."""
+def test_codes_and_scales_of_8_bit_layers_are_moved(folders: dict[str, str], used: bool) -> None:
+    """torch moves a parameter's values, but not its attributes. Until the first forward, codes and
+    scales are attributes of the weight; then they are in the layer's state."""
     one, other = (load_backbone(folders["bert"], NAMES, 0, "8bit").model for _ in range(2))
     expected = logits(one)
     if used:
@@ -235,7 +233,7 @@ def test_what_8_bit_layers_keep_beside_their_weights_moves_along(
 
 
 @pytest.mark.parametrize("quantization", BITS)
-def test_nothing_can_be_added_to_codes(loaded: Any, quantization: str) -> None:
+def test_a_base_delta_on_a_quantised_weight_is_refused(loaded: Any, quantization: str) -> None:
     model, _ = adapted(loaded)
     weight = "bert.encoder.layer.1.attention.self.value.weight"
     norm = "bert.encoder.layer.1.output.LayerNorm.weight"
@@ -243,7 +241,7 @@ def test_nothing_can_be_added_to_codes(loaded: Any, quantization: str) -> None:
     before, plain = copies(model), logits(model)
     ones = {name: torch.ones(size).numpy() for name, size in ((weight, shape), (norm, (32,)))}
     with (
-        pytest.raises(DroppeftError, match=f"base delta 3: {weight} is quantised, and nothing"),
+        pytest.raises(DroppeftError, match=f"base delta 3: {weight} is quantised and cannot be"),
         base_delta_applied(model, BaseDelta(3, ones)),
     ):
         pass
@@ -253,7 +251,7 @@ def test_nothing_can_be_added_to_codes(loaded: Any, quantization: str) -> None:
     assert same(copies(model), before)
 
 
-# Layer dropout over them
+# Layer dropout with quantised layers
 
 
 @pytest.mark.parametrize("quantization", BITS)
@@ -269,14 +267,14 @@ def test_open_gates_are_the_plain_quantised_model(loaded: Any) -> None:
 
 
 class Nothing(nn.Module):
-    """In the place of a block: its input."""
+    """Replaces a block and returns its input."""
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden
 
 
 @pytest.mark.parametrize("quantization", BITS)
-def test_a_dropped_block_is_as_if_it_were_not_there(loaded: Any) -> None:
+def test_a_dropped_block_is_like_an_absent_one(loaded: Any) -> None:
     model, blocks = adapted(loaded)
     with gated(blocks) as gates:
         gates.active = (True, False, True, False)
@@ -305,35 +303,35 @@ def stored_bytes(
     return meter.peak_bytes
 
 
-def stored_out_of_sight(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Tensors that functions written in Python keep on themselves, where no hook sees them."""
+def stored_on_functions(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Tensors that autograd functions store as attributes, where no hook sees them."""
     waiting, seen = [value.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [function for function, _ in node.next_functions]
-            for kept in getattr(node, "__dict__", {}).values():
-                for item in kept if isinstance(kept, list | tuple) else (kept,):
+            for attribute in getattr(node, "__dict__", {}).values():
+                for item in attribute if isinstance(attribute, list | tuple) else (attribute,):
                     if isinstance(item, torch.Tensor):
                         yield item
 
 
 @pytest.mark.parametrize("quantization", BITS)
-def test_stored_bytes_are_those_of_full_precision_and_all_are_counted(
+def test_stored_bytes_are_as_in_full_precision_and_all_are_counted(
     loaded: Any, folders: dict[str, str]
 ) -> None:
     whole = without_dropout(load_backbone(folders["bert"], NAMES, 0).model)
     (small, its_blocks), (plain, blocks) = adapted(loaded), adapted(whole)
-    own = {value.untyped_storage().data_ptr() for value in codes(small).values()}
+    code_storages = {value.untyped_storage().data_ptr() for value in codes(small).values()}
     counts = {}
     for dropped in range(3):
         active = tuple(layer >= LAYERS - 1 - dropped or layer == 0 for layer in range(LAYERS))
         counts[dropped] = stored_bytes(small, its_blocks, active)
         assert counts[dropped] == stored_bytes(plain, blocks, active)
     assert counts[2] > counts[1] > counts[0]
-    kept = list(stored_out_of_sight(loss(small.train())))
-    assert {one.untyped_storage().data_ptr() for one in kept} <= own
+    hidden = list(stored_on_functions(loss(small.train())))
+    assert {each.untyped_storage().data_ptr() for each in hidden} <= code_storages
     assert trainable_by_layer(small, find_blocks(small)[0]).keys() == {*range(LAYERS), "head"}
 
 
@@ -341,7 +339,7 @@ def test_stored_bytes_are_those_of_full_precision_and_all_are_counted(
 def test_in_bf16_the_copies_of_weights_are_saved_as_well(
     loaded: Any, folders: dict[str, str]
 ) -> None:
-    """Autocast keeps a copy of every weight for the backward, two bytes for each value."""
+    """Autocast stores a copy of every weight for the backward, two bytes for each value."""
     whole = without_dropout(load_backbone(folders["bert"], NAMES, 0).model)
     pair = adapted(loaded), adapted(whole)
     every, without = (True,) * LAYERS, (True, False, True, True)
@@ -353,7 +351,7 @@ def test_in_bf16_the_copies_of_weights_are_saved_as_well(
 
 
 @pytest.mark.parametrize("quantization", BITS)
-def test_checkpointing_gives_the_same_gradients_and_keeps_less(loaded: Any) -> None:
+def test_checkpointing_gives_the_same_gradients_and_stores_less(loaded: Any) -> None:
     model, blocks = adapted(loaded)
     expected, meters = gradients(model), (ActivationMeter(model), ActivationMeter(model))
     with meters[0].measuring():
@@ -363,16 +361,16 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(loaded: Any) -> N
             assert torch.equal(value, expected[name]), name
         assert gates.executed == (1,) * LAYERS
         with meters[1].measuring():
-            kept = list(stored_out_of_sight(loss(model.train())))
-    own = {value.untyped_storage().data_ptr() for value in codes(model).values()}
-    assert {one.untyped_storage().data_ptr() for one in kept} <= own
+            hidden = list(stored_on_functions(loss(model.train())))
+    code_storages = {value.untyped_storage().data_ptr() for value in codes(model).values()}
+    assert {each.untyped_storage().data_ptr() for each in hidden} <= code_storages
     assert meters[1].peak_bytes < 0.6 * meters[0].peak_bytes
 
 
-def test_an_8_bit_layer_would_keep_its_input_if_it_were_not_taken_from_it() -> None:
-    """If this fails, bitsandbytes has changed: look whether its layers still need to let go."""
+def test_an_8_bit_layer_without_the_patch_stores_its_input() -> None:
+    """If this fails, bitsandbytes has changed, and the patch may no longer be needed."""
     saved: Any = tiny_model(LAYERS)
     loaded = loading.quantised(saved, "8bit", HEAD_MODULES)
     loaded.get_input_embeddings().requires_grad_(True)
-    kept = list(stored_out_of_sight(loss(loaded.train())))
-    assert sum(one.numel() for one in kept if one.is_floating_point()) > 0
+    hidden = list(stored_on_functions(loss(loaded.train())))
+    assert sum(each.numel() for each in hidden if each.is_floating_point()) > 0

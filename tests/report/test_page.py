@@ -1,4 +1,4 @@
-"""The page about a comparison or a run: whole, alone, the same every time."""
+"""The page about a comparison or a run: complete, self-contained, reproducible."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from droppeft.comparison.grid import Comparison, cells
-from droppeft.comparison.runner import play
+from droppeft.comparison.runner import run_cells
 from droppeft.comparison.study_files import RunRecord, read_tables, write_tables
 from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS, write
@@ -24,35 +24,36 @@ from droppeft.report.layers import of_layers
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from runs import Recorder
 
-THOUGHTS = ("rates-2", "arms-2")
-"""Of the third member, which has a configurator."""
+CONFIGURATOR = ("rates-2", "arms-2")
+"""Figures of the third variant, which has a configurator."""
 
 COVERED = tuple(f"{name}-{variant}" for name in ("coverage", "importance") for variant in (1, 2, 3))
-"""Of those that do not send all: in two steps some layers never run; the last shares nothing."""
+"""Figures of variants whose clients do not send every layer: in two steps some layers never run,
+and the last variant shares nothing."""
 
 
 class Silent:
-    """Is told, and does not tell."""
+    """A progress listener that prints nothing."""
 
     def begins(self, cell: Any, number: int, of: int) -> Any:
         return Recorder()
 
-    def done(self, played: RunRecord, wall_s: float | None) -> None:
+    def done(self, record: RunRecord, wall_s: float | None) -> None:
         pass
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two members that ran, one whose name a page must not take for markup, one that failed."""
+def compared(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Variants that ran, one with a name that looks like markup, and one that failed."""
     out = tmp_path_factory.mktemp("compared") / "a & b"
-    typical = [word for word in tiny_words if not word.startswith("dropout.")]
+    common = [setting for setting in tiny_overrides if not setting.startswith("dropout.")]
     chosen = Comparison.model_validate(
         {
-            "settings": [*typical, "rounds=4"],
+            "settings": [*common, "rounds=4"],
             "variants": {
                 "full": ["method=fedlora"],
                 "<b>dropped</b>": ["dropout.mean=0.25"],
-                "thinks": [
+                "bandit": [
                     "configurator.policy=budgeted_thompson",
                     "dropout.protect_first=0",
                 ],
@@ -63,14 +64,14 @@ def compared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) ->
             "target": {"accuracy": 0.02},
         }
     )
-    played = play(cells(chosen), out, Silent())
-    write(out, chosen.study(), played, summary(chosen.study(), played))
+    records = run_cells(cells(chosen), out, Silent())
+    write(out, chosen.study(), records, summary(chosen.study(), records))
     write_page(out)
     return out
 
 
 class Reader(HTMLParser):
-    """Notes tags, what they point to, and texts."""
+    """Collects tags, links and texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
+def test_the_page_is_self_contained(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
     assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
@@ -101,8 +102,8 @@ def test_the_page_shows_every_variant_figure_and_failure(compared: Path) -> None
     text = (compared / PAGE).read_text(encoding="utf-8")
     reader = Reader(text)
     of_all = len(AXES) + len(BARS) + len((EACH, TWO))
-    assert reader.tags.count("svg") == of_all + len(THOUGHTS) + len(COVERED)
-    assert "thinks: drop rate of each layer" in reader.texts
+    assert reader.tags.count("svg") == of_all + len(CONFIGURATOR) + len(COVERED)
+    assert "bandit: drop rate of each layer" in reader.texts
     assert any("not trained" in part or "dropped" in part for part in reader.texts)
     assert [name for name in COLUMNS if name not in reader.texts] == []
     for variant in ("full", "<b>dropped</b>", "alone", "wrong"):
@@ -114,9 +115,9 @@ def test_the_page_shows_every_variant_figure_and_failure(compared: Path) -> None
     assert "a & b" in reader.texts
 
 
-def test_the_page_says_on_what_it_was_and_with_which_settings(compared: Path) -> None:
+def test_the_page_names_data_model_and_settings(compared: Path) -> None:
     reader = Reader((compared / PAGE).read_text(encoding="utf-8"))
-    common = next(text for text in reader.texts if "\ncohort = " in text)
+    common = next(text for text in reader.texts if "\ncohort_size = " in text)
     [first, *_] = read_tables(compared)[1]
     places = [f'model = "{first.model}"', f'data = "{first.data}"']
     assert common.splitlines()[:3] == [*places, "seed = 0, 1"]
@@ -124,17 +125,17 @@ def test_the_page_says_on_what_it_was_and_with_which_settings(compared: Path) ->
 
 
 def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_path: Path) -> None:
-    study, played = read_tables(compared)
-    write_tables(tmp_path, replace(study, target=None), played)
-    said = "No target is known, and no times to one"
-    assert said in write_page(tmp_path).read_text(encoding="utf-8")
-    assert said not in (compared / PAGE).read_text(encoding="utf-8")
+    study, records = read_tables(compared)
+    write_tables(tmp_path, replace(study, target=None), records)
+    expected = "There is no target, and so no times to one"
+    assert expected in write_page(tmp_path).read_text(encoding="utf-8")
+    assert expected not in (compared / PAGE).read_text(encoding="utf-8")
 
 
 def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
-    """A round's share is a mean of it and of rounds before it, never of one that follows."""
-    played = read_folder(compared)[2]
-    rows = next(one.rows for one in played if one.variant == "thinks")
+    """A round's share is a mean over it and the rounds before it, not over later ones."""
+    records = read_folder(compared)[2]
+    rows = next(one.rows for one in records if one.variant == "bandit")
     labels = {"0": "early", "1": "late"}
     given = [("0", 1), ("0", 2), ("1", 3), ("1", 4)]
     runs = [
@@ -145,20 +146,20 @@ def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
         }
         for arm, round in given
     ]
-    [axis] = of_layers(0, "thinks", [runs])["arms-0"].axes
+    [axis] = of_layers(0, "bandit", [runs])["arms-0"].axes
     late = axis.collections[1].get_paths()[0].vertices
     assert {float(up) for across, up in late if across == 2} == {1.0}
     assert min(up for across, up in late if across == 3) == pytest.approx(2 / 3)
 
 
-def test_many_ends_have_names_without_lines(
+def test_names_of_many_curves_are_not_connected_by_lines(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, study, played = read_folder(compared)
-    [part] = summary(study, played)
+    _, study, records = read_folder(compared)
+    [part] = summary(study, records)
 
     def lines() -> int:
-        [axis] = figures(part, played)["accuracy-traffic"].axes
+        [axis] = figures(part, records)["accuracy-traffic"].axes
         return len(axis.lines)
 
     curves, led = sum(1 for row in part.rows if row.accuracy), lines()
@@ -167,8 +168,8 @@ def test_many_ends_have_names_without_lines(
 
 
 def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None:
-    """Ten times as many members, five times as many seeds: named once each, in few megabytes."""
-    study, played = read_tables(compared)
+    """Twenty variants with five seeds: each is named, and the page is a few megabytes large."""
+    study, records = read_tables(compared)
     every = [
         replace(
             one,
@@ -177,7 +178,7 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
             seed=seed,
         )
         for number in range(5)
-        for one in played
+        for one in records
         for seed in range(5)
         if one.seed == 0 and one.result
     ]
@@ -185,27 +186,27 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
     variants = tuple(dict.fromkeys(one.variant for one in every))
     write_tables(tmp_path, replace(study, variants=variants, seeds=tuple(range(5))), every)
     text = write_page(tmp_path).read_text(encoding="utf-8")
-    assert "20 methods, 5 seeds" in text
+    assert "20 variants, 5 seeds" in text
     reader = Reader(text)
-    assert f"Of 20 members the {NAMED} that end highest have names." in text
+    assert f"Of 20 variants the {NAMED} that end highest have names." in text
     assert {*variants} <= {*reader.texts}
-    # Many figures by member are folded away, and the page stays small enough to be sent.
+    # Figures of single variants are folded away, and the page stays small.
     assert re.search(r"<summary>\d+ figures: Share of each round", text)
     assert len(text) < 5e6
 
 
-def test_figures_take_the_page_s_ink(compared: Path) -> None:
-    """So that they can be read in the dark."""
+def test_figures_take_the_page_s_text_colour(compared: Path) -> None:
+    """They can be read in the dark colour scheme."""
     text = (compared / PAGE).read_text(encoding="utf-8")
     assert INK not in text
     assert text.count("currentColor") > 100
     assert "prefers-color-scheme: dark" in text
-    assert "width=client-width" in text
+    assert "width=device-width" in text
 
 
 def test_figures_are_files_too(compared: Path) -> None:
     names = {path.name for path in (compared / FIGURES).iterdir()}
-    every = (*AXES, *BARS, EACH, TWO, *THOUGHTS, *COVERED)
+    every = (*AXES, *BARS, EACH, TWO, *CONFIGURATOR, *COVERED)
     assert names == {f"{name}.{kind}" for name in every for kind in ("png", "svg")}
     for path in (compared / FIGURES).glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")
@@ -216,17 +217,17 @@ def test_figures_are_files_too(compared: Path) -> None:
 def test_among_many_variants_the_best_have_names(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, study, played = read_folder(compared)
-    [part] = summary(study, played)
+    _, study, records = read_folder(compared)
+    [part] = summary(study, records)
     ends = {
         row.variant: fmean(
-            one.rows[-1]["global_accuracy"] for one in played if one.variant == row.variant
+            one.rows[-1]["global_accuracy"] for one in records if one.variant == row.variant
         )
         for row in part.rows
         if row.accuracy
     }
     monkeypatch.setattr("droppeft.report.figures.NAMED", 1)
-    drawn = svg(figures(part, played)["accuracy-traffic"])
+    drawn = svg(figures(part, records)["accuracy-traffic"])
     named = [text for text in Reader(drawn).texts if text in ends]
     assert named == [max(ends, key=lambda variant: ends[variant])]
 
@@ -234,12 +235,12 @@ def test_among_many_variants_the_best_have_names(
 def test_bands_are_drawn_where_they_do_not_hide_one_another(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, study, played = read_folder(compared)
-    [part] = summary(study, played)
+    _, study, records = read_folder(compared)
+    [part] = summary(study, records)
     curves = sum(1 for row in part.rows if row.accuracy)
 
     def bands() -> int:
-        [axis] = figures(part, played)["accuracy-traffic"].axes
+        [axis] = figures(part, records)["accuracy-traffic"].axes
         return len(axis.collections)
 
     assert bands() == curves > 1
@@ -248,11 +249,11 @@ def test_bands_are_drawn_where_they_do_not_hide_one_another(
 
 
 def test_rates_of_a_variant_that_drops_nothing_are_not_drawn(compared: Path) -> None:
-    played = read_folder(compared)[2]
-    rounds = [one.rows for one in played if one.variant == "thinks"]
-    assert {"rates-0", "arms-0"} <= of_layers(0, "thinks", rounds).keys()
-    still = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
-    assert "rates-0" not in (drawn := of_layers(0, "thinks", still))
+    records = read_folder(compared)[2]
+    rounds = [one.rows for one in records if one.variant == "bandit"]
+    assert {"rates-0", "arms-0"} <= of_layers(0, "bandit", rounds).keys()
+    undropped = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
+    assert "rates-0" not in (drawn := of_layers(0, "bandit", undropped))
     assert "arms-0" in drawn
 
 
@@ -260,16 +261,14 @@ def _undropped(notes: dict[str, Any]) -> dict[str, Any]:
     return {**notes, "rates": [0.0] * len(notes["rates"])} if notes else notes
 
 
-def test_many_figures_are_shown_when_asked_for(
-    compared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    typical = (compared / PAGE).read_text(encoding="utf-8")
+def test_many_figures_are_folded_away(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (compared / PAGE).read_text(encoding="utf-8")
     monkeypatch.setattr("droppeft.report.page.MANY", 5)
     text = write_page(compared).read_text(encoding="utf-8")
     assert f"<details><summary>{len(COVERED)} figures: Share of" in text
-    assert Reader(text).tags.count("svg") == Reader(typical).tags.count("svg")
+    assert Reader(text).tags.count("svg") == Reader(before).tags.count("svg")
     monkeypatch.undo()
-    assert write_page(compared).read_text(encoding="utf-8") == typical
+    assert write_page(compared).read_text(encoding="utf-8") == before
 
 
 def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
@@ -279,10 +278,10 @@ def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
 
 
 def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
-    _, study, played = read_folder(compared)
+    _, study, records = read_folder(compared)
     alone = replace(study, variants=("alone",))
-    [part] = summary(alone, [one for one in played if one.variant == "alone"])
-    drawn = figures(part, [one for one in played if one.variant == "alone"])
+    [part] = summary(alone, [one for one in records if one.variant == "alone"])
+    drawn = figures(part, [one for one in records if one.variant == "alone"])
     assert EACH in drawn
     assert not drawn.keys() & AXES.keys()
 
@@ -310,9 +309,9 @@ def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_of_which_all_failed_has_a_page(compared: Path, tmp_path: Path) -> None:
-    study, played = read_tables(compared)
-    lost = [replace(one, result=None, rows=[], clients=[], failure="lost") for one in played]
+def test_a_comparison_whose_runs_all_failed_has_a_page(compared: Path, tmp_path: Path) -> None:
+    study, records = read_tables(compared)
+    lost = [replace(one, result=None, rows=[], clients=[], failure="lost") for one in records]
     write_tables(tmp_path, study, lost)
     reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
     assert any("full failed: lost" in part for part in reader.texts)

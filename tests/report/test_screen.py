@@ -1,4 +1,4 @@
-"""What a run shows on a terminal of 80 columns."""
+"""What a run prints on a terminal with 80 columns."""
 
 import io
 import json
@@ -50,21 +50,21 @@ def line_with(text: str, start: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("sharing", "said"),
+    ("sharing", "expected"),
     [
         ({}, None),
-        ({"fraction": 0.5, "criterion": "cka"}, "50% of the layers travel, by cka"),
-        ({"head": "personal"}, "the head stays"),
+        ({"fraction": 0.5, "criterion": "cka"}, "50% of the layers are shared, by cka"),
+        ({"head": "personal"}, "the head is personal"),
     ],
 )
-def test_the_header_says_what_does_not_travel(
-    result: dict[str, Any], rows: list[RoundRow], sharing: dict[str, Any], said: str | None
+def test_the_header_says_what_is_shared(
+    result: dict[str, Any], rows: list[RoundRow], sharing: dict[str, Any], expected: str | None
 ) -> None:
     config = result["config"]
     changed = {**config, "sharing": {**config["sharing"], **sharing}}
     text = shown({**result, "config": changed}, rows)
     found = [line for line in text.splitlines() if "sharing" in line]
-    assert (said in found[0]) if said else not found
+    assert (expected in found[0]) if expected else not found
 
 
 def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) -> None:
@@ -124,7 +124,7 @@ def test_a_target_that_was_not_reached(result: dict[str, Any], rows: list[RoundR
     assert "not reached" in line_with(shown({**result, **missed}, rows), "target .850")
 
 
-def test_a_round_that_was_not_measured(result: dict[str, Any], rows: list[RoundRow]) -> None:
+def test_a_round_that_was_not_evaluated(result: dict[str, Any], rows: list[RoundRow]) -> None:
     silent = replace(
         rows[0], global_accuracy=None, global_f1=None, global_loss=None, train_loss=None,
         mean_active_layers=None,
@@ -132,12 +132,12 @@ def test_a_round_that_was_not_measured(result: dict[str, Any], rows: list[RoundR
     text = shown({**result, "first_accuracy": None, "mean_active_layers": None}, [silent])
     line = line_with(text, "round 1")
     assert line.split()[2:5] == ["–", "–", "–/4"]
-    # Its columns stand under those of a measured round.
+    # Its columns are aligned with those of an evaluated round.
     measured = line_with(shown(result, rows[:1]), "round 1")
     assert line.index("–/4") + 3 == measured.index("3.00/4") + 6
 
 
-def test_depth_is_of_the_layers_behind_the_frozen_ones(
+def test_depth_counts_the_layers_behind_the_frozen_ones(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 1}}
@@ -164,13 +164,13 @@ def test_a_round_says_which_arms_were_tried_and_which_is_best(
     tried = {"present": [3, 0], "trials": [2, 1]}
     notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0, **tried}
     text = shown(result, [replace(rows[0], notes=notes)])
-    said = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
-    assert said in " ".join(text.split())
+    expected = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
+    assert expected in " ".join(text.split())
     assert "\n         arms: 2 x 25% dropped" in text
     assert "arms:" not in shown(result, rows)
     untried = {**notes, "chosen": {"1": 3}, "trials": [2, 0]}
-    said = "(not tried lately, and expected to be best: nothing dropped)"
-    assert said in " ".join(shown(result, [replace(rows[0], notes=untried)]).split())
+    expected = "(expected to be best, but not tried lately: nothing dropped)"
+    assert expected in " ".join(shown(result, [replace(rows[0], notes=untried)]).split())
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 2}}
     text = shown({**result, "config": config}, [replace(rows[0], notes=notes)])
     assert "arms behind 2 frozen layers: 2 x 25% dropped" in text
@@ -186,7 +186,7 @@ def test_without_a_global_model_there_is_one_accuracy(
         "personalised_lost": [4, 5],
         "newcomers_accuracy": 0.375,
         "newcomers_accuracy_after_epoch": 0.625,
-        "personalised_devices": 11,
+        "personalised_clients": 11,
         "personalised_rows": 55,
         "personalised_failures": [{"client": 3, "reason": "asleep"}],
         "own_majority_accuracy": 0.4375,
@@ -199,11 +199,13 @@ def test_without_a_global_model_there_is_one_accuracy(
     assert ".375" in line_with(text, "newcomers")
     assert ".438" in line_with(text, "own majority class")
     assert " .625   after an epoch of their own rows" in text
-    unmeasured = "1 could not be measured (asleep); 2 had lost what they kept and had the global"
+    unmeasured = (
+        "1 could not be evaluated (asleep); 2 had lost their client state and used the global"
+    )
     assert unmeasured in " ".join(text.split())
 
 
-def test_who_was_left_out_on_the_modelled_clock_is_named(
+def test_clients_left_out_on_the_modelled_clock_are_named(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
     text = shown(result, [replace(rows[0], absent=[3], late=[0, 7], surplus=[])])
@@ -211,15 +213,17 @@ def test_who_was_left_out_on_the_modelled_clock_is_named(
 
 
 def test_a_round_without_a_modelled_clock(result: dict[str, Any], rows: list[RoundRow]) -> None:
-    old = replace(rows[0], absent=None, round_modelled_s=None, energy_modelled_j=None)
-    text = shown({**result, "round_modelled_s": None, "energy_modelled_j": None}, [old])
-    assert line_with(text, "round 1").endswith(f"{old.host_wall_s:.1f} s           –")
+    unclocked = replace(rows[0], absent=None, round_modelled_s=None, energy_modelled_j=None)
+    text = shown({**result, "round_modelled_s": None, "energy_modelled_j": None}, [unclocked])
+    assert line_with(text, "round 1").endswith(f"{unclocked.host_wall_s:.1f} s           –")
     assert "–" in line_with(text, "energy")
 
 
-def test_going_on_says_after_which_round(result: dict[str, Any], rows: list[RoundRow]) -> None:
+def test_a_continued_run_says_after_which_round(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
     text = shown(result, rows, earlier=2)
-    assert "going on after round 2" in text
+    assert "continuing after round 2" in text
     assert [line[:7] for line in text.splitlines() if line.startswith("round")] == ["round 3"]
 
 
@@ -234,7 +238,7 @@ def test_another_built_in_data_set_is_pointed_out(
 @pytest.mark.parametrize(
     ("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (7e10, "70.0 GB")]
 )
-def test_bytes_for_people(
+def test_bytes_are_shown_with_a_unit(
     result: dict[str, Any], rows: list[RoundRow], count: float, text: str
 ) -> None:
     assert text in line_with(shown({**result, "upload_bytes": count}, rows), "upload")
@@ -244,13 +248,13 @@ def test_bytes_for_people(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (59.94, "59.9 s"), (61.0, "1 min 01 s"), (3599.0, "59 min 59 s")],
 )
-def test_seconds_for_people(
+def test_seconds_are_shown_as_minutes(
     result: dict[str, Any], rows: list[RoundRow], seconds: float, text: str
 ) -> None:
     assert text in line_with(shown({**result, "host_wall_s": seconds}, rows), "time")
 
 
-def test_quiet_says_one_line(
+def test_quiet_prints_one_line(
     result: dict[str, Any], rows: list[RoundRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet = Quiet()
@@ -274,6 +278,9 @@ def test_json_lines_are_the_rows_and_the_result(
     for row in rows:
         lines.round_done(row)
     lines.finished(result)
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    kept = rows_of(whole_run / "rounds.jsonl")
-    assert said == [*({"event": "round", **row} for row in kept), {"event": "result", **result}]
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    saved = rows_of(whole_run / "rounds.jsonl")
+    assert expected == [
+        *({"event": "round", **row} for row in saved),
+        {"event": "result", **result},
+    ]

@@ -1,4 +1,4 @@
-"""What fits where: from words to a table, without loading a model."""
+"""``droppeft estimate``: from overrides to a table, without loading a model."""
 
 import json
 import sys
@@ -43,10 +43,10 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run ``droppeft`` with some words: exit code, output, errors."""
+    """Run ``droppeft`` with arguments: exit code, output, errors."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["droppeft", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["droppeft", *arguments])
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -57,7 +57,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-# Words
+# Overrides
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,20 @@ def test_a_size_of_memory(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8 apples", "-8GB", "0", "8,5GB"])
-def test_no_size_of_memory(text: str) -> None:
-    with pytest.raises(DroppeftError, match="is no size of memory; write it as 8GB"):
+def test_what_is_not_a_memory_size_is_refused(text: str) -> None:
+    with pytest.raises(DroppeftError, match="is not a memory size; write it as 8GB"):
         parse_bytes(text)
 
 
 def test_several_values_make_all_combinations(tiny: str) -> None:
-    words = [tiny, *ONE, "training.precision=fp32,bf16", "training.checkpointing=true"]
-    found = list(combinations(None, [*words, "dropout.mean=0, 0.5", "dropout.shape=decay"]))
+    overrides = [tiny, *ONE, "training.precision=fp32,bf16", "training.checkpointing=true"]
+    found = list(combinations(None, [*overrides, "dropout.mean=0, 0.5", "dropout.shape=decay"]))
     pairs = [(one.training.precision, one.dropout.mean) for one in found]
     assert sorted(pairs) == [("bf16", 0), ("bf16", 0.5), ("fp32", 0), ("fp32", 0.5)]
     assert all(one.dropout.shape == "decay" and one.training.checkpointing for one in found)
 
 
-def test_where_nothing_is_said_the_grid_is_tried(tiny: str) -> None:
+def test_the_grid_is_tried_by_default(tiny: str) -> None:
     found = list(combinations(None, [tiny]))
     values = {
         "training.batch_size": {4, 16},
@@ -117,8 +117,8 @@ def test_what_a_file_sets_is_not_varied(tiny: str, tmp_path: Path) -> None:
 
 
 def test_a_count_takes_the_place_of_mean_rates(tiny: str) -> None:
-    words = [tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"]
-    [one] = combinations(None, [*words, "dropout.count=2"])
+    overrides = [tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"]
+    [one] = combinations(None, [*overrides, "dropout.count=2"])
     assert (one.dropout.count, one.dropout.mean) == (2, None)
     assert option(one, None).active == 4
 
@@ -126,12 +126,12 @@ def test_a_count_takes_the_place_of_mean_rates(tiny: str) -> None:
 # Options
 
 
-def one_option(tiny: str, *words: str) -> Option:
+def one_option(tiny: str, *overrides: str) -> Option:
     [config] = combinations(
         None,
         [
             *(tiny, *ONE, "training.precision=fp32", "training.checkpointing=false"),
-            *("dropout.mean=0", *words),
+            *("dropout.mean=0", *overrides),
         ],
     )
     return option(config, PROFILES["jetson_tx2"])
@@ -139,11 +139,11 @@ def one_option(tiny: str, *words: str) -> Option:
 
 def test_every_saving_saves(tiny: str) -> None:
     plain = one_option(tiny)
-    for words in (["dropout.mean=0.5"], ["frozen.layers=3"], ["training.checkpointing=true"]):
-        assert one_option(tiny, *words).memory.stored < plain.memory.stored, words
+    for overrides in (["dropout.mean=0.5"], ["frozen.layers=3"], ["training.checkpointing=true"]):
+        assert one_option(tiny, *overrides).memory.stored < plain.memory.stored, overrides
     assert plain.step_s is not None
-    for words in (["dropout.mean=0.5"], ["frozen.layers=3"]):
-        assert (one_option(tiny, *words).step_s or 0) < plain.step_s
+    for overrides in (["dropout.mean=0.5"], ["frozen.layers=3"]):
+        assert (one_option(tiny, *overrides).step_s or 0) < plain.step_s
     frozen = one_option(tiny, "frozen.layers=3").memory
     assert frozen.optimizer < plain.memory.optimizer
     assert frozen.weights == plain.memory.weights
@@ -177,18 +177,18 @@ def test_a_method_that_drops_nothing_needs_full_depth(tiny: str) -> None:
     assert one.step_s == one_option(tiny, "adapter.type=ia3").step_s
 
 
-def test_frozen_layers_that_are_not_kept_run_forward(tiny: str) -> None:
-    kept, again = (
+def test_frozen_layers_that_are_not_cached_run_forward(tiny: str) -> None:
+    cached, again = (
         one_option(tiny, "frozen.layers=3", f"frozen.cache={c}") for c in ("true", "false")
     )
     full = one_option(tiny)
-    assert kept.step_s is not None
+    assert cached.step_s is not None
     assert again.step_s is not None
     assert full.step_s is not None
-    assert kept.step_s < again.step_s < full.step_s
+    assert cached.step_s < again.step_s < full.step_s
 
 
-def test_rates_count_the_layers_behind_the_frozen_ones(tiny: str) -> None:
+def test_rates_are_of_the_layers_after_the_frozen_ones(tiny: str) -> None:
     """Of six layers three are frozen; a third of three is one."""
     one = one_option(tiny, "frozen.layers=3", "dropout.mean=0.33333333333333331")
     assert (one.active, one.num_layers) == (2, 6)
@@ -204,7 +204,7 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["frozen.layers=2", "dropout.mean=0.25", "quantization=8bit"],
         ["dropout.every=round", "training.offload=true", "adapter.rank=4", "threads=3"],
@@ -212,37 +212,37 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
         ["dropout.protect_first=0", "seed=3"],
     ],
 )
-def test_words_of_an_option_make_it_again(tiny: str, words: list[str]) -> None:
-    one = one_option(tiny, *words)
-    assert load_config(None, one.words) == one.config
-    assert len(one.words) <= len(GRID) + len(words)
+def test_the_overrides_of_an_option_reproduce_it(tiny: str, overrides: list[str]) -> None:
+    one = one_option(tiny, *overrides)
+    assert load_config(None, one.overrides) == one.config
+    assert len(one.overrides) <= len(GRID) + len(overrides)
 
 
-def test_rates_of_each_layer_are_words_too(tiny: str) -> None:
-    words = [word for word in ONE if word != "frozen.layers=0"]
+def test_rates_of_each_layer_are_overrides_too(tiny: str) -> None:
+    overrides = [each for each in ONE if each != "frozen.layers=0"]
     rates = "dropout.rates=[0, 0.5, 0.5, 0.25, 0, 0]"
     fixed = ("training.precision=fp32", "training.checkpointing=false", "frozen.layers=0")
-    [config] = combinations(None, [tiny, *words, *fixed, rates])
+    [config] = combinations(None, [tiny, *overrides, *fixed, rates])
     one = option(config, None)
-    assert load_config(None, one.words) == config
+    assert load_config(None, one.overrides) == config
 
 
-def test_offloaded_weights_are_those_of_layers_that_a_turn_runs(tiny: str) -> None:
-    def weights(*words: str) -> int:
-        return one_option(tiny, *words).memory.weights
+def test_weights_in_memory_are_those_of_layers_that_local_training_runs(tiny: str) -> None:
+    def weights(*overrides: str) -> int:
+        return one_option(tiny, *overrides).memory.weights
 
     half, every = ("dropout.mean=0.5", "dropout.protect_first=0"), "dropout.every=round"
     block = (weights() - weights("training.offload=true", every, *half)) / 3
     assert block > 0
-    for words, kept in (
+    for overrides, loaded in (
         (("frozen.layers=2",), 4),
         (("frozen.layers=2", *half), 4),
         (("frozen.layers=2", *half, every), 2),
         (("frozen.layers=2", "frozen.cache=false", *half, every), 4),
         ((every,), 6),
     ):
-        left = weights() - weights("training.offload=true", *words)
-        assert left == pytest.approx((6 - kept) * block), words
+        left = weights() - weights("training.offload=true", *overrides)
+        assert left == pytest.approx((6 - loaded) * block), overrides
 
 
 # What is shown
@@ -252,15 +252,15 @@ def made_up(memory: int, **settings: Any) -> Option:
     tree: dict[str, Any] = {"dropout": {"mean": 0}}
     for key, value in settings.items():
         *tables, name = key.split("__")
-        place = tree
+        node = tree
         for table in tables:
-            place = place.setdefault(table, {})
-        place[name] = value
+            node = node.setdefault(table, {})
+        node[name] = value
     parts = Memory(memory, 0, 0, 0, 0, 0, 0)
     return Option(build_config(tree), 6, 6, parts, None)
 
 
-def test_of_what_fits_that_is_shown_which_saves_least() -> None:
+def test_the_options_that_save_least_are_shown() -> None:
     plain = made_up(9, training__batch_size=16)
     small = made_up(5, training__batch_size=16, quantization="8bit")
     smaller = made_up(4, training__batch_size=16, quantization="4bit")
@@ -283,7 +283,7 @@ savings = st.tuples(
 
 
 @given(st.lists(savings, min_size=1, max_size=20, unique=True))
-def test_whatever_is_not_shown_saves_more_than_something_shown(chosen: list[Any]) -> None:
+def test_an_option_that_is_not_shown_saves_more_than_one_that_is(chosen: list[Any]) -> None:
     options = [
         made_up(
             1,
@@ -323,15 +323,15 @@ def test_limits_of_a_command_line() -> None:
 # The command
 
 
-def test_plan_shows_what_fits(command: Command, tiny: str) -> None:
+def test_estimate_shows_what_fits(command: Command, tiny: str) -> None:
     code, out, _ = command("estimate", "--memory", "2GB", tiny, *ONE, "dropout.mean=0,0.5")
     assert code == 0
     assert "fits 2.0 GB" in out
-    assert "8 of 8 combinations fit, shown are the 1 that save no more than needed" in out
+    assert "8 of 8 combinations fit, shown are the 1 with no more savings than necessary" in out
     assert f"droppeft run {tiny} adapter.type=lora training.batch_size=2 " in out
 
 
-def test_plan_in_json(command: Command, tiny: str) -> None:
+def test_estimate_in_json(command: Command, tiny: str) -> None:
     code, out, _ = command(
         *("estimate", "--memory", "2GB", "--profile", "jetson_tx2", "--seconds", "5", "--json"),
         *(tiny, *ONE, "training.precision=fp32", "dropout.mean=0,0.5,0.9"),
@@ -352,18 +352,18 @@ def test_plan_in_json(command: Command, tiny: str) -> None:
     assert count == 2
 
 
-def test_plan_says_what_is_nearest(command: Command, tiny: str) -> None:
-    """The process alone takes more than that; of all, the smallest is named."""
+def test_estimate_names_the_nearest_option(command: Command, tiny: str) -> None:
+    """The process alone takes more than the limit; the smallest option is named."""
     code, out, _ = command("estimate", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
     assert code == cli.FAILED
     assert "None of 8 combinations fits 100.0 MB" in out
-    assert "Nearest is one that needs 50" in out
+    assert "The nearest one needs 50" in out
     assert "dropout.mean=0.5" in out
     assert "training.checkpointing=" in out
 
 
-def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
-    """13 thousand million weights in 4 bits and 160 million in embeddings in 32."""
+def test_estimate_of_a_large_architecture_loads_nothing(command: Command) -> None:
+    """13 billion weights in 4 bits, and 160 million of embeddings in 32 bits."""
     code, out, _ = command(
         *("estimate", "--memory", "12GB", "--json", "model=config:llama-13b"),
         *("training.batch_size=1", "quantization=4bit", "frozen.layers=0"),
@@ -378,11 +378,14 @@ def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
-        ([], "say what a device has: --memory 8GB, or --profile jetson_tx2"),
-        (["--memory", "much"], "'much' is no size of memory"),
-        (["--memory", "1GB", "--seconds", "2"], "--seconds needs --profile, whose time it is"),
+        ([], "memory is unknown; give --memory 8GB or --profile jetson_tx2"),
+        (["--memory", "much"], "'much' is not a memory size"),
+        (
+            ["--memory", "1GB", "--seconds", "2"],
+            "--seconds needs --profile, which says how fast the device is",
+        ),
         (["--profile", "toaster"], "unknown profile 'toaster'; known are jetson_tx2"),
         (["--memory", "1GB", "model=config:nothing"], "config:nothing: unknown architecture"),
         (["--memory", "1GB", "training.batch_size=4,x"], "training.batch_size: input should be"),
@@ -391,25 +394,25 @@ def test_plan_for_shapes_of_billions_loads_nothing(command: Command) -> None:
         (["--memory", "1GB", "training.max_length=1000", *ONE[2:]], "more than the 512 positions"),
     ],
 )
-def test_a_mistake_is_one_sentence(command: Command, words: list[str], sentence: str) -> None:
-    code, out, err = command("estimate", *words)
+def test_a_mistake_is_one_sentence(command: Command, arguments: list[str], sentence: str) -> None:
+    code, out, err = command("estimate", *arguments)
     assert code == cli.USER_ERROR
     assert out == ""
     assert sentence in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_readme_plan_is_understood() -> None:
-    """Its words are settings that exist."""
+def test_the_commands_in_the_readme_are_valid() -> None:
+    """Their overrides are settings that exist."""
     lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
     found = [line.split() for line in lines if line.startswith("droppeft estimate ")]
     assert found
     for line in found:
-        words = [word for word in line if "=" in word and not word.startswith("-")]
-        assert list(combinations(None, words))
+        overrides = [each for each in line if "=" in each and not each.startswith("-")]
+        assert list(combinations(None, overrides))
 
 
-def test_the_grid_s_settings_exist() -> None:
+def test_the_settings_of_the_grid_exist() -> None:
     for key in GRID:
         value_of(Config(), key)
 

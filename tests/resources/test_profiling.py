@@ -1,4 +1,4 @@
-"""Trials in fresh processes: what they find, and how they fail."""
+"""Profile runs in fresh processes: what they measure, and how they fail."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from droppeft.resources import profiling
 from droppeft.resources.estimate import counts_of, option
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.profile_run import ProfileRun, random_table
-from droppeft.resources.profiling import Measured, at_rate, in_fresh_process, profile
+from droppeft.resources.profiling import RateProfile, at_rate, in_fresh_process, profile
 from tiny import save_tiny_model
 
 SETTINGS = ("training.batch_size=4", "training.max_length=16", "accelerator=cpu", "threads=1")
@@ -33,13 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", LAYERS)
 
 
-def config_of(folder: Path, *words: str) -> Config:
+def config_of(folder: Path, *overrides: str) -> Config:
     ends = ("dropout.protect_first=0", "dropout.protect_last=0")
-    return load_config(None, [f"model={folder}", *SETTINGS, *ends, *words])
+    return load_config(None, [f"model={folder}", *SETTINGS, *ends, *overrides])
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["droppeft", "profile", *words])
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["droppeft", "profile", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return int(stop.value.code or 0)
@@ -53,8 +53,8 @@ def test_profile_from_the_command_line_to_its_files(
 ) -> None:
     options = ["--rates", "0,0.5", "--repeats", "1", "--steps", "2", "--json"]
     out = tmp_path / "new" / "folder"
-    words = [*options, "--out", str(out), f"model={folder}", *SETTINGS, "frozen.layers=2"]
-    assert run(monkeypatch, *words) == 0
+    arguments = [*options, "--out", str(out), f"model={folder}", *SETTINGS, "frozen.layers=2"]
+    assert run(monkeypatch, *arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads((out / "profile.json").read_text()) == result
     assert (out / "profile.png").stat().st_size > 5000
@@ -63,7 +63,7 @@ def test_profile_from_the_command_line_to_its_files(
     assert result["config"]["training"]["batch_size"] == 4
     assert {"torch", "droppeft"} <= result["versions"].keys()
     full, half = result["rates"]
-    # Of four layers two are frozen, and their states on the disk from the warm-up on.
+    # Two of four layers are frozen; the warm-up caches their hidden states.
     assert (full["rate"], half["rate"], result["num_layers"]) == (0, 0.5, LAYERS)
     assert (full["executed"], half["executed"]) == (2, 1)
     for row, active in ((full, (False, False, True, True)), (half, (False, False, False, True))):
@@ -74,11 +74,11 @@ def test_profile_from_the_command_line_to_its_files(
         assert row["process_bytes"] < row["used_bytes"] < row["process_bytes"] + 100e6
         assert row["resident_bytes"] > row["process_bytes"]
         assert row["step_j"] is None
-        assert [trial["executed"] for trial in row["trials"]] == [row["executed"]]
+        assert [run["executed"] for run in row["timed_runs"]] == [row["executed"]]
 
 
-def test_random_rows_are_as_long_as_said_but_for_padding(folder: Path) -> None:
-    """A batch without padding has no mask, and torch other kernels for it."""
+def test_random_rows_have_the_configured_length_except_one_with_padding(folder: Path) -> None:
+    """A batch without padding has no mask, for which torch uses other kernels."""
     backbone = load_backbone(str(folder), CLASSES, 0)
     table = random_table(backbone, config_of(folder))
     assert table.lengths.tolist() == [16, 15, 16, 16]
@@ -91,56 +91,60 @@ def test_random_rows_are_as_long_as_said_but_for_padding(folder: Path) -> None:
     assert (single.columns["input_ids"] != again[:16]).any()
 
 
-def test_memory_in_use_is_what_is_planned() -> None:
+def test_memory_in_use_is_what_is_estimated() -> None:
     """A small batch on the built-in model: within 10 %; benchmarks/cost_model has more."""
-    words = ("training.batch_size=8", "training.max_length=64", "dropout.mean=0.33333333333333331")
-    config = load_config(None, ["accelerator=cpu", "threads=1", *words])
-    trial = in_fresh_process(config, 1, frugal=True)
-    assert trial.peak_bytes - trial.process_bytes == pytest.approx(
+    overrides = (
+        "training.batch_size=8",
+        "training.max_length=64",
+        "dropout.mean=0.33333333333333331",
+    )
+    config = load_config(None, ["accelerator=cpu", "threads=1", *overrides])
+    measured = in_fresh_process(config, 1, release_memory=True)
+    assert measured.peak_bytes - measured.process_bytes == pytest.approx(
         option(config, None).memory.model, rel=0.1
     )
 
 
-def trial(
+def profile_run(
     step_s: float, stored: int = 5, peak: int = 100, step_j: float | None = None
 ) -> ProfileRun:
     return ProfileRun(step_s, 3.0, stored, 40, peak, False, step_j)
 
 
-def test_what_is_said_of_some_trials() -> None:
+def test_statistics_of_profile_runs() -> None:
     times = (5.0, 1.0, 2.0, 4.0, 3.0)
-    trials = tuple(trial(time, peak=90 + int(time), step_j=10 * time) for time in times)
-    found = Measured(0.5, trials, trial(9.0, stored=7, peak=60))
+    runs = tuple(profile_run(time, peak=90 + int(time), step_j=10 * time) for time in times)
+    found = RateProfile(0.5, runs, profile_run(9.0, stored=7, peak=60))
     assert found.step_s == 3.0
     assert found.step_quartiles_s == (2.0, 4.0)
     assert found.step_j == 30.0
     assert (found.used_bytes, found.resident_bytes) == (60, 95)
     assert found.activation_bytes_peak == 7
     assert found.executed == 3.0
-    assert Measured(0.0, (trial(1.0),), trial(1.0)).step_j is None
+    assert RateProfile(0.0, (profile_run(1.0),), profile_run(1.0)).step_j is None
 
 
-def test_rates_take_turns_and_memory_comes_first(
+def test_rates_alternate_and_memory_is_measured_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[float | None, bool]] = []
 
-    def made_up(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
-        asked.append((config.dropout.mean, frugal))
-        return trial(float(len(asked)))
+    def made_up(config: Config, steps: int, *, release_memory: bool) -> ProfileRun:
+        asked.append((config.dropout.mean, release_memory))
+        return profile_run(float(len(asked)))
 
     monkeypatch.setattr(profiling, "in_fresh_process", made_up)
     done: list[None] = []
     found = profile(config_of(folder), [0.0, 0.5], 2, 1, lambda: done.append(None))
     assert asked == [(0, True), (0.5, True), (0, False), (0.5, False), (0, False), (0.5, False)]
-    assert [one.frugal.step_s for one in found] == [1.0, 2.0]
-    assert [[one.step_s for one in rate.trials] for rate in found] == [[3.0, 5.0], [4.0, 6.0]]
+    assert [each.memory_run.step_s for each in found] == [1.0, 2.0]
+    assert [[run.step_s for run in rate.timed_runs] for rate in found] == [[3.0, 5.0], [4.0, 6.0]]
     assert len(done) == 6
 
 
-def test_a_rate_replaces_whatever_said_how_many_layers_drop(folder: Path) -> None:
-    for word in ("dropout.count=2", "dropout.rates=[0,0,0,1]", "dropout.mean=0.1"):
-        config = at_rate(config_of(folder, word), 0.5)
+def test_a_rate_replaces_other_settings_of_the_drop_rate(folder: Path) -> None:
+    for override in ("dropout.count=2", "dropout.rates=[0,0,0,1]", "dropout.mean=0.1"):
+        config = at_rate(config_of(folder, override), 0.5)
         assert (config.dropout.mean, config.dropout.count, config.dropout.rates) == (
             0.5,
             None,
@@ -149,7 +153,7 @@ def test_a_rate_replaces_whatever_said_how_many_layers_drop(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (["--rates", "0,much"], "--rates '0,much': write numbers as 0,0.25,0.5"),
         (["--rates", ""], "--rates '': write numbers as 0,0.25,0.5"),
@@ -164,55 +168,60 @@ def test_a_rate_replaces_whatever_said_how_many_layers_drop(folder: Path) -> Non
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(
     folder: Path,
-    words: list[str],
+    overrides: list[str],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(profiling, "in_fresh_process", None)
-    assert run(monkeypatch, f"model={folder}", *words) == cli.USER_ERROR
+    assert run(monkeypatch, f"model={folder}", *overrides) == cli.USER_ERROR
     shown = capsys.readouterr()
     assert sentence in shown.err
     assert len(shown.err.splitlines()) == 1
 
 
 def in_a_fork(monkeypatch: pytest.MonkeyPatch, do: Callable[..., object], folder: Path) -> None:
-    """Let the trial's process, a copy of this one, do something else."""
+    """Call another function in the process of a profile run, forked from this one."""
     monkeypatch.setattr(profiling, "_start_method", lambda: "fork")
     monkeypatch.setattr(profiling, "run_steps", do)
-    in_fresh_process(at_rate(config_of(folder), 0.25), 1, frugal=False)
+    in_fresh_process(at_rate(config_of(folder), 0.25), 1, release_memory=False)
 
 
-def test_a_trial_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(config: Config, steps: int, *, frugal: bool) -> None:
+def test_a_profile_run_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Config, steps: int, *, release_memory: bool) -> None:
         raise RuntimeError("out of memory: tried to allocate 3 GiB\nwith details")
 
     with pytest.raises(DroppeftError, match=r"^out of memory: tried to allocate 3 GiB$"):
         in_a_fork(monkeypatch, fail, folder)
 
 
-def test_a_trial_that_is_killed_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(config: Config, steps: int, *, frugal: bool) -> None:
+def test_a_profile_run_that_is_killed_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(config: Config, steps: int, *, release_memory: bool) -> None:
         os._exit(9)
 
     with pytest.raises(DroppeftError, match=r"measured rate 0.25 died \(exit code 9\), probably"):
         in_a_fork(monkeypatch, die, folder)
 
 
-def test_nothing_is_written_where_nothing_can_be(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
     with pytest.raises(DroppeftError, match=f"--out {taken}: cannot be written"):
         report.write({"rates": []}, taken)
 
 
-def rows_of(*found: Measured) -> dict[str, object]:
+def rows_of(*found: RateProfile) -> dict[str, object]:
     config = load_config(None, ["accelerator=cpu"])
     return report.content(config, found, steps=3)
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    slow, fast = Measured(0.0, (trial(2.0),), trial(2.0)), Measured(0.5, (trial(1.0),), trial(1.0))
+    slow, fast = (
+        RateProfile(0.0, (profile_run(2.0),), profile_run(2.0)),
+        RateProfile(0.5, (profile_run(1.0),), profile_run(1.0)),
+    )
     console = Console(record=True, width=80)
     report.show(rows_of(slow, fast), console)
     text = console.export_text()
@@ -221,7 +230,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert fields(text, "0") == expected
     assert "of which 40 B are libraries" in text
     assert "energy: not reported by this hardware" in " ".join(text.split())
-    report.show(rows_of(slow, replace(fast, trials=(trial(1.0, step_j=7.5),))), console)
+    report.show(rows_of(slow, replace(fast, timed_runs=(profile_run(1.0, step_j=7.5),))), console)
     text = console.export_text()
     assert fields(text, "0")[-1] == "–"
     assert fields(text, "0.5")[-1] == "7.50 J"
@@ -231,22 +240,22 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def fields(text: str, first: str) -> Sequence[str]:
     [line] = [line.split() for line in text.splitlines() if line.split()[:1] == [first]]
     joined: list[str] = []
-    for word in line:
-        if word in ("s", "B", "J"):
-            joined[-1] += f" {word}"
+    for text_part in line:
+        if text_part in ("s", "B", "J"):
+            joined[-1] += f" {text_part}"
         else:
-            joined.append(word)
+            joined.append(text_part)
     return joined
 
 
 # Resident memory
 
 
-def test_the_peak_is_remembered_until_it_is_forgotten() -> None:
-    """In a process of its own: other tests' garbage may go while a peak is measured here."""
+def test_the_peak_lasts_until_it_is_reset() -> None:
+    """In a separate process: other tests' garbage may be freed while a peak is measured here."""
     program = """
-from droppeft.resources.process_memory import forget_peak, peak_resident_bytes, resident_bytes
-if not forget_peak():
+from droppeft.resources.process_memory import reset_peak, peak_resident_bytes, resident_bytes
+if not reset_peak():
     assert peak_resident_bytes() >= resident_bytes()
     raise SystemExit
 before = peak_resident_bytes()
@@ -254,36 +263,36 @@ block = bytearray(64 << 20)
 block[::4096] = b"x" * len(block[::4096])
 del block
 assert peak_resident_bytes() - before > 50e6
-assert forget_peak()
+assert reset_peak()
 assert peak_resident_bytes() - before < 40e6
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_freed_memory_goes_back() -> None:
-    """Holes of a megabyte between blocks that stay: glibc's heap keeps them, by default."""
+def test_freed_memory_is_returned() -> None:
+    """Freed blocks of a megabyte between blocks in use, which glibc's heap keeps by default."""
     program = """
 import numpy, sys
-from droppeft.resources.process_memory import give_memory_back, resident_bytes
-if sys.argv[1] == "frugal":
-    give_memory_back()
-numpy.ones(30 << 20, numpy.uint8)  # freed: from now on glibc takes such blocks from its heap
+from droppeft.resources.process_memory import return_freed_memory, resident_bytes
+if sys.argv[1] == "return":
+    return_freed_memory()
+numpy.ones(30 << 20, numpy.uint8)  # after this is freed, glibc takes such blocks from its heap
 before = resident_bytes()
-kept = []
-gone = []
+in_use = []
+freed = []
 for _ in range(100):
-    gone.append(numpy.ones(1 << 20, numpy.uint8))
-    kept.append(numpy.ones(1 << 17, numpy.uint8))
-gone.clear()
+    freed.append(numpy.ones(1 << 20, numpy.uint8))
+    in_use.append(numpy.ones(1 << 17, numpy.uint8))
+freed.clear()
 print(resident_bytes() - before)
 """
     found = [
         int(
             subprocess.run(
-                [sys.executable, "-c", program, word], capture_output=True, check=True
+                [sys.executable, "-c", program, mode], capture_output=True, check=True
             ).stdout
         )
-        for word in ("frugal", "usual")
+        for mode in ("return", "default")
     ]
     assert found[0] < 25e6
     assert found[0] <= found[1]

@@ -12,8 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from droppeft.errors import DroppeftError
+from droppeft.messages import (
+    AdapterSpec,
+    BaseDelta,
+    GlobalModel,
+    LayerAdapter,
+    ServerState,
+    flatten,
+)
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round, save
-from droppeft.messages import AdapterSpec, BaseDelta, GlobalModel, LayerAdapter, ServerState, flatten
 from handmade import filled
 
 
@@ -26,7 +33,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Noted:
-    """A memory of all that one may be made of."""
+    """A memory with every type that a memory may contain."""
 
     by_client: Mapping[int, tuple[float, ...]]
     by_name: Mapping[str, Seen]
@@ -36,7 +43,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Text:
-    """What another version may have had in the place of :class:`Seen`."""
+    """A memory with the field names of :class:`Seen` and another type."""
 
     round: str
 
@@ -130,13 +137,6 @@ def checkpoint(round: int) -> Checkpoint:
     return Checkpoint(round, ServerState(model, memory=Seen(round)), {"initial": 0.5})
 
 
-def test_an_older_checkpoint_has_zeros_for_what_a_type_lacks(tmp_path: Path) -> None:
-    old = AdapterSpec(layers=(LayerAdapter("lora", rank=8, width=0), None), alpha=16.0)
-    save(tmp_path, Checkpoint(1, ServerState(GlobalModel(old, filled(1.0)), memory=Seen(1)), {}))
-    layers = load_newest(tmp_path, Seen).state.model.adapter.layers
-    assert layers == (LayerAdapter("lora", rank=8, width=None), None)
-
-
 def head(loaded: Checkpoint) -> float:
     return float(loaded.state.model.tensors["head"]["head.W"][0])
 
@@ -151,9 +151,9 @@ def test_a_round_can_be_chosen(tmp_path: Path) -> None:
     for round in (8, 9, 10):
         save(tmp_path, checkpoint(round))
     assert head(load_round(tmp_path, 9, Seen)) == 9.0
-    with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: 10, 9$"):
+    with pytest.raises(DroppeftError, match=r"no round 8; the saved rounds are: 10, 9$"):
         load_round(tmp_path, 8, Seen)
-    with pytest.raises(DroppeftError, match=r"no round 8; the rounds kept are: none$"):
+    with pytest.raises(DroppeftError, match=r"no round 8; the saved rounds are: none$"):
         load_round(tmp_path / "nowhere", 8, Seen)
 
 
@@ -200,8 +200,8 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     assert unnoticed == []
 
 
-def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DroppeftError, match="holds no readable checkpoint; start the run anew"):
+def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DroppeftError, match="holds no readable checkpoint; start a new run"):
         load_newest(tmp_path / "nowhere", Seen)
     save(tmp_path, checkpoint(1)).write_bytes(b"")
     with pytest.raises(DroppeftError, match="holds no readable checkpoint"):
@@ -215,7 +215,7 @@ def test_a_crash_while_writing_leaves_the_old_ones(
         save(tmp_path, checkpoint(round))
 
     def crash(handle: int) -> None:
-        raise OSError("no space left on client")
+        raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="no space"):
@@ -243,11 +243,9 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
     ("kind", "why"),
     [(Noted, r"it has \['round'\], and not \['by_client', "), (Text, r"round: input should be a")],
 )
-def test_another_method_s_memory_is_one_sentence(tmp_path: Path, kind: type, why: str) -> None:
+def test_the_memory_of_another_method_is_refused(tmp_path: Path, kind: type, why: str) -> None:
     save(tmp_path, checkpoint(3))
-    said = (
-        rf"round-00003.safetensors: the server's memory is not what .*{why}.*; start the run anew"
-    )
+    said = rf"round-00003.safetensors: the server's memory is not that .*{why}.*; start a new run"
     for load in (lambda: load_newest(tmp_path, kind), lambda: load_round(tmp_path, 3, kind)):
         with pytest.raises(DroppeftError, match=said):
             load()

@@ -1,4 +1,4 @@
-"""What is exported works without droppeft, and holds what the run recorded."""
+"""Exported models work without droppeft and have the accuracy that the run recorded."""
 
 import csv
 import errno
@@ -21,23 +21,21 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.runs import checkpoints
-from droppeft.runs import model_files
-from droppeft.runs import export
-from droppeft.runs.model_files import Source, save_merged, write_adapter
-from droppeft.runs.folder import held
-from droppeft.server.prepare import Prepared, evaluation_sample
-from droppeft.server.run import Interrupted, _evaluate, start_run
-from droppeft.models.loading import load_backbone
 from droppeft.messages import (
     AdapterSpec,
     BaseDelta,
     GlobalModel,
-    LayerAdapter,
     Instruction,
+    LayerAdapter,
     Tensors,
     flatten,
 )
+from droppeft.models.loading import load_backbone
+from droppeft.runs import checkpoints, export, model_files
+from droppeft.runs.folder import locked
+from droppeft.runs.model_files import Source, save_merged, write_adapter
+from droppeft.server.prepare import Prepared, evaluation_sample
+from droppeft.server.run import Interrupted, _evaluate, start_run
 from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import FAMILIES, save_tiny_model
 
@@ -45,23 +43,23 @@ VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 
 
 @pytest.fixture(scope="module")
-def learned_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of a pretrained model: its accuracy is not that of a class."""
+def learned_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds of a pretrained model; it is more accurate than a constant answer."""
     out = tmp_path_factory.mktemp("learned") / "run"
-    words = [*tiny_words, "model=builtin", "rounds=2", "training.local_steps=4"]
+    words = [*tiny_overrides, "model=builtin", "rounds=2", "training.local_steps=4"]
     result = start_run(load_config(None, words), out, Recorder())
     assert result["global_accuracy"] > 0.5
     return out
 
 
 def snippet(folder: Path) -> str:
-    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert found
-    return found.group(1)
+    match = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert match
+    return match.group(1)
 
 
 def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Do what the card says, where it says."""
+    """Run the code of the card in the folder that it names."""
     loaded: dict[str, Any] = {}
     monkeypatch.chdir(folder)
     exec(snippet(folder), loaded)
@@ -75,7 +73,7 @@ def rows_in_test(words: list[str]) -> list[dict[str, str]]:
 
 
 def measure(loaded: dict[str, Any], rows: Sequence[dict[str, str]]) -> tuple[float, float]:
-    """Accuracy and mean loss, by transformers alone."""
+    """Accuracy and mean loss, computed with transformers alone."""
     model, tokenizer = loaded["model"], loaded["tokenizer"]
     right, losses = 0, []
     with torch.inference_mode():
@@ -109,10 +107,10 @@ def with_delta(model: GlobalModel) -> GlobalModel:
 
 
 def test_the_card_says_how_to_load_it(
-    learned_run: Path, tiny_words: list[str], monkeypatch: pytest.MonkeyPatch
+    learned_run: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = run_snippet(learned_run / "adapter", monkeypatch)
-    accuracy, loss = measure(loaded, rows_in_test(tiny_words))
+    accuracy, loss = measure(loaded, rows_in_test(tiny_overrides))
     result = json.loads((learned_run / "result.json").read_text())
     assert accuracy == result["global_accuracy"]
     assert loss == pytest.approx(result["global_loss"], abs=1e-5)
@@ -124,7 +122,7 @@ def test_the_hash_in_the_result_is_the_tensors_file_s(whole_run: Path) -> None:
     assert result["adapter_sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
+def test_a_model_with_a_base_delta_is_not_written_as_an_adapter(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     model = replace(prepared.state.model, base_delta=BaseDelta("v1", {}))
@@ -133,7 +131,7 @@ def test_a_changed_backbone_is_not_exported_as_if_it_were_not(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_given_model_is_written_whatever_the_bench_wears(
+def test_the_given_model_is_written_whatever_is_attached(
     prepared: Prepared, instructions: list[Instruction], tmp_path: Path
 ) -> None:
     clients = clients_of(prepared.loaded)
@@ -150,7 +148,7 @@ def test_the_given_model_is_written_whatever_the_bench_wears(
         np.testing.assert_array_equal(written[name], array, err_msg=name)
 
 
-def test_whom_the_folder_is_open_to_may_read_it(whole_run: Path) -> None:
+def test_whoever_may_read_the_folder_may_read_its_files(whole_run: Path) -> None:
     mode = (whole_run / "adapter").stat().st_mode & 0o444
     assert {path.stat().st_mode & 0o444 for path in (whole_run / "adapter").iterdir()} == {mode}
 
@@ -167,7 +165,7 @@ def test_the_last_round_is_what_the_run_wrote(whole_run: Path, tmp_path: Path) -
 
 
 def test_an_earlier_round_has_the_accuracy_of_its_row(
-    learned_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learned_run: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = export.export_run(learned_run, tmp_path / "adapter", round=1)
     recorded = rows_of(learned_run / "rounds.jsonl")[0]["global_accuracy"]
@@ -175,29 +173,29 @@ def test_an_earlier_round_has_the_accuracy_of_its_row(
     card = (done.folder / "README.md").read_text()
     assert "| round | 1 of 2 |" in card
     assert f"| accuracy on 20 test texts | {recorded:.4f} |" in card
-    rows = rows_in_test(tiny_words)
+    rows = rows_in_test(tiny_overrides)
     sample = [rows[row] for row in evaluation_sample(len(rows), 20)]
     assert measure(run_snippet(done.folder, monkeypatch), sample)[0] == recorded
 
 
 def test_the_lines_load_it_from_anywhere(
-    whole_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole_run: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = export.export_run(whole_run, tmp_path / "it's here")
     monkeypatch.chdir("/")
     loaded: dict[str, Any] = {}
     exec(done.lines, loaded)
-    assert measure(loaded, rows_in_test(tiny_words))[0] == done.accuracy
+    assert measure(loaded, rows_in_test(tiny_overrides))[0] == done.accuracy
 
 
-def test_by_default_it_lies_in_the_run(whole_run: Path, tmp_path: Path) -> None:
+def test_by_default_the_new_folder_is_in_the_run(whole_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(whole_run, tmp_path / "run")
     assert export.export_run(run).folder == run / "adapter-round-3"
     assert export.export_run(run, merge=True).folder == run / "merged-round-3"
     assert export.export_run(run, round=2).folder == run / "adapter-round-2"
 
 
-def test_a_card_tells_nothing_of_a_text(whole_run: Path, tmp_path: Path) -> None:
+def test_a_card_contains_nothing_of_the_texts(whole_run: Path, tmp_path: Path) -> None:
     done = export.export_run(whole_run, tmp_path / "model", merge=True)
     for folder in (whole_run / "adapter", done.folder):
         card = (folder / "README.md").read_text()
@@ -205,14 +203,14 @@ def test_a_card_tells_nothing_of_a_text(whole_run: Path, tmp_path: Path) -> None
         assert not [word for words in TOPICS.values() for word in words if word in card]
 
 
-def test_a_stopped_run(tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_stopped_run(tiny_overrides: list[str], tmp_path: Path) -> None:
     class Impatient(Recorder):
         def round_done(self, row: Any) -> None:
             raise KeyboardInterrupt
 
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        start_run(load_config(None, [*tiny_words, "evaluation.every=2"]), run, Impatient())
+        start_run(load_config(None, [*tiny_overrides, "evaluation.every=2"]), run, Impatient())
     newest, first = export.export_run(run), export.export_run(run, round=0)
     assert (newest.round, newest.accuracy) == (1, None)
     assert "| accuracy | not evaluated at this round |" in (newest.folder / "README.md").read_text()
@@ -220,63 +218,44 @@ def test_a_stopped_run(tiny_words: list[str], tmp_path: Path) -> None:
     assert (first.round, first.accuracy, first.rows) == (0, facts["initial_accuracy"], 20)
 
 
-def test_a_run_that_is_going_on(whole_run: Path, tmp_path: Path) -> None:
-    with held(whole_run):
+def test_a_run_that_is_still_running(whole_run: Path, tmp_path: Path) -> None:
+    with locked(whole_run):
         done = export.export_run(whole_run, tmp_path / "adapter")
     assert files_of(done.folder) == adapter_bytes(whole_run)
 
 
-def run_on_own_data(words: list[str], folder: Path) -> tuple[Path, Path]:
-    """A run of one round and its data, which nothing else uses."""
+def run_on_a_copy(words: list[str], folder: Path) -> tuple[Path, Path]:
+    """A run of one round on a copy of the data that nothing else uses."""
     data = shutil.copytree(words[1].partition("=")[2], folder / "data")
     start_run(load_config(None, [*words, f"data={data}", "rounds=1"]), folder / "run", Recorder())
     return folder / "run", data
 
 
-def test_the_texts_are_not_needed(tiny_words: list[str], tmp_path: Path) -> None:
-    run, data = run_on_own_data(tiny_words, tmp_path)
+def test_the_texts_are_not_needed(tiny_overrides: list[str], tmp_path: Path) -> None:
+    run, data = run_on_a_copy(tiny_overrides, tmp_path)
     shutil.rmtree(data)
     assert files_of(export.export_run(run).folder) == adapter_bytes(run)
-
-
-def test_an_older_checkpoint_takes_the_classes_from_the_data(
-    tiny_words: list[str], tmp_path: Path
-) -> None:
-    run, data = run_on_own_data(tiny_words, tmp_path)
-    for round in (0, 1):
-        kept = checkpoint_of(run, round)
-        lacking = {"label_names", "sampled_test_rows"}
-        facts = {name: value for name, value in kept.facts.items() if name not in lacking}
-        checkpoints.save(run / "checkpoints", replace(kept, facts=facts))
-    assert files_of(export.export_run(run).folder) == adapter_bytes(run)
-    assert export.export_run(run, round=0).rows == 20
-    text = (data / "test.csv").read_text()
-    (data / "test.csv").write_text(text.replace("bread", "toast", 1))
-    with pytest.raises(DroppeftError, match=r"the data .* changed since this run began"):
-        export.export_run(run, tmp_path / "adapter")
 
 
 # What cannot be exported
 
 
-def test_another_backbone_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
-    mine = shutil.copytree(tiny_words[0].partition("=")[2], tmp_path / "model")
+def test_another_backbone_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+    mine = shutil.copytree(tiny_overrides[0].partition("=")[2], tmp_path / "model")
     run = tmp_path / "run"
-    start_run(load_config(None, [*tiny_words, f"model={mine}", "rounds=1"]), run, Recorder())
+    start_run(load_config(None, [*tiny_overrides, f"model={mine}", "rounds=1"]), run, Recorder())
     shutil.rmtree(mine)
     save_tiny_model(mine, num_layers=3)
     for merge in (False, True):
-        with pytest.raises(DroppeftError, match=r"the model .* changed since this run began"):
+        with pytest.raises(DroppeftError, match=r"the model .* has changed since this run started"):
             export.export_run(run, merge=merge)
     assert not list(run.glob("*-round-*"))
 
 
-def test_what_is_not_there_or_taken_is_refused_with_a_sentence(
-    whole_run: Path, tmp_path: Path
-) -> None:
+def test_missing_rounds_and_existing_folders_are_refused(whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(DroppeftError, match=r"holds no run to export \(no config.toml\)"):
         export.export_run(tmp_path)
-    with pytest.raises(DroppeftError, match=r"no round 1; the rounds kept are: 3, 2"):
+    with pytest.raises(DroppeftError, match=r"no round 1; the saved rounds are: 3, 2"):
         export.export_run(whole_run, tmp_path / "adapter", round=1)
     (tmp_path / "taken").mkdir()
     with pytest.raises(DroppeftError, match=r"taken: exists already; .* --out"):
@@ -291,11 +270,11 @@ def test_what_is_not_there_or_taken_is_refused_with_a_sentence(
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
-        (OSError(errno.ENOSPC, "No space left on client"), DroppeftError),
+        (OSError(errno.ENOSPC, "No space left on device"), DroppeftError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
-def test_what_is_not_finished_is_not_there(
+def test_an_interrupted_export_leaves_nothing(
     merge: bool,
     error: BaseException,
     seen: type[BaseException],
@@ -310,7 +289,7 @@ def test_what_is_not_finished_is_not_there(
     with pytest.raises(seen) as raised:
         export.export_run(whole_run, tmp_path / "model", merge=merge)
     if seen is DroppeftError:
-        assert "cannot be written (No space left on client)" in str(raised.value)
+        assert "cannot be written (No space left on device)" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,12 +297,12 @@ def test_what_is_not_finished_is_not_there(
 
 
 def test_the_merged_model_needs_transformers_alone(
-    learned_run: Path, tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learned_run: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = export.export_run(learned_run, tmp_path / "model", merge=True)
     assert "peft" not in snippet(done.folder)
     loaded = run_snippet(done.folder, monkeypatch)
-    accuracy, loss = measure(loaded, rows_in_test(tiny_words))
+    accuracy, loss = measure(loaded, rows_in_test(tiny_overrides))
     result = json.loads((learned_run / "result.json").read_text())
     assert accuracy == result["global_accuracy"] == done.accuracy
     assert loss == pytest.approx(result["global_loss"], abs=1e-5)
@@ -348,10 +327,10 @@ def test_the_adapter_is_in_the_merged_weights(whole_run: Path, tmp_path: Path) -
     np.testing.assert_array_equal(weights["classifier.weight"], head)
 
 
-def test_a_base_delta_is_merged_but_is_no_adapter(
+def test_a_base_delta_can_only_be_exported_merged(
     whole_run: Path,
     prepared: Prepared,
-    tiny_words: list[str],
+    tiny_overrides: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -363,13 +342,13 @@ def test_a_base_delta_is_merged_but_is_no_adapter(
     whole = np.arange(60, dtype=np.int64)
     with_it = _evaluate(prepared, model, whole)
     without = _evaluate(prepared, replace(model, base_delta=None), whole)
-    accuracy, loss = measure(run_snippet(done.folder, monkeypatch), rows_in_test(tiny_words))
+    accuracy, loss = measure(run_snippet(done.folder, monkeypatch), rows_in_test(tiny_overrides))
     assert abs(with_it.loss - without.loss) > 1e-4
     assert (accuracy, loss) == (with_it.accuracy, pytest.approx(with_it.loss, abs=1e-5))
 
 
 def drawn(tensors: Tensors) -> Tensors:
-    """Values that all change what the model answers: LoRA's B starts from nothing."""
+    """Random values, so that every tensor matters: a fresh LoRA has B = 0 and changes nothing."""
     rng = np.random.default_rng(0)
     return {
         key: {
@@ -383,15 +362,15 @@ def drawn(tensors: Tensors) -> Tensors:
 def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> Source:
     """An adapter on a tiny model of two layers."""
     backbone = load_backbone(str(base), ("a", "b", "c"), 0)
-    bench = ClientModel(backbone, "cpu", 0)
+    client_model = ClientModel(backbone, "cpu", 0)
     spec = AdapterSpec(tuple(layers), **settings)
-    model = GlobalModel(spec, drawn(bench.fresh_tensors(spec)))
+    model = GlobalModel(spec, drawn(client_model.fresh_tensors(spec)))
     config = load_config(None, [f"model={base}"])
-    return Source(config, backbone, bench, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
+    return Source(config, backbone, client_model, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
 
 
-def assert_same_answers(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export both ways, load both by their cards, ask both."""
+def assert_same_logits(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export both ways, load both with the code of their cards, and compare logits."""
     model_files.save_adapter(source, folder / "adapter")
     save_merged(source, folder / "merged")
     logits = []
@@ -407,13 +386,13 @@ def assert_same_answers(source: Source, folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_answers_the_same_when_merged(
+def test_merging_keeps_the_logits_of_every_model_family(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = (LayerAdapter("lora", 2), LayerAdapter("lora", 4))
     base = save_tiny_model(tmp_path / "base", 2, model_type)
     source = source_of(base, layers, alpha=8.0, targets=("all-linear",))
-    assert_same_answers(source, tmp_path, monkeypatch)
+    assert_same_logits(source, tmp_path, monkeypatch)
 
 
 def test_a_decoder_without_a_padding_token_takes_texts_of_any_length(
@@ -426,10 +405,10 @@ def test_a_decoder_without_a_padding_token_takes_texts_of_any_length(
     path.write_text(json.dumps(settings))
     source = source_of(base, (LayerAdapter("lora", 2),) * 2)
     assert source.backbone.tokenizer.pad_token == "[SEP]"
-    assert_same_answers(source, tmp_path, monkeypatch)
+    assert_same_logits(source, tmp_path, monkeypatch)
 
 
-def test_random_weights_are_loaded_from_nowhere(tmp_path: Path) -> None:
+def test_a_model_of_random_weights_has_no_code_to_load_it(tmp_path: Path) -> None:
     source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("lora", 2),) * 2)
     shape = replace(source, backbone=replace(source.backbone, path="config:bert-large"))
     lines = model_files.adapter_lines(shape, "adapter").splitlines()
@@ -437,17 +416,17 @@ def test_random_weights_are_loaded_from_nowhere(tmp_path: Path) -> None:
     assert "droppeft export --merge writes a model" in lines[-1]
 
 
-def test_a_head_that_peft_does_not_take_out_is_merged_too(
+def test_a_head_is_merged_with_a_type_for_which_peft_does_not_wrap_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("ln_tuning"),) * 2)
-    assert_same_answers(source, tmp_path, monkeypatch)
+    assert_same_logits(source, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("name", "sizes"), [("prompt_tuning", {"tokens": 2}), ("bottleneck", {"width": 4})]
 )
-def test_an_adapter_that_is_no_change_of_weights_cannot_be_merged(
+def test_types_that_do_not_change_weights_cannot_be_merged(
     name: str, sizes: dict[str, int], tmp_path: Path
 ) -> None:
     settings = {key: value for key, value in sizes.items() if key == "tokens"}
@@ -472,10 +451,10 @@ def test_what_peft_cannot_merge_is_refused(whole_run: Path, tmp_path: Path) -> N
     assert not list(run.glob("*-round-*"))
 
 
-def test_a_merge_that_changes_answers_is_refused(
+def test_a_merge_that_changes_logits_is_refused(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_files, "merged", lambda model: model.unload())
-    with pytest.raises(DroppeftError, match="this adapter gives another model"):
+    with pytest.raises(DroppeftError, match="changes the model's logits; export it without"):
         export.export_run(whole_run, tmp_path / "model", merge=True)
     assert list(tmp_path.iterdir()) == []

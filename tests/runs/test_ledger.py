@@ -1,4 +1,4 @@
-"""Sums, targets and rows on disk, with numbers worked out by hand."""
+"""The ledger: sums, targets and rows on disk, with numbers worked out by hand."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.costs.modelled_clock import RoundCost, ClientCost
+from droppeft.costs.modelled_clock import ClientCost, RoundCost
+from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
 from droppeft.runs.ledger import (
     ClosedRound,
     RoundRow,
@@ -20,10 +21,11 @@ from droppeft.runs.ledger import (
     summarise,
     target_round,
 )
-from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
-from handmade import COST, answer_to, instruction_for
+from handmade import COST, instruction_for, update_for
 
-TURN = ClientCost("phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0)
+MODELLED = ClientCost(
+    "phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0
+)
 
 
 def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
@@ -45,8 +47,18 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         evaluation_wall_s=0.5,
         saving_wall_s=0.1,
         host_wall_s=3.0,
+        upload_framed_bytes=None,
+        download_framed_bytes=None,
+        absent=[],
+        late=[],
+        surplus=[],
         round_modelled_s=15.0,
         energy_modelled_j=7.0,
+        idle_modelled_share=None,
+        coverage=[],
+        layer_steps=[],
+        importance=[],
+        notes=None,
     )
     return replace(typical, **changes)
 
@@ -59,11 +71,11 @@ def rows_with(*accuracies: float | None) -> list[RoundRow]:
     ("accuracies", "target", "reached"),
     [
         ([0.7, 0.7, 0.7], 0.7, 3),  # their mean is 0.6999999999999998 in floating point
-        ([0.6, 0.9], 0.5, 2),  # (0.0 + 0.6 + 0.9) / 3 = 0.5: what was before round 1 counts
+        ([0.6, 0.9], 0.5, 2),  # (0.0 + 0.6 + 0.9) / 3 = 0.5: the accuracy before round 1 counts
         ([0.6, 0.9], 0.51, None),
         ([1.0, 0.0, 0.5, 1.0, 1.0], 0.8, 5),  # (0.5 + 1.0 + 1.0) / 3; a single 1.0 is not enough
-        ([1.0], 0.1, None),  # two measurements are no mean of three
-        ([0.6, None, 0.9], 0.5, 3),  # rounds that were not measured are passed over
+        ([1.0], 0.1, None),  # two evaluations are too few for a mean of three
+        ([0.6, None, 0.9], 0.5, 3),  # rounds without evaluation are skipped
         ([None, None, None], 0.0, None),
         ([1.0, 1.0, 1.0], None, None),
         ([], 0.0, None),
@@ -124,34 +136,34 @@ def test_a_summary_of_nothing_measured() -> None:
     assert summary["time_to_target_modelled_s"] is None
 
 
-def test_a_round_of_an_earlier_version_makes_modelled_totals_unknown() -> None:
-    rows = [row(1, 0.9), row(2, 0.9), row(3, 0.9, round_modelled_s=None)]
-    summary = summarise(rows, 0.9, 0.9)
-    assert (summary["target_round"], summary["round_modelled_s"]) == (2, None)
-    assert summary["time_to_target_modelled_s"] == 30.0
-    assert summary["energy_modelled_j"] == 21.0
+def test_without_a_clock_there_are_no_modelled_totals() -> None:
+    without = {"round_modelled_s": None, "energy_modelled_j": None}
+    summary = summarise([row(round, 0.9, **without) for round in (1, 2, 3)], 0.9, 0.9)
+    assert summary["target_round"] == 2
+    for name in ("round_modelled_s", "time_to_target_modelled_s", "energy_modelled_j"):
+        assert summary[name] is None
 
 
-def test_a_round_is_summed_up() -> None:
+def test_a_round_is_summarised() -> None:
     instructions = [instruction_for(client) for client in (1, 4, 6)]
     slow = replace(COST, total_wall_s=9.0, activation_bytes_peak=70)
     replies: list[Reply] = [
-        answer_to(instructions[0], train_loss=0.5),
+        update_for(instructions[0], train_loss=0.5),
         Failure(4, "sent no reply"),
-        answer_to(
+        update_for(
             instructions[2],
             train_loss=1.0,
             steps=6,
             active_steps=(6, 3, 3, 6),
             importance=(0.0, 0.2, 0.3, 1.2),
-            tensors={0: answer_to(instructions[2]).tensors[0]},
+            tensors={0: update_for(instructions[2]).tensors[0]},
             cost=slow,
         ),
     ]
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 1.5}
     framing = ((10, 3), (10, None), (7, 2))
-    faster = replace(TURN, train_s=3.0)
-    modelled = RoundCost((TURN, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
+    faster = replace(MODELLED, train_s=3.0)
+    modelled = RoundCost((MODELLED, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
     closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, framing, 0.25)
     made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
@@ -187,13 +199,13 @@ def test_a_round_is_summed_up() -> None:
     )
 
 
-def test_who_was_late_or_surplus_has_cost_something() -> None:
+def test_late_and_surplus_clients_count_in_costs() -> None:
     instructions = [instruction_for(client) for client in (1, 4, 6)]
-    answers: list[Reply] = [answer_to(instruction) for instruction in instructions]
-    replies: list[Reply] = [answers[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
-    modelled = RoundCost((TURN, TURN, TURN), late=(4,), surplus=(6,), round_s=15.0)
+    checked: list[Reply] = [update_for(instruction) for instruction in instructions]
+    replies: list[Reply] = [checked[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
+    modelled = RoundCost((MODELLED, MODELLED, MODELLED), late=(4,), surplus=(6,), round_s=15.0)
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
-    closed = ClosedRound(1, (*instructions,), (*answers,), (*replies,), modelled, (), 0.0)
+    closed = ClosedRound(1, (*instructions,), (*checked,), (*replies,), modelled, (), 0.0)
     made = round_row(closed, quality, 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
@@ -202,8 +214,8 @@ def test_who_was_late_or_surplus_has_cost_something() -> None:
 
 def test_a_client_s_row() -> None:
     instruction = instruction_for(4, dropout=LayerDropout((0.0, 0.5, 0.5, 0.0), "exact"))
-    answer = answer_to(instruction, reward=0.1)
-    made = client_row(instruction, answer, answer, TURN)
+    answer = update_for(instruction, reward=0.1)
+    made = client_row(instruction, answer, answer, MODELLED)
     assert made == json.loads(json.dumps(made))
     assert (made["round"], made["client"], made["accepted"]) == (1, 4, True)
     assert made["rates"] == [0.0, 0.5, 0.5, 0.0]
@@ -217,7 +229,7 @@ def test_a_client_s_row() -> None:
     )
     parts = ("download", "train", "reward", "upload")
     assert [made[f"{part}_modelled_s"] for part in parts] == [1.0, 8.0, 2.0, 4.0]
-    late = client_row(instruction, answer, Failure(4, "late: it was"), TURN)
+    late = client_row(instruction, answer, Failure(4, "late: it was"), MODELLED)
     assert late == {**made, "accepted": False, "reason": "late: it was"}
     lost = Failure(4, "sent no reply")
     failed = client_row(instruction_for(4), lost, lost, None)
@@ -237,12 +249,12 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert read_rows(path) == [{"round": 1, "é": None}, {"round": 2}, {"round": 3}]
 
 
-@pytest.mark.parametrize("torn", ['{"round": 3', "{", '{"round": 3, "reason": "\\u00'])
-def test_a_torn_last_line_is_passed_over(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("incomplete", ['{"round": 3', "{", '{"round": 3, "reason": "\\u00'])
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path, incomplete: str) -> None:
     path = tmp_path / "rows.jsonl"
     append_rows(path, [{"round": 1}, {"round": 2}])
     with path.open("a") as file:
-        file.write(torn)
+        file.write(incomplete)
     assert read_rows(path) == [{"round": 1}, {"round": 2}]
 
 
@@ -251,10 +263,10 @@ def test_rewinding_drops_later_rows_for_good(tmp_path: Path) -> None:
     append_rows(path, [{"round": number} for number in (1, 1, 2, 2, 3)])
     with path.open("a") as file:
         file.write('{"round"')
-    kept = [{"round": 1}, {"round": 1}, {"round": 2}, {"round": 2}]
-    assert rewind(path, 2) == kept
+    remaining = [{"round": 1}, {"round": 1}, {"round": 2}, {"round": 2}]
+    assert rewind(path, 2) == remaining
     append_rows(path, [{"round": 3}])
-    assert read_rows(path) == [*kept, {"round": 3}]
+    assert read_rows(path) == [*remaining, {"round": 3}]
 
 
 def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
@@ -262,7 +274,7 @@ def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
     assert (tmp_path / "rows.jsonl").read_bytes() == b""
 
 
-def test_a_change_of_the_backbone_is_traffic() -> None:
+def test_a_base_delta_counts_as_traffic() -> None:
     delta = BaseDelta("v1", {"w": np.zeros((10, 10), np.float32)})
     instruction = instruction_for(4, base_delta=delta)
     lost = Failure(4, "lost")

@@ -1,4 +1,4 @@
-"""Clients that keep their tensors to themselves, and every client's model on its own rows."""
+"""Client state, and the evaluation of every client's model on its own test rows."""
 
 import json
 from collections.abc import Callable
@@ -19,36 +19,36 @@ from droppeft.federated_method import without_steps
 from droppeft.messages import Failure, Instruction, Measurement, Update, flatten, layer_key
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import (
-    Personalised,
+    ClientEvaluation,
     measure_clients,
-    personalised_sums,
+    summarise_clients,
 )
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
-from handmade import Scripted, answer_to
+from handmade import Scripted, update_for
 from runs import Clients, Recorder, interfering, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
 RUN = "00c0ffee"
-OWN_LAYER = 1
+PERSONAL_LAYER = 1
 
 
 @pytest.fixture
 def first(prepared: Prepared) -> Instruction:
-    """Client 1's first: one layer stays with it, everything else travels."""
+    """Client 1's first instruction: one layer is personal, all others are shared."""
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
-    own = {name for key, name, _ in flatten(instruction.tensors) if key == OWN_LAYER}
-    return replace(instruction, share=instruction.share - own, run=RUN, dropout=None)
+    personal = {name for key, name, _ in flatten(instruction.tensors) if key == PERSONAL_LAYER}
+    return replace(instruction, share=instruction.share - personal, run=RUN, dropout=None)
 
 
-def next_visit(instruction: Instruction, round: int, kept: int | None) -> Instruction:
-    """The server sends what it has of the client's layers, of the personal one nothing."""
-    sent = {key: named for key, named in instruction.tensors.items() if key != OWN_LAYER}
-    return replace(instruction, round=round, tensors=sent, state_round=kept)
+def next_instruction(instruction: Instruction, round: int, saved: int | None) -> Instruction:
+    """The client's next instruction, without the tensors of its personal layer."""
+    sent = {key: named for key, named in instruction.tensors.items() if key != PERSONAL_LAYER}
+    return replace(instruction, round=round, tensors=sent, state_round=saved)
 
 
 def ask(clients: Clients, instruction: Instruction) -> Any:
@@ -59,32 +59,32 @@ def layers_of(reply: Update) -> set[Any]:
     return set(reply.tensors)
 
 
-def test_what_may_not_travel_stays(clients: Clients, first: Instruction) -> None:
+def test_a_personal_layer_is_saved_and_not_sent(clients: Clients, first: Instruction) -> None:
     reply = update_of(clients, first)
-    assert OWN_LAYER not in reply.tensors
-    assert layers_of(reply) == set(first.tensors) - {OWN_LAYER}
-    kept = load_tensors(client_folder(RUN, 1), 1)
-    assert set(kept) == {OWN_LAYER}
-    for name, array in kept[OWN_LAYER].items():
-        assert not np.array_equal(array, first.tensors[OWN_LAYER][name])
+    assert PERSONAL_LAYER not in reply.tensors
+    assert layers_of(reply) == set(first.tensors) - {PERSONAL_LAYER}
+    saved = load_tensors(client_folder(RUN, 1), 1)
+    assert set(saved) == {PERSONAL_LAYER}
+    for name, array in saved[PERSONAL_LAYER].items():
+        assert not np.array_equal(array, first.tensors[PERSONAL_LAYER][name])
 
 
-def test_a_turn_begins_with_what_the_last_one_kept(clients: Clients, first: Instruction) -> None:
-    """The same as if the server had sent it."""
+def test_a_training_starts_with_the_saved_tensors(clients: Clients, first: Instruction) -> None:
+    """The result is the same as if the server had sent them."""
     update_of(clients, first)
-    kept = load_tensors(client_folder(RUN, 1), 1)
-    later = next_visit(first, round=2, state_round=1)
-    found = update_of(clients, later)
-    told = replace(later, tensors={**later.tensors, **kept}, state_round=None)
-    expected = update_of(clients, told)
-    assert found.train_loss == expected.train_loss
-    for key, name, array in flatten(found.tensors):
+    saved = load_tensors(client_folder(RUN, 1), 1)
+    later = next_instruction(first, round=2, saved=1)
+    update = update_of(clients, later)
+    complete = replace(later, tensors={**later.tensors, **saved}, state_round=None)
+    expected = update_of(clients, complete)
+    assert update.train_loss == expected.train_loss
+    for key, name, array in flatten(update.tensors):
         np.testing.assert_array_equal(array, expected.tensors[key][name])
     fresh = update_of(clients, replace(first, round=2))
-    assert fresh.train_loss != found.train_loss
+    assert fresh.train_loss != update.train_loss
 
 
-def test_what_the_instruction_brings_goes_before_what_was_kept(
+def test_tensors_of_the_instruction_replace_saved_ones(
     clients: Clients, first: Instruction
 ) -> None:
     """A layer that becomes shared takes the global value."""
@@ -96,37 +96,37 @@ def test_what_the_instruction_brings_goes_before_what_was_kept(
     )
 
 
-def test_a_turn_that_the_server_never_heard_of_does_not_count(
+def test_a_training_whose_reply_was_lost_does_not_count(
     clients: Clients, first: Instruction
 ) -> None:
     update_of(clients, first)
-    expected = update_of(clients, next_visit(first, round=3, state_round=1))
-    update_of(clients, next_visit(first, round=2, state_round=1))  # its reply is lost
+    expected = update_of(clients, next_instruction(first, round=3, saved=1))
+    update_of(clients, next_instruction(first, round=2, saved=1))  # its reply is lost
     assert (
-        update_of(clients, next_visit(first, round=3, state_round=1)).train_loss
+        update_of(clients, next_instruction(first, round=3, saved=1)).train_loss
         == expected.train_loss
     )
 
 
-def test_a_client_that_lost_what_it_kept_says_so(clients: Clients, first: Instruction) -> None:
+def test_a_client_that_lost_its_state_reports_it(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     (client_folder(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
-    reply = ask(clients, next_visit(first, round=2, state_round=1))
-    assert reply == Failure(1, "what it kept in round 1 is damaged", lost=True)
+    reply = ask(clients, next_instruction(first, round=2, saved=1))
+    assert reply == Failure(1, "the state that it saved in round 1 is damaged", lost=True)
 
 
-def test_a_instruction_without_what_it_needs_is_an_error(
+def test_an_instruction_without_needed_tensors_is_an_error(
     clients: Clients, first: Instruction
 ) -> None:
-    with pytest.raises(DroppeftError, match="and this client has not kept it"):
-        ask(clients, next_visit(first, round=2, state_round=None))
+    with pytest.raises(DroppeftError, match="and this client has not saved it"):
+        ask(clients, next_instruction(first, round=2, saved=None))
 
 
-def test_a_method_that_shares_all_keeps_nothing(
+def test_a_client_that_shares_all_saves_nothing(
     clients: Clients, first: Instruction, state: Path
 ) -> None:
-    every = frozenset(name for _, name, _ in flatten(first.tensors))
-    update_of(clients, replace(first, share=every, run=""))
+    names = frozenset(name for _, name, _ in flatten(first.tensors))
+    update_of(clients, replace(first, share=names, run=""))
     assert not state.exists()
 
 
@@ -146,27 +146,27 @@ def test_a_measurement_is_of_the_model_on_the_client_s_own_test_rows(
     assert not state.exists()
 
 
-def test_a_measurement_is_of_what_was_kept(clients: Clients, first: Instruction) -> None:
+def test_a_measurement_uses_the_saved_tensors(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
-    before = rows_kept(1)
-    own = ask(clients, without_steps(next_visit(first, round=2, state_round=1)))
+    before = saved_files(1)
+    personal = ask(clients, without_steps(next_instruction(first, round=2, saved=1)))
     plain = ask(clients, without_steps(replace(first, round=2)))
-    assert own.loss != plain.loss
-    assert rows_kept(1) == before
+    assert personal.loss != plain.loss
+    assert saved_files(1) == before
 
 
-def rows_kept(client: int) -> dict[str, bytes]:
+def saved_files(client: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in client_folder(RUN, client).iterdir()}
 
 
 def measurements(instruction: Instruction) -> list[Any]:
-    """Clients 0 to 3 say what is wrong in different ways, and 4 nothing."""
+    """Most clients send something that must be refused; client 4 does not reply."""
     good = Measurement(instruction.round, instruction.client, instruction.nonce, 8, 0.5, 1.0)
     bad = {
         1: replace(good, nonce="another"),
         2: replace(good, accuracy=1.5),
         3: Failure(9, "asleep", lost=True),
-        5: answer_to(instruction),
+        5: update_for(instruction),
         6: replace(good, loss=float("nan")),
         7: replace(good, rows=0),
         8: replace(good, round=1),
@@ -174,20 +174,20 @@ def measurements(instruction: Instruction) -> list[Any]:
     return [] if instruction.client == 4 else [bad.get(instruction.client, good)]
 
 
-def test_nothing_is_taken_on_trust(prepare_with: Callable[..., Prepared]) -> None:
+def test_wrong_replies_are_refused(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("clients=10")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
-    found = measure_clients(setup, method, transport, prepared.state, 4, {})
-    assert [one.client for one in found.measurements] == [0, 9]
-    assert {one.client: one.reason for one in found.failures} == {
+    evaluation = measure_clients(setup, method, transport, prepared.state, 4, {})
+    assert [each.client for each in evaluation.measurements] == [0, 9]
+    assert {failure.client: failure.reason for failure in evaluation.failures} == {
         1: "refused: does not carry this instruction's nonce",
-        2: "refused: its measurement is none",
+        2: "refused: its measurement has impossible values",
         3: "asleep",
         4: "sent no reply",
-        5: "refused: answers with no measurement",
-        6: "refused: its measurement is none",
-        7: "refused: its measurement is none",
-        8: "refused: answers round 1, client 8",
+        5: "refused: sent an update in place of a measurement",
+        6: "refused: its measurement has impossible values",
+        7: "refused: its measurement has impossible values",
+        8: "refused: replies to round 1, client 8",
     }
 
 
@@ -202,17 +202,17 @@ def test_no_more_clients_are_asked_at_once_than_in_a_round(
             asked.append(len(instructions))
             yield from super().exchange(instructions)
 
-    found = measure_clients(
+    evaluation = measure_clients(
         prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
     )
-    assert asked == [3, 3, 1, 1]  # client 3 has lost what it kept, and is asked once more
-    assert [one.client for one in found.failures] == [1, 2, 3, 4, 5, 6]
+    assert asked == [3, 3, 1, 1]  # client 3 has lost its state and is asked a second time
+    assert [failure.client for failure in evaluation.failures] == [1, 2, 3, 4, 5, 6]
 
 
-def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
+def test_a_client_that_lost_its_state_is_measured_with_the_model_it_would_start_with(
     words: list[str], tmp_path: Path, state: Path
 ) -> None:
-    """Of a local run that is the model of the start; nobody is left out of the mean."""
+    """With the method `local` that is the initial model; no client is left out of the mean."""
 
     forgetful = interfering(
         lambda instruction: instruction.measure and instruction.client != 1, Path.unlink
@@ -229,36 +229,36 @@ def test_who_lost_what_it_kept_is_measured_with_what_it_would_begin_with(
         Recorder(),
     )
     for client, source in ((0, never), (1, plain), (2, never)):
-        found, expected = (run["personalised"][client] for run in (result, source))
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        measured, expected = (run["personalised"][client] for run in (result, source))
+        assert measured["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert plain["personalised"][0]["loss"] != pytest.approx(never["personalised"][0]["loss"])
 
 
-def test_sums_count_every_client_as_one() -> None:
+def test_every_client_has_the_same_weight() -> None:
     accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
-    found = Personalised(
+    evaluation = ClientEvaluation(
         tuple(Measurement(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
     )
-    sums = personalised_sums(found, {0: 2, 10: 1})
+    sums = summarise_clients(evaluation, {0: 2, 10: 1})
     assert sums["personalised_accuracy"] == pytest.approx(5.4 / 11)
     # A tenth of eleven clients, rounded up: .2 and .3.
     assert sums["personalised_worst_tenth"] == pytest.approx(0.25)
     assert sums["personalised_deviation"] == pytest.approx(np.std(accuracies))
     assert sums["personalised_accuracy_trained"] == pytest.approx(0.6)
-    assert (sums["personalised_devices"], sums["personalised_rows"]) == (11, 165)
+    assert (sums["personalised_clients"], sums["personalised_rows"]) == (11, 165)
     assert sums["personalised"][0] == {
         "client": 0,
-        "turns": 2,
+        "participations": 2,
         "rows": 10,
         "accuracy": 0.9,
         "loss": 1.0,
     }
 
 
-def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
+def test_newcomers_are_also_measured_after_an_epoch_of_training(
     words: list[str], tmp_path: Path, state: Path
 ) -> None:
-    """They keep nothing of it; clients that trained are not asked again."""
+    """They save nothing; clients that trained before are not asked again."""
     more = (
         "method=fedlora",
         "clients=4",
@@ -268,7 +268,7 @@ def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
     )
     config = load_config(None, [*words, *more, "evaluation.newcomers=true"])
     result = start_run(config, tmp_path / "run", Recorder())
-    new = [one["accuracy"] for one in result["personalised"] if not one["turns"]]
+    new = [one["accuracy"] for one in result["personalised"] if not one["participations"]]
     assert 2 <= len(new) == result["newcomers"] < 4
     assert result["newcomers_accuracy"] == pytest.approx(np.mean(new))
     assert result["newcomers_accuracy_after_epoch"] > result["newcomers_accuracy"]
@@ -278,8 +278,8 @@ def test_newcomers_are_also_measured_after_an_epoch_of_their_own(
     assert plain["personalised"] == result["personalised"]
 
 
-def test_nobody_measured_is_no_number() -> None:
-    sums = personalised_sums(Personalised((), (Failure(0, "asleep"),), 0.0), {})
+def test_without_measurements_there_is_no_accuracy() -> None:
+    sums = summarise_clients(ClientEvaluation((), (Failure(0, "asleep"),), 0.0), {})
     assert sums["personalised_accuracy"] is sums["personalised_worst_tenth"] is None
     assert sums["personalised_failures"] == [{"client": 0, "reason": "asleep"}]
 
@@ -291,28 +291,28 @@ LOCAL = ("method=local", "clients=3", "rounds=5")
 
 
 @pytest.fixture
-def words(tiny_words: list[str]) -> list[str]:
-    return [*(word for word in tiny_words if not word.startswith("dropout.")), *LOCAL]
+def words(tiny_overrides: list[str]) -> list[str]:
+    return [*(word for word in tiny_overrides if not word.startswith("dropout.")), *LOCAL]
 
 
-def test_a_local_run_has_one_accuracy_and_sends_its_values_once(
+def test_a_local_run_has_no_global_accuracy_and_sends_tensors_once(
     words: list[str], tmp_path: Path
 ) -> None:
     result = start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert result["global_accuracy"] is result["adapter_sha256"] is result["best_accuracy"] is None
-    assert result["personalised_devices"] == 3
+    assert result["personalised_clients"] == 3
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     assert all(row["upload_bytes"] == 0 for row in rows)
     seen: set[int] = set()
     for row in rows:
         assert (row["download_bytes"] > 0) == (row["client"] not in seen)
         seen.add(row["client"])
-    assert [one["turns"] for one in result["personalised"]] == [
+    assert [one["participations"] for one in result["personalised"]] == [
         sum(row["client"] == client for row in rows) for client in range(3)
     ]
 
 
-def test_clients_of_a_local_run_learn_by_themselves(words: list[str], tmp_path: Path) -> None:
+def test_clients_of_a_local_run_learn(words: list[str], tmp_path: Path) -> None:
     more = ("rounds=8", "training.local_steps=20", "training.learning_rate=0.02", "clients=2")
     config = load_config(None, [*words, *more, "training.batch_size=16", "partition.kind=iid"])
     result = start_run(config, tmp_path / "run", Recorder())
@@ -320,42 +320,42 @@ def test_clients_of_a_local_run_learn_by_themselves(words: list[str], tmp_path: 
     assert result["initial_accuracy"] < 0.5
 
 
-def test_a_local_run_goes_on_as_if_nothing_had_happened(words: list[str], tmp_path: Path) -> None:
+def test_a_resumed_local_run_ends_the_same(words: list[str], tmp_path: Path) -> None:
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     stop_after_a_round(words, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
-    assert own_outcome(tmp_path / "run") == own_outcome(tmp_path / "whole")
+    assert outcome_without_adapter(tmp_path / "run") == outcome_without_adapter(tmp_path / "whole")
 
 
-def test_a_turn_that_was_kept_and_not_saved_is_taken_again(
+def test_a_round_that_clients_saved_and_the_server_did_not_is_run_again(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server dies after the clients of round 3 have kept what they made."""
+    """The server stops after the clients of round 3 have saved their tensors."""
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
 
-    class Dies(Recorder):
+    class Stopping(Recorder):
         def replied(self, reply: Any) -> None:
             super().replied(reply)
             if isinstance(reply, Update) and reply.round == 3 and len(self.replies) % 2 == 0:
                 raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        start_run(load_config(None, words), tmp_path / "run", Dies())
+        start_run(load_config(None, words), tmp_path / "run", Stopping())
     resume_run(tmp_path / "run", Recorder())
-    assert own_outcome(tmp_path / "run") == own_outcome(tmp_path / "whole")
+    assert outcome_without_adapter(tmp_path / "run") == outcome_without_adapter(tmp_path / "whole")
 
 
-def own_outcome(out: Path) -> Any:
-    (out / "adapter").mkdir()  # there is none
-    found = outcome(out)
+def outcome_without_adapter(out: Path) -> Any:
+    (out / "adapter").mkdir()  # a local run has no adapter
+    result = outcome(out)
     (out / "adapter").rmdir()
-    return found
+    return result
 
 
-def test_a_client_that_lost_its_values_begins_again(
+def test_a_client_that_lost_its_state_starts_again(
     words: list[str], tmp_path: Path, state: Path
 ) -> None:
-    """One turn is lost; with the next one all values come from the server."""
+    """One participation is lost; the next instruction brings all tensors."""
 
     forgetful = interfering(
         lambda instruction: instruction.round == 3 and not instruction.measure, Path.unlink
@@ -364,14 +364,14 @@ def test_a_client_that_lost_its_values_begins_again(
     start_run(config, tmp_path / "run", Recorder(), forgetful)
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
-    assert [row["reason"] for row in third] == ["what it kept in round 2 is gone"] * 2
+    assert [row["reason"] for row in third] == ["the state that it saved in round 2 is missing"] * 2
     fourth = [row for row in rows if row["round"] == 4]
     assert all(row["accepted"] and row["download_bytes"] > 0 for row in fourth)
     assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)
 
 
 def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path: Path) -> None:
-    """Its result is not written before there is one."""
+    """Its result is not written before there is a measurement."""
 
     class Gone:
         def __init__(self, inner: InProcess) -> None:
@@ -393,23 +393,27 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
     assert not (out / "result.json").exists()
     start_run(load_config(None, words), tmp_path / "whole", Recorder())
     resume_run(out, Recorder())
-    assert own_outcome(out) == own_outcome(tmp_path / "whole")
+    assert outcome_without_adapter(out) == outcome_without_adapter(tmp_path / "whole")
 
 
-def test_a_local_run_has_nothing_to_export(words: list[str], tmp_path: Path) -> None:
+def test_a_local_run_has_no_global_model_to_export(words: list[str], tmp_path: Path) -> None:
     start_run(load_config(None, [*words, "rounds=1"]), tmp_path / "run", Recorder())
     with pytest.raises(DroppeftError, match=r"no global model to export with .* with --client"):
         export_run(tmp_path / "run")
 
 
-def test_the_measurement_can_be_left_out(tiny_words: list[str], tmp_path: Path) -> None:
-    config = load_config(None, [*tiny_words, "evaluation.personalised=false", "rounds=1"])
+def test_the_evaluation_of_clients_can_be_left_out(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    config = load_config(None, [*tiny_overrides, "evaluation.personalised=false", "rounds=1"])
     start_run(config, tmp_path / "run", Recorder())
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert not any(name.startswith("personalised") for name in result)
 
 
-def test_a_measurement_for_a_turn_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_measurement_in_place_of_an_update_is_refused(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
     class Confused:
         def exchange(self, instructions: Any) -> Any:
             for index, instruction in enumerate(instructions):
@@ -420,9 +424,9 @@ def test_a_measurement_for_a_turn_is_refused(tiny_words: list[str], tmp_path: Pa
                     ),
                 )
 
-    with pytest.raises(DroppeftError, match="refused: answers with a measurement"):
+    with pytest.raises(DroppeftError, match="refused: sent a measurement in place of an update"):
         start_run(
-            load_config(None, tiny_words),
+            load_config(None, tiny_overrides),
             tmp_path / "run",
             Recorder(),
             lambda loaded: nullcontext(Confused()),
@@ -430,5 +434,5 @@ def test_a_measurement_for_a_turn_is_refused(tiny_words: list[str], tmp_path: Pa
 
 
 @pytest.mark.parametrize("key", [0, 17, "head", "other"])
-def test_a_layer_s_key_comes_back_from_its_text(key: Any) -> None:
+def test_a_layer_key_can_be_read_from_its_text(key: Any) -> None:
     assert layer_key(str(key)) == key

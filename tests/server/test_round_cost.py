@@ -1,4 +1,4 @@
-"""Who is merged on the modelled clock, how long a round takes, and that nothing else matters."""
+"""The modelled clock decides which updates are merged and how long a round takes."""
 
 import json
 from dataclasses import replace
@@ -22,13 +22,13 @@ from droppeft.server.round_cost import close_round, count_rows, make_clock
 from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
-from handmade import ARITHMETIC, COST, REST, Scripted, answer_to, instruction_for, setup_for
+from handmade import ARITHMETIC, COST, REST, Scripted, instruction_for, setup_for, update_for
 from runs import Recorder, outcome, rows_of
 
 METHOD = METHODS["fedlora"]
 
-# Seconds are tokens: a client with 1 FLOP/s per FLOP of a token, and a line that takes no time.
-OWN = {
+# A token takes one modelled second in the forward and backward pass, and sending takes no time.
+PROFILE = {
     "effective_flops_per_s": 2.0 * REST,
     "memory_bytes": 1,
     "idle_watts": 1,
@@ -36,7 +36,10 @@ OWN = {
     "download": 1e30,
     "upload": 1e30,
 }
-WORDS = ("clock.profiles=own", *(f"clock.custom.own.{key}={value}" for key, value in OWN.items()))
+WORDS = (
+    "clock.profiles=own",
+    *(f"clock.custom.own.{key}={value}" for key, value in PROFILE.items()),
+)
 
 
 def setup_with(*words: str) -> Setup:
@@ -44,44 +47,44 @@ def setup_with(*words: str) -> Setup:
 
 
 def taking(instruction: Instruction, seconds: int, **changes: Any) -> Update:
-    """An Update whose turn takes so many modelled seconds: no layer ran, the rest did."""
+    """An update whose training takes this many modelled seconds; no layer ran, only the rest."""
     cost = replace(COST, tokens=seconds, rows=1, layer_tokens=(0,) * 4)
-    return answer_to(instruction, examples=1, active_steps=(0,) * 4, cost=cost, **changes)
+    return update_for(instruction, examples=1, active_steps=(0,) * 4, cost=cost, **changes)
 
 
 def closed_with(seconds: list[int | None], *words: str) -> tuple[list[Reply], Any]:
-    """Close a round of so many clients; ``None`` is one that failed."""
+    """Close a round with one client per entry; ``None`` is a client that failed."""
     setup = setup_with(*words)
     instructions = [instruction_for(client) for client in range(len(seconds))]
-    answers: list[Reply] = [
+    checked: list[Reply] = [
         Failure(instruction.client, "lost") if took is None else taking(instruction, took)
         for instruction, took in zip(instructions, seconds, strict=True)
     ]
-    return close_round(setup.clock, setup.config, instructions, answers)
+    return close_round(setup.clock, setup.config, instructions, checked)
 
 
 def merged(replies: list[Reply]) -> list[int]:
     return [reply.client for reply in replies if isinstance(reply, Update)]
 
 
-def test_a_round_lasts_as_long_as_its_slowest_variant() -> None:
+def test_a_round_lasts_as_long_as_its_slowest_client() -> None:
     replies, cost = closed_with([30, 50, 40])
     assert merged(replies) == [0, 1, 2]
     assert cost.round_s == pytest.approx(50)
-    assert [turn.total_s for turn in cost.clients] == pytest.approx([30, 50, 40])
+    assert [client.total_s for client in cost.clients] == pytest.approx([30, 50, 40])
     assert cost.energy_j == pytest.approx(10 * 120)
     assert (cost.late, cost.surplus, cost.absent) == ((), (), ())
 
 
 def test_without_a_clock_everybody_is_merged() -> None:
     instructions = [instruction_for(client) for client in range(3)]
-    answers: list[Reply] = [
+    checked: list[Reply] = [
         taking(instructions[0], 5),
         Failure(1, "lost"),
         taking(instructions[2], 9),
     ]
-    replies, cost = close_round(None, setup_for().config, instructions, answers)
-    assert replies == answers
+    replies, cost = close_round(None, setup_for().config, instructions, checked)
+    assert replies == checked
     assert (cost.clients, cost.round_s, cost.energy_j) == ((None, None, None), None, None)
 
 
@@ -92,10 +95,10 @@ def test_nobody_waits_for_a_client_that_failed() -> None:
     assert cost.round_s == pytest.approx(40)
 
 
-def test_who_misses_the_deadline_is_not_merged_and_the_round_lasts_until_then() -> None:
+def test_late_updates_are_not_merged_and_the_round_lasts_until_the_deadline() -> None:
     replies, cost = closed_with([30, 50, 40], "clock.deadline_s=45.0")
     assert merged(replies) == [0, 2]
-    assert replies[1] == Failure(1, "late: 50.0 modelled s, the deadline is 45 s")
+    assert replies[1] == Failure(1, "late: it took 50.0 modelled s, the deadline is 45 s")
     assert (cost.round_s, cost.late) == (45, (1,))
     assert cost.energy_j == pytest.approx(10 * 120)
 
@@ -110,11 +113,11 @@ def test_all_are_late() -> None:
     assert (merged(replies), cost.round_s) == ([], 10)
 
 
-def test_the_first_of_an_over_selected_round_are_merged_in_instruction_order() -> None:
+def test_the_fastest_of_an_over_selected_round_are_merged_in_instruction_order() -> None:
     seconds: list[int | None] = [70, 20, 60, 30, 10]
     replies, cost = closed_with(seconds, "clock.over_selection=1.5")
     assert merged(replies) == [1, 3, 4]
-    assert replies[0] == Failure(0, "surplus: 3 others were done in 70.0 modelled s")
+    assert replies[0] == Failure(0, "surplus: it took 70.0 modelled s, and 3 others were faster")
     assert (cost.round_s, cost.surplus, cost.late) == (pytest.approx(30), (0, 2), ())
     assert cost.energy_j == pytest.approx(10 * 190)
 
@@ -134,7 +137,7 @@ def test_equal_times_are_told_apart_by_their_place_among_the_instructions() -> N
 def test_the_clock_reads_the_same_from_a_message() -> None:
     setup, instruction = setup_for(), instruction_for(4)
     assert setup.clock is not None
-    update = answer_to(instruction, cost=replace(COST, reward_tokens=7))
+    update = update_for(instruction, cost=replace(COST, reward_tokens=7))
     came = unpack_reply(pack_reply(update), 10_000)
     assert isinstance(came, Update)
     assert setup.clock.client_cost(instruction, came) == setup.clock.client_cost(
@@ -142,7 +145,7 @@ def test_the_clock_reads_the_same_from_a_message() -> None:
     )
 
 
-def test_a_round_without_variants() -> None:
+def test_a_round_without_clients() -> None:
     replies, cost = closed_with([])
     assert (replies, cost.clients, cost.round_s, cost.energy_j) == ([], (), 0.0, 0)
 
@@ -151,7 +154,7 @@ def test_a_round_without_variants() -> None:
 def test_what_closes_a_round(seconds: list[int | None], deadline: int | None) -> None:
     words = [] if deadline is None else [f"clock.deadline_s={deadline}.5"]
     replies, cost = closed_with(seconds, "clock.over_selection=1.5", *words)
-    # The deadlines lie between the times, so that rounding has no say.
+    # The deadlines lie between the times, so that rounding does not matter.
     done = [took for took in seconds if took and (deadline is None or took < deadline + 0.5)]
     assert sorted(seconds[client] or 0 for client in merged(replies)) == sorted(done)[:3]
     assert len(merged(replies)) + len(cost.late) + len(cost.surplus) == sum(
@@ -166,7 +169,7 @@ def test_what_closes_a_round(seconds: list[int | None], deadline: int | None) ->
 # In a round
 
 
-def play(
+def run(
     setup: Setup, *, backwards: bool = False, round: int = 1
 ) -> tuple[ServerState, ClosedRound]:
     transport = Scripted(
@@ -179,7 +182,7 @@ def play(
 
 
 def trained(instruction: Instruction) -> Any:
-    """What is sent where no layer ran: the head."""
+    """The tensors of an update in which no layer ran: the head."""
     return {
         "head": {"head.W": instruction.tensors["head"]["head.W"] * 0 + float(instruction.client)}
     }
@@ -191,7 +194,7 @@ def head(state: ServerState) -> float:
 
 def test_a_round_draws_more_than_it_merges() -> None:
     setup = setup_with("clock.over_selection=2.0")
-    state, closed = play(setup)
+    state, closed = run(setup)
     assert len(closed.instructions) == len(draw_cohort(setup, 1)) == 6
     fastest = sorted(
         (10 + 7 * instruction.client % 50, instruction.client)
@@ -199,12 +202,12 @@ def test_a_round_draws_more_than_it_merges() -> None:
     )[:3]
     assert {update.client for update in closed.accepted} == {client for _, client in fastest}
     assert head(state) == pytest.approx(sum(client for _, client in fastest) / 3)
-    assert all(isinstance(answer, Update) for answer in closed.answers)
+    assert all(isinstance(reply, Update) for reply in closed.checked_replies)
 
 
 def test_the_order_of_arrival_decides_nothing() -> None:
     setup = setup_with("clock.over_selection=2.0", "clock.deadline_s=40.0")
-    (state, closed), (other, backwards) = play(setup), play(setup, backwards=True)
+    (state, closed), (other, backwards) = run(setup), run(setup, backwards=True)
     assert head(state) == head(other)
     assert closed.modelled == backwards.modelled
     assert [update.client for update in closed.accepted] == [
@@ -212,7 +215,7 @@ def test_the_order_of_arrival_decides_nothing() -> None:
     ]
 
 
-def test_who_is_refused_is_not_timed() -> None:
+def test_a_refused_update_has_no_modelled_cost() -> None:
     setup = setup_with()
     transport = Scripted(lambda instruction: [taking(instruction, 5, nonce="an old one")])
     _, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, lambda reply: None)
@@ -220,17 +223,17 @@ def test_who_is_refused_is_not_timed() -> None:
     assert closed.modelled.round_s == 0
 
 
-def test_a_quorum_counts_who_was_in_time() -> None:
+def test_a_quorum_counts_updates_that_were_in_time() -> None:
     setup = setup_with("clock.deadline_s=1.0", "quorum=2")
-    state, closed = play(setup)
+    state, closed = run(setup)
     assert closed.accepted == ()
     assert head(state) == 1.0
     assert closed.modelled.round_s == 1.0
 
 
-def test_an_absent_client_gets_no_instruction_and_is_named() -> None:
+def test_an_absent_client_gets_no_instruction_and_is_recorded() -> None:
     setup = setup_with("clock.custom.own.availability=0.5")
-    rounds = [play(setup, round=round)[1] for round in range(1, 21)]
+    rounds = [run(setup, round=round)[1] for round in range(1, 21)]
     for round, closed in enumerate(rounds, start=1):
         asked = [instruction.client for instruction in closed.instructions]
         assert sorted([*asked, *closed.modelled.absent]) == list(draw_cohort(setup, round))
@@ -238,9 +241,9 @@ def test_an_absent_client_gets_no_instruction_and_is_named() -> None:
     assert abs(sum(len(closed.modelled.absent) for closed in rounds) - 30) < 20
 
 
-def test_everybody_may_be_absent() -> None:
+def test_all_clients_may_be_absent() -> None:
     setup = setup_with("clock.custom.own.availability=1e-9")
-    state, closed = play(setup)
+    state, closed = run(setup)
     assert (closed.instructions, closed.accepted, closed.modelled.round_s) == ((), (), 0.0)
     assert len(closed.modelled.absent) == 3
     assert head(state) == 1.0
@@ -256,17 +259,17 @@ def test_an_adapter_is_counted_once() -> None:
     clock = make_clock(Fleet(0, ("own",) * 5, {"own": PROFILES["phone"]}), count)
     for client in range(5):
         instruction = instruction_for(client)
-        clock.client_cost(instruction, answer_to(instruction))
+        clock.client_cost(instruction, update_for(instruction))
     assert len(counted) == 1
 
 
-def test_another_run_s_rows_are_counted_once_and_what_differs_anew(
-    tiny_words: list[str], monkeypatch: pytest.MonkeyPatch
+def test_equal_models_of_two_runs_are_counted_once(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(round_cost, "_COUNTED", {})
 
     def count(*words: str) -> Any:
-        config = load_config(None, [*tiny_words, *words])
+        config = load_config(None, [*tiny_overrides, *words])
         backbone = load_backbone(config.model, ("no", "yes"), config.seed)
         spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.count)
         return count_rows(backbone, spec, config.training)
@@ -290,10 +293,10 @@ def test_an_unknown_profile_stops_before_anything_is_loaded(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def clock_words(tiny_words: list[str]) -> list[str]:
-    """Three of four clients are drawn, two merged, and phones are often not there."""
+def clock_words(tiny_overrides: list[str]) -> list[str]:
+    """Three of four clients are drawn, two are merged, and phones are often absent."""
     more = ("rounds=4", "clock.over_selection=1.5", "clock.profiles=phone,jetson_tx2")
-    return [*tiny_words, *more]
+    return [*tiny_overrides, *more]
 
 
 @pytest.fixture(scope="module")
@@ -306,22 +309,22 @@ def clock_run(clock_words: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def test_rows_of_a_run_agree_with_each_other(clock_run: Path) -> None:
     rounds, clients = (rows_of(clock_run / name) for name in ("rounds.jsonl", "clients.jsonl"))
     for row in rounds:
-        variants = [each for each in clients if each["round"] == row["round"]]
-        assert [each["client"] for each in variants] == row["cohort"]
+        trained = [each for each in clients if each["round"] == row["round"]]
+        assert [each["client"] for each in trained] == row["cohort"]
         assert row["accepted"] + len(row["surplus"]) == len(row["cohort"])
         assert len(row["cohort"]) + len(row["absent"]) == 3
-        merged = [each["client_modelled_s"] for each in variants if each["accepted"]]
-        surplus = [each["client_modelled_s"] for each in variants if not each["accepted"]]
+        merged = [each["client_modelled_s"] for each in trained if each["accepted"]]
+        surplus = [each["client_modelled_s"] for each in trained if not each["accepted"]]
         assert row["round_modelled_s"] == max(merged)
         assert all(took >= max(merged) for took in surplus)
-        assert row["energy_modelled_j"] == sum(each["energy_modelled_j"] for each in variants)
+        assert row["energy_modelled_j"] == sum(each["energy_modelled_j"] for each in trained)
     assert any(row["surplus"] for row in rounds)
     assert any(row["absent"] for row in rounds)
     result = json.loads((clock_run / "result.json").read_text())
     assert result["round_modelled_s"] == sum(row["round_modelled_s"] for row in rounds)
 
 
-def test_a_client_keeps_its_profile(clock_run: Path) -> None:
+def test_a_client_has_the_same_profile_in_all_rounds(clock_run: Path) -> None:
     kinds: dict[int, set[str]] = {}
     for row in rows_of(clock_run / "clients.jsonl"):
         kinds.setdefault(row["client"], set()).add(row["profile"])
@@ -346,29 +349,33 @@ def test_a_resumed_run_has_the_modelled_clock_of_an_unbroken_one(
 
 
 def test_layers_that_were_dropped_cost_no_modelled_time(
-    tiny_words: list[str], tmp_path: Path
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     def train_s(mean: float) -> dict[tuple[int, int], float]:
         out = tmp_path / str(mean)
-        words = [*tiny_words, "rounds=1", f"dropout.mean={mean}"]
+        words = [*tiny_overrides, "rounds=1", f"dropout.mean={mean}"]
         start_run(load_config(None, words), out, Recorder())
         rows = rows_of(out / "clients.jsonl")
         return {(row["round"], row["client"]): row["train_modelled_s"] for row in rows}
 
     full, half = train_s(0.0), train_s(0.5)
     assert full.keys() == half.keys()
-    assert all(half[turn] < full[turn] for turn in full)
+    assert all(half[key] < full[key] for key in full)
 
 
-def test_a_deadline_that_nobody_can_meet_ends_a_run(tiny_words: list[str], tmp_path: Path) -> None:
-    words = [*tiny_words, "clock.deadline_s=1e-6"]
-    with pytest.raises(DroppeftError, match=r"longer than clock\.deadline_s, as that of client"):
+def test_a_deadline_that_nobody_can_meet_ends_a_run(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_overrides, "clock.deadline_s=1e-6"]
+    with pytest.raises(DroppeftError, match=r"client \d took longer than clock\.deadline_s on the"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
 
 
-def test_clients_that_are_never_there_end_a_run(tiny_words: list[str], tmp_path: Path) -> None:
-    words = [*tiny_words, *WORDS, "clock.custom.own.availability=1e-9"]
-    with pytest.raises(DroppeftError, match="by the availability of their profiles no client"):
+def test_clients_that_are_never_available_end_a_run(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_overrides, *WORDS, "clock.custom.own.availability=1e-9"]
+    with pytest.raises(DroppeftError, match="no client was available, by the availability"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
 
 
@@ -386,10 +393,10 @@ def uncountable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("uncountable")
 def test_a_model_that_cannot_be_counted_is_trained_without_a_clock(
-    tiny_words: list[str], tmp_path: Path
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    result = start_run(load_config(None, [*tiny_words, "rounds=1"]), out, Recorder())
+    result = start_run(load_config(None, [*tiny_overrides, "rounds=1"]), out, Recorder())
     assert result["without_clock"] == "the costs of this model cannot be counted"
     assert (result["round_modelled_s"], result["energy_modelled_j"]) == (None, None)
     [row] = rows_of(out / "rounds.jsonl")
@@ -399,9 +406,11 @@ def test_a_model_that_cannot_be_counted_is_trained_without_a_clock(
 
 @pytest.mark.usefixtures("uncountable")
 @pytest.mark.parametrize("word", ["clock.deadline_s=9.0", "clock.over_selection=1.5"])
-def test_a_round_cannot_close_by_a_clock_that_is_not_there(
-    tiny_words: list[str], tmp_path: Path, word: str
+def test_settings_that_need_a_clock_are_refused_without_one(
+    tiny_overrides: list[str], tmp_path: Path, word: str
 ) -> None:
-    with pytest.raises(DroppeftError, match="cannot be kept: the costs of this model cannot be"):
-        start_run(load_config(None, [*tiny_words, word]), tmp_path / "run", Recorder())
+    with pytest.raises(
+        DroppeftError, match="need a modelled clock: the costs of this model cannot be"
+    ):
+        start_run(load_config(None, [*tiny_overrides, word]), tmp_path / "run", Recorder())
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""One round: who is drawn, who is merged, and what is said about the others."""
+"""One round: which clients are drawn, which are merged, and what is recorded about the others."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from droppeft.methods import METHODS
 from droppeft.runs.ledger import ClosedRound, client_row, round_row
 from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.transports.base import Arrival
-from handmade import LAYERS, Scripted, answer_to, assert_same, setup_for
+from handmade import LAYERS, Scripted, assert_same, setup_for, update_for
 
 SETUP = setup_for("method=fedlora")
 METHOD = METHODS["fedlora"]
@@ -25,19 +25,19 @@ COHORT = [4, 5, 8]
 
 @dataclass(frozen=True)
 class Noted:
-    """A memory whose types JSON does not have."""
+    """A memory with types that JSON does not have."""
 
     by_client: Mapping[int, tuple[float, ...]]
     seen: frozenset[int]
 
 
-def play(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, ClosedRound]:
-    heard: list[Any] = [] if seen is None else seen
-    return run_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, heard.append)
+def run(transport: Any, seen: list[Any] | None = None) -> tuple[ServerState, ClosedRound]:
+    replies: list[Any] = [] if seen is None else seen
+    return run_round(SETUP, METHOD, transport, METHOD.init(SETUP), 1, replies.append)
 
 
 class Shuffled:
-    """Clients send random layers with values of all sizes, in random order."""
+    """Clients send random layers with values of all magnitudes, in a given order."""
 
     def __init__(self, order: list[int], seed: int) -> None:
         self.order, self.seed = order, seed
@@ -57,7 +57,7 @@ class Shuffled:
                 for key, named in instruction.tensors.items()
                 if key == HEAD or ran[key] > 0
             }
-            update = answer_to(instruction, active_steps=ran, tensors=tensors)
+            update = update_for(instruction, active_steps=ran, tensors=tensors)
             cost = replace(update.cost, layer_tokens=tuple(32 * one for one in ran))
             examples = int(values.integers(1, 9))
             arrivals[index] = Arrival(index, replace(update, cost=cost, examples=examples))
@@ -65,7 +65,7 @@ class Shuffled:
 
 
 @given(st.permutations(range(5)), st.integers(0, 2**32))
-def test_the_order_of_arrival_does_not_show_in_any_bit(order: list[int], seed: int) -> None:
+def test_the_order_of_arrival_does_not_change_a_bit(order: list[int], seed: int) -> None:
     setup = setup_for("method=fedlora", "cohort_size=5")
     (one, first), (other, second) = (
         run_round(setup, METHOD, Shuffled(places, seed), METHOD.init(setup), 1, lambda reply: None)
@@ -81,13 +81,13 @@ def head(state: ServerState) -> float:
 
 
 def all_but(client: int, reply: Any) -> Scripted:
-    """Everybody trains to their own number but one, who answers as given."""
+    """Every client sends tensors filled with its number, except one, which replies as given."""
 
     def answer(instruction: Instruction) -> list[Any]:
         return (
             reply(instruction)
             if instruction.client == client
-            else [answer_to(instruction, float(instruction.client))]
+            else [update_for(instruction, float(instruction.client))]
         )
 
     return Scripted(answer)
@@ -101,10 +101,10 @@ def cohort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cohort")
 class TestRound:
-    def test_all_answer(self) -> None:
+    def test_all_clients_reply(self) -> None:
         seen: list[Any] = []
-        state, closed = play(
-            Scripted(lambda instruction: [answer_to(instruction, float(instruction.client))]), seen
+        state, closed = run(
+            Scripted(lambda instruction: [update_for(instruction, float(instruction.client))]), seen
         )
         assert head(state) == pytest.approx((4 + 5 + 8) / 3)
         assert [instruction.client for instruction in closed.instructions] == COHORT
@@ -116,23 +116,25 @@ class TestRound:
         [
             (lambda instruction: [], "sent no reply"),
             (lambda instruction: [Failure(5, "ran out of battery")], "ran out of battery"),
-            # A client that cannot read its instruction does not know which it is.
+            # A client that cannot read its instruction does not know its number.
             (
                 lambda instruction: [Failure(-1, "cannot read its instruction")],
                 "cannot read its instruction",
             ),
             (
-                lambda instruction: [answer_to(instruction, math.nan)],
+                lambda instruction: [update_for(instruction, math.nan)],
                 "refused: sends layer.0.A with values that are not finite",
             ),
             (
-                lambda instruction: [answer_to(instruction, 5.0, nonce="an old one")],
+                lambda instruction: [update_for(instruction, 5.0, nonce="an old one")],
                 "refused: does not carry this instruction's nonce",
             ),
         ],
     )
-    def test_who_fails_is_left_out_and_listed(self, reply: Any, reason: str) -> None:
-        state, closed = play(all_but(5, reply))
+    def test_a_client_that_fails_is_not_merged_and_is_recorded(
+        self, reply: Any, reason: str
+    ) -> None:
+        state, closed = run(all_but(5, reply))
         assert head(state) == pytest.approx((4 + 8) / 2)
         assert closed.replies[1] == Failure(5, reason)
         assert [update.client for update in closed.accepted] == [4, 8]
@@ -140,19 +142,22 @@ class TestRound:
         assert (row.cohort, row.accepted) == (COHORT, 2)
         assert row.failures == [{"client": 5, "reason": reason}]
         made = client_row(
-            closed.instructions[1], closed.answers[1], closed.replies[1], closed.modelled.clients[1]
+            closed.instructions[1],
+            closed.checked_replies[1],
+            closed.replies[1],
+            closed.modelled.clients[1],
         )
         assert made["reason"] == reason
 
-    def test_who_claims_to_be_another_harms_only_himself(self) -> None:
+    def test_a_client_that_claims_another_number_is_refused(self) -> None:
         def answer(instruction: Instruction) -> list[Any]:
-            return [answer_to(instruction, float(instruction.client), client=5)]
+            return [update_for(instruction, float(instruction.client), client=5)]
 
-        state, closed = play(Scripted(answer))
+        state, closed = run(Scripted(answer))
         assert head(state) == 5.0
         assert [isinstance(reply, Failure) for reply in closed.replies] == [True, False, True]
 
-    def test_memory_is_what_a_checkpoint_would_give_back(self) -> None:
+    def test_the_memory_is_that_of_a_checkpoint(self) -> None:
         def merge(*_: Any) -> ServerState:
             return replace(METHOD.init(SETUP), memory=Noted({3: (1.0, 0.1)}, frozenset({2})))
 
@@ -161,7 +166,7 @@ class TestRound:
         assert state.memory == Noted({3: (1.0, 0.1)}, frozenset({2}))
 
     @pytest.mark.parametrize(("quorum", "merged"), [(1, 2), (2, 2), (3, 0)])
-    def test_too_few_answer(self, quorum: int, merged: int) -> None:
+    def test_nothing_is_merged_below_the_quorum(self, quorum: int, merged: int) -> None:
         setup = setup_for("method=fedlora", f"quorum={quorum}")
         transport = all_but(5, lambda instruction: [Failure(5, "ran out of battery")])
         state, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
@@ -169,11 +174,11 @@ class TestRound:
         assert head(state) == (pytest.approx((4 + 8) / 2) if merged else 1.0)
         assert closed.replies[1] == Failure(5, "ran out of battery")
         if not merged:
-            reason = "set aside: 2 of the 3 replies that a round needs"
+            reason = "set aside: 2 of the 3 updates that a round needs"
             assert closed.replies[2] == Failure(8, reason)
 
-    def test_nobody_answers(self) -> None:
-        state, closed = play(Scripted(lambda instruction: []))
+    def test_no_client_replies(self) -> None:
+        state, closed = run(Scripted(lambda instruction: []))
         assert head(state) == 1.0
         row = row_of(closed)
         assert (row.accepted, len(row.failures), row.upload_bytes) == (0, 3, 0)
@@ -187,7 +192,7 @@ def row_of(closed: ClosedRound) -> Any:
     return round_row(closed, quality, 0.0, 0.0)
 
 
-def test_a_cohort_is_the_same_every_time_and_names_nobody_twice() -> None:
+def test_a_cohort_is_reproducible_and_has_no_client_twice() -> None:
     for round in range(1, 50):
         drawn = list(draw_cohort(SETUP, round))
         assert drawn == list(draw_cohort(SETUP, round)) == sorted(set(drawn))

@@ -1,4 +1,4 @@
-"""A whole run in its folder: the same twice, and the same after a crash at any moment."""
+"""A whole run: it is reproducible, also after a crash at any moment."""
 
 import json
 import os
@@ -56,8 +56,8 @@ def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
         assert sum(row["layer_steps"]) == row["mean_active_layers"] * 2 * len(row["cohort"])
     asked = [(row["round"], client) for row in rounds for client in row["cohort"]]
     assert [(row["round"], row["client"]) for row in clients] == asked
-    kept = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
-    assert kept == ["round-00002.safetensors", "round-00003.safetensors"]
+    saved = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
+    assert saved == ["round-00002.safetensors", "round-00003.safetensors"]
     assert list(whole_run.rglob("*.partial")) == []
 
 
@@ -78,16 +78,16 @@ def test_a_result_holds_all_that_a_reader_needs(whole_run: Path) -> None:
 
 
 def test_the_same_configuration_gives_the_same_run(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    start_run(load_config(None, tiny_words), tmp_path / "again", Recorder())
+    start_run(load_config(None, tiny_overrides), tmp_path / "again", Recorder())
     assert outcome(tmp_path / "again") == outcome(whole_run)
 
 
 def test_another_seed_gives_another_run(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    start_run(load_config(None, [*tiny_words, "seed=1"]), tmp_path / "run", Recorder())
+    start_run(load_config(None, [*tiny_overrides, "seed=1"]), tmp_path / "run", Recorder())
     assert adapter_bytes(tmp_path / "run") != adapter_bytes(whole_run)
 
 
@@ -96,17 +96,19 @@ def test_the_configuration_in_the_folder_repeats_the_run(whole_run: Path, tmp_pa
     assert outcome(tmp_path / "again") == outcome(whole_run)
 
 
-def test_rounds_between_evaluations_have_no_accuracy(tiny_words: list[str], tmp_path: Path) -> None:
-    words = [*tiny_words, "evaluation.every=2"]
+def test_rounds_between_evaluations_have_no_accuracy(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_overrides, "evaluation.every=2"]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
     measured = [row["global_accuracy"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     # The second because it is due, the third because it is the last.
     assert [value is None for value in measured] == [True, False, False]
 
 
-def test_a_listener_hears_everything(tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_listener_hears_everything(tiny_overrides: list[str], tmp_path: Path) -> None:
     listener = Recorder()
-    result = start_run(load_config(None, tiny_words), tmp_path / "run", listener)
+    result = start_run(load_config(None, tiny_overrides), tmp_path / "run", listener)
     assert listener.earlier == []
     assert [row.round for row in listener.rows] == [1, 2, 3]
     assert len(listener.replies) == 6
@@ -117,7 +119,8 @@ def test_a_listener_hears_everything(tiny_words: list[str], tmp_path: Path) -> N
 
 
 CRASHES: dict[str, tuple[str, int, bool]] = {
-    # What is called for the n-th time when the process ends: before it has done anything, or after.
+    # The process ends when this function is called for the n-th time, before (False) or after
+    # (True) the call.
     "before the clients' rows": ("droppeft.server.run.append_rows", 1, False),
     "between the two ledgers": ("droppeft.server.run.append_rows", 3, True),
     "after the rows, before the checkpoint": ("droppeft.server.run.append_rows", 4, True),
@@ -156,22 +159,22 @@ def crash_at(
 
 @pytest.mark.parametrize("when", CRASHES)
 def test_a_crash_leaves_a_run_that_ends_the_same(
-    when: str, tiny_words: list[str], whole_run: Path, tmp_path: Path
+    when: str, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, *CRASHES[when])
         with pytest.raises(Crash):
-            start_run(load_config(None, tiny_words), out, Recorder())
+            start_run(load_config(None, tiny_overrides), out, Recorder())
     resume_run(out, Recorder())
     assert outcome(out) == outcome(whole_run)
 
 
-def test_two_crashes_in_a_row(tiny_words: list[str], whole_run: Path, tmp_path: Path) -> None:
+def test_two_crashes_in_a_row(tiny_overrides: list[str], whole_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     go: Callable[[], Any]
     for go in (
-        lambda: start_run(load_config(None, tiny_words), out, Recorder()),
+        lambda: start_run(load_config(None, tiny_overrides), out, Recorder()),
         lambda: resume_run(out, Recorder()),
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -182,8 +185,8 @@ def test_two_crashes_in_a_row(tiny_words: list[str], whole_run: Path, tmp_path: 
     assert outcome(out) == outcome(whole_run)
 
 
-def stop_after(rounds: int, tiny_words: list[str], out: Path) -> None:
-    """Start a run and press Ctrl-C when so many rounds are done."""
+def stop_after(rounds: int, tiny_overrides: list[str], out: Path) -> None:
+    """Start a run and interrupt it after a number of rounds."""
 
     class Impatient(Recorder):
         def round_done(self, row: Any) -> None:
@@ -191,16 +194,16 @@ def stop_after(rounds: int, tiny_words: list[str], out: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as stopped:
-        start_run(load_config(None, tiny_words), out, Impatient())
+        start_run(load_config(None, tiny_overrides), out, Impatient())
     assert (stopped.value.folder, stopped.value.round) == (out, rounds)
 
 
 @pytest.mark.parametrize("name", ["rounds.jsonl", "clients.jsonl"])
-def test_a_torn_line_is_played_again(
-    name: str, tiny_words: list[str], whole_run: Path, tmp_path: Path
+def test_a_round_with_an_incomplete_row_is_run_again(
+    name: str, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    stop_after(2, tiny_words, out)
+    stop_after(2, tiny_overrides, out)
     with (out / name).open("a") as file:
         file.write('{"round": 3, "coh')
     resume_run(out, Recorder())
@@ -208,10 +211,10 @@ def test_a_torn_line_is_played_again(
 
 
 def test_a_damaged_checkpoint_costs_a_round(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    stop_after(2, tiny_words, out)
+    stop_after(2, tiny_overrides, out)
     newest = out / "checkpoints" / "round-00002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-3])
     listener = Recorder()
@@ -220,10 +223,10 @@ def test_a_damaged_checkpoint_costs_a_round(
     assert outcome(out) == outcome(whole_run)
 
 
-def test_resuming_shows_what_was_done_and_plays_the_rest(
-    tiny_words: list[str], tmp_path: Path
+def test_resuming_reports_earlier_rounds_and_runs_the_others(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    stop_after(2, tiny_words, tmp_path / "run")
+    stop_after(2, tiny_overrides, tmp_path / "run")
     listener = Recorder()
     resume_run(tmp_path / "run", listener)
     assert [row.round for row in listener.earlier] == [1, 2]
@@ -241,7 +244,7 @@ def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_second_process_is_kept_out(tiny_words: list[str], tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
 
     class Intruder(Recorder):
@@ -251,57 +254,57 @@ def test_a_second_process_is_kept_out(tiny_words: list[str], tmp_path: Path) -> 
             super().round_done(row)
 
     listener = Intruder()
-    start_run(load_config(None, tiny_words), out, listener)
+    start_run(load_config(None, tiny_overrides), out, listener)
     assert len(listener.rows) == 3
 
 
-def test_data_that_changed_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
-    source = Path(tiny_words[1].partition("=")[2])
+def test_data_that_changed_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+    source = Path(tiny_overrides[1].partition("=")[2])
     data = shutil.copytree(source, tmp_path / "data")
     out = tmp_path / "run"
-    stop_after(1, [*tiny_words, f"data={data}"], out)
+    stop_after(1, [*tiny_overrides, f"data={data}"], out)
     before = (out / "rounds.jsonl").read_bytes()
     text = (data / "train.csv").read_text()
     (data / "train.csv").write_text(text.replace("bread", "toast", 1))
-    with pytest.raises(DroppeftError, match="the data is another"):
+    with pytest.raises(DroppeftError, match="the data differs"):
         resume_run(out, Recorder())
     assert (out / "rounds.jsonl").read_bytes() == before
 
 
-def test_another_backbone_or_split_is_refused(tiny_words: list[str], tmp_path: Path) -> None:
-    model = next(word.partition("=")[2] for word in tiny_words if word.startswith("model="))
-    mine = shutil.copytree(model, tmp_path / "model")
+def test_another_backbone_or_split_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+    model = next(word.partition("=")[2] for word in tiny_overrides if word.startswith("model="))
+    copy = shutil.copytree(model, tmp_path / "model")
     out = tmp_path / "run"
-    stop_after(1, [*tiny_words, f"model={mine}"], out)
+    stop_after(1, [*tiny_overrides, f"model={copy}"], out)
     changed = (out / "config.toml").read_text().replace("min_rows = 6", "min_rows = 7")
-    weights = load_file(mine / "model.safetensors")
+    weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if "layer.0.attention.self.query.weight" in name)
-    save_file({**weights, name: weights[name] + 1}, mine / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DroppeftError, match="the model is another"):
+    save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DroppeftError, match="the model differs"):
         resume_run(out, Recorder())
     (out / "config.toml").write_text(changed.replace('kind = "dirichlet"', 'kind = "iid"'))
-    with pytest.raises(DroppeftError, match="the split is another"):
+    with pytest.raises(DroppeftError, match="the split differs"):
         resume_run(out, Recorder())
 
 
-def test_rows_that_are_gone_are_noticed(tiny_words: list[str], tmp_path: Path) -> None:
+def test_missing_rows_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    stop_after(2, tiny_words, out)
+    stop_after(2, tiny_overrides, out)
     (out / "rounds.jsonl").write_text("")
     with pytest.raises(DroppeftError, match="has 0 of the 2 rounds that are saved"):
         resume_run(out, Recorder())
 
 
-def test_the_present_folder_will_do(
-    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_may_use_the_current_folder(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    start_run(load_config(None, tiny_words), Path(), Recorder())
+    start_run(load_config(None, tiny_overrides), Path(), Recorder())
     assert (tmp_path / "result.json").exists()
 
 
-def test_more_tokens_than_positions_are_refused(tiny_words: list[str], tmp_path: Path) -> None:
-    config = load_config(None, [*tiny_words, "training.max_length=1000"])
+def test_more_tokens_than_positions_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*tiny_overrides, "training.max_length=1000"])
     with pytest.raises(DroppeftError, match="max_length=1000 is more than the 512 positions"):
         start_run(config, tmp_path / "run", Recorder())
     assert list(tmp_path.iterdir()) == []
@@ -323,14 +326,14 @@ def test_an_empty_folder_is_free_and_a_full_one_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("call", "saved"), [(1, 0), (3, 1), (5, 2)])
-def test_a_round_that_was_not_saved_is_not_said_to_be(
-    call: int, saved: int, tiny_words: list[str], whole_run: Path, tmp_path: Path
+def test_an_interrupt_reports_the_last_saved_round(
+    call: int, saved: int, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, "droppeft.server.run.append_rows", call, True, KeyboardInterrupt)
         with pytest.raises(Interrupted) as stopped:
-            start_run(load_config(None, tiny_words), out, Recorder())
+            start_run(load_config(None, tiny_overrides), out, Recorder())
     assert stopped.value.round == saved
     assert checkpoint_of(out).round == saved
     resume_run(out, Recorder())
@@ -344,9 +347,9 @@ ROUNDS = 20
 
 
 @pytest.fixture(scope="module")
-def long_words(tiny_words: list[str]) -> list[str]:
+def long_words(tiny_overrides: list[str]) -> list[str]:
     """A run that takes long enough to be hit in the middle."""
-    return [*tiny_words, f"rounds={ROUNDS}"]
+    return [*tiny_overrides, f"rounds={ROUNDS}"]
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +366,7 @@ def launch(words: list[str], out: Path, before: str = "") -> "subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "80"},
-        # A test that was started in the background of a script hands on that Ctrl-C is ignored.
+        # A process that a script starts in the background ignores Ctrl-C, and so would this child.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -399,10 +402,10 @@ def test_a_killed_process_leaves_a_run_that_ends_the_same(
 
 
 def test_a_process_killed_within_the_adapter(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = launch(tiny_words, out, KILLED_IN_EXPORT)
+    process = launch(tiny_overrides, out, KILLED_IN_EXPORT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
     assert not (out / "adapter").exists()
@@ -421,17 +424,17 @@ def test_an_interrupted_process_says_how_to_go_on(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("droppeft: stopped after round ")
-    assert errors.endswith(f"which is saved; go on with: droppeft resume {out}\n")
+    assert errors.endswith(f"which is saved; continue with: droppeft resume {out}\n")
     assert errors.count("\n") == 1
     resume_run(out, Recorder())
     assert outcome(out) == long_run
 
 
-# Clients that do not answer
+# Clients that do not reply
 
 
-class Deaf:
-    """In process, but in some rounds nobody answers."""
+class Unreachable:
+    """The transport in process, but in some rounds no client replies."""
 
     def __init__(self, loaded: Loaded, lost: Collection[int]) -> None:
         self.inner = InProcess(clients_of(loaded))
@@ -446,37 +449,37 @@ class Deaf:
 
 def run_with_losses(words: list[str], out: Path, rounds: int, *lost: int) -> None:
     config = load_config(None, [*words, f"rounds={rounds}"])
-    start_run(config, out, Recorder(), lambda loaded: nullcontext(Deaf(loaded, lost)))
+    start_run(config, out, Recorder(), lambda loaded: nullcontext(Unreachable(loaded, lost)))
 
 
 def test_three_lost_rounds_end_a_run_that_can_be_resumed(
-    tiny_words: list[str], tmp_path: Path
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    said = rf"in 3 rounds in a row \(client \d: asleep\); mend that, then resume {out}$"
-    with pytest.raises(DroppeftError, match=said):
-        run_with_losses(tiny_words, out, 6, 2, 3, 4)
+    message = rf"in 3 rounds in a row \(client \d: asleep\); correct this, then resume {out}$"
+    with pytest.raises(DroppeftError, match=message):
+        run_with_losses(tiny_overrides, out, 6, 2, 3, 4)
     assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [2, 0, 0, 0]
     result = resume_run(out, Recorder())
     assert result["rounds"] == 6
 
 
-def test_lost_rounds_in_between_are_survived(tiny_words: list[str], tmp_path: Path) -> None:
-    run_with_losses(tiny_words, tmp_path / "run", 6, 1, 2, 5, 6)
+def test_a_run_continues_after_two_lost_rounds(tiny_overrides: list[str], tmp_path: Path) -> None:
+    run_with_losses(tiny_overrides, tmp_path / "run", 6, 1, 2, 5, 6)
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_what_was_learnt_before_the_last_rounds_were_lost_is_kept(
-    tiny_words: list[str], tmp_path: Path
+def test_a_run_whose_last_rounds_are_lost_still_has_a_result(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    run_with_losses(tiny_words, tmp_path / "run", 4, 2, 3, 4)
+    run_with_losses(tiny_overrides, tmp_path / "run", 4, 2, 3, 4)
     assert (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_short_run_that_learnt_nothing_is_no_success(
-    tiny_words: list[str], tmp_path: Path, rounds: int
+def test_a_short_run_without_any_merged_update_is_an_error(
+    tiny_overrides: list[str], tmp_path: Path, rounds: int
 ) -> None:
     with pytest.raises(DroppeftError, match=f"in {rounds} rounds in a row .* start a new run"):
-        run_with_losses(tiny_words, tmp_path / "run", rounds, 1, 2)
+        run_with_losses(tiny_overrides, tmp_path / "run", rounds, 1, 2)
     assert not (tmp_path / "run" / "adapter").exists()

@@ -1,4 +1,4 @@
-"""Every reason for which an Update is refused, one by one."""
+"""Every reason for which an update is refused, one by one."""
 
 import math
 import re
@@ -10,16 +10,16 @@ import pytest
 
 from droppeft.messages import SharingRule
 from droppeft.server.validation import why_refused
-from handmade import COST, answer_to, filled, instruction_for, layout
+from handmade import COST, filled, instruction_for, layout, update_for
 
-PLAN = instruction_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
+INSTRUCTION = instruction_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
 SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
 
 
-def said_of(**changes: Any) -> str | None:
-    """What is said of an Update that is in order but for some changes."""
-    update = answer_to(PLAN, **{"tensors": SHARED, **changes})
-    return why_refused(PLAN, update, layout(PLAN.adapter))
+def reason_for(**changes: Any) -> str | None:
+    """The reason for refusing an update that is valid except for some changes."""
+    update = update_for(INSTRUCTION, **{"tensors": SHARED, **changes})
+    return why_refused(INSTRUCTION, update, layout(INSTRUCTION.adapter))
 
 
 def with_layer_0(array: Any) -> dict[str, Any]:
@@ -31,42 +31,42 @@ def with_layer_tokens(*tokens: int) -> dict[str, Any]:
 
 
 def test_tokens_of_steps_that_were_skipped_are_accepted() -> None:
-    """They count in rows and tokens, but not in examples and active steps."""
-    assert said_of(examples=4, **with_layer_tokens(64, 32, 64, 64)) is None
+    """Such steps count in rows and tokens, but not in examples and active steps."""
+    assert reason_for(examples=4, **with_layer_tokens(64, 32, 64, 64)) is None
 
 
 def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
-    instruction = replace(PLAN, frozen=1, share=PLAN.share - {"layer.0.A"})
-    update = answer_to(instruction, tensors={key: SHARED[key] for key in (1, "head")})
+    instruction = replace(INSTRUCTION, frozen=1, share=INSTRUCTION.share - {"layer.0.A"})
+    update = update_for(instruction, tensors={key: SHARED[key] for key in (1, "head")})
     idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
     assert why_refused(instruction, idle, layout(instruction.adapter)) is None
 
 
-def test_an_update_that_is_in_order_is_accepted() -> None:
-    assert said_of() is None
+def test_a_valid_update_is_accepted() -> None:
+    assert reason_for() is None
 
 
 def test_a_measured_reward_is_accepted() -> None:
-    assert said_of(reward=-0.25) is None
+    assert reason_for(reward=-0.25) is None
 
 
 def test_a_layer_that_never_ran_is_not_sent() -> None:
     without = {key: named for key, named in SHARED.items() if key != 1}
-    assert said_of(active_steps=(2, 0, 1, 2), tensors=without) is None
-    assert said_of(active_steps=(2, 0, 1, 2)) == (
-        "sends layer.1.A, which it was not asked for or did not train"
+    assert reason_for(active_steps=(2, 0, 1, 2), tensors=without) is None
+    assert reason_for(active_steps=(2, 0, 1, 2)) == (
+        "sends layer.1.A, which it may not send or did not train"
     )
 
 
 def test_a_tensor_that_the_instruction_did_not_send_may_come_back() -> None:
-    """A layer that a client decides to share is not in what it was sent."""
-    kept = {key: named for key, named in PLAN.tensors.items() if key != 1}
-    instruction = replace(PLAN, tensors=kept)
-    update = answer_to(instruction, tensors=SHARED)
+    """A client may choose to share a layer whose values were not in the instruction."""
+    sent = {key: named for key, named in INSTRUCTION.tensors.items() if key != 1}
+    instruction = replace(INSTRUCTION, tensors=sent)
+    update = update_for(instruction, tensors=SHARED)
     assert why_refused(instruction, update, layout(instruction.adapter)) is None
 
 
-RULED = replace(PLAN, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
+CHOOSING = replace(INSTRUCTION, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
 CHOSEN = {
     "shared": (1,),
     "scores": (0.4, 0.3, 0.2, 0.1),
@@ -77,31 +77,31 @@ CHOSEN = {
 FIRST = {"tensors": {key: SHARED[key] for key in (0, "head")}}
 
 
-def said_of_choice(**changes: Any) -> str | None:
-    update = answer_to(RULED, **{**CHOSEN, **changes})
-    return why_refused(RULED, update, layout(RULED.adapter))
+def reason_for_choice(**changes: Any) -> str | None:
+    update = update_for(CHOOSING, **{**CHOSEN, **changes})
+    return why_refused(CHOOSING, update, layout(CHOOSING.adapter))
 
 
 def test_a_client_s_choice_of_layers_is_accepted() -> None:
-    """Also of a layer that may not travel in this turn; what never ran stays shared."""
+    """Also of a layer that may not be sent in this round; what never ran stays shared."""
     head = {"head": SHARED["head"]}
-    assert said_of_choice() is None
-    assert said_of_choice(shared=(3,), tensors=head) is None
-    assert said_of_choice(shared=(0, 1), active_steps=(2, 0, 1, 2), **FIRST) is None
-    before = replace(RULED, sharing=replace(RULED.sharing, shared=(3,)))  # type: ignore[type-var]
-    update = answer_to(before, **{**CHOSEN, **FIRST, "shared": (0,), "active_steps": (2, 0, 1, 2)})
-    assert why_refused(before, update, layout(PLAN.adapter)) is None
+    assert reason_for_choice() is None
+    assert reason_for_choice(shared=(3,), tensors=head) is None
+    assert reason_for_choice(shared=(0, 1), active_steps=(2, 0, 1, 2), **FIRST) is None
+    before = replace(CHOOSING, sharing=replace(CHOOSING.sharing, shared=(3,)))  # type: ignore[type-var]
+    update = update_for(before, **{**CHOSEN, **FIRST, "shared": (0,), "active_steps": (2, 0, 1, 2)})
+    assert why_refused(before, update, layout(INSTRUCTION.adapter)) is None
 
 
-def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
-    """A quarter of the two layers that are trained is one, and the others are shared."""
+def test_layers_that_were_not_trained_stay_shared() -> None:
+    """A quarter of the two trained layers is one; the layers that are not trained are shared."""
     names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
-    instruction = replace(RULED, train=names, share=names)
-    update = answer_to(instruction, **{**CHOSEN, "shared": (0, 1, 2)})
-    assert why_refused(instruction, update, layout(PLAN.adapter)) is None
+    instruction = replace(CHOOSING, train=names, share=names)
+    update = update_for(instruction, **{**CHOSEN, "shared": (0, 1, 2)})
+    assert why_refused(instruction, update, layout(INSTRUCTION.adapter)) is None
     greedy = replace(update, shared=(0, 1))
-    said = why_refused(instruction, greedy, layout(PLAN.adapter))
-    assert said == "chooses about layers that it did not move"
+    said = why_refused(instruction, greedy, layout(INSTRUCTION.adapter))
+    assert said == "changes what is shared of layers that it did not train"
 
 
 @pytest.mark.parametrize(
@@ -110,57 +110,63 @@ def test_what_a_turn_does_not_train_stays_what_it_was() -> None:
         ({"shared": None}, "does not say which layers it shares"),
         ({"scores": None}, "does not say which layers it shares"),
         ({"scores": (0.1, 0.2, 0.3)}, "does not say which layers it shares"),
-        ({"shared": ()}, "of the layers that it moved"),
-        ({"shared": (0, 1)}, "of the layers that it moved"),
-        ({"shared": (4,)}, "of the layers that it moved"),
-        ({"shared": (-1,)}, "of the layers that it moved"),
-        ({"shared": (1, 1)}, "of the layers that it moved"),
+        ({"shared": ()}, "of the layers that it trained"),
+        ({"shared": (0, 1)}, "of the layers that it trained"),
+        ({"shared": (4,)}, "of the layers that it trained"),
+        ({"shared": (-1,)}, "of the layers that it trained"),
+        ({"shared": (1, 1)}, "of the layers that it trained"),
         ({"scores": (0.1, math.nan, 0.3, 0.4)}, "claims impossible scores"),
         ({"scores": (0.1, -1e31, 0.3, 0.4)}, "claims impossible scores"),
-        ({"shared": (0,)}, "sends layer.1.A, which it was not asked for"),
-        ({"tensors": SHARED}, "sends layer.0.A, which it was not asked for"),
+        ({"shared": (0,)}, "sends layer.1.A, which it may not send"),
+        ({"tensors": SHARED}, "sends layer.0.A, which it may not send"),
         ({"tensors": {"head": SHARED["head"]}}, "lacks layer.1.A"),
-        ({"shared": (0, 1), **FIRST}, "of the layers that it moved"),
+        ({"shared": (0, 1), **FIRST}, "of the layers that it trained"),
         (
             {"shared": (0,), "active_steps": (2, 0, 1, 2), **FIRST},
-            "chooses about layers that it did not move",
+            "changes what is shared of layers that it did not train",
         ),
         ({"cost": replace(COST, scoring_tokens=-1)}, "claims impossible costs"),
-        ({"cost": replace(COST, scoring_tokens=8)}, "measured what it was not asked for"),
-        ({"cost": replace(COST, reward_tokens=8)}, "measured what it was not asked for"),
-        ({"cost": replace(COST, personal_steps=2)}, "claims 2 steps with an adapter of its own"),
+        ({"cost": replace(COST, scoring_tokens=8)}, "measured what it was not asked to measure"),
+        ({"cost": replace(COST, reward_tokens=8)}, "measured what it was not asked to measure"),
+        (
+            {"cost": replace(COST, personal_steps=2)},
+            "claims 2 steps with a personal adapter, not 0",
+        ),
     ],
 )
 def test_a_choice_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert reason in str(said_of_choice(**changes))
+    assert reason in str(reason_for_choice(**changes))
 
 
 def test_a_choice_that_nobody_asked_for_is_refused() -> None:
-    assert said_of(shared=(0, 1), scores=(0.0,) * 4) == "chooses layers, and was not asked to"
+    assert (
+        reason_for(shared=(0, 1), scores=(0.0,) * 4)
+        == "chooses layers, which it was not asked to do"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"round": 2}, "answers round 2, client 3"),
-        ({"client": 4}, "answers round 1, client 4"),
+        ({"round": 2}, "replies to round 2, client 3"),
+        ({"client": 4}, "replies to round 1, client 4"),
         ({"nonce": "another"}, "does not carry this instruction's nonce"),
-        ({"active_steps": (2, 1, 1)}, "speaks of 3 layers, the model has 4"),
-        ({"importance": (0.0,) * 5}, "speaks of 5 layers, the model has 4"),
+        ({"active_steps": (2, 1, 1)}, "has values for 3 layers, the model has 4"),
+        ({"importance": (0.0,) * 5}, "has values for 5 layers, the model has 4"),
         ({"examples": 0}, "trained on nothing: in every step fp16 overflowed"),
-        ({"examples": 33}, "claims 33 rows in 2 steps of 16 at most"),
-        ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget says 2"),
-        ({"steps": 3}, "took 3 steps, the budget says 2"),
+        ({"examples": 33}, "claims 33 rows in 2 steps of at most 16"),
+        ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget is 2"),
+        ({"steps": 3}, "took 3 steps, the budget is 2"),
         ({"tensors": {}}, "lacks head.W"),
         ({"tensors": {key: SHARED[key] for key in (0, "head")}}, "lacks layer.1.A"),
-        ({"active_steps": (2, 3, 1, 2)}, "claims more active steps than steps"),
-        ({"active_steps": (2, -1, 1, 2)}, "claims more active steps than steps"),
+        ({"active_steps": (2, 3, 1, 2)}, "active in more steps than there were"),
+        ({"active_steps": (2, -1, 1, 2)}, "active in more steps than there were"),
         ({"train_loss": math.nan}, "its loss, reward or importance is not finite"),
         ({"reward": math.inf}, "its loss, reward or importance is not finite"),
         ({"reward": math.nan}, "its loss, reward or importance is not finite"),
-        ({"reward": -1e7}, "claims an impossible gain or importance"),
-        ({"importance": (0.0, 0.0, -0.1, 0.0)}, "claims an impossible gain or importance"),
-        ({"importance": (0.0, 0.0, 1e31, 0.0)}, "claims an impossible gain or importance"),
+        ({"reward": -1e7}, "claims an impossible reward or importance"),
+        ({"importance": (0.0, 0.0, -0.1, 0.0)}, "claims an impossible reward or importance"),
+        ({"importance": (0.0, 0.0, 1e31, 0.0)}, "claims an impossible reward or importance"),
         ({"importance": (0.0, 0.0, math.nan, 0.0)}, "its loss, reward or importance is not finite"),
         ({"cost": replace(COST, total_wall_s=math.inf)}, "claims impossible costs"),
         ({"cost": replace(COST, reward_wall_s=math.nan)}, "claims impossible costs"),
@@ -174,15 +180,24 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
         ),
         (
             {"cost": replace(COST, layer_tokens=(64, 32, 32))},
-            "speaks of tokens in 3 layers, the model has 4",
+            "has tokens for 3 layers, the model has 4",
         ),
-        (with_layer_tokens(64, 32, 65, 64), "claims 65 of 64 tokens in layer 2, active 1 times"),
-        (with_layer_tokens(64, 0, 32, 64), "claims 0 of 64 tokens in layer 1, active 1 times"),
-        (with_layer_tokens(63, 32, 32, 64), "claims 63 of 64 tokens in layer 0, active 2 times"),
+        (
+            with_layer_tokens(64, 32, 65, 64),
+            "claims 65 of 64 tokens in layer 2, which was active in 1 steps",
+        ),
+        (
+            with_layer_tokens(64, 0, 32, 64),
+            "claims 0 of 64 tokens in layer 1, which was active in 1 steps",
+        ),
+        (
+            with_layer_tokens(63, 32, 32, 64),
+            "claims 63 of 64 tokens in layer 0, which was active in 2 steps",
+        ),
         (with_layer_tokens(64, -1, 32, 64), "claims impossible costs"),
         ({"tensors": {0: {"unheard.of": np.zeros(2, np.float32)}}}, "sends unheard.of, which it"),
-        ({"tensors": {**SHARED, 2: filled(5.0)[2]}}, "sends layer.2.A, which it was not asked for"),
-        ({"tensors": {**SHARED, 1: filled(5.0)[0]}}, "sends layer.0.A, which it was not asked for"),
+        ({"tensors": {**SHARED, 2: filled(5.0)[2]}}, "sends layer.2.A, which it may not send"),
+        ({"tensors": {**SHARED, 1: filled(5.0)[0]}}, "sends layer.0.A, which it may not send"),
         (with_layer_0(np.zeros(3, np.float32)), r"sends layer.0.A as float32\[3\]"),
         (with_layer_0(np.zeros((1, 2), np.float32)), r"sends layer.0.A as float32\[1, 2\]"),
         (with_layer_0(np.zeros(2, np.float64)), r"sends layer.0.A as float64\[2\]"),
@@ -191,6 +206,6 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
     ],
 )
 def test_an_update_is_refused(changes: dict[str, Any], reason: str) -> None:
-    said = said_of(**changes)
+    said = reason_for(**changes)
     assert said is not None
     assert re.search(reason, said)

@@ -43,11 +43,11 @@ def of(weights: Sequence[float]) -> Weight:
 
 
 def only(tensors: Tensors, names: set[tuple[LayerKey, str]]) -> Tensors:
-    kept: dict[LayerKey, dict[str, Array]] = {}
+    selected: dict[LayerKey, dict[str, Array]] = {}
     for key, name, array in flatten(tensors):
         if (key, name) in names:
-            kept.setdefault(key, {})[name] = array
-    return kept
+            selected.setdefault(key, {})[name] = array
+    return selected
 
 
 def bits(tensors: Tensors) -> dict[tuple[LayerKey, str], tuple[str, tuple[int, ...], bytes]]:
@@ -89,7 +89,7 @@ def test_every_tensor_is_the_weighted_mean_over_its_holders(
 
 
 @given(coverages, st.integers(0, 2**32), st.randoms(use_true_random=False))
-def test_the_order_of_arrival_does_not_show(
+def test_the_result_does_not_depend_on_the_order_of_arrival(
     coverage: list[set[tuple[LayerKey, str]]], seed: int, shuffle: random.Random
 ) -> None:
     values = np.random.default_rng(seed)
@@ -122,8 +122,8 @@ def test_one_client_with_one_layer_changes_that_layer_alone() -> None:
     assert bits(merged) == bits(expected)
 
 
-def test_what_nobody_shared_keeps_its_very_bits() -> None:
-    """Even those that no arithmetic keeps: negative zero, and a NaN's payload."""
+def test_tensors_that_no_client_shared_keep_their_bits() -> None:
+    """Including bits that arithmetic would change: negative zero, and the payload of a NaN."""
     odd = np.array([0x80000000, 0x7FC12345], dtype=np.uint32).view(np.float32)
     current: Tensors = {0: {"x": odd}, 1: {"y": np.ones(2, dtype=np.float32)}}
     shared: Tensors = {1: {"y": np.zeros(2, dtype=np.float32)}}
@@ -133,16 +133,18 @@ def test_what_nobody_shared_keeps_its_very_bits() -> None:
     assert bits(average_over_holders(current, [], by_examples)) == bits(current)
 
 
-def test_a_holder_without_weight_does_not_count() -> None:
+def test_an_update_with_weight_0_does_not_count() -> None:
     current: Tensors = {0: {"x": np.array([7.0], dtype=np.float32)}}
-    # Not even where 0 x inf would spoil the sum.
-    unheard = update(0, {0: {"x": np.array([np.inf], dtype=np.float32)}})
-    heard = update(1, {0: {"x": np.array([3.0], dtype=np.float32)}})
-    assert average_over_holders(current, [unheard, heard], of([0, 5]))[0]["x"].tolist() == [3.0]
-    assert average_over_holders(current, [unheard], of([0]))[0]["x"].tolist() == [7.0]
+    # Otherwise 0 · inf would make the sum NaN.
+    without_weight = update(0, {0: {"x": np.array([np.inf], dtype=np.float32)}})
+    with_weight = update(1, {0: {"x": np.array([3.0], dtype=np.float32)}})
+    assert average_over_holders(current, [without_weight, with_weight], of([0, 5]))[0][
+        "x"
+    ].tolist() == [3.0]
+    assert average_over_holders(current, [without_weight], of([0]))[0]["x"].tolist() == [7.0]
 
 
-def test_the_inputs_are_left_alone() -> None:
+def test_the_inputs_are_not_changed() -> None:
     values = np.random.default_rng(0)
     current, first, second = filled(values), filled(values), filled(values)
     before = bits(current), bits(first), bits(second)
@@ -150,7 +152,7 @@ def test_the_inputs_are_left_alone() -> None:
     assert (bits(current), bits(first), bits(second)) == before
 
 
-def test_a_layer_counts_by_the_steps_it_ran_in() -> None:
+def test_a_layer_is_weighted_by_its_active_steps() -> None:
     """Rows times active steps: (2·1·0 + 2·3·4) / (2·1 + 2·3) = 3; the head: (0 + 4) / 2 = 2."""
     current: Tensors = {0: {"x": np.zeros(1, np.float32)}, HEAD: {"w": np.zeros(1, np.float32)}}
     updates = []
@@ -163,11 +165,11 @@ def test_a_layer_counts_by_the_steps_it_ran_in() -> None:
     assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [2.0]
 
 
-def test_who_did_not_send_counts_as_the_server_s_value_over_everyone() -> None:
+def test_over_everyone_a_missing_tensor_counts_as_the_server_s_value() -> None:
     current: Tensors = {0: {"w": np.float32([1.0])}, 1: {"v": np.float32([2.0])}}
     updates = [update(0, {0: {"w": np.float32([5.0])}}), update(1, {})]
     merged = average_over_everyone(current, updates, of([1.0, 3.0]))
-    # (1 · 5 + 3 · 1) / 4 = 2; nobody sent the other
+    # (1 · 5 + 3 · 1) / 4 = 2; no client sent the other
     assert (float(merged[0]["w"][0]), float(merged[1]["v"][0])) == (2.0, 2.0)
     whole = [update(0, {0: {"w": np.float32([5.0])}, 1: {"v": np.float32([6.0])}})]
     same = (one(current, whole, of([1.0])) for one in (average_over_everyone, average_over_holders))

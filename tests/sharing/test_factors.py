@@ -1,4 +1,4 @@
-"""Averaging what LoRA's factors stand for."""
+"""Averages of LoRA's products B·A."""
 
 from typing import Any
 
@@ -35,14 +35,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_one_holder_s_product_comes_back(rng: np.random.Generator) -> None:
+def test_the_product_of_a_single_client_is_preserved(rng: np.random.Generator) -> None:
     current, sent = {0: layer(rng)}, {0: layer(rng)}
     merged = average_products(current, [update(0, sent)], by_examples)
     np.testing.assert_allclose(product(merged), product(sent), atol=1e-5)
     np.testing.assert_array_equal(merged[0]["q.norm"], sent[0]["q.norm"])
 
 
-def test_it_is_the_nearest_of_its_rank_to_the_mean_and_nearer_than_separate_means(
+def test_the_product_is_the_nearest_of_its_rank_to_the_mean_product(
     rng: np.random.Generator,
 ) -> None:
     current, sent = {0: layer(rng)}, [{0: layer(rng)} for _ in range(3)]
@@ -55,21 +55,21 @@ def test_it_is_the_nearest_of_its_rank_to_the_mean_and_nearer_than_separate_mean
     assert np.linalg.norm(merged - mean) < np.linalg.norm(separate - mean)
 
 
-def test_the_mean_over_those_who_hold_both(rng: np.random.Generator) -> None:
-    """Client 1 sends A alone: it is in the mean of A nowhere, since A is made anew."""
+def test_the_mean_is_over_updates_with_both_factors(rng: np.random.Generator) -> None:
+    """Client 1 sends A alone, which has no effect, since A is computed from the products."""
     current, one, other = {0: layer(rng)}, {0: layer(rng)}, {0: layer(rng)}
     part = {0: {A: other[0][A]}, HEAD: {}}
     merged = average_products(current, [update(0, one), update(1, part)], by_examples)
     np.testing.assert_allclose(product(merged), product(one), atol=1e-5)
 
 
-def test_what_nobody_sent_keeps_its_bits(rng: np.random.Generator) -> None:
+def test_tensors_that_no_client_sent_keep_their_bits(rng: np.random.Generator) -> None:
     current = {0: layer(rng)}
     merged = average_products(current, [update(0, {})], by_examples)
     assert all(merged[0][name].tobytes() == current[0][name].tobytes() for name in current[0])
 
 
-def test_an_untrained_pair_can_still_learn(rng: np.random.Generator) -> None:
+def test_a_pair_with_product_0_can_still_be_trained(rng: np.random.Generator) -> None:
     """LoRA begins with B = 0: A must not become 0 too, or no gradient would ever come."""
     sent = {0: {**layer(rng), B: np.zeros((HIGH, RANK), np.float32)}}
     merged = average_products({0: layer(rng)}, [update(0, sent)], by_examples)
@@ -78,7 +78,7 @@ def test_an_untrained_pair_can_still_learn(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(lengths, np.sqrt((sent[0][A] ** 2).sum() / RANK), rtol=1e-5)
 
 
-def test_a_rank_above_the_map_s_size(rng: np.random.Generator) -> None:
+def test_a_rank_above_the_size_of_the_matrix(rng: np.random.Generator) -> None:
     sent = {0: layer(rng, rank=12)}
     merged = average_products({0: layer(rng, rank=12)}, [update(0, sent)], by_examples)
     assert merged[0][A].shape == (12, WIDE)

@@ -24,7 +24,7 @@ TABLE = TokenTable(
 
 
 class FixedLogits(nn.Module):
-    """Answers with given logits, in bf16 as a model under autocast does."""
+    """Returns given logits, in bf16 as a model under autocast does."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_a_batch_is_padded_to_its_longest_row() -> None:
 def test_a_batch_has_only_what_the_model_takes() -> None:
     batch = Classification(("input_ids",), 0, CPU).collate(TABLE, np.array([1]))
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
-    # A column that the tokenizer did not give is left to the model's default.
+    # For a column that the tokenizer did not return, the model uses its default.
     batch = Classification(("input_ids", "position_ids"), 0, CPU).collate(TABLE, np.array([1]))
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
 
@@ -63,12 +63,12 @@ def test_a_batch_goes_to_the_device() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_loss_is_the_cross_entropy_in_full_precision(reduction: str) -> None:
-    answers = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]]).bfloat16()
-    model = FixedLogits(answers)
+    model_logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]]).bfloat16()
+    model = FixedLogits(model_logits)
     batch = Classification(("input_ids",), 0, CPU).collate(TABLE, np.array([0, 1]))
     loss, logits = Classification(("input_ids",), 0, CPU).loss_and_logits(model, batch, reduction)
     assert model.seen.keys() == {"input_ids", "attention_mask"}  # labels would cost a second loss
-    assert torch.equal(logits, answers.float())
+    assert torch.equal(logits, model_logits.float())
     # -log softmax at the labels 2 and 0, written out.
     rows = np.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
     each = np.log(np.exp(rows).sum(axis=1)) - rows[[0, 1], [2, 0]]
@@ -89,7 +89,7 @@ def test_two_classes_give_the_f1_of_the_second(pairs: list[tuple[int, int]]) -> 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_more_classes_give_the_mean_f1(pairs: list[tuple[int, int]]) -> None:
-    """Also where only the first two occur among the labels, as on a skewed device."""
+    """Also where only the first two occur among the labels, as on a client with few classes."""
     predicted, labels = np.array(pairs).T
     each = [
         2 * sum(p == label == k for p, label in pairs) / (list(predicted) + list(labels)).count(k)

@@ -1,4 +1,4 @@
-"""What a forward stores for its backward, counted from a derivation and from the outside."""
+"""What a forward pass stores for its backward pass, derived by hand and measured by torch."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch.profiler import profile
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapter_contract import Attached, case, texts
-from droppeft.costs.operation_counter import Tally
+from droppeft.costs.operation_counter import OperationCounter
 from droppeft.tasks.classification import Classification
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
@@ -37,13 +37,13 @@ def stored_by(model: nn.Module, *forwards: Callable[[], torch.Tensor]) -> int:
 
 
 def test_the_meter_counts_what_backward_needs() -> None:
-    """Of 5 rows: the input (4 wide), ReLU's output (8, kept by ReLU and by the second layer, one
-    storage) and the squared output (3), 4 bytes each; no weight."""
+    """Of 5 rows: the input (4 wide), ReLU's output (8, saved by ReLU and by the second layer in
+    one storage) and the squared output (3), 4 bytes each; no weight."""
     model, x = mlp(), torch.ones(5, 4)
     assert stored_by(model, lambda: model(x).square().sum()) == 5 * (4 + 8 + 3) * 4
 
 
-def test_the_meter_counts_nothing_for_what_needs_no_gradient() -> None:
+def test_the_meter_does_not_count_what_needs_no_gradient() -> None:
     model, x = mlp(), torch.ones(5, 4)
     with torch.no_grad():
         assert stored_by(model, lambda: model(x).square().sum()) == 0
@@ -58,7 +58,7 @@ def test_the_meter_counts_a_storage_once_and_whole() -> None:
     assert stored_by(nn.Identity(), lambda: part.square().sum() + other.square().sum()) == 400
 
 
-def test_the_meter_keeps_the_largest_forward() -> None:
+def test_the_meter_reports_the_largest_forward() -> None:
     model = mlp()
     small, large = torch.ones(2, 4), torch.ones(6, 4)
     sizes = [lambda: model(large).square().sum(), lambda: model(small).square().sum()]
@@ -82,7 +82,7 @@ def test_metering_changes_no_gradient() -> None:
 
 
 class Block(GradientCheckpointingLayer):
-    """4 wide, with something wider in between."""
+    """A block of width 4 with a wider hidden layer."""
 
     def __init__(self, inner: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Stack(nn.Module):
 
 
 def peak_of(stack: Stack, *inputs: torch.Tensor, **named: Any) -> int:
-    """Of a training step with each of the inputs in turn."""
+    """The peak of training steps on each of the inputs."""
     meter = ActivationMeter(stack)
     with checkpointed(stack, list(stack.blocks), meter.note):
         for one in inputs:
@@ -117,16 +117,16 @@ def peak_of(stack: Stack, *inputs: torch.Tensor, **named: Any) -> int:
     return meter.peak_bytes
 
 
-def test_a_checkpointed_forward_counts_what_it_keeps_and_its_largest_block() -> None:
-    """Kept of 5 rows: what goes into the three blocks and into the square, 4 wide each. A block
-    that runs again stores its input, which is counted, and ReLU's output."""
+def test_a_checkpointed_forward_counts_what_it_stores_and_its_largest_block() -> None:
+    """Stored for 5 rows: the inputs of three blocks and of the square, each of width 4. A block
+    that runs again stores ReLU's output, and its input, which has been counted."""
     rows = torch.ones(5, 4)
     assert peak_of(Stack(8, 8, 8), rows) == 5 * (4 * 4 + 8) * FLOAT
     assert peak_of(Stack(8, 20, 8), rows) == 5 * (4 * 4 + 20) * FLOAT
 
 
-def test_whatever_a_block_was_called_with_is_kept() -> None:
-    """Also what it would not store, and in a tuple, as rotary positions come; once for all."""
+def test_all_arguments_of_a_block_are_counted() -> None:
+    """Also tensors in a tuple, such as rotary positions, which all blocks share."""
     shift = torch.ones(5, 4), torch.ones(7)
     expected = 5 * (4 * 4 + 8) * FLOAT + (5 * 4 + 7) * FLOAT
     assert peak_of(Stack(8, 8, 8), torch.ones(5, 4), shift=shift) == expected
@@ -152,8 +152,8 @@ def test_only_the_last_block_of_a_kind_is_run_again() -> None:
     assert [block.runs - 2 for block in stack.blocks] == [1, 0, 0, 1]
 
 
-def test_a_block_may_be_the_largest_in_a_step_that_keeps_less() -> None:
-    """Inputs of the first step are kept most often, those of the second make the largest block."""
+def test_the_largest_block_may_be_in_a_step_that_stores_less() -> None:
+    """The first step stores more inputs, but the second has the largest block."""
     stack = Stack(8, 8, 8, 100)
     meter = ActivationMeter(stack)
     with checkpointed(stack, list(stack.blocks), meter.note):
@@ -167,11 +167,11 @@ def test_a_block_may_be_the_largest_in_a_step_that_keeps_less() -> None:
     assert meter.peak_bytes == 5 * (2 * 4 + 100) * FLOAT
 
 
-def test_what_counting_a_block_stores_is_let_go() -> None:
-    """Its graph has no backward that would take it apart: kept outputs must not hold themselves."""
+def test_memory_for_measuring_a_block_is_released() -> None:
+    """No backward pass frees the graph of such a block, so it must not reference itself."""
     on = Attached(case("lora", "bert"))
-    meter, tally = ActivationMeter(on.model), Tally(on.model)
-    with checkpointed(on.model.train(), on.blocks, meter.note), tally:
+    meter, counter = ActivationMeter(on.model), OperationCounter(on.model)
+    with checkpointed(on.model.train(), on.blocks, meter.note), counter:
         for _ in range(2):
             with meter.measuring():
                 loss, _ = TASK.loss_and_logits(on.model, texts())
@@ -180,10 +180,10 @@ def test_what_counting_a_block_stores_is_let_go() -> None:
             on.model.zero_grad()
             gc.collect()
     assert meter.peak_bytes > 5 * HIDDEN
-    assert tally.alive_bytes < HIDDEN
+    assert counter.alive_bytes < HIDDEN
 
 
-def test_what_a_failed_forward_noted_is_forgotten() -> None:
+def test_calls_of_a_failed_forward_are_discarded() -> None:
     stack = Stack(8)
     meter = ActivationMeter(stack)
     with checkpointed(stack, list(stack.blocks), meter.note):
@@ -207,11 +207,11 @@ def peak(gates: Sequence[bool], checkpointing: bool, **settings: Any) -> int:
 
 
 HIDDEN = 8 * 7 * 32 * FLOAT
-MASK = 8 * 1 * 7 * 7  # bytes, of bool: kept so that a block can run again
+MASK = 8 * 1 * 7 * 7  # bytes of a boolean mask, stored so that a block can run again
 
 
 def test_with_one_layer_checkpointing_saves_nothing() -> None:
-    """The layer that runs again stores what it stores without; then one more input for each."""
+    """The layer that runs again stores as much as without; each further layer adds one input."""
     one = (False, True, False)
     assert peak(one, True) == peak(one, False) + MASK
     assert peak((True, True, False), True) == peak(one, True) + HIDDEN
@@ -256,7 +256,7 @@ def counted_and_seen(on: Attached, checkpointing: bool) -> tuple[int, int]:
 
 
 def test_torch_s_profiler_sees_the_same_saving() -> None:
-    """Beside what is stored there is what passes through a backward: the same in both."""
+    """The profiler also counts temporary tensors of the backward pass, the same in both cases."""
     on = Attached(case("lora", "bert"))
     counted, seen = counted_and_seen(on, checkpointing=False)
     lean_counted, lean_seen = counted_and_seen(on, checkpointing=True)

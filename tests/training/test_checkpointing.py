@@ -16,10 +16,11 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
 from droppeft.messages import flatten
+from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import builtin_model_folder
 from droppeft.server.run import start_run
 from droppeft.tasks.classification import Classification
-from droppeft.training.checkpointing import Call, checkpointed, without_cache
+from droppeft.training.checkpointing import Call, checkpointed
 from droppeft.training.loop import Step, Trainable, TrainOutcome, train
 from handmade import TRAINING
 from runs import Recorder
@@ -36,7 +37,7 @@ CASES = [
 
 
 def attached(chosen: Case = LORA) -> Attached:
-    """A tiny model with trained-looking values, and dropout wherever there is a module for it."""
+    """A tiny model with random adapter values, and dropout in all dropout modules."""
     on = Attached(chosen)
     on.scramble()
     for module in on.model.modules():
@@ -45,7 +46,9 @@ def attached(chosen: Case = LORA) -> Attached:
     return on
 
 
-def turn(on: Attached, **settings: Any) -> tuple[dict[str, bytes], TrainOutcome, torch.Tensor]:
+def train_once(
+    on: Attached, **settings: Any
+) -> tuple[dict[str, bytes], TrainOutcome, torch.Tensor]:
     """Train one step per entry of GATES; values, outcome, and the generator's state after it."""
     rates = {"learning_rate": 5e-3, "head_learning_rate": 5e-3, "weight_decay": 0.1}
     torch.manual_seed(11)
@@ -71,12 +74,12 @@ def runs_of(on: Attached) -> list[int]:
     return runs
 
 
-def assert_same_turn(chosen: Case, **settings: Any) -> None:
+def assert_same_training(chosen: Case, **settings: Any) -> None:
     """With and without checkpointing: values, counts, and random numbers used."""
     plain, lean = attached(chosen), attached(chosen)
     once, twice = runs_of(plain), runs_of(lean)
-    values, outcome, state = turn(plain, **settings)
-    again, lean_outcome, lean_state = turn(lean, checkpointing=True, **settings)
+    values, outcome, state = train_once(plain, **settings)
+    again, lean_outcome, lean_state = train_once(lean, checkpointing=True, **settings)
     assert again == values
     assert torch.equal(lean_state, state)
     for name in ("steps", "examples", "tokens", "loss", "active_steps", "importance"):
@@ -91,76 +94,78 @@ def assert_same_turn(chosen: Case, **settings: Any) -> None:
     "chosen", CASES, ids=[f"{one.name}-{one.family}-{one.quantization}" for one in CASES]
 )
 def test_checkpointing_trains_the_same_bits(chosen: Case) -> None:
-    assert_same_turn(chosen)
+    assert_same_training(chosen)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_checkpointing_trains_the_same_bits_under_autocast(precision: str) -> None:
-    assert_same_turn(LORA, precision=precision)
+    assert_same_training(LORA, precision=precision)
 
 
 def test_values_were_trained_and_dropout_was_on() -> None:
-    """Else equal bits would prove little."""
+    """Otherwise the tests for equal bits would prove little."""
     still = attached()
     before = {name: array.tobytes() for _, name, array in flatten(get_tensors(still.groups))}
-    values, _, _ = turn(still)
+    values, _, _ = train_once(still)
     assert all(values[name] != bits for name, bits in before.items())
     quiet = attached()
     for module in quiet.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    assert turn(quiet)[0] != values
+    assert train_once(quiet)[0] != values
 
 
-def notes(on: Attached, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
-    """What a training forward tells of its blocks."""
-    found: list[Call] = []
-    with checkpointed(on.model, on.blocks, found.append), gated(on.blocks) as gates:
+def calls_of(on: Attached, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
+    """The calls that checkpointing reports in one training forward pass."""
+    calls: list[Call] = []
+    with checkpointed(on.model, on.blocks, calls.append), gated(on.blocks) as gates:
         gates.active = active
         TASK.loss_and_logits(on.model.train(), texts())
-    return found
+    return calls
 
 
-def test_every_block_that_runs_is_told_of_and_no_other() -> None:
+def test_exactly_the_blocks_that_run_are_reported() -> None:
     on = attached()
-    assert [call.block for call in notes(on)] == list(on.blocks)
-    assert [call.block for call in notes(on, GATES[1])] == [on.blocks[0], on.blocks[2]]
+    assert [call.block for call in calls_of(on)] == list(on.blocks)
+    assert [call.block for call in calls_of(on, GATES[1])] == [on.blocks[0], on.blocks[2]]
 
 
-def test_a_call_knows_what_is_kept_for_it() -> None:
-    shapes = [tuple(tensor.shape) for tensor in notes(attached())[1].tensors]
+def test_a_call_has_all_tensors_that_are_stored_for_it() -> None:
+    shapes = [tuple(tensor.shape) for tensor in calls_of(attached())[1].tensors]
     assert shapes == [(8, 7, 32), (8, 1, 7, 7)]  # hidden states and the mask
-    prefix = [tuple(one.shape) for one in notes(attached(case("prefix_tuning", "bert")))[1].tensors]
-    # And of all 3 layers, whose cache is one: keys and values of 3 virtual tokens for 2 heads.
+    prefix = [
+        tuple(one.shape) for one in calls_of(attached(case("prefix_tuning", "bert")))[1].tensors
+    ]
+    # The cache holds keys and values of all 3 layers, of 3 virtual tokens and 2 heads each.
     assert prefix == [(8, 7, 32), (8, 1, 7, 10), *[(8, 2, 3, 16)] * 6]
 
 
-def test_a_call_can_be_made_again_without_being_told_of() -> None:
+def test_repeating_a_call_is_not_reported() -> None:
     on = attached(case("lora", "bert"))
     for module in on.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    first, second, _ = calls = notes(on)
+    first, second, _ = calls = calls_of(on)
     assert torch.equal(first.function(*first.inputs), second.tensors[0])
     assert len(calls) == 3
 
 
-def test_evaluation_and_what_follows_are_not_checkpointed() -> None:
+def test_neither_evaluation_nor_code_after_the_context_is_checkpointed() -> None:
     on = attached()
     before = [dict(vars(block)) for block in on.blocks]
     config = dict(vars(on.model.config))
-    found: list[Call] = []
-    with without_cache(on.model), checkpointed(on.model, on.blocks, found.append):
+    calls: list[Call] = []
+    with without_cache(on.model), checkpointed(on.model, on.blocks, calls.append):
         on.model.eval()
         TASK.loss_and_logits(on.model, texts())
-        assert found == []
+        assert calls == []
     on.model.train()
     assert [dict(vars(block)) for block in on.blocks] == before
     assert dict(vars(on.model.config)) == config
     with (
         pytest.raises(RuntimeError, match="mine"),
         without_cache(on.model),
-        checkpointed(on.model, on.blocks, found.append),
+        checkpointed(on.model, on.blocks, calls.append),
     ):
         raise RuntimeError("mine")
     assert [dict(vars(block)) for block in on.blocks] == before
@@ -173,24 +178,24 @@ def test_training_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
     on = attached(case("lora", "llama"))
     monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", refuse)
-    turn(on)
+    train_once(on)
 
 
-def test_layers_below_the_lowest_adapter_take_no_part_in_the_backward() -> None:
-    """transformers' own switch makes embeddings require a gradient: all layers would."""
+def test_layers_below_the_lowest_adapter_have_no_backward_pass() -> None:
+    """With transformers' switch, embeddings require a gradient, and all layers would take part."""
     spec = LORA.spec
     on = Attached(LORA, replace(spec, layers=(None, None, spec.layers[2])))
     runs = runs_of(on)
-    found: list[Call] = []
+    calls: list[Call] = []
     on.model.train()
-    with checkpointed(on.model, on.blocks, found.append):
+    with checkpointed(on.model, on.blocks, calls.append):
         TASK.loss_and_logits(on.model, texts())[0].backward()
-    assert [call.tensors[0].requires_grad for call in found] == [False] * 3
+    assert [call.tensors[0].requires_grad for call in calls] == [False] * 3
     assert runs == [1, 1, 2]
 
 
 def save_tiny_mpnet(folder: Path) -> Path:
-    """Of all architectures whose layers can be dropped, the one that transformers cannot."""
+    """Save a model that supports layer dropout but not transformers' checkpointing."""
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
     config = AutoConfig.for_model(
         "mpnet",
@@ -205,11 +210,11 @@ def save_tiny_mpnet(folder: Path) -> Path:
     return folder
 
 
-def test_a_model_that_cannot_is_refused_before_anything_is_written(
-    tiny_words: list[str], tmp_path: Path
+def test_a_model_without_checkpointing_is_refused_before_anything_is_written(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     model = save_tiny_mpnet(tmp_path / "model")
-    words = [*tiny_words, f"model={model}", "training.checkpointing=true"]
+    overrides = [*tiny_overrides, f"model={model}", "training.checkpointing=true"]
     with pytest.raises(DroppeftError, match="cannot checkpoint the layers of a mpnet model; set"):
-        start_run(load_config(None, words), tmp_path / "run", Recorder())
+        start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,4 +1,4 @@
-"""What is collected of a turn's gradients, against numbers derived by hand."""
+"""Moments of gradients, compared with numbers derived by hand."""
 
 import numpy as np
 import pytest
@@ -25,22 +25,22 @@ def test_moments_are_over_the_steps_that_a_layer_ran_in(with_mean: bool) -> None
         if gradients.wants_mean:
             gradients.add()
         gradients.note(norms)
-    found = gradients.moments((2, 1, 0))
-    np.testing.assert_allclose(found.norm, [5.0, 10.0, 0.0])
-    np.testing.assert_allclose(found.square, [25.0, 100.0, 0.0])
+    moments = gradients.moments((2, 1, 0))
+    np.testing.assert_allclose(moments.norm, [5.0, 10.0, 0.0])
+    np.testing.assert_allclose(moments.square, [25.0, 100.0, 0.0])
     assert gradients.wants_mean == with_mean
     if with_mean:
         # Mean gradient of layer 0: a is (0, 0), b is (0, 4); of layer 1: (6, 8).
-        assert found.square_of_mean is not None
-        np.testing.assert_allclose(found.square_of_mean, [16.0, 100.0, 0.0])
+        assert moments.square_of_mean is not None
+        np.testing.assert_allclose(moments.square_of_mean, [16.0, 100.0, 0.0])
     else:
-        assert found.square_of_mean is None
+        assert moments.square_of_mean is None
 
 
-def test_a_turn_without_a_step_has_no_moments() -> None:
+def test_without_a_step_all_moments_are_0() -> None:
     one = nn.Parameter(torch.ones(2))
     gradients = Gradients({0: {"a": one}}, 1, torch.device("cpu"), with_mean=True)
-    found = gradients.moments((0,))
-    assert (found.norm[0], found.square[0]) == (0.0, 0.0)
-    assert found.square_of_mean is not None
-    assert found.square_of_mean[0] == 0.0
+    moments = gradients.moments((0,))
+    assert (moments.norm[0], moments.square[0]) == (0.0, 0.0)
+    assert moments.square_of_mean is not None
+    assert moments.square_of_mean[0] == 0.0

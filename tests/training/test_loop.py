@@ -66,7 +66,7 @@ BATCHES = [TASK.collate(TABLE, np.arange(start, start + 5)) for start in range(0
 
 
 @dataclass
-class Bench:
+class SmallModel:
     model: nn.Module
     blocks: tuple[nn.Module, ...]
     parameters: Parameters
@@ -80,8 +80,8 @@ class Bench:
         return [value for named in self.parameters.values() for value in named.values()]
 
 
-def bench(module_dropout: float = 0.0, adapter_dropout: float = 0.0) -> Bench:
-    """A model with an adapter that does something: a fresh LoRA gives A no gradient."""
+def small_model(module_dropout: float = 0.0, adapter_dropout: float = 0.0) -> SmallModel:
+    """A tiny model with LoRA at random values, since with initial ones A would have no gradient."""
     backbone = tiny_model(LAYERS)
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
@@ -95,7 +95,7 @@ def bench(module_dropout: float = 0.0, adapter_dropout: float = 0.0) -> Bench:
         for named in parameters.values():
             for value in named.values():
                 value.normal_(std=0.2)
-    return Bench(model, blocks, parameters)
+    return SmallModel(model, blocks, parameters)
 
 
 def settings(**changes: Any) -> LocalTraining:
@@ -104,7 +104,7 @@ def settings(**changes: Any) -> LocalTraining:
 
 
 def run(
-    on: Bench,
+    on: SmallModel,
     config: LocalTraining,
     gates: Gates = (ALL,) * STEPS,
     factors: Sequence[float] = FACTORS,
@@ -117,12 +117,13 @@ def run(
 
 
 def plain_loop(
-    on: Bench,
+    on: SmallModel,
     config: LocalTraining,
     gates: Gates = (ALL,) * STEPS,
-    term: Callable[[Bench, Sequence[torch.Tensor], Sequence[bool]], torch.Tensor] | None = None,
+    term: Callable[[SmallModel, Sequence[torch.Tensor], Sequence[bool]], torch.Tensor]
+    | None = None,
 ) -> tuple[list[float], list[list[float]]]:
-    """What `train` means, in the words of a PyTorch tutorial: losses, and norms by step."""
+    """Train as in a PyTorch tutorial; return the losses, and gradient norms by step and layer."""
     torch.manual_seed(2)
     head = list(on.parameters[HEAD].values())
     rest = on.trained[: -len(head)]
@@ -152,7 +153,7 @@ def plain_loop(
     return losses, norms
 
 
-def _runs(on: Bench, value: nn.Parameter, active: Sequence[bool]) -> bool:
+def _runs(on: SmallModel, value: nn.Parameter, active: Sequence[bool]) -> bool:
     off = [layer for layer, runs in enumerate(active) if not runs]
     return not any(value is other for layer in off for other in on.parameters[layer].values())
 
@@ -175,11 +176,11 @@ def same(one: Tensors, other: Tensors) -> bool:
 def test_at_full_depth_training_is_the_plain_loop_bit_for_bit(
     dropout: tuple[float, float], clip_norm: float
 ) -> None:
-    ours, plain = bench(*dropout), bench(*dropout)
+    ours, plain = small_model(*dropout), small_model(*dropout)
     outcome = run(ours, settings(clip_norm=clip_norm))
     losses, norms = plain_loop(plain, settings(clip_norm=clip_norm))
     assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
-    assert not same(get_tensors(ours.parameters), get_tensors(bench().parameters))
+    assert not same(get_tensors(ours.parameters), get_tensors(small_model().parameters))
     assert outcome.loss == pytest.approx(np.mean(losses))
     # Before clipping: the same for every clip_norm in the first step, and never near 1e-8.
     assert outcome.importance == pytest.approx(np.mean(norms, axis=0).tolist())
@@ -187,23 +188,23 @@ def test_at_full_depth_training_is_the_plain_loop_bit_for_bit(
 
 
 def test_module_dropout_is_on_while_training() -> None:
-    still, noisy = bench(), bench(module_dropout=0.1)
+    still, noisy = small_model(), small_model(module_dropout=0.1)
     noisy.model.eval()
     run(still, settings())
     run(noisy, settings())
     assert not same(get_tensors(still.parameters), get_tensors(noisy.parameters))
 
 
-def test_the_frozen_backbone_is_left_alone() -> None:
-    on = bench()
+def test_the_frozen_backbone_is_not_changed() -> None:
+    on = small_model()
     frozen = {n: v.clone() for n, v in on.model.named_parameters() if not v.requires_grad}
     run(on, settings())
     assert all(torch.equal(on.model.get_parameter(name), value) for name, value in frozen.items())
     assert all(value.grad is None for value in on.model.parameters())
 
 
-def test_the_turn_is_counted() -> None:
-    outcome = run(bench(), settings())
+def test_steps_rows_and_tokens_are_counted() -> None:
+    outcome = run(small_model(), settings())
     assert (outcome.steps, outcome.examples) == (STEPS, 5 * STEPS)
     longest = [TABLE.lengths[start : start + 5].max() for start in range(0, 5 * STEPS, 5)]
     assert outcome.tokens == 5 * sum(longest)
@@ -211,8 +212,8 @@ def test_the_turn_is_counted() -> None:
     assert outcome.wall_s > 0
 
 
-def test_a_layer_that_never_runs_is_left_as_it_was() -> None:
-    on = bench()
+def test_a_layer_that_never_runs_is_not_changed() -> None:
+    on = small_model()
     before = get_tensors(on.parameters)
     outcome = run(on, settings(weight_decay=1.0), [(True, False, True, True)] * STEPS)
     after = get_tensors(on.parameters)
@@ -228,9 +229,9 @@ def test_a_layer_that_never_runs_is_left_as_it_was() -> None:
     assert min(outcome.importance[layer] for layer in (0, 2, 3)) > 0
 
 
-def test_a_dropped_layer_rests_in_that_step_whatever_its_momentum() -> None:
-    """Equal first step; in the second layer 2 is dropped, and neither momentum nor decay act."""
-    one, two = bench(), bench()
+def test_a_dropped_layer_is_not_changed_in_that_step_whatever_its_momentum() -> None:
+    """After an equal first step, layer 2 is dropped: it has neither momentum nor weight decay."""
+    one, two = small_model(), small_model()
     run(one, settings(weight_decay=1.0), [ALL])
     run(two, settings(weight_decay=1.0), [ALL, (True, True, False, True)])
     first, second = get_tensors(one.parameters), get_tensors(two.parameters)
@@ -247,7 +248,7 @@ SOME: Gates = [
 
 
 def test_importance_is_the_mean_over_the_steps_in_which_a_layer_ran() -> None:
-    ours, plain = bench(), bench()
+    ours, plain = small_model(), small_model()
     outcome = run(ours, settings(), SOME)
     _, norms = plain_loop(plain, settings(), SOME)
     ran = np.array(SOME).sum(axis=0)
@@ -257,26 +258,28 @@ def test_importance_is_the_mean_over_the_steps_in_which_a_layer_ran() -> None:
 
 
 def test_norms_lie_on_the_device_where_the_gradients_are() -> None:
-    """A dropped layer has none; its zero must be there too."""
-    client = torch.device("meta")
-    value = nn.Parameter(torch.ones(2, client=client))
-    value.grad = torch.ones(2, client=client)
-    dropped = nn.Parameter(torch.ones(2, client=client))
+    """A dropped layer has no gradient; its norm of 0 must be on the same device."""
+    device = torch.device("meta")
+    value = nn.Parameter(torch.ones(2, device=device))
+    value.grad = torch.ones(2, device=device)
+    dropped = nn.Parameter(torch.ones(2, device=device))
     parameters = {0: {"a": value}, 1: {"b": dropped}}
-    norms = Gradients(parameters, 3, client, with_mean=False).norms()
-    assert (norms.client, norms.shape) == (client, (3,))
+    norms = Gradients(parameters, 3, device, with_mean=False).norms()
+    assert (norms.device, norms.shape) == (device, (3,))
 
 
 def proximal_term(
-    on: Bench, starts: Sequence[torch.Tensor], active: Sequence[bool]
+    on: SmallModel, starts: Sequence[torch.Tensor], active: Sequence[bool]
 ) -> torch.Tensor:
     pairs = zip(on.trained, starts, strict=True)
     far = [((w - s) ** 2).sum() for w, s in pairs if _runs(on, w, active)]
     return 3.0 / 2 * torch.stack(far).sum()
 
 
-def tail_term(on: Bench, starts: Sequence[torch.Tensor], active: Sequence[bool]) -> torch.Tensor:
-    """Of ranks but the first; a fresh B is 0, where a norm has no gradient and ours is 0."""
+def tail_term(
+    on: SmallModel, starts: Sequence[torch.Tensor], active: Sequence[bool]
+) -> torch.Tensor:
+    """The penalty on all ranks but the first; if B is 0, the norm has no gradient and ours is 0."""
     terms = []
     for layer in range(LAYERS):
         named = on.parameters[layer]
@@ -292,14 +295,14 @@ def tail_term(on: Bench, starts: Sequence[torch.Tensor], active: Sequence[bool])
     ("objective", "term"),
     [
         (Objective(proximal=3.0), proximal_term),
-        (Objective(rank_penalty=RankPenalty(weight=2.0, kept=1)), tail_term),
+        (Objective(rank_penalty=RankPenalty(weight=2.0, unpenalised=1)), tail_term),
     ],
     ids=["proximal", "rank penalty"],
 )
-def test_an_added_term_is_the_one_that_autograd_derives(
+def test_an_added_term_has_the_gradient_that_autograd_computes(
     gates: Gates, objective: Objective, term: Any
 ) -> None:
-    ours, plain, without = bench(), bench(), bench()
+    ours, plain, without = small_model(), small_model(), small_model()
     outcome = run(ours, settings(), gates, objective=objective)
     _, norms = plain_loop(plain, settings(), gates, term)
     run(without, settings(), gates)
@@ -312,9 +315,9 @@ def test_an_added_term_is_the_one_that_autograd_derives(
     assert not same(get_tensors(ours.parameters), get_tensors(without.parameters))
 
 
-def test_the_head_has_a_learning_rate_of_its_own() -> None:
-    """AdamW's first step is the learning rate itself, up to eps, in every coordinate."""
-    on = bench()
+def test_the_head_has_a_separate_learning_rate() -> None:
+    """AdamW's first step has the size of the learning rate, up to eps, in every coordinate."""
+    on = small_model()
     before = get_tensors(on.parameters)
     config = settings(learning_rate=1e-3, head_learning_rate=1e-1, weight_decay=0.0, clip_norm=1e6)
     run(on, config, [ALL], factors=[0.5])
@@ -324,15 +327,15 @@ def test_the_head_has_a_learning_rate_of_its_own() -> None:
         assert np.median(np.abs(steps)) == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_rate_of_zero_moves_nothing() -> None:
-    on = bench()
+def test_a_learning_rate_of_zero_changes_nothing() -> None:
+    on = small_model()
     before = get_tensors(on.parameters)
     run(on, settings(), factors=[0.0] * STEPS)
     assert same(get_tensors(on.parameters), before)
 
 
-def test_the_forward_runs_in_bf16_where_asked_and_the_adapter_stays_in_fp32() -> None:
-    full, half = bench(), bench()
+def test_with_bf16_the_forward_runs_in_bf16_and_the_adapter_stays_in_fp32() -> None:
+    full, half = small_model(), small_model()
     first = run(full, settings())
     second = run(half, settings(precision="bf16"))
     assert first.loss != second.loss
@@ -343,7 +346,7 @@ def test_the_forward_runs_in_bf16_where_asked_and_the_adapter_stays_in_fp32() ->
 # In fp16
 
 
-def fp16_by_hand(on: Bench, gates: Gates, scale: float, first: int = 0) -> list[list[float]]:
+def fp16_by_hand(on: SmallModel, gates: Gates, scale: float, first: int = 0) -> list[list[float]]:
     """Train ``on`` in fp16 as a tutorial would, without a GradScaler; return norms by step."""
     config = settings()
     head = list(on.parameters[HEAD].values())
@@ -372,7 +375,7 @@ def fp16_by_hand(on: Bench, gates: Gates, scale: float, first: int = 0) -> list[
 
 
 def test_fp16_is_the_plain_loop_with_a_scaled_loss() -> None:
-    ours, plain = bench(), bench()
+    ours, plain = small_model(), small_model()
     outcome = run(ours, settings(precision="fp16"), SOME)
     norms = fp16_by_hand(plain, SOME, precision.INITIAL_SCALE)
     assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
@@ -382,10 +385,10 @@ def test_fp16_is_the_plain_loop_with_a_scaled_loss() -> None:
 
 
 def test_fp16_keeps_gradients_that_would_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a quiet head gradients are about 1e-6, next to the least that fp16 has: 6e-8."""
+    """With a small head, gradients are about 1e-6, close to the smallest number of fp16, 6e-8."""
 
     def importance(**changes: Any) -> tuple[float, ...]:
-        on = bench()
+        on = small_model()
         with torch.no_grad():
             for value in on.parameters[HEAD].values():
                 value.mul_(1e-5)
@@ -399,14 +402,14 @@ def test_fp16_keeps_gradients_that_would_vanish(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def first_step_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient of 2^-10 times the scale, 2^30, is beyond fp16; behind it, 2^10, all is well."""
+    """With a loss scale of 2^30 gradients exceed fp16; after the backoff to 2^10 they do not."""
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
     monkeypatch.setattr(precision, "BACKOFF", 2.0**-20)
 
 
 @pytest.mark.usefixtures("first_step_overflows")
 def test_a_skipped_step_uses_up_its_batch_its_gates_and_its_place_in_the_schedule() -> None:
-    ours, plain = bench(), bench()
+    ours, plain = small_model(), small_model()
     outcome = run(ours, settings(precision="fp16"), SOME)
     norms = fp16_by_hand(plain, SOME, 2.0**10, first=1)
     assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
@@ -420,7 +423,7 @@ def test_a_skipped_step_uses_up_its_batch_its_gates_and_its_place_in_the_schedul
 
 @pytest.mark.usefixtures("first_step_overflows")
 def test_the_loss_is_that_of_the_steps_that_were_taken() -> None:
-    both, first = bench(), bench()
+    both, first = small_model(), small_model()
     outcome = run(both, settings(precision="fp16"), [ALL, ALL], factors=[0.0, 0.0])
     batch = dict(BATCHES[1])
     labels = batch.pop("labels")
@@ -431,12 +434,10 @@ def test_the_loss_is_that_of_the_steps_that_were_taken() -> None:
 
 
 @pytest.mark.parametrize("proximal", [0.0, 3.0])
-def test_a_skipped_step_moves_and_decays_nothing(
-    monkeypatch: pytest.MonkeyPatch, proximal: float
-) -> None:
-    """Not even a layer that it dropped, and not the momentum: the optimizer has none yet."""
+def test_a_skipped_step_changes_nothing(monkeypatch: pytest.MonkeyPatch, proximal: float) -> None:
+    """Neither parameters nor momentum, which the optimizer does not have yet."""
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
-    on = bench()
+    on = small_model()
     before = get_tensors(on.parameters)
     outcome = run(
         on, settings(precision="fp16", weight_decay=1.0), SOME, objective=Objective(proximal)
@@ -451,16 +452,16 @@ def test_a_skipped_step_moves_and_decays_nothing(
 
 
 @pytest.mark.usefixtures("first_step_overflows")
-def test_every_turn_begins_with_the_same_scale() -> None:
-    """So a resumed run does what the unbroken one did."""
-    on = bench()
-    turns = [run(on, settings(precision="fp16"), [ALL, ALL]) for _ in range(2)]
-    assert [outcome.examples for outcome in turns] == [5, 5]
+def test_every_local_training_begins_with_the_same_loss_scale() -> None:
+    """Thus a resumed run has the same results as an uninterrupted one."""
+    on = small_model()
+    trainings = [run(on, settings(precision="fp16"), [ALL, ALL]) for _ in range(2)]
+    assert [outcome.examples for outcome in trainings] == [5, 5]
 
 
-def test_the_scale_that_a_turn_begins_with_leaves_room() -> None:
-    """A row alone, told the wrong class with certainty: the largest gradient that a logit has."""
-    on = bench()
+def test_the_initial_loss_scale_leaves_room_for_large_gradients() -> None:
+    """A single row, with a certain prediction of the wrong class, has the largest gradient."""
+    on = small_model()
     with torch.no_grad():
         for name, value in on.parameters[HEAD].items():
             if name.endswith("bias"):
@@ -474,7 +475,7 @@ def test_the_scale_that_a_turn_begins_with_leaves_room() -> None:
 
 def test_every_dropped_layer_saves_the_same_memory() -> None:
     def peak(*gates: Sequence[bool]) -> int:
-        on = bench()
+        on = small_model()
         steps = [Step(BATCHES[0], active, 1.0) for active in gates]
         return train(on.trainable, steps, settings()).activation_bytes_peak
 
@@ -523,7 +524,7 @@ def test_rates_half_way() -> None:
 
 
 BIG = token_table(300)
-own_rows = st.sets(st.integers(0, 299), min_size=1, max_size=60).map(
+client_rows = st.sets(st.integers(0, 299), min_size=1, max_size=60).map(
     lambda rows: np.array(sorted(rows))
 )
 
@@ -532,8 +533,8 @@ def seen(batches: Sequence[np.ndarray[Any, Any]]) -> Counter[int]:
     return Counter(int(row) for batch in batches for row in batch)
 
 
-@given(own_rows, st.integers(1, 8), st.integers(1, 40), st.integers(0, 99))
-def test_a_turn_of_steps_has_that_many_and_prefers_no_row(
+@given(client_rows, st.integers(1, 8), st.integers(1, 40), st.integers(0, 99))
+def test_a_budget_of_steps_gives_that_many_batches_and_prefers_no_row(
     rows: np.ndarray[Any, Any], batch_size: int, steps: int, seed: int
 ) -> None:
     draw = (rows, BIG, batch_size, Budget(steps=steps))
@@ -550,8 +551,8 @@ def test_a_turn_of_steps_has_that_many_and_prefers_no_row(
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in again]
 
 
-@given(own_rows, st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
-def test_a_turn_of_epochs_takes_every_row_once_in_each(
+@given(client_rows, st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
+def test_a_budget_of_epochs_uses_every_row_once_per_epoch(
     rows: np.ndarray[Any, Any], batch_size: int, epochs: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -563,16 +564,16 @@ def test_a_turn_of_epochs_takes_every_row_once_in_each(
         assert part == Counter(rows.tolist())
 
 
-def test_short_turns_differ_and_reach_every_row() -> None:
+def test_short_local_trainings_differ_and_together_use_every_row() -> None:
     rows = np.arange(40)
     rng = np.random.default_rng(0)
-    turns = [seen(training_batches(rows, BIG, 4, Budget(steps=2), rng)) for _ in range(60)]
-    assert len({tuple(sorted(turn)) for turn in turns}) > 50
-    assert set().union(*turns) == set(rows.tolist())
+    trainings = [seen(training_batches(rows, BIG, 4, Budget(steps=2), rng)) for _ in range(60)]
+    assert len({tuple(sorted(rows_seen)) for rows_seen in trainings}) > 50
+    assert set().union(*trainings) == set(rows.tolist())
 
 
 class Reader(nn.Module):
-    """Logits from the first token and the count of real ones; counts how often it is asked."""
+    """Logits from the first token and the count of real ones; counts its forward passes."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -618,7 +619,7 @@ def test_evaluation_is_the_naive_loop_over_rows(classes: int, batch_size: int) -
 
 
 def test_a_skewed_client_can_be_evaluated() -> None:
-    """Labels 0 and 1 alone do not make four classes two."""
+    """With labels 0 and 1 alone, a task of four classes still has four classes."""
     table = token_table(50, classes=4)
     rows = np.flatnonzero(table.labels < 2)
     result = evaluate(Reader(4), table, rows, TASK, 8)
@@ -628,7 +629,7 @@ def test_a_skewed_client_can_be_evaluated() -> None:
 
 
 def test_evaluation_of_a_transformer_is_without_dropout_and_without_gradient() -> None:
-    on = bench(module_dropout=0.5)
+    on = small_model(module_dropout=0.5)
     on.model.train()
     rows = np.arange(20)
     result = evaluate(on.model, TABLE, rows, TASK, 6)
@@ -640,8 +641,8 @@ def test_evaluation_of_a_transformer_is_without_dropout_and_without_gradient() -
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_evaluation_in_half_precision_is_near_and_not_equal(precision: str) -> None:
-    on, rows = bench(), np.arange(20)
+def test_evaluation_in_half_precision_is_close_but_not_equal(precision: str) -> None:
+    on, rows = small_model(), np.arange(20)
     full = evaluate(on.model, TABLE, rows, TASK, 6)
     half = evaluate(on.model, TABLE, rows, TASK, 6, precision)
     assert full.loss != half.loss
@@ -656,8 +657,6 @@ def test_evaluation_in_half_precision_is_near_and_not_equal(precision: str) -> N
         (["classifier.dense.weight", "classifier.out_proj.weight"], {"classifier.out_proj.weight"}),
     ],
 )
-def test_only_the_map_to_the_classes_has_the_head_s_rate(
-    names: list[str], output: set[str]
-) -> None:
+def test_only_the_last_linear_layer_has_the_head_s_rate(names: list[str], output: set[str]) -> None:
     head = {name: nn.Parameter(torch.zeros(1)) for name in names}
     assert loop._output_names({0: {"a": nn.Parameter(torch.zeros(1))}, HEAD: head}) == output

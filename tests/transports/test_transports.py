@@ -1,4 +1,4 @@
-"""The contract of every transport: what comes back depends on the instruction alone."""
+"""The contract of every transport: a reply depends on the instruction alone."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +15,9 @@ from droppeft.transports.registry import TRANSPORTS, transport_named
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest, tiny_words: list[str]) -> Iterator[Transport]:
-    """One of each, opened once: an engine takes seconds to start."""
-    config = resolve(load_config(None, tiny_words), cuda=False)
+def transport(request: pytest.FixtureRequest, tiny_overrides: list[str]) -> Iterator[Transport]:
+    """Each transport, opened once: a simulation engine takes seconds to start."""
+    config = resolve(load_config(None, tiny_overrides), cuda=False)
     with TRANSPORTS[request.param](prepare(config, lambda step: None).loaded) as transport:
         yield transport
 
@@ -25,15 +25,15 @@ def transport(request: pytest.FixtureRequest, tiny_words: list[str]) -> Iterator
 def ask(transport: Transport, instructions: list[Instruction]) -> dict[int, Update]:
     replies = {arrival.index: arrival.reply for arrival in transport.exchange(instructions)}
     assert sorted(replies) == list(range(len(instructions)))
-    answers = {}
+    updates = {}
     for index, reply in replies.items():
         assert isinstance(reply, Update)
-        answers[instructions[index].client] = reply
-    return answers
+        updates[instructions[index].client] = reply
+    return updates
 
 
 def assert_same(one: Update, other: Update) -> None:
-    """The same but for the clock."""
+    """Equal except for measured times."""
     left, right = list(flatten(one.tensors)), list(flatten(other.tensors))
     assert [item[:2] for item in left] == [item[:2] for item in right]
     for (_, name, first), (_, _, second) in zip(left, right, strict=True):
@@ -43,46 +43,46 @@ def assert_same(one: Update, other: Update) -> None:
     assert one.cost.activation_bytes_peak == other.cost.activation_bytes_peak
 
 
-def test_every_instruction_is_answered_once(
+def test_every_instruction_has_one_reply(
     transport: Transport, instructions: list[Instruction]
 ) -> None:
-    answers = ask(transport, instructions)
-    assert sorted(answers) == [0, 1, 3]
+    updates = ask(transport, instructions)
+    assert sorted(updates) == [0, 1, 3]
     for instruction in instructions:
-        answer = answers[instruction.client]
-        assert (answer.round, answer.client, answer.nonce) == (
+        update = updates[instruction.client]
+        assert (update.round, update.client, update.nonce) == (
             instruction.round,
             instruction.client,
             instruction.nonce,
         )
 
 
-def test_nobody_is_asked_nobody_answers(transport: Transport) -> None:
+def test_no_instructions_give_no_replies(transport: Transport) -> None:
     assert list(transport.exchange([])) == []
 
 
-def test_the_same_instruction_gives_the_same_answer(
+def test_the_same_instruction_gives_the_same_reply(
     transport: Transport, instructions: list[Instruction]
 ) -> None:
     first, second = ask(transport, instructions), ask(transport, instructions)
-    for client, answer in first.items():
-        assert_same(answer, second[client])
+    for client, update in first.items():
+        assert_same(update, second[client])
 
 
 def test_clients_differ(transport: Transport, instructions: list[Instruction]) -> None:
-    answers = ask(transport, instructions)
-    assert len({answer.train_loss for answer in answers.values()}) == 3
+    updates = ask(transport, instructions)
+    assert len({update.train_loss for update in updates.values()}) == 3
 
 
-def test_the_order_of_instructions_does_not_change_an_answer(
+def test_the_order_of_instructions_does_not_change_replies(
     transport: Transport, instructions: list[Instruction]
 ) -> None:
     forwards, backwards = ask(transport, instructions), ask(transport, instructions[::-1])
-    for client, answer in forwards.items():
-        assert_same(answer, backwards[client])
+    for client, update in forwards.items():
+        assert_same(update, backwards[client])
 
 
-def test_an_answer_does_not_depend_on_what_was_done_before_or_where(
+def test_a_reply_depends_neither_on_earlier_instructions_nor_on_the_place(
     transport: Transport, prepared: Prepared, instructions: list[Instruction]
 ) -> None:
     wide = LayerAdapter("lora", rank=2)
@@ -95,10 +95,10 @@ def test_an_answer_does_not_depend_on_what_was_done_before_or_where(
         dropout=None,
     )
     ask(transport, [other, instructions[2]])
-    with TRANSPORTS["in_process"](prepared.loaded) as unused:
-        assert_same(ask(transport, instructions[1:2])[1], ask(unused, instructions[1:2])[1])
+    with TRANSPORTS["in_process"](prepared.loaded) as in_process:
+        assert_same(ask(transport, instructions[1:2])[1], ask(in_process, instructions[1:2])[1])
 
 
-def test_an_unknown_transport_is_named_with_those_there_are() -> None:
+def test_an_unknown_transport_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(DroppeftError, match="transport=post: unknown transport; known are in_pro"):
         transport_named("post")

@@ -1,5 +1,5 @@
-"""What is trained: PEFT modules attached to a frozen backbone, addressed by layer."""
+"""Adapters: trainable modules attached to a frozen backbone, whose tensors are grouped by layer."""
 
-from droppeft.models.quantization import hush
+from droppeft.models.quantization import silence_bitsandbytes
 
-hush()  # peft, which every module here needs, imports bitsandbytes where it is installed
+silence_bitsandbytes()  # every module here imports peft, which imports bitsandbytes

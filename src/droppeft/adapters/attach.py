@@ -1,6 +1,6 @@
-"""Attach trainable modules to a frozen backbone, take them off again, and write them.
+"""Attach adapters to a frozen backbone, detach, export and merge them.
 
-Source: the types of :mod:`droppeft.adapters.types`, as implemented by peft; per-layer ranks and
+Source: peft's implementations of the types in :mod:`droppeft.adapters.types`. Ranks per layer and
 bottlenecks are ours.
 """
 
@@ -36,9 +36,9 @@ from droppeft.messages import OTHER, AdapterSpec, LayerKey
 from droppeft.models.quantization import quantization_of
 
 HEADS = ("classifier", "score")
-"""What transformers calls the task head; peft trains modules of these names by itself."""
+"""Names of task heads in transformers; peft trains modules with these names by default."""
 
-_WHAT_PEFT_RAISES = (ValueError, TypeError, NotImplementedError, RuntimeError)
+_PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Loading:
     """How an exported adapter is loaded into a plain model.
 
     Attributes:
-        library: whose format it is.
-        module, function: ``from module import function``, then ``function(model, folder)``.
+        library: the library that defines the format.
+        module: the module to import ``function`` from.
+        function: name of the function to call with the model and the folder.
     """
 
     library: str
@@ -56,12 +57,12 @@ class Loading:
 
     @property
     def import_line(self) -> str:
-        """Python that imports it."""
+        """The import statement for ``function``."""
         return f"from {self.module} import {self.function.partition('.')[0]}"
 
 
 def loading_of(name: str) -> Loading:
-    """How an adapter of a type is loaded."""
+    """Return how an exported adapter of a type is loaded."""
     if name == BOTTLENECK:
         return Loading("droppeft", "droppeft.adapters.bottleneck", "load_bottleneck")
     return Loading("peft", "peft", "PeftModel.from_pretrained")
@@ -74,20 +75,20 @@ def attach(
     seed: int,
     new_modules: Sequence[str] = (),
 ) -> nn.Module:
-    """Wrap ``model`` so that only the adapters named by ``spec`` and the task head are trainable.
+    """Wrap ``model`` so that only the adapters that ``spec`` describes and the head are trainable.
 
     Args:
-        model: a transformers model for sequence classification; its modules are replaced in
-            place, :func:`detach` undoes that.
-        spec: one entry per layer of ``blocks_path``.
+        model: a transformers model for sequence classification. Its modules are replaced in place;
+            :func:`detach` restores them.
+        spec: the adapter, with one entry per layer of ``blocks_path``.
         blocks_path: dotted name of the list of layers inside ``model``.
-        seed: for the adapters' initial values. The process-wide generator is left as it was.
-        new_modules: modules to train whole, besides the classifier: a pooler without pretrained
-            values would otherwise stay random.
+        seed: seed of the initial values. torch's global random state does not change.
+        new_modules: names of modules to train in full besides the head, such as a pooler that has
+            no pretrained values.
 
     Raises:
-        DroppeftError: a specification that does not fit its type or this model (also because of
-            its quantisation), whose modules are as before then.
+        DroppeftError: if the specification does not fit its type, the model or its quantisation.
+            The modules of the model are restored in that case.
     """
     name = check(spec)
     check_on(name, [option for option, _ in spec.options], quantization_of(model))
@@ -99,7 +100,7 @@ def attach(
     except DroppeftError:
         _strip(model)
         raise
-    except _WHAT_PEFT_RAISES as error:
+    except _PEFT_ERRORS as error:
         _strip(model)
         reason = str(error).strip().partition("\n")[0]
         raise DroppeftError(f"adapter.type={name} does not fit this model: {reason}") from None
@@ -107,20 +108,21 @@ def attach(
 
 
 def detach(model: Any) -> nn.Module:
-    """Return the backbone of what :func:`attach` returned, with its old values, frozen."""
+    """Return the frozen backbone of a model from :func:`attach`, with its original values."""
     backbone: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     _strip(backbone)
     return backbone
 
 
 def export_adapter(model: Any, folder: Path, card: str) -> None:
-    """Write the adapter as :func:`loading_of` reads it; the same tensors give the same bytes.
+    """Write an adapter to a folder, in the format that :func:`loading_of` describes.
 
-    peft keeps module names in sets, whose order changes from process to process, and writes a
-    card of its own: both are replaced.
+    The same tensors give the same bytes. Lists of names in peft's configuration are sorted for
+    this, since peft stores them as sets, whose order differs between processes. peft's model card
+    is replaced by ``card``.
     """
     if isinstance(model, PeftModel):
-        with torch.no_grad():  # P-tuning runs its encoder: it must do so as in an evaluation
+        with torch.no_grad():  # P-tuning runs its encoder, which must be in evaluation mode
             model.eval().save_pretrained(folder)
         path = folder / "adapter_config.json"
         content = _sorted_lists(json.loads(path.read_text(encoding="utf-8")))
@@ -131,17 +133,17 @@ def export_adapter(model: Any, folder: Path, card: str) -> None:
 
 
 def merged(model: Any) -> nn.Module:
-    """Return the backbone with the adapter and the trained head in its own weights.
+    """Merge the adapter and the trained head into the backbone and return it.
 
     Args:
-        model: what :func:`attach` returned; it is used up.
+        model: a model from :func:`attach`. It cannot be used afterwards.
 
     Raises:
-        DroppeftError: an adapter of this type is no change of weights, or peft cannot make it one.
+        DroppeftError: if an adapter of this type cannot be merged into weights.
     """
     is_peft = isinstance(model, PeftModel)
     kind = str(model.active_peft_config.peft_type.value).lower() if is_peft else BOTTLENECK
-    # peft hands what a wrapper lacks on to the model inside: prompts find nothing there.
+    # Prompts have no merge_and_unload: peft passes the look-up on to the backbone, without success.
     merge = getattr(model, "merge_and_unload", None)
     try:
         if merge is None:
@@ -153,7 +155,7 @@ def merged(model: Any) -> nn.Module:
             "export it without --merge"
         ) from None
     for name, module in list(plain.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):  # not every type's merging takes heads out
+        if isinstance(module, ModulesToSaveWrapper):  # some types leave the head wrapped
             plain.set_submodule(name, module.modules_to_save["default"])
     return plain
 
@@ -185,34 +187,38 @@ def _wrapped(
 
 
 def _check_prompt(model: Any, name: str) -> None:
-    """Refuse architectures on which peft's prompts fail, or work by chance."""
+    """Refuse architectures on which peft's prompts do not work reliably."""
     if TYPES[name].kind == "global" and hasattr(model, "score"):
         raise DroppeftError(
-            f"adapter.type={name}: transformers classifies a {model.config.model_type} by its last "
-            "text token, which it cannot find behind a prompt; use prefix_tuning"
+            f"adapter.type={name}: transformers classifies with a {model.config.model_type} by the "
+            "last text token, which it cannot find after a prompt; use prefix_tuning"
         )
     takes = inspect.signature(model.base_model.forward).parameters
     if TYPES[name].kind == "sliced" and "past_key_values" not in takes:
         raise DroppeftError(
-            f"adapter.type={name}: a {model.config.model_type} takes no keys and values from "
-            "outside, which a prefix is; use another type"
+            f"adapter.type={name}: a prefix consists of cached keys and values, which a "
+            f"{model.config.model_type} does not accept; use another type"
         )
 
 
 def _check_addresses(wrapped: nn.Module, name: str, spec: AdapterSpec) -> None:
-    """Refuse what cannot be dropped, sent and merged by layer, whatever peft made of it."""
+    """Check that the trainable tensors are in the layers of ``spec`` and nowhere else."""
     found = set(trainable_by_layer(wrapped, find_blocks(wrapped)[0]))
     layers: set[LayerKey] = {index for index, layer in enumerate(spec.layers) if layer is not None}
     if TYPES[name].kind == "global":
         layers = {OTHER}
     for key in layers - found:
-        raise DroppeftError(f"adapter.type={name} trains nothing in layer {key} of this model")
+        raise DroppeftError(
+            f"adapter.type={name} has no trainable tensor in layer {key} of this model"
+        )
     if OTHER in found - layers:
-        raise DroppeftError(f"adapter.type={name} trains tensors outside of this model's layers")
+        raise DroppeftError(
+            f"adapter.type={name} has trainable tensors outside the layers of this model"
+        )
 
 
 def _strip(backbone: nn.Module) -> None:
-    """Put back every module that an adapter replaced. peft's own way fails on some heads."""
+    """Restore every module that an adapter replaced. peft's ``unload`` fails on some heads."""
     for name, module in list(backbone.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             backbone.set_submodule(name, module.original_module)
@@ -226,8 +232,8 @@ def _strip(backbone: nn.Module) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        # peft asks transformers for an attribute that has been renamed, and tells of choices that
-        # it makes for small models or for want of a compiler: no user can mend that.
+        # peft uses a deprecated attribute of transformers, and warns about choices that it makes
+        # for small models or without a compiler. Users cannot do anything about either.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         yield

@@ -1,4 +1,4 @@
-"""A change of the frozen backbone, in force for one client's training only; ours."""
+"""Base deltas: changes of the backbone's weights while one client trains or evaluates. Ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,39 +15,41 @@ from droppeft.models.quantization import is_quantised
 
 @contextmanager
 def base_delta_applied(model: nn.Module, delta: BaseDelta | None) -> Iterator[None]:
-    """Add a delta to the frozen backbone inside; afterwards its bits are the old ones.
+    """Add a base delta to the backbone inside the context, and restore its exact values on exit.
 
-    The old values are kept, not recomputed: w + d − d is not w in floating point. What is added to
-    a linear map is (out, in), also where the backbone keeps it the other way round (GPT-2).
+    The original values are saved, since w + d − d differs from w in floating point. The delta of a
+    linear map has shape (out, in), also if the backbone stores its weight transposed (GPT-2).
 
     Raises:
-        DroppeftError: a name or shape that the backbone does not have, or a quantised weight.
+        DroppeftError: if the backbone lacks a tensor of that name and shape, or it is quantised.
     """
     if delta is None:
         yield
         return
-    own = {backbone_name(name): value for name, value in model.named_parameters()}
-    turned = {
+    weights = {backbone_name(name): value for name, value in model.named_parameters()}
+    transposed = {
         backbone_name(f"{name}.weight")
         for name, module in model.named_modules()
         if isinstance(module, Conv1D)
     }
-    added = {name: array.T if name in turned else array for name, array in delta.tensors.items()}
+    added = {
+        name: array.T if name in transposed else array for name, array in delta.tensors.items()
+    }
     for name, array in added.items():
-        if name in own and is_quantised(own[name]):
+        if name in weights and is_quantised(weights[name]):
             raise DroppeftError(
-                f"base delta {delta.version}: {name} is quantised, and nothing can be added to it; "
-                "set quantization=none, or take a method without base deltas"
+                f"base delta {delta.version}: {name} is quantised and cannot be changed; set "
+                "quantization=none, or choose a method without base deltas"
             )
-        if name not in own or tuple(own[name].shape) != array.shape:
+        if name not in weights or tuple(weights[name].shape) != array.shape:
             raise DroppeftError(f"base delta {delta.version}: {name} does not fit the backbone")
-    kept = {name: own[name].detach().clone() for name in added}
+    saved = {name: weights[name].detach().clone() for name in added}
     try:
         with torch.no_grad():
             for name, array in added.items():
-                own[name].add_(torch.from_numpy(array).to(own[name]))
+                weights[name].add_(torch.from_numpy(array).to(weights[name]))
         yield
     finally:
         with torch.no_grad():
-            for name, value in kept.items():
-                own[name].copy_(value)
+            for name, value in saved.items():
+                weights[name].copy_(value)

@@ -1,9 +1,9 @@
-"""Bottleneck adapters inside every layer, and their own file format: peft has none.
+"""Bottleneck adapters and their file format; peft has neither.
 
-Source: Houlsby et al. (arXiv:1902.00751). After the attention's output and after the feed-forward
-output, before each is added to its input: down-projection to ``width``, GELU, up-projection, and
-the adapter's own input added. Starting the up-projection at zero is ours: a fresh adapter changes
-nothing, bit for bit.
+Source: Houlsby et al. (arXiv:1902.00751). A layer has an adapter after its attention and one after
+its feed-forward network, before the residual connection. An adapter is a down-projection to
+``width``, GELU, an up-projection and a skip connection. Initialising the up-projection with zeros
+is ours: a new adapter does not change the output at all.
 """
 
 import json
@@ -33,18 +33,18 @@ PLACES: dict[str, dict[str, str]] = {
     "gpt2": {"attention": "attn.resid_dropout", "feed_forward": "mlp.dropout"},
     "llama": {"attention": "self_attn.o_proj", "feed_forward": "mlp.down_proj"},
 }
-"""``config.model_type``: the module inside a layer whose output goes through the adapter."""
+"""By ``config.model_type`` and place, the module of a layer whose output the adapter changes."""
 
 TENSORS, CONFIG = "adapter_model.safetensors", "bottleneck_config.json"
 FORMAT = "droppeft bottleneck 1"
 
 
 class Bottleneck(nn.Module):
-    """One adapter: (..., H) to the same shape.
+    """A bottleneck adapter. Input and output have shape (..., H).
 
     Args:
         hidden_size: H.
-        width: of the bottleneck.
+        width: size of the bottleneck.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -55,21 +55,23 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Add what the bottleneck makes of its input to it; the backbone's type stays."""
-        made: torch.Tensor = self.up(functional.gelu(self.down(hidden.to(self.down.weight.dtype))))
-        return hidden + made.to(hidden.dtype)
+        """Return the input plus the bottleneck's output, in the dtype of the input."""
+        change: torch.Tensor = self.up(
+            functional.gelu(self.down(hidden.to(self.down.weight.dtype)))
+        )
+        return hidden + change.to(hidden.dtype)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is inserted where; the content of ``bottleneck_config.json``.
+    """Places and widths of bottleneck adapters; the content of ``bottleneck_config.json``.
 
     Attributes:
         model_type: architecture of the backbone.
         places: ``attention``, ``feed_forward`` or both.
-        widths: per layer, ``None`` where there is no adapter.
-        base_model: what the backbone was loaded from.
-        format: name and version of the format.
+        widths: width in each layer, ``None`` for a layer without adapters.
+        base_model: name or path that the backbone was loaded from.
+        format: name and version of the file format.
     """
 
     model_type: str
@@ -80,15 +82,15 @@ class Shape:
 
 
 def places_of(model: Any, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Which places ``adapter.targets`` names; both by default.
+    """Return the places that ``adapter.targets`` names; all of them by default.
 
     Raises:
-        DroppeftError: an unknown place or architecture.
+        DroppeftError: if a place or the architecture is unknown.
     """
     model_type = model.config.model_type
     if model_type not in PLACES:
         raise DroppeftError(
-            f"a bottleneck does not know the layers of {model_type!r}; known: {', '.join(PLACES)}"
+            f"bottlenecks are not supported for {model_type!r}, only for {', '.join(PLACES)}"
         )
     known = PLACES[model_type]
     chosen = tuple(known) if targets == ("default",) else targets
@@ -106,12 +108,12 @@ def attach_bottlenecks(
     places: Sequence[str],
     heads: Sequence[str],
 ) -> nn.Module:
-    """Insert fresh adapters, drawn from torch's generator, into ``model``; freeze all the rest.
+    """Insert new adapters into ``model``, initialised by torch's generator, and freeze the rest.
 
     Args:
-        widths: one per layer, ``None`` for a layer without.
-        places: as :func:`places_of` returns them.
-        heads: last parts of the names of modules that are trained whole, in a copy.
+        widths: width in each layer, ``None`` for a layer without adapters.
+        places: places in a layer, as :func:`places_of` returns them.
+        heads: last part of the names of modules of which a copy is trained in full.
     """
     model.requires_grad_(False)
     _insert(model, widths, places)
@@ -125,7 +127,7 @@ def attach_bottlenecks(
 
 
 def remove_bottlenecks(model: nn.Module) -> None:
-    """Take the adapters out again; heads are left alone."""
+    """Remove the adapters from ``model``. Heads do not change."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Bottleneck):
             vars(module)["hook"].remove()
@@ -134,9 +136,9 @@ def remove_bottlenecks(model: nn.Module) -> None:
 
 
 def save_bottlenecks(model: Any, folder: Path) -> None:
-    """Write adapters and trained heads; the same tensors give the same bytes.
+    """Write adapters and trained heads to a folder. The same tensors give the same bytes.
 
-    ``adapter_model.safetensors`` has the tensors by their names in the backbone,
+    ``adapter_model.safetensors`` holds the tensors under their names in the backbone, and
     ``bottleneck_config.json`` a :class:`Shape`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,19 +153,20 @@ def save_bottlenecks(model: Any, folder: Path) -> None:
 
 
 def load_bottleneck(model: Any, folder: str | Path) -> Any:
-    """Put saved adapters and heads into a plain transformers model, in place, and return it.
+    """Load saved adapters and heads into a transformers model, in place, and return it.
 
-    ``peft`` cannot read this format. Usage::
+    ``peft`` cannot read this format. Example::
 
         model = AutoModelForSequenceClassification.from_pretrained(base, id2label=id2label)
         model = load_bottleneck(model, "adapter").eval()
 
     Args:
-        model: of the architecture, size and classes that the adapters were trained with.
-        folder: where droppeft exported them.
+        model: a model of the architecture and size, and with the number of classes, that the
+            adapters were trained with.
+        folder: the exported folder.
 
     Raises:
-        DroppeftError: an unreadable folder, or a model that does not fit.
+        DroppeftError: if the folder is unreadable or the model does not fit.
     """
     folder = Path(folder)
     shape, tensors = _read(folder)
@@ -172,13 +175,13 @@ def load_bottleneck(model: Any, folder: str | Path) -> Any:
     try:
         report = model.load_state_dict(tensors, strict=False)
         missing = [name for name in report.missing_keys if ".bottleneck_" in name]
-        odd = [*report.unexpected_keys, *missing]
-        reason = f"{odd[0]} is missing on one side" if odd else ""
+        different = [*report.unexpected_keys, *missing]
+        reason = f"only one of them has the tensor {different[0]}" if different else ""
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
     if reason:
         remove_bottlenecks(model)
-        raise DroppeftError(f"{folder}: does not fit this model: {reason}")
+        raise DroppeftError(f"the adapter in {folder} does not fit this model: {reason}")
     return model
 
 
@@ -189,20 +192,25 @@ def _insert(model: Any, widths: Sequence[int | None], places: Sequence[str]) -> 
         if width is not None:
             for place in places:
                 adapter = Bottleneck(model.config.hidden_size, width)
-                hook = block.get_submodule(paths[place]).register_forward_hook(_Through(adapter))
+                hook = block.get_submodule(paths[place]).register_forward_hook(
+                    _ApplyAdapter(adapter)
+                )
                 vars(adapter)["hook"] = hook
                 block.add_module(f"bottleneck_{place}", adapter.to(next(block.parameters()).device))
 
 
-class _Through:
-    """Sends a module's output through an adapter; plain, so that the adapter has one owner."""
+class _ApplyAdapter:
+    """Forward hook that applies an adapter to a module's output.
+
+    It is no ``nn.Module``, so that the adapter is not registered a second time.
+    """
 
     def __init__(self, adapter: Bottleneck) -> None:
         self.adapter = adapter
 
     def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        passed: torch.Tensor = self.adapter(output)
-        return passed
+        changed: torch.Tensor = self.adapter(output)
+        return changed
 
 
 def _shape(model: Any) -> Shape:
@@ -227,11 +235,13 @@ def _read(folder: Path) -> tuple[Shape, Mapping[str, torch.Tensor]]:
         tensors: Mapping[str, torch.Tensor] = load_file(folder / TENSORS)
         shape = TypeAdapter(Shape).validate_json(text)
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
-        raise DroppeftError(f"{folder}: holds no readable bottleneck adapter ({error})") from None
+        raise DroppeftError(f"{folder} has no readable bottleneck adapter ({error})") from None
     except ValidationError:
-        raise DroppeftError(f"{folder / CONFIG}: is not what droppeft writes there") from None
+        raise DroppeftError(
+            f"{folder / CONFIG} is not a configuration that droppeft wrote"
+        ) from None
     if shape.format != FORMAT:
-        raise DroppeftError(f"{folder / CONFIG}: has format {shape.format!r}, not {FORMAT!r}")
+        raise DroppeftError(f"{folder / CONFIG} has format {shape.format!r}, not {FORMAT!r}")
     return shape, tensors
 
 
@@ -245,6 +255,6 @@ def _check_fits(model: Any, shape: Shape, folder: Path) -> None:
         )
     )
     if found != expected:
-        raise DroppeftError(f"{folder}: is for a {expected}, not for a {found}")
+        raise DroppeftError(f"the adapter in {folder} is for a {expected}, not for a {found}")
     if any(isinstance(module, Bottleneck) for module in model.modules()):
-        raise DroppeftError("this model has bottlenecks already; load it anew")
+        raise DroppeftError("this model already has bottlenecks; load the model again")

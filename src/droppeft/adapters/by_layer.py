@@ -1,6 +1,6 @@
-"""Trainable tensors addressed by layer: the form in which they are dropped, sent and merged.
+"""Read and write the trainable tensors of a model, grouped by layer.
 
-Ours; every method of the comparison reads and writes a model through these functions alone.
+Ours. Every method reads and writes models only through these functions.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ Parameters = Mapping[LayerKey, Mapping[str, nn.Parameter]]
 
 
 def layer_of(name: str, blocks_path: str) -> LayerKey:
-    """Tell where a parameter belongs: its layer's index, ``"head"`` or ``"other"``."""
+    """Return the group of a parameter: its layer's index, ``"head"`` or ``"other"``."""
     for path in (f"{blocks_path}.", PREFIX):
         if name.startswith(path):
             return int(name.removeprefix(path).partition(".")[0])
@@ -26,33 +26,34 @@ def layer_of(name: str, blocks_path: str) -> LayerKey:
 
 
 def backbone_name(name: str) -> str:
-    """A backbone parameter's name before peft wrapped its module."""
+    """Return the name that a backbone parameter had before peft wrapped its module."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def trainable_by_layer(model: nn.Module, blocks_path: str) -> Parameters:
-    """Group the parameters that require a gradient; layers in order, then other, then the head.
-
-    Two names for one storage are one tensor: the group of a tied tensor would be ambiguous.
+    """Group the parameters that require a gradient: the layers in order, then other, then the head.
 
     Raises:
-        DroppeftError: a tensor is shared between names.
+        DroppeftError: if two parameters share their storage: a tied tensor belongs to no single
+            layer.
     """
     groups: dict[LayerKey, dict[str, nn.Parameter]] = {}
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        # Not by address: weights without values (on the meta device) have none.
+        # Compares storages, not addresses: tensors on the meta device have no address.
         owner = owners.setdefault(parameter.untyped_storage()._cdata, name)
         if owner != name:
-            raise DroppeftError(f"{name} and {owner} are one tensor: it belongs to no single layer")
+            raise DroppeftError(
+                f"{name} and {owner} are the same tensor, which belongs to no single layer"
+            )
         groups.setdefault(layer_of(name, blocks_path), {})[name] = parameter
     return {key: groups[key] for key in sorted(groups, key=_depth)}
 
 
 def get_tensors(parameters: Parameters) -> Tensors:
-    """Copy the values out, as float32 arrays on the host."""
+    """Return a copy of the values, as float32 arrays."""
     return {
         key: {
             name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
@@ -63,11 +64,10 @@ def get_tensors(parameters: Parameters) -> Tensors:
 
 
 def set_tensors(parameters: Parameters, tensors: Tensors) -> None:
-    """Copy values in; what ``tensors`` does not name stays.
+    """Copy values into the parameters. Parameters that ``tensors`` does not name do not change.
 
     Raises:
-        DroppeftError: a name that the model does not have, or another shape; nothing is
-            written in that case.
+        DroppeftError: if a name is unknown or a shape differs. No parameter changes in that case.
     """
     known = {name: value for named in parameters.values() for name, value in named.items()}
     for _, name, array in flatten(tensors):
@@ -75,7 +75,7 @@ def set_tensors(parameters: Parameters, tensors: Tensors) -> None:
             raise DroppeftError(f"tensor {name} does not belong to this model's adapter")
         if tuple(known[name].shape) != array.shape:
             raise DroppeftError(
-                f"tensor {name} has shape {array.shape}, the model's is {tuple(known[name].shape)}"
+                f"tensor {name} has shape {array.shape} instead of {tuple(known[name].shape)}"
             )
     with torch.no_grad():
         for _, name, array in flatten(tensors):
@@ -83,7 +83,7 @@ def set_tensors(parameters: Parameters, tensors: Tensors) -> None:
 
 
 def count_parameters(parameters: Parameters) -> int:
-    """Number of trainable values."""
+    """Return the number of trainable values."""
     return sum(value.numel() for named in parameters.values() for value in named.values())
 
 

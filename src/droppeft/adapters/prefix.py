@@ -1,7 +1,7 @@
-"""Prefix tuning with one parameter per layer, where peft has one tensor for all layers.
+"""Prefix tuning with one parameter per layer instead of peft's single tensor for all layers.
 
-Source: Prefix tuning (arXiv:2101.00190) as implemented by peft; the cut by layer is ours. With one
-tensor, a step that drops a layer would still decay that layer's part and carry on its momentum.
+Source: Prefix tuning (arXiv:2101.00190) as implemented by peft. Splitting the tensor by layer is
+ours: weight decay and momentum would otherwise change the part of a layer in steps that drop it.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ from torch import nn
 from transformers import DynamicCache
 
 PREFIX = "prompt_encoder.default.layer."
-"""Names of the parameters, up to the number of the layer."""
+"""Start of the parameters' names; the index of the layer follows."""
 
 
 class PrefixRows(nn.Module):
-    """The prefix of every layer.
+    """The prefix of each layer, as a parameter.
 
     Args:
-        whole: peft's tensor, (tokens, L x 2 x H_kv): layer by layer, keys before values.
-        num_layers: L.
+        whole: peft's tensor of shape (tokens, L x 2 x H_kv): for each layer keys, then values.
+        num_layers: number of layers L.
     """
 
     def __init__(self, whole: torch.Tensor, num_layers: int) -> None:
@@ -30,27 +30,27 @@ class PrefixRows(nn.Module):
         )
 
     def whole(self) -> torch.Tensor:
-        """The tensor that peft would have."""
+        """Return the single tensor that peft uses."""
         return torch.cat(list(self.layer), dim=1).detach().cpu()
 
 
 class Prefix(DynamicCache):  # type: ignore[misc]
-    """Keys and values before those of the text; only read, so that a layer may run twice."""
+    """Cached keys and values of a prefix. It is never written, so a layer may run twice."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the prefix before a layer's keys and values (B, heads, S, size of a head)."""
-        own = self.layers[layer_idx]
-        keys, values = ((own.keys, key_states), (own.values, value_states))
+        """Return a layer's keys and values (B, heads, S, head size) with the prefix before them."""
+        prefix = self.layers[layer_idx]
+        keys, values = ((prefix.keys, key_states), (prefix.values, value_states))
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
 class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
-    """peft's model for prefix tuning, whose prefix is a :class:`PrefixRows`.
+    """peft's model for prefix tuning, with one parameter per layer (:class:`PrefixRows`).
 
-    A layer that does not run leaves its parameter without a gradient. What :meth:`save_pretrained`
-    writes, and what the model computes, is what peft's own model would.
+    The parameter of a layer that does not run has no gradient. Outputs, and the files that
+    :meth:`save_pretrained` writes, are those of peft's model.
     """
 
     def __init__(self, model: nn.Module, config: Any) -> None:
@@ -61,7 +61,7 @@ class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
     def get_prompt(
         self, batch_size: int, task_ids: object = None, max_cache_len: object = None
     ) -> Prefix:
-        """Keys and values of the prefix, per layer (B, heads, tokens, size of a head)."""
+        """Return keys and values of the prefix, per layer (B, heads, tokens, head size)."""
         config = self.active_peft_config
         heads, tokens = config.num_attention_heads, config.num_virtual_tokens
         pairs = []
@@ -71,6 +71,6 @@ class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
         return Prefix(pairs)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """The tensor that peft writes, (tokens, L x 2 x H_kv)."""
+        """Return the tensor that peft saves, of shape (tokens, L x 2 x H_kv)."""
         rows: PrefixRows = self.prompt_encoder[adapter_name]
         return rows.whole()

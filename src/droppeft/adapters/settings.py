@@ -1,4 +1,4 @@
-"""What may be said of an adapter of a type: our settings, and options of peft's own class; ours."""
+"""Check the settings of an adapter, and the options of peft's configuration classes. Ours."""
 
 import dataclasses
 import typing
@@ -15,7 +15,7 @@ from droppeft.messages import AdapterSpec, LayerAdapter, OptionValue
 
 CLOSED = frozenset(
     {
-        # Which modules are adapted and trained is said by layers and adapter.targets.
+        # The adapted and trained modules follow from the layers and adapter.targets.
         "target_modules",
         "exclude_modules",
         "feedforward_modules",
@@ -24,7 +24,7 @@ CLOSED = frozenset(
         "modules_to_save",
         "rank_pattern",
         "bias",
-        # What follows from the model or the task.
+        # These follow from the model or the task.
         "auto_mapping",
         "base_model_name_or_path",
         "fan_in_fan_out",
@@ -39,9 +39,9 @@ CLOSED = frozenset(
         "token_dim",
     }
 )
-"""Options that droppeft sets itself, or that would touch more than single layers."""
+"""Options that droppeft sets itself, or whose effect is not limited to single layers."""
 
-# peft's HiRA has a table of ranks too, and does not heed it.
+# peft's HiRA has a rank_pattern too, but ignores it.
 RANK_PER_LAYER = (BOTTLENECK, "lora", "loha", "lokr", "delora")
 """Types whose rank (or width) may differ by layer."""
 
@@ -50,41 +50,41 @@ NEEDED = ("width", "tokens")
 
 
 def check(spec: AdapterSpec) -> str:
-    """Return the one type of a specification, if all that it says can be said of that type.
+    """Check a specification and return its type.
 
     Raises:
-        DroppeftError: several types or none, an unknown or refused one, a setting or an option
-            that it does not have or that has an impossible value.
+        DroppeftError: if the specification does not have exactly one type, the type is unknown or
+            refused, it does not have a setting or an option, or a value is impossible.
     """
     layers = [layer for layer in spec.layers if layer is not None]
     names = {layer.type for layer in layers}
     if not names:
-        raise DroppeftError("an adapter needs a layer to sit in")
+        raise DroppeftError("no layer has an adapter; at least one must have one")
     if len(names) > 1:
         some = ", ".join(sorted(names))
-        raise DroppeftError(f"an adapter is of one type in all layers, not {some}")
+        raise DroppeftError(f"an adapter must have the same type in all layers, not {some}")
     name = names.pop()
     kind = adapter_type(name)
     _check_settings(name, kind, spec, layers)
     if kind.kind != "layered" and len(set(spec.layers)) > 1:
-        raise DroppeftError(f"adapter.type={name} is in every layer alike or in none")
+        raise DroppeftError(f"adapter.type={name} must be the same in every layer")
     checked_options(name, spec.options)
     return name
 
 
 def checked_options(name: str, options: tuple[tuple[str, OptionValue], ...]) -> dict[str, Any]:
-    """Options as peft's configuration class of a type wants them.
+    """Return the options with values as peft's configuration class of a type expects them.
 
     Raises:
-        DroppeftError: one that the class does not have, that may not be set, or whose value has
-            another type.
+        DroppeftError: if the class does not have an option, it may not be set, or its value has the
+            wrong type.
     """
     kinds = open_options(name)
     return {option: _checked(name, kinds, option, value) for option, value in options}
 
 
 def open_options(name: str) -> dict[str, Any]:
-    """Types of the options that may be set, by name."""
+    """Return the type of each option that may be set, by name."""
     if name == BOTTLENECK:
         return {}
     closed = CLOSED | TYPES[name].closed | set(TYPES[name].settings.values())
@@ -94,21 +94,21 @@ def open_options(name: str) -> dict[str, Any]:
 
 
 def config_class(name: str) -> Any:
-    """peft's configuration class of a type."""
+    """Return peft's configuration class of a type."""
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
 
 
 def _check_settings(
     name: str, kind: AdapterType, spec: AdapterSpec, layers: list[LayerAdapter]
 ) -> None:
-    own_targets = kind.kind == "layered" or spec.targets == ("default",)
+    targets_allowed = kind.kind == "layered" or spec.targets == ("default",)
     given: dict[str, list[Any]] = {
         "rank": [layer.rank for layer in layers],
         "width": [layer.width for layer in layers],
         "alpha": [spec.alpha],
         "dropout": [spec.dropout],
         "tokens": [spec.tokens],
-        "targets": [None if own_targets else spec.targets],
+        "targets": [None if targets_allowed else spec.targets],
     }
     for setting, values in given.items():
         if setting not in kind.settings and values != [None] * len(values):
@@ -119,21 +119,23 @@ def _check_settings(
 
 def _check_values(name: str, setting: str, values: list[Any]) -> None:
     if None in values and (setting in NEEDED or set(values) != {None}):
-        raise DroppeftError(f"adapter.type={name} needs adapter.{setting} in every layer")
+        raise DroppeftError(
+            f"adapter.type={name} needs adapter.{setting} in every layer that has an adapter"
+        )
     if setting in ("rank", *NEEDED) and any(value is not None and value < 1 for value in values):
         raise DroppeftError(f"adapter.{setting} must be 1 or more")
     if len(set(values)) > 1 and name not in RANK_PER_LAYER:
-        raise DroppeftError(f"adapter.type={name} has one rank for all layers, not one for each")
+        raise DroppeftError(f"adapter.type={name} must have the same rank in all layers")
 
 
 def _checked(name: str, kinds: Mapping[str, Any], option: str, value: OptionValue) -> Any:
     place = f"adapter.options.{option}"
-    ours = {theirs: setting for setting, theirs in TYPES[name].settings.items()}
-    if option in ours:
-        raise DroppeftError(f"{place}: set adapter.{ours[option]} instead")
+    settings = {field: setting for setting, field in TYPES[name].settings.items()}
+    if option in settings:
+        raise DroppeftError(f"{place}: set adapter.{settings[option]} instead")
     if option in CLOSED | TYPES[name].closed:
         raise DroppeftError(
-            f"{place} cannot be set: droppeft sets it, or it would touch more than single layers"
+            f"{place} cannot be set: droppeft sets it, or it affects more than single layers"
         )
     if option not in kinds:
         known = f"it has {', '.join(sorted(kinds))}" if kinds else "it has none"

@@ -1,6 +1,6 @@
-"""Which modules of which layers peft adapts, and with which rank: by full names, never by guess.
+"""The full names of the modules that peft adapts, and their ranks.
 
-Ours; the default targets of an architecture are peft's.
+Ours, except for the default targets of an architecture, which are peft's.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,19 @@ _SAME_MODULES = {"xlm-roberta": "roberta"}
 
 
 def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> dict[str, Any]:
-    """What peft's configuration must say of the layers.
+    """Return the fields of peft's configuration that depend on the layers.
 
     Args:
-        model: the plain backbone.
+        model: the backbone.
         name: a layered type of peft.
         blocks_path: dotted name of the list of layers inside ``model``.
 
     Returns:
-        Full names of the modules, and their ranks.
+        The fields for the full names of the modules, and for their ranks.
 
     Raises:
-        DroppeftError: a target that is no module of a layer, or an architecture without defaults.
+        DroppeftError: if no layer has a module of a target's name, or peft has no default targets
+            for the architecture.
     """
     targets = _target_names(model, name, spec, blocks_path)
     fields: dict[str, Any] = {"target_modules": targets}
@@ -52,15 +53,15 @@ def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> 
         if (layer := spec.layers[_layer_index(target, blocks_path)]) and layer.rank is not None
     }
     if ranks:
-        typical = fields[TYPES[name].settings["rank"]] = max(ranks.values())
-        differing = {target: rank for target, rank in ranks.items() if rank != typical}
+        default = fields[TYPES[name].settings["rank"]] = max(ranks.values())
+        differing = {target: rank for target, rank in ranks.items() if rank != default}
         if differing:
             fields["rank_pattern"] = differing
     return fields
 
 
 def _target_names(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> list[str]:
-    """Full names of the modules that get an adapter: never outside a layer, never by guess."""
+    """Return the full names of the modules that get an adapter, all of them inside layers."""
     on_norms = name == "ln_tuning"
     possible = {
         path: _layer_index(path, blocks_path)
@@ -76,49 +77,51 @@ def _target_names(model: Any, name: str, spec: AdapterSpec, blocks_path: str) ->
             known = sorted({path.rpartition(".")[2] for path in possible})
             raise DroppeftError(
                 f"adapter.targets: no layer has a {'normalisation' if on_norms else 'linear'} "
-                f"module {target!r}; this model has {', '.join(known)}"
+                f"module {target!r}; choose from {', '.join(known)}"
             )
     return [path for path, layer in chosen.items() if spec.layers[layer] is not None]
 
 
 def _can_carry(module: nn.Module, on_norms: bool) -> bool:
-    # Every architecture has normalisation classes of its own; their names have this in common.
+    # Architectures have different normalisation classes, but all class names contain "Norm".
     return "Norm" in type(module).__name__ if on_norms else isinstance(module, nn.Linear | Conv1D)
 
 
 def _wanted(
     model: Any, name: str, targets: tuple[str, ...], on_norms: bool
 ) -> Sequence[str] | None:
-    """Names or ends of names of modules; ``None`` for all that can carry an adapter."""
+    """Return names of modules, or ends of names; ``None`` for all that can have an adapter."""
     if targets == ("all-linear",) and on_norms:
-        raise DroppeftError("adapter.targets: ln_tuning has no linear modules; leave it out")
+        raise DroppeftError(
+            "adapter.targets: ln_tuning does not adapt linear modules; leave the setting out"
+        )
     if targets == ("all-linear",) or (targets == ("default",) and on_norms):
         return None
     if targets != ("default",):
         return targets
-    own = (
+    defaults = (
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
         if name == "ia3"
         else PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())].target_module_mapping
     )
-    typical = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    found = _of_type(own, model) or _of_type(typical, model)
+    lora_defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = _of_type(defaults, model) or _of_type(lora_defaults, model)
     if found is None:
         raise DroppeftError(
             f"peft has no default targets for {model.config.model_type!r}; "
-            "name them in adapter.targets"
+            "name the modules in adapter.targets"
         )
     return found
 
 
 def _of_type(mapping: dict[str, list[str]], model: Any) -> list[str] | None:
-    """peft's list for the model's architecture, or for one with the same modules."""
+    """Return peft's list for the architecture, or for another one with the same modules."""
     model_type = model.config.model_type
     return mapping.get(model_type) or mapping.get(_SAME_MODULES.get(model_type, ""))
 
 
 def _named(path: str, ends: Sequence[str]) -> bool:
-    """Tell whether a module's name is, or ends with, one of those: peft's rule."""
+    """Whether a module's name is, or ends with, one of the names; this is peft's rule."""
     return any(path == end or path.endswith(f".{end}") for end in ends)
 
 

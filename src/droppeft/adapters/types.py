@@ -1,7 +1,7 @@
-"""Every adapter type by name: where its tensors belong, what can be set, or why it is refused.
+"""Table of adapter types: where their tensors are, what can be set, and which types are refused.
 
-Ours; ``docs/adapters.md`` is made from this table and from what the contract of
-``tests/adapter_contract.py`` found.
+Ours. ``docs/adapters.md`` is generated from this table and from the results of
+``tests/adapter_contract.py``.
 """
 
 import difflib
@@ -18,18 +18,18 @@ Kind = Literal["layered", "sliced", "global", "refused"]
 
 @dataclass(frozen=True)
 class AdapterType:
-    """What is to be known of a type before a model is there.
+    """Properties of an adapter type that do not depend on a model.
 
     Attributes:
-        kind: ``"layered"``: every tensor sits in one layer; ``"sliced"``: the type has one tensor
-            for all layers, which is kept as a parameter per layer here; ``"global"``: its tensors
-            are in no layer; ``"refused"``: it cannot be used.
-        title: as its authors write it.
-        source: where it is described.
-        settings: which of our settings it has, and what peft's configuration class calls them.
-        closed: options of that class that may not be set, besides
+        kind: ``"layered"``: every tensor belongs to one layer. ``"sliced"``: peft has one tensor
+            for all layers, which is split into a parameter per layer here. ``"global"``: the
+            tensors belong to no layer. ``"refused"``: the type cannot be used.
+        title: the name that its authors use.
+        source: the paper or page that describes it.
+        settings: by name of our settings, the name of the field of peft's configuration class.
+        closed: fields of that class that may not be set as options, in addition to
             :data:`droppeft.adapters.settings.CLOSED`.
-        note: for people; of a refused type the reason, which completes "… is refused:".
+        note: a remark for the documentation; for a refused type, the reason.
     """
 
     kind: Kind
@@ -52,17 +52,17 @@ def _refused(title: str, source: str, reason: str) -> AdapterType:
     return AdapterType("refused", title, source, note=reason)
 
 
-_SVD = "frozen parts come from an SVD of the weights: clients of other make may find another one"
-_DRAWN = "frozen parts are drawn from a seed of its own, an option"
-_TIED = "it has one tensor for all layers, which no layer could drop, keep or share"
-_TASKS = "its forward needs a task number for every text"
-_PROMPT = "not for decoders, whose last text token transformers cannot find behind a prompt"
+_SVD = "frozen parts come from an SVD of the weights, which may differ between kinds of hardware"
+_DRAWN = "frozen parts are drawn from a separate seed, which is an option"
+_TIED = "it has one tensor for all layers, which cannot be dropped or shared by layer"
+_TASKS = "its forward needs a task id for every text"
+_PROMPT = "not for decoders: transformers cannot find the last text token after a prompt"
 
 TYPES: dict[str, AdapterType] = {
     BOTTLENECK: _layered(
         "Bottleneck adapter",
         "arXiv:1902.00751",
-        "ours; loaded by load_bottleneck, not by peft",
+        "ours; to be loaded with load_bottleneck, not with peft",
         width="width",
     ),
     "lora": AdapterType(
@@ -70,7 +70,7 @@ TYPES: dict[str, AdapterType] = {
         "LoRA",
         "arXiv:2106.09685",
         {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        # The first may rewrite the backbone's weights, the second reaches outside of layers.
+        # The first may change the backbone's weights, the second is not limited to layers.
         closed=frozenset({"init_lora_weights", "target_parameters"}),
         note="also rsLoRA (options.use_rslora) and DoRA (options.use_dora)",
     ),
@@ -78,7 +78,7 @@ TYPES: dict[str, AdapterType] = {
         "layered",
         "AdaMSS",
         "openreview:8ZdWmpYxT0",
-        closed=frozenset({"use_asa"}),  # needs calls from the training loop
+        closed=frozenset({"use_asa"}),  # it needs calls in the training loop
         note=_SVD,
     ),
     "beft": _layered("BEFT", "arXiv:2509.15974"),
@@ -130,68 +130,73 @@ TYPES: dict[str, AdapterType] = {
         "arXiv:2101.00190",
         {"tokens": "num_virtual_tokens"},
         closed=frozenset({"prefix_projection", "encoder_hidden_size"}),  # one MLP for all layers
-        note="every layer has one; not for models without a key-value cache, as DeBERTa-v2, nor in "
-        "a loop of your own with transformers' own gradient checkpointing, which takes it away",
+        note="every layer has a prefix; not for models without a key-value cache, such as "
+        "DeBERTa-v2, nor in a custom training loop with transformers' own gradient checkpointing, "
+        "which discards the prefix",
     ),
     "prompt_tuning": _prompt("Prompt tuning", "arXiv:2104.08691", _PROMPT),
     "p_tuning": _prompt(
         "P-tuning",
         "arXiv:2103.10385",
-        f"{_PROMPT}; the encoder of the prompt is not exported, only what it made",
+        f"{_PROMPT}; the exported folder has the prompt's values, but not its encoder",
     ),
     "adalora": _refused(
         "AdaLoRA",
         "arXiv:2303.10512",
-        "it moves ranks between layers in calls from its own training loop",
+        "it needs calls in the training loop to move ranks between layers",
     ),
     "adaption_prompt": _refused(
         "Adaption prompt",
         "arXiv:2303.16199",
-        "it cannot train a task head, and knows decoders alone",
+        "it cannot train a task head and only supports decoders",
     ),
     "cartridge": _refused(
         "Cartridges",
         "arXiv:2506.06266",
-        "it is distilled from a long text, not trained on a task; prefix_tuning is",
+        "it is distilled from a long text, not trained on a task; use prefix_tuning",
     ),
     "cpt": _refused(
-        "Context-aware prompt tuning", "arXiv:2410.17222", "it is for causal language models alone"
+        "Context-aware prompt tuning", "arXiv:2410.17222", "it is only for causal language models"
     ),
     "frod": _refused(
         "FRoD",
         "doi:10.1609/aaai.v40i31.39813",
-        "its frozen basis is computed from all adapted layers together, so that a layer's tensors "
-        "mean something else where another set of layers has adapters",
+        "its frozen basis is computed from all adapted layers together, so the tensors of a layer "
+        "cannot be used if a different set of layers has adapters",
     ),
     "lily": _refused("Lily", "arXiv:2407.09946", _TIED),
     "multitask_prompt_tuning": _refused("Multitask prompt tuning", "arXiv:2303.02861", _TASKS),
     "poly": _refused("Poly", "arXiv:2202.13914", _TASKS),
     "shadow": _refused(
-        "ShadowPEFT", "arXiv:2604.19254", "a second model runs beside all layers of the backbone"
+        "ShadowPEFT",
+        "arXiv:2604.19254",
+        "it runs a second model next to all layers of the backbone",
     ),
     "shira": _refused(
         "SHiRA",
         "arXiv:2406.13175",
-        "it keeps sparse tensors for the backward, whose memory is not counted yet",
+        "it stores sparse tensors for the backward, whose memory is not counted yet",
     ),
     "tinylora": _refused("TinyLoRA", "arXiv:2602.04118", _TIED),
     "trainable_tokens": _refused(
-        "Trainable tokens", "peft", "it cannot train a task head, only rows of the embedding"
+        "Trainable tokens",
+        "peft",
+        "it trains rows of the embedding only and cannot train a task head",
     ),
     "unilora": _refused("UniLoRA", "arXiv:2506.00799", _TIED),
     "vblora": _refused("VB-LoRA", "arXiv:2405.15179", _TIED),
     "xlora": _refused(
-        "X-LoRA", "arXiv:2402.07148", "it mixes LoRA adapters that were trained before"
+        "X-LoRA", "arXiv:2402.07148", "it mixes LoRA adapters that are already trained"
     ),
 }
-"""All types: ours and every one of peft's, in the order of the documentation."""
+"""All types of droppeft and of peft, in the order of the documentation."""
 
 
 def adapter_type(name: str) -> AdapterType:
-    """Look up a type that can be used.
+    """Return a type that can be used.
 
     Raises:
-        DroppeftError: an unknown name, or a type that is refused, with the reason.
+        DroppeftError: if the name is unknown or the type is refused.
     """
     usable = [known for known, kind in TYPES.items() if kind.kind != "refused"]
     if name not in TYPES:
@@ -204,8 +209,8 @@ def adapter_type(name: str) -> AdapterType:
     return found
 
 
-_MATRIX = "it takes the weights for a matrix of numbers"
-_IN_PLACE = "it changes a layer's output in place, which bitsandbytes forbids"
+_MATRIX = "it treats the quantised codes as if they were weights"
+_IN_PLACE = "it changes a layer's output in place, which bitsandbytes does not allow"
 
 NOT_ON: dict[str, dict[str, str]] = {
     "8bit": {
@@ -222,21 +227,21 @@ NOT_ON: dict[str, dict[str, str]] = {
         "supertuning": _MATRIX,
     },
 }
-"""By quantisation: types that train and cannot sit on such a backbone, with the reason."""
+"""By quantisation, types that do not work on such a backbone, with the reason."""
 
 NOT_ON["4bit"] = {**NOT_ON["8bit"], "loha": _MATRIX, "lokr": _MATRIX}
 
 
 def check_on(name: str, options: Collection[str], quantization: str) -> None:
-    """Refuse a type, or one of its options, on a quantised backbone.
+    """Check that a type and its options work on a quantised backbone.
 
     Args:
         name: a type that can be used.
-        options: names of those that are given.
-        quantization: of the backbone.
+        options: names of the options that are set.
+        quantization: quantisation of the backbone.
 
     Raises:
-        DroppeftError: with the reason, and what can be used there.
+        DroppeftError: if the type or an option does not work.
     """
     refused = NOT_ON.get(quantization, {})
     bits = quantization.removesuffix("bit")
@@ -247,8 +252,8 @@ def check_on(name: str, options: Collection[str], quantization: str) -> None:
             if kind.kind != "refused" and known not in refused
         ]
         raise DroppeftError(
-            f"adapter.type={name} does not work on weights of {bits} bits: {refused[name]}; "
-            f"set quantization=none, or take {', '.join(usable)}"
+            f"adapter.type={name} does not work with {bits}-bit weights: {refused[name]}; "
+            f"set quantization=none, or choose {', '.join(usable)}"
         )
     if quantization == "8bit" and "use_dora" in options:
         raise DroppeftError(

@@ -1,20 +1,20 @@
-"""Which arm a client gets: rates over depth and a prefix, learnt while the run trains.
+"""A multi-armed bandit that chooses drop rates and untrained layers for clients during a run.
 
-Source: a multi-armed bandit over dropout rates is DropPEFT's (arXiv:2503.10217); arms, rewards,
-policies and the choice for a whole cohort are ours.
+Source: DropPEFT (arXiv:2503.10217) chooses drop rates by a multi-armed bandit. Ours: the arms, the
+rewards, the choice for a whole cohort, and the policies (``policies.py`` names what they follow).
 """
 
 from droppeft.bandit.arms import Arm, arm_rates, candidates, first_trained, neighbours
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
-from droppeft.bandit.policies import POLICIES, Asked, ScoredArms, score
+from droppeft.bandit.policies import POLICIES, PolicyInputs, ScoredArms, score
 
 __all__ = [
     "POLICIES",
     "Arm",
-    "Asked",
     "Estimate",
     "Observation",
+    "PolicyInputs",
     "ScoredArms",
     "arm_rates",
     "candidates",

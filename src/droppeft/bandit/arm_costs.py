@@ -1,4 +1,4 @@
-"""What an arm of the bandit takes on each kind of client: seconds and bytes. Ours."""
+"""Modelled seconds and bytes of an arm on each device profile. Ours."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -7,7 +7,7 @@ from typing import Any
 from droppeft.bandit import Arm, arm_rates, first_trained
 from droppeft.bandit.arms import Depth
 from droppeft.bandit.bandit_memory import BanditMemory
-from droppeft.bandit.policies import LOT
+from droppeft.bandit.policies import RANDOM
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
@@ -18,11 +18,12 @@ from droppeft.messages import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
 TYPICAL_STEPS = 10
-"""Steps of a turn that is said in epochs, whose number the server does not know."""
+"""Assumed number of steps if local trainings are given in epochs, whose steps the server does not
+know."""
 
 
 def depth_of_run(setup: Setup) -> Depth:
-    """The layers that arms are about."""
+    """The layers of the run to which arms apply."""
     dropout = setup.config.dropout
     frozen = setup.config.frozen.count
     return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
@@ -31,53 +32,62 @@ def depth_of_run(setup: Setup) -> Depth:
 def rates_of_arm(
     setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
 ) -> tuple[float, ...]:
-    """Drop rates of an arm as the run's schedule has them in a round."""
+    """Drop rate of each layer for an arm in a round, after the schedule."""
     return in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
 
 
-def is_deciding(setup: Setup, round: int) -> bool:
-    """Whether arms differ in a round in what they drop; at a schedule's full depth none does."""
+def arms_differ(setup: Setup, round: int) -> bool:
+    """Whether arms drop different layers in a round; not where the schedule sets all rates to 0."""
     return any(in_round(setup, round, (1.0,)))
 
 
 def clock_of(setup: Setup) -> Clock:
+    """The modelled clock of the run.
+
+    Raises:
+        DroppeftError: if there is none.
+    """
     if setup.clock is None:
         raise DroppeftError(
-            f"configurator.policy={setup.config.configurator.policy} needs the modelled clock, and "
-            "this model's arithmetic cannot be counted; set configurator.policy=fixed"
+            f"configurator.policy={setup.config.configurator.policy} needs the modelled clock, but "
+            "the FLOPs of this model cannot be counted; set configurator.policy=fixed"
         )
     return setup.clock
 
 
-def of_kinds(
-    setup: Setup, cohort: Sequence[int], value: Callable[[DeviceProfile], list[Any]]
+def for_clients(
+    setup: Setup, cohort: Sequence[int], function: Callable[[DeviceProfile], list[Any]]
 ) -> list[list[Any]]:
-    """A value of every client, found once for each kind."""
+    """The function's result for each client, computed once per device profile."""
     fleet = clock_of(setup).fleet
     names = [fleet.names[client] for client in cohort]
-    found = {name: value(fleet.profiles[name]) for name in dict.fromkeys(names)}
-    return [found[name] for name in names]
+    results = {name: function(fleet.profiles[name]) for name in dict.fromkeys(names)}
+    return [results[name] for name in names]
 
 
 def seconds_of(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[float]:
-    """Modelled seconds of a turn with each arm."""
+    """Modelled seconds of a local training with each arm."""
     return [
         local_training_seconds(setup, model, memory, round, arm, profile)
         for arm in memory.arms.values()
     ]
 
 
-def typical_seconds(
+def mean_seconds(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
 ) -> tuple[float, ...]:
-    """The same, mean over the kinds of client that there are."""
-    by_kind = [seconds_of(setup, model, memory, round, kind) for kind in kinds(setup).values()]
-    return tuple(fmean(seconds) for seconds in zip(*by_kind, strict=True))
+    """Modelled seconds of a local training with each arm, mean over the assigned profiles."""
+    by_profile = [
+        seconds_of(setup, model, memory, round, profile)
+        for profile in assigned_profiles(setup).values()
+    ]
+    return tuple(fmean(seconds) for seconds in zip(*by_profile, strict=True))
 
 
-def kinds(setup: Setup) -> Mapping[str, DeviceProfile]:
+def assigned_profiles(setup: Setup) -> Mapping[str, DeviceProfile]:
+    """The device profiles that are assigned to some client, by name."""
     fleet = clock_of(setup).fleet
     return {name: fleet.profiles[name] for name in dict.fromkeys(fleet.names)}
 
@@ -90,7 +100,7 @@ def local_training_seconds(
     arm: Arm,
     profile: DeviceProfile,
 ) -> float:
-    """Of a turn as it is expected: rows as long as lately, links as they are on average."""
+    """Expected seconds of a local training, with recent row lengths and mean transfer times."""
     config = setup.config
     arithmetic = clock_of(setup).arithmetic(model.adapter)
     steps = config.training.local_steps or TYPICAL_STEPS
@@ -119,16 +129,16 @@ def _row_flops(
 
 
 def reward_rows(setup: Setup, round: int) -> int:
-    """How many a client measures its reward on; 0 where nothing is learnt from it."""
+    """How many validation rows a client measures its reward on; 0 if the reward is not used."""
     settings = setup.config.configurator
-    idle = settings.policy in ("fixed", LOT) or not is_deciding(setup, round)
-    return 0 if idle or settings.reward != "loss" else settings.reward_rows
+    unused = settings.policy in ("fixed", RANDOM) or not arms_differ(setup, round)
+    return 0 if unused or settings.reward != "loss" else settings.reward_rows
 
 
-def fitting(
+def fitting_arms(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
 ) -> list[bool]:
-    """For which arms a kind of client has the memory."""
+    """For each arm, whether the profile has enough memory."""
     return [
         bytes_of_arm(setup, model, memory, round, arm) <= profile.memory_bytes
         for arm in memory.arms.values()
@@ -138,10 +148,10 @@ def fitting(
 def bytes_of_arm(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, arm: Arm
 ) -> int:
-    """What a process takes that trains with an arm, at the longest rows.
+    """Memory in bytes of a process that trains with an arm, for rows of full length.
 
-    With `training.offload` as if all weights were in memory, which they are while rewards are
-    measured.
+    With ``training.offload`` all weights are counted as well, since they are in memory while the
+    reward is measured.
     """
     rates = rates_of_arm(setup, round, arm, memory.importance)
     lower = first_trained(arm, depth_of_run(setup))
@@ -154,36 +164,44 @@ def bytes_of_arm(
     return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
 
 
-def unfitted(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> str | None:
-    """A kind of client that none of the arms fits, in this round or the last.
+def profile_without_arm(
+    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
+) -> str | None:
+    """Name of a device profile that no arm fits, in this round or in the last one.
 
-    Schedules have full depth in the first round or the last.
+    These two are enough: with a schedule, full depth is reached in the first or the last round.
     """
-    for name, kind in kinds(setup).items():
-        for one in (round, setup.config.rounds):
-            if not any(fitting(setup, model, memory, one, kind)):
+    for name, profile in assigned_profiles(setup).items():
+        for checked in (round, setup.config.rounds):
+            if not any(fitting_arms(setup, model, memory, checked, profile)):
                 return name
     return None
 
 
 def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
-    name = unfitted(setup, model, memory, 1)
+    """Refuse a run in which some client has not enough memory for any arm.
+
+    Raises:
+        DroppeftError: if there is one; the message names its device profile.
+    """
+    name = profile_without_arm(setup, model, memory, 1)
     if name is not None:
         arms, rounds = memory.arms.values(), (1, setup.config.rounds)
         least = max(
             min(bytes_of_arm(setup, model, memory, round, arm) for arm in arms) for round in rounds
         )
         raise DroppeftError(
-            f"no arm of the configurator fits a {name}: the least takes {least / 1e9:.2f} GB, it "
-            f"has {kinds(setup)[name].memory_bytes / 1e9:.2f}; lower training.batch_size or "
-            "training.max_length, or add larger configurator.means or prefixes"
+            f"no arm of the configurator fits the memory of {name}: the smallest needs "
+            f"{least / 1e9:.2f} GB of {assigned_profiles(setup)[name].memory_bytes / 1e9:.2f} GB; "
+            "lower training.batch_size or training.max_length, or add larger values to "
+            "configurator.means or configurator.untrained"
         )
 
 
 def fits_somewhere(
     setup: Setup, model: GlobalModel, memory: BanditMemory, arm: Arm, round: int
 ) -> bool:
-    """Whether some kind of client has the memory for an arm, in this round and the last."""
-    most = max(kind.memory_bytes for kind in kinds(setup).values())
+    """Whether some device profile has enough memory for an arm, in this round and the last."""
+    largest = max(profile.memory_bytes for profile in assigned_profiles(setup).values())
     rounds = (round, setup.config.rounds)
-    return all(bytes_of_arm(setup, model, memory, one, arm) <= most for one in rounds)
+    return all(bytes_of_arm(setup, model, memory, checked, arm) <= largest for checked in rounds)

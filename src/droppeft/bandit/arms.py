@@ -1,4 +1,4 @@
-"""Arms: what a client may be told to drop and to train. Ours."""
+"""Arms: drop rates and untrained layers that a client may be given. Ours."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import SHAPES, protected_ends, weighted_rates
 
 IMPORTANCE = "importance"
-"""The shape that drops what matters least: rates in inverse proportion to a layer's importance."""
-
+"""The shape whose rates are inversely proportional to the importance of the layers."""
 
 LEAST_PART = 1e-9
-"""Of the largest importance: below it a layer's is not known."""
+"""An importance below this part of the largest counts as unknown."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a client does in one turn.
+    """What a client drops and trains in one local training.
 
     Attributes:
-        mean: drop rate, mean over the layers that are trained; protected ones count 0.
-        shape: of the rates over those layers, a name of ``SHAPES`` or :data:`IMPORTANCE`.
-        untrained: share of the layers, from the first, that run and are not trained.
+        mean: mean drop rate over the trained layers; protected layers count with 0.
+        shape: shape of the rates over these layers: a key of ``SHAPES``, or :data:`IMPORTANCE`.
+        untrained: share of the layers above the frozen ones, from the lowest, that run and are not
+            trained.
     """
 
     mean: float
@@ -31,7 +31,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The arm in words, for reports."""
         untrained = f", first {self.untrained:.0%} not trained" if self.untrained else ""
         if not self.mean:
             return f"nothing dropped{untrained}"
@@ -41,12 +41,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Depth:
-    """The layers that arms are about.
+    """The layers to which arms apply.
 
     Attributes:
-        layers: L.
-        frozen: so many of the first have no adapter, for the whole run.
-        protect_first, protect_last: of the trained layers, never dropped.
+        layers: number of layers L.
+        frozen: number of frozen layers.
+        protect_first, protect_last: how many of the first and last trained layers are never
+            dropped.
     """
 
     layers: int
@@ -58,34 +59,38 @@ class Depth:
 def candidates(
     means: Sequence[float], shapes: Sequence[str], untrained: Sequence[float], depth: Depth
 ) -> tuple[Arm, ...]:
-    """All combinations that the protected layers allow, each once.
+    """All combinations that are possible with the protected layers, without duplicates.
 
     Raises:
-        DroppeftError: none is possible.
+        DroppeftError: if no combination is possible.
     """
-    every = (
-        _plain(Arm(mean, shape, untrained), depth)
+    combinations = (
+        _normalised(Arm(mean, shape, untrained), depth)
         for untrained, mean, shape in itertools.product(untrained, means, shapes)
     )
-    found = tuple(dict.fromkeys(arm for arm in every if is_possible(arm, depth)))
-    if not found:
+    arms = tuple(dict.fromkeys(arm for arm in combinations if is_possible(arm, depth)))
+    if not arms:
         raise DroppeftError(
-            f"no arm of the configurator is possible in {depth.layers} layers with "
-            f"{depth.protect_first} first and {depth.protect_last} last of the trained ones "
+            f"no arm of the configurator is possible in {depth.layers} layers if the first "
+            f"{depth.protect_first} and the last {depth.protect_last} trained layers are "
             "protected; lower configurator.means, or protect fewer"
         )
-    return found
+    return arms
 
 
-def _plain(arm: Arm, depth: Depth) -> Arm:
-    """Equal behaviour under one name: nothing dropped has no shape, a untrained whole layers."""
+def _normalised(arm: Arm, depth: Depth) -> Arm:
+    """The same for arms that behave alike.
+
+    An arm that drops nothing gets the uniform shape, and ``untrained`` becomes a share of whole
+    layers.
+    """
     trainable = depth.layers - depth.frozen
     untrained = (first_trained(arm, depth) - depth.frozen) / trainable
     return Arm(arm.mean, arm.shape if arm.mean else "uniform", untrained)
 
 
 def is_possible(arm: Arm, depth: Depth) -> bool:
-    """Whether the protected layers leave enough to drop, and something is trained."""
+    """Whether an arm trains a layer, and enough layers are unprotected to reach its mean rate."""
     try:
         arm_rates(arm, depth, None)
     except DroppeftError:
@@ -99,19 +104,21 @@ def first_trained(arm: Arm, depth: Depth) -> int:
 
 
 def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tuple[float, ...]:
-    """Drop rate of each of the L layers; 0 before the first that is trained.
+    """Drop rate of each of the L layers; 0 below the first trained layer.
 
     Args:
-        importance: of each layer, as far as it is known; for :data:`IMPORTANCE`, which is
-            ``uniform`` until then.
+        importance: importance of each layer, for the shape :data:`IMPORTANCE`. While it is unknown,
+            that shape is uniform.
 
     Raises:
-        DroppeftError: the mean is impossible, or no layer is trained.
+        DroppeftError: if the mean is impossible, or if no layer is trained.
     """
     lower = first_trained(arm, depth)
     trained = depth.layers - lower
     if trained < 1:
-        raise DroppeftError("an arm that trains no layer")
+        raise DroppeftError(
+            "an arm of the configurator trains no layer; lower configurator.untrained"
+        )
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
     weights = _weights(arm.shape, trained, importance[lower:] if importance else None)
     return (0.0,) * lower + weighted_rates(arm.mean, weights, protected=protected)
@@ -122,22 +129,21 @@ def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Seq
         return SHAPES[shape](layers)
     if importance is None or min(importance) <= LEAST_PART * max(importance):
         return (1.0,) * layers
-    return tuple(1 / each for each in importance)
+    return tuple(1 / value for value in importance)
 
 
 def neighbours(
     arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, several_depths: bool = True
 ) -> tuple[Arm, ...]:
-    """Arms that differ in one thing: a little more or less dropped, another shape, one layer more
-    or less trained.
+    """Possible arms that differ from an arm in its mean, its shape or one untrained layer.
 
     Args:
-        step: of the mean.
-        shapes: that there may be.
+        step: difference of the mean.
+        shapes: shapes that may be used.
         several_depths: whether the share of untrained layers may change.
     """
     layer = 1 / (depth.layers - depth.frozen)
-    near = [
+    changed = [
         *(replace(arm, mean=round(arm.mean + change, 6)) for change in (-step, step)),
         *(replace(arm, shape=shape) for shape in shapes),
         *(
@@ -146,6 +152,6 @@ def neighbours(
             if several_depths
         ),
     ]
-    inside = [one for one in near if 0 <= one.mean < 1 and -1e-9 <= one.untrained < 1]
-    found = dict.fromkeys(_plain(one, depth) for one in inside if is_possible(one, depth))
-    return tuple(one for one in found if one != _plain(arm, depth))
+    valid = [near for near in changed if 0 <= near.mean < 1 and -1e-9 <= near.untrained < 1]
+    unique = dict.fromkeys(_normalised(near, depth) for near in valid if is_possible(near, depth))
+    return tuple(near for near in unique if near != _normalised(arm, depth))

@@ -9,21 +9,21 @@ from droppeft.bandit.arms import Arm
 from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
 
 SMOOTHING = 0.2
-"""Weight of a round's importance in the running mean."""
+"""Weight of the newest round in the running mean of the importance."""
 
 
 @dataclass(frozen=True)
 class BanditMemory:
-    """What is known of the arms; a part of the server's state.
+    """What the bandit knows; a part of the server's state.
 
     Attributes:
-        arms: those that may be given, by number; a number is never used twice.
-        next_number: of the next new arm.
-        observations: of the window's rounds.
-        row_length: tokens of a row, padding included, mean of the last rounds.
-        importance: of each layer, running mean; ``None`` before any is known.
-        tried: numbers of the arms that some client was given, ever, merged or not.
-        changed: the round after which arms were last taken out or exchanged.
+        arms: the current arms by number; a number is never used twice.
+        next_number: number of the next new arm.
+        observations: observations of the rounds in the window.
+        row_length: mean tokens per row in the last round with updates, padding included.
+        importance: running mean of the importance of each layer; ``None`` before the first.
+        tried: numbers of all arms that were ever given to a client, whether merged or not.
+        changed: the round after which arms were last removed or replaced.
     """
 
     arms: Mapping[int, Arm]
@@ -36,17 +36,17 @@ class BanditMemory:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the arms, in their order."""
+        """Numbers of the current arms, in order."""
         return tuple(self.arms)
 
     def known(self, window: int) -> Estimate:
-        """Of the arms, in their order."""
-        last = max((one.round for one in self.observations), default=0)
+        """Estimate of the current arms, in order."""
+        last = max((observation.round for observation in self.observations), default=0)
         return estimate(self.observations, self.numbers, last, window)
 
 
 def begin(arms: Sequence[Arm], row_length: float) -> BanditMemory:
-    """Nothing is known but the candidates."""
+    """The memory before the first round: the candidates, and no observations."""
     return BanditMemory(dict(enumerate(arms)), len(arms), (), row_length, None, frozenset(), 0)
 
 
@@ -59,19 +59,21 @@ def with_round(
     importance: Sequence[float] | None,
     given: Collection[int] = (),
 ) -> BanditMemory:
-    """Add what a round has shown; forget what is older than the window.
+    """Add the results of a round, and forget observations that are older than the window.
 
     Args:
+        row_length: mean tokens per row in the round, ``None`` if nothing was merged.
+        importance: importance of each layer, mean over the updates that ran and trained it; 0 if
+            none did. ``None`` if nothing was merged.
         given: numbers of the arms that clients were given, besides those of the observations.
-        row_length: mean of the round's turns, ``None`` if nothing was merged.
-        importance: of each layer, mean over the round's turns in which it ran and was trained; 0
-            where there was none. ``None`` if nothing was merged.
     """
-    kept = [one for one in memory.observations if one.round > round - window]
+    recent = [
+        observation for observation in memory.observations if observation.round > round - window
+    ]
     return replace(
         memory,
-        observations=(*kept, *observations),
-        tried=memory.tried | {one.arm for one in observations} | set(given),
+        observations=(*recent, *observations),
+        tried=memory.tried | {observation.arm for observation in observations} | set(given),
         row_length=memory.row_length if row_length is None else row_length,
         importance=_smoothed(memory.importance, importance),
     )
@@ -96,13 +98,14 @@ def halved(
     seconds: Sequence[float],
     suffice: Callable[[Collection[int]], bool] = lambda numbers: True,
 ) -> BanditMemory:
-    """Take out the worse half, when a stage of so many rounds is over; the last arm stays.
+    """Remove the worse half of the arms after a stage of ``every`` rounds; one arm always stays.
 
-    Arms that were not tried in the window are not judged, and stay.
+    Arms without observations in the window stay.
 
     Args:
-        seconds: what a turn takes with each arm, mean over the kinds of client.
-        suffice: whether every kind of client can have one of these arms; what is needed stays.
+        seconds: modelled seconds of a local training with each arm, mean over the device profiles.
+        suffice: whether each device profile fits one of these arms; an arm that is needed for this
+            stays.
     """
     if len(memory.arms) == 1 or round - memory.changed < every:
         return memory
@@ -126,12 +129,13 @@ def refreshed(
     near: Callable[[Arm], Sequence[Arm]],
     rng: np.random.Generator,
 ) -> BanditMemory:
-    """Exchange the worst arm for a neighbour of the best, every so many rounds; 0 never.
+    """Replace the worst arm by a neighbour of the best, after ``every`` rounds; never if it is 0.
 
-    Arms that were not tried in the window are not judged.
+    Arms without observations in the window count as neither best nor worst.
 
     Args:
-        near: neighbours of an arm, those that some client can have.
+        seconds: modelled seconds of a local training with each arm, mean over the device profiles.
+        near: returns the neighbours of an arm that fit some device profile.
     """
     if every == 0 or round - memory.changed < every or len(memory.arms) < 2:
         return memory
@@ -151,4 +155,4 @@ def refreshed(
 
 
 def _worth(memory: BanditMemory, window: int, seconds: Sequence[float]) -> list[float]:
-    return [float(one) for one in per_second(memory.known(window).quality, np.array(seconds))]
+    return [float(worth) for worth in per_second(memory.known(window).quality, np.array(seconds))]

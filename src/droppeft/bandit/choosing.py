@@ -1,4 +1,4 @@
-"""From scores and seconds to an arm for each client: most reward per second of the round. Ours."""
+"""Choose arms for a cohort so that the reward per second of the round is largest. Ours."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,51 +13,55 @@ Matrix = npt.NDArray[np.float64]
 def choose_together(
     scored: ScoredArms, seconds: Matrix, fits: npt.NDArray[np.bool_]
 ) -> tuple[int, ...]:
-    """Choose for a cohort whose slowest member ends the round.
+    """Choose an arm for each client of a cohort; the round lasts as long as its slowest client.
 
-    For a round of T seconds each client takes the best score among its arms that end by T; of all
-    T that has the largest sum of scores per second. A client that explores takes what it must.
+    For a round of T seconds, each client takes the arm with the best score among those that take at
+    most T. The T with the largest sum of scores per second is used. A client with a forced arm
+    takes that arm.
 
     Args:
-        scored: of (clients, A).
-        seconds: (clients, A) what a turn takes.
-        fits: (clients, A) whether the client has the memory.
+        scored: scores of A arms.
+        seconds: (clients, A) modelled seconds of a local training.
+        fits: (clients, A) whether the client has enough memory.
 
     Returns:
-        An arm's place for every client; of equally good ones the first.
+        The index of an arm for each client; the first one among equals.
 
     Raises:
-        DroppeftError: no arm fits a device.
+        DroppeftError: if no arm fits some client.
     """
     scores = _allowed(scored.scores, fits)
     if not scored.by_cost:
-        return tuple(int(one) for one in scores.argmax(axis=1))
+        return tuple(int(arm) for arm in scores.argmax(axis=1))
     forced = (scores >= FORCED).any(axis=1)
-    must = scores.argmax(axis=1)
+    best_arm = scores.argmax(axis=1)
     if forced.all():
-        return tuple(int(one) for one in must)
+        return tuple(int(arm) for arm in best_arm)
     free = ~forced
-    own, times = _worth(scores[free], fits[free]), np.where(fits[free], seconds[free], np.inf)
-    sure = float(np.maximum(scored.expected[must[forced]], LEAST).sum())
-    begun = max(seconds[forced, must[forced]], default=0.0)
-    soonest = max(begun, float(times.min(axis=1).max()))
-    best, chosen = -np.inf, must
+    rewards, times = _floored(scores[free], fits[free]), np.where(fits[free], seconds[free], np.inf)
+    forced_reward = float(np.maximum(scored.expected[best_arm[forced]], LEAST).sum())
+    forced_time = max(seconds[forced, best_arm[forced]], default=0.0)
+    soonest = max(forced_time, float(times.min(axis=1).max()))
+    best, chosen = -np.inf, best_arm
     for end in np.unique(np.append(times[np.isfinite(times) & (times > soonest)], soonest)):
-        picked = np.where(times <= end, own, -np.inf).argmax(axis=1)
-        places = np.arange(len(picked))
-        took = max(begun, float(times[places, picked].max()))
-        worth = (sure + own[places, picked].sum()) / took
+        picked = np.where(times <= end, rewards, -np.inf).argmax(axis=1)
+        rows = np.arange(len(picked))
+        duration = max(forced_time, float(times[rows, picked].max()))
+        worth = (forced_reward + rewards[rows, picked].sum()) / duration
         if worth > best:
-            best, chosen = worth, must.copy()
+            best, chosen = worth, best_arm.copy()
             chosen[free] = picked
-    return tuple(int(one) for one in chosen)
+    return tuple(int(arm) for arm in chosen)
 
 
 def _allowed(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
     if not fits.any(axis=1).all():
-        raise DroppeftError("no arm of the configurator fits the memory of every client")
+        raise DroppeftError(
+            "no arm of the configurator fits the memory of some client; add larger values to "
+            "configurator.means or configurator.untrained"
+        )
     return np.where(fits, scores, -np.inf)
 
 
-def _worth(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
+def _floored(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
     return np.where(fits, np.maximum(scores, LEAST), -np.inf)

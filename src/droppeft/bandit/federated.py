@@ -1,4 +1,4 @@
-"""The bandit in the rounds of a run: the arms of a cohort, and what their rewards teach. Ours."""
+"""The bandit in the rounds of a run: choose arms for a cohort, and learn from rewards. Ours."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from droppeft import seeds
 from droppeft.adapters.types import TYPES
 from droppeft.bandit import (
     Arm,
-    Asked,
     Observation,
+    PolicyInputs,
     ScoredArms,
     candidates,
     choose_together,
@@ -22,15 +22,15 @@ from droppeft.bandit import (
     score,
 )
 from droppeft.bandit.arm_costs import (
+    arms_differ,
     check_fits,
     depth_of_run,
     fits_somewhere,
-    fitting,
-    is_deciding,
-    of_kinds,
+    fitting_arms,
+    for_clients,
+    mean_seconds,
+    profile_without_arm,
     seconds_of,
-    typical_seconds,
-    unfitted,
 )
 from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, refreshed, with_round
 from droppeft.bandit.rewards import rewards_of
@@ -38,20 +38,20 @@ from droppeft.federated_method import Setup
 from droppeft.messages import GlobalModel, Instruction, Reply, Update, first_trained_layer
 
 STEP = 0.125
-"""Of the mean drop rate, between neighbours."""
+"""Difference of the mean drop rate between neighbours."""
 
 
 @dataclass(frozen=True)
 class ArmsOfRound:
-    """The arms of a round and their rewards, for people; nothing is decided by it.
+    """The arms of a round and their rewards, for the ledger only.
 
     Attributes:
-        round: which.
-        chosen: number of the arm of each client of the cohort.
-        labels: of these arms, by number.
-        rewards: of each client whose update was merged; ``None`` where it shows nothing.
-        rates: of each layer, mean drop rate over the cohort.
-        trained: of each layer, share of the cohort that trained it.
+        round: number of the round.
+        chosen: by client of the cohort, the number of its arm.
+        labels: labels of these arms by number.
+        rewards: by client whose update was merged, its reward; ``None`` if it has none.
+        rates: mean drop rate of each layer over the cohort.
+        trained: share of the cohort that trained each layer.
     """
 
     round: int
@@ -63,28 +63,29 @@ class ArmsOfRound:
 
 
 def is_fixed(setup: Setup) -> bool:
-    """Whether nothing is to be found out."""
+    """Whether the run has no bandit."""
     return setup.config.configurator.policy == "fixed"
 
 
 def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
-    """All candidates, none tried.
+    """The memory before round 1, with all candidates that fit some client.
 
     Raises:
-        DroppeftError: no candidate is possible, none fits some client, or there is no clock.
+        DroppeftError: if no candidate is possible, if none fits some client, or if there is no
+            modelled clock.
     """
     settings = setup.config.configurator
-    found = candidates(
+    arms = candidates(
         settings.means, settings.shapes, _untrained_shares(setup), depth_of_run(setup)
     )
-    memory = begin(found, setup.config.training.max_length / 2)
+    memory = begin(arms, setup.config.training.max_length / 2)
     check_fits(setup, model, memory)
-    possible = [arm for arm in found if fits_somewhere(setup, model, memory, arm, 1)]
+    possible = [arm for arm in arms if fits_somewhere(setup, model, memory, arm, 1)]
     return begin(possible, memory.row_length)
 
 
 def _untrained_shares(setup: Setup) -> Sequence[float]:
-    """A prompt stands before the first layer: everything behind it has a backward."""
+    """Configured shares of untrained layers; 0 for prompts, which need a backward in all layers."""
     layered = TYPES[setup.config.adapter.type].kind == "layered"
     return setup.config.configurator.untrained if layered else (0.0,)
 
@@ -92,37 +93,37 @@ def _untrained_shares(setup: Setup) -> Sequence[float]:
 def arms_of_round(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, cohort: Sequence[int]
 ) -> list[int]:
-    """The number of an arm for every client, from the state, the round and the cohort alone."""
+    """The number of an arm for each client, a function of state, round and cohort only."""
     settings = setup.config.configurator
     if not cohort:
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
     common = (setup, model, memory, round)
-    seconds = np.array(of_kinds(setup, cohort, lambda kind: seconds_of(*common, kind)))
-    fits = np.array(of_kinds(setup, cohort, lambda kind: fitting(*common, kind)))
+    seconds = np.array(for_clients(setup, cohort, lambda profile: seconds_of(*common, profile)))
+    fits = np.array(for_clients(setup, cohort, lambda profile: fitting_arms(*common, profile)))
     if not settings.by_profile:
-        seconds = np.tile(typical_seconds(*common), (len(cohort), 1))
+        seconds = np.tile(mean_seconds(*common), (len(cohort), 1))
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
     untried = np.array([number not in memory.tried for number in numbers])
-    asked = Asked(seconds, fits, untried, settings.epsilon, rng)
+    inputs = PolicyInputs(seconds, fits, untried, settings.epsilon, rng)
     known = memory.known(settings.window)
-    if is_deciding(setup, round):
-        scored = score(settings.policy, known, asked)
+    if arms_differ(setup, round):
+        scored = score(settings.policy, known, inputs)
     else:
         scored = ScoredArms(np.tile(known.quality, (len(cohort), 1)), known.quality)
-    places = choose_together(scored, seconds, fits)
-    return [numbers[place] for place in places]
+    chosen = choose_together(scored, seconds, fits)
+    return [numbers[index] for index in chosen]
 
 
 def _in_time(
     fits: npt.NDArray[np.bool_], seconds: npt.NDArray[np.float64], deadline_s: float | None
 ) -> npt.NDArray[np.bool_]:
-    """Arms that end by the deadline, on clients that have one."""
+    """``fits`` without arms that miss the deadline, for clients that have an arm which meets it."""
     if deadline_s is None:
         return fits
-    ends = fits & (seconds <= deadline_s)
-    return np.where(ends.any(axis=1, keepdims=True), ends, fits)
+    in_time = fits & (seconds <= deadline_s)
+    return np.where(in_time.any(axis=1, keepdims=True), in_time, fits)
 
 
 def learned(
@@ -132,11 +133,11 @@ def learned(
     instructions: Sequence[Instruction],
     replies: Sequence[Reply],
 ) -> tuple[BanditMemory, ArmsOfRound | None]:
-    """The memory after a round, and what there is to show of it; failures teach nothing.
+    """The memory after a round, and the round's arms for the ledger; failures are ignored.
 
     Args:
-        model: from which the instructions were made.
-        memory: from which their arms were chosen.
+        model: the model from which the instructions were made.
+        memory: the memory from which their arms were chosen.
     """
     if not instructions:
         return memory, None
@@ -152,7 +153,7 @@ def learned(
     observations = [
         Observation(round, number, reward)
         for reward, number in zip(rewards, given, strict=True)
-        if reward is not None and is_deciding(setup, round)
+        if reward is not None and arms_differ(setup, round)
     ]
     lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
     memory = with_round(
@@ -162,37 +163,37 @@ def learned(
         settings.window,
         fmean(lengths) if lengths else None,
         _importance(setup, merged) if merged else None,
-        given if is_deciding(setup, round) else (),
+        given if arms_differ(setup, round) else (),
     )
-    if is_deciding(setup, round):
+    if arms_differ(setup, round):
         memory = _other_arms(setup, model, memory, round)
-    return memory, _shown(setup, instructions, replies, labels, rewards)
+    return memory, _arms_of_round(setup, instructions, replies, labels, rewards)
 
 
 def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> BanditMemory:
-    """Fewer, or one exchanged, as the policy has it; every kind of client has one that fits."""
+    """Remove or replace arms by the policy, so that an arm still fits each device profile."""
     settings = setup.config.configurator
-    seconds = typical_seconds(setup, model, memory, round)
+    seconds = mean_seconds(setup, model, memory, round)
 
     def suffice(numbers: Collection[int]) -> bool:
-        left = {number: memory.arms[number] for number in numbers}
-        return unfitted(setup, model, replace(memory, arms=left), round) is None
+        remaining = {number: memory.arms[number] for number in numbers}
+        return profile_without_arm(setup, model, replace(memory, arms=remaining), round) is None
 
     def near(arm: Arm) -> list[Arm]:
         several = any(_untrained_shares(setup))
         depth = depth_of_run(setup)
-        found = neighbours(arm, STEP, settings.shapes, depth, several_depths=several)
-        return [one for one in found if fits_somewhere(setup, model, memory, one, round)]
+        arms = neighbours(arm, STEP, settings.shapes, depth, several_depths=several)
+        return [arm for arm in arms if fits_somewhere(setup, model, memory, arm, round)]
 
     if settings.policy == "successive_halving":
         return halved(memory, round, settings.stage, settings.window, seconds, suffice)
     rng = seeds.numpy_generator(setup.config.seed, purpose="new arm", round=round)
     new = refreshed(memory, round, settings.refresh, settings.window, seconds, near, rng)
-    stays = unfitted(setup, model, new, round) is not None
-    return replace(memory, changed=new.changed) if stays else new
+    needed = profile_without_arm(setup, model, new, round) is not None
+    return replace(memory, changed=new.changed) if needed else new
 
 
-def _shown(
+def _arms_of_round(
     setup: Setup,
     instructions: Sequence[Instruction],
     replies: Sequence[Reply],
@@ -224,46 +225,51 @@ def _shown(
 def note(
     setup: Setup, model: GlobalModel, memory: BanditMemory, last: ArmsOfRound
 ) -> Mapping[str, Any]:
-    """What the bandit did in the last round and thinks now, as plain values for the ledger.
+    """What the bandit did in the last round and what it knows now, as plain values for the ledger.
 
-    Besides what :class:`ArmsOfRound` has: ``labels`` of the present arms too; ``quality``,
-    ``deviation``, ``trials``, ``seconds``: of the present arms, in units of the typical reward, how
-    often each was tried, and modelled seconds of a turn, mean over the kinds of client; ``best``:
-    number of the arm with most reward per second.
+    The keys are the fields of :class:`ArmsOfRound`, where ``labels`` has those of the current arms
+    as well, and:
+
+    - ``present``: numbers of the current arms, in the order of the following lists;
+    - ``quality``, ``deviation``: expected reward and its uncertainty, in units of the typical
+      reward;
+    - ``trials``: number of observations in the window;
+    - ``seconds``: modelled seconds of a local training, mean over the device profiles;
+    - ``best``: number of the arm with the largest reward per second.
     """
     known = memory.known(setup.config.configurator.window)
-    seconds = typical_seconds(setup, model, memory, last.round)
+    seconds = mean_seconds(setup, model, memory, last.round)
     worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     labels = {**last.labels, **{number: arm.label for number, arm in memory.arms.items()}}
     return {
         "round": last.round,
-        "chosen": _by_text(last.chosen),
-        "labels": _by_text(labels),
-        "rewards": _by_text(last.rewards),
+        "chosen": _with_text_keys(last.chosen),
+        "labels": _with_text_keys(labels),
+        "rewards": _with_text_keys(last.rewards),
         "rates": list(last.rates),
         "trained": list(last.trained),
         "present": list(numbers),
-        "quality": [float(one) for one in known.quality],
-        "deviation": [float(one) for one in known.deviation],
-        "trials": [int(one) for one in known.count],
+        "quality": [float(value) for value in known.quality],
+        "deviation": [float(value) for value in known.deviation],
+        "trials": [int(value) for value in known.count],
         "seconds": list(seconds),
         "best": numbers[worth.index(max(worth))],
     }
 
 
-def _by_text(table: Mapping[int, Any]) -> dict[str, Any]:
+def _with_text_keys(table: Mapping[int, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in table.items()}
 
 
 def _importance(setup: Setup, merged: Sequence[tuple[Instruction, Update]]) -> list[float]:
-    """Of each layer, mean over the turns that trained it; 0 where none did."""
-    found = []
+    """Mean importance of each layer over the updates that ran and trained it; 0 if none did."""
+    importance = []
     for layer in range(setup.num_layers):
-        seen = [
+        values = [
             update.importance[layer]
             for instruction, update in merged
             if layer >= first_trained_layer(instruction) and update.active_steps[layer] > 0
         ]
-        found.append(fmean(seen) if seen else 0.0)
-    return found
+        importance.append(fmean(values) if values else 0.0)
+    return importance

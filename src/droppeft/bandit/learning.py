@@ -1,11 +1,14 @@
-"""What arms are worth: rewards of a window of rounds, each against the level of its round. Ours.
+"""Estimate what arms are worth, from the rewards of a window of rounds. Ours.
 
-reward = level + what is particular to the round + value of the arm + noise. The level is free;
-rounds and arms have the priors N(0, ROUNDS²) and N(0, PRIOR²). With noise of known size the
-posterior is normal (Bayesian linear regression). So a reward counts against those of its own round
-first, and less against those of the rounds around it, whose model was nearly the same. What all
-arms have in common cannot be told from the level, so values are given less their mean, and their
-covariance without it.
+The model is Bayesian linear regression:
+
+    reward = level + effect of the round + value of the arm + noise
+
+The prior of the level is so wide that the level is free; effects of rounds and values of arms have
+the priors N(0, ROUNDS²) and N(0, PRIOR²). A reward is thus compared mainly with those of the same
+round, and less with those of other rounds in the window, whose model was nearly the same. What all
+arms have in common cannot be distinguished from the level, so that values are given as differences
+from their mean.
 """
 
 from collections.abc import Sequence
@@ -17,31 +20,32 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 PRIOR, ROUNDS = 1.0, 0.5
-"""Deviations of an arm's value, and of a round from the level, before anything is known; in units
-of the typical reward."""
+"""Prior standard deviations of an arm's value and of a round's effect, in units of the typical
+reward."""
 
 FREE = 1e3
-"""The same of the level: as good as nothing is believed of it."""
+"""Prior standard deviation of the level."""
 
 BELIEF = 4
-"""So many turns' worth of belief that a reward is as noisy as it is large."""
+"""Weight, in observations, of the prior that the noise is as large as the typical reward."""
 
 FARTHEST = 5.0
-"""Rewards count for at most so many times the median size: one client's word moves no arm alone."""
+"""Rewards are clipped to this multiple of their median size, which limits the effect of one
+client."""
 
 LEAST = 0.02
-"""Part of the typical reward that a turn counts for at least, so that time counts where no turn is
-worth anything."""
+"""The smallest reward that an arm counts with, as a part of the typical reward. If no arm has a
+larger one, the fastest arm is the best."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A turn that was merged.
+    """The reward of a local training that was merged.
 
     Attributes:
-        round: of the turn.
-        arm: number of the arm, which no other arm ever gets.
-        reward: what it was worth, in any unit that the window's turns share.
+        round: round of the local training.
+        arm: number of its arm.
+        reward: its reward; the unit is the same for all observations in a window.
     """
 
     round: int
@@ -51,15 +55,15 @@ class Observation:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of some arms, in their order, in units of the typical reward.
+    """Estimated values of A arms, in units of the typical reward.
 
     Attributes:
-        level: mean reward of the window's turns, had their arms been worth the mean; 1 while there
-            is no observation.
-        value: (A,) posterior mean of the arms' values, less their mean.
-        covariance: (A, A) of these differences.
-        noise: deviation of a reward around its round's level and its arm's value.
-        count: (A,) observations in the window.
+        level: expected reward of an arm of mean value, mean over the rounds in the window; 1 if
+            there are no observations.
+        value: (A,) posterior means of the arms' values, minus their mean.
+        covariance: (A, A) posterior covariance of these differences.
+        noise: standard deviation of the noise.
+        count: (A,) number of observations in the window.
     """
 
     level: float
@@ -70,75 +74,75 @@ class Estimate:
 
     @property
     def quality(self) -> Vector:
-        """(A,) expected reward of a turn."""
+        """(A,) expected rewards."""
         return self.level + self.value
 
     @property
     def deviation(self) -> Vector:
-        """(A,) how far a value is known."""
+        """(A,) posterior standard deviations of the values."""
         return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
 
 
 def estimate(
     observations: Sequence[Observation], arms: Sequence[int], last: int, window: int
 ) -> Estimate:
-    """Estimate arms from the observations of the last rounds.
+    """Estimate the values of arms from the observations of the last rounds.
 
     Args:
-        arms: numbers of those asked for; observations of others say something of their round's
-            level.
+        arms: numbers of the arms to estimate. Observations of other arms are used as well, since
+            they tell about the level of their round.
         last: the newest round.
-        window: so many rounds count.
+        window: number of rounds whose observations are used.
     """
-    recent = [one for one in observations if last - window < one.round <= last]
-    known = sorted({*arms, *(one.arm for one in recent)})
-    rewards = np.array([one.reward for one in recent])
+    recent = [each for each in observations if last - window < each.round <= last]
+    known = sorted({*arms, *(each.arm for each in recent)})
+    rewards = np.array([each.reward for each in recent])
     typical = float(np.median(np.abs(rewards))) if len(recent) else 0.0
     rewards = np.clip(rewards, -FARTHEST * typical, FARTHEST * typical) if typical > 0 else rewards
     unit = float(np.sqrt(np.mean(rewards**2))) if len(recent) else 1.0
     rewards = rewards / unit if unit > 0 else rewards
-    arm = _indicators([one.arm for one in recent], known)
-    rounds = sorted({one.round for one in recent})
-    round_ = _indicators([one.round for one in recent], rounds)
+    arm = _indicators([each.arm for each in recent], known)
+    rounds = sorted({each.round for each in recent})
+    round_ = _indicators([each.round for each in recent], rounds)
     design = np.hstack([np.ones((len(recent), 1)), round_, arm])
     prior = np.array([FREE, *(ROUNDS for _ in rounds), *(PRIOR for _ in known)])
     mean, covariance, noise = _posterior(design, rewards, prior)
-    behind = 1 + len(rounds)
-    chosen = [behind + known.index(number) for number in arms]
+    first_arm = 1 + len(rounds)
+    chosen = [first_arm + known.index(number) for number in arms]
     common = float(mean[chosen].mean())
     differences = np.eye(len(chosen)) - 1 / len(chosen)
-    level = float(mean[0] + mean[1:behind].mean()) + common if recent else 1.0
+    level = float(mean[0] + mean[1:first_arm].mean()) + common if recent else 1.0
     return Estimate(
         level=level,
         value=mean[chosen] - common,
         covariance=differences @ covariance[np.ix_(chosen, chosen)] @ differences,
         noise=noise,
-        count=np.array([sum(one.arm == number for one in recent) for number in arms], np.int64),
+        count=np.array([sum(each.arm == number for each in recent) for number in arms], np.int64),
     )
 
 
 def _indicators(values: Sequence[int], known: Sequence[int]) -> Vector:
-    """(values, known) 1 where they are the same."""
+    """(len(values), len(known)) 1 where value and known number are equal, 0 elsewhere."""
     same = np.array(values, int)[:, None] == np.array(known, int)[None, :]
     return np.asarray(same, np.float64)
 
 
 def _posterior(design: Vector, rewards: Vector, prior: Vector) -> tuple[Vector, Vector, float]:
-    """Mean and covariance of the coefficients, and the noise that goes with them.
+    """Posterior mean and covariance of the coefficients, and the standard deviation of the noise.
 
-    The noise is what they do not explain, shrunk towards 1, the typical reward; as it decides how
-    much they explain, a few turns are taken.
+    The noise is that of the residuals, shrunk towards 1 (the typical reward). Since the posterior
+    depends on it, both are computed in four iterations.
     """
     noise, inner = 1.0, design.T @ design
     for _ in range(4):
         covariance = np.linalg.inv(inner / noise**2 + np.diag(prior**-2)).astype(np.float64)
         mean = covariance @ (design.T @ rewards) / noise**2
         explained = float(np.trace(covariance @ inner)) / noise**2
-        left = float(np.sum((rewards - design @ mean) ** 2))
-        noise = float(np.sqrt((left + BELIEF) / (max(0.0, len(rewards) - explained) + BELIEF)))
+        residual = float(np.sum((rewards - design @ mean) ** 2))
+        noise = float(np.sqrt((residual + BELIEF) / (max(0.0, len(rewards) - explained) + BELIEF)))
     return mean, covariance, noise
 
 
 def per_second(quality: Vector, seconds: Vector) -> Vector:
-    """What arms are worth: reward per second, the least of a reward being :data:`LEAST`."""
+    """Reward per second, where a reward counts as at least :data:`LEAST`."""
     return np.maximum(quality, LEAST) / seconds

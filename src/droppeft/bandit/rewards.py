@@ -1,12 +1,12 @@
-"""What a turn was worth, by which arms are judged: in one of two ways. Ours.
+"""Rewards of local trainings, from which the bandit learns; ``configurator.reward`` selects. Ours.
 
-``loss``: the decrease of the loss on the client's own validation rows. The client measures it, and
-part of what it sees is how its own labels are distributed.
+``loss``: the decrease of the loss on the client's own validation rows. The client measures it. It
+partly reflects the distribution of the client's own labels.
 
-``agreement``: how far the turn moved the adapter where the round's other turns moved it. If clients
-move along the gradient of the common loss, plus what is their own, the product of one's change with
-the mean change of the others is, to first order, by how much it lowers the common loss. No client
-has to measure anything.
+``agreement``: how far the local training moved the adapter in the direction of the round's other
+local trainings. If each client's change is a step along the gradient of the common loss plus an
+independent part, the product of a change with the mean change of the others is, to first order, the
+decrease of the common loss. Clients measure nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,37 +24,39 @@ Changes = Mapping[tuple[LayerKey, str], Matrix]
 def rewards_of(
     setup: Setup, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> list[float | None]:
-    """The reward of every instruction's turn; ``None`` of one that was not merged or that shows
-    nothing.
+    """The reward of each local training; ``None`` if it was not merged or has no reward.
 
     Args:
-        plans: of a round.
-        replies: in their order.
+        instructions: instructions of a round.
+        replies: the replies to them, in the same order.
     """
     if setup.config.configurator.reward == "loss":
         return [reply.reward if isinstance(reply, Update) else None for reply in replies]
-    answered = zip(instructions, replies, strict=True)
-    merged = [(instruction, reply) for instruction, reply in answered if isinstance(reply, Update)]
+    merged = [
+        (instruction, reply)
+        for instruction, reply in zip(instructions, replies, strict=True)
+        if isinstance(reply, Update)
+    ]
     changes = [_changes(instruction, update) for instruction, update in merged]
-    found = iter(agreements(changes, [float(update.examples) for _, update in merged]))
-    return [next(found) if isinstance(reply, Update) else None for reply in replies]
+    rewards = iter(agreements(changes, [float(update.examples) for _, update in merged]))
+    return [next(rewards) if isinstance(reply, Update) else None for reply in replies]
 
 
 def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[float | None]:
-    """Product of each change with the weighted mean of the others', over the mean size of these.
+    """Product of each change with the weighted mean of the other changes, scaled to mean size 1.
 
-    A tensor counts over those who changed it; ``None`` for a change that shares no tensor with
-    another, and for all where nothing moved.
+    The mean of a tensor is taken over the changes that contain it. The result is ``None`` for a
+    change that has no tensor in common with another one, and for all changes if all products are 0.
 
     Args:
-        changes: of each turn, by tensor.
-        weights: of each turn in the mean.
+        changes: the change of each local training, by tensor.
+        weights: the weight of each local training in the mean.
     """
     sums: dict[tuple[LayerKey, str], tuple[Matrix, float]] = {}
     for change, weight in zip(changes, weights, strict=True):
         for key, moved in change.items():
-            total, weighed = sums.get(key, (np.zeros_like(moved), 0.0))
-            sums[key] = (total + weight * moved, weighed + weight)
+            total, total_weight = sums.get(key, (np.zeros_like(moved), 0.0))
+            sums[key] = (total + weight * moved, total_weight + weight)
     products: list[float | None] = []
     for change, weight in zip(changes, weights, strict=True):
         parts = [
@@ -65,12 +67,13 @@ def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[flo
         products.append(sum(parts) if parts else None)
     sizes = [abs(product) for product in products if product is not None]
     typical = sum(sizes) / len(sizes) if sizes else 0.0
-    return [None if one is None or typical == 0 else one / typical for one in products]
+    return [None if product is None or typical == 0 else product / typical for product in products]
 
 
 def _changes(instruction: Instruction, update: Update) -> Changes:
-    """Of what the instruction brought; the head, which learns each client's own labels, is left
-    out.
+    """Changes of the tensors that the instruction brought, without the head.
+
+    The head is left out because it learns the distribution of a client's own labels.
     """
     return {
         (key, name): np.subtract(array, instruction.tensors[key][name], dtype=np.float64)

@@ -1,6 +1,6 @@
-"""The first layers of a model, when nothing in them is trained: computed once per example.
+"""Cached layers: the output of a model's frozen layers, computed once per row and stored.
 
-Source: FedAdapter (arXiv:2205.10162) caches activations likewise; the rest is ours.
+Source: FedAdapter (arXiv:2205.10162) caches activations in the same way; the rest is ours.
 """
 
 from droppeft.cached_layers.frozen_layers import FrozenLayers

@@ -1,6 +1,6 @@
-"""Behind the prefix in every step of a turn: states from the disk where they are, else made.
+"""Replaces the frozen layers in the steps of a local training by their stored output.
 
-Source: ours.
+Here *states* are the hidden states after the last frozen layer. Ours.
 """
 
 import contextlib
@@ -28,82 +28,91 @@ from droppeft.layer_dropout.blocks import Gates
 from droppeft.messages import CachedLayersCost, checked_run
 from droppeft.tasks.classification import Batch, Classification
 
-STATES, FORGOTTEN_AFTER_S = "frozen-prefix", 7 * 24 * 3600.0
+STATES = "cached-layers"
+"""Folder of the stored states in the cache folder."""
+
+DELETED_AFTER_S = 7 * 24 * 3600.0
+"""Age in seconds after which the states of a run are deleted."""
 
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""Precision of stored states, by its name in the configuration."""
+"""Data type of stored states, by its name in the configuration."""
 
 
 class CachedLayers:
-    """The prefix at work in a turn: states of each step's rows, from the disk or new.
+    """The output of the frozen layers in one local training, read from disk or computed.
 
-    With a store, an example's states are computed without padding, in a batch of one, and rounded
-    to the stored precision even when they were computed just now: they are a function of the
-    example, whoever else is in its batch and whatever was lost or evicted. Without a store they
-    are computed for the batch as it is, in full precision, in every visit.
+    With a store, the states of a row are computed in a batch of its own, without padding. They are
+    always rounded to the stored precision, also if they have just been computed. The states thus
+    depend on the row alone, and not on its batch or on which states were lost or evicted. Without
+    a store the states are computed for whole batches, in full precision, in every step.
 
     Args:
-        prefix: of the model that trains.
-        store: the device's own, or ``None``.
-        table, task: where rows and batches come from.
-        steps: rows of every step of the turn.
-        forward: a context for the forward: the run's autocast.
-        at_hand: a context in which the prefix's weights are where it can run, in the midst of the
-            turn.
+        frozen_layers: the frozen layers of the model that is trained.
+        store: the client's stored states, or ``None``.
+        table: tokenised rows.
+        task: makes batches of rows.
+        steps: rows of every step of the local training.
+        forward: creates a context for the forward pass: the run's autocast.
+        frozen_in_memory: creates a context in which the weights of the frozen layers are in memory,
+            in case states must be computed during the steps.
+
+    Attributes:
+        cost: what has been read, computed and stored so far.
     """
 
     def __init__(
         self,
-        prefix: FrozenLayers,
+        frozen_layers: FrozenLayers,
         store: StateStore | None,
         table: TokenTable,
         task: Classification,
         steps: Sequence[Rows],
         forward: Callable[[], Any],
-        at_hand: Callable[[], Any] = nullcontext,
+        frozen_in_memory: Callable[[], Any] = nullcontext,
     ) -> None:
         self.cost = CachedLayersCost()
-        self._prefix = prefix
+        self._frozen_layers = frozen_layers
         self._store = store
         self._table, self._task, self._steps = table, task, steps
-        self._forward, self._at_hand = forward, at_hand
-        self._unvisited: set[int] = set()
+        self._forward, self._frozen_in_memory = forward, frozen_in_memory
+        self._built_unread: set[int] = set()
 
     def build(self) -> None:
-        """Make all states that the turn lacks now, and not when its steps come to them.
+        """Compute all states that are not stored yet, before the steps need them.
 
-        It has a store. With one that cannot hold a turn's states some are made twice.
+        Only with a store. If the store cannot hold the states of all steps, some are computed
+        twice.
         """
         start = time.perf_counter()
         for row in dict.fromkeys(map(int, itertools.chain.from_iterable(self._steps))):
             digest = self._digest(row)
             if self._store is not None and self._store.get(digest) is None:
-                self._made(row, digest, self._store)
-                self._unvisited.add(row)
+                self._compute_row(row, digest, self._store)
+                self._built_unread.add(row)
         if self._store is not None:
-            self._store.flush()  # not in memory through all steps
+            self._store.flush()  # so that they do not stay in memory during the steps
         self._add(build_wall_s=time.perf_counter() - start)
 
     def skip(self, gates: Gates, step: int, batch: Batch) -> None:
-        """Let a step start behind the prefix; the gates of the other layers stay as they are."""
+        """Let a step start after the frozen layers; the other layers' gates stay unchanged."""
         active = gates.active
-        self._prefix.open(gates)
-        self._prefix.skip(gates, active, self._states(self._steps[step], batch))
+        self._frozen_layers.open(gates)
+        self._frozen_layers.skip(gates, active, self._states(self._steps[step], batch))
 
     def _states(self, rows: Rows, batch: Batch) -> torch.Tensor:
-        """(B, S, H) in fp32: of the rows of a batch, zeros where it is padded."""
+        """Return the states (B, S, H) of a batch in fp32, with zeros where it is padded."""
         start = time.perf_counter()
         if self._store is None:
-            with self._at_hand():
-                found = self._computed(batch)
+            with self._frozen_in_memory():
+                states = self._compute_batch(batch)
             self._add(built=len(rows), built_tokens=batch["input_ids"].numel())
         else:
-            found = self._padded([self._of_row(row, self._store) for row in rows], batch)
+            states = self._pad([self._of_row(row, self._store) for row in rows], batch)
         self._add(build_wall_s=time.perf_counter() - start)
-        return found
+        return states
 
     def close(self) -> None:
-        """Write what is new."""
+        """Write new states to disk."""
         if self._store is not None:
             start = time.perf_counter()
             self._store.flush()
@@ -113,11 +122,11 @@ class CachedLayers:
         digest = self._digest(row)
         states = store.get(digest)
         if states is None:
-            self._unvisited.discard(row)
-            with self._at_hand():
-                return self._made(row, digest, store)
-        if row in self._unvisited:
-            self._unvisited.remove(row)
+            self._built_unread.discard(row)
+            with self._frozen_in_memory():
+                return self._compute_row(row, digest, store)
+        if row in self._built_unread:
+            self._built_unread.remove(row)
         else:
             self._add(hits=1)
         return states
@@ -126,30 +135,29 @@ class CachedLayers:
         columns = self._table.row(row)
         return digest_of(*(columns[name].tobytes() for name in self._task.inputs))
 
-    def _made(self, row: int, digest: str, store: StateStore) -> torch.Tensor:
+    def _compute_row(self, row: int, digest: str, store: StateStore) -> torch.Tensor:
         alone = self._task.collate(self._table, np.asarray([row]))
-        states = self._computed(alone)[0].to("cpu", STORED[store.precision])
+        states = self._compute_batch(alone)[0].to("cpu", STORED[store.precision])
         if not torch.isfinite(states).all():
             raise DroppeftError(
-                f"hidden states behind layer {self._prefix.depth} do not fit into "
-                f"{store.precision}; "
-                "set frozen.precision=bf16"
+                f"hidden states after frozen layer {self._frozen_layers.depth} do not fit into "
+                f"{store.precision}; set frozen.precision=bf16"
             )
         store.put(digest, states)
         self._add(built=1, built_tokens=len(states))
         return states
 
-    def _computed(self, batch: Batch) -> torch.Tensor:
+    def _compute_batch(self, batch: Batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self._forward():
-            return self._prefix.states(inputs).float()
+            return self._frozen_layers.states(inputs).float()
 
-    def _padded(self, states: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    def _pad(self, states: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         length = batch["input_ids"].shape[1]
-        found = torch.zeros(len(states), length, states[0].shape[1])
-        for place, one in zip(found, states, strict=True):
-            place[: len(one)] = one
-        return found.to(self._task.device)
+        padded = torch.zeros(len(states), length, states[0].shape[1])
+        for target, row_states in zip(padded, states, strict=True):
+            target[: len(row_states)] = row_states
+        return padded.to(self._task.device)
 
     def _add(self, **amounts: float) -> None:
         sums = {name: getattr(self.cost, name) + value for name, value in amounts.items()}
@@ -157,28 +165,29 @@ class CachedLayers:
 
 
 def state_folder(run: str) -> Path:
-    """Where the states of a run's clients are stored; of no use after the run.
+    """Return the folder of all states of a run; they are not needed after the run.
 
     Raises:
-        DroppeftError: the run has no name; it comes from a server.
+        DroppeftError: the name of the run, which the server sent, is not valid.
     """
     return cache_dir() / STATES / checked_run(run)
 
 
-def forget_old_runs() -> None:
-    """Delete states of runs that nothing was written for in a week.
+def delete_old_runs() -> None:
+    """Delete the states of runs for which nothing was written in a week.
 
-    A run deletes its own when it ends where it was started. On other machines nobody tells that it
-    has ended; should it go on after all, its states are made again, to the same bits.
+    When a run ends, its states are deleted on the machine where it was started. Other machines are
+    not told that it has ended. If a run continues after its states were deleted, the same states
+    are computed again.
     """
     folder = cache_dir() / STATES
     for run in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(OSError):  # another process may be deleting there
+        with contextlib.suppress(OSError):  # another process may delete the same files
             newest = max(path.stat().st_mtime for path in (run, *run.rglob("*")))
-            if time.time() - newest > FORGOTTEN_AFTER_S:
+            if time.time() - newest > DELETED_AFTER_S:
                 shutil.rmtree(run, ignore_errors=True)
 
 
 def content_name(**facts: str | int) -> str:
-    """Name everything but the example that its states depend on."""
+    """Return a hash of everything that states depend on, except the row."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

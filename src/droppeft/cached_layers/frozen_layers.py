@@ -1,6 +1,6 @@
-"""What the first m layers of a model make of some inputs, and a model that starts behind them.
+"""Runs the first m layers of a model alone, or a model without them from their output.
 
-Source: ours.
+Ours.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +15,12 @@ from droppeft.models.key_value_cache import without_cache
 
 
 class FrozenLayers:
-    """The layers of a model below some depth, in which nothing is trained.
+    """The first layers of a model, in which nothing is trained.
 
     Args:
-        model: whole, its blocks inside :func:`~droppeft.layer_dropout.gated` or not.
+        model: the whole model, inside or outside of :func:`~droppeft.layer_dropout.gated`.
         blocks: its L blocks.
-        depth: m, from 1 to L: how many of them are frozen.
+        depth: number m of frozen layers, from 1 to L.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> None:
@@ -29,50 +29,51 @@ class FrozenLayers:
         self._last = blocks[depth - 1]
 
     def states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states (B, S, H) behind the prefix; the layers above do not run.
+        """Return the hidden states (B, S, H) after the frozen layers; later layers do not run.
 
-        No gradient, and evaluation mode: dropout modules of the prefix, embeddings included, are
-        off. All gates of the prefix must be open.
+        Runs without gradients and in evaluation mode, so that dropout modules are off, those of
+        the embeddings included. All gates of the frozen layers must be open.
         """
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
 
         def stop(block: nn.Module, arguments: object, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _BehindFrozenLayers
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise _FrozenLayersDone
 
         hook = self._last.register_forward_hook(stop)
         try:
             with torch.no_grad(), without_cache(self._model), _evaluating(self._model):
                 self._model(**inputs)
-        except _BehindFrozenLayers:
+        except _FrozenLayersDone:
             pass
         finally:
             hook.remove()
-        [states] = found
+        [states] = outputs
         return states
 
     def open(self, gates: Gates) -> None:
-        """Open all gates, as :meth:`states` needs them."""
-        gates.active, gates.stand_ins = (True,) * len(gates.active), {}
+        """Open all gates, as :meth:`states` requires."""
+        gates.active, gates.replacements = (True,) * len(gates.active), {}
 
     def skip(self, gates: Gates, active: Sequence[bool], states: torch.Tensor) -> None:
-        """Set the gates of a step in which the prefix does not run but ``states`` stand for it.
+        """Set the gates of a step in which ``states`` replace the frozen layers.
 
         Args:
-            active: L gates; those of the prefix are closed, whatever they are here.
-            states: (B, S, H), as :meth:`states` gave them.
+            gates: the gates to set.
+            active: L gates of the step; those of the frozen layers are ignored and closed.
+            states: (B, S, H), as :meth:`states` returned them.
         """
         gates.active = (False,) * self.depth + tuple(active[self.depth :])
-        gates.stand_ins = {self.depth - 1: states}
+        gates.replacements = {self.depth - 1: states}
 
 
-class _BehindFrozenLayers(Exception):
-    """Ends a forward whose rest nobody needs."""
+class _FrozenLayersDone(Exception):
+    """Ends a forward pass after the frozen layers."""
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode that it had."""
+    """Switch to evaluation mode inside the context; restore every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

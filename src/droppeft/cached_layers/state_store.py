@@ -1,7 +1,7 @@
-"""Hidden states of a device's examples on its disk: bounded, whole or absent, going with the run.
+"""Stores the hidden states of a client's rows on disk, up to a limit.
 
-Source: ours. A file per turn, or several when a turn builds much, so that few files are opened and
-none is written twice.
+Each local training writes one file, or several if it computes many states. So few files are opened,
+and none is written twice. Ours.
 """
 
 import contextlib
@@ -19,27 +19,26 @@ from droppeft.data.cache import store
 from droppeft.messages import StateCache
 
 SEGMENT_BYTES = 16 << 20
-"""States that are held in memory before they are written."""
+"""Bytes of states that are collected in memory before they are written."""
 
 _NAME = re.compile(r"round-(\d{6})-(\d{4})\.safetensors")
 
 
 class StateStore:
-    """States by the digest of their example, as of the start of one turn.
+    """Stored states, by the digest of their row, in one local training.
 
-    What a turn of this round or a later one has written is deleted at the start: those turns were
-    interrupted, or belong to an earlier run of the same configuration. So what is found does not
-    depend on either, and time that was saved in another life is not reported as a gain.
+    Files of this round or a later one are deleted first. They come from a local training that was
+    interrupted, and a resumed run must find, and report, the same as an uninterrupted one.
 
-    When the files would exceed the limit the oldest go, whole; a single turn's states that are
-    more than the limit are not kept beyond it.
+    If the files would exceed the limit, the oldest are deleted. A file that is larger than the
+    limit is not written.
 
     Args:
-        folder: of one device; made when first needed.
-        content: names everything that the states depend on beside their example. Files of another
-            content are deleted.
-        round: of this turn.
-        cache: precision of the states, and most bytes of all files together.
+        folder: folder of one client; created when it is needed.
+        content: identifies everything that the states depend on, except the row. Files with
+            another content are deleted.
+        round: round of this local training.
+        cache: precision of the states, and the limit for the bytes of all files together.
     """
 
     def __init__(self, folder: Path, content: str, round: int, cache: StateCache) -> None:
@@ -49,32 +48,32 @@ class StateStore:
         self._new: dict[str, torch.Tensor] = {}
         self._new_bytes = self._written = 0
         self._files: dict[Path, Any] = {}
-        self._where: dict[str, Path] = {}
+        self._path_of: dict[str, Path] = {}
         for path in _segments(folder):
             if _round_of(path) < round:
                 self._open(path)
             else:
-                self._forget(path)
+                self._delete(path)
 
     def get(self, digest: str) -> torch.Tensor | None:
-        """The states of an example, or ``None``."""
+        """Return the states of a row, or ``None`` if they are not stored."""
         if digest in self._new:
             return self._new[digest]
-        path = self._where.get(digest)
+        path = self._path_of.get(digest)
         if path is None:
             return None
         states: torch.Tensor = self._files[path].get_tensor(digest)
         return states
 
     def put(self, digest: str, states: torch.Tensor) -> None:
-        """Keep the states of an example; they are on disk after :meth:`flush` at the latest."""
+        """Store the states of a row; they are on disk after :meth:`flush` at the latest."""
         self._new[digest] = states
         self._new_bytes += states.nbytes
         if self._new_bytes >= min(SEGMENT_BYTES, self._limit):
             self.flush()
 
     def flush(self) -> None:
-        """Write what is new. A disk that is full costs time later, not the turn."""
+        """Write new states to disk. If the disk is full they are lost, which is no error."""
         if not self._new:
             return
         content = safetensors.torch.save(self._new, metadata={"content": self._content})
@@ -82,7 +81,7 @@ class StateStore:
         self._make_room(len(content))
         if len(content) > self._limit:
             return
-        with contextlib.suppress(OSError):  # texts can be guessed from states: nobody else's
+        with contextlib.suppress(OSError):  # private, since texts can be inferred from states
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._folder / f"round-{self._round:06}-{self._written:04}.safetensors"
         self._written += 1
@@ -95,33 +94,33 @@ class StateStore:
         return sum(path.stat().st_size for path in _segments(self._folder))
 
     def _open(self, path: Path) -> None:
-        """Note what a file holds; one that is damaged or of another content goes."""
+        """Register the states of a file; delete it if it is damaged or has another content."""
         try:
             file: Any = safetensors.safe_open(path, framework="pt")
         except (OSError, safetensors.SafetensorError):
-            self._forget(path)
+            self._delete(path)
             return
         if (file.metadata() or {}).get("content") != self._content:
-            self._forget(path)
+            self._delete(path)
             return
         self._files[path] = file
-        self._where |= dict.fromkeys(file.keys(), path)
+        self._path_of |= dict.fromkeys(file.keys(), path)
 
     def _make_room(self, needed: int) -> None:
         for path in _segments(self._folder):
             if self.bytes + needed <= self._limit:
                 return
-            self._forget(path)
+            self._delete(path)
 
-    def _forget(self, path: Path) -> None:
+    def _delete(self, path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         self._files.pop(path, None)
-        self._where = {digest: other for digest, other in self._where.items() if other != path}
+        self._path_of = {digest: other for digest, other in self._path_of.items() if other != path}
 
 
 def digest_of(*columns: bytes) -> str:
-    """Name an example by all that the model reads of it."""
+    """Return a digest of all columns that the model reads of a row."""
     digest = hashlib.sha256()
     for column in columns:
         digest.update(f"{len(column)}|".encode() + column)
@@ -129,11 +128,11 @@ def digest_of(*columns: bytes) -> str:
 
 
 def _segments(folder: Path) -> Iterator[Path]:
-    """Oldest first."""
+    """Yield the files of a folder, oldest first."""
     if folder.is_dir():
         yield from sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def _round_of(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else 0
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0

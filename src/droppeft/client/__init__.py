@@ -1,1 +1,1 @@
-"""A client: what it does with an instruction, on its own rows, in the process that runs it."""
+"""Clients: running an instruction on a client's own rows, and saving its state."""

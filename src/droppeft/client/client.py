@@ -1,4 +1,4 @@
-"""One client, which runs the server's instructions on its own rows; the same on every transport."""
+"""The client: runs the server's instructions on its own rows, the same on every transport."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -39,13 +39,15 @@ from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, tra
 
 @dataclass(frozen=True)
 class Client:
-    """A client as one process runs it; all that it does follows from the instruction it is given.
+    """A client, in the process that runs it.
+
+    All that a client does follows from the instruction that it is given.
 
     Attributes:
-        model: the frozen model of the process. Clients that run one after another share it; it is
-            left with the values of the last one.
-        table: the tokenised rows that ``rows`` points into.
-        rows: this client's own.
+        model: the frozen model of the process, which all its clients share. After a run it holds
+            the adapter values of the client that ran last.
+        table: tokenised rows.
+        rows: indices of this client's rows in ``table``.
     """
 
     model: ClientModel
@@ -53,10 +55,13 @@ class Client:
     rows: ClientRows
 
     def run(self, instruction: Instruction) -> Reply:
-        """Do what an instruction asks for: train, or measure.
+        """Run an instruction: train, or only evaluate if ``instruction.measure`` is set.
+
+        Returns:
+            An update or a measurement, or a failure if this client has lost its saved state.
 
         Raises:
-            DroppeftError: an instruction that does not fit this client or model, or tensors that
+            DroppeftError: the instruction does not fit this client or its model, or tensors
                 cannot be saved.
         """
         try:
@@ -65,41 +70,41 @@ class Client:
             return Failure(instruction.client, str(error), lost=True)
 
     def measure(self, instruction: Instruction) -> Measurement:
-        """Measure this client's model at full depth on test rows, on which it never trains.
+        """Evaluate this client's model on its test rows, with all layers.
 
-        With a budget of epochs: what the model would be after so many epochs of training on this
-        client's rows. Nothing of that training is saved but the states behind frozen layers.
+        If the instruction's budget has epochs, the model is first trained on this client's rows
+        for that many. Of this training only the cached states of frozen layers are saved.
 
         Raises:
             DroppeftError: as :meth:`run`.
-            StateLost: what this client saved is not there any more.
+            StateLost: this client's saved state is missing or damaged.
         """
         parameters = self._load(instruction)
         self.model.load_layers()
         with base_delta_applied(self.model.model, instruction.base_delta):
             if instruction.budget.epochs:
                 train_locally(self.model, parameters, self.table, self.rows, instruction)
-            found = self._evaluate(self.rows.test, instruction.training)
+            quality = self._evaluate(self.rows.test, instruction.training)
         return Measurement(
             instruction.round,
             instruction.client,
             instruction.nonce,
-            found.rows,
-            found.accuracy,
-            found.loss,
+            quality.rows,
+            quality.accuracy,
+            quality.loss,
         )
 
     def train(self, instruction: Instruction) -> Update:
-        """Load, train, score the layers, save what stays here, and pack what may travel.
+        """Load tensors, train, score layers, save what stays here, and return what is shared.
 
         Raises:
             DroppeftError: as :meth:`run`.
-            StateLost: what this client saved is not there any more.
+            StateLost: this client's saved state is missing or damaged.
         """
         start = time.perf_counter()
         parameters = self._load(instruction)
         if instruction.base_delta is not None:
-            self.model.load_layers()  # what is added to is then where it will be used
+            self.model.load_layers()  # the delta is added to weights that must be in memory
 
         def measure(count: int) -> Evaluation:
             return self._evaluate(self.rows.validation[:count], instruction.training)
@@ -117,8 +122,8 @@ class Client:
         personal = _names_of(self.model.parameters, scored.personal if scored else ())
         tensors = _trained_and_shared(parameters, instruction, personal, outcome)
         self._save_the_rest(parameters, instruction, personal)
-        own = self._train_personal_adapter(parameters, instruction)
-        cost = _cost(outcome, cached, (before, after), scored, own)
+        personal_outcome = self._train_personal_adapter(parameters, instruction)
+        cost = _cost(outcome, cached, (before, after), scored, personal_outcome)
         return Update(
             round=instruction.round,
             client=instruction.client,
@@ -136,10 +141,13 @@ class Client:
         )
 
     def _load(self, instruction: Instruction) -> Parameters:
-        """Set all values that training begins with; return the parameters that it trains.
+        """Set the values that training begins with, and return the parameters that are trained.
+
+        A value comes from the instruction, else from this client's saved state, else from the
+        seed.
 
         Raises:
-            DroppeftError: a tensor is to be trained and nobody has a value for it.
+            DroppeftError: a tensor that is to be trained has neither been sent nor saved.
         """
         model = self.model
         model.attach(instruction.adapter)
@@ -147,8 +155,9 @@ class Client:
         sent = {name for _, name, _ in flatten(instruction.tensors)}
         missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
         saved = _saved(instruction, missing)
-        here = {name for _, name, _ in flatten(saved)}
-        needed = (missing if instruction.train is None else missing & instruction.train) - here
+        saved_names = {name for _, name, _ in flatten(saved)}
+        trained = missing if instruction.train is None else missing & instruction.train
+        needed = trained - saved_names
         if needed:
             raise DroppeftError(
                 f"round {instruction.round}, client {instruction.client}: the instruction lacks "
@@ -156,17 +165,17 @@ class Client:
             )
         set_tensors(model.parameters, instruction.tensors)
         set_tensors(model.parameters, saved)
-        set_tensors(model.parameters, restrict(fresh, missing - here))
+        set_tensors(model.parameters, restrict(fresh, missing - saved_names))
         return _trained_parameters(model.parameters, instruction)
 
     def _save_the_rest(
         self, parameters: Parameters, instruction: Instruction, personal: frozenset[str]
     ) -> None:
-        """Save all that was to be trained and may not travel, and whole layers that are not shared.
+        """Save the trained tensors that must not be sent, and all tensors of personal layers.
 
         Args:
-            parameters: those that were to be trained.
-            personal: names of the layers that are not shared, whether they were trained or not.
+            parameters: the parameters that the instruction trains.
+            personal: names of the tensors of personal layers, trained or not.
         """
         trained = frozenset(name for named in parameters.values() for name in named)
         names = (trained - instruction.share) | personal
@@ -182,22 +191,27 @@ class Client:
     def _train_personal_adapter(
         self, parameters: Parameters, instruction: Instruction
     ) -> TrainOutcome | None:
-        """Train a whole adapter of this client's own on the same batches, and save it."""
+        """Train this client's personal adapter, if any, on the same batches, and save it."""
         if instruction.personal_adapter is None:
             return None
         folder = client_folder(instruction.run, instruction.client)
-        own = (
+        start_values = (
             instruction.tensors
             if instruction.state_round is None
             else load_tensors(folder, instruction.state_round)
         )
-        set_tensors(self.model.parameters, own)
-        alone = replace(
+        set_tensors(self.model.parameters, start_values)
+        personal_instruction = replace(
             instruction, objective=Objective(proximal=instruction.personal_adapter), sharing=None
         )
         with base_delta_applied(self.model.model, instruction.base_delta):
             outcome, _ = train_locally(
-                self.model, parameters, self.table, self.rows, alone, anchors=instruction.tensors
+                self.model,
+                parameters,
+                self.table,
+                self.rows,
+                personal_instruction,
+                anchors=instruction.tensors,
             )
         save_tensors(
             folder, instruction.round, instruction.state_round, get_tensors(self.model.parameters)
@@ -205,7 +219,7 @@ class Client:
         return outcome
 
     def _evaluate(self, rows: Rows, settings: LocalTraining) -> Evaluation:
-        """Measure at full depth on some of this client's rows."""
+        """Evaluate the model, with all layers, on some of this client's rows."""
         self.model.load_layers()
         return evaluate(
             self.model.model,
@@ -220,16 +234,18 @@ class Client:
 def rehearse(
     model: ClientModel, table: TokenTable, settings: LocalTraining, spec: AdapterSpec
 ) -> None:
-    """Take a step that moves nothing, where settings ask for more than every model and adapter can.
+    """Try one training step with learning rate 0, to find out early whether the settings work.
 
-    Some adapters answer in fp32 where a model counts on what autocast makes: DeBERTa-v2 then fails.
+    Not every model and adapter can be trained in half precision or with checkpointing. With some
+    adapters, for example, a layer's output is fp32 where DeBERTa-v2 requires autocast's precision.
+    With the default settings no step is taken.
 
     Args:
-        model: left with whatever values it has.
-        table: the rows of the step are its first ones.
+        model: keeps the values that it has.
+        table: the step uses its first rows.
 
     Raises:
-        DroppeftError: the step failed; with what to set.
+        DroppeftError: the step failed.
     """
     if settings.precision == "fp32" and not settings.checkpointing:
         return
@@ -251,7 +267,7 @@ def rehearse(
 
 
 def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Parameters:
-    """Those that the instruction trains; they alone have gradients from now on."""
+    """Return the parameters that the instruction trains; only they require a gradient."""
     trained: dict[LayerKey, dict[str, nn.Parameter]] = {}
     for key, named in parameters.items():
         for name, value in named.items():
@@ -262,7 +278,7 @@ def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Par
 
 
 def _saved(instruction: Instruction, missing: frozenset[str]) -> Tensors:
-    """Of what this client has saved, the tensors that the instruction does not bring."""
+    """Load the tensors that the instruction lacks from this client's saved state."""
     if instruction.state_round is None:
         return {}
     return restrict(
@@ -281,8 +297,10 @@ def _trained_and_shared(
     personal: frozenset[str],
     outcome: TrainOutcome,
 ) -> Tensors:
-    """What travels: tensors that instruction and client let go, of layers that ran at least
-    once.
+    """Return the tensors to send: those that the instruction lets travel, of layers that ran.
+
+    Args:
+        personal: names of the tensors that the client does not share.
     """
     trained = {
         key: named
@@ -297,23 +315,23 @@ def _cost(
     cached: CachedLayersCost,
     rewards: Sequence[Evaluation | None],
     scored: LayerChoice | None,
-    own: TrainOutcome | None,
+    personal: TrainOutcome | None,
 ) -> MeasuredCost:
-    """What the parts took; the whole, ``total_wall_s``, is filled in by who knows it."""
-    measured = [one for one in rewards if one]
+    """Return the cost of the parts; the caller fills in ``total_wall_s``."""
+    evaluations = [evaluation for evaluation in rewards if evaluation]
     return MeasuredCost(
         total_wall_s=0.0,
         train_wall_s=outcome.wall_s,
-        reward_wall_s=sum(one.wall_s for one in measured),
+        reward_wall_s=sum(evaluation.wall_s for evaluation in evaluations),
         activation_bytes_peak=outcome.activation_bytes_peak,
         tokens=outcome.tokens,
         rows=outcome.rows,
         layer_tokens=outcome.layer_tokens,
-        reward_tokens=sum(one.tokens for one in measured),
+        reward_tokens=sum(evaluation.tokens for evaluation in evaluations),
         cached_layers=cached,
         scoring_tokens=scored.tokens if scored else 0,
         scoring_wall_s=scored.wall_s if scored else 0.0,
-        personal_steps=own.steps if own else 0,
-        personal_tokens=own.tokens if own else 0,
-        personal_wall_s=own.wall_s if own else 0.0,
+        personal_steps=personal.steps if personal else 0,
+        personal_tokens=personal.tokens if personal else 0,
+        personal_wall_s=personal.wall_s if personal else 0.0,
     )

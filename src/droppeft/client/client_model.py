@@ -1,4 +1,4 @@
-"""The frozen model of a process that runs clients, with an adapter attached to it; ours."""
+"""The model of a process that runs clients: a frozen backbone with an adapter. Ours."""
 
 from collections.abc import Collection
 
@@ -21,18 +21,22 @@ from droppeft.training.loop import Trainable
 class ClientModel:
     """A frozen backbone with one adapter attached at a time.
 
-    All clients of a process share it: what a client has of its own are its adapter's tensors, not a
-    copy of the model.
+    All clients of a process share it. A client has adapter tensors of its own, but no copy of the
+    model.
 
     Args:
-        offload: keep the layers' frozen weights in a file; :meth:`load_layers` brings
-            those into memory that are needed.
+        backbone: the pretrained model.
+        accelerator: name of the torch device.
+        seed: the run's seed, from which initial values follow.
+        offload: whether the layers' frozen weights are held in a file. :meth:`load_layers` then
+            brings the ones that are needed into memory.
 
     Attributes:
-        model: backbone with the adapter of the last :meth:`attach`.
+        model: the backbone with the adapter of the last :meth:`attach`.
         parameters: its trainable parameters by layer.
         blocks: its L layers.
         task: batches, loss and metrics.
+        device: the torch device.
     """
 
     def __init__(
@@ -59,41 +63,41 @@ class ClientModel:
 
     @property
     def weights_hash(self) -> str:
-        """Of the backbone's weights."""
+        """Hash of the backbone's weights."""
         return self._backbone.weights_hash
 
     @property
     def num_layers(self) -> int:
-        """L of the backbone."""
+        """Number L of the backbone's layers."""
         return self._backbone.num_layers
 
     @property
     def is_offloading(self) -> bool:
-        """Whether :meth:`load_layers` does anything."""
+        """Whether weights are offloaded to a file; without it :meth:`load_layers` does nothing."""
         return self._offloaded is not None
 
     def load_layers(self, layers: Collection[int] | None = None) -> None:
-        """Have these layers' weights in memory, or all; others need not be there from now on."""
+        """Bring the weights of these layers, or of all, into memory; the others may be released."""
         if self._offloaded is not None:
-            self._offloaded.hold(range(self.num_layers) if layers is None else layers)
+            self._offloaded.load_layers(range(self.num_layers) if layers is None else layers)
 
     def attach(self, spec: AdapterSpec) -> None:
-        """Attach an adapter of these shapes, unless it is on already."""
+        """Attach an adapter, unless it is attached already."""
         if spec != self._spec:
             self._change(spec)
 
     def trainable(self, parameters: Parameters) -> Trainable:
-        """What the training loop needs of the model, to train some of its parameters."""
+        """Return what the training loop needs in order to train these parameters."""
         return Trainable(self.model, self.blocks, parameters, self.task)
 
     def fresh_tensors(self, spec: AdapterSpec) -> Tensors:
-        """Initial values of an adapter of these shapes; they depend on the run's seed alone."""
+        """Return the initial values of an adapter, which depend on the run's seed alone."""
         if spec not in self._fresh:
             self._change(spec)
         return self._fresh[spec]
 
     def layout(self, spec: AdapterSpec) -> Layout:
-        """The trainable tensors of an adapter of these shapes."""
+        """Return the names, layers and shapes of an adapter's trainable tensors."""
         return {name: (key, array.shape) for key, name, array in flatten(self.fresh_tensors(spec))}
 
     def _change(self, spec: AdapterSpec) -> None:
@@ -104,7 +108,7 @@ class ClientModel:
         if self._offloaded is None:
             model = model.to(self.device)
         else:
-            self._offloaded.bring_rest(model)
+            self._offloaded.move_rest(model)
         path, self.blocks = find_blocks(model)
         self.parameters = trainable_by_layer(model, path)
         self.model, self._spec = model, spec

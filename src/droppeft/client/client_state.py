@@ -1,9 +1,11 @@
-"""What a client saves for its next local training and sends to nobody: files with checksums; ours.
+"""The client state: tensors that a client saves for its next local training and never sends.
 
-There is one file for each local training. The server says with which one the next begins
-(:attr:`Instruction.state_round`), because only the server knows which updates were merged: after a
-lost reply, or when the run goes on from an older checkpoint, the client begins again where the
-server believes it to be.
+There is one file, with a checksum, for each local training. The server says which file the next
+local training begins with (:attr:`Instruction.state_round`), because only the server knows which
+updates were merged. After a lost reply, or if the run resumes from an older checkpoint, the client
+thus continues from the state that the server assumes.
+
+Ours.
 """
 
 import contextlib
@@ -19,76 +21,82 @@ from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
 from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
 
-EARLIER = 2
-"""Files that stay of the turns that count, so that a server can go back to its older checkpoint."""
+MERGED_FILES = 2
+"""How many files of merged local trainings are retained, so that the server can resume from its
+older checkpoint."""
 
 LEFT_BEHIND_S = 3600.0
-"""Age at which a file that was never renamed belongs to a process that was killed."""
+"""Age in seconds at which a temporary file is taken to be left by a process that was killed."""
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 _log = logging.getLogger("droppeft")
 
 
 class StateLost(DroppeftError):
-    """A client no longer has what it kept; it gets everything at its next turn."""
+    """A client's saved state is missing or damaged; the next instruction brings all tensors."""
 
 
 def state_dir() -> Path:
-    """``$DROPPEFT_STATE``, else ``droppeft`` in ``$XDG_STATE_HOME`` or ``~/.local/state``.
+    """Return ``$DROPPEFT_STATE``, else ``droppeft`` in ``$XDG_STATE_HOME`` or ``~/.local/state``.
 
-    What is there cannot be made again, and nothing here deletes a run's.
+    Saved states cannot be computed again, so droppeft never deletes the folder of a run.
 
     Raises:
-        DroppeftError: the first is no absolute path, and would be another folder tomorrow.
+        DroppeftError: ``$DROPPEFT_STATE`` is a relative path, whose meaning would depend on the
+            working directory.
     """
-    if own := os.environ.get("DROPPEFT_STATE"):
-        if not Path(own).is_absolute():
-            raise DroppeftError(f"DROPPEFT_STATE={own} is not an absolute path; write it in full")
-        return Path(own)
-    shared = Path(os.environ.get("XDG_STATE_HOME") or "")
-    return (shared if shared.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
+    if path := os.environ.get("DROPPEFT_STATE"):
+        if not Path(path).is_absolute():
+            raise DroppeftError(f"DROPPEFT_STATE={path} is not an absolute path; write it in full")
+        return Path(path)
+    parent = Path(os.environ.get("XDG_STATE_HOME") or "")
+    return (parent if parent.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
 
 
 def client_folder(run: str, client: int) -> Path:
-    """Where one client keeps what is its own; a run's copy in another folder has the same.
+    """Return the folder of one client's state, which does not depend on the run's own folder.
 
     Raises:
-        DroppeftError: the name of the run is none; it comes from a server.
+        DroppeftError: the name of the run, which the server sent, is not valid.
     """
     return state_dir() / checked_run(run) / f"client-{client:06}"
 
 
 def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
-    """Write what a turn has made; older files than can be asked for again go.
+    """Save the tensors of a local training, and delete older files that are no longer needed.
 
     Args:
-        folder: of the client; made when it is not there.
-        round: of the turn.
-        before: :attr:`Instruction.state_round` of the same turn.
-        tensors: to be kept.
+        folder: folder of the client; created if it does not exist.
+        round: round of the local training.
+        before: :attr:`Instruction.state_round` of the same instruction.
+        tensors: the tensors to save.
 
     Raises:
-        DroppeftError: the disk does not take it.
+        DroppeftError: the file cannot be written.
     """
     arrays = {f"{key}|{name}": array for key, name, array in flatten(tensors)}
     try:
         _make(folder)
         head = {"round": round, "of": _owner(folder)}
         write_atomically(_path(folder, round), encode_checked(arrays, head), private=True)
-        counted = [one for one in sorted(_rounds(folder)) if before is not None and one <= before]
-        # Not those of later rounds: this turn may be the one that is late.
-        for one in {one for one in _rounds(folder) if one < round} - {*counted[-EARLIER:]}:
-            _path(folder, one).unlink(missing_ok=True)
+        saved = sorted(_rounds(folder))
+        merged = [other for other in saved if before is not None and other <= before]
+        # Files of later rounds stay, because this local training may be the one that is late.
+        for other in {other for other in saved if other < round} - {*merged[-MERGED_FILES:]}:
+            _path(folder, other).unlink(missing_ok=True)
     except OSError as error:
-        raise DroppeftError(f"{folder}: cannot keep this client's tensors ({error})") from None
+        raise DroppeftError(
+            f"{folder}: this client's tensors cannot be saved ({error}); "
+            "check the disk, or set DROPPEFT_STATE to another folder"
+        ) from None
 
 
 def load_tensors(folder: Path, round: int) -> Tensors:
-    """Read what the turn of a round has made.
+    """Load the tensors that the local training of a round saved.
 
     Raises:
-        StateLost: it is not there, or damaged, or is another turn's.
-        DroppeftError: it cannot be read now, and perhaps later.
+        StateLost: the file is missing or damaged, or belongs to another round, client or run.
+        DroppeftError: the file exists but cannot be read at the moment.
     """
     path = _path(folder, round)
     try:
@@ -97,10 +105,10 @@ def load_tensors(folder: Path, round: int) -> Tensors:
             raise ValueError(f"it is of round {head['round']} of {head['of']}")
     except DAMAGES as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise DroppeftError(f"{path} cannot be read ({error})") from None
-        why = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        _log.warning("%s %s", path, why)
-        raise StateLost(f"what it kept in round {round} {why.partition(' (')[0]}") from None
+            raise DroppeftError(f"{path} cannot be read ({error}); check its permissions") from None
+        problem = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        _log.warning("%s is %s (%s)", path, problem, error)
+        raise StateLost(f"the state that it saved in round {round} is {problem}") from None
     tensors: dict[LayerKey, dict[str, Array]] = {}
     for label, array in arrays.items():
         key, name = label.split("|", 1)
@@ -109,19 +117,19 @@ def load_tensors(folder: Path, round: int) -> Tensors:
 
 
 def _make(folder: Path) -> None:
-    """Make a client's folder to last, and rid it of what killed processes left."""
+    """Create a client's folder durably, and delete temporary files that killed processes left."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for above in (folder.parent, folder.parent.parent):
             sync(above)
     for path in folder.glob(".round-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be at it
+        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
             if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
                 path.unlink()
 
 
 def _owner(folder: Path) -> str:
-    """Run and client."""
+    """Return the names of run and client."""
     return f"{folder.parent.name}/{folder.name}"
 
 
@@ -131,6 +139,6 @@ def _path(folder: Path, round: int) -> Path:
 
 def _rounds(folder: Path) -> Iterator[int]:
     for path in folder.iterdir():
-        found = _NAME.fullmatch(path.name)
-        if found:
-            yield int(found[1])
+        match = _NAME.fullmatch(path.name)
+        if match:
+            yield int(match[1])

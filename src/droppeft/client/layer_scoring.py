@@ -1,4 +1,4 @@
-"""On the client, after its training: score the layers and choose which are shared; ours."""
+"""Scores a client's layers after local training, and chooses which are shared. Ours."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,21 +15,22 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.messages import Instruction, Tensors
-from droppeft.sharing.criteria import LocalResult, Seen, scores_of
-from droppeft.sharing.selection import count_of, select_shared, unmoved
+from droppeft.sharing.criteria import BlockStates, LocalResult, scores_of
+from droppeft.sharing.selection import count_of, select_shared, unchanged_shared
 from droppeft.training.gradients import Vector
 from droppeft.training.loop import Evaluation, TrainOutcome
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What a client chose.
+    """Which layers a client shares, and what scoring them took.
 
     Attributes:
-        scores: (L,) by the rule's criterion.
-        shared: layers, in order; of those that the turn did not move the ones that were.
+        scores: (L,) scores by the rule's criterion.
+        shared: the shared layers, in order: those that were chosen, and those that did not change
+            and were shared before.
         personal: the other layers that have an adapter.
-        tokens, wall_s: of the forwards that scoring took, padding included.
+        tokens, wall_s: tokens, padding included, and seconds of the forward passes for scoring.
     """
 
     scores: tuple[float, ...]
@@ -47,30 +48,33 @@ def score_layers(
     start_values: Tensors,
     measure: Callable[[int], Evaluation],
 ) -> LayerChoice | None:
-    """Score the layers of the model as the turn left it, and choose by the instruction's rule, if
-    any.
+    """Score the layers after local training, and choose the shared ones by the instruction's rule.
 
     Args:
-        client_model: left as it is.
-        parameters: what the turn trained.
-        outcome: of the result.
-        start_values: that ``parameters`` had before it, where the criterion reads them.
-        measure: the model as it is, on so many rows of the client's validation part.
+        client_model: the model after local training; it is not changed.
+        parameters: the parameters that were trained.
+        instruction: the instruction of the local training.
+        outcome: the outcome of the local training.
+        start_values: values of ``parameters`` before local training, if the criterion needs them.
+        measure: evaluates the model on this many of the client's validation rows.
+
+    Returns:
+        ``None`` if the instruction has no sharing rule.
     """
     rule = instruction.sharing
     if rule is None:
         return None
     model = _Model(client_model, parameters, start_values, partial(measure, rule.score_rows))
-    moved = tuple(
+    changed = tuple(
         key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
     )
     result = LocalResult(
         active_steps=np.array(outcome.active_steps, dtype=np.float64),
         gradients=outcome.gradients,
-        change=model.change,
-        seen=model.seen,
-        undone=model.undone,
-        moved=moved,
+        change_norms=model.change_norms,
+        block_states=model.block_states,
+        loss_increases=model.loss_increases,
+        changed_layers=changed,
         rng=seeds.numpy_generator(
             instruction.seed,
             purpose="layer scores",
@@ -79,18 +83,18 @@ def score_layers(
         ),
         typical=None if rule.typical is None else np.array(rule.typical),
     )
-    count = count_of(rule.fraction, len(moved))
-    has_choice = 0 < count < len(moved)
+    count = count_of(rule.fraction, len(changed))
+    has_choice = 0 < count < len(changed)
     scores = scores_of(rule.criterion, result) if has_choice else (0.0,) * client_model.num_layers
-    chosen = select_shared(scores, moved, count, rule.shared, rule.hysteresis)
+    chosen = select_shared(scores, changed, count, rule.shared, rule.hysteresis)
     layers = [key for key in client_model.parameters if isinstance(key, int)]
-    shared = unmoved(layers, moved, rule.shared).union(chosen)
-    kept = tuple(layer for layer in layers if layer not in shared)
-    return LayerChoice(scores, tuple(sorted(shared)), kept, model.tokens, model.wall_s)
+    shared = unchanged_shared(layers, changed, rule.shared).union(chosen)
+    personal = tuple(layer for layer in layers if layer not in shared)
+    return LayerChoice(scores, tuple(sorted(shared)), personal, model.tokens, model.wall_s)
 
 
 class _Model:
-    """What criteria can find out about the model; what running it takes is added up."""
+    """Computes what criteria need of the model, and adds up what its forward passes take."""
 
     def __init__(
         self,
@@ -106,29 +110,29 @@ class _Model:
         self.tokens = 0
         self.wall_s = 0.0
 
-    def change(self) -> Vector:
-        """(L,) norms of what the turn changed."""
-        found, now = np.zeros(self._client_model.num_layers), get_tensors(self._parameters)
+    def change_norms(self) -> Vector:
+        """Return the (L,) norms of the change of each layer's parameters in local training."""
+        norms, now = np.zeros(self._client_model.num_layers), get_tensors(self._parameters)
         for layer, named in now.items():
             if isinstance(layer, int):
-                moved = [np.subtract(named[name], self._start[layer][name]) for name in named]
-                found[layer] = np.sqrt(sum(float(np.square(one).sum()) for one in moved))
-        return found
+                changes = [np.subtract(named[name], self._start[layer][name]) for name in named]
+                norms[layer] = np.sqrt(sum(float(np.square(array).sum()) for array in changes))
+        return norms
 
-    def undone(self, layers: Sequence[int]) -> list[float]:
-        """Loss with each layer as the turn found it, less that of the model as it is."""
-        whole, now, found = self._measure().loss, get_tensors(self._parameters), []
+    def loss_increases(self, layers: Sequence[int]) -> list[float]:
+        """Return by how much the loss rises when one layer alone gets its start values back."""
+        trained_loss, now, increases = self._measure().loss, get_tensors(self._parameters), []
         for layer in layers:
             set_tensors(self._parameters, {layer: self._start[layer]})
-            found.append(self._measure().loss - whole)
+            increases.append(self._measure().loss - trained_loss)
             set_tensors(self._parameters, {layer: now[layer]})
-        return found
+        return increases
 
-    def seen(self) -> list[Seen]:
-        """What each block makes of the rows."""
-        with _watching(self._client_model.model, self._client_model.blocks) as watches:
+    def block_states(self) -> list[BlockStates]:
+        """Return the hidden states before and after each block, on the validation rows."""
+        with _recording(self._client_model.model, self._client_model.blocks) as recorders:
             self._measure()
-        return [watch.seen() for watch in watches]
+        return [recorder.states() for recorder in recorders]
 
     def _measure(self) -> Evaluation:
         measured = self._measure_once()
@@ -137,28 +141,28 @@ class _Model:
         return measured
 
 
-class _Watch:
-    """Sums over the rows that a block was run with."""
+class _BlockRecorder:
+    """Sums up the hidden states before and after one block over the rows of several batches."""
 
     def __init__(self) -> None:
         self.cosines, self.tokens = 0.0, 0.0
         self.before: list[torch.Tensor] = []
         self.after: list[torch.Tensor] = []
 
-    def note(self, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Add a batch: states (B, S, H) and which tokens (B, S) are real."""
+    def add(self, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Add a batch: hidden states (B, S, H), and a mask (B, S) of tokens that are no padding."""
         real = torch.ones(before.shape[:2]) if mask is None else mask
         real = real.to(before.device, torch.float32)
         before, after = before.float(), after.float()
         cosine = nn.functional.cosine_similarity(before, after, dim=-1)
         self.cosines += float((cosine * real).sum())
         self.tokens += float(real.sum())
-        for found, states in ((self.before, before), (self.after, after)):
+        for means, states in ((self.before, before), (self.after, after)):
             sums = (states * real.unsqueeze(-1)).sum(dim=1)
-            found.append((sums / real.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
+            means.append((sums / real.sum(dim=1, keepdim=True).clamp(min=1)).cpu())
 
-    def seen(self) -> Seen:
-        return Seen(
+    def states(self) -> BlockStates:
+        return BlockStates(
             cosine=self.cosines / max(self.tokens, 1.0),
             before=torch.cat(self.before).double().numpy(),
             after=torch.cat(self.after).double().numpy(),
@@ -166,29 +170,29 @@ class _Watch:
 
 
 @contextmanager
-def _watching(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[list[_Watch]]:
-    """Note what goes into every block and what comes out, inside."""
-    watches, masks = [_Watch() for _ in blocks], [None]
+def _recording(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[list[_BlockRecorder]]:
+    """Record the hidden states before and after every block, inside the context."""
+    recorders, masks = [_BlockRecorder() for _ in blocks], [None]
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks[0] = kwargs.get("attention_mask")
 
-    def leave(watch: _Watch) -> Callable[..., None]:
+    def leave(recorder: _BlockRecorder) -> Callable[..., None]:
         def hook(
             block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            watch.note(hidden_of((args, kwargs)), after, masks[0])
+            recorder.add(hidden_of((args, kwargs)), after, masks[0])
 
         return hook
 
     hooks = [model.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks += [
-        block.register_forward_hook(leave(watch), with_kwargs=True)
-        for block, watch in zip(blocks, watches, strict=True)
+        block.register_forward_hook(leave(recorder), with_kwargs=True)
+        for block, recorder in zip(blocks, recorders, strict=True)
     ]
     try:
-        yield watches
+        yield recorders
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""The steps of a client's local training, with its gates and its cached layers; ours."""
+"""Local training of a client: its batches, gates and cached layers. Ours."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ Gates = tuple[bool, ...]
 
 
 def reads(instruction: Instruction) -> str:
-    """What the rule's criterion needs to be collected during the training."""
+    """Return what the sharing criterion needs besides gradient norms (:attr:`Criterion.reads`)."""
     return "" if instruction.sharing is None else CRITERIA[instruction.sharing.criterion].reads
 
 
@@ -40,29 +40,34 @@ def train_locally(
     instruction: Instruction,
     anchors: Tensors | None = None,
 ) -> tuple[TrainOutcome, CachedLayersCost]:
-    """Take the instruction's steps; batches, gates and module dropout follow from (seed, round,
-    client).
+    """Take the optimizer steps of an instruction.
+
+    Batches, gates and module dropout follow from (seed, round, client).
 
     Args:
-        parameters: what is trained.
-        anchors: values that a proximal term pulls to; by default those that training begins with.
+        parameters: the parameters that are trained, by layer.
+        anchors: the values that a proximal term pulls towards; by default the values that training
+            begins with.
+
+    Returns:
+        The outcome, and the cost of the cached layers.
     """
     rng = seeds.numpy_generator(
         instruction.seed, purpose="batches", round=instruction.round, client=instruction.client
     )
-    chosen = training_batches(
+    batches = training_batches(
         rows.train, table, instruction.training.batch_size, instruction.budget, rng
     )
-    gates = [_gates(model, parameters, instruction, step) for step in range(len(chosen))]
+    gates = [_gates(model, parameters, instruction, step) for step in range(len(batches))]
     needed = {layer for layer, active in enumerate(zip(*gates, strict=True)) if any(active)}
     start = time.perf_counter()
     cached = (
-        _cached_layers(model, table, chosen, instruction, needed) if instruction.frozen else None
+        _cached_layers(model, table, batches, instruction, needed) if instruction.frozen else None
     )
     model.load_layers(needed)
-    before_s = time.perf_counter() - start
+    loading_s = time.perf_counter() - start
     with torch.random.fork_rng():
-        # For dropout inside the backbone and the adapter: torch's global generator is theirs.
+        # Dropout modules of the backbone and the adapter use torch's global generator.
         torch.manual_seed(
             seeds.seed_for(
                 instruction.seed,
@@ -73,14 +78,14 @@ def train_locally(
         )
         outcome = train(
             model.trainable(parameters),
-            _steps(model, table, chosen, gates, instruction),
+            _steps(model, table, batches, gates, instruction),
             instruction.training,
             instruction.objective,
             cached,
             with_mean_gradient=reads(instruction) == "mean gradient",
             anchors=anchors,
         )
-    outcome = replace(outcome, wall_s=outcome.wall_s + before_s)
+    outcome = replace(outcome, wall_s=outcome.wall_s + loading_s)
     if cached is None:
         return outcome, CachedLayersCost()
     cached.close()
@@ -90,25 +95,25 @@ def train_locally(
 def _steps(
     model: ClientModel,
     table: TokenTable,
-    chosen: Sequence[Rows],
+    batches: Sequence[Rows],
     gates: Sequence[Gates],
     instruction: Instruction,
 ) -> list[Step]:
-    """Batch, gates and learning rate of every step."""
+    """Return batch, gates and learning rate factor of every step."""
     return [
         Step(
             model.task.collate(table, rows),
             active,
-            _factor(instruction, (step + 0.5) / len(chosen)),
+            _rate_factor(instruction, (step + 0.5) / len(batches)),
         )
-        for step, (rows, active) in enumerate(zip(chosen, gates, strict=True))
+        for step, (rows, active) in enumerate(zip(batches, gates, strict=True))
     ]
 
 
-def _factor(instruction: Instruction, progress: float) -> float:
-    """Part of the peak learning rates at a point of the local training.
+def _rate_factor(instruction: Instruction, progress: float) -> float:
+    """Return the factor of the peak learning rates at a point of the local training (0 to 1).
 
-    A measurement is no round of the run: its rates fall from the peak to nothing.
+    An evaluation is not a round of the run, so in its training the rates fall from the peak to 0.
     """
     if instruction.measure:
         return 1.0 - progress
@@ -120,20 +125,20 @@ def _factor(instruction: Instruction, progress: float) -> float:
 def _cached_layers(
     model: ClientModel,
     table: TokenTable,
-    chosen: Sequence[Rows],
+    batches: Sequence[Rows],
     instruction: Instruction,
     needed: set[int],
 ) -> CachedLayers:
-    """The frozen layers at work, with what this client has stored of them.
+    """Return the frozen layers of the model, with the states that this client has stored.
 
     Args:
-        needed: layers that the steps run, the frozen ones as if they ran too. Those that are not
-            needed when their states are on the disk are taken out.
+        needed: indices of the layers that the steps run, at first with the frozen ones. If states
+            are stored, the frozen layers are removed from this set.
     """
     first, store = range(instruction.frozen), _store(model, instruction)
 
     @contextmanager
-    def at_hand() -> Iterator[None]:
+    def frozen_in_memory() -> Iterator[None]:
         model.load_layers({*needed, *first})
         yield
         model.load_layers(needed)
@@ -143,9 +148,9 @@ def _cached_layers(
         store,
         table,
         model.task,
-        chosen,
+        batches,
         partial(autocast, instruction.training.precision, model.device),
-        at_hand if model.is_offloading else nullcontext,
+        frozen_in_memory if model.is_offloading else nullcontext,
     )
     if store is not None:
         needed.difference_update(first)
@@ -156,7 +161,7 @@ def _cached_layers(
 
 
 def _store(model: ClientModel, instruction: Instruction) -> StateStore | None:
-    """This client's own stored states, ``None`` where the instruction stores none."""
+    """Return the store of this client's states, or ``None`` if none are stored."""
     if instruction.cache is None:
         return None
     content = content_name(
@@ -177,7 +182,7 @@ def _store(model: ClientModel, instruction: Instruction) -> StateStore | None:
 def _gates(
     model: ClientModel, parameters: Parameters, instruction: Instruction, step: int
 ) -> Gates:
-    """Which layers run at a step, from (seed, round, client, step) alone."""
+    """Return which layers run in a step; it depends on (seed, round, client, step) alone."""
     dropout = instruction.dropout
     if dropout is None:
         return (True,) * model.num_layers

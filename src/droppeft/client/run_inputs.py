@@ -1,7 +1,7 @@
-"""What a configuration names, loaded: texts, their split over clients, the backbone.
+"""Loads what a configuration names: the texts, their partition into clients, and the backbone.
 
-A server and a client load the same; :mod:`droppeft.server.prepare` adds the server's part,
-:func:`clients_of` the clients'.
+Server and clients load the same. :mod:`droppeft.server.prepare` adds what only the server needs,
+and :func:`clients_of` what only clients need.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from droppeft import seeds
-from droppeft.cached_layers.cached_layers import forget_old_runs
+from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
@@ -26,18 +26,19 @@ from droppeft.models.loading import Backbone, load_backbone
 from droppeft.training.checkpointing import check_checkpointing
 
 Say = Callable[[str], None]
+"""Reports to the user what is being done."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Texts, split and model of a run.
+    """Texts, partition and model of a run.
 
     Attributes:
-        config: resolved, the number of frozen layers too.
+        config: the resolved configuration, with the number of frozen layers.
         data: texts and labels.
-        clients: each client's own rows of the training texts.
-        backbone: as loaded; the model has an adapter attached.
-        model: the same backbone, to attach adapters to.
+        clients: each client's rows of the training texts.
+        backbone: the loaded backbone.
+        model: the same backbone, with adapters attached to it.
     """
 
     config: Config
@@ -48,14 +49,16 @@ class Loaded:
 
 
 def load(config: Config, say: Say) -> Loaded:
-    """Load texts and model; the thread count is set before the first tensor is made.
+    """Load texts and model.
+
+    Sets torch's number of threads first, before any tensor is created.
 
     Args:
-        config: resolved.
-        say: told what is being done, for people.
+        config: the resolved configuration.
+        say: called with what is being done.
 
     Raises:
-        DroppeftError: whatever the configuration names does not exist or does not fit.
+        DroppeftError: something that the configuration names does not exist or does not fit.
     """
     torch.set_num_threads(config.threads)
     say("reading data")
@@ -76,20 +79,20 @@ def load(config: Config, say: Say) -> Loaded:
 
 
 def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
-    """Tokenise texts for the backbone, or take them from the cache."""
+    """Tokenise texts for the backbone, or read the tokens from the cache."""
     max_length = loaded.config.training.max_length
     return tokenise(texts, loaded.backbone.tokenizer, max_length, cache_dir())
 
 
 def clients_of(loaded: Loaded) -> tuple[Client, ...]:
-    """Make all clients ready to run in this process, on one model."""
-    forget_old_runs()
+    """Create all clients of the run in this process, with one model for all of them."""
+    delete_old_runs()
     table = tokens_of(loaded, loaded.data.train)
     return tuple(Client(loaded.model, table, rows) for rows in loaded.clients)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:
-    """Hashes of what every process of a run, and a resumed one, must have alike."""
+    """Return hashes of what must be the same in every process of a run, resumed runs included."""
     split = hashlib.sha256()
     for rows in loaded.clients:
         for part in (rows.train, rows.validation, rows.test):
@@ -102,15 +105,16 @@ def identity(loaded: Loaded) -> dict[str, str]:
 
 
 def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """Say which of two identities' hashes differ first, or ``None``."""
+    """Describe the first hash in which two identities differ; ``None`` if they are equal."""
     for name, hash in expected.items():
         if found.get(name) != hash:
-            return f"the {name.removesuffix('_hash')} is another ({hash}, here {found.get(name)})"
+            what = name.removesuffix("_hash")
+            return f"the {what} differs (expected {hash}, found {found.get(name)})"
     return None
 
 
 def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:
-    """Virtual tokens of a prompt take positions too."""
+    """Check that texts and virtual tokens fit into the positions of the model."""
     if max_length + tokens > backbone.max_length:
         prompt = f" and adapter.tokens={tokens}" if tokens else ""
         raise DroppeftError(

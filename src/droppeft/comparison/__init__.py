@@ -1,1 +1,1 @@
-"""Methods side by side: which runs, playing them, and what they come to."""
+"""Compare variants: which runs there are, running them, and summarising their results."""

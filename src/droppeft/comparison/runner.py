@@ -1,4 +1,4 @@
-"""Play the runs of a comparison, one after the other; what is done stays done. Ours."""
+"""Run the cells of a comparison one after the other; finished runs are not repeated. Ours."""
 
 import json
 import time
@@ -13,8 +13,8 @@ from droppeft.comparison.study_files import (
     RunRecord,
     as_texts,
     finished,
-    of_rounds,
     read_tables,
+    round_columns,
 )
 from droppeft.config import as_tree
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
@@ -24,57 +24,59 @@ from droppeft.server.run import Interrupted, resume_run, start_run
 
 
 class ProgressListener(Protocol):
-    """Who is told how a comparison goes."""
+    """Is told about the progress of a comparison."""
 
     def begins(self, cell: Cell, number: int, of: int) -> Listener:
-        """It is a cell's turn; what watches its run, if it is still to be run."""
+        """A cell is next, number ``number`` of ``of``; return the listener of its run."""
 
     def done(self, record: RunRecord, wall_s: float | None) -> None:
-        """A cell is finished; ``None`` seconds if that was long ago."""
+        """A cell is finished; ``wall_s`` is ``None`` if its run had finished before this call."""
 
 
 def run_cells(cells: Sequence[Cell], out: Path, progress: ProgressListener) -> list[RunRecord]:
-    """Run what has not been run yet; a run that fails does not keep others from theirs.
+    """Run all cells that have not been run yet; if a run fails, the others are still run.
 
     Args:
-        out: a folder per cell is made in it. What its tables have of a cell is done, so that a
-            comparison can go on elsewhere with these files alone.
+        cells: in this order.
+        out: each cell gets a folder in it. A cell with a result in the tables of ``out`` is not
+            run again, so a comparison can be continued from these tables alone.
+        progress: is told about each cell.
 
     Raises:
-        Interrupted: on Ctrl-C; the same call goes on from there.
+        Interrupted: on Ctrl-C; the same call continues.
         DroppeftError: the tables are damaged.
     """
-    found, earlier = [], _earlier(out)
+    records, earlier = [], _earlier(out)
     for number, cell in enumerate(cells, start=1):
-        start, there = time.perf_counter(), _done(cell, out, earlier)
+        start, finished_before = time.perf_counter(), _done(cell, out, earlier)
         listener = progress.begins(cell, number, len(cells))
-        found.append(there or _one(cell, out / cell.folder, listener))
-        progress.done(found[-1], None if there else time.perf_counter() - start)
-    return found
+        records.append(finished_before or _run_cell(cell, out / cell.folder, listener))
+        progress.done(records[-1], None if finished_before else time.perf_counter() - start)
+    return records
 
 
 def done(cells: Sequence[Cell], out: Path) -> list[RunRecord]:
-    """Those that have been run in a folder, by whichever process.
+    """Records of the cells that have a result in a folder, whichever process ran them.
 
     Raises:
-        DroppeftError: as :func:`play`.
+        DroppeftError: the tables are damaged.
     """
     earlier = _earlier(out)
-    return [there for cell in cells if (there := _done(cell, out, earlier))]
+    return [record for cell in cells if (record := _done(cell, out, earlier))]
 
 
-def with_others(own: Sequence[RunRecord], cells: Sequence[Cell], out: Path) -> list[RunRecord]:
-    """What was just run and, of the other cells, what was by another call; in their order.
+def all_records(new: Sequence[RunRecord], cells: Sequence[Cell], out: Path) -> list[RunRecord]:
+    """Records of this call and, for the other cells, of earlier calls; in the order of ``cells``.
 
     Raises:
-        DroppeftError: as :func:`play`.
+        DroppeftError: the tables are damaged.
     """
-    known = {one.folder: one for one in (*done(cells, out), *own)}
+    known = {record.folder: record for record in (*done(cells, out), *new)}
     return [known[cell.folder] for cell in cells if cell.folder in known]
 
 
 def _earlier(out: Path) -> dict[str, RunRecord]:
-    """Runs with a result in a comparison's tables, by the names of their folders."""
+    """Runs that have a result in a comparison's tables, by folder."""
     if not (out / STUDY).is_file():
         return {}
     return {one.folder: one for one in read_tables(out)[1] if one.result is not None}
@@ -84,13 +86,13 @@ def _done(cell: Cell, out: Path, earlier: Mapping[str, RunRecord]) -> RunRecord 
     folder = out / cell.folder
     if (folder / RESULT).is_file():
         return _read(cell, folder)
-    one = earlier.get(cell.folder)
-    # The same run may have another name now, and its data another place.
-    return one and replace(one, variant=cell.variant, data=cell.data, model=cell.model)
+    record = earlier.get(cell.folder)
+    # The variant may have been renamed since, and the data moved.
+    return record and replace(record, variant=cell.variant, data=cell.data, model=cell.model)
 
 
-def _one(cell: Cell, folder: Path, listener: Listener) -> RunRecord:
-    """Begin or go on; whatever goes wrong is said of this cell."""
+def _run_cell(cell: Cell, folder: Path, listener: Listener) -> RunRecord:
+    """Start or resume a cell's run; an error becomes the failure of this cell."""
     try:
         if (folder / CONFIG).is_file():
             resume_run(folder, listener)
@@ -99,15 +101,25 @@ def _one(cell: Cell, folder: Path, listener: Listener) -> RunRecord:
     except Interrupted:
         raise
     except Exception as error:
-        # Whatever it is, it is this variant's: the others get their runs.
+        # Any error concerns this variant alone: the other cells are still run.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return _failed(cell, reason, read_rows(folder / ROUNDS))
     return _read(cell, folder)
 
 
 def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> RunRecord:
-    which = (cell.folder, cell.variant, cell.data, cell.model, cell.seed)
-    return RunRecord(*which, as_texts(as_tree(cell.config)), None, of_rounds(rows), [], reason)
+    return RunRecord(
+        folder=cell.folder,
+        variant=cell.variant,
+        data=cell.data,
+        model=cell.model,
+        seed=cell.seed,
+        settings=as_texts(as_tree(cell.config)),
+        result=None,
+        rows=round_columns(rows),
+        clients=[],
+        failure=reason,
+    )
 
 
 def _read(cell: Cell, folder: Path) -> RunRecord:

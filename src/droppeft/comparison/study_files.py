@@ -1,7 +1,8 @@
-"""A comparison as data: ``study.json`` and Parquet tables whose columns are read by name. Ours.
+"""Results of a comparison: ``study.json``, and Parquet tables that are read by column name. Ours.
 
-A later version may rename or remove settings: here they are texts that nobody parses, and what
-pages say of them has columns of its own. A column that a file lacks reads as ``None``.
+Settings are stored as texts and never parsed, so that results stay readable when settings are
+renamed or removed. Settings that pages show have their own columns. A column that a file lacks
+reads as ``None``.
 """
 
 import json
@@ -34,7 +35,7 @@ OUTCOMES = (
     *("upload_bytes", "download_bytes", "num_layers", "classes", "train_rows", "test_rows"),
     *("data_hash", "adapter_sha256"),
 )
-"""Columns of a run that its ``result.json`` has under the same names."""
+"""Columns of ``runs.parquet`` that ``result.json`` has under the same names."""
 
 SHOWN_SETTINGS = {
     "clients": "clients",
@@ -50,7 +51,7 @@ SHOWN_SETTINGS = {
     "policy": "configurator.policy",
     "reward": "configurator.reward",
 }
-"""Columns of a run that pages show, and the settings that they come from."""
+"""Columns of ``runs.parquet`` with settings that pages show, and the settings' keys."""
 
 OF_A_ROUND = (
     *("round", "accepted", "global_accuracy", "global_loss", "mean_active_layers"),
@@ -58,20 +59,20 @@ OF_A_ROUND = (
     *("round_measured_s", "round_modelled_s", "energy_modelled_j"),
     *("coverage", "layer_steps", "importance", "notes"),
 )
-"""Columns of a round that ``rounds.jsonl`` has under the same names; notes are JSON texts."""
+"""Columns of ``rounds.parquet`` that ``rounds.jsonl`` has too; notes are stored as JSON."""
 
 VARIED = ("seed", "data", "model")
-"""Settings with columns of their own, which are in no list of settings."""
+"""Settings that differ between runs; they are columns, and left out of lists of settings."""
 
 WHICH = ("run", "variant", "data", "model", "seed")
-"""Columns that say which run a row of ``runs.parquet`` is."""
+"""Columns of ``runs.parquet`` that identify the run."""
 
 NUMBERED = {"machine": "machines", "versions": "versions"}
-"""Columns that are numbers, from 0, and the lists of ``study.json`` that they are places in."""
+"""Columns with an index from 0, and the lists of ``study.json`` that they index."""
 
 
 class Row(dict[str, Any]):
-    """A row of a table, by column name; a column that is not there reads as ``None``."""
+    """A row of a table, by column name; a missing column reads as ``None``."""
 
     def __missing__(self, name: str) -> None:
         return None
@@ -79,7 +80,7 @@ class Row(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Target:
-    """The accuracy whose time is asked for: a number, or what a variant ends with, less some."""
+    """The accuracy whose time is asked for: a number, or a variant's last one less ``minus``."""
 
     accuracy: float | None = None
     variant: str | None = None
@@ -88,13 +89,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, as far as results are read by it.
+    """What was compared, as far as it is needed to read the results.
 
     Attributes:
-        variants: names, in their order.
-        baseline: the variant that others' times are divided by; the first if ``None``.
-        definition: the file that says it all, as text.
-        commands: what was called.
+        variants: their names, in order.
+        seeds: of the comparison.
+        baseline: the variant whose time to the target is divided by that of the others; the
+            first one if ``None``.
+        target: the accuracy whose time is asked for, if any.
+        definition: text of the comparison's TOML file.
+        commands: the command lines that were called.
     """
 
     variants: tuple[str, ...]
@@ -107,16 +111,17 @@ class Study:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What became of a run.
+    """The results of a run, or the reason why it has none.
 
     Attributes:
-        folder: its name, which no other run of the comparison has.
-        member, data, model, seed: which run it is.
-        settings: all others, as ``key=value``.
+        folder: name of its folder, unique within the comparison.
+        variant, data, model, seed: identify the run.
+        settings: all other settings, as ``key=value``.
         result: columns of ``runs.parquet``, ``machine`` and ``versions``; ``None`` if it failed.
-        rows: of its rounds.
-        clients: of each client's own model: ``client``, its test ``rows`` and ``accuracy``.
-        failure: why there is no result.
+        rows: one per round.
+        clients: one per client whose own model was evaluated: ``client``, its test ``rows`` and
+            ``accuracy``.
+        failure: why there is no result; ``None`` if there is one.
     """
 
     folder: str
@@ -132,14 +137,14 @@ class RunRecord:
 
     @property
     def place(self) -> tuple[str, str]:
-        """What its accuracy can be compared on."""
+        """Data and model; accuracies are comparable only where both are the same."""
         return self.data, self.model
 
 
 def finished(
     folder: str, variant: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
 ) -> RunRecord:
-    """A run that has a result, from its ``result.json`` and ``rounds.jsonl``."""
+    """The record of a run that has a result, from ``result.json`` and ``rounds.jsonl``."""
     settings = flat(result["config"])
     outcome = Row(
         {name: result.get(name) for name in OUTCOMES}
@@ -147,34 +152,44 @@ def finished(
         | {"unmeasured_clients": len(result.get("personalised_failures", ()))}
         | {name: result[name] for name in NUMBERED}
     )
-    own = [
+    clients = [
         Row(client=one["client"], rows=one["rows"], accuracy=one["accuracy"])
         for one in result.get("personalised") or ()
     ]
-    which = (folder, variant, result["data"], result["model"], result["seed"])
-    return RunRecord(*which, as_texts(result["config"]), outcome, of_rounds(rows), own, None)
+    return RunRecord(
+        folder=folder,
+        variant=variant,
+        data=result["data"],
+        model=result["model"],
+        seed=result["seed"],
+        settings=as_texts(result["config"]),
+        result=outcome,
+        rows=round_columns(rows),
+        clients=clients,
+        failure=None,
+    )
 
 
-def of_rounds(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The columns that are kept of each round."""
+def round_columns(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The columns of each round that are stored."""
     return [Row({name: row.get(name) for name in OF_A_ROUND}) for row in rows]
 
 
 def as_texts(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Nested settings as ``key=value`` in TOML, without those that vary."""
+    """Nested settings as ``key=value`` in TOML, without those of :data:`VARIED`."""
     settings = flat(config).items()
     return tuple(f"{key}={as_toml(value)}" for key, value in settings if key not in VARIED)
 
 
 def as_toml(value: Any) -> str:
-    """A value as it stands in a configuration file, on one line."""
+    """A value as it is written in a configuration file, on one line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_toml, value))}]"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 def write_tables(out: Path, study: Study, records: Sequence[RunRecord]) -> None:
-    """Write a comparison's data, each file whole or not at all; ``study.json`` comes last."""
+    """Write a comparison's data, each file atomically; ``study.json`` is written last."""
     _write(out / ROUNDS, [_stored(one.folder, row) for one in records for row in one.rows])
     _write(out / CLIENTS, [{"run": one.folder, **row} for one in records for row in one.clients])
     numbered = {key: _distinct(records, key) for key in NUMBERED}
@@ -205,15 +220,15 @@ def _stored(run: str, row: Row) -> dict[str, Any]:
 
 
 def _settings(variants: Iterable[str], records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Settings of all runs, and those that each variant has beside them, by data and model."""
+    """Settings that all runs share, and each variant's further ones by data and model."""
     found: dict[tuple[str, str, str], RunRecord] = {}
-    for one in sorted(records, key=lambda one: one.result is None):  # a run knows more
+    for one in sorted(records, key=lambda one: one.result is None):  # failed runs last
         found.setdefault((one.variant, one.data, one.model), one)
     every = [one.settings for one in found.values()]
-    common = [word for word in every[0] if all(word in words for words in every)]
+    common = [setting for setting in every[0] if all(setting in other for other in every)]
     own: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for (variant, data, model), one in found.items():
-        rest = [word for word in one.settings if word not in common]
+        rest = [setting for setting in one.settings if setting not in common]
         own[variant].append({"data": data, "model": model, "settings": rest})
     return {"settings": common, "variants": own}
 
@@ -239,13 +254,13 @@ def read_tables(folder: Path) -> tuple[Study, list[RunRecord]]:
     """Read a comparison's data; runs are in the order in which they were written.
 
     Raises:
-        DroppeftError: a file is damaged, or missing.
+        DroppeftError: a file is damaged or missing.
     """
     try:
         return _read(folder)
     except (pa.ArrowException, ValueError, LookupError, TypeError, OSError) as error:
         raise DroppeftError(
-            f"{folder / STUDY} or a table beside it is damaged ({error}); put it right, or away"
+            f"{folder / STUDY} or a table beside it is damaged ({error}); repair or remove it"
         ) from None
 
 
@@ -261,10 +276,10 @@ def _read(folder: Path) -> tuple[Study, list[RunRecord]]:
         commands=tuple(about["commands"] or ()),
     )
     rounds, clients = _by_run(folder / ROUNDS), _by_run(folder / CLIENTS)
-    return study, [_played(row, about, rounds, clients) for row in _rows(folder / RUNS)]
+    return study, [_record(row, about, rounds, clients) for row in _rows(folder / RUNS)]
 
 
-def _played(
+def _record(
     row: Row, about: Row, rounds: Mapping[str, list[Row]], clients: Mapping[str, list[Row]]
 ) -> RunRecord:
     run, variant, data, model, seed = (row.pop(name) for name in WHICH)
@@ -280,7 +295,7 @@ def _played(
     for one in rows:
         one["notes"] = one["notes"] and json.loads(one["notes"])
     return RunRecord(
-        **{"folder": run, "member": variant, "data": data, "model": model, "seed": seed},
+        **{"folder": run, "variant": variant, "data": data, "model": model, "seed": seed},
         settings=(*about["settings"], *own),
         result=None if failure else row,
         rows=rows,

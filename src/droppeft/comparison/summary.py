@@ -1,4 +1,4 @@
-"""What the runs of a comparison come to: a row per member, and the target's time. Ours."""
+"""Summarise the runs of a comparison: a row per variant, and times to the target. Ours."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds; no deviation of a single one."""
+    """Mean and standard deviation over ``count`` seeds; one seed has no deviation."""
 
     mean: float
     deviation: float | None
@@ -19,27 +19,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class VariantRow:
-    """A member on one data set and model; over the seeds that have a result.
+    """Results of a variant on one data set and model, over the seeds that have a result.
 
     Attributes:
-        member: which.
+        variant: its name.
         seeds: how many have a result.
-        failures: why others have none, each reason once.
-        accuracy: of the global model on the whole test set; ``None`` without such a model.
-        f1: of the same: of class 1 where there are two classes, else the mean over classes.
-        personalised: mean over clients of their own models on their own test rows.
-        worst_tenth: of the clients, by the same measure.
-        between_devices: standard deviation of a run's clients, by the same measure.
-        unmeasured: clients of all runs that could not be measured so.
-        reached: how many seeds reached their target; ``None`` without one, or without a global
-            model that could.
-        time_to_target_measured_s, time_to_target_modelled_s: of those that did, ``None`` unless
-            all seeds did.
-        speed_up_measured, speed_up_modelled: the baseline's mean time through the member's, over
-            the member's seeds; ``None`` unless both reached their target on all of these.
+        failures: why the other seeds have none, each reason once.
+        accuracy: of the global model on the whole test set; ``None`` if there is no global model.
+        f1: of the global model: of class 1 with two classes, otherwise the mean over classes.
+        personalised: accuracy of each client's own model on its own test rows, mean over clients.
+        worst_tenth: the same over the tenth of clients with the lowest accuracy.
+        between_clients: standard deviation of that accuracy over the clients of a run.
+        unmeasured: clients of all runs whose own model could not be evaluated.
+        reached: how many seeds reached the target; ``None`` without a target or a global model.
+        time_to_target_measured_s, time_to_target_modelled_s: ``None`` unless all seeds reached it.
+        speed_up_measured, speed_up_modelled: the baseline's mean time divided by the variant's,
+            over the variant's seeds; ``None`` unless both reached the target on all of them.
         activation_bytes_peak: the largest of any run.
-        upload_bytes, download_bytes: of a run, mean.
-        energy_modelled_j, round_modelled_s, round_measured_s: of a whole run, mean.
+        upload_bytes, download_bytes: of a whole run, mean over seeds.
+        energy_modelled_j, round_modelled_s, round_measured_s: of a whole run, mean over seeds.
     """
 
     variant: str
@@ -66,17 +64,17 @@ class VariantRow:
 
 @dataclass(frozen=True)
 class Part:
-    """All members on one data set and model.
+    """All variants on one data set and model.
 
     Attributes:
-        data, model: which.
+        data, model: of these runs.
         target: accuracy whose time was asked for, mean over seeds; ``None`` if there is none.
-        majority, tfidf: test accuracy of train's most frequent class, and of TF-IDF with a linear
-            SVM on all training texts in one place; ``None`` where no run knows it, or members of
-            one seed have different ones.
-        own_majority: mean over clients, and over runs, of a client's most frequent class on its
-            own test rows.
-        rows: in the order of the members.
+        majority, tfidf: test accuracy of the training rows' most frequent class, and of TF-IDF
+            with a linear SVM on the training texts of all clients together; ``None`` where no run
+            knows it, or where runs of the same seed differ.
+        own_majority: accuracy of each client's most frequent class on its own test rows, mean over
+            clients and runs.
+        rows: in the order of the variants.
     """
 
     data: str
@@ -89,14 +87,14 @@ class Part:
 
 
 def summary(study: Study, records: Sequence[RunRecord]) -> list[Part]:
-    """Sum up what there is, by data set and model in the order of the cells."""
-    places = dict.fromkeys(one.place for one in records)
-    return [_part(study, [one for one in records if one.place == p]) for p in places]
+    """Summarise the runs that there are, by data set and model in the order of the runs."""
+    places = dict.fromkeys(run.place for run in records)
+    return [_part(study, [run for run in records if run.place == place]) for place in places]
 
 
 def _part(study: Study, records: Sequence[RunRecord]) -> Part:
     targets = target_accuracies(study.target, records)
-    by_variant = {name: [one for one in records if one.variant == name] for name in study.variants}
+    by_variant = {name: [run for run in records if run.variant == name] for name in study.variants}
     base = study.baseline or next(iter(by_variant))
     times = {name: _times(runs, targets) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
@@ -112,7 +110,7 @@ def _part(study: Study, records: Sequence[RunRecord]) -> Part:
 
 
 def _reference(records: Sequence[RunRecord], key: str) -> float | None:
-    """Mean over seeds; ``None`` where members of one seed differ, as with a split of their own."""
+    """Mean over seeds; ``None`` where runs of the same seed differ, for instance in their split."""
     found: dict[int, set[float]] = {}
     for run in records:
         if run.result is not None and run.result[key] is not None:
@@ -125,28 +123,29 @@ def _reference(records: Sequence[RunRecord], key: str) -> float | None:
 def target_accuracies(
     target: Target | None, records: Sequence[RunRecord]
 ) -> Mapping[int, float | None]:
-    """The number that is asked for, by seed; of a member what it ends with on the same seed.
+    """The target's accuracy by seed.
 
-    What it ends with is the mean of its last evaluations, ``None`` if that run has no result or no
-    global model. A
-    seed of its own each, since seeds differ by more than the distance that is asked for.
+    If the target is a variant, it is the mean of the last evaluations of that variant's run with
+    the same seed, less ``minus``; ``None`` if that run has no result or no global model. It is
+    computed per seed because seeds differ by more than ``minus``.
     """
     if target is None:
         return {}
     if target.accuracy is not None:
-        return {one.seed: target.accuracy for one in records}
-    runs = {one.seed: one for one in records if one.variant == target.variant}
+        return {run.seed: target.accuracy for run in records}
+    runs = {run.seed: run for run in records if run.variant == target.variant}
     return {
-        seed: fmean(found[-SMOOTHED_EVALUATIONS:]) - target.minus
-        if run.result is not None and (found := _evaluations(run))
+        seed: fmean(accuracies[-SMOOTHED_EVALUATIONS:]) - target.minus
+        if run.result is not None and (accuracies := _evaluations(run))
         else None
         for seed, run in runs.items()
     }
 
 
-def _evaluations(records: RunRecord) -> list[float]:
-    found = [row["global_accuracy"] for row in records.rows]
-    return [accuracy for accuracy in found if accuracy is not None]
+def _evaluations(run: RunRecord) -> list[float]:
+    """Accuracies of the global model, in the rounds that evaluated it."""
+    accuracies = [row["global_accuracy"] for row in run.rows]
+    return [accuracy for accuracy in accuracies if accuracy is not None]
 
 
 Times = Mapping[str, Mapping[int, float | None]]
@@ -165,9 +164,9 @@ def _times(runs: Sequence[RunRecord], targets: Mapping[int, float | None]) -> Ti
 
 
 def time_to_target(run: RunRecord, target: float | None, column: str) -> float | None:
-    """Seconds until a run reaches an accuracy, by a column of its rounds.
+    """Seconds until a run reaches the target, summed over a column of its rounds.
 
-    ``None`` if it failed or does not reach it, or if a round on the way has no such time.
+    ``None`` if the run failed or does not reach it, or if a round until then has no such time.
     """
     if run.result is None:
         return None
@@ -177,12 +176,8 @@ def time_to_target(run: RunRecord, target: float | None, column: str) -> float |
     return sum(times) if times and None not in times else None
 
 
-def _row(
-    name: str,
-    runs: Sequence[RunRecord],
-    own: Times,
-    base: Times,
-) -> VariantRow:
+def _row(name: str, runs: Sequence[RunRecord], own: Times, base: Times) -> VariantRow:
+    """A variant's row from its runs, its times to the target and those of the baseline."""
     results = [run.result for run in runs if run.result is not None]
     spreads = {clock: _if_all(list(times.values())) for clock, times in own.items()}
     reached = [time for time in own["measured"].values() if time is not None]
@@ -214,9 +209,10 @@ def _row(
     )
 
 
-def _if_all(times: Sequence[float | None]) -> Spread | None:
-    known = [time for time in times if time is not None]
-    return _spread(known) if len(known) == len(times) else None
+def _if_all(values: Sequence[float | None]) -> Spread | None:
+    """Mean and deviation; ``None`` if one of the values is."""
+    known = [value for value in values if value is not None]
+    return _spread(known) if len(known) == len(values) else None
 
 
 def _spread(values: Iterable[float]) -> Spread | None:
@@ -227,8 +223,8 @@ def _spread(values: Iterable[float]) -> Spread | None:
 
 
 def _speed_up(base: Mapping[int, float | None], own: Mapping[int, float | None]) -> float | None:
-    above, below = _if_all([base.get(seed) for seed in own]), _if_all(list(own.values()))
-    return above.mean / below.mean if above and below and below.mean > 0 else None
+    of_base, of_own = _if_all([base.get(seed) for seed in own]), _if_all(list(own.values()))
+    return of_base.mean / of_own.mean if of_base and of_own and of_own.mean > 0 else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""A comparison as files: its data, a CSV, and a table in Markdown. Ours."""
+"""Write a comparison as files: its data, a CSV file, and tables in Markdown. Ours."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def _times(value: float | None) -> str:
 
 
 def _scaled(value: float | None, unit: float, name: str) -> str:
-    """To a tenth; what is less has a digit all the same, and is no 0.0."""
+    """With one decimal; values that would show as 0.0 get one significant digit."""
     if value is None:
         return "–"
     places = ",.1f" if not value or value / unit >= 0.05 else ".1g"
@@ -48,7 +48,7 @@ def _scaled(value: float | None, unit: float, name: str) -> str:
 
 
 COLUMNS: dict[str, Callable[[VariantRow], str]] = {
-    "member": lambda row: row.variant,
+    "variant": lambda row: row.variant,
     "seeds": lambda row: str(row.seeds),
     "accuracy": lambda row: _accuracy(row.accuracy),
     "F1": lambda row: _accuracy(row.f1),
@@ -65,36 +65,37 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
     "down": lambda row: _scaled(row.download_bytes, 1e6, "MB"),
     "energy, modelled": lambda row: _scaled(row.energy_modelled_j, 1e3, "kJ"),
 }
-"""Columns of the tables for people, and what stands in them."""
+"""Columns of the Markdown, HTML and terminal tables, and how a cell is written."""
 
-QUALITY = ("member", "accuracy", "F1", "personalised", "worst tenth", "between clients")
-TIMES = ("member", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
-COSTS = ("member", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
-"""Of them those that fit side by side on a screen of 80 signs."""
+QUALITY = ("variant", "accuracy", "F1", "personalised", "worst tenth", "between clients")
+TIMES = ("variant", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
+COSTS = ("variant", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
+"""Columns of three tables that each fit into a terminal of 80 characters."""
 
 SPREADS = (
     "accuracy",
     "f1",
     "personalised",
     "worst_tenth",
-    "between_devices",
+    "between_clients",
     "time_to_target_measured_s",
     "time_to_target_modelled_s",
 )
+"""Fields of a :class:`VariantRow` that the CSV file has as mean and standard deviation."""
 
 
 def heading(part: Part) -> str:
-    """What a table is of."""
+    """The title of a part's tables."""
     target = "" if part.target is None else f", target {part.target:.3f}"
     return f"{Path(part.model).name} on {Path(part.data).name}{target}"
 
 
 def references(part: Part) -> list[str]:
-    """What an accuracy has to be judged by, as far as it is known: a line, or none."""
+    """Reference accuracies, as far as they are known: one line, or none."""
     known = {
         "the most frequent class": part.majority,
         "TF-IDF with a linear SVM on all texts": part.tfidf,
-        "each client's own most frequent class (to judge own models by)": part.own_majority,
+        "each client's own most frequent class (reference for personalised)": part.own_majority,
     }
     found = [
         f"{name} {value:.3f}".replace("0.", ".")
@@ -105,9 +106,9 @@ def references(part: Part) -> list[str]:
 
 
 def write(out: Path, study: Study, records: Sequence[RunRecord], parts: Sequence[Part]) -> None:
-    """Write data and tables, each file whole or not at all; the folder is made if no run made it.
+    """Write data and tables, each file atomically; the folder is created if necessary.
 
-    Commands that the folder's ``study.json`` names are kept.
+    Commands that the folder's ``study.json`` lists already stay listed.
     """
     out.mkdir(parents=True, exist_ok=True)
     if (out / STUDY).is_file():
@@ -119,7 +120,7 @@ def write(out: Path, study: Study, records: Sequence[RunRecord], parts: Sequence
 
 
 def as_csv(parts: Sequence[Part]) -> str:
-    """A line per member and part; numbers as they are, units in the names."""
+    """One line per part and variant; numbers are not rounded, and names contain the units."""
     lines = [
         {"data": part.data, "model": part.model, "target": part.target, **_flat(row)}
         for part in parts
@@ -146,36 +147,36 @@ def _flat(row: VariantRow) -> dict[str, Any]:
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
-    """A table per data set and model, for people."""
+    """A table per data set and model, with rounded numbers."""
     sections = []
     for part in parts:
         lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        said = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
-        sections.append(f"## {heading(part)}\n\n{table}{said}")
+        below = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
+        sections.append(f"## {heading(part)}\n\n{table}{below}")
     return "\n".join(sections)
 
 
 def notes(part: Part) -> list[str]:
-    """What is said below a table; what failed is said after it."""
+    """Lines below a part's tables, without those about failures."""
     return [*references(part), *untimed(part)]
 
 
 def untimed(part: Part) -> list[str]:
-    """Why nobody has a time to a target, whether none was set or its member failed; or none."""
+    """A line that says why there are no times to a target, if there are none."""
     if part.target is not None:
         return []
     return [
-        "No target is known, and no times to one: a comparison's file sets it as target, "
-        "a run as target_accuracy."
+        "There is no target, and so no times to one: set it as target in a comparison's file, "
+        "or as target_accuracy for a run."
     ]
 
 
 def failures(part: Part) -> list[str]:
-    """What failed, a line each."""
+    """A line per failure, and per variant with clients that could not be evaluated."""
     unmeasured = [
-        f"{row.variant}: {row.unmeasured} clients could not be measured, and are in no mean"
+        f"{row.variant}: {row.unmeasured} clients could not be evaluated and are in no mean"
         for row in part.rows
         if row.unmeasured
     ]

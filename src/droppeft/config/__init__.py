@@ -1,4 +1,4 @@
-"""The configuration of a run: its tables, and how they are read and written."""
+"""The configuration of a run: its tables, and functions that read and write them."""
 
 from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.configurator import ConfiguratorConfig
@@ -6,15 +6,15 @@ from droppeft.config.reading import (
     as_tree,
     available_cores,
     build_config,
+    first_error,
     flat,
     key_of,
     known_keys,
     load_config,
-    parse_word,
+    parse_override,
     read_toml,
     resolve,
     resolve_layers,
-    sentence,
     to_toml,
 )
 from droppeft.config.schema import (
@@ -50,14 +50,14 @@ __all__ = [
     "as_tree",
     "available_cores",
     "build_config",
+    "first_error",
     "flat",
     "key_of",
     "known_keys",
     "load_config",
-    "parse_word",
+    "parse_override",
     "read_toml",
     "resolve",
     "resolve_layers",
-    "sentence",
     "to_toml",
 ]

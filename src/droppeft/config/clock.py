@@ -1,18 +1,18 @@
-"""The clients that a run stands for, on the modelled clock: profiles, deadline, over-selection."""
+"""The modelled clock's table: device profiles, deadline, over-selection."""
 
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from droppeft.config.table import Real, Table, WordList
+from droppeft.config.table import Real, Table, TextList
 
 
 class Bandwidth(Table):
-    """Bytes per second of a link; in each round a normal draw, cut off at both ends.
+    """Bytes per second of a link, drawn each round from a normal distribution and clipped.
 
     Attributes:
         mean, deviation: of the normal distribution.
-        least, most: what a draw is raised or lowered to.
+        least, most: bounds to which a draw is clipped.
     """
 
     mean: Real = Field(gt=0)
@@ -21,7 +21,7 @@ class Bandwidth(Table):
     most: Real | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _cut_off(self) -> "Bandwidth":
+    def _check_bounds(self) -> "Bandwidth":
         if self.deviation and (self.least is None or self.most is None):
             raise ValueError("a bandwidth with a deviation needs least and most")
         if self.least is not None and self.most is not None and self.least > self.most:
@@ -30,7 +30,7 @@ class Bandwidth(Table):
 
 
 def _fixed_or_drawn(value: object) -> object:
-    """Let a bandwidth that never changes be written as a number."""
+    """Accept a number for a bandwidth that never changes."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {"mean": value} if is_number else value
 
@@ -39,18 +39,18 @@ Link = Annotated[Bandwidth, BeforeValidator(_fixed_or_drawn)]
 
 
 class DeviceProfile(Table):
-    """A kind of client, as far as the modelled clock needs to know it.
+    """A kind of device hardware, as far as the modelled clock needs to know it.
 
     Attributes:
-        peak_flops_per_s: of the data sheet; only shown.
-        effective_flops_per_s: what training reaches.
-        step_overhead_s: of every optimizer step, whatever it computes.
-        memory_bytes: that a training process can have.
-        idle_watts: while it loads and sends.
-        train_watts: while it computes; that of its power mode.
+        peak_flops_per_s: according to the data sheet; only displayed.
+        effective_flops_per_s: reached in training.
+        step_overhead_s: fixed time of each optimizer step.
+        memory_bytes: available to a training process.
+        idle_watts: power while receiving and sending.
+        train_watts: power while computing, that of the power mode.
         download, upload: bytes per second, a number or a :class:`Bandwidth`.
-        availability: probability that it is there in a round.
-        source: where the figures come from.
+        availability: probability of being available in a round.
+        source: where the values come from.
     """
 
     peak_flops_per_s: Real | None = Field(None, gt=0)
@@ -70,7 +70,8 @@ class DeviceProfile(Table):
         unknown = sorted(value.keys() - cls.model_fields.keys()) if isinstance(value, dict) else []
         if unknown:
             raise ValueError(
-                f"{unknown[0]} is no part of a profile, which has {', '.join(cls.model_fields)}"
+                f"{unknown[0]} is not a key of a device profile; known are "
+                f"{', '.join(cls.model_fields)}"
             )
         return value
 
@@ -82,29 +83,29 @@ class DeviceProfile(Table):
 
 
 class ClockConfig(Table):
-    """The modelled clock: what the run would take on clients that are not here."""
+    """The modelled clock: time and energy that the run would take on given devices."""
 
-    profiles: WordList = Field(
+    profiles: TextList = Field(
         ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier"),
-        description="profiles of the clients, in equal shares, by the seed; "
+        description="device profiles, assigned to clients in equal shares by the seed; "
         "[device_profiles.md](device_profiles.md) lists them",
     )
     custom: dict[str, DeviceProfile] = Field(
-        {}, description="further profiles, each a table `[clock.custom.NAME]`"
+        {}, description="further device profiles, each a table `[clock.custom.NAME]`"
     )
     deadline_s: Real | None = Field(
-        None, gt=0, description="modelled seconds after which a turn is too late to be merged"
+        None, gt=0, description="modelled seconds after which an update is too late to be merged"
     )
     over_selection: Real = Field(
         1.0,
         ge=1,
-        description="clients drawn per round are cohort times this; the first cohort of them by "
-        "modelled time are merged",
+        description="`cohort_size` times this many clients are drawn per round; the updates of the "
+        "first `cohort_size` by modelled time are merged",
     )
 
     @field_validator("profiles")
     @classmethod
     def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("names no profile")
+            raise ValueError("must name at least one profile")
         return value

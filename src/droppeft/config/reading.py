@@ -1,5 +1,4 @@
-"""Read a configuration from a TOML file, from ``key=value`` overrides, or from both; the overrides
-win.
+"""Read a configuration from a TOML file, ``key=value`` overrides, or both; overrides win.
 
 Keys inside a table are written with a dot: ``dropout.mean=0.5``.
 """
@@ -24,11 +23,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file (or none) and apply ``key=value`` overrides.
 
     Raises:
-        DroppeftError: unreadable file, unknown key, wrong type or impossible value; the message
-            names the key and, for an unknown one, the nearest that exists.
+        DroppeftError: the file cannot be read, a key is unknown, or a value is invalid; the message
+            names the key and, for an unknown one, the most similar that exists.
     """
     tree = read_toml(path) if path else {}
-    settings = dict(parse_word(word) for word in overrides)
+    settings = dict(map(parse_override, overrides))
     for key in settings:
         _drop_rivals(tree, key)
     for key, value in settings.items():
@@ -37,7 +36,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file into nested dictionaries, or say why not."""
+    """Parse a TOML file into nested dictionaries.
+
+    Raises:
+        DroppeftError: the file does not exist, cannot be read, or is not valid TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -48,16 +51,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise DroppeftError(f"{path}: not valid TOML: {error}") from None
 
 
-def key_of(word: str) -> str:
-    """The setting that a word ``key=value`` is about."""
-    return word.partition("=")[0].strip()
+def key_of(override: str) -> str:
+    """The key of ``key=value``."""
+    return override.partition("=")[0].strip()
 
 
-def parse_word(word: str) -> tuple[str, Any]:
-    """Split ``key=value``; the value is read as TOML where it is TOML, else as plain text."""
-    key, equals, text = word.partition("=")
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split ``key=value``; the value is read as TOML, or as plain text if it is not TOML."""
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise DroppeftError(f"{word!r} is neither a .toml file nor key=value")
+        raise DroppeftError(f"{override!r} is neither a .toml file nor key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
@@ -66,46 +69,60 @@ def parse_word(word: str) -> tuple[str, Any]:
 
 
 def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
-    """Validate nested dictionaries; the first mistake becomes one sentence."""
+    """Validate nested dictionaries.
+
+    Args:
+        tree: tables and settings.
+        where: is added to the message of an error, as "in run.toml".
+
+    Raises:
+        DroppeftError: the first error, as one sentence.
+    """
     place = f" {where}" if where else ""
     _check_keys(tree, place)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise DroppeftError(sentence(error, place)) from None
+        raise DroppeftError(first_error(error, place)) from None
 
 
 def to_toml(config: Config) -> str:
-    """Every key with its value (keys without one are left out), so that the run repeats."""
+    """A TOML file with every setting that has a value, so that the run can be repeated."""
     return tomli_w.dumps(as_tree(config))
 
 
 def as_tree(config: Config) -> dict[str, Any]:
-    """The configuration as nested dictionaries of plain values, without absent keys."""
+    """The configuration as nested dictionaries of plain values, without keys that are ``None``."""
     return config.model_dump(mode="json", exclude_none=True)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted key."""
-    found: dict[str, Any] = {}
+    """Nested dictionaries as one dictionary with dotted keys."""
+    flattened: dict[str, Any] = {}
     for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
+        is_table = isinstance(value, Mapping)
+        flattened |= flat(value, f"{prefix}{name}.") if is_table else {f"{prefix}{name}": value}
+    return flattened
 
 
 def resolve(config: Config, *, cuda: bool) -> Config:
-    """Replace what depends on this machine or folder (cores, accelerator, paths) by its value."""
+    """Replace settings that depend on the machine or folder by their values.
+
+    These are the number of threads, the accelerator, and relative paths.
+
+    Raises:
+        DroppeftError: CUDA is asked for and not available, or a path has an unknown variable.
+    """
     updates = {
         "threads": config.threads or available_cores(),
         "accelerator": ("cuda" if cuda else "cpu")
         if config.accelerator == "auto"
         else config.accelerator,
-        "model": _absolute_if_there("model", config.model),
-        "data": _absolute_if_there("data", config.data),
+        "model": _absolute_if_exists("model", config.model),
+        "data": _absolute_if_exists("data", config.data),
     }
     if updates["accelerator"] == "cuda" and not cuda:
-        raise DroppeftError("accelerator=cuda, but torch sees no CUDA device here; use cpu")
+        raise DroppeftError("accelerator=cuda, but torch finds no CUDA device; use cpu")
     return config.model_copy(update=updates)
 
 
@@ -125,7 +142,7 @@ def available_cores() -> int:
 
 
 def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, field) for every setting, in the order of this file."""
+    """Yield (dotted key, field) for every setting, in the order of the tables."""
     for name, field in table.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Table):
@@ -134,19 +151,20 @@ def known_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
             yield f"{prefix}{name}", field
 
 
-def _absolute_if_there(key: str, name: str) -> str:
-    """Expand ~ and $VARIABLES; make what exists here a full path, so the run repeats elsewhere."""
+def _absolute_if_exists(key: str, name: str) -> str:
+    """Expand ~ and $VARIABLES, and make an existing path absolute."""
     expanded = os.path.expandvars(name)
     path = Path(expanded).expanduser()
-    there = name != "builtin" and path.exists()
-    if not there and (unknown := re.search(r"\$\{?(\w+)", expanded)):
+    exists = name != "builtin" and path.exists()
+    if not exists and (unknown := re.search(r"\$\{?(\w+)", expanded)):
         raise DroppeftError(
             f"{key}={name}: the environment has no variable {unknown[1]}; export it"
         )
-    return str(path.resolve()) if there else expanded
+    return str(path.resolve()) if exists else expanded
 
 
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:
+    """Remove settings of the file that are mutually exclusive with an override."""
     table, _, leaf = key.rpartition(".")
     rivals = RIVALS.get(table, ())
     if leaf in rivals and isinstance(tree.get(table), dict):
@@ -163,11 +181,11 @@ def _insert(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_keys(tree: Mapping[str, Any], place: str) -> None:
-    """Refuse the first key that does not exist, and name the nearest that does."""
+    """Refuse the first key that does not exist, and name the most similar that does."""
     fields = dict(known_keys())
     known = set(fields)
     tables = {key.partition(".")[0] for key in known if "." in key}
-    # Keys of an open table are checked by whoever reads it.
+    # Tables with arbitrary keys are checked where they are read.
     opened = tuple(
         f"{key}." for key, field in fields.items() if get_origin(field.annotation) is dict
     )
@@ -180,8 +198,13 @@ def _check_keys(tree: Mapping[str, Any], place: str) -> None:
             raise DroppeftError(f"unknown key {key}{place}; {hint}")
 
 
-def sentence(error: ValidationError, place: str) -> str:
-    """The first mistake that pydantic found, for people."""
+def first_error(error: ValidationError, place: str) -> str:
+    """The first error that pydantic found, as one sentence.
+
+    Args:
+        error: of a table's validation.
+        place: is added behind the key, as " in run.toml".
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""The tables of a configuration: frozen, validated, every default written here and nowhere else."""
+"""The tables of a configuration, with their defaults and validation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from droppeft.config.clock import ClockConfig
 from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
-from droppeft.config.table import Real, Table, Whole, WordList
+from droppeft.config.table import Real, Table, TextList, Whole
 
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
 
-# Of every other type the defaults are those of peft's configuration class.
+# All other adapter types have the defaults of peft's configuration class.
 ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
     "bottleneck": {"width": 64},
@@ -24,10 +24,9 @@ ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
     "p_tuning": {"tokens": 20},
 }
 
-
 HALF = "half"
 
-# Settings of a method, by table, where the configuration gives none.
+# Defaults of a method that differ from the general ones, by table.
 METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "adaptive": {
         "dropout": {"mean": 0.0, "protect_first": 0, "protect_last": 0},
@@ -35,7 +34,7 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "configurator": {
             "policy": "budgeted_thompson",
             "means": (0.0,),
-            "prefixes": (0.0, 0.34),
+            "untrained": (0.0, 0.34),
         },
     },
     "fedadapter": {"adapter": {"type": "bottleneck"}},
@@ -47,9 +46,8 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
 
-
-# Settings of which only one may be given; the first has the default. A word on the command line
-# replaces the file's choice.
+# Mutually exclusive settings, by table; the first one has the default. An override replaces the
+# file's choice.
 RIVALS = {
     "dropout": ("mean", "count", "rates"),
     "training": ("local_steps", "local_epochs"),
@@ -57,22 +55,22 @@ RIVALS = {
 
 
 def _with_default(table: object, rivals: Sequence[str], default: object) -> object:
-    """Fill the first of the rival settings where none of them is given."""
+    """Set the first of mutually exclusive settings if none of them is given."""
     if not isinstance(table, Mapping) or any(table.get(key) is not None for key in rivals):
         return table
     return {**table, rivals[0]: default}
 
 
 def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object:
-    """A table with a method's defaults, less those that stand against what is given."""
+    """A table with a method's defaults, except those that exclude what is given."""
     if not isinstance(given, Mapping):
         return given
     if given.get("type", defaults.get("type")) != defaults.get("type"):
-        return given  # the others are of the method's own adapter
+        return given  # the other defaults belong to the method's adapter type
     rivals = RIVALS.get(table, ())
     chosen = any(given.get(key) is not None for key in rivals)
-    kept = {key: item for key, item in defaults.items() if not (chosen and key in rivals)}
-    return {**kept, **given}
+    added = {key: item for key, item in defaults.items() if not (chosen and key in rivals)}
+    return {**added, **given}
 
 
 def _steps_or_round(value: object) -> object:
@@ -88,44 +86,53 @@ def _layers_or_half(value: object) -> object:
 
 
 class SourceConfig(Table):
-    """Which columns and which parts of the data are read."""
+    """Which columns, splits and rows of the data are read."""
 
-    text: WordList | None = Field(
-        None, description="text column, or two columns for a pair (found by name if not given)"
+    text: TextList | None = Field(
+        None, description="text column, or two columns for text pairs (found by name if not given)"
     )
     label: str | None = Field(None, description="label column (found by name if not given)")
     train: str | None = Field(None, description="name of the training split (found if not given)")
     test: str | None = Field(None, description="name of the test split (found if not given)")
-    max_train_rows: Whole | None = Field(None, ge=1, description="read only so many training rows")
-    max_test_rows: Whole | None = Field(None, ge=1, description="read only so many test rows")
+    max_train_rows: Whole | None = Field(
+        None, ge=1, description="read at most this many training rows"
+    )
+    max_test_rows: Whole | None = Field(None, ge=1, description="read at most this many test rows")
 
     @field_validator("text")
     @classmethod
     def _one_or_two(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and len(value) not in (1, 2):
-            raise ValueError("names one text column, or two for a pair")
+            raise ValueError("must name one text column, or two for text pairs")
         return value
 
 
 class PartitionConfig(Table):
-    """How the training rows are spread over the clients."""
+    """How the training rows are distributed over the clients."""
 
     kind: Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural"] = Field(
         "dirichlet",
-        description="`dirichlet`: each class is spread over the clients by Dir(alpha); "
-        "`dirichlet_by_client`: each client draws its label mix from Dir(alpha x class prior), "
-        "equal sizes; `pathological`: a few classes each; `natural`: by a column",
+        description="`iid`: at random; `dirichlet`: each class is distributed over the clients by "
+        "Dir(alpha); `dirichlet_by_client`: each client draws its label distribution from "
+        "Dir(alpha x class prior), with equal sizes; `pathological`: each client has a few "
+        "classes; `natural`: by a column",
     )
-    alpha: Real = Field(1.0, gt=0, description="Dirichlet concentration: small is more skewed")
+    alpha: Real = Field(
+        1.0, gt=0, description="Dirichlet concentration: a smaller value is more skewed"
+    )
     classes_per_client: Whole = Field(2, ge=1, description="for `pathological`")
-    key: str | None = Field(None, description="for `natural`: the column that names the owner")
-    validation_fraction: Real = Field(0.1, gt=0, lt=1, description="of a client's rows")
-    test_fraction: Real = Field(0.1, gt=0, lt=1, description="of a client's rows")
-    min_rows: Whole = Field(20, ge=3, description="fewest rows that make a client")
+    key: str | None = Field(
+        None, description="for `natural`: the column that identifies the client"
+    )
+    validation_fraction: Real = Field(
+        0.1, gt=0, lt=1, description="share of a client's rows for validation"
+    )
+    test_fraction: Real = Field(0.1, gt=0, lt=1, description="share of a client's rows for testing")
+    min_rows: Whole = Field(20, ge=3, description="fewest rows of a client")
     small: Literal["error", "merge"] = Field(
         "merge",
-        description="a client with fewer than min_rows: `merge` tops it up from the largest "
-        "client, `error` stops",
+        description="what to do about a client with fewer than min_rows: `merge` moves rows of the "
+        "largest client to it, `error` stops the run",
     )
 
     @model_validator(mode="after")
@@ -138,25 +145,29 @@ class PartitionConfig(Table):
 
 
 class AdapterConfig(Table):
-    """What is trained beside the frozen model; a setting that the type does not have is refused."""
+    """What is trained beside the backbone; a setting that the type does not have is refused."""
 
     type: str = Field("lora", description="PEFT type; [adapters.md](adapters.md) lists them")
-    rank: Whole | None = Field(None, ge=1, description="rank r, of types that have one")
+    rank: Whole | None = Field(None, ge=1, description="rank r, for types that have one")
     alpha: Real | None = Field(
-        None, gt=0, description="scaling numerator, of types that have one: updates count alpha/r"
+        None,
+        gt=0,
+        description="for types that have one: the adapter's output is scaled by alpha/rank",
     )
     dropout: Real | None = Field(None, ge=0, lt=1, description="dropout on the adapter's input")
-    width: Whole | None = Field(None, ge=1, description="of a `bottleneck` (64 if not given)")
-    tokens: Whole | None = Field(
-        None, ge=1, description="virtual tokens of a prefix or prompt (20 if not given)"
+    width: Whole | None = Field(
+        None, ge=1, description="for `bottleneck`: its inner dimension (64 if not given)"
     )
-    targets: WordList = Field(
+    tokens: Whole | None = Field(
+        None, ge=1, description="virtual tokens of prefix, prompt and P-tuning (20 if not given)"
+    )
+    targets: TextList = Field(
         ("default",),
-        description="module names that get an adapter, `default` (peft's choice for type and "
-        "architecture) or `all-linear`; of a `bottleneck`: `attention`, `feed_forward`",
+        description="names of modules that get an adapter, `default` (peft's choice for the type "
+        "and architecture) or `all-linear`; for `bottleneck`: `attention`, `feed_forward`",
     )
     options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(
-        {}, description="further settings of the type, by the names of peft's configuration class"
+        {}, description="further settings of the type, named as in peft's configuration class"
     )
 
     @model_validator(mode="before")
@@ -171,9 +182,9 @@ class AdapterConfig(Table):
     @classmethod
     def _plain_values(cls, value: Any) -> Any:
         for name, item in value.items() if isinstance(value, Mapping) else ():
-            texts = isinstance(item, list | tuple) and all(isinstance(word, str) for word in item)
+            texts = isinstance(item, list | tuple) and all(isinstance(text, str) for text in item)
             if not texts and not isinstance(item, bool | int | float | str):
-                raise ValueError(f"{name} must be a number, true or false, a text or some texts")
+                raise ValueError(f"{name} must be a number, true, false, a text or a list of texts")
         return value
 
 
@@ -181,32 +192,34 @@ class DropoutConfig(Table):
     """Stochastic transformer layer dropout; used by the methods that drop layers."""
 
     mean: Real | None = Field(
-        None, ge=0, le=1, description="mean rate over all layers (a third if nothing is given)"
+        None, ge=0, le=1, description="mean drop rate over all layers (1/3 if nothing is given)"
     )
     count: Whole | None = Field(
-        None, ge=0, description="instead of mean: how many layers a step drops on average"
+        None, ge=0, description="instead of mean: mean number of dropped layers per step"
     )
     rates: tuple[float, ...] | None = Field(
-        None, description="instead of mean and shape: the rate of every layer"
+        None, description="instead of mean and shape: the drop rate of each layer"
     )
     shape: Literal["uniform", "incremental", "decay", "normal"] = Field(
-        "uniform", description="how rates vary with depth at equal mean"
+        "uniform", description="how drop rates vary with depth, at the same mean"
     )
     sampling: Literal["exact", "bernoulli"] = Field(
-        "exact", description="`exact`: the same number of layers every step; `bernoulli`: coins"
+        "exact",
+        description="`exact`: the same number of layers in every step; `bernoulli`: each layer is "
+        "dropped independently",
     )
     every: Annotated[int | Literal["round"], BeforeValidator(_steps_or_round)] = Field(
         1,
-        description="optimizer steps for which a draw holds, 1 or more; `round`: a client's whole "
-        "turn",
+        description="optimizer steps for which drawn gates are used, 1 or more; `round`: a "
+        "client's whole local training",
     )
     schedule: Literal["constant", "warm_up", "recovery"] = Field(
         "constant",
-        description="course of the rates over the run: `warm_up` grows from 0 in its first part, "
-        "`recovery` ends with a part at full depth",
+        description="drop rates over the run: `warm_up` increases them from 0 in the first part, "
+        "`recovery` trains the last part at full depth",
     )
     schedule_part: Real = Field(
-        0.3, gt=0, le=1, description="part of the rounds that warm_up or recovery takes"
+        0.3, gt=0, le=1, description="share of the rounds that `warm_up` or `recovery` takes"
     )
     protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
     protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")
@@ -231,47 +244,51 @@ class DropoutConfig(Table):
 
 
 class FrozenConfig(Table):
-    """First layers in which nothing is trained and that are never dropped."""
+    """The first layers, which have no adapter and are never dropped."""
 
     layers: Annotated[int | Literal["half"], BeforeValidator(_layers_or_half)] = Field(
         0,
-        description="how many, or `half` of the model's, rounded down; they get no adapter, and "
-        "their dropout modules are off. dropout.mean, dropout.count and the protected ends are of "
-        "the layers behind them",
+        description="number of frozen layers, or `half` of the model's, rounded down; their "
+        "dropout modules are off. `dropout.mean`, `dropout.count` and the protected layers "
+        "refer to the layers behind them",
     )
     cache: bool = Field(
         True,
-        description="keep what they make of an example on the client's disk, so that they run once "
-        "per example; otherwise they run in every step, without a backward",
+        description="store their output for each row on the client's disk, so that they run once "
+        "per row; otherwise they run in every step, without a backward pass",
     )
     precision: Literal["fp16", "bf16", "fp32"] = Field(
-        "fp16", description="of what is kept; it is the same on an example's first visit"
+        "fp16", description="precision of their output, also when a row is used for the first time"
     )
     limit_mb: Real = Field(
-        2048.0, gt=0, description="disk that a client spends; beyond it the oldest goes"
+        2048.0,
+        gt=0,
+        description="largest cache of a client, in MB; beyond it the oldest entries are deleted",
     )
 
     @property
     def count(self) -> int:
-        """How many layers are frozen; ``half`` has to be resolved before."""
+        """How many layers are frozen; ``half`` must have been resolved."""
         if isinstance(self.layers, int):
             return self.layers
         raise ValueError(f"frozen.layers={self.layers} before the model's layers are known")
 
 
 class DittoConfig(Table):
-    """Of `ditto`: every client also trains a whole adapter of its own, which it keeps."""
+    """Settings of `ditto`, where each client also trains a personal adapter."""
 
     pull: Real = Field(
-        0.1, ge=0, description="weight of (pull/2)·‖own − received‖² in the own adapter's loss"
+        0.1,
+        ge=0,
+        description="weight of (pull/2)·‖personal − received‖² in the personal adapter's loss",
     )
 
 
 class TrainingConfig(Table):
-    """What a client does in its turn."""
+    """Local training on a client."""
 
     local_steps: Whole | None = Field(
-        None, ge=1, description="optimizer steps per turn (10 if neither is given)"
+        None, ge=1, description="optimizer steps per local training (10 if neither is given)"
     )
     local_epochs: Whole | None = Field(
         None, ge=1, description="instead of local_steps: passes over the client's rows"
@@ -281,12 +298,14 @@ class TrainingConfig(Table):
         1e-3, gt=0, description="AdamW's peak learning rate for the adapters"
     )
     head_learning_rate: Real = Field(
-        1e-2, gt=0, description="the same for the head's last linear map, which starts from nothing"
+        1e-2, gt=0, description="the same for the head's last linear map, which is not pretrained"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="course of both learning rates over the whole run"
+        "linear", description="schedule of both learning rates over the whole run"
     )
-    warmup_fraction: Real = Field(0.05, ge=0, lt=1, description="part of the run that warms up")
+    warmup_fraction: Real = Field(
+        0.05, ge=0, lt=1, description="share of the run in which the learning rates warm up"
+    )
     weight_decay: Real = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     clip_norm: Real = Field(1.0, gt=0, description="largest global gradient norm")
     proximal: Real = Field(
@@ -296,20 +315,21 @@ class TrainingConfig(Table):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="`bf16` and `fp16` run the forward under autocast, `fp16` with a scaled loss; "
-        "adapters stay fp32",
+        description="`bf16` and `fp16` use autocast in the forward pass, `fp16` with a scaled "
+        "loss; adapters stay fp32",
     )
     checkpointing: bool = Field(
         False,
-        description="keep only the inputs of the layers that run, and compute the rest again in "
-        "the backward: less memory, a second forward, the same adapter",
+        description="gradient checkpointing: store only the inputs of the layers that run, and "
+        "recompute the rest in the backward pass; the result is the same",
     )
     offload: bool = Field(
         False,
-        description="keep weights of layers that a turn does not run in a memory-mapped file, off "
-        "the accelerator; for frozen.layers with their cache, or dropout.every=round",
+        description="leave weights of layers that do not run in a local training in a "
+        "memory-mapped file, off the accelerator; for `frozen.layers` with cache, or "
+        "`dropout.every=round`",
     )
-    max_length: Whole = Field(128, ge=4, description="tokens after which a text is cut")
+    max_length: Whole = Field(128, ge=4, description="tokens after which a text is truncated")
 
     @model_validator(mode="before")
     @classmethod
@@ -324,43 +344,43 @@ class TrainingConfig(Table):
 
 
 class EvaluationConfig(Table):
-    """When and on how much test data the global model is measured."""
+    """When and on which test rows models are evaluated."""
 
     every: Whole = Field(1, ge=1, description="rounds between evaluations")
     rows: Whole = Field(
-        1000, ge=1, description="test rows of a round's evaluation, the same ones every time"
+        1000, ge=1, description="test rows of a round's evaluation, the same in every round"
     )
-    batch_size: Whole = Field(64, ge=1, description="rows per forward")
+    batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
     personalised: bool = Field(
         True,
-        description="when the run ends, measure every client's own model on its own test rows, "
-        "whether it ever trained or not",
+        description="when the run ends, evaluate each client's own model on its own test rows, "
+        "whether the client ever trained or not",
     )
     newcomers: bool = Field(
         False,
-        description="then also give each client that never trained one epoch of its own rows, and "
-        "measure what it makes of its model",
+        description="then also train the model of each client that never trained for one epoch on "
+        "its own rows, and evaluate it again",
     )
 
     @model_validator(mode="after")
     def _newcomers_are_clients(self) -> "EvaluationConfig":
         if self.newcomers and not self.personalised:
-            raise ValueError("newcomers are not measured with personalised=false; leave one out")
+            raise ValueError("newcomers are not evaluated with personalised=false; leave one out")
         return self
 
 
 class FlowerConfig(Table):
-    """Flower's part, in its simulation and on a SuperLink."""
+    """Flower, in its simulation and on a SuperLink."""
 
     deadline_s: Real = Field(
-        3600.0, gt=0, description="seconds after which a round closes without the missing replies"
+        3600.0, gt=0, description="seconds after which a round no longer waits for replies"
     )
     nodes_timeout_s: Real = Field(
         120.0, gt=0, description="seconds that the start of a run waits for its clients' nodes"
     )
     model_server: bool = Field(
         True,
-        description="on a SuperNode: keep the model in a process of its own between messages",
+        description="on a SuperNode: a separate process holds the model between messages",
     )
 
 
@@ -370,41 +390,43 @@ class Config(Table):
     method: str = Field("droppeft", description="federated method")
     model: str = Field(
         "builtin",
-        description="`builtin`, a hub id, a folder, or `config:ARCHITECTURE` (random weights)",
+        description="`builtin`, a Hub id, a folder, or `config:ARCHITECTURE` (random weights)",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="bits of the frozen model's linear maps, by bitsandbytes "
-        "(`pip install 'droppeft[quantization]'`); heads, adapters and embeddings stay fp32",
+        description="quantization of the backbone's linear layers, by bitsandbytes "
+        "(`pip install 'droppeft[quantization]'`); head, adapters and embeddings stay fp32",
     )
     data: str = Field(
-        "builtin", description="`builtin`, a hub id, a folder, or a file; `$VARIABLES` are expanded"
+        "builtin", description="`builtin`, a Hub id, a folder, or a file; `$VARIABLES` are expanded"
     )
     transport: str = Field(
         "in_process",
-        description="how instructions reach clients: `in_process`, or `flower` (its simulation "
-        "engine)",
+        description="how instructions reach clients: `in_process`, or `flower` (Flower's "
+        "simulation engine)",
     )
-    seed: Whole = Field(0, ge=0, lt=2**63, description="everything random follows from it")
+    seed: Whole = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
     rounds: Whole = Field(15, ge=1, description="federated rounds")
-    clients: Whole = Field(20, ge=1, description="clients that hold data")
+    clients: Whole = Field(20, ge=1, description="number of clients")
     cohort_size: Whole = Field(5, ge=1, description="clients that train in a round")
     quorum: Whole = Field(
-        1, ge=1, description="fewest replies that a round merges; with fewer it merges nothing"
+        1, ge=1, description="fewest updates for a round to be merged; with fewer nothing changes"
     )
     threads: Whole = Field(
         0,
         ge=0,
-        description="torch threads; 0: all cores (the run's config.toml says how many)",
+        description="torch threads; 0: one per core (the run's config.toml has the number)",
     )
-    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where tensors live")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="hardware for training and evaluation"
+    )
     tracker: Literal["none", "tensorboard", "mlflow", "wandb", "trackio"] = Field(
         "none",
-        description="where rounds are written besides the ledger, offline, in the run's folder; "
-        "its package has to be installed",
+        description="experiment tracker that also gets each round, offline, in the run's folder; "
+        "its package must be installed",
     )
     target_accuracy: Real | None = Field(
-        None, gt=0, lt=1, description="report when this global accuracy was reached"
+        None, gt=0, lt=1, description="report when the global model reaches this accuracy"
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
@@ -428,7 +450,10 @@ class Config(Table):
         defaults = METHOD_DEFAULTS.get(str(value.get("method")), {})
         return {
             **value,
-            **{name: _completed(name, value.get(name, {}), own) for name, own in defaults.items()},
+            **{
+                name: _completed(name, value.get(name, {}), of_table)
+                for name, of_table in defaults.items()
+            },
         }
 
     @model_validator(mode="after")
@@ -436,7 +461,7 @@ class Config(Table):
         if self.quorum > self.cohort_size:
             raise ValueError(
                 f"quorum={self.quorum} is larger than cohort_size={self.cohort_size}; "
-                "lower quorum or raise cohort"
+                "lower quorum or raise cohort_size"
             )
         return self
 
@@ -445,17 +470,18 @@ class Config(Table):
         if self.cohort_size > self.clients:
             raise ValueError(
                 f"cohort_size={self.cohort_size} is larger than clients={self.clients}; "
-                "lower cohort or raise clients"
+                "lower cohort_size or raise clients"
             )
         if self.drawn > self.clients:
             raise ValueError(
                 f"clock.over_selection={self.clock.over_selection} draws {self.drawn} clients "
-                f"for a cohort of {self.cohort_size}, there are {self.clients}; lower one of them"
+                f"for a cohort of {self.cohort_size}, but there are only {self.clients}; "
+                "lower one of them"
             )
         return self
 
     @property
     def drawn(self) -> int:
         """Clients drawn for a round: the cohort times the over-selection, rounded up."""
-        # 10 x 1.1 is 11 and a little more in binary.
+        # In binary floating point, 10 * 1.1 is slightly more than 11.
         return math.ceil(round(self.cohort_size * self.clock.over_selection, 6))

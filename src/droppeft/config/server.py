@@ -1,4 +1,4 @@
-"""The server table: what the server makes of the mean of a round's updates."""
+"""The server table: how the server applies the mean of a round's updates."""
 
 from typing import Literal
 
@@ -10,25 +10,30 @@ STEP_SIZES = {"momentum": 1.0, "adam": 0.01, "yogi": 0.01}
 
 
 class ServerConfig(Table):
-    """Server optimisers (FedOpt): the mean change of a round is taken for a gradient."""
+    """Server optimisers (FedOpt): the mean change of a round is used as a gradient."""
 
     optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
         "none",
-        description="`none`: the mean itself; `momentum`: FedAvgM; `adam`, `yogi`: FedAdam, "
+        description="`none`: take the mean itself; `momentum`: FedAvgM; `adam`, `yogi`: FedAdam, "
         "FedYogi",
     )
     step_size: Real | None = Field(
         None, gt=0, description="the optimiser's rate (1 with `momentum`, 0.01 otherwise)"
     )
-    momentum: Real = Field(0.9, ge=0, lt=1, description="of the mean change")
+    momentum: Real = Field(0.9, ge=0, lt=1, description="momentum of the mean change")
     second_momentum: Real = Field(
-        0.99, ge=0, lt=1, description="of its square, with `adam` and `yogi`"
+        0.99,
+        ge=0,
+        lt=1,
+        description="momentum of its square, for `adam` and `yogi`",
     )
     tau: Real = Field(
-        1e-3, gt=0, description="how adaptive `adam` and `yogi` are: small is more so"
+        1e-3,
+        gt=0,
+        description="degree of adaptivity of `adam` and `yogi`: a smaller value is more adaptive",
     )
 
     @property
     def rate(self) -> float:
-        """The given step size, or the optimiser's usual one."""
+        """The given step size, or the optimiser's default."""
         return self.step_size or STEP_SIZES.get(self.optimizer, 1.0)

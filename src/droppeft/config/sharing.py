@@ -8,14 +8,14 @@ from droppeft.config.table import Real, Table, Whole
 
 
 class SharingConfig(Table):
-    """Personalised layer sharing: a client keeps the layers that matter most to it."""
+    """Personalised layer sharing: the layers that score highest on a client are personal."""
 
     fraction: Real = Field(
         1.0,
         ge=0,
         le=1,
-        description="part of the layers that a client shares, rounded to whole layers; the others, "
-        "which score highest, stay with it",
+        description="share of the layers that a client shares, rounded to whole layers; the "
+        "others, which score highest, are personal",
     )
     criterion: Literal[
         "gradient_norm",
@@ -32,30 +32,30 @@ class SharingConfig(Table):
         "gradient_norm", description="how layers are scored; [sharing.md](sharing.md) lists them"
     )
     score_rows: Whole = Field(
-        32, ge=2, description="validation rows, for criteria that run the model to score"
+        32, ge=2, description="validation rows for criteria that run the model to compute scores"
     )
     hysteresis: Real = Field(
         0.1,
         ge=0,
-        description="by what part a shared layer must score higher than a kept one to take its "
-        "place",
+        description="by what fraction a shared layer must score higher than a personal one to "
+        "become personal in its place",
     )
     head: Literal["shared", "personal"] = Field(
         "shared",
-        description="`personal`: the head never travels; there is no global accuracy then",
+        description="`personal`: the head is never sent; there is no global accuracy then",
     )
     weights: Literal["examples", "active_steps"] = Field(
         "examples",
-        description="what a client's layer counts in the mean: its rows, or its rows times the "
-        "steps that the layer ran in",
+        description="weight of a client's layer in the mean: the client's rows, or its rows times "
+        "the steps in which the layer ran",
     )
     mean: Literal["holders", "everyone"] = Field(
         "holders",
-        description="a layer becomes the mean over the clients that sent it; `everyone`, a "
-        "control: the others count as if they had sent back the server's",
+        description="`holders`: a layer becomes the mean over the clients that sent it; "
+        "`everyone` (a control): the others count as if they had sent the server's layer",
     )
     factors: Literal["separate", "product"] = Field(
         "separate",
-        description="LoRA's A and B are averaged by themselves, or their products, cut to the rank "
-        "again",
+        description="average LoRA's A and B separately, or their products, which are then "
+        "truncated to the rank",
     )

@@ -1,1 +1,1 @@
-"""What a step costs: counted for a model, and modelled for a client that is not here."""
+"""What a training step costs: counted for a model, and modelled for hardware that is not here."""

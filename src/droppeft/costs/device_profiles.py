@@ -1,7 +1,7 @@
-"""Kinds of client by name, and which of them each client of a run is.
+"""Device profiles by name, and which one each client of a run is assigned.
 
-Sources: data sheets of the Jetsons; their effective speed is fitted to step times of an earlier
-test bed by ``benchmarks/clock_calibration``. What is said to be an assumption is ours.
+Sources: data sheets of the Jetsons; their effective speed is fitted to published step times by
+``benchmarks/clock_calibration``. Values marked as assumptions are ours.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from droppeft.errors import DroppeftError
 GIB = float(2**30)
 DRAWS = 1000
 
-# The earlier test bed: upload about N(1, 2.25^2) clipped to 1-3 MB/s, download 15 MB/s.
+# Of the test bed with those step times: upload N(1, 2.25^2) clipped to 1-3 MB/s, download 15 MB/s.
 _DOWNLOAD = Bandwidth(mean=15e6)
 _UPLOAD = Bandwidth(mean=1e6, deviation=2.25e6, least=1e6, most=3e6)
 _FITTED = "peak, memory and watts: data sheet; effective speed: fitted; idle watts: assumption"
@@ -90,17 +90,17 @@ PROFILES: dict[str, DeviceProfile] = {
         "reaches a third; 10 Gbit/s",
     ),
 }
-"""Profiles by name; more are defined in the configuration, as tables ``[clock.custom.NAME]``."""
+"""The built-in profiles. A configuration defines more in tables ``[clock.custom.NAME]``."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The clients of a run on the modelled clock; every draw follows from (seed, round, client).
+    """The device profile of each client of a run. Every draw follows from (seed, round, client).
 
     Attributes:
         seed: of the run.
-        names: the name of each client's profile.
-        profiles: those profiles by name.
+        names: name of each client's profile.
+        profiles: these profiles by name.
     """
 
     seed: int
@@ -108,20 +108,20 @@ class Fleet:
     profiles: Mapping[str, DeviceProfile]
 
     def profile(self, client: int) -> DeviceProfile:
-        """What kind of client it is."""
+        """The profile that is assigned to a client."""
         return self.profiles[self.names[client]]
 
-    def is_there(self, round: int, client: int) -> bool:
-        """Whether the client can be asked in a round."""
+    def is_available(self, round: int, client: int) -> bool:
+        """Whether the client can take part in a round."""
         rng = seeds.python_generator(self.seed, purpose="presence", round=round, client=client)
         return rng.random() < self.profile(client).availability
 
     def download_bytes_per_s(self, round: int, client: int) -> float:
-        """To the client, in a round."""
+        """Download bandwidth of a client in a round."""
         return self._drawn(self.profile(client).download, "download", round, client)
 
     def upload_bytes_per_s(self, round: int, client: int) -> float:
-        """From the client, in a round."""
+        """Upload bandwidth of a client in a round."""
         return self._drawn(self.profile(client).upload, "upload", round, client)
 
     def _drawn(self, link: Bandwidth, purpose: str, round: int, client: int) -> float:
@@ -132,36 +132,39 @@ class Fleet:
 
 @cache
 def seconds_per_byte(link: Bandwidth) -> float:
-    """Mean over rounds: of a drawn and cut off bandwidth, which is not what its mean would take."""
+    """Mean over rounds of 1 / bandwidth, where the bandwidth is drawn and clipped in each round.
+
+    This differs from 1 / (mean bandwidth).
+    """
     if not link.deviation:
         return 1 / link.mean
     normal = NormalDist(link.mean, link.deviation)
-    drawn = [normal.inv_cdf((place + 0.5) / DRAWS) for place in range(DRAWS)]
-    return fmean(1 / min(max(one, link.least or one), link.most or one) for one in drawn)
+    drawn = [normal.inv_cdf((index + 0.5) / DRAWS) for index in range(DRAWS)]
+    return fmean(1 / min(max(speed, link.least or speed), link.most or speed) for speed in drawn)
 
 
 def make_fleet(settings: ClockConfig, clients: int, seed: int) -> Fleet:
-    """Give each client one of the configured profiles, in equal shares but for a remainder.
+    """Assign each client one of the configured profiles, in shares that are as equal as possible.
 
     Raises:
-        DroppeftError: a profile is neither known nor defined in the configuration.
+        DroppeftError: a profile is neither built in nor defined in the configuration.
     """
     profiles = {name: profile_named(name, settings.custom) for name in settings.profiles}
     order = seeds.numpy_generator(seed, purpose="profiles").permutation(clients)
-    names = tuple(settings.profiles[place % len(settings.profiles)] for place in order)
+    names = tuple(settings.profiles[number % len(settings.profiles)] for number in order)
     return Fleet(seed, names, profiles)
 
 
-def profile_named(name: str, own: Mapping[str, DeviceProfile]) -> DeviceProfile:
-    """Look a profile up; one of the configuration's own hides a known one of its name.
+def profile_named(name: str, custom: Mapping[str, DeviceProfile]) -> DeviceProfile:
+    """Look up a profile; a custom profile takes precedence over a built-in one of the same name.
 
     Raises:
-        DroppeftError: no such profile; the message lists those there are.
+        DroppeftError: there is no such profile; the message lists the known ones.
     """
-    known = {**PROFILES, **own}
+    known = {**PROFILES, **custom}
     if name not in known:
         raise DroppeftError(
             f"unknown profile {name!r}; known are {', '.join(known)}; "
-            f"others are defined in tables [clock.custom.NAME]"
+            f"define others in tables [clock.custom.NAME]"
         )
     return known[name]

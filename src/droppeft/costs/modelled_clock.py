@@ -1,6 +1,6 @@
-"""The modelled clock: seconds and joules that a turn would take on a client of a given kind.
+"""The modelled clock: seconds and joules of a local training on a given device profile.
 
-Ours. Time is arithmetic over effective speed, a fixed overhead per step, and bytes over bandwidth.
+Ours. The time is FLOPs over effective speed, a fixed overhead per step, and bytes over bandwidth.
 """
 
 import math
@@ -24,13 +24,13 @@ from droppeft.messages import (
 
 @dataclass(frozen=True)
 class ClientCost:
-    """A client's turn on the modelled clock.
+    """A client's local training on the modelled clock.
 
     Attributes:
-        profile: name of the client's kind.
-        download_s, train_s, reward_s, upload_s: one after another; ``reward_s`` is what measuring
-            the reward and scoring the layers take, 0 if neither was asked for.
-        energy_j: of the turn; waiting for others is not counted.
+        profile: name of the client's device profile.
+        download_s, train_s, reward_s, upload_s: one after another; ``reward_s`` is the time for
+            measuring the reward and scoring the layers, 0 if neither was asked for.
+        energy_j: of all of these; waiting for other clients is not counted.
     """
 
     profile: str
@@ -51,12 +51,11 @@ class RoundCost:
     """A round on the modelled clock.
 
     Attributes:
-        clients: in instruction order; ``None`` for a client from which nothing came that could be
-            checked.
+        clients: in the order of the instructions; ``None`` for a client without a valid reply.
         late: clients that missed the deadline.
-        surplus: clients that were in time when enough others had been faster.
-        round_s: from its start to its close; ``None`` without a clock.
-        absent: clients that were drawn and could not be asked.
+        surplus: clients that were in time but not needed, since enough others were faster.
+        round_s: from its start to its end; ``None`` without a clock.
+        absent: clients that were drawn but not available.
     """
 
     clients: tuple[ClientCost | None, ...]
@@ -67,33 +66,33 @@ class RoundCost:
 
     @property
     def energy_j(self) -> float | None:
-        """Of all turns, merged or not; ``None`` without a clock."""
+        """Energy of all clients, merged or not; ``None`` without a clock."""
         if self.round_s is None:
             return None
-        return sum(turn.energy_j for turn in self.clients if turn)
+        return sum(cost.energy_j for cost in self.clients if cost)
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """FLOPs of a model with an adapter at any length of its rows.
+    """FLOPs of a model with an adapter, for rows of any length.
 
-    A row's FLOPs are a polynomial of second degree in its length (attention is quadratic, the head
-    constant), so that three counts say it all. A turn is taken as if all its rows had their mean
-    length: what it leaves out is the quadratic part times the variance of the lengths, in BERT-base
-    for rows of 128 ± 64 tokens 1 %.
+    A row's FLOPs are a quadratic polynomial of its length (attention is quadratic, the head
+    constant), which three counts determine. All rows of a local training are treated as having
+    their mean length. This neglects the quadratic term times the variance of the lengths: 1 % in
+    BERT-base with rows of 128 ± 64 tokens.
 
     Attributes:
-        counts: at as many lengths as the polynomial needs, each at any batch.
+        counts: at as many lengths as the polynomial needs, each at any batch size.
     """
 
     counts: tuple[StepCounts, ...]
 
     def training(self, row_length: float) -> tuple[tuple[float, ...], float]:
-        """Forward and backward FLOPs of a row: of each of the L layers, and of the rest."""
+        """FLOPs of a row, forward and backward: of each of the L layers, and of the rest."""
         return self._per_row(row_length, lambda part: part.flops)
 
     def forward(self, row_length: float) -> tuple[tuple[float, ...], float]:
-        """The forward FLOPs alone."""
+        """FLOPs of a row, forward only: of each of the L layers, and of the rest."""
         return self._per_row(row_length, lambda part: part.forward_flops)
 
     def _per_row(
@@ -106,28 +105,28 @@ class Arithmetic:
         return tuple(layers), rest
 
 
-def _lagrange(places: Sequence[int], place: float) -> list[float]:
-    """Weights with which values at some places give the polynomial's value at another."""
+def _lagrange(points: Sequence[int], at: float) -> list[float]:
+    """Weights of Lagrange's interpolation: of a polynomial's values at the points, for another."""
     return [
-        math.prod((place - other) / (own - other) for other in places if other != own)
-        for own in places
+        math.prod((at - other) / (point - other) for other in points if other != point)
+        for point in points
     ]
 
 
 @dataclass(frozen=True)
 class Clock:
-    """What the clients' turns take, for whoever decides by it; a pure function of its arguments.
+    """Computes modelled costs of clients.
 
     Attributes:
-        fleet: which client is of which kind.
-        arithmetic: of the run's model with an adapter of given shapes.
+        fleet: the clients' device profiles.
+        arithmetic: gives the FLOPs of the run's model with an adapter.
     """
 
     fleet: Fleet
     arithmetic: Callable[[AdapterSpec], Arithmetic]
 
     def client_cost(self, instruction: Instruction, update: Update) -> ClientCost:
-        """Cost of the turn that a client says it took; the same on every transport."""
+        """Cost of a local training, from what the client reports; the same on every transport."""
         round, client = instruction.round, instruction.client
         profile = self.fleet.profile(client)
         arithmetic = self.arithmetic(instruction.adapter)
@@ -136,7 +135,7 @@ class Clock:
         )
         down = instruction_bytes(instruction) / self.fleet.download_bytes_per_s(round, client)
         up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, client)
-        work += own_flops(arithmetic, update.cost)
+        work += personal_adapter_flops(arithmetic, update.cost)
         train = compute_seconds(profile, work, update.steps + update.cost.personal_steps)
         measuring = compute_seconds(profile, reward_flops(arithmetic, update.cost))
         return ClientCost(
@@ -152,14 +151,15 @@ class Clock:
 def training_flops(
     arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0, untrained: int = 0
 ) -> float:
-    """FLOPs of a turn's training: each layer counts for the tokens that it computed.
+    """FLOPs of a local training: each layer counts for the tokens that it computed.
 
     Args:
-        cost: what the client says it computed.
-        frozen: so many of the first layers run without a backward, for the rows whose states
-            were not on the client yet.
-        untrained: so many of the first layers run without a backward in every step, as far as they
-            are not frozen.
+        arithmetic: of the model with the adapter.
+        cost: what the client reports to have computed.
+        frozen: number of first layers that run without a backward, and only for the rows whose
+            hidden states were not cached on the client yet.
+        untrained: number of first layers without a backward; those of them that are not frozen
+            run forward in every step.
     """
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
@@ -171,19 +171,19 @@ def training_flops(
     if cost.cached_layers.built:
         layers, _ = arithmetic.forward(cost.cached_layers.built_tokens / cost.cached_layers.built)
         total += cost.cached_layers.built * sum(layers[:frozen])
-    # The rest may be below 0, by what the lowest layer of a step that runs any is spared.
+    # The rest may be negative, since what the lowest active layer saves is subtracted there.
     return max(0.0, total)
 
 
-def own_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
-    """FLOPs of training an adapter of a client's own: all layers, rows as long as in the turn."""
+def personal_adapter_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
+    """FLOPs of training a personal adapter: all layers, with the rows' mean length."""
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
     return cost.personal_tokens / row_length * (sum(layers) + rest)
 
 
 def reward_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
-    """FLOPs of measuring reward and scores: forwards through all layers, rows as in training."""
+    """FLOPs of measuring the reward and scoring layers: forwards through all layers."""
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.forward(row_length)
     tokens = cost.reward_tokens + cost.scoring_tokens
@@ -191,26 +191,26 @@ def reward_flops(arithmetic: Arithmetic, cost: MeasuredCost) -> float:
 
 
 def compute_seconds(profile: DeviceProfile, flops: float, steps: int = 0) -> float:
-    """Seconds for some FLOPs, of so many optimizer steps."""
+    """Seconds that a device takes for some FLOPs and optimizer steps."""
     return flops / profile.effective_flops_per_s + steps * profile.step_overhead_s
 
 
 def energy_joules(profile: DeviceProfile, *, computing_s: float, waiting_s: float) -> float:
-    """Joules of a turn: full power while it computes, idle power while it loads and sends."""
+    """Joules of a local training: full power while computing, idle power while transferring."""
     return profile.train_watts * computing_s + profile.idle_watts * waiting_s
 
 
 def calibrated(flops: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Effective FLOP/s and overhead per step (s) that fit measured step times best.
+    """Fit effective FLOP/s and overhead per step (s) to measured step times.
 
     Least squares of the relative errors, with an overhead that is not negative.
 
     Args:
-        flops: of each step, at least two that differ.
-        seconds: what each took.
+        flops: of each step, at least two different values.
+        seconds: measured time of each step.
 
     Raises:
-        DroppeftError: the times do not grow with the work.
+        DroppeftError: the times do not grow with the FLOPs.
     """
     # The relative errors are overhead * ones + x / speed - 1, with ones = 1/y and x = flops/y.
     ones = [1 / each for each in seconds]
@@ -220,7 +220,7 @@ def calibrated(flops: Sequence[float], seconds: Sequence[float]) -> tuple[float,
     overhead = max(0.0, (sum(ones) * square - sum(work) * mixed) / spread) if spread else 0.0
     inverse = (sum(work) - overhead * mixed) / square
     if not inverse > 0:
-        raise DroppeftError("step times that do not grow with the work give no effective speed")
+        raise DroppeftError("step times that do not grow with the FLOPs give no effective speed")
     return 1 / inverse, overhead
 
 

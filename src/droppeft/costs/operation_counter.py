@@ -1,7 +1,7 @@
-"""Count what is computed, stored and alive while a model runs forward and backward.
+"""Count FLOPs, stored bytes and allocated bytes while a model runs forward and backward.
 
-Ours; an operation's FLOPs are torch's own formulas (``torch.utils.flop_counter``), and tensors
-without memory are counted like real ones.
+Ours. FLOPs come from torch's formulas (``torch.utils.flop_counter``). Fake tensors are counted like
+real ones.
 """
 
 import weakref
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from droppeft.layer_dropout.architectures import hidden_of, with_hidden
 
 Region = int | None
-"""Of a model: a block's index, or ``None`` outside of all blocks."""
+"""A part of the model: a block's index, or ``None`` outside of all blocks."""
 
 Phase = Literal["forward", "backward"]
 
@@ -31,20 +31,20 @@ def _experts_flops(tokens: torch.Tensor, weights: torch.Tensor, *_: Any, **__: A
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._grouped_mm: _experts_flops,  # of mixtures of experts; torch has none for it
+    torch.ops.aten._grouped_mm: _experts_flops,  # torch has no formula for it
 }
-"""FLOPs by operation."""
+"""Formulas of FLOPs by operation."""
 
 
 @dataclass(eq=False)
 class Storage:
-    """What is known of some bytes.
+    """The memory behind one or more tensors.
 
     Attributes:
-        size: how many.
-        made_by: the region that made them.
-        stored_by: the regions that store them for the backward.
-        input_of: the block of which it is the hidden states.
+        size: in bytes.
+        made_by: the region that allocated it.
+        stored_by: the regions that store it for the backward.
+        input_of: the block whose input hidden states it contains.
     """
 
     size: int
@@ -57,13 +57,13 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every operation inside its context, by region and phase.
 
     Attributes:
-        region, phase: where the model is now.
-        flops: of each region and phase.
-        alive_bytes: of what was made inside and is still there.
-        peak_bytes: most that this ever was.
+        region, phase: what is running now.
+        flops: by region and phase.
+        alive_bytes: allocated inside the context and not freed yet.
+        peak_bytes: maximum of ``alive_bytes``.
 
     Args:
-        model: its parameters and buffers are neither made nor stored by anybody.
+        model: its parameters and buffers are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,11 +72,11 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self.flops: Counter[tuple[Region, Phase]] = Counter()
         self.peak_bytes = 0
-        self._own = {_name(one) for one in (*model.parameters(), *model.buffers())}
+        self._excluded = {_key(value) for value in (*model.parameters(), *model.buffers())}
         self._alive: dict[int, Storage] = {}
         self.alive_bytes = 0
         self._stored: set[Storage] = set()
-        self._ends: dict[int, weakref.ref[Any]] = {}
+        self._finalizers: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, then count it."""
@@ -91,20 +91,20 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def storage(self, tensor: torch.Tensor) -> Storage | None:
-        """What is known of a tensor's storage; ``None`` for the model's own."""
-        name = _name(tensor)
-        if name in self._own:
+        """The record of a tensor's storage; ``None`` for the model's parameters and buffers."""
+        key = _key(tensor)
+        if key in self._excluded:
             return None
-        if name not in self._alive:
+        if key not in self._alive:
             storage = tensor.untyped_storage()
-            self._alive[name] = Storage(storage.nbytes(), self.region)
-            self._ends[name] = weakref.ref(storage, lambda _: self._end(name))
+            self._alive[key] = Storage(storage.nbytes(), self.region)
+            self._finalizers[key] = weakref.ref(storage, lambda _: self._freed(key))
             self.alive_bytes += storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
-        return self._alive[name]
+        return self._alive[key]
 
     def storing(self) -> Any:
-        """A context for the forward, in which everything that autograd stores is noted."""
+        """A context for the forward, which records everything that autograd stores."""
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             self.store(tensor, self.region)
@@ -113,45 +113,48 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def store(self, tensor: torch.Tensor, region: Region) -> None:
-        """Note that a region stores a tensor for the backward."""
+        """Record that a region stores a tensor for the backward."""
         storage = self.storage(tensor)
         if storage is not None:
             storage.stored_by.add(region)
             self._stored.add(storage)
 
     def flops_in(self, phase: Phase) -> int:
-        """Of all regions."""
+        """FLOPs of a phase, over all regions."""
         return sum(work for (_, when), work in self.flops.items() if when == phase)
 
     @property
     def stored_bytes(self) -> int:
-        """Of all that is stored, each storage once."""
+        """Bytes that are stored for the backward, each storage counted once."""
         return sum(storage.size for storage in self._stored)
 
     def stored_for(self, block: int) -> int:
-        """Bytes that are stored because a block runs: of what it made, and its input.
+        """Bytes that are stored because a block runs: tensors that it made, and its input.
 
-        Not what was made outside of all blocks (masks, positions). No block of transformers stores
-        its output too, which would be the next one's input.
+        Tensors made outside of all blocks (masks, positions) are left out. No block of transformers
+        stores its output, which would be counted a second time as the next block's input.
         """
-        found = [one for one in self._stored if block in one.stored_by]
-        return sum(one.size for one in found if block in (one.made_by, one.input_of))
+        stored = [storage for storage in self._stored if block in storage.stored_by]
+        return sum(
+            storage.size for storage in stored if block in (storage.made_by, storage.input_of)
+        )
 
-    def _end(self, name: int) -> None:
-        self.alive_bytes -= self._alive.pop(name).size
-        del self._ends[name]
+    def _freed(self, key: int) -> None:
+        self.alive_bytes -= self._alive.pop(key).size
+        del self._finalizers[key]
 
 
 @contextmanager
 def watched(
     counter: OperationCounter, blocks: dict[int, nn.Module], cut: int | None = None
 ) -> Iterator[None]:
-    """Tell a counter which block the model is in, forward and backward.
+    """Set a counter's region while blocks run, in forward and backward.
 
     Args:
-        counter: in force.
-        blocks: by index, those that run, from the input up.
-        cut: of this block the input is made to require a gradient, if nothing below it is trained.
+        counter: whose context is entered.
+        blocks: the blocks that run, by index, in order.
+        cut: index of the block whose input is made to require a gradient even if nothing below it
+            is trained.
     """
     last: list[torch.Tensor] = []
 
@@ -161,10 +164,10 @@ def watched(
                 return None
             call, hidden = (args, kwargs), hidden_of((args, kwargs))
             if index == cut and not hidden.requires_grad:
-                # A view, since autocast would keep a leaf's copy for all who read it.
+                # A view, since autocast would cache its copy of a leaf.
                 hidden = hidden.detach().requires_grad_().view_as(hidden)
                 call = with_hidden(call, hidden)
-            if not any(hidden is one for one in last):
+            if not any(hidden is output for output in last):
                 _on_gradient(counter, hidden, None)
             storage = counter.storage(hidden)
             if storage is not None:
@@ -196,7 +199,7 @@ def watched(
 
 
 def _on_gradient(counter: OperationCounter, hidden: torch.Tensor, region: Region) -> None:
-    """When the gradient of some hidden states is there, the backward goes on in that region."""
+    """Set the region when the backward has computed the gradient of these hidden states."""
 
     def hook(gradient: torch.Tensor) -> None:
         counter.region = region
@@ -205,6 +208,6 @@ def _on_gradient(counter: OperationCounter, hidden: torch.Tensor, region: Region
         hidden.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _name(tensor: torch.Tensor) -> int:
-    """Of a storage, while it lives; one without memory has no address."""
+def _key(tensor: torch.Tensor) -> int:
+    """Identify a storage while it lives. Storages of fake tensors have no address."""
     return int(tensor.untyped_storage()._cdata)

@@ -1,7 +1,7 @@
-"""Linear maps that store and allocate what bitsandbytes' quantised ones do, for counting.
+"""Linear maps that allocate and store the same bytes as bitsandbytes' quantised ones.
 
-Ours. bitsandbytes' own kernels know nothing of tensors without values. Their forward and backward
-each make the weight's values anew and drop them; nothing is stored but the codes.
+Ours. They replace bitsandbytes' kernels, which do not run on fake tensors. Forward and backward
+each dequantise the weight and free the values; only the codes stay in memory.
 """
 
 import math
@@ -16,14 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from droppeft.models.loading import HEAD_MODULES
 
 BLOCK, SCALES_PER_BLOCK = 64, 256
-"""Of NF4: weights with one scale, and scales (in 8 bits) with one scale of their own."""
+"""Block sizes of NF4: weights that share a scale, and (8-bit) scales that share a second scale."""
 
 TABLES_BYTES = 16 * 4 + 256 * 4 + 4
-"""Per 4-bit weight: the values of its codes and of its scales' codes, and the scales' offset."""
+"""Of each 4-bit weight: the tables of values of its codes and of its scales' codes, and the scales'
+offset."""
 
 
-def kept_bytes(shape: torch.Size, quantization: str) -> int:
-    """Bytes of a quantised weight (out, in) with its scales, as bitsandbytes keeps it."""
+def quantized_bytes(shape: torch.Size, quantization: str) -> int:
+    """Bytes of a quantised weight (out, in) with its scales, as bitsandbytes stores it."""
     count = shape.numel()
     if quantization == "8bit":
         return count + 4 * shape[0]
@@ -32,7 +33,7 @@ def kept_bytes(shape: torch.Size, quantization: str) -> int:
 
 
 class QuantizedStub(nn.Linear):
-    """A frozen linear map whose weight is kept in few bits.
+    """A frozen linear map that is counted as if its weight were quantised.
 
     Attributes:
         quantization: ``"8bit"`` or ``"4bit"``.
@@ -50,11 +51,11 @@ class QuantizedStub(nn.Linear):
         return product
 
 
-def with_stand_ins(model: nn.Module, quantization: str) -> None:
-    """Replace, in place, what a quantisation would in a model on the meta device."""
+def replace_linear_maps(model: nn.Module, quantization: str) -> None:
+    """Replace in place the linear maps that would be quantised, in a model on the meta device."""
     if quantization == "none":
         return
-    # As in droppeft.models.quantization: from the beginning of any part of the name.
+    # As in droppeft.models.quantization: a part of the name begins with one of these.
     head = re.compile(rf"(.*\.)?({'|'.join(HEAD_MODULES)})")
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and not head.match(name):
@@ -62,8 +63,8 @@ def with_stand_ins(model: nn.Module, quantization: str) -> None:
             if isinstance(module, Conv1D):
                 inputs, outputs = outputs, inputs
             with torch.device("meta"):
-                small = QuantizedStub(inputs, outputs, module.bias is not None, quantization)
-            model.set_submodule(name, small)
+                stub = QuantizedStub(inputs, outputs, module.bias is not None, quantization)
+            model.set_submodule(name, stub)
 
 
 class _Product(torch.autograd.Function):
@@ -71,7 +72,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.weight = weight  # not saved: the codes belong to the model
+        ctx.weight = weight  # not counted as stored: the codes belong to the model
         return functional.linear(input, weight.to(input.dtype, copy=True), bias)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Arithmetic and bytes of one training step, by block: plain numbers that add up.
+"""FLOPs and bytes of one training step, for each block.
 
 Ours. :mod:`droppeft.costs.fake_step` counts them for a model; :mod:`droppeft.costs.modelled_clock`
-turns them into the seconds of a client.
+converts them to a client's seconds.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ class BlockCounts:
     Attributes:
         forward_flops: of its forward; a multiplication with an addition counts as two.
         backward_flops: of its backward, with the forward that checkpointing repeats.
-        stored_bytes: what its forward keeps for the backward, each storage counted once.
-        weight_bytes: all its parameters and buffers, in the precision in which they are kept.
-        parameters: how many, trainable ones included.
-        trainable_parameters: how many of them the adapter (or the head) trains.
+        stored_bytes: what its forward saves for the backward, each storage counted once.
+        weight_bytes: of all its parameters and buffers, in the precision in which they are stored.
+        parameters: number of parameters, trainable ones included.
+        trainable_parameters: number of those that belong to the adapter or the head.
     """
 
     forward_flops: int
@@ -30,7 +30,7 @@ class BlockCounts:
 
     @property
     def flops(self) -> int:
-        """Forward and backward."""
+        """FLOPs of forward and backward."""
         return self.forward_flops + self.backward_flops
 
 
@@ -41,9 +41,9 @@ class StepCounts:
     Attributes:
         batch: B, rows of a step.
         length: S, tokens of a row, padding included.
-        blocks: the L layers, as if each ran; a dropped one costs nothing.
+        blocks: the L layers, each counted as if it ran; a dropped one costs nothing.
         rest: embeddings, head and loss, which run in every step.
-        passing_bytes: of the largest tensors that live for a moment only, beside what is stored.
+        passing_bytes: peak of temporary tensors, on top of what is stored for the backward.
     """
 
     batch: int
@@ -64,7 +64,7 @@ def step_flops(counts: StepCounts, active: Sequence[bool]) -> int:
 
 
 def step_stored_bytes(counts: StepCounts, active: Sequence[bool]) -> int:
-    """Bytes that such a step stores for its backward."""
+    """Bytes that a step with these active blocks stores for its backward."""
     return counts.rest.stored_bytes + sum(block.stored_bytes for block in running(counts, active))
 
 

@@ -1,7 +1,7 @@
-"""Bytes that a training process takes at its worst moment, part by part.
+"""Peak memory of a training process, by what it is used for.
 
-Ours. What is stored and what passes is counted (:mod:`droppeft.costs.fake_step`); the rest is sums:
-trained values are in fp32, with a gradient each and AdamW's two moments.
+Ours. Stored activations and temporary tensors are counted (:mod:`droppeft.costs.fake_step`); the
+rest is computed: trained values are in fp32, each with a gradient and AdamW's two moments.
 """
 
 import math
@@ -12,30 +12,31 @@ from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
 
 VALUE_BYTES = 4
-"""Of a trained value in fp32."""
+"""Bytes of a trained value, which is in fp32."""
 
 PROCESS_BYTES = 500_000_000
-"""Of a process that has loaded Python, torch, transformers and peft and taken a first small turn:
-its own memory and the code that it has read. ``droppeft profile`` measures it (490 MB on Linux with
-a CPU build). That a CUDA context takes as much of its client is an assumption."""
+"""Memory of a process that has loaded Python, torch, transformers and peft and has trained a small
+model once: its own memory and the code that it has read. ``droppeft profile`` measures it (490 MB
+on Linux with a CPU build). That a CUDA context takes as much of its device is an assumption."""
 
-SURE = 0.95
-"""Probability with which no step of a run takes more than is said, where coins decide."""
+CONFIDENCE = 0.95
+"""Probability that no step of a run takes more memory than estimated, where layers are dropped
+independently."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for.
+    """Bytes by what they are used for.
 
     Attributes:
-        weights: of all layers and the head, in the precision in which they are kept; dropped and
-            frozen layers' too, since another step or another text needs them, unless they are kept
-            in a file.
+        weights: frozen weights of all layers and the head, in the precision in which they are
+            stored. Those of dropped and frozen layers count too, since another step or row needs
+            them, unless they are offloaded to a file.
         trained: values of adapter and head.
         gradients: of what the step trains.
         optimizer: AdamW's moments of all that is trained.
-        stored: what the active blocks, and the rest, keep for the backward.
-        passing: of the largest tensors that live for a moment only.
+        stored: what the active blocks and the rest save for the backward.
+        passing: temporary tensors, at their peak.
         process: interpreter, libraries, workspaces.
     """
 
@@ -49,12 +50,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Of the process at its peak."""
+        """Peak of the whole process."""
         return self.model + self.process
 
     @property
     def model(self) -> int:
-        """What the model and its training add to a process that is there."""
+        """What the model and its training add to a process without them."""
         return (
             self.weights
             + self.trained
@@ -70,36 +71,37 @@ def step_memory(
     active: int,
     frozen: int = 0,
     process: int = PROCESS_BYTES,
-    held: int | None = None,
+    loaded: int | None = None,
     cached: bool = True,
 ) -> Memory:
-    """Memory of a step with so many active blocks, the largest ones.
+    """Memory of a step with a number of active blocks, taken to be the largest ones.
 
-    Where weights are kept in a file it is that of the worse moment of a turn: a step, or before it
-    making the frozen layers' states, for which their weights are in memory and the others not.
+    With offloading there are two phases: the training step, and before it the computation of the
+    cached hidden states, which needs the frozen layers' weights and no others. The phase that takes
+    more memory is returned.
 
     Args:
-        counts: of the model with an adapter in every layer, at the batch and length wanted.
-        active: how many blocks run.
-        frozen: so many first layers have no adapter and do not run: their states are on the disk.
-        process: of everything else.
-        held: of how many blocks behind the frozen ones a turn keeps weights in memory, the largest;
-            ``None`` for those of all blocks.
-        cached: whether the frozen layers' states are kept; else they run in every step, and a turn
-            has their weights too.
+        counts: of the model with an adapter in every layer, at the wanted batch size and length.
+        active: number of blocks that run.
+        frozen: number of first layers without an adapter.
+        process: memory of everything but the model.
+        loaded: with offloading, the number of blocks after the frozen ones whose weights are in
+            memory during local training, taken to be the largest; ``None`` for all blocks.
+        cached: whether the frozen layers' hidden states are cached. If not, frozen layers run in
+            every step, and their weights stay in memory.
 
     Raises:
-        DroppeftError: more active blocks than there are behind the frozen ones.
+        DroppeftError: more active blocks than there are after the frozen ones.
     """
-    behind = counts.blocks[frozen:]
-    if not 0 <= active <= len(behind):
-        raise DroppeftError(f"{active} of {len(behind)} layers cannot be active")
-    running = sorted(behind, key=lambda block: block.stored_bytes)[len(behind) - active :]
-    trained = VALUE_BYTES * _trained((*behind, counts.rest))
+    adapted = counts.blocks[frozen:]
+    if not 0 <= active <= len(adapted):
+        raise DroppeftError(f"{active} of {len(adapted)} layers cannot be active")
+    running = sorted(adapted, key=lambda block: block.stored_bytes)[len(adapted) - active :]
+    trained = VALUE_BYTES * _trained((*adapted, counts.rest))
     first = () if cached else counts.blocks[:frozen]
-    kept = counts.blocks if held is None else (*first, *_heaviest(behind, held))
+    in_memory = counts.blocks if loaded is None else (*first, *_heaviest(adapted, loaded))
     step = Memory(
-        weights=_frozen_bytes((*kept, counts.rest)),
+        weights=_frozen_bytes((*in_memory, counts.rest)),
         trained=trained,
         gradients=VALUE_BYTES * _trained((*running, counts.rest)),
         optimizer=2 * trained,
@@ -107,7 +109,7 @@ def step_memory(
         passing=counts.passing_bytes,
         process=process,
     )
-    if held is None or frozen == 0 or not cached:
+    if loaded is None or frozen == 0 or not cached:
         return step
     building = replace(
         step,
@@ -120,28 +122,28 @@ def step_memory(
 
 
 def most_active(rates: Sequence[float], sampling: str, steps: int) -> int:
-    """Most blocks that run in any of so many steps.
+    """Largest number of blocks that run in any of some steps.
 
-    With ``exact`` sampling that is certain; with ``bernoulli`` it is the least number that is not
-    exceeded with probability :data:`SURE`.
+    With ``exact`` sampling it is never exceeded. With ``bernoulli`` sampling it is the smallest
+    number that is not exceeded with probability :data:`CONFIDENCE`.
 
     Args:
-        rates: probability of being dropped, one per layer.
+        rates: drop rate of each layer.
         sampling: a key of ``droppeft.layer_dropout.SAMPLINGS``.
-        steps: how many are drawn.
+        steps: number of steps.
     """
     if sampling == "exact":
         return len(rates) - math.floor(math.fsum(rates) + 1e-9)
     below = 0.0
     for count, probability in enumerate(_active_distribution(rates)):
         below += probability
-        if below**steps >= SURE:
+        if below**steps >= CONFIDENCE:
             return count
     return len(rates)
 
 
 def _active_distribution(rates: Sequence[float]) -> list[float]:
-    """Probability of 0, 1, ... active blocks when each tosses a coin of its own."""
+    """Probability of 0, 1, ... active blocks where each is dropped independently."""
     distribution = [1.0]
     for rate in rates:
         runs = [0.0, *(value * (1 - rate) for value in distribution)]
@@ -155,7 +157,7 @@ def _heaviest(blocks: Sequence[BlockCounts], count: int) -> list[BlockCounts]:
 
 
 def _frozen_bytes(parts: Sequence[BlockCounts]) -> int:
-    """Of weights that are not trained."""
+    """Bytes of the weights that are not trained."""
     return sum(part.weight_bytes for part in parts) - VALUE_BYTES * _trained(parts)
 
 

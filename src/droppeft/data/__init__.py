@@ -1,1 +1,1 @@
-"""Text that clients train on: where it comes from, how it is tokenised and who holds which rows."""
+"""Data: sources of labelled text, tokenisation, and the partition of rows among clients."""

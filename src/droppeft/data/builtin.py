@@ -1,8 +1,8 @@
-"""Real text that is on every machine: which library does a docstring's opening paragraph come from?
+"""The built-in task: name the Python library from which a docstring's first paragraph comes.
 
-Ours. The libraries that droppeft depends on are read as text and never imported. Their names and
-well-known give-aways are masked, near-duplicates are dropped, and a source file's paragraphs go
-either all to the training part or all to the test part.
+Ours. The text is in every installation, since it is read from the source files of libraries that
+droppeft depends on, without importing them. Names and common aliases of the libraries are masked,
+and near-duplicates are removed. All paragraphs of a file go to the same split.
 """
 
 import ast
@@ -32,29 +32,29 @@ LIBRARIES = {
     "torch": "torch",
     "transformers": "transformers",
 }
-"""Package and the name under which it is installed; the packages are the classes.
+"""By package, the name of its distribution. The packages are the classes.
 
-numpy is left out: it documents itself in places that are not docstrings.
+numpy is left out, since much of its documentation is not in docstrings.
 """
 
 TRAIN_ROWS, TEST_ROWS = 500, 125
-"""Rows per library."""
+"""Number of rows per library in each split."""
 
 RECIPE = 1
-"""Counts changes of what this module does to the text; part of the cache's key."""
+"""Version of the text processing in this module; part of the cache's key."""
 
 EXPECTED_HASH = "ea4154ffc3b9c770"
-"""``content_hash`` under the versions that pyproject.toml pins: who gets another one trains on
-other texts, and figures do not compare."""
+"""``content_hash`` with the library versions that pyproject.toml pins. If it differs, the texts
+differ, and results cannot be compared."""
 
 MIN_WORDS = 8
 TEXTS_PER_FILE = 24
-MAX_FILE_BYTES = 150_000  # longer ones take more time than their few paragraphs are worth
-SPARE = 1.75  # paragraphs read per row wanted, since near-duplicates go
-SAME_WORDS = 0.6  # overlap (Jaccard) of word sets from which two texts are near-duplicates
+MAX_FILE_BYTES = 150_000  # larger files take long to parse and yield few paragraphs
+SPARE = 1.75  # paragraphs to read per row, since near-duplicates are removed
+SAME_WORDS = 0.6  # near-duplicates: Jaccard similarity of the word sets is at least this
 MASK = "LIB"
 
-_NOT_READ = re.compile(
+_SKIPPED = re.compile(
     r"(^|/)(_?tests?|_?testing|conftest\.py|test_[^/]*|benchmarks|externals?|_?vendor(ed)?|extern"
     r"|third_party|array_api_compat|array_api_extra|_lib|_numpy)(/|$)"
 )
@@ -63,21 +63,21 @@ _NAMES = (
     "|mplot|mpmath"
 )
 _ALIASES = "np|pd|plt|nx|mpl|hf|pyplot|ndarrays?|dataframes?"
-_GIVE_AWAY = re.compile(rf"[\w.\-]*({_NAMES})[\w.\-]*|\b({_ALIASES})\b(\.\w+)*", re.IGNORECASE)
+_LIBRARY_NAME = re.compile(rf"[\w.\-]*({_NAMES})[\w.\-]*|\b({_ALIASES})\b(\.\w+)*", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _URL = re.compile(r"\w+://\S+")
 _ROLE = re.compile(r":[\w:]+:(?=`)")
 _MARKUP = re.compile(r"[`*\[\]~|]+")
 _SECTION = r"(?:args|arguments|parameters|attributes|returns|raises|yields|notes?|examples?)\s*"
 _PARAGRAPH_END = re.compile(rf"\n\s*\n|\n\s*{_SECTION}:?\s*\n", re.IGNORECASE)
-_NO_PROSE = re.compile(
+_NOT_PROSE = re.compile(
     rf">>>|\.\. |:|[-=]{{3}}|{_SECTION}(?::|\n|$)|\S+ ?\(.*(?:\boptional|\bof shape|\) ?:)",
     re.IGNORECASE,
 )
 
 
 class Row(NamedTuple):
-    """One paragraph; ``file`` is its source, as ``library/path.py``."""
+    """A paragraph. ``file`` is its source file, as ``library/path.py``."""
 
     text: str
     library: str
@@ -86,15 +86,14 @@ class Row(NamedTuple):
 
 
 def load_builtin(cache: Path) -> TextData:
-    """The built-in task, 5,000 rows, every library with as many.
+    """Load the built-in task: 5,000 rows, with equally many for every library.
 
-    ``keys`` of both tables name each row's source file. The first call reads some 2,200 files in
-    some ten seconds; later ones read one file of the cache, if it could be written and is whole.
-    Compare ``content_hash`` with ``EXPECTED_HASH`` to know that the texts are those of the pinned
-    versions.
+    ``keys`` of both tables are the rows' source files. The first call reads about 2,200 files in
+    about ten seconds and caches the result; later calls read the cache, unless it is damaged. If
+    ``content_hash`` equals ``EXPECTED_HASH``, the texts are those of the pinned versions.
 
     Raises:
-        DroppeftError: a library is missing.
+        DroppeftError: if a library is not installed.
     """
     cached = cached_builtin(cache)
     if cached is not None:
@@ -105,12 +104,12 @@ def load_builtin(cache: Path) -> TextData:
 
 
 def cached_builtin(cache: Path) -> TextData | None:
-    """The built-in task as an earlier call left it, ``None`` where it did not or it is damaged."""
+    """Load the built-in task from the cache; ``None`` if it is not there or damaged."""
     return _read_cache(_cache_file(cache))
 
 
 def build() -> TextData:
-    """Read the libraries' sources, without the cache."""
+    """Build the task from the libraries' source files, without the cache."""
     collected = [row for library in LIBRARIES for row in _collect(library)]
     rows = drop_near_duplicates(collected)
     return TextData(
@@ -122,7 +121,7 @@ def build() -> TextData:
 
 
 def _collect(library: str) -> Iterator[Row]:
-    """Paragraphs of one library until both parts have enough; its first files are the test part."""
+    """Yield paragraphs of a library until both splits have enough; the first files are for test."""
     wanted_test, wanted = SPARE * TEST_ROWS, SPARE * (TEST_ROWS + TRAIN_ROWS)
     rows = 0
     for path, name in _files(library):
@@ -135,11 +134,11 @@ def _collect(library: str) -> Iterator[Row]:
 
 
 def _files(library: str) -> list[tuple[Path, str]]:
-    """The library's modules and their names, in an order that no machine changes."""
+    """Return the library's modules and their names, in the same order on every machine."""
     root = _root(library)
     names = (f"{library}/{path.relative_to(root).as_posix()}" for path in root.rglob("*.py"))
-    kept = sorted((name for name in names if not _NOT_READ.search(name)), key=_digest)
-    paths = ((root.parent / name, name) for name in kept)
+    chosen = sorted((name for name in names if not _SKIPPED.search(name)), key=_digest)
+    paths = ((root.parent / name, name) for name in chosen)
     return [(path, name) for path, name in paths if path.stat().st_size <= MAX_FILE_BYTES]
 
 
@@ -148,7 +147,7 @@ def _root(library: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DroppeftError(
             f"the built-in data set is made from the source of {library}, which is not installed; "
-            f"pip install {LIBRARIES[library]}, or give other data"
+            f"pip install {LIBRARIES[library]}, or set data to another data set"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -158,7 +157,7 @@ def _digest(text: str) -> str:
 
 
 def _paragraphs(path: Path) -> list[str]:
-    with warnings.catch_warnings():  # invalid escapes in other people's strings
+    with warnings.catch_warnings():  # about invalid escapes in the libraries' strings
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -169,7 +168,7 @@ def _paragraphs(path: Path) -> list[str]:
 
 
 def _docstrings(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Of classes, methods and functions, nested ones left out, in the order of the file."""
+    """Yield docstrings of classes, methods and functions (not nested ones) in file order."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
@@ -178,19 +177,19 @@ def _docstrings(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
 
 
 def opening_paragraph(docstring: str) -> str:
-    """The masked first paragraph on one line, or "" where it is too short or no prose."""
+    """Return the masked first paragraph on one line; "" if it is too short or not prose."""
     paragraph = _PARAGRAPH_END.split(docstring.strip(), maxsplit=1)[0]
-    if _NO_PROSE.match(paragraph):
+    if _NOT_PROSE.match(paragraph):
         return ""
     plain = _MARKUP.sub("", _ROLE.sub("", _URL.sub("", paragraph)))
-    text = " ".join(_GIVE_AWAY.sub(MASK, plain).split())
+    text = " ".join(_LIBRARY_NAME.sub(MASK, plain).split())
     return text if len(_WORD.findall(text)) >= MIN_WORDS else ""
 
 
 def drop_near_duplicates(rows: Sequence[Row]) -> list[Row]:
-    """Drop each row that shares too many words with an earlier one that stays.
+    """Remove each row that shares too many words with an earlier row that is not removed.
 
-    Counts of words are whole numbers, so the outcome cannot hang on a machine's rounding.
+    Word counts are integers, so the result does not depend on rounding.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -208,8 +207,8 @@ def drop_near_duplicates(rows: Sequence[Row]) -> list[Row]:
 
 
 def _first(rows: Sequence[Row], split: str, quota: int) -> list[Row]:
-    mine = [row for row in rows if row.split == split]
-    return [row for library in LIBRARIES for row in _of(library, mine)[:quota]]
+    candidates = [row for row in rows if row.split == split]
+    return [row for library in LIBRARIES for row in _of(library, candidates)[:quota]]
 
 
 def _of(library: str, rows: Sequence[Row]) -> list[Row]:
@@ -245,21 +244,21 @@ def _as_json(table: TextTable) -> dict[str, Any]:
 
 
 def _read_cache(path: Path) -> TextData | None:
-    """The cached task, or ``None`` where there is none or its content is not what was written."""
+    """Read the cached task; ``None`` if there is none or it is damaged."""
     try:
-        kept = json.loads(path.read_bytes())
-        train, test = (_from_json(kept[split]) for split in ("train", "test"))
+        content = json.loads(path.read_bytes())
+        train, test = (_from_json(content[split]) for split in ("train", "test"))
         data = TextData("builtin", train, test, tuple(LIBRARIES))
-        return data if data.content_hash == kept["hash"] else None
+        return data if data.content_hash == content["hash"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _from_json(kept: dict[str, Any]) -> TextTable:
-    labels = np.array(kept["labels"], np.int64)
-    return TextTable(tuple(kept["texts"]), None, labels, tuple(kept["keys"]))
+def _from_json(table: dict[str, Any]) -> TextTable:
+    labels = np.array(table["labels"], np.int64)
+    return TextTable(tuple(table["texts"]), None, labels, tuple(table["keys"]))
 
 
 def package_of(file: str) -> str:
-    """``torch/nn`` for ``torch/nn/modules/linear.py``: a natural owner of a built-in row."""
+    """Return the owner of a built-in row: ``torch/nn`` for ``torch/nn/modules/linear.py``."""
     return "/".join(file.split("/")[:2])

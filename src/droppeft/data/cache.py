@@ -1,4 +1,4 @@
-"""Where files that can be rebuilt at any time are kept; ours, after the XDG base directories."""
+"""The cache folder, for files that can be rebuilt. Ours, after the XDG base directories."""
 
 import contextlib
 import os
@@ -8,21 +8,21 @@ from droppeft.files import write_atomically
 
 
 def cache_dir() -> Path:
-    """``$DROPPEFT_CACHE``, else ``droppeft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$DROPPEFT_CACHE``, or else ``droppeft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    The folder need not exist: :func:`store` makes it.
+    The folder may not exist yet; :func:`store` creates it.
     """
-    if own := os.environ.get("DROPPEFT_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "droppeft"
+    if folder := os.environ.get("DROPPEFT_CACHE"):
+        return Path(folder)
+    parent = os.environ.get("XDG_CACHE_HOME")
+    return (Path(parent) if parent else Path.home() / ".cache") / "droppeft"
 
 
 def store(path: Path, content: bytes) -> None:
-    """Write a cache file so that a reader sees all of it or none.
+    """Write a cache file atomically: a reader sees all of it or none.
 
-    A cache that cannot be written (read-only, full disk) costs time, not the run: the error is
-    swallowed and no part of the file stays behind.
+    If the file cannot be written, as on a full or read-only disk, the error is ignored and no part
+    of the file remains.
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

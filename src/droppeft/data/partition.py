@@ -1,7 +1,8 @@
-"""Who holds which training rows: label skew by flwr_datasets' partitioners and two rules of ours.
+"""Partition the training rows among clients.
 
-``iid``, ``dirichlet`` (arXiv:1905.12022) and ``pathological`` (arXiv:1602.05629) are theirs;
-``dirichlet_by_client`` follows the FedNLP line (arXiv:2104.08815); ``natural`` is ours.
+``iid``, ``dirichlet`` (arXiv:1905.12022) and ``pathological`` (arXiv:1602.05629) use the
+partitioners of flwr_datasets. ``dirichlet_by_client`` follows FedNLP (arXiv:2104.08815).
+``natural`` is ours.
 """
 
 import warnings
@@ -23,7 +24,7 @@ Keys = Sequence[str] | None
 
 @dataclass(frozen=True)
 class ClientRows:
-    """Numbers of the training table's rows that one client holds, in its three parts."""
+    """Indices of the rows of the training table that a client holds, in three parts."""
 
     train: Rows
     validation: Rows
@@ -33,21 +34,22 @@ class ClientRows:
 def partition_rows(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> tuple[ClientRows, ...]:
-    """Give every row to one client and one of its parts.
+    """Assign every row to one client and to one of its parts.
 
-    A client with fewer than ``config.min_rows`` rows is topped up with random rows of whichever
-    client has most at that moment, or is an error (``config.small``). Parts are drawn at random
-    and none is empty. Rows are left out by ``natural`` alone: where there are more owners than
-    clients, those with the fewest rows do not take part.
+    If a client has fewer than ``config.min_rows`` rows, ``config.small`` decides: it receives
+    random rows, each from the client that has most rows at that point, or an error is raised. The
+    parts are drawn at random, and none is empty. Only ``natural`` leaves out rows: if there are
+    more owners than clients, the owners with the fewest rows do not take part.
 
     Args:
         labels: class indices, shape (rows,).
         keys: owner of each row, for ``natural``.
-        clients: how many clients hold data.
-        seed: the run's seed; the same arguments give the same partition.
+        clients: number of clients.
+        config: the settings ``partition.*``.
+        seed: the seed of the run. The same arguments give the same partition.
 
     Raises:
-        DroppeftError: not enough rows, owners or classes for so many clients.
+        DroppeftError: if there are not enough rows, owners or classes for the clients.
     """
     _check_enough(len(labels), clients, config.min_rows)
     owned = PARTITIONERS[config.kind](labels, keys, clients, config, seed)
@@ -62,7 +64,7 @@ def _check_enough(rows: int, clients: int, min_rows: int) -> None:
     if rows < clients * min_rows:
         raise DroppeftError(
             f"{rows} training rows are too few for clients={clients} with partition.min_rows="
-            f"{min_rows} each; lower one of the two or give more data"
+            f"{min_rows} each; lower one of the two or use more data"
         )
 
 
@@ -70,14 +72,14 @@ def _check_none_small(owned: Sequence[Rows], config: PartitionConfig) -> None:
     for client, rows in enumerate(owned):
         if len(rows) < config.min_rows:
             raise DroppeftError(
-                f"client {client} gets {len(rows)} rows, fewer than partition.min_rows="
+                f"client {client} has {len(rows)} rows, fewer than partition.min_rows="
                 f"{config.min_rows}; set partition.small=merge, raise partition.alpha, or lower "
                 "partition.min_rows or clients"
             )
 
 
 def _topped_up(owned: Sequence[Rows], min_rows: int, generator: np.random.Generator) -> list[Rows]:
-    """Move rows one by one from the largest client to those that have too few."""
+    """Move rows one by one from the client that has most to clients that have too few."""
     held = [generator.permutation(rows).tolist() for rows in owned]
     sizes = np.array([len(rows) for rows in held])
     _check_enough(int(sizes.sum()), len(held), min_rows)
@@ -91,7 +93,7 @@ def _topped_up(owned: Sequence[Rows], min_rows: int, generator: np.random.Genera
 
 
 def _parts(rows: Rows, config: PartitionConfig, generator: np.random.Generator) -> ClientRows:
-    """At least one row in each part; what is rounded goes to train."""
+    """Split a client's rows into parts of at least one row; sizes are rounded towards train."""
     shuffled = generator.permutation(rows)
     validation = min(max(1, int(config.validation_fraction * len(rows))), len(rows) - 2)
     test = min(max(1, int(config.test_fraction * len(rows))), len(rows) - validation - 1)
@@ -105,7 +107,7 @@ def _parts(rows: Rows, config: PartitionConfig, generator: np.random.Generator) 
 def _iid(labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int) -> list[Rows]:
     from flwr_datasets.partitioner import IidPartitioner
 
-    # IidPartitioner cuts the table as it lies.
+    # IidPartitioner splits the table in its order, without shuffling.
     order = seeds.numpy_generator(seed, purpose="partition").permutation(len(labels))
     return _by_flower(IidPartitioner(clients), labels, order)
 
@@ -119,7 +121,7 @@ def _dirichlet(
         num_partitions=clients,
         partition_by="label",
         alpha=config.alpha,
-        min_partition_size=0,  # it would draw anew until it is satisfied, or give up
+        min_partition_size=0,  # small clients are handled by config.small instead
         seed=seeds.seed_for(seed, purpose="partition"),
     )
     return _by_flower(partitioner, labels, np.arange(len(labels)))
@@ -140,16 +142,16 @@ def _pathological(
         num_partitions=clients,
         partition_by="label",
         num_classes_per_partition=config.classes_per_client,
-        class_assignment_mode="first-deterministic",  # from `classes` clients on, none is left out
+        class_assignment_mode="first-deterministic",  # uses all classes if there are enough clients
         seed=seeds.seed_for(seed, purpose="partition"),
     )
     try:
-        with warnings.catch_warnings(action="ignore"):  # of unused classes, which we refuse
+        with warnings.catch_warnings(action="ignore"):  # about unused classes, an error below
             owned = _by_flower(partitioner, labels, np.arange(len(labels)))
     except ValueError:
         raise DroppeftError(
-            "partition.kind=pathological: a class has fewer rows than clients that want some; "
-            "lower clients or partition.classes_per_client"
+            "partition.kind=pathological: a class has fewer rows than clients that need it; lower "
+            "clients or partition.classes_per_client"
         ) from None
     if sum(map(len, owned)) < len(labels):
         raise DroppeftError(
@@ -160,7 +162,7 @@ def _pathological(
 
 
 def _by_flower(partitioner: Any, labels: Rows, order: Rows) -> list[Rows]:
-    """Row numbers of each partition of a flwr_datasets partitioner that sees rows in this order."""
+    """Return the rows of each part when a flwr_datasets partitioner splits them in ``order``."""
     import datasets
 
     partitioner.dataset = datasets.Dataset.from_dict({"row": order, "label": labels[order]})
@@ -171,10 +173,10 @@ def _by_flower(partitioner: Any, labels: Rows, order: Rows) -> list[Rows]:
 def _dirichlet_by_client(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    """Each client in turn draws its label mix from Dir(alpha · prior), then rows by that mix.
+    """Draw the label distribution of each client in turn from Dir(alpha · prior), then its rows.
 
-    Sizes are equal (up to one row). A class that runs out is struck from the mix; so the last
-    clients take what is left, whatever they drew.
+    All clients have the same number of rows (up to one). A class without remaining rows is removed
+    from the distribution, so the last clients get the remaining rows whatever their distribution.
     """
     generator = seeds.numpy_generator(seed, purpose="partition")
     classes, counts = np.unique(labels, return_counts=True)
@@ -193,7 +195,7 @@ def _draw(
     size: int,
     generator: np.random.Generator,
 ) -> list[int]:
-    """Take ``size`` rows out of ``left`` (one list per class), by class as ``mix`` says."""
+    """Remove ``size`` rows from ``left`` (one list per class), with class probabilities ``mix``."""
     drawn: list[int] = []
     while len(drawn) < size:
         sizes = np.array([len(rows) for rows in left])
@@ -211,9 +213,11 @@ def _draw(
 def _natural(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    """The owners with the most rows are the clients, in the order of their names."""
+    """Make the owners with the most rows the clients, ordered by name."""
     if keys is None:
-        raise DroppeftError("partition.kind=natural needs an owner for every row (partition.key)")
+        raise DroppeftError(
+            "partition.kind=natural needs an owner for every row; set partition.key to its column"
+        )
     sizes = Counter(keys)
     if len(sizes) < clients:
         raise DroppeftError(
@@ -234,4 +238,4 @@ PARTITIONERS: dict[str, Partitioner] = {
     "pathological": _pathological,
     "natural": _natural,
 }
-"""Give each client its rows, as one array per client."""
+"""By name, a function that returns the rows of each client, one array per client."""

@@ -1,6 +1,6 @@
-"""What a task is worth without a language model: TF-IDF with a linear SVM, and majority classes.
+"""Reference accuracies without a language model: TF-IDF with a linear SVM, and majority classes.
 
-Ours; the usual bag-of-words baseline and constant answers, so that an accuracy can be judged.
+Ours. They show how good an accuracy is compared with a bag-of-words model or a constant prediction.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows, TextData, TextTable
 
 _KNOWN: dict[str, float | None] = {}
-"""By content: every run of a comparison asks for the same data, and fitting takes many seconds."""
+"""Accuracy by content hash: runs of a comparison use the same data, and fitting takes long."""
 
 
 def tfidf_accuracy(data: TextData) -> float | None:
-    """Test accuracy of a linear SVM on TF-IDF of words and word pairs, trained on all of train.
+    """Return the test accuracy of a linear SVM on TF-IDF of words and word pairs.
 
-    ``None`` where the texts have no words of two letters or more, as in writing without spaces.
-
-    The two texts of a pair are joined, so this sees no relation between them.
+    It is trained on all training rows. The two texts of a pair are joined, so relations between
+    them are lost. ``None`` if the texts have no words of two letters or more, as may be the case in
+    scripts without spaces.
     """
     if data.content_hash not in _KNOWN:
         _KNOWN[data.content_hash] = _fitted_accuracy(data)
@@ -35,7 +35,7 @@ def _fitted_accuracy(data: TextData) -> float | None:
     model = LinearSVC(random_state=0)
     try:
         features = vectoriser.fit_transform(_joined(data.train))
-    except ValueError:  # what scikit-learn raises for an empty vocabulary
+    except ValueError:  # scikit-learn's error for an empty vocabulary
         return None
     model.fit(features, data.train.labels)
     predicted = model.predict(vectoriser.transform(_joined(data.test)))
@@ -43,17 +43,18 @@ def _fitted_accuracy(data: TextData) -> float | None:
 
 
 def majority_accuracy(data: TextData) -> float:
-    """Test accuracy of always answering train's most frequent class."""
+    """Return the test accuracy of always predicting the most frequent class of train."""
     return _constant_accuracy(data.train.labels, data.test.labels)
 
 
 def own_majority_accuracy(data: TextData, clients: Sequence[ClientRows]) -> float:
-    """Mean over clients of always answering the most frequent class of the client's training rows.
+    """Return the mean accuracy of predicting each client's most frequent training class.
 
-    On its own test rows: what a personal model has to beat, which is much where clients are unlike.
+    It is measured on each client's own test rows. A personal model has to exceed it, and it is high
+    if clients have different label distributions.
     """
     labels = data.train.labels
-    return fmean(_constant_accuracy(labels[own.train], labels[own.test]) for own in clients)
+    return fmean(_constant_accuracy(labels[rows.train], labels[rows.test]) for rows in clients)
 
 
 def _constant_accuracy(train: Rows, test: Rows) -> float:

@@ -1,4 +1,4 @@
-"""Labelled text from the built-in set, the hub, a folder or a file, always as one type; ours."""
+"""Load labelled text from the built-in data set, the hub, a folder or a file. Ours."""
 
 import hashlib
 import json
@@ -30,30 +30,37 @@ TEXT_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 TEST_FRACTION = 0.2
-"""Of a single file's rows, per class."""
+"""Share of the rows of each class that become the test split of a single file."""
 
 SUBSET_SEED = 0
-"""Of ``max_train_rows`` and ``max_test_rows``: the same rows in every run, whatever its seed."""
+"""Seed of the choice of ``max_train_rows`` and ``max_test_rows``, the same for every run."""
 
 
 def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextData:
-    """Read a classification task.
+    """Load a classification task.
+
+    The classes are the labels of the training split in ascending order. Labels are integers,
+    booleans or strings.
 
     Args:
-        data: ``builtin``; a folder of .parquet, .csv or .jsonl files that are named after their
-            splits (shards ``train-00000-of-00002`` are joined); one such file, of which a fixed
-            fifth per class, chosen by a hash of its text, becomes the test part; or a hub id,
-            with ``:name`` behind it for one configuration (``nyu-mll/glue:mrpc``).
-        source: columns and splits, where they cannot be found by their usual names
-            (``TEXT_COLUMNS``, ``LABEL_COLUMNS``, ``TEST_SPLITS``), and how many rows to keep; of
-            more rows a fixed random choice is kept.
-        key: column that names the owner of each training row; the built-in set has ``package``.
+        data: one of:
 
-    Classes are train's labels in ascending order: whole numbers, truth values or text.
+            - ``builtin``;
+            - a folder of .parquet, .csv or .jsonl files that are named after their splits; shards
+              such as ``train-00000-of-00002`` are joined;
+            - a single file of these types; a fifth of the rows of each class, chosen by a hash of
+              the text, becomes the test split;
+            - an id on the hub, with ``:name`` after it to choose a configuration
+              (``nyu-mll/glue:mrpc``).
+        source: columns and splits, if they do not have the names in ``TEXT_COLUMNS``,
+            ``LABEL_COLUMNS`` and ``TEST_SPLITS``; and the largest number of rows. If a split has
+            more, a random subset is used, which is the same in every run.
+        key: column with the owner of each training row; ``package`` for the built-in data set.
 
     Raises:
-        DroppeftError: nothing there, unreadable, no such split or column, missing or hidden
-            labels, labels in the test part that train lacks, fewer than two classes.
+        DroppeftError: if the data cannot be found or read, a split or column does not exist, labels
+            are missing or hidden, the test split has labels that the training split does not have,
+            or there are fewer than two classes.
     """
     if data == "builtin":
         whole = _builtin(source, key)
@@ -83,7 +90,7 @@ def _looks_like_path(data: str) -> bool:
     return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(tuple(READERS))
 
 
-# The built-in set
+# The built-in data set
 
 
 def _builtin(source: SourceConfig, key: str | None) -> TextData:
@@ -126,9 +133,11 @@ def _from_file(name: str, path: Path, source: SourceConfig, key: str | None) -> 
     classes = np.unique(values)
     _check_classes(classes, values, whole, whole, label)
     table = _text_table(whole, _text_columns(whole, source), np.searchsorted(classes, values), key)
-    held_out = _fifth(table)
+    held_out = _test_rows(table)
     if not held_out.any():
-        raise DroppeftError(f"{path} has too few rows per class to set a test part aside")
+        raise DroppeftError(
+            f"{path} has too few rows per class for a test split; add rows or a test file"
+        )
     return TextData(
         name=name,
         train=table.take(np.flatnonzero(~held_out)),
@@ -137,8 +146,8 @@ def _from_file(name: str, path: Path, source: SourceConfig, key: str | None) -> 
     )
 
 
-def _fifth(table: TextTable) -> npt.NDArray[np.bool_]:
-    """Marks the rows of each class whose text has the smallest hashes."""
+def _test_rows(table: TextTable) -> npt.NDArray[np.bool_]:
+    """Select the fifth of each class whose texts have the smallest hashes."""
     seconds = table.pairs or ("",) * len(table)
     texts = zip(table.texts, seconds, strict=True)
     hashes = np.array([hashlib.sha256(repr(text).encode()).hexdigest() for text in texts])
@@ -172,24 +181,24 @@ def _label_column(split: Split, source: SourceConfig) -> str:
 def _not_found(what: str, split: Split) -> DroppeftError:
     columns = ", ".join(split.table.column_names)
     return DroppeftError(
-        f"{split.where}: no {what} column found among {columns}; name it with source.{what}"
+        f"{split.where}: no {what} column found among {columns}; set source.{what} to its name"
     )
 
 
 def _label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
-    """The labels as numpy's int64 or str."""
+    """Return the labels, as int64 or str."""
     column = split.column(name, "source.label")
     if _is_text(column.type):
         return _named_labels(split, name, column)
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise DroppeftError(
-            f"{split.where}: {name} holds {column.type}; labels must be whole numbers or text"
+            f"{split.where}: {name} has type {column.type}; labels must be integers or text"
         )
     values: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     if (hidden := np.flatnonzero(values == -1)).size:
         raise DroppeftError(
             f"{split.where}: {name} is -1, a hidden label, in row {hidden[0] + 1}; "
-            "use a split with labels, as source.test=validation, or take such rows out"
+            "use a split with labels, such as source.test=validation, or remove these rows"
         )
     return values
 
@@ -209,9 +218,13 @@ def _check_classes(
     label: str,
 ) -> None:
     if len(classes) < 2:
-        raise DroppeftError(f"{train.where}: {label} has one value only, {classes[0]}")
+        raise DroppeftError(
+            f"{train.where}: {label} has only one value, {classes[0]}; use two or more"
+        )
     if classes.dtype.kind != test_values.dtype.kind:
-        raise DroppeftError(f"{label} is a number in one of {train.where} and {test.where} only")
+        raise DroppeftError(
+            f"{label} is a number in only one of {train.where} and {test.where}; use the same type"
+        )
     unknown = np.flatnonzero(~np.isin(test_values, classes))
     if unknown.size:
         raise DroppeftError(
@@ -221,7 +234,7 @@ def _check_classes(
 
 
 def _names(classes: npt.NDArray[np.generic], schema: pa.Schema, label: str) -> tuple[str, ...]:
-    """The classes' names: those that Hugging Face keeps beside the data, else the labels."""
+    """Return the names of the classes: those in Hugging Face's metadata, or else the labels."""
     names = _stored_names(schema, label)
     if classes.dtype.kind == "i" and classes[0] >= 0 and classes[-1] < len(names):
         return tuple(names[value] for value in classes)
@@ -251,7 +264,7 @@ def _text_table(
 def _text(split: Split, name: str) -> tuple[str, ...]:
     column = split.column(name, "source.text")
     if not _is_text(column.type):
-        raise DroppeftError(f"{split.where}: {name} holds {column.type}, not text")
+        raise DroppeftError(f"{split.where}: {name} has type {column.type}, not text")
     return tuple(column.to_pylist())
 
 

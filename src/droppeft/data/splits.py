@@ -1,6 +1,7 @@
-"""Arrow tables of a task's two splits, from a folder, a file or the hub; ours.
+"""Read the training and test split of a task from a folder, a file or the hub. Ours.
 
-Local files are read with pyarrow and leave nothing behind; only the hub keeps its own cache.
+Local files are read with pyarrow, which writes no cache. Data sets of the hub are cached by the
+datasets library.
 """
 
 import re
@@ -18,13 +19,13 @@ from droppeft.config import SourceConfig
 from droppeft.errors import DroppeftError
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
-"""Names that are looked for, in this order, where the configuration gives none."""
+"""Names of the test split, tried in this order if the configuration does not name it."""
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 class Split:
-    """One split's rows, and what messages call it."""
+    """The rows of a split, and its name in error messages."""
 
     def __init__(self, table: pa.Table, where: str) -> None:
         if table.num_rows == 0:
@@ -33,10 +34,10 @@ class Split:
         self.where = where
 
     def column(self, name: str, setting: str) -> pa.ChunkedArray:
-        """The values of a column of which none is missing; ``setting`` says who asked for it."""
+        """Return a column without missing values; errors name ``setting`` as its origin."""
         if self.table.column_names.count(name) != 1:
             raise DroppeftError(
-                f"{self.where} has no column {name} ({setting}) or has it twice; "
+                f"{self.where} has no column {name} ({setting}), or has it twice; "
                 f"columns: {', '.join(self.table.column_names)}"
             )
         column = self.table[name]
@@ -49,7 +50,7 @@ class Split:
 
 
 def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split]:
-    """Training and test split of a folder whose files are named after their splits."""
+    """Read the training and test split of a folder whose files are named after their splits."""
     files: dict[str, list[Path]] = {}
     try:
         inside = sorted(path.iterdir())
@@ -59,7 +60,7 @@ def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split]:
         if file.suffix in READERS:
             files.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if not files:
-        raise DroppeftError(f"{path} holds no {', '.join(READERS)} file")
+        raise DroppeftError(f"{path} has no {', '.join(READERS)} file")
     train, test = _choose(files, source, str(path))
     return _joined(files[train]), _joined(files[test])
 
@@ -68,8 +69,10 @@ def _joined(files: Sequence[Path]) -> Split:
     if len(files) == 1:
         return read_file(files[0])
     if not all(_SHARD.search(file.stem) for file in files):
-        raise DroppeftError(f"{files[0]} and {files[1].name} are the same split; keep one")
-    where = f"{files[0]} and its further parts"
+        raise DroppeftError(
+            f"{files[0]} and {files[1].name} are the same split; remove one of them"
+        )
+    where = f"{files[0]} and its other shards"
     try:
         return Split(pa.concat_tables([read_file(file).table for file in files]), where)
     except pa.ArrowInvalid:
@@ -77,16 +80,16 @@ def _joined(files: Sequence[Path]) -> Split:
 
 
 def hub_splits(data: str, source: SourceConfig) -> tuple[Split, Split]:
-    """Training and test split of a data set on the hub, ``id`` or ``id:configuration``."""
+    """Load the training and test split of a data set on the hub, ``id`` or ``id:configuration``."""
     import datasets
 
     name, _, configuration = data.partition(":")
     try:
         loaded = datasets.load_dataset(name, configuration or None)
-    except Exception as error:  # the library passes on errors of HTTP, file systems and formats
+    except Exception as error:  # the library does not wrap errors of HTTP, files and formats
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DroppeftError(
-            f"data={data} is no file or folder here, and the hub did not give it: {reason}"
+            f"data={data} is no file or folder, and loading it from the hub failed: {reason}"
         ) from None
     train, test = _choose(loaded, source, data)
     return _from_hub(loaded[train], f"{data} ({train})"), _from_hub(
@@ -104,9 +107,9 @@ def _choose(splits: Mapping[str, object], source: SourceConfig, where: str) -> t
     test = source.test or next((name for name in TEST_SPLITS if name in splits), None)
     for name, wanted in (("train", train), ("test", test)):
         if wanted not in splits:
-            lacking = wanted or f"{', '.join(TEST_SPLITS[:-1])} or {TEST_SPLITS[-1]}"
+            missing = wanted or f"{', '.join(TEST_SPLITS[:-1])} or {TEST_SPLITS[-1]}"
             raise DroppeftError(
-                f"{where} has no split {lacking}, only {', '.join(sorted(splits))}; "
+                f"{where} has no split {missing}, only {', '.join(sorted(splits))}; "
                 f"name one with source.{name}"
             )
     if train == test:
@@ -115,7 +118,7 @@ def _choose(splits: Mapping[str, object], source: SourceConfig, where: str) -> t
 
 
 def read_file(path: Path) -> Split:
-    """All rows of one .parquet, .csv or .jsonl file."""
+    """Read all rows of a .parquet, .csv or .jsonl file."""
     read = READERS.get(path.suffix)
     if read is None:
         raise DroppeftError(f"{path} is not one of {', '.join(READERS)}")
@@ -127,7 +130,7 @@ def read_file(path: Path) -> Split:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    # Not pyarrow.parquet.read_table: that makes columns of folder names such as "fold=3".
+    # pyarrow.parquet.read_table would add columns for folder names such as "fold=3".
     with pyarrow.parquet.ParquetFile(path) as file:
         return file.read()
 
@@ -147,7 +150,7 @@ def _read_jsonl(path: Path) -> pa.Table:
 
 
 def _whole(path: Path) -> int:
-    """Block size that makes one block, so that types are inferred from all rows."""
+    """Return a block size that reads the file as one block: types are inferred from all rows."""
     return min(path.stat().st_size + 1, 2**31 - 1)
 
 

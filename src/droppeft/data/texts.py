@@ -1,4 +1,4 @@
-"""Labelled text in memory, as every source delivers it; ours."""
+"""Labelled text in memory. Ours."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ class TextTable:
     """The rows of one split.
 
     Attributes:
-        texts: one per row.
-        pairs: the second text of each row, ``None`` where the task has single texts.
+        texts: the text of each row.
+        pairs: the second text of each row; ``None`` if the task has single texts.
         labels: class indices, shape (rows,).
-        keys: who owns each row (``partition.key``), ``None`` where nobody asked.
+        keys: the owner of each row (``partition.key``); ``None`` if it was not requested.
     """
 
     texts: tuple[str, ...]
@@ -32,7 +32,7 @@ class TextTable:
         return len(self.texts)
 
     def take(self, rows: Rows) -> "TextTable":
-        """The given rows in the given order."""
+        """Return a table of the given rows, in the given order."""
         return TextTable(
             texts=tuple(self.texts[row] for row in rows),
             pairs=self.pairs and tuple(self.pairs[row] for row in rows),
@@ -46,10 +46,10 @@ class TextData:
     """A classification task.
 
     Attributes:
-        name: what the user called it.
-        train: rows that are spread over the clients.
-        test: rows on which the global model is measured.
-        label_names: one per class, in the order of the class indices.
+        name: the value of the setting ``data``.
+        train: rows that are partitioned among the clients.
+        test: rows on which the server evaluates the global model.
+        label_names: name of each class, in the order of the class indices.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TextData:
 
     @cached_property
     def content_hash(self) -> str:
-        """16 hexadecimal digits over texts, pairs, labels and names; owners do not count."""
+        """Hash of texts, pairs, labels and label names, not of owners: 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for part in self._content():
             digest.update(part)
@@ -68,6 +68,6 @@ class TextData:
     def _content(self) -> Iterator[bytes]:
         yield json.dumps(self.label_names).encode()
         for table in (self.train, self.test):
-            # JSON, unlike plain joining, keeps ("ab", "c") and ("a", "bc") apart.
+            # JSON distinguishes ("ab", "c") from ("a", "bc"), which joining would not.
             yield json.dumps([table.texts, table.pairs]).encode()
             yield table.labels.astype("<i8").tobytes()

@@ -1,4 +1,4 @@
-"""Texts tokenised once, kept without padding, and the batches that are made of them; ours."""
+"""Tokenise texts once, store them without padding, and make batches of them. Ours."""
 
 import hashlib
 import itertools
@@ -19,10 +19,10 @@ from droppeft.data.texts import Rows, TextTable
 from droppeft.errors import DroppeftError
 
 RECIPE = 1
-"""Counts changes of what this module stores; part of the cache's key."""
+"""Version of what this module stores; part of the cache's key."""
 
-BLOCK_ROWS = 4096  # handed to the tokenizer at once: its own results take far more memory than ids
-WINDOW_BATCHES = 16  # among so many batches' rows, those of similar length go together
+BLOCK_ROWS = 4096  # rows per tokenizer call, whose result takes far more memory than the ids
+WINDOW_BATCHES = 16  # rows are sorted by length within so many batches
 
 _OFFSETS, _DIGEST = "offsets", "digest"
 
@@ -31,12 +31,12 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Rows of different length, laid end to end.
+    """Tokenised rows of different length, concatenated.
 
     Attributes:
-        columns: ``input_ids`` and what else the model reads (``token_type_ids``), each of shape
+        columns: ``input_ids`` and other inputs of the model (``token_type_ids``), each of shape
             (tokens of all rows,).
-        offsets: where each row starts and the last one ends, shape (rows + 1,).
+        offsets: start of each row and end of the last one, shape (rows + 1,).
         labels: class indices, shape (rows,).
     """
 
@@ -49,26 +49,29 @@ class TokenTable:
 
     @property
     def lengths(self) -> Rows:
-        """Tokens of each row, special ones included, shape (rows,)."""
+        """Number of tokens of each row, including special tokens, shape (rows,)."""
         return np.diff(self.offsets)
 
     def row(self, number: int) -> dict[str, Ids]:
-        """One row's columns, each of shape (S,)."""
+        """Return the columns of a row, each of shape (S,)."""
         start, end = self.offsets[number : number + 2]
         return {name: column[start:end] for name, column in self.columns.items()}
 
 
 def tokenise(table: TextTable, tokenizer: Any, max_length: int, cache: Path | None) -> TokenTable:
-    """Tokenise every row, cut at ``max_length`` tokens (of a pair, the longer text loses first).
+    """Tokenise every row and truncate it to ``max_length`` tokens.
+
+    Of a pair, the longer text is truncated first.
 
     Args:
+        table: the texts.
         tokenizer: a fast tokenizer of transformers.
-        cache: folder in which the result is kept, ``None`` for nowhere. The file's name hashes
-            texts, pairs, the tokenizer's own serialisation and ``max_length``; a file that is
-            not what was written is made anew.
+        max_length: largest number of tokens of a row.
+        cache: folder in which the result is stored; ``None`` for no cache. The file name is a hash
+            of the texts, the tokenizer and ``max_length``. A damaged file is replaced.
 
     Raises:
-        DroppeftError: a text without tokens, as an empty one is for a decoder's tokenizer.
+        DroppeftError: if a text has no tokens, as an empty text with a decoder's tokenizer.
     """
     path = cache and cache / f"tokens-{_key(table, tokenizer, max_length)}.safetensors"
     arrays = _read_cache(path, len(table)) if path else None
@@ -79,7 +82,7 @@ def tokenise(table: TextTable, tokenizer: Any, max_length: int, cache: Path | No
     offsets = arrays.pop(_OFFSETS)
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):
-        raise DroppeftError(f"text {empty[0] + 1} has no tokens at all; leave empty texts out")
+        raise DroppeftError(f"text {empty[0] + 1} has no tokens; remove empty texts")
     return TokenTable(columns=arrays, offsets=offsets, labels=table.labels)
 
 
@@ -115,7 +118,7 @@ def _flat(rows: Iterable[list[int]]) -> Ids:
 
 def _key(table: TextTable, tokenizer: Any, max_length: int) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left over from the tokenizer's last call; ours sets both.
+    # These are left from the last call of the tokenizer, and every call sets them.
     backend["truncation"] = backend["padding"] = None
     settings = [tokenizer.model_input_names, tokenizer.truncation_side, tokenizers.__version__]
     content = [RECIPE, max_length, backend, settings, table.texts, table.pairs]
@@ -133,25 +136,26 @@ def _digest(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 def _read_cache(path: Path, rows: int) -> dict[str, npt.NDArray[Any]] | None:
     try:
         arrays: dict[str, npt.NDArray[Any]] = safetensors.numpy.load(path.read_bytes())
-        kept = arrays.pop(_DIGEST)
+        digest = arrays.pop(_DIGEST)
     except (OSError, KeyError, safetensors.SafetensorError):
         return None
-    whole = np.array_equal(kept, _digest(arrays)) and len(arrays[_OFFSETS]) == rows + 1
+    whole = np.array_equal(digest, _digest(arrays)) and len(arrays[_OFFSETS]) == rows + 1
     return arrays if whole else None
 
 
 def grouped_batches(
     rows: Rows, lengths: Rows, batch_size: int, rng: np.random.Generator
 ) -> list[Rows]:
-    """One shuffled epoch in which the rows of a batch have similar length.
+    """Return the batches of a shuffled epoch, each with rows of similar length.
 
-    Rows are shuffled, sorted by length within windows of 16 batches, and the batches are
-    shuffled; so padding is rare and every row still meets ever new company.
+    Rows are shuffled and sorted by length within windows of 16 batches; then the batches are
+    shuffled. There is little padding, and batches still have different rows in every epoch.
 
     Args:
-        rows: numbers of rows, each of which comes once.
-        lengths: of the whole table, indexed by row number.
-        batch_size: of all batches but one, which has what is left over.
+        rows: indices of the rows, each of which is used once.
+        lengths: length of every row of the table.
+        batch_size: size of all batches except one, which has the remaining rows.
+        rng: generator of all random numbers.
     """
     shuffled = rng.permutation(rows)
     window = WINDOW_BATCHES * batch_size
@@ -164,7 +168,7 @@ def grouped_batches(
 
 
 def ordered_batches(rows: Rows, lengths: Rows, batch_size: int) -> list[Rows]:
-    """The rows from short to long, in batches of which the last may be smaller; no randomness."""
+    """Return batches of the rows from short to long; the last batch may be smaller."""
     ordered = rows[np.argsort(lengths[rows], kind="stable")]
     return [ordered[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
@@ -175,9 +179,10 @@ def pad_batch(
     pad_token_id: int,
     padding_side: Literal["right", "left"] = "right",
 ) -> dict[str, Rows]:
-    """Columns and ``attention_mask`` of shape (B, S), S the longest row's length, and ``labels``.
+    """Return a padded batch: columns and ``attention_mask`` of shape (B, S), and ``labels``.
 
-    Columns other than ``input_ids`` are padded with 0, as transformers pads token types.
+    S is the length of the longest row. Columns other than ``input_ids`` are padded with 0, as
+    transformers pads token types.
     """
     lengths = table.lengths[rows]
     position = np.arange(lengths.max())

@@ -1,7 +1,7 @@
-"""What this installation has and what it lacks: a check is a function, a line here, and its tests.
+"""Checks of the installation, for ``droppeft doctor``; ours.
 
-Ours. Each check imports what it needs by itself, so that a broken library fails its own check and
-no other.
+Each check is a function that is listed here. It imports what it needs inside, so that a broken
+library fails only the checks that need it.
 """
 
 from collections.abc import Callable
@@ -40,20 +40,20 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Flower": check_flower,
     "runs": check_runs_folder,
     "cache": check_cache_folder,
-    "clients' own": check_state_folder,
+    "client state": check_state_folder,
     "temporary files": check_temporary_folder,
 }
-"""In the order in which they are shown."""
+"""The checks by name, in the order in which they are shown."""
 
 
 def examine() -> dict[str, Finding]:
-    """Run all checks; a check that itself fails is a problem, and the others still run."""
+    """Run all checks. A check that raises an error is a problem, and the others still run."""
     return {name: _finding(check) for name, check in CHECKS.items()}
 
 
 def _finding(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except Exception as error:  # whatever is broken, the user gets a table
+    except Exception as error:  # the user gets a table, whatever is broken
         reason = " ".join(str(error).split())
         return problem(f"this check failed: {type(error).__name__}: {reason}", repair())

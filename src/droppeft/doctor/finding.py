@@ -1,4 +1,4 @@
-"""What one check of the installation found; ours."""
+"""The result of one check of the installation; ours."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,14 +6,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a check.
+    """The result of a check.
 
     Attributes:
-        status: ``problem`` where a run with the built-in model and data would fail or the
-            installation breaks its own requirements, ``note`` for what a person should know and
-            can live with, else ``ok``.
-        found: what is there, in words.
-        remedy: a command for the shell; ``None`` where all is well.
+        status: ``problem`` if a run with the built-in model and data would fail or the installation
+            does not meet its requirements, ``note`` if the user should know something that does
+            not prevent such a run, else ``ok``.
+        found: a description of what was found.
+        remedy: a shell command that mends it; ``None`` if the status is ``ok``.
     """
 
     status: Literal["ok", "note", "problem"]
@@ -22,20 +22,20 @@ class Finding:
 
 
 def ok(found: str) -> Finding:
-    """All is well."""
+    """A finding without need for action."""
     return Finding("ok", found)
 
 
 def note(found: str, remedy: str) -> Finding:
-    """The built-in run works; something is less than it could be."""
+    """A finding that does not prevent a run with the built-in model and data."""
     return Finding("note", found, remedy)
 
 
 def problem(found: str, remedy: str) -> Finding:
-    """The built-in run would not work, or not on what the requirements promise."""
+    """A run with the built-in model and data would fail, or the requirements are not met."""
     return Finding("problem", found, remedy)
 
 
 def size(size_bytes: float) -> str:
-    """In GB, or in MB below one."""
+    """Format a size in GB, or in MB below one GB."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

@@ -1,6 +1,6 @@
-"""Flower, for its simulation and for clients on other machines; ours.
+"""Check of Flower, which its simulation and clients on other machines need; ours.
 
-Neither flwr nor ray is imported: that takes seconds, and only ``federation`` may.
+Neither flwr nor ray is imported here, since that takes seconds.
 """
 
 import importlib.util
@@ -16,20 +16,20 @@ COMMANDS = ("flwr", "flower-superlink", "flower-supernode")
 
 
 def check_flower() -> Finding:
-    """The libraries and the commands; a run in one process works without them."""
-    lost = [name for name in PARTS if not (installed(name) and importlib.util.find_spec(name))]
-    places = {name: _place(name) for name in COMMANDS}
-    mute = [f"the command {name}" for name, place in places.items() if place is None]
-    if lost or mute:
-        found = f"Flower's transports need what is missing: {', '.join([*lost, *mute])}"
-        return note(found, repair() if lost else reinstall("flwr"))
-    folders = ", ".join(sorted({str(place) for place in places.values()}))
-    libraries = ", ".join(f"{name} {installed(name)}" for name in PARTS)
-    return ok(f"{libraries}; its commands are in {folders}")
+    """Check Flower's libraries and commands. A run in one process works without them."""
+    libraries = [name for name in PARTS if not (installed(name) and importlib.util.find_spec(name))]
+    folders = {name: _folder(name) for name in COMMANDS}
+    commands = [f"the command {name}" for name, folder in folders.items() if folder is None]
+    if libraries or commands:
+        found = f"missing for Flower's transports: {', '.join([*libraries, *commands])}"
+        return note(found, repair() if libraries else reinstall("flwr"))
+    where = ", ".join(sorted({str(folder) for folder in folders.values()}))
+    versions = ", ".join(f"{name} {installed(name)}" for name in PARTS)
+    return ok(f"{versions}; its commands are in {where}")
 
 
-def _place(command: str) -> Path | None:
-    """The command's folder; beside this Python comes before the PATH, which may lead elsewhere."""
+def _folder(command: str) -> Path | None:
+    """The folder of a command. The folder of this Python comes before those in PATH."""
     beside = shutil.which(command, path=str(Path(sys.executable).parent))
     found = beside or shutil.which(command)
     return Path(found).parent if found else None

@@ -1,6 +1,6 @@
-"""Python and the packages: required, installed, pinned; ours, read from the packages' metadata.
+"""Checks of Python and of required, installed and pinned packages, from their metadata; ours.
 
-Nothing is imported but ``packaging``, which compares versions (PEP 440).
+Only ``packaging`` is imported, which compares versions (PEP 440).
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ DISTRIBUTION = "droppeft"
 
 
 def check_python() -> Finding:
-    """The interpreter against ``requires-python``."""
+    """Compare the interpreter with ``requires-python``."""
     from packaging.specifiers import SpecifierSet
 
     wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
@@ -34,23 +34,28 @@ def check_python() -> Finding:
 
 
 def check_dependencies() -> Finding:
-    """Everything required, directly or not, is there; what is required directly is in its range.
+    """Check that all direct and indirect requirements are installed in their version ranges.
 
-    An indirect requirement out of its range is a note: it may work.
+    An indirect requirement outside its range is only a note, since it may work.
     """
-    own = requirements(DISTRIBUTION)
-    wrong = {each.name: said for each in own if (said := complaint(each))}
-    below = {said: (by, each) for by, each in _needed_by(own) if (said := complaint(each))}
-    further = {said: why for said, why in below.items() if why[1].name not in wrong}
-    if not (wrong or further):
-        return ok(f"{len(own)} required packages are installed, and all that these need")
-    found = "; ".join([*wrong.values(), *(f"{said} for {by}" for said, (by, _) in further.items())])
-    grave = wrong or any(installed(each.name) is None for _, each in further.values())
-    return problem(found, repair()) if grave else note(found, repair())
+    required = requirements(DISTRIBUTION)
+    direct = {each.name: text for each in required if (text := complaint(each))}
+    indirect = {
+        text: (package, each)
+        for package, each in _needed_by(required)
+        if (text := complaint(each)) and each.name not in direct
+    }
+    if not (direct or indirect):
+        return ok(f"{len(required)} required packages and their dependencies are installed")
+    found = "; ".join(
+        [*direct.values(), *(f"{text} for {package}" for text, (package, _) in indirect.items())]
+    )
+    serious = direct or any(installed(each.name) is None for _, each in indirect.values())
+    return problem(found, repair()) if serious else note(found, repair())
 
 
 def check_pins() -> Finding:
-    """Installed packages against ``constraints.txt``, which is known to work."""
+    """Compare installed packages with ``constraints.txt``, whose versions are known to work."""
     from packaging.specifiers import SpecifierSet
 
     file = constraints_file()
@@ -67,13 +72,13 @@ def check_pins() -> Finding:
         return ok(f"all {len(here)} packages are at the version in constraints.txt")
     versions = ", ".join(f"{name} {here[name]} (pinned {pins[name]})" for name in differ)
     return note(
-        f"other than in constraints.txt, {len(differ)} of {len(here)}: {versions}",
+        f"{len(differ)} of {len(here)} packages differ from constraints.txt: {versions}",
         pip("install", *(f"{name}=={pins[name]}" for name in differ)),
     )
 
 
 def check_quantization() -> Finding:
-    """bitsandbytes, which only ``quantization=8bit`` and ``4bit`` need."""
+    """Check bitsandbytes, which only ``quantization=8bit`` and ``4bit`` need."""
     version = installed("bitsandbytes")
     if version is None:
         return note(
@@ -84,23 +89,23 @@ def check_quantization() -> Finding:
 
 
 def constraints_file() -> Path | None:
-    """``constraints.txt``: a wheel carries it inside the package, a checkout at its root."""
+    """Find ``constraints.txt``: in the package of a wheel, or at the root of a checkout."""
     checkout = PACKAGE.parents[1]
-    places = [PACKAGE / "constraints.txt"]
+    candidates = [PACKAGE / "constraints.txt"]
     if (checkout / "pyproject.toml").is_file():
-        places.append(checkout / "constraints.txt")
-    return next((place for place in places if place.is_file()), None)
+        candidates.append(checkout / "constraints.txt")
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def read_pins(file: Path) -> dict[str, str]:
-    """Package name to version, of lines ``name==version``."""
+    """Read versions by package name from lines ``name==version``."""
     lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
     pairs = (line.partition("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name: version for name, _, version in pairs}
 
 
 def installed(name: str) -> str | None:
-    """The installed version; ``None`` where there is none, or its metadata is lost."""
+    """The installed version; ``None`` if the package or its metadata is missing."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +113,7 @@ def installed(name: str) -> str | None:
 
 
 def requirements(name: str) -> "list[Requirement]":
-    """What an installed package requires on this machine, without extras."""
+    """The requirements of an installed package on this machine, without extras."""
     from packaging.requirements import Requirement
 
     parsed = map(Requirement, importlib.metadata.requires(name) or [])
@@ -116,7 +121,7 @@ def requirements(name: str) -> "list[Requirement]":
 
 
 def complaint(requirement: "Requirement") -> str | None:
-    """What is wrong with what is installed for a requirement."""
+    """Say how an installed package does not meet a requirement; ``None`` if it does."""
     version = installed(requirement.name)
     if version is None:
         return f"{requirement.name} is missing"
@@ -126,7 +131,7 @@ def complaint(requirement: "Requirement") -> str | None:
 
 
 def _needed_by(packages: "Iterable[Requirement]") -> "Iterator[tuple[str, Requirement]]":
-    """Yield (package, what it requires) for these packages and all that they need in turn."""
+    """Yield (package, requirement) for these packages and for all their dependencies."""
     from packaging.utils import canonicalize_name
 
     waiting = [canonicalize_name(each.name) for each in packages]
@@ -142,29 +147,29 @@ def _needed_by(packages: "Iterable[Requirement]") -> "Iterator[tuple[str, Requir
 
 
 def repair(extra: str = "") -> str:
-    """The command that brings all required packages to the versions that are known to work.
+    """The command that installs all required packages at versions that are known to work.
 
-    pip takes the droppeft that is installed and mends what it requires.
+    It keeps the installed droppeft and reinstalls only what does not meet its requirements.
 
     Args:
-        extra: of droppeft, in brackets.
+        extra: an extra of droppeft, in brackets.
     """
     file = constraints_file()
     pinned = ("-c", str(file)) if file else ()
-    what = (DISTRIBUTION,) if installed(DISTRIBUTION) else ("-e", str(PACKAGE.parents[1]))
-    return pip("install", *pinned, *what[:-1], what[-1] + extra)
+    target = (DISTRIBUTION,) if installed(DISTRIBUTION) else ("-e", str(PACKAGE.parents[1]))
+    return pip("install", *pinned, *target[:-1], target[-1] + extra)
 
 
 def reinstall(*names: str) -> str:
-    """The command that puts back packages whose files are damaged or of the wrong build."""
+    """The command that reinstalls packages whose files are damaged or of the wrong build."""
     return f"{pip('uninstall', '-y', *names)} && {repair()}"
 
 
-def pip(command: str, *words: str) -> str:
-    """A pip command for this very environment, whatever ``pip`` is in the shell that it meets.
+def pip(command: str, *arguments: str) -> str:
+    """A pip command for this environment, whatever ``pip`` is in the user's shell.
 
-    An environment that uv made has no pip; uv itself comes with Flower.
+    An environment made by uv has no pip; uv itself is installed with Flower.
     """
     if importlib.util.find_spec("pip"):
-        return shlex.join([sys.executable, "-m", "pip", command, *words])
-    return shlex.join(["uv", "pip", command, "--python", sys.executable, *words])
+        return shlex.join([sys.executable, "-m", "pip", command, *arguments])
+    return shlex.join(["uv", "pip", command, "--python", sys.executable, *arguments])

@@ -1,6 +1,6 @@
-"""What torch sees here, printed as JSON by a process of its own.
+"""Print as JSON what torch reports about this machine; run in a separate process.
 
-Ours. A torch that was built for another processor or driver can end the process that imports it.
+Ours. A torch built for another processor or driver can end the process that imports it.
 """
 
 import json
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """Version, build and the accelerator that ``accelerator=auto`` would take."""
-    with warnings.catch_warnings(record=True) as caught:  # why torch sees no device
+    """Version, build, and the device that ``accelerator=auto`` would use."""
+    with warnings.catch_warnings(record=True) as caught:  # they say why torch finds no device
         warnings.simplefilter("always")
         import torch
 
@@ -31,7 +31,7 @@ def _device(torch: Any) -> dict[str, Any]:
         "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
         "error": None,
     }
-    try:  # a device that is too old for this build shows only when it computes
+    try:  # a device that is too old for this build fails only when it computes
         torch.ones(1, device="cuda").sum().item()
     except RuntimeError as error:
         about["error"] = " ".join(str(error).split())

@@ -1,6 +1,6 @@
-"""Stochastic transformer layer dropout for any training loop; needs torch alone.
+"""Stochastic layer dropout for transformers in any training loop; the only requirement is torch.
 
-Source: DropPEFT (arXiv:2503.10217); see the modules for what is ours. A plain loop::
+Source: DropPEFT (arXiv:2503.10217); each module says which parts are ours. A plain training loop::
 
     from droppeft.layer_dropout import layer_dropout
 
@@ -11,8 +11,8 @@ Source: DropPEFT (arXiv:2503.10217); see the modules for what is ours. A plain l
             optimizer.step()
             optimizer.zero_grad()
 
-For transformers' Trainer there is ``droppeft.layer_dropout.trainer``, which is not imported here.
-Underneath lie functions for gates of your own::
+For transformers' Trainer, import ``droppeft.layer_dropout.trainer``. To draw the gates yourself,
+use the lower-level functions::
 
     import random
     from droppeft.layer_dropout import find_blocks, gated, layer_rates, sample_active
@@ -28,12 +28,12 @@ Underneath lie functions for gates of your own::
             optimizer.step()
             optimizer.zero_grad()
 
-    model.eval()  # outside of `gated` every layer runs
+    model.eval()  # outside `gated`, every layer runs
 """
 
-from droppeft.layer_dropout.alone import DrawnGates, layer_dropout
 from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
 from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
+from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
 from droppeft.layer_dropout.gates import (
     SAMPLINGS,
     Sampling,

@@ -1,7 +1,7 @@
-"""Where an architecture's blocks are, and what a dropped block must still answer.
+"""Where the blocks of each architecture are, and what a dropped block has to return.
 
-Source: transformers' model code, version 5.23; what each entry promises is checked against models
-built without the dropped blocks, with the result in ``docs/architectures.md``.
+Source: the model code of transformers 5.23. The tests compare each entry with models that are built
+without the dropped blocks; ``docs/architectures.md`` shows the results.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,26 +11,27 @@ import torch
 from torch import nn
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and named arguments of a block's forward."""
+"""Positional and keyword arguments of a block's forward."""
 
 
 def hidden_of(call: Arguments) -> torch.Tensor:
-    """The hidden states (B, S, H) that a block was called with: its first argument, always."""
+    """Return the hidden states (B, S, H) of a call, which are always the first argument."""
     args, kwargs = call
     hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
 
 def with_hidden(call: Arguments, hidden: torch.Tensor) -> Arguments:
-    """The same call with other hidden states."""
+    """Return the same call with other hidden states."""
     args, kwargs = call
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def cache_of(call: Arguments) -> Any:
-    """The key-value cache that a block was called with, by whatever name; ``None`` without one."""
+    """Return the key-value cache among the arguments of a call, or ``None`` if there is none."""
     args, kwargs = call
-    return next((one for one in (*kwargs.values(), *args) if hasattr(one, "get_seq_length")), None)
+    values = (*kwargs.values(), *args)
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _tensor(block: nn.Module, call: Arguments) -> torch.Tensor:
@@ -42,9 +43,10 @@ def _tuple(block: nn.Module, call: Arguments) -> tuple[Any, ...]:
 
 
 def _position_bias(block: nn.Module, call: Arguments) -> tuple[Any, ...]:
-    """T5: the first block of a stack computes the biases that all later ones read.
+    """T5: the first block of a stack computes the position biases that all later blocks use.
 
-    The bias of cross-attention is left out: it is zero, and a block that is not given it makes it.
+    The bias of cross-attention is not computed: it is zero, and a block that does not receive it
+    creates it.
     """
     (args, kwargs), hidden = call, hidden_of(call)
     position_bias = args[2] if len(args) > 2 else kwargs.get("position_bias")
@@ -59,53 +61,53 @@ def _position_bias(block: nn.Module, call: Arguments) -> tuple[Any, ...]:
     return hidden, position_bias, cross_bias
 
 
-ANSWERS: dict[str, Callable[[nn.Module, Arguments], Any]] = {
+DROPPED_OUTPUTS: dict[str, Callable[[nn.Module, Arguments], Any]] = {
     "tensor": _tensor,
     "tuple": _tuple,
     "position bias": _position_bias,
 }
-"""What a dropped block returns, from itself and the arguments of its forward.
+"""By name, the function that computes a dropped block's output from the block and its arguments.
 
-``tensor``: the hidden states it got; ``tuple``: those and ``None`` for attention weights;
-``position bias``: those and the biases that later blocks need.
+``tensor``: the input hidden states. ``tuple``: these, and ``None`` in place of attention weights.
+``position bias``: these, and the position biases that later blocks need.
 """
 
 
 class Architecture(NamedTuple):
-    """How to gate one ``config.model_type``.
+    """How to drop layers of models with one ``config.model_type``.
 
     Attributes:
-        stacks: for each list of blocks, in the order of execution, its dotted name (its end, below
-            the base model) and the entry of the configuration that says how long it is.
+        stacks: for each list of blocks, in the order of execution, its dotted name relative to the
+            base model, and the name of the configuration's entry that holds its length.
         blocks: class names of the blocks.
-        answer: a key of :data:`ANSWERS`.
+        output: what a dropped block returns, a key of :data:`DROPPED_OUTPUTS`.
     """
 
     stacks: Mapping[str, str]
     blocks: tuple[str, ...]
-    answer: str = "tensor"
+    output: str = "tensor"
 
 
-def _encoder(block: str, answer: str = "tensor") -> Architecture:
-    return Architecture({"encoder.layer": "num_hidden_layers"}, (block,), answer)
+def _encoder(block: str, output: str = "tensor") -> Architecture:
+    return Architecture({"encoder.layer": "num_hidden_layers"}, (block,), output)
 
 
 def _layers(block: str) -> Architecture:
     return Architecture({"layers": "num_hidden_layers"}, (block,))
 
 
-def _h(block: str, answer: str = "tensor") -> Architecture:
-    return Architecture({"h": "num_hidden_layers"}, (block,), answer)
+def _h(block: str, output: str = "tensor") -> Architecture:
+    return Architecture({"h": "num_hidden_layers"}, (block,), output)
 
 
-def _two(block: str) -> Architecture:
+def _encoder_decoder(block: str) -> Architecture:
     stacks = {"encoder.layers": "encoder_layers", "decoder.layers": "decoder_layers"}
     return Architecture(stacks, (f"{block}EncoderLayer", f"{block}DecoderLayer"))
 
 
-def _t5(block: str, answer: str) -> Architecture:
+def _t5(block: str, output: str) -> Architecture:
     stacks = {"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"}
-    return Architecture(stacks, (block,), answer)
+    return Architecture(stacks, (block,), output)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -117,7 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "data2vec-text": _encoder("Data2VecTextLayer"),
     "deberta": _encoder("DebertaLayer", "tuple"),
     # Also DeBERTa-v3. The optional convolution after block 0 belongs to the encoder, not to the
-    # block: when block 0 is dropped it still runs, on block 0's input.
+    # block: if block 0 is dropped, it still runs, on the input of block 0.
     "deberta-v2": _encoder("DebertaV2Layer", "tuple"),
     "distilbert": Architecture({"transformer.layer": "n_layers"}, ("TransformerBlock",)),
     "electra": _encoder("ElectraLayer"),
@@ -151,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": _h("FalconDecoderLayer", "tuple"),
     "gemma": _layers("GemmaDecoderLayer"),
     "gemma2": _layers("Gemma2DecoderLayer"),
-    # The whole model has a vision tower too, which is left at full depth.
+    # The model also has a vision tower, whose layers always run.
     "gemma3": Architecture(
         {"language_model.layers": "text_config.num_hidden_layers"}, ("Gemma3DecoderLayer",)
     ),
@@ -192,15 +194,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": _layers("Starcoder2DecoderLayer"),
     "xglm": _layers("XGLMDecoderLayer"),
     # Encoder-decoders
-    "bart": _two("Bart"),
-    "blenderbot": _two("Blenderbot"),
-    "blenderbot-small": _two("BlenderbotSmall"),
-    "m2m_100": _two("M2M100"),
-    "marian": _two("Marian"),
-    "mbart": _two("MBart"),
+    "bart": _encoder_decoder("Bart"),
+    "blenderbot": _encoder_decoder("Blenderbot"),
+    "blenderbot-small": _encoder_decoder("BlenderbotSmall"),
+    "m2m_100": _encoder_decoder("M2M100"),
+    "marian": _encoder_decoder("Marian"),
+    "mbart": _encoder_decoder("MBart"),
     "mt5": _t5("MT5Block", "position bias"),
-    "pegasus": _two("Pegasus"),
-    "plbart": _two("PLBart"),
+    "pegasus": _encoder_decoder("Pegasus"),
+    "plbart": _encoder_decoder("PLBart"),
     "t5": _t5("T5Block", "position bias"),
     "umt5": _t5("UMT5Block", "tensor"),
     # Vision
@@ -209,34 +211,36 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": _layers("ViTLayer"),
     "vit_msn": _layers("ViTMSNLayer"),
 }
-"""By ``config.model_type``. A new one is a line here and a case in the contract of the tests."""
+"""By ``config.model_type``. A new entry also needs a case in ``tests/architecture_contract.py``."""
 
 _SHARED_KEYS = "its later layers may read the keys and values that an earlier one computed"
-_NO_BLOCKS = "its layers lie in one list per kind of module: there is no block to bypass"
+_NO_BLOCKS = (
+    "it has one list per kind of module instead of a list of blocks, so there is no block to bypass"
+)
 
 REFUSED: dict[str, str] = {
-    "albert": "it runs one block at every depth: the parameters of a dropped one would be trained "
-    "all the same by the others",
+    "albert": "it runs the same block at every depth, so the parameters of a dropped layer would "
+    "still be trained by the other layers",
     "flaubert": _NO_BLOCKS,
-    "funnel": "its blocks come in stages between which the sequence is shortened",
+    "funnel": "its blocks form stages, and the sequence is shortened between them",
     "gemma3n": _SHARED_KEYS,
     "gemma3n_text": _SHARED_KEYS,
     "gemma4": _SHARED_KEYS,
     "gemma4_text": _SHARED_KEYS,
-    "ibert": "its blocks hand on a scaling factor beside the hidden states, made for their output",
-    "lilt": "its blocks hand on two hidden states, of text and of layout",
-    "reformer": "its blocks hand on two hidden states: its residuals are reversible",
+    "ibert": "its blocks return a scaling factor with the hidden states, computed for their output",
+    "lilt": "its blocks return two hidden states, of text and of layout",
+    "reformer": "its blocks return two hidden states, since its residuals are reversible",
     "squeezebert": "its blocks take and return dictionaries",
     "xlm": _NO_BLOCKS,
-    "xlnet": "its blocks hand on two hidden states, of content and of query",
+    "xlnet": "its blocks return two hidden states, of content and of query",
     "zamba": "it runs one attention block at several depths",
     "zamba2": "it runs one attention block at several depths",
 }
-"""By ``config.model_type``, why layers cannot be dropped (yet): a wrong answer would be silent."""
+"""By ``config.model_type``, why layers cannot be dropped: results would be silently wrong."""
 
-BLOCK_ANSWERS: dict[str, str] = {
-    block: architecture.answer
+BLOCK_OUTPUTS: dict[str, str] = {
+    block: architecture.output
     for architecture in ARCHITECTURES.values()
     for block in architecture.blocks
 }
-"""Class name of a block to a key of :data:`ANSWERS`."""
+"""By class name of a block, a key of :data:`DROPPED_OUTPUTS`."""

@@ -1,8 +1,8 @@
-"""Find a model's transformer blocks and bypass some of them, in place, for one forward.
+"""Find the transformer blocks of a model and bypass some of them in a forward.
 
-Source: a deactivated layer's output is its input, as in DropPEFT (arXiv:2503.10217). Gating the
-blocks' own ``forward`` is ours: taking entries out of the block list makes architectures that
-look up settings by list position compute something else without an error.
+Source: the output of a dropped layer is its input, as in DropPEFT (arXiv:2503.10217). Replacing the
+``forward`` of each block is ours. Removing blocks from their list would silently change the results
+of architectures that look up settings by position in the list.
 """
 
 import weakref
@@ -17,9 +17,9 @@ from torch import nn
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.architectures import (
-    ANSWERS,
     ARCHITECTURES,
-    BLOCK_ANSWERS,
+    BLOCK_OUTPUTS,
+    DROPPED_OUTPUTS,
     REFUSED,
     Architecture,
     Arguments,
@@ -30,41 +30,42 @@ from droppeft.layer_dropout.architectures import (
 
 
 def find_blocks(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """Find the transformer blocks of a base model, a task model or either wrapped by peft.
+    """Find the transformer blocks of a model that has one list of them.
 
     Args:
-        model: a transformers model with one list of blocks (``model.config`` names its
-            architecture).
+        model: a transformers model, with or without a head, wrapped by peft or not.
+            ``model.config`` names its architecture.
 
     Returns:
-        The dotted name of the block list inside ``model`` and its L blocks, input first.
+        The dotted name of the list of blocks inside ``model``, and its L blocks, input first.
 
     Raises:
-        DroppeftError: as :func:`find_stacks`, and for a model with an encoder and a decoder.
+        DroppeftError: as :func:`find_stacks`, or if the model has an encoder and a decoder.
     """
     stacks = find_stacks(model)
     if len(stacks) > 1:
         raise DroppeftError(
             f"{type(model).__name__} has {len(stacks)} lists of blocks ({', '.join(stacks)}), but "
-            "one is needed here; use a model with one, or find_stacks in a loop of your own"
+            "one is needed here; use a model with one list, or call find_stacks instead"
         )
     [found] = stacks.items()
     return found
 
 
 def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """Find all lists of transformer blocks: an encoder's and a decoder's where there are both.
+    """Find all lists of transformer blocks of a model, such as an encoder's and a decoder's.
 
     Args:
         model: a transformers model, as for :func:`find_blocks`.
 
     Returns:
-        The dotted name of every list inside ``model`` and its blocks, input first, encoder first.
-        Gate all of them by ``gated([block for blocks in stacks.values() for block in blocks])``.
+        By dotted name of the list inside ``model``, its blocks, input first. The encoder comes
+        first. To gate all blocks, use
+        ``gated([block for blocks in stacks.values() for block in blocks])``.
 
     Raises:
-        DroppeftError: an architecture that is not in ``ARCHITECTURES``, or a model whose lists
-            are not where, not as long or not of what its architecture says.
+        DroppeftError: if the architecture is not in ``ARCHITECTURES``, or if the place, length or
+            block class of a list is not the one of the architecture.
     """
     config: Any = getattr(model, "config", None)
     architecture = _architecture(model, getattr(config, "model_type", None) or "")
@@ -76,8 +77,8 @@ def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
             stacks[name] = tuple(blocks)
     if not stacks:
         raise DroppeftError(
-            f"a {config.model_type} model has a list of blocks {_paths(architecture)}, but "
-            f"{type(model).__name__} has 0; load it with transformers' own classes"
+            f"{type(model).__name__} has no list of blocks {_paths(architecture)}, as a "
+            f"{config.model_type} model should; load it with transformers' own classes"
         )
     return stacks
 
@@ -90,14 +91,14 @@ def _architecture(model: nn.Module, model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise DroppeftError(
             f"layer dropout does not know where the blocks of {type(model).__name__} (model_type "
-            f"{model_type!r}) are; it knows the {len(ARCHITECTURES)} types of "
-            "docs/architectures.md, which says how one is added"
+            f"{model_type!r}) are; docs/architectures.md lists the {len(ARCHITECTURES)} supported "
+            "types and says how to add one"
         )
     return ARCHITECTURES[model_type]
 
 
 def _lists(model: nn.Module, path: str) -> list[tuple[str, nn.ModuleList]]:
-    """Lists whose name ends with ``path``: one at most (a task may need no decoder)."""
+    """Return the list whose name ends with ``path``, if any: a task may need no decoder."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -105,8 +106,8 @@ def _lists(model: nn.Module, path: str) -> list[tuple[str, nn.ModuleList]]:
     ]
     if len(found) > 1:
         raise DroppeftError(
-            f"there is one list of blocks {path!r} in this architecture, but "
-            f"{type(model).__name__} has {len(found)}; load it with transformers' own classes"
+            f"{type(model).__name__} has {len(found)} lists of blocks {path!r} instead of one; "
+            "load it with transformers' own classes"
         )
     return found
 
@@ -116,14 +117,14 @@ def _check_depth(model: nn.Module, name: str, blocks: nn.ModuleList, depth: str)
     if len(blocks) != expected:
         raise DroppeftError(
             f"{type(model).__name__} has {len(blocks)} blocks in {name!r}, but its configuration "
-            f"says {expected}; make {depth} and the blocks agree"
+            f"says {expected}; set {depth} to the number of blocks"
         )
 
 
 def _check_classes(
     model: nn.Module, name: str, blocks: nn.ModuleList, architecture: Architecture
 ) -> None:
-    """What another class returns, or expects of those before it, is unknown."""
+    """Refuse blocks of other classes: what they return and expect is not known."""
     for index, block in enumerate(blocks):
         if not set(architecture.blocks).intersection(_class_names(block)):
             raise DroppeftError(
@@ -138,7 +139,7 @@ def _class_names(block: nn.Module) -> tuple[str, ...]:
 
 
 def _uncompiled(block: nn.Module) -> nn.Module:
-    """``torch.compile(block)`` is another module, with the block inside."""
+    """Return the block itself if it was wrapped by ``torch.compile(block)``."""
     inner: nn.Module = getattr(block, "_orig_mod", block)
     return inner
 
@@ -148,20 +149,20 @@ def _paths(architecture: Architecture) -> str:
 
 
 class Gates:
-    """The gates of L blocks inside :func:`gated`; all open at first."""
+    """The gates of L blocks inside :func:`gated`. At first all are open: every block runs."""
 
     def __init__(self, num_layers: int) -> None:
         self._active = (True,) * num_layers
         self._executed = [0] * num_layers
-        self.stand_ins: dict[int, torch.Tensor] = {}
-        """By block: what it hands on instead of its input while it is dropped."""
+        self.replacements: dict[int, torch.Tensor] = {}
+        """By block index, the hidden states that a dropped block returns instead of its input."""
         self._arity: dict[type[nn.Module], int | None] = {}
 
     @property
     def active(self) -> tuple[bool, ...]:
-        """Which of the L blocks run in the next forward; assign L values to change it.
+        """L gates; True for a block that runs in the next forward. Assign L values to change them.
 
-        A backward is not affected: recomputing a checkpointed block runs what its forward ran.
+        The backward is not affected: a checkpointed block is recomputed if its forward ran it.
         """
         return self._active
 
@@ -176,19 +177,19 @@ class Gates:
 
     @property
     def executed(self) -> tuple[int, ...]:
-        """How many forwards each of the L blocks ran since the last :meth:`reset_executed`."""
+        """Number of forwards that each of the L blocks ran since :meth:`reset_executed`."""
         return tuple(self._executed)
 
     def reset_executed(self) -> None:
-        """Set all counts of :attr:`executed` to 0."""
+        """Set all counts in :attr:`executed` to 0."""
         self._executed[:] = [0] * len(self._executed)
 
 
 class _Gate:
-    """Stands in for one block's ``forward``.
+    """Replacement for the ``forward`` of one block.
 
-    It lies outside the wrapper with which transformers checkpoints a block (that is put on the
-    class), so recomputation in the backward neither asks the gate again nor is counted.
+    It wraps the function with which transformers checkpoints the block (which is part of the
+    block's class). Recomputation in the backward therefore neither uses the gate nor is counted.
     """
 
     def __init__(self, gates: Gates, index: int, block: nn.Module) -> None:
@@ -196,17 +197,17 @@ class _Gate:
         self.index = index
         self.block = _uncompiled(block)
         self.forward = block.forward
-        self.answer = _known_answer(block)
-        self.missed: weakref.ref[Any] | None = None
+        self.dropped_output = _known_output(block)
+        self.incomplete_cache: weakref.ref[Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         gates = self.gates
-        if self.missed is not None:
-            self._refuse_a_gap(cache_of((args, kwargs)))
+        if self.incomplete_cache is not None:
+            self._check_cache(cache_of((args, kwargs)))
         if gates._active[self.index]:
             gates._executed[self.index] += 1
             output = self.forward(*args, **kwargs)
-            if self.answer is None:
+            if self.dropped_output is None:
                 gates._arity[type(self.block)] = _arity(output)
             return output
         return self._dropped((args, kwargs))
@@ -214,102 +215,103 @@ class _Gate:
     def _dropped(self, call: Arguments) -> Any:
         cache = cache_of(call)
         if cache is not None:
-            self.missed = weakref.ref(cache)
-        stand_in = self.gates.stand_ins.get(self.index)
-        if stand_in is not None:
-            call = with_hidden(call, stand_in)
-        if self.answer is not None:
-            return self.answer(self.block, call)
+            self.incomplete_cache = weakref.ref(cache)
+        replacement = self.gates.replacements.get(self.index)
+        if replacement is not None:
+            call = with_hidden(call, replacement)
+        if self.dropped_output is not None:
+            return self.dropped_output(self.block, call)
         kind, hidden = type(self.block), hidden_of(call)
         if kind not in self.gates._arity:
             self.gates._arity[kind] = _arity(self._probe(hidden, call))
         arity = self.gates._arity[kind]
         return hidden if arity is None else (hidden, *[None] * (arity - 1))
 
-    def _refuse_a_gap(self, cache: object) -> None:
-        """The same cache in a second forward means that a text is continued."""
-        if cache is not None and self.missed is not None and self.missed() is cache:
+    def _check_cache(self, cache: object) -> None:
+        """Refuse to continue a text with the cache of a forward in which the block was dropped."""
+        known = self.incomplete_cache
+        if cache is not None and known is not None and known() is cache:
             raise DroppeftError(
                 f"block {self.index} was dropped in an earlier part of this text, so its keys and "
-                "values are missing from the cache; generate outside of `gated`, with all gates "
-                "open, or with use_cache=False"
+                "values are missing from the cache; generate outside `gated`, with all gates open, "
+                "or with use_cache=False"
             )
 
     def _probe(self, hidden: torch.Tensor, call: Arguments) -> Any:
-        """Run a dropped block once to see what it returns; the run around it notices nothing."""
+        """Run a dropped block once, without side effects, to see what it returns."""
         args, kwargs = call
         with torch.no_grad(), torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
             return self.forward(*args, **kwargs)
 
 
-# torch.compile must not look into a gate: every pattern of dropped blocks would be a graph of its
-# own, and after eight of them it gives up. As it is, it compiles what lies between the gates.
+# torch.compile must not trace a gate: it would compile a graph for every pattern of dropped blocks,
+# and give up after eight of them. With untraced gates it compiles the code between them.
 untraced = partial(
     torch.compiler.disable,
     recursive=False,
-    reason="a gate chooses in every step whether its block runs; compile without fullgraph=True",
+    reason="a gate decides in every step whether its block runs; compile without fullgraph=True",
 )
 
 
-def _known_answer(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:
+def _known_output(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:
     for name in _class_names(block):
-        if name in BLOCK_ANSWERS:
-            return ANSWERS[BLOCK_ANSWERS[name]]
+        if name in BLOCK_OUTPUTS:
+            return DROPPED_OUTPUTS[BLOCK_OUTPUTS[name]]
     return None
 
 
 def _arity(output: object) -> int | None:
-    """Length of a returned tuple, ``None`` for a bare tensor."""
+    """Return the length of an output tuple, or ``None`` for a tensor."""
     return len(output) if isinstance(output, tuple) else None
 
 
 @contextmanager
 def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
-    """Put a gate before each block; on leaving, the blocks are as they were.
+    """Install a gate before each block, and remove all gates on exit.
 
-    A dropped block returns the very tensor it got (in a tuple where its class returns one) and
-    costs nothing: no forward, no stored activation, no gradient. The module tree, parameter names
-    and ``state_dict`` do not change. A dropped block adds nothing to a key-value cache: going on
-    with such a cache is refused, so generate outside, or with ``use_cache=False``.
+    A dropped block returns its input tensor (in a tuple if its class returns one) at no cost:
+    without a forward, stored activations or gradients. The module tree, the parameter names and the
+    ``state_dict`` do not change. A dropped block adds nothing to a key-value cache. Continuing a
+    text with such a cache is refused, so generate outside the context or with ``use_cache=False``.
 
-    ``torch.compile`` stops at gates, whatever it was given: it compiles blocks and what lies
-    between them, and nothing anew when gates change.
+    ``torch.compile`` breaks its graph at the gates. It compiles the blocks and the code between
+    them, and does not recompile when gates change.
 
     Args:
-        blocks: the L blocks, as :func:`find_blocks` returns them. Blocks of a class that is not
-            in :data:`~droppeft.layer_dropout.architectures.ARCHITECTURES` may be given too, if
-            hidden states are their first argument and result and no later block needs more than
-            that: once per context, if the first of them asked is dropped, it is run without
-            gradients to learn how long a tuple blocks of its class return.
+        blocks: the L blocks, as :func:`find_blocks` returns them. Blocks whose class is not in
+            :data:`~droppeft.layer_dropout.architectures.ARCHITECTURES` are accepted too, provided
+            that hidden states are their first argument and first output, and that later blocks need
+            nothing else from them. If such a block is dropped before any block of its class has
+            run, it is run once without gradients to find the length of the tuple it returns.
 
     Yields:
-        The gates; set ``gates.active`` before a forward.
+        A :class:`Gates`. Set its ``active`` before a forward.
 
     Raises:
-        DroppeftError: a block that already has a gate, or is given twice.
+        DroppeftError: if a block already has a gate, or is given twice.
     """
     blocks = tuple(blocks)
-    _refuse_gated(blocks)
+    _check_not_gated(blocks)
     gates = Gates(len(blocks))
-    # A tool that moves weights between devices may already have put its own forward there.
-    before = [vars(block).get("forward") for block in blocks]
+    # Other tools, such as those that move weights between devices, may have set a forward before.
+    previous = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         vars(block)["forward"] = untraced(_Gate(gates, index, block).__call__)
     try:
         yield gates
     finally:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, forward in zip(blocks, previous, strict=True):
             if forward is None:
                 del vars(block)["forward"]
             else:
                 vars(block)["forward"] = forward
 
 
-def _refuse_gated(blocks: tuple[nn.Module, ...]) -> None:
+def _check_not_gated(blocks: tuple[nn.Module, ...]) -> None:
     if len(set(blocks)) < len(blocks):
         raise DroppeftError("the same block was given twice; give every block once")
     if any(map(_is_gated, blocks)):
-        raise DroppeftError("these blocks are gated already; leave the first `gated` before")
+        raise DroppeftError("a block is gated already; leave the other `gated` context first")
 
 
 def _is_gated(block: nn.Module) -> bool:

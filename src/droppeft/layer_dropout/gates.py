@@ -1,7 +1,8 @@
-"""Which layers run in one step: gates drawn from the layers' drop rates.
+"""Draw which layers run in a step, from the drop rates of the layers.
 
-Source: independent gates per layer and mini-batch are DropPEFT's (arXiv:2503.10217). Exact counts
-are ours; they are drawn by randomised systematic sampling (Madow 1949; Goodman and Kish 1950).
+Source: independent gates per layer and mini-batch are from DropPEFT (arXiv:2503.10217). Dropping an
+exact number of layers is ours, by randomised systematic sampling (Madow 1949; Goodman and Kish
+1950).
 """
 
 import math
@@ -13,21 +14,23 @@ from typing import NamedTuple
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.rates import explicit_rates
 
-# Exact gates count in multiples of 2^-40: integers add up exactly, so a sum such as 6 x (1/3)
-# cannot turn into 1.9999999999999998 and yield one layer too few or too many.
+# Exact sampling represents rates as integer multiples of 2^-40. Integers add up exactly, so a sum
+# such as 6 x (1/3) cannot become 1.9999999999999998 and drop one layer too few or too many.
 _ONE = 1 << 40
 _ROUNDING = 1e-9
 
-# Gates are redrawn until a needed layer is active, which takes 1 / (1 - rate) draws on average.
+# Gates are redrawn until a needed layer runs, which takes 1 / (1 - rate) draws on average.
 _LARGEST_NEEDED_RATE = 0.999
 
 
 class Sampling(NamedTuple):
-    """One way to draw gates.
+    """A way to draw gates.
 
     Attributes:
-        draw: (L rates, generator) to L gates, True for a layer that runs.
-        all_dropped: (L rates, layers) to the probability that one draw drops all those layers.
+        draw: function of L rates and a random generator that returns L gates, True for a layer
+            that runs.
+        all_dropped: function of L rates and a set of layers that returns the probability that one
+            draw drops all of these layers.
     """
 
     draw: Callable[[Sequence[float], random.Random], tuple[bool, ...]]
@@ -35,7 +38,7 @@ class Sampling(NamedTuple):
 
 
 def _draw_bernoulli(rates: Sequence[float], rng: random.Random) -> tuple[bool, ...]:
-    # random() lies in [0, 1): rate 0 is never dropped and rate 1 always.
+    # random() lies in [0, 1): a layer of rate 0 is never dropped, one of rate 1 always.
     return tuple(rng.random() >= rate for rate in rates)
 
 
@@ -44,10 +47,12 @@ def _all_dropped_bernoulli(rates: Sequence[float], layers: frozenset[int]) -> fl
 
 
 def _draw_exact(rates: Sequence[float], rng: random.Random) -> tuple[bool, ...]:
-    """Lay the rates end to end in random order and drop where a comb with teeth 1 apart falls.
+    """Draw gates by systematic sampling in random order.
 
-    The comb's offset is uniform, so a layer is hit with probability equal to its length whatever
-    the order; the order is random so that no two layers are tied to each other.
+    The rates are laid end to end as intervals, and each layer whose interval contains a point of a
+    grid with spacing 1 is dropped. The offset of the grid is uniform, so a layer is dropped with
+    probability equal to its rate in any order. The order is random so that no two layers are always
+    dropped together.
     """
     units = _integer_rates(rates)
     order = list(range(len(units)))
@@ -61,7 +66,7 @@ def _draw_exact(rates: Sequence[float], rng: random.Random) -> tuple[bool, ...]:
 
 
 def _integer_rates(rates: Sequence[float]) -> list[int]:
-    """Rates as multiples of 2^-40, with a whole total where the rates' sum is meant to be whole."""
+    """Return the rates as multiples of 2^-40; a sum that is whole within rounding stays whole."""
     units = [round(rate * _ONE) for rate in rates]
     total = math.fsum(rates)
     if abs(total - round(total)) > _ROUNDING:
@@ -82,10 +87,10 @@ def _all_dropped_exact(rates: Sequence[float], layers: frozenset[int]) -> float:
         return 0.0
     if any(0 < rate < 1 for rate in others):
         raise DroppeftError(
-            "exact gates have no closed form for conditioned rates when layers outside "
-            "need_one_of are dropped at random too; draw gates and count, or use bernoulli"
+            "conditioned rates of exact sampling have no closed form if layers outside need_one_of "
+            "have rates between 0 and 1; estimate them by drawing gates, or use bernoulli"
         )
-    # Only when the larger of the two counts is drawn are all of them dropped.
+    # All of them are dropped only if the larger of the two possible numbers is drawn.
     return math.fsum(needed) - (len(layers) - 1)
 
 
@@ -95,9 +100,9 @@ SAMPLINGS: dict[str, Sampling] = {
 }
 """Sampling by name. Both drop layer l with probability r_l.
 
-``exact``: the number of dropped layers is the rates' sum, or one of its two whole neighbours;
-rates are rounded to 2^-40 and a sum within 1e-9 of a whole number counts as whole.
-``bernoulli``: independent gates, so the number varies.
+``exact``: the number of dropped layers is the sum of the rates, rounded down or up if it is not
+whole. Rates are rounded to 2^-40, and a sum within 1e-9 of a whole number counts as whole.
+``bernoulli``: gates are independent, so the number of dropped layers varies.
 """
 
 
@@ -111,19 +116,20 @@ def sample_active(
     """Draw the gates of one step.
 
     Args:
-        rates: probability of being dropped for each of the L layers.
+        rates: probability of being dropped, for each of the L layers.
         sampling: a key of :data:`SAMPLINGS`.
-        rng: the only source of randomness.
-        need_one_of: layers of which at least one has to run (those with an adapter, when the head
-            is frozen): a draw with none of them is thrown away and drawn again. Empty: no such
-            condition. :func:`conditioned_rates` gives the marginals that result.
+        rng: generator of all random numbers.
+        need_one_of: layers of which at least one must run, such as those with an adapter if the
+            head is frozen. Gates are drawn again until one of these layers runs;
+            :func:`conditioned_rates` returns the resulting drop rates. If empty, there is no
+            condition.
 
     Returns:
-        L gates, True for a layer that runs.
+        L gates; True for a layer that runs.
 
     Raises:
-        DroppeftError: unknown sampling, a rate outside [0, 1], a needed layer that does not exist,
-            or needed layers that are all dropped (nearly) always.
+        DroppeftError: if the sampling is unknown, a rate is outside [0, 1], a layer of
+            ``need_one_of`` does not exist, or these layers are all dropped in nearly every draw.
     """
     rates = explicit_rates(rates, len(rates))
     draw = _sampling(sampling).draw
@@ -137,16 +143,16 @@ def sample_active(
 def conditioned_rates(
     rates: Sequence[float], sampling: str, need_one_of: Collection[int]
 ) -> tuple[float, ...]:
-    """Return each layer's probability of being dropped, given that a needed layer is active.
+    """Return each layer's probability of being dropped by :func:`sample_active`.
 
-    With S the needed layers and p the probability that one draw drops all of them, it is
-    (r_l - p) / (1 - p) for l in S and r_l for the others. For ``bernoulli`` p is the product of
-    the rates in S. For ``exact`` p is 0 when even the larger count leaves a layer of S (the usual
-    case: nothing is conditioned), and the sum of the rates in S minus (the size of S - 1) when
-    the layers outside S have rates 0 and 1 only; in between there is no closed form.
+    Let S be the layers of ``need_one_of``, and p the probability that one draw drops all of them.
+    The result is (r_l - p) / (1 - p) for l in S, and r_l for all other layers. For ``bernoulli``,
+    p is the product of the rates in S. For ``exact``, p is 0 if S has more layers than a draw can
+    drop, so that the rates do not change; it is the sum of the rates in S minus (the size of
+    S - 1) if all layers outside S have rate 0 or 1; otherwise there is no closed form.
 
     Raises:
-        DroppeftError: as :func:`sample_active`, and where no closed form is known.
+        DroppeftError: as :func:`sample_active`, or if there is no closed form.
     """
     rates = explicit_rates(rates, len(rates))
     needed = _needed(rates, need_one_of)
@@ -160,7 +166,7 @@ def conditioned_rates(
 
 
 def expected_active(rates: Sequence[float]) -> float:
-    """Return how many of the L layers run on average in a step (without ``need_one_of``)."""
+    """Return the mean number of layers that run in a step, without ``need_one_of``."""
     return len(rates) - math.fsum(rates)
 
 
@@ -171,16 +177,16 @@ def _sampling(name: str) -> Sampling:
 
 
 def _needed(rates: Sequence[float], need_one_of: Collection[int]) -> frozenset[int]:
-    """Check that the layers exist and that one of them is active often enough to wait for."""
+    """Check that the layers exist and that redrawing until one of them runs ends soon."""
     for layer in need_one_of:
         if not 0 <= layer < len(rates):
             raise DroppeftError(
-                f"layer {layer} cannot be needed: the layers are 0 to {len(rates) - 1}"
+                f"need_one_of has layer {layer}, but the layers are 0 to {len(rates) - 1}"
             )
     if need_one_of and min(rates[layer] for layer in need_one_of) > _LARGEST_NEEDED_RATE:
         raise DroppeftError(
-            f"layers {sorted(need_one_of)} are dropped in (nearly) every step, but one of them "
-            f"must run for anything to be trained; lower the drop rate of one to "
+            f"layers {sorted(need_one_of)} are dropped in nearly every step, but one of them must "
+            "run for anything to be trained; lower the drop rate of one of them to "
             f"{_LARGEST_NEEDED_RATE} or less"
         )
     return frozenset(need_one_of)

@@ -1,7 +1,7 @@
-"""How often each layer is dropped: a mean rate spread over depth by a shape.
+"""Drop rates of layers: a mean rate, distributed over depth by a shape.
 
 Source: layer rates with a mean and a distribution over depth are from DropPEFT
-(arXiv:2503.10217); the shapes' formulas and the redistribution above 1 are ours.
+(arXiv:2503.10217). The formulas of the shapes, and the redistribution of rates above 1, are ours.
 """
 
 import math
@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from droppeft.errors import DroppeftError
 
-# A mean that misses what is possible by less than this is a rounding error, not a mistake.
+# A mean that exceeds the largest possible one by less than this is a rounding error.
 _ROUNDING = 1e-9
-# A rate this near to 1 is meant to be 1: the largest possible mean drops with certainty.
+# A rate from here on counts as 1, so that the largest possible mean drops layers with certainty.
 _FULL = 1 - 1e-12
 
 
@@ -38,33 +38,33 @@ SHAPES: dict[str, Callable[[int], tuple[float, ...]]] = {
     "decay": _decay,
     "normal": _normal,
 }
-"""Shape by name: the number of layers L to L positive weights, of which only ratios count.
+"""By name, a function from the number of layers L to L positive weights. Only their ratios matter.
 
-``uniform``: all alike; ``incremental``: in proportion to depth 1..L; ``decay``: the reverse;
-``normal``: a Gaussian around the middle with standard deviation L/4. The formulas are ours.
+``uniform``: all equal. ``incremental``: proportional to depth, 1 to L. ``decay``: the reverse.
+``normal``: a Gaussian around the middle layer with standard deviation L/4. The formulas are ours.
 """
 
 
 def layer_rates(
     mean: float, shape: str, num_layers: int, *, protected: Collection[int] = ()
 ) -> tuple[float, ...]:
-    """Spread a mean drop rate over depth.
+    """Distribute a mean drop rate over depth.
 
-    Rates are in proportion to the shape's weights; what would exceed 1 goes, in the same
-    proportion, to the unprotected layers below 1 (water-filling).
+    Rates are proportional to the weights of the shape. What would exceed 1 is redistributed, in the
+    same proportions, over the unprotected layers below 1 (water-filling).
 
     Args:
-        mean: mean rate over all L layers, in [0, 1]; protected ones count 0.
+        mean: mean rate over all L layers, in [0, 1]. Protected layers count as 0.
         shape: a key of :data:`SHAPES`.
-        num_layers: L.
-        protected: layers that are never dropped, 0 nearest the input.
+        num_layers: number of layers L.
+        protected: indices of layers that are never dropped; 0 is nearest the input.
 
     Returns:
-        L probabilities of being dropped; their sum is within 1e-9 of mean x L.
+        L probabilities of being dropped. Their sum is within 1e-9 of mean x L.
 
     Raises:
-        DroppeftError: unknown shape, no layers, a mean outside [0, 1], a protected layer that
-            does not exist, or a mean above (L - protected) / L.
+        DroppeftError: if the shape is unknown, there are no layers, the mean is outside [0, 1] or
+            above (L - protected) / L, or a protected layer does not exist.
     """
     _check_layers(num_layers)
     if shape not in SHAPES:
@@ -75,7 +75,9 @@ def layer_rates(
 def weighted_rates(
     mean: float, weights: Sequence[float], *, protected: Collection[int] = ()
 ) -> tuple[float, ...]:
-    """As :func:`layer_rates`, in proportion to L positive weights of one's own.
+    """Distribute a mean drop rate over depth in proportion to L given positive weights.
+
+    Like :func:`layer_rates`, with weights instead of a shape.
 
     Raises:
         DroppeftError: as :func:`layer_rates`.
@@ -84,29 +86,29 @@ def weighted_rates(
     _check_layers(num_layers)
     if not 0 <= mean <= 1:
         raise DroppeftError(f"the mean drop rate is {mean}; it must lie between 0 and 1")
-    kept = _existing_layers(protected, num_layers)
-    droppable = num_layers - len(kept)
+    never_dropped = _existing_layers(protected, num_layers)
+    droppable = num_layers - len(never_dropped)
     total = mean * num_layers
     if total > droppable + _ROUNDING:
-        # Rounded down, so that the number we name is itself accepted.
+        # Rounded down, so that the largest mean in the message is itself accepted.
         largest = droppable * 10_000 // num_layers / 10_000
         raise DroppeftError(
-            f"a mean drop rate of {mean:g} over {num_layers} layers is impossible with {len(kept)} "
-            f"of them protected: the largest possible mean is {largest:g}; lower the mean or "
-            "protect fewer layers"
+            f"a mean drop rate of {mean:g} over {num_layers} layers is impossible with "
+            f"{len(never_dropped)} of them protected: the largest possible mean is {largest:g}; "
+            "lower the mean or protect fewer layers"
         )
     return _fill(
-        {layer: weights[layer] for layer in range(num_layers) if layer not in kept},
+        {layer: weights[layer] for layer in range(num_layers) if layer not in never_dropped},
         total,
         num_layers,
     )
 
 
 def protected_ends(num_layers: int, first: int, last: int) -> frozenset[int]:
-    """Return the first and the last layers of L as indices.
+    """Return the indices of the first ``first`` and the last ``last`` layers.
 
     Raises:
-        DroppeftError: a negative number, or more protected layers than there are.
+        DroppeftError: if a number is negative, or their sum is above the number of layers.
     """
     _check_layers(num_layers)
     if first < 0 or last < 0:
@@ -122,13 +124,13 @@ def protected_ends(num_layers: int, first: int, last: int) -> frozenset[int]:
 
 
 def explicit_rates(rates: Sequence[float], num_layers: int) -> tuple[float, ...]:
-    """Check rates that were given one by one.
+    """Check drop rates that are given for each layer.
 
     Returns:
-        The same L probabilities, as floats.
+        The same L rates, as floats.
 
     Raises:
-        DroppeftError: not one rate per layer, or a rate outside [0, 1].
+        DroppeftError: if there is not one rate per layer, or a rate is outside [0, 1].
     """
     if len(rates) != num_layers:
         raise DroppeftError(
@@ -143,7 +145,7 @@ def explicit_rates(rates: Sequence[float], num_layers: int) -> tuple[float, ...]
 
 
 def _fill(weights: dict[int, float], total: float, num_layers: int) -> tuple[float, ...]:
-    """Split ``total`` by weight over the given layers, no rate above 1; the others get 0."""
+    """Distribute ``total`` by weight, with no rate above 1. Layers without a weight get 0."""
     rates = [0.0] * num_layers
     below = dict(weights)
     while below:

@@ -1,14 +1,14 @@
-"""How drop rates change over a run.
+"""Schedules: how drop rates change over a run.
 
-Source: rates that grow from 0 are the idea of progressive layer dropping (arXiv:2010.13369), there
-with another curve; a last part at full depth is ours.
+Source: rates that grow from 0 are from progressive layer dropping (arXiv:2010.13369), which uses
+another curve. Running every layer in the last part of a run is ours.
 """
 
 from collections.abc import Callable, Sequence
 
 from droppeft.errors import DroppeftError
 
-# A point of the run that misses the edge of a part by less than this lies on it.
+# A point of the run counts as within a part if it is outside by less than this.
 _ROUNDING = 1e-9
 
 
@@ -29,29 +29,29 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "warm_up": _warm_up,
     "recovery": _recovery,
 }
-"""Schedule by name: (progress, part) to the factor in [0, 1] that multiplies every rate.
+"""By name, a function from (progress, part) to the factor in [0, 1] that multiplies every rate.
 
-``constant``: 1; ``warm_up``: grows linearly from 0 to 1 over the first part of the run;
-``recovery``: 1, then 0 in the last part, so that a run ends at the depth of inference.
+``constant``: always 1. ``warm_up``: grows linearly from 0 to 1 over the first part of the run.
+``recovery``: 1, and 0 in the last part, so that every layer runs there, as in inference.
 """
 
 
 def scheduled_rates(
     rates: Sequence[float], schedule: str, progress: float, part: float
 ) -> tuple[float, ...]:
-    """Return the drop rates that hold at a point of the run.
+    """Return the drop rates at a point of the run.
 
     Args:
-        rates: the L rates in full.
+        rates: L drop rates, before the schedule is applied.
         schedule: a key of :data:`SCHEDULES`.
-        progress: share of the run that has passed, from 0 (nothing) to 1.
-        part: the share of the run that ``warm_up`` or ``recovery`` takes, in (0, 1].
+        progress: share of the run that is completed, in [0, 1].
+        part: share of the run that ``warm_up`` or ``recovery`` takes, in (0, 1].
 
     Returns:
-        L rates with the same proportions; what is 0 stays 0.
+        The L rates, each multiplied by the factor of the schedule.
 
     Raises:
-        DroppeftError: an unknown schedule, or a progress or part outside its range.
+        DroppeftError: if the schedule is unknown, or ``progress`` or ``part`` is out of range.
     """
     check_schedule(schedule, part)
     if not 0 <= progress <= 1:
@@ -61,7 +61,7 @@ def scheduled_rates(
 
 
 def check_schedule(schedule: str, part: float) -> None:
-    """Refuse what :func:`scheduled_rates` would refuse at any point of the run."""
+    """Raise the errors of :func:`scheduled_rates` that do not depend on the progress."""
     if schedule not in SCHEDULES:
         raise DroppeftError(
             f"unknown schedule {schedule!r}; the schedules are {', '.join(SCHEDULES)}"

@@ -1,6 +1,6 @@
-"""Layer dropout in transformers' Trainer, and in what is made of it, such as TRL's SFTTrainer.
+"""Layer dropout for transformers' Trainer and its subclasses, such as TRL's SFTTrainer.
 
-Source: ours. The only module of this package that needs more than torch.
+Source: ours. This is the only module of the package that needs more than torch.
 """
 
 from contextlib import ExitStack
@@ -10,57 +10,62 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.alone import DrawnGates, GateOptions, complete, layer_dropout
+from droppeft.layer_dropout.dropout import DrawnGates, GateOptions, layer_dropout, with_defaults
 
 
 class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
     """Drop layers while a Trainer trains: ``Trainer(..., callbacks=[LayerDropoutCallback(0.5)])``.
 
-    A draw per optimizer step (``state.global_step``), the same for all batches that it accumulates;
-    evaluation, prediction and generation run every layer. A run that is resumed from a checkpoint
-    draws what the unbroken run would have drawn. The mean number of layers that ran is logged as
-    ``active_layers`` beside the training loss.
+    New gates are drawn for each optimizer step (``state.global_step``) and hold for all batches
+    that are accumulated for it. Evaluation, prediction and generation run every layer. A run that
+    is resumed from a checkpoint draws the same gates as an uninterrupted run. The mean number of
+    layers that ran is logged as ``active_layers`` together with the training loss.
 
-    With ``fp16=True`` the Trainer counts a step that its loss scaler skips, and so do the gates:
-    the next batch runs other layers, and a resumed run the same ones. (Without a GPU the Trainer
-    of transformers 5.23 passes ``fp16`` over and trains in fp32.)
+    With ``fp16=True``, the Trainer also counts a step that its loss scaler skips, and so do the
+    gates: the next batch runs other layers, and a resumed run drops the same layers. (Without a
+    GPU, the Trainer of transformers 5.23 ignores ``fp16`` and trains in fp32.)
 
-    ``torch_compile=True`` compiles what lies between the gates, the blocks one by one.
+    ``torch_compile=True`` compiles each block, and the code between the gates.
 
-    Several processes drop the same layers, which DistributedDataParallel must be told to expect:
-    the Trainer does so, but for a checkpointed model without adapters, where
-    ``ddp_find_unused_parameters=True`` is needed.
+    All processes of a distributed run drop the same layers. DistributedDataParallel must be told to
+    expect unused parameters. The Trainer does so, except for a checkpointed model without adapters:
+    set ``ddp_find_unused_parameters=True`` for it.
 
-    The gates are put before the blocks when training begins and removed when it ends. The Trainer
-    tells nobody when training *raises*: then they stay until the next training with this callback,
-    until :meth:`remove`, or until the callback is freed. Evaluation runs every layer all the same.
+    The gates are installed when training begins and removed when it ends. If training raises an
+    error, the Trainer does not notify its callbacks: the gates then stay until the next training
+    with this callback, until :meth:`remove` is called, or until the callback is garbage-collected.
+    Evaluation runs every layer even then.
 
     Args:
-        mean, options: as in :func:`~droppeft.layer_dropout.layer_dropout`, where they are checked
-            when training begins. ``total_steps`` is the Trainer's; ``seed`` is the Trainer's unless
-            it is given.
+        mean: mean drop rate; see :func:`~droppeft.layer_dropout.layer_dropout`.
+        options: the other options of :func:`~droppeft.layer_dropout.layer_dropout`, which are
+            checked when training begins. ``total_steps`` is taken from the Trainer and cannot be
+            given. ``seed`` defaults to the Trainer's seed.
 
     Raises:
-        DroppeftError: when training begins, see there; or with several GPUs in one process.
-        TypeError: an option that does not exist.
+        DroppeftError: when training begins, as :func:`~droppeft.layer_dropout.layer_dropout`, or if
+            the process has several GPUs.
+        TypeError: if an option does not exist or is ``total_steps``.
     """
 
     def __init__(self, mean: float | None = None, **options: Unpack[GateOptions]) -> None:
         if "total_steps" in options:
-            raise TypeError("total_steps is the Trainer's: set max_steps or num_train_epochs there")
-        complete(options)
+            raise TypeError(
+                "total_steps is taken from the Trainer; set max_steps or num_train_epochs there"
+            )
+        with_defaults(options)
         self._mean, self._options = mean, options
         self._context = ExitStack()
         self._dropout: DrawnGates | None = None
-        self._forget()
+        self._reset_counts()
 
     @property
     def dropout(self) -> DrawnGates | None:
-        """Layer dropout at work; ``None`` outside of training."""
+        """The current state of layer dropout; ``None`` outside training."""
         return self._dropout
 
     def remove(self) -> None:
-        """Take the gates away, if there are any."""
+        """Remove the gates, if there are any."""
         self._dropout = None
         self._context.close()
 
@@ -72,15 +77,15 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Put the gates before the blocks."""
+        """Install the gates."""
         self.remove()
-        _refuse(args)
+        _check_devices(args)
         options: GateOptions = {"seed": args.seed, **self._options}
         options["total_steps"] = state.max_steps
         self._dropout = self._context.enter_context(
             layer_dropout(model, None, self._mean, **options)
         )
-        self._forget()
+        self._reset_counts()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,7 +97,7 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note how many layers the step ran."""
+        """Record how many layers the step ran."""
         if self._dropout is not None:
             self._ran += sum(self._dropout.active)
             self._steps += 1
@@ -105,27 +110,27 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Add the mean number of layers of the steps since the last log."""
+        """Add the mean number of layers that ran per step since the last log."""
         if "loss" in logs and self._steps:
             logs["active_layers"] = self._ran / self._steps
             # The Trainer has copied `logs` into its history already.
             state.log_history[-1]["active_layers"] = logs["active_layers"]
-            self._forget()
+            self._reset_counts()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the gates away."""
+        """Remove the gates."""
         self.remove()
 
-    def _forget(self) -> None:
+    def _reset_counts(self) -> None:
         self._ran = self._steps = 0
 
 
-def _refuse(args: Any) -> None:
-    """Refuse a way to run a model in which gates in front of blocks do not work."""
+def _check_devices(args: Any) -> None:
+    """Refuse DataParallel: gates do not work in the copies of the model that it makes."""
     if args.n_gpu > 1:
         raise DroppeftError(
-            f"this process sees {args.n_gpu} GPUs, over which the Trainer would copy the model in "
-            "every step; start one process per GPU, with torchrun or accelerate launch"
+            f"this process has {args.n_gpu} GPUs, and the Trainer would copy the model to each of "
+            "them in every step; start one process per GPU, with torchrun or accelerate launch"
         )

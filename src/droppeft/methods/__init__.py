@@ -1,4 +1,10 @@
-"""The federated methods by name: adding one is a file, a line here, and a row in its test."""
+"""The federated methods by name.
+
+To add a method, write a module that defines a :class:`~droppeft.federated_method.Method`
+(``fedlora.py`` is the shortest one), list it in :data:`METHODS`, and add a row to ``ROWS`` in
+``tests/methods/test_methods.py``, which runs the tests that every method must pass. If the method
+needs other defaults, they are added to ``METHOD_DEFAULTS`` in ``droppeft/config/schema.py``.
+"""
 
 import difflib
 
@@ -49,10 +55,10 @@ __all__ = ["METHODS", "Method", "Setup", "method_named"]
 
 
 def method_named(name: str) -> Method:
-    """Look a method up.
+    """Return the method with this name.
 
     Raises:
-        DroppeftError: no such method; the message lists those there are.
+        DroppeftError: if there is no such method; the message lists the known ones.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.7)

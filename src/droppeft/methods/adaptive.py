@@ -1,8 +1,8 @@
-"""Adaptive: the bandit finds how many of the upper layers each kind of client trains. Ours.
+"""Adaptive: the bandit finds how many layers the clients of each device profile train. Ours.
 
-The lower half of the layers is frozen for everybody; of the upper ones a client trains all, or
-those above a prefix. Nothing is dropped and everything is shared. It is what remained of
-`droppeft` when each of its parts had been taken away in turn (docs/findings.md).
+By default the lower half of the layers is frozen on all clients, and a client trains all or only
+the last of the upper layers. No layer is dropped, and all trained layers are shared. The method is
+what remained of `droppeft` after its parts had been removed one by one (docs/findings.md).
 """
 
 from dataclasses import replace
@@ -13,16 +13,16 @@ from droppeft.methods.droppeft import DROPPEFT
 
 
 def _check(config: Config) -> None:
-    """Refuse settings with which it would be another method.
+    """Refuse settings that make it another method.
 
     Raises:
-        DroppeftError: no bandit, or arms that drop layers.
+        DroppeftError: if there is no bandit, or if its arms may drop layers.
     """
     settings = config.configurator
     if settings.policy == "fixed":
         raise DroppeftError(
-            "method=adaptive finds the depth while it trains; leave configurator.policy=fixed out, "
-            "or set method=fedlora"
+            "method=adaptive needs a configurator; leave configurator.policy=fixed out, or set "
+            "method=fedlora"
         )
     if any(settings.means) or settings.refresh:
         name = "means" if any(settings.means) else "refresh"
@@ -35,7 +35,7 @@ def _check(config: Config) -> None:
 ADAPTIVE = replace(
     DROPPEFT,
     name="adaptive",
-    summary="depth per kind of client, found by a bandit; all layers shared, none dropped",
+    summary="depth per device profile, found by a bandit; all layers shared, none dropped",
     tables=frozenset({"configurator", "frozen", "server"}),
     check=_check,
     has_global_model=lambda config: True,

@@ -1,7 +1,7 @@
-"""Centralised: one client that holds everybody's rows; an upper reference, not a federated method.
+"""Centralised: one client that holds all rows; an upper reference, not a federated method. Ours.
 
-A round takes as many steps as the cohort of the federated run would take together, at full depth,
-with one optimizer for all of them. On the modelled clock it is the data-centre GPU. All ours.
+In a round this client takes as many steps as all clients of a cohort together would take, at full
+depth and with a single optimizer. Its device profile is the data-centre GPU.
 """
 
 from droppeft.config import Config
@@ -13,21 +13,21 @@ from droppeft.methods.fedlora import FEDLORA
 def _check(config: Config) -> None:
     if config.training.local_steps is None:
         raise DroppeftError(
-            "method=centralised takes the steps of a whole cohort, which epochs do not tell; "
-            "set training.local_steps"
+            "method=centralised takes the steps of a whole cohort, and training.local_epochs does "
+            "not say how many they are; set training.local_steps instead"
         )
 
 
-def _alone(config: Config) -> Config:
-    """One client with all rows; the same again for what is alone already."""
+def _one_client(config: Config) -> Config:
+    """The same run with one client that has all rows; idempotent."""
     steps = config.training.local_steps or 0
     training = config.training.model_copy(update={"local_steps": steps * config.cohort_size})
     partition = config.partition.model_copy(update={"kind": "iid"})
-    where = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
-    clock = config.clock.model_copy(update=where)
-    alone = {"clients": 1, "cohort_size": 1, "quorum": 1}
+    changed_clock = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
+    clock = config.clock.model_copy(update=changed_clock)
+    sizes = {"clients": 1, "cohort_size": 1, "quorum": 1}
     return config.model_copy(
-        update={**alone, "training": training, "partition": partition, "clock": clock}
+        update={**sizes, "training": training, "partition": partition, "clock": clock}
     )
 
 
@@ -39,5 +39,5 @@ CENTRALISED = Method(
     instruct=FEDLORA.instruct,
     merge=average_by_examples,
     check=_check,
-    adjust=_alone,
+    adjust=_one_client,
 )

@@ -1,7 +1,8 @@
-"""Ditto: FedLoRA, and beside it on every client a whole adapter of its own, pulled to it.
+"""Ditto: FedLoRA, and each client also trains a personal adapter, pulled to the shared one.
 
-Source: arXiv:2012.04221, with one pass over the same batches for either, the shared adapter first.
-The own adapter is what personalised accuracy measures; a client that never trained has the shared.
+Source: arXiv:2012.04221. A client trains the shared adapter first, then the personal adapter on
+the same batches. Personalised accuracy is that of the personal adapter; a client that has never
+trained uses the shared one.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def _evaluate_client(setup: Setup, state: ServerState, round: int, client: int) 
 
 DITTO = Method(
     name="ditto",
-    summary="FedLoRA, and an adapter of each client's own, pulled to the shared one (Ditto)",
+    summary="FedLoRA, and a personal adapter per client, pulled to the shared one (Ditto)",
     tables=frozenset({"ditto", "server"}),
     init=_init,
     instruct=for_each(_for_client),

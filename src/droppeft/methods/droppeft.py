@@ -1,8 +1,9 @@
-"""DropPEFT: clients train with stochastic transformer layer dropout and share by layer.
+"""DropPEFT: clients train with stochastic layer dropout and share their adapters layer by layer.
 
-Source: arXiv:2503.10217. The rates are the configuration's, or those that the bandit finds
-(`bandit/`); which layers are shared is `methods/personal_layers.py`'s. Exact gates,
-protected ends and schedules are ours.
+Source: arXiv:2503.10217. The drop rates are configured or chosen by the bandit
+(:mod:`droppeft.bandit`); :mod:`droppeft.methods.personal_layers` says which layers a client shares.
+Ours: dropping exactly the same number of layers in every step, protected first and last layers, and
+schedules of the rates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from droppeft.methods.personal_layers import (
     check_fraction,
     check_sharing,
     has_global_head,
-    keeps_anything,
+    has_personal_tensors,
     typical_of,
     weight_of,
     with_sharing,
@@ -46,16 +47,16 @@ AVERAGES = {
     ("holders", "product"): average_products,
     ("everyone", "separate"): average_over_everyone,
 }
-"""By ``sharing.mean`` and ``sharing.factors``."""
+"""How updates are averaged, by ``sharing.mean`` and ``sharing.factors``."""
 
 
 @dataclass(frozen=True)
 class DropPEFTMemory(ParticipationMemory):
-    """The state's memory.
+    """The method's memory in :class:`~droppeft.messages.ServerState`.
 
     Attributes:
-        bandit: what it learnt; ``None`` with fixed rates.
-        last_round: its arms of the last round; ``None`` before the first.
+        bandit: what the bandit has learnt; ``None`` with fixed rates.
+        last_round: arms and rewards of the last round; ``None`` before the first round.
     """
 
     bandit: BanditMemory | None = None
@@ -63,19 +64,21 @@ class DropPEFTMemory(ParticipationMemory):
 
 
 def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
-    """Dropout rate of every layer; 0 for the first ``frozen``, the others as if there were no more.
+    """Drop rate of every layer.
+
+    Frozen layers have the rate 0; mean, count and shape refer to the layers above them.
 
     Raises:
-        DroppeftError: a mean or count that the protected layers make impossible, or a list of
-            rates that does not fit the model.
+        DroppeftError: if the protected layers make the mean or the count impossible, or if a list
+            of rates does not fit the model.
     """
     if config.rates is not None:
-        return _of_all_layers(config.rates, num_layers, frozen)
-    return (0.0,) * frozen + _spread(config, num_layers - frozen)
+        return _listed_rates(config.rates, num_layers, frozen)
+    return (0.0,) * frozen + _shaped_rates(config, num_layers - frozen)
 
 
-def _of_all_layers(given: Sequence[float], num_layers: int, frozen: int) -> tuple[float, ...]:
-    rates = explicit_rates(given, num_layers)
+def _listed_rates(listed: Sequence[float], num_layers: int, frozen: int) -> tuple[float, ...]:
+    rates = explicit_rates(listed, num_layers)
     if any(rates[:frozen]):
         raise DroppeftError(
             f"dropout.rates drops one of the first {frozen} layers, which are frozen "
@@ -84,15 +87,15 @@ def _of_all_layers(given: Sequence[float], num_layers: int, frozen: int) -> tupl
     return rates
 
 
-def _spread(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
+def _shaped_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
     protected = protected_ends(num_layers, config.protect_first, config.protect_last)
     if config.count is None:
         return layer_rates(config.mean or 0.0, config.shape, num_layers, protected=protected)
-    most = num_layers - len(protected)
-    if config.count > most:
+    droppable = num_layers - len(protected)
+    if config.count > droppable:
         raise DroppeftError(
-            f"dropout.count={config.count} is impossible: {num_layers} layers of which "
-            f"{len(protected)} are protected leave {most} to drop"
+            f"dropout.count={config.count} is impossible: {len(protected)} of {num_layers} layers "
+            f"are protected; set at most {droppable}, or protect fewer layers"
         )
     return layer_rates(config.count / num_layers, config.shape, num_layers, protected=protected)
 
@@ -107,7 +110,7 @@ def _init(setup: Setup) -> ServerState:
 
 
 def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
-    """The configuration's rates as their schedule has them in a round.
+    """The configured drop rates in a round, after the schedule.
 
     Raises:
         DroppeftError: as :func:`configured_rates`.
@@ -150,7 +153,10 @@ def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
 def _with_arm(
     instruction: Instruction, setup: Setup, memory: BanditMemory, number: int
 ) -> Instruction:
-    """All values travel to the client, back those of the layers that it trains."""
+    """The instruction with an arm's drop rates and untrained layers.
+
+    The client gets the tensors of all layers and sends back those of the layers that it trains.
+    """
     arm = memory.arms[number]
     gates = _gates(setup, rates_of_arm(setup, instruction.round, arm, memory.importance))
     rewards = reward_rows(setup, instruction.round)
@@ -175,7 +181,7 @@ def _merge(
         state.model.tensors, updates, weight_of(config)
     )
     merged = with_mean(setup, state, updates, mean)
-    if keeps_anything(config):
+    if has_personal_tensors(config):
         merged = with_participations(merged, instructions, replies)
     memory: DropPEFTMemory = merged.memory
     if memory.bandit is None:

@@ -1,8 +1,8 @@
-"""FedAdaOPT: one global bottleneck configuration, upgraded in fixed steps of depth and width.
+"""FedAdaOPT: one bottleneck adapter for all clients, which grows in fixed steps.
 
-Named by DropPEFT (arXiv:2503.10217) as a baseline and not documented to us; ours: as `fedadapter`
-without its trials. It begins with the same depth and width, and every three rounds adapters come
-into one layer more and all become 8 wider, up to the same caps.
+The DropPEFT paper (arXiv:2503.10217) names it as a baseline; we know of no description of it.
+Ours: `fedadapter` without trial groups. It begins with the same depth and width; after every three
+rounds one more layer gets an adapter and all adapters become 8 wider, up to the same limits.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from droppeft.methods.fedadapter import (
 
 @dataclass(frozen=True)
 class Growth:
-    """The state's memory.
+    """The method's memory in :class:`~droppeft.messages.ServerState`.
 
     Attributes:
-        rounds: so many counted.
+        rounds: number of rounds in which at least one update was merged.
     """
 
     rounds: int = 0
@@ -49,28 +49,31 @@ def _instruct(
 def _merge(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    """Average, and upgrade when it is time; a round in which nobody answered does not count."""
+    """Average the updates, and let the adapter grow when it is due.
+
+    A round without updates does not count.
+    """
     if not any(isinstance(reply, Update) for reply in replies):
         return state
-    growth: Growth = state.memory
-    now = Growth(growth.rounds + 1)
+    before: Growth = state.memory
+    growth = Growth(before.rounds + 1)
     model = plain_mean(state.model, replies)
     (depth, width), (deepest, widest) = _shape(model), largest_shape(setup)
-    if now.rounds % TRIAL_ROUNDS == 0 and (depth, width) != (deepest, widest):
+    if growth.rounds % TRIAL_ROUNDS == 0 and (depth, width) != (deepest, widest):
         larger = min(depth + 1, deepest), min(width + WIDER_BY, widest)
         model = grown(setup, model, spec_of(setup, *larger))
-    return replace(state, model=model, memory=now)
+    return replace(state, model=model, memory=growth)
 
 
 def _shape(model: GlobalModel) -> tuple[int, int]:
-    """Depth and width of its adapters."""
+    """Number of layers with an adapter, and the width of these adapters."""
     widths = [layer.width or 0 for layer in model.adapter.layers if layer]
     return len(widths), widths[-1]
 
 
 FEDADAOPT = Method(
     name="fedadaopt",
-    summary="bottlenecks upgraded in fixed steps of depth and width (FedAdaOPT, ours)",
+    summary="bottlenecks that grow in fixed steps of depth and width (FedAdaOPT, ours)",
     tables=frozenset({"frozen"}),
     init=_init,
     instruct=_instruct,

@@ -1,12 +1,14 @@
-"""FedAdapter: bottleneck adapters that grow, in depth from the output and in width, while training.
+"""FedAdapter: bottleneck adapters that grow during the run, in depth (from the output) and width.
 
-Source: arXiv:2205.10162. The cohort is split into trial groups: one keeps the present depth and
-width, one has adapters in one layer more, one is 8 wider; groups get equal time, after a trial the
-best one's model continues, and what the layers below all adapters make of a text is kept on the
-client. Ours where the paper is silent: the first depth and width; trials of 3 rounds; clients
-change groups from round to round; equal time is modelled time, by the number of steps; the best
-group is the one whose clients' loss on their validation rows fell most per turn; a new layer and
-new widths start as fresh adapters, which change nothing until they are trained.
+From the paper (arXiv:2205.10162): the cohort is split into trial groups. One group keeps the
+current depth and width, one has adapters in one more layer, one has adapters that are 8 wider. All
+groups get equal time; after a trial the model of the best group continues. Clients cache the hidden
+states of the layers below all adapters.
+
+Ours, where the paper does not say it: the initial depth and width; a trial takes 3 rounds; clients
+change groups from round to round; equal time is modelled time, reached by the number of steps; the
+best group has the largest mean decrease of the loss on its clients' validation rows; new layers and
+new width start as fresh adapters, which do not change the output until they are trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,62 +45,62 @@ SAME, DEEPER, WIDER = "same", "deeper", "wider"
 
 @dataclass(frozen=True)
 class Trial:
-    """Where the search stands; the content of the state's memory.
+    """The current trial; the method's memory in :class:`~droppeft.messages.ServerState`.
 
     Attributes:
-        depth, width: of the model that all groups began from.
-        rounds: of this trial that are over.
+        depth, width: of the adapters from which all groups began.
+        rounds: rounds of this trial that are over.
         rewards: per group, the sum of its clients' rewards.
-        turns: per group, how many rewards that are.
+        counts: per group, the number of these rewards.
     """
 
     depth: int
     width: int
     rounds: int
     rewards: Mapping[str, float]
-    turns: Mapping[str, int]
+    counts: Mapping[str, int]
 
     @property
     def best(self) -> str:
-        """The group with the largest mean reward; of equal ones the one that grows less."""
+        """The group with the largest mean reward; among equals, the one that grows less."""
         means = {
-            group: self.rewards[group] / turns for group, turns in self.turns.items() if turns > 0
+            group: self.rewards[group] / count for group, count in self.counts.items() if count > 0
         }
         return max(means, key=lambda group: means[group], default=SAME)
 
 
 def check_bottlenecks(config: Config) -> None:
-    """Refuse what a method that grows bottlenecks cannot have.
+    """Refuse settings that a method with growing bottleneck adapters cannot use.
 
     Raises:
-        DroppeftError: another type of adapter, or frozen layers.
+        DroppeftError: if the adapter has another type, or if layers are configured as frozen.
     """
     chosen, method = config.adapter, config.method
     if chosen.type != "bottleneck":
         raise DroppeftError(
-            f"method={method} grows bottlenecks, and adapter.type={chosen.type}; "
+            f"method={method} needs bottleneck adapters, but adapter.type={chosen.type}; "
             "set adapter.type=bottleneck"
         )
     if config.frozen.layers:
         raise DroppeftError(
-            f"method={method} freezes the layers below its adapters by itself; leave "
+            f"method={method} chooses the frozen layers itself; leave "
             f"frozen.layers={config.frozen.layers} out"
         )
 
 
 def first_shape(setup: Setup) -> tuple[int, int]:
-    """Depth and width with which growing begins."""
+    """Initial depth and width of the adapters."""
     width = setup.config.adapter.width or FIRST_WIDTH
     return min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, width)
 
 
 def largest_shape(setup: Setup) -> tuple[int, int]:
-    """Depth and width with which it ends."""
+    """Largest depth and width of the adapters."""
     return min(MOST_DEPTH, setup.num_layers), setup.config.adapter.width or FIRST_WIDTH
 
 
 def plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
-    """The model with its holders' means, weighted by rows."""
+    """The model with every tensor averaged over the updates that have it, weighted by rows."""
     updates = [reply for reply in replies if isinstance(reply, Update)]
     return replace(model, tensors=average_over_holders(model.tensors, updates, by_examples))
 
@@ -107,12 +109,12 @@ def _check(config: Config) -> None:
     check_bottlenecks(config)
     if config.training.local_epochs is not None:
         raise DroppeftError(
-            "method=fedadapter gives its groups equal time by their steps; set "
+            "method=fedadapter gives its groups equal time by their number of steps; set "
             "training.local_steps instead of training.local_epochs"
         )
     if config.cohort_size < 3:
         raise DroppeftError(
-            "method=fedadapter splits the cohort into three groups, and "
+            "method=fedadapter splits the cohort into three groups, but "
             f"cohort_size={config.cohort_size}; set it to 3 or more"
         )
 
@@ -123,13 +125,13 @@ def _init(setup: Setup) -> ServerState:
 
 
 def spec_of(setup: Setup, depth: int, width: int) -> AdapterSpec:
-    """Bottlenecks of a width in the last ``depth`` layers."""
+    """Bottleneck adapters of this width in the last ``depth`` layers."""
     chosen = setup.config.adapter.model_copy(update={"width": width})
     return adapter_spec(chosen, setup.num_layers, setup.num_layers - depth)
 
 
 def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
-    """Depth and width of every group's adapters; no group for what has grown to its cap."""
+    """Depth and width of each group's adapters; what is at its limit has no group."""
     shapes = {SAME: (depth, width)}
     deepest, widest = largest_shape(setup)
     if depth < deepest:
@@ -140,7 +142,10 @@ def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
 
 
 def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> ServerState:
-    """All groups begin with the same function: what is new in a model changes nothing yet."""
+    """The state at the start of a trial.
+
+    All groups compute the same function: what is new in an adapter does not change the output yet.
+    """
     groups = _shapes(setup, depth, width)
     larger = {
         group: grown(setup, model, spec_of(setup, *shape))
@@ -152,11 +157,11 @@ def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> Se
 
 
 def grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
-    """A larger adapter with the smaller one's values where it has them, fresh ones elsewhere."""
+    """The model with a larger adapter, fresh where the smaller adapter has no values."""
     fresh = setup.fresh_tensors(spec)
     tensors: Tensors = {
         key: {
-            name: _put_into(value, model.tensors.get(key, {}).get(name))
+            name: _with_corner(value, model.tensors.get(key, {}).get(name))
             for name, value in named.items()
         }
         for key, named in fresh.items()
@@ -164,12 +169,13 @@ def grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
     return GlobalModel(spec, tensors, model.base_delta)
 
 
-def _put_into(larger: Array, smaller: Array | None) -> Array:
+def _with_corner(larger: Array, smaller: Array | None) -> Array:
+    """A copy of the larger array whose first entries in each dimension are the smaller array."""
     if smaller is None:
         return larger
-    made = np.array(larger)
-    made[tuple(slice(size) for size in smaller.shape)] = smaller
-    return made
+    result = np.array(larger)
+    result[tuple(slice(size) for size in smaller.shape)] = smaller
+    return result
 
 
 def _trial(state: ServerState) -> Trial:
@@ -186,32 +192,34 @@ def _instruct(
 ) -> list[Instruction]:
     trial = _trial(state)
     groups = list(trial.rewards)
-    # Nobody stays in a group for good: clients differ in data and speed.
+    # Clients change groups, since they differ in data and speed.
     return [
-        _of_group(setup, state, trial, groups[(place + round) % len(groups)], round, client)
+        _for_group(setup, state, trial, groups[(place + round) % len(groups)], round, client)
         for place, client in enumerate(cohort)
     ]
 
 
-def _of_group(
+def _for_group(
     setup: Setup, state: ServerState, trial: Trial, group: str, round: int, client: int
 ) -> Instruction:
     instruction = full_instruction(
         setup, replace(state, model=_model(state, group)), round, client, None
     )
-    # The same layers are kept for all groups, so that a client's states outlive a change of groups.
+    # The cached layers are the same in all groups, so that a client that changes groups can still
+    # use its cached states.
     frozen = setup.num_layers - trial.depth - (DEEPER in trial.rewards)
     budget = instruction.budget
     if budget.steps is not None:
         budget = replace(budget, steps=_steps(setup, state, group, frozen, client, budget.steps))
-    rewards = REWARD_ROWS if len(trial.rewards) > 1 else 0  # there is nothing left to choose
-    return replace(instruction, frozen=frozen, budget=budget, reward_rows=rewards)
+    # With one group there is nothing to choose, and no reward to measure.
+    reward_rows = REWARD_ROWS if len(trial.rewards) > 1 else 0
+    return replace(instruction, frozen=frozen, budget=budget, reward_rows=reward_rows)
 
 
 def _steps(
     setup: Setup, state: ServerState, group: str, frozen: int, client: int, steps: int
 ) -> int:
-    """As many as take the modelled time of so many with the present adapter; 1 at least."""
+    """Steps of a group that take the modelled time of ``steps`` steps of group ``SAME``; >= 1."""
     clock, training = setup.clock, setup.config.training
     if clock is None or group == SAME:
         return steps
@@ -228,31 +236,31 @@ def _steps(
 def _merge(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    """Average each group's model; after the last round of a trial go on with the best one.
+    """Average each group's model; after the last round of a trial continue with the best one.
 
-    A round in which nobody answered is none of the trial.
+    A round without updates does not count.
     """
     if not any(isinstance(reply, Update) for reply in replies):
         return state
     trial = _trial(state)
-    sums, turns, models = dict(trial.rewards), dict(trial.turns), {}
+    sums, counts, models = dict(trial.rewards), dict(trial.counts), {}
     for group in trial.rewards:
         model = _model(state, group)
-        own = [
+        of_group = [
             reply
             for instruction, reply in zip(instructions, replies, strict=True)
             if instruction.adapter == model.adapter
         ]
-        models[group] = plain_mean(model, own)
-        rewards = [r.reward for r in own if isinstance(r, Update) and r.reward is not None]
+        models[group] = plain_mean(model, of_group)
+        rewards = [r.reward for r in of_group if isinstance(r, Update) and r.reward is not None]
         sums[group] += sum(rewards)
-        turns[group] += len(rewards)
-    now = replace(trial, rounds=trial.rounds + 1, rewards=sums, turns=turns)
-    if now.rounds < TRIAL_ROUNDS:
+        counts[group] += len(rewards)
+    trial = replace(trial, rounds=trial.rounds + 1, rewards=sums, counts=counts)
+    if trial.rounds < TRIAL_ROUNDS:
         others = {group: model for group, model in models.items() if group != SAME}
-        return ServerState(models[SAME], others, now)
-    depth, width = _shapes(setup, now.depth, now.width)[now.best]
-    return _begin_trial(setup, models[now.best], depth, width)
+        return ServerState(models[SAME], others, trial)
+    depth, width = _shapes(setup, trial.depth, trial.width)[trial.best]
+    return _begin_trial(setup, models[trial.best], depth, width)
 
 
 FEDADAPTER = Method(

@@ -1,8 +1,8 @@
-"""FedEx-LoRA: factors are averaged, and what that gets wrong goes into the frozen weights.
+"""FedEx-LoRA: A and B are averaged, and the error of that is added to the frozen weights.
 
-Source: arXiv:2410.09432. The residual mean(B·A) - mean(B)·mean(A) is added to the weights behind
-it, so that the global model is the exact mean. Here clients get the sum of the residuals so far:
-one that comes back after some rounds has missed some.
+Source: arXiv:2410.09432. The residual mean(B·A) - mean(B)·mean(A) is added to the adapted weights,
+so that the global model is the exact mean. Ours: clients get the sum of the residuals of all rounds
+so far, since a client that does not train in every round has missed some of them.
 """
 
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ def _merge(
     tensors = average_over_holders(model.tensors, updates, by_examples)
     averaged = {name: array for _, name, array in flatten(tensors)}
 
-    def missing(a: str, mean: Wide) -> Wide:
-        """What the product of the factors lacks, as clients get them."""
+    def residual(a: str, mean: Wide) -> Wide:
+        """Mean of the products less the product of the averaged factors that clients get."""
         up, down = averaged[a.replace(A, B)], averaged[a]
         return mean - up.astype(np.float64) @ down.astype(np.float64)
 
     means = mean_products(model.tensors, updates, by_examples)
-    residuals = ((a, missing(a, mean)) for a, mean in means)
+    residuals = ((a, residual(a, mean)) for a, mean in means)
     delta = with_added(model.base_delta, residuals, scale_of(setup.config))
     return replace(state, model=GlobalModel(model.adapter, tensors, delta))
 
 
 FEDEX_LORA = Method(
     name="fedex_lora",
-    summary="A and B averaged, the error of that put into the frozen weights (FedEx-LoRA)",
+    summary="A and B averaged, the error of that added to the frozen weights (FedEx-LoRA)",
     tables=frozenset(),
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,

@@ -1,13 +1,15 @@
-"""FedHetLoRA: clients have LoRA of different ranks, which they prune themselves.
+"""FedHetLoRA: each client has its own LoRA rank, which is pruned during the run.
 
-Source: HetLoRA (arXiv:2401.06432). A client gets the global matrices cut to its rank, trains with a
-penalty on the last part of its ranks, and loses that part when training made its norm smaller; the
-server pads with zeros and weighs an update by the Frobenius norm of its product B·A. Ours where the
-paper is silent: ranks between a quarter of ``adapter.rank`` (the slowest kind of client) and all of
-it (the fastest), in equal shares by seed where all are of one kind; nobody is pruned below that
-quarter; the factor alpha / rank stays that of the full rank, so that cutting changes nothing but
-what is cut off; one norm per update, over all its matrices; if all products are zero, updates are
-weighed by their rows.
+From the paper (HetLoRA, arXiv:2401.06432): a client gets the global matrices truncated to its rank
+and trains with a penalty on its last ranks. If training made the norm of these ranks smaller, they
+are pruned. The server pads the matrices with zeros and weights an update by the Frobenius norm of
+its product B·A.
+
+Ours, where the paper does not say it: ranks lie between a quarter of ``adapter.rank`` (the slowest
+device profile) and ``adapter.rank`` (the fastest); if all clients are equally fast, three ranks are
+drawn by the seed in equal shares; no client is pruned below that quarter; the factor alpha / rank
+stays that of the full rank, so that truncation changes nothing but the ranks it removes; an update
+has one norm, over all its matrices; if all products are zero, updates are weighted by their rows.
 """
 
 import math
@@ -44,26 +46,26 @@ from droppeft.sharing.aggregation import average_over_holders, by_examples
 from droppeft.sharing.factors import A, B, pairs_of
 
 LEAST_PART = 1 / 4
-"""Of the full rank, on the slowest clients."""
+"""The smallest rank, as a part of the full rank."""
 
-PENALTY, KEPT_PART = 1e-3, 0.9
-"""Weight of the penalty, and the part of a client's ranks that it spares. The paper's are tuned in
-1e-6 to 1e-3 and .85 to 1."""
+PENALTY, UNPENALISED_PART = 1e-3, 0.9
+"""Weight of the penalty, and the part of a client's ranks that it does not apply to. The paper
+tunes them between 1e-6 and 1e-3, and between 0.85 and 1."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The state's memory.
+    """The method's memory in :class:`~droppeft.messages.ServerState`.
 
     Attributes:
-        ranks: of each client.
+        ranks: the current rank of each client.
     """
 
     ranks: tuple[int, ...]
 
 
 def resized(tensors: Tensors, rank: int) -> Tensors:
-    """Cut LoRA's matrices to a rank or pad them with zeros; other tensors stay."""
+    """Truncate LoRA's matrices to a rank, or pad them with zeros; other tensors are unchanged."""
     return {
         key: {name: _resized(name, value, rank) for name, value in named.items()}
         for key, named in tensors.items()
@@ -76,19 +78,19 @@ def _resized(name: str, value: Array, rank: int) -> Array:
         return value
     shape = list(value.shape)
     shape[axis] = rank
-    made = np.zeros(shape, value.dtype)
-    kept = tuple(slice(min(a, b)) for a, b in zip(shape, value.shape, strict=True))
-    made[kept] = value[kept]
-    return made
+    result = np.zeros(shape, value.dtype)
+    common = tuple(slice(min(a, b)) for a, b in zip(shape, value.shape, strict=True))
+    result[common] = value[common]
+    return result
 
 
 def product_norm(tensors: Tensors) -> float:
     """Frobenius norm of all products B·A together."""
-    return math.sqrt(sum(_square(a, b) for a, b in _pairs(tensors)))
+    return math.sqrt(sum(_squared_norm(a, b) for a, b in _pairs(tensors)))
 
 
-def _square(a: Array, b: Array) -> float:
-    """||B·A||² is the sum of (BᵀB)∘(AAᵀ), which is small."""
+def _squared_norm(a: Array, b: Array) -> float:
+    """||B·A||², computed as the sum of the entries of (BᵀB)∘(AAᵀ), which are (r, r)."""
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
     return max(0.0, float(((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum()))
 
@@ -97,15 +99,15 @@ def _pairs(tensors: Tensors) -> list[tuple[Array, Array]]:
     return [(tensors[key][a], tensors[key][b]) for key, a, b in pairs_of(tensors)]
 
 
-def tail_norm(tensors: Tensors, kept: int) -> float:
-    """Sum over all matrices of ||B[:, kept:]||·||A[kept:]||, which the penalty makes small."""
+def tail_norm(tensors: Tensors, start: int) -> float:
+    """Sum of ||B[:, start:]||·||A[start:]|| over all pairs of matrices, as the penalty has it."""
     return sum(
-        float(np.linalg.norm(b[:, kept:]) * np.linalg.norm(a[kept:])) for a, b in _pairs(tensors)
+        float(np.linalg.norm(b[:, start:]) * np.linalg.norm(a[start:])) for a, b in _pairs(tensors)
     )
 
 
 def first_ranks(setup: Setup, full: int) -> Ranks:
-    """The rank with which each client begins."""
+    """The initial rank of each client."""
     count = setup.config.clients
     least = _least(full)
     speeds = _speeds(setup)
@@ -133,13 +135,13 @@ def _check(config: Config) -> None:
     chosen = config.adapter
     if chosen.type != "lora" or chosen.rank is None:
         raise DroppeftError(
-            f"method=fedhetlora cuts LoRA's matrices to ranks, and adapter.type={chosen.type}; "
+            f"method=fedhetlora needs LoRA's A and B, but adapter.type={chosen.type}; "
             "set adapter.type=lora"
         )
     if chosen.options.get("use_rslora"):
         raise DroppeftError(
-            "method=fedhetlora keeps alpha / rank alike on all clients, and use_rslora divides by "
-            "the root of the rank; leave adapter.options.use_rslora out"
+            "method=fedhetlora scales by alpha / rank, but use_rslora divides by the root of the "
+            "rank; leave adapter.options.use_rslora out"
         )
 
 
@@ -151,37 +153,35 @@ def _init(setup: Setup) -> ServerState:
 def _with_penalty(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = at_rank(setup, state, round, client)
     least = _least(setup.config.adapter.rank or 0)
-    penalty = RankPenalty(PENALTY, _kept(_ranks(state)[client], least))
+    penalty = RankPenalty(PENALTY, _unpenalised(_ranks(state)[client], least))
     return replace(instruction, objective=replace(instruction.objective, rank_penalty=penalty))
 
 
 def at_rank(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
-    """The instruction most methods begin from, cut to the rank that the state's memory has of a
-    client.
-    """
+    """The full instruction, truncated to the client's current rank."""
     instruction, rank = full_instruction(setup, state, round, client), _ranks(state)[client]
     return replace(
         instruction,
-        adapter=_cut(instruction.adapter, rank),
+        adapter=_truncated(instruction.adapter, rank),
         tensors=resized(instruction.tensors, rank),
     )
 
 
-def _cut(full: AdapterSpec, rank: int) -> AdapterSpec:
-    """An adapter of a smaller rank with the same alpha / rank."""
-    whole = max(layer.rank or 0 for layer in full.layers if layer)
+def _truncated(full: AdapterSpec, rank: int) -> AdapterSpec:
+    """The adapter with a smaller rank and the same alpha / rank."""
+    full_rank = max(layer.rank or 0 for layer in full.layers if layer)
     layers = tuple(replace(layer, rank=rank) if layer else None for layer in full.layers)
-    alpha = None if full.alpha is None else full.alpha * rank / whole
+    alpha = None if full.alpha is None else full.alpha * rank / full_rank
     return replace(full, layers=layers, alpha=alpha)
 
 
-def _kept(rank: int, least: int) -> int:
-    """Ranks that the penalty spares; of the least rank all."""
-    return max(least, math.floor(KEPT_PART * rank))
+def _unpenalised(rank: int, least: int) -> int:
+    """How many of the first ranks have no penalty; at least the smallest rank."""
+    return max(least, math.floor(UNPENALISED_PART * rank))
 
 
 def _least(full: int) -> int:
-    """The rank below which nobody begins or is pruned; the paper's r_min."""
+    """The smallest rank of any client; r_min in the paper."""
     return max(1, math.ceil(LEAST_PART * full))
 
 
@@ -215,14 +215,14 @@ def _merge(
 
 
 def _pruned(rank: int, least: int, sent: Tensors, trained: Tensors) -> int:
-    """The rank after a turn: without its last part if training made that smaller."""
-    kept = _kept(rank, least)
-    return kept if tail_norm(trained, kept) < tail_norm(sent, kept) else rank
+    """The rank after a local training: without its last part if training made that smaller."""
+    start = _unpenalised(rank, least)
+    return start if tail_norm(trained, start) < tail_norm(sent, start) else rank
 
 
 FEDHETLORA = Method(
     name="fedhetlora",
-    summary="LoRA of each client's own rank, pruned by itself (HetLoRA)",
+    summary="LoRA with a rank per client, which is pruned during the run (HetLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
     instruct=for_each(_with_penalty),

@@ -1,9 +1,13 @@
 """FedRA: in every round each client runs, trains and shares a random set of layers.
 
-Source: arXiv:2311.11227, whose allocation matrix is drawn here from (seed, round, client). There a
-client's memory says how many layers it gets; here `dropout.mean` or `dropout.count` does, for all
-alike, and `dropout`'s shape and protected ends say how likely each is (ours; no ends are protected
-there). It is layer dropout with one draw per turn, of which only the layers that run travel.
+Source: arXiv:2311.11227. A client's layers are its row of the paper's allocation matrix, drawn from
+(seed, round, client). In the paper a client's memory determines how many layers it gets. Ours: the
+number follows from ``dropout.mean`` or ``dropout.count`` and is the same for all clients;
+``dropout.shape`` says how likely each layer is to be drawn, and ``dropout.protect_first`` and
+``protect_last`` keep the outer layers in (the paper protects none).
+
+The implementation is layer dropout with one draw per local training. Only the tensors of the layers
+that run, and the head, are sent in either direction.
 """
 
 from collections.abc import Sequence
@@ -28,8 +32,8 @@ from droppeft.methods.droppeft import rates_of_round
 def _check(config: Config) -> None:
     if config.dropout.every not in (1, "round"):
         raise DroppeftError(
-            f"method=fedra draws layers for a client's whole turn; dropout.every="
-            f"{config.dropout.every} is not possible, leave it out"
+            f"method=fedra draws a client's layers once per round, so that dropout.every="
+            f"{config.dropout.every} is not possible; leave it out"
         )
 
 
@@ -49,15 +53,15 @@ def _instruct(
             setup.config.seed, purpose="layers", round=round, client=client
         )
         active = sample_active(rates, setup.config.dropout.sampling, rng)
-        instructions.append(_of_layers(setup, state, round, client, active))
+        instructions.append(_with_layers(setup, state, round, client, active))
     return instructions
 
 
-def _of_layers(
+def _with_layers(
     setup: Setup, state: ServerState, round: int, client: int, active: Sequence[bool]
 ) -> Instruction:
-    """An instruction in which these layers run, travel and are trained, and the head."""
-    gates = LayerDropout(tuple(0.0 if on else 1.0 for on in active), "exact", every=None)
+    """An instruction in which the active layers and the head are run, trained and sent."""
+    gates = LayerDropout(tuple(0.0 if runs else 1.0 for runs in active), "exact", every=None)
     instruction = full_instruction(setup, state, round, client, gates)
     names = frozenset(
         name

@@ -1,7 +1,7 @@
-"""FedSA-LoRA: clients share LoRA's A and the head, and keep B to themselves.
+"""FedSA-LoRA: clients share LoRA's A and the head; B is personal.
 
-Source: arXiv:2410.01463. B is never merged, so there is no global model: what each client has is
-measured on its own test rows, and a client that never trained has B = 0.
+Source: arXiv:2410.01463. B is never merged, so that there is no global model: each client's model
+is evaluated on its own test rows. A client that has never trained has B = 0.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ from droppeft.sharing.participation import (
 def _check(config: Config) -> None:
     if config.adapter.type != "lora":
         raise DroppeftError(
-            f"method=fedsa_lora shares LoRA's A; adapter.type={config.adapter.type} has none, "
-            "leave it out"
+            f"method=fedsa_lora shares LoRA's A, but adapter.type={config.adapter.type} has none; "
+            "set adapter.type=lora"
         )
 
 
@@ -41,10 +41,8 @@ def _init(setup: Setup) -> ServerState:
 
 
 def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
-    instruction, last = (
-        full_instruction(setup, state, round, client),
-        last_participation(state, client),
-    )
+    instruction = full_instruction(setup, state, round, client)
+    last = last_participation(state, client)
     shared = frozenset(name for _, name, _ in flatten(instruction.tensors) if B not in name)
     if last is None:
         return replace(instruction, share=shared)
@@ -66,7 +64,7 @@ def _merge(
 
 FEDSA_LORA = Method(
     name="fedsa_lora",
-    summary="LoRA's A and the head are shared, B stays on the client (FedSA-LoRA)",
+    summary="LoRA's A and the head are shared, B is personal (FedSA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
     instruct=for_each(_for_client),

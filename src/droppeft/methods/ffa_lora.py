@@ -1,7 +1,7 @@
-"""FFA-LoRA: A stays what the seed made it, only B and the head are trained and travel.
+"""FFA-LoRA: LoRA's A keeps its initial values; only B and the head are trained and sent.
 
-Source: arXiv:2403.12313. With one A for all, mean(B)·A is mean(B·A): averaging is exact, and A
-does not travel.
+Source: arXiv:2403.12313. Since all clients have the same A, mean(B)·A equals mean(B·A), so that
+averaging is exact. A is not sent, since clients compute it from the seed.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from droppeft.sharing.factors import A
 
 
 def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
-    """Every client makes A itself, from the seed."""
+    """The full instruction without A, which the client computes from the seed."""
     instruction = full_instruction(setup, state, round, client)
     names = frozenset(name for _, name, _ in flatten(instruction.tensors) if A not in name)
     return replace(

@@ -1,8 +1,9 @@
-"""FlexLoRA: ranks that fit the clients, and products that are averaged instead of factors.
+"""FlexLoRA: each client has its own LoRA rank, and the products B·A are averaged, not the factors.
 
-Source: arXiv:2402.11505. The server averages B·A, factors the mean again by SVD and sends every
-client as many of the largest components as its rank holds. The ranks are those that `fedhetlora`
-begins with, so that what differs is the merge; the factor alpha / rank stays that of the full rank.
+Source: arXiv:2402.11505. The server averages B·A, factorises the mean by SVD and sends each client
+the largest components, as many as its rank. Ours: the ranks are the initial ranks of `fedhetlora`,
+so that the two methods differ in merging only, and the factor alpha / rank stays that of the full
+rank.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def _merge(
 
 FLEXLORA = Method(
     name="flexlora",
-    summary="LoRA of each client's own rank, products averaged and factored again (FlexLoRA)",
+    summary="LoRA with a rank per client, products averaged and factorised again (FlexLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
     instruct=for_each(at_rank),

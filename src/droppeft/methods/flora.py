@@ -1,9 +1,10 @@
-"""FLoRA: every round's products go into the frozen weights, and the next begins with fresh factors.
+"""FLoRA: each round's products are added to the frozen weights; the next round has fresh factors.
 
-Source: arXiv:2409.05976, which stacks the clients' factors: the product of the stacks is the sum of
-the products, without error. Here the server sends that sum as a change of the frozen weights, since
-a client that comes back after some rounds would need the stacks of all of them, which are soon
-larger than the weights. All clients have the same rank; the head is averaged.
+Source: arXiv:2409.05976. The paper sends the stacked factors of all clients, whose product is
+exactly the sum of the clients' products. Ours: the server sends that sum as a change of the frozen
+weights, since a client that does not train in every round would need the stacks of all rounds that
+it missed, which soon are larger than the weights. All clients have the same rank, and the head is
+averaged.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.federated_method import (
-    Method,
-    Setup,
-)
+from droppeft.federated_method import Method, Setup
 from droppeft.messages import (
     Array,
     GlobalModel,
@@ -42,28 +40,28 @@ def _merge(
     products = mean_products(model.tensors, updates, by_examples)
     tensors = average_over_holders(model.tensors, updates, by_examples)
     delta = with_added(model.base_delta, products, scale_of(setup.config))
-    begun = _begun_again(setup, tensors, updates[0].round)
-    return replace(state, model=GlobalModel(model.adapter, begun, delta))
+    fresh = _with_fresh_factors(setup, tensors, updates[0].round)
+    return replace(state, model=GlobalModel(model.adapter, fresh, delta))
 
 
-def _begun_again(setup: Setup, tensors: Tensors, round: int) -> Tensors:
-    """Fresh A, other ones every round, and B of zeros; all else as it is.
+def _with_fresh_factors(setup: Setup, tensors: Tensors, round: int) -> Tensors:
+    """The tensors with a new A, which differs from round to round, and with B = 0.
 
-    A is drawn as peft draws it: uniform, with variance 1 / (3 in).
+    A is drawn as PEFT draws it: uniformly, with variance 1 / (3 * in_features).
     """
     rng = seeds.numpy_generator(setup.config.seed, purpose="fresh factors", round=round)
-    made: dict[LayerKey, dict[str, Array]] = {key: dict(named) for key, named in tensors.items()}
+    result: dict[LayerKey, dict[str, Array]] = {key: dict(named) for key, named in tensors.items()}
     for key, a, b in pairs_of(tensors):
-        shape = made[key][a].shape
+        shape = result[key][a].shape
         bound = 1 / np.sqrt(shape[1])
-        made[key][a] = rng.uniform(-bound, bound, shape).astype(np.float32)
-        made[key][b] = np.zeros_like(made[key][b])
-    return made
+        result[key][a] = rng.uniform(-bound, bound, shape).astype(np.float32)
+        result[key][b] = np.zeros_like(result[key][b])
+    return result
 
 
 FLORA = Method(
     name="flora",
-    summary="every round's LoRA goes into the frozen weights, without error (FLoRA)",
+    summary="each round's LoRA is added to the frozen weights, without error (FLoRA)",
     tables=frozenset(),
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,

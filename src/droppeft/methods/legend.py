@@ -1,11 +1,13 @@
-"""LEGEND: adapters in as many last layers as a client has time for, larger towards the output.
+"""LEGEND: adapters in the last layers, as many as a client has time for, with growing ranks.
 
-Source: arXiv:2412.20004. There ranks grow in arithmetic progression towards the output and a
-client's depth follows from what it can compute. The numbers are ours: the rank of layer l of L is
-``adapter.rank`` times (l + 1) / L + (L - 1) / 2L, which is between a half and one and a half of it
-and ``adapter.rank`` on average; the fastest kind of client trains all layers, every other kind as
-many of the last ones as it can in the same modelled time, and a quarter of them at least. Below
-the lowest adapter a layer runs forward only.
+From the paper (arXiv:2412.20004): ranks grow towards the output in arithmetic progression, and the
+number of layers with an adapter follows from a client's computing power. The layers below the
+lowest adapter run forward only.
+
+Ours: the numbers. Layer l of L (from 0) has the rank ``adapter.rank`` times
+(l + 1) / L + (L - 1) / 2L: the mean is ``adapter.rank``, and ranks lie between about 0.5 and 1.5
+times ``adapter.rank``. Clients with the fastest device profile train all layers; others train as
+many of the last layers as fit into the same modelled time, and at least a quarter of the layers.
 """
 
 import math
@@ -26,18 +28,18 @@ from droppeft.federated_method import (
 from droppeft.messages import AdapterSpec, Instruction, ServerState, restrict
 
 LEAST_PART = 1 / 4
-"""Of the layers that every client trains."""
+"""The smallest part of the layers that a client trains."""
 
 
 def ranks(rank: int, num_layers: int) -> tuple[int, ...]:
-    """Rank of every layer, the first is nearest the input; 1 at least."""
+    """Rank of every layer, from the input to the output; at least 1."""
     first = (num_layers + 1) / 2
-    grown = (rank * (first + layer) / num_layers for layer in range(num_layers))
-    return tuple(max(1, round(each)) for each in grown)
+    exact = (rank * (first + layer) / num_layers for layer in range(num_layers))
+    return tuple(max(1, round(value)) for value in exact)
 
 
 def depth_of(setup: Setup, full: AdapterSpec, client: int) -> int:
-    """How many of the last layers a client trains; all of them without a modelled clock."""
+    """How many of the last layers a client trains; all layers if there is no modelled clock."""
     if setup.clock is None:
         return setup.num_layers
     fleet, arithmetic = setup.clock.fleet, setup.clock.arithmetic(full)
@@ -45,17 +47,17 @@ def depth_of(setup: Setup, full: AdapterSpec, client: int) -> int:
     def seconds(profile: DeviceProfile, depth: int) -> float:
         return _step_seconds(arithmetic, profile, setup.num_layers - depth, setup.config.training)
 
-    there = {name: fleet.profiles[name] for name in fleet.names}
-    shortest = min(seconds(profile, setup.num_layers) for profile in there.values())
-    least, own = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(client)
-    deeper = range(least, setup.num_layers + 1)
-    return max((depth for depth in deeper if seconds(own, depth) <= shortest), default=least)
+    assigned = {name: fleet.profiles[name] for name in fleet.names}
+    shortest = min(seconds(profile, setup.num_layers) for profile in assigned.values())
+    least, profile = math.ceil(LEAST_PART * setup.num_layers), fleet.profile(client)
+    depths = range(least, setup.num_layers + 1)
+    return max((depth for depth in depths if seconds(profile, depth) <= shortest), default=least)
 
 
 def _step_seconds(
     arithmetic: Arithmetic, profile: DeviceProfile, lower: int, training: TrainingConfig
 ) -> float:
-    """Modelled seconds of a step of full texts in which the layers above ``lower`` are trained."""
+    """Modelled seconds of a step with rows of full length; layers from ``lower`` on are trained."""
     forward, _ = arithmetic.forward(training.max_length)
     both, rest = arithmetic.training(training.max_length)
     flops = sum(forward[:lower]) + sum(both[lower:]) + rest
@@ -65,21 +67,21 @@ def _step_seconds(
 def _check(config: Config) -> None:
     if config.adapter.rank is None:
         raise DroppeftError(
-            f"method=legend gives every layer its rank, and adapter.type={config.adapter.type} "
+            f"method=legend sets a rank per layer, but adapter.type={config.adapter.type} "
             "has none; set adapter.type=lora"
         )
 
 
 def _init(setup: Setup) -> ServerState:
     adapter = uniform_adapter(setup)
-    sized = ranks(setup.config.adapter.rank or 0, setup.num_layers)
+    layer_ranks = ranks(setup.config.adapter.rank or 0, setup.num_layers)
     layers = tuple(
         replace(layer, rank=rank) if layer else None
-        for layer, rank in zip(adapter.layers, sized, strict=True)
+        for layer, rank in zip(adapter.layers, layer_ranks, strict=True)
     )
     state = start_with(setup, replace(adapter, layers=layers))
     if setup.clock is not None:
-        setup.clock.arithmetic(state.model.adapter)  # counted here and not in the first round
+        setup.clock.arithmetic(state.model.adapter)  # so that round 1 need not wait for it
     return state
 
 
@@ -99,7 +101,7 @@ def _last_layers(setup: Setup, state: ServerState, round: int, client: int) -> I
 
 LEGEND = Method(
     name="legend",
-    summary="adapters in as many last layers as a client has time for (LEGEND)",
+    summary="adapters in the last layers, as many as a client has time for (LEGEND)",
     tables=frozenset({"server"}),
     init=_init,
     instruct=for_each(_last_layers),

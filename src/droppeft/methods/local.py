@@ -1,7 +1,7 @@
-"""Local: every client trains an adapter of its own and shares nothing: a lower reference. Ours.
+"""Local: every client trains a personal adapter and shares nothing; a lower reference. Ours.
 
-All begin from the same values, which a client's first instruction brings. There is no global
-model: what a client has learnt is measured on its own test rows.
+All clients begin with the same values, which their first instruction contains. There is no global
+model: each client's model is evaluated on its own test rows.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> In
     instruction = full_instruction(setup, state, round, client)
     last = last_participation(state, client)
     tensors = instruction.tensors if last is None else {}
-    kept = None if last is None else last.round
-    return replace(instruction, tensors=tensors, share=frozenset(), state_round=kept)
+    state_round = None if last is None else last.round
+    return replace(instruction, tensors=tensors, share=frozenset(), state_round=state_round)
 
 
 def _merge(
@@ -44,7 +44,7 @@ def _merge(
 
 LOCAL = Method(
     name="local",
-    summary="every client by itself, nothing shared: a lower reference",
+    summary="every client trains alone, nothing is shared: a lower reference",
     tables=frozenset({"frozen"}),
     init=_init,
     instruct=for_each(_for_client),

@@ -1,4 +1,4 @@
-"""FedLoRA's loop with another PEFT type, by the names under which papers compare them."""
+"""FedLoRA with other PEFT types, each under the name that papers use for it in comparisons."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,12 @@ def _check(config: Config) -> None:
     wanted = METHOD_DEFAULTS[config.method]["adapter"]["type"]
     if config.adapter.type != wanted:
         raise DroppeftError(
-            f"method={config.method} trains adapter.type={wanted}, and the configuration has "
-            f"adapter.type={config.adapter.type}; leave it out, or take method=fedlora"
+            f"method={config.method} needs adapter.type={wanted}, but adapter.type="
+            f"{config.adapter.type}; leave it out, or set method=fedlora"
         )
 
 
-def _variant(name: str, summary: str) -> Method:
+def _with_type(name: str, summary: str) -> Method:
     return Method(
         name=name,
         summary=summary,
@@ -33,12 +33,12 @@ def _variant(name: str, summary: str) -> Method:
 OTHER_TYPES: Mapping[str, Method] = {
     method.name: method
     for method in (
-        _variant("fedprompt", "soft prompts before the text, averaged"),
-        _variant("fedptuning", "prompts from a small encoder, averaged"),
-        _variant("fedprefix", "prefixes in every layer, averaged"),
-        _variant("fedia3", "(IA)³ scales in every layer, averaged"),
-        # A trained vector added to a linear map's output is what its trained bias would be; the
-        # biases of layer norms are not trained.
-        _variant("fedbitfit", "biases of all linear maps, averaged (BitFit, by peft's BEFT)"),
+        _with_type("fedprompt", "soft prompts before the text, averaged"),
+        _with_type("fedptuning", "prompts from a small encoder, averaged"),
+        _with_type("fedprefix", "prefixes in every layer, averaged"),
+        _with_type("fedia3", "(IA)³ scales in every layer, averaged"),
+        # BEFT adds a trained vector to a linear map's output, which is equivalent to training its
+        # bias. The biases of layer norms are not trained.
+        _with_type("fedbitfit", "biases of all linear maps, averaged (BitFit, by PEFT's BEFT)"),
     )
 }

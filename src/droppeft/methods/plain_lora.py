@@ -1,4 +1,4 @@
-"""What methods have in common that calculate with LoRA's matrices."""
+"""What the methods that compute with LoRA's A and B have in common."""
 
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -14,39 +14,39 @@ from droppeft.sharing.factors import A
 
 
 def check_plain_lora(config: Config) -> None:
-    """Refuse an adapter that is not LoRA as first described.
+    """Refuse adapters other than plain LoRA (arXiv:2106.09685).
 
     Raises:
-        DroppeftError: another type, or options that change what a product means.
+        DroppeftError: if the adapter has another type, or options that change what B·A means.
     """
     chosen, method = config.adapter, f"method={config.method}"
     if chosen.type != "lora" or chosen.rank is None:
         raise DroppeftError(
-            f"{method} calculates with LoRA's A and B, and adapter.type={chosen.type} has none; "
+            f"{method} needs LoRA's A and B, but adapter.type={chosen.type} has none; "
             "set adapter.type=lora"
         )
     if chosen.options:
         raise DroppeftError(
-            f"{method} knows plain LoRA alone; leave adapter.options.{min(chosen.options)} out"
+            f"{method} works with plain LoRA only; leave adapter.options.{min(chosen.options)} out"
         )
 
 
 def check_added_lora(config: Config) -> None:
-    """Refuse what a method cannot have that adds products of plain LoRA to the frozen weights.
+    """Refuse settings with which products B·A cannot be added to the frozen weights.
 
     Raises:
-        DroppeftError: as :func:`check_plain_lora`, or weights that nothing can be added to.
+        DroppeftError: as :func:`check_plain_lora`, or if the weights are quantised.
     """
     check_plain_lora(config)
     if config.quantization != "none":
         raise DroppeftError(
-            f"method={config.method} adds to the frozen weights, which "
-            f"quantization={config.quantization} does not allow; set quantization=none"
+            f"method={config.method} adds to the frozen weights, which is not possible with "
+            f"quantization={config.quantization}; set quantization=none"
         )
 
 
 def scale_of(config: Config) -> float:
-    """What a product B·A counts in the layer: alpha / rank."""
+    """The factor of a product B·A in the layer: alpha / rank."""
     assert config.adapter.alpha is not None
     assert config.adapter.rank is not None
     return config.adapter.alpha / config.adapter.rank
@@ -55,26 +55,28 @@ def scale_of(config: Config) -> float:
 def with_added(
     delta: BaseDelta | None, products: Iterable[tuple[str, Wide]], scale: float
 ) -> BaseDelta | None:
-    """The delta and ``scale`` times the products, each with the name of its A; float32.
+    """The base delta plus ``scale`` times the products, in float32.
 
-    One product at a time is in memory.
+    Args:
+        products: pairs of the name of an A and its product (out, in). They are consumed one by
+            one, so that a single product is in memory at a time.
     """
     before = dict(delta.tensors) if delta else {}
     after: dict[str, Array] = {}
     for a, product in products:
         name = backbone_name(a.partition(A)[0] + ".weight")
-        sum_of_both = scale * product + np.asarray(before.get(name, 0.0), np.float64)
-        after[name] = sum_of_both.astype(np.float32)
+        total = scale * product + np.asarray(before.get(name, 0.0), np.float64)
+        after[name] = total.astype(np.float32)
     if not after:
         return delta
     tensors = {**before, **after}
-    return BaseDelta(_content(tensors), tensors)
+    return BaseDelta(_version(tensors), tensors)
 
 
-def _content(tensors: Mapping[str, Array]) -> str:
-    """Names the values: what is kept of the backbone is told apart by it."""
-    found = sha256()
+def _version(tensors: Mapping[str, Array]) -> str:
+    """A hash of names and values; cached states of the backbone are stored under it."""
+    digest = sha256()
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].tobytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()[:16]

@@ -1,10 +1,11 @@
-"""What a configuration must keep to, as far as it can be said before a model is loaded; ours.
+"""Rules that a configuration must satisfy, checked before a model is loaded. Ours.
 
-What a single value may be, and how values of the configuration bound each other, stands in
-:mod:`droppeft.config`; what needs the number of layers, in a method's ``init``. All else is here or
-in a method's ``check``, for words, files, comparisons and Python alike. Only a setting that differs
-from its default counts as given, however it was written: the ``config.toml`` of a run lists every
-value, and repeats the run.
+:mod:`droppeft.config` checks single values and values that limit each other. A method's ``init``
+checks what depends on the number of layers. All other rules are here or in a method's ``check``.
+They hold for overrides, TOML files, comparisons and Python alike.
+
+A setting counts as given only if it differs from its default, even if it is written down: the
+``config.toml`` of a run lists every setting, and it must be possible to repeat the run with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +28,11 @@ class NoEffect:
     """Settings that have no effect in some configurations.
 
     Attributes:
-        keys: of the settings, or of a table with a dot behind it.
-        when: whether it is such a configuration.
-        reason: what takes the effect, behind "has no effect with"; ``{config...}`` is replaced.
+        keys: keys of the settings; a key that ends with a dot stands for a whole table.
+        when: whether the settings have no effect in a configuration.
+        reason: continues the sentence "has no effect with"; ``{config...}`` is filled in.
         instead: what to do.
-        read: the method has to read this table for the rule to hold; ``None`` for any method.
+        read: the rule holds only for methods that use this table; ``None`` for all methods.
         but: keys of the table that do have an effect.
     """
 
@@ -43,12 +44,12 @@ class NoEffect:
     but: tuple[str, ...] = ()
 
     def concerns(self, key: str) -> bool:
-        """Whether it is about a setting."""
+        """Whether the rule is about this setting."""
         tables = tuple(name for name in self.keys if name.endswith("."))
         return (key in self.keys or key.startswith(tables)) and key not in self.but
 
     def holds(self, config: Config) -> bool:
-        """Whether its settings have no effect in a configuration."""
+        """Whether the rule applies to a configuration."""
         reads = self.read is None or self.read in method_named(config.method).tables
         return reads and self.when(config)
 
@@ -66,14 +67,14 @@ NO_EFFECT = (
         keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.shape"),
         read="configurator",
         when=lambda config: config.configurator.policy != "fixed",
-        reason="configurator.policy={config.configurator.policy}, where arms have the rates",
+        reason="configurator.policy={config.configurator.policy}, whose arms set the rates",
         instead="leave it out, or set configurator.policy=fixed",
     ),
     NoEffect(
         keys=("configurator.reward_rows",),
         read="configurator",
         when=lambda config: config.configurator.reward != "loss",
-        reason="configurator.reward={config.configurator.reward}, which no client measures",
+        reason="configurator.reward={config.configurator.reward}, which clients do not measure",
     ),
     NoEffect(
         keys=("sharing.criterion", "sharing.hysteresis", "sharing.score_rows"),
@@ -86,14 +87,13 @@ NO_EFFECT = (
         keys=("sharing.hysteresis",),
         read="sharing",
         when=lambda config: config.sharing.criterion == "position",
-        reason="sharing.criterion=position, which never changes its mind",
+        reason="sharing.criterion=position, whose scores never change",
     ),
     NoEffect(
         keys=("sharing.score_rows",),
         read="sharing",
         when=lambda config: CRITERIA[config.sharing.criterion].runs_model == "no",
-        reason="sharing.criterion={config.sharing.criterion}, which does not run the model to "
-        "score",
+        reason="sharing.criterion={config.sharing.criterion}, which does not run the model",
     ),
     NoEffect(
         keys=("server.",),
@@ -101,14 +101,14 @@ NO_EFFECT = (
         read="server",
         when=lambda config: config.server.optimizer == "none",
         reason="server.optimizer={config.server.optimizer}",
-        instead="leave it out, or set another optimiser",
+        instead="leave it out, or set another server.optimizer",
     ),
     NoEffect(
         keys=("server.second_momentum", "server.tau"),
         read="server",
         when=lambda config: config.server.optimizer == "momentum",
         reason="server.optimizer={config.server.optimizer}",
-        instead="leave it out, or set another optimiser",
+        instead="leave it out, or set another server.optimizer",
     ),
     NoEffect(
         keys=("flower.",),
@@ -116,23 +116,23 @@ NO_EFFECT = (
         reason="transport={config.transport}",
     ),
 )
-"""The first rule that holds for a setting is the one that is said."""
+"""If several rules hold for a setting, the first is reported."""
 
-COSTLY = (
+STEP_SETTINGS = (
     *("model", "quantization", "accelerator", "threads", "seed"),
     *("adapter.", "dropout.", "frozen.", "clock.custom."),
     *("training.batch_size", "training.max_length", "training.precision"),
     *("training.checkpointing", "training.offload"),
 )
-"""Settings, or beginnings of some, that change what a step costs or where it is measured."""
+"""Keys, or beginnings of keys, that change what a step costs or where it is measured."""
 
 
 def check_settings(config: Config) -> None:
-    """Refuse what cannot work, and what would be ignored.
+    """Refuse settings that cannot work or would be ignored.
 
     Raises:
-        DroppeftError: an unknown method, a setting without effect, or settings that do not go
-            together; with the key and what to do.
+        DroppeftError: if the method is unknown, a given setting has no effect, or settings are
+            incompatible; the message names the setting and says what to do.
     """
     method = method_named(config.method)
     for key, rule in without_effect(config).items():
@@ -146,60 +146,60 @@ def check_settings(config: Config) -> None:
 
 
 def without_effect(config: Config) -> dict[str, NoEffect]:
-    """Given settings that change nothing, each with the rule that says so.
+    """The given settings that have no effect, each with the rule that says so.
 
     Raises:
-        DroppeftError: an unknown method.
+        DroppeftError: if the method is unknown.
     """
     rules = [rule for rule in (_unread(config), *NO_EFFECT) if rule.holds(config)]
-    found: dict[str, NoEffect] = {}
+    ignored: dict[str, NoEffect] = {}
     for key in given(config):
         for rule in rules:
             if rule.concerns(key):
-                found.setdefault(key, rule)
-    return found
+                ignored.setdefault(key, rule)
+    return ignored
 
 
 def reason_of(rule: NoEffect, config: Config) -> str:
-    """What takes the effect of a rule's settings in a configuration."""
+    """Why a rule's settings have no effect in a configuration."""
     return rule.reason.format(config=config)
 
 
 def given(config: Config) -> Mapping[str, Any]:
     """Settings by dotted key that differ from the defaults of the configuration's method."""
-    typical = flat(as_tree(build_config({"method": config.method})))
+    defaults = flat(as_tree(build_config({"method": config.method})))
     return {
         key: value
         for key, value in flat(as_tree(config)).items()
-        if key not in typical or typical[key] != value
+        if key not in defaults or defaults[key] != value
     }
 
 
-def check_costly(words: Sequence[str]) -> None:
-    """Refuse a word about a setting that changes nothing in what a step costs.
+def check_step_settings(overrides: Sequence[str]) -> None:
+    """Refuse overrides that do not change what a step costs.
 
-    A file is not looked at: it may be that of a whole run.
+    Settings in a file are not checked, since it may be the configuration of a whole run.
 
     Args:
-        words: ``key=value``.
+        overrides: ``key=value``.
 
     Raises:
-        DroppeftError: with the setting.
+        DroppeftError: if an override has no effect; the message names the setting.
     """
-    adapters = [name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults]
-    for word in words:
-        key, _, value = (part.strip() for part in word.partition("="))
-        if key == "method" and value not in adapters:
+    methods = [name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults]
+    for override in overrides:
+        key, _, value = (part.strip() for part in override.partition("="))
+        if key == "method" and value not in methods:
             raise DroppeftError(
-                "estimate and profile look at a step of the configured adapter, whatever the "
-                "method makes of it; leave method out, and set adapter.*"
+                f"method={value} has no effect on what a step of the configured adapter costs; "
+                "leave it out, and set adapter.*"
             )
-        if key != "method" and not key.startswith(COSTLY):
+        if key != "method" and not key.startswith(STEP_SETTINGS):
             raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 
 
 def _unread(config: Config) -> NoEffect:
-    """The rule about tables that other methods read and the configuration's does not."""
+    """The rule about tables that only other methods use."""
     optional = frozenset[str]().union(*(other.tables for other in METHODS.values()))
     tables = optional - method_named(config.method).tables
     return NoEffect(
@@ -210,19 +210,19 @@ def _unread(config: Config) -> NoEffect:
 
 
 def _check_frozen(config: Config) -> None:
-    """Virtual tokens stand before the first layer: then its output is not the text's alone."""
+    """Refuse frozen layers with virtual tokens, on which the output of every layer depends."""
     name, layers = config.adapter.type, config.frozen.layers
     if layers and TYPES[name].kind != "layered":
         raise DroppeftError(
-            f"frozen.layers={layers} needs an adapter in the layers behind, and {name} is not in a "
-            "layer; choose another adapter.type, or frozen.layers=0"
+            f"frozen.layers={layers} needs an adapter inside layers, but {name} is not in a layer; "
+            "set another adapter.type, or frozen.layers=0"
         )
 
 
 def _check_measured(method: Method, config: Config) -> None:
-    """Refuse a run that would end without any accuracy."""
+    """Refuse a run that would not measure any accuracy."""
     if not (method.has_global_model(config) or config.evaluation.personalised):
         raise DroppeftError(
-            f"method={config.method} has no global model with these settings, and no accuracy but "
-            "the personalised one; leave out evaluation.personalised=false"
+            f"method={config.method} has no global model with these settings, so that only "
+            "personalised accuracy can be measured; leave out evaluation.personalised=false"
         )

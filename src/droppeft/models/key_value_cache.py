@@ -1,4 +1,4 @@
-"""Models without their key-value cache, which is of use in generation only; ours."""
+"""Run models without their key-value cache, which only generation needs; ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +9,19 @@ from torch import nn
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Keep a decoder from filling a key-value cache that nobody will read.
+    """Disable a decoder's key-value cache inside.
 
-    With one, its attention reads a copy of keys and values, which may be other bits in the end.
+    With a cache, attention reads a copy of keys and values, which may change the last bits.
     """
-    with set_inside(model.config, "use_cache", False):
+    with set_temporarily(model.config, "use_cache", False):
         yield
 
 
 @contextmanager
-def set_inside(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of an instance inside; afterwards it has the old one, or none of its own."""
-    own = vars(owner)
+def set_temporarily(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of an instance inside; restore or delete it afterwards."""
     missing = object()
-    before = own.get(name, missing)
+    before = vars(owner).get(name, missing)
     setattr(owner, name, value)
     try:
         yield

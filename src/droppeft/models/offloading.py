@@ -1,4 +1,4 @@
-"""Weights of layers that a turn does not run: in a memory-mapped file, not in memory. Ours."""
+"""Keep weights of layers that a local training does not run in a memory-mapped file. Ours."""
 
 import contextlib
 import ctypes
@@ -21,28 +21,28 @@ from droppeft.errors import DroppeftError
 
 
 def check_offload(config: Config) -> None:
-    """Refuse to offload where nothing would be kept off.
+    """Refuse ``training.offload`` where it would not save memory.
 
     Raises:
-        DroppeftError: with what to set.
+        DroppeftError: the message says what to set.
     """
     if not config.training.offload:
         return
     if config.quantization != "none":
         raise DroppeftError(
-            "training.offload=true keeps weights in a file as they are, and "
-            f"quantization={config.quantization} makes others of them; choose one"
+            "training.offload=true cannot be combined with "
+            f"quantization={config.quantization}; choose one"
         )
     cached = config.frozen.layers != 0 and config.frozen.cache
     if not cached and config.dropout.every != "round":
         raise DroppeftError(
-            "training.offload=true keeps nothing off when every step may run other layers; set "
+            "training.offload=true saves no memory when every step may run other layers; set "
             "dropout.every=round, or frozen.layers with frozen.cache=true"
         )
 
 
 LEFT_BEHIND_S = 3600.0
-"""Age at which a file that still has its name belongs to nobody."""
+"""Age in seconds after which a file that still has a name is taken to be abandoned."""
 
 
 @dataclass
@@ -50,8 +50,9 @@ class _Weight:
     """One frozen parameter of a block.
 
     Attributes:
-        mapped: its values, in pages of the file.
-        version: of the parameter, when it got the values that it should have.
+        mapped: its values, mapped from the file.
+        used: its present values, in the file or on the device.
+        version: torch's version counter of the parameter when it was given these values.
     """
 
     parameter: nn.Parameter
@@ -66,34 +67,37 @@ class _Weight:
 
     @property
     def changed(self) -> bool:
-        """Whether somebody wrote to it, or gave the parameter other values."""
+        """Whether the values were written to or replaced."""
         value = self.parameter
         return value.data_ptr() != self.used.data_ptr() or value._version != self.version
 
     def use(self, values: torch.Tensor) -> None:
-        """Set the parameter's values, the same ones elsewhere."""
+        """Set the parameter's storage to a copy of the same values."""
         self.parameter.data = self.used = values
         self.version = self.parameter._version
 
 
 class OffloadedWeights:
-    """The frozen weights of a model's blocks, of which some are kept in memory.
+    """The frozen weights of a model's blocks, of which only some are in memory.
 
-    They are written to a file once, which is mapped and has no name from then on: it goes with the
-    process. On a CPU a weight's pages come into memory when it is read, and :meth:`hold` lets go of
-    all that are not needed (the system keeps them as cached file pages for as long as nobody wants
-    the memory). On an accelerator there are copies of the layers that are held, and no others.
+    They are written once to a file, which is mapped and whose name is deleted, so that the file is
+    removed when the process ends. On a CPU, a weight's pages are loaded when it is read, and
+    :meth:`load_layers` releases the pages that are not needed. (The system may keep them in its
+    page cache while there is free memory.) On an accelerator there are copies of the loaded layers
+    only.
 
-    A weight that is written to (by a base delta, by an adapter that starts from it) stays as it is.
+    A weight that is written to (by a base delta, or by an adapter that is initialised from it) is
+    no longer offloaded.
 
     Args:
-        model: on the CPU, without an adapter; all but the blocks' weights go to the device.
+        model: on the CPU, without an adapter; everything but the blocks' weights is moved to the
+            device.
         blocks: its L blocks.
-        device: where the model is to run.
-        folder: on a disk with room for the weights; made if there is none.
+        device: where the model runs.
+        folder: on a disk with room for the weights; created if it does not exist.
 
     Raises:
-        DroppeftError: there is no room for the file, or the system cannot let go of pages.
+        DroppeftError: there is no room for the file, or the system cannot release pages.
     """
 
     def __init__(
@@ -101,33 +105,35 @@ class OffloadedWeights:
     ) -> None:
         if device.type == "cpu" and platform.system() != "Linux":
             raise DroppeftError(
-                f"training.offload=true can do nothing on a CPU under {platform.system()}; "
+                f"training.offload=true saves no memory on a CPU under {platform.system()}; "
                 "set it to false"
             )
         self._device = device
-        # Other strides could give other bits.
-        layers = [[value for value in one.parameters() if value.is_contiguous()] for one in blocks]
+        # Values with other strides stay in memory: a copy with new strides could change results.
+        layers = [
+            [value for value in block.parameters() if value.is_contiguous()] for block in blocks
+        ]
         mapped = _mapped([value for layer in layers for value in layer], folder)
         self._weights = [[_Weight.of(value, mapped[value]) for value in layer] for layer in layers]
-        self.bring_rest(model)
-        self.hold(())
+        self.move_rest(model)
+        self.load_layers(())
 
-    def bring_rest(self, model: nn.Module) -> None:
-        """Move to the device what is not in the file: new adapters, heads, embeddings, buffers."""
+    def move_rest(self, model: nn.Module) -> None:
+        """Move everything that is not in the file to the device: adapters, heads, buffers, etc."""
         offloaded = {id(weight.parameter) for layer in self._weights for weight in layer}
         for value in (*model.parameters(), *model.buffers()):
             if id(value) not in offloaded:
                 value.data = _copied(value.data, self._device)
 
-    def hold(self, layers: Collection[int]) -> None:
-        """Have the weights of these layers at hand, and those of no other; first the others go."""
+    def load_layers(self, layers: Collection[int]) -> None:
+        """Load the weights of these layers, after releasing those of all others."""
         on_cpu = self._device.type == "cpu"
         for layer, weights in enumerate(self._weights):
             for weight in weights if layer not in layers else ():
                 if weight.changed:
                     continue
                 if on_cpu:
-                    _let_go(weight.mapped)
+                    _release_pages(weight.mapped)
                 else:
                     weight.use(weight.mapped)
         for layer in () if on_cpu else sorted(layers):
@@ -139,22 +145,22 @@ class OffloadedWeights:
 
 
 def _mapped(values: Sequence[nn.Parameter], folder: Path) -> dict[nn.Parameter, torch.Tensor]:
-    """The same values in a file without a name."""
-    names = {str(number): value.detach() for number, value in enumerate(values)}
+    """Write the values to a file, map it, and delete its name."""
+    tensors = {str(number): value.detach() for number, value in enumerate(values)}
     path = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         handle, path = tempfile.mkstemp(".safetensors", dir=folder)
         os.close(handle)
-        safetensors.torch.save_file(names, path)
+        safetensors.torch.save_file(tensors, path)
         with safetensors.safe_open(path, framework="pt") as file:
             return {value: file.get_tensor(str(number)) for number, value in enumerate(values)}
     except (OSError, safetensors.SafetensorError) as error:
         needed = sum(value.nbytes for value in values) / 1e9
         raise DroppeftError(
             f"training.offload=true needs {needed:.1f} GB of disk in {folder} ({error}); make "
-            "room, or name a folder elsewhere in DROPPEFT_CACHE"
+            "room, or set DROPPEFT_CACHE to another folder"
         ) from None
     finally:
         if path is not None:
@@ -162,7 +168,7 @@ def _mapped(values: Sequence[nn.Parameter], folder: Path) -> dict[nn.Parameter, 
 
 
 def _clear(folder: Path) -> None:
-    """Delete what processes left that were killed while they wrote."""
+    """Delete files of processes that were killed while they wrote."""
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
@@ -173,8 +179,8 @@ def _copied(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.to(device)
 
 
-def _let_go(mapped: torch.Tensor) -> None:
-    """Take a tensor's whole pages out of this process' memory; reading brings them back."""
+def _release_pages(mapped: torch.Tensor) -> None:
+    """Release a tensor's whole pages from this process's memory; reading loads them again."""
     first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if size > 0:

@@ -1,7 +1,7 @@
-"""Forwards in half precision, and the scaled loss that fp16 needs.
+"""Forwards in half precision, and the loss scaling that fp16 needs.
 
-Source: Micikevicius et al. (arXiv:1710.03740), as torch's ``autocast`` and ``GradScaler`` have it;
-the numbers for short turns are ours.
+Source: Micikevicius et al. (arXiv:1710.03740), as implemented in torch's ``autocast`` and
+``GradScaler``. The constants for short local trainings are ours.
 """
 
 from contextlib import nullcontext
@@ -12,20 +12,21 @@ import torch
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 INITIAL_SCALE = 2.0**10
-"""Of the loss in fp16, which holds numbers up to 65504. A logit's gradient is 1/B at most, so that
-torch's own 2^16 leaves no room when a row is alone. On the built-in encoder and on one of 12 layers
-gradients were as near to those in fp32 for any scale from 2^8 to 2^16, and less near for 1."""
+"""Initial scale of the loss in fp16, whose largest number is 65504. A logit's gradient is at most
+1/B, so that torch's default of 2^16 would overflow with a single row. On the built-in encoder and
+one of 12 layers, gradients were equally close to fp32 for scales from 2^8 to 2^16, and less close
+for 1."""
 
 BACKOFF = 1 / 16
-"""Of the scale after a step that overflowed. With torch's own, a half, a turn of 10 steps might
-end before it fits."""
+"""Factor of the scale after a step that overflowed. With torch's default of 1/2, a local training
+of 10 steps might end before the scale is small enough."""
 
 
 def autocast(precision: str, device: torch.device) -> Any:
-    """The forward's precision; adapters, gradients and optimizer stay fp32.
+    """A context for the forward in this precision; adapters, gradients and optimizer stay fp32.
 
-    What runs in half precision is torch's choice: products and attention on every device, while on
-    CUDA normalisation, softmax and the like stay fp32, which on the CPU take what they are given.
+    torch chooses what runs in half precision: products and attention on every device. On CUDA,
+    normalisation, softmax and the like run in fp32; on the CPU they run in their input's precision.
     """
     if precision == "fp32":
         return nullcontext()
@@ -33,9 +34,9 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """For a turn in fp16, whose small gradients would vanish; does nothing in other precisions.
+    """Scale the loss in fp16, where small gradients would vanish; disabled in other precisions.
 
-    It grows as torch's own does, after 2000 steps in a row without overflow: in long turns alone.
+    As torch's default, the scale grows after 2000 steps without overflow.
     """
     return torch.amp.GradScaler(
         device.type,
@@ -45,8 +46,8 @@ def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     )
 
 
-def move(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Take a step, unless a gradient has overflowed; tell which it was."""
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Take a step unless a gradient has overflowed; return whether the step was taken."""
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

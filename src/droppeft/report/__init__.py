@@ -1,1 +1,1 @@
-"""What a run shows: on the screen now, in files and pictures later."""
+"""What is shown to people: terminal output, HTML pages and figures."""

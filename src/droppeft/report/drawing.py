@@ -1,7 +1,7 @@
-"""What the figures of a page have in common: one ink, colours, and marks that differ without them.
+"""The common style of a page's figures: colours, markers, line styles and one ink colour.
 
-Ours. Members differ by marker, line and name, not by colour alone. One ink colour is used for all
-that is neither, so that a page can turn it into its own.
+Ours. Variants differ by marker, line style and name, not by colour alone. Text, axes and grid have
+one ink colour, which a page replaces by its text colour.
 """
 
 import io
@@ -14,14 +14,14 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#8C6D31", "#332288", "#777777", "#882255", "#999933"),
 )
-"""Okabe and Ito's six, which any colour vision tells apart, and five for large comparisons."""
+"""Six of Okabe and Ito's palette, which is safe for colour blindness, and five more."""
 
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-"""As many of each that no two members look alike before there are 440."""
+"""Their numbers and that of the colours are coprime, so that 440 variants all look different."""
 
 
 def looks(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the member with this number, as matplotlib takes them."""
+    """Colour, marker and line style of the variant with this number, as matplotlib takes them."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -30,7 +30,7 @@ def looks(number: int) -> dict[str, Any]:
 
 
 def svg(figure: Any) -> str:
-    """As text of its own size, without a header, the same in every run."""
+    """A figure as SVG text, transparent, without a date; the same figure gives the same text."""
     text = io.StringIO()
     with style():
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
@@ -39,7 +39,7 @@ def svg(figure: Any) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it, what is drawn and written has our ink, and the same bytes every time."""
+    """Matplotlib settings for drawing and saving: the ink colour, and reproducible files."""
     import matplotlib as mpl
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -58,7 +58,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(height: float) -> tuple[Any, Any]:
-    """A figure as wide as a phone, so many inches high, and its axes."""
+    """A figure that fits the width of a phone, ``height`` inches high, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, height), layout="constrained")
@@ -66,7 +66,7 @@ def new_figure(height: float) -> tuple[Any, Any]:
 
 
 def whole_numbers() -> Any:
-    """Places the ticks of rounds and layers."""
+    """A locator with ticks at whole numbers, for rounds and layers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True)

@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy against what it cost, times to the target, memory; ours."""
+"""Figures of a comparison: accuracy against cost, times to the target, memory. Ours."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from droppeft.report.layers import Row, of_layers
 
 @dataclass(frozen=True)
 class Axis:
-    """What accuracy is shown against.
+    """The horizontal axis of a figure that shows accuracy against cost.
 
     Attributes:
-        label: for people.
-        fields: of a round's row that add to it.
-        unit: how much of it is 1 there.
+        label: of the axis, with its unit.
+        fields: of a round's row whose sum is the cost.
+        unit: what the cost is divided by.
     """
 
     label: str
@@ -54,27 +54,33 @@ BARS: dict[str, tuple[str, Callable[[VariantRow], float | None]]] = {
     "upload": ("up, all clients, MB", lambda row: _in_mb(row.upload_bytes)),
     "download": ("down, all clients, MB", lambda row: _in_mb(row.download_bytes)),
 }
+"""Bar charts by name: title, and the value of a variant's row."""
+
 OF_THE_TARGET = ("time-modelled", "time-measured")
+"""Bar charts that are drawn only if there is a target."""
+
 OF_CLIENTS = ("personalised", "worst-tenth")
+"""Bar charts that are drawn only if clients' own models were evaluated."""
+
 TWO, EACH = "two-accuracies", "each-client"
-"""Figures about clients' own models, of all members together."""
+"""Further figures about clients' own models."""
 
 NAMED = 12
-"""As many curves of a figure have a name and a colour: those that end highest."""
+"""Most curves of a figure with a name and a colour: those that end highest."""
 
 LED = 8
-"""As many ends of curves have a line to their names."""
+"""Most curves of a figure whose ends are connected to their names by lines."""
 
 BANDS = 5
-"""As many curves have their deviation drawn; bands of more hide one another."""
+"""Most curves of a figure with bands of their deviation; more bands would hide one another."""
 
 
 def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
     """Matplotlib figures by name, small enough for a phone.
 
     Args:
-        part: whose members they show.
-        records: its runs.
+        part: the variants that they show.
+        records: runs of this part.
     """
     with style():
         measured = any(row.accuracy for row in part.rows)
@@ -85,29 +91,27 @@ def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
                 name not in OF_CLIENTS or any(value(row) is not None for row in part.rows)
             ):
                 made[name] = _bars(part, title, value)
-        own = [[one for one in records if _own(one, row.variant)] for row in part.rows]
-        if any(own):
-            made[EACH] = _each_client(part, own)
+        by_variant = [
+            [run for run in records if run.variant == row.variant and run.clients]
+            for row in part.rows
+        ]
+        if any(by_variant):
+            made[EACH] = _each_client(part, by_variant)
         both = [row for row in part.rows if row.accuracy and row.personalised]
         if len(both) > 1:
             made[TWO] = _two_accuracies(part)
         for number, row in enumerate(part.rows):
-            runs = [one.rows for one in records if one.variant == row.variant and one.result]
+            runs = [run.rows for run in records if run.variant == row.variant and run.result]
             made |= of_layers(number, row.variant, runs)
     return made
-
-
-def _own(one: RunRecord, variant: str) -> bool:
-    """Whether it is a run of this member that measured clients' own models."""
-    return one.variant == variant and bool(one.clients)
 
 
 def _accuracy(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
     figure, axis = new_figure(3.4)
     curves = {}
     for number, row in enumerate(part.rows):
-        runs = [one for one in records if one.variant == row.variant and one.result]
-        if points := [found for one in runs if (found := curve_points(one.rows, of))]:
+        runs = [run for run in records if run.variant == row.variant and run.result]
+        if points := [curve for run in runs if (curve := curve_points(run.rows, of))]:
             curves[number] = points
     best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
     ends = []
@@ -126,7 +130,7 @@ def _accuracy(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
 
 
 def curve_points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
-    """(cost so far, accuracy) of every round that was measured; nothing where a cost is unknown."""
+    """(cost so far, accuracy) of every evaluated round; empty if a round's cost is unknown."""
     if any(row[field] is None for row in rows for field in of.fields):
         return []
     sums = accumulate(sum(row[field] for field in of.fields) for row in rows)
@@ -138,18 +142,18 @@ def curve_points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
 
 
 def mean_curve(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """(cost, accuracy) by round: means over seeds of what `curve_points` gave for each."""
+    """(cost, accuracy) by round: means over seeds, from the :func:`curve_points` of each."""
     by_round = zip(*runs, strict=False)
-    return [(fmean(cost for cost, _ in at), fmean(up for _, up in at)) for at in by_round]
+    return [(fmean(cost for cost, _ in each), fmean(up for _, up in each)) for each in by_round]
 
 
 def _last(runs: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The accuracy with which a curve ends."""
+    """The mean accuracy at the end of a curve."""
     return mean_curve(runs)[-1][1]
 
 
 def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """A curve among too many for names."""
+    """A thin grey curve without a name."""
     across, up = zip(*mean_curve(runs), strict=True)
     axis.plot(across, up, color=INK, linewidth=0.7, alpha=0.3, zorder=1)
 
@@ -157,7 +161,7 @@ def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
 def _curve(
     axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]], *, band: bool
 ) -> tuple[float, float]:
-    """Mean over seeds by round, with or without a band of one standard deviation; where it ends."""
+    """Draw the mean over seeds, with a band of one standard deviation or none; return its end."""
     by_round = list(zip(*runs, strict=False))
     across, up = zip(*mean_curve(runs), strict=True)
     axis.plot(
@@ -177,9 +181,9 @@ def _curve(
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None:
-    """Each curve's mark and name beside the plot, at the height of its end if there is room.
+    """Write each curve's marker and name beside the plot, near the height of its end.
 
-    Lines lead there from up to :data:`LED` ends; more cross each other, and marks have to do.
+    Up to :data:`LED` ends are connected to their names by lines; more lines would cross each other.
     """
     low, high = axis.get_ylim()
     right, least = axis.get_xlim()[1], 0.075 * (high - low)
@@ -214,7 +218,7 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
 
 
 def _two_accuracies(part: Part) -> Any:
-    """The global model's accuracy against that of clients' own: mean and deviation over seeds."""
+    """Global against personalised accuracy: mean and standard deviation over seeds."""
     figure, axis = new_figure(3.2 + 0.1 * len(part.rows))
     for number, row in enumerate(part.rows):
         if row.accuracy and row.personalised:
@@ -236,16 +240,18 @@ def _two_accuracies(part: Part) -> Any:
 
 
 def _each_client(part: Part, runs: Sequence[Sequence[RunRecord]]) -> Any:
-    """A line per member with a dot per client and seed, and their mean."""
+    """A row per variant, with a dot per client and seed and a stroke at their mean."""
     figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
     for place, records in enumerate(runs):
-        found = [one["accuracy"] for run in records for one in run.clients]
-        if found:
+        accuracies = [client["accuracy"] for run in records for client in run.clients]
+        if accuracies:
             colour = COLOURS[place % len(COLOURS)]
-            # Some up, some down, always the same ones: dots of equal accuracy stay apart.
-            spread = [place + 0.11 * (number % 5 - 2) for number in range(len(found))]
-            axis.plot(found, spread, "o", color=colour, alpha=0.4, markersize=3.2, linewidth=0)
-            axis.plot([fmean(found)] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
+            # Fixed vertical offsets keep dots of equal accuracy apart.
+            heights = [place + 0.11 * (number % 5 - 2) for number in range(len(accuracies))]
+            dots: dict[str, Any] = {"alpha": 0.4, "markersize": 3.2, "linewidth": 0}
+            axis.plot(accuracies, heights, "o", color=colour, **dots)
+            mean = fmean(accuracies)
+            axis.plot([mean] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
     axis.set(yticks=list(range(len(part.rows))))
     figure.supxlabel("accuracy of a client's own model", fontsize=9.5)
     axis.set_yticklabels([row.variant for row in part.rows])
@@ -264,27 +270,30 @@ def _in_mb(value: float | None) -> float | None:
 
 
 def _shown(value: float) -> str:
-    """Three digits; below 1 three places, so that accuracies are as long as each other."""
+    """Three significant digits; below 1 three decimals, so that accuracies have equal length."""
     if value < 1:
         return f"{value:.3f}"
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _bars(part: Part, title: str, value: Callable[[VariantRow], float | None]) -> Any:
-    """A bar per member with its number; a word where there is none."""
+    """A bar per variant with its value, or the reason why it has none."""
     figure, axis = new_figure(0.6 + 0.36 * len(part.rows))
     values = [value(row) for row in part.rows]
     places = range(len(values))
     colours = [COLOURS[number % len(COLOURS)] for number in places]
-    axis.barh(places, [one or 0.0 for one in values], color=colours, height=0.62)
-    largest = max((one for one in values if one is not None), default=1.0) or 1.0
-    for place, (row, one) in enumerate(zip(part.rows, values, strict=True)):
-        lacking = "not by all seeds" if row.seeds else "no result"
-        text = lacking if one is None else _shown(one)
-        axis.annotate(text, (one or 0.0, place), (4, 0), textcoords="offset points", va="center")
+    axis.barh(places, [length or 0.0 for length in values], color=colours, height=0.62)
+    largest = max((length for length in values if length is not None), default=1.0) or 1.0
+    for place, (row, length) in enumerate(zip(part.rows, values, strict=True)):
+        missing = "not by all seeds" if row.seeds else "no result"
+        text = missing if length is None else _shown(length)
+        end = (length or 0.0, place)
+        axis.annotate(text, end, (4, 0), textcoords="offset points", va="center")
     axis.set(xlim=(0, 1.35 * largest), yticks=list(places), ylim=(-0.6, len(values) - 0.4))
     axis.set_yticklabels([row.variant for row in part.rows])
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)  # names may leave the axes little room
+    figure.suptitle(
+        title, x=0.01, ha="left", fontsize=9.5
+    )  # not of the axes: long names may make these narrow
     axis.invert_yaxis()
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(bottom=False, labelbottom=False, left=False)

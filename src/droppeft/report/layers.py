@@ -1,4 +1,4 @@
-"""Figures of one member by layer and round: rates, arms, who sent what, gradients; ours."""
+"""Figures of one variant by layer and round: drop rates, arms, coverage, gradients. Ours."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -11,41 +11,41 @@ from droppeft.report.drawing import COLOURS, new_figure, whole_numbers
 Row = Mapping[str, Any]
 
 WIDTH = 56
-"""As many letters of a title stand side by side."""
+"""Characters in a line of a title."""
 
 RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
-"""Figures of a member with a configurator, and of one whose clients do not send every layer; their
-names go on with the member's number."""
+"""Beginnings of figures' names, which end with the variant's number. Rates and arms are drawn for
+runs with a configurator, coverage and importance where clients do not send every layer."""
 
 
 def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """Matplotlib figures by name of the member with this number; none that would show nothing.
+    """Matplotlib figures of one variant, by name; figures that would be empty are left out.
 
     Args:
-        number: of the member, which ends its figures' names.
-        member: its name.
-        runs: rounds of each of its runs.
+        number: of the variant.
+        variant: its name.
+        runs: the rounds of each of its runs.
     """
     made = {}
-    noted = [[one for one in rows if one.get("notes")] for rows in runs]
+    noted = [[row for row in rows if row.get("notes")] for rows in runs]
     if noted and all(noted):
         title = f"{variant}: drop rate of each layer"
         if any(any(_rates(row)) for row in chain(*noted)):
             made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
         made[f"{SHARES}-{number}"] = _shares(variant, noted)
-    merged = [[one for one in rows if one.get("coverage") and one["accepted"]] for rows in runs]
-    if merged and all(merged) and any(min(_covered(r)) < 1 for r in chain(*merged)):
+    merged = [[row for row in rows if row.get("coverage") and row["accepted"]] for rows in runs]
+    if merged and all(merged) and any(min(_covered(row)) < 1 for row in chain(*merged)):
         title = f"{variant}: clients that sent each layer"
         made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
-        moved = [[one for one in rows if any(one.get("importance") or ())] for rows in runs]
-        if all(moved):
-            title = f"{variant}: gradient norm of each layer, of the round's largest"
-            made[f"{IMPORTANCE}-{number}"] = _by_layer(title, moved, _important)
+        trained = [[row for row in rows if any(row.get("importance") or ())] for rows in runs]
+        if all(trained):
+            title = f"{variant}: gradient norm of each layer, relative to the round's largest"
+            made[f"{IMPORTANCE}-{number}"] = _by_layer(title, trained, _important)
     return made
 
 
 def _rates(row: Row) -> Sequence[float]:
-    """How often each layer is dropped, mean over a round's clients."""
+    """Drop rate of each layer, mean over a round's clients."""
     rates: Sequence[float] = row["notes"]["rates"]
     return rates
 
@@ -56,20 +56,20 @@ def _covered(row: Row) -> Sequence[float]:
 
 
 def _important(row: Row) -> Sequence[float]:
-    """Gradient norm of each layer, through the round's largest."""
+    """Gradient norm of each layer, divided by the round's largest."""
     largest = max(row["importance"])
     return [norm / largest for norm in row["importance"]]
 
 
 def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any]) -> Any:
-    """Layers by rounds, mean over seeds."""
+    """A heat map of layers by rounds, mean over seeds."""
     import matplotlib as mpl
 
     by_round: dict[int, list[Sequence[float]]] = {}
     for row in chain.from_iterable(runs):
         by_round.setdefault(row["round"], []).append(of(row))
     rounds, layers = max(by_round), len(of(runs[0][0]))
-    unknown = [[float("nan")] * layers]  # of a round without clients
+    unknown = [[float("nan")] * layers]  # for a round without values
     values = [
         [fmean(layer) for layer in zip(*by_round.get(round, unknown), strict=True)]
         for round in range(1, rounds + 1)
@@ -80,7 +80,7 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
         [edge + 1 for edge in edges[0]],
         edges[1],
         list(zip(*values, strict=True)),
-        cmap=mpl.colormaps["cividis"].resampled(20),  # as many shapes in the page, not 256
+        cmap=mpl.colormaps["cividis"].resampled(20),  # 20 colours: 256 would make the page larger
         vmin=0,
         vmax=1,
     )
@@ -89,8 +89,8 @@ def _by_layer(title: str, runs: Sequence[Sequence[Row]], of: Callable[[Row], Any
     axis.yaxis.set_major_locator(whole_numbers())
     axis.xaxis.set_major_locator(whole_numbers())
     scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-    scale.solids.set_edgecolor("face")  # no light between the colours
-    scale.solids.set_rasterized(False)  # lines alone in the page, no pictures
+    scale.solids.set_edgecolor("face")  # no white lines between the colours
+    scale.solids.set_rasterized(False)  # vector graphics in the page, no bitmap
     return figure
 
 
@@ -99,9 +99,9 @@ def _name(axis: Any, title: str) -> None:
 
 
 def _shares(variant: str, runs: Sequence[Sequence[Row]]) -> Any:
-    """Of a round's clients, the share that had each arm; mean over seeds and up to three rounds.
+    """A stacked plot of the share of clients with each arm, mean over seeds and up to three rounds.
 
-    Of a round and the two before it, so that a figure shows nothing before it happened.
+    The rounds are the shown one and the two before it; later rounds have no influence on it.
     """
     every = list(chain.from_iterable(runs))
     rounds = max(row["round"] for row in every)
@@ -124,7 +124,7 @@ def _shares(variant: str, runs: Sequence[Sequence[Row]]) -> Any:
         layer.set_edgecolor("#ffffff")
         layer.set_linewidth(0.3)
     axis.set(xlabel="round", ylabel="share of clients", ylim=(0, 1), xlim=(1, max(2, rounds)))
-    title = f"{variant}: arms, mean of a round and the two before"
+    title = f"{variant}: arms, mean of a round and the two before it"
     _name(axis, title)
     axis.xaxis.set_major_locator(whole_numbers())
     figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8.5, reverse=True)

@@ -1,6 +1,6 @@
-"""A comparison, or one run, as a page that needs nothing but itself; its figures as files. Ours.
+"""Write a comparison, or one run, as a self-contained HTML page, and its figures as files. Ours.
 
-The page has no script and asks no network. It follows the reader's choice of light or dark.
+The page has no script and loads nothing. It follows the browser's light or dark colour scheme.
 """
 
 import html
@@ -47,7 +47,7 @@ from droppeft.runs.ledger import read_rows
 
 PAGE, FIGURES = "report.html", "figures"
 MANY = 12
-"""More figures than these in a group are shown when they are asked for."""
+"""A group with more figures is folded away until the reader opens it."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2125; --soft: #5b6470; --line: #d8dde3;
@@ -80,21 +80,26 @@ details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); p
 
 GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
-    "with up to five members a band of one standard deviation.",
+    "with up to five variants a band of one standard deviation.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
-    (*OF_CLIENTS, EACH, TWO): "Every client's own model on its own test texts when the run ended, "
-    "whether it ever trained or not; a client counts as one. Without personal layers: the global "
-    "model. A dot is a client of a seed, a stroke their mean; crosses are standard deviations.",
+    (
+        *OF_CLIENTS,
+        EACH,
+        TWO,
+    ): "Every client's own model on its own test texts at the end of the run, "
+    "whether the client ever trained or not; all clients have equal weight. Without personal "
+    "layers this is the global model. A dot is one client with one seed, a stroke their mean; "
+    "crosses are standard deviations.",
     tuple(
         name for name in BARS if name not in (*OF_THE_TARGET, *OF_CLIENTS)
     ): "Most bytes that a step stored for "
-    "its backward, and bytes of tensors that travelled in a whole run. Measured.",
+    "its backward pass, and bytes of tensors that travelled in a whole run. Measured.",
 }
-"""Figures that stand together, and what is said of them."""
+"""Groups of figures by their names, with captions."""
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``report.html`` and figures beside a comparison or a run.
+    """Write ``report.html`` and figures into the folder of a comparison or a run.
 
     Raises:
         DroppeftError: the folder holds neither, or it is not finished.
@@ -140,7 +145,7 @@ def _page(title: str, sections: Sequence[str], records: Sequence[RunRecord]) -> 
     shown = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>'
-        '<meta name="viewport" content="width=client-width, initial-scale=1">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(records)}"
         f"{''.join(sections)}{_settings(records)}</body></html>\n"
     )
@@ -149,51 +154,52 @@ def _page(title: str, sections: Sequence[str], records: Sequence[RunRecord]) -> 
 def _lead(records: Sequence[RunRecord]) -> str:
     variants = len({one.variant for one in records})
     seeds = len({one.seed for one in records})
-    lines = f"{variants} method{'s' * (variants > 1)}, {seeds} seed{'s' * (seeds > 1)}."
+    counts = f"{variants} variant{'s' * (variants > 1)}, {seeds} seed{'s' * (seeds > 1)}."
     return (
-        f"<p>{lines} <em>Modelled</em> is on the clients' profiles, all side by side; "
-        "<em>measured</em> on the machine that ran them, as if clients worked side by side.</p>\n"
+        f"<p>{counts} <em>Modelled</em> times are computed from device profiles, with all "
+        "clients in parallel; <em>measured</em> times are those of the machine of the "
+        "run, as if the clients had worked in parallel.</p>\n"
     )
 
 
 def _section(part: Part, made: Mapping[str, Any]) -> str:
     shown = "".join(
-        _group([made[name] for name in names if name in made], _said(names, caption, part))
+        _group([made[name] for name in names if name in made], _caption(names, caption, part))
         for names, caption in GROUPS.items()
     )
-    thought = _group(
+    configurator = _group(
         [made[name] for name in made if name.startswith((f"{RATES}-", f"{SHARES}-"))],
         "What the configurator chose, mean over seeds. An arm says which share of the layers "
-        "behind <code>frozen.layers</code> it does not train, and what is dropped of those that it "
-        "trains; patterns and the legend's order tell arms apart without colour.",
+        "behind <code>frozen.layers</code> is not trained, and how many of the trained ones are "
+        "dropped; arms also differ by pattern, in the order of the legend.",
     )
-    sent = _group(
+    coverage = _group(
         [made[name] for name in made if name.startswith((f"{COVERAGE}-", f"{IMPORTANCE}-"))],
-        "Share of each round's merged clients that sent a layer, mean over seeds: what stays "
-        "personal, is dropped or not trained is not sent. Beside it how large the gradients of "
-        "the layers' adapters are.",
+        "Share of each round's merged clients that sent a layer, mean over seeds: layers that are "
+        "personal, dropped or not trained are not sent. Beside it the gradient norms of the "
+        "layers' adapters.",
     )
-    lost = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    known = "".join(f"<p>{html.escape(line)}</p>\n" for line in notes(part))
+    failed = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
+    noted = "".join(f"<p>{html.escape(line)}</p>\n" for line in notes(part))
     title = f"<h2>{html.escape(heading(part))}</h2>\n"
     tables = _table(part, QUALITY) + _table(part, (*TIMES, *COSTS[1:]))
-    return f"{title}{tables}{known}{lost}{shown}{thought}{sent}"
+    return f"{title}{tables}{noted}{failed}{shown}{configurator}{coverage}"
 
 
-def _said(names: Sequence[str], caption: str, part: Part) -> str:
-    """The caption of a group, with what only some of its figures show."""
+def _caption(names: Sequence[str], caption: str, part: Part) -> str:
+    """A group's caption, completed by what depends on the part."""
     if names != tuple(AXES):
         return caption
     dotted = " Dotted: the target." if part.target is not None else ""
     variants = len(part.rows)
-    named = f" Of {variants} members the {NAMED} that end highest have names."
+    named = f" Of {variants} variants the {NAMED} that end highest have names."
     return f"{caption}{dotted}{named if variants > NAMED else ''}"
 
 
 def _group(drawn: Sequence[Any], caption: str) -> str:
     if not drawn:
         return ""
-    least = 20 if len(drawn) == 3 else 26  # in rows of three, or of two
+    least = 20 if len(drawn) == 3 else 26  # three figures in a row, otherwise two
     panels = "".join(f"<div>{_inline(svg(figure))}</div>" for figure in drawn)
     shown = (
         f'<figure><div class="panels" style="--least: {least}rem">{panels}</div>'
@@ -205,7 +211,7 @@ def _group(drawn: Sequence[Any], caption: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Without header and fixed size, its ink the page's own."""
+    """An SVG element without XML header and fixed size, whose ink is the page's text colour."""
     start = text.index("<svg")
     end = text.index(">", start)
     opening = " ".join(
@@ -215,7 +221,7 @@ def _inline(text: str) -> str:
 
 
 def _table(part: Part, columns: Sequence[str]) -> str:
-    """Those of the columns in which anything stands."""
+    """An HTML table of the columns that are not empty."""
     cells = {name: COLUMNS[name] for name in columns}
     known = {n: cell for n, cell in cells.items() if {cell(row) for row in part.rows} != {"–"}}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in known)
@@ -228,13 +234,13 @@ def _table(part: Part, columns: Sequence[str]) -> str:
 
 
 def _settings(records: Sequence[RunRecord]) -> str:
-    """What all runs have in common, what each member has alone, versions and machine."""
-    own_of = {one.variant: one.settings for one in records}
-    common = set.intersection(*map(set, own_of.values()))
-    parts = [("Settings of all", [*_places(records), *map(_spaced, sorted(common))])]
-    for variant, settings in own_of.items():
+    """Common settings, each variant's further ones, library versions and machine."""
+    by_variant = {run.variant: run.settings for run in records}
+    common = set.intersection(*map(set, by_variant.values()))
+    parts = [("Common settings", [*_places(records), *map(_spaced, sorted(common))])]
+    for variant, settings in by_variant.items():
         own = sorted(set(settings) - common)
-        parts += [(f"Settings of {variant} alone", [*map(_spaced, own)])] if own else []
+        parts += [(f"Settings of {variant}", [*map(_spaced, own)])] if own else []
     results = [one.result for one in records if one.result is not None]
     for title, key in (("Versions", "versions"), ("Machine", "machine")):
         if results:
@@ -250,7 +256,7 @@ def _settings(records: Sequence[RunRecord]) -> str:
 
 
 def _places(records: Sequence[RunRecord]) -> list[str]:
-    """Models, data and seeds, several of which belong to all members."""
+    """Models, data and seeds of all runs, as lines of settings."""
     found: dict[str, Iterable[Any]] = {
         "model": dict.fromkeys(one.model for one in records),
         "data": dict.fromkeys(one.data for one in records),

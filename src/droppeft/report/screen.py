@@ -1,4 +1,4 @@
-"""A run on the terminal: header, progress with rate and time left, a line per round, a table."""
+"""Show a run on the terminal: header, progress bars, a line per round, and a closing table."""
 
 import json
 import sys
@@ -34,14 +34,14 @@ BAR_WIDTH = 18
 
 
 class Screen:
-    """Shows a run to a person; use it as a context manager around the run."""
+    """A listener that shows a run on a terminal; use it as a context manager around the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._progress = bar(self.console)
         self._status = self.console.status("")
         self._rounds: TaskID | None = None
-        self._variants: TaskID | None = None
+        self._clients: TaskID | None = None
         self._about: Mapping[str, Any] = {}
 
     def __enter__(self) -> "Screen":
@@ -69,30 +69,30 @@ class Screen:
         self._about = about
         self.console.print(_header(about))
         if rows:
-            self.console.print(Text(f"going on after round {rows[-1].round}", style="yellow"))
+            self.console.print(Text(f"continuing after round {rows[-1].round}", style="yellow"))
         self._rounds = self._progress.add_task(
             "rounds ", total=about["planned_rounds"], completed=len(rows)
         )
-        self._variants = self._progress.add_task("clients", total=about["drawn_size"])
+        self._clients = self._progress.add_task("clients", total=about["drawn_size"])
         self.console.print(_round_head(about))
         self._progress.start()
 
     def replied(self, reply: Reply) -> None:
-        """Move the bar of the present round."""
-        if self._variants is not None:
-            self._progress.advance(self._variants)
+        """Advance the bar of the current round."""
+        if self._clients is not None:
+            self._progress.advance(self._clients)
 
     def round_done(self, row: RoundRow) -> None:
-        """Print the round's line."""
-        if self._rounds is None or self._variants is None:
+        """Print the round's line, who was left out, and the configurator's choice."""
+        if self._rounds is None or self._clients is None:
             return
         self.console.print(_round_line(row, self._about))
         for line in _left_out(row):
             self.console.print(line)
-        for line in _thought(row, self._about):
+        for line in _arms(row, self._about):
             self.console.print(Padding(line, (0, 0, 0, 9)))
         self._progress.advance(self._rounds)
-        self._progress.reset(self._variants)
+        self._progress.reset(self._clients)
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Print the closing table."""
@@ -102,7 +102,7 @@ class Screen:
 
 
 class Quiet:
-    """Says one line, at the end."""
+    """A listener that prints one line at the end."""
 
     def preparing(self, what: str) -> None:
         """Nothing."""
@@ -117,19 +117,19 @@ class Quiet:
         """Nothing."""
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """The accuracy on the whole test set."""
+        """Print the accuracies."""
         print(accuracy_line(result))
 
 
 class JsonLines(Quiet):
-    """Prints a JSON object per round and one for the result, for programs."""
+    """A listener that prints a JSON object per round, and one for the result."""
 
     def round_done(self, row: RoundRow) -> None:
-        """The row as in ``rounds.jsonl``."""
+        """Print the row as in ``rounds.jsonl``."""
         self._print({"event": "round", **asdict(row)})
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """The content of ``result.json``."""
+        """Print the content of ``result.json``."""
         self._print({"event": "result", **result})
 
     def _print(self, content: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ class JsonLines(Quiet):
 
 
 def closing_table(result: Mapping[str, Any]) -> Table:
-    """The result for people: quality beside its references, then what it cost."""
+    """The result as a table: accuracies and their references, then costs."""
     table = Table(box=box.SIMPLE_HEAD, title="Result", title_justify="left", show_header=False)
     table.add_column("what", style="bold")
     table.add_column("value", justify="right")
@@ -178,39 +178,39 @@ def _global_lines(result: Mapping[str, Any], sample: str) -> list[tuple[str, str
 
 
 def _f1_note(result: Mapping[str, Any]) -> str:
-    """Which of F1's several meanings it has here."""
+    """Which F1 score it is."""
     return "of class 1" if result["classes"] == 2 else "mean over classes (macro)"
 
 
 def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Nothing in a run that did not measure it, as those of earlier versions."""
-    if result.get("personalised_accuracy") is None:
+    """Accuracy of clients' own models; no lines if the run did not evaluate them."""
+    if result["personalised_accuracy"] is None:
         return []
-    clients, rows = result["personalised_devices"], result["personalised_rows"]
+    clients, rows = result["personalised_clients"], result["personalised_rows"]
     note = f"mean of {clients:,} clients' own models on their own {rows:,} test texts"
-    worst = max(1, -(-clients // 10))
-    of_them = f"of them: {worst} client{'s' * (worst > 1)}"
+    tenth = max(1, -(-clients // 10))
+    of_them = f"of them: {tenth} client{'s' * (tenth > 1)}"
     failed = result["personalised_failures"]
     if failed:
-        note += f"; {len(failed)} could not be measured ({failed[0]['reason']})"
-    if lost := result.get("personalised_lost"):
-        note += f"; {len(lost)} had lost what they kept and had the global model"
+        note += f"; {len(failed)} could not be evaluated ({failed[0]['reason']})"
+    if lost := result["personalised_lost"]:
+        note += f"; {len(lost)} had lost their client state and used the global model"
     return [
         ("personalised", _share(result["personalised_accuracy"]), note),
         ("worst tenth", _share(result["personalised_worst_tenth"]), of_them),
         ("deviation", _share(result["personalised_deviation"]), "between them"),
         (
             "own majority class",
-            _share(result.get("own_majority_accuracy")),
-            "reference: a client that always answers its most frequent class",
+            _share(result["own_majority_accuracy"]),
+            "reference: always predict the client's most frequent class",
         ),
         *_newcomer_lines(result),
     ]
 
 
 def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Of clients that never trained, where they were given an epoch."""
-    if result.get("newcomers_accuracy_after_epoch") is None:
+    """Accuracy of clients that never trained, before and after one epoch; or no lines."""
+    if result["newcomers_accuracy_after_epoch"] is None:
         return []
     return [
         ("newcomers", _share(result["newcomers_accuracy"]), "of them: those that never trained"),
@@ -219,12 +219,13 @@ def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def accuracy_line(result: Mapping[str, Any]) -> str:
-    """Both accuracies, those that there are."""
-    found = {
+    """Global and personalised accuracy, as far as there are any."""
+    accuracies = {
         "accuracy": result["global_accuracy"],
-        "personalised": result.get("personalised_accuracy"),
+        "personalised": result["personalised_accuracy"],
     }
-    return ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+    known = {name: value for name, value in accuracies.items() if value is not None}
+    return ", ".join(f"{name} {value:.4f}" for name, value in known.items())
 
 
 def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -279,8 +280,8 @@ def _header(about: Mapping[str, Any]) -> Panel:
         f"{about['clients']}, {about['cohort_size']} per round{of_drawn}, "
         f"{about['planned_rounds']} rounds",
     )
-    if said := _shared(about["config"]["sharing"]):
-        grid.add_row("sharing", said)
+    if sharing := _shared(about["config"]["sharing"]):
+        grid.add_row("sharing", sharing)
     modelled = about["without_clock"] or f"{', '.join(about['profiles'])} (modelled)"
     grid.add_row("profiles", modelled)
     grid.add_row(
@@ -290,25 +291,25 @@ def _header(about: Mapping[str, Any]) -> Panel:
     )
     content: Group | Table = grid
     if about["builtin_data_as_published"] is False:
-        warning = "other library versions than the published ones: accuracies do not compare"
+        warning = "other library versions than the published ones: accuracies are not comparable"
         content = Group(grid, Text(warning, style="yellow"))
     title = f"[bold]droppeft[/] · {about['method']} · seed {about['seed']}"
     return Panel(content, title=title, title_align="left", box=box.ROUNDED, expand=False)
 
 
 def _shared(sharing: Mapping[str, Any]) -> str:
-    """What does not travel, if anything."""
+    """What clients share, if it is not everything."""
     parts = []
     if sharing["fraction"] < 1:
         criterion = sharing["criterion"].replace("_", " ")
-        parts.append(f"{sharing['fraction']:.0%} of the layers travel, by {criterion}")
+        parts.append(f"{sharing['fraction']:.0%} of the layers are shared, by {criterion}")
     if sharing["head"] == "personal":
-        parts.append("the head stays")
+        parts.append("the head is personal")
     return "; ".join(parts)
 
 
 def _round_head(about: Mapping[str, Any]) -> Text:
-    """What the columns of :func:`_round_line` are."""
+    """The headings of :func:`_round_line`."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
     columns = f"{'train loss':>12}{'depth':>10}{'here':>12}{'modelled':>12}"
     return Text(f"{indent}{'accuracy':<{5 + BAR_WIDTH}}{columns}", style="dim")
@@ -333,13 +334,13 @@ def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
 
 
 def _not_frozen(about: Mapping[str, Any]) -> int:
-    """Layers that dropout and depth are about; those of ``frozen.layers`` lie below them."""
+    """How many layers are not frozen; drop rates and depth are about these."""
     layers: int = about["num_layers"] - about["config"]["frozen"]["layers"]
     return layers
 
 
 def _left_out(row: RoundRow) -> Iterator[Text]:
-    """Who was not merged in a round, and why."""
+    """Lines about clients whose update was not merged in a round, and why."""
     indent = " " * 9
     for failure in row.failures:
         yield Text(f"{indent}client {failure['client']}: {failure['reason']}", style="red")
@@ -349,26 +350,26 @@ def _left_out(row: RoundRow) -> Iterator[Text]:
         yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
 
 
-def _thought(row: RoundRow, about: Mapping[str, Any]) -> Iterator[Text]:
-    """Which arms the configurator tried in a round, and which it holds for the best.
+def _arms(row: RoundRow, about: Mapping[str, Any]) -> Iterator[Text]:
+    """A line with the arms that the configurator chose in a round, and the best arm so far.
 
-    An arm that nobody has tried is expected to be worth what the others are, or more.
+    The best arm may be one that was not tried lately: its expected reward may be the highest.
     """
     notes = row.notes or {}
     if "chosen" not in notes:
         return
     counts = Counter(str(number) for number in notes["chosen"].values())
-    tried = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
+    chosen = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
     best = notes["labels"][str(notes["best"])]
     trials = notes["trials"][notes["present"].index(notes["best"])]
-    said = "best so far" if trials else "not tried lately, and expected to be best"
+    status = "best so far" if trials else "expected to be best, but not tried lately"
     frozen = about["config"]["frozen"]["layers"]
     behind = f" behind {frozen} frozen layers" if frozen else ""
-    yield Text(f"arms{behind}: {tried} ({said}: {best})", style="dim")
+    yield Text(f"arms{behind}: {chosen} ({status}: {best})", style="dim")
 
 
 def bar(console: Console) -> Progress:
-    """Progress with its rate and the time left, where there is a terminal; not started yet."""
+    """A progress bar with rate and remaining time, not started; disabled without a terminal."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -411,7 +412,7 @@ def _joules(value: float | None) -> str:
 
 
 def bytes_text(value: float) -> str:
-    """Decimal units, for people."""
+    """A number of bytes in decimal units."""
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

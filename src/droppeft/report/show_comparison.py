@@ -1,4 +1,4 @@
-"""``droppeft compare`` on the terminal: a line per run, how long it will take, tables."""
+"""What ``droppeft compare`` prints: a line per run, the remaining time, tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from droppeft.runs.listener import Listener
 
 
 class Lines:
-    """Says of each run how it ended, and after the first how long the others will take."""
+    """Prints how each run ended and, after the first one, how long the others will take."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -36,31 +36,31 @@ class Lines:
         self._run = _Run(console, "")
 
     def begins(self, cell: Cell, number: int, of: int) -> Listener:
-        """A bar of this run's rounds."""
+        """Start a progress bar for the run's rounds."""
         self._number, self._of = number, of
         self._run = _Run(self._console, f"{number}/{of} {_name(cell)}")
         return self._run
 
-    def done(self, records: RunRecord, wall_s: float | None) -> None:
-        """The run's line."""
+    def done(self, record: RunRecord, wall_s: float | None) -> None:
+        """Print the run's line."""
         self._run.close()
-        line = Text(f"{self._number:>3}/{self._of} {_name(records):<40} ")
-        if records.result is None:
-            line.append(f"failed: {records.failure}", style="red")
+        line = Text(f"{self._number:>3}/{self._of} {_name(record):<40} ")
+        if record.result is None:
+            line.append(f"failed: {record.failure}", style="red")
         else:
-            line.append(accuracy_line(records.result), style="bold green")
+            line.append(accuracy_line(record.result), style="bold green")
             line.append(" done before" if wall_s is None else f" in {wall_s:.0f} s", style="dim")
         self._console.print(line, soft_wrap=True)
-        if wall_s is not None and records.result is not None:
+        if wall_s is not None and record.result is not None:
             self._walls.append(wall_s)
             self._estimate()
 
     def close(self) -> None:
-        """Take the bar away, whatever happened."""
+        """Remove the progress bar."""
         self._run.close()
 
     def _estimate(self) -> None:
-        """Once, after the first run: what is left, if the others are like it."""
+        """After the first run, print the remaining time if the others take as long."""
         left = self._of - self._number
         if len(self._walls) == 1 and left:
             minutes = max(1, round(left * self._walls[0] / 60))
@@ -71,7 +71,7 @@ class Lines:
 
 
 class _Run:
-    """Watches one run."""
+    """The listener of one run, with a progress bar."""
 
     def __init__(self, console: Console, name: str) -> None:
         self._progress = bar(console)
@@ -79,33 +79,33 @@ class _Run:
         self._task = self._progress.add_task(name, total=None)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
     def preparing(self, what: str) -> None:
-        """A step before round 1."""
+        """Show a step before round 1."""
         self._progress.start()
         self._progress.update(self._task, description=f"{self._name}: {what}")
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """The bar's length is known."""
+        """Set the bar's length."""
         self._progress.update(
             self._task, description=self._name, total=about["planned_rounds"], completed=len(rows)
         )
 
     def replied(self, reply: Reply) -> None:
-        """Nothing: rounds are what is counted here."""
+        """Nothing: the bar counts rounds."""
 
     def round_done(self, row: RoundRow) -> None:
-        """One round less."""
+        """Advance the bar."""
         self._progress.advance(self._task)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Nothing: the line comes with the comparison."""
+        """Nothing: :class:`Lines` prints the result."""
 
 
 def show(parts: Sequence[Part], console: Console) -> None:
-    """A table per data set and model."""
+    """Print tables and notes for each data set and model."""
     for part in parts:
         console.print(Text(heading(part), style="bold"))
         for columns in (QUALITY, TIMES, COSTS):
@@ -115,16 +115,16 @@ def show(parts: Sequence[Part], console: Console) -> None:
             console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))
-    note = "modelled: on the clients' profiles; measured (m.): here, clients side by side"
+    note = "modelled: on device profiles; measured (m.): on this machine; clients in parallel"
     console.print(Text(note, style="dim"))
 
 
 def _table(part: Part, columns: Sequence[str]) -> Table:
-    """On a narrow screen the headings take several lines, and not the numbers."""
+    """A table whose headings are wrapped on a narrow terminal, but not its values."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
         longest = max(len(COLUMNS[name](row)) for row in part.rows)
-        justify: Literal["left", "right"] = "left" if name == "member" else "right"
+        justify: Literal["left", "right"] = "left" if name == "variant" else "right"
         table.add_column(name, justify=justify, min_width=longest)
     for row in part.rows:
         table.add_row(*(Text(COLUMNS[name](row)) for name in columns))

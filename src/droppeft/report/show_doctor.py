@@ -22,13 +22,13 @@ def is_ready(findings: Mapping[str, Finding]) -> bool:
 
 
 def as_json(findings: Mapping[str, Finding]) -> str:
-    """For programs: ``ok`` is whether a run would work; ``checks`` in the order of the table."""
+    """A JSON object: ``ok`` is whether a run would work, ``checks`` are in the table's order."""
     checks = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
     return json.dumps({"ok": is_ready(findings), "version": __version__, "checks": checks})
 
 
 def show(findings: Mapping[str, Finding], console: Console) -> None:
-    """For people; commands are never broken into lines, so that they can be pasted."""
+    """Print the table and what to do; commands are never wrapped, so that they can be pasted."""
     console.print(_table(findings))
     remedies = _remedies(findings)
     if remedies:
@@ -52,7 +52,7 @@ def _table(findings: Mapping[str, Finding]) -> Table:
 
 
 def _remedies(findings: Mapping[str, Finding]) -> dict[str, list[str]]:
-    """Command to the checks that ask for it; those of problems come first."""
+    """The checks that each command repairs; commands for problems come first."""
     remedies: dict[str, list[str]] = defaultdict(list)
     for status in ("problem", "note"):
         for name, finding in findings.items():
@@ -64,4 +64,4 @@ def _remedies(findings: Mapping[str, Finding]) -> dict[str, list[str]]:
 def _verdict(findings: Mapping[str, Finding]) -> Text:
     if is_ready(findings):
         return Text("\nReady: droppeft run", style="green")
-    return Text("\nNot ready: droppeft run would fail, or not do what it promises", style="red")
+    return Text("\nNot ready: droppeft run would fail or not work as documented", style="red")

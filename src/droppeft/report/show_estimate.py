@@ -1,4 +1,4 @@
-"""What ``droppeft estimate`` shows: a table of what fits, or of what is nearest, or JSON."""
+"""What ``droppeft estimate`` prints: combinations that fit, or the nearest one, or JSON."""
 
 import json
 import re
@@ -20,7 +20,6 @@ from droppeft.resources.estimate import Limits, Option, counted_on, least_saving
 
 SCHEMA_VERSION = 1
 
-
 SETTINGS: dict[str, Callable[[Option], str]] = {
     "model": lambda one: re.split("[:/]", one.config.model.rstrip("/"))[-1],
     "adapter": lambda one: one.config.adapter.type,
@@ -33,18 +32,18 @@ SETTINGS: dict[str, Callable[[Option], str]] = {
     "ckpt": lambda one: "yes" if one.config.training.checkpointing else "no",
     "offload": lambda one: "yes" if one.config.training.offload else "no",
 }
-"""Columns of the table, and what stands in them."""
+"""Columns of the table, and how a cell is written."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything that was considered.
+    """All combinations that were considered.
 
     Attributes:
         limits: of the device.
-        profile: name of its profile, or ``None``.
-        options: all combinations that a run takes.
-        refused: why it does not take others, and how many.
+        profile: name of the device profile, or ``None``.
+        options: combinations that a run accepts, with their costs.
+        refused: how many combinations a run refuses, by error message.
     """
 
     limits: Limits
@@ -54,22 +53,22 @@ class Answer:
 
     @property
     def fitting(self) -> list[Option]:
-        """Those within the limits."""
+        """Options within the limits."""
         return [one for one in self.options if one.excess(self.limits) <= 1]
 
     @property
     def nearest(self) -> Option:
-        """The one that misses the limits by least, or is farthest within."""
+        """The option that exceeds the limits least, or is farthest below them."""
         return min(self.options, key=lambda one: one.excess(self.limits))
 
 
 def consider(
     configs: Sequence[Config], limits: Limits, profile: str | None, console: Console
 ) -> Answer:
-    """Cost all combinations, with a bar where ``console`` is a terminal.
+    """Estimate the costs of all combinations, with a progress bar if ``console`` is a terminal.
 
     Raises:
-        DroppeftError: a run takes none of them.
+        DroppeftError: a run would refuse all of them.
     """
     options: list[Option] = []
     refused: Counter[str] = Counter()
@@ -87,7 +86,7 @@ def consider(
 
 
 def as_json(answer: Answer) -> str:
-    """All combinations with their memory by part, in bytes; ``shown`` are those of the table."""
+    """All combinations, with memory by part in bytes; ``shown`` marks those of the table."""
     shown = {id(one) for one in least_savings(answer.fitting)}
     return json.dumps(
         {
@@ -105,7 +104,7 @@ def as_json(answer: Answer) -> str:
 
 
 def show(answer: Answer, console: Console, *, everything: bool) -> None:
-    """For people; the command is never broken into lines, so that it can be pasted."""
+    """Print the table; the command is never wrapped, so that it can be pasted."""
     fitting = answer.fitting
     shown = fitting if everything else least_savings(fitting)
     if shown:
@@ -119,16 +118,16 @@ def show(answer: Answer, console: Console, *, everything: bool) -> None:
         console.print(_command(answer.nearest), soft_wrap=True, style="cyan", highlight=False)
     if answer.refused:
         count, reason = sum(answer.refused.values()), next(iter(answer.refused))
-        text = f"{count} left out, which a run refuses, for instance: {reason}"
+        text = f"{count} combinations left out because a run refuses them, for instance: {reason}"
         console.print(text, style="yellow", highlight=False)
 
 
 def _command(one: Option) -> str:
-    return f"  droppeft run {shlex.join(one.words)}"
+    return f"  droppeft run {shlex.join(one.overrides)}"
 
 
 def _heading(answer: Answer, shown: Sequence[Option]) -> str:
-    """Settings that are alike in all rows, and what they fit."""
+    """Settings that are the same in all rows, and the limits."""
     title = " · ".join(f"{name} {SETTINGS[name](shown[0])}" for name in _alike(shown))
     return f"{title}\nfits {_limits(answer)}"
 
@@ -156,12 +155,14 @@ def _table(answer: Answer, shown: Sequence[Option]) -> Table:
 
 def _summary(answer: Answer, shown: int) -> str:
     fitting = len(answer.fitting)
-    least = "" if shown == fitting else f", shown are the {shown} that save no more than needed"
+    least = (
+        "" if shown == fitting else f", shown are the {shown} with no more savings than necessary"
+    )
     kernels = counted_on(answer.options[0].config)
     return (
         f"{fitting} of {len(answer.options)} combinations fit{least}. run: layers that run in a "
         f"step, at most; ckpt: gradient checkpointing. All modelled, activations as on {kernels}; "
-        "what malloc keeps of freed memory comes on top (docs/costs.md)."
+        "freed memory that malloc does not return is not counted (docs/costs.md)."
     )
 
 
@@ -171,7 +172,7 @@ def _nothing(answer: Answer) -> str:
         time = f" and {one.step_s:.2f} s per step"
     return (
         f"None of {len(answer.options)} combinations fits {_limits(answer)} (modelled).\n"
-        f"Nearest is one that needs {bytes_text(one.memory.total)}{time}:"
+        f"The nearest one needs {bytes_text(one.memory.total)}{time}:"
     )
 
 
@@ -184,7 +185,7 @@ def _limits(answer: Answer) -> str:
 
 def _plain(one: Option, limits: Limits) -> dict[str, Any]:
     return {
-        "settings": dict(word.split("=", 1) for word in one.words),
+        "settings": dict(setting.split("=", 1) for setting in one.overrides),
         "num_layers": one.num_layers,
         "active_layers": one.active,
         "memory_bytes": {**asdict(one.memory), "total": one.memory.total},

@@ -1,4 +1,4 @@
-"""What ``droppeft profile`` shows and writes: progress, a table, JSON, a figure."""
+"""What ``droppeft profile`` prints and writes: progress, a table, JSON, a figure."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ from droppeft.config import Config, as_tree, resolve_layers
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
 from droppeft.report.screen import bar, bytes_text
-from droppeft.resources.model_shape import outlined
-from droppeft.resources.profiling import Measured, profile
+from droppeft.resources.model_shape import model_shape
+from droppeft.resources.profiling import RateProfile, profile
 from droppeft.runs.environment import machine, versions
 
 SCHEMA_VERSION = 1
@@ -26,23 +26,23 @@ RESULT, FIGURE = "profile.json", "profile"
 def run_profile(
     config: Config, rates: Sequence[float], repeats: int, steps: int, console: Console
 ) -> dict[str, Any]:
-    """Measure, with a bar where ``console`` is a terminal; return what is written as JSON."""
-    config = resolve_layers(config, outlined(config.model).num_layers)
-    trials = len(rates) * (repeats + 1)
+    """Measure, with a progress bar if ``console`` is a terminal; return the content of the JSON."""
+    config = resolve_layers(config, model_shape(config.model).num_layers)
+    total = len(rates) * (repeats + 1)
     with bar(console) as progress:
-        task = progress.add_task("trials, each in a fresh process", total=trials)
-        found = profile(config, rates, repeats, steps, lambda: progress.advance(task))
-    return content(config, found, steps)
+        task = progress.add_task("profile runs, each in a fresh process", total=total)
+        measured = profile(config, rates, repeats, steps, lambda: progress.advance(task))
+    return content(config, measured, steps)
 
 
-def content(config: Config, found: Sequence[Measured], steps: int) -> dict[str, Any]:
-    """All that was measured, raw trials included, as plain values."""
+def content(config: Config, measured: Sequence[RateProfile], steps: int) -> dict[str, Any]:
+    """All measurements as plain values, including those of single profile runs."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": " ".join(["droppeft", *sys.argv[1:]]),
-        "steps_per_trial": steps,
-        "num_layers": outlined(config.model).num_layers,
-        "rates": [_row(one) for one in found],
+        "steps_per_run": steps,
+        "num_layers": model_shape(config.model).num_layers,
+        "rates": [_row(one) for one in measured],
         "config": as_tree(config),
         "versions": versions(),
         "machine": machine(config.accelerator),
@@ -50,7 +50,7 @@ def content(config: Config, found: Sequence[Measured], steps: int) -> dict[str, 
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """The table, and what its columns mean."""
+    """Print the table and explain its columns."""
     config, rows = result["config"], result["rates"]
     training = config["training"]
     title = (
@@ -103,9 +103,9 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Step time and stored bytes against the rate, as parts of those at the smallest rate.
+    """Draw step time and stored bytes against the rate, relative to those at the smallest rate.
 
-    The ideal line is what the layers that run would take if nothing else took anything.
+    The ideal line is the share of layers that run: the cost if nothing else took time or memory.
 
     Args:
         path: without ``.png`` and ``.svg``.
@@ -137,9 +137,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         )
         stored = [row["activation_bytes_peak"] / first["activation_bytes_peak"] for row in rows]
         axis.plot(rates, stored, color="#00798c", marker="o", label="stored activations")
-        axis.set(
-            xlabel="mean drop rate", ylabel=f"part of that at rate {rates[0]:g}", ylim=(0, None)
-        )
+        axis.set(xlabel="mean drop rate", ylabel=f"relative to rate {rates[0]:g}", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
         figure.suptitle(f"{Path(result['config']['model']).name}, measured")
@@ -147,7 +145,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
-def _row(one: Measured) -> dict[str, Any]:
+def _row(one: RateProfile) -> dict[str, Any]:
     return {
         "rate": one.rate,
         "executed": one.executed,
@@ -156,20 +154,20 @@ def _row(one: Measured) -> dict[str, Any]:
         "activation_bytes_peak": one.activation_bytes_peak,
         "used_bytes": one.used_bytes,
         "resident_bytes": one.resident_bytes,
-        "process_bytes": one.frugal.process_bytes,
+        "process_bytes": one.memory_run.process_bytes,
         "step_j": one.step_j,
-        "trials": [asdict(trial) for trial in one.trials],
-        "frugal_trial": asdict(one.frugal),
+        "timed_runs": [asdict(run) for run in one.timed_runs],
+        "memory_run": asdict(one.memory_run),
     }
 
 
 def _note(rows: Sequence[Mapping[str, Any]], accelerator: str) -> str:
     if accelerator == "cuda":
-        return "peak: most that torch had on the client; its context comes on top."
+        return "peak: most memory that torch had on the device; the CUDA context is not included."
     process = bytes_text(rows[0]["process_bytes"])
     note = (
-        f"peak: of the whole process, of which {process} are libraries; used: all that is freed "
-        "goes back at once, and no weight stays in a mapped file; resident: as in a run."
+        f"peak: of the whole process, of which {process} are libraries; used: freed memory is "
+        "returned at once, and weights are not in a mapped file; resident: as in a run."
     )
-    loading = any(row["frugal_trial"]["with_loading"] for row in rows)
-    return f"{note} Loading the model is in both." if loading else note
+    loading = any(row["memory_run"]["with_loading"] for row in rows)
+    return f"{note} Both include loading the model." if loading else note

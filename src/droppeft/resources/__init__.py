@@ -1,1 +1,1 @@
-"""What a step takes: measured on this machine, or planned for another one."""
+"""What a training step takes: measured on this machine, or estimated for another one."""

@@ -1,6 +1,7 @@
-"""Which settings fit into a device's memory and time, from configurations alone.
+"""Estimate which settings fit into a device's memory and time, from configurations only.
 
-Ours. Nothing is loaded and nothing is trained: costs are counted (:mod:`droppeft.costs.fake_step`).
+Ours. No weights are loaded and nothing is trained: costs are counted
+(:mod:`droppeft.costs.fake_step`).
 """
 
 import itertools
@@ -34,8 +35,8 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import check_costly
-from droppeft.resources.model_shape import check_runnable, outlined
+from droppeft.methods.rules import check_step_settings
+from droppeft.resources.model_shape import check_runnable, model_shape
 
 GRID: dict[str, tuple[str, ...]] = {
     "model": (),
@@ -49,25 +50,26 @@ GRID: dict[str, tuple[str, ...]] = {
     "training.checkpointing": ("false", "true"),
     "training.offload": (),
 }
-"""Settings that may have several values, and those that are tried where nothing is said; where
-there are none it is a run's default. ``half`` is half of a model's layers."""
+"""Settings that may have several values, with the values that are tried by default. A setting
+without values here has a run's default. ``half`` is half of a model's layers."""
 
 RIVALS_OF_THE_MEAN = {f"dropout.{key}" for key in RIVALS["dropout"]} - {"dropout.mean"}
+"""Settings that exclude ``dropout.mean``."""
 
 WORST_OF_STEPS = 1000
-"""With ``dropout.sampling=bernoulli`` the memory is that of the worst of so many steps."""
+"""With ``dropout.sampling=bernoulli`` memory is that of the worst of this number of steps."""
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device has.
+    """Limits of a device.
 
     Attributes:
-        memory_bytes: for the whole training process.
-        step_s: seconds that a step may take, or ``None``.
-        profile: of the device that takes them, or ``None``.
+        memory_bytes: memory of the whole training process.
+        step_s: longest time of a step in seconds, or ``None`` for no limit.
+        profile: the device profile whose time is modelled, or ``None``.
     """
 
     memory_bytes: float
@@ -77,14 +79,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Option:
-    """A combination of settings, and what it costs.
+    """A combination of settings and its costs.
 
     Attributes:
         config: of a run.
         num_layers: L of its model.
-        active: most layers that run in a step.
-        memory: at the worst moment, by part.
-        step_s: modelled seconds of a mean step, ``None`` without a profile.
+        active: largest number of layers that run in a step.
+        memory: peak memory by what it is used for.
+        step_s: modelled seconds of a mean step; ``None`` without a device profile.
     """
 
     config: Config
@@ -95,14 +97,14 @@ class Option:
 
     @property
     def task(self) -> tuple[object, ...]:
-        """What no saving changes: model, adapter, batch, length."""
+        """What is the same with all savings: model, adapter type, batch size, length."""
         training = self.config.training
         kind = self.config.adapter.type
         return self.config.model, kind, training.batch_size, training.max_length
 
     @property
     def savings(self) -> tuple[float, ...]:
-        """How far each way to save is gone, 0 for not at all."""
+        """How far each way of saving is used; 0 means not at all."""
         config, training = self.config, self.config.training
         return (
             config.dropout.mean or 0.0,
@@ -114,16 +116,16 @@ class Option:
         )
 
     @property
-    def words(self) -> list[str]:
-        """What ``droppeft run`` has to be told for it."""
-        typical, own = flat(as_tree(Config())), flat(as_tree(self.config))
-        unusual = [
-            key for key, value in own.items() if key not in GRID and value != typical.get(key)
+    def overrides(self) -> list[str]:
+        """The overrides with which ``droppeft run`` has this configuration."""
+        defaults, values = flat(as_tree(Config())), flat(as_tree(self.config))
+        changed = [
+            key for key, value in values.items() if key not in GRID and value != defaults.get(key)
         ]
-        return [f"{key}={_text(own[key])}" for key in (*GRID, *unusual) if key in own]
+        return [f"{key}={_text(values[key])}" for key in (*GRID, *changed) if key in values]
 
     def excess(self, limits: Limits) -> float:
-        """What it takes of the tighter limit, as a part: above 1 it does not fit."""
+        """Cost divided by the limit, for the tighter limit; above 1 the option does not fit."""
         parts = [self.memory.total / limits.memory_bytes]
         if limits.step_s is not None and self.step_s is not None:
             parts.append(self.step_s / limits.step_s)
@@ -131,68 +133,74 @@ class Option:
 
 
 def limits(
-    memory: str | None, step_s: float | None, profile: str | None, own: Mapping[str, DeviceProfile]
+    memory: str | None,
+    step_s: float | None,
+    profile: str | None,
+    custom: Mapping[str, DeviceProfile],
 ) -> Limits:
-    """Limits as they are said on a command line.
+    """Read limits from the options of the command line.
 
     Args:
-        memory: a size; ``None`` for that of the device.
-        step_s: longest step, ``None`` for any.
-        profile: name of one, ``None`` for none.
-        own: profiles besides the known ones.
+        memory: a size; ``None`` for the memory of the device profile.
+        step_s: longest time of a step in seconds; ``None`` for no limit.
+        profile: name of a device profile, or ``None``.
+        custom: profiles that the configuration defines.
 
     Raises:
-        DroppeftError: neither memory nor profile, a time without a profile, or one that is unknown.
+        DroppeftError: there is neither memory nor profile, a time limit has no profile, or the
+            profile is unknown.
     """
-    known = profile_named(profile, own) if profile is not None else None
+    known = profile_named(profile, custom) if profile is not None else None
     if step_s is not None and profile is None:
-        raise DroppeftError("--seconds needs --profile, whose time it is")
+        raise DroppeftError("--seconds needs --profile, which says how fast the device is")
     if memory is not None:
         return Limits(parse_bytes(memory), step_s, known)
     if known is None:
-        raise DroppeftError("say what a device has: --memory 8GB, or --profile jetson_tx2")
+        raise DroppeftError(
+            "the device's memory is unknown; give --memory 8GB or --profile jetson_tx2"
+        )
     return Limits(known.memory_bytes, step_s, known)
 
 
-def combinations(path: Path | None, words: Sequence[str]) -> Iterator[Config]:
-    """All combinations of the given values, and of those tried where nothing is given.
+def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config]:
+    """All combinations of the given values, and of :data:`GRID`'s for settings that are not given.
 
     Args:
-        path: configuration file of a run, or ``None``; what it sets has one value.
-        words: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
+        path: configuration file of a run, or ``None``; settings in it have one value.
+        overrides: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
 
     Raises:
-        DroppeftError: a value that no run takes, a setting that changes nothing in what a step
-            costs, or an unknown model.
+        DroppeftError: an invalid value, a setting that does not affect the costs of a step, or an
+            unknown model.
     """
-    check_costly(words)
-    choices, fixed = _choices(path, words)
+    check_step_settings(overrides)
+    choices, fixed = _choices(path, overrides)
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
         config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
-        yield resolve_layers(config, outlined(config.model).num_layers)
+        yield resolve_layers(config, model_shape(config.model).num_layers)
 
 
 def _choices(
-    path: Path | None, words: Sequence[str]
+    path: Path | None, overrides: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Values of each setting that varies, and the other words."""
+    """Values of each setting that varies, and the other overrides."""
     given = {key for table in (read_toml(path) if path else {}).items() for key in _keys(*table)}
     choices = {key: values for key, values in GRID.items() if values and key not in given}
     fixed: list[str] = []
-    for word in words:
-        key, equals, values = (part.strip() for part in word.partition("="))
+    for override in overrides:
+        key, equals, values = (part.strip() for part in override.partition("="))
         if equals and key in GRID:
             choices[key] = tuple(value.strip() for value in values.split(","))
         else:
-            fixed.append(word)
-    if {word.partition("=")[0].strip() for word in fixed} & RIVALS_OF_THE_MEAN:
+            fixed.append(override)
+    if {override.partition("=")[0].strip() for override in fixed} & RIVALS_OF_THE_MEAN:
         choices.pop("dropout.mean", None)
     return {key: choices[key] for key in GRID if key in choices}, fixed
 
 
 def _keys(name: str, value: Any) -> list[str]:
-    """Of a table of the file, or of one setting; a count or rates stand for the mean."""
+    """Keys of a table or setting of the file. A count or rates also count as ``dropout.mean``."""
     if not isinstance(value, Mapping):
         return [name]
     keys = [f"{name}.{key}" for key in value]
@@ -200,22 +208,22 @@ def _keys(name: str, value: Any) -> list[str]:
 
 
 def option(config: Config, profile: DeviceProfile | None) -> Option:
-    """What a combination costs.
+    """Estimate what a combination costs.
 
     Args:
         config: of a run.
-        profile: of the device whose time it is, or ``None``.
+        profile: the device profile for the time of a step, or ``None``.
 
     Raises:
-        DroppeftError: a run would refuse it, or it cannot be counted.
+        DroppeftError: a run would refuse the configuration, or it cannot be counted.
     """
     check_runnable(config)
-    layers, frozen = outlined(config.model).num_layers, config.frozen.count
+    layers, frozen = model_shape(config.model).num_layers, config.frozen.count
     rates = _rates(config, layers)[frozen:]
     if config.dropout.schedule != "constant":
         rates = (0.0,) * len(rates)  # some rounds run at full depth
     active = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
-    held = active if config.dropout.every == "round" else layers - frozen
+    loaded = active if config.dropout.every == "round" else layers - frozen
     return Option(
         config=config,
         num_layers=layers,
@@ -224,7 +232,7 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
             counts_of(config),
             active,
             frozen,
-            held=held if config.training.offload else None,
+            loaded=loaded if config.training.offload else None,
             cached=config.frozen.cache,
         ),
         step_s=compute_seconds(profile, mean_flops(config), 1) if profile else None,
@@ -232,27 +240,27 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
 
 
 def mean_flops(config: Config) -> float:
-    """FLOPs of a mean step at the configured rates; of frozen layers with kept states on the disk.
+    """FLOPs of a mean step at the configured rates.
 
-    Without kept states they run forward in every step.
+    Cached layers do not run; frozen layers without a cache run forward in every step.
     """
     counts, frozen = counts_of(config), config.frozen.count
     rates = _rates(config, len(counts.blocks))
-    behind = list(zip(counts.blocks, rates, strict=True))[frozen:]
+    adapted = list(zip(counts.blocks, rates, strict=True))[frozen:]
     first = () if config.frozen.cache else counts.blocks[:frozen]
     forward = sum(block.forward_flops for block in first)
-    return counts.rest.flops + forward + sum(block.flops * (1 - rate) for block, rate in behind)
+    return counts.rest.flops + forward + sum(block.flops * (1 - rate) for block, rate in adapted)
 
 
 def _rates(config: Config, layers: int) -> tuple[float, ...]:
-    """Of every layer, in a method that drops layers."""
+    """Drop rate of every layer; 0 if the method does not drop layers."""
     if "dropout" not in method_named(config.method).tables:
         return (0.0,) * layers
     return configured_rates(config.dropout, layers, config.frozen.count)
 
 
 def counts_of(config: Config) -> StepCounts:
-    """Counts of a step at full depth with an adapter in every layer; each is made once.
+    """Counts of a step at full depth with an adapter in every layer; they are cached.
 
     Raises:
         DroppeftError: the model cannot be counted.
@@ -271,55 +279,57 @@ def counts_of(config: Config) -> StepCounts:
 
 
 def counted_on(config: Config) -> str:
-    """Whose kernels are counted; those of CUDA, which store other things, only where it is."""
+    """The device whose kernels are counted; CUDA's differ, and are used where available."""
     return "cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def least_savings(options: Sequence[Option]) -> list[Option]:
-    """Those that save no more than they must: none does the same with less saved in every way.
+    """The options for which no other of the same task saves less in one way and no more in others.
 
-    Ordered by model and adapter as given, then by batch and length, large first, then by how many
-    ways to save are used, and how far.
+    They are sorted by model and adapter as given, then by batch size and length, large first, then
+    by how many ways of saving are used, and how far.
     """
-    best = [one for one in options if not any(_saves_less(other, one) for other in options)]
-    models = {one.task[:2]: number for number, one in reversed(list(enumerate(options)))}
-    return sorted(best, key=lambda one: (models[one.task[:2]], *_large_first(one), *_effort(one)))
-
-
-def _saves_less(one: Option, than: Option) -> bool:
-    return (
-        one.task == than.task
-        and one.savings != than.savings
-        and all(a <= b for a, b in zip(one.savings, than.savings, strict=True))
+    best = [each for each in options if not any(_saves_less(other, each) for other in options)]
+    models = {each.task[:2]: number for number, each in reversed(list(enumerate(options)))}
+    return sorted(
+        best, key=lambda each: (models[each.task[:2]], *_large_first(each), *_effort(each))
     )
 
 
-def _large_first(one: Option) -> tuple[int, int]:
-    training = one.config.training
+def _saves_less(option: Option, than: Option) -> bool:
+    return (
+        option.task == than.task
+        and option.savings != than.savings
+        and all(a <= b for a, b in zip(option.savings, than.savings, strict=True))
+    )
+
+
+def _large_first(option: Option) -> tuple[int, int]:
+    training = option.config.training
     return -training.batch_size, -training.max_length
 
 
-def _effort(one: Option) -> tuple[float, ...]:
-    return sum(saving > 0 for saving in one.savings), *one.savings
+def _effort(option: Option) -> tuple[float, ...]:
+    return sum(saving > 0 for saving in option.savings), *option.savings
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size as ``8GB``, ``7.5 GiB`` or a number of bytes.
+    """Read a memory size such as ``8GB``, ``7.5 GiB`` or a number of bytes.
 
     Raises:
-        DroppeftError: it is none.
+        DroppeftError: the text is not a memory size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in UNITS or float(found[1]) == 0:
-        raise DroppeftError(f"{text!r} is no size of memory; write it as 8GB, 7.5GiB or 512MB")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS or float(match[1]) == 0:
+        raise DroppeftError(f"{text!r} is not a memory size; write it as 8GB, 7.5GiB or 512MB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 @lru_cache(maxsize=8)
-def _paper(model: str, adapter: str, quantization: str, device: str) -> FakeModel:
-    outline = outlined(model)
-    spec = adapter_spec(AdapterConfig.model_validate_json(adapter), outline.num_layers)
-    return FakeModel(outline.config, spec, outline.new_modules, quantization, device)
+def _fake_model(model: str, adapter: str, quantization: str, device: str) -> FakeModel:
+    shape = model_shape(model)
+    spec = adapter_spec(AdapterConfig.model_validate_json(adapter), shape.num_layers)
+    return FakeModel(shape.config, spec, shape.new_modules, quantization, device)
 
 
 @cache
@@ -333,8 +343,8 @@ def _counts(
     precision: str,
     checkpointing: bool,
 ) -> StepCounts:
-    paper = _paper(model, adapter, quantization, device)
-    return count_step(paper, batch, length, precision, checkpointing)
+    fake_model = _fake_model(model, adapter, quantization, device)
+    return count_step(fake_model, batch, length, precision, checkpointing)
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What can be said of a run before anything is loaded; ours."""
+"""The shape of a model and the checks of a run that need no weights; ours."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,22 +10,22 @@ from droppeft.costs.fake_step import empty_model
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.droppeft import configured_rates
-from droppeft.models.loading import load_outline, most_tokens
+from droppeft.models.loading import load_backbone_config, most_tokens
 from droppeft.models.offloading import check_offload
 
 CLASSES = ("no", "yes")
-"""Of the task; more of them make the head a little larger."""
+"""Names of the task's classes. With more classes the head would be slightly larger."""
 
 
 @dataclass(frozen=True)
-class Outlined:
-    """A model, by its configuration.
+class ModelShape:
+    """The shape of a model, known from its configuration.
 
     Attributes:
-        config: transformers' own.
+        config: transformers' configuration.
         new_modules: parts of the head that are trained.
         num_layers: L.
-        most_tokens: of a text.
+        most_tokens: largest number of tokens of a text.
     """
 
     config: Any
@@ -35,37 +35,37 @@ class Outlined:
 
 
 @cache
-def outlined(name: str) -> Outlined:
-    """Look a model up, by its name in a run's configuration.
+def model_shape(name: str) -> ModelShape:
+    """The shape of a model, by its name in a run's configuration.
 
     Raises:
         DroppeftError: an unknown or unsupported model.
     """
-    outline = load_outline(name, CLASSES)
-    model = empty_model(outline.config)
+    loaded = load_backbone_config(name, CLASSES)
+    model = empty_model(loaded.config)
     layers = len(find_blocks(model)[1])
-    return Outlined(outline.config, outline.new_modules, layers, most_tokens(model))
+    return ModelShape(loaded.config, loaded.new_modules, layers, most_tokens(model))
 
 
 def check_runnable(config: Config) -> None:
     """Refuse what a run would refuse, as far as the model's configuration tells.
 
     Raises:
-        DroppeftError: with what to change.
+        DroppeftError: the configuration cannot run; the message says what to change.
     """
-    outline, kind, frozen = outlined(config.model), config.adapter.type, config.frozen.count
-    if frozen >= outline.num_layers:
+    shape, kind, frozen = model_shape(config.model), config.adapter.type, config.frozen.count
+    if frozen >= shape.num_layers:
         raise DroppeftError(
-            f"frozen.layers={frozen} leaves none of the {outline.num_layers} layers to train"
+            f"frozen.layers={frozen} leaves none of the {shape.num_layers} layers to train"
         )
     if frozen and adapter_type(kind).kind != "layered":
         raise DroppeftError(f"frozen.layers={frozen} needs an adapter in the layers, not {kind}")
     check_offload(config)
     check_on(kind, config.adapter.options, config.quantization)
     tokens = config.training.max_length + (config.adapter.tokens or 0)
-    if tokens > outline.most_tokens:
+    if tokens > shape.most_tokens:
         raise DroppeftError(
             f"texts of {tokens} tokens (training.max_length and adapter.tokens) are more than the "
-            f"{outline.most_tokens} positions of model {config.model}"
+            f"{shape.most_tokens} positions of model {config.model}"
         )
-    configured_rates(config.dropout, outline.num_layers, frozen)
+    configured_rates(config.dropout, shape.num_layers, frozen)

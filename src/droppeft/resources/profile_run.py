@@ -1,7 +1,7 @@
-"""One turn of training on random tokens, in a process of its own, and what it took.
+"""One local training on random tokens in a separate process, and what it took.
 
-Ours. The turn is a device's of a real run: the same instruction, loop, gates, frozen prefix and
-optimizer.
+Ours. It is a client's local training as in a real run, with the same instruction, loop, gates,
+frozen layers and optimizer.
 """
 
 import gc
@@ -28,10 +28,10 @@ from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models.loading import Backbone, load_backbone
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.process_memory import (
-    forget_peak,
-    give_memory_back,
     peak_resident_bytes,
+    reset_peak,
     resident_bytes,
+    return_freed_memory,
 )
 
 WATTS_EVERY_S = 0.05
@@ -39,18 +39,18 @@ WATTS_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class ProfileRun:
-    """What one process found.
+    """What one process measured.
 
     Attributes:
         step_s: mean time of a step.
-        executed: blocks that ran in a step, on average.
-        activation_bytes_peak: stored for the backward in any step.
-        process_bytes: resident with all libraries loaded and a first small turn taken, before the
-            model; 0 on CUDA, where torch counts tensors alone.
-        peak_bytes: most that was resident in a step, or that torch had on the CUDA device; the
-            first visit to the examples included.
-        with_loading: whether that peak contains loading the model, because this system cannot
-            start its count anew.
+        executed: mean number of blocks that ran in a step.
+        activation_bytes_peak: largest number of bytes that a step stored for the backward.
+        process_bytes: resident memory after the libraries are loaded and a small model is trained,
+            before the model is loaded; 0 on CUDA, where torch counts tensors only.
+        peak_bytes: peak resident memory, or peak memory of torch on the CUDA device, during
+            training and the computation of cached hidden states.
+        with_loading: whether that peak includes loading the model, because this system cannot
+            reset the peak.
         step_j: energy of a step, ``None`` where the hardware does not report it.
     """
 
@@ -63,34 +63,35 @@ class ProfileRun:
     step_j: float | None
 
 
-def run_steps(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
-    """Load a model, take one step to warm up, and a turn that is measured.
+def run_steps(config: Config, steps: int, *, release_memory: bool) -> ProfileRun:
+    """Load a model, train one step to warm up, and measure a local training.
 
     Args:
-        config: resolved; its model, adapter, dropout, frozen prefix and training are what is tried.
-        steps: of the measured turn.
-        frugal: keep resident what is in use, and all of that: give freed memory back at once, and
-            map no weights from files. Costs time.
+        config: resolved; its model, adapter, dropout, frozen layers and training settings are
+            measured.
+        steps: of the measured local training.
+        release_memory: make resident memory equal the memory in use: return freed memory at once,
+            and do not map weights from files. This takes time.
     """
-    if frugal:
-        give_memory_back()
+    if release_memory:
+        return_freed_memory()
     torch.set_num_threads(config.threads)
     cuda = config.accelerator == "cuda"
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["DROPPEFT_CACHE"] = cache  # hidden states behind a frozen prefix
-        _first_small_turn(config)
+        os.environ["DROPPEFT_CACHE"] = cache  # hidden states after the frozen layers
+        _train_small_model(config)
         gc.collect()
         process_bytes = 0 if cuda else resident_bytes()
         backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
-        if frugal:
-            _let_go_of_files(backbone.model)
+        if release_memory:
+            _copy_mapped_weights(backbone.model)
         table = random_table(backbone, config)
         offload = config.training.offload
         model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
-        with_loading = not _forget_peak(cuda)
-        _turn(model, table, config, round=1, steps=1)
+        with_loading = not _reset_peak(cuda)
+        _train(model, table, config, round=1, steps=1)
         with _watts(cuda) as watts:
-            update = _turn(model, table, config, round=2, steps=steps)
+            update = _train(model, table, config, round=2, steps=steps)
         peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     step_s = update.cost.train_wall_s / steps
     return ProfileRun(
@@ -104,21 +105,21 @@ def run_steps(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
     )
 
 
-def _turn(model: ClientModel, table: TokenTable, config: Config, round: int, steps: int) -> Update:
-    """A turn in which every step has all rows of the table.
+def _train(model: ClientModel, table: TokenTable, config: Config, round: int, steps: int) -> Update:
+    """A local training in which every step has all rows of the table.
 
-    The configuration is the same in all turns, so that a later one finds the hidden states that an
-    earlier one left.
+    All calls have the same configuration, so that a later one finds the hidden states that an
+    earlier one cached.
     """
     setup = Setup(config, model.num_layers, model.fresh_tensors, model.layout, None, run="0")
-    [plan] = DROPPEFT.instruct(setup, DROPPEFT.init(setup), round, [0])
-    plan = replace(plan, budget=Budget(steps=steps))
+    [instruction] = DROPPEFT.instruct(setup, DROPPEFT.init(setup), round, [0])
+    instruction = replace(instruction, budget=Budget(steps=steps))
     rows = np.arange(len(table))
-    return Client(model, table, ClientRows(rows, rows[:0], rows[:0])).train(plan)
+    return Client(model, table, ClientRows(rows, rows[:0], rows[:0])).train(instruction)
 
 
 def random_table(backbone: Backbone, config: Config) -> TokenTable:
-    """As many rows as a batch has; the second is shorter, since real batches have padding."""
+    """One batch of random rows. The second row is shorter, since real batches have padding."""
     rng = seeds.numpy_generator(config.seed, purpose="random tokens")
     rows = config.training.batch_size
     lengths = np.full(rows, config.training.max_length)
@@ -131,8 +132,8 @@ def random_table(backbone: Backbone, config: Config) -> TokenTable:
     return TokenTable({**columns, "input_ids": tokens}, offsets, labels)
 
 
-def _first_small_turn(config: Config) -> None:
-    """Have libraries read their code and set up what they keep, before anything is measured."""
+def _train_small_model(config: Config) -> None:
+    """Make the libraries load their code and allocate their caches before the measurement."""
     small = {"batch_size": 2, "max_length": 8}
     config = Config(
         quantization=config.quantization,
@@ -142,50 +143,50 @@ def _first_small_turn(config: Config) -> None:
     backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
     table = random_table(backbone, config)
     model = ClientModel(backbone, config.accelerator, config.seed)
-    _turn(model, table, config, round=1, steps=1)
+    _train(model, table, config, round=1, steps=1)
 
 
-def _let_go_of_files(model: nn.Module) -> None:
-    """Copy weights that are mapped from a file, and come into memory in pages of it, as read.
+def _copy_mapped_weights(model: nn.Module) -> None:
+    """Copy weights that are mapped from a file, of which only pages that were read are resident.
 
-    What is resident is then the weights, all of them, and not what was read to quantise them.
+    Resident memory then includes all weights, and no pages that were read only to quantise them.
     """
     for value in model.parameters():
         if value.is_floating_point():
             value.data = value.data.clone()
 
 
-def _forget_peak(cuda: bool) -> bool:
+def _reset_peak(cuda: bool) -> bool:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return True
-    return forget_peak()
+    return reset_peak()
 
 
 @contextmanager
 def _watts(cuda: bool) -> Iterator[list[float]]:
-    """Power of the CUDA device, sampled inside; nothing where it cannot be read."""
-    found: list[float] = []
-    over = threading.Event()
+    """Sample the power (W) of the CUDA device inside; no samples where it is not reported."""
+    samples: list[float] = []
+    stopped = threading.Event()
 
     def sample() -> None:
-        while not over.wait(WATTS_EVERY_S):
-            found.append(torch.cuda.power_draw() / 1000)
+        while not stopped.wait(WATTS_EVERY_S):
+            samples.append(torch.cuda.power_draw() / 1000)
 
     if not (cuda and _reports_power()):
-        yield found
+        yield samples
         return
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        yield found
+        yield samples
     finally:
-        over.set()
+        stopped.set()
         sampler.join()
 
 
 def _reports_power() -> bool:
-    """NVML is reached through a package that torch does not bring along, with errors of its own."""
+    """Whether power can be read. It needs a package besides torch, which raises its own errors."""
     try:
         return bool(torch.cuda.power_draw() > 0)
     except Exception:

@@ -1,6 +1,6 @@
-"""Measure what a step takes on this machine, rate by rate, each trial in a fresh process.
+"""Measure what a step takes on this machine at several drop rates, each in fresh processes.
 
-Ours. Rates take turns, so that all meet the same states of a machine that does other things too.
+Ours. The rates alternate, so that other load of the machine affects all of them alike.
 """
 
 import multiprocessing
@@ -17,28 +17,28 @@ from droppeft.resources.profile_run import ProfileRun, run_steps
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found at one rate.
+class RateProfile:
+    """What was measured at one drop rate.
 
     Attributes:
-        rate: mean drop rate over all layers behind the frozen ones.
-        trials: that measured time; torch and malloc as in a run.
-        frugal: the one that measured memory; freed memory went back at once.
+        rate: mean drop rate over the layers after the frozen ones.
+        timed_runs: profile runs that measured time, with torch and malloc as in a real run.
+        memory_run: the profile run that measured memory; freed memory was returned at once.
     """
 
     rate: float
-    trials: tuple[ProfileRun, ...]
-    frugal: ProfileRun
+    timed_runs: tuple[ProfileRun, ...]
+    memory_run: ProfileRun
 
     @property
     def step_s(self) -> float:
-        """Median over the trials."""
-        return statistics.median(trial.step_s for trial in self.trials)
+        """Median over the timed runs."""
+        return statistics.median(run.step_s for run in self.timed_runs)
 
     @property
     def step_quartiles_s(self) -> tuple[float, float]:
-        """Lower and upper quartile over the trials."""
-        times = [trial.step_s for trial in self.trials]
+        """Lower and upper quartile over the timed runs."""
+        times = [run.step_s for run in self.timed_runs]
         if len(times) == 1:
             return times[0], times[0]
         low, _, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -46,33 +46,33 @@ class Measured:
 
     @property
     def executed(self) -> float:
-        """Blocks that ran in a step, mean over all trials."""
-        return statistics.fmean(trial.executed for trial in self.trials)
+        """Blocks that ran in a step, mean over the timed runs."""
+        return statistics.fmean(run.executed for run in self.timed_runs)
 
     @property
     def activation_bytes_peak(self) -> int:
-        """Most that any step stored."""
-        return max(trial.activation_bytes_peak for trial in (*self.trials, self.frugal))
+        """Largest number of bytes that a step stored for the backward."""
+        return max(run.activation_bytes_peak for run in (*self.timed_runs, self.memory_run))
 
     @property
     def used_bytes(self) -> int:
-        """Peak memory in use, the process included where it is resident memory."""
-        return self.frugal.peak_bytes
+        """Peak memory in use. On a CPU it includes the process."""
+        return self.memory_run.peak_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """Peak memory as a run has it, with what malloc does not give back: the largest trial."""
-        return max(trial.peak_bytes for trial in self.trials)
+        """Peak memory as in a real run, freed memory that malloc keeps included."""
+        return max(run.peak_bytes for run in self.timed_runs)
 
     @property
     def step_j(self) -> float | None:
-        """Median energy over the trials, ``None`` where the hardware does not report it."""
-        found = [trial.step_j for trial in self.trials if trial.step_j is not None]
-        return statistics.median(found) if found else None
+        """Median energy of a step; ``None`` where the hardware does not report it."""
+        energies = [run.step_j for run in self.timed_runs if run.step_j is not None]
+        return statistics.median(energies) if energies else None
 
 
 def at_rate(config: Config, rate: float) -> Config:
-    """The configuration with another mean rate."""
+    """The configuration with another mean drop rate."""
     if not 0 <= rate <= 1:
         raise DroppeftError(f"a rate of {rate:g} is impossible; it must lie between 0 and 1")
     chosen = config.dropout.model_copy(update={"mean": rate, "count": None, "rates": None})
@@ -80,62 +80,64 @@ def at_rate(config: Config, rate: float) -> Config:
 
 
 def profile(
-    config: Config, rates: Sequence[float], repeats: int, steps: int, trial_done: Callable[[], None]
-) -> list[Measured]:
+    config: Config, rates: Sequence[float], repeats: int, steps: int, run_done: Callable[[], None]
+) -> list[RateProfile]:
     """Measure a step at each rate.
 
     Args:
         config: resolved.
-        rates: mean drop rates over the layers behind the frozen ones.
-        repeats: trials per rate that measure time; one more measures memory.
-        steps: of each.
-        trial_done: called after each trial.
+        rates: mean drop rates over the layers after the frozen ones.
+        repeats: profile runs per rate that measure time; one more measures memory.
+        steps: of each profile run.
+        run_done: called after each profile run.
 
     Raises:
-        DroppeftError: a trial cannot be made, which is found before the first, or failed.
+        DroppeftError: a rate cannot run, which is checked before the first run, or a run failed.
     """
-    at = {rate: at_rate(config, rate) for rate in rates}
-    for one in at.values():
-        check_runnable(one)
-    found: dict[float, list[ProfileRun]] = {rate: [] for rate in at}
-    for frugal in (True, *[False] * repeats):
-        for rate, trials in found.items():
-            trials.append(in_fresh_process(at[rate], steps, frugal=frugal))
-            trial_done()
-    return [Measured(rate, tuple(trials[1:]), trials[0]) for rate, trials in found.items()]
+    configs = {rate: at_rate(config, rate) for rate in rates}
+    for each in configs.values():
+        check_runnable(each)
+    runs: dict[float, list[ProfileRun]] = {rate: [] for rate in configs}
+    for release_memory in (True, *[False] * repeats):
+        for rate, of_rate in runs.items():
+            of_rate.append(in_fresh_process(configs[rate], steps, release_memory=release_memory))
+            run_done()
+    return [RateProfile(rate, tuple(timed), memory) for rate, (memory, *timed) in runs.items()]
 
 
-def in_fresh_process(config: Config, steps: int, *, frugal: bool) -> ProfileRun:
-    """:func:`~droppeft.resources.profile_run.run_steps` in a process that has done nothing else.
+def in_fresh_process(config: Config, steps: int, *, release_memory: bool) -> ProfileRun:
+    """Call :func:`~droppeft.resources.profile_run.run_steps` in a fresh process.
 
-    It is forked from one that has loaded the libraries and no more, where the system can do that.
+    Where the system supports it, it is forked from a process that has only loaded the libraries.
 
     Raises:
-        DroppeftError: as the trial did, or because the process died.
+        DroppeftError: the profile run failed, or the process died.
     """
     context: Any = multiprocessing.get_context(_start_method())
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, config, steps, frugal), daemon=True)
+    process = context.Process(
+        target=_send_run, args=(sender, config, steps, release_memory), daemon=True
+    )
     process.start()
     sender.close()
-    answer: ProfileRun | str | None = None
+    result: ProfileRun | str | None = None
     try:
-        answer = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         pass
     finally:
-        if answer is None:
+        if result is None:
             process.terminate()
         process.join()
-    if isinstance(answer, str):
-        raise DroppeftError(answer)
-    if answer is None:
+    if isinstance(result, str):
+        raise DroppeftError(result)
+    if result is None:
         raise DroppeftError(
             f"the process that measured rate {config.dropout.mean:g} died (exit code "
-            f"{process.exitcode}), probably for want of memory; lower training.batch_size or "
+            f"{process.exitcode}), probably for lack of memory; lower training.batch_size or "
             "training.max_length"
         )
-    return answer
+    return result
 
 
 def _start_method() -> str:
@@ -145,11 +147,11 @@ def _start_method() -> str:
     return "forkserver"
 
 
-def _answer(sender: Connection, config: Config, steps: int, frugal: bool) -> None:
-    """Send a ProfileRun, or the sentence with which it failed."""
+def _send_run(sender: Connection, config: Config, steps: int, release_memory: bool) -> None:
+    """Send a ProfileRun, or the error message."""
     try:
-        sender.send(run_steps(config, steps, frugal=frugal))
+        sender.send(run_steps(config, steps, release_memory=release_memory))
     except (DroppeftError, MemoryError, RuntimeError) as error:
         sender.send(str(error).strip().partition("\n")[0] or "there is not enough memory")
     except KeyboardInterrupt:
-        sender.close()  # the parent says it
+        sender.close()  # the parent process reports it

@@ -1,4 +1,7 @@
-"""The server's state on disk: one file per round, atomic, checksummed, the last two kept."""
+"""Checkpoints of the server's state: one file per round, of which the last two are kept.
+
+A file is written atomically and carries a checksum.
+"""
 
 import dataclasses
 import logging
@@ -9,8 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
-from droppeft.runs.method_memory import decode_memory, encode_memory
 from droppeft.files import write_atomically
 from droppeft.messages import (
     AdapterSpec,
@@ -22,9 +25,11 @@ from droppeft.messages import (
     flatten,
     layer_key,
 )
-from droppeft.checked_safetensors import DAMAGES, encode_checked, decode_checked
+from droppeft.runs.method_memory import decode_memory, encode_memory
 
 KEPT = 2
+"""Number of checkpoints that stay in the folder."""
+
 _SEPARATOR = "|"
 _ADAPTER_SPEC = TypeAdapter(AdapterSpec)
 _log = logging.getLogger("droppeft")
@@ -32,12 +37,12 @@ _log = logging.getLogger("droppeft")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on.
+    """What a run needs to be resumed.
 
     Attributes:
-        round: the last one that is complete; 0 before the first.
-        state: the server's.
-        facts: what was measured once, before round 1 (JSON).
+        round: the last complete round; 0 before the first.
+        state: the server's state after that round.
+        facts: what was measured once, before round 1; JSON values.
     """
 
     round: int
@@ -46,7 +51,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint and delete all but the last two."""
+    """Write a checkpoint, and delete all but the last two."""
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, checkpoint.round)
     write_atomically(path, _encode(checkpoint))
@@ -56,45 +61,48 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_newest(folder: Path, memory_type: type) -> Checkpoint:
-    """Read the newest checkpoint that is whole.
+    """Read the newest checkpoint that is not damaged.
 
     Args:
-        memory_type: class of the state's memory, that of the run's method.
+        folder: of the checkpoints.
+        memory_type: ``memory_type`` of the run's method.
 
     Raises:
         DroppeftError: there is none, or its memory is that of another method.
     """
     for path in _newest_first(folder):
         try:
-            found = _decode(path)
+            checkpoint = _decode(path)
         except DAMAGES as error:
             _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
         else:
-            return _with_memory(path, found, memory_type)
-    raise DroppeftError(f"{folder}: holds no readable checkpoint; start the run anew")
+            return _with_decoded_memory(path, checkpoint, memory_type)
+    raise DroppeftError(f"{folder}: holds no readable checkpoint; start a new run")
 
 
 def load_round(folder: Path, round: int, memory_type: type) -> Checkpoint:
     """Read the checkpoint of one round.
 
     Args:
-        memory_type: as :func:`load_newest`.
+        folder: of the checkpoints.
+        round: whose checkpoint to read.
+        memory_type: ``memory_type`` of the run's method.
 
     Raises:
-        DroppeftError: it is not there (the message names those that are), it is damaged, or its
-            memory is that of another method.
+        DroppeftError: there is no such checkpoint, it is damaged, or its memory is that of another
+            method.
     """
     path = _path(folder, round)
     if not path.exists():
-        kept = [str(int(path.stem.removeprefix("round-"))) for path in _newest_first(folder)]
+        saved = [str(int(path.stem.removeprefix("round-"))) for path in _newest_first(folder)]
         raise DroppeftError(
-            f"{folder}: holds no round {round}; the rounds kept are: {', '.join(kept) or 'none'}"
+            f"{folder}: holds no round {round}; the saved rounds are: {', '.join(saved) or 'none'}"
         )
     try:
-        found = _decode(path)
+        checkpoint = _decode(path)
     except DAMAGES as error:
         raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
-    return _with_memory(path, found, memory_type)
+    return _with_decoded_memory(path, checkpoint, memory_type)
 
 
 def _path(folder: Path, round: int) -> Path:
@@ -121,7 +129,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 
 def _decode(path: Path) -> Checkpoint:
-    """A checkpoint whose memory is still plain values."""
+    """Read a checkpoint; its memory still consists of plain JSON values."""
     arrays, head = decode_checked(path)
     models = {
         name: _assemble(name, description, arrays) for name, description in head["models"].items()
@@ -130,15 +138,16 @@ def _decode(path: Path) -> Checkpoint:
     return Checkpoint(head["round"], state, head["facts"])
 
 
-def _with_memory(path: Path, found: Checkpoint, kind: type) -> Checkpoint:
+def _with_decoded_memory(path: Path, checkpoint: Checkpoint, kind: type) -> Checkpoint:
     try:
-        memory = decode_memory(found.state.memory, kind)
+        memory = decode_memory(checkpoint.state.memory, kind)
     except DroppeftError as error:
         raise DroppeftError(f"{path}: {error}") from None
-    return replace(found, state=replace(found.state, memory=memory))
+    return replace(checkpoint, state=replace(checkpoint.state, memory=memory))
 
 
 def _labelled(name: str, model: GlobalModel) -> Iterator[tuple[str, Array]]:
+    """Yield a model's arrays, each with a unique label from which its place can be read."""
     for key, tensor, array in flatten(model.tensors):
         yield _SEPARATOR.join((name, "adapter", str(key), tensor)), array
     if model.base_delta is not None:
@@ -158,23 +167,14 @@ def _assemble(name: str, description: dict[str, Any], arrays: Mapping[str, Array
     tensors: dict[LayerKey, dict[str, Array]] = {}
     base: dict[str, Array] = {}
     for label, array in arrays.items():
-        owner, kind, key, tensor = label.split(_SEPARATOR, 3)
-        if owner == name and kind == "adapter":
+        model, kind, key, tensor = label.split(_SEPARATOR, 3)
+        if model == name and kind == "adapter":
             tensors.setdefault(layer_key(key), {})[tensor] = array
-        elif owner == name:
+        elif model == name:
             base[tensor] = array
     version = description["base_delta_version"]
     return GlobalModel(
-        _adapter_spec(description["adapter"]),
+        _ADAPTER_SPEC.validate_python(description["adapter"]),
         tensors,
         None if version is None else BaseDelta(version, base),
     )
-
-
-def _adapter_spec(fields: dict[str, Any]) -> AdapterSpec:
-    """Older checkpoints have a 0 for what a type lacks."""
-    layers = [
-        layer and {name: value or None for name, value in layer.items()}
-        for layer in fields["layers"]
-    ]
-    return _ADAPTER_SPEC.validate_python({**fields, "layers": layers})

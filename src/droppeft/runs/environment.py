@@ -1,4 +1,4 @@
-"""Where a result was made: versions and machine, as every result file carries them."""
+"""The versions and the machine with which a result was made, for the result file."""
 
 import importlib.metadata
 import os
@@ -23,13 +23,13 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    """Versions of Python and of the packages that a result depends on."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def machine(accelerator: str) -> dict[str, str | int]:
-    """Cores, memory, processor, accelerator and torch's thread count."""
+    """Processor, cores, memory, accelerator, and torch's number of threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name = torch.cuda.get_device_name() if accelerator == "cuda" else "none"
     return {

@@ -1,6 +1,7 @@
-"""Export the model of a run folder's checkpoint; the run is only read, whoever works on it; ours.
+"""Export the model of a checkpoint as an adapter or as a merged model; ours.
 
-The backbone is loaded, the texts are not: a checkpoint carries the names of the classes.
+The run's folder is only read, so a run may be exported while another process works on it. Data are
+not loaded, because a checkpoint has the names of the classes.
 """
 
 import json
@@ -16,10 +17,14 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import StateLost, client_folder, load_tensors
 from droppeft.client.run_inputs import Say
 from droppeft.config import Config, load_config
-from droppeft.data.sources import load_text
 from droppeft.errors import DroppeftError
+from droppeft.messages import GlobalModel, Tensors
+from droppeft.methods import Setup, method_named
+from droppeft.models.loading import load_backbone, load_dequantised
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
+from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
+from droppeft.runs.ledger import read_rows
 from droppeft.runs.model_files import (
     Source,
     adapter_lines,
@@ -28,11 +33,6 @@ from droppeft.runs.model_files import (
     save_adapter,
     save_merged,
 )
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
-from droppeft.runs.ledger import read_rows
-from droppeft.methods import Setup, method_named
-from droppeft.models.loading import load_backbone, load_dequantised
-from droppeft.messages import GlobalModel
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Exported:
     """What was written.
 
     Attributes:
-        folder: where.
-        round: the last one that is in the model.
-        accuracy: recorded at that round, ``None`` if it was not evaluated.
-        rows: on how many test texts.
-        lines: Python that loads it.
+        folder: the new folder.
+        round: after which the model was saved; 0 before the first.
+        accuracy: that the run recorded after that round; ``None`` if there was no evaluation.
+        rows: number of test texts of that evaluation.
+        lines: Python code that loads the model.
     """
 
     folder: Path
@@ -62,21 +62,22 @@ def export_run(
     say: Say = lambda step: None,
     client: int | None = None,
 ) -> Exported:
-    """Write the model of a checkpoint as a new folder, in one step.
+    """Write the model of a checkpoint to a new folder, in one step.
 
     Args:
-        run: folder of a run that is finished, stopped, or going on in another process.
-        out: the new folder; by default ``adapter-round-N`` or ``merged-round-N`` in the run's.
+        run: folder of a run, which may be finished, stopped, or running in another process.
+        out: the new folder; by default ``adapter-round-N`` or ``merged-round-N`` in the run's
+            folder.
         round: of the checkpoint; by default the newest.
-        merge: a plain transformers model with its tokenizer, in place of an adapter; in full
-            precision, whatever the run's quantisation.
-        say: told what is being done, for people.
-        client: whose own model, as it would begin its next turn; by default the global one. What
-            the client keeps must be on this machine.
+        merge: whether to write a plain transformers model with its tokenizer in place of an
+            adapter. It has full precision, also after a quantised run.
+        say: called with each step, to show progress.
+        client: exports this client's model, as at the start of its next local training, in place
+            of the global one. Its client state must be on this machine.
 
     Raises:
-        DroppeftError: no such run, round or client, a folder that is taken, a backbone that
-            changed, or a model that cannot be written in this form; nothing has been written then.
+        DroppeftError: there is no such run, round or client, the new folder exists, the backbone
+            has changed, or the model cannot be written in this form. Nothing has been written then.
     """
     run = run.resolve()
     if not (run / CONFIG).is_file():
@@ -85,7 +86,7 @@ def export_run(
     if client is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
             f"{run}: method={config.method} has no global model to export with these settings; "
-            "export a client's own with --client"
+            "export a client's model with --client"
         )
     if client is not None and not 0 <= client < config.clients:
         raise DroppeftError(
@@ -94,8 +95,8 @@ def export_run(
     folder = run / "checkpoints"
     checkpoint = _checkpoint(folder, round, method_named(config.method).memory_type)
     kind = "merged" if merge else "adapter"
-    whose = "" if client is None else f"-client-{client}"
-    out = (out or run / f"{kind}{whose}-round-{checkpoint.round}").resolve()
+    suffix = "" if client is None else f"-client-{client}"
+    out = (out or run / f"{kind}{suffix}-round-{checkpoint.round}").resolve()
     if out.exists():
         raise DroppeftError(f"{out}: exists already; choose another folder with --out")
     if not merge:
@@ -116,12 +117,12 @@ def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoin
 
 
 def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say) -> Source:
-    """Load the backbone as the run had it, on the CPU: a file has no accelerator.
+    """Load the run's backbone on the CPU.
 
-    To merge, quantised weights are loaded as the values that they stand for, which is what the
-    adapter was trained on: there is no adding to codes without losing some of the sum.
+    For merging, quantised weights are dequantised: the adapter was trained on these values, and
+    adding it to the quantised codes would be inexact.
     """
-    facts = _with_labels(run, config, checkpoint.facts, say)
+    facts = checkpoint.facts
     names = tuple(facts["label_names"])
     torch.set_num_threads(config.threads)
     say("loading model")
@@ -132,10 +133,10 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     )
     if backbone.weights_hash != facts["model_hash"]:
         raise DroppeftError(
-            f"{run}: the model {config.model} changed since this run began "
-            f"({facts['model_hash']}, now {backbone.weights_hash}); put it back"
+            f"{run}: the model {config.model} has changed since this run started "
+            f"({facts['model_hash']}, now {backbone.weights_hash}); restore it"
         )
-    accuracy, rows = _recorded(run, checkpoint.round, facts)
+    accuracy, rows = _recorded_accuracy(run, checkpoint.round, facts)
     return Source(
         config=config,
         backbone=backbone,
@@ -150,65 +151,56 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
 
 
 def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) -> Source:
-    """The model with which a client would begin its next turn."""
+    """Replace the global model by the one with which a client would start its next training."""
     client_model, config, state = source.client_model, source.config, checkpoint.state
-    name = checkpoint.facts.get("run", "")
-    layers = source.backbone.num_layers
-    setup = Setup(config, layers, client_model.fresh_tensors, client_model.layout, None, name)
-    instruction = method_named(config.method).evaluate_client(setup, state, checkpoint.round + 1, client)
+    setup = Setup(
+        config,
+        source.backbone.num_layers,
+        client_model.fresh_tensors,
+        client_model.layout,
+        clock=None,
+        run=checkpoint.facts["run"],
+    )
+    evaluate_client = method_named(config.method).evaluate_client
+    instruction = evaluate_client(setup, state, checkpoint.round + 1, client)
+    saved: Tensors = {}
     try:
-        kept = {} if instruction.state_round is None else load_tensors(client_folder(instruction.run, client), instruction.state_round)
+        if instruction.state_round is not None:
+            saved = load_tensors(client_folder(instruction.run, client), instruction.state_round)
     except StateLost as error:
         raise DroppeftError(
-            f"{run}: client {client} cannot be exported: {error}, or on another machine "
+            f"{run}: client {client} cannot be exported: {error}, or is on another machine "
             f"({client_folder(instruction.run, client)})"
         ) from None
-    whole = {
-        key: {**kept.get(key, {}), **instruction.tensors.get(key, {})}
-        for key in dict.fromkeys((*instruction.tensors, *kept))
+    tensors = {
+        key: {**saved.get(key, {}), **instruction.tensors.get(key, {})}
+        for key in dict.fromkeys((*instruction.tensors, *saved))
     }
-    measured = (_result(run, checkpoint.round) or {}).get("personalised", [])
-    found = [one for one in measured if one["client"] == client]
+    measured = (_result_of(run, checkpoint.round) or {}).get("personalised", [])
+    recorded = next((each for each in measured if each["client"] == client), None)
     return replace(
         source,
-        model=GlobalModel(instruction.adapter, whole, instruction.base_delta),
+        model=GlobalModel(instruction.adapter, tensors, instruction.base_delta),
         client=client,
-        accuracy=found[0]["accuracy"] if found else None,
-        rows=found[0]["rows"] if found else 0,
+        accuracy=recorded["accuracy"] if recorded else None,
+        rows=recorded["rows"] if recorded else 0,
     )
 
 
-def _result(run: Path, round: int) -> Mapping[str, Any] | None:
-    """What the run noted at its end, if that was this round."""
+def _result_of(run: Path, round: int) -> Mapping[str, Any] | None:
+    """Read the run's result, if it is finished and this was its last round."""
     if not (run / RESULT).exists():
         return None
     result: dict[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
     return result if result["rounds"] == round else None
 
 
-def _with_labels(
-    run: Path, config: Config, facts: Mapping[str, Any], say: Say
-) -> Mapping[str, Any]:
-    """Older checkpoints lack two facts, which then come from the data."""
-    if "label_names" in facts:
-        return facts
-    say("reading data")
-    data = load_text(config.data, config.source, config.partition.key)
-    if data.content_hash != facts["data_hash"]:
-        raise DroppeftError(
-            f"{run}: the data {config.data} changed since this run began "
-            f"({facts['data_hash']}, now {data.content_hash}); put them back"
-        )
-    rows = min(len(data.test), config.evaluation.rows)
-    return {**facts, "label_names": data.label_names, "sampled_test_rows": rows}
-
-
-def _recorded(run: Path, round: int, facts: Mapping[str, Any]) -> tuple[float | None, int]:
-    """The accuracy that the run noted for a round, and on how many test texts."""
-    result = _result(run, round)
+def _recorded_accuracy(run: Path, round: int, facts: Mapping[str, Any]) -> tuple[float | None, int]:
+    """Return the accuracy that the run recorded for a round, and its number of test texts."""
+    result = _result_of(run, round)
     if result is not None:
         return result["global_accuracy"], result["test_rows"]
     if round == 0:
         return facts["initial_accuracy"], facts["sampled_test_rows"]
-    noted = [row["global_accuracy"] for row in read_rows(run / ROUNDS) if row["round"] == round]
-    return (noted[-1] if noted else None), facts["sampled_test_rows"]
+    rows = [row for row in read_rows(run / ROUNDS) if row["round"] == round]
+    return (rows[-1]["global_accuracy"] if rows else None), facts["sampled_test_rows"]

@@ -1,4 +1,4 @@
-"""The folder of a run: made in one step with all it needs to be resumed, and held by one process.
+"""The folder of a run, which is created in one step and locked by the process that works in it.
 
 Ours.
 """
@@ -12,23 +12,23 @@ from pathlib import Path
 
 from droppeft.config import Config, to_toml
 from droppeft.errors import DroppeftError
+from droppeft.files import sync, write_atomically
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
-from droppeft.files import sync, write_atomically
 
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
 
 
 def check_free(out: Path) -> None:
-    """Refuse an output folder that has content or cannot be made.
+    """Refuse an output folder that is not empty or cannot be created.
 
     Raises:
-        DroppeftError: with what to do.
+        DroppeftError: the folder is not empty or cannot be created.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DroppeftError(
             f"--out {out} exists already; choose another folder, "
-            f"or go on with: droppeft resume {out}"
+            f"or continue with: droppeft resume {out}"
         )
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -36,10 +36,10 @@ def check_free(out: Path) -> None:
 
 
 def begin(out: Path, config: Config, first: Checkpoint) -> None:
-    """Make the folder of a run that can be resumed, or nothing.
+    """Create the folder of a run with its configuration and first checkpoint, in one step.
 
     Raises:
-        DroppeftError: it cannot be made.
+        DroppeftError: it cannot be created; nothing is left then.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,15 +51,17 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
             inside.replace(out)
         sync(out.parent)
     except OSError as error:
-        raise DroppeftError(f"--out {out}: cannot be made ({error.strerror})") from None
+        raise DroppeftError(
+            f"--out {out}: cannot be created ({error.strerror}); choose another folder"
+        ) from None
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; the lock goes with the process.
+def locked(out: Path) -> Iterator[None]:
+    """Lock a run's folder against other processes; the lock ends with this process at the latest.
 
     Raises:
-        DroppeftError: another process has it.
+        DroppeftError: another process has locked it.
     """
     handle = os.open(out, os.O_RDONLY)
     try:

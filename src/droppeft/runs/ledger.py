@@ -1,7 +1,8 @@
-"""The record of a run: one row per round, one per client and round, one result at the end.
+"""The ledger of a run: one row per round, one row per client and round, and their summary.
 
-Names say what they hold: ``host`` is this process, ``measured`` a real clock, ``_s`` seconds,
-``_bytes`` bytes; ``modelled`` stands for clients that are not here (:mod:`droppeft.costs.modelled_clock`).
+Names of values tell their meaning. ``host`` values are measured in this process, ``measured`` ones
+on a real clock. ``modelled`` values are computed for the clients' device profiles
+(:mod:`droppeft.costs.modelled_clock`). ``_s`` is seconds, ``_bytes`` is bytes.
 """
 
 import json
@@ -11,58 +12,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from droppeft.costs.modelled_clock import RoundCost, ClientCost
+from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.files import sync, write_atomically
-from droppeft.messages import Failure, Instruction, Reply, Update, payload_bytes, instruction_bytes
+from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 
 SCHEMA_VERSION = 3
 ROUNDING = 1e-9
+"""Tolerance of comparing a mean of accuracies with a target."""
+
 SMOOTHED_EVALUATIONS = 3
-"""A target counts as reached when the mean of so many evaluations in a row reaches it."""
+"""A target is reached when the mean of this many consecutive evaluations reaches it."""
 
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round.
+    """One round, as a row of ``rounds.jsonl``.
+
+    ``activation_bytes_peak``, the bytes and ``train_wall_s`` include late and surplus clients.
 
     Attributes:
         round: 1 for the first.
-        cohort: clients that were asked.
-        accepted: how many of their Updates were merged.
-        failures: client and reason of those whose Updates did not come, were refused or set aside.
-        global_accuracy, global_f1, global_loss: of the merged model at full depth on the fixed
-            sample of test rows; ``None`` in a round that was not evaluated.
-        train_loss: mean over accepted clients of their mean over steps.
-        mean_active_layers: layers run per step, mean over all steps of accepted clients.
-        activation_bytes_peak: most bytes stored for backward in any step of any client. This, the
-            bytes and ``train_wall_s`` count late and surplus clients too.
-        upload_bytes, download_bytes: tensors that travelled, without a transport's framing.
-        round_measured_s: as if clients worked side by side: the slowest turn plus the server.
-        train_wall_s: training steps of all clients together.
-        evaluation_wall_s: measuring the merged model, for this report only.
-        saving_wall_s: writing the rows and checkpoint of the round before (this row is part of
-            what is written now, so its own saving is not known yet).
-        host_wall_s: the whole round in this process, evaluation and that saving included.
-        upload_framed_bytes, download_framed_bytes: what the transport really carried, its
-            framing of messages included and that of the network not; ``None`` where clients are in
-            this process. They count what was refused or set aside, and not what was never sent;
-            ``upload_bytes`` and ``download_bytes`` follow from Updates that could be checked,
-            merged or not, and from all instructions.
-        absent: clients that were drawn and were not there, by the availability of their profile.
-        late: clients that missed the modelled deadline.
-        surplus: clients in time when a cohort of others had been faster on the modelled clock.
-        round_modelled_s: slowest merged turn on the clients' profiles, or the deadline that the
-            round waited for.
-        energy_modelled_j: of all clients that trained. These five are unknown for rounds that an
-            earlier version played.
-        idle_modelled_share: of the merged clients' time until the slowest of them is done, the part
-            in which they wait for it.
-        coverage: of each layer, how many merged Updates brought it.
-        layer_steps: of each layer, in how many steps of the merged turns it ran; unknown for rounds
-            that an earlier version played.
-        importance: of each layer, mean gradient norm of the merged turns that moved it; 0 where
-            none did.
-        notes: what the method says of the round; of `droppeft` the configurator's arms.
+        cohort: clients that received an instruction.
+        accepted: number of updates that were merged.
+        failures: client and reason of each update that did not arrive, was refused or set aside.
+        global_accuracy, global_f1, global_loss: of the global model with all layers, on the sample
+            of test rows; ``None`` in a round without evaluation.
+        train_loss: mean over the steps of a client, then over accepted clients.
+        mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
+        activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
+        upload_bytes, download_bytes: size of the tensors of all instructions, and of all updates
+            that passed validation, without a transport's framing.
+        round_measured_s: seconds as if clients trained in parallel: the slowest client that was
+            accepted, plus the server.
+        train_wall_s: seconds of training steps, summed over clients.
+        evaluation_wall_s: seconds of evaluating the global model.
+        saving_wall_s: seconds of writing the rows and the checkpoint of the round before. The time
+            of saving this round is not known yet when its row is written.
+        host_wall_s: seconds of the whole round in this process, with evaluation and saving.
+        upload_framed_bytes, download_framed_bytes: bytes of all messages that the transport sent,
+            with its own framing but without that of the network; replies that were refused count
+            too. ``None`` where clients run in this process.
+        absent: clients that were drawn but not available, by their device profile.
+        late: clients that missed the deadline on the modelled clock.
+        surplus: clients that were in time, but after ``cohort_size`` others.
+        round_modelled_s: seconds on the modelled clock until the last accepted update arrived, or
+            until the deadline if the round lasted until then; ``None`` without a modelled clock.
+        energy_modelled_j: energy of all clients that trained; ``None`` without a modelled clock.
+        idle_modelled_share: part of the accepted clients' time that they wait for the slowest of
+            them; ``None`` if unknown.
+        coverage: per layer, number of merged updates that contain it.
+        layer_steps: per layer, number of steps in which it ran, summed over merged updates.
+        importance: per layer, mean gradient norm over the merged updates in which it ran; 0 if it
+            ran in none.
+        notes: what the method reports about the round, such as the configurator's arms.
     """
 
     round: int
@@ -82,38 +84,39 @@ class RoundRow:
     evaluation_wall_s: float
     saving_wall_s: float
     host_wall_s: float
-    upload_framed_bytes: int | None = None
-    download_framed_bytes: int | None = None
-    absent: list[int] | None = None
-    late: list[int] | None = None
-    surplus: list[int] | None = None
-    round_modelled_s: float | None = None
-    energy_modelled_j: float | None = None
-    idle_modelled_share: float | None = None
-    coverage: list[int] | None = None
-    layer_steps: list[int] | None = None
-    importance: list[float] | None = None
-    notes: dict[str, Any] | None = None
+    upload_framed_bytes: int | None
+    download_framed_bytes: int | None
+    absent: list[int]
+    late: list[int]
+    surplus: list[int]
+    round_modelled_s: float | None
+    energy_modelled_j: float | None
+    idle_modelled_share: float | None
+    coverage: list[int]
+    layer_steps: list[int]
+    importance: list[float]
+    notes: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """A round after its last reply.
+    """A round after it was merged.
 
     Attributes:
         round: 1 for the first.
-        plans: in cohort order.
-        answers: in the same order, refused Updates replaced by their Failure.
-        replies: those that may be merged, the others replaced by a Failure.
-        modelled: the round on the modelled clock.
-        framing: bytes sent to and received from each client in order of arrival, as the transport
+        instructions: in the order of the cohort.
+        checked_replies: in the same order, after validation: refused updates are failures here.
+        replies: in the same order, as they were merged: updates that were late, surplus or below
+            the quorum are failures too.
+        modelled: cost of the round on the modelled clock.
+        framing: bytes sent to and received from each client, in order of arrival, as the transport
             counted them.
-        server_wall_s: planning, checking and merging on the server.
+        server_wall_s: seconds of writing instructions, validation and merging on the server.
     """
 
     round: int
     instructions: tuple[Instruction, ...]
-    answers: tuple[Reply, ...]
+    checked_replies: tuple[Reply, ...]
     replies: tuple[Reply, ...]
     modelled: RoundCost
     framing: tuple[tuple[int | None, int | None], ...]
@@ -121,17 +124,20 @@ class ClosedRound:
 
     @property
     def accepted(self) -> tuple[Update, ...]:
-        """The Updates that were merged, in the order of the instructions."""
+        """The updates that were merged, in the order of the instructions."""
         return tuple(reply for reply in self.replies if isinstance(reply, Update))
 
 
-def client_row(instruction: Instruction, answer: Reply, reply: Reply, turn: ClientCost | None) -> dict[str, Any]:
-    """One client's turn as a row of ``clients.jsonl``; one that was not merged has a reason.
+def client_row(
+    instruction: Instruction, checked_reply: Reply, reply: Reply, modelled: ClientCost | None
+) -> dict[str, Any]:
+    """Describe one client's local training in a row of ``clients.jsonl``.
 
     Args:
-        answer: what came and was found in order.
-        reply: what of it was merged.
-        turn: its modelled cost, if there is an Update.
+        instruction: what the client was asked to do.
+        checked_reply: its reply after validation.
+        reply: its reply as it was merged; a failure has the reason why it was not.
+        modelled: its cost on the modelled clock, if it sent an update.
     """
     row: dict[str, Any] = {
         "round": instruction.round,
@@ -142,12 +148,12 @@ def client_row(instruction: Instruction, answer: Reply, reply: Reply, turn: Clie
     }
     if isinstance(reply, Failure):
         row["reason"] = reply.reason
-    if isinstance(answer, Update):
-        row |= _work(answer)
-    return row if turn is None else {**row, **_modelled(turn)}
+    if isinstance(checked_reply, Update):
+        row |= _training_columns(checked_reply)
+    return row if modelled is None else {**row, **_modelled_columns(modelled)}
 
 
-def _work(update: Update) -> dict[str, Any]:
+def _training_columns(update: Update) -> dict[str, Any]:
     return {
         "upload_bytes": payload_bytes(update.tensors),
         "examples": update.examples,
@@ -163,15 +169,15 @@ def _work(update: Update) -> dict[str, Any]:
     }
 
 
-def _modelled(turn: ClientCost) -> dict[str, Any]:
+def _modelled_columns(cost: ClientCost) -> dict[str, Any]:
     return {
-        "profile": turn.profile,
-        "download_modelled_s": turn.download_s,
-        "train_modelled_s": turn.train_s,
-        "reward_modelled_s": turn.reward_s,
-        "upload_modelled_s": turn.upload_s,
-        "client_modelled_s": turn.total_s,
-        "energy_modelled_j": turn.energy_j,
+        "profile": cost.profile,
+        "download_modelled_s": cost.download_s,
+        "train_modelled_s": cost.train_s,
+        "reward_modelled_s": cost.reward_s,
+        "upload_modelled_s": cost.upload_s,
+        "client_modelled_s": cost.total_s,
+        "energy_modelled_j": cost.energy_j,
     }
 
 
@@ -182,15 +188,16 @@ def round_row(
     host_wall_s: float,
     notes: Mapping[str, Any] | None = None,
 ) -> RoundRow:
-    """Sum a round up.
+    """Summarise a round in a row of ``rounds.jsonl``.
 
     Args:
-        quality: loss, accuracy and F1 of the merged model, and the seconds that measuring took.
-        saving_wall_s: writing the rows and checkpoint of the round before.
-        host_wall_s: the whole round in this process.
-        notes: what the method says of it.
+        closed: the round.
+        quality: loss, accuracy and F1 of the global model, and the seconds of its evaluation.
+        saving_wall_s: seconds of writing the rows and the checkpoint of the round before.
+        host_wall_s: seconds of the whole round in this process.
+        notes: what the method reports about the round.
     """
-    came = [answer for answer in closed.answers if isinstance(answer, Update)]
+    received = [reply for reply in closed.checked_replies if isinstance(reply, Update)]
     updates, modelled = closed.accepted, closed.modelled
     steps = sum(update.steps for update in updates)
     slowest_s = max((update.cost.total_wall_s for update in updates), default=0.0)
@@ -206,16 +213,16 @@ def round_row(
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
         else None,
-        activation_bytes_peak=max((u.cost.activation_bytes_peak for u in came), default=0),
-        upload_bytes=sum(payload_bytes(update.tensors) for update in came),
+        activation_bytes_peak=max((u.cost.activation_bytes_peak for u in received), default=0),
+        upload_bytes=sum(payload_bytes(update.tensors) for update in received),
         download_bytes=sum(instruction_bytes(instruction) for instruction in closed.instructions),
         round_measured_s=slowest_s + closed.server_wall_s,
-        train_wall_s=sum(update.cost.train_wall_s for update in came),
+        train_wall_s=sum(update.cost.train_wall_s for update in received),
         evaluation_wall_s=quality["wall_s"] or 0.0,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
-        upload_framed_bytes=_total([received for _, received in closed.framing]),
-        download_framed_bytes=_total([sent for sent, _ in closed.framing]),
+        upload_framed_bytes=_sum_of_known([back for _, back in closed.framing]),
+        download_framed_bytes=_sum_of_known([sent for sent, _ in closed.framing]),
         absent=list(modelled.absent),
         late=list(modelled.late),
         surplus=list(modelled.surplus),
@@ -230,7 +237,7 @@ def round_row(
 
 
 def _failures(closed: ClosedRound) -> list[dict[str, Any]]:
-    """Those that neither the deadline nor over-selection explains."""
+    """Client and reason of each failure, without late and surplus clients."""
     explained = (*closed.modelled.late, *closed.modelled.surplus)
     return [
         {"client": reply.client, "reason": reply.reason}
@@ -250,8 +257,8 @@ def _importance(updates: Sequence[Update]) -> list[float]:
 
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
-    turns = zip(modelled.clients, replies, strict=True)
-    seconds = [turn.total_s for turn, reply in turns if turn and isinstance(reply, Update)]
+    pairs = zip(modelled.clients, replies, strict=True)
+    seconds = [cost.total_s for cost, reply in pairs if cost and isinstance(reply, Update)]
     if not seconds or max(seconds) <= 0:
         return None
     return 1 - sum(seconds) / (len(seconds) * max(seconds))
@@ -260,7 +267,13 @@ def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
 def summarise(
     rows: Sequence[RoundRow], initial_accuracy: float, target: float | None
 ) -> dict[str, Any]:
-    """Totals, bests and the time to the target over all rounds, under the rows' own names."""
+    """Summarise all rounds: totals, best values and the time until the target is reached.
+
+    Args:
+        rows: of all rounds.
+        initial_accuracy: before round 1.
+        target: accuracy to be reached, or ``None``.
+    """
     measured = [(row.global_accuracy, row.round) for row in rows if row.global_accuracy is not None]
     best, best_round = max(measured, default=(None, None), key=lambda pair: pair[0])
     evaluations = [(row.round, row.global_accuracy) for row in rows]
@@ -278,11 +291,11 @@ def summarise(
         "activation_bytes_peak": max((row.activation_bytes_peak for row in rows), default=0),
         "upload_bytes": sum(row.upload_bytes for row in rows),
         "download_bytes": sum(row.download_bytes for row in rows),
-        "upload_framed_bytes": _total([row.upload_framed_bytes for row in rows]),
-        "download_framed_bytes": _total([row.download_framed_bytes for row in rows]),
+        "upload_framed_bytes": _sum_of_known([row.upload_framed_bytes for row in rows]),
+        "download_framed_bytes": _sum_of_known([row.download_framed_bytes for row in rows]),
         "round_measured_s": sum(row.round_measured_s for row in rows),
-        "round_modelled_s": _whole([row.round_modelled_s for row in rows]),
-        "energy_modelled_j": _whole([row.energy_modelled_j for row in rows]),
+        "round_modelled_s": _sum_if_all_known([row.round_modelled_s for row in rows]),
+        "energy_modelled_j": _sum_if_all_known([row.energy_modelled_j for row in rows]),
         "idle_modelled_share": _mean(
             [row.idle_modelled_share for row in rows if row.idle_modelled_share is not None]
         ),
@@ -291,23 +304,30 @@ def summarise(
         "host_wall_s": sum(row.host_wall_s for row in rows),
         "target": target,
         "target_round": reached,
-        "time_to_target_measured_s": _sum_or_none(reached, [r.round_measured_s for r in until]),
-        "time_to_target_modelled_s": _whole([row.round_modelled_s for row in until])
+        "time_to_target_measured_s": sum(row.round_measured_s for row in until)
         if reached
         else None,
-        "time_to_target_host_s": _sum_or_none(
-            reached, [row.host_wall_s - row.evaluation_wall_s for row in until]
-        ),
+        "time_to_target_modelled_s": _sum_if_all_known([row.round_modelled_s for row in until])
+        if reached
+        else None,
+        "time_to_target_host_s": sum(row.host_wall_s - row.evaluation_wall_s for row in until)
+        if reached
+        else None,
     }
 
 
 def target_round(
     evaluations: Iterable[tuple[int, float | None]], initial_accuracy: float, target: float | None
 ) -> int | None:
-    """First round at which the mean of the last three evaluations reaches the target.
+    """Return the first round at which the mean of the last three evaluations reaches the target.
 
     Args:
-        evaluations: rounds and their accuracies, ``None`` where there was no evaluation.
+        evaluations: pairs of round and accuracy; the accuracy is ``None`` without an evaluation.
+        initial_accuracy: before round 1; it counts as an evaluation.
+        target: accuracy to be reached, or ``None``.
+
+    Returns:
+        ``None`` if the target is not reached or there is none.
     """
     if target is None:
         return None
@@ -322,7 +342,7 @@ def target_round(
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a JSON Lines file and make them durable."""
+    """Append rows to a JSON Lines file, and sync it to disk."""
     new = not path.exists()
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -333,7 +353,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file; a torn last line, as a crash may leave it, is passed over."""
+    """Read a JSON Lines file; an incomplete last line, left by a crash, is ignored."""
     if not path.exists():
         return []
     rows = []
@@ -346,7 +366,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, last_round: int) -> list[dict[str, Any]]:
-    """Drop the rows of later rounds (their checkpoint was never written) and return the rest."""
+    """Remove the rows of later rounds, whose checkpoint was never written, and return the rest."""
     rows = [row for row in read_rows(path) if row["round"] <= last_round]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
@@ -356,16 +376,13 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _total(values: Sequence[int | None]) -> int | None:
+def _sum_of_known(values: Sequence[int | None]) -> int | None:
+    """The sum of the values that are not ``None``, or ``None`` if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
-def _whole(values: Sequence[float | None]) -> float | None:
-    """The sum, if all are known."""
+def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
+    """The sum, or ``None`` if a value is ``None``."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
-
-
-def _sum_or_none(reached: int | None, values: Sequence[float]) -> float | None:
-    return None if reached is None else sum(values)

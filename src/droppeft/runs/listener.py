@@ -1,26 +1,31 @@
-"""Who is told how a run goes."""
+"""The interface of those who are told about the progress of a run."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
+from droppeft.runs.ledger import RoundRow
 
 
 class Listener(Protocol):
-    """Who is told how a run goes; the screen is one."""
+    """Is told about the progress of a run; the screen is one listener, a tracker another."""
 
     def preparing(self, what: str) -> None:
-        """A step before round 1 begins."""
+        """A step of preparation or of the final evaluation begins."""
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """Rounds begin; ``rows`` are those that an earlier process finished."""
+        """The rounds begin.
+
+        Args:
+            about: what identifies the run: method, model, data and more.
+            rows: the rounds that an earlier process has finished.
+        """
 
     def replied(self, reply: Reply) -> None:
-        """A client of the present round has answered."""
+        """A client's reply has arrived."""
 
     def round_done(self, row: RoundRow) -> None:
-        """A round is merged, measured and saved."""
+        """A round has been merged, evaluated and saved."""
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """The result is on disk."""
+        """The result has been written."""

@@ -1,6 +1,6 @@
-"""What a run leaves for others: its adapter in PEFT's format, or a plain transformers model; ours.
+"""Write an adapter in PEFT's format, or a merged model that needs transformers alone; ours.
 
-Either has a card that says how to load it, and nothing from which a training text could be learnt.
+Either has a model card that says how to load it. The card contains nothing from the texts.
 """
 
 import hashlib
@@ -26,28 +26,32 @@ from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
-from droppeft.models.loading import HEAD_MODULES, Backbone, quiet
 from droppeft.messages import GlobalModel
+from droppeft.models.loading import HEAD_MODULES, Backbone, quiet
 from droppeft.models.quantization import settings
 
-PROBE = "Whatever it says, the merged model must answer it as the model did that it is made of."
+PROBE = "The merged model must give the same logits for this sentence as the model with adapters."
 MERGE_TOLERANCE = 1e-3
-"""Of the largest logit. What merging in float32 moves is a hundredth of this and less."""
+"""Largest difference of a logit after merging, relative to the largest logit.
+
+Merging in float32 changes logits by at most a hundredth of this.
+"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to export, and what its card says of it.
+    """A model to export, and what its card says about it.
 
     Attributes:
         config: of the run, resolved.
-        backbone, client_model: where the model is worn.
+        backbone: of the run.
+        client_model: the backbone, to which the model's adapter is attached.
         label_names: in the order of the class indices.
         data_hash: content hash of the run's data.
-        model: as the server holds it.
-        round: the last one that is in it; 0 before the first.
-        accuracy: what the run recorded at that round, ``None`` if it was not evaluated then.
-        rows: on how many test texts.
+        model: adapter, tensors and base delta.
+        round: after which the model was saved; 0 before the first.
+        accuracy: that the run recorded after that round; ``None`` if there was no evaluation.
+        rows: number of test texts of that evaluation.
         client: whose model it is; ``None`` for the global one.
     """
 
@@ -64,18 +68,21 @@ class Source:
 
     @property
     def adapter_type(self) -> str:
-        """Of every layer that has an adapter."""
+        """The type of the adapters."""
         return next(layer.type for layer in self.model.adapter.layers if layer is not None)
 
 
 def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], out: Path) -> str:
-    """Write ``out/adapter`` in one step and return its tensors' hash; an older one is replaced.
+    """Write ``out/adapter``, replacing an existing one, and return the hash of its tensors' file.
 
     Args:
-        facts: ``accuracy`` at the end of the run, and on how many ``rows``.
+        loaded: data, split and model of the run.
+        model: the global model.
+        facts: ``accuracy`` at the end of the run, and the number of ``rows`` it was measured on.
+        out: folder of the run.
 
     Raises:
-        DroppeftError: the model has a base delta, for which PEFT's format has no place.
+        DroppeftError: the model has a base delta, which PEFT's format cannot hold.
     """
     config, data = loaded.config, loaded.data
     source = Source(
@@ -100,7 +107,7 @@ def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], 
 
 
 def save_adapter(source: Source, out: Path) -> None:
-    """Write the adapter as the new folder ``out``, in one step.
+    """Write the adapter to the new folder ``out``, in one step.
 
     Raises:
         DroppeftError: the model has a base delta, or the folder cannot be written.
@@ -110,10 +117,12 @@ def save_adapter(source: Source, out: Path) -> None:
 
 
 def save_merged(source: Source, out: Path) -> None:
-    """Write backbone and adapter as one plain model, in one step; that uses the client model up.
+    """Merge the adapter into the backbone and write the plain model to ``out``, in one step.
+
+    The client model cannot be used afterwards.
 
     Raises:
-        DroppeftError: an adapter of this type is no change of weights, or the folder cannot be
+        DroppeftError: adapters of this type cannot be merged into weights, or the folder cannot be
             written.
     """
     client_model, model, tokenizer = source.client_model, source.model, source.backbone.tokenizer
@@ -125,14 +134,14 @@ def save_merged(source: Source, out: Path) -> None:
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(_merged_card(source), encoding="utf-8")
-            _check_answer(folder, expected)
+            _check_logits(folder, expected)
 
 
 def check_alone(model: GlobalModel) -> None:
-    """Refuse a model that an adapter does not hold all of.
+    """Check that a model can be exported as an adapter alone.
 
     Raises:
-        DroppeftError: it has a base delta.
+        DroppeftError: it has a base delta, which is not part of the adapter.
     """
     if model.base_delta is not None:
         raise DroppeftError(
@@ -142,7 +151,7 @@ def check_alone(model: GlobalModel) -> None:
 
 
 def adapter_lines(source: Source, folder: str) -> str:
-    """Python that loads the adapter in ``folder`` as ``model``, and its ``tokenizer``."""
+    """Python code that loads the adapter in ``folder`` as ``model``, and its ``tokenizer``."""
     base, tokenizer = source.backbone.path, source.backbone.tokenizer
     if base.startswith("config:"):
         return (
@@ -155,17 +164,17 @@ def adapter_lines(source: Source, folder: str) -> str:
         if tokenizer.pad_token == tokenizer.eos_token
         else ""
     )
-    # The built-in model lies wherever the reader's Python has the package.
-    ours = source.config.model == "builtin"
-    found = "from droppeft.models.loading import builtin_model_folder\n" if ours else ""
-    place = "str(builtin_model_folder())" if ours else repr(base)
+    # The folder of the built-in model depends on the installation of whoever loads it.
+    builtin = source.config.model == "builtin"
+    imports = "from droppeft.models.loading import builtin_model_folder\n" if builtin else ""
+    path = "str(builtin_model_folder())" if builtin else repr(base)
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)
     return f"""\
-{found}{loading.import_line}
+{imports}{loading.import_line}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = {place}
+base = {path}
 id2label = {dict(enumerate(source.label_names))!r}
 {quantised}model = AutoModelForSequenceClassification.from_pretrained(
     base, id2label=id2label, ignore_mismatched_sizes=True{options}
@@ -176,7 +185,7 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 
 
 def merged_lines(source: Source, folder: str) -> str:
-    """Python that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
+    """Python code that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
     return f"""\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -186,16 +195,16 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
 
 def _quantised_lines(source: Source) -> tuple[str, str]:
-    """Lines that say how a base is quantised, and what ``from_pretrained`` is given of them."""
+    """Lines that define the quantisation, and the arguments of ``from_pretrained`` that use it."""
     if source.config.quantization == "none":
         return "", ""
-    chosen = settings(source.config.quantization, HEAD_MODULES)
-    words = "".join(f"    {name}={value!r},\n" for name, value in chosen.items())
+    options = settings(source.config.quantization, HEAD_MODULES)
+    arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return (
-        "# As it was trained: with bitsandbytes, and on the GPU where there is one.\n"
+        "# Quantised with bitsandbytes as in training, and on the GPU if there is one.\n"
         "import torch\n"
         "from transformers import BitsAndBytesConfig\n\n"
-        f"quantization = BitsAndBytesConfig(\n{words})\n",
+        f"quantization = BitsAndBytesConfig(\n{arguments})\n",
         ",\n    quantization_config=quantization, dtype=torch.float32",
     )
 
@@ -211,28 +220,29 @@ def _attach(client_model: ClientModel, model: GlobalModel) -> None:
     set_tensors(client_model.parameters, model.tensors)
 
 
-def _check_answer(folder: Path, expected: torch.Tensor) -> None:
-    """Load what was written and ask it: peft does not merge every type exactly, or at all."""
+def _check_logits(folder: Path, expected: torch.Tensor) -> None:
+    """Load the merged model and compare its logits: PEFT cannot merge every type exactly."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    found = _logits(model, AutoTokenizer.from_pretrained(folder))
+    logits = _logits(model, AutoTokenizer.from_pretrained(folder))
     if not torch.allclose(
-        found, expected, rtol=0, atol=MERGE_TOLERANCE * float(expected.abs().max())
+        logits, expected, rtol=0, atol=MERGE_TOLERANCE * float(expected.abs().max())
     ):
         raise DroppeftError(
-            "merged into the backbone, this adapter gives another model; export it without --merge"
+            "merging this adapter into the backbone changes the model's logits; "
+            "export it without --merge"
         )
 
 
 def _logits(model: nn.Module, tokenizer: Any) -> torch.Tensor:
     with torch.inference_mode():
-        answer = model.eval()(input_ids=tokenizer(PROBE, return_tensors="pt")["input_ids"])
-    logits: torch.Tensor = answer.logits
+        output = model.eval()(input_ids=tokenizer(PROBE, return_tensors="pt")["input_ids"])
+    logits: torch.Tensor = output.logits
     return logits
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``out`` in one rename, unless something is raised."""
+    """Yield an empty folder, which is renamed to ``out`` unless an error is raised."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -250,7 +260,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _make_durable(folder: Path) -> None:
-    """Sync all, and open files to whom the folder is open: safetensors keeps its own private."""
+    """Sync all files to disk, and give them the folder's permissions.
+
+    safetensors makes its files readable by their owner alone.
+    """
     mode = folder.stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
@@ -313,8 +326,8 @@ def _table(source: Source) -> str:
 
 def _whose(source: Source) -> str:
     if source.client is None:
-        return "the global one"
-    return f"that with which client {source.client} would begin its next turn"
+        return "the global model"
+    return f"the model with which client {source.client} would start its next local training"
 
 
 def _merged_values(config: Config) -> str:
@@ -322,8 +335,8 @@ def _merged_values(config: Config) -> str:
         return ""
     return f"""\
 They were trained on a base{_bits(config)}.
-Here these are the numbers that the bits stand for, in full precision; the accuracy was recorded
-with the bits.
+Here these linear maps are dequantised to full precision; the accuracy was recorded with the
+quantised ones.
 """
 
 
@@ -335,12 +348,12 @@ def _bits(config: Config) -> str:
 
 
 def _accuracy(source: Source) -> str:
-    own = "" if source.client is None else f" of client {source.client}"
+    whose = "" if source.client is None else f" of client {source.client}"
     if source.accuracy is None:
-        return f"| accuracy{own} | not evaluated at this round |"
+        return f"| accuracy{whose} | not evaluated at this round |"
     precision = source.config.training.precision
     half = "" if precision == "fp32" else f", computed in {precision} (the lines below: in fp32)"
-    return f"| accuracy on {source.rows} test texts{own}{half} | {source.accuracy:.4f} |"
+    return f"| accuracy on {source.rows} test texts{whose}{half} | {source.accuracy:.4f} |"
 
 
 def _cut(source: Source) -> str:

@@ -1,8 +1,9 @@
-"""Rounds to TensorBoard, MLflow, Weights & Biases or Trackio, through accelerate's trackers; ours.
+"""Log rounds to TensorBoard, MLflow, Weights & Biases or Trackio with accelerate's trackers; ours.
 
-All of them write into the run's folder, and none asks the network, unless the environment says so
-(``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A run that is resumed goes on as the
-same run; Weights & Biases keeps its offline parts apart, under one id for ``wandb sync``.
+All trackers write into the run's folder and use no network, unless ``WANDB_MODE``,
+``MLFLOW_TRACKING_URI`` or ``TRACKIO_DIR`` is set in the environment. A resumed run is logged as the
+same run. Weights & Biases stores one offline part per process, all with the same id, which
+``wandb sync`` joins.
 """
 
 import hashlib
@@ -16,19 +17,26 @@ from typing import Any
 
 from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
-from droppeft.runs.listener import Listener
 from droppeft.files import write_atomically
-from droppeft.runs.ledger import RoundRow
 from droppeft.messages import Reply
+from droppeft.runs.ledger import RoundRow
+from droppeft.runs.listener import Listener
 
-FOLDER, MLFLOW_RUN = "tracker", "mlflow-run"
+FOLDER = "tracker"
+"""Folder of the tracker's files, in the run's folder."""
+
+MLFLOW_RUN = "mlflow-run"
+"""File in it with the id that MLflow gave to the run."""
 
 
 def check_tracker(name: str) -> None:
-    """Say what is missing for a tracker.
+    """Check that a tracker's package is installed.
+
+    Args:
+        name: of the tracker, or ``"none"``.
 
     Raises:
-        DroppeftError: its package is not installed.
+        DroppeftError: it is not installed.
     """
     if name != "none" and importlib.util.find_spec(name) is None:
         raise DroppeftError(
@@ -38,51 +46,55 @@ def check_tracker(name: str) -> None:
 
 @contextmanager
 def tracked(listener: Listener, config: Config, out: Path) -> Iterator[Listener]:
-    """The same watcher, with the configured tracker beside it, which is closed in the end."""
+    """Yield a listener that also writes to the configured tracker, which is closed at the end.
+
+    Without a tracker, the given listener is yielded.
+    """
     if config.tracker == "none":
         yield listener
         return
-    both = Tracked(listener, config, out)
+    both = TrackingListener(listener, config, out)
     try:
         yield both
     finally:
         both.close()
 
 
-class Tracked:
-    """Tells a watcher, and writes every round's numbers to a tracker.
+class TrackingListener:
+    """Writes the numbers of every round to a tracker, and passes all events on to a listener.
 
     Args:
-        watcher: who else is told.
-        config: of the run; what its tracker is, and what is noted as the run's settings.
+        listener: receives all events too.
+        config: of the run; it names the tracker and is logged as the run's settings.
         out: folder of the run.
     """
 
     def __init__(self, listener: Listener, config: Config, out: Path) -> None:
         self._listener, self._config, self._out = listener, config, out
         self._tracker: Any = None
-        self._own: dict[str, str] = {}
+        self._environment: dict[str, str] = {}
 
     def preparing(self, what: str) -> None:
-        """Passed on."""
+        """Pass the event on."""
         self._listener.preparing(what)
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
-        """Open the tracker; rounds of an earlier process are there already."""
-        self._own = {k: v for k, v in _places(self._out).items() if k not in os.environ}
-        os.environ.update(self._own)
-        self._tracker = _opened(self._config.tracker, self._out)
+        """Open the tracker; it has the rounds of an earlier process already."""
+        variables = _environment(self._out)
+        self._environment = {k: v for k, v in variables.items() if k not in os.environ}
+        os.environ.update(self._environment)
+        self._tracker = _open(self._config.tracker, self._out)
         settings = flat(as_tree(self._config))
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         self._tracker.store_init_configuration(plain)
         self._listener.started(about, rows)
 
     def replied(self, reply: Reply) -> None:
-        """Passed on."""
+        """Pass the event on."""
         self._listener.replied(reply)
 
     def round_done(self, row: RoundRow) -> None:
-        """Write the numbers of a round's row, at the step of its number."""
+        """Write the numbers of a round's row, with the round as the step."""
         numbers = {
             name: value
             for name, value in asdict(row).items()
@@ -92,24 +104,24 @@ class Tracked:
         self._listener.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Write how good the models are, the global one and the clients' own."""
+        """Write the final accuracies of the global model and of the clients' models."""
         if self._tracker is not None:
             names = ("global_accuracy", "global_f1", "global_loss", "personalised_accuracy")
-            found = {f"final_{name}": result.get(name) for name in names}
-            final = {name: value for name, value in found.items() if value is not None}
+            values = {f"final_{name}": result.get(name) for name in names}
+            final = {name: value for name, value in values.items() if value is not None}
             self._tracker.log(final, step=result["rounds"])
         self._listener.finished(result)
 
     def close(self) -> None:
-        """End it, whatever became of the run; the environment is as it was."""
+        """Close the tracker, also after a failed run, and restore the environment."""
         if self._tracker is not None:
             self._tracker.finish()
-        for name in self._own:
+        for name in self._environment:
             os.environ.pop(name, None)
 
 
-def _places(out: Path) -> dict[str, str]:
-    """What the trackers read from the environment."""
+def _environment(out: Path) -> dict[str, str]:
+    """Environment variables that keep the trackers in the run's folder and off the network."""
     folder = out / FOLDER
     return {
         "WANDB_MODE": "offline",
@@ -119,19 +131,19 @@ def _places(out: Path) -> dict[str, str]:
     }
 
 
-def _opened(name: str, out: Path) -> Any:
-    """accelerate's tracker, writing to the run's folder."""
+def _open(name: str, out: Path) -> Any:
+    """Open one of accelerate's trackers, in the run's folder."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # trackers ask it whether this is the main process
+    PartialState()  # trackers read from it whether this is the main process
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"logging_dir": folder},
-        # The same run for a resumed process: by an id, or by the id that mlflow gave it.
-        "wandb": {"dir": str(folder), "name": out.name, "id": _id(out), "resume": "allow"},
-        "mlflow": {"run_name": out.name, "run_id": _noted(folder / MLFLOW_RUN)},
+        # A resumed process continues the same run: by an id of ours, or by the id MLflow gave it.
+        "wandb": {"dir": str(folder), "name": out.name, "id": _run_id(out), "resume": "allow"},
+        "mlflow": {"run_name": out.name, "run_id": _read_if_there(folder / MLFLOW_RUN)},
         "trackio": {"name": out.name, "resume": "allow"},
     }
     tracker = LOGGER_TYPE_TO_CLASS[name]("droppeft", **options[name])
@@ -141,9 +153,9 @@ def _opened(name: str, out: Path) -> Any:
     return tracker
 
 
-def _id(out: Path) -> str:
+def _run_id(out: Path) -> str:
     return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
 
 
-def _noted(path: Path) -> str | None:
+def _read_if_there(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -1,1 +1,1 @@
-"""The server: rounds, what it accepts, how it evaluates, and a whole run."""
+"""The server: one round, validation of replies, evaluation, and a whole run."""

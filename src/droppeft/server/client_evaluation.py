@@ -1,7 +1,7 @@
-"""Every client's own model on its own test rows: the second of the two accuracies; ours.
+"""Evaluate every client's own model on its own test rows: the personalised accuracy; ours.
 
-It is asked for when a run ends, for the report alone: no clock counts it and nothing follows from
-it. Clients that never trained are asked too.
+This happens once, at the end of a run, and only for the report: the modelled clock does not count
+it, and no state depends on it. Clients that never trained are evaluated too.
 """
 
 import time
@@ -14,23 +14,24 @@ from typing import Any
 
 from droppeft.messages import Budget, Failure, Instruction, Measurement, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
-from droppeft.server.validation import checked, why_not_its_own
+from droppeft.server.validation import check_reply, why_not_its_own
 from droppeft.sharing.participation import with_participations
 from droppeft.transports.base import Transport
 
 
 @dataclass(frozen=True)
-class Personalised:
-    """What all clients answered.
+class ClientEvaluation:
+    """The replies of all clients.
 
     Attributes:
-        measurements: of those that did, in the order of the clients.
-        failures: of the others.
-        wall_s: on this machine.
-        newcomers: of clients that never trained, after one epoch on their own rows; none unless
-            the configuration asks for it.
-        newcomer_failures: of those that did not answer to that.
-        lost: clients that no longer have what they kept; measured with the global model instead.
+        measurements: by client, in ascending order.
+        failures: of the clients that could not be measured.
+        wall_s: seconds on this machine.
+        newcomers: measurements of clients that never trained, after one epoch on their own rows;
+            empty unless the configuration asks for it.
+        newcomer_failures: of the newcomers that could not be measured after that epoch.
+        lost: clients that have lost their saved state; they were measured with the model with
+            which they would start again.
     """
 
     measurements: tuple[Measurement, ...]
@@ -47,109 +48,126 @@ def measure_clients(
     transport: Transport,
     state: ServerState,
     round: int,
-    trained: Mapping[int, int],
-) -> Personalised:
-    """Ask every client of the run, and newcomers once more if the configuration says so.
+    participations: Mapping[int, int],
+) -> ClientEvaluation:
+    """Have every client measure its own model.
 
-    A client that has lost what it kept is asked again for what it would begin with instead.
+    A client that has lost its saved state is asked a second time, with all tensors in the
+    instruction. A newcomer, a client that never trained, is asked a second time after one epoch of
+    training if the configuration says so.
 
     Args:
         round: the one that would come next.
-        trained: merged turns of each client that has any.
+        participations: number of merged updates of each client that has any.
     """
     start = time.perf_counter()
     instructions = [
         method.evaluate_client(setup, state, round, client)
         for client in range(setup.config.clients)
     ]
-    answers = _ask(setup, transport, instructions)
-    lost = tuple(one.client for one in answers if isinstance(one, Failure) and one.lost)
-    forgotten = with_participations(state, instructions, answers) if lost else state
-    again = [method.evaluate_client(setup, forgotten, round, client) for client in lost]
-    instead = dict(zip(lost, _ask(setup, transport, again), strict=True))
-    answers = [
-        instead.get(instruction.client, one)
-        for instruction, one in zip(instructions, answers, strict=True)
-    ]
-    once_more = [
+    replies = _exchange(setup, transport, instructions)
+    lost = tuple(reply.client for reply in replies if isinstance(reply, Failure) and reply.lost)
+    if lost:
+        state = with_participations(state, instructions, replies)
+        again = [method.evaluate_client(setup, state, round, client) for client in lost]
+        second = dict(zip(lost, _exchange(setup, transport, again), strict=True))
+        replies = [
+            second.get(instruction.client, reply)
+            for instruction, reply in zip(instructions, replies, strict=True)
+        ]
+    epoch_first = [
         replace(instruction, budget=Budget(epochs=1))
         for instruction in instructions
-        if setup.config.evaluation.newcomers and not trained.get(instruction.client)
+        if setup.config.evaluation.newcomers and not participations.get(instruction.client)
     ]
-    after = _ask(setup, transport, once_more)
-    return Personalised(
-        tuple(one for one in answers if isinstance(one, Measurement)),
-        tuple(one for one in answers if isinstance(one, Failure)),
+    newcomers = _exchange(setup, transport, epoch_first)
+    return ClientEvaluation(
+        _measurements(replies),
+        _failures(replies),
         time.perf_counter() - start,
-        tuple(one for one in after if isinstance(one, Measurement)),
-        tuple(one for one in after if isinstance(one, Failure)),
+        _measurements(newcomers),
+        _failures(newcomers),
         lost,
     )
 
 
-def _ask(setup: Setup, transport: Transport, instructions: Sequence[Instruction]) -> list[Reply]:
-    """Never more at once than in a round."""
-    answers: list[Reply] = []
+def _measurements(replies: Sequence[Reply]) -> tuple[Measurement, ...]:
+    return tuple(reply for reply in replies if isinstance(reply, Measurement))
+
+
+def _failures(replies: Sequence[Reply]) -> tuple[Failure, ...]:
+    return tuple(reply for reply in replies if isinstance(reply, Failure))
+
+
+def _exchange(
+    setup: Setup, transport: Transport, instructions: Sequence[Instruction]
+) -> list[Reply]:
+    """Return checked replies; no more clients are asked at once than in a round."""
+    replies: list[Reply] = []
     for first in range(0, len(instructions), setup.config.drawn):
-        some = instructions[first : first + setup.config.drawn]
-        came = {arrival.index: arrival.reply for arrival in transport.exchange(some)}
-        answers += [
-            checked(instruction, came.get(index), partial(_why_refused, instruction))
-            for index, instruction in enumerate(some)
+        batch = instructions[first : first + setup.config.drawn]
+        arrived = {arrival.index: arrival.reply for arrival in transport.exchange(batch)}
+        replies += [
+            check_reply(instruction, arrived.get(index), partial(_why_refused, instruction))
+            for index, instruction in enumerate(batch)
         ]
-    return answers
+    return replies
 
 
-def personalised_sums(found: Personalised, trained: Mapping[int, int]) -> dict[str, Any]:
-    """What goes into ``result.json``; a client counts as one, however many rows it has.
+def summarise_clients(
+    evaluation: ClientEvaluation, participations: Mapping[int, int]
+) -> dict[str, Any]:
+    """Values for ``result.json``; every client has the same weight, however many rows it has.
 
-    The worst tenth is the mean of the lowest tenth of all clients' accuracies, rounded up to whole
-    clients; the deviation is theirs around the mean.
+    ``personalised_worst_tenth`` is the mean of the lowest tenth of the clients' accuracies, rounded
+    up to whole clients. ``personalised_deviation`` is their standard deviation.
 
     Args:
-        trained: merged turns of each client that has any.
+        participations: number of merged updates of each client that has any.
     """
-    accuracies = [one.accuracy for one in found.measurements]
+    measurements = evaluation.measurements
+    accuracies = [each.accuracy for each in measurements]
     worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
-    seen = [one.accuracy for one in found.measurements if trained.get(one.client)]
-    new = [one.accuracy for one in found.measurements if not trained.get(one.client)]
+    trained = [each.accuracy for each in measurements if participations.get(each.client)]
+    new = [each.accuracy for each in measurements if not participations.get(each.client)]
     return {
         "personalised_accuracy": _mean(accuracies),
         "personalised_worst_tenth": _mean(worst),
         "personalised_deviation": pstdev(accuracies) if accuracies else None,
-        "personalised_accuracy_trained": _mean(seen),
+        "personalised_accuracy_trained": _mean(trained),
         "newcomers": len(new),
         "newcomers_accuracy": _mean(new),
-        "newcomers_accuracy_after_epoch": _mean([one.accuracy for one in found.newcomers]),
-        "personalised_devices": len(accuracies),
-        "personalised_rows": sum(one.rows for one in found.measurements),
-        "personalised_wall_s": found.wall_s,
+        "newcomers_accuracy_after_epoch": _mean([each.accuracy for each in evaluation.newcomers]),
+        "personalised_clients": len(accuracies),
+        "personalised_rows": sum(each.rows for each in measurements),
+        "personalised_wall_s": evaluation.wall_s,
         "personalised": [
             {
-                "client": one.client,
-                "turns": trained.get(one.client, 0),
-                "rows": one.rows,
-                "accuracy": one.accuracy,
-                "loss": one.loss,
+                "client": each.client,
+                "participations": participations.get(each.client, 0),
+                "rows": each.rows,
+                "accuracy": each.accuracy,
+                "loss": each.loss,
             }
-            for one in found.measurements
+            for each in measurements
         ],
-        "personalised_lost": list(found.lost),
+        "personalised_lost": list(evaluation.lost),
         "personalised_failures": [
-            {"client": one.client, "reason": one.reason} for one in found.failures
+            {"client": failure.client, "reason": failure.reason} for failure in evaluation.failures
         ],
         "newcomers_failures": [
-            {"client": one.client, "reason": one.reason} for one in found.newcomer_failures
+            {"client": failure.client, "reason": failure.reason}
+            for failure in evaluation.newcomer_failures
         ],
     }
 
 
-def _why_refused(instruction: Instruction, answer: Update | Measurement) -> str | None:
-    if isinstance(answer, Update):
-        return "answers with no measurement"
-    if answer.rows > 0 and 0 <= answer.accuracy <= 1 and isfinite(answer.loss):
-        return why_not_its_own(instruction, answer)
-    return "its measurement is none"
+def _why_refused(instruction: Instruction, reply: Update | Measurement) -> str | None:
+    if isinstance(reply, Update):
+        return "sent an update in place of a measurement"
+    if reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss):
+        return why_not_its_own(instruction, reply)
+    return "its measurement has impossible values"
 
 
 def _mean(values: Sequence[float]) -> float | None:

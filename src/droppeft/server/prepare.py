@@ -1,4 +1,7 @@
-"""Everything before round 1 on the server; nothing is written but caches."""
+"""What the server does before round 1: load data and model, and start the method.
+
+Nothing is written except caches.
+"""
 
 import time
 from dataclasses import dataclass
@@ -27,13 +30,14 @@ class Prepared:
     """A server that is ready for round 1.
 
     Attributes:
-        loaded: texts, split and model.
-        method, setup: what the round loop needs.
-        state: before round 1.
-        test: tokenised test rows.
-        sample: test rows of a round's evaluation.
-        without_clock: why there is no modelled clock, ``None`` if there is one.
-        prepare_wall_s: what all this took.
+        loaded: data, split and model.
+        method: the run's federated method.
+        setup: what the method's functions may read.
+        state: the server's state before round 1.
+        test: the tokenised test rows.
+        sample: indices of the test rows on which every round is evaluated.
+        without_clock: why there is no modelled clock; ``None`` if there is one.
+        prepare_wall_s: seconds that the preparation took.
     """
 
     loaded: Loaded
@@ -47,25 +51,25 @@ class Prepared:
 
     @property
     def config(self) -> Config:
-        """Of the run, resolved."""
+        """The run's resolved configuration."""
         return self.loaded.config
 
     @property
     def model(self) -> ClientModel:
-        """To which the global adapter is attached."""
+        """The model to which the global adapter is attached for evaluation."""
         return self.loaded.model
 
 
 def prepare(config: Config, say: Say, run: str = "") -> Prepared:
-    """Load texts and model, start the method.
+    """Load data and model and start the method.
 
     Args:
-        config: resolved, and one that :func:`droppeft.methods.rules.check_settings` lets pass.
-        say: told what is being done, for people.
-        run: names it where clients keep something for it.
+        config: resolved, and accepted by :func:`droppeft.methods.rules.check_settings`.
+        say: called with each step, to show progress.
+        run: name of the run, under which clients save their state.
 
     Raises:
-        DroppeftError: whatever the configuration names does not exist or does not fit.
+        DroppeftError: something that the configuration names does not exist or does not fit.
     """
     start = time.perf_counter()
     method = method_named(config.method)
@@ -101,13 +105,18 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
 
 
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:
-    """Test rows that every round of every run on this data is measured on."""
+    """Choose the test rows on which rounds are evaluated, the same for all runs on these data.
+
+    Args:
+        test_rows: number of test rows.
+        wanted: number of rows to choose; all if there are fewer.
+    """
     rng = seeds.numpy_generator(0, purpose="evaluation sample")
     return np.sort(rng.permutation(test_rows)[:wanted]).astype(np.int64)
 
 
 def references(loaded: Loaded) -> dict[str, float | None]:
-    """What a reader compares with: most frequent classes, and TF-IDF with a linear SVM."""
+    """Accuracies to compare with: majority classes, and a linear SVM on TF-IDF features."""
     return {
         "majority_accuracy": majority_accuracy(loaded.data),
         "own_majority_accuracy": own_majority_accuracy(loaded.data, loaded.clients),

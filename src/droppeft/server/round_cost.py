@@ -1,7 +1,7 @@
-"""When a round closes on the modelled clock: who is there, who is merged, and how long it takes.
+"""Close a round on the modelled clock: which updates are merged, and how long the round takes.
 
-Ours. All of it follows from instructions, Updates and the seed, never from the order of arrival,
-so that every transport and a resumed run decide alike.
+Ours. The decision follows from instructions, updates and the seed, never from the order of arrival.
+It is therefore the same on every transport and in a resumed run.
 """
 
 import time
@@ -20,11 +20,15 @@ from droppeft.messages import AdapterSpec, Failure, Instruction, Reply, Update
 from droppeft.models.loading import Backbone
 
 _COUNTED: dict[object, Arithmetic] = {}
-"""By all that it follows from: the runs of a comparison mostly count the same."""
+"""Counts by everything they depend on, because most runs of a comparison need the same counts."""
 
 
 class Counting:
-    """Counts an adapter's arithmetic once, when it is first needed, and notes how long it took."""
+    """Counts the arithmetic of each adapter once, when it is first needed.
+
+    Attributes:
+        wall_s: seconds that counting took so far.
+    """
 
     def __init__(self, arithmetic: Callable[[AdapterSpec], Arithmetic]) -> None:
         self.wall_s = 0.0
@@ -32,7 +36,7 @@ class Counting:
         self._known: dict[AdapterSpec, Arithmetic] = {}
 
     def __call__(self, spec: AdapterSpec) -> Arithmetic:
-        """The same as the function's."""
+        """Return the arithmetic of an adapter."""
         if spec not in self._known:
             start = time.perf_counter()
             self._known[spec] = self._arithmetic(spec)
@@ -41,21 +45,21 @@ class Counting:
 
 
 def make_clock(fleet: Fleet, arithmetic: Callable[[AdapterSpec], Arithmetic]) -> Clock:
-    """The clock of a run."""
+    """Make the modelled clock of a run."""
     return Clock(fleet, Counting(arithmetic))
 
 
 def counting_wall_s(clock: Clock | None) -> float:
-    """Seconds that this process spent on counting for a clock: no work of a server's."""
+    """Seconds that this process has spent on counting operations for the modelled clock."""
     arithmetic = clock.arithmetic if clock else None
     return arithmetic.wall_s if isinstance(arithmetic, Counting) else 0.0
 
 
 def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock | None, str | None]:
-    """The clock of a run, or ``None`` and why there cannot be one.
+    """Make the modelled clock of a run, or return ``None`` and the reason why there is none.
 
     Raises:
-        DroppeftError: there is none and the configuration has rounds close by it.
+        DroppeftError: there is none, and the configuration needs it to close rounds.
     """
     clock = make_clock(fleet, lambda spec: count_rows(backbone, spec, config.training))
     try:
@@ -63,48 +67,50 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     except DroppeftError as error:
         if config.clock.deadline_s is not None or config.drawn > config.cohort_size:
             raise DroppeftError(
-                f"clock.deadline_s and clock.over_selection cannot be kept: {error}; leave them out"
+                f"clock.deadline_s and clock.over_selection need a modelled clock: {error}; "
+                "remove these settings"
             ) from None
         return None, str(error)
     return clock, None
 
 
 def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) -> Arithmetic:
-    """Count what rows of any length cost: a polynomial of second degree has three places.
+    """Count the FLOPs of rows of any length.
 
-    Precision and quantisation change no FLOPs; what they save is in a profile's effective speed.
+    They are a polynomial of second degree in the length, so three lengths are counted. Precision
+    and quantisation change no FLOPs: their effect is part of a profile's effective speed.
 
     Raises:
-        DroppeftError: the model cannot be run without values.
+        DroppeftError: the model cannot be run on fake tensors.
     """
-    model: Any = backbone.model.config
+    config: Any = backbone.model.config
     step = (training.batch_size, training.max_length, training.checkpointing)
-    of = (type(model), repr(vars(model)), spec, tuple(backbone.new_modules), step)
-    if of not in _COUNTED:
-        paper = FakeModel(model, spec, backbone.new_modules)
-        _COUNTED[of] = _counted(paper, training)
-    return _COUNTED[of]
+    key = (type(config), repr(vars(config)), spec, tuple(backbone.new_modules), step)
+    if key not in _COUNTED:
+        model = FakeModel(config, spec, backbone.new_modules)
+        _COUNTED[key] = _count(model, training)
+    return _COUNTED[key]
 
 
-def _counted(paper: FakeModel, training: TrainingConfig) -> Arithmetic:
+def _count(model: FakeModel, training: TrainingConfig) -> Arithmetic:
     longest = training.max_length
     return Arithmetic(
         tuple(
-            count_step(paper, training.batch_size, length, checkpointing=training.checkpointing)
+            count_step(model, training.batch_size, length, checkpointing=training.checkpointing)
             for length in (longest // 4, longest // 2, longest)
         )
     )
 
 
 def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], StepCounts]:
-    """Counts the step of a run whose rows are all as long as can be; each adapter's once."""
+    """Return a function that counts a step of rows of the maximum length, once per adapter."""
 
     @cache
     def count(spec: AdapterSpec) -> StepCounts:
         training = config.training
-        paper = FakeModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
+        model = FakeModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
         return count_step(
-            paper,
+            model,
             training.batch_size,
             training.max_length,
             training.precision,
@@ -118,51 +124,53 @@ def close_round(
     clock: Clock | None,
     config: Config,
     instructions: Sequence[Instruction],
-    answers: Sequence[Reply],
+    replies: Sequence[Reply],
 ) -> tuple[list[Reply], RoundCost]:
-    """Keep the first ``cohort`` Updates by modelled time that are not late; the rest fail.
+    """Accept the first ``cohort_size`` updates on the modelled clock that meet the deadline.
 
-    Without a clock all are kept.
+    The other updates become failures: those after the deadline are *late*, those that were in time
+    but not among the first are *surplus*. Without a clock, all updates are accepted.
 
-    The round lasts until the last of those has arrived; until the deadline if it closed with fewer
-    and somebody was late. Nobody waits for a client that fails. Whoever trained has spent the
-    energy, merged or not.
+    The round lasts until the last accepted update has arrived. If fewer than ``cohort_size``
+    updates were accepted and somebody was late, it lasts until the deadline. The server does not
+    wait for clients that failed. The energy of all clients that trained is counted, whether their
+    updates are merged or not.
 
     Args:
-        plans: of the round.
-        answers: in their order, refused ones replaced by their Failure.
+        instructions: of the round.
+        replies: in the order of the instructions, after validation.
 
     Returns:
-        What is merged, in instruction order, and what it cost.
+        The replies to be merged, in the order of the instructions, and the cost of the round.
     """
     if clock is None:
-        return list(answers), RoundCost(
+        return list(replies), RoundCost(
             (None,) * len(instructions), late=(), surplus=(), round_s=None
         )
-    deadline_s, cohort = config.clock.deadline_s, config.cohort_size
-    turns = [
-        clock.client_cost(instruction, answer) if isinstance(answer, Update) else None
-        for instruction, answer in zip(instructions, answers, strict=True)
+    deadline_s, cohort_size = config.clock.deadline_s, config.cohort_size
+    costs = [
+        clock.client_cost(instruction, reply) if isinstance(reply, Update) else None
+        for instruction, reply in zip(instructions, replies, strict=True)
     ]
-    # Equal times are told apart by their place among the instructions.
-    finished = sorted((turn.total_s, place) for place, turn in enumerate(turns) if turn)
+    # (seconds, index) in order of modelled arrival; equal times are ordered by index.
+    finished = sorted((cost.total_s, index) for index, cost in enumerate(costs) if cost)
     in_time = [pair for pair in finished if deadline_s is None or pair[0] <= deadline_s]
-    merged, surplus, late = in_time[:cohort], in_time[cohort:], finished[len(in_time) :]
-    replies = list(answers)
-    for total_s, place in surplus:
-        replies[place] = Failure(
-            instructions[place].client,
-            f"surplus: {cohort} others were done in {total_s:.1f} modelled s",
+    merged, surplus, late = in_time[:cohort_size], in_time[cohort_size:], finished[len(in_time) :]
+    accepted = list(replies)
+    for total_s, index in surplus:
+        accepted[index] = Failure(
+            instructions[index].client,
+            f"surplus: it took {total_s:.1f} modelled s, and {cohort_size} others were faster",
         )
-    for total_s, place in late:
-        replies[place] = Failure(
-            instructions[place].client,
-            f"late: {total_s:.1f} modelled s, the deadline is {deadline_s:g} s",
+    for total_s, index in late:
+        accepted[index] = Failure(
+            instructions[index].client,
+            f"late: it took {total_s:.1f} modelled s, the deadline is {deadline_s:g} s",
         )
     last_s = merged[-1][0] if merged else 0.0
-    return replies, RoundCost(
-        clients=tuple(turns),
-        late=tuple(sorted(instructions[place].client for _, place in late)),
-        surplus=tuple(sorted(instructions[place].client for _, place in surplus)),
-        round_s=deadline_s if deadline_s and late and len(merged) < cohort else last_s,
+    return accepted, RoundCost(
+        clients=tuple(costs),
+        late=tuple(sorted(instructions[index].client for _, index in late)),
+        surplus=tuple(sorted(instructions[index].client for _, index in surplus)),
+        round_s=deadline_s if deadline_s and late and len(merged) < cohort_size else last_s,
     )

@@ -1,7 +1,8 @@
-"""One federated round: plan, exchange, check, merge. The loop knows no method by name.
+"""One federated round: draw a cohort, instruct it, collect replies, check them, merge them.
 
-Merging waits until the round has closed and then runs in instruction order, so that the result
-depends on neither the order of arrival nor the transport.
+The loop does not know which method it runs. Merging starts after the last reply and takes the
+replies in the order of the instructions, so the result depends neither on the order of arrival nor
+on the transport.
 """
 
 import time
@@ -16,7 +17,7 @@ from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
 from droppeft.server.round_cost import close_round, counting_wall_s
-from droppeft.server.validation import checked, why_refused
+from droppeft.server.validation import check_reply, why_refused
 from droppeft.transports.base import Arrival, Transport
 
 OnReply = Callable[[Reply], None]
@@ -30,80 +31,99 @@ def run_round(
     round: int,
     on_reply: OnReply,
 ) -> tuple[ServerState, ClosedRound]:
-    """Play one round; with fewer acceptable Updates than the quorum, nothing is merged.
+    """Run one round; if fewer updates than the quorum can be merged, none is.
 
     Args:
         round: 1 for the first.
-        on_reply: called once per reply as it arrives, for progress.
+        on_reply: called once per reply as it arrives, to show progress.
+
+    Returns:
+        The server's state after the round, and a record of the round for the ledger.
     """
     start, counted_s = time.perf_counter(), counting_wall_s(setup.clock)
-    present, absent = _presence(setup, round)
-    instructions = method.instruct(setup, state, round, present)
-    planned_s = time.perf_counter() - start
-    arrived: dict[int, Arrival] = {}
+    available, absent = _available_clients(setup, round)
+    instructions = method.instruct(setup, state, round, available)
+    instruct_wall_s = time.perf_counter() - start
+
+    arrivals: dict[int, Arrival] = {}
     for arrival in transport.exchange(instructions):
-        arrived[arrival.index] = arrival
+        arrivals[arrival.index] = arrival
         on_reply(arrival.reply)
+
     start = time.perf_counter()
-    answers = [
-        _checked(setup, instruction, arrived.get(index))
+    checked_replies = [
+        _check(setup, instruction, arrivals.get(index))
         for index, instruction in enumerate(instructions)
     ]
-    replies, modelled = close_round(setup.clock, setup.config, instructions, answers)
-    replies = _with_quorum(replies, setup.config.quorum)
+    replies, modelled = close_round(setup.clock, setup.config, instructions, checked_replies)
+    replies = _apply_quorum(replies, setup.config.quorum)
     state = _as_saved(method.merge(setup, state, instructions, replies))
+    merge_wall_s = time.perf_counter() - start
+
+    # Counting operations for the modelled clock is no work of a real server.
     counted_s = counting_wall_s(setup.clock) - counted_s
-    server_wall_s = planned_s + time.perf_counter() - start - counted_s
     return state, ClosedRound(
         round=round,
         instructions=tuple(instructions),
-        answers=tuple(answers),
+        checked_replies=tuple(checked_replies),
         replies=tuple(replies),
         modelled=replace(modelled, absent=absent),
-        framing=tuple((one.sent_bytes, one.received_bytes) for one in arrived.values()),
-        server_wall_s=server_wall_s,
+        framing=tuple(
+            (arrival.sent_bytes, arrival.received_bytes) for arrival in arrivals.values()
+        ),
+        server_wall_s=instruct_wall_s + merge_wall_s - counted_s,
     )
 
 
 def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
-    """The clients of a round, uniformly without replacement, from (seed, round) alone.
+    """Draw the clients of a round, uniformly without replacement, from (seed, round) alone.
 
-    More than the cohort if the configuration over-selects.
+    With over-selection, more than ``cohort_size`` clients are drawn.
     """
     rng = seeds.numpy_generator(setup.config.seed, purpose="cohort", round=round)
     drawn = rng.choice(setup.config.clients, size=setup.config.drawn, replace=False)
     return [int(client) for client in np.sort(drawn)]
 
 
-def _presence(setup: Setup, round: int) -> tuple[list[int], tuple[int, ...]]:
-    """The drawn clients that are there, and those that are not: no instruction is made for them."""
+def _available_clients(setup: Setup, round: int) -> tuple[list[int], tuple[int, ...]]:
+    """Draw a cohort; return its available and its absent clients.
+
+    Availability follows from the device profiles. Without a modelled clock, all are available.
+    """
     drawn = list(draw_cohort(setup, round))
     if setup.clock is None:
         return drawn, ()
-    there = {client for client in drawn if setup.clock.fleet.is_there(round, client)}
-    present = [client for client in drawn if client in there]
-    return present, tuple(client for client in drawn if client not in there)
+    fleet = setup.clock.fleet
+    available = [client for client in drawn if fleet.is_available(round, client)]
+    return available, tuple(client for client in drawn if client not in available)
 
 
-def _checked(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> Reply:
-    def why_not(answer: Update | Measurement) -> str | None:
-        if isinstance(answer, Measurement):
-            return "answers with a measurement"
-        return why_refused(instruction, answer, setup.layout(instruction.adapter))
+def _check(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> Reply:
+    """Return the reply to an instruction, or a failure if it is missing or must be refused."""
 
-    return checked(instruction, arrival.reply if arrival else None, why_not)
+    def why_not(reply: Update | Measurement) -> str | None:
+        if isinstance(reply, Measurement):
+            return "sent a measurement in place of an update"
+        return why_refused(instruction, reply, setup.layout(instruction.adapter))
+
+    return check_reply(instruction, arrival.reply if arrival else None, why_not)
 
 
-def _with_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
-    """Set the Updates of a round aside that too few clients answered."""
-    found = sum(isinstance(reply, Update) for reply in replies)
-    if found >= quorum:
+def _apply_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
+    """Replace all updates by failures if there are fewer of them than the quorum."""
+    updates = sum(isinstance(reply, Update) for reply in replies)
+    if updates >= quorum:
         return replies
-    reason = f"set aside: {found} of the {quorum} replies that a round needs"
-    return [Failure(r.client, reason) if isinstance(r, Update) else r for r in replies]
+    reason = f"set aside: {updates} of the {quorum} updates that a round needs"
+    return [
+        Failure(reply.client, reason) if isinstance(reply, Update) else reply for reply in replies
+    ]
 
 
 def _as_saved(state: ServerState) -> ServerState:
-    """The state as a checkpoint gives it back."""
+    """Return the state as it would come back from a checkpoint.
+
+    A run that is resumed therefore continues from the same values as one that was never stopped.
+    """
     memory = decode_memory(encode_memory(state.memory), type(state.memory))
     return replace(state, memory=memory)

@@ -1,7 +1,7 @@
-"""A whole run in a folder: start it, go on with it, and leave what it found.
+"""A whole run: start or resume it in a folder, run its rounds, and write its result.
 
-Whatever the moment of a crash, the folder holds a configuration, whole checkpoints and whole rows;
-what follows from (configuration, checkpoint) is the same as if nothing had happened.
+At every moment, the folder holds a configuration, complete checkpoints and complete rows. A run
+that is resumed from a checkpoint after a crash therefore ends as it would have without the crash.
 """
 
 import json
@@ -34,7 +34,7 @@ from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.environment import machine, versions
-from droppeft.runs.folder import CLIENTS, CONFIG, RESULT, ROUNDS, begin, check_free, held
+from droppeft.runs.folder import CLIENTS, CONFIG, RESULT, ROUNDS, begin, check_free, locked
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
     RoundRow,
@@ -48,19 +48,19 @@ from droppeft.runs.ledger import (
 from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
-from droppeft.server.client_evaluation import measure_clients, personalised_sums
+from droppeft.server.client_evaluation import measure_clients, summarise_clients
 from droppeft.server.prepare import Prepared, prepare, references
 from droppeft.server.rounds import run_round
 from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.registry import transport_named
 
-LOST_ROUNDS = 3
-"""So many rounds in a row without a merged reply end a run."""
+MAX_LOST_ROUNDS = 3
+"""A run ends after this many rounds in a row in which no update was merged."""
 
 
 class Interrupted(Exception):
-    """The user stopped the run; ``round`` is the last one that is saved, in ``folder``."""
+    """The user stopped the run in ``folder``; ``round`` is the last round that is saved."""
 
     def __init__(self, folder: Path, round: int) -> None:
         super().__init__(folder, round)
@@ -74,38 +74,49 @@ def start_run(
     """Run a configuration in a new folder and return the content of its ``result.json``.
 
     Args:
+        config: of the run.
+        out: folder of the run; it must be new or empty.
+        listener: is told about the progress of the run.
         connect: opens the transport; by default the one that the configuration names.
 
     Raises:
-        DroppeftError: something the configuration names does not work, or the folder is taken;
-            nothing has been written then.
-        Interrupted: on Ctrl-C after the folder was made.
+        DroppeftError: the configuration cannot be run or the folder is not empty (nothing has been
+            written then), or a round or the final evaluation failed (the folder remains then).
+        Interrupted: on Ctrl-C after the folder was created.
     """
     check_settings(config)
     check_free(out)
-    state_dir()  # said now, and not when a client wants to keep something
+    state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
     config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
     prepared = prepare(config, listener.preparing, secrets.token_hex(8))
-    with _open(prepared, connect, listener) as transport:
+    with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
-        first = Checkpoint(0, prepared.state, _facts(prepared))
+        first = Checkpoint(0, prepared.state, _initial_facts(prepared))
         begin(out, prepared.config, first)
-        with held(out):
-            return _play(prepared, transport, first, [], out, listener)
+        with locked(out):
+            return _run_rounds(prepared, transport, first, [], out, listener)
 
 
 def resume_run(out: Path, listener: Listener, connect: Connect | None = None) -> dict[str, Any]:
-    """Go on where a run stopped; a finished one is only reported.
+    """Continue a run from its newest checkpoint and return the content of its ``result.json``.
+
+    If the run is finished, its result is reported and nothing is changed.
+
+    Args:
+        out: folder of the run.
+        listener: is told about the progress of the run.
+        connect: opens the transport; by default the one that the configuration names.
 
     Raises:
-        DroppeftError: the folder holds no run, or another process works in it.
+        DroppeftError: the folder holds no run, another process works in it, or data, split or
+            model are not those with which the run was started.
         Interrupted: on Ctrl-C.
     """
     out = out.resolve()
     if not (out / CONFIG).is_file():
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
-    with held(out):
+    with locked(out):
         if (out / RESULT).exists():
             result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
             listener.finished(result)
@@ -114,9 +125,9 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
         check_settings(config)
         memory_type = method_named(config.method).memory_type
         newest = checkpoints.load_newest(out / "checkpoints", memory_type)
-        config, run = resolve(config, cuda=torch.cuda.is_available()), newest.facts.get("run", "")
-        prepared = prepare(config, listener.preparing, run)
-        _check_same_start(prepared, newest, out)
+        config = resolve(config, cuda=torch.cuda.is_available())
+        prepared = prepare(config, listener.preparing, newest.facts["run"])
+        _check_same_inputs(prepared, newest, out)
         rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
         if len(rows) != newest.round:
             raise DroppeftError(
@@ -124,19 +135,20 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
                 "put the file back, or start a new run"
             )
         rewind(out / CLIENTS, newest.round)
-        with _open(prepared, connect, listener) as transport:
-            return _play(prepared, transport, newest, rows, out, listener)
+        with _connect(prepared, connect, listener) as transport:
+            return _run_rounds(prepared, transport, newest, rows, out, listener)
 
 
-def _open(
+def _connect(
     prepared: Prepared, connect: Connect | None, listener: Listener
 ) -> AbstractContextManager[Transport]:
+    """Open the transport, with ``connect`` if it is given."""
     check_tracker(prepared.config.tracker)
     listener.preparing("reaching the clients")
     return (connect or transport_named(prepared.config.transport))(prepared.loaded)
 
 
-def _play(
+def _run_rounds(
     prepared: Prepared,
     transport: Transport,
     last: Checkpoint,
@@ -144,61 +156,74 @@ def _play(
     out: Path,
     listener: Listener,
 ) -> dict[str, Any]:
+    """Run all rounds that are left, then write and return the result.
+
+    Args:
+        last: the checkpoint to continue from.
+        rows: the rounds up to that checkpoint.
+    """
     saving_wall_s = 0.0
-    with tracked(listener, prepared.config, out) as told:
+    with tracked(listener, prepared.config, out) as listener:
         try:
-            told.started(_about(prepared, last.facts), list(rows))
+            listener.started(_describe(prepared, last.facts), list(rows))
             for _ in range(last.round, prepared.config.rounds):
-                now, row, clients = _one_round(prepared, transport, last, saving_wall_s, told)
-                saving_wall_s = _save(out, now, row, clients)
-                last = now
+                checkpoint, row, client_rows = _run_one_round(
+                    prepared, transport, last, saving_wall_s, listener
+                )
+                saving_wall_s = _save(out, checkpoint, row, client_rows)
+                last = checkpoint
                 rows.append(row)
-                told.round_done(row)
+                listener.round_done(row)
                 _check_not_lost(rows, prepared.config.rounds, out)
-            # Of a run whose last process stopped so.
+            # Once more, for a run that is resumed when all its rounds are done.
             _check_not_lost(rows, prepared.config.rounds, out)
-            return _finish(prepared, transport, last, rows, out, told)
+            return _finish(prepared, transport, last, rows, out, listener)
         except KeyboardInterrupt:
             raise Interrupted(out, last.round) from None
 
 
 def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:
-    """Stop where going on would only use up rounds, and where nothing at all was learnt."""
-    over = len(rows) == rounds
-    recent = rows if over else rows[-LOST_ROUNDS:]
-    if any(row.accepted for row in recent) or len(recent) < min(LOST_ROUNDS, rounds):
+    """Raise if no update was merged in the last rounds, or in any round of a run that is over."""
+    is_over = len(rows) == rounds
+    recent = rows if is_over else rows[-MAX_LOST_ROUNDS:]
+    if any(row.accepted for row in recent) or len(recent) < min(MAX_LOST_ROUNDS, rounds):
         return
-    then = "start a new run" if over else f"resume {out}"
+    next_step = "start a new run" if is_over else f"resume {out}"
     raise DroppeftError(
-        f"no reply could be merged in {len(recent)} rounds in a row "
-        f"({_why_nobody(recent[-1])}); mend that, then {then}"
+        f"no update could be merged in {len(recent)} rounds in a row "
+        f"({_why_none_merged(recent[-1])}); correct this, then {next_step}"
     )
 
 
-def _why_nobody(row: RoundRow) -> str:
-    """Why nothing of a round was merged, by an example."""
+def _why_none_merged(row: RoundRow) -> str:
+    """Why no update of a round was merged, with one client as an example."""
     if row.failures:
         last = row.failures[-1]
         return f"client {last['client']}: {last['reason']}"
     if row.late:
-        return f"modelled turns are longer than clock.deadline_s, as that of client {row.late[-1]}"
-    return "by the availability of their profiles no client was there"
+        return f"client {row.late[-1]} took longer than clock.deadline_s on the modelled clock"
+    return "no client was available, by the availability of their device profiles"
 
 
-def _one_round(
+def _run_one_round(
     prepared: Prepared,
     transport: Transport,
     last: Checkpoint,
     saving_wall_s: float,
     listener: Listener,
 ) -> tuple[Checkpoint, RoundRow, list[dict[str, Any]]]:
-    """Play and measure one round; return what is to be saved of it."""
+    """Run and evaluate one round; return its checkpoint, its row and its clients' rows.
+
+    Args:
+        last: the checkpoint of the round before.
+        saving_wall_s: seconds that saving the round before took.
+    """
     start = time.perf_counter()
     round = last.round + 1
     state, closed = run_round(
         prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
-    quality = _quality(prepared, state.model, round)
+    quality = _evaluate_round(prepared, state.model, round)
     row = round_row(
         closed,
         quality,
@@ -206,28 +231,42 @@ def _one_round(
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
     )
-    turns = closed.modelled.clients
-    parts = zip(closed.instructions, closed.answers, closed.replies, turns, strict=True)
-    clients = [client_row(*each) for each in parts]
-    return Checkpoint(round, state, last.facts), row, clients
+    client_rows = [
+        client_row(*parts)
+        for parts in zip(
+            closed.instructions,
+            closed.checked_replies,
+            closed.replies,
+            closed.modelled.clients,
+            strict=True,
+        )
+    ]
+    return Checkpoint(round, state, last.facts), row, client_rows
 
 
-def _save(out: Path, now: Checkpoint, row: RoundRow, clients: list[dict[str, Any]]) -> float:
-    """Rows first, since the checkpoint is what counts; returns the seconds it took."""
+def _save(
+    out: Path, checkpoint: Checkpoint, row: RoundRow, client_rows: list[dict[str, Any]]
+) -> float:
+    """Save a round and return the seconds that it took.
+
+    The checkpoint comes last: rows without their checkpoint are removed when a run is resumed.
+    """
     start = time.perf_counter()
-    append_rows(out / CLIENTS, clients)
+    append_rows(out / CLIENTS, client_rows)
     append_rows(out / ROUNDS, [asdict(row)])
-    checkpoints.save(out / "checkpoints", now)
+    checkpoints.save(out / "checkpoints", checkpoint)
     return time.perf_counter() - start
 
 
-def _quality(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
+def _evaluate_round(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
+    """Evaluate the global model on the sample of test rows; all ``None`` if it is not due."""
     config = prepared.config
-    due = round % config.evaluation.every == 0 or round == config.rounds
-    if not (due and prepared.method.has_global_model(config)):
-        return dict.fromkeys(("loss", "accuracy", "f1", "wall_s"))
-    measured = _evaluate(prepared, model, prepared.sample)
-    return {key: asdict(measured)[key] for key in ("loss", "accuracy", "f1", "wall_s")}
+    names = ("loss", "accuracy", "f1", "wall_s")
+    is_due = round % config.evaluation.every == 0 or round == config.rounds
+    if not (is_due and prepared.method.has_global_model(config)):
+        return dict.fromkeys(names)
+    evaluation = asdict(_evaluate(prepared, model, prepared.sample))
+    return {name: evaluation[name] for name in names}
 
 
 def _finish(
@@ -238,15 +277,16 @@ def _finish(
     out: Path,
     listener: Listener,
 ) -> dict[str, Any]:
+    """Evaluate the final models, write the adapter and ``result.json``, and return the result."""
     config = prepared.config
-    measured = _global_result(prepared, last.state.model, out, listener)
+    final = _final_global_model(prepared, last.state.model, out, listener)
     if config.evaluation.personalised:
-        measured |= _personalised_result(prepared, transport, last, out, listener)
+        final |= _final_client_models(prepared, transport, last, out, listener)
     result = {
         "schema_version": SCHEMA_VERSION,
-        **_about(prepared, last.facts),
+        **_describe(prepared, last.facts),
         **summarise(rows, last.facts["initial_accuracy"], config.target_accuracy),
-        **measured,
+        **final,
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
         "machine": machine(config.accelerator),
@@ -257,64 +297,68 @@ def _finish(
     return result
 
 
-def _global_result(
+def _final_global_model(
     prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
 ) -> dict[str, Any]:
-    """What the global model is worth, and its adapter as files; nothing where there is none.
+    """Evaluate the global model on all test rows and write its adapter.
 
-    An adapter cannot say what is added to the backbone: of such a model there are no files until
-    ``droppeft export --merge`` makes them.
+    The values are ``None`` for a method without a global model. No adapter is written for a model
+    with a base delta, because the adapter alone would not be the model: ``droppeft export --merge``
+    writes it with its backbone.
     """
-    names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
     if not prepared.method.has_global_model(prepared.config):
+        names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
         return {**dict.fromkeys(names), "test_rows": 0}
     listener.preparing("measuring on the whole test set")
-    whole = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
+    evaluation = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
     return {
-        "global_accuracy": whole.accuracy,
-        "global_f1": whole.f1,
-        "global_loss": whole.loss,
+        "global_accuracy": evaluation.accuracy,
+        "global_f1": evaluation.f1,
+        "global_loss": evaluation.loss,
         "adapter_sha256": None
         if model.base_delta
-        else write_adapter(prepared.loaded, model, asdict(whole), out),
-        "test_rows": whole.rows,
+        else write_adapter(prepared.loaded, model, asdict(evaluation), out),
+        "test_rows": evaluation.rows,
     }
 
 
-def _personalised_result(
+def _final_client_models(
     prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, listener: Listener
 ) -> dict[str, Any]:
+    """Evaluate every client's model on its own test rows."""
     listener.preparing("measuring each client's model on its own test rows")
     setup, method = prepared.setup, prepared.method
-    turns = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
-    found = measure_clients(setup, method, transport, last.state, last.round + 1, turns)
-    if not found.measurements:
-        example = found.failures[0]
+    participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
+    evaluation = measure_clients(
+        setup, method, transport, last.state, last.round + 1, participations
+    )
+    if not evaluation.measurements:
+        example = evaluation.failures[0]
         raise DroppeftError(
-            f"no client could be measured (client {example.client}: {example.reason}); mend that, "
-            f"then resume {out}"
+            f"no client could be measured (client {example.client}: {example.reason}); correct "
+            f"this, then resume {out}"
         )
-    return personalised_sums(found, turns)
+    return summarise_clients(evaluation, participations)
 
 
-def _facts(prepared: Prepared) -> dict[str, Any]:
-    """What is measured once, before round 1, and kept with every checkpoint."""
-    start = _evaluate(prepared, prepared.state.model, prepared.sample)
+def _initial_facts(prepared: Prepared) -> dict[str, Any]:
+    """What is measured once, before round 1, and stored in every checkpoint."""
+    evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
     return {
-        "initial_accuracy": start.accuracy,
-        "initial_loss": start.loss,
+        "initial_accuracy": evaluation.accuracy,
+        "initial_loss": evaluation.loss,
         "label_names": list(prepared.loaded.data.label_names),
-        "sampled_test_rows": start.rows,
+        "sampled_test_rows": evaluation.rows,
         "run": prepared.setup.run,
         **identity(prepared.loaded),
         **references(prepared.loaded),
     }
 
 
-def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a run, for people and for the result file."""
+def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a run, for listeners and for the result file."""
     config, data = prepared.config, prepared.loaded.data
-    cut = (config.source.max_train_rows, config.source.max_test_rows) != (None, None)
+    is_cut = (config.source.max_train_rows, config.source.max_test_rows) != (None, None)
     return {
         "method": config.method,
         "run": prepared.setup.run,
@@ -328,53 +372,55 @@ def _about(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "without_clock": prepared.without_clock,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
-        "trainable_parameters": _trainable(prepared),
+        "trainable_parameters": _count_trainable(prepared),
         "train_rows": len(data.train),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
         "builtin_data_as_published": data.content_hash == EXPECTED_HASH
-        if config.data == "builtin" and not cut
+        if config.data == "builtin" and not is_cut
         else None,
         "initial_loss": facts["initial_loss"],
         "majority_accuracy": facts["majority_accuracy"],
-        "own_majority_accuracy": facts.get("own_majority_accuracy"),
+        "own_majority_accuracy": facts["own_majority_accuracy"],
         "tfidf_accuracy": facts["tfidf_accuracy"],
         "sampled_test_rows": len(prepared.sample),
         "config": as_tree(config),
     }
 
 
-def _trainable(prepared: Prepared) -> int:
-    """Values that clients train, the head included; a method may leave a part of an adapter out."""
-    names = prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 0).train
+def _count_trainable(prepared: Prepared) -> int:
+    """Count the values that clients train, including the head.
+
+    A method may leave a part of an adapter untrained.
+    """
+    trained = prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 0).train
     parameters = prepared.model.parameters
-    if names is None:
+    if trained is None:
         return count_parameters(parameters)
     named = ((name, value) for values in parameters.values() for name, value in values.items())
-    return sum(value.numel() for name, value in named if name in names)
+    return sum(value.numel() for name, value in named if name in trained)
 
 
 def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
-    on, config = prepared.model, prepared.config
-    on.attach(model.adapter)
-    set_tensors(on.parameters, model.tensors)
-    on.load_layers()
-    with base_delta_applied(on.model, model.base_delta):
+    """Evaluate a global model on the given test rows."""
+    client_model, config = prepared.model, prepared.config
+    client_model.attach(model.adapter)
+    set_tensors(client_model.parameters, model.tensors)
+    client_model.load_layers()
+    with base_delta_applied(client_model.model, model.base_delta):
         return evaluate(
-            on.model,
+            client_model.model,
             prepared.test,
             rows,
-            on.task,
+            client_model.task,
             config.evaluation.batch_size,
             config.training.precision,
         )
 
 
-def _check_same_start(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
-    """Refuse to go on with other texts, another split or another backbone."""
+def _check_same_inputs(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
+    """Refuse to resume a run with other data, another split or another backbone."""
     now = identity(prepared.loaded)
-    wrong = difference({name: checkpoint.facts[name] for name in now}, now)
-    if wrong:
-        raise DroppeftError(
-            f"{out}: this run began otherwise: {wrong}; put it back, or start a new run"
-        )
+    changed = difference({name: checkpoint.facts[name] for name in now}, now)
+    if changed:
+        raise DroppeftError(f"{out}: cannot be resumed: {changed}; restore it, or start a new run")

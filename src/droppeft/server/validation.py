@@ -1,4 +1,4 @@
-"""Decide whether an Update may be merged: nothing a client sends is taken on trust."""
+"""Validate what clients send, before anything of it is merged."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
@@ -18,46 +18,52 @@ from droppeft.messages import (
     flatten,
 )
 from droppeft.sharing.criteria import CRITERIA
-from droppeft.sharing.selection import count_of, unmoved
+from droppeft.sharing.selection import count_of, unchanged_shared
 
-MOST_GAIN, MOST_IMPORTANCE = 1e6, 1e30
-"""What clients say of these steers arms: no larger loss or norm of gradients is one of a model."""
+MAX_REWARD, MAX_IMPORTANCE = 1e6, 1e30
+"""Larger rewards and gradient norms are refused: no model has them, and they would mislead the
+configurator."""
 
 
 def why_refused(instruction: Instruction, update: Update, layout: Layout) -> str | None:
-    """Return what is wrong with an Update as one sentence, or ``None`` if it may be merged.
+    """Return in one sentence why an update may not be merged, or ``None`` if it may.
 
-    Checked: it answers this instruction (round, client, nonce); its counts fit the instruction's
-        budget, since
-    they are its weight; its costs are possible and agree with the counts; it holds exactly the
-    tensors that may travel, of layers that it says it shares and that ran, with the shapes of the
-    instruction's adapter; and every number in it is finite.
+    These conditions are checked:
+
+    - The update replies to this instruction: it has its round, client and nonce.
+    - Its counts fit the instruction's budget, because they are its weight in the mean.
+    - Its costs are possible and agree with the counts.
+    - It holds exactly the tensors that may be sent, of layers that ran and that it shares.
+    - The tensors have the shapes of the instruction's adapter.
+    - All numbers are finite.
 
     Args:
-        plan: what was asked.
-        update: what came back.
+        instruction: what the client was asked to do.
+        update: the client's reply.
         layout: the tensors of the instruction's adapter.
     """
     return (
         why_not_its_own(instruction, update)
-        or _counts(instruction, update)
-        or _cost(instruction, update)
-        or _choice(instruction, update, layout)
-        or _names(instruction, update, layout)
-        or _values(update, layout)
+        or _wrong_counts(instruction, update)
+        or _wrong_cost(instruction, update)
+        or _wrong_choice(instruction, update, layout)
+        or _wrong_names(instruction, update, layout)
+        or _wrong_values(update, layout)
     )
 
 
-def checked(
+def check_reply(
     instruction: Instruction,
     reply: Reply | None,
     why_not: Callable[[Update | Measurement], str | None],
 ) -> Reply:
-    """What came for an instruction, or the Failure that it is; whoever it says it is from.
+    """Return the reply to an instruction, or a failure if it is missing or refused.
+
+    A failure gets the client of the instruction, whichever client it names itself.
 
     Args:
-        reply: ``None`` if nothing came.
-        why_not: what is wrong with an answer that is no Failure.
+        reply: ``None`` if nothing arrived.
+        why_not: returns why a reply that is no failure must be refused, or ``None``.
     """
     if reply is None:
         return Failure(instruction.client, "sent no reply")
@@ -67,70 +73,69 @@ def checked(
     return reply if reason is None else Failure(instruction.client, f"refused: {reason}")
 
 
-def why_not_its_own(instruction: Instruction, answer: Update | Measurement) -> str | None:
-    """What is wrong if an answer is to another instruction."""
-    if (answer.round, answer.client) != (instruction.round, instruction.client):
-        return f"answers round {answer.round}, client {answer.client}"
-    return None if answer.nonce == instruction.nonce else "does not carry this instruction's nonce"
+def why_not_its_own(instruction: Instruction, reply: Update | Measurement) -> str | None:
+    """Return why a reply does not belong to an instruction, or ``None`` if it does."""
+    if (reply.round, reply.client) != (instruction.round, instruction.client):
+        return f"replies to round {reply.round}, client {reply.client}"
+    return None if reply.nonce == instruction.nonce else "does not carry this instruction's nonce"
 
 
-def _counts(instruction: Instruction, update: Update) -> str | None:
+def _wrong_counts(instruction: Instruction, update: Update) -> str | None:
     layers, batch_size = len(instruction.adapter.layers), instruction.training.batch_size
-    for said in (len(update.active_steps), len(update.importance)):
-        if said != layers:
-            return f"speaks of {said} layers, the model has {layers}"
+    for values in (update.active_steps, update.importance):
+        if len(values) != layers:
+            return f"has values for {len(values)} layers, the model has {layers}"
     if update.steps < 1 or (instruction.budget.steps or update.steps) != update.steps:
-        return f"took {update.steps} steps, the budget says {instruction.budget.steps}"
+        return f"took {update.steps} steps, the budget is {instruction.budget.steps or 'above 0'}"
     if update.examples == 0:
         return "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
     if not 1 <= update.examples <= update.steps * batch_size:
-        return f"claims {update.examples} rows in {update.steps} steps of {batch_size} at most"
+        return f"claims {update.examples} rows in {update.steps} steps of at most {batch_size}"
     if not all(0 <= active <= update.steps for active in update.active_steps):
-        return "claims more active steps than steps"
-    numbers = (update.train_loss, update.reward or 0.0, *update.importance)
-    if not np.isfinite(numbers).all():
+        return "claims that a layer was active in more steps than there were"
+    if not np.isfinite((update.train_loss, update.reward or 0.0, *update.importance)).all():
         return "its loss, reward or importance is not finite"
-    if abs(update.reward or 0.0) > MOST_GAIN or not all(
-        0 <= one < MOST_IMPORTANCE for one in update.importance
+    if abs(update.reward or 0.0) > MAX_REWARD or not all(
+        0 <= importance < MAX_IMPORTANCE for importance in update.importance
     ):
-        return "claims an impossible gain or importance"
+        return "claims an impossible reward or importance"
     return None
 
 
-def _cost(instruction: Instruction, update: Update) -> str | None:
-    cost, layers, most_rows = (
-        update.cost,
-        len(instruction.adapter.layers),
-        instruction.training.batch_size,
-    )
-    # A whole number may be larger than any float; the modelled clock divides by these.
+def _wrong_cost(instruction: Instruction, update: Update) -> str | None:
+    cost, layers = update.cost, len(instruction.adapter.layers)
+    # An integer may be larger than any float; the modelled clock divides by these numbers.
     if not all(0 <= number < 2**63 for number in _numbers(astuple(cost))):
         return "claims impossible costs"
-    if not update.examples <= cost.rows <= min(cost.tokens, update.steps * most_rows):
+    most_rows = update.steps * instruction.training.batch_size
+    if not update.examples <= cost.rows <= min(cost.tokens, most_rows):
         return f"claims {cost.tokens} tokens in {cost.rows} rows for {update.examples} examples"
-    measured = (
+    may_score = (
         instruction.sharing is not None
         and CRITERIA[instruction.sharing.criterion].runs_model != "no"
     )
-    if (cost.scoring_tokens and not measured) or (
+    if (cost.scoring_tokens and not may_score) or (
         cost.reward_tokens and not instruction.reward_rows
     ):
-        return "claims to have measured what it was not asked for"
-    if (cost.personal_steps, cost.personal_tokens) != (
-        (0, 0) if instruction.personal_adapter is None else (update.steps, cost.tokens)
-    ):
-        return f"claims {cost.personal_steps} steps with an adapter of its own"
+        return "claims to have measured what it was not asked to measure"
+    expected = (update.steps, cost.tokens) if instruction.personal_adapter is not None else (0, 0)
+    if (cost.personal_steps, cost.personal_tokens) != expected:
+        return f"claims {cost.personal_steps} steps with a personal adapter, not {expected[0]}"
     if len(cost.layer_tokens) != layers:
-        return f"speaks of tokens in {len(cost.layer_tokens)} layers, the model has {layers}"
+        return f"has tokens for {len(cost.layer_tokens)} layers, the model has {layers}"
     for layer in range(instruction.frozen, layers):
-        ran, tokens = update.active_steps[layer], cost.layer_tokens[layer]
-        least = cost.tokens if ran == update.steps else min(ran, 1)
+        active, tokens = update.active_steps[layer], cost.layer_tokens[layer]
+        least = cost.tokens if active == update.steps else min(active, 1)
         if not least <= tokens <= cost.tokens:
-            return f"claims {tokens} of {cost.tokens} tokens in layer {layer}, active {ran} times"
+            return (
+                f"claims {tokens} of {cost.tokens} tokens in layer {layer}, "
+                f"which was active in {active} steps"
+            )
     return None
 
 
 def _numbers(values: Iterable[Any]) -> Iterator[float]:
+    """Yield the numbers of nested tuples."""
     for value in values:
         if isinstance(value, tuple):
             yield from _numbers(value)
@@ -138,12 +143,15 @@ def _numbers(values: Iterable[Any]) -> Iterator[float]:
             yield value
 
 
-def _choice(instruction: Instruction, update: Update, layout: Layout) -> str | None:
+def _wrong_choice(instruction: Instruction, update: Update, layout: Layout) -> str | None:
+    """Check the client's choice of shared layers against the instruction's rule."""
     rule, shared, scores = instruction.sharing, update.shared, update.scores
     if rule is None:
-        return None if (shared, scores) == (None, None) else "chooses layers, and was not asked to"
+        if (shared, scores) == (None, None):
+            return None
+        return "chooses layers, which it was not asked to do"
     if shared is None or scores is None or len(scores) != len(instruction.adapter.layers):
-        return "does not say which layers it shares, and how all scored"
+        return "does not say which layers it shares and how all layers scored"
     layers = {key for key, _ in layout.values() if isinstance(key, int)}
     moved = {
         int(key)
@@ -153,15 +161,15 @@ def _choice(instruction: Instruction, update: Update, layout: Layout) -> str | N
     }
     count = count_of(rule.fraction, len(moved))
     if list(shared) != sorted(layers.intersection(shared)) or len(moved & {*shared}) != count:
-        return f"does not share {count} of the layers that it moved"
-    if {*shared} - moved != unmoved(sorted(layers), moved, rule.shared):
-        return "chooses about layers that it did not move"
-    if not all(np.isfinite(one) and abs(one) < MOST_IMPORTANCE for one in scores):
+        return f"does not share {count} of the layers that it trained"
+    if {*shared} - moved != unchanged_shared(sorted(layers), moved, rule.shared):
+        return "changes what is shared of layers that it did not train"
+    if not all(np.isfinite(score) and abs(score) < MAX_IMPORTANCE for score in scores):
         return "claims impossible scores"
     return None
 
 
-def _names(instruction: Instruction, update: Update, layout: Layout) -> str | None:
+def _wrong_names(instruction: Instruction, update: Update, layout: Layout) -> str | None:
     sent = {(key, name) for key, name, _ in flatten(update.tensors)}
     expected = {
         (key, name)
@@ -169,7 +177,7 @@ def _names(instruction: Instruction, update: Update, layout: Layout) -> str | No
         if name in instruction.share and (key in (HEAD, OTHER) or _ran_and_shared(update, int(key)))
     }
     for _, name in sorted(sent - expected, key=str):
-        return f"sends {name}, which it was not asked for or did not train"
+        return f"sends {name}, which it may not send or did not train"
     for _, name in sorted(expected - sent, key=str):
         return f"lacks {name}"
     return None
@@ -179,7 +187,7 @@ def _ran_and_shared(update: Update, layer: int) -> bool:
     return update.active_steps[layer] > 0 and (update.shared is None or layer in update.shared)
 
 
-def _values(update: Update, layout: Layout) -> str | None:
+def _wrong_values(update: Update, layout: Layout) -> str | None:
     for _, name, array in flatten(update.tensors):
         if array.shape != layout[name][1] or array.dtype != np.float32:
             return f"sends {name} as {array.dtype}{list(array.shape)}"

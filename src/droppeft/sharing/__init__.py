@@ -1,1 +1,1 @@
-"""What of an adapter is shared, and how shared parts are merged."""
+"""Sharing: which layers of an adapter clients share, and how shared layers are merged."""

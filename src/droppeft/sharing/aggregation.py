@@ -1,8 +1,8 @@
-"""Merge what clients shared, tensor by tensor over those who shared it.
+"""Merges the tensors that clients share, each over the clients that shared it.
 
-Source: federated averaging (arXiv:1602.05629) applied by layer, as METHOD 4 of the design has it:
-a tensor that nobody shared keeps its value. Averaging LoRA's A and B separately is inexact
-(mean(B)·mean(A) ≠ mean(BA)); it is what FedIT does.
+Source: federated averaging (arXiv:1602.05629), by layer as in DropPEFT (arXiv:2503.10217). A tensor
+that no client shared keeps its value. Averaging LoRA's A and B separately, as FedIT does, is
+inexact: mean(B)·mean(A) ≠ mean(BA).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,52 +14,53 @@ import numpy.typing as npt
 from droppeft.messages import Array, LayerKey, Tensors, Update
 
 Wide = npt.NDArray[np.float64]
-"""Values that are summed."""
+"""Arrays in double precision, in which sums are computed."""
 
 Weight = Callable[[Update, LayerKey], float]
-"""What a layer of an Update counts; not negative."""
+"""Returns the weight of a layer of an Update; not negative."""
 
 
 def by_examples(update: Update, layer: LayerKey) -> float:
-    """The rows that the client trained on."""
+    """Return the number of rows that the client trained on."""
     return float(update.examples)
 
 
 def by_active_steps(update: Update, layer: LayerKey) -> float:
-    """The rows, times the steps in which the layer ran. Ours.
+    """Return the number of rows times the number of steps in which the layer ran. Ours.
 
-    What is in no layer counts for all steps, those too that fp16 skipped.
+    Tensors that are not part of a layer count with all steps, including those that fp16 skipped.
     """
     steps = update.active_steps[layer] if isinstance(layer, int) else update.steps
     return float(update.examples * steps)
 
 
 def average_over_holders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
-    """Weighted mean of every tensor over the updates that contain it.
+    """Return the weighted mean of every tensor over the updates that contain it.
 
     Args:
-        current: the server's values; they decide which tensors exist and stay where unshared.
-        updates: in instruction order. Sums run in that order in float64, so the result depends on
-            neither the order of arrival nor the transport.
-        weight: of an update's layer.
+        current: the server's values. The result has the same tensors, and those that no update
+            contains keep their value.
+        updates: in the order of the instructions. Sums are computed in that order in float64, so
+            the result depends neither on the order of arrival nor on the transport.
+        weight: returns the weight of a layer of an update.
     """
     merged: dict[LayerKey, dict[str, Array]] = {}
     for key, named in current.items():
         weights = [weight(update, key) for update in updates]
         held = [update.tensors.get(key, {}) for update in updates]
         merged[key] = {
-            name: _mean(value, [each.get(name) for each in held], weights)
+            name: _mean(value, [tensors.get(name) for tensors in held], weights)
             for name, value in named.items()
         }
     return merged
 
 
 def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
-    """As :func:`average_over_holders`, an update without a tensor counting as the server's value.
+    """As :func:`average_over_holders`, but an update without a tensor counts as the server's value.
 
-    A control: it holds back what few clients train.
+    A control: tensors that few clients train change less.
     """
-    whole = [
+    complete = [
         replace(
             update,
             tensors={
@@ -68,7 +69,7 @@ def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: W
         )
         for update in updates
     ]
-    return average_over_holders(current, whole, weight)
+    return average_over_holders(current, complete, weight)
 
 
 def _mean(current: Array, values: Sequence[Array | None], weights: Sequence[float]) -> Array:

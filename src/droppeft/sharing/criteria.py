@@ -1,10 +1,10 @@
-"""Criteria by which a client scores its layers: what scores highest, it keeps to itself.
+"""Criteria by which a client scores its layers; the layers that score highest stay personal.
 
 Sources: ``gradient_norm`` is DropPEFT's (arXiv:2503.10217: layers with larger gradient norms are
-more sensitive and stay personal); ``block_influence`` is ShortGPT's (arXiv:2403.03853); ``cka``
-rests on linear CKA (arXiv:1905.00414), without its bias (arXiv:2010.15327); ``fisher`` is a
-stand-in for the trace of the Fisher information, from gradients of whole mini-batches. The others,
-and the use of all but the first for sharing, are ours or controls.
+more sensitive and stay personal); ``block_influence`` is ShortGPT's (arXiv:2403.03853); ``cka`` is
+linear CKA (arXiv:1905.00414) with an unbiased estimator (arXiv:2010.15327); ``fisher`` approximates
+the trace of the Fisher information by gradients of whole mini-batches. The others, and the use of
+all but the first for sharing, are ours or controls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,12 @@ Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a block makes of some rows.
+class BlockStates:
+    """The hidden states before and after a block, on some rows.
 
     Attributes:
-        cosine: of a token's state before and after it, mean over the rows' real tokens.
+        cosine: cosine similarity of a token's states before and after the block, mean over all
+            tokens that are no padding.
         before, after: (rows, H) mean states of the rows.
     """
 
@@ -35,27 +36,29 @@ class Seen:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What criteria can ask of a turn; what runs the model is only run when it is asked for.
+    """What criteria can use of a local training.
+
+    Functions run the model, and do so only when they are called.
 
     Attributes:
-        active_steps: of each of the L layers.
-        gradients: of the turn's steps.
-        change: (L,) norm of what the turn changed in each layer's adapter.
-        seen: of each of the L blocks, at full depth, on validation rows.
-        undone: of each layer of a list, the loss on validation rows when it alone goes back to the
-            values that the turn began with, less the loss with what the turn made of all.
-        moved: layers that were trained and ran: those that there is a choice about.
-        rng: of this client's result.
-        usual: (L,) what other clients' gradient norms are like, 0 where that is not known; ``None``
-            without any.
+        active_steps: (L,) steps in which each layer ran.
+        gradients: moments of the gradients of the steps.
+        change_norms: returns the (L,) norms of the changes of the layers' adapters.
+        block_states: returns the hidden states around each of the L blocks, on validation rows and
+            with all layers.
+        loss_increases: returns for each of some layers by how much the loss on validation rows
+            rises if this layer alone gets back its values from before the local training.
+        changed_layers: the layers that were trained and ran, which the client chooses among.
+        rng: generator for this client and round.
+        typical: (L,) typical gradient norms among clients, 0 where none is known, or ``None``.
     """
 
     active_steps: Vector
     gradients: GradientMoments
-    change: Callable[[], Vector]
-    seen: Callable[[], Sequence[Seen]]
-    undone: Callable[[Sequence[int]], Sequence[float]]
-    moved: tuple[int, ...]
+    change_norms: Callable[[], Vector]
+    block_states: Callable[[], Sequence[BlockStates]]
+    loss_increases: Callable[[Sequence[int]], Sequence[float]]
+    changed_layers: tuple[int, ...]
     rng: np.random.Generator
     typical: Vector | None = None
 
@@ -65,13 +68,13 @@ class Criterion:
     """One way to score layers.
 
     Attributes:
-        summary: one line for people.
-        score: (L,) of a turn; higher is kept.
-        runs_model: forwards on validation rows, which are charged to the clock: none, one per
-            row, or one per row and one more per row and layer.
-        reads: what has to be collected for it besides the gradients' norms: the mean gradient, or
-            the values that the turn begins with.
-        compares: with what other clients' gradients are like, which the server then tells.
+        summary: one line of help.
+        score: returns the (L,) scores of a local training; high scores make layers personal.
+        runs_model: forward passes on validation rows, which the modelled clock counts: none, one
+            per row, or one per row and one more per row and layer.
+        reads: what must be collected besides gradient norms: the mean gradient, or the values that
+            the local training starts with.
+        compares: whether it uses the typical gradient norms of clients, which the server sends.
     """
 
     summary: str
@@ -82,15 +85,16 @@ class Criterion:
 
 
 CKA_ROWS = 4
-"""With fewer things its estimate without bias divides by nothing."""
+"""Rows that the unbiased estimate needs; with fewer it would divide by 0."""
 
 
 def linear_cka(one: Matrix, other: Matrix) -> float:
-    """Similarity of two representations (n, H) of the same n things: 1 the same, 0 unrelated.
+    """Return the similarity of two representations (n, H) of n rows: 1 equal, 0 unrelated.
 
     Source: centred kernel alignment (arXiv:1905.00414) with linear kernels and the unbiased HSIC of
-    arXiv:2010.15327, equation 3: with fewer things than dimensions the biased one takes everything
-    for alike. 1 with fewer than four things, or where either does not vary.
+    arXiv:2010.15327, equation 3. With fewer rows than dimensions, the biased HSIC makes all
+    representations look alike. The result is 1 with fewer than four rows, or if one of the
+    representations is the same for all rows.
     """
     if len(one) < CKA_ROWS:
         return 1.0
@@ -104,50 +108,55 @@ def linear_cka(one: Matrix, other: Matrix) -> float:
 
 def _hsic(x: Matrix, y: Matrix) -> float:
     n = len(x)
-    found = (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2))
-    return float(found - 2 / (n - 2) * (x.sum(axis=0) @ y.sum(axis=1))) / (n * (n - 3))
+    first_terms = (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2))
+    return float(first_terms - 2 / (n - 2) * (x.sum(axis=0) @ y.sum(axis=1))) / (n * (n - 3))
 
 
 def _signal_to_noise(result: LocalResult) -> Vector:
-    """Square of the true mean gradient through the variance of a step's; 0 with a single step.
+    """Return the squared mean gradient divided by the variance of a step's gradient.
 
-    Estimated without bias: the mean of n steps of nothing but noise has a square too, a part of
-    the variance that is larger for layers that ran less.
+    The squared mean is estimated without bias: the mean of n noisy gradients has an expected square
+    of variance / n even without a signal, which is larger for layers that ran in fewer steps. The
+    score is 0 for layers that ran in a single step.
     """
     squares, square_of_mean = result.gradients.square, result.gradients.square_of_mean
     assert square_of_mean is not None
     steps = np.maximum(result.active_steps, 1)
     noise = (squares - square_of_mean) * steps / np.maximum(steps - 1, 1)
     signal = np.maximum(square_of_mean - noise / steps, 0.0)
-    found: Vector = np.where(steps > 1, signal / np.maximum(noise, 1e-12 * squares + 1e-300), 0.0)
-    return found
+    ratio: Vector = np.where(steps > 1, signal / np.maximum(noise, 1e-12 * squares + 1e-300), 0.0)
+    return ratio
 
 
 def _relative(result: LocalResult) -> Vector:
-    """Through what is usual in the layer; where that is not known, through what is on average."""
+    """Return the gradient norm divided by the layer's typical norm.
+
+    Where the typical norm is not known, the mean of the known ones is used.
+    """
     norm, typical = result.gradients.norm, result.typical
     if typical is None or not typical.any():
         return norm
-    found: Vector = norm / np.where(typical > 0, typical, typical[typical > 0].mean())
-    return found
+    relative: Vector = norm / np.where(typical > 0, typical, typical[typical > 0].mean())
+    return relative
 
 
 FITS = 30
-"""Each takes a part of the error off; the first is exact where all clients trained all layers."""
+"""Iterations of the fit. The first is exact if all clients trained all layers."""
 
 
 def typical_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
-    """Of each layer, what clients' gradient norms in it are like; 1 on average.
+    """Return each layer's typical gradient norm among clients; 1 on average over the layers.
 
-    A norm is taken for what is usual in the layer, times how large the client's gradients are
-    altogether, times what is unusual: both factors are fitted in result, so that clients that
+    Each norm is modelled as the layer's typical norm, times the overall size of the client's
+    gradients, times a residual. The first two factors are fitted alternately, so that clients that
     trained different layers can be compared.
 
     Args:
-        norms: L of every client, 0 in a layer that it did not train or run, which does not count.
+        norms: L norms of every client. A layer that the client did not train or run has a 0, which
+            is ignored.
 
     Returns:
-        0 for a layer that no client knows; ``None`` if there is none that one knows.
+        One value per layer, 0 if no client trained it; ``None`` if no layer was trained.
     """
     table = np.array(norms, dtype=np.float64)
     table = table[table.any(axis=1)] if table.size else table
@@ -162,70 +171,72 @@ def typical_norms(norms: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
     return tuple(typical.tolist())
 
 
-def _undone(result: LocalResult) -> Vector:
+def _loss_increases(result: LocalResult) -> Vector:
     scores = np.zeros(len(result.active_steps))
-    scores[list(result.moved)] = result.undone(result.moved)
+    scores[list(result.changed_layers)] = result.loss_increases(result.changed_layers)
     return scores
 
 
 CRITERIA: Mapping[str, Criterion] = {
     "gradient_norm": Criterion(
-        "norm of its adapter's gradient, mean over the steps it ran in",
+        "norm of the layer's gradient, mean over its active steps",
         lambda result: result.gradients.norm,
     ),
     "relative_gradient_norm": Criterion(
-        "that norm through what it usually is in the layer: what is unusual about the client",
+        "the gradient norm divided by the layer's typical gradient norm among clients",
         _relative,
         compares=True,
     ),
     "fisher": Criterion(
-        "square of that norm, mean over those steps: a stand-in for the Fisher information",
+        "squared gradient norm, mean over active steps: approximates the Fisher information",
         lambda result: result.gradients.square,
     ),
     "gradient_snr": Criterion(
-        "how much the gradients of its steps agree: square of their mean through their variance",
+        "how much the gradients of the steps agree: their squared mean divided by their variance",
         _signal_to_noise,
         reads="mean gradient",
     ),
     "weight_change": Criterion(
-        "how far the turn moved its adapter, through the steps it ran in",
-        lambda result: result.change() / np.maximum(result.active_steps, 1),
+        "norm of the change of the layer's adapter, divided by its active steps",
+        lambda result: result.change_norms() / np.maximum(result.active_steps, 1),
         reads="start",
     ),
     "block_influence": Criterion(
-        "how much the block turns a token's state: one minus the cosine",
-        lambda result: np.array([1 - seen.cosine for seen in result.seen()]),
+        "how much the block changes a token's hidden state: 1 minus the cosine similarity",
+        lambda result: np.array([1 - states.cosine for states in result.block_states()]),
         runs_model="once",
     ),
     "cka": Criterion(
-        "how much the block changes what rows have in common: one minus linear CKA",
-        lambda result: np.array([1 - linear_cka(one.before, one.after) for one in result.seen()]),
+        "how much the block changes the similarities of rows: 1 minus linear CKA",
+        lambda result: np.array(
+            [1 - linear_cka(states.before, states.after) for states in result.block_states()]
+        ),
         runs_model="once",
     ),
     "leave_one_out": Criterion(
-        "what the client would lose without the turn's change of it: an oracle, and dear",
-        _undone,
+        "increase of the loss without the layer's change: an oracle, and expensive",
+        _loss_increases,
         runs_model="per layer",
         reads="start",
     ),
     "random": Criterion(
-        "by lot: a control", lambda result: result.rng.random(len(result.active_steps))
+        "a random score: a control", lambda result: result.rng.random(len(result.active_steps))
     ),
     "position": Criterion(
-        "its place: the lower layers are shared, the same ones always",
+        "the layer's index: always the same, lower layers are shared",
         lambda result: np.arange(len(result.active_steps), dtype=np.float64),
     ),
 }
-"""By name; adding one is a line here, a word in the configuration and a row in its test."""
+"""By name. To add one, add an entry here, its name to the configuration, and a case to its test."""
 
 
 def scores_of(name: str, result: LocalResult) -> tuple[float, ...]:
-    """Scores of all L layers; 0 where there is no choice.
+    """Return the scores of all L layers; 0 for layers that did not change.
 
     Args:
         name: a key of :data:`CRITERIA`.
     """
-    found = np.zeros(len(result.active_steps))
-    moved = list(result.moved)
-    found[moved] = CRITERIA[name].score(result)[moved]
-    return tuple(float(score) for score in found)
+    scores = np.zeros(len(result.active_steps))
+    changed = list(result.changed_layers)
+    scores[changed] = CRITERIA[name].score(result)[changed]
+    return tuple(float(score) for score in scores)

@@ -1,4 +1,4 @@
-"""What a turn's sharing is expected to cost before the client has chosen its layers. Ours."""
+"""Expected cost of sharing, before a client has chosen its layers. Ours."""
 
 from droppeft.config import Config
 from droppeft.config.sharing import SharingConfig
@@ -8,33 +8,35 @@ from droppeft.sharing.selection import count_of
 
 
 def typical_bytes(config: Config, values: Tensors, lower: int = 0) -> float:
-    """Of a turn's values that travel one way, on average over the layers.
+    """Return the expected bytes of tensors that a local training sends in one direction.
 
-    A client that never took part downloads more, whatever its arm.
+    The size of the shared layers is a mean, since the client has not chosen them yet.
+
+    In its first participation a client downloads more, whatever its arm.
 
     Args:
-        values: of the global model.
-        lower: layers below it do not travel; the fraction is of the others.
+        values: tensors of the global model.
+        lower: layers below this index are not sent; the client shares a fraction of the others.
     """
     layers = [key for key in values if isinstance(key, int) and key >= lower]
-    part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
-    found = 0.0
+    shared_part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
+    total = 0.0
     for key, named in values.items():
         size = payload_bytes({key: named})
         if isinstance(key, int):
-            found += part * size if key >= lower else 0
+            total += shared_part * size if key >= lower else 0
         elif key != HEAD or config.sharing.head == "shared":
-            found += size
-    return found
+            total += size
+    return total
 
 
 def scored_rows(settings: SharingConfig, layers: int) -> int:
-    """Forwards of rows that scoring a turn's layers takes, if a client has so many rows.
+    """Return how many rows are passed forward to score layers, if the client has enough rows.
 
     Args:
-        layers: how many are trained.
+        layers: number of trained layers.
     """
     if not 0 < count_of(settings.fraction, layers) < layers:
         return 0
-    times = {"no": 0, "once": 1, "per layer": layers + 1}
-    return times[CRITERIA[settings.criterion].runs_model] * settings.score_rows
+    passes = {"no": 0, "once": 1, "per layer": layers + 1}
+    return passes[CRITERIA[settings.criterion].runs_model] * settings.score_rows

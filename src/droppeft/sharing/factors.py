@@ -1,9 +1,9 @@
-"""LoRA's factors as what they stand for: products B·A, and what averaging the factors gets wrong.
+"""Averages of LoRA's products B·A instead of its factors A and B.
 
-Averaging A and B by themselves gives mean(B)·mean(A), which is not mean(B·A). Three ways out:
-FlexLoRA (arXiv:2402.11505) factors the mean product again by SVD and loses what the rank cannot
-hold; FLoRA (arXiv:2409.05976) and FedEx-LoRA (arXiv:2410.09432) put what the factors cannot hold
-into the frozen weights. All by layer over its holders, which is ours.
+Averaging A and B separately gives mean(B)·mean(A), which differs from mean(B·A). FlexLoRA
+(arXiv:2402.11505) factors the mean product by SVD and discards what exceeds the rank. FLoRA
+(arXiv:2409.05976) and FedEx-LoRA (arXiv:2410.09432) add what the factors cannot represent to the
+frozen weights. Averaging each layer over the clients that sent it is ours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,13 @@ def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:
 
 
 def average_products(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
-    """Weighted mean of every B·A over the updates that have both; of all else, of the tensors.
+    """Return the weighted mean of every B·A over the updates that have both factors.
 
-    The mean of products has more rank than one of them: what is cut off is lost, and of all
-    matrices of that rank this is the nearest (FlexLoRA). A's rows and B's columns are in the order
-    of what they contribute, so that cutting them further is best, too.
+    The mean product has a higher rank than a single one, so it is replaced by the nearest matrix of
+    the rank of A and B (FlexLoRA). A's rows and B's columns are sorted by their contribution, so
+    that truncating them further is also optimal. All other tensors are averaged.
 
-    Args:
-        as :func:`~droppeft.sharing.aggregation.average_over_holders`.
+    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_holders`.
     """
     merged: dict[LayerKey, dict[str, Array]] = {
         key: dict(named) for key, named in average_over_holders(current, updates, weight).items()
@@ -46,10 +45,9 @@ def average_products(current: Tensors, updates: Sequence[Update], weight: Weight
 def mean_products(
     current: Tensors, updates: Sequence[Update], weight: Weight
 ) -> Iterator[tuple[str, Wide]]:
-    """Yield the weighted mean of each B·A (out, in) over its holders, if any, and the name of A.
+    """Yield (name of A, weighted mean of B·A (out, in)) for each LoRA that an update contains.
 
-    Args:
-        as :func:`average_products`.
+    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_holders`.
     """
     for key, a, b in pairs_of(current):
         holders = _holders(key, a, b, updates, weight)
@@ -69,7 +67,7 @@ def _holders(
 
 
 def _stacked(holders: Sequence[tuple[Array, Array, float]]) -> tuple[Wide, Wide]:
-    """(K·r, in) and (out, K·r) whose product is the weighted mean of K products, exactly."""
+    """Return down (K·r, in) and up (out, K·r); up · down is the weighted mean of K products."""
     total = sum(weight for _, _, weight in holders)
     down = np.concatenate([a.astype(np.float64) for a, _, _ in holders])
     up = [b.astype(np.float64) * (weight / total) for _, b, weight in holders]
@@ -77,10 +75,10 @@ def _stacked(holders: Sequence[tuple[Array, Array, float]]) -> tuple[Wide, Wide]
 
 
 def _nearest(holders: Sequence[tuple[Array, Array, float]], rank: int) -> tuple[Array, Array]:
-    """A (r, in) and B (out, r) nearest to the mean product.
+    """Return the A (r, in) and B (out, r) whose product is nearest to the mean product.
 
-    A's rows are orthogonal and as long as those of the clients on average, B has the rest: where
-    the product has less rank than r, A stays what a gradient can start from.
+    A's rows are orthogonal, with the root mean square length of the clients' rows; B contains the
+    singular values. So A is not 0 where the product has a lower rank than r, and can be trained on.
     """
     down, up = _stacked(holders)
     left, small_up = np.linalg.qr(up)
@@ -89,8 +87,8 @@ def _nearest(holders: Sequence[tuple[Array, Array, float]], rank: int) -> tuple[
     squares = (down**2).sum(axis=1)
     rows = max(np.count_nonzero(squares), 1)  # smaller ranks are padded with zeros
     length = float(np.sqrt(squares.sum() / rows)) or 1.0
-    found = min(rank, len(sizes))  # a map smaller than its rank has no more
+    available = min(rank, len(sizes))  # a small matrix has fewer singular values than r
     first, second = np.zeros((rank, down.shape[1])), np.zeros((len(up), rank))
-    first[:found] = (v[:found] @ right.T) * length
-    second[:, :found] = (left @ u[:, :found]) * (sizes[:found] / length)
+    first[:available] = (v[:available] @ right.T) * length
+    second[:, :available] = (left @ u[:, :available]) * (sizes[:available] / length)
     return first.astype(np.float32), second.astype(np.float32)

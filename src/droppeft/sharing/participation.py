@@ -1,7 +1,7 @@
-"""What the server remembers of each client's last participation that counted; ours.
+"""The server's memory of each client's last participation, that is, its last merged update.
 
-Its round names what the client kept then and begins with next; its shared layers are what the next
-instruction brings.
+The round of the last participation identifies the state that the client saved and continues from.
+The layers that it shared then are the ones that the next instruction brings. Ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from droppeft.sharing.criteria import CRITERIA
 
 @dataclass(frozen=True)
 class Participation:
-    """A client's local training that was merged.
+    """A local training of a client whose update was merged.
 
     Attributes:
-        round: in which it was.
-        shared: layers that are shared since; ``None`` where there was no choice.
+        round: the round.
+        shared: the layers that the client has shared since; ``None`` without a sharing rule.
     """
 
     round: int
@@ -26,12 +26,12 @@ class Participation:
 
 @dataclass(frozen=True)
 class ParticipationMemory:
-    """The memory of a method whose clients keep something.
+    """Memory of a method whose clients save state.
 
     Attributes:
-        participations: each client's last one; none of a client that lost what it had kept then.
-        gradient_norms: by layer, of each client's last local training, for criteria that compare
-            with them.
+        participations: each client's last participation. A client that lost its state has none.
+        gradient_norms: gradient norms by layer of each client's last participation, if the
+            criterion compares clients.
     """
 
     participations: Mapping[int, Participation] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class ParticipationMemory:
 
 
 def last_participation(state: ServerState, client: int) -> Participation | None:
-    """Of a client; ``None`` before its first, or if it lost what it had kept then."""
+    """Return a client's last participation; ``None`` if it had none or has lost its state."""
     memory: ParticipationMemory = state.memory
     return memory.participations.get(client)
 
@@ -47,7 +47,7 @@ def last_participation(state: ServerState, client: int) -> Participation | None:
 def with_participations(
     state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
-    """Note whose updates a round merged, and who has lost what it kept."""
+    """Return the state in which the merged updates and the lost states of a round are recorded."""
     memory: ParticipationMemory = state.memory
     participations, norms = dict(memory.participations), dict(memory.gradient_norms)
     for instruction, reply in zip(instructions, replies, strict=True):
@@ -57,11 +57,11 @@ def with_participations(
                 norms[instruction.client] = reply.importance
         elif isinstance(reply, Failure) and reply.lost:
             participations.pop(instruction.client, None)
-    known = replace(memory, participations=participations, gradient_norms=norms)
-    return replace(state, memory=known)
+    updated = replace(memory, participations=participations, gradient_norms=norms)
+    return replace(state, memory=updated)
 
 
 def norms_of_clients(state: ServerState) -> list[Sequence[float]]:
-    """Gradient norms by layer, for criteria that compare with them."""
+    """Return the gradient norms by layer of all clients, for criteria that compare clients."""
     memory: ParticipationMemory = state.memory
     return list(memory.gradient_norms.values())

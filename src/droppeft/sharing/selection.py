@@ -1,59 +1,67 @@
-"""From scores of layers to the ones that are shared: those that score lowest. Source: METHOD 4."""
+"""Chooses the layers that are shared: those that score lowest.
+
+Source: DropPEFT (arXiv:2503.10217); the hysteresis is ours.
+"""
 
 from collections.abc import Collection, Sequence
 
 
 def count_of(fraction: float, layers: int) -> int:
-    """How many of some layers a part of them is; halves are rounded up."""
+    """Return a fraction of a number of layers, rounded to a whole number (halves up)."""
     return int(fraction * layers + 0.5)
 
 
-def unmoved(
-    layers: Sequence[int], moved: Collection[int], before: Collection[int] | None
+def unchanged_shared(
+    layers: Sequence[int], changed: Collection[int], before: Collection[int] | None
 ) -> frozenset[int]:
-    """Layers that stay shared because the turn did not move them.
+    """Return the shared layers that stay shared because they did not change.
 
-    There is no choice about a layer that was not trained or that no step ran: it stays what it is,
-    and every layer begins as shared.
+    A layer that was not trained, or that ran in no step, stays shared or personal as it was. At
+    first all layers are shared.
 
     Args:
-        layers: that have an adapter.
-        moved: those that the turn trained and ran.
-        before: shared after the client's last turn that counted; ``None`` before its first.
+        layers: the layers that have an adapter.
+        changed: the layers that were trained and ran.
+        before: the layers shared in the client's last participation; ``None`` before the first.
     """
-    return frozenset(layer for layer in layers if before is None or layer in before) - {*moved}
+    return frozenset(layer for layer in layers if before is None or layer in before) - {*changed}
 
 
 def select_shared(
     scores: Sequence[float],
-    moved: Sequence[int],
+    changed: Sequence[int],
     count: int,
     before: Collection[int] | None,
     hysteresis: float,
 ) -> tuple[int, ...]:
-    """Choose ``count`` of the layers to be shared; the others, which score higher, are kept.
+    """Choose ``count`` of the changed layers to be shared; the others become personal.
 
-    Before the first turn that is the ranking; equal scores: the lower layer is shared. Later it
-    begins with the layers that are shared already, by rank fewer or more if they are not ``count``;
-    then a shared and a kept layer change places while the first scores above the second by more
-    than ``hysteresis`` times the size of that one's score.
+    The first time, the layers with the lowest scores are shared; of equal scores, the lower layer.
+    Later the choice begins with the layers that are shared already, and layers are added or removed
+    by rank until there are ``count``. Then the shared layer with the highest score and the personal
+    layer with the lowest score change places, as long as the first score exceeds the second by more
+    than ``hysteresis`` times the absolute value of the second.
 
     Args:
-        scores: one per layer of the model.
-        moved: the layers that there is a choice about, in order.
+        scores: one score per layer of the model.
+        changed: the layers to choose from, in order.
         count: how many of them are shared, at most all.
-        before: which were shared last time, of these or others; ``None`` before the first time.
-        hysteresis: 0 or more; with 0 the choice ranks, but equal scores change no places.
+        before: the layers shared last time, these or others; ``None`` the first time.
+        hysteresis: 0 or more. With 0 the lowest scores are shared, but layers with equal scores do
+            not change places.
+
+    Returns:
+        The shared layers, in order.
     """
-    ranked = sorted(moved, key=lambda layer: (scores[layer], layer))
+    ranked = sorted(changed, key=lambda layer: (scores[layer], layer))
     if before is not None:
         ranked.sort(key=lambda layer: layer not in before)
-    shared, kept = set(ranked[:count]), set(ranked[count:])
-    while shared and kept:
+    shared, personal = set(ranked[:count]), set(ranked[count:])
+    while shared and personal:
         highest = max(shared, key=lambda layer: (scores[layer], layer))
-        lowest = min(kept, key=lambda layer: (scores[layer], layer))
+        lowest = min(personal, key=lambda layer: (scores[layer], layer))
         if not scores[highest] - scores[lowest] > hysteresis * abs(scores[lowest]):
-            break  # also where a score is no number
+            break  # also if a score is not a number
         shared ^= {highest, lowest}
-        kept ^= {highest, lowest}
+        personal ^= {highest, lowest}
     return tuple(sorted(shared))

@@ -1,7 +1,7 @@
-"""Server optimisers: the mean change of a round is taken for a gradient.
+"""Server optimisers, which use the mean change of a round as a gradient.
 
-Source: FedAvgM (arXiv:1909.06335) and FedAdam, FedYogi (arXiv:2003.00295, algorithm 2), by tensor:
-one that nobody sent in a round keeps its value and its moments, which is ours.
+Source: FedAvgM (arXiv:1909.06335), FedAdam and FedYogi (arXiv:2003.00295, algorithm 2). They are
+applied by tensor: a tensor that no client sent keeps its value and its moments, which is ours.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,8 +14,9 @@ from droppeft.sharing.aggregation import Wide
 
 MOMENTS = ("first", "second")
 
-GradientMoments = Mapping[str, Tensors]
-"""What an optimiser carries from round to round, by :data:`MOMENTS`; nothing at the beginning."""
+OptimizerMoments = Mapping[str, Tensors]
+"""Moments that an optimiser carries from round to round, by the names :data:`MOMENTS`; empty at
+first."""
 
 
 def step(
@@ -23,20 +24,20 @@ def step(
     before: Tensors,
     mean: Tensors,
     sent: Collection[str],
-    moments: GradientMoments,
-) -> tuple[Tensors, GradientMoments]:
-    """The server's values after a round, and its moments.
+    moments: OptimizerMoments,
+) -> tuple[Tensors, OptimizerMoments]:
+    """Return the server's values after a round, and the optimiser's moments.
 
-    With change d = mean - before: ``momentum`` has m = b m + d and moves by lr m; ``adam`` and
-    ``yogi`` have m = b m + (1 - b) d, second moments s of d², which begin at tau², and move by
-    lr m / (sqrt(s) + tau).
+    Let d = mean - before. ``momentum`` sets m = b m + d and adds lr m to the values. ``adam`` and
+    ``yogi`` set m = b m + (1 - b) d, update second moments s of d², which are tau² at first, and
+    add lr m / (sqrt(s) + tau).
 
     Args:
-        settings: of an optimiser.
+        settings: settings of the optimiser.
         before: the server's values.
-        mean: of what clients sent; the value before where nobody did.
-        sent: names of the tensors that someone sent.
-        moments: after the round before.
+        mean: mean of what clients sent; for a tensor that no client sent, the value before.
+        sent: names of the tensors that a client sent.
+        moments: the moments after the previous round.
     """
     values: dict[LayerKey, dict[str, Array]] = {}
     first: dict[LayerKey, dict[str, Array]] = {}
@@ -46,20 +47,22 @@ def step(
         for name, value in named.items():
             m = _moment(moments, "first", key, name, value, 0.0)
             s = _moment(moments, "second", key, name, value, settings.tau**2)
-            moved = value
+            new_value = value
             if name in sent:
                 change = mean[key][name].astype(np.float64) - value.astype(np.float64)
-                m, s, by = _moved(settings, change, m, s)
-                moved = (value.astype(np.float64) + by).astype(value.dtype)
-            values[key][name] = moved
+                m, s, increment = _moments_and_increment(settings, change, m, s)
+                new_value = (value.astype(np.float64) + increment).astype(value.dtype)
+            values[key][name] = new_value
             first[key][name], second[key][name] = m.astype(np.float32), s.astype(np.float32)
     if settings.optimizer == "momentum":
         return values, {"first": first}
     return values, {"first": first, "second": second}
 
 
-def _moved(settings: ServerConfig, change: Wide, m: Wide, s: Wide) -> tuple[Wide, Wide, Wide]:
-    """Both moments after a change, and the move."""
+def _moments_and_increment(
+    settings: ServerConfig, change: Wide, m: Wide, s: Wide
+) -> tuple[Wide, Wide, Wide]:
+    """Return both moments after a change, and what is added to the values."""
     rate, b = settings.rate, settings.momentum
     if settings.optimizer == "momentum":
         m = b * m + change
@@ -74,7 +77,7 @@ def _moved(settings: ServerConfig, change: Wide, m: Wide, s: Wide) -> tuple[Wide
 
 
 def _moment(
-    moments: GradientMoments, which: str, key: LayerKey, name: str, like: Array, begin: float
+    moments: OptimizerMoments, which: str, key: LayerKey, name: str, like: Array, begin: float
 ) -> Wide:
     known = moments.get(which)
     if known is None:

@@ -1,1 +1,1 @@
-"""What a model is trained to do: batches, loss and metrics."""
+"""Tasks: how batches, loss and metrics are computed."""

@@ -1,4 +1,4 @@
-"""What a model is trained to do: batches, loss and metrics of text classification."""
+"""Text classification: batches, loss and metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Classification:
-    """One label per text or pair.
+    """Classification of a text or a pair of texts into one of C classes.
 
     Attributes:
-        inputs: token columns that the model takes.
-        pad_token_id: fills short rows.
-        device: where batches go.
+        inputs: names of the token columns that the model takes.
+        pad_token_id: token that pads short rows.
+        device: torch device of the batches.
     """
 
     inputs: tuple[str, ...]
@@ -31,7 +31,7 @@ class Classification:
     device: torch.device
 
     def collate(self, table: TokenTable, rows: Rows) -> Batch:
-        """Pad rows to the longest of them: (B, S) int64 columns, ``labels`` (B,)."""
+        """Return a batch of rows, padded to the longest: int64 columns (B, S), ``labels`` (B,)."""
         arrays = pad_batch(table, rows, self.pad_token_id)
         wanted = (*self.inputs, "attention_mask", "labels")
         return {
@@ -43,16 +43,17 @@ class Classification:
     def loss_and_logits(
         self, model: nn.Module, batch: Batch, reduction: str = "mean"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy in fp32, and logits (B, C)."""
+        """Return the cross-entropy in fp32, and the logits (B, C)."""
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         logits: torch.Tensor = model(**inputs).logits.float()
         return functional.cross_entropy(logits, batch["labels"], reduction=reduction), logits
 
 
 def accuracy_and_f1(predicted: Rows, labels: Rows, num_classes: int) -> tuple[float, float]:
-    """Accuracy, and F1: of class 1 where the task has two classes, else the macro mean.
+    """Return accuracy and F1.
 
-    The macro mean is over the classes that occur in either array.
+    With two classes, F1 is that of class 1. Otherwise it is the mean over the classes that occur in
+    either array (macro F1).
     """
     average = "binary" if num_classes == 2 else "macro"
     f1 = f1_score(labels, predicted, average=average, zero_division=0.0)

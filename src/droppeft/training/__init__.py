@@ -1,1 +1,1 @@
-"""One training loop, and what it needs: gradients, objectives, checkpointing, stored bytes."""
+"""The training loop, and its gradients, objectives, checkpointing and activation memory."""

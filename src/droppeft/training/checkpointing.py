@@ -1,10 +1,12 @@
-"""Gradient checkpointing of blocks: the backward computes anew what the forward did not keep.
+"""Gradient checkpointing of blocks: the backward pass recomputes what the forward did not store.
 
-Source: Chen et al. (arXiv:1604.06174), through the switch that transformers' blocks have
-(``GradientCheckpointingLayer``) and torch's non-reentrant ``checkpoint``. Switching on the blocks
-alone is ours: transformers' switch for a whole model also makes the embeddings require a gradient,
-which non-reentrant checkpointing does not need and for which the backward would go through every
-layer below the lowest adapter, and has some models leave out a prefix.
+Source: Chen et al. (arXiv:1604.06174), by the switch of transformers' blocks
+(``GradientCheckpointingLayer``) and torch's non-reentrant ``checkpoint``.
+
+Switching it on for each block is ours. Transformers' switch for a whole model also makes the
+embeddings require a gradient. Non-reentrant checkpointing does not need this, and the backward pass
+would then run through all layers below the lowest adapter. In addition, that switch makes some
+models ignore the prefix of prefix tuning.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +22,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from droppeft.adapters.prefix import PrefixModel
 from droppeft.errors import DroppeftError
-from droppeft.models.key_value_cache import set_inside
+from droppeft.models.key_value_cache import set_temporarily
 
 
 class Call(NamedTuple):
-    """A forward of one block that the backward will run again.
+    """A forward pass of one block that the backward pass will run again.
 
     Attributes:
-        block: whose forward it is.
-        function: what is called with ``inputs``; neither gates nor checkpoints.
-        inputs: positional arguments; the named ones are in ``function``.
+        block: the block.
+        function: its forward pass, without gates and checkpointing, with its keyword arguments.
+        inputs: the positional arguments of ``function``.
     """
 
     block: nn.Module
@@ -38,15 +40,15 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that is kept for running again: hidden states (B, S, H) first, masks, a prefix."""
+        """All tensors stored for recomputation, hidden states (B, S, H) first."""
         return list(_tensors((*self.inputs, *self.function.keywords.values())))
 
 
 def check_checkpointing(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Refuse a model whose blocks have no switch.
+    """Check that transformers can checkpoint the blocks of a model.
 
     Raises:
-        DroppeftError: naming the architecture.
+        DroppeftError: it cannot.
     """
     if not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
         config: Any = model.config
@@ -60,30 +62,31 @@ def check_checkpointing(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 def checkpointed(
     model: nn.Module, blocks: Sequence[nn.Module], note: Callable[[Call], None]
 ) -> Iterator[None]:
-    """Keep only what each block is called with; on leaving, model and blocks are as they were.
+    """Store only the inputs of each block inside the context, and recompute the rest.
 
-    Values and gradients are the same bits as without (on the CPU), module dropout included. Only
-    blocks in training mode are affected, and a block that a gate drops is never asked. Costs a
-    second forward of the blocks that ran. A block cannot fill a key-value cache meanwhile, so be
-    :func:`droppeft.models.key_value_cache.without_cache`.
+    Values and gradients are bit for bit the same as without checkpointing (on the CPU), also with
+    module dropout. Only blocks in training mode are affected, and dropped blocks do not run. Every
+    block that ran is run a second time. Blocks cannot fill a key-value cache inside, so
+    :func:`droppeft.models.key_value_cache.without_cache` must be active. When the context is left,
+    model and blocks are restored.
 
     Args:
-        model: with an adapter or without.
+        model: the model, with or without an adapter.
         blocks: its L layers, before they are gated.
-        note: told of each forward of a block when it begins.
+        note: called at each forward pass of a block.
 
     Raises:
         DroppeftError: see :func:`check_checkpointing`.
     """
     check_checkpointing(model, blocks)
     # A block that writes into a key-value cache must not run twice. A prefix is only read.
-    kept_cache = isinstance(model, PrefixModel)
+    reads_cache = isinstance(model, PrefixModel)
     with ExitStack() as undo:
         for block in blocks:
-            undo.enter_context(set_inside(block, "gradient_checkpointing", True))
-            undo.enter_context(set_inside(block, "_can_checkpoint_with_cache", kept_cache))
+            undo.enter_context(set_temporarily(block, "gradient_checkpointing", True))
+            undo.enter_context(set_temporarily(block, "_can_checkpoint_with_cache", reads_cache))
             run = partial(_checkpoint, block, note)
-            undo.enter_context(set_inside(block, "_gradient_checkpointing_func", run))
+            undo.enter_context(set_temporarily(block, "_gradient_checkpointing_func", run))
         yield
 
 

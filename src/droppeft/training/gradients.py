@@ -1,7 +1,7 @@
-"""What a turn's gradients say of the model's layers, in passing: no second backward.
+"""Moments of each layer's gradients, collected during training without another backward pass.
 
-Ours. Everything is a mean over the steps that a layer ran in: a sum would repeat how often layers
-were dropped.
+All values are means over the steps in which a layer ran. Sums would depend on how often a layer was
+dropped. Ours.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """Of each of the L layers, over its active steps; 0 for a layer that had no gradient.
+    """Moments of the gradients of the L layers over their active steps; 0 without a gradient.
 
     Attributes:
-        norm: mean of the gradient's norm.
-        square: mean of its square.
-        square_of_mean: square of the norm of the mean gradient; ``None`` unless asked for.
+        norm: (L,) mean norm of the gradient.
+        square: (L,) mean squared norm of the gradient.
+        square_of_mean: (L,) squared norm of the mean gradient; ``None`` unless asked for.
     """
 
     norm: Vector
@@ -34,14 +34,14 @@ class GradientMoments:
 
 
 class Gradients:
-    """Collects a turn's gradients, of the task's loss, before clipping.
+    """Collects the gradients of the task's loss in a local training, before clipping.
 
     Args:
-        parameters: what is trained, by layer.
-        num_layers: L.
-        device: where the gradients are.
-        with_mean: also collect what :attr:`Moments.square_of_mean` needs, which takes the memory
-            of one more adapter.
+        parameters: the trained parameters, by layer.
+        num_layers: number L of layers.
+        device: torch device of the gradients.
+        with_mean: whether to collect :attr:`GradientMoments.square_of_mean`, which takes as much
+            memory as the adapter.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class Gradients:
         self._device = device
         self._norms: list[torch.Tensor] = []
         self._sums = (
-            [[torch.zeros_like(one) for one in layer] for layer in self._layers]
+            [[torch.zeros_like(value) for value in layer] for layer in self._layers]
             if with_mean
             else None
         )
 
     def norms(self) -> torch.Tensor:
-        """(L,) norms of the layers' gradients; 0 where a layer has none in this step."""
-        # The norm of no gradients is a 0 on the CPU, wherever the others are.
+        """Return the (L,) norms of the layers' gradients; 0 if a layer has none in this step."""
+        # The norm of an empty list is a 0 on the CPU, whatever the device of the others.
         return torch.stack([total_norm(layer).to(self._device) for layer in self._layers])
 
     def add(self) -> None:
-        """Add the gradients of a step, whose values are finite, to the mean."""
+        """Add the gradients of a step, which must be finite, to the mean gradient."""
         for layer, sums in zip(self._layers, self._sums or [], strict=False):
             for value, total in zip(layer, sums, strict=True):
                 if value.grad is not None:
@@ -74,29 +74,31 @@ class Gradients:
         return self._sums is not None
 
     def note(self, norms: torch.Tensor) -> None:
-        """Count a step that moved something."""
+        """Add the norms of a step that the optimizer did not skip."""
         self._norms.append(norms)
 
     def moments(self, active_steps: Sequence[int]) -> GradientMoments:
-        """What was collected.
+        """Return the moments of all steps so far.
 
         Args:
-            active_steps: of each layer.
+            active_steps: number of steps in which each layer ran.
         """
         steps = np.maximum(np.asarray(active_steps, dtype=np.float64), 1)
-        found = torch.stack(self._norms or [torch.zeros(len(self._layers))]).double().cpu()
+        norms = torch.stack(self._norms or [torch.zeros(len(self._layers))]).double().cpu()
         means = None
         if self._sums is not None:
-            squares = [sum(float(one.double().square().sum()) for one in s) for s in self._sums]
+            squares = [
+                sum(float(total.double().square().sum()) for total in sums) for sums in self._sums
+            ]
             means = np.array(squares) / steps**2
         return GradientMoments(
-            norm=found.sum(dim=0).numpy() / steps,
-            square=found.square().sum(dim=0).numpy() / steps,
+            norm=norms.sum(dim=0).numpy() / steps,
+            square=norms.square().sum(dim=0).numpy() / steps,
             square_of_mean=means,
         )
 
 
 def total_norm(values: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Norm of the gradients there are."""
+    """Return the global norm of the gradients; parameters without a gradient are ignored."""
     gradients = [value.grad for value in values if value.grad is not None]
     return get_total_norm(gradients).detach()

@@ -1,7 +1,7 @@
-"""Train adapters for some batches, and evaluate at full depth: one plain loop each.
+"""The training loop and the evaluation loop.
 
-The gate per mini-batch is stochastic transformer layer dropout (arXiv:2503.10217); the loop
-around it is ours.
+Training drops layers in every step (stochastic transformer layer dropout, arXiv:2503.10217).
+Evaluation runs all layers. The loops are ours.
 """
 
 import math
@@ -23,7 +23,7 @@ from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
 from droppeft.layer_dropout import gated
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.precision import autocast, loss_scaler, move
+from droppeft.models.precision import autocast, loss_scaler, optimizer_step
 from droppeft.tasks.classification import Batch, Classification, accuracy_and_f1
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
@@ -33,22 +33,23 @@ from droppeft.training.objectives import Terms
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a turn of training did.
+    """What a local training did.
 
-    A step that was skipped since fp16 overflowed has been paid for, but nothing was learnt: it
-    counts in ``steps``, ``rows`` and tokens, in the activations and the time, and nowhere else.
+    A step that is skipped because fp16 overflowed changes nothing but has a cost. It counts in
+    ``steps``, ``rows``, ``tokens``, ``layer_tokens``, ``activation_bytes_peak`` and ``wall_s``, and
+    nowhere else.
 
     Attributes:
-        steps: batches, each one step of the optimizer unless it was skipped.
-        examples: rows trained on, repeats counted.
+        steps: number of batches; each is one optimizer step unless it is skipped.
+        examples: rows trained on, repetitions counted.
         tokens: tokens computed, padding included.
         rows: rows computed.
         layer_tokens: per layer, how many of the tokens it computed.
-        loss: mean over steps; not a number if all were skipped.
-        active_steps: per layer, in how many steps it ran.
-        gradients: of the layers' adapters, of the task's loss.
+        loss: mean loss over the steps; NaN if all were skipped.
+        active_steps: per layer, the number of steps in which it ran.
+        gradients: moments of the gradients of the task's loss, by layer.
         activation_bytes_peak: see :class:`~droppeft.training.activation_memory.ActivationMeter`.
-        wall_s: the steps alone.
+        wall_s: seconds of the steps alone.
     """
 
     steps: int
@@ -64,15 +65,21 @@ class TrainOutcome:
 
     @property
     def importance(self) -> tuple[float, ...]:
-        """Per layer, mean over its active steps of its gradient's norm; 0 without one."""
+        """Per layer, the mean gradient norm over its active steps; 0 without a gradient."""
         return tuple(float(value) for value in self.gradients.norm)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality at full depth: mean loss, accuracy, F1, rows, and what measuring took.
+    """Quality of a model with all layers, and what the evaluation took.
 
-    ``tokens`` are those that were computed, padding included.
+    Attributes:
+        loss: mean cross-entropy.
+        accuracy: fraction of the rows that is classified correctly.
+        f1: see :func:`~droppeft.tasks.classification.accuracy_and_f1`.
+        rows: number of rows.
+        wall_s: seconds.
+        tokens: tokens computed, padding included.
     """
 
     loss: float
@@ -90,7 +97,7 @@ class Trainable:
     Attributes:
         model: with adapters attached.
         blocks: its L layers, as :func:`droppeft.layer_dropout.find_blocks` gives them.
-        parameters: what is trained, by layer.
+        parameters: the parameters that are trained, by layer.
         task: batches, loss and metrics.
     """
 
@@ -101,7 +108,7 @@ class Trainable:
 
     @property
     def values(self) -> list[nn.Parameter]:
-        """What is trained, in order."""
+        """The parameters that are trained, in order."""
         return [value for named in self.parameters.values() for value in named.values()]
 
 
@@ -110,9 +117,9 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        batch: what it is computed on.
-        active: which of the L layers run.
-        rate_factor: part of the peak learning rates in force.
+        batch: the batch.
+        active: L gates: which layers run.
+        rate_factor: factor of the peak learning rates.
     """
 
     batch: Batch
@@ -130,38 +137,39 @@ def train(
     with_mean_gradient: bool = False,
     anchors: Tensors | None = None,
 ) -> TrainOutcome:
-    """Take one AdamW step per batch; layers that a step drops are left exactly as they were.
+    """Take one AdamW step per batch; a step does not change the layers that it drops.
 
-    A dropped layer has no gradient in that step (not a zero one), so that AdamW neither moves
-    nor decays it. The optimizer and, in fp16, the scale of the loss start afresh: nothing but the
-    adapter outlives the local training. A step that fp16 makes overflow is skipped: it moves
-    nothing, momentum included, and uses up its batch, its gates and its place in the schedule.
+    A dropped layer has no gradient in that step, not a gradient of 0, so that AdamW applies neither
+    momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created anew for
+    each call, so that only the adapter carries over to the next local training. If fp16 overflows,
+    the step is skipped: it changes neither parameters nor momentum, but its batch, its gates and
+    its place in the schedule are used up.
 
     Args:
-        on: what is trained.
-        steps: in order.
-        settings: learning rates, precision and the like.
+        on: the model and its trained parameters.
+        steps: the steps, in order.
+        settings: learning rates, precision and further settings.
         objective: what is added to the task's loss.
-        cached: stands for the first layers in every step; they do not run, and count as dropped.
+        cached: replaces the frozen layers in every step; they do not run, and count as dropped.
         with_mean_gradient: see :class:`~droppeft.training.gradients.Gradients`.
         anchors: see :class:`~droppeft.training.objectives.Terms`.
     """
     loop = _Loop(on, settings, Terms(objective, on.parameters, anchors), with_mean_gradient)
     on.model.train()
     start = time.perf_counter()
-    with without_cache(on.model), loop.recomputing(), gated(on.blocks) as gates:
-        for place, step in enumerate(steps):
+    with without_cache(on.model), loop.checkpointing(), gated(on.blocks) as gates:
+        for index, step in enumerate(steps):
             gates.active = tuple(step.active)
             if cached is not None:
-                cached.skip(gates, place, step.batch)
+                cached.skip(gates, index, step.batch)
             loop.take(step, gates.active)
     if on.task.device.type == "cuda":
-        torch.cuda.synchronize()  # the time is that of work done, not of work ordered
-    return loop.book.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
+        torch.cuda.synchronize()  # so that the time includes the work that is still queued
+    return loop.totals.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
 
 
 class _Loop:
-    """What the steps of a local training share: the optimizer, and what is counted."""
+    """What the steps of a local training share: optimizer, gradients, totals and memory meter."""
 
     def __init__(
         self, on: Trainable, settings: LocalTraining, terms: Terms, with_mean_gradient: bool
@@ -174,17 +182,17 @@ class _Loop:
         self.gradients = Gradients(
             on.parameters, len(on.blocks), on.task.device, with_mean=with_mean_gradient
         )
-        self.book = _Totals(len(on.blocks), self.gradients)
+        self.totals = _Totals(len(on.blocks), self.gradients)
         self.meter = ActivationMeter(on.model)
 
-    def recomputing(self) -> AbstractContextManager[None]:
-        """In force while training with activation checkpointing."""
+    def checkpointing(self) -> AbstractContextManager[None]:
+        """Return the context of the training steps: gradient checkpointing, if it is set."""
         if not self.settings.checkpointing:
             return nullcontext()
         return checkpointed(self.on.model, self.on.blocks, self.meter.note)
 
     def take(self, step: Step, active: Sequence[bool]) -> None:
-        """Forward, backward, the method's own terms, clipping, and the optimizer's step."""
+        """Run forward, backward, the method's added terms, clipping, and the optimizer step."""
         on, trained = self.on, self.on.values
         with autocast(self.settings.precision, on.task.device), self.meter.measuring():
             loss, _ = on.task.loss_and_logits(on.model, step.batch)
@@ -196,9 +204,9 @@ class _Loop:
         self.terms.add_gradients()
         _set_learning_rates(self.optimizer, step.rate_factor)
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
-        moved = move(self.optimizer, self.scaler)
+        stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.book.note(step.batch, loss, active, norms, moved)
+        self.totals.note(step.batch, loss, active, norms, stepped)
 
 
 def evaluate(
@@ -209,7 +217,7 @@ def evaluate(
     batch_size: int,
     precision: str = "fp32",
 ) -> Evaluation:
-    """Measure the full model on rows of a table; leaves the model in evaluation mode."""
+    """Evaluate a model with all layers on rows of a table; leaves it in evaluation mode."""
     start = time.perf_counter()
     model.eval()
     loss_sum, tokens, predicted, labels = 0.0, 0, [], []
@@ -236,10 +244,10 @@ def training_batches(
     budget: Budget,
     rng: np.random.Generator,
 ) -> list[Rows]:
-    """Rows of every step of a turn: batches of similar length, as many as the budget says.
+    """Return the rows of every step of a local training, as many batches as the budget says.
 
-    A turn shorter than an epoch takes a random part of the rows; a longer one starts another
-    shuffled epoch.
+    Rows of a batch have similar lengths. If the budget is shorter than an epoch, a random part of
+    the rows is used; if it is longer, further shuffled epochs follow.
     """
     if budget.epochs is not None:
         return [
@@ -256,9 +264,9 @@ def training_batches(
 
 
 def rate_factor(settings: LocalTraining, progress: float) -> float:
-    """Part of the peak learning rates in force at a point of the run (0 start, 1 end).
+    """Return the factor of the peak learning rates at a point of the run (0 start, 1 end).
 
-    Linear warm-up, then the schedule.
+    After a linear warm-up it follows the schedule.
     """
     if progress < settings.warmup_fraction:
         return progress / settings.warmup_fraction
@@ -271,11 +279,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda rest: 1.0 - rest,
     "cosine": lambda rest: 0.5 * (1.0 + math.cos(math.pi * rest)),
 }
-"""Part of the peak rate left, by the part of the run (after warm-up) that has passed."""
+"""Factor of the peak rate, by the fraction of the run after warm-up that has passed."""
 
 
 class _Totals:
-    """Sums over the steps of a turn."""
+    """Sums over the steps of a local training."""
 
     def __init__(self, num_layers: int, gradients: Gradients) -> None:
         self.losses: list[torch.Tensor] = []
@@ -290,14 +298,14 @@ class _Totals:
         loss: torch.Tensor,
         active: Sequence[bool],
         norms: torch.Tensor,
-        moved: bool,
+        stepped: bool,
     ) -> None:
         ran = np.asarray(active, dtype=np.int64)
         self.steps += 1
         self.rows += len(batch["labels"])
         self.tokens += batch["input_ids"].numel()
         self.layer_tokens += batch["input_ids"].numel() * ran
-        if moved:
+        if stepped:
             self.losses.append(loss.detach())
             self.gradients.note(norms)
             self.active += ran
@@ -320,7 +328,10 @@ class _Totals:
 
 
 def _groups(parameters: Parameters, settings: LocalTraining) -> list[dict[str, Any]]:
-    """The map to the classes starts from nothing, the rest beside pretrained values: two rates."""
+    """Return AdamW's parameter groups: the head's last linear layer, and the rest.
+
+    The last layer has a learning rate of its own, because it starts from random values.
+    """
     output = _output_names(parameters)
     named = [pair for values in parameters.values() for pair in values.items()]
     rest = [value for name, value in named if name not in output]
@@ -330,7 +341,10 @@ def _groups(parameters: Parameters, settings: LocalTraining) -> list[dict[str, A
 
 
 def _output_names(parameters: Parameters) -> set[str]:
-    """The head's last linear map: ``out_proj`` in RoBERTa's head, else all but a pooler."""
+    """Return the names of the head's last linear layer.
+
+    This is ``out_proj`` in RoBERTa's head, else everything but a pooler.
+    """
     head = parameters.get(HEAD, {})
     last = {name for name in head if ".out_proj." in name}
     return last or {name for name in head if ".pooler." not in name}

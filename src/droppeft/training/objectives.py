@@ -1,4 +1,4 @@
-"""What a method adds to the task's loss, as gradients of its own.
+"""Terms that a method adds to the task's loss, computed as gradients.
 
 Sources: FedProx (arXiv:1812.06127), HetLoRA (arXiv:2401.06432).
 """
@@ -13,12 +13,14 @@ from droppeft.messages import Objective, Tensors
 
 
 class Terms:
-    """The added terms of a turn; only of layers that have a gradient in a step.
+    """The added terms of one local training.
+
+    In each step they act only on parameters that have a gradient, so not on dropped layers.
 
     Args:
-        objective: of the instruction.
-        parameters: what is trained, at the values that it begins with.
-        anchors: values that the proximal term pulls to; by default those.
+        objective: the objective of the instruction.
+        parameters: the trained parameters, with the values that training begins with.
+        anchors: the values that the proximal term pulls towards; by default the current values.
     """
 
     def __init__(
@@ -30,27 +32,28 @@ class Terms:
         self._pairs = list(_pairs(parameters)) if objective.rank_penalty else []
 
     def add_gradients(self) -> None:
-        """Add to the gradients of a step, which are not scaled any more."""
+        """Add the gradients of the terms to those of a step, after the loss scale is removed."""
         for anchor, value in zip(self._anchors, self._trained, strict=False):
             if value.grad is not None:
                 value.grad.add_(value.detach() - anchor, alpha=self._objective.proximal)
         for a, b in self._pairs:
-            self._shrink(a, b)
+            self._add_rank_penalty(a, b)
 
-    def _shrink(self, a: nn.Parameter, b: nn.Parameter) -> None:
-        """Add the gradient of weight·‖B[:, kept:]‖·‖A[kept:]‖; 0 where a norm is 0."""
+    def _add_rank_penalty(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Add the gradient of weight·‖B[:, m:]‖·‖A[m:]‖, which is 0 where a norm is 0."""
         penalty = self._objective.rank_penalty
         if penalty is None or a.grad is None or b.grad is None:
             return
-        tail_a, tail_b = a.detach()[penalty.kept :], b.detach()[:, penalty.kept :]
+        first = penalty.unpenalised
+        tail_a, tail_b = a.detach()[first:], b.detach()[:, first:]
         norm_a, norm_b = tail_a.norm(), tail_b.norm()
         smallest = torch.finfo(tail_a.dtype).tiny
-        a.grad[penalty.kept :] += penalty.weight * norm_b * tail_a / norm_a.clamp(min=smallest)
-        b.grad[:, penalty.kept :] += penalty.weight * norm_a * tail_b / norm_b.clamp(min=smallest)
+        a.grad[first:] += penalty.weight * norm_b * tail_a / norm_a.clamp(min=smallest)
+        b.grad[:, first:] += penalty.weight * norm_a * tail_b / norm_b.clamp(min=smallest)
 
 
 def _values(parameters: Parameters, given: Tensors | None) -> Iterator[torch.Tensor]:
-    """Of each parameter the given value, or the one that it has now."""
+    """Yield the given value of each parameter, or by default a copy of its current value."""
     for key, named in parameters.items():
         for name, value in named.items():
             if given is None:
@@ -60,7 +63,7 @@ def _values(parameters: Parameters, given: Tensors | None) -> Iterator[torch.Ten
 
 
 def _pairs(parameters: Parameters) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """LoRA's A (r, in) and B (out, r), where both are trained."""
+    """Yield the A (r, in) and B (out, r) of each LoRA of which both are trained."""
     for named in parameters.values():
         for name, value in named.items():
             other = name.replace(".lora_A.", ".lora_B.")

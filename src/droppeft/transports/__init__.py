@@ -1,1 +1,1 @@
-"""How instructions travel from the server to clients, and replies back."""
+"""Transports, which carry instructions to clients and replies back."""

@@ -1,4 +1,4 @@
-"""How instructions reach clients and replies come back: the seam between server and clients."""
+"""The interface between server and clients: carry instructions to clients, and replies back."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,13 +11,14 @@ from droppeft.messages import Instruction, Reply
 
 @dataclass(frozen=True)
 class Arrival:
-    """A reply as the transport hands it over.
+    """A reply, as the transport hands it to the server.
 
     Attributes:
-        index: which of the instructions it answers, by the transport's own addressing.
-        reply: what came back, or why nothing did.
-        sent_bytes, received_bytes: what was sent for it and back, framing included; ``None``
-            where nothing was framed.
+        index: of the instruction that it replies to. The transport knows it from its own
+            addressing, not from the content of the reply.
+        reply: what the client sent, or a failure if nothing arrived.
+        sent_bytes, received_bytes: size of the two messages with the transport's framing; ``None``
+            if the transport sends no messages.
     """
 
     index: int
@@ -27,11 +28,11 @@ class Arrival:
 
 
 class Transport(Protocol):
-    """Whatever carries a round's instructions to clients."""
+    """Carries the instructions of a round to clients, and replies back."""
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
-        """Yield one arrival per instruction, in any order; the round closes after the last."""
+        """Yield one arrival per instruction, in any order."""
 
 
 Connect = Callable[[Loaded], AbstractContextManager[Transport]]
-"""Opens a transport for a run; leaving the context closes it."""
+"""Opens the transport of a run; leaving the context closes it."""

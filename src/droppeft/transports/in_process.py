@@ -1,4 +1,4 @@
-"""Clients run in the server's own process, one after another."""
+"""The transport that runs clients in the server's process, one after another."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,20 +12,20 @@ from droppeft.transports.base import Arrival, Transport
 
 @dataclass(frozen=True)
 class InProcess:
-    """All clients, on one frozen backbone.
+    """Runs all clients on one shared backbone.
 
     Attributes:
-        clients: by number.
+        clients: of the run, by number.
     """
 
     clients: Sequence[Client]
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
-        """Yield each client's reply, in the order of the instructions."""
+        """Run each client and yield its reply, in the order of the instructions."""
         for index, instruction in enumerate(instructions):
             yield Arrival(index, self.clients[instruction.client].run(instruction))
 
 
 def in_process(loaded: Loaded) -> AbstractContextManager[Transport]:
-    """Run clients here, on the server's own backbone."""
+    """Open the transport; clients share the server's backbone."""
     return nullcontext(InProcess(clients_of(loaded)))

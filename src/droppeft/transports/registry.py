@@ -1,4 +1,4 @@
-"""The transports by name: adding one is a file, a line here, and a row in its test."""
+"""The transports by name. A new one needs a module and an entry in :data:`TRANSPORTS`."""
 
 import os
 from contextlib import AbstractContextManager
@@ -10,10 +10,10 @@ from droppeft.transports.in_process import in_process
 
 
 def flower(loaded: Loaded) -> AbstractContextManager[Transport]:
-    """Run clients in processes of Flower's simulation engine."""
+    """Open Flower's simulation engine, which runs clients in processes of its own."""
     for name, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Seconds of imports that others need not wait for.
+    # Importing Flower takes seconds, for which other transports should not wait.
     from droppeft.transports.flower.simulation import simulated
 
     return simulated(loaded)
@@ -26,18 +26,20 @@ ENGINE_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Read when flwr and ray are imported: nothing is reported to anybody, and Ray's processes are
-those of this environment. Whoever has set one already is left alone."""
+"""Environment variables that are set, unless they are already, before flwr and ray are imported.
+
+Nothing is reported to anybody, and Ray's processes use this Python environment.
+"""
 
 
 TRANSPORTS: dict[str, Connect] = {"in_process": in_process, "flower": flower}
 
 
 def transport_named(name: str) -> Connect:
-    """Look a transport up.
+    """Return the transport of a name.
 
     Raises:
-        DroppeftError: no such transport; the message lists those there are.
+        DroppeftError: there is no such transport; the message lists all.
     """
     if name not in TRANSPORTS:
         raise DroppeftError(

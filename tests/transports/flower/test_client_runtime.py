@@ -1,4 +1,4 @@
-"""A client's side: what it loads, how often, and that nothing is ever raised."""
+"""The client's side: what it loads and how often; errors become failures."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ from droppeft.config import as_tree
 from droppeft.messages import Failure, Instruction, Reply, Update
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import client_runtime
-from droppeft.transports.flower.client_runtime import answer
+from droppeft.transports.flower.client_runtime import run_packed
 from droppeft.transports.flower.wire_format import (
     Packed,
     RunContext,
@@ -26,8 +26,8 @@ MOST = 10**8
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Tests do not see what others loaded."""
+def nothing_loaded() -> Iterator[None]:
+    """Tests do not see what other tests loaded."""
     client_runtime._clients.cache_clear()
     yield
     client_runtime._clients.cache_clear()
@@ -39,7 +39,7 @@ def run_context(prepared: Prepared) -> RunContext:
 
 
 def ask(instruction: Instruction, run_context: RunContext, **node: Any) -> Reply:
-    return unpack_reply(answer(pack_instruction(instruction, run_context), node), MOST)
+    return unpack_reply(run_packed(pack_instruction(instruction, run_context), node), MOST)
 
 
 def reason(reply: Reply) -> str:
@@ -47,15 +47,15 @@ def reason(reply: Reply) -> str:
     return reply.reason
 
 
-def test_an_answer_is_the_turn_in_process(
+def test_a_reply_is_that_of_the_transport_in_process(
     prepared: Prepared, instructions: list[Instruction], run_context: RunContext
 ) -> None:
     with in_process(prepared.loaded) as transport:
         [here] = [arrival.reply for arrival in transport.exchange(instructions[:1])]
-    there = ask(instructions[0], run_context)
+    packed = ask(instructions[0], run_context)
     assert isinstance(here, Update)
-    assert isinstance(there, Update)
-    assert (there.train_loss, there.importance) == (here.train_loss, here.importance)
+    assert isinstance(packed, Update)
+    assert (packed.train_loss, packed.importance) == (here.train_loss, here.importance)
 
 
 def test_a_run_is_loaded_once(instructions: list[Instruction], run_context: RunContext) -> None:
@@ -72,11 +72,11 @@ def test_a_node_has_its_own_copies_and_settings(
     instructions: list[Instruction], run_context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = client_runtime.load
+    original = client_runtime.load
 
     def load(config: Any, say: Any) -> Any:
         seen.append(config)
-        return real(config, say)
+        return original(config, say)
 
     monkeypatch.setattr(client_runtime, "load", load)
     moved = RunContext(
@@ -88,18 +88,18 @@ def test_a_node_has_its_own_copies_and_settings(
     assert (seen[0].data, seen[0].threads, seen[0].seed) == (data, 2, 0)
 
 
-@pytest.mark.parametrize("own", [{"threads": 0}, {"accelerator": "auto"}], ids=str)
-def test_what_a_node_leaves_open_is_found_out_there(
-    instructions: list[Instruction], run_context: RunContext, own: dict[str, Any]
+@pytest.mark.parametrize("overrides", [{"threads": 0}, {"accelerator": "auto"}], ids=str)
+def test_automatic_settings_are_resolved_on_the_node(
+    instructions: list[Instruction], run_context: RunContext, overrides: dict[str, Any]
 ) -> None:
-    assert isinstance(ask(instructions[0], run_context, **own), Update)
+    assert isinstance(ask(instructions[0], run_context, **overrides), Update)
 
 
-def test_an_accelerator_that_is_not_there_is_said(
+def test_a_missing_accelerator_is_a_failure(
     instructions: list[Instruction], run_context: RunContext
 ) -> None:
     if not torch.cuda.is_available():
-        assert "torch sees no CUDA device" in reason(
+        assert "torch finds no CUDA device" in reason(
             ask(instructions[0], run_context, accelerator="cuda")
         )
 
@@ -110,11 +110,13 @@ def test_another_copy_is_refused(
 ) -> None:
     other = replace(run_context, identity={**run_context.identity, f"{what}_hash": "other"})
     said = reason(ask(instructions[0], other))
-    assert said.startswith(f"the {what} is another (other, here ")
+    assert said.startswith(f"the {what} differs (expected other, found ")
     assert said.endswith("this node's copy is not the server's")
 
 
-def test_what_is_missing_is_said(instructions: list[Instruction], run_context: RunContext) -> None:
+def test_missing_data_are_a_failure(
+    instructions: list[Instruction], run_context: RunContext
+) -> None:
     assert "/nowhere" in reason(ask(instructions[0], run_context, data="/nowhere"))
 
 
@@ -128,6 +130,6 @@ def test_an_error_is_a_failure_with_its_name(
     assert reason(ask(instructions[1], run_context)) == "ZeroDivisionError: no rows"
 
 
-def test_a_instruction_that_cannot_be_read_is_answered() -> None:
-    reply = unpack_reply(answer(Packed("{}", b""), {}), MOST)
+def test_an_instruction_that_cannot_be_read_is_a_failure() -> None:
+    reply = unpack_reply(run_packed(Packed("{}", b""), {}), MOST)
     assert reason(reply).startswith("cannot read its instruction: ")

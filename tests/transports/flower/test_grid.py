@@ -1,6 +1,4 @@
-"""instructions over a Flower grid: whose reply is whose, and what becomes of every kind of
-trouble.
-"""
+"""Instructions over a Flower grid: each reply finds its client, and errors become failures."""
 
 import itertools
 import subprocess
@@ -25,20 +23,20 @@ from droppeft.transports.flower.messenger import Messenger
 from droppeft.transports.flower.nodes import Directory
 from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
 from droppeft.transports.flower.wire_format import RunContext, pack_reply, unpack_instruction
-from handmade import answer_to, instruction_for, layout
+from handmade import instruction_for, layout, update_for
 
 SUPERLINK = 1
-ERRAND = RunContext({"seed": 0}, {"data_hash": "d"}, model_server=False)
+RUN_CONTEXT = RunContext({"seed": 0}, {"data_hash": "d"}, model_server=False)
 QUICK = FlowerConfig(deadline_s=1.0, nodes_timeout_s=0.2)
 
 
 class Nodes:
-    """A grid whose nodes answer as told; node ids mean nothing, as Flower's.
+    """A grid whose nodes reply as told; ids of nodes are arbitrary, as in Flower.
 
     Attributes:
-        parts: node id to its node configuration.
-        answer: from (node, instruction) to the content or error of the reply, or ``None`` for
-            silence.
+        parts: by node id, the partition that the node serves.
+        answer: from (node, instruction) to the content or error of the reply; ``None`` for no
+            reply.
     """
 
     def __init__(self, parts: dict[int, dict[str, int]], answer: Callable[[int, Instruction], Any]):
@@ -88,14 +86,14 @@ def one_each(count: int) -> dict[int, dict[str, int]]:
 
 
 def good(node: int, instruction: Instruction) -> RecordDict:
-    return record_of(pack_reply(answer_to(instruction, float(instruction.client))))
+    return record_of(pack_reply(update_for(instruction, float(instruction.client))))
 
 
 def over(nodes: Any, clients: int = 0, **settings: float) -> OverGrid:
-    """A transport that waits at its start for so many clients."""
+    """A transport that waits at its start for this many clients."""
     messenger = Messenger(nodes)
     chosen = QUICK.model_copy(update=settings)
-    return OverGrid(messenger, Directory(messenger), ERRAND, clients, chosen, layout)
+    return OverGrid(messenger, Directory(messenger), RUN_CONTEXT, clients, chosen, layout)
 
 
 def exchange(transport: OverGrid, *clients: int) -> dict[int, Arrival]:
@@ -112,7 +110,7 @@ def reason(arrival: Arrival) -> str:
 
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower lets nobody make a message outside a task."""
+    """Flower allows messages only within a task."""
     for name, value in {"_task_id": 1, "_run_id": 2, "_node_id": SUPERLINK}.items():
         monkeypatch.setattr(TaskIdentity, name, value)
 
@@ -126,7 +124,7 @@ def test_each_client_gets_its_own_instruction_and_its_reply_is_its_own() -> None
         assert float(arrival.reply.tensors["head"]["head.W"][0]) == client
     assert [message.metadata.dst_node_id for message in nodes.sent] == [886, 900, 879]
     assert {message.metadata.group_id for message in nodes.sent} == {"1"}
-    assert unpack_instruction(packed_of(nodes.sent[0].content))[1] == ERRAND
+    assert unpack_instruction(packed_of(nodes.sent[0].content))[1] == RUN_CONTEXT
 
 
 def test_bytes_are_those_of_the_messages() -> None:
@@ -136,16 +134,16 @@ def test_bytes_are_those_of_the_messages() -> None:
     assert arrival.received_bytes == framed_bytes(good(0, instruction_for(0)))
 
 
-def test_a_node_serves_every_client_of_its_residue() -> None:
+def test_a_node_serves_the_clients_of_its_partition() -> None:
     nodes = Nodes(one_each(3), good)
     exchange(over(nodes), 7, 5, 3)
     parts = [nodes.parts[message.metadata.dst_node_id]["partition"] for message in nodes.sent]
     assert parts == [1, 2, 0]
 
 
-def test_what_a_reply_claims_does_not_matter_for_whose_it_is() -> None:
+def test_a_reply_is_attributed_by_its_message_and_not_by_its_content() -> None:
     def swapped(node: int, instruction: Instruction) -> RecordDict:
-        return record_of(pack_reply(answer_to(instruction, client=1 - instruction.client)))
+        return record_of(pack_reply(update_for(instruction, client=1 - instruction.client)))
 
     arrivals = exchange(over(Nodes(one_each(2), swapped)), 0, 1)
     replies = [arrivals[client].reply for client in (0, 1)]
@@ -158,8 +156,8 @@ def test_what_a_reply_claims_does_not_matter_for_whose_it_is() -> None:
         (1, "cannot load its app"),
         (2, "ValueError: no rows"),
         (4, "not fetched in time"),
-        (5, "no sign of life"),
-        (8, "died"),
+        (5, "is unavailable"),
+        (8, "crashed"),
     ],
 )
 def test_an_error_reply_is_the_failure_of_its_client(code: int, said: str) -> None:
@@ -185,7 +183,7 @@ def test_an_error_reply_is_the_failure_of_its_client(code: int, said: str) -> No
         RecordDict({"head": ConfigRecord({"json": "{}"})}),
         RecordDict({"tensors": ArrayRecord({"x": Array(np.zeros(3))})}),
         record_of(
-            pack_reply(replace(answer_to(instruction_for(1)), tensors={0: {"a": np.zeros(10**6)}}))
+            pack_reply(replace(update_for(instruction_for(1)), tensors={0: {"a": np.zeros(10**6)}}))
         ),
     ],
     ids=["empty", "half", "array", "too large"],
@@ -206,7 +204,7 @@ def test_a_failure_that_a_client_reports_is_passed_on() -> None:
     assert reason(exchange(over(Nodes(one_each(1), failing)), 0)[0]) == "battery is empty"
 
 
-def test_who_is_late_fails_and_a_late_reply_is_nobody_s() -> None:
+def test_a_late_reply_is_a_failure_and_is_ignored_when_it_arrives() -> None:
     silent = {1}
 
     def answer(node: int, instruction: Instruction) -> Any:
@@ -224,8 +222,8 @@ def test_who_is_late_fails_and_a_late_reply_is_nobody_s() -> None:
     assert again.reply.client == 0
 
 
-class Troubled(Nodes):
-    """Raises an error for the first instruction, as often as told."""
+class Failing(Nodes):
+    """Raises an error when the first reply is fetched, as often as told."""
 
     def __init__(self, error: Exception, times: int) -> None:
         super().__init__(one_each(2), good)
@@ -239,19 +237,19 @@ class Troubled(Nodes):
 
 
 def test_a_reply_that_flower_cannot_read_hides_no_other() -> None:
-    arrivals = exchange(over(Troubled(ValueError("chunks do not fit"), 1)), 0, 1)
+    arrivals = exchange(over(Failing(ValueError("chunks do not fit"), 1)), 0, 1)
     said = "its reply could not be read: ValueError: chunks do not fit"
     assert reason(arrivals[0]) == said
     assert isinstance(arrivals[1].reply, Update)
 
 
-def test_a_superlink_out_of_reach_is_asked_again() -> None:
-    arrivals = exchange(over(Troubled(httpx.ConnectError("refused"), 3)), 0, 1)
+def test_a_fetch_is_repeated_while_the_superlink_cannot_be_reached() -> None:
+    arrivals = exchange(over(Failing(httpx.ConnectError("refused"), 3)), 0, 1)
     assert isinstance(arrivals[0].reply, Update)
 
 
 @pytest.mark.parametrize("answer", [[], [None], httpx.ConnectError("refused")], ids=str)
-def test_a_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
+def test_an_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
     """Two of the three are for one node: each has a failure of its own."""
 
     class Full(Nodes):
@@ -270,7 +268,7 @@ def test_a_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> None
         assert (arrival.sent_bytes, arrival.received_bytes) == (0, 0)
 
 
-def test_the_start_waits_for_every_client_and_later_nobody_does() -> None:
+def test_only_the_first_exchange_waits_for_the_nodes_of_all_clients() -> None:
     nodes = Nodes({5: {"partition": 0, "partitions": 2}}, good)
     transport = over(nodes, clients=2, nodes_timeout_s=0.5)
     start = time.monotonic()
@@ -300,7 +298,7 @@ def test_a_node_that_came_back_under_another_id_serves_again() -> None:
     assert [message.metadata.dst_node_id for message in nodes.sent] == [900, 77]
 
 
-def test_a_node_that_has_gone_is_not_asked() -> None:
+def test_a_disconnected_node_is_not_used() -> None:
     nodes = Nodes(one_each(2), good)
     transport = over(nodes)
     exchange(transport, 0, 1)
@@ -310,8 +308,8 @@ def test_a_node_that_has_gone_is_not_asked() -> None:
     assert reason(arrivals[1]).startswith("no node serves this client")
 
 
-class Shy(Nodes):
-    """Introduces itself late, or answers a first question with an error."""
+class LateNodes(Nodes):
+    """Replies to the first query late or with an error."""
 
     def __init__(self, first: Any) -> None:
         super().__init__(one_each(1), good)
@@ -322,17 +320,17 @@ class Shy(Nodes):
 
 
 def test_a_late_introduction_counts_when_it_comes() -> None:
-    nodes = Shy(None)
+    nodes = LateNodes(None)
     transport = over(nodes)
     assert reason(exchange(transport, 0)[0]).startswith("no node serves")
     nodes._replies["message 1"] = Message(introduction(0, 1), reply_to=nodes.questions[0])
     assert isinstance(exchange(transport, 0)[0].reply, Update)
     assert nodes.introduced == [900]
-    assert nodes.questions[0].metadata.ttl > 100  # not the deadline of a turn
+    assert nodes.questions[0].metadata.ttl > 100  # longer than the deadline of an instruction
 
 
 def test_a_node_that_failed_to_introduce_itself_is_asked_again() -> None:
-    nodes = Shy(Error(8, ""))
+    nodes = LateNodes(Error(8, ""))
     assert isinstance(exchange(over(nodes), 0)[0].reply, Update)
     assert nodes.introduced == [900, 900]
 
@@ -342,7 +340,7 @@ def test_a_node_that_never_introduces_itself_is_the_reason(
 ) -> None:
     nodes = Nodes(one_each(1), good)
     monkeypatch.setattr(nodes, "introduction_of", lambda node: Error(8, ""))
-    assert "(node 900: the client's app died" in reason(exchange(over(nodes), 0)[0])
+    assert "(node 900: the client's app crashed" in reason(exchange(over(nodes), 0)[0])
 
 
 @pytest.mark.parametrize(
@@ -365,7 +363,7 @@ def test_waiting_stops_when_no_reply_can_come() -> None:
         list(transport.exchange([instruction_for(0)]))
 
 
-def test_the_client_says_which_part_is_its_own() -> None:
+def test_a_node_reports_its_partition() -> None:
     from flwr.app import Context
 
     message = Message(RecordDict(), dst_node_id=7, message_type="query")
@@ -380,7 +378,7 @@ def test_the_client_says_which_part_is_its_own() -> None:
 
 
 def test_a_client_process_starts_without_torch() -> None:
-    """A SuperNode starts one for every message; the model server has torch already."""
+    """A SuperNode starts one for every message; the model server has loaded torch already."""
     code = "import sys, droppeft.transports.flower.client_app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

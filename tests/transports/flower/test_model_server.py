@@ -1,4 +1,4 @@
-"""The process beside a SuperNode: one for all messages, gone when it is not needed."""
+"""The model server: one process for all messages, which ends when it is not needed."""
 
 import os
 import subprocess
@@ -25,12 +25,12 @@ MOST = 10**8
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Sockets of this test alone, with a short path: it may have 107 characters."""
+    """A folder for the sockets of this test, with a short path: a socket's may have 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="d") as short:
         monkeypatch.setattr(tempfile, "tempdir", short)
-        found = Path(short) / f"droppeft-{os.getuid()}"
-        yield found
-        for process in model_servers(found):
+        sockets = Path(short) / f"droppeft-{os.getuid()}"
+        yield sockets
+        for process in model_servers(sockets):
             process.kill()
             process.wait()
 
@@ -54,13 +54,13 @@ Ask = Callable[..., Reply]
 
 @pytest.fixture
 def ask(instructions: list[Instruction], run_context: RunContext) -> Ask:
-    """Ask for the first instruction's turn."""
+    """Have the first instruction run by a node's model server."""
 
-    def one(node_id: int = 7) -> Reply:
+    def run(node_id: int = 7) -> Reply:
         packed = pack_instruction(instructions[0], run_context)
         return unpack_reply(model_server.ask(packed, run_context, node_id, {}), MOST)
 
-    return one
+    return run
 
 
 def model_servers(folder: Path) -> list[psutil.Process]:
@@ -105,10 +105,10 @@ def test_after_one_has_died_another_is_started(
     [process] = model_servers(folder)
     process.kill()
     process.wait()
-    assert isinstance(ask(), Update)  # though the old one's socket is there still
+    assert isinstance(ask(), Update)  # although the socket of the old one still exists
 
 
-def test_death_while_it_works_is_said(
+def test_a_crash_while_it_works_is_a_failure(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
     ask()
@@ -122,19 +122,19 @@ def test_death_while_it_works_is_said(
     assert str(folder) in reply.reason
 
 
-def test_one_that_cannot_start_is_said(
+def test_a_model_server_that_cannot_start_is_a_failure(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     reply = ask()
     assert isinstance(reply, Failure)
-    assert "could not be started; flower.model_server=false does without" in reply.reason
+    assert "could not be started; flower.model_server=false runs without it" in reply.reason
 
 
 def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(DroppeftError, match="can be entered by others"):
+    with pytest.raises(DroppeftError, match="can be entered by other users"):
         ask()
 
 
@@ -143,7 +143,7 @@ def test_a_long_path_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) ->
     assert len(str(model_server._folder())) < model_server.LONGEST_FOLDER
 
 
-def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) -> None:
+def test_the_watch_ends_the_process_although_its_files_are_gone(tmp_path: Path) -> None:
     code = (
         "from droppeft.transports.flower.model_server import _Watch; from pathlib import Path; "
         f"_Watch(Path({str(tmp_path / 'gone')!r}), 1).run()"
@@ -151,7 +151,7 @@ def test_the_watch_ends_the_process_though_its_files_are_gone(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_nobody_asks_nobody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_model_server_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "s"
     place.touch()
     watch = model_server._Watch(place, os.getpid())

@@ -1,4 +1,4 @@
-"""Flower's records: what goes in comes out, and the bytes that are counted are those sent."""
+"""Flower's records: messages come back unchanged, and framed bytes are those that Flower sends."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ from droppeft.transports.flower.records import (
 )
 from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import Packed, pack_reply, unpack_reply
-from handmade import answer_to, instruction_for
+from handmade import instruction_for, update_for
 
 CHUNK = 5_242_880  # Flower's own default
 
@@ -43,14 +43,14 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pushed(message: Message) -> dict[str, bytes]:
-    """What Flower's own code sends for a message, by object id."""
+    """The objects that Flower's own code sends for a message, by object id."""
     sent: dict[str, bytes] = {}
     push_objects(get_all_nested_objects(message), sent.__setitem__)
     return sent
 
 
 def delivered(record: RecordDict) -> RecordDict:
-    """A content after Flower has taken its message apart and put it together again."""
+    """The content of a message after Flower has serialised and deserialised it."""
     message = Message(record, 7, "train")
     parts = pushed(message)
     arrived = inflate_object_from_contents(message.object_id, parts)
@@ -71,7 +71,7 @@ def test_a_message_survives_the_way_through_flower(size: int) -> None:
 
 
 def test_an_update_survives_the_way_through_flower() -> None:
-    update = answer_to(
+    update = update_for(
         instruction_for(), tensors={3: {"w": np.arange(6, dtype="f4").reshape(2, 3)}}
     )
     back = unpack_reply(packed_of(delivered(record_of(pack_reply(update)))), 10_000)
@@ -98,7 +98,7 @@ def test_the_framed_bytes_are_those_that_flower_pushes(tensors: bytes) -> None:
 
 
 def test_the_framed_bytes_hold_the_payload_and_the_text() -> None:
-    update = answer_to(instruction_for())
+    update = update_for(instruction_for())
     packed = pack_reply(update)
     framing = framed_bytes(record_of(packed)) - len(packed.head) - len(packed.tensors)
     assert len(packed.tensors) > payload_bytes(update.tensors)
@@ -113,7 +113,7 @@ def described(**changes: Any) -> ArrayRecord:
 HEAD = ConfigRecord({"json": "{}"})
 
 
-def test_the_description_that_the_others_change_is_in_order() -> None:
+def test_a_correct_description_is_accepted() -> None:
     assert packed_of(RecordDict({"head": HEAD, "tensors": described()})) == Packed("{}", b"abc")
 
 
@@ -128,8 +128,8 @@ def test_the_description_that_the_others_change_is_in_order() -> None:
         ({"head": ConfigRecord({}), "tensors": described()}, "head is not one JSON text"),
         ({"head": ConfigRecord({"text": "{}"}), "tensors": described()}, "head is not one JSON"),
         ({"head": ConfigRecord({"json": "", "x": 1}), "tensors": described()}, "head is not one"),
-        ({"head": ConfigRecord({"json": 3}), "tensors": described()}, "head is not a text"),
-        ({"head": ConfigRecord({"json": b"{}"}), "tensors": described()}, "head is not a text"),
+        ({"head": ConfigRecord({"json": 3}), "tensors": described()}, "head is not a string"),
+        ({"head": ConfigRecord({"json": b"{}"}), "tensors": described()}, "head is not a string"),
         ({"head": HEAD, "tensors": HEAD}, "not one safetensors array"),
         ({"head": HEAD, "tensors": ConfigRecord({"safetensors": b"abc"})}, "not one safetensors"),
         ({"head": HEAD, "tensors": ArrayRecord()}, "not one safetensors array"),
@@ -159,7 +159,7 @@ def test_every_error_of_flowers_has_a_meaning(code: int) -> None:
     assert not sentence.endswith(":")
 
 
-def test_an_error_that_flower_invents_later_is_told_by_its_number() -> None:
+def test_an_unknown_error_is_described_by_its_number() -> None:
     assert error_reason(99, "the sky fell") == "Flower reports error 99: the sky fell"
 
 
@@ -220,8 +220,8 @@ NO_HEARTBEAT = "Error: Node Unavailable — The destination node failed to repor
             "the client failed: OutOfMemoryError: "
             "Task was killed due to the node running low on memory.",
         ),
-        (5, NO_HEARTBEAT, "the client's node gives no sign of life"),
-        (5, "forged\x1b[2J by somebody", "the client's node gives no sign of life"),
+        (5, NO_HEARTBEAT, "the client's node is unavailable"),
+        (5, "forged\x1b[2J by somebody", "the client's node is unavailable"),
     ],
 )
 def test_an_error_becomes_a_sentence(code: int, reason: str, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The ServerApp: what it starts, what it goes on with, and what it refuses to give out as new."""
+"""The ServerApp: it starts runs, resumes them, and refuses to resume one of other settings."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from runs import adapter_bytes, stop_after_a_round
 
 @pytest.fixture(autouse=True)
 def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients are in this process; what is tested is around them."""
+    """Run clients in this process: what is tested here needs no grid."""
 
     def over(grid: object, loaded: Loaded) -> Transport:
         with in_process(loaded) as transport:
@@ -33,11 +33,11 @@ def run(out: Path, settings: str = "", config: str = "") -> None:
 
 
 def test_a_run_starts_from_settings_and_a_file(
-    tiny_words: list[str], whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("rounds = 3\n[dropout]\nmean = 0.25\n")
-    words = [word for word in tiny_words if not word.startswith(("rounds", "dropout"))]
+    words = [word for word in tiny_overrides if not word.startswith(("rounds", "dropout"))]
     run(tmp_path / "run", " ".join(words), str(file))
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole_run)
     said = capsys.readouterr().out
@@ -47,27 +47,27 @@ def test_a_run_starts_from_settings_and_a_file(
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["same settings", "no settings"])
-def test_a_folder_with_a_run_is_gone_on_with(
-    tiny_words: list[str],
+def test_a_run_is_resumed(
+    tiny_overrides: list[str],
     whole_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     again: bool,
 ) -> None:
     out = tmp_path / "run"
-    stop_after_a_round(tiny_words, out)
-    run(out, " ".join(tiny_words) if again else "")
+    stop_after_a_round(tiny_overrides, out)
+    run(out, " ".join(tiny_overrides) if again else "")
     assert adapter_bytes(out) == adapter_bytes(whole_run)
     said = capsys.readouterr().out
-    assert f"droppeft: going on with {out}" in said
+    assert f"droppeft: resuming {out}" in said
     assert "from round 2" in said
 
 
-def test_another_configuration_is_not_answered_with_an_old_run(
-    tiny_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_with_another_configuration_is_not_resumed(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    stop_after_a_round(tiny_words, out)
+    stop_after_a_round(tiny_overrides, out)
     with pytest.raises(DroppeftError, match="holds a run with another configuration"):
-        run(out, " ".join([*tiny_words, "seed=5"]))
+        run(out, " ".join([*tiny_overrides, "seed=5"]))
     assert "droppeft: " + str(out) in capsys.readouterr().out

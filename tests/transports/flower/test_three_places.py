@@ -1,4 +1,4 @@
-"""One configuration in this process, in Flower's simulation and on a SuperLink: the same result."""
+"""The same result in this process, in Flower's simulation and on a SuperLink with SuperNodes."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ FRAMED = ("upload_framed_bytes", "download_framed_bytes")
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    """The example is the test bed: it starts a SuperLink and three SuperNodes."""
+    """The example, which starts a SuperLink and three SuperNodes."""
     spec = importlib.util.spec_from_file_location("flower_on_loopback", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -33,17 +33,17 @@ def example() -> ModuleType:
     return module
 
 
-def everywhere(out: Path) -> dict[str, Any]:
-    """What a run leaves, without what may differ: clocks, the transport's name and framing."""
+def comparable(out: Path) -> dict[str, Any]:
+    """What a run writes, without what may differ: clocks, the transport's name and framing."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: strip(v) for k, v in value.items() if k not in {"transport", *FRAMED}}
         return [strip(item) for item in value] if isinstance(value, list) else value
 
-    left: dict[str, Any] = strip(outcome(out))
-    lines = left["config"].decode().splitlines()
-    return {**left, "config": [line for line in lines if not line.startswith("transport = ")]}
+    result: dict[str, Any] = strip(outcome(out))
+    lines = result["config"].decode().splitlines()
+    return {**result, "config": [line for line in lines if not line.startswith("transport = ")]}
 
 
 def framed(out: Path) -> list[tuple[int, int]]:
@@ -51,46 +51,48 @@ def framed(out: Path) -> list[tuple[int, int]]:
 
 
 SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "clients=3", "rounds=4")
-"""What clients keep to themselves is kept by the processes that run them."""
+"""Client state is saved by the processes that run the clients."""
 
 
 @pytest.fixture(scope="module")
-def sharing_run(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def sharing_run(
+    tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("sharing") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DROPPEFT_STATE", str(out.parent / "state"))
-        start_run(load_config(None, [*tiny_words, *SHARING]), out, Recorder())
+        start_run(load_config(None, [*tiny_overrides, *SHARING]), out, Recorder())
         yield out
 
 
 def test_a_simulation_is_the_run_in_process(
-    tiny_words: list[str], sharing_run: Path, tmp_path: Path
+    tiny_overrides: list[str], sharing_run: Path, tmp_path: Path
 ) -> None:
     out, listener = tmp_path / "run", Recorder()
-    start_run(load_config(None, [*tiny_words, *SHARING, "transport=flower"]), out, listener)
-    assert everywhere(out) == everywhere(sharing_run)
+    start_run(load_config(None, [*tiny_overrides, *SHARING, "transport=flower"]), out, listener)
+    assert comparable(out) == comparable(sharing_run)
     for row, (up, down) in zip(listener.rows, framed(out), strict=True):
         assert row.upload_bytes < up < 2 * row.upload_bytes + 10_000
         assert row.download_bytes < down < 2 * row.download_bytes + 20_000
     assert framed(sharing_run) == [(None, None)] * 4
 
 
-def test_what_is_added_to_the_backbone_travels_to_a_simulation(
-    tiny_words: list[str], tmp_path: Path
+def test_a_base_delta_reaches_the_clients_of_a_simulation(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    plain = [word for word in tiny_words if not word.startswith("dropout.")]
-    found = []
+    plain = [word for word in tiny_overrides if not word.startswith("dropout.")]
+    results = []
     for transport in ("in_process", "flower"):
         out = tmp_path / transport
         words = [*plain, "method=fedex_lora", f"transport={transport}"]
         start_run(load_config(None, words), out, Recorder())
-        (out / "adapter").mkdir()  # there is none that could say what was added
-        found.append(everywhere(out))
-    assert found[0] == found[1]
+        (out / "adapter").mkdir()  # with a base delta, no adapter is written
+        results.append(comparable(out))
+    assert results[0] == results[1]
 
 
-def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
-    tiny_words: list[str], tmp_path: Path
+def test_killing_a_process_of_the_simulation_costs_only_the_replies_of_its_clients(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     class Kills(Recorder):
         def round_done(self, row: RoundRow) -> None:
@@ -101,7 +103,7 @@ def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
 
     listener = Kills()
     many = ["transport=flower", "rounds=40", "cohort_size=4", "evaluation.every=40"]
-    start_run(load_config(None, [*tiny_words, *many]), tmp_path / "run", listener)
+    start_run(load_config(None, [*tiny_overrides, *many]), tmp_path / "run", listener)
     accepted = [row.accepted for row in listener.rows]
     assert accepted[0] == accepted[-1] == 4
     assert min(accepted) < 4
@@ -109,12 +111,17 @@ def test_a_process_of_the_simulation_that_is_killed_costs_its_turns_and_no_more(
     assert alive == []
 
 
-def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
-    tiny_words: list[str], tmp_path: Path
+def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
+    tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    words = [*tiny_words, "transport=flower", "flower.deadline_s=1", "training.local_steps=100000"]
+    words = [
+        *tiny_overrides,
+        "transport=flower",
+        "flower.deadline_s=1",
+        "training.local_steps=100000",
+    ]
     start = time.monotonic()
-    # A message lives as long as its deadline: on a busy machine Flower may be first to give it up.
+    # Flower discards a message at its deadline, on a busy machine perhaps before the server does.
     with pytest.raises(DroppeftError, match=r"no reply within 1 s|is gone: late"):
         start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert time.monotonic() - start < 120
@@ -122,37 +129,41 @@ def test_leaving_a_simulation_ends_turns_that_nobody_waits_for(
 
 
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
-    example: ModuleType, tiny_words: list[str], whole_run: Path, sharing_run: Path, tmp_path: Path
+    example: ModuleType,
+    tiny_overrides: list[str],
+    whole_run: Path,
+    sharing_run: Path,
+    tmp_path: Path,
 ) -> None:
-    """Real processes, four clients on three nodes: a run of theirs, and one that began here.
+    """Real processes, four clients on three nodes: a new run, and one that was started in process.
 
-    That one goes on with what its clients have kept before.
+    The latter is resumed with the client state that was saved in process.
     """
     begun, out = tmp_path / "begun", tmp_path / "run"
-    stop_after_a_round([*tiny_words, *SHARING], begun)
+    stop_after_a_round([*tiny_overrides, *SHARING], begun)
     with example.loopback(tmp_path / "flower") as run:
-        run(tiny_words, out)
+        run(tiny_overrides, out)
         run([], begun)
-    assert everywhere(out) == everywhere(whole_run)
-    assert everywhere(begun) == everywhere(sharing_run)
+    assert comparable(out) == comparable(whole_run)
+    assert comparable(begun) == comparable(sharing_run)
     assert all(up > 0 and down > 0 for up, down in framed(out))
     assert [up is None for up, _ in framed(begun)] == [True, False, False, False]
 
 
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
-    tiny_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server's hashes are falsified: to the clients it is their texts that differ."""
+    """The server sends a wrong hash, so that the nodes' texts differ from the server's."""
     from droppeft.transports.flower import grid
 
-    real = grid.identity
-    monkeypatch.setattr(grid, "identity", lambda loaded: {**real(loaded), "data_hash": "other"})
+    original = grid.identity
+    monkeypatch.setattr(grid, "identity", lambda loaded: {**original(loaded), "data_hash": "other"})
     out = tmp_path / "run"
-    words = [*tiny_words, "transport=flower", "rounds=9"]
+    words = [*tiny_overrides, "transport=flower", "rounds=9"]
     with pytest.raises(DroppeftError, match="3 rounds in a row") as error:
         start_run(load_config(None, words), out, Recorder())
-    assert "the data is another (other, here " in str(error.value)
-    assert str(error.value).endswith(f"mend that, then resume {out}")
+    assert "the data differs (expected other, found " in str(error.value)
+    assert str(error.value).endswith(f"correct this, then resume {out}")
     assert [row["accepted"] for row in rows_of(out / "rounds.jsonl")] == [0, 0, 0]
     assert not (out / "result.json").exists()
     assert json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["failures"]

@@ -1,4 +1,4 @@
-"""Packing: every field comes back as it was, and nothing else gets in."""
+"""Packing: every field comes back unchanged, and anything else is refused."""
 
 import dataclasses
 import json
@@ -39,15 +39,15 @@ from droppeft.transports.flower.wire_format import (
     unpack_instruction,
     unpack_reply,
 )
-from handmade import answer_to, filled, instruction_for
+from handmade import filled, instruction_for, update_for
 
 ENOUGH = 10**9
-ERRAND = RunContext(
+RUN_CONTEXT = RunContext(
     as_tree(load_config(None)), {"data_hash": "a", "split_hash": "b"}, model_server=True
 )
 
-# Values of every type that a message may hold, found by the dataclasses' own hints: a field that
-# is added to one of them is tested without a line here.
+# Values are drawn by the type hints of the dataclasses, so a new field is tested without a change
+# here.
 
 printable = st.characters(categories=("L", "M", "N", "P", "S")) | st.just(" ")
 texts = st.text(printable, max_size=9) | st.sampled_from(("a.b|c/d:0", "0", "__metadata__"))
@@ -108,7 +108,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 def fingerprint(value: Any) -> Any:
-    """What two values must have in common to be the same to the last bit, type and order."""
+    """Equal for two values that are the same in every bit, type and order."""
     if isinstance(value, np.ndarray):
         little = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"))
         return ("array", value.shape, little.dtype.str, little.tobytes())
@@ -140,7 +140,9 @@ def test_every_reply_comes_back(reply: Reply) -> None:
 def test_layers_and_names_keep_their_order_and_kind() -> None:
     w = np.zeros(1, np.float32)
     tensors = {"head": {"z": w, "a": w}, 3: {}, "3": {"a": w}, 10: {"b": w}, 2: {"b": w}}
-    instruction, _ = unpack_instruction(pack_instruction(instruction_for(tensors=tensors), ERRAND))
+    instruction, _ = unpack_instruction(
+        pack_instruction(instruction_for(tensors=tensors), RUN_CONTEXT)
+    )
     assert [(key, list(named)) for key, named in instruction.tensors.items()] == [
         ("head", ["z", "a"]),
         (3, []),
@@ -153,7 +155,7 @@ def test_layers_and_names_keep_their_order_and_kind() -> None:
 def test_one_tensor_in_two_places_is_two() -> None:
     w = np.arange(3, dtype=np.float32)
     instruction = instruction_for(tensors={0: {"w": w}}, base_delta=BaseDelta("v1", {"w": w}))
-    back, _ = unpack_instruction(pack_instruction(instruction, ERRAND))
+    back, _ = unpack_instruction(pack_instruction(instruction, RUN_CONTEXT))
     assert back.base_delta is not None
     back.tensors[0]["w"][0] = 7
     assert back.base_delta.tensors["w"].tolist() == [0, 1, 2]
@@ -162,7 +164,7 @@ def test_one_tensor_in_two_places_is_two() -> None:
 def test_an_option_keeps_its_type() -> None:
     options = (("a", True), ("b", 1), ("c", 1.0), ("d", "1"), ("e", ("x", "y")), ("f", ()))
     spec = AdapterSpec(layers=(), alpha=1.0, options=options)
-    back, _ = unpack_instruction(pack_instruction(instruction_for(adapter=spec), ERRAND))
+    back, _ = unpack_instruction(pack_instruction(instruction_for(adapter=spec), RUN_CONTEXT))
     assert fingerprint(back.adapter.options) == fingerprint(options)
 
 
@@ -170,18 +172,18 @@ def test_equal_sets_give_equal_bytes() -> None:
     names = [f"layer.{i}.A" for i in range(50)]
     one = instruction_for(share=frozenset(names), nonce="n")
     other = instruction_for(share=frozenset(reversed(names)), nonce="n")
-    assert pack_instruction(one, ERRAND) == pack_instruction(other, ERRAND)
+    assert pack_instruction(one, RUN_CONTEXT) == pack_instruction(other, RUN_CONTEXT)
 
 
-def test_a_number_that_is_not_finite_gets_through_to_be_judged() -> None:
-    update = answer_to(instruction_for(), train_loss=float("nan"), reward=float("-inf"))
+def test_numbers_that_are_not_finite_can_be_unpacked() -> None:
+    update = update_for(instruction_for(), train_loss=float("nan"), reward=float("-inf"))
     back = unpack_reply(pack_reply(update), ENOUGH)
     assert isinstance(back, Update)
     assert (np.isnan(back.train_loss), back.reward) == (True, float("-inf"))
 
 
 def test_the_tensors_can_be_written_to() -> None:
-    back, _ = unpack_instruction(pack_instruction(instruction_for(), ERRAND))
+    back, _ = unpack_instruction(pack_instruction(instruction_for(), RUN_CONTEXT))
     assert all(array.flags.writeable for named in back.tensors.values() for array in named.values())
 
 
@@ -216,24 +218,24 @@ def test_packing_needs_neither_flower_nor_torch() -> None:
 @pytest.mark.parametrize("kind", [object, np.complex64, np.longdouble, "U3", "M8[s]"])
 def test_an_array_that_cannot_travel_is_not_packed(kind: Any) -> None:
     with pytest.raises(Malformed, match="the update cannot be packed"):
-        pack_reply(answer_to(instruction_for(), tensors={0: {"w": np.zeros(2, kind)}}))
+        pack_reply(update_for(instruction_for(), tensors={0: {"w": np.zeros(2, kind)}}))
 
 
 def test_a_value_that_cannot_travel_is_not_packed() -> None:
     with pytest.raises(Malformed, match="int32 is not JSON"):
-        pack_reply(answer_to(instruction_for(), steps=np.int32(3)))
+        pack_reply(update_for(instruction_for(), steps=np.int32(3)))
 
 
 def test_a_text_too_long_is_neither_packed_nor_read() -> None:
     names = frozenset(str(number) for number in range(MOST_HEAD // 8))
     with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
-        pack_instruction(instruction_for(share=names), ERRAND)
+        pack_instruction(instruction_for(share=names), RUN_CONTEXT)
     with pytest.raises(Malformed, match=f"{MOST_HEAD} at most"):
         unpack_instruction(Packed(" " * (MOST_HEAD + 1), safetensors.numpy.save({})))
 
 
 def test_a_blob_too_large_is_refused_before_it_is_read() -> None:
-    packed = pack_reply(answer_to(instruction_for()))
+    packed = pack_reply(update_for(instruction_for()))
     size = len(packed.tensors)
     assert isinstance(unpack_reply(packed, size), Update)
     with pytest.raises(Malformed, match=f"{size} bytes of tensors, {size - 1} at most"):
@@ -245,16 +247,16 @@ def test_a_blob_too_large_is_refused_before_it_is_read() -> None:
 @given(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=30), st.sampled_from("fd?"))
 def test_the_blob_is_little_larger_than_its_arrays(shapes: list[list[int]], kind: str) -> None:
     tensors = {0: {f"a long name {i}" * 20: np.zeros(s, kind) for i, s in enumerate(shapes)}}
-    packed = pack_reply(answer_to(instruction_for(), tensors=tensors))
+    packed = pack_reply(update_for(instruction_for(), tensors=tensors))
     assert len(packed.tensors) <= payload_bytes(tensors) + 200 * len(shapes) + 16
 
 
-# What must not get in.
+# What must be refused
 
 
 def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
-    """A good Update whose text was changed."""
-    packed = pack_reply(answer_to(instruction_for(), tensors=filled(1.0, 2)))
+    """A valid update whose text was changed."""
+    packed = pack_reply(update_for(instruction_for(), tensors=filled(1.0, 2)))
     tree = json.loads(packed.head)
     change(tree["update"])
     return replace(packed, head=json.dumps(tree))
@@ -274,7 +276,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
         (lambda tree: tree.update(train_loss=True), "update.train_loss of the message is bool"),
         (lambda tree: tree.update(train_loss=10**400), "not an integer of 64 bits"),
         (lambda tree: tree.update(reward="1"), "update.reward of the message is str"),
-        (lambda tree: tree.update(nonce=7), "update.nonce of the message is int, not a text"),
+        (lambda tree: tree.update(nonce=7), "update.nonce of the message is int, not a string"),
         (lambda tree: tree.update(nonce="a\x1b[2J"), "update.nonce .* not printable"),
         (lambda tree: tree.update(nonce="\ud800"), "update.nonce .* not printable"),
         (lambda tree: tree.update(nonce="n" * (MOST_TEXT + 1)), "update.nonce .* too long"),
@@ -288,11 +290,11 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Packed:
         (lambda tree: tree["tensors"].append([None, {}]), "update.tensors.3.0 of the message"),
         (lambda tree: tree["tensors"].append([1.0, {}]), "update.tensors.3.0 of the message"),
         (lambda tree: tree["tensors"].append([9, {"a\n": 0}]), "not printable"),
-        (lambda tree: tree["tensors"].append([9, {"a": 0}]), "not the number of a tensor"),
-        (lambda tree: tree["tensors"].append([9, {"a": 9}]), "not the number of a tensor"),
+        (lambda tree: tree["tensors"].append([9, {"a": 0}]), "not the number of an unused tensor"),
+        (lambda tree: tree["tensors"].append([9, {"a": 9}]), "not the number of an unused tensor"),
         (lambda tree: tree["tensors"][0][1].update({"layer.0.A": "0"}), "is str, not the number"),
         (lambda tree: tree["tensors"][0][1].update({"layer.0.A": False}), "bool, not the number"),
-        (lambda tree: tree["tensors"].pop(), "1 tensors that it does not speak of"),
+        (lambda tree: tree["tensors"].pop(), "1 tensors that its text does not use"),
     ],
 )
 def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> None:
@@ -303,9 +305,9 @@ def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"share": ["a", "a"]}, "task.plan.share .* something twice"),
-        ({"share": "abc"}, "task.plan.share of the message is str, not a list"),
-        ({"train": 3}, "task.plan.train of the message is int, not a list"),
+        ({"share": ["a", "a"]}, "task.instruction.share .* something twice"),
+        ({"share": "abc"}, "task.instruction.share of the message is str, not a list"),
+        ({"train": 3}, "task.instruction.train of the message is int, not a list"),
         (
             {"dropout": {"rates": [], "sampling": "often", "every": 1}},
             "not one of exact, bernoulli",
@@ -316,10 +318,12 @@ def test_a_text_that_is_not_an_update_is_refused(change: Any, expected: str) -> 
         ),
     ],
 )
-def test_a_text_that_is_not_a_instruction_is_refused(change: dict[str, Any], expected: str) -> None:
-    packed = pack_instruction(instruction_for(), ERRAND)
+def test_a_text_that_is_not_an_instruction_is_refused(
+    change: dict[str, Any], expected: str
+) -> None:
+    packed = pack_instruction(instruction_for(), RUN_CONTEXT)
     tree = json.loads(packed.head)
-    tree["task"]["plan"].update(change)
+    tree["task"]["instruction"].update(change)
     with pytest.raises(Malformed, match=expected):
         unpack_instruction(replace(packed, head=json.dumps(tree)))
 
@@ -362,23 +366,23 @@ def entry(kind: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        (b"", "not a whole"),
-        (EMPTY[:9], "not a whole"),
-        (blob({}, length=2**63), "not a whole"),
-        (blob({}, length=2**40), "not a whole"),
-        (blob({}, b"more"), "not a whole"),
-        (blob([]), "not a whole"),
-        (blob({"0": entry("U8", [4], 0, 3)}, b"abc"), "not a whole"),
-        (blob({"0": entry("U8", [3], 0, 2**40)}, b"abc"), "not a whole"),
+        (b"", "not a complete"),
+        (EMPTY[:9], "not a complete"),
+        (blob({}, length=2**63), "not a complete"),
+        (blob({}, length=2**40), "not a complete"),
+        (blob({}, b"more"), "not a complete"),
+        (blob([]), "not a complete"),
+        (blob({"0": entry("U8", [4], 0, 3)}, b"abc"), "not a complete"),
+        (blob({"0": entry("U8", [3], 0, 2**40)}, b"abc"), "not a complete"),
         (
             blob({"0": entry("U8", [2], 0, 2), "1": entry("U8", [2], 1, 3)}, b"abc"),
-            "not a whole",
+            "not a complete",
         ),
-        (blob({"0": entry("U8", [0, 2**63, 2**63], 0, 0)}), "not a whole"),
-        (blob({"0": entry("U8", [1] * 100, 0, 1)}, b"a"), "not a whole"),
+        (blob({"0": entry("U8", [0, 2**63, 2**63], 0, 0)}), "not a complete"),
+        (blob({"0": entry("U8", [1] * 100, 0, 1)}, b"a"), "not a complete"),
         (blob({"0": entry("BF16", [1], 0, 2)}, b"ab"), "unknown to numpy: 'BF16'"),
         (blob({"0": entry("F4", [2], 0, 1)}, b"a"), "unknown to numpy: 'F4'"),
-        (blob({"0": entry("U8", [1], 0, 1)}, b"a"), "1 tensors that it does not speak of"),
+        (blob({"0": entry("U8", [1], 0, 1)}, b"a"), "1 tensors that its text does not use"),
     ],
 )
 def test_a_hostile_blob_is_refused(tensors: bytes, expected: str) -> None:
@@ -386,7 +390,7 @@ def test_a_hostile_blob_is_refused(tensors: bytes, expected: str) -> None:
         unpack_reply(replace(pack_reply(Failure(0, "reason")), tensors=tensors), ENOUGH)
 
 
-def test_what_is_said_about_a_message_repeats_nothing_of_it() -> None:
+def test_an_error_repeats_nothing_from_the_message() -> None:
     hostile = "\x1b]0;owned\x07"
     heads = (
         f'{{"update": {{"{hostile}": 1}}}}',
@@ -404,7 +408,7 @@ def test_malformed_is_an_error_for_people() -> None:
 
 
 def readable(packed: Packed) -> None:
-    """Nothing but a message or :class:`Malformed` comes of it; a message can be packed again."""
+    """Unpacking gives a reply or raises :class:`Malformed`; a reply can be packed again."""
     try:
         reply = unpack_reply(packed, ENOUGH)
     except Malformed:
@@ -413,7 +417,7 @@ def readable(packed: Packed) -> None:
     pack_reply(reply)
 
 
-def a_task(packed: Packed) -> None:
+def readable_task(packed: Packed) -> None:
     try:
         instruction, run_context = unpack_instruction(packed)
     except Malformed:
@@ -421,8 +425,10 @@ def a_task(packed: Packed) -> None:
     pack_instruction(instruction, run_context)
 
 
-UPDATE = pack_reply(answer_to(instruction_for(), tensors={0: {"a": np.ones((2, 2), "f4")}, 1: {}}))
-TASK = pack_instruction(instruction_for(base_delta=BaseDelta("v", {"b": np.ones(1, "f4")})), ERRAND)
+UPDATE = pack_reply(update_for(instruction_for(), tensors={0: {"a": np.ones((2, 2), "f4")}, 1: {}}))
+TASK = pack_instruction(
+    instruction_for(base_delta=BaseDelta("v", {"b": np.ones(1, "f4")})), RUN_CONTEXT
+)
 
 
 @given(st.text() | json_values.map(json.dumps), st.binary())
@@ -434,7 +440,7 @@ def test_anything_may_arrive(head: str, tensors: bytes) -> None:
 
 @given(st.data())
 def test_a_message_may_arrive_with_other_bytes(data: st.DataObject) -> None:
-    for good, read in ((UPDATE, readable), (TASK, a_task)):
+    for good, read in ((UPDATE, readable), (TASK, readable_task)):
         head = data.draw(edited(good.head, st.text(max_size=3)))
         tensors = data.draw(edited(good.tensors, st.binary(max_size=9)))
         read(replace(good, head=head))
@@ -445,7 +451,7 @@ def test_a_message_may_arrive_with_other_bytes(data: st.DataObject) -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_a_message_may_arrive_with_other_values(data: st.DataObject) -> None:
-    for good, read in ((UPDATE, readable), (TASK, a_task)):
+    for good, read in ((UPDATE, readable), (TASK, readable_task)):
         tree = json.loads(good.head)
         node = data.draw(st.sampled_from(list(containers(tree))))
         value = data.draw(json_values | st.sampled_from(list(containers(tree))).map(deep_copy))
@@ -457,7 +463,7 @@ def test_a_message_may_arrive_with_other_values(data: st.DataObject) -> None:
 
 
 def edited(text: Any, pieces: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Cut a piece out of a text, or of bytes, and put another in."""
+    """Replace a part of a text, or of bytes, by another."""
     place = st.integers(0, len(text))
     return st.builds(
         lambda start, length, piece: text[:start] + piece + text[start + length :],
@@ -468,7 +474,7 @@ def edited(text: Any, pieces: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def containers(tree: Any) -> Any:
-    """Yield every object and list that has something in it, or is the root."""
+    """Yield every object and list that is not empty."""
     if isinstance(tree, dict | list) and tree:
         yield tree
         for item in tree.values() if isinstance(tree, dict) else tree:
@@ -481,7 +487,7 @@ def deep_copy(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Later:
-    """A message with the types that today's messages have no use for yet."""
+    """A message with types that no message uses yet."""
 
     either: float | int
     pair: tuple[int, str]
@@ -490,7 +496,7 @@ class Later:
 
 @given(values_of(Later))
 def test_fields_of_other_types_need_no_change(later: Later) -> None:
-    held: dict[str, Any] = {}
-    tree = json.loads(json.dumps(strict_json.encode(later, held)))
-    back = strict_json.decode(Later, tree, strict_json.Place("later", held))
+    arrays_by_number: dict[str, Any] = {}
+    tree = json.loads(json.dumps(strict_json.encode(later, arrays_by_number)))
+    back = strict_json.decode(Later, tree, strict_json.Place("later", arrays_by_number))
     assert fingerprint(back) == fingerprint(later)

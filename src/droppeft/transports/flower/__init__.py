@@ -1,1 +1,1 @@
-"""Flower beneath the round loop: messages, nodes, its simulation, and the two apps."""
+"""The transport over Flower: messages, nodes, the simulation engine, and the ClientApp."""

@@ -1,6 +1,7 @@
-"""Flower's ClientApp: says which clients its node serves, and takes their turns.
+"""Flower's ClientApp: tells which clients its node serves, and runs their instructions.
 
-Importing it loads neither torch nor transformers: on a SuperNode every message starts a process.
+Importing this module loads neither torch nor transformers, because a SuperNode starts a new process
+for every message.
 """
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -15,30 +16,30 @@ app = ClientApp()
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell the server which part of the clients this node serves."""
+    """Tell the server which partition of the clients this node serves."""
     node = context.node_config
     about = ConfigRecord(
         {
-            "partition": _whole(node.get("partition-id"), -1),
-            "partitions": _whole(node.get("num-partitions"), 0),
+            "partition": _int_or(node.get("partition-id"), -1),
+            "partitions": _int_or(node.get("num-partitions"), 0),
         }
     )
     return Message(RecordDict({"node": about}), reply_to=message)
 
 
 @app.train()
-def turn(message: Message, context: Context) -> Message:
-    """Answer one client's instruction."""
+def train(message: Message, context: Context) -> Message:
+    """Run one client's instruction and return its reply."""
     packed = packed_of(message.content)
     _, run_context = unpack_instruction(packed)
     if run_context.model_server:
         reply = ask(packed, run_context, context.node_id, context.node_config)
     else:
-        from droppeft.transports.flower.client_runtime import answer  # loads torch
+        from droppeft.transports.flower.client_runtime import run_packed  # loads torch
 
-        reply = answer(packed, context.node_config)
+        reply = run_packed(packed, context.node_config)
     return Message(record_of(reply), reply_to=message)
 
 
-def _whole(value: object, otherwise: int) -> int:
-    return value if isinstance(value, int) else otherwise
+def _int_or(value: object, default: int) -> int:
+    return value if isinstance(value, int) else default

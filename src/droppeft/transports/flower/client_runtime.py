@@ -1,7 +1,6 @@
-"""A client's side of an exchange: from a packed instruction to a packed reply, keeping what was
-loaded.
+"""Run packed instructions on the client's side; data and model stay loaded between them.
 
-The same code answers in a Ray actor, in a Flower ClientApp and in a model server.
+The same code runs in Flower's simulation, in a ClientApp on a node and in a model server.
 """
 
 import functools
@@ -26,56 +25,60 @@ from droppeft.transports.flower.wire_format import (
 )
 
 OVERRIDES = ("model", "data", "threads", "accelerator")
-"""Settings that a node may have of its own: where its copies are, and what it computes with."""
+"""Settings that a node may override: where its copies of data and model are, and its hardware."""
 
 _log = logging.getLogger("droppeft")
 
 
-def answer(packed: Packed, node: Mapping[str, Any]) -> Packed:
-    """Take the turn that a packed instruction asks for; whatever goes wrong is a Failure, never
-    raised.
+def run_packed(packed: Packed, node: Mapping[str, Any]) -> Packed:
+    """Run a packed instruction and return the packed reply.
+
+    Errors are never raised: the reply is a failure with their reason.
 
     Args:
-        packed: as the server sent it.
-        node: the node's own configuration; of it, :data:`OVERRIDES` count here.
+        packed: the instruction and its run context, as the server sent them.
+        node: the node's configuration, of which :data:`OVERRIDES` are used.
     """
     try:
         instruction, run_context = unpack_instruction(packed)
     except DroppeftError as error:
         return pack_reply(Failure(-1, f"cannot read its instruction: {error}"))
     try:
-        return pack_reply(_reply(instruction, run_context, node))
+        return pack_reply(_run(instruction, run_context, node))
     except Malformed as error:
         return pack_reply(Failure(instruction.client, str(error)))
 
 
-def _reply(instruction: Instruction, run_context: RunContext, node: Mapping[str, Any]) -> Reply:
+def _run(instruction: Instruction, run_context: RunContext, node: Mapping[str, Any]) -> Reply:
     try:
         return _clients(_key(run_context, node))[instruction.client].run(instruction)
     except DroppeftError as error:
         return Failure(instruction.client, str(error))
     except Exception as error:
-        # One client's trouble must not reach the engine, which would lose other clients' replies.
+        # An error that reached the simulation engine would cost other clients' replies too.
         _log.exception("client %d, round %d", instruction.client, instruction.round)
         return Failure(instruction.client, f"{type(error).__name__}: {error}")
 
 
 def _key(run_context: RunContext, node: Mapping[str, Any]) -> str:
-    own = {name: node[name] for name in OVERRIDES if name in node}
-    return json.dumps([{**run_context.config, **own}, dict(run_context.identity)], sort_keys=True)
+    """Everything that determines what :func:`_clients` loads, as JSON."""
+    overrides = {name: node[name] for name in OVERRIDES if name in node}
+    return json.dumps(
+        [{**run_context.config, **overrides}, dict(run_context.identity)], sort_keys=True
+    )
 
 
 @functools.lru_cache(maxsize=1)
 def _clients(key: str) -> tuple[Client, ...]:
-    """Load what the run names, once for all instructions of the run that this process sees.
+    """Load data and model of a run, once for all instructions of the run in this process.
 
     Raises:
-        DroppeftError: it is not what the server has.
+        DroppeftError: data, split or model are not those of the server.
     """
     tree, expected = json.loads(key)
     config = resolve(build_config(tree), cuda=torch.cuda.is_available())
     loaded = load(config, _log.info)
-    wrong = difference(expected, identity(loaded))
-    if wrong is not None:
-        raise DroppeftError(f"{wrong}: this node's copy is not the server's")
+    changed = difference(expected, identity(loaded))
+    if changed is not None:
+        raise DroppeftError(f"{changed}: this node's copy is not the server's")
     return clients_of(loaded)

@@ -1,7 +1,7 @@
-"""Flower as the transport: our round loop over any of its grids.
+"""The transport over Flower: instructions and replies as messages on any Flower grid.
 
-Flower's own strategies are not used: they send everybody the same, want the same keys back from
-all, and cannot resume (docs/decisions/0002).
+Flower's strategies are not used: they send the same message to all clients, expect the same keys
+from all, and cannot resume a run (docs/decisions/0002-flower-and-adapters.md).
 """
 
 import math
@@ -24,21 +24,21 @@ from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
 
 BYTES_PER_ARRAY = 200
-"""Most that safetensors needs to describe one."""
+"""Upper bound of what safetensors needs to describe one array."""
 
 
 @dataclass
 class OverGrid:
-    """instructions as messages to nodes, replies as they come.
+    """Sends instructions as messages to nodes, and yields replies as they arrive.
 
     Attributes:
-        post: the grid.
-        directory: which node serves which client.
-        errand: what a client needs beside its instruction.
-        clients: all clients of the run; the first exchange waits until each has a node.
+        messenger: sends and fetches messages.
+        directory: knows which node serves which client.
+        run_context: what a client needs beside its instruction.
+        clients: number of clients of the run; the first exchange waits until each has a node.
         settings: deadlines.
         layout: the tensors of an instruction's adapter, which bound the size of a reply.
-        check: called while waiting; raises when no reply can come any more.
+        check: called while waiting; raises an error if no reply can arrive any more.
     """
 
     messenger: Messenger
@@ -48,13 +48,13 @@ class OverGrid:
     settings: FlowerConfig
     layout: Callable[[AdapterSpec], Layout]
     check: Callable[[], None] = lambda: None
-    _begun: bool = False
+    _started: bool = False
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
-        """Yield failures to send, replies in order of arrival, and who did not reply in time."""
-        if not self._begun:
+        """Send instructions; yield replies as they arrive, then failures for missing ones."""
+        if not self._started:
             self.directory.find(range(self.clients), self.settings.nodes_timeout_s, self.check)
-            self._begun = True
+            self._started = True
         nodes = self.directory.find(
             [instruction.client for instruction in instructions], 0.0, self.check
         )
@@ -69,7 +69,7 @@ class OverGrid:
         yield from self._replies(instructions, waiting)
 
     def _send(self, instruction: Instruction, node: int | None) -> tuple[str, int]:
-        """Send one instruction; return the name of its reply and its bytes."""
+        """Send one instruction; return the name of its reply and the bytes that were sent."""
         if node is None:
             raise NotSent(f"no node serves this client ({self.directory.problem})")
         record = record_of(pack_instruction(instruction, self.run_context))
@@ -82,32 +82,41 @@ class OverGrid:
     def _replies(
         self, instructions: Sequence[Instruction], waiting: dict[str, tuple[int, int]]
     ) -> Iterator[Arrival]:
+        """Yield one arrival for each reply that is waited for.
+
+        Args:
+            instructions: of the round.
+            waiting: by the name of the reply, index of the instruction and bytes that were sent.
+        """
         start = time.monotonic()
         while waiting and time.monotonic() - start < self.settings.deadline_s:
             self.check()
-            for name, answer in self.messenger.fetch(waiting):
+            for name, message in self.messenger.fetch(waiting):
                 index, sent = waiting.pop(name)
-                size = 0 if isinstance(answer, DeliveryError) else framed_bytes(answer.content)
-                yield Arrival(index, self._reply(instructions[index], answer), sent, size)
+                size = 0 if isinstance(message, DeliveryError) else framed_bytes(message.content)
+                yield Arrival(index, self._reply(instructions[index], message), sent, size)
             if waiting:
                 time.sleep(_pause_s(time.monotonic() - start))
         for index, sent in waiting.values():
             reason = f"no reply within {self.settings.deadline_s:g} s"
             yield Arrival(index, Failure(instructions[index].client, reason), sent, 0)
 
-    def _reply(self, instruction: Instruction, answer: Message | DeliveryError) -> Reply:
-        if isinstance(answer, DeliveryError):
-            return Failure(instruction.client, answer.reason)
+    def _reply(self, instruction: Instruction, message: Message | DeliveryError) -> Reply:
+        if isinstance(message, DeliveryError):
+            return Failure(instruction.client, message.reason)
         try:
             return unpack_reply(
-                packed_of(answer.content), _most_bytes(self.layout(instruction.adapter))
+                packed_of(message.content), _most_bytes(self.layout(instruction.adapter))
             )
         except Malformed as error:
             return Failure(instruction.client, f"refused: {error}")
 
 
 def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: None) -> OverGrid:
-    """The transport of a run over a grid; a simulated one keeps its processes by itself."""
+    """Make the transport of a run over a grid.
+
+    A simulated grid needs no model server, because its processes live as long as the run.
+    """
     config, messenger = loaded.config, Messenger(grid)
     model_server = config.flower.model_server and not isinstance(grid, InMemoryGrid)
     return OverGrid(
@@ -122,11 +131,11 @@ def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: No
 
 
 def _pause_s(waited_s: float) -> float:
-    """Ask again soon after a short wait and seldom after a long one: at most 2 % are lost."""
+    """Seconds until the next fetch: 2 % of the time waited so far, between 0.02 and 1."""
     return min(max(0.02, 0.02 * waited_s), 1.0)
 
 
 def _most_bytes(layout: Layout) -> int:
-    """What a reply with all of an adapter's tensors has."""
+    """Upper bound of the size of a reply that has all tensors of an adapter."""
     values = sum(4 * math.prod(shape) for _, shape in layout.values())
     return values + BYTES_PER_ARRAY * (len(layout) + 1)

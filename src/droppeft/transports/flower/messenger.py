@@ -1,4 +1,4 @@
-"""Messages over a Flower grid, one by one: what fails is said of the message that it is about."""
+"""Send and fetch messages over a Flower grid one by one, so that each has an error of its own."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -15,15 +15,15 @@ _log = logging.getLogger("droppeft")
 
 
 class NotSent(DroppeftError):
-    """A message that did not leave."""
+    """A message could not be sent."""
 
 
 @dataclass(frozen=True)
 class DeliveryError:
-    """What came instead of a reply.
+    """Stands for a reply that could not be delivered.
 
     Attributes:
-        reason: one sentence.
+        reason: why, in one sentence.
     """
 
     reason: str
@@ -31,16 +31,16 @@ class DeliveryError:
 
 @dataclass(frozen=True)
 class Messenger:
-    """A grid, used so that one bad message harms no other.
+    """Sends and fetches messages, so that an error in one does not affect the others.
 
     Attributes:
-        grid: Flower's.
+        grid: Flower's grid.
     """
 
     grid: Grid
 
     def nodes(self) -> frozenset[int]:
-        """Ids of the connected nodes; none while the SuperLink cannot be reached."""
+        """Return the ids of connected nodes; none while the SuperLink cannot be reached."""
         try:
             return frozenset(self.grid.get_node_ids())
         except httpx.HTTPError as error:
@@ -48,29 +48,37 @@ class Messenger:
             return frozenset()
 
     def send(self, content: RecordDict, node: int, kind: str, group: str, ttl_s: float) -> str:
-        """Send and return the name under which the reply can be fetched.
+        """Send a message and return the name under which its reply can be fetched.
+
+        Args:
+            content: of the message.
+            node: id of the receiver.
+            kind: Flower's message type, such as ``"train"``.
+            group: Flower's group id.
+            ttl_s: seconds after which Flower discards message and reply.
 
         Raises:
-            Unsent: with the reason.
+            NotSent: it could not be sent.
         """
         message = Message(content, dst_node_id=node, message_type=kind, ttl=ttl_s, group_id=group)
         try:
             names = list(self.grid.push_messages([message]))
         except Exception as error:
             raise NotSent(f"could not be sent: {type(error).__name__}: {error}") from error
-        # Flower returns nothing, or None, for a message that it does not take.
+        # Flower returns an empty list or None for a message that it does not accept.
         if not names or not names[0]:
-            raise NotSent("could not be sent: Flower did not take the message")
+            raise NotSent("could not be sent: Flower did not accept the message")
         return names[0]
 
     def fetch(self, names: Iterable[str]) -> Iterator[tuple[str, Message | DeliveryError]]:
-        """Yield what has come by now for the given names.
+        """Yield the replies of the given names that have arrived.
 
-        Each is fetched by itself, since one that Flower cannot read would hide the others.
+        Each is fetched with a call of its own, because a reply that Flower cannot read would hide
+        the others of the same call.
         """
         for name in list(names):
             try:
-                came = list(self.grid.pull_messages([name]))
+                messages = list(self.grid.pull_messages([name]))
             except httpx.HTTPError as error:
                 _log.warning("the SuperLink cannot be reached: %s", error)
                 continue
@@ -78,12 +86,12 @@ class Messenger:
                 reason = f"its reply could not be read: {type(error).__name__}: {error}"
                 yield name, DeliveryError(reason)
                 continue
-            for message in came:
+            for message in messages:
                 yield name, message if message.has_content() else DeliveryError(_error_of(message))
 
 
 def _error_of(message: Message) -> str:
-    """What an error reply says; Flower sends some itself, in place of a node that is gone."""
+    """The reason in an error reply, which may come from the node or from Flower itself."""
     if not message.has_error():
-        return "answered with nothing"
+        return "its reply is empty"
     return error_reason(message.error.code, message.error.reason)

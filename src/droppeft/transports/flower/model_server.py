@@ -1,9 +1,9 @@
-"""A process beside a SuperNode that keeps texts and model from one message to the next; ours.
+"""The model server: a process beside a SuperNode that keeps data and model loaded; ours.
 
-A SuperNode starts a new ClientApp process for every message, which would load the model every
-time. That process hands its message to this one instead, over a Unix socket in a folder that only
-its user can enter. It is started by the first message and ends with the SuperNode, or when nothing
-was asked for a while.
+A SuperNode starts a new ClientApp process for every message, and each would have to load the model.
+The ClientApp process instead sends its message to the model server, over a Unix socket in a folder
+that only its user can enter. The first message starts the model server. It ends with the SuperNode,
+or when it has received no message for some time.
 
 Run as ``python -m droppeft.transports.flower.model_server SOCKET WATCHED_PID``.
 """
@@ -30,61 +30,72 @@ from droppeft.transports.flower.wire_format import Packed, RunContext, pack_repl
 MODULE = "droppeft.transports.flower.model_server"
 
 IDLE_S = 600.0
-"""A model server that was asked nothing for so long ends."""
+"""Seconds without a message after which a model server ends."""
 
 START_S = 60.0
-"""Most that a new one may take before it can be asked."""
+"""Seconds within which a new model server must accept connections."""
 
 LONGEST_FOLDER = 80
-"""The path of a Unix socket has 107 bytes at most."""
+"""Largest length of the folder's path: the path of a Unix socket has at most 107 bytes."""
 
 
 def ask(packed: Packed, run_context: RunContext, node_id: int, node: Mapping[str, Any]) -> Packed:
-    """Have the model server of this node and run answer, starting it if there is none.
+    """Have a packed instruction run by the model server of this node and run.
+
+    The model server is started if there is none.
 
     Args:
-        packed: an instruction.
-        errand: what came with it, which tells runs apart.
-        node_id: Flower's; nodes of one machine have model serveres of their own.
+        packed: the instruction and its run context.
+        run_context: the same run context; each run has a model server of its own.
+        node_id: Flower's id of the node; each node has a model server of its own.
         node: the node's configuration.
+
+    Returns:
+        The packed reply, a failure if the model server could not be reached.
     """
-    mark = json.dumps(
+    key = json.dumps(
         [node_id, dict(run_context.config), dict(run_context.identity)], sort_keys=True
     )
-    place = _folder() / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}.sock"
+    place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.sock"
     try:
         with _connection(place) as connection:
             _send(connection, packed)
             connection.send_bytes(json.dumps(dict(node)).encode())
             return _receive(connection)
     except (EOFError, OSError) as error:
-        said = f"{type(error).__name__} {error}".strip()
-        reason = f"its model server is gone ({said}); see {_log_of(place)}"
+        detail = f"{type(error).__name__} {error}".strip()
+        reason = f"its model server is gone ({detail}); see {_log_of(place)}"
         return pack_reply(Failure(-1, reason))
 
 
 def serve(place: Path, watched_pid: int) -> None:
-    """Answer at a socket until the watched process is gone or nobody has asked for long."""
+    """Run instructions that arrive at a socket.
+
+    The process ends when the watched process is gone, or after :data:`IDLE_S` without a message.
+
+    Args:
+        place: path of the socket.
+        watched_pid: id of the process with which this one ends.
+    """
     watch = _Watch(place, watched_pid)
     with Listener(str(place), "AF_UNIX", backlog=64) as listener:
         threading.Thread(target=watch.run, daemon=True).start()
-        from droppeft.transports.flower.client_runtime import (
-            answer,  # loads torch, after the socket is there
-        )
+        # Loads torch, which takes seconds, after the socket accepts connections.
+        from droppeft.transports.flower.client_runtime import run_packed
 
         while True:
             connection = listener.accept()
             with connection, watch.working():
                 try:
                     packed, node = _receive(connection), json.loads(connection.recv_bytes())
-                    if not connection.poll():  # else there is the end of who asked
-                        _send(connection, answer(packed, node))
+                    if not connection.poll():  # readable here means closed by the ClientApp
+                        _send(connection, run_packed(packed, node))
                 except (EOFError, OSError):
-                    continue  # whoever asked is gone
+                    continue  # the ClientApp process is gone
 
 
 class _Watch:
-    """Ends this process when it has outlived its use."""
+    """Ends this process when it is no longer needed."""
 
     def __init__(self, place: Path, watched_pid: int) -> None:
         self._place = place
@@ -94,6 +105,7 @@ class _Watch:
 
     @contextmanager
     def working(self) -> Iterator[None]:
+        """Mark the process as busy."""
         self._busy = True
         try:
             yield
@@ -101,6 +113,7 @@ class _Watch:
             self._busy, self._since = False, time.monotonic()
 
     def run(self) -> None:
+        """Wait until the process is not needed, remove its files, and end it."""
         while self._needed():
             time.sleep(0.5)
         with suppress(OSError):
@@ -116,6 +129,7 @@ class _Watch:
 
 @contextmanager
 def _connection(place: Path) -> Iterator[Connection]:
+    """Connect to the model server at a socket, and start it if there is none."""
     connection = _connect(place)
     if connection is None:
         with _locked(place.parent / "lock"):
@@ -133,7 +147,7 @@ def _connect(place: Path) -> Connection | None:
 
 def _start(place: Path) -> Connection:
     place.unlink(missing_ok=True)
-    # The ClientApp's parent belongs to the SuperNode and ends with it.
+    # The parent of the ClientApp process belongs to the SuperNode and ends with it.
     command = [sys.executable, "-m", MODULE, str(place), str(os.getppid())]
     with _log_of(place).open("ab") as log:
         process = subprocess.Popen(
@@ -145,22 +159,22 @@ def _start(place: Path) -> Connection:
         if connection is not None:
             return connection
         time.sleep(0.05)
-    raise ConnectionRefusedError("could not be started; flower.model_server=false does without")
+    raise ConnectionRefusedError("could not be started; flower.model_server=false runs without it")
 
 
 def _folder() -> Path:
-    """A folder for sockets that nobody else can enter.
+    """Return the folder for sockets, which no other user can enter.
 
     Raises:
-        DroppeftError: somebody else made it.
+        DroppeftError: it belongs to another user, or other users can enter it.
     """
     folder = Path(tempfile.gettempdir()) / f"droppeft-{os.getuid()}"
     if len(str(folder)) > LONGEST_FOLDER:
         folder = Path("/tmp") / folder.name
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise DroppeftError(f"{folder} can be entered by others; remove it")
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise DroppeftError(f"{folder} can be entered by other users; remove it")
     return folder
 
 

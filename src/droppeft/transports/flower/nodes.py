@@ -1,4 +1,4 @@
-"""Which of Flower's nodes serves which client: nodes say so themselves."""
+"""Find the Flower node that serves a client; nodes themselves report which clients they serve."""
 
 import logging
 import time
@@ -12,26 +12,26 @@ from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSe
 _log = logging.getLogger("droppeft")
 
 INTRODUCTION_S = 600.0
-"""How long Flower keeps the question to a node that does not answer."""
+"""Seconds after which Flower discards a query to a node that does not reply."""
 
 
 @dataclass
 class Directory:
-    """The nodes that have introduced themselves.
+    """The nodes that have reported which clients they serve.
 
-    A node with ``partition-id`` p of ``num-partitions`` n serves the clients d with d mod n = p,
-    so that any number of nodes serves any number of clients. Ids of nodes mean nothing, and one
-    that comes back may have another. Of several that serve a client the last met is taken.
+    A node with ``partition-id`` p of ``num-partitions`` n serves the clients c with c mod n = p, so
+    any number of nodes can serve any number of clients. A node that reconnects may have another
+    id. If several connected nodes serve a client, the one that reported last is used.
 
     Attributes:
-        post: how they are reached.
-        trouble: the last reason for which a node serves nothing.
+        messenger: reaches the nodes.
+        problem: the last reason why a node serves no client.
     """
 
     messenger: Messenger
     problem: str = "none is connected"
     _parts: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _useless: set[int] = field(default_factory=set)
+    _unusable: set[int] = field(default_factory=set)
     _asked: dict[str, int] = field(default_factory=dict)
 
     def find(
@@ -40,23 +40,27 @@ class Directory:
         """Find a connected node for each client.
 
         Args:
-            clients: whose node is wanted.
-            wait_s: how long to wait for those that are missing.
-            check: called while waiting; may raise.
+            clients: whose nodes to find.
+            wait_s: seconds to wait for clients that have no node yet.
+            check: called while waiting; may raise an error.
+
+        Returns:
+            Node id by client, without clients that have no node.
         """
         end = time.monotonic() + wait_s
         failed: set[int] = set()
         while True:
             check()
             connected = self.messenger.nodes()
-            self._ask(connected - self._parts.keys() - self._useless - failed)
-            failed |= self._listen()
-            found = self._serving(clients, connected)
-            if len(found) == len(set(clients)) or time.monotonic() >= end:
-                return found
+            self._ask(connected - self._parts.keys() - self._unusable - failed)
+            failed |= self._receive()
+            nodes = self._serving(clients, connected)
+            if len(nodes) == len(set(clients)) or time.monotonic() >= end:
+                return nodes
             time.sleep(0.1)
 
     def _serving(self, clients: Collection[int], connected: Collection[int]) -> dict[int, int]:
+        """The connected node of each client that has one."""
         present = [(node, part) for node, part in self._parts.items() if node in connected]
         return {
             client: node
@@ -66,6 +70,7 @@ class Directory:
         }
 
     def _ask(self, nodes: Collection[int]) -> None:
+        """Ask nodes which clients they serve, except those whose reply is still expected."""
         waiting = set(self._asked.values())
         for node in sorted(set(nodes) - waiting):
             try:
@@ -77,18 +82,18 @@ class Directory:
             else:
                 self._asked[name] = node
 
-    def _listen(self) -> set[int]:
-        """Hear who has answered; return those that failed to, who may be asked again later."""
+    def _receive(self) -> set[int]:
+        """Read the replies of nodes; return the nodes that failed, which may be asked again."""
         failed = set()
-        for name, answer in self.messenger.fetch(self._asked):
+        for name, message in self.messenger.fetch(self._asked):
             node = self._asked.pop(name)
-            if isinstance(answer, DeliveryError):
+            if isinstance(message, DeliveryError):
                 failed.add(node)
-                self._note(node, answer.reason)
+                self._note(node, message.reason)
                 continue
-            part = _part_of(answer)
+            part = _part_of(message)
             if part is None:
-                self._useless.add(node)
+                self._unusable.add(node)
                 self._note(node, "no partition-id and num-partitions in its node configuration")
             else:
                 self._parts[node] = part
@@ -100,7 +105,7 @@ class Directory:
 
 
 def _part_of(message: Message) -> tuple[int, int] | None:
-    """Read (partition, partitions) from a node's answer, ``None`` if it has none."""
+    """Read (partition, partitions) from a node's reply; ``None`` if it has none."""
     record = message.content.get("node")
     if not isinstance(record, ConfigRecord):
         return None

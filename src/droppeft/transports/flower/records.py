@@ -1,6 +1,6 @@
-"""Packed messages as Flower's records and back, and Flower's errors as sentences.
+"""Convert packed messages to Flower's records and back, and Flower's errors to sentences.
 
-What Flower does with records is read from flwr 1.41 (``flwr.app.message``,
+How Flower sends records was read from the source of flwr 1.41 (``flwr.app.message``,
 ``flwr.supercore.inflatable``).
 """
 
@@ -18,7 +18,7 @@ from droppeft.transports.flower.strict_json import Malformed, one_line
 from droppeft.transports.flower.wire_format import Packed
 
 MOST_REASON = 200
-"""Characters of the longest sentence about an error."""
+"""Largest number of characters of a sentence about an error."""
 
 _FORMAT = "safetensors"
 
@@ -26,22 +26,22 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 _RAISED = re.compile(r"<class '([^']*)'>:<'(.*)'>", re.DOTALL)
 
-# What happened, and whether the text that comes with it adds anything.
+# What an error code means, and whether the text that Flower adds is worth showing.
 _MEANINGS = {
     ErrorCode.UNKNOWN: ("the client failed", True),
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: ("the client cannot load its app", True),
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: ("the client's app raised an error", True),
     ErrorCode.MESSAGE_UNAVAILABLE: ("the message or its reply is gone: late, or cut off", False),
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: ("the reply came, but was not fetched in time", False),
-    ErrorCode.NODE_UNAVAILABLE: ("the client's node gives no sign of life", False),
+    ErrorCode.NODE_UNAVAILABLE: ("the client's node is unavailable", False),
     ErrorCode.MOD_FAILED_PRECONDITION: ("a mod of the client's app refused the message", True),
     ErrorCode.INVALID_FAB: ("the client could not verify the app's bundle", False),
-    ErrorCode.CLIENT_APP_CRASHED: ("the client's app died while it worked", False),
+    ErrorCode.CLIENT_APP_CRASHED: ("the client's app crashed", False),
 }
 
 
 def record_of(packed: Packed) -> RecordDict:
-    """Put a message into Flower's records: a text, and one Array that is the blob as it is."""
+    """Put a packed message into Flower's records: its text, and its blob as one array."""
     blob = Array("uint8", (len(packed.tensors),), _FORMAT, packed.tensors)
     return RecordDict(
         {
@@ -52,10 +52,10 @@ def record_of(packed: Packed) -> RecordDict:
 
 
 def packed_of(record: RecordDict) -> Packed:
-    """Take a message out of Flower's records; the blob is not read yet.
+    """Take a packed message out of Flower's records; the blob is not parsed yet.
 
     Raises:
-        Malformed: the records are not those that :func:`record_of` makes.
+        Malformed: the records were not made by :func:`record_of`.
     """
     if set(record) != {"head", "tensors"}:
         raise Malformed("the message has other records than head and tensors")
@@ -65,22 +65,22 @@ def packed_of(record: RecordDict) -> Packed:
 def framed_bytes(record: RecordDict) -> int:
     """Count the bytes of all objects that Flower sends for a message's content, each once.
 
-    That is what one client loads or sends, and a function of the content alone. Not counted: the
-    Message object around it (addresses and times, 100 to 300 bytes), and HTTP.
+    The number depends on the content alone. The Message object around it (addresses and times, 100
+    to 300 bytes) and HTTP are not counted.
     """
     with no_object_id_recompute():
         return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
 
 
 def error_reason(code: int, reason: str | None) -> str:
-    """Say in one sentence what an error of Flower's means.
+    """Describe an error of Flower in one sentence.
 
     Args:
-        code: one of Flower's ``ErrorCode``, or unknown.
-        reason: what came with it: a sentence, an exception, or a traceback of Ray's with colours.
+        code: one of Flower's ``ErrorCode``, or an unknown one.
+        reason: Flower's text: a sentence, an exception, or a traceback of Ray with colour codes.
     """
-    meaning, telling = _MEANINGS.get(code, (f"Flower reports error {code}", True))
-    detail = _essence(reason or "") if telling else ""
+    meaning, show_reason = _MEANINGS.get(code, (f"Flower reports error {code}", True))
+    detail = _essence(reason or "") if show_reason else ""
     return one_line(f"{meaning}: {detail}" if detail else meaning, MOST_REASON)
 
 
@@ -89,7 +89,7 @@ def _text_of(record: object) -> str:
         raise Malformed("the message's head is not one JSON text")
     text = record["json"]
     if not isinstance(text, str):
-        raise Malformed("the message's head is not a text")
+        raise Malformed("the message's head is not a string")
     return text
 
 
@@ -98,17 +98,17 @@ def _blob_of(record: object) -> bytes:
         raise Malformed(f"the message's tensors are not one {_FORMAT} array")
     array = record[_FORMAT]
     if (array.dtype, array.shape, array.stype) != ("uint8", (len(array.data),), _FORMAT):
-        raise Malformed("the message's tensors are not what their description says")
+        raise Malformed("the message's tensors do not fit their description")
     return bytes(array.data)
 
 
 def _essence(reason: str) -> str:
-    """Find the line that says what went wrong."""
+    """Find the line of a text that names the error."""
     plain = _COLOUR.sub("", reason).strip()
     match = _RAISED.fullmatch(plain)
     name, text = match.groups() if match else ("", plain)
     lines = [line for line in text.splitlines() if line.strip()]
-    # Ray wraps the traceback of the exception that Flower wraps around the app's own.
+    # A traceback of Ray shows the app's exception and the ClientAppException around it.
     raised = [line for line in _after_indented(lines) if "ClientAppException" not in line]
     if raised:
         return raised[-1].strip()
@@ -116,5 +116,5 @@ def _essence(reason: str) -> str:
 
 
 def _after_indented(lines: list[str]) -> list[str]:
-    """The lines that end a traceback, or a list of facts."""
+    """The lines that follow an indented line, such as the last line of a traceback."""
     return [line for before, line in pairwise(lines) if before[0].isspace() > line[0].isspace()]

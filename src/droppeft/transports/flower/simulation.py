@@ -1,4 +1,4 @@
-"""Flower's simulation engine: one virtual SuperNode per client, in Ray's processes."""
+"""Flower's simulation engine, with one virtual SuperNode per client, in processes of Ray."""
 
 import logging
 import queue
@@ -22,18 +22,18 @@ from droppeft.transports.flower.grid import over_grid
 from droppeft.transports.flower.records import error_reason
 
 GRACE_S = 3.0
-"""What the engine may take to end by itself."""
+"""Seconds within which the engine may end by itself."""
 
 STOP_S = 30.0
-"""What it may take when its processes are ended for it."""
+"""Seconds within which it must end when its processes are killed."""
 
 ACTOR = "ray::ClientAppActor"
-"""How Ray names the processes in which Flower runs clients."""
+"""Ray's name of the processes in which Flower runs clients."""
 
 
 @contextmanager
 def simulated(loaded: Loaded) -> Iterator[Transport]:
-    """Run Flower's simulation engine beside this thread, one virtual SuperNode per client.
+    """Run Flower's simulation engine in a thread, with one virtual SuperNode per client.
 
     Raises:
         DroppeftError: the engine could not be started or has stopped.
@@ -46,7 +46,7 @@ def simulated(loaded: Loaded) -> Iterator[Transport]:
 
 
 class _Engine:
-    """Flower's simulation engine in a thread; its ServerApp only lends us the grid."""
+    """Flower's simulation engine in a thread; its ServerApp only hands over the grid."""
 
     def __init__(self, config: Config) -> None:
         self._grids: queue.Queue[Grid] = queue.Queue()
@@ -56,14 +56,14 @@ class _Engine:
         for name in self._levels:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         server = ServerApp()
-        server.main()(self._lend)
+        server.main()(self._hand_over)
         self._thread = threading.Thread(
             target=self._run, args=(server, config.clients, _resources(config)), daemon=True
         )
         self._thread.start()
 
     def grid(self) -> Grid:
-        """Wait for the engine."""
+        """Return the engine's grid, when it has started."""
         while True:
             self.check()
             try:
@@ -72,31 +72,31 @@ class _Engine:
                 continue
 
     def check(self) -> None:
-        """Raise if the engine is gone.
+        """Check that the engine is running.
 
         Raises:
-            DroppeftError: with what it said.
+            DroppeftError: it has stopped.
         """
         if not self._thread.is_alive():
-            said = f": {error_reason(0, str(self._error))}" if self._error else ""
+            reason = f": {error_reason(0, str(self._error))}" if self._error else ""
             raise DroppeftError(
-                f"Flower's simulation engine stopped{said}; rounds that are complete are saved"
+                f"Flower's simulation engine stopped{reason}; complete rounds are saved"
             )
 
     def stop(self) -> None:
-        """End the engine and its processes, also those that are in the middle of a turn."""
+        """End the engine and its processes, also those in the middle of a local training."""
         self._done.set()
         self._thread.join(GRACE_S)
         end = time.monotonic() + STOP_S
         while self._thread.is_alive() and time.monotonic() < end:
-            # The engine would wait for turns that nobody else waits for.
+            # Otherwise the engine would wait for local trainings whose replies are not needed.
             for process in _processes():
                 process.kill()
             self._thread.join(0.5)
         for name, level in self._levels.items():
             logging.getLogger(name).setLevel(level)
 
-    def _lend(self, grid: Grid, context: Context) -> None:
+    def _hand_over(self, grid: Grid, context: Context) -> None:
         self._grids.put(grid)
         self._done.wait()
 
@@ -108,10 +108,11 @@ class _Engine:
 
 
 def _resources(config: Config) -> dict[str, Any]:
-    """As many clients at once as cores allow with the run's thread count each.
+    """Resources with which as many clients run at once as there are cores for their threads.
 
-    Flower hands its "client resources" to Ray as they are, so they may ask that a process which
-    died is started again. Flower's pool keeps the dead one and would lose every turn given to it.
+    Flower passes its "client resources" on to Ray. With ``max_restarts`` Ray restarts a process
+    that died. Without it, Flower's pool would keep the dead process, and every instruction given
+    to it would be lost.
     """
     cores = max(available_cores(), config.threads)
     on_gpu = config.accelerator == "cuda"
@@ -131,10 +132,10 @@ def _resources(config: Config) -> dict[str, Any]:
 
 
 def _processes() -> list[psutil.Process]:
-    """Ray's processes that run clients, below this one."""
-    found = []
+    """Descendants of this process in which Ray runs clients."""
+    clients = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if ACTOR in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                clients.append(process)
+    return clients

@@ -1,7 +1,8 @@
-"""Values of declared types as plain JSON, and back: what comes in is hostile until proven typed.
+"""Encode values of declared types as plain JSON, and decode them strictly.
 
-pydantic, which reads our configuration, would pass unknown fields of dataclasses over, fill in
-missing ones, let the last of two equal keys win, and has no place for arrays.
+pydantic, which reads our configuration, is not strict enough for messages from the network: it
+ignores unknown fields of dataclasses, fills in missing ones, and accepts repeated keys. It also has
+no encoding for arrays.
 """
 
 import dataclasses
@@ -18,26 +19,30 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import Array
 
 MOST_TEXT = 1_000
-"""Characters of the longest name or sentence in a head."""
+"""Largest number of characters of a string in a message."""
 
 
 class Malformed(DroppeftError):
-    """A message that cannot be packed or read; it repeats nothing that the message says."""
+    """A message cannot be packed or read.
+
+    The error repeats nothing from the message, which may be hostile.
+    """
 
 
 def one_line(text: str, most: int = MOST_TEXT) -> str:
-    """Make a text from elsewhere fit for a screen: printable, and at most so many characters."""
-    line = "".join(sign if sign.isprintable() else " " for sign in text[: most + 1])
+    """Make a text from the network printable, and cut it to at most ``most`` characters."""
+    line = "".join(char if char.isprintable() else " " for char in text[: most + 1])
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def encode(value: Any, arrays: dict[str, Array]) -> Any:
-    """Turn a value into plain JSON; its arrays become numbers and are put into ``arrays``.
+    """Encode a value as plain JSON.
 
-    A mapping becomes an object if all its keys are texts, else a list of pairs.
+    A mapping becomes an object if all its keys are strings, else a list of pairs. An array becomes
+    a number, under which it is put into ``arrays``.
     """
     if isinstance(value, np.ndarray):
-        arrays[str(len(arrays))] = _dense(value)
+        arrays[str(len(arrays))] = _contiguous(value)
         return len(arrays) - 1
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
@@ -50,37 +55,53 @@ def encode(value: Any, arrays: dict[str, Array]) -> Any:
     return sorted(value) if isinstance(value, frozenset) else value
 
 
-def _dense(array: Array) -> Array:
+def _contiguous(array: Array) -> Array:
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"there is no place for an array of type {array.dtype}")
+        raise TypeError(f"an array of type {array.dtype} has no encoding")
     return np.asarray(array, order="C")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a message its reader stands, and the arrays not spoken of until there."""
+    """A position in a message that is being decoded.
+
+    Attributes:
+        path: names of the fields that lead to it, for errors.
+        arrays: the message's arrays that have not been used yet, by number.
+    """
 
     path: str
     arrays: dict[str, Array]
 
     def at(self, step: object) -> "Place":
+        """The position of a field or an item."""
         return Place(f"{self.path}.{step}", self.arrays)
 
     def wrong(self, tree: object, expected: str) -> Malformed:
+        """The error for a value of the wrong type."""
         return Malformed(f"{self.path} of the message is {type(tree).__name__}, not {expected}")
 
 
 def decode(kind: Any, tree: Any, place: Place) -> Any:
-    """Read a value of the declared type from plain JSON, or say where it is not one."""
+    """Decode a value of a declared type.
+
+    Args:
+        kind: the type: a dataclass, or one of :data:`_READERS`.
+        tree: plain JSON.
+        place: position of ``tree`` in the message.
+
+    Raises:
+        Malformed: the value is not of this type; the error names the place.
+    """
     if dataclasses.is_dataclass(kind):
-        return _record(kind, tree, place)
+        return _dataclass(kind, tree, place)
     return _READERS[typing.get_origin(kind) or kind](typing.get_args(kind), tree, place)
 
 
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _record(kind: Any, tree: Any, place: Place) -> Any:
+def _dataclass(kind: Any, tree: Any, place: Place) -> Any:
     hints = _hints(kind)
     if not isinstance(tree, dict):
         raise place.wrong(tree, "an object")
@@ -91,10 +112,11 @@ def _record(kind: Any, tree: Any, place: Place) -> Any:
     return kind(**{name: decode(hints[name], tree[name], place.at(name)) for name in hints})
 
 
-def _choice(kinds: Sequence[Any], tree: Any, place: Place) -> Any:
+def _union(kinds: Sequence[Any], tree: Any, place: Place) -> Any:
     if tree is None and types.NoneType in kinds:
         return None
     rest = [kind for kind in kinds if kind is not types.NoneType]
+    # An exact match of the type goes first, because an int is accepted as a float too.
     *others, last = sorted(rest, key=lambda kind: kind is not type(tree))
     for kind in others:
         try:
@@ -116,14 +138,14 @@ def _mapping(kinds: Sequence[Any], tree: Any, place: Place) -> dict[Any, Any]:
 
 def _set(kinds: Sequence[Any], tree: Any, place: Place) -> frozenset[Any]:
     items = _tuple((*kinds, ...), tree, place)
-    found = frozenset(items)
-    _check_unrepeated(len(found), len(items), place)
-    return found
+    values = frozenset(items)
+    _check_unrepeated(len(values), len(items), place)
+    return values
 
 
 def _check_unrepeated(different: int, items: int, place: Place) -> None:
     if different != items:
-        raise Malformed(f"{place.path} of the message names something twice")
+        raise Malformed(f"{place.path} of the message has something twice")
 
 
 def _tuple(kinds: Sequence[Any], tree: Any, place: Place) -> tuple[Any, ...]:
@@ -141,7 +163,7 @@ def _tuple(kinds: Sequence[Any], tree: Any, place: Place) -> tuple[Any, ...]:
 
 def _array(_: Sequence[Any], tree: Any, place: Place) -> Array:
     if type(tree) is not int or str(tree) not in place.arrays:
-        raise place.wrong(tree, "the number of a tensor of its own")
+        raise place.wrong(tree, "the number of an unused tensor")
     return place.arrays.pop(str(tree))
 
 
@@ -151,28 +173,28 @@ def _literal(allowed: Sequence[Any], tree: Any, place: Place) -> Any:
     return tree
 
 
-def _text(_: Sequence[Any], tree: Any, place: Place) -> str:
+def _string(_: Sequence[Any], tree: Any, place: Place) -> str:
     if not isinstance(tree, str):
-        raise place.wrong(tree, "a text")
+        raise place.wrong(tree, "a string")
     if not tree.isprintable() or len(tree) > MOST_TEXT:
         raise Malformed(f"{place.path} of the message is too long or not printable")
     return tree
 
 
-def _flag(_: Sequence[Any], tree: Any, place: Place) -> bool:
+def _boolean(_: Sequence[Any], tree: Any, place: Place) -> bool:
     if not isinstance(tree, bool):
         raise place.wrong(tree, "true or false")
     return tree
 
 
-def _whole(_: Sequence[Any], tree: Any, place: Place) -> int:
+def _integer(_: Sequence[Any], tree: Any, place: Place) -> int:
     if type(tree) is not int or not -(2**63) <= tree < 2**63:
         raise place.wrong(tree, "an integer of 64 bits")
     return tree
 
 
-def _real(_: Sequence[Any], tree: Any, place: Place) -> float:
-    return tree if isinstance(tree, float) else float(_whole((), tree, place))
+def _float(_: Sequence[Any], tree: Any, place: Place) -> float:
+    return tree if isinstance(tree, float) else float(_integer((), tree, place))
 
 
 def _anything(_: Sequence[Any], tree: Any, __: Place) -> Any:
@@ -180,17 +202,17 @@ def _anything(_: Sequence[Any], tree: Any, __: Place) -> Any:
 
 
 _READERS: dict[Any, Callable[[Sequence[Any], Any, Place], Any]] = {
-    typing.Union: _choice,
-    types.UnionType: _choice,
+    typing.Union: _union,
+    types.UnionType: _union,
     Mapping: _mapping,
     tuple: _tuple,
     frozenset: _set,
     np.ndarray: _array,
     typing.Literal: _literal,
-    str: _text,
-    bool: _flag,
-    int: _whole,
-    float: _real,
+    str: _string,
+    bool: _boolean,
+    int: _integer,
+    float: _float,
     Any: _anything,
 }
-"""How a type is read, by the type or by what it is a case of."""
+"""Function that decodes a type, by the type or its generic origin."""

@@ -1,8 +1,7 @@
-"""instructions and Replies as JSON text and one safetensors blob, and back; nothing is ever
-unpickled.
+"""Pack instructions and replies as JSON text and one safetensors blob; nothing is ever unpickled.
 
-The text follows the fields and types of the dataclasses themselves: a message that gains a field
-needs no line here. What comes in is taken for hostile until every value has its declared type.
+The text follows from the fields and types of the dataclasses, so a new field needs no change here.
+Every value of a received message is checked against its declared type.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from droppeft.messages import Array, Failure, Instruction, Measurement, Reply, U
 from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
 
 MOST_HEAD = 1_000_000
-"""Characters of the longest head."""
+"""Largest number of characters of a message's text."""
 
 
 _KINDS: dict[type[Reply], str] = {
@@ -30,11 +29,11 @@ _KINDS: dict[type[Reply], str] = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A message as it travels.
+    """A packed message.
 
     Attributes:
-        head: JSON text of everything but the arrays, which it calls by number.
-        tensors: the arrays, a safetensors blob with numbers for names.
+        head: JSON text of everything except the arrays, to which it refers by number.
+        tensors: the arrays as a safetensors blob, in which numbers are their names.
     """
 
     head: str
@@ -43,12 +42,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a client is told besides its instruction, so that it needs no configuration of its own.
+    """What a client process needs, beside the instruction, in order to load data and model.
 
     Attributes:
-        config: the run's resolved configuration, the tree of ``config.as_tree``.
-        identity: hashes of the texts, split and backbone that the client must find.
-        model_server: whether a process beside the client may keep the model for the next message.
+        config: the run's resolved configuration, as made by ``config.as_tree``.
+        identity: hashes of data, split and backbone, which the client's copies must have.
+        model_server: whether a process on the node may keep the model loaded between messages.
     """
 
     config: Mapping[str, Any]
@@ -57,35 +56,37 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class _Message:
+class _Task:
+    """What a client is sent."""
+
     instruction: Instruction
     run_context: RunContext
 
 
 def pack_instruction(instruction: Instruction, run_context: RunContext) -> Packed:
-    """Pack what a client is sent; equal content in equal order gives equal bytes.
+    """Pack an instruction and its run context; equal content in equal order gives equal bytes.
 
     Raises:
-        Malformed: it holds what cannot travel, or its text is too long.
+        Malformed: a value has no encoding, or the text is too long.
     """
-    return _pack("task", _Message(instruction, run_context))
+    return _pack("task", _Task(instruction, run_context))
 
 
 def unpack_instruction(packed: Packed) -> tuple[Instruction, RunContext]:
-    """Read what :func:`pack_instruction` made.
+    """Unpack what :func:`pack_instruction` has packed.
 
     Raises:
-        Malformed: it is anything else.
+        Malformed: the message is anything else.
     """
-    task: _Message = _unpack(packed, {"task": _Message})
+    task: _Task = _unpack(packed, {"task": _Task})
     return task.instruction, task.run_context
 
 
 def pack_reply(reply: Reply) -> Packed:
-    """Pack what a client answers; the reason of a Failure is made one line.
+    """Pack a reply; the reason of a failure becomes one printable line.
 
     Raises:
-        Malformed: it holds what cannot travel, or its text is too long.
+        Malformed: a value has no encoding, or the text is too long.
     """
     if isinstance(reply, Failure):
         return _pack("failure", dataclasses.replace(reply, reason=one_line(reply.reason)))
@@ -93,19 +94,20 @@ def pack_reply(reply: Reply) -> Packed:
 
 
 def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
-    """Read what :func:`pack_reply` made. Its numbers are not judged here: they may be NaN.
+    """Unpack what :func:`pack_reply` has packed; numbers may be NaN, which validation refuses.
 
     Args:
-        packed: what came.
-        most_bytes: of the blob, which is refused unread beyond that. It has the arrays' bytes, at
-            most 200 more for each array of up to four dimensions, and 16.
+        packed: the received message.
+        most_bytes: size above which the blob is refused unread. A blob has the bytes of its
+            arrays, at most 200 more for each array of up to four dimensions, and 16.
 
     Raises:
-        Malformed: it is anything else, or larger.
+        Malformed: the message is anything else, or its blob is too large.
     """
     if len(packed.tensors) > most_bytes:
         raise Malformed(
-            f"the message has {len(packed.tensors)} bytes of tensors, {most_bytes} at most are due"
+            f"the message has {len(packed.tensors)} bytes of tensors, {most_bytes} at most are "
+            "expected"
         )
     reply: Reply = _unpack(packed, {name: kind for kind, name in _KINDS.items()})
     return reply
@@ -130,14 +132,14 @@ def _unpack(packed: Packed, kinds: Mapping[str, type]) -> Any:
     place = Place(kind, _load(packed.tensors))
     message = decode(kinds[kind], tree, place)
     if place.arrays:
-        raise Malformed(f"the message has {len(place.arrays)} tensors that it does not speak of")
+        raise Malformed(f"the message has {len(place.arrays)} tensors that its text does not use")
     return message
 
 
 def _check_length(head: str) -> None:
     if len(head) > MOST_HEAD:
         raise Malformed(
-            f"the message has {len(head)} characters of text, {MOST_HEAD} at most may travel"
+            f"the message has {len(head)} characters of text, {MOST_HEAD} at most may be sent"
         )
 
 
@@ -146,7 +148,7 @@ def _parse(head: str) -> dict[str, Any]:
     try:
         tree = json.loads(head, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError):
-        raise Malformed("the message's text is not JSON, or names something twice") from None
+        raise Malformed("the message's text is not JSON, or has a key twice") from None
     if not isinstance(tree, dict):
         raise Malformed("the message's text is not a JSON object")
     return tree
@@ -155,7 +157,7 @@ def _parse(head: str) -> dict[str, Any]:
 def _without_repeats(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return table
 
 
@@ -165,5 +167,5 @@ def _load(blob: bytes) -> dict[str, Array]:
     except KeyError as error:
         raise Malformed(f"the message has tensors of a type unknown to numpy: {error}") from None
     except (SafetensorError, ValueError):
-        raise Malformed("the message's tensors are not a whole safetensors blob") from None
+        raise Malformed("the message's tensors are not a complete safetensors blob") from None
     return arrays

@@ -1,4 +1,4 @@
-"""The package can be used by itself."""
+"""The package can be used without the rest of droppeft."""
 
 import inspect
 import random
@@ -21,17 +21,17 @@ print(*(name for name in sys.modules if name.split('.')[0] in
 """
 
 
-def test_importing_it_loads_nothing_of_the_rest() -> None:
-    answer = subprocess.run(
+def test_importing_it_imports_nothing_else() -> None:
+    result = subprocess.run(
         [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
     )
-    assert set(answer.stdout.split()) == {
+    assert set(result.stdout.split()) == {
         "droppeft",
         "droppeft.errors",
         "droppeft.layer_dropout",
-        "droppeft.layer_dropout.alone",
         "droppeft.layer_dropout.architectures",
         "droppeft.layer_dropout.blocks",
+        "droppeft.layer_dropout.dropout",
         "droppeft.layer_dropout.gates",
         "droppeft.layer_dropout.rates",
         "droppeft.layer_dropout.schedules",
@@ -42,14 +42,14 @@ def test_the_examples_of_the_docstring_train(
     build: Callable[..., nn.Module], batch: dict[str, torch.Tensor]
 ) -> None:
     _, *examples = (inspect.getdoc(package) or "").split("::\n")
-    alone, own_gates = (re.split(r"\n(?=\S)", example)[0] for example in examples)
+    drawn_gates, chosen_gates = (re.split(r"\n(?=\S)", example)[0] for example in examples)
     model = build("bert")
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": [batch] * 3}
-    exec(textwrap.dedent(alone), names)
+    exec(textwrap.dedent(drawn_gates), names)
     assert sum(names["dropout"].executed) == 3 * 2  # half of four layers
-    exec(textwrap.dedent(own_gates), names)
+    exec(textwrap.dedent(chosen_gates), names)
     assert names["gates"].executed[0] == 3  # the protected first block
     assert sum(names["gates"].executed) == 3 * 2
     assert isinstance(names["rng"], random.Random)

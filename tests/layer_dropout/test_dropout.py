@@ -1,4 +1,4 @@
-"""Layer dropout that draws by itself: one depth per optimizer step, full depth elsewhere."""
+"""layer_dropout: the same layers within an optimizer step, and every layer outside training."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated, layer_dropout, layer_rates
-from droppeft.layer_dropout.alone import gates_of_step
+from droppeft.layer_dropout.dropout import gates_of_step
 from tiny import tiny_model
 
 LAYERS = 6
@@ -34,7 +34,7 @@ def batch(rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def lora_model(model_type: str = "llama", task_type: str | None = "SEQ_CLS") -> Any:
-    """A classifier of 6 layers with LoRA; its head is frozen when no task is named."""
+    """Return a classifier of 6 layers with LoRA. Its head is frozen if there is no task type."""
     torch.manual_seed(0)
     lora = LoraConfig(
         task_type=task_type,
@@ -56,7 +56,7 @@ def adamw(model: Any) -> torch.optim.AdamW:
 
 
 def adapters(model: Any) -> list[list[torch.nn.Parameter]]:
-    """Trained tensors by layer."""
+    """Return the trained tensors of each layer."""
     _, blocks = find_blocks(model)
     return [[value for value in block.parameters() if value.requires_grad] for block in blocks]
 
@@ -92,7 +92,7 @@ def test_every_optimizer_step_runs_its_own_layers(model: Any) -> None:
     assert len(set(seen)) == 4  # one of the four inner layers runs
 
 
-def test_a_dropped_layer_is_neither_moved_nor_decayed(model: Any) -> None:
+def test_a_dropped_layer_is_neither_updated_nor_decayed(model: Any) -> None:
     optimizer = adamw(model)
     with layer_dropout(model, optimizer, 0.5) as dropout:
         for _ in range(4):
@@ -106,7 +106,7 @@ def test_a_dropped_layer_is_neither_moved_nor_decayed(model: Any) -> None:
                 assert not any(torch.equal(a, b) == runs for a, b in zip(then, now, strict=True))
 
 
-def test_accumulating_is_having_a_larger_batch(model: Any) -> None:
+def test_accumulating_gradients_equals_a_larger_batch(model: Any) -> None:
     optimizer = adamw(model)
     large = batch(8)
     with layer_dropout(model, optimizer, 0.5) as dropout:
@@ -150,7 +150,7 @@ def test_evaluation_inside_runs_every_layer(model: Any, run: Callable[..., torch
         assert torch.equal(run(model, batch()), full)
         assert dropout.executed == tuple(count + 1 for count in executed)
         model.train()
-        training.backward()  # the evaluation in between changes nothing for it
+        training.backward()  # not affected by the evaluation in between
         assert not torch.equal(full_depth(model, batch()), full)
     grads = [any(value.grad is not None for value in layer) for layer in adapters(model)]
     assert tuple(grads) == dropout.active
@@ -180,7 +180,7 @@ def test_generation_inside_runs_every_layer() -> None:
         model(ids, labels=ids).loss.backward()
         executed = dropout.executed
         assert torch.equal(model.generate(ids, **settings), full)
-        # One forward for the given tokens and the first new one, then one for each.
+        # One forward for the prompt and the first new token, then one for each further token.
         assert dropout.executed == tuple(count + 6 for count in executed)
     assert model.training
 
@@ -208,7 +208,7 @@ def test_checkpointing_recomputes_what_ran(model: Any, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_all_blocks_by_hand(model: Any, reentrant: bool) -> None:
-    """Reentrant: the forward has no gradients and so is full, as must be the recomputation."""
+    """Reentrant: the forward has no gradients, so all layers run there and in the recomputation."""
     embedded = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -229,15 +229,15 @@ def test_checkpointing_all_blocks_by_hand(model: Any, reentrant: bool) -> None:
     assert None not in full
 
 
-def test_a_run_goes_on_from_its_step(model: Any) -> None:
+def test_a_run_can_be_resumed_at_a_step(model: Any) -> None:
     def run(steps: range) -> list[Gates]:
-        optimizer = adamw(own := copy.deepcopy(model))
+        optimizer = adamw(copied := copy.deepcopy(model))
         seen = []
-        with layer_dropout(own, optimizer, 0.4, sampling="bernoulli", seed=3) as dropout:
+        with layer_dropout(copied, optimizer, 0.4, sampling="bernoulli", seed=3) as dropout:
             dropout.step = steps.start
             for _ in steps:
                 seen.append(dropout.active)
-                own(**batch()).loss.backward()
+                copied(**batch()).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return seen
@@ -261,7 +261,7 @@ SETTINGS = st.fixed_dictionaries(
     mean=st.floats(0, 0.6),
     sampling=st.sampled_from(["exact", "bernoulli"]),
 )
-def test_gates_follow_from_seed_and_step_and_hold_for_every_steps(
+def test_gates_depend_on_seed_and_step_and_are_held_for_every_steps(
     settings: dict[str, Any], step: int, mean: float, sampling: str
 ) -> None:
     rates = layer_rates(mean, "incremental", 10, protected={0, 9})
@@ -274,15 +274,15 @@ def test_gates_follow_from_seed_and_step_and_hold_for_every_steps(
     assert active[9]
 
 
-def test_neighbouring_steps_and_seeds_are_unrelated() -> None:
-    """Layers are dropped as often as their rates say, and whatever the step or seed before did."""
+def test_consecutive_steps_and_seeds_give_independent_gates() -> None:
+    """Layers are dropped at their rates, whatever was dropped for the previous step or seed."""
     rates = (0.1, 0.3, 0.5, 0.5, 0.7, 0.9)
     steps = [gates_of_step(step, rates, {"seed": 0}) for step in range(4000)]
     seeds = [gates_of_step(0, rates, {"seed": seed}) for seed in range(4000)]
     for draws in (steps, seeds):
         for layer, rate in enumerate(rates):
             pairs = [(then[layer], now[layer]) for then, now in pairwise(draws)]
-            # Every other pair, so that no draw counts twice: independent pairs, 3 degrees.
+            # Every other pair, so that pairs are independent: 3 degrees of freedom.
             pairs = pairs[::2]
             share = {True: 1 - rate, False: rate}
             statistic = 0.0
@@ -302,11 +302,11 @@ def depths(steps: int, **settings: Any) -> Iterator[int]:
 
 def test_a_schedule_changes_the_depth_of_steps() -> None:
     assert list(depths(10, schedule="recovery", schedule_part=0.3)) == [3] * 7 + [6] * 3
-    # Draws are made at the steps 0, 4 and 8, and the last of them alone lies in the last part.
+    # Gates are drawn at steps 0, 4 and 8; only step 8 is in the last part.
     held = list(depths(10, schedule="recovery", schedule_part=0.3, every=4))
     assert held == [3] * 8 + [6] * 2
     warming = list(depths(10, schedule="warm_up", schedule_part=0.8))
-    # 3 of 6 are dropped in the end: 3 x step / 8, or a whole neighbour of it.
+    # 3 of 6 layers are dropped in the end; before, 3 x step / 8, rounded up or down.
     assert all(abs(6 - depth - min(3.0, 3 * s / 8)) < 1 for s, depth in enumerate(warming))
     assert warming[0] == 6
     assert warming[8:] == [3, 3]
@@ -320,7 +320,7 @@ def test_steps_beyond_the_end_are_like_the_last() -> None:
 
 @pytest.mark.parametrize(("task_type", "trains_a_head"), [("SEQ_CLS", True), (None, False)])
 def test_something_trainable_always_runs(task_type: str | None, trains_a_head: bool) -> None:
-    """At rate .9 for six layers, coins drop all of them in half of the steps (.9^6 = .53)."""
+    """Bernoulli sampling at rate .9 drops all six layers in half of the steps (.9^6 = .53)."""
     model = lora_model(task_type=task_type)
     with layer_dropout(model, None, rates=[0.9] * 6, sampling="bernoulli") as dropout:
         fewest = LAYERS
@@ -356,12 +356,12 @@ def test_autocast_in_bf16(model: Any) -> None:
 
 
 OVERFLOW = 2.0**100
-"""A scale with which gradients in fp16 are infinite."""
+"""A loss scale with which fp16 gradients overflow."""
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_grad_scaler_skips_is_none(model: Any, fused: bool) -> None:
-    """Its layers run again, and nothing has moved; a fused optimizer is called all the same."""
+def test_a_step_that_the_grad_scaler_skips_is_not_counted(model: Any, fused: bool) -> None:
+    """The same layers run again and nothing is updated, with a fused optimizer as well."""
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=OVERFLOW, backoff_factor=2.0**-90)
@@ -383,14 +383,14 @@ def test_a_step_that_the_grad_scaler_skips_is_none(model: Any, fused: bool) -> N
             moved.append(tuple(not torch.equal(then[0], now[0]) for then, now in pairs))
             assert moved[-1] == ((False,) * LAYERS if len(steps) == 1 else active)
     assert steps == [0, 1, 2, 3]
-    # So the steps that were taken have the gates that they have without a scaler.
+    # The steps that were taken have the same gates as without a scaler.
     with layer_dropout(model, None, 0.5) as dropout:
         for step, expected in enumerate(moved[1:]):
             dropout.step = step
             assert dropout.active == expected
 
 
-def test_accelerate_s_optimizer_counts_real_steps(model: Any) -> None:
+def test_only_real_steps_of_accelerate_s_optimizer_are_counted(model: Any) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     prepared, optimizer = accelerator.prepare(model, adamw(model))
     with layer_dropout(model, optimizer, 0.5) as dropout:
@@ -404,7 +404,7 @@ def test_accelerate_s_optimizer_counts_real_steps(model: Any) -> None:
     assert steps == [0, 1, 1, 2, 2, 3]
 
 
-def test_both_stacks_of_an_encoder_decoder_are_dropped_from() -> None:
+def test_layers_of_encoder_and_decoder_are_dropped() -> None:
     config = AutoConfig.for_model(
         "t5",
         vocab_size=40,
@@ -456,7 +456,7 @@ def test_nothing_is_left_behind(model: Any) -> None:
         pass
 
 
-def test_gradients_of_zeros_at_a_dropped_layer_are_refused(model: Any) -> None:
+def test_zero_gradients_of_a_dropped_layer_are_refused(model: Any) -> None:
     optimizer = adamw(model)
     with layer_dropout(model, optimizer, 0.5) as dropout:
         ran = dropout.active
@@ -473,7 +473,7 @@ def test_gradients_of_zeros_at_a_dropped_layer_are_refused(model: Any) -> None:
         assert_same(before, adapters(model)[layer])
 
 
-def test_gradients_of_zeros_where_a_layer_ran_are_typical() -> None:
+def test_zero_gradients_of_a_layer_that_ran_are_accepted() -> None:
     """The first gradient of LoRA's A is zero, since B starts at zero."""
     model = get_peft_model(
         tiny_model(LAYERS, "llama"), LoraConfig(r=2, target_modules=["q_proj"])
@@ -485,8 +485,8 @@ def test_gradients_of_zeros_where_a_layer_ran_are_typical() -> None:
         assert dropout.step == 1
 
 
-class Stranger:
-    """Takes steps of its own."""
+class NotATorchOptimizer:
+    """Has a step method, but no step hooks."""
 
     def step(self) -> None:
         """Do nothing."""
@@ -495,25 +495,25 @@ class Stranger:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "either a mean rate or the rates"),
+        ({}, "needs either a mean rate or the rates"),
         ({"mean": 0.5, "rates": [0.5] * 6}, "either a mean rate or the rates"),
         ({"rates": [0.5] * 5}, "5 drop rates were given for 6 layers"),
         ({"mean": 0.7}, "the largest possible mean is 0.6666; lower the mean"),
         ({"mean": 0.5, "shape": "round"}, "unknown shape 'round'"),
         ({"mean": 0.5, "sampling": "sometimes"}, "unknown sampling 'sometimes'"),
         ({"mean": 0.5, "protect_last": 9}, "cannot protect 1 first and 9 last layers"),
-        ({"mean": 0.5, "every": 0}, "gates cannot hold for 0 steps; every must be 1 or more"),
+        ({"mean": 0.5, "every": 0}, "every is 0; it must be 1 or more steps"),
         ({"mean": 0.5, "schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"mean": 0.5, "schedule_part": 0}, "the part of the run that constant takes is 0"),
-        ({"mean": 0.5, "schedule": "recovery"}, "needs to know how long the run is; give total_s"),
-        ({"mean": 0.5, "schedule": "warm_up", "total_steps": 0}, "how long the run is"),
+        ({"mean": 0.5, "schedule": "recovery"}, "depends on the length of the run; set total_st"),
+        ({"mean": 0.5, "schedule": "warm_up", "total_steps": 0}, "the length of the run"),
         (
-            {"mean": 0.5, "optimizer": Stranger()},
-            "cannot see when Stranger takes a step; give None",
+            {"mean": 0.5, "optimizer": NotATorchOptimizer()},
+            "cannot count the steps of NotATorchOptimizer",
         ),
     ],
 )
-def test_what_cannot_be_is_refused(model: Any, settings: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_refused(model: Any, settings: dict[str, Any], message: str) -> None:
     given = {"optimizer": None, **settings}
     with pytest.raises(DroppeftError, match=re.escape(message)), layer_dropout(model, **given):
         pass
@@ -522,7 +522,7 @@ def test_what_cannot_be_is_refused(model: Any, settings: dict[str, Any], message
 
 def test_a_step_before_the_first_is_refused(model: Any) -> None:
     with layer_dropout(model, None, 0.5) as dropout:
-        with pytest.raises(DroppeftError, match="a run cannot be at step -1; the first step is 0"):
+        with pytest.raises(DroppeftError, match="the step is -1; it must be 0 or more"):
             dropout.step = -1
         assert dropout.step == 0
 
@@ -531,13 +531,13 @@ ONLY_TORCH = """
 import importlib.abc, sys
 from types import SimpleNamespace
 
-class Nothing(importlib.abc.MetaPathFinder):
+class BlockImports(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in {'transformers', 'peft', 'accelerate', 'datasets', 'trl',
                                   'tokenizers', 'safetensors', 'pydantic', 'flwr'}:
             raise ModuleNotFoundError(name)
 
-sys.meta_path.insert(0, Nothing())
+sys.meta_path.insert(0, BlockImports())
 import torch
 from torch import nn
 from droppeft.layer_dropout import layer_dropout
@@ -569,9 +569,9 @@ print(dropout.step, sum(dropout.executed))
 """
 
 
-def test_it_works_where_torch_alone_is_installed() -> None:
-    answer = subprocess.run(
+def test_it_works_if_only_torch_is_installed() -> None:
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ONLY_TORCH], capture_output=True, text=True
     )
-    assert answer.stderr == ""
-    assert answer.stdout.split() == ["10", "20"]
+    assert result.stderr == ""
+    assert result.stdout.split() == ["10", "20"]

@@ -1,0 +1,310 @@
+"""Layer dropout as a context manager, for any training loop.
+
+Source: drawing new gates for every mini-batch is from DropPEFT (arXiv:2503.10217). Drawing them
+once per optimizer step, also when gradients are accumulated over several forwards, is ours.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from droppeft.errors import DroppeftError
+from droppeft.layer_dropout.blocks import Gates, find_stacks, gated, untraced
+from droppeft.layer_dropout.gates import sample_active
+from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
+from droppeft.layer_dropout.schedules import check_schedule, scheduled_rates
+
+Blocks = Sequence[nn.Module]
+
+
+class GateOptions(TypedDict, total=False):
+    """Options of :func:`layer_dropout`, which documents each of them."""
+
+    rates: Sequence[float] | None
+    shape: str
+    sampling: str
+    protect_first: int
+    protect_last: int
+    every: int
+    schedule: str
+    schedule_part: float
+    total_steps: int | None
+    seed: int
+
+
+DEFAULTS = GateOptions(
+    rates=None,
+    shape="uniform",
+    sampling="exact",
+    protect_first=1,
+    protect_last=1,
+    every=1,
+    schedule="constant",
+    schedule_part=0.3,
+    total_steps=None,
+    seed=0,
+)
+"""Default values of the options of :func:`layer_dropout`."""
+
+
+def with_defaults(options: GateOptions) -> GateOptions:
+    """Return the options, with the default value of each one that is not given.
+
+    Raises:
+        TypeError: if an option does not exist.
+    """
+    for name in options.keys() - DEFAULTS.keys():
+        raise TypeError(f"layer_dropout() got an unexpected keyword argument {name!r}")
+    return {**DEFAULTS, **options}
+
+
+class DrawnGates:
+    """The state of layer dropout on a model, as :func:`layer_dropout` yields it."""
+
+    def __init__(
+        self, gates: Gates, draw: Callable[[int], tuple[bool, ...]], blocks: Blocks
+    ) -> None:
+        self._gates = gates
+        self._draw = draw
+        self._trained = [_trainable(block) for block in blocks]
+        self._open = list(gates.active)
+        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """Number of the current optimizer step, from 0. Assign it to resume a run.
+
+        It increases by 1 after each step of the optimizer that was passed to :func:`layer_dropout`,
+        except after a step that torch's ``GradScaler`` skips.
+        """
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if step < 0:
+            raise DroppeftError(f"the step is {step}; it must be 0 or more")
+        self._step = step
+        self._active = self._draw(step)
+        self._executed_before = self.executed
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """L gates; True for a layer that runs in the training forwards of this step."""
+        return self._active
+
+    @property
+    def executed(self) -> tuple[int, ...]:
+        """Number of forwards that each of the L blocks has run so far, including evaluation."""
+        return self._gates.executed
+
+    def _set_gate(self, layer: int, block: nn.Module, inputs: object) -> None:
+        """Open or close the gate of a block; called just before the block."""
+        # If several blocks are checkpointed together, the backward runs them a second time. Their
+        # gates must stay as they were in the forward, even if that had no gradients (as it has none
+        # with reentrant checkpointing).
+        if torch._C._current_graph_task_id() != -1:
+            return
+        trains = block.training and torch.is_grad_enabled()
+        self._open[layer] = self._active[layer] or not trains
+        self._gates.active = self._open
+
+    def _before_optimizer(self, *_: object) -> None:
+        """Refuse zero gradients: momentum and weight decay would change a dropped layer."""
+        counts = zip(self.executed, self._executed_before, strict=True)
+        for layer, (now, before) in enumerate(counts):
+            if now == before and any(map(_filled_with_zeros, self._trained[layer])):
+                raise DroppeftError(
+                    f"layer {layer} was dropped, but its gradients are zeros instead of None, so "
+                    "the optimizer would still change it; call zero_grad with set_to_none=True, "
+                    "torch's default"
+                )
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # To skip a step, torch's GradScaler does not call `step` at all, except for fused
+        # optimizers: it calls those and sets `found_inf`.
+        if not getattr(optimizer, "found_inf", False):
+            self.step += 1
+
+
+@contextmanager
+def layer_dropout(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    mean: float | None = None,
+    **options: Unpack[GateOptions],
+) -> Iterator[DrawnGates]:
+    """Drop transformer layers during training inside this context.
+
+    New gates are drawn for each optimizer step. All forwards between two optimizer steps run the
+    same layers: accumulating gradients equals a larger batch, and both forwards of a contrastive
+    loss use the same model. A layer that a step drops has no gradient (``None``), so the optimizer
+    neither updates nor decays it. Gradient checkpointing recomputes exactly the layers that ran. A
+    block in evaluation mode, or called without gradients (``no_grad``, ``inference_mode``,
+    ``generate``), always runs.
+
+    At least one layer with trainable parameters runs in every step, unless parameters outside the
+    blocks (such as a head) are trainable too. This is determined when the context is entered. The
+    gates depend only on ``seed`` and on the step, so all processes of a distributed run drop the
+    same layers.
+
+    A step that torch's ``GradScaler`` skips because fp16 gradients overflowed is not counted: the
+    next batch runs the same layers again. The steps that the optimizer takes therefore have the
+    requested drop rates, even if some layers overflow more often than others.
+
+    Args:
+        model: a transformers model, wrapped by peft or not; see :func:`find_stacks`. The layers of
+            an encoder-decoder model are numbered as one list of L layers, encoder first.
+        optimizer: the optimizer whose steps are counted; the wrapper that accelerate's ``prepare``
+            returns works as well. With ``None``, set ``step`` of the yielded object yourself,
+            before each step.
+        mean: mean drop rate over all L layers, distributed over depth by ``shape``; see
+            :func:`layer_rates`. The encoder and the decoder of an encoder-decoder model each have
+            this mean, this shape and these protected layers.
+        rates: drop rate of each of the L layers, instead of ``mean``, ``shape``, ``protect_first``
+            and ``protect_last``. Default: ``None``.
+        shape: distribution of the mean over depth, a key of :data:`SHAPES`. Default:
+            ``"uniform"``.
+        sampling: how gates are drawn from the rates, a key of :data:`SAMPLINGS`. Default:
+            ``"exact"``.
+        protect_first: number of layers nearest the input that are never dropped. Default: 1.
+        protect_last: number of layers nearest the output that are never dropped. Default: 1.
+        every: number of optimizer steps for which the same gates are used. Default: 1.
+        schedule: how the rates change over the run, a key of :data:`SCHEDULES`. Default:
+            ``"constant"``.
+        schedule_part: share of the run that the schedule takes, in (0, 1]; see
+            :func:`scheduled_rates`. Default: 0.3.
+        total_steps: number of optimizer steps of the whole run; required by every schedule except
+            ``"constant"``. Default: ``None``.
+        seed: seed of the gates; torch's random generators are not used. Default: 0.
+
+    Yields:
+        A :class:`DrawnGates`, with the current step and its gates.
+
+    Raises:
+        DroppeftError: if the blocks of the model are not known, the rates or the schedule are
+            impossible, or the optimizer does not call step hooks; inside the context, if a dropped
+            layer has gradients of zeros.
+        TypeError: if an option does not exist.
+    """
+    chosen = with_defaults(options)
+    stacks = find_stacks(model).values()
+    blocks = [block for stack in stacks for block in stack]
+    draw = partial(
+        gates_of_step,
+        rates=_rates(mean, chosen, [len(stack) for stack in stacks]),
+        options=chosen,
+        need_one_of=_needed(model, blocks),
+    )
+    with gated(blocks) as gates, ExitStack() as hooks:
+        dropout = DrawnGates(gates, draw, blocks)
+        for layer, block in enumerate(blocks):
+            set_gate = partial(untraced(dropout._set_gate), layer)
+            hooks.callback(block.register_forward_pre_hook(set_gate).remove)
+        if optimizer is not None:
+            inner = _hookable(optimizer)
+            before = inner.register_step_pre_hook(dropout._before_optimizer)
+            hooks.callback(before.remove)
+            hooks.callback(inner.register_step_post_hook(dropout._after_optimizer).remove)
+        yield dropout
+
+
+def gates_of_step(
+    step: int,
+    rates: Sequence[float],
+    options: GateOptions,
+    need_one_of: Sequence[int] = (),
+) -> tuple[bool, ...]:
+    """Draw the gates of a step. They depend only on the arguments.
+
+    Args:
+        step: number of the step, from 0. Steps after ``total_steps`` count as the end of the run.
+        rates: L drop rates, before the schedule is applied.
+        options: options of :func:`layer_dropout`. Only ``sampling``, ``every``, ``schedule``,
+            ``schedule_part``, ``total_steps`` and ``seed`` are used.
+        need_one_of: layers of which at least one must run; see :func:`sample_active`.
+
+    Returns:
+        L gates; True for a layer that runs.
+
+    Raises:
+        DroppeftError: if an option has an impossible value; see :func:`layer_dropout`.
+    """
+    chosen = with_defaults(options)
+    every, schedule, part = chosen["every"], chosen["schedule"], chosen["schedule_part"]
+    if every < 1:
+        raise DroppeftError(f"every is {every}; it must be 1 or more steps")
+    check_schedule(schedule, part)
+    draw = step // every
+    progress = _progress(draw * every, schedule, chosen["total_steps"])
+    now = scheduled_rates(rates, schedule, progress, part)
+    # Random hashes a string, so that consecutive steps and seeds give independent gates.
+    rng = random.Random(f"{chosen['seed']}|{draw}")
+    return sample_active(now, chosen["sampling"], rng, need_one_of=need_one_of)
+
+
+def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> tuple[float, ...]:
+    """Return the rate of every layer: as given, or the mean distributed over each stack."""
+    given = options["rates"]
+    if (mean is None) == (given is None):
+        raise DroppeftError(
+            "layer dropout needs either a mean rate or the rates of all layers, not both; give one"
+        )
+    if given is None:
+        ends = options["protect_first"], options["protect_last"]
+        given = _spread(mean or 0.0, options["shape"], depths, *ends)
+    return explicit_rates(given, sum(depths))
+
+
+def _spread(
+    mean: float, shape: str, depths: Sequence[int], protect_first: int, protect_last: int
+) -> list[float]:
+    """Distribute the mean over the layers of each stack separately."""
+    rates: list[float] = []
+    for depth in depths:
+        ends = protected_ends(depth, protect_first, protect_last)
+        rates += layer_rates(mean, shape, depth, protected=ends)
+    return rates
+
+
+def _progress(step: int, schedule: str, total_steps: int | None) -> float:
+    if schedule == "constant":
+        return 0.0
+    if total_steps is None or total_steps < 1:
+        raise DroppeftError(
+            f"the schedule {schedule} depends on the length of the run; set total_steps to the "
+            "number of optimizer steps, 1 or more"
+        )
+    return min(1.0, step / total_steps)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _filled_with_zeros(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not parameter.grad.any()
+
+
+def _needed(model: nn.Module, blocks: Blocks) -> tuple[int, ...]:
+    """Return the layers of which one must run; none if anything outside the blocks is trained."""
+    trained = [_trainable(block) for block in blocks]
+    inside = {parameter for parameters in trained for parameter in parameters}
+    if any(parameter not in inside for parameter in _trainable(model)):
+        return ()
+    return tuple(layer for layer, parameters in enumerate(trained) if parameters)
+
+
+def _hookable(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside accelerate's wrapper, which has no step hooks itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise DroppeftError(
+            f"layer dropout cannot count the steps of {type(optimizer).__name__}, which is not a "
+            "torch optimizer; pass None and set `step` of the yielded object before each step"
+        )
+    return inner
