@@ -98,7 +98,7 @@ layer. A mean gradient, or the values at the start, take as much memory as the a
 def sharing_page() -> str:
     """What is shared, by which criteria, and the measured cost of each."""
     rows = [
-        (f"`{name}`", one.summary, one.runs_model, one.reads or "–")
+        (f"`{name}`", one.summary, one.runs_model, one.needs or "–")
         for name, one in CRITERIA.items()
     ]
     return f"{NOTICE}\n\n{HEAD}\n{markdown_table(COLUMNS, rows)}{_costs()}"

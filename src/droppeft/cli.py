@@ -37,7 +37,7 @@ Overrides = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
 ]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accuracy only.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accuracies only.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
 
 
@@ -270,8 +270,9 @@ def estimate(
     following may have several values: model, adapter.type, training.batch_size,
     training.max_length, training.precision, training.checkpointing,
     training.offload, dropout.mean, frozen.layers (also half), quantization.
-    Some of them are varied when they are not given. Of the combinations that fit,
-    those with the fewest savings are shown. The exit code is 1 if nothing fits.
+    Those that save memory are varied when they are not given. Of the combinations
+    that fit, those that need the fewest memory-saving options are shown. The exit
+    code is 1 if nothing fits.
     """
     from rich.console import Console
 

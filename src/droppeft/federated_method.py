@@ -36,7 +36,7 @@ from droppeft.messages import (
     Update,
     flatten,
 )
-from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_examples
 from droppeft.sharing.server_optimizer import MOMENTS, step
 
 
@@ -87,7 +87,7 @@ def _accept(config: Config) -> None:
 
 
 def _global_model(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
-    return without_steps(full_instruction(setup, state, round, client))
+    return evaluation_only(full_instruction(setup, state, round, client))
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,11 @@ class Method:
         tables: names of the optional configuration tables that the method uses. A setting of
             another optional table is refused.
         init: returns the state before round 1. The configuration has passed :attr:`check`. If the
-            model's number of layers makes the run impossible, ``init`` must raise what
-            :attr:`instruct` would raise, so that nothing is written for a run that cannot start.
+            model's number of layers makes the run impossible, ``init`` itself must raise, so that
+            nothing is written for a run that cannot start.
         instruct: returns one instruction per client of the cohort, in the cohort's order. It
-            depends on its arguments alone, and only its instructions carry what it decided.
+            depends on its arguments alone (except for nonces), and only its instructions carry
+            what it decided.
         merge: returns the state after a round. The replies are in the order of the instructions.
             A refused Update is a Failure there, and all replies may be Failures.
         check: raises a DroppeftError for a configuration that the method cannot run with any
@@ -162,7 +163,7 @@ def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> Ada
     )
 
 
-def in_round(setup: Setup, round: int, rates: Sequence[float]) -> tuple[float, ...]:
+def scheduled_in_round(setup: Setup, round: int, rates: Sequence[float]) -> tuple[float, ...]:
     """Return the drop rates of a round, following the schedule of the run."""
     dropout, progress = setup.config.dropout, (round - 1) / setup.config.rounds
     return scheduled_rates(rates, dropout.schedule, progress, dropout.schedule_part)
@@ -231,7 +232,7 @@ def state_cache(config: Config) -> StateCache | None:
     return StateCache(config.frozen.precision, int(config.frozen.limit_mb * 1e6))
 
 
-def for_each(
+def per_client(
     for_client: ForClient,
 ) -> Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]:
     """Return an :attr:`Method.instruct` that writes each client's instruction independently."""
@@ -248,12 +249,12 @@ def evaluating(for_client: ForClient) -> ForClient:
     """Return an :attr:`Method.evaluate_client` for the model that ``for_client`` would train."""
 
     def evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
-        return without_steps(for_client(setup, state, round, client))
+        return evaluation_only(for_client(setup, state, round, client))
 
     return evaluate_client
 
 
-def without_steps(instruction: Instruction) -> Instruction:
+def evaluation_only(instruction: Instruction) -> Instruction:
     """Return an instruction that evaluates the same model; nothing is trained, sent or saved."""
     return replace(
         instruction,
@@ -261,7 +262,7 @@ def without_steps(instruction: Instruction) -> Instruction:
         share=frozenset(),
         sharing=None,
         personal_adapter=None,
-        measure=True,
+        evaluate_only=True,
     )
 
 
@@ -274,12 +275,12 @@ def average_by_examples(
     tensors move towards this mean by the optimiser's rule.
     """
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    return with_mean(
-        setup, state, updates, average_over_holders(state.model.tensors, updates, by_examples)
+    return apply_mean(
+        setup, state, updates, average_over_senders(state.model.tensors, updates, by_examples)
     )
 
 
-def with_mean(
+def apply_mean(
     setup: Setup, state: ServerState, updates: Sequence[Update], mean: Tensors
 ) -> ServerState:
     """Return the state after a round, given its updates and the mean of each tensor."""

@@ -1,8 +1,8 @@
 """The messages of a round: the server's instruction to one client, and the client's reply.
 
 In every round the server sends an :class:`Instruction` to each client of the cohort. The client
-replies with an :class:`Update` if it trained, with a :class:`Measurement` if it only evaluated its
-model, or with a :class:`Failure`. What a method carries from one round to the next is a
+replies with an :class:`Update` if it trained, with a :class:`EvaluationReply` if it only evaluated
+its model, or with a :class:`Failure`. What a method carries from one round to the next is a
 :class:`ServerState`.
 
 All messages are frozen dataclasses of numbers, strings and numpy arrays, so this module needs
@@ -256,8 +256,8 @@ class Instruction:
         run: name of the run; part of the path of the client's saved state.
         state_round: the round in which the client saved the tensors that it needs and that
             ``tensors`` lacks, or its personal adapter; ``None`` if it needs no saved tensors.
-        measure: whether the client only evaluates its model on its test rows. It then replies
-            with a :class:`Measurement` and saves no tensors.
+        evaluate_only: whether the client only evaluates its model on its test rows. It then replies
+            with a :class:`EvaluationReply` and saves no tensors.
         untrained: number of first layers that run but are not trained.
         sharing: how the client chooses the layers that it shares; ``None`` if :attr:`share` alone
             decides.
@@ -286,7 +286,7 @@ class Instruction:
     frozen: int = 0
     run: str = ""
     state_round: int | None = None
-    measure: bool = False
+    evaluate_only: bool = False
     untrained: int = 0
     sharing: SharingRule | None = None
     cache: StateCache | None = None
@@ -388,7 +388,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EvaluationReply:
     """Quality of a client's model on the client's test rows.
 
     Attributes:
@@ -425,7 +425,7 @@ class Failure:
     lost: bool = False
 
 
-Reply = Update | Measurement | Failure
+Reply = Update | EvaluationReply | Failure
 """What the server receives for an instruction."""
 
 

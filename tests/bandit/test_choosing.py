@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.bandit.choosing import choose_together
-from droppeft.bandit.learning import LEAST
+from droppeft.bandit.learning import MIN_REWARD
 from droppeft.bandit.policies import FORCED, ScoredArms
 from droppeft.errors import DroppeftError
 
@@ -70,7 +70,7 @@ def test_without_positive_scores_the_fastest_arm_is_taken() -> None:
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10_000))
 def test_the_choice_is_the_best_of_all_choices(clients: int, arms: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    scores = np.maximum(rng.normal(0.5, 0.5, (clients, arms)), LEAST)
+    scores = np.maximum(rng.normal(0.5, 0.5, (clients, arms)), MIN_REWARD)
     seconds = rng.uniform(0.5, 5, (clients, arms))
     fits = rng.random((clients, arms)) < 0.8
     fits[:, 0] |= ~fits.any(axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from droppeft.bandit.learning import FREE, PRIOR, ROUNDS, Observation, estimate
+from droppeft.bandit.learning import LEVEL_SD, PRIOR, ROUND_SD, Observation, estimate
 
 
 def test_without_observations_the_prior_remains() -> None:
@@ -26,10 +26,10 @@ def test_the_posterior_is_that_of_jointly_normal_rewards() -> None:
     ]
     known = estimate(observations, [0, 1, 2], last=3, window=5)
     scaled = rewards / np.sqrt(np.mean(rewards**2))
-    by_round = ROUNDS**2 * (rounds[:, None] == rounds)
+    by_round = ROUND_SD**2 * (rounds[:, None] == rounds)
     by_arm = PRIOR**2 * (arms[:, None] == arms)
     noise = known.noise**2 * np.eye(6)
-    inverse = np.linalg.inv(FREE**2 + by_round + by_arm + noise)
+    inverse = np.linalg.inv(LEVEL_SD**2 + by_round + by_arm + noise)
     shared = PRIOR**2 * (np.arange(3)[:, None] == arms)
     value = shared @ inverse @ scaled
     differences = np.eye(3) - 1 / 3

@@ -501,7 +501,7 @@ def test_after_a_damaged_file_a_client_fails_once_and_gets_the_global_layers(
     overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damages = interfering(
-        lambda instruction: instruction.round == 3 and not instruction.measure,
+        lambda instruction: instruction.round == 3 and not instruction.evaluate_only,
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
     )
     config = load_config(None, [*overrides, "clients=2"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from droppeft.adapters.by_layer import get_tensors, set_tensors
-from droppeft.client.client import rehearse
+from droppeft.client.client import try_one_step
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
@@ -120,7 +120,7 @@ def test_a_rehearsal_changes_no_value(
     }
     set_tensors(client_model.parameters, values)
     state = torch.get_rng_state()
-    rehearse(client_model, prepared.test, local_training(prepared.config), spec)
+    try_one_step(client_model, prepared.test, local_training(prepared.config), spec)
     for (_, name, one), (_, _, other) in zip(
         flatten(values), flatten(get_tensors(client_model.parameters)), strict=True
     ):

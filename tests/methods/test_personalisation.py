@@ -11,7 +11,7 @@ import pytest
 from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import HEAD, Instruction, Measurement, flatten
+from droppeft.messages import HEAD, EvaluationReply, Instruction, flatten
 from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
@@ -131,7 +131,7 @@ def test_fedsa_sends_a_and_saves_b(prepare_with: Callable[..., Prepared]) -> Non
     evaluation = prepared.method.evaluate_client(prepared.setup, state, 2, 1)
     measured = clients[1].run(evaluation)
     fresh = prepared.method.evaluate_client(prepared.setup, state, 2, 0)
-    assert isinstance(measured, Measurement)
+    assert isinstance(measured, EvaluationReply)
     assert {name for _, name, _ in flatten(fresh.tensors)} == sent | saved
     assert HEAD in evaluation.tensors
 

@@ -75,13 +75,13 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     assert "4, 2 per round, 3 rounds" in text
     assert "jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
     [head] = [line for line in text.splitlines() if line.endswith("here    modelled")]
-    assert head.split() == ["accuracy", "train", "loss", "depth", "here", "modelled"]
+    assert head.split() == ["accuracy", "train", "loss", "depth", "measured", "modelled"]
     for row in rows:
         line = line_with(text, f"round {row.round}")
         assert f"round {row.round}  {row.global_accuracy:.3f} ━".replace("0.", ".") in line
         seconds = [f"{value:.1f} s" for value in (row.host_wall_s, row.round_modelled_s)]
         for column, value in zip(
-            ("loss", "depth", "here", "modelled"),
+            ("loss", "depth", "measured", "modelled"),
             (f"{row.train_loss:.3f}", "3.00/4", *seconds),
             strict=True,
         ):
@@ -98,7 +98,7 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
 def test_over_selection_and_a_missing_clock_are_in_the_header(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
-    text = shown({**result, "drawn_size": 3, "without_clock": "it cannot be counted"}, rows)
+    text = shown({**result, "drawn_size": 3, "no_clock_reason": "it cannot be counted"}, rows)
     assert "4, 2 per round (the first of 3), 3 rounds" in text
     assert "profiles    it cannot be counted" in text
     assert "jetson" not in text
@@ -115,7 +115,7 @@ def test_a_target_that_was_reached(result: dict[str, Any], rows: list[RoundRow])
     text = shown({**result, **reached, "time_to_target_modelled_s": 7.25}, rows)
     line = line_with(text, "target .850")
     assert "1 min 23 s" in line
-    assert "round 2; clients side by side" in line
+    assert "round 2; as if clients ran in parallel" in line
     assert "7.2 s" in line_with(text, "7.2 s   on their profiles")
 
 

@@ -15,12 +15,13 @@ from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import without_steps
-from droppeft.messages import Failure, Instruction, Measurement, Update, flatten, layer_key
+from droppeft.federated_method import evaluation_only
+from droppeft.messages import EvaluationReply, Failure, Instruction, Update, flatten, layer_key
+from droppeft.report.screen import accuracy_line
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import (
     ClientEvaluation,
-    measure_clients,
+    evaluate_clients,
     summarise_clients,
 )
 from droppeft.server.prepare import Prepared
@@ -136,21 +137,21 @@ def test_a_client_that_shares_all_saves_nothing(
 def test_a_measurement_is_of_the_model_on_the_client_s_own_test_rows(
     clients: Clients, first: Instruction, state: Path
 ) -> None:
-    reply = ask(clients, without_steps(first))
+    reply = ask(clients, evaluation_only(first))
     rows = clients[1].rows.test
     set_tensors(clients[0].model.parameters, first.tensors)
     expected = evaluate(
         clients[0].model.model, clients[0].table, rows, clients[0].model.task, 64, "fp32"
     )
-    assert reply == Measurement(1, 1, first.nonce, len(rows), expected.accuracy, expected.loss)
+    assert reply == EvaluationReply(1, 1, first.nonce, len(rows), expected.accuracy, expected.loss)
     assert not state.exists()
 
 
 def test_a_measurement_uses_the_saved_tensors(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     before = saved_files(1)
-    personal = ask(clients, without_steps(next_instruction(first, round=2, saved=1)))
-    plain = ask(clients, without_steps(replace(first, round=2)))
+    personal = ask(clients, evaluation_only(next_instruction(first, round=2, saved=1)))
+    plain = ask(clients, evaluation_only(replace(first, round=2)))
     assert personal.loss != plain.loss
     assert saved_files(1) == before
 
@@ -161,7 +162,7 @@ def saved_files(client: int) -> dict[str, bytes]:
 
 def measurements(instruction: Instruction) -> list[Any]:
     """Most clients send something that must be refused; client 4 does not reply."""
-    good = Measurement(instruction.round, instruction.client, instruction.nonce, 8, 0.5, 1.0)
+    good = EvaluationReply(instruction.round, instruction.client, instruction.nonce, 8, 0.5, 1.0)
     bad = {
         1: replace(good, nonce="another"),
         2: replace(good, accuracy=1.5),
@@ -177,14 +178,14 @@ def measurements(instruction: Instruction) -> list[Any]:
 def test_wrong_replies_are_refused(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("clients=10")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
-    evaluation = measure_clients(setup, method, transport, prepared.state, 4, {})
+    evaluation = evaluate_clients(setup, method, transport, prepared.state, 4, {})
     assert [each.client for each in evaluation.measurements] == [0, 9]
     assert {failure.client: failure.reason for failure in evaluation.failures} == {
         1: "refused: does not carry this instruction's nonce",
         2: "refused: its measurement has impossible values",
         3: "asleep",
         4: "sent no reply",
-        5: "refused: sent an update in place of a measurement",
+        5: "refused: sent an update in place of an evaluation",
         6: "refused: its measurement has impossible values",
         7: "refused: its measurement has impossible values",
         8: "refused: replies to round 1, client 8",
@@ -202,7 +203,7 @@ def test_no_more_clients_are_asked_at_once_than_in_a_round(
             asked.append(len(instructions))
             yield from super().exchange(instructions)
 
-    evaluation = measure_clients(
+    evaluation = evaluate_clients(
         prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
     )
     assert asked == [3, 3, 1, 1]  # client 3 has lost its state and is asked a second time
@@ -215,7 +216,7 @@ def test_a_client_that_lost_its_state_is_measured_with_the_model_it_would_start_
     """With the method `local` that is the initial model; no client is left out of the mean."""
 
     forgetful = interfering(
-        lambda instruction: instruction.measure and instruction.client != 1, Path.unlink
+        lambda instruction: instruction.evaluate_only and instruction.client != 1, Path.unlink
     )
     start, config = Recorder(), load_config(None, words)
     result = start_run(config, tmp_path / "run", start, forgetful)
@@ -237,7 +238,7 @@ def test_a_client_that_lost_its_state_is_measured_with_the_model_it_would_start_
 def test_every_client_has_the_same_weight() -> None:
     accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
     evaluation = ClientEvaluation(
-        tuple(Measurement(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
+        tuple(EvaluationReply(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
     )
     sums = summarise_clients(evaluation, {0: 2, 10: 1})
     assert sums["personalised_accuracy"] == pytest.approx(5.4 / 11)
@@ -358,7 +359,7 @@ def test_a_client_that_lost_its_state_starts_again(
     """One participation is lost; the next instruction brings all tensors."""
 
     forgetful = interfering(
-        lambda instruction: instruction.round == 3 and not instruction.measure, Path.unlink
+        lambda instruction: instruction.round == 3 and not instruction.evaluate_only, Path.unlink
     )
     config = load_config(None, [*words, "clients=2", "rounds=5"])
     start_run(config, tmp_path / "run", Recorder(), forgetful)
@@ -408,7 +409,9 @@ def test_the_evaluation_of_clients_can_be_left_out(
     config = load_config(None, [*tiny_overrides, "evaluation.personalised=false", "rounds=1"])
     start_run(config, tmp_path / "run", Recorder())
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert not any(name.startswith("personalised") for name in result)
+    assert result["personalised_accuracy"] is None
+    assert (result["personalised_clients"], result["personalised"]) == (0, [])
+    assert accuracy_line(result) == f"accuracy {result['global_accuracy']:.4f}"
 
 
 def test_a_measurement_in_place_of_an_update_is_refused(
@@ -419,12 +422,12 @@ def test_a_measurement_in_place_of_an_update_is_refused(
             for index, instruction in enumerate(instructions):
                 yield Arrival(
                     index,
-                    Measurement(
+                    EvaluationReply(
                         instruction.round, instruction.client, instruction.nonce, 1, 1.0, 0.1
                     ),
                 )
 
-    with pytest.raises(DroppeftError, match="refused: sent a measurement in place of an update"):
+    with pytest.raises(DroppeftError, match="refused: sent an evaluation in place of an update"):
         start_run(
             load_config(None, tiny_overrides),
             tmp_path / "run",

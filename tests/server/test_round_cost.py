@@ -397,7 +397,7 @@ def test_a_model_that_cannot_be_counted_is_trained_without_a_clock(
 ) -> None:
     out = tmp_path / "run"
     result = start_run(load_config(None, [*tiny_overrides, "rounds=1"]), out, Recorder())
-    assert result["without_clock"] == "the costs of this model cannot be counted"
+    assert result["no_clock_reason"] == "the costs of this model cannot be counted"
     assert (result["round_modelled_s"], result["energy_modelled_j"]) == (None, None)
     [row] = rows_of(out / "rounds.jsonl")
     assert (row["accepted"], row["round_modelled_s"]) == (2, None)

@@ -12,7 +12,7 @@ from droppeft.messages import HEAD, Array, LayerKey, MeasuredCost, Tensors, Upda
 from droppeft.sharing.aggregation import (
     Weight,
     average_over_everyone,
-    average_over_holders,
+    average_over_senders,
     by_active_steps,
     by_examples,
 )
@@ -69,7 +69,7 @@ def test_every_tensor_is_the_weighted_mean_over_its_holders(
     updates = [update(client, only(filled(values), names)) for client, names in enumerate(coverage)]
     weight = st.integers(0, 3) | st.floats(0.0, 1e3, allow_subnormal=False)
     weights = [data.draw(weight) for _ in updates]
-    merged = average_over_holders(current, updates, of(weights))
+    merged = average_over_senders(current, updates, of(weights))
     assert bits(merged).keys() == bits(current).keys()
     for key, name in NAMES:
         holders = [
@@ -99,8 +99,8 @@ def test_the_result_does_not_depend_on_the_order_of_arrival(
     arrived = list(updates)
     shuffle.shuffle(arrived)
     in_instruction_order = sorted(arrived, key=lambda each: each.client)
-    first = average_over_holders(current, updates, of(weights))
-    second = average_over_holders(current, in_instruction_order, of(weights))
+    first = average_over_senders(current, updates, of(weights))
+    second = average_over_senders(current, in_instruction_order, of(weights))
     assert bits(first) == bits(second)
 
 
@@ -111,13 +111,13 @@ def test_sums_run_in_double_precision() -> None:
         update(client, {0: {"x": np.array([value], dtype=np.float32)}})
         for client, value in enumerate((1e8, 1.0, 1.0, -1e8))
     ]
-    assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [0.5]
+    assert average_over_senders(current, updates, by_examples)[0]["x"].tolist() == [0.5]
 
 
 def test_one_client_with_one_layer_changes_that_layer_alone() -> None:
     values = np.random.default_rng(0)
     current, trained = filled(values), filled(values)
-    merged = average_over_holders(current, [update(3, {1: trained[1]})], by_examples)
+    merged = average_over_senders(current, [update(3, {1: trained[1]})], by_examples)
     expected = {**current, 1: trained[1]}
     assert bits(merged) == bits(expected)
 
@@ -127,10 +127,10 @@ def test_tensors_that_no_client_shared_keep_their_bits() -> None:
     odd = np.array([0x80000000, 0x7FC12345], dtype=np.uint32).view(np.float32)
     current: Tensors = {0: {"x": odd}, 1: {"y": np.ones(2, dtype=np.float32)}}
     shared: Tensors = {1: {"y": np.zeros(2, dtype=np.float32)}}
-    merged = average_over_holders(current, [update(0, shared)], by_examples)
+    merged = average_over_senders(current, [update(0, shared)], by_examples)
     assert merged[0]["x"].tobytes() == odd.tobytes()
     assert merged[1]["y"].tolist() == [0.0, 0.0]
-    assert bits(average_over_holders(current, [], by_examples)) == bits(current)
+    assert bits(average_over_senders(current, [], by_examples)) == bits(current)
 
 
 def test_an_update_with_weight_0_does_not_count() -> None:
@@ -138,17 +138,17 @@ def test_an_update_with_weight_0_does_not_count() -> None:
     # Otherwise 0 · inf would make the sum NaN.
     without_weight = update(0, {0: {"x": np.array([np.inf], dtype=np.float32)}})
     with_weight = update(1, {0: {"x": np.array([3.0], dtype=np.float32)}})
-    assert average_over_holders(current, [without_weight, with_weight], of([0, 5]))[0][
+    assert average_over_senders(current, [without_weight, with_weight], of([0, 5]))[0][
         "x"
     ].tolist() == [3.0]
-    assert average_over_holders(current, [without_weight], of([0]))[0]["x"].tolist() == [7.0]
+    assert average_over_senders(current, [without_weight], of([0]))[0]["x"].tolist() == [7.0]
 
 
 def test_the_inputs_are_not_changed() -> None:
     values = np.random.default_rng(0)
     current, first, second = filled(values), filled(values), filled(values)
     before = bits(current), bits(first), bits(second)
-    average_over_holders(current, [update(0, first), update(1, second)], of([1, 3]))
+    average_over_senders(current, [update(0, first), update(1, second)], of([1, 3]))
     assert (bits(current), bits(first), bits(second)) == before
 
 
@@ -160,9 +160,9 @@ def test_a_layer_is_weighted_by_its_active_steps() -> None:
         array = np.full(1, value, np.float32)
         made = update(client, {0: {"x": array}, HEAD: {"w": array}})
         updates.append(replace(made, examples=2, steps=3, active_steps=(steps, 0)))
-    merged = average_over_holders(current, updates, by_active_steps)
+    merged = average_over_senders(current, updates, by_active_steps)
     assert (merged[0]["x"].tolist(), merged[HEAD]["w"].tolist()) == ([3.0], [2.0])
-    assert average_over_holders(current, updates, by_examples)[0]["x"].tolist() == [2.0]
+    assert average_over_senders(current, updates, by_examples)[0]["x"].tolist() == [2.0]
 
 
 def test_over_everyone_a_missing_tensor_counts_as_the_server_s_value() -> None:
@@ -172,5 +172,5 @@ def test_over_everyone_a_missing_tensor_counts_as_the_server_s_value() -> None:
     # (1 · 5 + 3 · 1) / 4 = 2; no client sent the other
     assert (float(merged[0]["w"][0]), float(merged[1]["v"][0])) == (2.0, 2.0)
     whole = [update(0, {0: {"w": np.float32([5.0])}, 1: {"v": np.float32([6.0])}})]
-    same = (one(current, whole, of([1.0])) for one in (average_over_everyone, average_over_holders))
+    same = (one(current, whole, of([1.0])) for one in (average_over_everyone, average_over_senders))
     assert bits(next(same)) == bits(next(same))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from droppeft.messages import HEAD, MeasuredCost, Tensors, Update
-from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_examples
 from droppeft.sharing.factors import average_products
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
@@ -51,7 +51,7 @@ def test_the_product_is_the_nearest_of_its_rank_to_the_mean_product(
     merged = product(average_products(current, updates, by_examples))
     u, sizes, v = np.linalg.svd(mean)
     np.testing.assert_allclose(merged, (u[:, :RANK] * sizes[:RANK]) @ v[:RANK], atol=1e-4)
-    separate = product(average_over_holders(current, updates, by_examples))
+    separate = product(average_over_senders(current, updates, by_examples))
     assert np.linalg.norm(merged - mean) < np.linalg.norm(separate - mean)
 
 

@@ -13,7 +13,7 @@ from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import Setup, in_round
+from droppeft.federated_method import Setup, scheduled_in_round
 from droppeft.messages import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
@@ -33,12 +33,12 @@ def rates_of_arm(
     setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
 ) -> tuple[float, ...]:
     """Drop rate of each layer for an arm in a round, after the schedule."""
-    return in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
+    return scheduled_in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
 
 
 def arms_differ(setup: Setup, round: int) -> bool:
     """Whether arms drop different layers in a round; not where the schedule sets all rates to 0."""
-    return any(in_round(setup, round, (1.0,)))
+    return any(scheduled_in_round(setup, round, (1.0,)))
 
 
 def clock_of(setup: Setup) -> Clock:

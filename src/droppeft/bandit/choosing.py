@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.bandit.learning import LEAST
+from droppeft.bandit.learning import MIN_REWARD
 from droppeft.bandit.policies import FORCED, ScoredArms
 from droppeft.errors import DroppeftError
 
@@ -39,7 +39,7 @@ def choose_together(
         return tuple(int(arm) for arm in best_arm)
     free = ~forced
     rewards, times = _floored(scores[free], fits[free]), np.where(fits[free], seconds[free], np.inf)
-    forced_reward = float(np.maximum(scored.expected[best_arm[forced]], LEAST).sum())
+    forced_reward = float(np.maximum(scored.expected[best_arm[forced]], MIN_REWARD).sum())
     forced_time = max(seconds[forced, best_arm[forced]], default=0.0)
     soonest = max(forced_time, float(times.min(axis=1).max()))
     best, chosen = -np.inf, best_arm
@@ -64,4 +64,4 @@ def _allowed(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
 
 
 def _floored(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
-    return np.where(fits, np.maximum(scores, LEAST), -np.inf)
+    return np.where(fits, np.maximum(scores, MIN_REWARD), -np.inf)

@@ -19,21 +19,21 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-PRIOR, ROUNDS = 1.0, 0.5
+PRIOR, ROUND_SD = 1.0, 0.5
 """Prior standard deviations of an arm's value and of a round's effect, in units of the typical
 reward."""
 
-FREE = 1e3
+LEVEL_SD = 1e3
 """Prior standard deviation of the level."""
 
-BELIEF = 4
+NOISE_PRIOR_COUNT = 4
 """Weight, in observations, of the prior that the noise is as large as the typical reward."""
 
 FARTHEST = 5.0
 """Rewards are clipped to this multiple of their median size, which limits the effect of one
 client."""
 
-LEAST = 0.02
+MIN_REWARD = 0.02
 """The smallest reward that an arm counts with, as a part of the typical reward. If no arm has a
 larger one, the fastest arm is the best."""
 
@@ -105,7 +105,7 @@ def estimate(
     rounds = sorted({each.round for each in recent})
     round_ = _indicators([each.round for each in recent], rounds)
     design = np.hstack([np.ones((len(recent), 1)), round_, arm])
-    prior = np.array([FREE, *(ROUNDS for _ in rounds), *(PRIOR for _ in known)])
+    prior = np.array([LEVEL_SD, *(ROUND_SD for _ in rounds), *(PRIOR for _ in known)])
     mean, covariance, noise = _posterior(design, rewards, prior)
     first_arm = 1 + len(rounds)
     chosen = [first_arm + known.index(number) for number in arms]
@@ -139,10 +139,15 @@ def _posterior(design: Vector, rewards: Vector, prior: Vector) -> tuple[Vector, 
         mean = covariance @ (design.T @ rewards) / noise**2
         explained = float(np.trace(covariance @ inner)) / noise**2
         residual = float(np.sum((rewards - design @ mean) ** 2))
-        noise = float(np.sqrt((residual + BELIEF) / (max(0.0, len(rewards) - explained) + BELIEF)))
+        noise = float(
+            np.sqrt(
+                (residual + NOISE_PRIOR_COUNT)
+                / (max(0.0, len(rewards) - explained) + NOISE_PRIOR_COUNT)
+            )
+        )
     return mean, covariance, noise
 
 
 def per_second(quality: Vector, seconds: Vector) -> Vector:
-    """Reward per second, where a reward counts as at least :data:`LEAST`."""
-    return np.maximum(quality, LEAST) / seconds
+    """Reward per second, where a reward counts as at least :data:`MIN_REWARD`."""
+    return np.maximum(quality, MIN_REWARD) / seconds

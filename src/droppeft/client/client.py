@@ -13,7 +13,7 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
 from droppeft.client.layer_scoring import LayerChoice, score_layers
-from droppeft.client.local_training import reads, train_locally
+from droppeft.client.local_training import criterion_needs, train_locally
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
@@ -21,12 +21,12 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
     CachedLayersCost,
+    EvaluationReply,
     Failure,
     Instruction,
     LayerKey,
     LocalTraining,
     MeasuredCost,
-    Measurement,
     Objective,
     Reply,
     Tensors,
@@ -55,7 +55,7 @@ class Client:
     rows: ClientRows
 
     def run(self, instruction: Instruction) -> Reply:
-        """Run an instruction: train, or only evaluate if ``instruction.measure`` is set.
+        """Run an instruction: train, or only evaluate if ``instruction.evaluate_only`` is set.
 
         Returns:
             An update or a measurement, or a failure if this client has lost its saved state.
@@ -65,11 +65,13 @@ class Client:
                 cannot be saved.
         """
         try:
-            return self.measure(instruction) if instruction.measure else self.train(instruction)
+            return (
+                self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
+            )
         except StateLost as error:
             return Failure(instruction.client, str(error), lost=True)
 
-    def measure(self, instruction: Instruction) -> Measurement:
+    def measure(self, instruction: Instruction) -> EvaluationReply:
         """Evaluate this client's model on its test rows, with all layers.
 
         If the instruction's budget has epochs, the model is first trained on this client's rows
@@ -85,7 +87,7 @@ class Client:
             if instruction.budget.epochs:
                 train_locally(self.model, parameters, self.table, self.rows, instruction)
             quality = self._evaluate(self.rows.test, instruction.training)
-        return Measurement(
+        return EvaluationReply(
             instruction.round,
             instruction.client,
             instruction.nonce,
@@ -110,7 +112,9 @@ class Client:
             return self._evaluate(self.rows.validation[:count], instruction.training)
 
         with base_delta_applied(self.model.model, instruction.base_delta):
-            start_values = get_tensors(parameters) if reads(instruction) == "start" else {}
+            start_values = (
+                get_tensors(parameters) if criterion_needs(instruction) == "start values" else {}
+            )
             before = measure(instruction.reward_rows) if instruction.reward_rows else None
             outcome, cached = train_locally(
                 self.model, parameters, self.table, self.rows, instruction
@@ -231,7 +235,7 @@ class Client:
         )
 
 
-def rehearse(
+def try_one_step(
     model: ClientModel, table: TokenTable, settings: LocalTraining, spec: AdapterSpec
 ) -> None:
     """Try one training step with learning rate 0, to find out early whether the settings work.

@@ -27,9 +27,9 @@ Gates = tuple[bool, ...]
 """Which layers run in a step."""
 
 
-def reads(instruction: Instruction) -> str:
-    """Return what the sharing criterion needs besides gradient norms (:attr:`Criterion.reads`)."""
-    return "" if instruction.sharing is None else CRITERIA[instruction.sharing.criterion].reads
+def criterion_needs(instruction: Instruction) -> str:
+    """Return what the sharing criterion needs besides gradient norms (:attr:`Criterion.needs`)."""
+    return "" if instruction.sharing is None else CRITERIA[instruction.sharing.criterion].needs
 
 
 def train_locally(
@@ -82,7 +82,7 @@ def train_locally(
             instruction.training,
             instruction.objective,
             cached,
-            with_mean_gradient=reads(instruction) == "mean gradient",
+            with_mean_gradient=criterion_needs(instruction) == "mean gradient",
             anchors=anchors,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + loading_s)
@@ -115,7 +115,7 @@ def _rate_factor(instruction: Instruction, progress: float) -> float:
 
     An evaluation is not a round of the run, so in its training the rates fall from the peak to 0.
     """
-    if instruction.measure:
+    if instruction.evaluate_only:
         return 1.0 - progress
     return rate_factor(
         instruction.training, (instruction.round - 1 + progress) / instruction.training.rounds

@@ -22,7 +22,7 @@ from droppeft.config import (
     read_toml,
     resolve,
 )
-from droppeft.config.schema import RIVALS
+from droppeft.config.schema import EXCLUSIVE
 from droppeft.config.table import Real, Table, TextList, Whole
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
@@ -278,7 +278,7 @@ def _override(settings: Sequence[str], stronger: Sequence[str]) -> list[str]:
 
 def _rivals(keys: Collection[str]) -> set[str]:
     """Settings that are mutually exclusive with one of these, these included."""
-    groups = [{f"{table}.{key}" for key in names} for table, names in RIVALS.items()]
+    groups = [{f"{table}.{key}" for key in names} for table, names in EXCLUSIVE.items()]
     return {rival for group in groups if group & set(keys) for rival in group}
 
 

@@ -99,7 +99,7 @@ class ClockConfig(Table):
     over_selection: Real = Field(
         1.0,
         ge=1,
-        description="`cohort_size` times this many clients are drawn per round; the updates of the "
+        description="factor: this times `cohort_size` clients are drawn per round; updates of the "
         "first `cohort_size` by modelled time are merged",
     )
 

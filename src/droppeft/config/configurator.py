@@ -6,7 +6,7 @@ from pydantic import Field
 
 from droppeft.config.table import Real, Table, Whole
 
-Share = Annotated[Real, Field(ge=0, lt=1)]
+Fraction = Annotated[Real, Field(ge=0, lt=1)]
 Shape = Literal["uniform", "incremental", "decay", "normal", "importance"]
 
 
@@ -26,7 +26,7 @@ class ConfiguratorConfig(Table):
         "budgeted_thompson",
         "successive_halving",
     ] = Field("fixed", description="how arms are chosen; `fixed`: no arms, the rates of `dropout`")
-    means: tuple[Share, ...] = Field(
+    means: tuple[Fraction, ...] = Field(
         (0.0, 0.25, 0.5),
         min_length=1,
         description="drop rates of the arms, mean over the trained layers; rates that protected "
@@ -38,10 +38,10 @@ class ConfiguratorConfig(Table):
         description="how the arms' rates vary with depth; `importance`: layers with smaller "
         "gradient norms in the run are dropped more often",
     )
-    untrained: tuple[Share, ...] = Field(
+    untrained: tuple[Fraction, ...] = Field(
         (0.0, 0.5),
         min_length=1,
-        description="share of the layers behind `frozen.layers` that run but are not trained, "
+        description="fraction of the layers above `frozen.layers` that run but are not trained, "
         "counted from the first",
     )
     reward: Literal["loss", "agreement"] = Field(

@@ -14,7 +14,7 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from droppeft.config.schema import HALF, RIVALS, Config
+from droppeft.config.schema import EXCLUSIVE, HALF, Config
 from droppeft.config.table import Table
 from droppeft.errors import DroppeftError
 
@@ -166,7 +166,7 @@ def _absolute_if_exists(key: str, name: str) -> str:
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:
     """Remove settings of the file that are mutually exclusive with an override."""
     table, _, leaf = key.rpartition(".")
-    rivals = RIVALS.get(table, ())
+    rivals = EXCLUSIVE.get(table, ())
     if leaf in rivals and isinstance(tree.get(table), dict):
         tree[table] = {name: value for name, value in tree[table].items() if name not in rivals}
 

@@ -48,7 +48,7 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 
 # Mutually exclusive settings, by table; the first one has the default. An override replaces the
 # file's choice.
-RIVALS = {
+EXCLUSIVE = {
     "dropout": ("mean", "count", "rates"),
     "training": ("local_steps", "local_epochs"),
 }
@@ -67,7 +67,7 @@ def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object
         return given
     if given.get("type", defaults.get("type")) != defaults.get("type"):
         return given  # the other defaults belong to the method's adapter type
-    rivals = RIVALS.get(table, ())
+    rivals = EXCLUSIVE.get(table, ())
     chosen = any(given.get(key) is not None for key in rivals)
     added = {key: item for key, item in defaults.items() if not (chosen and key in rivals)}
     return {**added, **given}
@@ -234,7 +234,7 @@ class DropoutConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _a_third_unless_said(cls, value: Any) -> Any:
-        return _with_default(value, RIVALS["dropout"], DEFAULT_MEAN_RATE)
+        return _with_default(value, EXCLUSIVE["dropout"], DEFAULT_MEAN_RATE)
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "DropoutConfig":
@@ -250,7 +250,7 @@ class FrozenConfig(Table):
         0,
         description="number of frozen layers, or `half` of the model's, rounded down; their "
         "dropout modules are off. `dropout.mean`, `dropout.count` and the protected layers "
-        "refer to the layers behind them",
+        "refer to the layers above them",
     )
     cache: bool = Field(
         True,
@@ -334,7 +334,7 @@ class TrainingConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _steps_unless_said(cls, value: Any) -> Any:
-        return _with_default(value, RIVALS["training"], DEFAULT_LOCAL_STEPS)
+        return _with_default(value, EXCLUSIVE["training"], DEFAULT_LOCAL_STEPS)
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "TrainingConfig":
@@ -358,8 +358,8 @@ class EvaluationConfig(Table):
     )
     newcomers: bool = Field(
         False,
-        description="then also train the model of each client that never trained for one epoch on "
-        "its own rows, and evaluate it again",
+        description="then also take each client that was never in a round, train its model for one "
+        "epoch on its own rows, and evaluate it again",
     )
 
     @model_validator(mode="after")
@@ -408,7 +408,7 @@ class Config(Table):
     seed: Whole = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
     rounds: Whole = Field(15, ge=1, description="federated rounds")
     clients: Whole = Field(20, ge=1, description="number of clients")
-    cohort_size: Whole = Field(5, ge=1, description="clients that train in a round")
+    cohort_size: Whole = Field(5, ge=1, description="number of updates that a round merges at most")
     quorum: Whole = Field(
         1, ge=1, description="fewest updates for a round to be merged; with fewer nothing changes"
     )

@@ -14,7 +14,7 @@ class SharingConfig(Table):
         1.0,
         ge=0,
         le=1,
-        description="share of the layers that a client shares, rounded to whole layers; the "
+        description="fraction of its layers that a client shares, rounded to whole layers; the "
         "others, which score highest, are personal",
     )
     criterion: Literal[

@@ -12,11 +12,11 @@ from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
-    for_each,
+    evaluation_only,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
-    without_steps,
 )
 from droppeft.messages import Instruction, Reply, ServerState
 from droppeft.sharing.participation import (
@@ -49,7 +49,7 @@ def _merge(
 
 def _evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = _for_client(setup, state, round, client)
-    return without_steps(
+    return evaluation_only(
         instruction if instruction.state_round is None else replace(instruction, tensors={})
     )
 
@@ -59,7 +59,7 @@ DITTO = Method(
     summary="FedLoRA, and a personal adapter per client, pulled to the shared one (Ditto)",
     tables=frozenset({"ditto", "server"}),
     init=_init,
-    instruct=for_each(_for_client),
+    instruct=per_client(_for_client),
     merge=_merge,
     evaluate_client=_evaluate_client,
     memory_type=ParticipationMemory,

@@ -20,12 +20,12 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
+    apply_mean,
+    evaluation_only,
     full_instruction,
-    in_round,
+    scheduled_in_round,
     start_with,
     uniform_adapter,
-    with_mean,
-    without_steps,
 )
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
 from droppeft.messages import Instruction, LayerDropout, Reply, ServerState, Update, flatten
@@ -38,12 +38,12 @@ from droppeft.methods.personal_layers import (
     weight_of,
     with_sharing,
 )
-from droppeft.sharing.aggregation import average_over_everyone, average_over_holders
+from droppeft.sharing.aggregation import average_over_everyone, average_over_senders
 from droppeft.sharing.factors import average_products
 from droppeft.sharing.participation import ParticipationMemory, with_participations
 
 AVERAGES = {
-    ("holders", "separate"): average_over_holders,
+    ("holders", "separate"): average_over_senders,
     ("holders", "product"): average_products,
     ("everyone", "separate"): average_over_everyone,
 }
@@ -116,7 +116,7 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
         DroppeftError: as :func:`configured_rates`.
     """
     config = setup.config
-    return in_round(
+    return scheduled_in_round(
         setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.count)
     )
 
@@ -140,7 +140,7 @@ def _instruct(
 
 def _evaluate_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = full_instruction(setup, state, round, client)
-    return without_steps(with_sharing(setup, state, instruction))
+    return evaluation_only(with_sharing(setup, state, instruction))
 
 
 def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
@@ -180,7 +180,7 @@ def _merge(
     mean = AVERAGES[config.sharing.mean, config.sharing.factors](
         state.model.tensors, updates, weight_of(config)
     )
-    merged = with_mean(setup, state, updates, mean)
+    merged = apply_mean(setup, state, updates, mean)
     if has_personal_tensors(config):
         merged = with_participations(merged, instructions, replies)
     memory: DropPEFTMemory = merged.memory

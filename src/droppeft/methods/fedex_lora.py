@@ -14,7 +14,7 @@ from droppeft.federated_method import Method, Setup
 from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update, flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.sharing.aggregation import Wide, average_over_holders, by_examples
+from droppeft.sharing.aggregation import Wide, average_over_senders, by_examples
 from droppeft.sharing.factors import A, B, mean_products
 
 
@@ -25,7 +25,7 @@ def _merge(
     if not updates:
         return state
     model = state.model
-    tensors = average_over_holders(model.tensors, updates, by_examples)
+    tensors = average_over_senders(model.tensors, updates, by_examples)
     averaged = {name: array for _, name, array in flatten(tensors)}
 
     def residual(a: str, mean: Wide) -> Wide:

@@ -25,8 +25,8 @@ from droppeft.federated_method import (
     Method,
     Setup,
     evaluating,
-    for_each,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -42,7 +42,7 @@ from droppeft.messages import (
     Tensors,
     Update,
 )
-from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_examples
 from droppeft.sharing.factors import A, B, pairs_of
 
 LEAST_PART = 1 / 4
@@ -209,7 +209,7 @@ def _merge(
         return norms[update.client]
 
     weight = by_norm if any(norms.values()) else by_examples
-    tensors = average_over_holders(state.model.tensors, updates, weight)
+    tensors = average_over_senders(state.model.tensors, updates, weight)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
     return replace(state, model=model, memory=Ranks(tuple(ranks)))
 
@@ -225,7 +225,7 @@ FEDHETLORA = Method(
     summary="LoRA with a rank per client, which is pruned during the run (HetLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    instruct=for_each(_with_penalty),
+    instruct=per_client(_with_penalty),
     merge=_merge,
     check=_check,
     evaluate_client=evaluating(at_rank),

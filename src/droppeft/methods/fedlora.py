@@ -14,8 +14,8 @@ from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
-    for_each,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -32,6 +32,6 @@ FEDLORA = Method(
     summary="LoRA in every layer, full depth, plain averaging (FedIT)",
     tables=frozenset({"frozen", "server"}),  # tables of optional settings that have an effect
     init=_init,
-    instruct=for_each(full_instruction),
+    instruct=per_client(full_instruction),
     merge=average_by_examples,
 )

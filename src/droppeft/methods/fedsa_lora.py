@@ -14,8 +14,8 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     evaluating,
-    for_each,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -67,7 +67,7 @@ FEDSA_LORA = Method(
     summary="LoRA's A and the head are shared, B is personal (FedSA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=_init,
-    instruct=for_each(_for_client),
+    instruct=per_client(_for_client),
     merge=_merge,
     check=_check,
     evaluate_client=evaluating(_for_client),

@@ -11,8 +11,8 @@ from droppeft.federated_method import (
     Setup,
     average_by_examples,
     evaluating,
-    for_each,
     full_instruction,
+    per_client,
 )
 from droppeft.messages import Instruction, ServerState, flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
@@ -34,7 +34,7 @@ FFA_LORA = Method(
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
     tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
-    instruct=for_each(_for_client),
+    instruct=per_client(_for_client),
     merge=average_by_examples,
     check=check_plain_lora,
     evaluate_client=evaluating(_for_client),

@@ -13,7 +13,7 @@ from droppeft.federated_method import (
     Method,
     Setup,
     evaluating,
-    for_each,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -48,7 +48,7 @@ FLEXLORA = Method(
     summary="LoRA with a rank per client, products averaged and factorised again (FlexLoRA)",
     tables=frozenset({"frozen"}),
     init=_init,
-    instruct=for_each(at_rank),
+    instruct=per_client(at_rank),
     merge=_merge,
     check=check_plain_lora,
     evaluate_client=evaluating(at_rank),

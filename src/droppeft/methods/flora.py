@@ -26,7 +26,7 @@ from droppeft.messages import (
 )
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.sharing.aggregation import average_over_holders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_examples
 from droppeft.sharing.factors import mean_products, pairs_of
 
 
@@ -38,7 +38,7 @@ def _merge(
         return state
     model = state.model
     products = mean_products(model.tensors, updates, by_examples)
-    tensors = average_over_holders(model.tensors, updates, by_examples)
+    tensors = average_over_senders(model.tensors, updates, by_examples)
     delta = with_added(model.base_delta, products, scale_of(setup.config))
     fresh = _with_fresh_factors(setup, tensors, updates[0].round)
     return replace(state, model=GlobalModel(model.adapter, fresh, delta))

@@ -20,8 +20,8 @@ from droppeft.federated_method import (
     Method,
     Setup,
     average_by_examples,
-    for_each,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -104,7 +104,7 @@ LEGEND = Method(
     summary="adapters in the last layers, as many as a client has time for (LEGEND)",
     tables=frozenset({"server"}),
     init=_init,
-    instruct=for_each(_last_layers),
+    instruct=per_client(_last_layers),
     merge=average_by_examples,
     check=_check,
 )

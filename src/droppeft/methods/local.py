@@ -11,8 +11,8 @@ from droppeft.federated_method import (
     Method,
     Setup,
     evaluating,
-    for_each,
     full_instruction,
+    per_client,
     start_with,
     uniform_adapter,
 )
@@ -47,7 +47,7 @@ LOCAL = Method(
     summary="every client trains alone, nothing is shared: a lower reference",
     tables=frozenset({"frozen"}),
     init=_init,
-    instruct=for_each(_for_client),
+    instruct=per_client(_for_client),
     merge=_merge,
     evaluate_client=evaluating(_for_client),
     has_global_model=lambda config: False,

@@ -32,80 +32,84 @@ class NoEffect:
         when: whether the settings have no effect in a configuration.
         reason: continues the sentence "has no effect with"; ``{config...}`` is filled in.
         instead: what to do.
-        read: the rule holds only for methods that use this table; ``None`` for all methods.
-        but: keys of the table that do have an effect.
+        only_if_table_read: the rule holds only for methods that use this table; ``None`` for all
+            methods.
+        except_keys: keys of the table that do have an effect.
     """
 
     keys: tuple[str, ...]
     when: Callable[[Config], bool]
     reason: str
     instead: str = "leave it out"
-    read: str | None = None
-    but: tuple[str, ...] = ()
+    only_if_table_read: str | None = None
+    except_keys: tuple[str, ...] = ()
 
     def concerns(self, key: str) -> bool:
         """Whether the rule is about this setting."""
         tables = tuple(name for name in self.keys if name.endswith("."))
-        return (key in self.keys or key.startswith(tables)) and key not in self.but
+        return (key in self.keys or key.startswith(tables)) and key not in self.except_keys
 
     def holds(self, config: Config) -> bool:
         """Whether the rule applies to a configuration."""
-        reads = self.read is None or self.read in method_named(config.method).tables
+        reads = (
+            self.only_if_table_read is None
+            or self.only_if_table_read in method_named(config.method).tables
+        )
         return reads and self.when(config)
 
 
 NO_EFFECT = (
     NoEffect(
         keys=("configurator.",),
-        but=("configurator.policy",),
-        read="configurator",
+        except_keys=("configurator.policy",),
+        only_if_table_read="configurator",
         when=lambda config: config.configurator.policy == "fixed",
         reason="configurator.policy={config.configurator.policy}",
         instead="leave it out, or set another policy",
     ),
     NoEffect(
         keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.shape"),
-        read="configurator",
+        only_if_table_read="configurator",
         when=lambda config: config.configurator.policy != "fixed",
         reason="configurator.policy={config.configurator.policy}, whose arms set the rates",
         instead="leave it out, or set configurator.policy=fixed",
     ),
     NoEffect(
         keys=("configurator.reward_rows",),
-        read="configurator",
+        only_if_table_read="configurator",
         when=lambda config: config.configurator.reward != "loss",
         reason="configurator.reward={config.configurator.reward}, which clients do not measure",
     ),
     NoEffect(
         keys=("sharing.criterion", "sharing.hysteresis", "sharing.score_rows"),
-        read="sharing",
+        only_if_table_read="sharing",
         when=lambda config: config.sharing.fraction == 1,
         reason="sharing.fraction=1, where all layers are shared",
         instead="leave it out, or set a smaller fraction",
     ),
     NoEffect(
         keys=("sharing.hysteresis",),
-        read="sharing",
+        only_if_table_read="sharing",
         when=lambda config: config.sharing.criterion == "position",
         reason="sharing.criterion=position, whose scores never change",
     ),
     NoEffect(
         keys=("sharing.score_rows",),
-        read="sharing",
+        only_if_table_read="sharing",
         when=lambda config: CRITERIA[config.sharing.criterion].runs_model == "no",
         reason="sharing.criterion={config.sharing.criterion}, which does not run the model",
     ),
     NoEffect(
         keys=("server.",),
-        but=("server.optimizer",),
-        read="server",
+        except_keys=("server.optimizer",),
+        only_if_table_read="server",
         when=lambda config: config.server.optimizer == "none",
         reason="server.optimizer={config.server.optimizer}",
         instead="leave it out, or set another server.optimizer",
     ),
     NoEffect(
         keys=("server.second_momentum", "server.tau"),
-        read="server",
+        only_if_table_read="server",
         when=lambda config: config.server.optimizer == "momentum",
         reason="server.optimizer={config.server.optimizer}",
         instead="leave it out, or set another server.optimizer",

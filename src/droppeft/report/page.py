@@ -170,7 +170,7 @@ def _section(part: Part, made: Mapping[str, Any]) -> str:
     configurator = _group(
         [made[name] for name in made if name.startswith((f"{RATES}-", f"{SHARES}-"))],
         "What the configurator chose, mean over seeds. An arm says which share of the layers "
-        "behind <code>frozen.layers</code> is not trained, and how many of the trained ones are "
+        "above <code>frozen.layers</code> is not trained, and how many of the trained ones are "
         "dropped; arms also differ by pattern, in the order of the legend.",
     )
     coverage = _group(

@@ -153,11 +153,11 @@ def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lines = [
         *_global_lines(result, sample),
         *_personalised_lines(result),
-        ("before training", _share(result["initial_accuracy"]), sample),
-        ("majority class", _share(result["majority_accuracy"]), "reference"),
+        ("before training", _percent(result["initial_accuracy"]), sample),
+        ("majority class", _percent(result["majority_accuracy"]), "reference"),
         (
             "TF-IDF + linear SVM",
-            _share(result["tfidf_accuracy"]),
+            _percent(result["tfidf_accuracy"]),
             "reference, all data in one place",
         ),
     ]
@@ -170,10 +170,14 @@ def _global_lines(result: Mapping[str, Any], sample: str) -> list[tuple[str, str
     if result["global_accuracy"] is None:
         return [("accuracy", "–", "there is no global model")]
     return [
-        ("accuracy", _share(result["global_accuracy"]), f"all {result['test_rows']:,} test texts"),
-        ("F1", _share(result["global_f1"]), _f1_note(result)),
-        ("after round 1", _share(result["first_accuracy"]), sample),
-        ("best", _share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
+        (
+            "accuracy",
+            _percent(result["global_accuracy"]),
+            f"all {result['test_rows']:,} test texts",
+        ),
+        ("F1", _percent(result["global_f1"]), _f1_note(result)),
+        ("after round 1", _percent(result["first_accuracy"]), sample),
+        ("best", _percent(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
     ]
 
 
@@ -196,12 +200,12 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
     if lost := result["personalised_lost"]:
         note += f"; {len(lost)} had lost their client state and used the global model"
     return [
-        ("personalised", _share(result["personalised_accuracy"]), note),
-        ("worst tenth", _share(result["personalised_worst_tenth"]), of_them),
-        ("deviation", _share(result["personalised_deviation"]), "between them"),
+        ("personalised", _percent(result["personalised_accuracy"]), note),
+        ("worst tenth", _percent(result["personalised_worst_tenth"]), of_them),
+        ("deviation", _percent(result["personalised_deviation"]), "between them"),
         (
             "own majority class",
-            _share(result["own_majority_accuracy"]),
+            _percent(result["own_majority_accuracy"]),
             "reference: always predict the client's most frequent class",
         ),
         *_newcomer_lines(result),
@@ -213,8 +217,12 @@ def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if result["newcomers_accuracy_after_epoch"] is None:
         return []
     return [
-        ("newcomers", _share(result["newcomers_accuracy"]), "of them: those that never trained"),
-        ("", _share(result["newcomers_accuracy_after_epoch"]), "after an epoch of their own rows"),
+        ("newcomers", _percent(result["newcomers_accuracy"]), "of them: those that never trained"),
+        (
+            "",
+            _percent(result["newcomers_accuracy_after_epoch"]),
+            "after an epoch of their own rows",
+        ),
     ]
 
 
@@ -229,25 +237,25 @@ def accuracy_line(result: Mapping[str, Any]) -> str:
 
 
 def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    name = f"target {_share(result['target'])}"
+    name = f"target {_percent(result['target'])}"
     if result["target_round"] is None:
         return [(name, "not reached", "")]
     here, modelled = (result[f"time_to_target_{clock}_s"] for clock in ("measured", "modelled"))
-    note = f"round {result['target_round']}; clients side by side (measured)"
+    note = f"round {result['target_round']}; as if clients ran in parallel (measured)"
     return [(name, _seconds(here), note), ("", _seconds(modelled), "on their profiles (modelled)")]
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rounds, layers = result["rounds"], _not_frozen(result)
     depth = result["mean_active_layers"]
-    behind = "" if layers == result["num_layers"] else " behind the frozen ones"
+    above = "" if layers == result["num_layers"] else " above the frozen ones"
     return [
         ("time", _seconds(result["host_wall_s"]), f"{rounds} rounds on this machine (measured)"),
-        ("of it training", _seconds(result["train_wall_s"]), "all clients one after another"),
+        ("training time", _seconds(result["train_wall_s"]), "all clients one after another"),
         (
             "modelled time",
             _seconds(result["round_modelled_s"]),
-            "clients side by side on their profiles",
+            "as if clients ran in parallel, on their profiles",
         ),
         ("energy", _joules(result["energy_modelled_j"]), "all clients (modelled)"),
         ("upload", bytes_text(result["upload_bytes"]), "all clients, all rounds"),
@@ -255,7 +263,7 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "mean depth",
             "–" if depth is None else f"{depth:.2f}",
-            f"of {layers} layers{behind} per step",
+            f"of {layers} layers{above} per step",
         ),
         ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),
     ]
@@ -282,12 +290,12 @@ def _header(about: Mapping[str, Any]) -> Panel:
     )
     if sharing := _shared(about["config"]["sharing"]):
         grid.add_row("sharing", sharing)
-    modelled = about["without_clock"] or f"{', '.join(about['profiles'])} (modelled)"
+    modelled = about["no_clock_reason"] or f"{', '.join(about['profiles'])} (modelled)"
     grid.add_row("profiles", modelled)
     grid.add_row(
         "references",
-        f"majority class {_share(about['majority_accuracy'])}, "
-        f"TF-IDF + linear SVM {_share(about['tfidf_accuracy'])}",
+        f"majority class {_percent(about['majority_accuracy'])}, "
+        f"TF-IDF + linear SVM {_percent(about['tfidf_accuracy'])}",
     )
     content: Group | Table = grid
     if about["builtin_data_as_published"] is False:
@@ -311,7 +319,7 @@ def _shared(sharing: Mapping[str, Any]) -> str:
 def _round_head(about: Mapping[str, Any]) -> Text:
     """The headings of :func:`_round_line`."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
-    columns = f"{'train loss':>12}{'depth':>10}{'here':>12}{'modelled':>12}"
+    columns = f"{'train loss':>12}{'depth':>10}{'measured':>12}{'modelled':>12}"
     return Text(f"{indent}{'accuracy':<{5 + BAR_WIDTH}}{columns}", style="dim")
 
 
@@ -321,7 +329,7 @@ def _round_name(round: int, about: Mapping[str, Any]) -> str:
 
 def _round_line(row: RoundRow, about: Mapping[str, Any]) -> Text:
     line = Text(_round_name(row.round, about))
-    line.append(f"{_share(row.global_accuracy):<5}", style="bold green")
+    line.append(f"{_percent(row.global_accuracy):<5}", style="bold green")
     filled = round((row.global_accuracy or 0.0) * BAR_WIDTH)
     unmeasured = row.global_accuracy is None
     line.append("━" * filled, style="green")
@@ -364,8 +372,8 @@ def _arms(row: RoundRow, about: Mapping[str, Any]) -> Iterator[Text]:
     trials = notes["trials"][notes["present"].index(notes["best"])]
     status = "best so far" if trials else "expected to be best, but not tried lately"
     frozen = about["config"]["frozen"]["layers"]
-    behind = f" behind {frozen} frozen layers" if frozen else ""
-    yield Text(f"arms{behind}: {chosen} ({status}: {best})", style="dim")
+    above = f" above {frozen} frozen layers" if frozen else ""
+    yield Text(f"arms{above}: {chosen} ({status}: {best})", style="dim")
 
 
 def bar(console: Console) -> Progress:
@@ -394,7 +402,7 @@ class Rate(ProgressColumn):
         return Text(f"{60 * task.speed:.1f}/min", style="dim")
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}".removeprefix("0")
 
 

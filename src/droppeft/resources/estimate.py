@@ -25,7 +25,7 @@ from droppeft.config import (
     read_toml,
     resolve_layers,
 )
-from droppeft.config.schema import HALF, RIVALS
+from droppeft.config.schema import EXCLUSIVE, HALF
 from droppeft.costs.device_profiles import profile_named
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import compute_seconds
@@ -53,7 +53,7 @@ GRID: dict[str, tuple[str, ...]] = {
 """Settings that may have several values, with the values that are tried by default. A setting
 without values here has a run's default. ``half`` is half of a model's layers."""
 
-RIVALS_OF_THE_MEAN = {f"dropout.{key}" for key in RIVALS["dropout"]} - {"dropout.mean"}
+RIVALS_OF_THE_MEAN = {f"dropout.{key}" for key in EXCLUSIVE["dropout"]} - {"dropout.mean"}
 """Settings that exclude ``dropout.mean``."""
 
 WORST_OF_STEPS = 1000

@@ -40,8 +40,8 @@ class RoundRow:
         train_loss: mean over the steps of a client, then over accepted clients.
         mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
         activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
-        upload_bytes, download_bytes: size of the tensors of all instructions, and of all updates
-            that passed validation, without a transport's framing.
+        upload_bytes, download_bytes: size of the tensors of all updates that passed validation, and
+            of all instructions, without a transport's framing.
         round_measured_s: seconds as if clients trained in parallel: the slowest client that was
             accepted, plus the server.
         train_wall_s: seconds of training steps, summed over clients.

@@ -12,7 +12,15 @@ from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
-from droppeft.messages import Budget, Failure, Instruction, Measurement, Reply, ServerState, Update
+from droppeft.messages import (
+    Budget,
+    EvaluationReply,
+    Failure,
+    Instruction,
+    Reply,
+    ServerState,
+    Update,
+)
 from droppeft.methods import Method, Setup
 from droppeft.server.validation import check_reply, why_not_its_own
 from droppeft.sharing.participation import with_participations
@@ -34,15 +42,15 @@ class ClientEvaluation:
             which they would start again.
     """
 
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[EvaluationReply, ...]
     failures: tuple[Failure, ...]
     wall_s: float
-    newcomers: tuple[Measurement, ...] = ()
+    newcomers: tuple[EvaluationReply, ...] = ()
     newcomer_failures: tuple[Failure, ...] = ()
     lost: tuple[int, ...] = ()
 
 
-def measure_clients(
+def evaluate_clients(
     setup: Setup,
     method: Method,
     transport: Transport,
@@ -91,8 +99,8 @@ def measure_clients(
     )
 
 
-def _measurements(replies: Sequence[Reply]) -> tuple[Measurement, ...]:
-    return tuple(reply for reply in replies if isinstance(reply, Measurement))
+def _measurements(replies: Sequence[Reply]) -> tuple[EvaluationReply, ...]:
+    return tuple(reply for reply in replies if isinstance(reply, EvaluationReply))
 
 
 def _failures(replies: Sequence[Reply]) -> tuple[Failure, ...]:
@@ -162,9 +170,9 @@ def summarise_clients(
     }
 
 
-def _why_refused(instruction: Instruction, reply: Update | Measurement) -> str | None:
+def _why_refused(instruction: Instruction, reply: Update | EvaluationReply) -> str | None:
     if isinstance(reply, Update):
-        return "sent an update in place of a measurement"
+        return "sent an update in place of an evaluation"
     if reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss):
         return why_not_its_own(instruction, reply)
     return "its measurement has impossible values"

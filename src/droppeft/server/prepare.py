@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from droppeft import seeds
-from droppeft.client.client import rehearse
+from droppeft.client.client import try_one_step
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded, Say, load, tokens_of
 from droppeft.config import Config
@@ -36,7 +36,7 @@ class Prepared:
         state: the server's state before round 1.
         test: the tokenised test rows.
         sample: indices of the test rows on which every round is evaluated.
-        without_clock: why there is no modelled clock; ``None`` if there is one.
+        no_clock_reason: why there is no modelled clock; ``None`` if there is one.
         prepare_wall_s: seconds that the preparation took.
     """
 
@@ -46,7 +46,7 @@ class Prepared:
     state: ServerState
     test: TokenTable
     sample: Rows
-    without_clock: str | None
+    no_clock_reason: str | None
     prepare_wall_s: float
 
     @property
@@ -78,7 +78,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     fleet = make_fleet(config.clock, config.clients, config.seed)
     loaded = load(config, say)
     config, model = loaded.config, loaded.model
-    clock, without_clock = clock_for(config, fleet, loaded.backbone)
+    clock, no_clock_reason = clock_for(config, fleet, loaded.backbone)
     setup = Setup(
         config,
         model.num_layers,
@@ -91,7 +91,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     state = method.init(setup)
     say("tokenising")
     test = tokens_of(loaded, loaded.data.test)
-    rehearse(model, test, local_training(config), state.model.adapter)
+    try_one_step(model, test, local_training(config), state.model.adapter)
     return Prepared(
         loaded=loaded,
         method=method,
@@ -99,7 +99,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
         state=state,
         test=test,
         sample=evaluation_sample(len(test), config.evaluation.rows),
-        without_clock=without_clock,
+        no_clock_reason=no_clock_reason,
         prepare_wall_s=time.perf_counter() - start,
     )
 

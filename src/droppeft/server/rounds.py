@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.messages import Failure, Instruction, Measurement, Reply, ServerState, Update
+from droppeft.messages import EvaluationReply, Failure, Instruction, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
@@ -101,9 +101,9 @@ def _available_clients(setup: Setup, round: int) -> tuple[list[int], tuple[int, 
 def _check(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> Reply:
     """Return the reply to an instruction, or a failure if it is missing or must be refused."""
 
-    def why_not(reply: Update | Measurement) -> str | None:
-        if isinstance(reply, Measurement):
-            return "sent a measurement in place of an update"
+    def why_not(reply: Update | EvaluationReply) -> str | None:
+        if isinstance(reply, EvaluationReply):
+            return "sent an evaluation in place of an update"
         return why_refused(instruction, reply, setup.layout(instruction.adapter))
 
     return check_reply(instruction, arrival.reply if arrival else None, why_not)

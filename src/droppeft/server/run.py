@@ -48,7 +48,7 @@ from droppeft.runs.ledger import (
 from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
-from droppeft.server.client_evaluation import measure_clients, summarise_clients
+from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.prepare import Prepared, prepare, references
 from droppeft.server.rounds import run_round
 from droppeft.training.loop import Evaluation, evaluate
@@ -282,6 +282,8 @@ def _finish(
     final = _final_global_model(prepared, last.state.model, out, listener)
     if config.evaluation.personalised:
         final |= _final_client_models(prepared, transport, last, out, listener)
+    else:
+        final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {})
     result = {
         "schema_version": SCHEMA_VERSION,
         **_describe(prepared, last.facts),
@@ -329,7 +331,7 @@ def _final_client_models(
     listener.preparing("measuring each client's model on its own test rows")
     setup, method = prepared.setup, prepared.method
     participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
-    evaluation = measure_clients(
+    evaluation = evaluate_clients(
         setup, method, transport, last.state, last.round + 1, participations
     )
     if not evaluation.measurements:
@@ -369,7 +371,7 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "cohort_size": config.cohort_size,
         "drawn_size": config.drawn,
         "profiles": list(config.clock.profiles),
-        "without_clock": prepared.without_clock,
+        "no_clock_reason": prepared.no_clock_reason,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
         "trainable_parameters": _count_trainable(prepared),

@@ -9,10 +9,10 @@ import numpy as np
 from droppeft.messages import (
     HEAD,
     OTHER,
+    EvaluationReply,
     Failure,
     Instruction,
     Layout,
-    Measurement,
     Reply,
     Update,
     flatten,
@@ -55,7 +55,7 @@ def why_refused(instruction: Instruction, update: Update, layout: Layout) -> str
 def check_reply(
     instruction: Instruction,
     reply: Reply | None,
-    why_not: Callable[[Update | Measurement], str | None],
+    why_not: Callable[[Update | EvaluationReply], str | None],
 ) -> Reply:
     """Return the reply to an instruction, or a failure if it is missing or refused.
 
@@ -73,7 +73,7 @@ def check_reply(
     return reply if reason is None else Failure(instruction.client, f"refused: {reason}")
 
 
-def why_not_its_own(instruction: Instruction, reply: Update | Measurement) -> str | None:
+def why_not_its_own(instruction: Instruction, reply: Update | EvaluationReply) -> str | None:
     """Return why a reply does not belong to an instruction, or ``None`` if it does."""
     if (reply.round, reply.client) != (instruction.round, instruction.client):
         return f"replies to round {reply.round}, client {reply.client}"

@@ -34,7 +34,7 @@ def by_active_steps(update: Update, layer: LayerKey) -> float:
     return float(update.examples * steps)
 
 
-def average_over_holders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
+def average_over_senders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
     """Return the weighted mean of every tensor over the updates that contain it.
 
     Args:
@@ -56,7 +56,7 @@ def average_over_holders(current: Tensors, updates: Sequence[Update], weight: We
 
 
 def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
-    """As :func:`average_over_holders`, but an update without a tensor counts as the server's value.
+    """As :func:`average_over_senders`, but an update without a tensor counts as the server's value.
 
     A control: tensors that few clients train change less.
     """
@@ -69,7 +69,7 @@ def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: W
         )
         for update in updates
     ]
-    return average_over_holders(current, complete, weight)
+    return average_over_senders(current, complete, weight)
 
 
 def _mean(current: Array, values: Sequence[Array | None], weights: Sequence[float]) -> Array:

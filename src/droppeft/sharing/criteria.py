@@ -72,7 +72,7 @@ class Criterion:
         score: returns the (L,) scores of a local training; high scores make layers personal.
         runs_model: forward passes on validation rows, which the modelled clock counts: none, one
             per row, or one per row and one more per row and layer.
-        reads: what must be collected besides gradient norms: the mean gradient, or the values that
+        needs: what must be collected besides gradient norms: the mean gradient, or the values that
             the local training starts with.
         compares: whether it uses the typical gradient norms of clients, which the server sends.
     """
@@ -80,7 +80,7 @@ class Criterion:
     summary: str
     score: Callable[[LocalResult], Vector]
     runs_model: Literal["no", "once", "per layer"] = "no"
-    reads: Literal["", "mean gradient", "start"] = ""
+    needs: Literal["", "mean gradient", "start values"] = ""
     compares: bool = False
 
 
@@ -194,12 +194,12 @@ CRITERIA: Mapping[str, Criterion] = {
     "gradient_snr": Criterion(
         "how much the gradients of the steps agree: their squared mean divided by their variance",
         _signal_to_noise,
-        reads="mean gradient",
+        needs="mean gradient",
     ),
     "weight_change": Criterion(
         "norm of the change of the layer's adapter, divided by its active steps",
         lambda result: result.change_norms() / np.maximum(result.active_steps, 1),
-        reads="start",
+        needs="start values",
     ),
     "block_influence": Criterion(
         "how much the block changes a token's hidden state: 1 minus the cosine similarity",
@@ -217,7 +217,7 @@ CRITERIA: Mapping[str, Criterion] = {
         "increase of the loss without the layer's change: an oracle, and expensive",
         _loss_increases,
         runs_model="per layer",
-        reads="start",
+        needs="start values",
     ),
     "random": Criterion(
         "a random score: a control", lambda result: result.rng.random(len(result.active_steps))

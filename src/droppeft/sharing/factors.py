@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from droppeft.messages import Array, LayerKey, Tensors, Update, flatten
-from droppeft.sharing.aggregation import Weight, Wide, average_over_holders
+from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
 A, B = ".lora_A.", ".lora_B."
 
@@ -30,10 +30,10 @@ def average_products(current: Tensors, updates: Sequence[Update], weight: Weight
     the rank of A and B (FlexLoRA). A's rows and B's columns are sorted by their contribution, so
     that truncating them further is also optimal. All other tensors are averaged.
 
-    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_holders`.
+    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_senders`.
     """
     merged: dict[LayerKey, dict[str, Array]] = {
-        key: dict(named) for key, named in average_over_holders(current, updates, weight).items()
+        key: dict(named) for key, named in average_over_senders(current, updates, weight).items()
     }
     for key, a, b in pairs_of(current):
         holders = _holders(key, a, b, updates, weight)
@@ -47,7 +47,7 @@ def mean_products(
 ) -> Iterator[tuple[str, Wide]]:
     """Yield (name of A, weighted mean of B·A (out, in)) for each LoRA that an update contains.
 
-    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_holders`.
+    The arguments are those of :func:`~droppeft.sharing.aggregation.average_over_senders`.
     """
     for key, a, b in pairs_of(current):
         holders = _holders(key, a, b, updates, weight)

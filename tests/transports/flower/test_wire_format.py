@@ -21,9 +21,9 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
     BaseDelta,
+    EvaluationReply,
     Failure,
     Instruction,
-    Measurement,
     Reply,
     Update,
     payload_bytes,
@@ -131,7 +131,7 @@ def test_every_instruction_comes_back(instruction: Instruction, run_context: Run
 
 
 @settings(max_examples=60)
-@given(values_of(Update) | values_of(Measurement) | values_of(Failure))
+@given(values_of(Update) | values_of(EvaluationReply) | values_of(Failure))
 def test_every_reply_comes_back(reply: Reply) -> None:
     packed = pack_reply(reply)
     assert fingerprint(unpack_reply(packed, ENOUGH)) == fingerprint(reply)
@@ -342,8 +342,8 @@ EMPTY = safetensors.numpy.save({})
         ('{"failure": {"client": 1, "client": 1, "reason": "r"}}', "twice"),
         ("[]", "not a JSON object"),
         ("null", "not a JSON object"),
-        ("{}", "no update and no measurement and no failure"),
-        ('{"task": {}}', "no update and no measurement and no failure"),
+        ("{}", "no update and no evaluation and no failure"),
+        ('{"task": {}}', "no update and no evaluation and no failure"),
         ('{"failure": {}, "update": {}}', "no update and no measurement"),
         ('{"failure": {}}', "lacks client, lost, reason"),
         ('{"failure": []}', "not an object"),

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from droppeft.messages import Array, Failure, Instruction, Measurement, Reply, Update
+from droppeft.messages import Array, EvaluationReply, Failure, Instruction, Reply, Update
 from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
 
 MOST_HEAD = 1_000_000
@@ -22,7 +22,7 @@ MOST_HEAD = 1_000_000
 
 _KINDS: dict[type[Reply], str] = {
     Update: "update",
-    Measurement: "measurement",
+    EvaluationReply: "evaluation",
     Failure: "failure",
 }
 
