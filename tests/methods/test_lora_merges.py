@@ -233,7 +233,7 @@ def test_flexlora_sends_every_client_the_largest_components_that_its_rank_holds(
         assert instruction.adapter.alpha == 2 * rank
         assert instruction.objective.rank_penalty is None
         evaluation = method.evaluate_client(setup, state, 3, instruction.client)
-        assert evaluation.measure
+        assert evaluation.evaluate_only
         assert_same(evaluation.tensors, instruction.tensors)
 
 

@@ -153,7 +153,7 @@ def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Pat
     for name, other in loaded.alternatives.items():
         assert other.adapter == state.alternatives[name].adapter
         assert_same(other.tensors, state.alternatives[name].tensors)
-    assert method.evaluate_client(setup, loaded, 2, 0).measure
+    assert method.evaluate_client(setup, loaded, 2, 0).evaluate_only
     plain = method.instruct(setup, state, 2, [0])[0]
     reloaded = method.instruct(setup, loaded, 2, [0])[0]
     assert (plain.adapter, plain.share, plain.dropout) == (

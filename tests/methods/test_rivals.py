@@ -469,7 +469,7 @@ def test_local_sends_all_values_once_and_shares_none() -> None:
     assert not any(instruction.share for instruction in (first, second, third))
     evaluation = method.evaluate_client(setup, state, 2, 0)
     assert (evaluation.state_round, evaluation.tensors) == (1, {})
-    assert (evaluation.measure, evaluation.budget.steps) == (True, 0)
+    assert (evaluation.evaluate_only, evaluation.budget.steps) == (True, 0)
 
 
 def test_a_local_client_that_lost_its_state_gets_all_values_again() -> None:

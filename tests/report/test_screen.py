@@ -74,7 +74,7 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     assert "builtin: 180 texts, 3 classes" in text
     assert "4, 2 per round, 3 rounds" in text
     assert "jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
-    [head] = [line for line in text.splitlines() if line.endswith("here    modelled")]
+    [head] = [line for line in text.splitlines() if line.endswith("measured    modelled")]
     assert head.split() == ["accuracy", "train", "loss", "depth", "measured", "modelled"]
     for row in rows:
         line = line_with(text, f"round {row.round}")
@@ -137,13 +137,13 @@ def test_a_round_that_was_not_evaluated(result: dict[str, Any], rows: list[Round
     assert line.index("–/4") + 3 == measured.index("3.00/4") + 6
 
 
-def test_depth_counts_the_layers_behind_the_frozen_ones(
+def test_depth_counts_the_layers_above_the_frozen_ones(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 1}}
     text = shown({**result, "config": config}, rows)
     assert "3.00/3" in line_with(text, "round 1")
-    assert "of 3 layers behind the frozen ones per step" in line_with(text, "mean depth")
+    assert "of 3 layers above the frozen ones per step" in line_with(text, "mean depth")
 
 
 def test_f1_says_which_it_is(result: dict[str, Any], rows: list[RoundRow]) -> None:
@@ -173,7 +173,7 @@ def test_a_round_says_which_arms_were_tried_and_which_is_best(
     assert expected in " ".join(shown(result, [replace(rows[0], notes=untried)]).split())
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 2}}
     text = shown({**result, "config": config}, [replace(rows[0], notes=notes)])
-    assert "arms behind 2 frozen layers: 2 x 25% dropped" in text
+    assert "arms above 2 frozen layers: 2 x 25% dropped" in text
 
 
 def test_without_a_global_model_there_is_one_accuracy(

@@ -381,7 +381,7 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
         def exchange(self, instructions: Any) -> Any:
             for arrival in self.inner.exchange(instructions):
                 gone = Failure(instructions[arrival.index].client, "asleep")
-                yield replace(arrival, reply=gone) if instructions[0].measure else arrival
+                yield replace(arrival, reply=gone) if instructions[0].evaluate_only else arrival
 
     out = tmp_path / "run"
     with pytest.raises(DroppeftError, match=r"no client could be measured \(client 0: asleep\)"):

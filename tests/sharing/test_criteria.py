@@ -86,7 +86,7 @@ def test_criteria_call_only_the_functions_that_they_need() -> None:
 
     quiet = local_result(change_norms=refuse, block_states=refuse, loss_increases=refuse)
     for name, criterion in CRITERIA.items():
-        if criterion.runs_model == "no" and criterion.needs != "start":
+        if criterion.runs_model == "no" and criterion.needs != "start values":
             scores_of(name, quiet)
         else:
             with pytest.raises(AssertionError, match="must not be called"):

@@ -344,7 +344,7 @@ EMPTY = safetensors.numpy.save({})
         ("null", "not a JSON object"),
         ("{}", "no update and no evaluation and no failure"),
         ('{"task": {}}', "no update and no evaluation and no failure"),
-        ('{"failure": {}, "update": {}}', "no update and no measurement"),
+        ('{"failure": {}, "update": {}}', "no update and no evaluation"),
         ('{"failure": {}}', "lacks client, lost, reason"),
         ('{"failure": []}', "not an object"),
     ],
