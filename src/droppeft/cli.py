@@ -415,11 +415,11 @@ def _to_measure(overrides: Sequence[str], defaults: Sequence[str]) -> "Config":
     import torch
 
     from droppeft.config import load_config, resolve
-    from droppeft.methods.rules import check_step_settings
+    from droppeft.methods.rules import check_step_settings, step_of
 
     path, settings = _split(overrides)
     check_step_settings(settings)
-    config = load_config(path, [*defaults, *settings])
+    config = step_of(load_config(path, [*defaults, *settings]))
     return resolve(config, cuda=torch.cuda.is_available())
 
 

@@ -14,11 +14,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import Config, load_config, resolve
+from droppeft.config import Config, load_config, resolve, resolve_layers
 from droppeft.config.schema import HALF
 from droppeft.errors import DroppeftError
 from droppeft.messages import Reply
 from droppeft.methods import method_named
+from droppeft.resources.model_shape import model_shape
 from droppeft.runs.folder import CONFIG
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.run import resume_run, start_run
@@ -67,9 +68,7 @@ def _check_same(requested: Config, saved: Config, out: Path) -> None:
     requested = resolve(requested, cuda=torch.cuda.is_available())
     requested = method_named(requested.method).adjust(requested)
     if requested.frozen.layers == HALF:
-        # Half of a model that is not loaded yet: the saved configuration has the number.
-        frozen = requested.frozen.model_copy(update={"layers": saved.frozen.layers})
-        requested = requested.model_copy(update={"frozen": frozen})
+        requested = resolve_layers(requested, model_shape(requested.model).num_layers)
     if requested != saved.model_copy(update={"transport": requested.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "

@@ -317,3 +317,12 @@ def test_what_changes_costs_passes() -> None:
 def test_the_file_of_a_whole_run_can_be_estimated(whole_run: Path) -> None:
     [config] = combinations(whole_run / "config.toml", ["training.batch_size=2"])
     assert config.training.batch_size == 2
+
+
+@pytest.mark.parametrize("method", ["adaptive", "fedlora", "fedia3"])
+def test_a_step_is_estimated_whatever_the_method_of_the_file(method: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(f'method = "{method}"\nrounds = 2\n')
+    found = list(combinations(tmp_path / "run.toml", ["model=config:bert-base", "frozen.layers=0"]))
+    assert {config.adapter.type for config in found} == {"ia3" if method == "fedia3" else "lora"}
+    for config in found:
+        check_settings(config)

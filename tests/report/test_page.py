@@ -315,3 +315,10 @@ def test_a_comparison_whose_runs_all_failed_has_a_page(compared: Path, tmp_path:
     write_tables(tmp_path, study, lost)
     reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
     assert any("full failed: lost" in part for part in reader.texts)
+
+
+def test_a_result_of_another_version_is_refused(whole_run: Path, tmp_path: Path) -> None:
+    result = json.loads((whole_run / "result.json").read_text()) | {"schema_version": 3}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(DroppeftError, match="was written by another version of droppeft"):
+        write_page(tmp_path)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.messages import SharingRule
-from droppeft.server.validation import why_refused
+from droppeft.messages import Failure, SharingRule
+from droppeft.server.validation import check_reply, why_refused
 from handmade import COST, filled, instruction_for, layout, update_for
 
 INSTRUCTION = instruction_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
@@ -209,3 +209,11 @@ def test_an_update_is_refused(changes: dict[str, Any], reason: str) -> None:
     said = reason_for(**changes)
     assert said is not None
     assert re.search(reason, said)
+
+
+def test_only_saved_state_can_be_lost() -> None:
+    """A client that was to have saved nothing cannot make the server look for its state."""
+    lost = Failure(9, "it is gone", lost=True)
+    without, with_state = instruction_for(3), instruction_for(3, state_round=1)
+    assert check_reply(without, lost, lambda reply: None) == Failure(3, "it is gone")
+    assert check_reply(with_state, lost, lambda reply: None) == Failure(3, "it is gone", lost=True)

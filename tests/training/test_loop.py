@@ -15,6 +15,7 @@ from torch import nn
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
 from droppeft.data.tokens import TokenTable
+from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import (
     HEAD,
@@ -660,3 +661,8 @@ def test_evaluation_in_half_precision_is_close_but_not_equal(precision: str) -> 
 def test_only_the_last_linear_layer_has_the_head_s_rate(names: list[str], output: set[str]) -> None:
     head = {name: nn.Parameter(torch.zeros(1)) for name in names}
     assert loop._output_names({0: {"a": nn.Parameter(torch.zeros(1))}, HEAD: head}) == output
+
+
+def test_batches_without_rows_are_refused() -> None:
+    with pytest.raises(DroppeftError, match="a batch of 0 rows is not possible"):
+        training_batches(np.arange(4), TABLE, 0, Budget(steps=1), np.random.default_rng(0))

@@ -1,6 +1,5 @@
 """Run the cells of a comparison one after the other; finished runs are not repeated. Ours."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from droppeft.comparison.study_files import (
     round_columns,
 )
 from droppeft.config import as_tree
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
+from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.listener import Listener
 from droppeft.server.run import Interrupted, resume_run, start_run
@@ -123,5 +122,5 @@ def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> RunRe
 
 
 def _read(cell: Cell, folder: Path) -> RunRecord:
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    result = read_result(folder)
     return finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))

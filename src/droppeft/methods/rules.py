@@ -202,6 +202,17 @@ def check_step_settings(overrides: Sequence[str]) -> None:
             raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
 
 
+def step_of(config: Config) -> Config:
+    """The configuration of which a step is estimated or profiled, whatever its method.
+
+    It has the model, adapter, dropout rates and training settings of a run, and a method that uses
+    just these: a file may be that of a run with a bandit or of another method.
+    """
+    plain = Config()
+    used = {"method": plain.method, "configurator": plain.configurator, "sharing": plain.sharing}
+    return config.model_copy(update=used)
+
+
 def _unread(config: Config) -> NoEffect:
     """The rule about tables that only other methods use."""
     optional = frozenset[str]().union(*(other.tables for other in METHODS.values()))

@@ -4,7 +4,6 @@ The page has no script and loads nothing. It follows the browser's light or dark
 """
 
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from droppeft.report.figures import (
     figures,
 )
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
-from droppeft.runs.folder import RESULT, ROUNDS
+from droppeft.runs.folder import RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 
 PAGE, FIGURES = "report.html", "figures"
@@ -133,7 +132,7 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
     if (folder / STUDY).is_file():
         return name, *read_tables(folder)
     if (folder / RESULT).is_file():
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        result = read_result(folder)
         method, target = result["method"], result["target"]
         goal = None if target is None else Target(accuracy=target)
         run = finished(name, method, result, read_rows(folder / ROUNDS))

@@ -35,7 +35,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import check_step_settings
+from droppeft.methods.rules import check_step_settings, step_of
 from droppeft.resources.model_shape import check_runnable, model_shape
 
 GRID: dict[str, tuple[str, ...]] = {
@@ -177,7 +177,8 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
     choices, fixed = _choices(path, overrides)
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
-        config = load_config(path, [*fixed, *(f"{key}={value}" for key, value in named.items())])
+        varied = [f"{key}={value}" for key, value in named.items()]
+        config = step_of(load_config(path, [*fixed, *varied]))
         yield resolve_layers(config, model_shape(config.model).num_layers)
 
 

@@ -23,7 +23,7 @@ from droppeft.methods import Setup, method_named
 from droppeft.models.loading import load_backbone, load_dequantised
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS
+from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.model_files import (
     Source,
@@ -191,7 +191,7 @@ def _result_of(run: Path, round: int) -> Mapping[str, Any] | None:
     """Read the run's result, if it is finished and this was its last round."""
     if not (run / RESULT).exists():
         return None
-    result: dict[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    result = read_result(run)
     return result if result["rounds"] == round else None
 
 

@@ -4,17 +4,20 @@ Ours.
 """
 
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from droppeft.config import Config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
+from droppeft.runs.ledger import SCHEMA_VERSION
 
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
 
@@ -54,6 +57,22 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
         raise DroppeftError(
             f"--out {out}: cannot be created ({error.strerror}); choose another folder"
         ) from None
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The content of a finished run's ``result.json``.
+
+    Raises:
+        DroppeftError: another version of droppeft wrote it, in a format that is not read.
+    """
+    result: dict[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    if result.get("schema_version") != SCHEMA_VERSION:
+        raise DroppeftError(
+            f"{run / RESULT}: was written by another version of droppeft "
+            f"(schema_version {result.get('schema_version')}, this one reads {SCHEMA_VERSION}); "
+            "use that version, or run the configuration again"
+        )
+    return result
 
 
 @contextmanager

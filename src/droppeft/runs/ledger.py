@@ -16,7 +16,7 @@ from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.files import sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ROUNDING = 1e-9
 """Tolerance of comparing a mean of accuracies with a target."""
 

@@ -34,7 +34,16 @@ from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.environment import machine, versions
-from droppeft.runs.folder import CLIENTS, CONFIG, RESULT, ROUNDS, begin, check_free, locked
+from droppeft.runs.folder import (
+    CLIENTS,
+    CONFIG,
+    RESULT,
+    ROUNDS,
+    begin,
+    check_free,
+    locked,
+    read_result,
+)
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
     RoundRow,
@@ -118,7 +127,7 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
     with locked(out):
         if (out / RESULT).exists():
-            result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
+            result = read_result(out)
             listener.finished(result)
             return result
         config = load_config(out / CONFIG)

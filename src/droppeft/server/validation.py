@@ -59,7 +59,8 @@ def check_reply(
 ) -> Reply:
     """Return the reply to an instruction, or a failure if it is missing or refused.
 
-    A failure gets the client of the instruction, whichever client it names itself.
+    A failure gets the client of the instruction, whichever client it names itself. State can be
+    lost only by a client that the instruction expects to have saved some.
 
     Args:
         reply: ``None`` if nothing arrived.
@@ -68,7 +69,8 @@ def check_reply(
     if reply is None:
         return Failure(instruction.client, "sent no reply")
     if isinstance(reply, Failure):
-        return replace(reply, client=instruction.client)
+        lost = reply.lost and instruction.state_round is not None
+        return replace(reply, client=instruction.client, lost=lost)
     reason = why_not(reply)
     return reply if reason is None else Failure(instruction.client, f"refused: {reason}")
 

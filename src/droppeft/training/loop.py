@@ -20,6 +20,7 @@ from droppeft.adapters.by_layer import Parameters
 from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
+from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
 from droppeft.models.key_value_cache import without_cache
@@ -248,7 +249,12 @@ def training_batches(
 
     Rows of a batch have similar lengths. If the budget is shorter than an epoch, a random part of
     the rows is used; if it is longer, further shuffled epochs follow.
+
+    Raises:
+        DroppeftError: a batch size below 1.
     """
+    if batch_size < 1:
+        raise DroppeftError(f"a batch of {batch_size} rows is not possible; it needs 1 or more")
     if budget.epochs is not None:
         return [
             batch
