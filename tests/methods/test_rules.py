@@ -22,6 +22,7 @@ from droppeft.methods.rules import (
 from droppeft.resources.estimate import combinations
 from droppeft.server.run import start_run
 from runs import Recorder
+from tiny import save_tiny_model
 
 THOMPSON = "configurator.policy=budgeted_thompson"
 HALF = "sharing.fraction=0.5"
@@ -321,8 +322,9 @@ def test_the_file_of_a_whole_run_can_be_estimated(whole_run: Path) -> None:
 
 @pytest.mark.parametrize("method", ["adaptive", "fedlora", "fedia3"])
 def test_a_step_is_estimated_whatever_the_method_of_the_file(method: str, tmp_path: Path) -> None:
+    model = f"model={save_tiny_model(tmp_path / 'model')}"
     (tmp_path / "run.toml").write_text(f'method = "{method}"\nrounds = 2\n')
-    found = list(combinations(tmp_path / "run.toml", ["model=config:bert-base", "frozen.layers=0"]))
+    found = list(combinations(tmp_path / "run.toml", [model, "frozen.layers=0"]))
     assert {config.adapter.type for config in found} == {"ia3" if method == "fedia3" else "lora"}
     for config in found:
         check_settings(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import TYPES, check_on
-from droppeft.config import Config, as_tree, build_config, flat
+from droppeft.config import Config, DropoutConfig, as_tree, build_config, flat
 from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
@@ -205,11 +205,17 @@ def check_step_settings(overrides: Sequence[str]) -> None:
 def step_of(config: Config) -> Config:
     """The configuration of which a step is estimated or profiled, whatever its method.
 
-    It has the model, adapter, dropout rates and training settings of a run, and a method that uses
-    just these: a file may be that of a run with a bandit or of another method.
+    It has the model, adapter, drop rates and training settings of a run, and a method that uses
+    just these. A method that drops no layers has a step at full depth.
     """
     plain = Config()
-    used = {"method": plain.method, "configurator": plain.configurator, "sharing": plain.sharing}
+    used: dict[str, Any] = {
+        "method": plain.method,
+        "configurator": plain.configurator,
+        "sharing": plain.sharing,
+    }
+    if "dropout" not in method_named(config.method).tables:
+        used["dropout"] = DropoutConfig(mean=0.0)
     return config.model_copy(update=used)
 
 

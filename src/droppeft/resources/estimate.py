@@ -165,6 +165,8 @@ def limits(
 def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config]:
     """All combinations of the given values, and of :data:`GRID`'s for settings that are not given.
 
+    Combinations that differ in nothing that the step uses are given once.
+
     Args:
         path: configuration file of a run, or ``None``; settings in it have one value.
         overrides: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
@@ -175,11 +177,15 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
     """
     check_step_settings(overrides)
     choices, fixed = _choices(path, overrides)
+    known: set[str] = set()
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
         varied = [f"{key}={value}" for key, value in named.items()]
         config = step_of(load_config(path, [*fixed, *varied]))
-        yield resolve_layers(config, model_shape(config.model).num_layers)
+        config = resolve_layers(config, model_shape(config.model).num_layers)
+        if config.model_dump_json() not in known:
+            known.add(config.model_dump_json())
+            yield config
 
 
 def _choices(
