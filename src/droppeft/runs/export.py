@@ -4,7 +4,6 @@ The run's folder is only read, so a run may be exported while another process wo
 not loaded, because a checkpoint has the names of the classes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

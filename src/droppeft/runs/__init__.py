@@ -1,0 +1,1 @@
+"""A run on disk: folder, ledger, checkpoints and exports; and the listeners of a run."""
