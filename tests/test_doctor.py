@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 import droppeft
 from droppeft import doctor
 from droppeft.cli import app
-from droppeft.data import builtin as texts
 from droppeft.doctor import CHECKS, Finding, builtin, examine, flower, folders, machine, packages
 from droppeft.doctor.finding import note, ok, problem, size
 from droppeft.doctor.torch_facts import facts
@@ -409,62 +408,6 @@ def test_the_weights_are_cut_off(
     found = builtin.check_builtin_model()
     assert (found.status, found.remedy) == ("problem", REINSTALL_MODEL)
     assert found.found.startswith(f"{folder / 'model.safetensors'} cannot be read: ")
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Built-in data of two libraries and few rows, in a separate cache."""
-    monkeypatch.setattr(texts, "LIBRARIES", {"networkx": "networkx", "sympy": "sympy"})
-    monkeypatch.setattr(texts, "TRAIN_ROWS", 12)
-    monkeypatch.setattr(texts, "TEST_ROWS", 4)
-    monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_data_that_are_not_built_yet(small: Path) -> None:
-    assert builtin.check_builtin_data() == ok(
-        "not built yet; the first run builds them in about 10 s"
-    )
-    assert not small.exists()
-
-
-def test_data_that_are_damaged_count_as_not_built(small: Path) -> None:
-    texts.load_builtin(small)
-    [file] = small.iterdir()
-    file.write_bytes(file.read_bytes()[:-100])
-    assert builtin.check_builtin_data().found.startswith("not built yet")
-
-
-def test_data_that_are_built(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    made = texts.load_builtin(small).content_hash
-    found = builtin.check_builtin_data()
-    assert found.status == "note"
-    assert found.found == f"{builtin.NOT_PUBLISHED} (hash {made})"
-    assert found.remedy == f"{PIP} uninstall -y networkx sympy && {REPAIR}"
-    monkeypatch.setattr(texts, "EXPECTED_HASH", made)
-    assert builtin.check_builtin_data() == ok(
-        f"32 texts are built, as published (hash {made})"  # 2 libraries x (12 + 4)
-    )
-
-
-def test_a_library_of_the_data_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, sympy=None)
-    assert builtin.check_builtin_data() == problem(
-        "they are made from the text of libraries; sympy is missing", REPAIR
-    )
-
-
-def test_a_library_of_the_data_has_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, sympy="1.13.3", peft="0.1")
-    assert builtin.check_builtin_data() == note(
-        f"{builtin.NOT_PUBLISHED}, since they are made from sympy 1.13.3, wanted ==1.14.0",
-        REPAIR,
-    )
-
-
-def test_every_library_of_the_data_has_an_exact_version() -> None:
-    wanted = {each.name: str(each.specifier) for each in packages.requirements("droppeft")}
-    assert all(wanted[name].startswith("==") for name in texts.LIBRARIES.values())
 
 
 def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

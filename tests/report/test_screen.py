@@ -227,14 +227,6 @@ def test_a_continued_run_says_after_which_round(
     assert [line[:7] for line in text.splitlines() if line.startswith("round")] == ["round 3"]
 
 
-def test_another_built_in_data_set_is_pointed_out(
-    result: dict[str, Any], rows: list[RoundRow]
-) -> None:
-    warning = "other library versions than the published ones"
-    assert warning in shown({**result, "builtin_data_as_published": False}, rows)
-    assert warning not in shown({**result, "builtin_data_as_published": True}, rows)
-
-
 @pytest.mark.parametrize(
     ("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (7e10, "70.0 GB")]
 )

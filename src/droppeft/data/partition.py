@@ -1,15 +1,13 @@
 """Partition the training rows among clients.
 
-``iid``, ``dirichlet`` (arXiv:1905.12022) and ``pathological`` (arXiv:1602.05629) use the
-partitioners of flwr_datasets. ``dirichlet_by_client`` follows FedNLP (arXiv:2104.08815).
+``iid``, ``dirichlet`` (arXiv:1905.12022) and ``pathological`` (arXiv:1602.05629) give the same rows
+as the partitioners of flwr-datasets. ``dirichlet_by_client`` follows FedNLP (arXiv:2104.08815).
 ``natural`` is ours.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,69 +103,73 @@ def _parts(rows: Rows, config: PartitionConfig, generator: np.random.Generator) 
 
 
 def _iid(labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int) -> list[Rows]:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    # IidPartitioner splits the table in its order, without shuffling.
     order = seeds.numpy_generator(seed, purpose="partition").permutation(len(labels))
-    return _by_flower(IidPartitioner(clients), labels, order)
+    return np.array_split(order, clients)
 
 
 def _dirichlet(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    partitioner = DirichletPartitioner(
-        num_partitions=clients,
-        partition_by="label",
-        alpha=config.alpha,
-        min_partition_size=0,  # small clients are handled by config.small instead
-        seed=seeds.seed_for(seed, purpose="partition"),
-    )
-    return _by_flower(partitioner, labels, np.arange(len(labels)))
+    """Divide the rows of each class by shares from Dir(alpha), over all clients."""
+    generator = seeds.numpy_generator(seed, purpose="partition")
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        shares = generator.dirichlet(np.full(clients, config.alpha))
+        ends = (np.cumsum(shares) * len(rows)).astype(int)[:-1]
+        for part, more in zip(parts, np.split(rows, ends), strict=True):
+            part.append(more)
+    return [generator.permutation(np.concatenate(part)) for part in parts]
 
 
 def _pathological(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
 ) -> list[Rows]:
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    classes = len(np.unique(labels))
-    if config.classes_per_client > classes:
+    """Divide the rows of each class equally among the clients that have this class."""
+    classes = np.unique(labels)
+    if config.classes_per_client > len(classes):
         raise DroppeftError(
             f"partition.classes_per_client={config.classes_per_client} is more than the "
-            f"{classes} classes of the data"
+            f"{len(classes)} classes of the data"
         )
-    partitioner = PathologicalPartitioner(
-        num_partitions=clients,
-        partition_by="label",
-        num_classes_per_partition=config.classes_per_client,
-        class_assignment_mode="first-deterministic",  # uses all classes if there are enough clients
-        seed=seeds.seed_for(seed, purpose="partition"),
-    )
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about unused classes, an error below
-            owned = _by_flower(partitioner, labels, np.arange(len(labels)))
-    except ValueError:
+    generator = seeds.numpy_generator(seed, purpose="partition")
+    held = _classes_held(classes, clients, config.classes_per_client, generator)
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        owners = [client for client in range(clients) if label in held[client]]
+        _check_enough_owners(len(owners), len(rows), len(classes), clients, config)
+        for client, more in zip(owners, np.array_split(rows, len(owners)), strict=True):
+            parts[client].append(more)
+    return [generator.permutation(np.concatenate(part)) for part in parts]
+
+
+def _classes_held(
+    classes: Rows, clients: int, per_client: int, generator: np.random.Generator
+) -> list[set[int]]:
+    """Give client i class i (counted round and round), and draw its other classes."""
+    held = []
+    for client in range(clients):
+        own = {int(classes[client % len(classes)])}
+        while len(own) < per_client:
+            own.add(int(generator.choice(classes, size=1)[0]))
+        held.append(own)
+    return held
+
+
+def _check_enough_owners(
+    owners: int, rows: int, classes: int, clients: int, config: PartitionConfig
+) -> None:
+    if owners > rows:
         raise DroppeftError(
             "partition.kind=pathological: a class has fewer rows than clients that need it; lower "
             "clients or partition.classes_per_client"
-        ) from None
-    if sum(map(len, owned)) < len(labels):
+        )
+    if owners == 0:
         raise DroppeftError(
             f"partition.kind=pathological: some of the {classes} classes have no client; raise "
             f"clients={clients} or partition.classes_per_client={config.classes_per_client}"
         )
-    return owned
-
-
-def _by_flower(partitioner: Any, labels: Rows, order: Rows) -> list[Rows]:
-    """Return the rows of each part when a flwr_datasets partitioner splits them in ``order``."""
-    import datasets
-
-    partitioner.dataset = datasets.Dataset.from_dict({"row": order, "label": labels[order]})
-    parts = (partitioner.load_partition(part) for part in range(partitioner.num_partitions))
-    return [np.array(part["row"], np.int64) for part in parts]
 
 
 def _dirichlet_by_client(

@@ -13,7 +13,6 @@ import pyarrow as pa
 from droppeft import seeds
 from droppeft.config import SourceConfig
 from droppeft.data.builtin import load_builtin, package_of
-from droppeft.data.cache import cache_dir
 from droppeft.data.splits import READERS, Split, folder_splits, hub_splits, read_file
 from droppeft.data.texts import TextData, TextTable
 from droppeft.errors import DroppeftError
@@ -99,7 +98,7 @@ def _builtin(source: SourceConfig, key: str | None) -> TextData:
             raise DroppeftError(f"source.{name} does not apply to data=builtin; leave it out")
     if key not in (None, "package"):
         raise DroppeftError(f"data=builtin has no column {key}; partition.key can be package")
-    data = load_builtin(cache_dir())
+    data = load_builtin()
     owners = tuple(package_of(file) for file in data.train.keys or ()) if key else None
     return replace(data, train=replace(data.train, keys=owners), test=replace(data.test, keys=None))
 

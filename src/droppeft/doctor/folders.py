@@ -29,7 +29,7 @@ def check_runs_folder() -> Finding:
 
 
 def check_cache_folder() -> Finding:
-    """Check the cache folder. Without it every run builds the built-in data again."""
+    """Check the cache folder. Without it every run prepares its data again."""
     folder, remedy = cache_dir(), "export DROPPEFT_CACHE=~/droppeft-cache"
     if reason := why_not(folder):
         return note(f"{folder} {reason}; every run prepares its data again", remedy)

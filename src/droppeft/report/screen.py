@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
@@ -297,12 +297,8 @@ def _header(about: Mapping[str, Any]) -> Panel:
         f"majority class {_percent(about['majority_accuracy'])}, "
         f"TF-IDF + linear SVM {_percent(about['tfidf_accuracy'])}",
     )
-    content: Group | Table = grid
-    if about["builtin_data_as_published"] is False:
-        warning = "other library versions than the published ones: accuracies are not comparable"
-        content = Group(grid, Text(warning, style="yellow"))
     title = f"[bold]droppeft[/] · {about['method']} · seed {about['seed']}"
-    return Panel(content, title=title, title_align="left", box=box.ROUNDED, expand=False)
+    return Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False)
 
 
 def _shared(sharing: Mapping[str, Any]) -> str:

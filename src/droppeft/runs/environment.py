@@ -15,7 +15,6 @@ PACKAGES = (
     "transformers",
     "peft",
     "datasets",
-    "flwr-datasets",
     "numpy",
     "scikit-learn",
     "safetensors",

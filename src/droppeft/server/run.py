@@ -24,7 +24,6 @@ from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import difference, identity
 from droppeft.config import Config, as_tree, load_config, resolve
-from droppeft.data.builtin import EXPECTED_HASH
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
@@ -369,7 +368,6 @@ def _initial_facts(prepared: Prepared) -> dict[str, Any]:
 def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run, for listeners and for the result file."""
     config, data = prepared.config, prepared.loaded.data
-    is_cut = (config.source.max_train_rows, config.source.max_test_rows) != (None, None)
     return {
         "method": config.method,
         "run": prepared.setup.run,
@@ -387,9 +385,6 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "train_rows": len(data.train),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
-        "builtin_data_as_published": data.content_hash == EXPECTED_HASH
-        if config.data == "builtin" and not is_cut
-        else None,
         "initial_loss": facts["initial_loss"],
         "majority_accuracy": facts["majority_accuracy"],
         "own_majority_accuracy": facts["own_majority_accuracy"],
