@@ -42,7 +42,7 @@ ifneq ($(TORCH_INDEX),)
 	$(BIN)/python -m pip install --no-deps --index-url $(TORCH_INDEX) \
 	  "$$(grep '^torch==' constraints.txt)"
 endif
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(DEV): $(RUNTIME)

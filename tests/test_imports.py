@@ -16,7 +16,7 @@ PACKAGE = Path(droppeft.__file__).parent
 # level do not see each other. The empty name is droppeft/__init__.py.
 LEVELS = (
     {"", "errors", "files", "seeds"},
-    {"config", "layer_dropout", "messages"},
+    {"config", "extras", "layer_dropout", "messages"},
     {"checked_safetensors", "data", "models"},
     {"adapters", "tasks"},
     {"cached_layers"},
@@ -39,7 +39,16 @@ BESIDE_TORCH = {"layer_dropout/trainer.py": {"transformers"}}
 # Libraries that only some packages may import.
 OWNERS = {"flwr": {"transports", "flower_server_app"}, "peft": {"adapters"}}
 
-WITHOUT_TORCH = {"", "errors", "files", "seeds", "config", "messages", "checked_safetensors"}
+WITHOUT_TORCH = {
+    "",
+    "errors",
+    "files",
+    "seeds",
+    "config",
+    "extras",
+    "messages",
+    "checked_safetensors",
+}
 
 MOST_PARAMETERS = 8
 
@@ -243,7 +252,6 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
         ),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
         ("adapters", "from peft import LoraConfig\nfrom droppeft.messages import Tensors"),
-        ("data", "from flwr_datasets.partitioner import DirichletPartitioner"),
         ("layer_dropout", "import random\nfrom torch import nn\nimport droppeft.errors"),
         ("cli", "from droppeft import __version__"),
         ("config", "from droppeft.errors import DroppeftError"),

@@ -134,10 +134,12 @@ def compare(
 
     from droppeft.comparison.grid import cells
     from droppeft.comparison.in_folder import compare_in_folder
+    from droppeft.extras import require
     from droppeft.report import show_comparison as report
     from droppeft.report.page import write_page
     from droppeft.server.run import Interrupted
 
+    require("report", "the page of a comparison")
     file, methods, settings = _split_for_compare(overrides or [])
     chosen_seeds = None if seeds is None else _whole_numbers(seeds)
     comparison = _comparison(file, methods, settings, chosen_seeds)
@@ -226,8 +228,11 @@ def profile(
     """
     from rich.console import Console
 
+    from droppeft.extras import require
     from droppeft.report import show_profile as report
 
+    if out is not None:
+        require("report", "the figure in --out")
     config = _to_measure(overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
     console = Console(stderr=True) if as_json else Console()
     try:

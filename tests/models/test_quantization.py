@@ -130,7 +130,8 @@ def test_a_missing_bitsandbytes_is_reported_with_the_extra(monkeypatch: pytest.M
     with pytest.raises(DroppeftError) as caught:
         load_backbone("/nowhere", NAMES, 0, "4bit")
     assert str(caught.value) == (
-        "quantization=4bit needs bitsandbytes; run: pip install 'droppeft[quantization]'"
+        "quantization=4bit needs the package bitsandbytes; "
+        "run: pip install 'droppeft[quantization]'"
     )
     with pytest.raises(DroppeftError, match="no such folder"):
         load_backbone("/nowhere", NAMES, 0)

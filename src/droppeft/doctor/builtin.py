@@ -19,17 +19,18 @@ def check_builtin_model() -> Finding:
 
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        return problem(f"the package {MODEL_DISTRIBUTION} is missing", repair())
+        return problem(f"the package {MODEL_DISTRIBUTION} is missing", repair("[demo]"))
     folder = Path(spec.origin).parent / "model"
+    again = reinstall(MODEL_DISTRIBUTION, "[demo]")
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
-        return problem(f"{folder}: {', '.join(missing)} missing", reinstall(MODEL_DISTRIBUTION))
+        return problem(f"{folder}: {', '.join(missing)} missing", again)
     weights = folder / MODEL_FILES[-1]
     try:
         with safe_open(weights, framework="numpy") as file:
             tensors = len(file.keys())
     except (OSError, SafetensorError) as error:
-        return problem(f"{weights} cannot be read: {error}", reinstall(MODEL_DISTRIBUTION))
+        return problem(f"{weights} cannot be read: {error}", again)
     return ok(f"all-MiniLM-L6-v2, {tensors} tensors, {size(weights.stat().st_size)}")
 
 

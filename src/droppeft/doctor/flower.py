@@ -22,7 +22,7 @@ def check_flower() -> Finding:
     commands = [f"the command {name}" for name, folder in folders.items() if folder is None]
     if libraries or commands:
         found = f"missing for Flower's transports: {', '.join([*libraries, *commands])}"
-        return note(found, repair() if libraries else reinstall("flwr"))
+        return note(found, repair("[flower]") if libraries else reinstall("flwr", "[flower]"))
     where = ", ".join(sorted({str(folder) for folder in folders.values()}))
     versions = ", ".join(f"{name} {installed(name)}" for name in PARTS)
     return ok(f"{versions}; its commands are in {where}")

@@ -160,15 +160,20 @@ def repair(extra: str = "") -> str:
     return pip("install", *pinned, *target[:-1], target[-1] + extra)
 
 
-def reinstall(*names: str) -> str:
-    """The command that reinstalls packages whose files are damaged or of the wrong build."""
-    return f"{pip('uninstall', '-y', *names)} && {repair()}"
+def reinstall(name: str, extra: str = "") -> str:
+    """The command that reinstalls a package whose files are damaged or of the wrong build.
+
+    Args:
+        name: of the package.
+        extra: the extra of droppeft that brings it, in brackets; "" if none does.
+    """
+    return f"{pip('uninstall', '-y', name)} && {repair(extra)}"
 
 
 def pip(command: str, *arguments: str) -> str:
     """A pip command for this environment, whatever ``pip`` is in the user's shell.
 
-    An environment made by uv has no pip; uv itself is installed with Flower.
+    An environment made by uv has no pip, but then uv is installed.
     """
     if importlib.util.find_spec("pip"):
         return shlex.join([sys.executable, "-m", "pip", command, *arguments])

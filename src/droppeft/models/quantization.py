@@ -13,7 +13,6 @@ CPU. Otherwise it also rounds its inputs to 8 bits, row by row, except for colum
 outlier anywhere in the batch. A row's output then depends slightly on the other rows of its batch.
 """
 
-import importlib.util
 import logging
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from droppeft.errors import DroppeftError
+from droppeft.extras import require
 
 QUANTIZATIONS = {"Int8Params": "8bit", "Params4bit": "4bit"}
 """The quantisation by the name of bitsandbytes' class of a weight."""
@@ -46,11 +46,8 @@ def check_installed(quantization: str) -> None:
     Raises:
         DroppeftError: bitsandbytes is missing.
     """
-    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise DroppeftError(
-            f"quantization={quantization} needs bitsandbytes; run: "
-            "pip install 'droppeft[quantization]'"
-        )
+    if quantization != "none":
+        require("quantization", f"quantization={quantization}")
 
 
 KINDS: dict[str, dict[str, Any]] = {

