@@ -17,6 +17,9 @@ from droppeft.federated_method import Setup, scheduled_in_round
 from droppeft.messages import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
+REWARD_ROWS = 16
+"""Validation rows on which a client measures the reward ``loss``."""
+
 TYPICAL_STEPS = 10
 """Assumed number of steps if local trainings are given in epochs, whose steps the server does not
 know."""
@@ -29,11 +32,9 @@ def depth_of_run(setup: Setup) -> Depth:
     return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
 
 
-def rates_of_arm(
-    setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
-) -> tuple[float, ...]:
+def rates_of_arm(setup: Setup, round: int, arm: Arm) -> tuple[float, ...]:
     """Drop rate of each layer for an arm in a round, after the schedule."""
-    return scheduled_in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
+    return scheduled_in_round(setup, round, arm_rates(arm, depth_of_run(setup)))
 
 
 def arms_differ(setup: Setup, round: int) -> bool:
@@ -104,7 +105,7 @@ def local_training_seconds(
     config = setup.config
     arithmetic = clock_of(setup).arithmetic(model.adapter)
     steps = config.training.local_steps or TYPICAL_STEPS
-    rates = rates_of_arm(setup, round, arm, memory.importance)
+    rates = rates_of_arm(setup, round, arm)
     lower = first_trained(arm, depth_of_run(setup))
     row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
     forward, rest = arithmetic.forward(memory.row_length)
@@ -132,7 +133,7 @@ def reward_rows(setup: Setup, round: int) -> int:
     """How many validation rows a client measures its reward on; 0 if the reward is not used."""
     settings = setup.config.configurator
     unused = settings.policy in ("fixed", RANDOM) or not arms_differ(setup, round)
-    return 0 if unused or settings.reward != "loss" else settings.reward_rows
+    return 0 if unused or settings.reward != "loss" else REWARD_ROWS
 
 
 def fitting_arms(
@@ -140,20 +141,18 @@ def fitting_arms(
 ) -> list[bool]:
     """For each arm, whether the profile has enough memory."""
     return [
-        bytes_of_arm(setup, model, memory, round, arm) <= profile.memory_bytes
+        bytes_of_arm(setup, model, round, arm) <= profile.memory_bytes
         for arm in memory.arms.values()
     ]
 
 
-def bytes_of_arm(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, arm: Arm
-) -> int:
+def bytes_of_arm(setup: Setup, model: GlobalModel, round: int, arm: Arm) -> int:
     """Memory in bytes of a process that trains with an arm, for rows of full length.
 
     With ``training.offload`` all weights are counted as well, since they are in memory while the
     reward is measured.
     """
-    rates = rates_of_arm(setup, round, arm, memory.importance)
+    rates = rates_of_arm(setup, round, arm)
     lower = first_trained(arm, depth_of_run(setup))
     steps = setup.config.training.local_steps or TYPICAL_STEPS
     active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
@@ -187,9 +186,7 @@ def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
     name = profile_without_arm(setup, model, memory, 1)
     if name is not None:
         arms, rounds = memory.arms.values(), (1, setup.config.rounds)
-        least = max(
-            min(bytes_of_arm(setup, model, memory, round, arm) for arm in arms) for round in rounds
-        )
+        least = max(min(bytes_of_arm(setup, model, round, arm) for arm in arms) for round in rounds)
         raise DroppeftError(
             f"no arm of the configurator fits the memory of {name}: the smallest needs "
             f"{least / 1e9:.2f} GB of {assigned_profiles(setup)[name].memory_bytes / 1e9:.2f} GB; "
@@ -198,10 +195,8 @@ def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
         )
 
 
-def fits_somewhere(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, arm: Arm, round: int
-) -> bool:
+def fits_somewhere(setup: Setup, model: GlobalModel, arm: Arm, round: int) -> bool:
     """Whether some device profile has enough memory for an arm, in this round and the last."""
     largest = max(profile.memory_bytes for profile in assigned_profiles(setup).values())
     rounds = (round, setup.config.rounds)
-    return all(bytes_of_arm(setup, model, memory, checked, arm) <= largest for checked in rounds)
+    return all(bytes_of_arm(setup, model, checked, arm) <= largest for checked in rounds)

@@ -2,16 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import SHAPES, protected_ends, weighted_rates
-
-IMPORTANCE = "importance"
-"""The shape whose rates are inversely proportional to the importance of the layers."""
-
-LEAST_PART = 1e-9
-"""An importance below this part of the largest counts as unknown."""
+from droppeft.layer_dropout import layer_rates, protected_ends
 
 
 @dataclass(frozen=True)
@@ -20,7 +14,7 @@ class Arm:
 
     Attributes:
         mean: mean drop rate over the trained layers; protected layers count with 0.
-        shape: shape of the rates over these layers: a key of ``SHAPES``, or :data:`IMPORTANCE`.
+        shape: shape of the rates over these layers, a key of ``SHAPES``.
         untrained: share of the layers above the frozen ones, from the lowest, that run and are not
             trained.
     """
@@ -92,7 +86,7 @@ def _normalised(arm: Arm, depth: Depth) -> Arm:
 def is_possible(arm: Arm, depth: Depth) -> bool:
     """Whether an arm trains a layer, and enough layers are unprotected to reach its mean rate."""
     try:
-        arm_rates(arm, depth, None)
+        arm_rates(arm, depth)
     except DroppeftError:
         return False
     return True
@@ -103,12 +97,8 @@ def first_trained(arm: Arm, depth: Depth) -> int:
     return depth.frozen + round(arm.untrained * (depth.layers - depth.frozen))
 
 
-def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tuple[float, ...]:
+def arm_rates(arm: Arm, depth: Depth) -> tuple[float, ...]:
     """Drop rate of each of the L layers; 0 below the first trained layer.
-
-    Args:
-        importance: importance of each layer, for the shape :data:`IMPORTANCE`. While it is unknown,
-            that shape is uniform.
 
     Raises:
         DroppeftError: if the mean is impossible, or if no layer is trained.
@@ -120,38 +110,4 @@ def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tup
             "an arm of the configurator trains no layer; lower configurator.untrained"
         )
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
-    weights = _weights(arm.shape, trained, importance[lower:] if importance else None)
-    return (0.0,) * lower + weighted_rates(arm.mean, weights, protected=protected)
-
-
-def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Sequence[float]:
-    if shape != IMPORTANCE:
-        return SHAPES[shape](layers)
-    if importance is None or min(importance) <= LEAST_PART * max(importance):
-        return (1.0,) * layers
-    return tuple(1 / value for value in importance)
-
-
-def neighbours(
-    arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, several_depths: bool = True
-) -> tuple[Arm, ...]:
-    """Possible arms that differ from an arm in its mean, its shape or one untrained layer.
-
-    Args:
-        step: difference of the mean.
-        shapes: shapes that may be used.
-        several_depths: whether the share of untrained layers may change.
-    """
-    layer = 1 / (depth.layers - depth.frozen)
-    changed = [
-        *(replace(arm, mean=round(arm.mean + change, 6)) for change in (-step, step)),
-        *(replace(arm, shape=shape) for shape in shapes),
-        *(
-            replace(arm, untrained=arm.untrained + change)
-            for change in (-layer, layer)
-            if several_depths
-        ),
-    ]
-    valid = [near for near in changed if 0 <= near.mean < 1 and -1e-9 <= near.untrained < 1]
-    unique = dict.fromkeys(_normalised(near, depth) for near in valid if is_possible(near, depth))
-    return tuple(near for near in unique if near != _normalised(arm, depth))
+    return (0.0,) * lower + layer_rates(arm.mean, arm.shape, trained, protected=protected)

@@ -46,7 +46,6 @@ from droppeft.layer_dropout.rates import (
     explicit_rates,
     layer_rates,
     protected_ends,
-    weighted_rates,
 )
 from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
@@ -71,5 +70,4 @@ __all__ = [
     "protected_ends",
     "sample_active",
     "scheduled_rates",
-    "weighted_rates",
 ]
