@@ -35,7 +35,7 @@ NAME = "configurator_synthetic"
 SEEDS, CLIENTS, MOST = 20, 10, 3000
 WINDOWS = (5, 10, 40)
 TARGET = 0.05
-ARMS = [Arm(mean, "uniform", untrained) for untrained in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
+ARMS = [Arm(mean, untrained) for untrained in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
 # A step's time is forward 1 and backward 2 of every layer that runs, a twelfth for the rest.
 TIMES = np.array([1.0, 0.77, 0.54, 0.69, 0.58, 0.46])
 MEASURING = 2 * 16 / 3 / (10 * 16)

@@ -101,7 +101,7 @@ def test_no_client_is_forced_to_take_an_arm_that_does_not_fit() -> None:
 # A known problem: three arms with rewards 1.0, .9 and .5 that take 4, 2 and 1.9 seconds
 
 WORTH, SECONDS = (1.0, 0.9, 0.5), (4.0, 2.0, 1.9)
-ARMS = [Arm(mean, "uniform", 0.0) for mean in (0.0, 0.25, 0.5)]
+ARMS = [Arm(mean, 0.0) for mean in (0.0, 0.25, 0.5)]
 
 
 def last_arms(

@@ -28,8 +28,8 @@ know."""
 def depth_of_run(setup: Setup) -> Depth:
     """The layers of the run to which arms apply."""
     dropout = setup.config.dropout
-    frozen = setup.config.frozen.count
-    return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
+    ends = dropout.protect_first, dropout.protect_last
+    return Depth(setup.num_layers, setup.config.frozen.count, *ends, dropout.shape)
 
 
 def rates_of_arm(setup: Setup, round: int, arm: Arm) -> tuple[float, ...]:

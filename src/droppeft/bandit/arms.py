@@ -14,13 +14,11 @@ class Arm:
 
     Attributes:
         mean: mean drop rate over the trained layers; protected layers count with 0.
-        shape: shape of the rates over these layers, a key of ``SHAPES``.
         untrained: share of the layers above the frozen ones, from the lowest, that run and are not
             trained.
     """
 
     mean: float
-    shape: str
     untrained: float
 
     @property
@@ -29,8 +27,7 @@ class Arm:
         untrained = f", first {self.untrained:.0%} not trained" if self.untrained else ""
         if not self.mean:
             return f"nothing dropped{untrained}"
-        shape = "" if self.shape == "uniform" else f" ({self.shape})"
-        return f"{self.mean:.0%} dropped{shape}{untrained}"
+        return f"{self.mean:.0%} dropped{untrained}"
 
 
 @dataclass(frozen=True)
@@ -42,27 +39,27 @@ class Depth:
         frozen: number of frozen layers.
         protect_first, protect_last: how many of the first and last trained layers are never
             dropped.
+        shape: shape of the drop rates over the trained layers, a key of ``SHAPES``.
     """
 
     layers: int
     frozen: int
     protect_first: int
     protect_last: int
+    shape: str = "uniform"
 
 
-def candidates(
-    means: Sequence[float], shapes: Sequence[str], untrained: Sequence[float], depth: Depth
-) -> tuple[Arm, ...]:
+def candidates(means: Sequence[float], untrained: Sequence[float], depth: Depth) -> tuple[Arm, ...]:
     """All combinations that are possible with the protected layers, without duplicates.
 
     Raises:
         DroppeftError: if no combination is possible.
     """
     combinations = (
-        _normalised(Arm(mean, shape, untrained), depth)
-        for untrained, mean, shape in itertools.product(untrained, means, shapes)
+        _whole_layers(Arm(mean, share), depth)
+        for share, mean in itertools.product(untrained, means)
     )
-    arms = tuple(dict.fromkeys(arm for arm in combinations if is_possible(arm, depth)))
+    arms = tuple(dict.fromkeys(arm for arm in combinations if _is_possible(arm, depth)))
     if not arms:
         raise DroppeftError(
             f"no arm of the configurator is possible in {depth.layers} layers if the first "
@@ -72,18 +69,13 @@ def candidates(
     return arms
 
 
-def _normalised(arm: Arm, depth: Depth) -> Arm:
-    """The same for arms that behave alike.
-
-    An arm that drops nothing gets the uniform shape, and ``untrained`` becomes a share of whole
-    layers.
-    """
-    trainable = depth.layers - depth.frozen
-    untrained = (first_trained(arm, depth) - depth.frozen) / trainable
-    return Arm(arm.mean, arm.shape if arm.mean else "uniform", untrained)
+def _whole_layers(arm: Arm, depth: Depth) -> Arm:
+    """The arm with ``untrained`` as a share of whole layers, the same for arms that are alike."""
+    untrained = first_trained(arm, depth) - depth.frozen
+    return Arm(arm.mean, untrained / (depth.layers - depth.frozen))
 
 
-def is_possible(arm: Arm, depth: Depth) -> bool:
+def _is_possible(arm: Arm, depth: Depth) -> bool:
     """Whether an arm trains a layer, and enough layers are unprotected to reach its mean rate."""
     try:
         arm_rates(arm, depth)
@@ -110,4 +102,4 @@ def arm_rates(arm: Arm, depth: Depth) -> tuple[float, ...]:
             "an arm of the configurator trains no layer; lower configurator.untrained"
         )
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
-    return (0.0,) * lower + layer_rates(arm.mean, arm.shape, trained, protected=protected)
+    return (0.0,) * lower + layer_rates(arm.mean, depth.shape, trained, protected=protected)

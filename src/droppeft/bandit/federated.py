@@ -68,10 +68,8 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
         DroppeftError: if no candidate is possible, if none fits some client, or if there is no
             modelled clock.
     """
-    settings = setup.config.configurator
-    arms = candidates(
-        settings.means, settings.shapes, _untrained_shares(setup), depth_of_run(setup)
-    )
+    means = setup.config.configurator.means
+    arms = candidates(means, _untrained_shares(setup), depth_of_run(setup))
     memory = begin(arms, setup.config.training.max_length / 2)
     check_fits(setup, model, memory)
     possible = [arm for arm in arms if fits_somewhere(setup, model, arm, 1)]

@@ -7,14 +7,13 @@ from pydantic import Field
 from droppeft.config.table import Real, Table
 
 Fraction = Annotated[Real, Field(ge=0, lt=1)]
-Shape = Literal["uniform", "incremental", "decay", "normal"]
 
 
 class ConfiguratorConfig(Table):
     """Drop rates and untrained layers, chosen by a multi-armed bandit during the run.
 
     With `policy=fixed` there is no configurator, and the rates are those of `dropout`. With any
-    other policy, `dropout.mean`, `count`, `rates` and `shape` are not used, and the other settings
+    other policy, `dropout.mean`, `count` and `rates` are not used, and the other settings
     of `dropout` hold for all arms.
     """
 
@@ -26,11 +25,6 @@ class ConfiguratorConfig(Table):
         min_length=1,
         description="drop rates of the arms, mean over the trained layers; rates that protected "
         "layers make impossible are left out",
-    )
-    shapes: tuple[Shape, ...] = Field(
-        ("uniform",),
-        min_length=1,
-        description="how the arms' rates vary with depth",
     )
     untrained: tuple[Fraction, ...] = Field(
         (0.0, 0.5),
