@@ -137,16 +137,6 @@ def test_the_same_state_round_and_cohort_give_the_same_arms() -> None:
     assert [arms_of(other, state, round, [1, 2, 3]) for round in range(1, 9)] != several
 
 
-def test_a_schedule_holds_for_every_arm() -> None:
-    run_setup = setup("rounds=10", "dropout.schedule=recovery")
-    state = DROPPEFT.init(run_setup)
-    late = DROPPEFT.instruct(run_setup, state, 9, [0, 1, 2])
-    assert all(
-        instruction.dropout is not None and not any(instruction.dropout.rates)
-        for instruction in late
-    )
-
-
 def test_the_random_policy_measures_no_rewards() -> None:
     run_setup = setup_for("configurator.policy=uniform_random", *UNPROTECTED)
     state = DROPPEFT.init(run_setup)
@@ -225,7 +215,7 @@ def test_expected_seconds_are_those_of_the_modelled_clock(sharing: tuple[str, ..
             update = replace(update, tensors=sent)
         charged = run_setup.clock.client_cost(instruction, update)
         profile = run_setup.clock.fleet.profile(0)
-        expected = arm_costs.local_training_seconds(run_setup, state.model, memory, 1, arm, profile)
+        expected = arm_costs.local_training_seconds(run_setup, state.model, 8.0, arm, profile)
         # A first instruction brings all layers; later ones bring those that were shared.
         more = payload_bytes(instruction.tensors) - typical_bytes(
             run_setup.config, state.model.tensors
@@ -317,17 +307,6 @@ def test_a_client_that_no_arm_fits_is_an_error() -> None:
         DROPPEFT.init(with_memory_limits(PROCESS + 0.5e6))
 
 
-def test_a_client_without_the_memory_for_the_last_rounds_is_an_error() -> None:
-    """At full depth only an arm with untrained layers fits, and there is none."""
-    fits = with_memory_limits(PROCESS + 2.5e6)
-    settings = fits.config.configurator.model_copy(update={"untrained": (0.0,)})
-    config = fits.config.model_copy(update={"configurator": settings})
-    DROPPEFT.init(replace(fits, config=config))
-    recovers = config.dropout.model_copy(update={"schedule": "recovery"})
-    with pytest.raises(DroppeftError, match="no arm of the configurator fits the memory of kind0"):
-        DROPPEFT.init(replace(fits, config=config.model_copy(update={"dropout": recovers})))
-
-
 def test_slower_clients_get_cheaper_arms() -> None:
     """After it was learnt that dropping costs little reward, the cohort finishes together."""
     run_setup = setup("clock.profiles=jetson_tx2,jetson_agx_xavier", "training.local_steps=100")
@@ -372,7 +351,7 @@ def test_an_arm_that_misses_the_deadline_is_not_given() -> None:
     seconds = dict(
         zip(
             memory.arms.values(),
-            arm_costs.seconds_of(plain, state.model, memory, 3, fleet.profile(slow)),
+            arm_costs.seconds_of(plain, state.model, memory, fleet.profile(slow)),
             strict=True,
         )
     )
@@ -393,29 +372,6 @@ def test_prompts_have_no_untrained_layers() -> None:
     instruction = instruction_for(0, train=frozenset({"prompt"}))
     prompt = {**instruction.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
     assert first_trained_layer(replace(instruction, tensors=prompt)) == 0
-
-
-def test_rounds_at_full_depth_teach_nothing_about_arms() -> None:
-    run_setup = setup("dropout.schedule=recovery")
-    state = learnt(run_setup)
-    instructions = DROPPEFT.instruct(run_setup, state, 39, [0, 1, 2])
-    assert {instruction.reward_rows for instruction in instructions} == {0}
-    after = DROPPEFT.merge(
-        run_setup,
-        state,
-        instructions,
-        [update_for(instruction, reward=9.0) for instruction in instructions],
-    )
-    assert memory_of(after).arms == memory_of(state).arms
-    assert 9.0 not in [each.reward for each in memory_of(after).observations]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_rounds_at_full_depth_explore_nothing(policy: str) -> None:
-    run_setup = setup("dropout.schedule=recovery", f"configurator.policy={policy}")
-    state = learnt(run_setup)
-    arms = {tuple(arms_of(run_setup, state, round, [0, 1, 2])) for round in range(30, 40)}
-    assert len(arms) == 1
 
 
 def test_arms_that_fit_no_client_are_no_candidates() -> None:

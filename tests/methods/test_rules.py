@@ -37,6 +37,7 @@ IGNORED = [
     ("method=ditto frozen.layers=1", "frozen.layers has no effect with method=ditto"),
     ("configurator.means=[0]", "configurator.means has no effect with configurator.policy=fixed"),
     (f"{THOMPSON} dropout.count=2", "dropout.count has no effect with configurator.policy=budget"),
+    (f"{THOMPSON} dropout.schedule=recovery", "set configurator.policy=fixed"),
     (f"{THOMPSON} dropout.rates=[0,0]", "set configurator.policy=fixed"),
     (
         "sharing.criterion=cka",

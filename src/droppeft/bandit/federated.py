@@ -13,17 +13,14 @@ from droppeft.adapters.types import TYPES
 from droppeft.bandit import (
     Observation,
     PolicyInputs,
-    ScoredArms,
     candidates,
     choose_together,
     per_second,
     score,
 )
 from droppeft.bandit.arm_costs import (
-    arms_differ,
-    check_fits,
+    arms_that_fit,
     depth_of_run,
-    fits_somewhere,
     fitting_arms,
     for_clients,
     mean_seconds,
@@ -70,10 +67,7 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
     """
     means = setup.config.configurator.means
     arms = candidates(means, _untrained_shares(setup), depth_of_run(setup))
-    memory = begin(arms, setup.config.training.max_length / 2)
-    check_fits(setup, model, memory)
-    possible = [arm for arm in arms if fits_somewhere(setup, model, arm, 1)]
-    return begin(possible, memory.row_length)
+    return begin(arms_that_fit(setup, model, arms), setup.config.training.max_length / 2)
 
 
 def _untrained_shares(setup: Setup) -> Sequence[float]:
@@ -89,20 +83,19 @@ def arms_of_round(
     if not cohort:
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
-    common = (setup, model, memory, round)
-    seconds = np.array(for_clients(setup, cohort, lambda profile: seconds_of(*common, profile)))
-    fits = np.array(for_clients(setup, cohort, lambda profile: fitting_arms(*common, profile)))
+    arms = memory.arms.values()
+    seconds = np.array(
+        for_clients(setup, cohort, lambda profile: seconds_of(setup, model, memory, profile))
+    )
+    fits = np.array(
+        for_clients(setup, cohort, lambda profile: fitting_arms(setup, model, arms, profile))
+    )
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
     untried = np.array([number not in memory.tried for number in numbers])
     inputs = PolicyInputs(seconds, fits, untried, rng)
-    known = memory.known()
-    if arms_differ(setup, round):
-        scored = score(setup.config.configurator.policy, known, inputs)
-    else:
-        scored = ScoredArms(np.tile(known.quality, (len(cohort), 1)), known.quality)
-    chosen = choose_together(scored, seconds, fits)
-    return [numbers[index] for index in chosen]
+    scored = score(setup.config.configurator.policy, memory.known(), inputs)
+    return [numbers[index] for index in choose_together(scored, seconds, fits)]
 
 
 def _in_time(
@@ -137,7 +130,7 @@ def learned(
     observations = [
         Observation(round, number, reward)
         for reward, number in zip(rewards, given, strict=True)
-        if reward is not None and arms_differ(setup, round)
+        if reward is not None
     ]
     lengths = [r.cost.tokens / r.cost.rows for r in replies if isinstance(r, Update)]
     memory = with_round(
@@ -145,7 +138,7 @@ def learned(
         observations,
         round,
         fmean(lengths) if lengths else None,
-        given if arms_differ(setup, round) else (),
+        given,
     )
     return memory, _arms_of_round(setup, instructions, replies, labels, rewards)
 
@@ -195,7 +188,7 @@ def note(
     - ``best``: number of the arm with the largest reward per second.
     """
     known = memory.known()
-    seconds = mean_seconds(setup, model, memory, last.round)
+    seconds = mean_seconds(setup, model, memory)
     worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     labels = {**last.labels, **{number: arm.label for number, arm in memory.arms.items()}}

@@ -13,8 +13,8 @@ class ConfiguratorConfig(Table):
     """Drop rates and untrained layers, chosen by a multi-armed bandit during the run.
 
     With `policy=fixed` there is no configurator, and the rates are those of `dropout`. With any
-    other policy, `dropout.mean`, `count` and `rates` are not used, and the other settings
-    of `dropout` hold for all arms.
+    other policy, `dropout.mean`, `count`, `rates` and `schedule` are not used, and the other
+    settings of `dropout` hold for all arms.
     """
 
     policy: Literal[

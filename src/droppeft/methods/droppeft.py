@@ -149,8 +149,8 @@ def _with_arm(
     The client gets the tensors of all layers and sends back those of the layers that it trains.
     """
     arm = memory.arms[number]
-    gates = _gates(setup, rates_of_arm(setup, instruction.round, arm))
-    rewards = reward_rows(setup, instruction.round)
+    gates = _gates(setup, rates_of_arm(setup, arm))
+    rewards = reward_rows(setup)
     instruction = replace(instruction, dropout=gates, reward_rows=rewards, arm=number)
     lower = first_trained(arm, depth_of_run(setup))
     if lower == setup.config.frozen.count:

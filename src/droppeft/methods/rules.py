@@ -67,7 +67,7 @@ NO_EFFECT = (
         instead="leave it out, or set another policy",
     ),
     NoEffect(
-        keys=("dropout.mean", "dropout.count", "dropout.rates"),
+        keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.schedule"),
         only_if_table_read="configurator",
         when=lambda config: config.configurator.policy != "fixed",
         reason="configurator.policy={config.configurator.policy}, whose arms set the rates",
