@@ -9,7 +9,7 @@ import numpy as np
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, processor, read_compared, read_table, read_values, was_compared
 
-from droppeft.bandit.policies import POLICIES, RANDOM
+from droppeft.bandit.policies import RANDOM
 from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import target_accuracies, time_to_target
 
@@ -180,7 +180,7 @@ def _section(name: str) -> str:
 def _reward(run: RunRecord) -> str | None:
     """The kind of its rewards, if it learns; runs without that setting have rewards by the loss."""
     known = outcome_of(run)
-    return (known["reward"] or "loss") if known["policy"] in POLICIES.keys() - {RANDOM} else None
+    return (known["reward"] or "loss") if known["policy"] not in ("fixed", RANDOM) else None
 
 
 def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str | None:

@@ -46,11 +46,10 @@ of smaller fractions.
   server fits the typical norms to what clients have reported, which they do anyway, and sends
   every client one number per layer. In the first round nothing is known yet, and the gradient norm
   is used.
-- **On the server** a layer becomes the mean over the clients that sent it, weighted by rows
-  (`sharing.weights=active_steps`: times the steps in which it ran). A layer that nobody sent does
-  not change. `coverage` in `rounds.jsonl` says how many clients sent each layer; `shared` and
-  `scores` in `clients.jsonl` say what each client chose. A layer that did not run in a local
-  training is not sent and has the score 0; `shared` lists it as it was before.
+- **On the server** a layer becomes the mean over the clients that sent it, weighted by rows. A
+  layer that nobody sent does not change. `coverage` in `rounds.jsonl` says how many clients sent
+  each layer; `shared` and `scores` in `clients.jsonl` say what each client chose. A layer that did
+  not run in a local training is not sent and has the score 0; `shared` lists it as it was before.
 - **On the client** the personal tensors are stored in `$DROPPEFT_STATE`, else in `droppeft` in
   `$XDG_STATE_HOME` or `~/.local/state`. There is one file per local training, written atomically,
   with a checksum and the names of run, client and round; only its owner can read it. While a layer
@@ -62,15 +61,12 @@ of smaller fractions.
   global layers, and `personalised_lost` of `result.json` names it.
 - **Two accuracies.** A run ends with the accuracy of the global model on the global test set, and
   with that of every client's own model on the client's test rows: mean, worst tenth, deviation.
-  `evaluation.newcomers=true` also evaluates clients that never trained, after one epoch on their
-  own rows, in which learning rates fall from their peak to 0. With a personal head there is no
-  global accuracy.
+  With a personal head there is no global accuracy.
 - **Export.** `droppeft export RUN --client 3` writes client 3's own model as an adapter, with
   `--merge` as a plain model. The client's state must be on this machine.
 
 LoRA's A and B are averaged separately, and the product of the means is not the mean of the
-products. `sharing.factors=product` averages B·A over the clients that share a layer and reduces
-the result to the rank by SVD. That is nearer, and still not exact when the mean has a higher rank.
+products.
 
 `cka` compares rows. A client with fewer than four validation rows cannot tell its layers apart by
 it, and shares the lower ones.
@@ -88,17 +84,16 @@ COST_HEAD = """\
 model at full depth, {repeats} of each kind in random order, on {place}. Extra is the median CPU
 time of a local training over that of one that shares everything, less one, with a bootstrap 95 %
 interval. It includes saving half of the layers (with `position` there is nothing else). Tokens are
-those run to score the {rows} rows of `sharing.score_rows`, or as many as the client has.
+those run to score {rows} validation rows, or as many as the client has.
 `relative_gradient_norm` was not measured: on the client it is `gradient_norm` and one division per
-layer. A mean gradient, or the values at the start, take as much memory as the adapter's layers:
-{bytes:.2f} MB here.
+layer. The values at the start take as much memory as the adapter's layers: {bytes:.2f} MB here.
 """
 
 
 def sharing_page() -> str:
     """What is shared, by which criteria, and the measured cost of each."""
     rows = [
-        (f"`{name}`", one.summary, one.runs_model, one.needs or "–")
+        (f"`{name}`", one.summary, one.runs_model, "start values" if one.needs_start else "–")
         for name, one in CRITERIA.items()
     ]
     return f"{NOTICE}\n\n{HEAD}\n{markdown_table(COLUMNS, rows)}{_costs()}"
@@ -121,6 +116,7 @@ def _costs() -> str:
     rows = [
         (f"`{name}`", f"{own[0]['scoring_tokens']:,}", _extra(plain, own))
         for name, own in repeats.items()
+        if name in CRITERIA
     ]
     return f"{head}\n{markdown_table(('criterion', 'tokens run to score', 'extra'), rows)}"
 

@@ -1,6 +1,6 @@
 """Instructions, updates and setups of methods, created by hand and without a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,20 @@ from droppeft.sharing.selection import count_of
 from droppeft.transports.base import Arrival
 
 LAYERS = 4
+
+
+def step_flops(counts: StepCounts, active: Sequence[bool]) -> int:
+    """FLOPs of a step that runs the blocks where ``active`` (L) is true."""
+    blocks = zip(counts.blocks, active, strict=True)
+    return counts.rest.flops + sum(block.flops for block, runs in blocks if runs)
+
+
+def step_stored_bytes(counts: StepCounts, active: Sequence[bool]) -> int:
+    """Bytes that a step with these active blocks stores for its backward."""
+    blocks = zip(counts.blocks, active, strict=True)
+    return counts.rest.stored_bytes + sum(block.stored_bytes for block, runs in blocks if runs)
+
+
 COST = MeasuredCost(
     total_wall_s=3.0,
     train_wall_s=2.0,

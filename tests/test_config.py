@@ -257,9 +257,6 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "cohort_size=6" in message
     assert "clients=5" in message
     assert "partition.key" in refusal("partition.kind=natural")
-    assert "newcomers are not evaluated with personalised=false; leave one out" in refusal(
-        "evaluation.personalised=false", "evaluation.newcomers=true"
-    )
     fractions = ("partition.validation_fraction=0.5", "partition.test_fraction=0.5")
     assert "no training rows" in refusal(*fractions)
     assert load_config(None, ["partition.kind=natural", "partition.key=user"]).partition.key

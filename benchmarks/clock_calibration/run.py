@@ -10,15 +10,17 @@ the fitted values to three digits, which a test compares. About 5 seconds.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import BertConfig
 
 from benchmarks.study import about, write_values
 from droppeft.config import AdapterConfig
 from droppeft.costs.fake_step import FakeModel, count_step
-from droppeft.costs.modelled_clock import calibrated
-from droppeft.costs.step_counts import StepCounts, step_flops
+from droppeft.costs.step_counts import StepCounts
+from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 
 NAME = "clock_calibration"
@@ -38,25 +40,53 @@ def count(length: int) -> StepCounts:
     return count_step(FakeModel(config, spec), BATCH, length)
 
 
+def calibrated(flops: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Fit effective FLOP/s and overhead per step (s) to measured step times.
+
+    Least squares of the relative errors, with an overhead that is not negative.
+
+    Args:
+        flops: of each step, at least two different values.
+        seconds: measured time of each step.
+
+    Raises:
+        DroppeftError: the times do not grow with the FLOPs.
+    """
+    # The relative errors are overhead * ones + x / speed - 1, with ones = 1/y and x = flops/y.
+    ones = [1 / each for each in seconds]
+    work = [each / took for each, took in zip(flops, seconds, strict=True)]
+    mixed, square = float(np.dot(ones, work)), float(np.dot(work, work))
+    spread = float(np.dot(ones, ones)) * square - mixed**2
+    overhead = max(0.0, (sum(ones) * square - sum(work) * mixed) / spread) if spread else 0.0
+    inverse = (sum(work) - overhead * mixed) / square
+    if not inverse > 0:
+        raise DroppeftError("step times that do not grow with the FLOPs give no effective speed")
+    return 1 / inverse, overhead
+
+
 def fit(anchors_s: dict[str, float], flops: dict[str, int]) -> dict[str, float]:
     """Speed and overhead of one device."""
     speed, overhead = calibrated([flops[data] for data in anchors_s], list(anchors_s.values()))
     return {"effective_flops_per_s": speed, "step_overhead_s": overhead}
 
 
+def flops_of(counts: StepCounts) -> int:
+    """FLOPs of a step in which all layers run."""
+    return counts.rest.flops + sum(block.flops for block in counts.blocks)
+
+
 def quadratic_share(one: StepCounts, double: StepCounts) -> float:
     """Part of a step that is quadratic in its length, from counts at that length and twice it."""
-    full = [True] * len(one.blocks)
     # F(S) = a S + b S^2, so that F(2S) - 2 F(S) = 2 b S^2.
-    work = step_flops(one, full)
-    return (step_flops(double, full) - 2 * work) / 2 / work
+    work = flops_of(one)
+    return (flops_of(double) - 2 * work) / 2 / work
 
 
 def content() -> dict[str, Any]:
     """All that `docs/device_profiles.md` says of the calibration."""
     counts = {data: count(length) for data, length in LENGTHS.items()}
     layers = len(counts["MNLI"].blocks)
-    flops = {data: step_flops(each, [True] * layers) for data, each in counts.items()}
+    flops = {data: flops_of(each) for data, each in counts.items()}
     return {
         **about(NAME),
         "model": "BERT-base",

@@ -27,13 +27,15 @@ import numpy as np
 
 from benchmarks.study import about, write_table, write_values
 from droppeft.bandit import POLICIES, Arm, Observation, PolicyInputs, choose_together, score
-from droppeft.bandit.bandit_memory import begin, halved, with_round
+from droppeft.bandit.bandit_memory import begin, with_round
+from droppeft.bandit.learning import WINDOW
+from droppeft.bandit.policies import EPSILON
 
 NAME = "configurator_synthetic"
-SEEDS, CLIENTS, WINDOW, EPSILON, MOST = 20, 10, 20, 0.2, 3000
+SEEDS, CLIENTS, MOST = 20, 10, 3000
 WINDOWS = (5, 10, 40)
 TARGET = 0.05
-ARMS = [Arm(mean, "uniform", untrained) for untrained in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
+ARMS = [Arm(mean, untrained) for untrained in (0.0, 0.5) for mean in (0.0, 0.25, 0.5)]
 # A step's time is forward 1 and backward 2 of every layer that runs, a twelfth for the rest.
 TIMES = np.array([1.0, 0.77, 0.54, 0.69, 0.58, 0.46])
 MEASURING = 2 * 16 / 3 / (10 * 16)
@@ -108,7 +110,7 @@ class Player:
             typical = typical_seconds(measures=self.measures)[numbers]
             seconds = np.tile(typical, (len(kinds), 1))
         untried = np.array([number not in self.memory.tried for number in numbers])
-        asked = PolicyInputs(seconds, seconds > 0, untried, EPSILON, rng)
+        asked = PolicyInputs(seconds, seconds > 0, untried, rng)
         scored = score(self.policy, self.memory.known(self.window), asked)
         return tuple(numbers[place] for place in choose_together(scored, seconds, asked.fits))
 
@@ -118,10 +120,7 @@ class Player:
             Observation(round, arm, float(reward))
             for arm, reward in zip(arms, rewards, strict=True)
         ]
-        self.memory = with_round(self.memory, trials, round, self.window, None, None)
-        if self.policy == "successive_halving":
-            typical = typical_seconds(measures=True)[list(self.memory.numbers)]
-            self.memory = halved(self.memory, round, 3, self.window, typical)
+        self.memory = with_round(self.memory, trials, round, None, window=self.window)
 
 
 class Fixed:

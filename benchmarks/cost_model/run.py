@@ -12,7 +12,7 @@ time; it is no property of the model and is not modelled.
 
 Time: cells alternate, with several trials each; medians. For each model the speed and the overhead
 per step of this machine are fitted to its fp32 cells by
-`droppeft.costs.modelled_clock.calibrated`; errors are those of the fit. Quantised weights are
+`benchmarks.clock_calibration.run.calibrated`; errors are those of the fit. Quantised weights are
 excluded, because their kernels have another speed, and so are weights that are mapped from a file.
 
 Writes the tables `result` (a row per cell) and `trials`, `study.json`, and
@@ -32,9 +32,9 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.clock_calibration.run import calibrated
 from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
 from droppeft.config import Config, load_config, resolve
-from droppeft.costs.modelled_clock import calibrated
 from droppeft.costs.step_memory import Memory
 from droppeft.resources.estimate import Option, mean_flops, option
 from droppeft.resources.profile_run import ProfileRun

@@ -155,8 +155,6 @@ def places(arms: Mapping[str, Run], repeats: int, folder: Path) -> dict[str, Any
                             "global_accuracy",
                             "upload_bytes",
                             "download_bytes",
-                            "upload_framed_bytes",
-                            "download_framed_bytes",
                         )
                     },
                 }

@@ -17,7 +17,7 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import as_tree, load_config, resolve
 from droppeft.messages import Instruction, SharingRule, Update, payload_bytes
 from droppeft.server.prepare import prepare
-from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 
 NAME = "sharing_criteria"
 REPEATS, WARM_UP = 20, 2
@@ -31,9 +31,8 @@ def main(overrides: list[str]) -> None:
     prepared = prepare(config, lambda step: None, "0")
     clients = clients_of(prepared.loaded)
     [plain] = prepared.method.instruct(prepared.setup, prepared.state, 1, [1])
-    rows = config.sharing.score_rows
     instructions: dict[str, Instruction] = {"none": plain} | {
-        name: replace(plain, sharing=SharingRule(name, 0.5, 0.0, rows, None)) for name in CRITERIA
+        name: replace(plain, sharing=SharingRule(name, 0.5, 0.0, None)) for name in CRITERIA
     }
     repeats = []
     order = random.Random(0)
@@ -60,7 +59,7 @@ def main(overrides: list[str]) -> None:
         "local_steps": config.training.local_steps,
         "batch_size": config.training.batch_size,
         "repeats": REPEATS,
-        "score_rows": rows,
+        "score_rows": SCORE_ROWS,
         "num_layers": prepared.setup.num_layers,
         "adapter_bytes": payload_bytes(
             {key: named for key, named in plain.tensors.items() if isinstance(key, int)}

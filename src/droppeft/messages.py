@@ -155,7 +155,6 @@ class SharingRule:
         fraction: fraction of these layers that is shared, rounded to whole layers.
         hysteresis: relative margin by which a shared layer must score higher than a personal one
             before the two change places.
-        score_rows: number of the client's validation rows, for criteria that run the model.
         shared: the layers that the client shared in its last participation; ``None`` before the
             first one.
         typical: the typical gradient norm of each layer among clients (1 on average), 0 where
@@ -165,7 +164,6 @@ class SharingRule:
     criterion: str
     fraction: float
     hysteresis: float
-    score_rows: int
     shared: tuple[int, ...] | None
     typical: tuple[float, ...] | None = None
 

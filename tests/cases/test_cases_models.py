@@ -79,7 +79,7 @@ def adapter_model(whole_run: Path, tiny_overrides: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["method=fedadaopt"], marks=NOT_NOTICED),
+        pytest.param(["method=fedlora", "adapter.type=bottleneck"], marks=NOT_NOTICED),
         pytest.param(["method=fedadapter", "cohort_size=3"], marks=NOT_NOTICED),
         pytest.param(["adapter.targets=key"], marks=NOT_NOTICED),
         pytest.param(["adapter.targets=key", "method=fedhetlora"], marks=OTHER_ERROR),

@@ -226,7 +226,8 @@ def test_block_states_are_the_hidden_states_of_the_model(
         return (0.0,) * LAYERS
 
     monkeypatch.setattr(layer_scoring, "scores_of", spy)
-    update_of(clients, with_rule(first, "block_influence", score_rows=3))
+    monkeypatch.setattr(layer_scoring, "SCORE_ROWS", 3)
+    update_of(clients, with_rule(first, "block_influence"))
     monkeypatch.undo()
     client_model, rows = clients[0].model, clients[1].rows.validation[:3]
     cosines, means = np.zeros((LAYERS, 2)), []
@@ -642,14 +643,13 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
 @pytest.mark.parametrize(
     "more",
     [
-        ("configurator.policy=budgeted_thompson", "configurator.refresh=2", "dropout.mean=none"),
+        ("configurator.policy=budgeted_thompson", "dropout.mean=none"),
         ("configurator.policy=budgeted_thompson", "configurator.reward=agreement"),
         ("frozen.layers=1", "sharing.criterion=leave_one_out"),
         ("training.offload=true", "dropout.every=round", "sharing.criterion=block_influence"),
-        ("training.checkpointing=true", "sharing.criterion=gradient_snr"),
-        ("sharing.factors=product", "sharing.weights=active_steps"),
+        ("training.checkpointing=true", "sharing.criterion=fisher"),
         ("sharing.criterion=relative_gradient_norm", "server.optimizer=momentum"),
-        ("sharing.head=personal", "sharing.criterion=weight_change"),
+        ("sharing.head=personal", "sharing.criterion=random"),
         ("quantization=8bit", "adapter.options.use_rslora=true"),
         ("adapter.type=prefix_tuning", "adapter.tokens=3"),
         ("adapter.type=lora", "adapter.options.use_dora=true", "sharing.criterion=cka"),

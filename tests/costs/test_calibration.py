@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clock_calibration.run import count, fit
+from benchmarks.clock_calibration.run import count, fit, flops_of
 from benchmarks.study import read_values
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
-from droppeft.costs.step_counts import step_flops
 
 JETSONS = ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier")
 
@@ -33,7 +32,7 @@ def test_the_fits_follow_from_counts_and_anchors(calibration: dict[str, Any]) ->
 
 def test_the_committed_count_is_what_the_model_computes(calibration: dict[str, Any]) -> None:
     counted = count(64)
-    assert step_flops(counted, [True] * 12) == calibration["steps"]["QQP"]["flops"]
+    assert flops_of(counted) == calibration["steps"]["QQP"]["flops"]
 
 
 def test_a_count_is_near_what_a_formula_gives(calibration: dict[str, Any]) -> None:

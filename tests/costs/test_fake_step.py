@@ -16,7 +16,7 @@ from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
 from droppeft.config import AdapterConfig
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.operation_counter import OperationCounter
-from droppeft.costs.step_counts import StepCounts, step_flops, step_stored_bytes
+from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
@@ -27,6 +27,7 @@ from droppeft.models.precision import autocast
 from droppeft.models.quantization import patch_quantised_layers, quantised
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import Call, checkpointed
+from handmade import step_flops, step_stored_bytes
 from tiny import FAMILIES
 
 LAYERS, ROWS, LENGTH = 4, 3, 9

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.clock_calibration.run import calibrated
 from droppeft.config import Bandwidth, DeviceProfile
 from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.modelled_clock import (
     Arithmetic,
     Clock,
-    calibrated,
     compute_seconds,
     energy_joules,
     reward_flops,
@@ -23,8 +23,6 @@ from droppeft.costs.modelled_clock import (
 from droppeft.costs.step_counts import (
     BlockCounts,
     StepCounts,
-    step_flops,
-    step_stored_bytes,
 )
 from droppeft.errors import DroppeftError
 from droppeft.messages import CachedLayersCost, MeasuredCost
@@ -147,15 +145,6 @@ def test_layers_add_up(one: tuple[int, ...], other: tuple[int, ...]) -> None:
         training_flops(ARITHMETIC, cost_with(each)) for each in ((0,) * LAYERS, one, other, both)
     )
     assert (first - none) + (second - none) == pytest.approx(sum_ - none, rel=1e-6, abs=1)
-
-
-@given(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))
-def test_a_step_is_its_active_blocks_and_the_rest(active: list[bool]) -> None:
-    blocks = tuple(BlockCounts(10**layer, 0, 2 * 10**layer, 0, 0, 0) for layer in range(LAYERS))
-    counts = StepCounts(2, 8, blocks, BlockCounts(5, 5, 7, 0, 0, 0), 0)
-    expected = sum(10**layer for layer in range(LAYERS) if active[layer])
-    assert step_flops(counts, active) == 10 + expected
-    assert step_stored_bytes(counts, active) == 7 + 2 * expected
 
 
 # Calibration

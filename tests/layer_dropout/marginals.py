@@ -5,6 +5,7 @@ seeds it passes. The tests also check that a biased sampler would fail.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 
@@ -49,6 +50,15 @@ def assert_marginals(draws: Iterable[tuple[bool, ...]], rates: Sequence[float]) 
     assert_rates(draws, rates)
     with pytest.raises(AssertionError):
         assert_rates(biased(draws), rates)
+
+
+def conditioned(rates: Sequence[float], needed: Sequence[int]) -> tuple[float, ...]:
+    """Return the rates of independent gates that are drawn again until a needed layer runs.
+
+    By Bayes' rule, where p is the probability that one draw drops all needed layers.
+    """
+    p = math.prod(rates[layer] for layer in needed)
+    return tuple((r - p) / (1 - p) if i in needed else r for i, r in enumerate(rates))
 
 
 def biased(draws: Draws) -> Draws:

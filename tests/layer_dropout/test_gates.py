@@ -7,14 +7,12 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from marginals import DRAWS, assert_marginals, assert_share
+from marginals import DRAWS, assert_marginals, assert_share, conditioned
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import (
     SAMPLINGS,
     SHAPES,
-    conditioned_rates,
-    expected_active,
     layer_rates,
     protected_ends,
     sample_active,
@@ -169,41 +167,14 @@ def test_the_generator_determines_the_gates(sampling: str) -> None:
     assert ten(7) != ten(8)
 
 
-def test_expected_active_is_the_mean_number_of_layers_that_run() -> None:
-    assert expected_active((0.25, 0.5, 1.0, 0.0)) == 2.25
-
-
-CONDITIONED = [
-    ("bernoulli", (0.5, 0.8, 0.3), (0, 1)),
-    ("bernoulli", (0.9, 0.9, 0.9), (0, 1, 2)),
-    ("bernoulli", (0.7, 1.0, 0.0), (0, 1)),
-    ("exact", (0.9, 0.8, 0.9), (0, 1, 2)),  # 2.6: three in 60 % of the draws, all rejected
-    ("exact", (0.9, 0.8, 1.0, 0.0), (0, 1)),
-    ("exact", (0.5, 0.5, 0.5, 0.5), (0, 1, 3)),
-    ("exact", (0.9, 0.9, 0.6), (0, 1, 2)),
-]
-
-
-@pytest.mark.parametrize(("sampling", "rates", "needed"), CONDITIONED)
+@pytest.mark.parametrize(
+    ("rates", "needed"),
+    [((0.5, 0.8, 0.3), (0, 1)), ((0.9, 0.9, 0.9), (0, 1, 2)), ((0.7, 1.0, 0.0), (0, 1))],
+)
 def test_conditioned_marginals_are_those_of_the_draws(
-    sampling: str, rates: tuple[float, ...], needed: tuple[int, ...]
+    rates: tuple[float, ...], needed: tuple[int, ...]
 ) -> None:
-    conditioned = conditioned_rates(rates, sampling, needed)
-    assert_marginals(draws(rates, sampling, needed), conditioned)
-
-
-def test_conditioned_rates_follow_bayes() -> None:
-    # p = .5 x .8 = .4, so (.5 - .4) / .6 and (.8 - .4) / .6; the rate of the last does not change.
-    expected = (1 / 6, 2 / 3, 0.3)
-    assert conditioned_rates((0.5, 0.8, 0.3), "bernoulli", {0, 1}) == pytest.approx(expected)
-
-
-def test_rates_do_not_change_if_a_draw_cannot_drop_all_needed_layers() -> None:
-    rates = (0.5, 0.75, 0.75, 0.5)  # 2.5: at most three of four
-    assert conditioned_rates(rates, "exact", range(4)) == rates
-    assert conditioned_rates(rates, "bernoulli", ()) == rates
-    rates = (0.3, 0.4, 1.0)  # 1.7: two, of which one is the last
-    assert conditioned_rates(rates, "exact", {0, 1}) == rates
+    assert_marginals(draws(rates, "bernoulli", needed), conditioned(rates, needed))
 
 
 @given(
@@ -222,13 +193,6 @@ def test_a_needed_layer_is_always_active(rates: list[float], seed: int, sampling
 def test_needing_a_layer_that_never_runs_is_refused(sampling: str, rate: float) -> None:
     with pytest.raises(DroppeftError, match="one of them must run"):
         sample_active((0.0, rate, 1.0), sampling, random.Random(0), need_one_of={1, 2})
-    with pytest.raises(DroppeftError, match="one of them must run"):
-        conditioned_rates((0.0, rate, 1.0), sampling, {1, 2})
-
-
-def test_exact_without_a_closed_form_is_refused() -> None:
-    with pytest.raises(DroppeftError, match="no closed form"):
-        conditioned_rates((0.5, 0.5, 0.5, 0.5), "exact", {0, 1})
 
 
 @pytest.mark.parametrize(

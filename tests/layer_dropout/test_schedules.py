@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from marginals import DRAWS, assert_marginals
+from marginals import DRAWS, assert_marginals, conditioned
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import (
     SAMPLINGS,
     SCHEDULES,
-    conditioned_rates,
     layer_rates,
     scheduled_rates,
 )
@@ -110,7 +109,7 @@ def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
     run |= {"sampling": "bernoulli"}
     draws = [gates_of_step(30, rates, {**run, "seed": n}, needed) for n in range(DRAWS)]
     now = [0.75 * rate for rate in rates]
-    assert_marginals(draws, conditioned_rates(now, "bernoulli", needed))
+    assert_marginals(draws, conditioned(now, needed))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,6 @@ def test_settings_of_dropout_and_sharing_are_refused(tree: dict[str, Any]) -> No
     [
         ("configurator.policy=fixed", r"leave configurator\.policy=fixed out"),
         ("configurator.means=[0, 0.25]", r"drops no layers; leave configurator\.means out"),
-        ("configurator.refresh=3", r"drops no layers; leave configurator\.refresh out"),
     ],
 )
 def test_settings_that_make_it_another_method_are_refused(override: str, message: str) -> None:

@@ -23,7 +23,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "adaptive": (),
     "fedlora": (),
     "fedadapter": ("cohort_size=3",),
-    "fedadaopt": (),
     "fedhetlora": (),
     "fedra": ("dropout.mean=0.25",),
     "legend": (),
@@ -45,7 +44,6 @@ ROWS: dict[str, tuple[str, ...]] = {
 LONGER = ("training.local_steps=60", "training.learning_rate=0.05")
 LEARNING = {
     "fedadapter": LONGER,
-    "fedadaopt": LONGER,
     "ffa_lora": LONGER,
     "fedia3": ("training.local_steps=60", "training.learning_rate=0.2"),
 }
@@ -305,7 +303,6 @@ def test_an_exact_count_runs_the_same_depth_in_every_step(
         (("dropout.schedule=warm_up",), [0.0, 0.25 / 3, 0.5 / 3, *[0.25] * 7]),
         # The last three of ten rounds run at full depth.
         (("dropout.schedule=recovery",), [*[0.25] * 7, 0.0, 0.0, 0.0]),
-        (("dropout.schedule=recovery", "dropout.schedule_part=0.1"), [*[0.25] * 9, 0.0]),
     ],
 )
 def test_rates_follow_their_schedule(overrides: tuple[str, ...], means: list[float]) -> None:

@@ -12,10 +12,8 @@ from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.messages import HEAD, EvaluationReply, Instruction, flatten
-from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
-from handmade import setup_for, update_for
 from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
@@ -134,29 +132,3 @@ def test_fedsa_sends_a_and_saves_b(prepare_with: Callable[..., Prepared]) -> Non
     assert isinstance(measured, EvaluationReply)
     assert {name for _, name, _ in flatten(fresh.tensors)} == sent | saved
     assert HEAD in evaluation.tensors
-
-
-@pytest.mark.parametrize(
-    "overrides", [("sharing.weights=active_steps",), ("sharing.factors=product",)]
-)
-def test_other_ways_to_merge_give_another_model(
-    tiny_overrides: list[str], tmp_path: Path, overrides: tuple[str, ...]
-) -> None:
-    """With Bernoulli sampling, layers run in different numbers of steps."""
-    base = [*tiny_overrides, "dropout.sampling=bernoulli", "rounds=2", "training.local_steps=6"]
-    hashes = [
-        start_run(load_config(None, [*base, *more]), tmp_path / name, Recorder())["adapter_sha256"]
-        for name, more in (("plain", ()), ("other", overrides))
-    ]
-    assert hashes[0] != hashes[1]
-
-
-def test_a_mean_over_everyone_counts_clients_that_did_not_send_a_layer() -> None:
-    setup, method = setup_for("sharing.mean=everyone"), METHODS["droppeft"]
-    state = method.init(setup)
-    instructions = method.instruct(setup, state, 1, [0, 1])
-    part = {key: named for key, named in update_for(instructions[1]).tensors.items() if key != 2}
-    updates = [update_for(instructions[0], 5.0), update_for(instructions[1], 5.0, tensors=part)]
-    merged = method.merge(setup, state, instructions, updates).model.tensors
-    # In layer 2, client 1 counts with the value 1 that it was sent.
-    assert [float(merged[layer][f"layer.{layer}.A"][0]) for layer in (1, 2)] == [5.0, 3.0]

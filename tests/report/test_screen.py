@@ -184,8 +184,6 @@ def test_without_a_global_model_there_is_one_accuracy(
         "personalised_worst_tenth": 0.25,
         "personalised_deviation": 0.125,
         "personalised_lost": [4, 5],
-        "newcomers_accuracy": 0.375,
-        "newcomers_accuracy_after_epoch": 0.625,
         "personalised_clients": 11,
         "personalised_rows": 55,
         "personalised_failures": [{"client": 3, "reason": "asleep"}],
@@ -196,9 +194,7 @@ def test_without_a_global_model_there_is_one_accuracy(
     assert ".500" in line_with(text, "personalised")
     assert "of them: 2 clients" in line_with(text, "worst tenth")
     assert ".125" in line_with(text, "deviation")
-    assert ".375" in line_with(text, "newcomers")
     assert ".438" in line_with(text, "own majority class")
-    assert " .625   after an epoch of their own rows" in text
     unmeasured = (
         "1 could not be evaluated (asleep); 2 had lost their client state and used the global"
     )

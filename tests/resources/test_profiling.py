@@ -13,7 +13,6 @@ from rich.console import Console
 
 from droppeft import cli
 from droppeft.config import Config, load_config
-from droppeft.costs.step_counts import step_stored_bytes
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import load_backbone
 from droppeft.report import show_profile as report
@@ -22,6 +21,7 @@ from droppeft.resources.estimate import counts_of, option
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.profile_run import ProfileRun, random_table
 from droppeft.resources.profiling import RateProfile, at_rate, in_fresh_process, profile
+from handmade import step_stored_bytes
 from tiny import save_tiny_model
 
 SETTINGS = ("training.batch_size=4", "training.max_length=16", "accelerator=cpu", "threads=1")

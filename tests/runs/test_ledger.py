@@ -47,8 +47,6 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         evaluation_wall_s=0.5,
         saving_wall_s=0.1,
         host_wall_s=3.0,
-        upload_framed_bytes=None,
-        download_framed_bytes=None,
         absent=[],
         late=[],
         surplus=[],
@@ -89,8 +87,8 @@ def test_a_target_is_reached_by_a_mean_of_three(
 
 def test_a_summary_adds_up() -> None:
     rows = [
-        row(1, 0.5, activation_bytes_peak=300, upload_framed_bytes=11),
-        row(2, None, mean_active_layers=None, upload_framed_bytes=12),
+        row(1, 0.5, activation_bytes_peak=300),
+        row(2, None, mean_active_layers=None),
         row(3, 0.75, mean_active_layers=2.0),
         row(4, 0.7),
     ]
@@ -106,8 +104,6 @@ def test_a_summary_adds_up() -> None:
         "activation_bytes_peak": 300,
         "upload_bytes": 40,
         "download_bytes": 80,
-        "upload_framed_bytes": 23,  # of the rounds that were framed
-        "download_framed_bytes": None,
         "round_measured_s": 8.0,
         "round_modelled_s": 60.0,
         "energy_modelled_j": 28.0,
@@ -161,10 +157,9 @@ def test_a_round_is_summarised() -> None:
         ),
     ]
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 1.5}
-    framing = ((10, 3), (10, None), (7, 2))
     faster = replace(MODELLED, train_s=3.0)
     modelled = RoundCost((MODELLED, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
-    closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, framing, 0.25)
+    closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, 0.25)
     made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
         round=1,
@@ -184,8 +179,6 @@ def test_a_round_is_summarised() -> None:
         evaluation_wall_s=1.5,
         saving_wall_s=0.2,
         host_wall_s=20.0,
-        upload_framed_bytes=3 + 2,
-        download_framed_bytes=10 + 10 + 7,
         absent=[8],
         late=[],
         surplus=[],
@@ -281,7 +274,6 @@ def test_a_base_delta_counts_as_traffic() -> None:
     assert client_row(instruction, lost, lost, None)["download_bytes"] == 36 + 400
     nothing = dict.fromkeys(("accuracy", "f1", "loss", "wall_s"))
     nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
-    closed = ClosedRound(1, (instruction,), (lost,), (lost,), nobody, ((None, None),), 0.0)
+    closed = ClosedRound(1, (instruction,), (lost,), (lost,), nobody, 0.0)
     row = round_row(closed, nothing, 0.0, 0.0)
     assert row.download_bytes == 36 + 400
-    assert (row.upload_framed_bytes, row.download_framed_bytes) == (None, None)

@@ -178,7 +178,7 @@ def measurements(instruction: Instruction) -> list[Any]:
 def test_wrong_replies_are_refused(prepare_with: Callable[..., Prepared]) -> None:
     prepared = prepare_with("clients=10")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
-    evaluation = evaluate_clients(setup, method, transport, prepared.state, 4, {})
+    evaluation = evaluate_clients(setup, method, transport, prepared.state, 4)
     assert [each.client for each in evaluation.measurements] == [0, 9]
     assert {failure.client: failure.reason for failure in evaluation.failures} == {
         1: "refused: does not carry this instruction's nonce",
@@ -204,7 +204,7 @@ def test_no_more_clients_are_asked_at_once_than_in_a_round(
             yield from super().exchange(instructions)
 
     evaluation = evaluate_clients(
-        prepared.setup, prepared.method, Counting(measurements), prepared.state, 4, {}
+        prepared.setup, prepared.method, Counting(measurements), prepared.state, 4
     )
     assert asked == [3, 3, 1]  # client 3 claims to have lost a state that it never saved
     assert [failure.client for failure in evaluation.failures] == [1, 2, 3, 4, 5, 6]
@@ -254,29 +254,6 @@ def test_every_client_has_the_same_weight() -> None:
         "accuracy": 0.9,
         "loss": 1.0,
     }
-
-
-def test_newcomers_are_also_measured_after_an_epoch_of_training(
-    words: list[str], tmp_path: Path, state: Path
-) -> None:
-    """They save nothing; clients that trained before are not asked again."""
-    more = (
-        "method=fedlora",
-        "clients=4",
-        "cohort_size=1",
-        "rounds=2",
-        "training.learning_rate=0.02",
-    )
-    config = load_config(None, [*words, *more, "evaluation.newcomers=true"])
-    result = start_run(config, tmp_path / "run", Recorder())
-    new = [one["accuracy"] for one in result["personalised"] if not one["participations"]]
-    assert 2 <= len(new) == result["newcomers"] < 4
-    assert result["newcomers_accuracy"] == pytest.approx(np.mean(new))
-    assert result["newcomers_accuracy_after_epoch"] > result["newcomers_accuracy"]
-    assert not state.exists()
-    plain = start_run(load_config(None, [*words, *more]), tmp_path / "plain", Recorder())
-    assert plain["newcomers_accuracy_after_epoch"] is None
-    assert plain["personalised"] == result["personalised"]
 
 
 def test_without_measurements_there_is_no_accuracy() -> None:

@@ -1,7 +1,6 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ from hypothesis import strategies as st
 from droppeft.messages import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
 from droppeft.sharing.aggregation import (
     Weight,
-    average_over_everyone,
     average_over_senders,
-    by_active_steps,
     by_examples,
 )
 
@@ -150,27 +147,3 @@ def test_the_inputs_are_not_changed() -> None:
     before = bits(current), bits(first), bits(second)
     average_over_senders(current, [update(0, first), update(1, second)], of([1, 3]))
     assert (bits(current), bits(first), bits(second)) == before
-
-
-def test_a_layer_is_weighted_by_its_active_steps() -> None:
-    """Rows times active steps: (2·1·0 + 2·3·4) / (2·1 + 2·3) = 3; the head: (0 + 4) / 2 = 2."""
-    current: Tensors = {0: {"x": np.zeros(1, np.float32)}, HEAD: {"w": np.zeros(1, np.float32)}}
-    updates = []
-    for client, (value, steps) in enumerate([(0.0, 1), (4.0, 3)]):
-        array = np.full(1, value, np.float32)
-        made = update(client, {0: {"x": array}, HEAD: {"w": array}})
-        updates.append(replace(made, examples=2, steps=3, active_steps=(steps, 0)))
-    merged = average_over_senders(current, updates, by_active_steps)
-    assert (merged[0]["x"].tolist(), merged[HEAD]["w"].tolist()) == ([3.0], [2.0])
-    assert average_over_senders(current, updates, by_examples)[0]["x"].tolist() == [2.0]
-
-
-def test_over_everyone_a_missing_tensor_counts_as_the_server_s_value() -> None:
-    current: Tensors = {0: {"w": np.float32([1.0])}, 1: {"v": np.float32([2.0])}}
-    updates = [update(0, {0: {"w": np.float32([5.0])}}), update(1, {})]
-    merged = average_over_everyone(current, updates, of([1.0, 3.0]))
-    # (1 · 5 + 3 · 1) / 4 = 2; no client sent the other
-    assert (float(merged[0]["w"][0]), float(merged[1]["v"][0])) == (2.0, 2.0)
-    whole = [update(0, {0: {"w": np.float32([5.0])}, 1: {"v": np.float32([6.0])}})]
-    same = (one(current, whole, of([1.0])) for one in (average_over_everyone, average_over_senders))
-    assert bits(next(same)) == bits(next(same))

@@ -1,46 +1,30 @@
 """Moments of gradients, compared with numbers derived by hand."""
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
 from droppeft.training.gradients import Gradients
 
 
-@pytest.mark.parametrize("with_mean", [False, True])
-def test_moments_are_over_the_steps_that_a_layer_ran_in(with_mean: bool) -> None:
+def test_moments_are_over_the_steps_that_a_layer_ran_in() -> None:
     """Layer 0 has two tensors and runs twice, layer 1 once, layer 2 has nothing that is trained."""
     a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    gradients = Gradients(
-        {0: {"a": a, "b": b}, 1: {"c": c}}, 3, torch.device("cpu"), with_mean=with_mean
-    )
+    gradients = Gradients({0: {"a": a, "b": b}, 1: {"c": c}}, 3, torch.device("cpu"))
     steps = [
         (torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0]), None),
         (torch.tensor([-3.0, 0.0]), torch.tensor([0.0, 4.0]), torch.tensor([6.0, 8.0])),
     ]
     for one, other, third in steps:
         a.grad, b.grad, c.grad = one, other, third
-        norms = gradients.norms()
-        if gradients.wants_mean:
-            gradients.add()
-        gradients.note(norms)
+        gradients.note(gradients.norms())
     moments = gradients.moments((2, 1, 0))
     np.testing.assert_allclose(moments.norm, [5.0, 10.0, 0.0])
     np.testing.assert_allclose(moments.square, [25.0, 100.0, 0.0])
-    assert gradients.wants_mean == with_mean
-    if with_mean:
-        # Mean gradient of layer 0: a is (0, 0), b is (0, 4); of layer 1: (6, 8).
-        assert moments.square_of_mean is not None
-        np.testing.assert_allclose(moments.square_of_mean, [16.0, 100.0, 0.0])
-    else:
-        assert moments.square_of_mean is None
 
 
 def test_without_a_step_all_moments_are_0() -> None:
     one = nn.Parameter(torch.ones(2))
-    gradients = Gradients({0: {"a": one}}, 1, torch.device("cpu"), with_mean=True)
+    gradients = Gradients({0: {"a": one}}, 1, torch.device("cpu"))
     moments = gradients.moments((0,))
     assert (moments.norm[0], moments.square[0]) == (0.0, 0.0)
-    assert moments.square_of_mean is not None
-    assert moments.square_of_mean[0] == 0.0

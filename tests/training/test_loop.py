@@ -265,7 +265,7 @@ def test_norms_lie_on_the_device_where_the_gradients_are() -> None:
     value.grad = torch.ones(2, device=device)
     dropped = nn.Parameter(torch.ones(2, device=device))
     parameters = {0: {"a": value}, 1: {"b": dropped}}
-    norms = Gradients(parameters, 3, device, with_mean=False).norms()
+    norms = Gradients(parameters, 3, device).norms()
     assert (norms.device, norms.shape) == (device, (3,))
 
 

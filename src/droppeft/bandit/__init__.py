@@ -4,7 +4,7 @@ Source: DropPEFT (arXiv:2503.10217) chooses drop rates by a multi-armed bandit. 
 rewards, the choice for a whole cohort, and the policies (``policies.py`` names what they follow).
 """
 
-from droppeft.bandit.arms import Arm, arm_rates, candidates, first_trained, neighbours
+from droppeft.bandit.arms import Arm, arm_rates, candidates, first_trained
 from droppeft.bandit.choosing import choose_together
 from droppeft.bandit.learning import Estimate, Observation, estimate, per_second
 from droppeft.bandit.policies import POLICIES, PolicyInputs, ScoredArms, score
@@ -21,7 +21,6 @@ __all__ = [
     "choose_together",
     "estimate",
     "first_trained",
-    "neighbours",
     "per_second",
     "score",
 ]

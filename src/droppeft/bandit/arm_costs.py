@@ -1,6 +1,6 @@
 """Modelled seconds and bytes of an arm on each device profile. Ours."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,9 +13,12 @@ from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import Setup, scheduled_in_round
+from droppeft.federated_method import Setup
 from droppeft.messages import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
+
+REWARD_ROWS = 16
+"""Validation rows on which a client measures the reward ``loss``."""
 
 TYPICAL_STEPS = 10
 """Assumed number of steps if local trainings are given in epochs, whose steps the server does not
@@ -25,20 +28,13 @@ know."""
 def depth_of_run(setup: Setup) -> Depth:
     """The layers of the run to which arms apply."""
     dropout = setup.config.dropout
-    frozen = setup.config.frozen.count
-    return Depth(setup.num_layers, frozen, dropout.protect_first, dropout.protect_last)
+    ends = dropout.protect_first, dropout.protect_last
+    return Depth(setup.num_layers, setup.config.frozen.count, *ends, dropout.shape)
 
 
-def rates_of_arm(
-    setup: Setup, round: int, arm: Arm, importance: Sequence[float] | None
-) -> tuple[float, ...]:
-    """Drop rate of each layer for an arm in a round, after the schedule."""
-    return scheduled_in_round(setup, round, arm_rates(arm, depth_of_run(setup), importance))
-
-
-def arms_differ(setup: Setup, round: int) -> bool:
-    """Whether arms drop different layers in a round; not where the schedule sets all rates to 0."""
-    return any(scheduled_in_round(setup, round, (1.0,)))
+def rates_of_arm(setup: Setup, arm: Arm) -> tuple[float, ...]:
+    """Drop rate of each layer for an arm."""
+    return arm_rates(arm, depth_of_run(setup))
 
 
 def clock_of(setup: Setup) -> Clock:
@@ -66,23 +62,19 @@ def for_clients(
 
 
 def seconds_of(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
+    setup: Setup, model: GlobalModel, memory: BanditMemory, profile: DeviceProfile
 ) -> list[float]:
     """Modelled seconds of a local training with each arm."""
     return [
-        local_training_seconds(setup, model, memory, round, arm, profile)
+        local_training_seconds(setup, model, memory.row_length, arm, profile)
         for arm in memory.arms.values()
     ]
 
 
-def mean_seconds(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
-) -> tuple[float, ...]:
+def mean_seconds(setup: Setup, model: GlobalModel, memory: BanditMemory) -> tuple[float, ...]:
     """Modelled seconds of a local training with each arm, mean over the assigned profiles."""
-    by_profile = [
-        seconds_of(setup, model, memory, round, profile)
-        for profile in assigned_profiles(setup).values()
-    ]
+    profiles = assigned_profiles(setup).values()
+    by_profile = [seconds_of(setup, model, memory, profile) for profile in profiles]
     return tuple(fmean(seconds) for seconds in zip(*by_profile, strict=True))
 
 
@@ -93,23 +85,17 @@ def assigned_profiles(setup: Setup) -> Mapping[str, DeviceProfile]:
 
 
 def local_training_seconds(
-    setup: Setup,
-    model: GlobalModel,
-    memory: BanditMemory,
-    round: int,
-    arm: Arm,
-    profile: DeviceProfile,
+    setup: Setup, model: GlobalModel, row_length: float, arm: Arm, profile: DeviceProfile
 ) -> float:
     """Expected seconds of a local training, with recent row lengths and mean transfer times."""
     config = setup.config
     arithmetic = clock_of(setup).arithmetic(model.adapter)
     steps = config.training.local_steps or TYPICAL_STEPS
-    rates = rates_of_arm(setup, round, arm, memory.importance)
     lower = first_trained(arm, depth_of_run(setup))
-    row = _row_flops(setup, arithmetic, memory.row_length, rates, lower)
-    forward, rest = arithmetic.forward(memory.row_length)
+    row = _row_flops(setup, arithmetic, row_length, rates_of_arm(setup, arm), lower)
+    forward, rest = arithmetic.forward(row_length)
     scored = scored_rows(config.sharing, setup.num_layers - lower)
-    measuring = (2 * reward_rows(setup, round) + scored) * (sum(forward) + rest)
+    measuring = (2 * reward_rows(setup) + scored) * (sum(forward) + rest)
     values = model.tensors
     return (
         compute_seconds(profile, steps * config.training.batch_size * row + measuring, steps)
@@ -128,32 +114,27 @@ def _row_flops(
     return trained + sum(forward[frozen if cached else 0 : lower]) + rest
 
 
-def reward_rows(setup: Setup, round: int) -> int:
+def reward_rows(setup: Setup) -> int:
     """How many validation rows a client measures its reward on; 0 if the reward is not used."""
     settings = setup.config.configurator
-    unused = settings.policy in ("fixed", RANDOM) or not arms_differ(setup, round)
-    return 0 if unused or settings.reward != "loss" else settings.reward_rows
+    unused = settings.policy in ("fixed", RANDOM) or settings.reward != "loss"
+    return 0 if unused else REWARD_ROWS
 
 
 def fitting_arms(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, profile: DeviceProfile
+    setup: Setup, model: GlobalModel, arms: Iterable[Arm], profile: DeviceProfile
 ) -> list[bool]:
     """For each arm, whether the profile has enough memory."""
-    return [
-        bytes_of_arm(setup, model, memory, round, arm) <= profile.memory_bytes
-        for arm in memory.arms.values()
-    ]
+    return [bytes_of_arm(setup, model, arm) <= profile.memory_bytes for arm in arms]
 
 
-def bytes_of_arm(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, arm: Arm
-) -> int:
+def bytes_of_arm(setup: Setup, model: GlobalModel, arm: Arm) -> int:
     """Memory in bytes of a process that trains with an arm, for rows of full length.
 
     With ``training.offload`` all weights are counted as well, since they are in memory while the
     reward is measured.
     """
-    rates = rates_of_arm(setup, round, arm, memory.importance)
+    rates = rates_of_arm(setup, arm)
     lower = first_trained(arm, depth_of_run(setup))
     steps = setup.config.training.local_steps or TYPICAL_STEPS
     active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
@@ -164,44 +145,22 @@ def bytes_of_arm(
     return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
 
 
-def profile_without_arm(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, round: int
-) -> str | None:
-    """Name of a device profile that no arm fits, in this round or in the last one.
-
-    These two are enough: with a schedule, full depth is reached in the first or the last round.
-    """
-    for name, profile in assigned_profiles(setup).items():
-        for checked in (round, setup.config.rounds):
-            if not any(fitting_arms(setup, model, memory, checked, profile)):
-                return name
-    return None
-
-
-def check_fits(setup: Setup, model: GlobalModel, memory: BanditMemory) -> None:
-    """Refuse a run in which some client has not enough memory for any arm.
+def arms_that_fit(setup: Setup, model: GlobalModel, arms: Sequence[Arm]) -> list[Arm]:
+    """The arms that fit the memory of some client.
 
     Raises:
-        DroppeftError: if there is one; the message names its device profile.
+        DroppeftError: if some client has not enough memory for any arm; the message names its
+            device profile.
     """
-    name = profile_without_arm(setup, model, memory, 1)
-    if name is not None:
-        arms, rounds = memory.arms.values(), (1, setup.config.rounds)
-        least = max(
-            min(bytes_of_arm(setup, model, memory, round, arm) for arm in arms) for round in rounds
-        )
-        raise DroppeftError(
-            f"no arm of the configurator fits the memory of {name}: the smallest needs "
-            f"{least / 1e9:.2f} GB of {assigned_profiles(setup)[name].memory_bytes / 1e9:.2f} GB; "
-            "lower training.batch_size or training.max_length, or add larger values to "
-            "configurator.means or configurator.untrained"
-        )
-
-
-def fits_somewhere(
-    setup: Setup, model: GlobalModel, memory: BanditMemory, arm: Arm, round: int
-) -> bool:
-    """Whether some device profile has enough memory for an arm, in this round and the last."""
-    largest = max(profile.memory_bytes for profile in assigned_profiles(setup).values())
-    rounds = (round, setup.config.rounds)
-    return all(bytes_of_arm(setup, model, memory, checked, arm) <= largest for checked in rounds)
+    profiles = assigned_profiles(setup)
+    for name, profile in profiles.items():
+        if not any(fitting_arms(setup, model, arms, profile)):
+            least = min(bytes_of_arm(setup, model, arm) for arm in arms)
+            raise DroppeftError(
+                f"no arm of the configurator fits the memory of {name}: the smallest needs "
+                f"{least / 1e9:.2f} GB of {profile.memory_bytes / 1e9:.2f} GB; "
+                "lower training.batch_size or training.max_length, or add larger values to "
+                "configurator.means or configurator.untrained"
+            )
+    largest = max(profile.memory_bytes for profile in profiles.values())
+    return [arm for arm in arms if bytes_of_arm(setup, model, arm) <= largest]

@@ -2,16 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import SHAPES, protected_ends, weighted_rates
-
-IMPORTANCE = "importance"
-"""The shape whose rates are inversely proportional to the importance of the layers."""
-
-LEAST_PART = 1e-9
-"""An importance below this part of the largest counts as unknown."""
+from droppeft.layer_dropout import layer_rates, protected_ends
 
 
 @dataclass(frozen=True)
@@ -20,13 +14,11 @@ class Arm:
 
     Attributes:
         mean: mean drop rate over the trained layers; protected layers count with 0.
-        shape: shape of the rates over these layers: a key of ``SHAPES``, or :data:`IMPORTANCE`.
         untrained: share of the layers above the frozen ones, from the lowest, that run and are not
             trained.
     """
 
     mean: float
-    shape: str
     untrained: float
 
     @property
@@ -35,8 +27,7 @@ class Arm:
         untrained = f", first {self.untrained:.0%} not trained" if self.untrained else ""
         if not self.mean:
             return f"nothing dropped{untrained}"
-        shape = "" if self.shape == "uniform" else f" ({self.shape})"
-        return f"{self.mean:.0%} dropped{shape}{untrained}"
+        return f"{self.mean:.0%} dropped{untrained}"
 
 
 @dataclass(frozen=True)
@@ -48,27 +39,27 @@ class Depth:
         frozen: number of frozen layers.
         protect_first, protect_last: how many of the first and last trained layers are never
             dropped.
+        shape: shape of the drop rates over the trained layers, a key of ``SHAPES``.
     """
 
     layers: int
     frozen: int
     protect_first: int
     protect_last: int
+    shape: str = "uniform"
 
 
-def candidates(
-    means: Sequence[float], shapes: Sequence[str], untrained: Sequence[float], depth: Depth
-) -> tuple[Arm, ...]:
+def candidates(means: Sequence[float], untrained: Sequence[float], depth: Depth) -> tuple[Arm, ...]:
     """All combinations that are possible with the protected layers, without duplicates.
 
     Raises:
         DroppeftError: if no combination is possible.
     """
     combinations = (
-        _normalised(Arm(mean, shape, untrained), depth)
-        for untrained, mean, shape in itertools.product(untrained, means, shapes)
+        _whole_layers(Arm(mean, share), depth)
+        for share, mean in itertools.product(untrained, means)
     )
-    arms = tuple(dict.fromkeys(arm for arm in combinations if is_possible(arm, depth)))
+    arms = tuple(dict.fromkeys(arm for arm in combinations if _is_possible(arm, depth)))
     if not arms:
         raise DroppeftError(
             f"no arm of the configurator is possible in {depth.layers} layers if the first "
@@ -78,21 +69,16 @@ def candidates(
     return arms
 
 
-def _normalised(arm: Arm, depth: Depth) -> Arm:
-    """The same for arms that behave alike.
-
-    An arm that drops nothing gets the uniform shape, and ``untrained`` becomes a share of whole
-    layers.
-    """
-    trainable = depth.layers - depth.frozen
-    untrained = (first_trained(arm, depth) - depth.frozen) / trainable
-    return Arm(arm.mean, arm.shape if arm.mean else "uniform", untrained)
+def _whole_layers(arm: Arm, depth: Depth) -> Arm:
+    """The arm with ``untrained`` as a share of whole layers, the same for arms that are alike."""
+    untrained = first_trained(arm, depth) - depth.frozen
+    return Arm(arm.mean, untrained / (depth.layers - depth.frozen))
 
 
-def is_possible(arm: Arm, depth: Depth) -> bool:
+def _is_possible(arm: Arm, depth: Depth) -> bool:
     """Whether an arm trains a layer, and enough layers are unprotected to reach its mean rate."""
     try:
-        arm_rates(arm, depth, None)
+        arm_rates(arm, depth)
     except DroppeftError:
         return False
     return True
@@ -103,12 +89,8 @@ def first_trained(arm: Arm, depth: Depth) -> int:
     return depth.frozen + round(arm.untrained * (depth.layers - depth.frozen))
 
 
-def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tuple[float, ...]:
+def arm_rates(arm: Arm, depth: Depth) -> tuple[float, ...]:
     """Drop rate of each of the L layers; 0 below the first trained layer.
-
-    Args:
-        importance: importance of each layer, for the shape :data:`IMPORTANCE`. While it is unknown,
-            that shape is uniform.
 
     Raises:
         DroppeftError: if the mean is impossible, or if no layer is trained.
@@ -120,38 +102,4 @@ def arm_rates(arm: Arm, depth: Depth, importance: Sequence[float] | None) -> tup
             "an arm of the configurator trains no layer; lower configurator.untrained"
         )
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
-    weights = _weights(arm.shape, trained, importance[lower:] if importance else None)
-    return (0.0,) * lower + weighted_rates(arm.mean, weights, protected=protected)
-
-
-def _weights(shape: str, layers: int, importance: Sequence[float] | None) -> Sequence[float]:
-    if shape != IMPORTANCE:
-        return SHAPES[shape](layers)
-    if importance is None or min(importance) <= LEAST_PART * max(importance):
-        return (1.0,) * layers
-    return tuple(1 / value for value in importance)
-
-
-def neighbours(
-    arm: Arm, step: float, shapes: Sequence[str], depth: Depth, *, several_depths: bool = True
-) -> tuple[Arm, ...]:
-    """Possible arms that differ from an arm in its mean, its shape or one untrained layer.
-
-    Args:
-        step: difference of the mean.
-        shapes: shapes that may be used.
-        several_depths: whether the share of untrained layers may change.
-    """
-    layer = 1 / (depth.layers - depth.frozen)
-    changed = [
-        *(replace(arm, mean=round(arm.mean + change, 6)) for change in (-step, step)),
-        *(replace(arm, shape=shape) for shape in shapes),
-        *(
-            replace(arm, untrained=arm.untrained + change)
-            for change in (-layer, layer)
-            if several_depths
-        ),
-    ]
-    valid = [near for near in changed if 0 <= near.mean < 1 and -1e-9 <= near.untrained < 1]
-    unique = dict.fromkeys(_normalised(near, depth) for near in valid if is_possible(near, depth))
-    return tuple(near for near in unique if near != _normalised(arm, depth))
+    return (0.0,) * lower + layer_rates(arm.mean, depth.shape, trained, protected=protected)

@@ -1,7 +1,7 @@
 """The bandit in the rounds of a run: choose arms for a cohort, and learn from rewards. Ours."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -11,34 +11,25 @@ import numpy.typing as npt
 from droppeft import seeds
 from droppeft.adapters.types import TYPES
 from droppeft.bandit import (
-    Arm,
     Observation,
     PolicyInputs,
-    ScoredArms,
     candidates,
     choose_together,
-    neighbours,
     per_second,
     score,
 )
 from droppeft.bandit.arm_costs import (
-    arms_differ,
-    check_fits,
+    arms_that_fit,
     depth_of_run,
-    fits_somewhere,
     fitting_arms,
     for_clients,
     mean_seconds,
-    profile_without_arm,
     seconds_of,
 )
-from droppeft.bandit.bandit_memory import BanditMemory, begin, halved, refreshed, with_round
+from droppeft.bandit.bandit_memory import BanditMemory, begin, with_round
 from droppeft.bandit.rewards import rewards_of
 from droppeft.federated_method import Setup
 from droppeft.messages import GlobalModel, Instruction, Reply, Update, first_trained_layer
-
-STEP = 0.125
-"""Difference of the mean drop rate between neighbours."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +65,9 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
         DroppeftError: if no candidate is possible, if none fits some client, or if there is no
             modelled clock.
     """
-    settings = setup.config.configurator
-    arms = candidates(
-        settings.means, settings.shapes, _untrained_shares(setup), depth_of_run(setup)
-    )
-    memory = begin(arms, setup.config.training.max_length / 2)
-    check_fits(setup, model, memory)
-    possible = [arm for arm in arms if fits_somewhere(setup, model, memory, arm, 1)]
-    return begin(possible, memory.row_length)
+    means = setup.config.configurator.means
+    arms = candidates(means, _untrained_shares(setup), depth_of_run(setup))
+    return begin(arms_that_fit(setup, model, arms), setup.config.training.max_length / 2)
 
 
 def _untrained_shares(setup: Setup) -> Sequence[float]:
@@ -94,26 +80,22 @@ def arms_of_round(
     setup: Setup, model: GlobalModel, memory: BanditMemory, round: int, cohort: Sequence[int]
 ) -> list[int]:
     """The number of an arm for each client, a function of state, round and cohort only."""
-    settings = setup.config.configurator
     if not cohort:
         return []
     rng = seeds.numpy_generator(setup.config.seed, purpose="arms", round=round)
-    common = (setup, model, memory, round)
-    seconds = np.array(for_clients(setup, cohort, lambda profile: seconds_of(*common, profile)))
-    fits = np.array(for_clients(setup, cohort, lambda profile: fitting_arms(*common, profile)))
-    if not settings.by_profile:
-        seconds = np.tile(mean_seconds(*common), (len(cohort), 1))
+    arms = memory.arms.values()
+    seconds = np.array(
+        for_clients(setup, cohort, lambda profile: seconds_of(setup, model, memory, profile))
+    )
+    fits = np.array(
+        for_clients(setup, cohort, lambda profile: fitting_arms(setup, model, arms, profile))
+    )
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
     untried = np.array([number not in memory.tried for number in numbers])
-    inputs = PolicyInputs(seconds, fits, untried, settings.epsilon, rng)
-    known = memory.known(settings.window)
-    if arms_differ(setup, round):
-        scored = score(settings.policy, known, inputs)
-    else:
-        scored = ScoredArms(np.tile(known.quality, (len(cohort), 1)), known.quality)
-    chosen = choose_together(scored, seconds, fits)
-    return [numbers[index] for index in chosen]
+    inputs = PolicyInputs(seconds, fits, untried, rng)
+    scored = score(setup.config.configurator.policy, memory.known(), inputs)
+    return [numbers[index] for index in choose_together(scored, seconds, fits)]
 
 
 def _in_time(
@@ -141,56 +123,24 @@ def learned(
     """
     if not instructions:
         return memory, None
-    settings, round = setup.config.configurator, instructions[0].round
+    round = instructions[0].round
     given = [instruction.arm for instruction in instructions if instruction.arm is not None]
     labels = {number: memory.arms[number].label for number in given}
     rewards = rewards_of(setup, instructions, replies)
-    merged = [
-        (instruction, reply)
-        for instruction, reply in zip(instructions, replies, strict=True)
-        if isinstance(reply, Update)
-    ]
     observations = [
         Observation(round, number, reward)
         for reward, number in zip(rewards, given, strict=True)
-        if reward is not None and arms_differ(setup, round)
+        if reward is not None
     ]
-    lengths = [update.cost.tokens / update.cost.rows for _, update in merged]
+    lengths = [r.cost.tokens / r.cost.rows for r in replies if isinstance(r, Update)]
     memory = with_round(
         memory,
         observations,
         round,
-        settings.window,
         fmean(lengths) if lengths else None,
-        _importance(setup, merged) if merged else None,
-        given if arms_differ(setup, round) else (),
+        given,
     )
-    if arms_differ(setup, round):
-        memory = _other_arms(setup, model, memory, round)
     return memory, _arms_of_round(setup, instructions, replies, labels, rewards)
-
-
-def _other_arms(setup: Setup, model: GlobalModel, memory: BanditMemory, round: int) -> BanditMemory:
-    """Remove or replace arms by the policy, so that an arm still fits each device profile."""
-    settings = setup.config.configurator
-    seconds = mean_seconds(setup, model, memory, round)
-
-    def suffice(numbers: Collection[int]) -> bool:
-        remaining = {number: memory.arms[number] for number in numbers}
-        return profile_without_arm(setup, model, replace(memory, arms=remaining), round) is None
-
-    def near(arm: Arm) -> list[Arm]:
-        several = any(_untrained_shares(setup))
-        depth = depth_of_run(setup)
-        arms = neighbours(arm, STEP, settings.shapes, depth, several_depths=several)
-        return [arm for arm in arms if fits_somewhere(setup, model, memory, arm, round)]
-
-    if settings.policy == "successive_halving":
-        return halved(memory, round, settings.stage, settings.window, seconds, suffice)
-    rng = seeds.numpy_generator(setup.config.seed, purpose="new arm", round=round)
-    new = refreshed(memory, round, settings.refresh, settings.window, seconds, near, rng)
-    needed = profile_without_arm(setup, model, new, round) is not None
-    return replace(memory, changed=new.changed) if needed else new
 
 
 def _arms_of_round(
@@ -237,8 +187,8 @@ def note(
     - ``seconds``: modelled seconds of a local training, mean over the device profiles;
     - ``best``: number of the arm with the largest reward per second.
     """
-    known = memory.known(setup.config.configurator.window)
-    seconds = mean_seconds(setup, model, memory, last.round)
+    known = memory.known()
+    seconds = mean_seconds(setup, model, memory)
     worth = per_second(known.quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     labels = {**last.labels, **{number: arm.label for number, arm in memory.arms.items()}}
@@ -260,16 +210,3 @@ def note(
 
 def _with_text_keys(table: Mapping[int, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in table.items()}
-
-
-def _importance(setup: Setup, merged: Sequence[tuple[Instruction, Update]]) -> list[float]:
-    """Mean importance of each layer over the updates that ran and trained it; 0 if none did."""
-    importance = []
-    for layer in range(setup.num_layers):
-        values = [
-            update.importance[layer]
-            for instruction, update in merged
-            if layer >= first_trained_layer(instruction) and update.active_steps[layer] > 0
-        ]
-        importance.append(fmean(values) if values else 0.0)
-    return importance

@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
+WINDOW = 20
+"""Rounds after which a reward is forgotten."""
+
 PRIOR, ROUND_SD = 1.0, 0.5
 """Prior standard deviations of an arm's value and of a round's effect, in units of the typical
 reward."""

@@ -5,7 +5,6 @@
 - ``sliding_window_ucb`` uses the sliding window of Garivier and Moulines (arXiv:0805.3415), and the
   best arm with one challenger of Kalyanakrishnan et al. (LUCB, ICML 2012).
 - ``budgeted_thompson`` follows Xia et al. (IJCAI 2015), with seconds as the budget.
-- ``successive_halving`` follows Jamieson and Talwalkar (arXiv:1502.07943).
 
 All of them work on the estimate of ``learning.py``, which is ours.
 """
@@ -19,6 +18,9 @@ import numpy.typing as npt
 from droppeft.bandit.learning import Estimate, Vector, per_second
 
 Flags = npt.NDArray[np.bool_]
+
+EPSILON = 0.2
+"""Of ``epsilon_greedy``: the share of local trainings that explore."""
 
 BONUS = 1.0
 """Of ``sliding_window_ucb``: the bound adds this many deviations, times √ln(observations)."""
@@ -55,14 +57,12 @@ class PolicyInputs:
         seconds: (clients, A) modelled seconds of a local training.
         fits: (clients, A) whether the arm fits the client.
         untried: (A,) whether the arm was never given to any client.
-        epsilon: share of the local trainings that explore, for ``epsilon_greedy``.
         rng: random generator of this round.
     """
 
     seconds: Vector
     fits: Flags
     untried: Flags
-    epsilon: float
     rng: np.random.Generator
 
     @property
@@ -103,7 +103,7 @@ def _random(known: Estimate, inputs: PolicyInputs) -> ScoredArms:
 
 def _greedy(known: Estimate, inputs: PolicyInputs) -> ScoredArms:
     scores = np.tile(known.quality, (inputs.clients, 1))
-    for client in np.flatnonzero(inputs.rng.random(inputs.clients) < inputs.epsilon):
+    for client in np.flatnonzero(inputs.rng.random(inputs.clients) < EPSILON):
         able = np.flatnonzero(inputs.fits[client])
         if len(able):
             scores[client, inputs.rng.choice(able)] = FORCED
@@ -139,23 +139,10 @@ def _thompson(known: Estimate, inputs: PolicyInputs) -> ScoredArms:
     return ScoredArms(known.level + drawn, known.quality)
 
 
-def _least_tried(known: Estimate, inputs: PolicyInputs) -> ScoredArms:
-    """Each client is forced to take the least tried of the arms that fit it, if several fit."""
-    scores = np.tile(known.quality, (inputs.clients, 1))
-    tried = known.count.astype(float) + inputs.rng.random(len(known.value)) / 2
-    for client in range(inputs.clients):
-        if inputs.fits[client].sum() > 1:
-            arm = int(np.where(inputs.fits[client], tried, np.inf).argmin())
-            scores[client, arm] = FORCED
-            tried[arm] += 1
-    return ScoredArms(scores, known.quality)
-
-
 POLICIES: dict[str, Policy] = {
     RANDOM: _random,
     "epsilon_greedy": _greedy,
     "sliding_window_ucb": _ucb,
     "budgeted_thompson": _thompson,
-    "successive_halving": _least_tried,
 }
-"""All policies but ``fixed``, which has no bandit. Arms are halved in ``bandit_memory.py``."""
+"""All policies but ``fixed``, which has no bandit."""

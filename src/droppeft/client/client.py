@@ -13,7 +13,7 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
 from droppeft.client.layer_scoring import LayerChoice, score_layers
-from droppeft.client.local_training import criterion_needs, train_locally
+from droppeft.client.local_training import train_locally
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
@@ -34,6 +34,7 @@ from droppeft.messages import (
     flatten,
     restrict,
 )
+from droppeft.sharing.criteria import CRITERIA
 from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, train
 
 
@@ -74,18 +75,13 @@ class Client:
     def measure(self, instruction: Instruction) -> EvaluationReply:
         """Evaluate this client's model on its test rows, with all layers.
 
-        If the instruction's budget has epochs, the model is first trained on this client's rows
-        for that many. Of this training only the cached states of frozen layers are saved.
-
         Raises:
             DroppeftError: as :meth:`run`.
             StateLost: this client's saved state is missing or damaged.
         """
-        parameters = self._load(instruction)
+        self._load(instruction)
         self.model.load_layers()
         with base_delta_applied(self.model.model, instruction.base_delta):
-            if instruction.budget.epochs:
-                train_locally(self.model, parameters, self.table, self.rows, instruction)
             quality = self._evaluate(self.rows.test, instruction.training)
         return EvaluationReply(
             instruction.round,
@@ -112,9 +108,9 @@ class Client:
             return self._evaluate(self.rows.validation[:count], instruction.training)
 
         with base_delta_applied(self.model.model, instruction.base_delta):
-            start_values = (
-                get_tensors(parameters) if criterion_needs(instruction) == "start values" else {}
-            )
+            rule = instruction.sharing
+            needs_start = rule is not None and CRITERIA[rule.criterion].needs_start
+            start_values = get_tensors(parameters) if needs_start else {}
             before = measure(instruction.reward_rows) if instruction.reward_rows else None
             outcome, cached = train_locally(
                 self.model, parameters, self.table, self.rows, instruction

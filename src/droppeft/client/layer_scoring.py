@@ -15,9 +15,8 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.layer_dropout.architectures import hidden_of
 from droppeft.messages import Instruction, Tensors
-from droppeft.sharing.criteria import BlockStates, LocalResult, scores_of
+from droppeft.sharing.criteria import SCORE_ROWS, BlockStates, LocalResult, scores_of
 from droppeft.sharing.selection import count_of, select_shared, unchanged_shared
-from droppeft.training.gradients import Vector
 from droppeft.training.loop import Evaluation, TrainOutcome
 
 
@@ -64,14 +63,13 @@ def score_layers(
     rule = instruction.sharing
     if rule is None:
         return None
-    model = _Model(client_model, parameters, start_values, partial(measure, rule.score_rows))
+    model = _Model(client_model, parameters, start_values, partial(measure, SCORE_ROWS))
     changed = tuple(
         key for key in parameters if isinstance(key, int) and outcome.active_steps[key] > 0
     )
     result = LocalResult(
         active_steps=np.array(outcome.active_steps, dtype=np.float64),
         gradients=outcome.gradients,
-        change_norms=model.change_norms,
         block_states=model.block_states,
         loss_increases=model.loss_increases,
         changed_layers=changed,
@@ -109,15 +107,6 @@ class _Model:
         self._measure_once = measure
         self.tokens = 0
         self.wall_s = 0.0
-
-    def change_norms(self) -> Vector:
-        """Return the (L,) norms of the change of each layer's parameters in local training."""
-        norms, now = np.zeros(self._client_model.num_layers), get_tensors(self._parameters)
-        for layer, named in now.items():
-            if isinstance(layer, int):
-                changes = [np.subtract(named[name], self._start[layer][name]) for name in named]
-                norms[layer] = np.sqrt(sum(float(np.square(array).sum()) for array in changes))
-        return norms
 
     def loss_increases(self, layers: Sequence[int]) -> list[float]:
         """Return by how much the loss rises when one layer alone gets its start values back."""

@@ -20,16 +20,10 @@ from droppeft.data.tokens import TokenTable
 from droppeft.layer_dropout import sample_active
 from droppeft.messages import HEAD, CachedLayersCost, Instruction, Tensors
 from droppeft.models.precision import autocast
-from droppeft.sharing.criteria import CRITERIA
 from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches
 
 Gates = tuple[bool, ...]
 """Which layers run in a step."""
-
-
-def criterion_needs(instruction: Instruction) -> str:
-    """Return what the sharing criterion needs besides gradient norms (:attr:`Criterion.needs`)."""
-    return "" if instruction.sharing is None else CRITERIA[instruction.sharing.criterion].needs
 
 
 def train_locally(
@@ -82,7 +76,6 @@ def train_locally(
             instruction.training,
             instruction.objective,
             cached,
-            with_mean_gradient=criterion_needs(instruction) == "mean gradient",
             anchors=anchors,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + loading_s)
@@ -104,22 +97,13 @@ def _steps(
         Step(
             model.task.collate(table, rows),
             active,
-            _rate_factor(instruction, (step + 0.5) / len(batches)),
+            rate_factor(
+                instruction.training,
+                (instruction.round - 1 + (step + 0.5) / len(batches)) / instruction.training.rounds,
+            ),
         )
         for step, (rows, active) in enumerate(zip(batches, gates, strict=True))
     ]
-
-
-def _rate_factor(instruction: Instruction, progress: float) -> float:
-    """Return the factor of the peak learning rates at a point of the local training (0 to 1).
-
-    An evaluation is not a round of the run, so in its training the rates fall from the peak to 0.
-    """
-    if instruction.evaluate_only:
-        return 1.0 - progress
-    return rate_factor(
-        instruction.training, (instruction.round - 1 + progress) / instruction.training.rounds
-    )
 
 
 def _cached_layers(

@@ -38,7 +38,6 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "fedadapter": {"adapter": {"type": "bottleneck"}},
-    "fedadaopt": {"adapter": {"type": "bottleneck"}},
     "fedprompt": {"adapter": {"type": "prompt_tuning"}},
     "fedptuning": {"adapter": {"type": "p_tuning"}},
     "fedprefix": {"adapter": {"type": "prefix_tuning"}},
@@ -215,11 +214,8 @@ class DropoutConfig(Table):
     )
     schedule: Literal["constant", "warm_up", "recovery"] = Field(
         "constant",
-        description="drop rates over the run: `warm_up` increases them from 0 in the first part, "
-        "`recovery` trains the last part at full depth",
-    )
-    schedule_part: Real = Field(
-        0.3, gt=0, le=1, description="share of the rounds that `warm_up` or `recovery` takes"
+        description="drop rates over the run: `warm_up` increases them from 0 in the first 30 % "
+        "of the rounds, `recovery` trains the last 30 % at full depth",
     )
     protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
     protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")
@@ -356,17 +352,6 @@ class EvaluationConfig(Table):
         description="when the run ends, evaluate each client's own model on its own test rows, "
         "whether the client ever trained or not",
     )
-    newcomers: bool = Field(
-        False,
-        description="then also take each client that was never in a round, train its model for one "
-        "epoch on its own rows, and evaluate it again",
-    )
-
-    @model_validator(mode="after")
-    def _newcomers_are_clients(self) -> "EvaluationConfig":
-        if self.newcomers and not self.personalised:
-            raise ValueError("newcomers are not evaluated with personalised=false; leave one out")
-        return self
 
 
 class FlowerConfig(Table):

@@ -20,18 +20,6 @@ class ServerConfig(Table):
     step_size: Real | None = Field(
         None, gt=0, description="the optimiser's rate (1 with `momentum`, 0.01 otherwise)"
     )
-    momentum: Real = Field(0.9, ge=0, lt=1, description="momentum of the mean change")
-    second_momentum: Real = Field(
-        0.99,
-        ge=0,
-        lt=1,
-        description="momentum of its square, for `adam` and `yogi`",
-    )
-    tau: Real = Field(
-        1e-3,
-        gt=0,
-        description="degree of adaptivity of `adam` and `yogi`: a smaller value is more adaptive",
-    )
 
     @property
     def rate(self) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
     Instruction,
@@ -198,30 +197,6 @@ def compute_seconds(profile: DeviceProfile, flops: float, steps: int = 0) -> flo
 def energy_joules(profile: DeviceProfile, *, computing_s: float, waiting_s: float) -> float:
     """Joules of a local training: full power while computing, idle power while transferring."""
     return profile.train_watts * computing_s + profile.idle_watts * waiting_s
-
-
-def calibrated(flops: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Fit effective FLOP/s and overhead per step (s) to measured step times.
-
-    Least squares of the relative errors, with an overhead that is not negative.
-
-    Args:
-        flops: of each step, at least two different values.
-        seconds: measured time of each step.
-
-    Raises:
-        DroppeftError: the times do not grow with the FLOPs.
-    """
-    # The relative errors are overhead * ones + x / speed - 1, with ones = 1/y and x = flops/y.
-    ones = [1 / each for each in seconds]
-    work = [each / took for each, took in zip(flops, seconds, strict=True)]
-    mixed, square = _dot(ones, work), _dot(work, work)
-    spread = _dot(ones, ones) * square - mixed**2
-    overhead = max(0.0, (sum(ones) * square - sum(work) * mixed) / spread) if spread else 0.0
-    inverse = (sum(work) - overhead * mixed) / square
-    if not inverse > 0:
-        raise DroppeftError("step times that do not grow with the FLOPs give no effective speed")
-    return 1 / inverse, overhead
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

@@ -4,7 +4,6 @@ Ours. :mod:`droppeft.costs.fake_step` counts them for a model; :mod:`droppeft.co
 converts them to a client's seconds.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -56,18 +55,3 @@ class StepCounts:
     def tokens(self) -> int:
         """Tokens of a step, padding included: batch times length."""
         return self.batch * self.length
-
-
-def step_flops(counts: StepCounts, active: Sequence[bool]) -> int:
-    """FLOPs of a step that runs the blocks where ``active`` (L) is true."""
-    return counts.rest.flops + sum(block.flops for block in running(counts, active))
-
-
-def step_stored_bytes(counts: StepCounts, active: Sequence[bool]) -> int:
-    """Bytes that a step with these active blocks stores for its backward."""
-    return counts.rest.stored_bytes + sum(block.stored_bytes for block in running(counts, active))
-
-
-def running(counts: StepCounts, active: Sequence[bool]) -> list[BlockCounts]:
-    """The blocks where ``active`` (L) is true."""
-    return [block for block, runs in zip(counts.blocks, active, strict=True) if runs]

@@ -34,19 +34,12 @@ use the lower-level functions::
 from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
 from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
 from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
-from droppeft.layer_dropout.gates import (
-    SAMPLINGS,
-    Sampling,
-    conditioned_rates,
-    expected_active,
-    sample_active,
-)
+from droppeft.layer_dropout.gates import SAMPLINGS, sample_active
 from droppeft.layer_dropout.rates import (
     SHAPES,
     explicit_rates,
     layer_rates,
     protected_ends,
-    weighted_rates,
 )
 from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
@@ -59,9 +52,6 @@ __all__ = [
     "Architecture",
     "DrawnGates",
     "Gates",
-    "Sampling",
-    "conditioned_rates",
-    "expected_active",
     "explicit_rates",
     "find_blocks",
     "find_stacks",
@@ -71,5 +61,4 @@ __all__ = [
     "protected_ends",
     "sample_active",
     "scheduled_rates",
-    "weighted_rates",
 ]

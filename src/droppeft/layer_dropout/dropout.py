@@ -17,7 +17,7 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates, find_stacks, gated, untraced
 from droppeft.layer_dropout.gates import sample_active
 from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
-from droppeft.layer_dropout.schedules import check_schedule, scheduled_rates
+from droppeft.layer_dropout.schedules import PART, check_schedule, scheduled_rates
 
 Blocks = Sequence[nn.Module]
 
@@ -45,7 +45,7 @@ DEFAULTS = GateOptions(
     protect_last=1,
     every=1,
     schedule="constant",
-    schedule_part=0.3,
+    schedule_part=PART,
     total_steps=None,
     seed=0,
 )

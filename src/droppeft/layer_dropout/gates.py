@@ -9,7 +9,6 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.rates import explicit_rates
@@ -23,27 +22,9 @@ _ROUNDING = 1e-9
 _LARGEST_NEEDED_RATE = 0.999
 
 
-class Sampling(NamedTuple):
-    """A way to draw gates.
-
-    Attributes:
-        draw: function of L rates and a random generator that returns L gates, True for a layer
-            that runs.
-        all_dropped: function of L rates and a set of layers that returns the probability that one
-            draw drops all of these layers.
-    """
-
-    draw: Callable[[Sequence[float], random.Random], tuple[bool, ...]]
-    all_dropped: Callable[[Sequence[float], frozenset[int]], float]
-
-
 def _draw_bernoulli(rates: Sequence[float], rng: random.Random) -> tuple[bool, ...]:
     # random() lies in [0, 1): a layer of rate 0 is never dropped, one of rate 1 always.
     return tuple(rng.random() >= rate for rate in rates)
-
-
-def _all_dropped_bernoulli(rates: Sequence[float], layers: frozenset[int]) -> float:
-    return math.prod(rates[layer] for layer in layers)
 
 
 def _draw_exact(rates: Sequence[float], rng: random.Random) -> tuple[bool, ...]:
@@ -79,26 +60,11 @@ def _integer_rates(rates: Sequence[float]) -> list[int]:
     return units
 
 
-def _all_dropped_exact(rates: Sequence[float], layers: frozenset[int]) -> float:
-    others = [rate for layer, rate in enumerate(rates) if layer not in layers]
-    needed = [rates[layer] for layer in layers]
-    most = math.ceil(math.fsum(rates) - _ROUNDING) - others.count(1.0)
-    if most < len(layers) or 0.0 in needed:
-        return 0.0
-    if any(0 < rate < 1 for rate in others):
-        raise DroppeftError(
-            "conditioned rates of exact sampling have no closed form if layers outside need_one_of "
-            "have rates between 0 and 1; estimate them by drawing gates, or use bernoulli"
-        )
-    # All of them are dropped only if the larger of the two possible numbers is drawn.
-    return math.fsum(needed) - (len(layers) - 1)
-
-
-SAMPLINGS: dict[str, Sampling] = {
-    "exact": Sampling(_draw_exact, _all_dropped_exact),
-    "bernoulli": Sampling(_draw_bernoulli, _all_dropped_bernoulli),
+SAMPLINGS: dict[str, Callable[[Sequence[float], random.Random], tuple[bool, ...]]] = {
+    "exact": _draw_exact,
+    "bernoulli": _draw_bernoulli,
 }
-"""Sampling by name. Both drop layer l with probability r_l.
+"""By name, a function from L rates to L gates. Both drop layer l with probability r_l.
 
 ``exact``: the number of dropped layers is the sum of the rates, rounded down or up if it is not
 whole. Rates are rounded to 2^-40, and a sum within 1e-9 of a whole number counts as whole.
@@ -120,9 +86,8 @@ def sample_active(
         sampling: a key of :data:`SAMPLINGS`.
         rng: generator of all random numbers.
         need_one_of: layers of which at least one must run, such as those with an adapter if the
-            head is frozen. Gates are drawn again until one of these layers runs;
-            :func:`conditioned_rates` returns the resulting drop rates. If empty, there is no
-            condition.
+            head is frozen. Gates are drawn again until one of these layers runs. If empty, there
+            is no condition.
 
     Returns:
         L gates; True for a layer that runs.
@@ -132,48 +97,15 @@ def sample_active(
             ``need_one_of`` does not exist, or these layers are all dropped in nearly every draw.
     """
     rates = explicit_rates(rates, len(rates))
-    draw = _sampling(sampling).draw
+    if sampling not in SAMPLINGS:
+        raise DroppeftError(
+            f"unknown sampling {sampling!r}; the samplings are {', '.join(SAMPLINGS)}"
+        )
     needed = _needed(rates, need_one_of)
     while True:
-        active = draw(rates, rng)
+        active = SAMPLINGS[sampling](rates, rng)
         if not needed or any(active[layer] for layer in needed):
             return active
-
-
-def conditioned_rates(
-    rates: Sequence[float], sampling: str, need_one_of: Collection[int]
-) -> tuple[float, ...]:
-    """Return each layer's probability of being dropped by :func:`sample_active`.
-
-    Let S be the layers of ``need_one_of``, and p the probability that one draw drops all of them.
-    The result is (r_l - p) / (1 - p) for l in S, and r_l for all other layers. For ``bernoulli``,
-    p is the product of the rates in S. For ``exact``, p is 0 if S has more layers than a draw can
-    drop, so that the rates do not change; it is the sum of the rates in S minus (the size of
-    S - 1) if all layers outside S have rate 0 or 1; otherwise there is no closed form.
-
-    Raises:
-        DroppeftError: as :func:`sample_active`, or if there is no closed form.
-    """
-    rates = explicit_rates(rates, len(rates))
-    needed = _needed(rates, need_one_of)
-    if not needed:
-        return rates
-    rejected = _sampling(sampling).all_dropped(rates, needed)
-    return tuple(
-        (rate - rejected) / (1 - rejected) if layer in needed else rate
-        for layer, rate in enumerate(rates)
-    )
-
-
-def expected_active(rates: Sequence[float]) -> float:
-    """Return the mean number of layers that run in a step, without ``need_one_of``."""
-    return len(rates) - math.fsum(rates)
-
-
-def _sampling(name: str) -> Sampling:
-    if name not in SAMPLINGS:
-        raise DroppeftError(f"unknown sampling {name!r}; the samplings are {', '.join(SAMPLINGS)}")
-    return SAMPLINGS[name]
 
 
 def _needed(rates: Sequence[float], need_one_of: Collection[int]) -> frozenset[int]:

@@ -69,21 +69,6 @@ def layer_rates(
     _check_layers(num_layers)
     if shape not in SHAPES:
         raise DroppeftError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
-    return weighted_rates(mean, SHAPES[shape](num_layers), protected=protected)
-
-
-def weighted_rates(
-    mean: float, weights: Sequence[float], *, protected: Collection[int] = ()
-) -> tuple[float, ...]:
-    """Distribute a mean drop rate over depth in proportion to L given positive weights.
-
-    Like :func:`layer_rates`, with weights instead of a shape.
-
-    Raises:
-        DroppeftError: as :func:`layer_rates`.
-    """
-    num_layers = len(weights)
-    _check_layers(num_layers)
     if not 0 <= mean <= 1:
         raise DroppeftError(f"the mean drop rate is {mean}; it must lie between 0 and 1")
     never_dropped = _existing_layers(protected, num_layers)
@@ -97,6 +82,7 @@ def weighted_rates(
             f"{len(never_dropped)} of them protected: the largest possible mean is {largest:g}; "
             "lower the mean or protect fewer layers"
         )
+    weights = SHAPES[shape](num_layers)
     return _fill(
         {layer: weights[layer] for layer in range(num_layers) if layer not in never_dropped},
         total,

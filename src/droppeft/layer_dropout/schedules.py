@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 from droppeft.errors import DroppeftError
 
+PART = 0.3
+"""Share of the run that ``warm_up`` or ``recovery`` takes by default."""
+
 # A point of the run counts as within a part if it is outside by less than this.
 _ROUNDING = 1e-9
 

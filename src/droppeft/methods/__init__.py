@@ -14,7 +14,6 @@ from droppeft.methods.adaptive import ADAPTIVE
 from droppeft.methods.centralised import CENTRALISED
 from droppeft.methods.ditto import DITTO
 from droppeft.methods.droppeft import DROPPEFT
-from droppeft.methods.fedadaopt import FEDADAOPT
 from droppeft.methods.fedadapter import FEDADAPTER
 from droppeft.methods.fedex_lora import FEDEX_LORA
 from droppeft.methods.fedhetlora import FEDHETLORA
@@ -35,7 +34,6 @@ METHODS: dict[str, Method] = {
         ADAPTIVE,
         FEDLORA,
         FEDADAPTER,
-        FEDADAOPT,
         FEDHETLORA,
         FEDRA,
         LEGEND,

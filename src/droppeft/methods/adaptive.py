@@ -24,11 +24,9 @@ def _check(config: Config) -> None:
             "method=adaptive needs a configurator; leave configurator.policy=fixed out, or set "
             "method=fedlora"
         )
-    if any(settings.means) or settings.refresh:
-        name = "means" if any(settings.means) else "refresh"
+    if any(settings.means):
         raise DroppeftError(
-            f"method=adaptive drops no layers; leave configurator.{name} out, or set "
-            "method=droppeft"
+            "method=adaptive drops no layers; leave configurator.means out, or set method=droppeft"
         )
 
 

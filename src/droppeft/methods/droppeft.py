@@ -35,19 +35,10 @@ from droppeft.methods.personal_layers import (
     has_global_head,
     has_personal_tensors,
     typical_of,
-    weight_of,
     with_sharing,
 )
-from droppeft.sharing.aggregation import average_over_everyone, average_over_senders
-from droppeft.sharing.factors import average_products
+from droppeft.sharing.aggregation import average_over_senders, by_examples
 from droppeft.sharing.participation import ParticipationMemory, with_participations
-
-AVERAGES = {
-    ("holders", "separate"): average_over_senders,
-    ("holders", "product"): average_products,
-    ("everyone", "separate"): average_over_everyone,
-}
-"""How updates are averaged, by ``sharing.mean`` and ``sharing.factors``."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +149,8 @@ def _with_arm(
     The client gets the tensors of all layers and sends back those of the layers that it trains.
     """
     arm = memory.arms[number]
-    gates = _gates(setup, rates_of_arm(setup, instruction.round, arm, memory.importance))
-    rewards = reward_rows(setup, instruction.round)
+    gates = _gates(setup, rates_of_arm(setup, arm))
+    rewards = reward_rows(setup)
     instruction = replace(instruction, dropout=gates, reward_rows=rewards, arm=number)
     lower = first_trained(arm, depth_of_run(setup))
     if lower == setup.config.frozen.count:
@@ -177,9 +168,7 @@ def _merge(
 ) -> ServerState:
     config = setup.config
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    mean = AVERAGES[config.sharing.mean, config.sharing.factors](
-        state.model.tensors, updates, weight_of(config)
-    )
+    mean = average_over_senders(state.model.tensors, updates, by_examples)
     merged = apply_mean(setup, state, updates, mean)
     if has_personal_tensors(config):
         merged = with_participations(merged, instructions, replies)

@@ -69,12 +69,7 @@ class Trial:
         return max(means, key=lambda group: means[group], default=SAME)
 
 
-def check_bottlenecks(config: Config) -> None:
-    """Refuse settings that a method with growing bottleneck adapters cannot use.
-
-    Raises:
-        DroppeftError: if the adapter has another type, or if layers are configured as frozen.
-    """
+def _check(config: Config) -> None:
     chosen, method = config.adapter, config.method
     if chosen.type != "bottleneck":
         raise DroppeftError(
@@ -86,27 +81,6 @@ def check_bottlenecks(config: Config) -> None:
             f"method={method} chooses the frozen layers itself; leave "
             f"frozen.layers={config.frozen.layers} out"
         )
-
-
-def first_shape(setup: Setup) -> tuple[int, int]:
-    """Initial depth and width of the adapters."""
-    width = setup.config.adapter.width or FIRST_WIDTH
-    return min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, width)
-
-
-def largest_shape(setup: Setup) -> tuple[int, int]:
-    """Largest depth and width of the adapters."""
-    return min(MOST_DEPTH, setup.num_layers), setup.config.adapter.width or FIRST_WIDTH
-
-
-def plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
-    """The model with every tensor averaged over the updates that have it, weighted by rows."""
-    updates = [reply for reply in replies if isinstance(reply, Update)]
-    return replace(model, tensors=average_over_senders(model.tensors, updates, by_examples))
-
-
-def _check(config: Config) -> None:
-    check_bottlenecks(config)
     if config.training.local_epochs is not None:
         raise DroppeftError(
             "method=fedadapter gives its groups equal time by their number of steps; set "
@@ -119,12 +93,29 @@ def _check(config: Config) -> None:
         )
 
 
+def _first_shape(setup: Setup) -> tuple[int, int]:
+    """Initial depth and width of the adapters."""
+    width = setup.config.adapter.width or FIRST_WIDTH
+    return min(FIRST_DEPTH, setup.num_layers), min(FIRST_WIDTH, width)
+
+
+def _largest_shape(setup: Setup) -> tuple[int, int]:
+    """Largest depth and width of the adapters."""
+    return min(MOST_DEPTH, setup.num_layers), setup.config.adapter.width or FIRST_WIDTH
+
+
+def _plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
+    """The model with every tensor averaged over the updates that have it, weighted by rows."""
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    return replace(model, tensors=average_over_senders(model.tensors, updates, by_examples))
+
+
 def _init(setup: Setup) -> ServerState:
-    depth, width = first_shape(setup)
-    return _begin_trial(setup, start_with(setup, spec_of(setup, depth, width)).model, depth, width)
+    depth, width = _first_shape(setup)
+    return _begin_trial(setup, start_with(setup, _spec_of(setup, depth, width)).model, depth, width)
 
 
-def spec_of(setup: Setup, depth: int, width: int) -> AdapterSpec:
+def _spec_of(setup: Setup, depth: int, width: int) -> AdapterSpec:
     """Bottleneck adapters of this width in the last ``depth`` layers."""
     chosen = setup.config.adapter.model_copy(update={"width": width})
     return adapter_spec(chosen, setup.num_layers, setup.num_layers - depth)
@@ -133,7 +124,7 @@ def spec_of(setup: Setup, depth: int, width: int) -> AdapterSpec:
 def _shapes(setup: Setup, depth: int, width: int) -> dict[str, tuple[int, int]]:
     """Depth and width of each group's adapters; what is at its limit has no group."""
     shapes = {SAME: (depth, width)}
-    deepest, widest = largest_shape(setup)
+    deepest, widest = _largest_shape(setup)
     if depth < deepest:
         shapes[DEEPER] = (depth + 1, width)
     if width < widest:
@@ -148,7 +139,7 @@ def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> Se
     """
     groups = _shapes(setup, depth, width)
     larger = {
-        group: grown(setup, model, spec_of(setup, *shape))
+        group: _grown(setup, model, _spec_of(setup, *shape))
         for group, shape in groups.items()
         if group != SAME
     }
@@ -156,7 +147,7 @@ def _begin_trial(setup: Setup, model: GlobalModel, depth: int, width: int) -> Se
     return ServerState(model, larger, trial)
 
 
-def grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
+def _grown(setup: Setup, model: GlobalModel, spec: AdapterSpec) -> GlobalModel:
     """The model with a larger adapter, fresh where the smaller adapter has no values."""
     fresh = setup.fresh_tensors(spec)
     tensors: Tensors = {
@@ -251,7 +242,7 @@ def _merge(
             for instruction, reply in zip(instructions, replies, strict=True)
             if instruction.adapter == model.adapter
         ]
-        models[group] = plain_mean(model, of_group)
+        models[group] = _plain_mean(model, of_group)
         rewards = [r.reward for r in of_group if isinstance(r, Update) and r.reward is not None]
         sums[group] += sum(rewards)
         counts[group] += len(rewards)

@@ -21,8 +21,7 @@ from droppeft.messages import (
     SharingRule,
     flatten,
 )
-from droppeft.sharing.aggregation import Weight, by_active_steps, by_examples
-from droppeft.sharing.criteria import CKA_ROWS, CRITERIA, typical_norms
+from droppeft.sharing.criteria import CRITERIA, typical_norms
 from droppeft.sharing.participation import Participation, last_participation, norms_of_clients
 from droppeft.sharing.selection import count_of
 
@@ -68,27 +67,6 @@ def check_sharing(config: Config) -> None:
             f"adapter.type={config.adapter.type} is in no layer, so that no layer can be personal; "
             "set sharing.fraction=1"
         )
-    too_few = config.sharing.score_rows < CKA_ROWS
-    if has_personal_layers(config) and config.sharing.criterion == "cka" and too_few:
-        raise DroppeftError(
-            f"sharing.criterion=cka compares rows with each other and needs {CKA_ROWS} of them; "
-            f"set sharing.score_rows={CKA_ROWS} or more"
-        )
-    if config.sharing.factors == "product" and config.server.optimizer != "none":
-        raise DroppeftError(
-            "sharing.factors=product computes new factors every round, whose differences are no "
-            f"gradient for server.optimizer={config.server.optimizer}; leave one of them out"
-        )
-    if config.sharing.mean == "everyone" and config.sharing.factors == "product":
-        raise DroppeftError(
-            "sharing.mean=everyone works only if A and B are averaged separately; "
-            "set sharing.factors=separate"
-        )
-    if config.sharing.factors == "product" and config.adapter.type != "lora":
-        raise DroppeftError(
-            f"sharing.factors=product needs LoRA's A and B, but adapter.type={config.adapter.type} "
-            "has none; leave it out"
-        )
 
 
 def typical_of(setup: Setup, state: ServerState) -> tuple[float, ...] | None:
@@ -129,11 +107,6 @@ def with_sharing(
     )
 
 
-def weight_of(config: Config) -> Weight:
-    """The weight of a client's layer in the mean."""
-    return by_examples if config.sharing.weights == "examples" else by_active_steps
-
-
 def _rule(
     setup: Setup, last: Participation | None, typical: tuple[float, ...] | None
 ) -> SharingRule:
@@ -144,7 +117,6 @@ def _rule(
         criterion=settings.criterion,
         fraction=settings.fraction,
         hysteresis=settings.hysteresis if scores_change else 0.0,
-        score_rows=settings.score_rows,
         shared=last.shared if last else None,
         typical=typical,
     )

@@ -20,7 +20,6 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
 from droppeft.models.offloading import check_offload
-from droppeft.sharing.criteria import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,14 @@ NO_EFFECT = (
         instead="leave it out, or set another policy",
     ),
     NoEffect(
-        keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.shape"),
+        keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.schedule"),
         only_if_table_read="configurator",
         when=lambda config: config.configurator.policy != "fixed",
         reason="configurator.policy={config.configurator.policy}, whose arms set the rates",
         instead="leave it out, or set configurator.policy=fixed",
     ),
     NoEffect(
-        keys=("configurator.reward_rows",),
-        only_if_table_read="configurator",
-        when=lambda config: config.configurator.reward != "loss",
-        reason="configurator.reward={config.configurator.reward}, which clients do not measure",
-    ),
-    NoEffect(
-        keys=("sharing.criterion", "sharing.hysteresis", "sharing.score_rows"),
+        keys=("sharing.criterion", "sharing.hysteresis"),
         only_if_table_read="sharing",
         when=lambda config: config.sharing.fraction == 1,
         reason="sharing.fraction=1, where all layers are shared",
@@ -94,23 +87,10 @@ NO_EFFECT = (
         reason="sharing.criterion=position, whose scores never change",
     ),
     NoEffect(
-        keys=("sharing.score_rows",),
-        only_if_table_read="sharing",
-        when=lambda config: CRITERIA[config.sharing.criterion].runs_model == "no",
-        reason="sharing.criterion={config.sharing.criterion}, which does not run the model",
-    ),
-    NoEffect(
         keys=("server.",),
         except_keys=("server.optimizer",),
         only_if_table_read="server",
         when=lambda config: config.server.optimizer == "none",
-        reason="server.optimizer={config.server.optimizer}",
-        instead="leave it out, or set another server.optimizer",
-    ),
-    NoEffect(
-        keys=("server.second_momentum", "server.tau"),
-        only_if_table_read="server",
-        when=lambda config: config.server.optimizer == "momentum",
         reason="server.optimizer={config.server.optimizer}",
         instead="leave it out, or set another server.optimizer",
     ),

@@ -208,21 +208,6 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
             _percent(result["own_majority_accuracy"]),
             "reference: always predict the client's most frequent class",
         ),
-        *_newcomer_lines(result),
-    ]
-
-
-def _newcomer_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Accuracy of clients that never trained, before and after one epoch; or no lines."""
-    if result["newcomers_accuracy_after_epoch"] is None:
-        return []
-    return [
-        ("newcomers", _percent(result["newcomers_accuracy"]), "of them: those that never trained"),
-        (
-            "",
-            _percent(result["newcomers_accuracy_after_epoch"]),
-            "after an epoch of their own rows",
-        ),
     ]
 
 

@@ -41,7 +41,7 @@ class RoundRow:
         mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
         activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
         upload_bytes, download_bytes: size of the tensors of all updates that passed validation, and
-            of all instructions, without a transport's framing.
+            of all instructions.
         round_measured_s: seconds as if clients trained in parallel: the slowest client that was
             accepted, plus the server.
         train_wall_s: seconds of training steps, summed over clients.
@@ -49,9 +49,6 @@ class RoundRow:
         saving_wall_s: seconds of writing the rows and the checkpoint of the round before. The time
             of saving this round is not known yet when its row is written.
         host_wall_s: seconds of the whole round in this process, with evaluation and saving.
-        upload_framed_bytes, download_framed_bytes: bytes of all messages that the transport sent,
-            with its own framing but without that of the network; replies that were refused count
-            too. ``None`` where clients run in this process.
         absent: clients that were drawn but not available, by their device profile.
         late: clients that missed the deadline on the modelled clock.
         surplus: clients that were in time, but after ``cohort_size`` others.
@@ -84,8 +81,6 @@ class RoundRow:
     evaluation_wall_s: float
     saving_wall_s: float
     host_wall_s: float
-    upload_framed_bytes: int | None
-    download_framed_bytes: int | None
     absent: list[int]
     late: list[int]
     surplus: list[int]
@@ -109,8 +104,6 @@ class ClosedRound:
         replies: in the same order, as they were merged: updates that were late, surplus or below
             the quorum are failures too.
         modelled: cost of the round on the modelled clock.
-        framing: bytes sent to and received from each client, in order of arrival, as the transport
-            counted them.
         server_wall_s: seconds of writing instructions, validation and merging on the server.
     """
 
@@ -119,7 +112,6 @@ class ClosedRound:
     checked_replies: tuple[Reply, ...]
     replies: tuple[Reply, ...]
     modelled: RoundCost
-    framing: tuple[tuple[int | None, int | None], ...]
     server_wall_s: float
 
     @property
@@ -221,8 +213,6 @@ def round_row(
         evaluation_wall_s=quality["wall_s"] or 0.0,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
-        upload_framed_bytes=_sum_of_known([back for _, back in closed.framing]),
-        download_framed_bytes=_sum_of_known([sent for sent, _ in closed.framing]),
         absent=list(modelled.absent),
         late=list(modelled.late),
         surplus=list(modelled.surplus),
@@ -291,8 +281,6 @@ def summarise(
         "activation_bytes_peak": max((row.activation_bytes_peak for row in rows), default=0),
         "upload_bytes": sum(row.upload_bytes for row in rows),
         "download_bytes": sum(row.download_bytes for row in rows),
-        "upload_framed_bytes": _sum_of_known([row.upload_framed_bytes for row in rows]),
-        "download_framed_bytes": _sum_of_known([row.download_framed_bytes for row in rows]),
         "round_measured_s": sum(row.round_measured_s for row in rows),
         "round_modelled_s": _sum_if_all_known([row.round_modelled_s for row in rows]),
         "energy_modelled_j": _sum_if_all_known([row.energy_modelled_j for row in rows]),
@@ -374,12 +362,6 @@ def rewind(path: Path, last_round: int) -> list[dict[str, Any]]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _sum_of_known(values: Sequence[int | None]) -> int | None:
-    """The sum of the values that are not ``None``, or ``None`` if there are none."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def _sum_if_all_known(values: Sequence[float | None]) -> float | None:

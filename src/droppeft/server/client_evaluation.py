@@ -6,14 +6,13 @@ it, and no state depends on it. Clients that never trained are evaluated too.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite
 from statistics import fmean, pstdev
 from typing import Any
 
 from droppeft.messages import (
-    Budget,
     EvaluationReply,
     Failure,
     Instruction,
@@ -35,9 +34,6 @@ class ClientEvaluation:
         measurements: by client, in ascending order.
         failures: of the clients that could not be measured.
         wall_s: seconds on this machine.
-        newcomers: measurements of clients that never trained, after one epoch on their own rows;
-            empty unless the configuration asks for it.
-        newcomer_failures: of the newcomers that could not be measured after that epoch.
         lost: clients that have lost their saved state; they were measured with the model with
             which they would start again.
     """
@@ -45,8 +41,6 @@ class ClientEvaluation:
     measurements: tuple[EvaluationReply, ...]
     failures: tuple[Failure, ...]
     wall_s: float
-    newcomers: tuple[EvaluationReply, ...] = ()
-    newcomer_failures: tuple[Failure, ...] = ()
     lost: tuple[int, ...] = ()
 
 
@@ -56,17 +50,14 @@ def evaluate_clients(
     transport: Transport,
     state: ServerState,
     round: int,
-    participations: Mapping[int, int],
 ) -> ClientEvaluation:
     """Have every client measure its own model.
 
     A client that has lost its saved state is asked a second time, with all tensors in the
-    instruction. A newcomer, a client that never trained, is asked a second time after one epoch of
-    training if the configuration says so.
+    instruction.
 
     Args:
         round: the one that would come next.
-        participations: number of merged updates of each client that has any.
     """
     start = time.perf_counter()
     instructions = [
@@ -83,28 +74,12 @@ def evaluate_clients(
             second.get(instruction.client, reply)
             for instruction, reply in zip(instructions, replies, strict=True)
         ]
-    epoch_first = [
-        replace(instruction, budget=Budget(epochs=1))
-        for instruction in instructions
-        if setup.config.evaluation.newcomers and not participations.get(instruction.client)
-    ]
-    newcomers = _exchange(setup, transport, epoch_first)
     return ClientEvaluation(
-        _measurements(replies),
-        _failures(replies),
+        tuple(reply for reply in replies if isinstance(reply, EvaluationReply)),
+        tuple(reply for reply in replies if isinstance(reply, Failure)),
         time.perf_counter() - start,
-        _measurements(newcomers),
-        _failures(newcomers),
         lost,
     )
-
-
-def _measurements(replies: Sequence[Reply]) -> tuple[EvaluationReply, ...]:
-    return tuple(reply for reply in replies if isinstance(reply, EvaluationReply))
-
-
-def _failures(replies: Sequence[Reply]) -> tuple[Failure, ...]:
-    return tuple(reply for reply in replies if isinstance(reply, Failure))
 
 
 def _exchange(
@@ -145,7 +120,6 @@ def summarise_clients(
         "personalised_accuracy_trained": _mean(trained),
         "newcomers": len(new),
         "newcomers_accuracy": _mean(new),
-        "newcomers_accuracy_after_epoch": _mean([each.accuracy for each in evaluation.newcomers]),
         "personalised_clients": len(accuracies),
         "personalised_rows": sum(each.rows for each in measurements),
         "personalised_wall_s": evaluation.wall_s,
@@ -162,10 +136,6 @@ def summarise_clients(
         "personalised_lost": list(evaluation.lost),
         "personalised_failures": [
             {"client": failure.client, "reason": failure.reason} for failure in evaluation.failures
-        ],
-        "newcomers_failures": [
-            {"client": failure.client, "reason": failure.reason}
-            for failure in evaluation.newcomer_failures
         ],
     }
 

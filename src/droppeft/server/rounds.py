@@ -68,9 +68,6 @@ def run_round(
         checked_replies=tuple(checked_replies),
         replies=tuple(replies),
         modelled=replace(modelled, absent=absent),
-        framing=tuple(
-            (arrival.sent_bytes, arrival.received_bytes) for arrival in arrivals.values()
-        ),
         server_wall_s=instruct_wall_s + merge_wall_s - counted_s,
     )
 

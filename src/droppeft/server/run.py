@@ -339,9 +339,7 @@ def _final_client_models(
     listener.preparing("measuring each client's model on its own test rows")
     setup, method = prepared.setup, prepared.method
     participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
-    evaluation = evaluate_clients(
-        setup, method, transport, last.state, last.round + 1, participations
-    )
+    evaluation = evaluate_clients(setup, method, transport, last.state, last.round + 1)
     if not evaluation.measurements:
         example = evaluation.failures[0]
         raise DroppeftError(

@@ -6,7 +6,6 @@ inexact: mean(B)·mean(A) ≠ mean(BA).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +22,6 @@ Weight = Callable[[Update, LayerKey], float]
 def by_examples(update: Update, layer: LayerKey) -> float:
     """Return the number of rows that the client trained on."""
     return float(update.examples)
-
-
-def by_active_steps(update: Update, layer: LayerKey) -> float:
-    """Return the number of rows times the number of steps in which the layer ran. Ours.
-
-    Tensors that are not part of a layer count with all steps, including those that fp16 skipped.
-    """
-    steps = update.active_steps[layer] if isinstance(layer, int) else update.steps
-    return float(update.examples * steps)
 
 
 def average_over_senders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
@@ -53,23 +43,6 @@ def average_over_senders(current: Tensors, updates: Sequence[Update], weight: We
             for name, value in named.items()
         }
     return merged
-
-
-def average_over_everyone(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
-    """As :func:`average_over_senders`, but an update without a tensor counts as the server's value.
-
-    A control: tensors that few clients train change less.
-    """
-    complete = [
-        replace(
-            update,
-            tensors={
-                key: {**named, **update.tensors.get(key, {})} for key, named in current.items()
-            },
-        )
-        for update in updates
-    ]
-    return average_over_senders(current, complete, weight)
 
 
 def _mean(current: Array, values: Sequence[Array | None], weights: Sequence[float]) -> Array:

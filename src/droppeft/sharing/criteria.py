@@ -43,7 +43,6 @@ class LocalResult:
     Attributes:
         active_steps: (L,) steps in which each layer ran.
         gradients: moments of the gradients of the steps.
-        change_norms: returns the (L,) norms of the changes of the layers' adapters.
         block_states: returns the hidden states around each of the L blocks, on validation rows and
             with all layers.
         loss_increases: returns for each of some layers by how much the loss on validation rows
@@ -55,7 +54,6 @@ class LocalResult:
 
     active_steps: Vector
     gradients: GradientMoments
-    change_norms: Callable[[], Vector]
     block_states: Callable[[], Sequence[BlockStates]]
     loss_increases: Callable[[Sequence[int]], Sequence[float]]
     changed_layers: tuple[int, ...]
@@ -72,17 +70,19 @@ class Criterion:
         score: returns the (L,) scores of a local training; high scores make layers personal.
         runs_model: forward passes on validation rows, which the modelled clock counts: none, one
             per row, or one per row and one more per row and layer.
-        needs: what must be collected besides gradient norms: the mean gradient, or the values that
-            the local training starts with.
+        needs_start: whether it needs the values that the local training starts with.
         compares: whether it uses the typical gradient norms of clients, which the server sends.
     """
 
     summary: str
     score: Callable[[LocalResult], Vector]
     runs_model: Literal["no", "once", "per layer"] = "no"
-    needs: Literal["", "mean gradient", "start values"] = ""
+    needs_start: bool = False
     compares: bool = False
 
+
+SCORE_ROWS = 32
+"""Validation rows for the criteria that run the model."""
 
 CKA_ROWS = 4
 """Rows that the unbiased estimate needs; with fewer it would divide by 0."""
@@ -110,22 +110,6 @@ def _hsic(x: Matrix, y: Matrix) -> float:
     n = len(x)
     first_terms = (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2))
     return float(first_terms - 2 / (n - 2) * (x.sum(axis=0) @ y.sum(axis=1))) / (n * (n - 3))
-
-
-def _signal_to_noise(result: LocalResult) -> Vector:
-    """Return the squared mean gradient divided by the variance of a step's gradient.
-
-    The squared mean is estimated without bias: the mean of n noisy gradients has an expected square
-    of variance / n even without a signal, which is larger for layers that ran in fewer steps. The
-    score is 0 for layers that ran in a single step.
-    """
-    squares, square_of_mean = result.gradients.square, result.gradients.square_of_mean
-    assert square_of_mean is not None
-    steps = np.maximum(result.active_steps, 1)
-    noise = (squares - square_of_mean) * steps / np.maximum(steps - 1, 1)
-    signal = np.maximum(square_of_mean - noise / steps, 0.0)
-    ratio: Vector = np.where(steps > 1, signal / np.maximum(noise, 1e-12 * squares + 1e-300), 0.0)
-    return ratio
 
 
 def _relative(result: LocalResult) -> Vector:
@@ -191,16 +175,6 @@ CRITERIA: Mapping[str, Criterion] = {
         "squared gradient norm, mean over active steps: approximates the Fisher information",
         lambda result: result.gradients.square,
     ),
-    "gradient_snr": Criterion(
-        "how much the gradients of the steps agree: their squared mean divided by their variance",
-        _signal_to_noise,
-        needs="mean gradient",
-    ),
-    "weight_change": Criterion(
-        "norm of the change of the layer's adapter, divided by its active steps",
-        lambda result: result.change_norms() / np.maximum(result.active_steps, 1),
-        needs="start values",
-    ),
     "block_influence": Criterion(
         "how much the block changes a token's hidden state: 1 minus the cosine similarity",
         lambda result: np.array([1 - states.cosine for states in result.block_states()]),
@@ -217,7 +191,7 @@ CRITERIA: Mapping[str, Criterion] = {
         "increase of the loss without the layer's change: an oracle, and expensive",
         _loss_increases,
         runs_model="per layer",
-        needs="start values",
+        needs_start=True,
     ),
     "random": Criterion(
         "a random score: a control", lambda result: result.rng.random(len(result.active_steps))

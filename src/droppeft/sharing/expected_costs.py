@@ -3,7 +3,7 @@
 from droppeft.config import Config
 from droppeft.config.sharing import SharingConfig
 from droppeft.messages import HEAD, Tensors, payload_bytes
-from droppeft.sharing.criteria import CRITERIA
+from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 from droppeft.sharing.selection import count_of
 
 
@@ -39,4 +39,4 @@ def scored_rows(settings: SharingConfig, layers: int) -> int:
     if not 0 < count_of(settings.fraction, layers) < layers:
         return 0
     passes = {"no": 0, "once": 1, "per layer": layers + 1}
-    return passes[CRITERIA[settings.criterion].runs_model] * settings.score_rows
+    return passes[CRITERIA[settings.criterion].runs_model] * SCORE_ROWS

@@ -12,6 +12,12 @@ from droppeft.config import ServerConfig
 from droppeft.messages import Array, LayerKey, Tensors
 from droppeft.sharing.aggregation import Wide
 
+MOMENTUM, SECOND_MOMENTUM = 0.9, 0.99
+"""Momenta of the mean change and, for ``adam`` and ``yogi``, of its square."""
+
+TAU = 1e-3
+"""Degree of adaptivity of ``adam`` and ``yogi``: a smaller value is more adaptive."""
+
 MOMENTS = ("first", "second")
 
 OptimizerMoments = Mapping[str, Tensors]
@@ -46,7 +52,7 @@ def step(
         values[key], first[key], second[key] = {}, {}, {}
         for name, value in named.items():
             m = _moment(moments, "first", key, name, value, 0.0)
-            s = _moment(moments, "second", key, name, value, settings.tau**2)
+            s = _moment(moments, "second", key, name, value, TAU**2)
             new_value = value
             if name in sent:
                 change = mean[key][name].astype(np.float64) - value.astype(np.float64)
@@ -63,17 +69,17 @@ def _moments_and_increment(
     settings: ServerConfig, change: Wide, m: Wide, s: Wide
 ) -> tuple[Wide, Wide, Wide]:
     """Return both moments after a change, and what is added to the values."""
-    rate, b = settings.rate, settings.momentum
+    rate, b = settings.rate, MOMENTUM
     if settings.optimizer == "momentum":
         m = b * m + change
         return m, s, rate * m
     m = b * m + (1 - b) * change
-    square, part = np.square(change), 1 - settings.second_momentum
+    square, part = np.square(change), 1 - SECOND_MOMENTUM
     if settings.optimizer == "adam":
         s = s + part * (square - s)
     else:
         s = s - part * square * np.sign(s - square)
-    return m, s, rate * m / (np.sqrt(s) + settings.tau)
+    return m, s, rate * m / (np.sqrt(s) + TAU)
 
 
 def _moment(

@@ -25,12 +25,10 @@ class GradientMoments:
     Attributes:
         norm: (L,) mean norm of the gradient.
         square: (L,) mean squared norm of the gradient.
-        square_of_mean: (L,) squared norm of the mean gradient; ``None`` unless asked for.
     """
 
     norm: Vector
     square: Vector
-    square_of_mean: Vector | None
 
 
 class Gradients:
@@ -40,38 +38,17 @@ class Gradients:
         parameters: the trained parameters, by layer.
         num_layers: number L of layers.
         device: torch device of the gradients.
-        with_mean: whether to collect :attr:`GradientMoments.square_of_mean`, which takes as much
-            memory as the adapter.
     """
 
-    def __init__(
-        self, parameters: Parameters, num_layers: int, device: torch.device, *, with_mean: bool
-    ) -> None:
+    def __init__(self, parameters: Parameters, num_layers: int, device: torch.device) -> None:
         self._layers = [list(parameters.get(layer, {}).values()) for layer in range(num_layers)]
         self._device = device
         self._norms: list[torch.Tensor] = []
-        self._sums = (
-            [[torch.zeros_like(value) for value in layer] for layer in self._layers]
-            if with_mean
-            else None
-        )
 
     def norms(self) -> torch.Tensor:
         """Return the (L,) norms of the layers' gradients; 0 if a layer has none in this step."""
         # The norm of an empty list is a 0 on the CPU, whatever the device of the others.
         return torch.stack([total_norm(layer).to(self._device) for layer in self._layers])
-
-    def add(self) -> None:
-        """Add the gradients of a step, which must be finite, to the mean gradient."""
-        for layer, sums in zip(self._layers, self._sums or [], strict=False):
-            for value, total in zip(layer, sums, strict=True):
-                if value.grad is not None:
-                    total += value.grad
-
-    @property
-    def wants_mean(self) -> bool:
-        """Whether :meth:`add` has to be called."""
-        return self._sums is not None
 
     def note(self, norms: torch.Tensor) -> None:
         """Add the norms of a step that the optimizer did not skip."""
@@ -85,16 +62,9 @@ class Gradients:
         """
         steps = np.maximum(np.asarray(active_steps, dtype=np.float64), 1)
         norms = torch.stack(self._norms or [torch.zeros(len(self._layers))]).double().cpu()
-        means = None
-        if self._sums is not None:
-            squares = [
-                sum(float(total.double().square().sum()) for total in sums) for sums in self._sums
-            ]
-            means = np.array(squares) / steps**2
         return GradientMoments(
             norm=norms.sum(dim=0).numpy() / steps,
             square=norms.square().sum(dim=0).numpy() / steps,
-            square_of_mean=means,
         )
 
 

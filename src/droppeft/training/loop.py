@@ -134,8 +134,6 @@ def train(
     settings: LocalTraining,
     objective: Objective = TASK_ALONE,
     cached: CachedLayers | None = None,
-    *,
-    with_mean_gradient: bool = False,
     anchors: Tensors | None = None,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; a step does not change the layers that it drops.
@@ -152,10 +150,9 @@ def train(
         settings: learning rates, precision and further settings.
         objective: what is added to the task's loss.
         cached: replaces the frozen layers in every step; they do not run, and count as dropped.
-        with_mean_gradient: see :class:`~droppeft.training.gradients.Gradients`.
         anchors: see :class:`~droppeft.training.objectives.Terms`.
     """
-    loop = _Loop(on, settings, Terms(objective, on.parameters, anchors), with_mean_gradient)
+    loop = _Loop(on, settings, Terms(objective, on.parameters, anchors))
     on.model.train()
     start = time.perf_counter()
     with without_cache(on.model), loop.checkpointing(), gated(on.blocks) as gates:
@@ -172,17 +169,13 @@ def train(
 class _Loop:
     """What the steps of a local training share: optimizer, gradients, totals and memory meter."""
 
-    def __init__(
-        self, on: Trainable, settings: LocalTraining, terms: Terms, with_mean_gradient: bool
-    ) -> None:
+    def __init__(self, on: Trainable, settings: LocalTraining, terms: Terms) -> None:
         self.on, self.settings, self.terms = on, settings, terms
         self.optimizer = torch.optim.AdamW(
             _groups(on.parameters, settings), weight_decay=settings.weight_decay
         )
         self.scaler = loss_scaler(settings.precision, on.task.device)
-        self.gradients = Gradients(
-            on.parameters, len(on.blocks), on.task.device, with_mean=with_mean_gradient
-        )
+        self.gradients = Gradients(on.parameters, len(on.blocks), on.task.device)
         self.totals = _Totals(len(on.blocks), self.gradients)
         self.meter = ActivationMeter(on.model)
 
@@ -200,8 +193,6 @@ class _Loop:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norms = self.gradients.norms()
-        if self.gradients.wants_mean and bool(torch.isfinite(total_norm(trained))):
-            self.gradients.add()
         self.terms.add_gradients()
         _set_learning_rates(self.optimizer, step.rate_factor)
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))

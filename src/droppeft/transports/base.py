@@ -17,14 +17,10 @@ class Arrival:
         index: of the instruction that it replies to. The transport knows it from its own
             addressing, not from the content of the reply.
         reply: what the client sent, or a failure if nothing arrived.
-        sent_bytes, received_bytes: size of the two messages with the transport's framing; ``None``
-            if the transport sends no messages.
     """
 
     index: int
     reply: Reply
-    sent_bytes: int | None = None
-    received_bytes: int | None = None
 
 
 class Transport(Protocol):

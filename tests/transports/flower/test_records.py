@@ -1,4 +1,4 @@
-"""Flower's records: messages come back unchanged, and framed bytes are those that Flower sends."""
+"""Flower's records: messages come back unchanged."""
 
 from typing import Any
 
@@ -20,11 +20,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import Update, payload_bytes
+from droppeft.messages import Update
 from droppeft.transports.flower.records import (
     MOST_REASON,
     error_reason,
-    framed_bytes,
     packed_of,
     record_of,
 )
@@ -78,31 +77,6 @@ def test_an_update_survives_the_way_through_flower() -> None:
     assert isinstance(back, Update)
     assert back.tensors[3]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert back.cost == update.cost
-
-
-BLOBS = {
-    "empty": b"",
-    "four chunks": np.random.default_rng(0).bytes(3 * CHUNK + 5),
-    "three chunks alike": bytes(3 * CHUNK),
-}
-
-
-@pytest.mark.parametrize("tensors", BLOBS.values(), ids=BLOBS.keys())
-def test_the_framed_bytes_are_those_that_flower_pushes(tensors: bytes) -> None:
-    record = record_of(Packed('{"kind": 1}', tensors))
-    message = Message(record, 7, "train")
-    sent = pushed(message)
-    around = len(sent[message.object_id])
-    assert framed_bytes(record) == sum(map(len, sent.values())) - around
-    assert 100 < around < 300
-
-
-def test_the_framed_bytes_hold_the_payload_and_the_text() -> None:
-    update = update_for(instruction_for())
-    packed = pack_reply(update)
-    framing = framed_bytes(record_of(packed)) - len(packed.head) - len(packed.tensors)
-    assert len(packed.tensors) > payload_bytes(update.tensors)
-    assert 0 < framing < 1_000
 
 
 def described(**changes: Any) -> ArrayRecord:

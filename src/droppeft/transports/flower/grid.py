@@ -19,7 +19,7 @@ from droppeft.messages import AdapterSpec, Failure, Instruction, Layout, Reply
 from droppeft.transports.base import Arrival
 from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
 from droppeft.transports.flower.nodes import Directory
-from droppeft.transports.flower.records import framed_bytes, packed_of, record_of
+from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
 
@@ -58,48 +58,40 @@ class OverGrid:
         nodes = self.directory.find(
             [instruction.client for instruction in instructions], 0.0, self.check
         )
-        waiting: dict[str, tuple[int, int]] = {}
+        waiting: dict[str, int] = {}
         for index, instruction in enumerate(instructions):
             try:
-                name, size = self._send(instruction, nodes.get(instruction.client))
+                name = self._send(instruction, nodes.get(instruction.client))
             except NotSent as error:
-                yield Arrival(index, Failure(instruction.client, str(error)), 0, 0)
+                yield Arrival(index, Failure(instruction.client, str(error)))
             else:
-                waiting[name] = index, size
+                waiting[name] = index
         yield from self._replies(instructions, waiting)
 
-    def _send(self, instruction: Instruction, node: int | None) -> tuple[str, int]:
-        """Send one instruction; return the name of its reply and the bytes that were sent."""
+    def _send(self, instruction: Instruction, node: int | None) -> str:
+        """Send one instruction; return the name of its reply."""
         if node is None:
             raise NotSent(f"no node serves this client ({self.directory.problem})")
         record = record_of(pack_instruction(instruction, self.run_context))
-        size = framed_bytes(record)
-        name = self.messenger.send(
+        return self.messenger.send(
             record, node, "train", str(instruction.round), self.settings.deadline_s
         )
-        return name, size
 
     def _replies(
-        self, instructions: Sequence[Instruction], waiting: dict[str, tuple[int, int]]
+        self, instructions: Sequence[Instruction], waiting: dict[str, int]
     ) -> Iterator[Arrival]:
-        """Yield one arrival for each reply that is waited for.
-
-        Args:
-            instructions: of the round.
-            waiting: by the name of the reply, index of the instruction and bytes that were sent.
-        """
+        """Yield one arrival for each reply in ``waiting``, an index by the reply's name."""
         start = time.monotonic()
         while waiting and time.monotonic() - start < self.settings.deadline_s:
             self.check()
             for name, message in self.messenger.fetch(waiting):
-                index, sent = waiting.pop(name)
-                size = 0 if isinstance(message, DeliveryError) else framed_bytes(message.content)
-                yield Arrival(index, self._reply(instructions[index], message), sent, size)
+                index = waiting.pop(name)
+                yield Arrival(index, self._reply(instructions[index], message))
             if waiting:
                 time.sleep(_pause_s(time.monotonic() - start))
-        for index, sent in waiting.values():
+        for index in waiting.values():
             reason = f"no reply within {self.settings.deadline_s:g} s"
-            yield Arrival(index, Failure(instructions[index].client, reason), sent, 0)
+            yield Arrival(index, Failure(instructions[index].client, reason))
 
     def _reply(self, instruction: Instruction, message: Message | DeliveryError) -> Reply:
         if isinstance(message, DeliveryError):

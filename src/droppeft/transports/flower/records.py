@@ -1,18 +1,10 @@
-"""Convert packed messages to Flower's records and back, and Flower's errors to sentences.
-
-How Flower sends records was read from the source of flwr 1.41 (``flwr.app.message``,
-``flwr.supercore.inflatable``).
-"""
+"""Convert packed messages to Flower's records and back, and Flower's errors to sentences."""
 
 import re
 from itertools import pairwise
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    no_object_id_recompute,
-)
 
 from droppeft.transports.flower.strict_json import Malformed, one_line
 from droppeft.transports.flower.wire_format import Packed
@@ -60,16 +52,6 @@ def packed_of(record: RecordDict) -> Packed:
     if set(record) != {"head", "tensors"}:
         raise Malformed("the message has other records than head and tensors")
     return Packed(_text_of(record["head"]), _blob_of(record["tensors"]))
-
-
-def framed_bytes(record: RecordDict) -> int:
-    """Count the bytes of all objects that Flower sends for a message's content, each once.
-
-    The number depends on the content alone. The Message object around it (addresses and times, 100
-    to 300 bytes) and HTTP are not counted.
-    """
-    with no_object_id_recompute():
-        return sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
 
 
 def error_reason(code: int, reason: str | None) -> str:
