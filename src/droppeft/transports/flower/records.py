@@ -14,8 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
-from droppeft.transports.flower.strict_json import Malformed, one_line
-from droppeft.transports.flower.wire_format import Packed
+from droppeft.transports.flower.wire_format import Malformed, Packed, one_line
 
 MOST_REASON = 200
 """Largest number of characters of a sentence about an error."""
