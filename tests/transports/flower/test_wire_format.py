@@ -372,6 +372,7 @@ def test_a_text_that_is_not_an_instruction_is_refused(
         (lambda head: head["run_context"].update(config=[]), "message.run_context.config"),
         (lambda head: head["run_context"].update(identity={"a": 1}), "message.run_context.identit"),
         (lambda head: head["run_context"].update(identity={"a": "\n"}), "not printable"),
+        (lambda head: head["run_context"].update(identity={"\n": "a"}), "not printable"),
         (lambda head: head["run_context"].update(model_server=1), "message.run_context.model_serv"),
         (
             lambda head: head.update(base_delta=["a"], tensors=head["tensors"][:2]),
