@@ -27,8 +27,7 @@ from droppeft.transports.flower.records import (
     packed_of,
     record_of,
 )
-from droppeft.transports.flower.strict_json import Malformed
-from droppeft.transports.flower.wire_format import Packed, pack_reply, unpack_reply
+from droppeft.transports.flower.wire_format import Malformed, Packed, pack_reply, unpack_reply
 from handmade import instruction_for, update_for
 
 CHUNK = 5_242_880  # Flower's own default

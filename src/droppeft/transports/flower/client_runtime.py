@@ -16,8 +16,8 @@ from droppeft.client.run_inputs import clients_of, difference, identity, load
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction, Reply
-from droppeft.transports.flower.strict_json import Malformed
 from droppeft.transports.flower.wire_format import (
+    Malformed,
     Packed,
     RunContext,
     pack_reply,

@@ -20,8 +20,12 @@ from droppeft.transports.base import Arrival
 from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
 from droppeft.transports.flower.nodes import Directory
 from droppeft.transports.flower.records import packed_of, record_of
-from droppeft.transports.flower.strict_json import Malformed
-from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
+from droppeft.transports.flower.wire_format import (
+    Malformed,
+    RunContext,
+    pack_instruction,
+    unpack_reply,
+)
 
 BYTES_PER_ARRAY = 200
 """Upper bound of what safetensors needs to describe one array."""

@@ -6,8 +6,7 @@ from itertools import pairwise
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
-from droppeft.transports.flower.strict_json import Malformed, one_line
-from droppeft.transports.flower.wire_format import Packed
+from droppeft.transports.flower.wire_format import Malformed, Packed, one_line
 
 MOST_REASON = 200
 """Largest number of characters of a sentence about an error."""

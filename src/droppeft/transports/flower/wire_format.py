@@ -1,30 +1,46 @@
 """Pack instructions and replies as JSON text and one safetensors blob; nothing is ever unpickled.
 
 The text follows from the fields and types of the dataclasses, so a new field needs no change here.
-Every value of a received message is checked against its declared type.
+Every value of a received message is checked against its declared type, and the message must be
+written exactly as this version of droppeft writes it.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
 
-from droppeft.messages import Array, EvaluationReply, Failure, Instruction, Reply, Update
-from droppeft.transports.flower.strict_json import Malformed, Place, decode, encode, one_line
+from droppeft.errors import DroppeftError
+from droppeft.messages import (
+    Array,
+    EvaluationReply,
+    Failure,
+    Instruction,
+    LayerKey,
+    Reply,
+    Tensors,
+    Update,
+    flatten,
+)
 
 MOST_HEAD = 1_000_000
 """Largest number of characters of a message's text."""
 
+MOST_TEXT = 1_000
+"""Largest number of characters of a string in a message."""
 
-_KINDS: dict[type[Reply], str] = {
-    Update: "update",
-    EvaluationReply: "evaluation",
-    Failure: "failure",
-}
+
+class Malformed(DroppeftError):
+    """A message cannot be packed or read.
+
+    The error repeats nothing from the message, which may be hostile.
+    """
 
 
 @dataclass(frozen=True)
@@ -32,8 +48,8 @@ class Packed:
     """A packed message.
 
     Attributes:
-        head: JSON text of everything except the arrays, to which it refers by number.
-        tensors: the arrays as a safetensors blob, in which numbers are their names.
+        head: JSON text of everything except the arrays.
+        tensors: the arrays as a safetensors blob, in which their names are numbers from 0.
     """
 
     head: str
@@ -55,21 +71,44 @@ class RunContext:
     model_server: bool
 
 
+@with_config(ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True))
 @dataclass(frozen=True)
-class _Task:
-    """What a client is sent."""
+class _Head:
+    """What the text of a message holds: an instruction or a reply, whose tensors are left out.
 
-    instruction: Instruction
-    run_context: RunContext
+    The dataclasses inside are as strict as this one, because pydantic hands down its configuration.
+
+    Attributes:
+        tensors: layers of the message's tensors, and the names of the tensors of each layer.
+        base_delta: names of the tensors of the instruction's base delta. The blob holds first
+            the message's tensors and then these, in this order.
+    """
+
+    tensors: tuple[tuple[LayerKey, tuple[str, ...]], ...] = ()
+    base_delta: tuple[str, ...] = ()
+    instruction: Instruction | None = None
+    run_context: RunContext | None = None
+    update: Update | None = None
+    evaluation: EvaluationReply | None = None
+    failure: Failure | None = None
+
+
+_HEAD = TypeAdapter(_Head)
+
+
+def one_line(text: str, most: int = MOST_TEXT) -> str:
+    """Make a text from the network printable, and cut it to at most ``most`` characters."""
+    line = "".join(char if char.isprintable() else " " for char in text[: most + 1])
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def pack_instruction(instruction: Instruction, run_context: RunContext) -> Packed:
     """Pack an instruction and its run context; equal content in equal order gives equal bytes.
 
     Raises:
-        Malformed: a value has no encoding, or the text is too long.
+        Malformed: a value has no encoding or would be refused, or the text is too long.
     """
-    return _pack("task", _Task(instruction, run_context))
+    return _pack("instruction", *_instruction_head(instruction, run_context))
 
 
 def unpack_instruction(packed: Packed) -> tuple[Instruction, RunContext]:
@@ -78,19 +117,27 @@ def unpack_instruction(packed: Packed) -> tuple[Instruction, RunContext]:
     Raises:
         Malformed: the message is anything else.
     """
-    task: _Task = _unpack(packed, {"task": _Task})
-    return task.instruction, task.run_context
+    head, arrays = _read(packed.head), _load(packed.tensors)
+    if head.instruction is None or head.run_context is None:
+        raise Malformed("the message is no instruction")
+    layers, named = _joined(head, arrays)
+    delta = head.instruction.base_delta
+    instruction = dataclasses.replace(
+        head.instruction,
+        tensors=layers,
+        base_delta=delta and dataclasses.replace(delta, tensors=named),
+    )
+    _check_same(_instruction_head(instruction, head.run_context)[0], packed.head)
+    return instruction, head.run_context
 
 
 def pack_reply(reply: Reply) -> Packed:
     """Pack a reply; the reason of a failure becomes one printable line.
 
     Raises:
-        Malformed: a value has no encoding, or the text is too long.
+        Malformed: a value has no encoding or would be refused, or the text is too long.
     """
-    if isinstance(reply, Failure):
-        return _pack("failure", dataclasses.replace(reply, reason=one_line(reply.reason)))
-    return _pack(_KINDS[type(reply)], reply)
+    return _pack("reply", *_reply_head(reply))
 
 
 def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
@@ -109,56 +156,141 @@ def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
             f"the message has {len(packed.tensors)} bytes of tensors, {most_bytes} at most are "
             "expected"
         )
-    reply: Reply = _unpack(packed, {name: kind for kind, name in _KINDS.items()})
+    head, arrays = _read(packed.head), _load(packed.tensors)
+    reply = head.update or head.evaluation or head.failure
+    if reply is None:
+        raise Malformed("the message is no update and no evaluation and no failure")
+    layers, _ = _joined(head, arrays)
+    if isinstance(reply, Update):
+        reply = dataclasses.replace(reply, tensors=layers)
+    _check_same(_reply_head(reply)[0], packed.head)
     return reply
 
 
-def _pack(kind: str, message: object) -> Packed:
-    arrays: dict[str, Array] = {}
+def _instruction_head(
+    instruction: Instruction, run_context: RunContext
+) -> tuple[_Head, list[Array]]:
+    """Separate an instruction from its arrays, which come in the order of their names."""
+    delta = instruction.base_delta
+    named = delta.tensors if delta else {}
+    bare = dataclasses.replace(
+        instruction, tensors={}, base_delta=delta and dataclasses.replace(delta, tensors={})
+    )
+    names = _names(instruction.tensors)
+    head = _Head(names, tuple(named), instruction=bare, run_context=run_context)
+    return head, [*_arrays(instruction.tensors), *named.values()]
+
+
+def _reply_head(reply: Reply) -> tuple[_Head, list[Array]]:
+    """Separate a reply from its arrays."""
+    if isinstance(reply, Update):
+        bare = dataclasses.replace(reply, tensors={})
+        return _Head(_names(reply.tensors), update=bare), _arrays(reply.tensors)
+    if isinstance(reply, EvaluationReply):
+        return _Head(evaluation=reply), []
+    return _Head(failure=dataclasses.replace(reply, reason=one_line(reply.reason))), []
+
+
+def _names(tensors: Tensors) -> tuple[tuple[LayerKey, tuple[str, ...]], ...]:
+    return tuple((layer, tuple(named)) for layer, named in tensors.items())
+
+
+def _arrays(tensors: Tensors) -> list[Array]:
+    return [array for _, _, array in flatten(tensors)]
+
+
+def _joined(head: _Head, arrays: dict[str, Array]) -> tuple[Tensors, dict[str, Array]]:
+    """The tensors of a message and those of its base delta."""
+    count = sum(len(names) for _, names in head.tensors) + len(head.base_delta)
+    if arrays.keys() != {str(number) for number in range(count)}:
+        raise Malformed(f"the message's blob does not hold the {count} tensors that it should")
+    values = (arrays[str(number)] for number in range(count))
+    layers = {layer: {name: next(values) for name in names} for layer, names in head.tensors}
+    return layers, dict(zip(head.base_delta, values, strict=True))
+
+
+def _pack(kind: str, head: _Head, arrays: list[Array]) -> Packed:
     try:
-        head = json.dumps({kind: encode(message, arrays)}, separators=(",", ":"))
-        blob: bytes = safetensors.numpy.save(arrays)
+        # Reading refuses what a receiver would refuse, and gives all numbers their fields' types.
+        text = _text(_read(_text(head)))
+        blob: bytes = safetensors.numpy.save(
+            {str(number): _contiguous(array) for number, array in enumerate(arrays)}
+        )
     except (TypeError, SafetensorError) as error:
         raise Malformed(f"the {kind} cannot be packed: {error}") from None
-    _check_length(head)
-    return Packed(head, blob)
+    return Packed(text, blob)
 
 
-def _unpack(packed: Packed, kinds: Mapping[str, type]) -> Any:
-    head = _parse(packed.head)
-    if len(head) != 1 or not head.keys() <= kinds.keys():
-        raise Malformed(f"the message is no {' and no '.join(kinds)}")
-    [(kind, tree)] = head.items()
-    place = Place(kind, _load(packed.tensors))
-    message = decode(kinds[kind], tree, place)
-    if place.arrays:
-        raise Malformed(f"the message has {len(place.arrays)} tensors that its text does not use")
-    return message
+def _contiguous(array: Array) -> Array:
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"an array of type {array.dtype} has no encoding")
+    return np.asarray(array, order="C")
 
 
-def _check_length(head: str) -> None:
-    if len(head) > MOST_HEAD:
+def _text(head: _Head) -> str:
+    return json.dumps(head, default=_plain, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    if isinstance(value, frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _read(text: str) -> _Head:
+    if len(text) > MOST_HEAD:
         raise Malformed(
-            f"the message has {len(head)} characters of text, {MOST_HEAD} at most may be sent"
+            f"the message has {len(text)} characters of text, {MOST_HEAD} at most may be sent"
+        )
+    try:
+        head = _HEAD.validate_json(text)
+    except ValidationError as error:
+        raise Malformed(_first(error)) from None
+    _check_values(head)
+    return head
+
+
+def _first(error: ValidationError) -> str:
+    """The first error that pydantic found, as one sentence without anything from the message."""
+    first = error.errors(include_input=False, include_context=False, include_url=False)[0]
+    # The two outermost steps are fields of ours; what stands further inside may be keys of theirs.
+    path = first["loc"][: -1 if first["type"] == "unexpected_keyword_argument" else 2][:2]
+    place = ".".join(map(str, ("message", *path)))
+    problem = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{place} is not valid: {problem}; is droppeft the same on both sides?"
+
+
+def _check_same(head: _Head, text: str) -> None:
+    """Refuse a text with repeated keys or items, or without fields that have defaults."""
+    if _text(head) != text:
+        raise Malformed(
+            "the message is not as this version writes it: something is missing, twice, or of "
+            "another type; is droppeft the same on both sides?"
         )
 
 
-def _parse(head: str) -> dict[str, Any]:
-    _check_length(head)
-    try:
-        tree = json.loads(head, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError):
-        raise Malformed("the message's text is not JSON, or has a key twice") from None
-    if not isinstance(tree, dict):
-        raise Malformed("the message's text is not a JSON object")
-    return tree
+def _check_values(value: object) -> None:
+    """Refuse long or unprintable strings and integers above 64 bits, at any depth.
 
-
-def _without_repeats(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
+    The configuration may hold any values; the client checks them when it reads it.
+    """
+    if isinstance(value, str):
+        if len(value) > MOST_TEXT or not value.isprintable():
+            raise Malformed("the message has a string that is too long or not printable")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise Malformed("the message has an integer of more than 64 bits")
+    elif isinstance(value, RunContext):
+        _check_values(value.identity)
+    elif dataclasses.is_dataclass(value):
+        _check_values(vars(value))
+    elif isinstance(value, Mapping):
+        _check_values((*value, *value.values()))
+    elif isinstance(value, tuple | frozenset):
+        for item in value:
+            _check_values(item)
 
 
 def _load(blob: bytes) -> dict[str, Array]:
