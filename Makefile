@@ -50,9 +50,8 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 results: $(DEV)
-	$(BIN)/python docs/contest_figure.py
-	$(BIN)/python docs/convergence_page.py
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m benchmarks.pages.figures
+	$(BIN)/python -m benchmarks.pages.generate
 
 # Pins the newest versions that pyproject.toml allows, from a new environment; run `make test` after it.
 constraints:

@@ -1,12 +1,10 @@
-"""Write the pages of this folder that are derived from the code.
+"""Pages that follow from the code: settings, adapter types, architectures, device profiles.
 
-``python docs/generate.py`` writes them; with ``--check`` it writes nothing and exits with 1 when
-one of them is stale. A new page is a function without arguments and a line in ``PAGES``.
+A page is a function without arguments and a line in `PAGES`, which says where it is written.
 """
 
 import inspect
 import json
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -14,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import annotated_types
-from convergence_page import convergence_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from readme_table import readme_page
-from results_page import results_page
-from sharing_page import sharing_page
-from tables import NOTICE, markdown_table, read_values
 
+from benchmarks.pages.markdown import markdown_table
+from benchmarks.study import read_values
 from droppeft.config import Bandwidth, Config, flat, known_keys
 from droppeft.config.schema import METHOD_DEFAULTS
 
-FOLDER = Path(__file__).parent
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+ADAPTERS = DOCS / "adapters.json"
+ARCHITECTURES = DOCS / "architectures.json"
+"""What the contracts in `tests/` found."""
+
+NOTICE = "<!-- Written by benchmarks/pages/reference.py: change the source, not this page. -->"
 TYPE_NAMES: dict[object, str] = {
     str: "text",
     int: "whole number",
@@ -71,9 +71,6 @@ mean = 0.5
 In the tables "–" as a default means that nothing is set.
 """
 
-
-ADAPTERS = FOLDER / "adapters.json"
-ARCHITECTURES = FOLDER / "architectures.json"
 
 PAPERS = {
     "arXiv": "https://arxiv.org/abs/",
@@ -219,10 +216,10 @@ ARCHITECTURES_TAIL = """\
 ## Another type
 
 Add a line to `ARCHITECTURES` in `src/droppeft/layer_dropout/architectures.py` and a case to
-`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and `python
-docs/generate.py`. What has to be true: hidden states are the first argument and the first result
-of a block, and whatever else later blocks need of it, a dropped one still yields. You can give
-blocks of your own to `gated` without any of this, if they meet these conditions.
+`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and `python -m
+benchmarks.pages.generate`. What has to be true: hidden states are the first argument and the first
+result of a block, and whatever else later blocks need of it, a dropped one still yields. You can
+give blocks of your own to `gated` without any of this, if they meet these conditions.
 """
 
 
@@ -328,35 +325,6 @@ overhead per step.
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command line; return the exit code."""
-    if arguments not in ([], ["--check"]):
-        print("usage: python docs/generate.py [--check]", file=sys.stderr)
-        return 2
-    if not arguments:
-        write_pages(FOLDER)
-        return 0
-    stale = stale_pages(FOLDER)
-    for name in stale:
-        print(f"docs/{name} is stale; run: python docs/generate.py", file=sys.stderr)
-    return 1 if stale else 0
-
-
-def write_pages(folder: Path) -> None:
-    """Write every generated page into ``folder``."""
-    for name, page in PAGES.items():
-        (folder / name).write_text(page(), encoding="utf-8")
-
-
-def stale_pages(folder: Path) -> list[str]:
-    """Name the pages in ``folder`` that are missing or differ from what would be written."""
-    return [
-        name
-        for name, page in PAGES.items()
-        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != page()
-    ]
-
-
 def configuration_page() -> str:
     """Every setting with its type, default and meaning, one table per section."""
     sections = [CONFIGURATION_HEAD, _section("The run", "", Config)]
@@ -456,6 +424,19 @@ def devices_page() -> str:
 
 
 def _calibration() -> str:
+    content = read_values("clock_calibration")
+    head = CALIBRATION_HEAD.format(**content)
+    tail = CALIBRATION_TAIL.format(
+        model=content["model"],
+        length=content["steps"]["MNLI"]["length"],
+        quadratic=f"{100 * content['quadratic_share']:.1f} %",
+        error=f"{100 * content['quadratic_share'] / 4:.1f} %",
+    )
+    return f"{head}\n{calibration()}\n{tail}"
+
+
+def calibration() -> str:
+    """Step times that a test bed reported, and those of the fitted profiles."""
     from droppeft.costs.device_profiles import PROFILES
     from droppeft.costs.modelled_clock import compute_seconds
 
@@ -476,14 +457,7 @@ def _calibration() -> str:
                     f"{100 * (modelled / anchor - 1):+.0f} %",
                 )
             )
-    head = CALIBRATION_HEAD.format(**content)
-    tail = CALIBRATION_TAIL.format(
-        model=content["model"],
-        length=content["steps"]["MNLI"]["length"],
-        quadratic=f"{100 * content['quadratic_share']:.1f} %",
-        error=f"{100 * content['quadratic_share'] / 4:.1f} %",
-    )
-    return f"{head}\n{markdown_table(CALIBRATION_COLUMNS, rows)}\n{tail}"
+    return markdown_table(CALIBRATION_COLUMNS, rows)
 
 
 def _link(link: Bandwidth) -> str:
@@ -592,15 +566,9 @@ def _number(value: float) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "../README.md": readme_page,
-    "adapters.md": adapters_page,
-    "architectures.md": architectures_page,
-    "configuration.md": configuration_page,
-    "convergence.md": convergence_page,
-    "device_profiles.md": devices_page,
-    "results.md": results_page,
-    "sharing.md": sharing_page,
+    "docs/adapters.md": adapters_page,
+    "docs/architectures.md": architectures_page,
+    "docs/configuration.md": configuration_page,
+    "docs/device_profiles.md": devices_page,
 }
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+"""Where each page is written, from the root of the repository."""
