@@ -71,22 +71,6 @@ ForClient = Callable[[Setup, ServerState, int, int], Instruction]
 """Returns the instruction for a client: (setup, state, round, client)."""
 
 
-def _unchanged(config: Config) -> Config:
-    return config
-
-
-def _always(config: Config) -> bool:
-    return True
-
-
-def _no_note(setup: Setup, state: ServerState) -> None:
-    return None
-
-
-def _accept(config: Config) -> None:
-    return None
-
-
 def _global_model(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     return evaluation_only(full_instruction(setup, state, round, client))
 
@@ -128,11 +112,11 @@ class Method:
     init: Callable[[Setup], ServerState]
     instruct: Callable[[Setup, ServerState, int, Sequence[int]], list[Instruction]]
     merge: Callable[[Setup, ServerState, Sequence[Instruction], Sequence[Reply]], ServerState]
-    check: Callable[[Config], None] = _accept
-    adjust: Callable[[Config], Config] = _unchanged
+    check: Callable[[Config], None] = lambda config: None
+    adjust: Callable[[Config], Config] = lambda config: config
     evaluate_client: ForClient = _global_model
-    has_global_model: Callable[[Config], bool] = _always
-    note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = _no_note
+    has_global_model: Callable[[Config], bool] = lambda config: True
+    note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = lambda setup, state: None
     memory_type: type = NoMemory
 
 

@@ -198,7 +198,7 @@ def test_late_and_surplus_clients_count_in_costs() -> None:
     replies: list[Reply] = [checked[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
     modelled = RoundCost((MODELLED, MODELLED, MODELLED), late=(4,), surplus=(6,), round_s=15.0)
     quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
-    closed = ClosedRound(1, (*instructions,), (*checked,), (*replies,), modelled, (), 0.0)
+    closed = ClosedRound(1, (*instructions,), (*checked,), (*replies,), modelled, 0.0)
     made = round_row(closed, quality, 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
