@@ -35,13 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those start Flower; if they came last, one worker would run them while the other is idle.
     """
     cases = [item for item in items if item.get_closest_marker("sample")]
-    for _, group in groupby(cases, lambda item: item.nodeid.partition("[")[0]):
+    for _, group in groupby(sorted(cases, key=_function), _function):
         tests = list(group)
         left_out = [test for test in tests if not _is_in_sample(test)]
         # If an edit of the cases left none that matches, the sample has all of them.
         for test in left_out if len(left_out) < len(tests) else ():
             test.add_marker("full")
     items.sort(key=lambda item: "transports" not in item.path.parts)
+
+
+def _function(test: pytest.Item) -> str:
+    return test.nodeid.partition("[")[0]
 
 
 def _is_in_sample(test: Any) -> bool:
