@@ -1,5 +1,6 @@
-# `make run` and `make test` prepare whatever they need. `make results` writes the figures and tables of
-# docs/ again, from the committed result files.
+# `make run` and `make test` prepare whatever they need. `make test-full` also runs the tests that
+# `make test` leaves out. `make results` writes the figures and tables of docs/ again, from the
+# committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
@@ -14,17 +15,20 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: run test lint install results constraints clean
+.PHONY: run test test-full lint install results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
 
-test: export HF_HUB_OFFLINE := 1
-test: export TOKENIZERS_PARALLELISM := false
-test: export OMP_NUM_THREADS := 1
-test: export DROPPEFT_DATA ?= $(abspath ../shared/data)
+test test-full: export HF_HUB_OFFLINE := 1
+test test-full: export TOKENIZERS_PARALLELISM := false
+test test-full: export OMP_NUM_THREADS := 1
+test test-full: export DROPPEFT_DATA ?= $(abspath ../shared/data)
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist worksteal -m "not full"
+
+test-full: lint
+	$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile full
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .

@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -21,8 +23,34 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests must not fail on a slow machine.
-settings.register_profile("droppeft", deadline=None)
+settings.register_profile("droppeft", deadline=None, max_examples=50)
+settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("droppeft")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the mark ``full`` to cases that are not in the sample, and begin with the longest tests.
+
+    Those start Flower; if they came last, one worker would run them while the other is idle.
+    """
+    cases = [item for item in items if item.get_closest_marker("sample")]
+    for _, group in groupby(sorted(cases, key=_function), _function):
+        tests = list(group)
+        left_out = [test for test in tests if not _is_in_sample(test)]
+        # If an edit of the cases left none that matches, the sample has all of them.
+        for test in left_out if len(left_out) < len(tests) else ():
+            test.add_marker("full")
+    items.sort(key=lambda item: "transports" not in item.path.parts)
+
+
+def _function(test: pytest.Item) -> str:
+    return test.nodeid.partition("[")[0]
+
+
+def _is_in_sample(test: Any) -> bool:
+    patterns = test.get_closest_marker("sample").args
+    return any(fnmatchcase(test.callspec.id, pattern) for pattern in patterns)
 
 
 @pytest.fixture(autouse=True)

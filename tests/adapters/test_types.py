@@ -81,6 +81,7 @@ def test_every_type_has_a_title_and_a_source() -> None:
     assert len(set(titles)) == len(titles)
 
 
+@pytest.mark.sample("lora-*", "*-bert")
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_the_contract(case: Case) -> None:
     for rule in contract.RULES:
@@ -93,6 +94,7 @@ def test_the_contract_with_other_settings(name: str, settings: Mapping[str, Any]
         rule(Case(name, "bert", settings))
 
 
+@pytest.mark.sample("lora-*", "bottleneck-4bit")
 @pytest.mark.parametrize("quantization", NOT_ON)
 @pytest.mark.parametrize("name", MAIN)
 def test_the_contract_on_a_quantised_backbone(name: str, quantization: str) -> None:
@@ -100,12 +102,14 @@ def test_the_contract_on_a_quantised_backbone(name: str, quantization: str) -> N
         rule(contract.case(name, "bert", quantization))
 
 
+@pytest.mark.sample("loha-*", "vera-*", "boft-*")
 @pytest.mark.parametrize("case", QUANTISED, ids=label)
 def test_other_types_on_a_quantised_backbone(case: Case) -> None:
     contract.a_dropped_layer_does_not_change(case)
     contract.quantised_weights_count_as_their_values(case)
 
 
+@pytest.mark.sample("lora", "bottleneck", "ia3", "prefix_tuning", "prompt_tuning")
 @pytest.mark.parametrize("name", contract.USABLE)
 def test_the_record_is_up_to_date(name: str) -> None:
     """Run python tests/adapter_contract.py to update docs/adapters.json."""
@@ -114,6 +118,7 @@ def test_the_record_is_up_to_date(name: str) -> None:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("quantization", NOT_ON)
 def test_the_record_of_quantised_backbones_is_up_to_date(family: str, quantization: str) -> None:

@@ -66,6 +66,7 @@ def test_later_rounds_find_the_states_of_earlier_ones(frozen_run: Path) -> None:
         assert count["built_tokens"] >= count["built"]
 
 
+@pytest.mark.sample("*=0.002")
 @pytest.mark.parametrize("more", ["frozen.limit_mb=0.002", "frozen.limit_mb=0.000001"])
 def test_deleted_states_are_computed_again_to_the_same_bits(
     frozen_run: Path, tiny_overrides: list[str], tmp_path: Path, more: str

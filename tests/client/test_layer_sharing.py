@@ -471,6 +471,7 @@ def begin_and_be_killed(overrides: list[str], out: Path, nth: int, before: bool)
     begin(overrides, out)
 
 
+@pytest.mark.sample("1-True", "4-False")
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("nth", [1, 3, 4])
 def test_a_run_that_is_killed_while_a_client_saves_its_layers_ends_the_same(
@@ -536,6 +537,7 @@ def test_a_personal_head_is_never_sent_and_there_is_no_global_accuracy(
         ]
 
 
+@pytest.mark.sample("more0-False", "more2-True", "more4-False")
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(
     "more",
@@ -640,6 +642,7 @@ def test_personal_values_are_in_no_message_and_no_checkpoint(
 # Sharing together with other settings
 
 
+@pytest.mark.sample("more1", "more2", "more8")
 @pytest.mark.parametrize(
     "more",
     [

@@ -36,6 +36,7 @@ def test_offloading_changes_neither_the_adapter_nor_the_ledger(
     assert run(tiny_overrides, tmp_path / "offloaded", *more, OFFLOAD) == plain
 
 
+@pytest.mark.sample("0.002")
 @pytest.mark.parametrize("limit", ["0.002", "0.000001"])
 def test_the_adapter_is_the_same_when_the_disk_holds_too_few_states(
     limit: str, tiny_overrides: list[str], tmp_path: Path

@@ -4,14 +4,13 @@ import copy
 import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -29,6 +28,7 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
 from droppeft.models.loading import builtin_model_folder
+from processes import started
 from tiny import tiny_model
 
 LAYERS = 6
@@ -362,44 +362,42 @@ def test_a_setting_that_does_not_exist_is_refused_at_once(name: str) -> None:
         LayerDropoutCallback(0.5, **{name: 1})
 
 
-TWO_PROCESSES = """
-import json, sys
-import torch.distributed as dist
-from test_trainer import checkpointing, full_model, lora_model, train, trained
-
-folder = sys.argv[1]
-for build, settings in (
-    (lora_model, {}),
-    (lora_model, checkpointing(False)),
-    (full_model, {"ddp_find_unused_parameters": True, **checkpointing(False)}),
-):
-    trainer, recorder = train(folder, build(), gradient_accumulation_steps=2, **settings)
-    total = sum(float(value.sum()) for layer in trained(trainer.model) for value in layer)
-    kind = type(trainer.model_wrapped).__name__
-    with open(f"{folder}/{dist.get_rank()}", "a") as file:
-        row = [kind, recorder.gates, recorder.moved, recorder.forwards, total]
-        print(json.dumps(row), file=file)
-dist.destroy_process_group()
-"""
+def train_in_one_of_two(rank: int, folder: Path) -> None:
+    """Train three models in one of two processes, and write what happened to a file."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = []
+    for build, settings in (
+        (lora_model, {}),
+        (lora_model, checkpointing(False)),
+        (full_model, {"ddp_find_unused_parameters": True, **checkpointing(False)}),
+    ):
+        trainer, recorder = train(folder, build(), gradient_accumulation_steps=2, **settings)
+        total = sum(float(value.sum()) for layer in trained(trainer.model) for value in layer)
+        kind = type(trainer.model_wrapped).__name__
+        rows.append([kind, recorder.gates, recorder.moved, recorder.forwards, total])
+    (folder / str(rank)).write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
-    """With unused parameters detected, a dropped layer has no gradient in any process."""
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    here = Path(__file__).parent
-    path = os.pathsep.join([*map(str, (here, here.parent)), *sys.path])
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    """With unused parameters detected, a dropped layer has no gradient in any process.
+
+    A process that has used gloo must end without finalizing Python, as those of
+    ``multiprocessing`` do: otherwise a thread of gloo that still holds tensors can abort it
+    (pytorch/pytorch#179291).
+    """
+    both = [started(train_in_one_of_two, rank, tmp_path) for rank in range(2)]
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0
     one, other = ((tmp_path / rank).read_text() for rank in "01")
     assert one == other
-    runs = [json.loads(line) for line in one.splitlines()]
+    runs = json.loads(one)
     assert len(runs) == 3
     for kind, gates, moved, forwards, _ in runs:
         assert kind == "DistributedDataParallel"

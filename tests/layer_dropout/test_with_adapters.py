@@ -130,6 +130,7 @@ def without_checkpoints(name: str) -> list[Step]:
     return train(name, plainly)
 
 
+@pytest.mark.sample("*-plainly", "lora-*", "bottleneck-*")
 @pytest.mark.parametrize("way", [plainly, in_bf16, in_fp16, accumulating])
 @pytest.mark.parametrize("name", contract.USABLE)
 def test_the_adapter_of_a_dropped_layer_does_not_change(
@@ -141,6 +142,7 @@ def test_the_adapter_of_a_dropped_layer_does_not_change(
     assert_only_dropped_layer_unchanged(steps)
 
 
+@pytest.mark.sample("lora-*", "bottleneck-*")
 @pytest.mark.parametrize("way", [non_reentrant, reentrant])
 @pytest.mark.parametrize("name", [name for name in contract.USABLE if name != "prefix_tuning"])
 def test_checkpointing_changes_no_bit(name: str, way: Callable[..., None]) -> None:

@@ -156,6 +156,7 @@ def logits(prepared: Prepared, model: GlobalModel | Update, delta: Any = None) -
         return client_model.task.loss_and_logits(client_model.model, batch)[1]
 
 
+@pytest.mark.sample("*-bert")
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("name", EXACT)
 def test_with_one_client_its_model_becomes_the_global_one(

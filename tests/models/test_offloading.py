@@ -189,6 +189,7 @@ def test_a_weight_with_other_strides_is_not_offloaded(stack: Stack, tmp_path: Pa
     assert not stack.blocks[1].weight.is_contiguous()
 
 
+@pytest.mark.sample("lora-*", "bottleneck-bert")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("name", [n for n in usable_on("none") if TYPES[n].kind != "global"])
 def test_no_adapter_type_changes_weights_unseen(name: str, family: str, tmp_path: Path) -> None:

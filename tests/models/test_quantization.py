@@ -71,6 +71,7 @@ def gradients(model: Any) -> dict[str, Any]:
 # Loading
 
 
+@pytest.mark.sample("*-bert", "4bit-gpt2")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", BITS)
 def test_only_linear_maps_of_the_layers_are_quantised(

@@ -115,7 +115,7 @@ def assert_same(one: GlobalModel, other: GlobalModel) -> None:
         assert first.tobytes() == second.tobytes()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=states, round=st.integers(0, 99999), facts=st.dictionaries(st.text(), json_values))
 def test_any_state_comes_back(
     tmp_path: Path, state: ServerState, round: int, facts: dict[str, Any]

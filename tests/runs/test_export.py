@@ -385,6 +385,7 @@ def assert_same_logits(source: Source, folder: Path, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample("bert", "llama")
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_merging_keeps_the_logits_of_every_model_family(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

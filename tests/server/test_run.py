@@ -157,6 +157,9 @@ def crash_at(
     patch.setattr(name, crashing)
 
 
+@pytest.mark.sample(
+    "between the two ledgers", "after the rows*", "within the adapter", "between adapter and result"
+)
 @pytest.mark.parametrize("when", CRASHES)
 def test_a_crash_leaves_a_run_that_ends_the_same(
     when: str, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
@@ -325,6 +328,7 @@ def test_an_empty_folder_is_free_and_a_full_one_is_not(tmp_path: Path) -> None:
         check_free(tmp_path / "a" / "b")
 
 
+@pytest.mark.sample("3-1")
 @pytest.mark.parametrize(("call", "saved"), [(1, 0), (3, 1), (5, 2)])
 def test_an_interrupt_reports_the_last_saved_round(
     call: int, saved: int, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
@@ -384,6 +388,7 @@ def two_rows(out: Path) -> bool:
     return ledger.exists() and ledger.read_text().count("\n") >= 2
 
 
+@pytest.mark.sample("two_rows")
 @pytest.mark.parametrize(
     "ready", [lambda out: (out / "checkpoints" / "round-00001.safetensors").exists(), two_rows]
 )
@@ -476,6 +481,7 @@ def test_a_run_whose_last_rounds_are_lost_still_has_a_result(
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.sample("1")
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_short_run_without_any_merged_update_is_an_error(
     tiny_overrides: list[str], tmp_path: Path, rounds: int

@@ -68,6 +68,7 @@ def test_a_simulation_is_the_run_in_process(
     assert comparable(out) == comparable(sharing_run)
 
 
+@pytest.mark.full
 def test_a_base_delta_reaches_the_clients_of_a_simulation(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_base_delta_reaches_the_clients_of_a_simulation(
     assert results[0] == results[1]
 
 
+@pytest.mark.full
 def test_killing_a_process_of_the_simulation_costs_only_the_replies_of_its_clients(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_killing_a_process_of_the_simulation_costs_only_the_replies_of_its_clien
     assert alive == []
 
 
+@pytest.mark.full
 def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:

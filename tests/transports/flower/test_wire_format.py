@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import as_tree, load_config
@@ -123,7 +123,6 @@ def fingerprint(value: Any) -> Any:
     return (type(value), sorted(value) if isinstance(value, frozenset) else repr(value))
 
 
-@settings(max_examples=60)
 @given(values_of(Instruction), values_of(RunContext))
 def test_every_instruction_comes_back(instruction: Instruction, run_context: RunContext) -> None:
     packed = pack_instruction(instruction, run_context)
@@ -131,7 +130,6 @@ def test_every_instruction_comes_back(instruction: Instruction, run_context: Run
     assert pack_instruction(*unpack_instruction(packed)) == packed
 
 
-@settings(max_examples=60)
 @given(values_of(Update) | values_of(EvaluationReply) | values_of(Failure))
 def test_every_reply_comes_back(reply: Reply) -> None:
     packed = pack_reply(reply)
@@ -552,7 +550,6 @@ def test_a_message_may_arrive_with_other_bytes(data: st.DataObject) -> None:
         read(Packed(head, tensors))
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_a_message_may_arrive_with_other_values(data: st.DataObject) -> None:
     for good, read in ((UPDATE, readable), (TASK, readable_task)):
