@@ -22,7 +22,7 @@ from results_page import results_page
 from sharing_page import sharing_page
 from tables import NOTICE, markdown_table, read_values
 
-from droppeft.config import Bandwidth, Config, flat, known_keys
+from droppeft.config import Bandwidth, Config, build_config, flat, known_keys
 from droppeft.config.schema import METHOD_DEFAULTS
 
 FOLDER = Path(__file__).parent
@@ -50,6 +50,7 @@ droppeft run my.toml rounds=50 dropout.mean=0.5
 ```
 
 ```toml
+method = "droppeft"
 rounds = 50
 
 [dropout]
@@ -570,7 +571,8 @@ def _kind(annotation: object) -> str:
 
 
 def _default(key: str) -> str:
-    value: object = Config()
+    """The default of a method that has no defaults of its own."""
+    value: object = Config() if key == "method" else build_config({"method": "droppeft"})
     for name in key.split("."):
         value = getattr(value, name)
     if value is None:

@@ -18,9 +18,9 @@ scores by gradient norm). The other criteria, hysteresis, files, and what happen
 lost are ours.
 
 ```
-droppeft run sharing.fraction=0.5                             # half of the layers are shared
-droppeft run sharing.fraction=0.5 sharing.criterion=position  # always the lower half
-droppeft run sharing.head=personal                            # only the head is not shared
+droppeft run method=droppeft sharing.fraction=0.5             # half of the layers are shared
+droppeft run method=droppeft sharing.fraction=0.5 sharing.criterion=position  # the lower half
+droppeft run method=droppeft sharing.head=personal            # only the head is not shared
 droppeft run method=fedsa_lora                                # LoRA's A is shared, B is not
 droppeft run method=ditto                                     # and a personal adapter beside it
 droppeft run method=local                                     # nothing is sent

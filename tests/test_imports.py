@@ -15,7 +15,7 @@ PACKAGE = Path(droppeft.__file__).parent
 # A module may import its own package and whatever stands on a lower level. Neighbours on one
 # level do not see each other. The empty name is droppeft/__init__.py.
 LEVELS = (
-    {"", "errors", "files", "seeds"},
+    {"", "errors", "files", "quantities", "seeds"},
     {"config", "layer_dropout", "messages"},
     {"checked_safetensors", "data", "models"},
     {"adapters", "tasks"},
@@ -39,7 +39,16 @@ BESIDE_TORCH = {"layer_dropout/trainer.py": {"transformers"}}
 # Libraries that only some packages may import.
 OWNERS = {"flwr": {"transports", "flower_server_app"}, "peft": {"adapters"}}
 
-WITHOUT_TORCH = {"", "errors", "files", "seeds", "config", "messages", "checked_safetensors"}
+WITHOUT_TORCH = {
+    "",
+    "errors",
+    "files",
+    "quantities",
+    "seeds",
+    "config",
+    "messages",
+    "checked_safetensors",
+}
 
 MOST_PARAMETERS = 8
 

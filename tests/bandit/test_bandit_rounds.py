@@ -383,7 +383,7 @@ def test_without_profiles_all_clients_are_alike() -> None:
 
 
 def test_without_a_clock_there_is_no_bandit() -> None:
-    with pytest.raises(DroppeftError, match=r"set configurator\.policy=fixed"):
+    with pytest.raises(DroppeftError, match=r"set method=fedlora, or configurator\.policy=fixed"):
         DROPPEFT.init(replace(setup(), clock=None))
 
 
