@@ -5,7 +5,7 @@
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
 #              empty torch comes from the usual index, which gives Linux its CUDA build (several GB)
-# ARGS         overrides for `droppeft run`, as ARGS="rounds=5 dropout.mean=0.5"
+# ARGS         overrides for `droppeft run`, as ARGS="rounds=5 method=fedlora"
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=

@@ -90,9 +90,9 @@ def layout(spec: AdapterSpec) -> Layout:
 
 
 def setup_for(*overrides: str) -> Setup:
-    """Setup of a method: four layers, and cohorts of three of ten clients."""
+    """Setup of a method (droppeft): four layers, and cohorts of three of ten clients."""
     config = load_config(
-        None, ["clients=10", "cohort_size=3", "training.local_steps=2", *overrides]
+        None, ["clients=10", "cohort_size=3", "training.local_steps=2", *overrides], "droppeft"
     )
     config = resolve_layers(config, LAYERS)
     fleet = make_fleet(config.clock, config.clients, config.seed)

@@ -28,6 +28,7 @@ TOPICS = {
     "music": ("violin", "song", "drum", "piano", "chord", "opera"),
 }
 SETTINGS = (
+    "method=droppeft",
     "clients=4",
     "cohort_size=2",
     "rounds=3",

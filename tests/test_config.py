@@ -48,10 +48,24 @@ def test_nothing_given_is_the_default_run() -> None:
     assert (Config().model, Config().data) == ("builtin", "builtin")
 
 
+def test_the_default_method_is_adaptive_with_its_own_defaults() -> None:
+    assert Config().method == "adaptive"
+    assert Config() == load_config(None, ["method=adaptive"])
+    assert (Config().frozen.layers, Config().dropout.mean) == ("half", 0.0)
+
+
+def test_a_method_that_is_not_given_can_be_another_one() -> None:
+    assert load_config(None, [], "droppeft") == load_config(None, ["method=droppeft"])
+    assert load_config(None, ["method=fedlora"], "droppeft").method == "fedlora"
+
+
 def test_defaults_among_mutually_exclusive_settings() -> None:
-    assert Config().dropout.mean == DEFAULT_MEAN_RATE
+    assert load_config(None, ["method=droppeft"]).dropout.mean == DEFAULT_MEAN_RATE
     assert Config().training.local_steps == DEFAULT_LOCAL_STEPS
-    assert load_config(None, ["dropout.shape=decay"]).dropout.mean == DEFAULT_MEAN_RATE
+    assert (
+        load_config(None, ["method=droppeft", "dropout.shape=decay"]).dropout.mean
+        == DEFAULT_MEAN_RATE
+    )
 
 
 def test_every_setting_is_described() -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(droppeft.__file__).parent
 # A module may import its own package and whatever stands on a lower level. Neighbours on one
 # level do not see each other. The empty name is droppeft/__init__.py.
 LEVELS = (
-    {"", "errors", "files", "seeds"},
+    {"", "errors", "files", "quantities", "seeds"},
     {"config", "extras", "layer_dropout", "messages"},
     {"checked_safetensors", "data", "models"},
     {"adapters", "tasks"},
@@ -43,6 +43,7 @@ WITHOUT_TORCH = {
     "",
     "errors",
     "files",
+    "quantities",
     "seeds",
     "config",
     "extras",

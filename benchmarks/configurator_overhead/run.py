@@ -24,6 +24,7 @@ from droppeft.transports.in_process import in_process
 
 NAME = "configurator_overhead"
 SETTINGS = [
+    "method=droppeft",
     "threads=1",
     "rounds=12",
     "cohort_size=6",

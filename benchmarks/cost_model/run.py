@@ -37,7 +37,10 @@ from droppeft.resources.profiling import in_fresh_process
 
 NAME = "cost_model"
 STEPS = 3
-SETTINGS = ("accelerator=cpu", "threads=1", "dropout.protect_first=0", "dropout.protect_last=0")
+SETTINGS = (
+    *("method=droppeft", "accelerator=cpu", "threads=1"),
+    *("dropout.protect_first=0", "dropout.protect_last=0"),
+)
 MODELS = {
     "builtin": ("model=builtin", "training.batch_size=16", "training.max_length=128"),
     "deep12": (

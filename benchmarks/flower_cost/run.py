@@ -39,6 +39,7 @@ from droppeft.transports.flower import client_app
 NAME = "flower_cost"
 NODES = 3
 SETTINGS = (
+    "method=droppeft",
     "threads=1",
     "accelerator=cpu",
     "evaluation.rows=200",

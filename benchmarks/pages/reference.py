@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from benchmarks.pages.markdown import markdown_table
 from benchmarks.study import read_values
-from droppeft.config import Bandwidth, Config, flat, known_keys
+from droppeft.config import Bandwidth, Config, build_config, flat, known_keys
 from droppeft.config.schema import METHOD_DEFAULTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -50,6 +50,7 @@ droppeft run my.toml rounds=50 dropout.mean=0.5
 ```
 
 ```toml
+method = "droppeft"
 rounds = 50
 
 [dropout]
@@ -544,7 +545,8 @@ def _kind(annotation: object) -> str:
 
 
 def _default(key: str) -> str:
-    value: object = Config()
+    """The default of a method that has no defaults of its own."""
+    value: object = Config() if key == "method" else build_config({"method": "droppeft"})
     for name in key.split("."):
         value = getattr(value, name)
     if value is None:

@@ -21,7 +21,10 @@ from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 
 NAME = "sharing_criteria"
 REPEATS, WARM_UP = 20, 2
-SETTINGS = ["threads=1", "clients=4", "cohort_size=2", "dropout.mean=0", "training.max_length=64"]
+SETTINGS = [
+    *("method=droppeft", "threads=1", "clients=4", "cohort_size=2"),
+    *("dropout.mean=0", "training.max_length=64"),
+]
 """Ten steps of 16 texts at full depth."""
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from click import Context, NoSuchOption, UsageError
 from typer.core import TyperCommand
 
 from droppeft import __version__
-from droppeft.errors import DroppeftError
+from droppeft.errors import DroppeftError, Interrupted
 
 if TYPE_CHECKING:
     from droppeft.comparison.grid import Comparison
@@ -76,18 +76,21 @@ def run(
 ) -> None:
     """Fine-tune a model across simulated clients.
 
-    Settings are given as KEY=VALUE, such as data=./reviews or dropout.count=3, or in
-    a .toml file; KEY=VALUE wins over the file. Without settings, the built-in model
-    and data are used. docs/configuration.md lists all settings.
+    Settings are given as KEY=VALUE, such as data=./reviews or rounds=30, or in a
+    .toml file; KEY=VALUE wins over the file. Without settings, method=adaptive is run
+    on the built-in model and data. docs/configuration.md lists all settings.
     """
     from droppeft.config import load_config
-    from droppeft.server.run import start_run
 
     config = load_config(*_split(overrides or []))
     folder = out or _new_folder(config.method)
-    _with_listener(lambda listener: start_run(config, folder, listener), quiet, as_json)
-    if not (quiet or as_json):
-        _say_where(folder)
+
+    def work(listener: "Listener") -> None:
+        from droppeft.server.run import start_run
+
+        start_run(config, folder, listener)
+
+    _with_listener(work, folder, quiet, as_json)
 
 
 @app.command()
@@ -97,14 +100,16 @@ def resume(
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a run that was stopped; its result is the same as without the stop."""
-    from droppeft.runs.folder import RESULT
-    from droppeft.server.run import resume_run
 
-    if (folder / RESULT).is_file() and not (quiet or as_json):
-        typer.echo(f"droppeft: {folder} is finished already; its result:", err=True)
-    _with_listener(lambda listener: resume_run(folder, listener), quiet, as_json)
-    if not (quiet or as_json):
-        _say_where(folder)
+    def work(listener: "Listener") -> None:
+        from droppeft.runs.folder import RESULT
+        from droppeft.server.run import resume_run
+
+        if (folder / RESULT).is_file() and not (quiet or as_json):
+            typer.echo(f"droppeft: {folder} is finished already; its result:", err=True)
+        resume_run(folder, listener)
+
+    _with_listener(work, folder, quiet, as_json)
 
 
 @app.command(cls=CommandWithSettings)
@@ -137,7 +142,6 @@ def compare(
     from droppeft.extras import require
     from droppeft.report import show_comparison as report
     from droppeft.report.page import write_page
-    from droppeft.server.run import Interrupted
 
     require("report", "the page of a comparison")
     file, methods, settings = _split_for_compare(overrides or [])
@@ -325,15 +329,18 @@ def main() -> None:
         _leave(str(error), USER_ERROR)
 
 
-def _with_listener(work: "Callable[[Listener], Any]", quiet: bool, as_json: bool) -> None:
+def _with_listener(
+    work: "Callable[[Listener], None]", folder: Path, quiet: bool, as_json: bool
+) -> None:
+    """Do the work of a run in ``folder``, with the listener that the flags choose."""
     from droppeft.report.screen import JsonLines, Quiet, Screen
-    from droppeft.server.run import Interrupted
 
     try:
         if as_json or quiet:
             work(JsonLines() if as_json else Quiet())
         else:
-            with Screen() as screen:
+            with Screen(folder=folder) as screen:
+                screen.preparing("loading PyTorch and transformers")
                 work(screen)
     except KeyboardInterrupt:
         _leave("stopped while preparing; nothing is lost", STOPPED)
@@ -345,10 +352,6 @@ def _with_listener(work: "Callable[[Listener], Any]", quiet: bool, as_json: bool
             f"continue with: droppeft resume {stop.folder}",
             STOPPED,
         )
-
-
-def _say_where(folder: Path) -> None:
-    typer.echo(f"result, ledger and checkpoints: {folder}")
 
 
 def _name_of(comparison: Path) -> str:
@@ -420,11 +423,11 @@ def _to_measure(overrides: Sequence[str], defaults: Sequence[str]) -> "Config":
     import torch
 
     from droppeft.config import load_config, resolve
-    from droppeft.methods.rules import check_step_settings, step_of
+    from droppeft.methods.rules import STEP_METHOD, check_step_settings, step_of
 
     path, settings = _split(overrides)
     check_step_settings(settings)
-    config = step_of(load_config(path, [*defaults, *settings]))
+    config = step_of(load_config(path, [*defaults, *settings], STEP_METHOD))
     return resolve(config, cuda=torch.cuda.is_available())
 
 

@@ -1,4 +1,6 @@
-"""The exception whose message is written for the user."""
+"""Exceptions that the command line reports without a traceback."""
+
+from pathlib import Path
 
 
 class DroppeftError(ValueError):
@@ -7,3 +9,12 @@ class DroppeftError(ValueError):
     The sentence says what is wrong, where, and what to do. The command line prints it without a
     traceback and exits with code 2; library callers may catch it as a ``ValueError``.
     """
+
+
+class Interrupted(Exception):
+    """The user stopped the run in ``folder``; ``round`` is the last round that is saved."""
+
+    def __init__(self, folder: Path, round: int) -> None:
+        super().__init__(folder, round)
+        self.folder = folder
+        self.round = round

@@ -330,7 +330,7 @@ def test_slower_clients_get_cheaper_arms() -> None:
 
 
 def test_without_a_clock_there_is_no_bandit() -> None:
-    with pytest.raises(DroppeftError, match=r"set configurator\.policy=fixed"):
+    with pytest.raises(DroppeftError, match=r"set method=fedlora, or configurator\.policy=fixed"):
         DROPPEFT.init(replace(setup(), clock=None))
 
 

@@ -47,7 +47,7 @@ from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
 def comparison(**settings: Any) -> Comparison:
-    variants = {"full": ["method=fedlora"], "dropped": ["dropout.mean=0.25"]}
+    variants = {"full": ["method=fedlora"], "dropped": ["method=droppeft", "dropout.mean=0.25"]}
     return Comparison.model_validate({"variants": variants, "seeds": [0, 1], **settings})
 
 
@@ -159,7 +159,7 @@ def test_settings_that_the_comparison_varies_are_refused(setting: str) -> None:
 
 
 def test_a_variant_s_setting_wins_over_a_mutually_exclusive_common_one() -> None:
-    variants = {"a": ["training.local_epochs=1", "dropout.count=2"]}
+    variants = {"a": ["method=droppeft", "training.local_epochs=1", "dropout.count=2"]}
     tree = {"variants": variants, "settings": ["training.local_steps=5", "dropout.mean=0.5"]}
     [cell, *_] = cells(Comparison.model_validate(tree))
     training = cell.config.training

@@ -113,7 +113,7 @@ def test_defaults_of_a_method_apply_if_a_setting_is_not_given() -> None:
     assert (given.frozen.layers, given.frozen.cache) == (1, False)
     assert given.configurator.untrained == (0.0,)
     assert given.configurator.policy == "budgeted_thompson"
-    assert load_config(None, []).frozen.layers == 0
+    assert load_config(None, ["method=fedlora"]).frozen.layers == 0
 
 
 def test_a_setting_replaces_the_default_of_its_alternative() -> None:

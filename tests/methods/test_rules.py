@@ -28,25 +28,42 @@ THOMPSON = "configurator.policy=budgeted_thompson"
 HALF = "sharing.fraction=0.5"
 
 IGNORED = [
-    ("method=fedlora dropout.count=2", "dropout.count has no effect with method=fedlora; leave it"),
+    (
+        "method=fedlora dropout.count=2",
+        "dropout.count has no effect with method=fedlora; leave it out, or set method=droppeft",
+    ),
+    (
+        "sharing.fraction=0.5",
+        "has no effect with method=adaptive; leave it out, or set method=drop",
+    ),
+    ("method=fedra ditto.pull=2", "leave it out, or set method=ditto"),
     ("method=fedra ditto.pull=1", "ditto.pull has no effect with method=fedra; leave it out"),
     (f"method=fedra {THOMPSON}", "configurator.policy has no effect with method=fedra"),
     (f"method=fedra {THOMPSON} dropout.count=1", "configurator.policy has no effect with method="),
     ("method=flexlora server.optimizer=adam", "server.optimizer has no effect with method=flex"),
     ("method=flora frozen.layers=2", "frozen.layers has no effect with method=flora"),
     ("method=ditto frozen.layers=1", "frozen.layers has no effect with method=ditto"),
-    ("configurator.means=[0]", "configurator.means has no effect with configurator.policy=fixed"),
-    (f"{THOMPSON} dropout.count=2", "dropout.count has no effect with configurator.policy=budget"),
-    (f"{THOMPSON} dropout.schedule=recovery", "set configurator.policy=fixed"),
-    (f"{THOMPSON} dropout.rates=[0,0]", "set configurator.policy=fixed"),
     (
-        "sharing.criterion=cka",
+        "method=droppeft configurator.means=[0]",
+        "configurator.means has no effect with configurator.policy=fixed",
+    ),
+    (
+        f"method=droppeft {THOMPSON} dropout.count=2",
+        "dropout.count has no effect with configurator.policy=budget",
+    ),
+    (f"method=droppeft {THOMPSON} dropout.schedule=recovery", "set configurator.policy=fixed"),
+    (f"method=droppeft {THOMPSON} dropout.rates=[0,0]", "set configurator.policy=fixed"),
+    (
+        "method=droppeft sharing.criterion=cka",
         "sharing.criterion has no effect with sharing.fraction=1, where all layers are shared; "
         "leave it out, or set a smaller fraction",
     ),
-    ("sharing.hysteresis=0", "sharing.hysteresis has no effect with sharing.fraction=1"),
     (
-        f"{HALF} sharing.criterion=position sharing.hysteresis=0",
+        "method=droppeft sharing.hysteresis=0",
+        "sharing.hysteresis has no effect with sharing.fraction=1",
+    ),
+    (
+        f"method=droppeft {HALF} sharing.criterion=position sharing.hysteresis=0",
         "sharing.hysteresis has no effect with sharing.criterion=position, whose scores never",
     ),
     (
@@ -59,14 +76,20 @@ IMPOSSIBLE = [
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
     ("adapter.type=ia3 adapter.rank=4", "adapter.rank: type ia3 has no such setting; leave it out"),
     ("adapter.type=loha quantization=4bit", "adapter.type=loha does not work with 4-bit weights"),
-    ("training.offload=true", "training.offload=true saves no memory"),
+    ("method=droppeft training.offload=true", "training.offload=true saves no memory"),
     ("frozen.layers=1 adapter.type=prompt_tuning", "prompt_tuning is not in a layer; set"),
     (
         "method=fedsa_lora evaluation.personalised=false",
         "only personalised accuracy can be measured; leave out evaluation.personalised=false",
     ),
-    ("sharing.head=personal evaluation.personalised=false", "only personalised accuracy can be"),
-    (f"{HALF} adapter.type=prompt_tuning", "adapter.type=prompt_tuning is in no layer"),
+    (
+        "method=droppeft sharing.head=personal evaluation.personalised=false",
+        "only personalised accuracy can be",
+    ),
+    (
+        f"method=droppeft {HALF} adapter.type=prompt_tuning",
+        "adapter.type=prompt_tuning is in no layer",
+    ),
     ("method=adaptive configurator.policy=fixed", "leave configurator.policy=fixed out"),
     ("method=adaptive configurator.means=[0.5]", "leave configurator.means out"),
     ("method=fedadapter adapter.type=lora", "adapter.type=lora; set adapter.type=bottleneck"),
@@ -178,9 +201,9 @@ def test_defaults_satisfy_the_rules_of_their_method(name: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        [THOMPSON, "configurator.means=[0]", "dropout.sampling=bernoulli"],
+        ["method=droppeft", THOMPSON, "configurator.means=[0]", "dropout.sampling=bernoulli"],
         [THOMPSON, "configurator.reward=loss"],
-        [HALF, "sharing.criterion=cka", "sharing.hysteresis=0"],
+        ["method=droppeft", HALF, "sharing.criterion=cka", "sharing.hysteresis=0"],
         ["server.optimizer=yogi", "server.step_size=0.5"],
         ["server.optimizer=momentum"],
         ["transport=flower", "flower.deadline_s=5"],
@@ -225,7 +248,8 @@ def test_a_common_setting_is_for_the_variants_that_use_it() -> None:
 
 def test_a_common_setting_is_left_out_where_it_has_no_effect() -> None:
     variants = {"all": [], "half": [HALF], "arms": [THOMPSON]}
-    found = configs(variants=variants, settings=["sharing.criterion=cka", "dropout.count=1"])
+    common = ["method=droppeft", "sharing.criterion=cka", "dropout.count=1"]
+    found = configs(variants=variants, settings=common)
     criteria = [config.sharing.criterion for config in found.values()]
     assert criteria == ["gradient_norm", "cka", "gradient_norm"]
     assert [config.dropout.count for config in found.values()] == [1, 1, None]

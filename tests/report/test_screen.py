@@ -26,12 +26,14 @@ def rows(whole_run: Path) -> list[RoundRow]:
     return [RoundRow(**row) for row in rows_of(whole_run / "rounds.jsonl")]
 
 
-def shown(about: dict[str, Any], rows: list[RoundRow], earlier: int = 0) -> str:
+def shown(
+    about: dict[str, Any], rows: list[RoundRow], earlier: int = 0, expected_s: float | None = None
+) -> str:
     """Show a run to a recording console and return the text."""
     console = Console(width=WIDTH, file=io.StringIO(), record=True)
-    with Screen(console) as screen:
+    with Screen(console, Path("runs/mine")) as screen:
         screen.preparing("reading data")
-        screen.started(about, rows[:earlier])
+        screen.started({**about, "expected_wall_s": expected_s}, rows[:earlier])
         for row in rows[earlier:]:
             for _ in row.cohort:
                 screen.replied(None)
@@ -63,17 +65,20 @@ def test_the_header_says_what_is_shared(
     config = result["config"]
     changed = {**config, "sharing": {**config["sharing"], **sharing}}
     text = shown({**result, "config": changed}, rows)
-    found = [line for line in text.splitlines() if "sharing" in line]
+    found = [line for line in text.splitlines() if line.startswith("sharing")]
     assert (expected in found[0]) if expected else not found
 
 
 def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) -> None:
     text = shown({**result, "model": "builtin", "data": "builtin"}, rows)
     assert "droppeft · droppeft · seed 0" in text
-    assert "builtin: 4 layers, 4,195 trainable parameters" in text
-    assert "builtin: 180 texts, 3 classes" in text
-    assert "4, 2 per round, 3 rounds" in text
-    assert "jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
+    assert "method   layer dropout per mini-batch" in text
+    assert "model    built in: 4 layers, 1.0 M parameters, 4,195 of adapters and head" in text
+    assert "data     built in: 180 texts to train and 60 to test, 3 classes" in text
+    assert "clients  4 clients; classes spread unevenly (Dirichlet, alpha 1)" in text
+    assert "rounds   3; in each, 2 clients train for 2 steps of 4 texts" in text
+    assert "devices  jetson_tx2, jetson_xavier_nx, jetson_agx_xavier (modelled)" in text
+    assert "results  runs/mine" in text
     [head] = [line for line in text.splitlines() if line.endswith("measured    modelled")]
     assert head.split() == ["accuracy", "train", "loss", "depth", "measured", "modelled"]
     for row in rows:
@@ -99,9 +104,62 @@ def test_over_selection_and_a_missing_clock_are_in_the_header(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
     text = shown({**result, "drawn_size": 3, "no_clock_reason": "it cannot be counted"}, rows)
-    assert "4, 2 per round (the first of 3), 3 rounds" in text
-    assert "profiles    it cannot be counted" in text
+    assert "3; in each, 3 clients (the first 2 are merged) train for 2 steps" in text
+    assert "devices  it cannot be counted" in text
     assert "jetson" not in text
+
+
+def test_the_expected_time_is_shown_if_it_is_known(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    assert "time     about 3 minutes on this machine" in shown(result, rows, expected_s=170.0)
+    assert "time     less than a minute" in shown(result, rows, expected_s=5.0)
+    assert "minutes on this machine" not in shown(result, rows)
+
+
+def test_without_a_terminal_the_remaining_time_is_a_line_after_the_first_round(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    slow = [replace(row, host_wall_s=60.0) for row in rows]
+    text = shown(result, slow)
+    assert text.count("rounds left") == 1
+    assert "2 rounds left, about 2 minutes" in text
+    assert text.index("round 1 ") < text.index("2 rounds left") < text.index("round 2 ")
+
+
+def test_without_a_terminal_there_are_no_control_characters(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    file = io.StringIO()
+    with Screen(Console(width=WIDTH, file=file), Path("runs/mine")) as screen:
+        screen.preparing("reading data")
+        screen.started({**result, "expected_wall_s": 1.0}, [])
+        for row in rows:
+            screen.replied(None)
+            screen.round_done(row)
+        screen.finished(result)
+    text = file.getvalue()
+    assert text.startswith("reading data …\n")
+    assert not [character for character in text if ord(character) < 32 and character != "\n"]
+
+
+def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
+    result: dict[str, Any], rows: list[RoundRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sys.argv", [".venv/bin/droppeft", "run"])
+    text = shown(result, rows)
+    _, _, end = text.partition("Conclusion\n")
+    words = " ".join(end.split())
+    assert words.startswith(" ".join(result["conclusion"]))
+    commands = [line.strip() for line in end.splitlines() if line.startswith("    ")]
+    assert commands == [
+        ".venv/bin/droppeft report runs/mine",
+        ".venv/bin/droppeft export runs/mine --merge",
+        ".venv/bin/droppeft compare droppeft fedlora",
+        ".venv/bin/droppeft run data=FILE.csv",
+    ]
+    assert "--merge" not in shown({**result, "global_accuracy": None}, rows)
 
 
 def test_names_that_are_too_long_for_a_line(result: dict[str, Any], rows: list[RoundRow]) -> None:
@@ -164,6 +222,10 @@ def test_a_round_says_which_arms_were_tried_and_which_is_best(
     tried = {"present": [3, 0], "trials": [2, 1]}
     notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0, **tried}
     text = shown(result, [replace(rows[0], notes=notes)])
+    assert (
+        shown(result, [replace(rows[0], notes=notes), replace(rows[1], notes=notes)]).count("arms:")
+        == 1
+    )  # the best arm is the same
     expected = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
     assert expected in " ".join(text.split())
     assert "\n         arms: 2 x 25% dropped" in text

@@ -46,7 +46,8 @@ def clock_of(setup: Setup) -> Clock:
     if setup.clock is None:
         raise DroppeftError(
             f"configurator.policy={setup.config.configurator.policy} needs the modelled clock, but "
-            "the FLOPs of this model cannot be counted; set configurator.policy=fixed"
+            "the FLOPs of this model cannot be counted; set method=fedlora, or "
+            "configurator.policy=fixed with method=droppeft"
         )
     return setup.clock
 

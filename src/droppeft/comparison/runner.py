@@ -16,10 +16,11 @@ from droppeft.comparison.study_files import (
     round_columns,
 )
 from droppeft.config import as_tree
+from droppeft.errors import Interrupted
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.listener import Listener
-from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.server.run import resume_run, start_run
 
 
 class ProgressListener(Protocol):

@@ -14,13 +14,20 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from droppeft.config.schema import EXCLUSIVE, HALF, Config
+from droppeft.config.schema import DEFAULT_METHOD, EXCLUSIVE, HALF, Config
 from droppeft.config.table import Table
 from droppeft.errors import DroppeftError
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), method: str = DEFAULT_METHOD
+) -> Config:
     """Read a TOML file (or none) and apply ``key=value`` overrides.
+
+    Args:
+        path: the file, or ``None``.
+        overrides: ``key=value``.
+        method: the method if neither the file nor an override names one.
 
     Raises:
         DroppeftError: the file cannot be read, a key is unknown, or a value is invalid; the message
@@ -32,6 +39,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         _drop_rivals(tree, key)
     for key, value in settings.items():
         _insert(tree, key, value)
+    tree.setdefault("method", method)
     return build_config(tree, f"in {path}" if path and not overrides else "")
 
 

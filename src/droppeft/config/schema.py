@@ -12,6 +12,7 @@ from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 from droppeft.config.table import Real, Table, TextList, Whole
 
+DEFAULT_METHOD = "adaptive"
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
 
@@ -372,7 +373,7 @@ class FlowerConfig(Table):
 class Config(Table):
     """A whole run."""
 
-    method: str = Field("droppeft", description="federated method")
+    method: str = Field(DEFAULT_METHOD, description="federated method")
     model: str = Field(
         "builtin",
         description="`builtin`, a Hub id, a folder, or `config:ARCHITECTURE` (random weights)",
@@ -432,7 +433,7 @@ class Config(Table):
     def _defaults_of_the_method(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        defaults = METHOD_DEFAULTS.get(str(value.get("method")), {})
+        defaults = METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {})
         return {
             **value,
             **{

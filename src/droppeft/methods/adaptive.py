@@ -34,7 +34,7 @@ def _check(config: Config) -> None:
 ADAPTIVE = replace(
     DROPPEFT,
     name="adaptive",
-    summary="depth per device profile, found by a bandit; all layers shared, none dropped",
+    summary="the upper half of the layers, as many as a bandit finds best for each kind of device",
     tables=frozenset({"configurator", "frozen", "server"}),
     check=_check,
     has_global_model=lambda config: True,

@@ -110,6 +110,9 @@ STEP_SETTINGS = (
 )
 """Keys, or beginnings of keys, that change what a step costs or where it is measured."""
 
+STEP_METHOD = "droppeft"
+"""The method of a configuration of which a step is estimated or profiled."""
+
 
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot work or would be ignored.
@@ -135,7 +138,7 @@ def without_effect(config: Config) -> dict[str, NoEffect]:
     Raises:
         DroppeftError: if the method is unknown.
     """
-    rules = [rule for rule in (_unread(config), *NO_EFFECT) if rule.holds(config)]
+    rules = [rule for rule in (*_unread(config), *NO_EFFECT) if rule.holds(config)]
     ignored: dict[str, NoEffect] = {}
     for key in given(config):
         for rule in rules:
@@ -185,10 +188,10 @@ def check_step_settings(overrides: Sequence[str]) -> None:
 def step_of(config: Config) -> Config:
     """The configuration of which a step is estimated or profiled, whatever its method.
 
-    It has the model, adapter, drop rates and training settings of a run, and a method that uses
-    just these. A method that drops no layers has a step at full depth.
+    It has the model, adapter, drop rates and training settings of a run, and :data:`STEP_METHOD`,
+    which uses just these. A method that drops no layers has a step at full depth.
     """
-    plain = Config()
+    plain = build_config({"method": STEP_METHOD})
     used: dict[str, Any] = {
         "method": plain.method,
         "configurator": plain.configurator,
@@ -199,15 +202,18 @@ def step_of(config: Config) -> Config:
     return config.model_copy(update=used)
 
 
-def _unread(config: Config) -> NoEffect:
-    """The rule about tables that only other methods use."""
-    optional = frozenset[str]().union(*(other.tables for other in METHODS.values()))
-    tables = optional - method_named(config.method).tables
-    return NoEffect(
-        keys=tuple(f"{table}." for table in sorted(tables)),
-        when=lambda config: True,
-        reason="method={config.method}",
-    )
+def _unread(config: Config) -> list[NoEffect]:
+    """The rules about tables that only other methods use, one per table."""
+    users = {table: name for name in reversed(METHODS) for table in METHODS[name].tables}
+    return [
+        NoEffect(
+            keys=(f"{table}.",),
+            when=lambda config: True,
+            reason="method={config.method}",
+            instead=f"leave it out, or set method={users[table]}",
+        )
+        for table in sorted(users.keys() - method_named(config.method).tables)
+    ]
 
 
 def _check_frozen(config: Config) -> None:

@@ -111,6 +111,7 @@ class Backbone:
         path: what the model was loaded from.
         blocks_path: dotted name of its list of layers.
         num_layers: L.
+        parameters: number of its parameters, head included.
         inputs: names of the token columns that the model takes.
         max_length: largest number of tokens that the model has positions for.
         weights_hash: of all weights but the head's, by samples; see :func:`hash_weights`.
@@ -123,6 +124,7 @@ class Backbone:
     path: str
     blocks_path: str
     num_layers: int
+    parameters: int
     inputs: tuple[str, ...]
     max_length: int
     weights_hash: str
@@ -166,6 +168,7 @@ def load_backbone(
         path=path,
         blocks_path=blocks_path,
         num_layers=len(blocks),
+        parameters=sum(value.numel() for value in model.parameters()),
         inputs=token_inputs(model),
         max_length=most_tokens(model),
         weights_hash=hash_weights(model),

@@ -114,7 +114,7 @@ def write_page(folder: Path) -> Path:
         made = figures(part, runs)
         sections.append(_section(part, made))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
-    text = _page(title, sections, records)
+    text = _page(title, [_conclusion(folder), *sections], records)
     for name, figure in drawn.items():
         path = folder / FIGURES / name
         path.parent.mkdir(exist_ok=True)
@@ -140,6 +140,13 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
         run = finished(name, method, result, read_rows(folder / ROUNDS))
         return name, Study((method,), (result["seed"],), target=goal), [run]
     raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
+
+
+def _conclusion(folder: Path) -> str:
+    """The sentences of a run's result; nothing for a comparison."""
+    if not (folder / RESULT).is_file():
+        return ""
+    return "".join(f"<p>{html.escape(text)}</p>\n" for text in read_result(folder)["conclusion"])
 
 
 def _page(title: str, sections: Sequence[str], records: Sequence[RunRecord]) -> str:

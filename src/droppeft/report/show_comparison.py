@@ -21,7 +21,8 @@ from droppeft.comparison.writers import (
     notes,
 )
 from droppeft.messages import Reply
-from droppeft.report.screen import accuracy_line, bar
+from droppeft.report.progress import bar
+from droppeft.report.screen import accuracy_line
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.listener import Listener
 

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.report.screen import bar, bytes_text
+from droppeft.quantities import bytes_text
+from droppeft.report.progress import bar
 from droppeft.resources.estimate import Limits, Option, counted_on, least_savings, option
 
 SCHEMA_VERSION = 1

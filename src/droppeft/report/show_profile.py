@@ -14,7 +14,8 @@ from rich.table import Table
 from droppeft.config import Config, as_tree, resolve_layers
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.report.screen import bar, bytes_text
+from droppeft.quantities import bytes_text
+from droppeft.report.progress import bar
 from droppeft.resources.model_shape import model_shape
 from droppeft.resources.profiling import RateProfile, profile
 from droppeft.runs.environment import machine, versions

@@ -35,7 +35,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import check_step_settings, step_of
+from droppeft.methods.rules import STEP_METHOD, check_step_settings, given, step_of
 from droppeft.resources.model_shape import check_runnable, model_shape
 
 GRID: dict[str, tuple[str, ...]] = {
@@ -118,11 +118,10 @@ class Option:
     @property
     def overrides(self) -> list[str]:
         """The overrides with which ``droppeft run`` has this configuration."""
-        defaults, values = flat(as_tree(Config())), flat(as_tree(self.config))
-        changed = [
-            key for key, value in values.items() if key not in GRID and value != defaults.get(key)
-        ]
-        return [f"{key}={_text(values[key])}" for key in (*GRID, *changed) if key in values]
+        values = flat(as_tree(self.config))
+        changed = [key for key in given(self.config) if key not in GRID]
+        named = [f"{key}={_text(values[key])}" for key in (*GRID, *changed) if key in values]
+        return [f"method={self.config.method}", *named]
 
     def excess(self, limits: Limits) -> float:
         """Cost divided by the limit, for the tighter limit; above 1 the option does not fit."""
@@ -181,7 +180,7 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
     for chosen in itertools.product(*choices.values()):
         named = dict(zip(choices, chosen, strict=True))
         varied = [f"{key}={value}" for key, value in named.items()]
-        config = step_of(load_config(path, [*fixed, *varied]))
+        config = step_of(load_config(path, [*fixed, *varied], STEP_METHOD))
         config = resolve_layers(config, model_shape(config.model).num_layers)
         if config.model_dump_json() not in known:
             known.add(config.model_dump_json())

@@ -25,13 +25,14 @@ from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import difference, identity
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.texts import Rows
-from droppeft.errors import DroppeftError
+from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import write_atomically
 from droppeft.messages import GlobalModel
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
+from droppeft.runs.conclusion import conclude
 from droppeft.runs.environment import machine, versions
 from droppeft.runs.folder import (
     CLIENTS,
@@ -57,6 +58,7 @@ from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
+from droppeft.server.expected_time import estimate_wall_s
 from droppeft.server.prepare import Prepared, prepare, references
 from droppeft.server.rounds import run_round
 from droppeft.training.loop import Evaluation, evaluate
@@ -65,15 +67,6 @@ from droppeft.transports.registry import transport_named
 
 MAX_LOST_ROUNDS = 3
 """A run ends after this many rounds in a row in which no update was merged."""
-
-
-class Interrupted(Exception):
-    """The user stopped the run in ``folder``; ``round`` is the last round that is saved."""
-
-    def __init__(self, folder: Path, round: int) -> None:
-        super().__init__(folder, round)
-        self.folder = folder
-        self.round = round
 
 
 def start_run(
@@ -100,10 +93,12 @@ def start_run(
     prepared = prepare(config, listener.preparing, secrets.token_hex(8))
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
-        first = Checkpoint(0, prepared.state, _initial_facts(prepared))
+        evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
+        first = Checkpoint(0, prepared.state, _initial_facts(prepared, evaluation))
         begin(out, prepared.config, first)
+        expected = estimate_wall_s(prepared, evaluation)
         with locked(out):
-            return _run_rounds(prepared, transport, first, [], out, listener)
+            return _run_rounds(prepared, transport, first, [], out, listener, expected)
 
 
 def resume_run(out: Path, listener: Listener, connect: Connect | None = None) -> dict[str, Any]:
@@ -163,17 +158,20 @@ def _run_rounds(
     rows: list[RoundRow],
     out: Path,
     listener: Listener,
+    expected_wall_s: float | None = None,
 ) -> dict[str, Any]:
     """Run all rounds that are left, then write and return the result.
 
     Args:
         last: the checkpoint to continue from.
         rows: the rounds up to that checkpoint.
+        expected_wall_s: estimate of the seconds that it will take, for the listener.
     """
     saving_wall_s = 0.0
     with tracked(listener, prepared.config, out) as listener:
         try:
-            listener.started(_describe(prepared, last.facts), list(rows))
+            about = _describe(prepared, last.facts)
+            listener.started({**about, "expected_wall_s": expected_wall_s}, list(rows))
             for _ in range(last.round, prepared.config.rounds):
                 checkpoint, row, client_rows = _run_one_round(
                     prepared, transport, last, saving_wall_s, listener
@@ -301,6 +299,7 @@ def _finish(
         "versions": versions(),
         "machine": machine(config.accelerator),
     }
+    result["conclusion"] = conclude(result, rows)
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
@@ -349,9 +348,8 @@ def _final_client_models(
     return summarise_clients(evaluation, participations)
 
 
-def _initial_facts(prepared: Prepared) -> dict[str, Any]:
+def _initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
     """What is measured once, before round 1, and stored in every checkpoint."""
-    evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
     return {
         "initial_accuracy": evaluation.accuracy,
         "initial_loss": evaluation.loss,
@@ -368,6 +366,7 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     config, data = prepared.config, prepared.loaded.data
     return {
         "method": config.method,
+        "method_summary": prepared.method.summary,
         "run": prepared.setup.run,
         "model": config.model,
         "data": config.data,
@@ -379,8 +378,10 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "no_clock_reason": prepared.no_clock_reason,
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
+        "parameters": prepared.loaded.backbone.parameters,
         "trainable_parameters": _count_trainable(prepared),
         "train_rows": len(data.train),
+        "test_rows": len(data.test),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
         "initial_loss": facts["initial_loss"],

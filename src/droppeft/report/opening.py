@@ -1,0 +1,105 @@
+"""What a run prints before its first round: what will happen, and about how long it takes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from droppeft.quantities import about_minutes, share
+
+BUILT_IN = {"builtin": "built in"}
+
+
+def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
+    """The sentences about method, model, data, clients, rounds, references, time and folder.
+
+    Args:
+        about: what identifies the run, and ``expected_wall_s``.
+        folder: of the run, or ``None``.
+    """
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan")
+    grid.add_column(overflow="fold")
+    for name, text in _rows(about, folder):
+        grid.add_row(name, Text(text))
+    title = Text.assemble(("droppeft", "bold"), f" · {about['method']} · seed {about['seed']}")
+    parts: list[RenderableType] = [title, grid]
+    if about["builtin_data_as_published"] is False:
+        warning = "other library versions than the published ones: accuracies are not comparable"
+        parts.append(Text(warning, style="yellow"))
+    return Group(*parts)
+
+
+def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
+    yield "method", about["method_summary"]
+    yield "model", _model(about)
+    yield (
+        "data",
+        f"{_name(about['data'])}: {about['train_rows']:,} texts to train and "
+        f"{about['test_rows']:,} to test, {about['classes']} classes",
+    )
+    yield "clients", f"{about['clients']} clients; {_partition(about['config']['partition'])}"
+    yield "rounds", _rounds(about)
+    if sharing := _shared(about["config"]["sharing"]):
+        yield "sharing", sharing
+    yield "devices", about["no_clock_reason"] or f"{', '.join(about['profiles'])} (modelled)"
+    yield (
+        "to beat",
+        f"most frequent class {share(about['majority_accuracy'])}, TF-IDF + linear SVM on all "
+        f"texts {share(about['tfidf_accuracy'])}",
+    )
+    if folder is not None:
+        yield "results", str(folder)
+    if about["expected_wall_s"] is not None:
+        yield "time", f"{about_minutes(about['expected_wall_s'])} on this machine (estimated)"
+
+
+def _name(name: str) -> str:
+    return BUILT_IN.get(name, name)
+
+
+def _model(about: Mapping[str, Any]) -> str:
+    trained, frozen = about["trainable_parameters"], about["config"]["frozen"]["layers"]
+    below = f"; the lower {frozen} layers are frozen" if frozen else ""
+    return (
+        f"{_name(about['model'])}: {about['num_layers']} layers, "
+        f"{about['parameters'] / 1e6:.1f} M parameters, {trained:,} of adapters and head "
+        f"trained{below}"
+    )
+
+
+def _partition(settings: Mapping[str, Any]) -> str:
+    """How the rows are spread over the clients."""
+    return {
+        "iid": "texts spread at random",
+        "dirichlet": f"classes spread unevenly (Dirichlet, alpha {settings['alpha']:g})",
+        "dirichlet_by_client": "each has its own mix of classes "
+        f"(Dirichlet, alpha {settings['alpha']:g})",
+        "pathological": f"each has {settings['classes_per_client']} of the classes",
+        "natural": f"each has the texts of some values of column {settings.get('key')}",
+    }[settings["kind"]]
+
+
+def _rounds(about: Mapping[str, Any]) -> str:
+    training, drawn, cohort = about["config"]["training"], about["drawn_size"], about["cohort_size"]
+    epochs = training.get("local_epochs")
+    work = f"{training['local_steps']} steps" if epochs is None else f"{epochs} epochs"
+    first = f" (the first {cohort} are merged)" if drawn > cohort else ""
+    return (
+        f"{about['planned_rounds']}; in each, {drawn} clients{first} train for {work} of "
+        f"{training['batch_size']} texts"
+    )
+
+
+def _shared(sharing: Mapping[str, Any]) -> str:
+    """What clients share, if it is not everything."""
+    parts = []
+    if sharing["fraction"] < 1:
+        criterion = sharing["criterion"].replace("_", " ")
+        parts.append(f"{sharing['fraction']:.0%} of the layers are shared, by {criterion}")
+    if sharing["head"] == "personal":
+        parts.append("the head is personal")
+    return "; ".join(parts)

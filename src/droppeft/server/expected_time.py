@@ -1,0 +1,53 @@
+"""How long a run will take in this process, estimated before round 1 from one evaluation. Ours."""
+
+import math
+
+from droppeft.config import Config
+from droppeft.server.prepare import Prepared
+from droppeft.training.loop import Evaluation
+
+BACKWARD = 2.0
+"""Time of a trained layer's backward pass, in times of its forward pass."""
+
+
+def estimate_wall_s(prepared: Prepared, measured: Evaluation) -> float | None:
+    """Estimate the seconds of all rounds and of the final evaluations.
+
+    Texts of training and evaluation are taken to be equally long, and every layer that is not
+    frozen to be trained in every step.
+
+    Args:
+        prepared: the server before round 1, whose clients run in this process.
+        measured: the evaluation of the model before training.
+
+    Returns:
+        ``None`` if the clients run elsewhere.
+    """
+    config = prepared.config
+    if config.transport != "in_process":
+        return None
+    per_row = measured.wall_s / measured.rows
+    trained = 1 - config.frozen.count / prepared.setup.num_layers
+    training = config.rounds * _rows_per_round(prepared) * per_row * (1 + BACKWARD * trained)
+    return training + _evaluated_rows(prepared, measured.rows) * per_row
+
+
+def _rows_per_round(prepared: Prepared) -> float:
+    """Rows that the clients of a round train on, with repetition."""
+    config: Config = prepared.config
+    settings, clients = config.training, prepared.loaded.clients
+    if settings.local_epochs is None:
+        each: float = (settings.local_steps or 0) * settings.batch_size
+    else:
+        each = settings.local_epochs * sum(len(one.train) for one in clients) / len(clients)
+    return config.drawn * each
+
+
+def _evaluated_rows(prepared: Prepared, sampled: int) -> float:
+    """Rows of all evaluations after round 1 began."""
+    config, rows = prepared.config, 0
+    if prepared.method.has_global_model(config):
+        rows += math.ceil(config.rounds / config.evaluation.every) * sampled + len(prepared.test)
+    if config.evaluation.personalised:
+        rows += sum(len(one.test) for one in prepared.loaded.clients)
+    return rows

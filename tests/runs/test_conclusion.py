@@ -1,0 +1,114 @@
+"""The sentences with which a run ends."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from droppeft.runs.conclusion import conclude
+
+RESULT: dict[str, Any] = {
+    "global_accuracy": 0.7,
+    "global_loss": 1.0,
+    "majority_accuracy": 0.125,
+    "initial_accuracy": 0.11,
+    "test_rows": 1000,
+    "best_round": 5,
+    "best_accuracy": 0.72,
+    "rounds": 6,
+    "personalised_accuracy": None,
+    "personalised_worst_tenth": None,
+    "own_majority_accuracy": 0.25,
+    "host_wall_s": 83.0,
+    "upload_bytes": 5_000_000,
+    "download_bytes": 6_000_000,
+    "activation_bytes_peak": 45_100_000,
+}
+
+
+def rows(*accuracies: float | None, failures: int = 0) -> list[Any]:
+    """Rounds with these accuracies; the first one has failures."""
+    found = [
+        SimpleNamespace(global_accuracy=accuracy, failures=[], cohort=[1, 2])
+        for accuracy in accuracies
+    ]
+    found[0].failures = [{"client": 7, "reason": "fell asleep"}] * failures
+    return found
+
+
+def text(*accuracies: float | None, failures: int = 0, **changes: Any) -> str:
+    return " ".join(conclude({**RESULT, **changes}, rows(*accuracies, failures=failures)))
+
+
+def test_accuracy_has_its_references_and_what_it_cost() -> None:
+    found = text(0.7)
+    assert "names the right class for 70.0% of the 1,000 test texts" in found
+    assert "Before training it was 11.0%" in found
+    assert "most frequent class gives 12.5%" in found
+    assert "The 6 rounds took 1 min 23 s on this machine" in found
+    assert "sent 5.0 MB and received 6.0 MB" in found
+    assert "at most 45.1 MB" in found
+    assert "learnt little" not in found
+
+
+def test_a_run_that_learnt_nothing_says_so() -> None:
+    assert "learnt little or nothing: try more rounds" in text(0.13, global_accuracy=0.134)
+    assert "learnt little" not in text(0.14, global_accuracy=0.136)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [
+        ((0.3, 0.4, 0.5, 0.52, 0.6, 0.7), "still rising"),
+        ((0.7, 0.7, 0.7, 0.705, 0.705, 0.705), "no longer rose"),
+        ((0.7, 0.71, 0.72, 0.7, 0.71, 0.72), "no longer rose"),
+        ((0.7, 0.72, 0.71, 0.6, 0.5, 0.4), "was falling"),
+        ((0.1, None, 0.3, None, 0.4, None, 0.5, None, 0.6, None, 0.7), "still rising"),
+        ((0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3), "no longer rose"),
+    ],
+)
+def test_the_trend_compares_the_last_three_evaluations_with_the_three_before(
+    accuracies: tuple[float | None, ...], expected: str
+) -> None:
+    found = text(*accuracies)
+    assert expected in found
+    assert [word in found for word in ("still rising", "no longer rose", "was falling")].count(
+        True
+    ) == 1
+
+
+def test_what_to_do_about_a_trend() -> None:
+    assert "try rounds=12" in text(0.3, 0.4, 0.5, 0.52, 0.6, 0.7)
+    falling = text(0.7, 0.72, 0.71, 0.6, 0.5, 0.4)
+    assert "after its best in round 5 (72.0%): try fewer rounds" in falling
+
+
+@pytest.mark.parametrize("accuracies", [(0.7,), (0.3, 0.4, 0.5, 0.6, 0.7), (None,) * 7])
+def test_few_evaluations_have_no_trend(accuracies: tuple[float | None, ...]) -> None:
+    found = text(*accuracies)
+    assert "rising" not in found
+    assert "rose" not in found
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_a_divergence(loss: float) -> None:
+    found = text(0.1, global_loss=loss)
+    assert "Training diverged" in found
+    assert "right class" not in found
+
+
+def test_without_a_global_model() -> None:
+    found = text(None, global_accuracy=None, global_loss=None, personalised_accuracy=0.8)
+    assert found.startswith("With these settings there is no global model")
+
+
+def test_the_clients_models_have_their_reference() -> None:
+    found = text(0.7, personalised_accuracy=0.8, personalised_worst_tenth=0.55)
+    assert "80.0% on average, and 55.0% in the worst tenth" in found
+    assert "own most frequent class gives 25.0%" in found
+
+
+def test_failures_are_counted() -> None:
+    expected = "2 of 6 updates could not be merged; the last one of client 7: fell asleep."
+    assert expected in text(0.7, 0.7, 0.7, failures=2)
+    assert "could not be merged" not in text(0.7)
