@@ -1,4 +1,5 @@
-# `make run` and `make test` prepare whatever they need. `make results` writes the figures and tables of
+# `make run` and `make test` prepare whatever they need. `make docs` builds the documentation site into
+# build/site, without network. `make results` writes the figures and tables of
 # docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: run test lint install results constraints clean
+.PHONY: run test lint install docs results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -48,6 +49,10 @@ endif
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict
 
 results: $(DEV)
 	$(BIN)/python docs/contest_figure.py

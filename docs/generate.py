@@ -18,6 +18,7 @@ from convergence_page import convergence_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from readme_table import readme_page
+from reference_pages import command_line_page, methods_page
 from results_page import results_page
 from sharing_page import sharing_page
 from tables import NOTICE, markdown_table, read_values
@@ -40,10 +41,10 @@ BOUNDS = {
 }
 
 CONFIGURATION_HEAD = """\
-# Configuration
+# Settings
 
-A run is described by a TOML file, by overrides `key=value` on the command line, or by both. An
-override wins over the file.
+This page lists every setting of a run with its type, default and meaning. A run is described by
+settings on the command line, by a TOML file, or by both. The command line wins over the file.
 
 ```
 droppeft run my.toml rounds=50 dropout.mean=0.5
@@ -56,19 +57,19 @@ rounds = 50
 mean = 0.5
 ```
 
-- A key inside a table is written with a dot on the command line.
-- A list is written `[0.0, 0.5, 0.5]` in both places; a list of texts may also be written `a,b` on
-  the command line.
-- An unknown key is an error that names the nearest one, so a typing mistake never passes for a
-  default.
-- Of settings that stand "instead of" another only one may be given; an override on the command line
-  replaces the file's choice.
-- Some methods have other defaults than the tables below; they hold where nothing is given
-  ([defaults of methods](#defaults-of-methods)).
-- Every run writes all values, defaults included, to `config.toml` in its result folder; that file
-  repeats the run.
+- On the command line a key inside a table is written with a dot.
+- A list is written `[0.0, 0.5, 0.5]` in both places. On the command line a list of texts may also
+  be written `a,b`.
+- An unknown key is an error, and the message names the most similar key.
+- If a setting says "instead of" another one, only one of the two may be given. On the command line
+  it replaces the choice of the file.
+- A setting that would have no effect is an error.
+- Some methods have defaults of their own ([defaults of methods](#defaults-of-methods)). They apply
+  to settings that are not given.
+- Every run writes all settings, defaults included, to `config.toml` in its folder. `droppeft run`
+  on that file repeats the run.
 
-In the tables "–" as a default means that nothing is set.
+A default of "–" means that the setting has no value.
 """
 
 
@@ -97,8 +98,10 @@ REFUSED_COLUMNS = ("type", "name", "source", "it is refused because")
 ADAPTERS_HEAD = """\
 # Adapter types
 
-`adapter.type` chooses what is trained; the default is `lora`. The {usable} types of the first table
-can be used with every method; {refused} more of peft's are refused, for the reason given.
+This page lists the types of adapters that can be trained, and on which models they work. The
+setting is `adapter.type`, and the default is `lora`. The {usable} types of the first table work
+with every method that does not need a certain type. {refused} more types of peft are refused, with
+the reason in the [second table](#refused-types).
 
 ```
 droppeft run adapter.type=ia3
@@ -106,36 +109,31 @@ droppeft run adapter.type=bottleneck adapter.width=32
 droppeft run adapter.type=oft adapter.options.oft_block_size=16
 ```
 
-- *layered*: every trained tensor sits in one layer. A step that drops the layer leaves them as they
-  are, bit for bit: no gradient, no momentum, no decay. A layer may have no adapter at all.
-- *sliced*: the type has one tensor for all layers; here it is one parameter per layer, with the
-  same property, and one tensor again in the exported folder.
-- *global*: the trained tensors belong to no layer (group `other`): nothing to drop or to share by
-  layer, everything else is the same.
+**Kinds.** Layer dropout and layer sharing work layer by layer, so it matters where the trained
+tensors are.
 
-`tests/adapter_contract.py` defines what "works" means and tests it on tiny models: only adapter and
-head are trained; the seed alone decides their initial values; a dropped layer is not changed;
-training the adapter lowers the loss; the exported folder, loaded into a plain model, gives the same
-output bit for bit; removing the adapter restores the backbone. It says nothing about
-accuracy. Tensors are counted in a layer of BERT with default targets, or in the whole prompt.
+- *layered*: every trained tensor belongs to one layer. A step that drops the layer does not change
+  it. A layer may also have no adapter.
+- *sliced*: peft has one tensor for all layers. droppeft trains one slice per layer, and the
+  exported adapter has the single tensor again.
+- *global*: the trained tensors belong to no layer, as with prompts. Nothing of the adapter can be
+  dropped or personal. Everything else works.
 
-The columns "8-bit" and "4-bit" say the same of a backbone with `quantization=8bit` or `4bit`, and
-that all outputs and gradients are, up to rounding, those of the dequantised weights. *yes*: on the
-same architectures. (GPT-2's Conv1D maps, which some types do not support, become linear maps when
-they are quantised.) Where there is a –, `droppeft run` refuses before training: most of these types
-need a weight that is a matrix of numbers. LoRA's `use_dora` is refused with 8 bits.
+**Settings.** `rank`, `alpha`, `dropout`, `width` and `tokens` of the table `[adapter]` apply to the
+types that list them, and are refused for others. Values that are not given are peft's defaults,
+except for `lora` (rank 8, alpha 16), `bottleneck` (width 64) and prompts (20 tokens). All other
+settings of a peft configuration class are given as `adapter.options.NAME=value`. Options that would
+affect more than single layers are refused.
 
-Settings: `rank`, `alpha`, `dropout`, `width` and `tokens` of the table `[adapter]`, where the type
-has them; another one is refused, not ignored. What is not given has peft's own default, except for
-`lora` (rank 8, alpha 16), `bottleneck` (width 64) and prompts (20 tokens). Ranks may differ by
-layer for `lora`, `loha`, `lokr` and `delora`, widths for `bottleneck`. All else that peft's
-configuration class of a type has is an option: `adapter.options.NAME=value`, or a table
-`[adapter.options]`. An unknown option is refused with a list of those that exist; so is one that
-would train or change more than single layers.
+**Works on.** `tests/adapter_contract.py` tests each type on tiny models. Only the adapter and the
+head are trained, a dropped layer does not change, training lowers the loss, the exported adapter
+gives the same output bit for bit in a plain model, and removing it restores the backbone. The test
+says nothing about accuracy. The columns "8-bit" and "4-bit" are for `quantization=8bit` and `4bit`;
+"yes" means the same models, and "–" means that the type is refused. LoRA's `use_dora` is refused
+with 8 bits.
 
-Every type but one is exported in peft's format, for `PeftModel.from_pretrained`. The bottleneck is
-ours, since peft has none, and **peft cannot read it**; droppeft's own function does, on a plain
-transformers model:
+**Loading.** All types but one are exported in peft's format, for `PeftModel.from_pretrained`. peft
+has no bottleneck adapter, so droppeft has a function that loads it into a plain transformers model:
 
 ```python
 from droppeft.adapters.bottleneck import load_bottleneck
@@ -146,9 +144,6 @@ model = load_bottleneck(model, "adapter").eval()
 
 ADAPTERS_REFUSED = """\
 ## Refused types
-
-The tests fail with a version of peft that has types which are not in these tables, until they have
-been added.
 """
 
 
@@ -170,45 +165,37 @@ ARCHITECTURES_OUTPUTS = {
 ARCHITECTURES_HEAD = """\
 # Architectures
 
-Layer dropout works on the {types} model types of the first table; {refused} more are refused, for
-the reason given, and so is every type that is in neither table. A model type is what
-`config.model_type` says.
+This page says which models of transformers can be trained with layer dropout. It lists {types}
+model types that work and {refused} that are refused, with the reason. Types in neither table are
+refused too. The model type is `model_type` in a model's `config.json`.
 
-What "works" means is written as code in `tests/architecture_contract.py` and run on tiny models in
-fp32 on a CPU, for every way to drop some of three layers (for six ways where there are two stacks):
+`tests/architecture_contract.py` tests each type on tiny models in fp32 on a CPU, for every way to
+drop some of three layers. The table was made with transformers {transformers}. A type is listed if:
 
-- The output and all gradients are, bit for bit, those of a **reference** that knows no gates. A
-  dropped layer's parameters have no gradient at all.
-  - *sliced*: a fresh model of the configuration without those layers, lists with an entry per layer
-    sliced too, with copied weights.
-  - *moved biases*: the same, but the table of position biases stays with its stack: it lies in the
-    first block, whichever that is.
-  - *replaced*: a fresh model of the whole configuration in which modules that do nothing stand in
-    the place of dropped layers. Used where a layer's place has a meaning, so that slicing would
-    change what the others compute; the remark says which.
-- With all gates open it is the plain model: output, gradients, names, `state_dict`, random numbers.
-- A dropped layer does not run, not even once; outside of `gated` every layer runs.
-- With transformers' gradient checkpointing output and gradients are those without, even if the
-  gates change between forward and backward, when the whole model is trained and when parameters in
-  the blocks alone are (as with adapters, after `enable_input_require_grads()`). The bits are the
-  same, except for reentrant checkpointing of two stacks, where gradients are added in another
-  order: within 1e-5 of the largest. *both*: reentrant and non-reentrant; *non-reentrant; both for
-  adapters*: reentrant fails when the whole model is trained, with or without gates; *–*:
-  transformers has none.
-- Hidden states asked for by depth have an entry per layer, a dropped one's being its input.
-- Generation with open gates is the plain model's. With closed ones and a key-value cache it is
-  refused at the second token, since a dropped layer adds nothing to the cache; with
-  `use_cache=False` it is the reference's.
-- A classifier is made as in `droppeft run`, from a saved base model; its adapters get gradients
-  layer by layer, and the longest text it says it takes runs. *yes*: with default settings; *name
-  targets*: peft knows no default modules, so `adapter.targets` must name them; *with a trained
-  head*: the saved model must have a fitting head; *two stacks*: `droppeft run` takes models with
-  one; *–*: transformers has no such class.
+- The output and all gradients are bit for bit those of a *reference* model without the dropped
+  layers. The parameters of a dropped layer have no gradient.
+- With no layer dropped, output, gradients, `state_dict` and random numbers are those of the plain
+  model.
+- Gradient checkpointing does not change output or gradients.
+- `output_hidden_states` still has one entry per layer. The entry of a dropped layer is its input.
+- Generation with all layers is that of the plain model. Generation with dropped layers and a
+  key-value cache is refused.
 
-A list of blocks is named by its place in the class of the second column; in a model for a task it
-lies below that. Encoder-decoders have two, of which `find_stacks` gives both.
+**Reference.** *sliced*: a new model without the dropped layers. *moved biases*: the same, but the
+table of position biases in the first block is kept. *replaced*: a whole model in which the dropped
+layers do nothing, for types whose layers depend on their position.
 
-Made with transformers {transformers}.
+**Checkpointing.** *both*: reentrant and non-reentrant. *non-reentrant; both for adapters*:
+reentrant checkpointing fails when the whole model is trained, with or without droppeft. *–*:
+transformers has none for this type.
+
+**Classification in `droppeft run`.** *yes*: works with default settings. *name targets*: peft has
+no default modules for the type, so set `adapter.targets`. *with a trained head*: the saved model
+must have a classification head. *two stacks*: refused, because the model has an encoder and a
+decoder. *–*: transformers has no such class.
+
+Blocks are named by their place in the class of the second column. Encoder-decoders have two lists
+of blocks, which `find_stacks` returns.
 """
 
 ARCHITECTURES_REFUSED = """\
@@ -216,13 +203,13 @@ ARCHITECTURES_REFUSED = """\
 """
 
 ARCHITECTURES_TAIL = """\
-## Another type
+## Add a type
 
 Add a line to `ARCHITECTURES` in `src/droppeft/layer_dropout/architectures.py` and a case to
-`tests/architecture_contract.py`, run `python tests/architecture_contract.py` and `python
-docs/generate.py`. What has to be true: hidden states are the first argument and the first result
-of a block, and whatever else later blocks need of it, a dropped one still yields. You can give
-blocks of your own to `gated` without any of this, if they meet these conditions.
+`tests/architecture_contract.py`. Then run `python tests/architecture_contract.py` and `make
+results`. The hidden states must be the first argument and the first result of a block, and a
+dropped block must still return whatever else later blocks need. If your own blocks meet these
+conditions, you can also give them to `gated` directly.
 """
 
 
@@ -250,47 +237,25 @@ CALIBRATION_COLUMNS = (
 DEVICES_HEAD = """\
 # Device profiles
 
-A run simulates clients on hardware that is not here. What a local training takes on such a device
-is *modelled* from what the client reports: which layers ran, for how many tokens. Every number of
-that kind has `modelled` in its name, and is shown beside what was measured on this machine.
+This page lists the hardware on which a run can be modelled, with the source of every number. It
+also says how to describe hardware of your own. [Clocks](../concepts/clocks.md) explains what the
+modelled clock computes from a profile.
 
 ```
-droppeft run                                                # three Jetsons, a third each
+droppeft run                                     # three Jetsons, a third of the clients each
 droppeft run clock.profiles=phone,laptop_cpu
-droppeft run clock.over_selection=1.3 clock.deadline_s=60   # draw more, merge the first
 ```
-
-A client's time on the modelled clock is download + training + measuring the reward (if requested) +
-upload:
-
-- **Compute**: FLOPs over effective FLOP/s, and a fixed overhead per optimizer step. The FLOPs of
-  every layer and of the rest are counted by running the model itself without values, at three
-  lengths; a layer counts for the tokens that it computed, padding included.
-- **Transfer**: bytes of the tensors over bandwidth, which may be drawn anew for each client and
-  round (a normal draw, cut off at both ends).
-- **Energy**: full watts while it computes, idle watts while it loads and sends. Waiting for
-  others is not counted.
-
-A round lasts until the slowest merged client has replied. `clock.over_selection` draws more
-clients than the cohort: the first `cohort_size` of them by modelled time are merged, the others are
-*surplus*. `clock.deadline_s` sets aside who takes longer (*late*); a round that closes with fewer
-than its cohort because somebody was late lasts until the deadline. A client may be *absent*, by
-the availability of its profile: it is drawn, but nothing is sent to it and the round does not wait
-for it. Late and surplus clients have trained: their energy, bytes and rows are in the ledger.
-
-A model whose arithmetic depends on values (of those that classify, `xmod`) cannot be counted: it is
-trained without a modelled clock, and a deadline or over-selection is refused.
-
-All of this follows from the seed, the instructions and the updates. It does not depend on the
-transport, the order of arrival or this machine's speed, and is the same in a resumed run.
 
 ## Profiles
 """
 
 DEVICES_OWN = """\
-Where a profile rests on an assumption, its source says so: such numbers describe a class of
-devices, not a product. A profile of your own, or one in place of a known one, is a table of the
-run's TOML file:
+Where a number is an assumption, the source says so. Such a profile describes a class of devices and
+not a product.
+
+## A profile of your own
+
+A table of the run's TOML file adds a profile, or replaces one of the table above:
 
 ```toml
 [clock]
@@ -303,28 +268,27 @@ idle_watts = 0.1
 train_watts = 1.0
 download = 1e6
 upload = {mean = 1e5, deviation = 5e4, least = 1e4, most = 1e6}  # bytes per second
-step_overhead_s = 0.1                                            # 0 if not given, as above
-availability = 0.5                                               # 1 if not given
+step_overhead_s = 0.1                                            # default: 0
+availability = 0.5                                               # default: 1
 ```
 """
 
 CALIBRATION_HEAD = """\
 ## Calibration
 
-`benchmarks/clock_calibration` fits the effective speed of the three Jetsons to step times that
-an earlier test bed reported for {model} with LoRA in {layers} layers. **Batch and length were not
-stated: batch {batch} and the lengths of this table are our assumption**, and the speed depends on
-it. The fit minimises squared relative errors. The overhead may not be negative and comes out as 0,
-because from the shortest to the middle length the anchors grow faster than the arithmetic.
+The effective speeds of the three Jetsons were fitted by `benchmarks/clock_calibration` to step
+times that were reported for {model} with LoRA in {layers} layers. **The report does not state the
+batch size and the lengths. We assume batch {batch} and the lengths of this table**, and the fitted
+speed depends on this. The fit minimises squared relative errors and does not allow a negative
+overhead per step; the fitted overhead is 0.
 """
 
 CALIBRATION_TAIL = """\
-The clock does not model memory bandwidth (a small batch is slower than it says), throttling, and
-the kernels that a device has. The quadratic part of attention is charged at the mean length of a
-local training's rows: the charge is low by that part times the squared relative spread of the
-lengths. For {model} at {length} tokens the part is {quadratic} of a step, so rows that spread by
-half their mean are charged {error} too little. A dropped layer saves its FLOPs, but none of the
-overhead per step.
+The clock does not model memory bandwidth, throttling, or which kernels a device has. Steps with
+small batches take longer on real hardware than the clock says. The quadratic part of attention is
+computed for the mean length of a local training's rows, which is too little if lengths vary. For
+{model} at {length} tokens this part is {quadratic} of a step; rows whose lengths spread by half
+their mean are modelled {error} too fast.
 """
 
 
@@ -345,6 +309,7 @@ def main(arguments: list[str]) -> int:
 def write_pages(folder: Path) -> None:
     """Write every generated page into ``folder``."""
     for name, page in PAGES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(page(), encoding="utf-8")
 
 
@@ -527,9 +492,9 @@ def _paper(source: str) -> str:
 def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
     keys = [(key, field) for key, field in known_keys() if key.rpartition(".")[0] == prefix[:-1]]
     rows = ([f"`{key}`", _type(field), _default(key), field.description] for key, field in keys)
-    return f"## {title}\n\n{inspect.cleandoc(table.__doc__ or '')}\n\n" + markdown_table(
-        ("key", "type", "default", "meaning"), rows
-    )
+    shown = markdown_table(("key", "type", "default", "meaning"), rows)
+    about = inspect.cleandoc(table.__doc__ or "")
+    return f'## {title}\n\n{about}\n\n<div class="settings" markdown>\n\n{shown}\n</div>\n'
 
 
 def _defaults_of_methods() -> str:
@@ -593,13 +558,15 @@ def _number(value: float) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "../README.md": readme_page,
-    "adapters.md": adapters_page,
-    "architectures.md": architectures_page,
-    "configuration.md": configuration_page,
+    "reference/adapters.md": adapters_page,
+    "reference/architectures.md": architectures_page,
+    "reference/command_line.md": command_line_page,
+    "reference/device_profiles.md": devices_page,
+    "reference/layer_criteria.md": sharing_page,
+    "reference/methods.md": methods_page,
+    "reference/settings.md": configuration_page,
     "convergence.md": convergence_page,
-    "device_profiles.md": devices_page,
     "results.md": results_page,
-    "sharing.md": sharing_page,
 }
 
 if __name__ == "__main__":

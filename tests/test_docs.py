@@ -44,11 +44,11 @@ def test_a_missing_or_changed_page_is_stale(
     assert generate.main(["--check"]) == 1
     assert list(tmp_path.iterdir()) == []
     assert generate.main([]) == 0
-    page = tmp_path / "configuration.md"
+    page = tmp_path / "reference" / "settings.md"
     page.write_text(page.read_text(encoding="utf-8") + "typed by hand\n", encoding="utf-8")
     capsys.readouterr()
     assert generate.main(["--check"]) == 1
-    assert "docs/configuration.md is stale" in capsys.readouterr().err
+    assert "docs/reference/settings.md is stale" in capsys.readouterr().err
 
 
 def test_pages_need_no_setting_of_today(

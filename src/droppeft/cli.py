@@ -78,7 +78,7 @@ def run(
 
     Settings are given as KEY=VALUE, such as data=./reviews or dropout.count=3, or in
     a .toml file; KEY=VALUE wins over the file. Without settings, the built-in model
-    and data are used. docs/configuration.md lists all settings.
+    and data are used. docs/reference/settings.md lists all settings.
     """
     from droppeft.config import load_config
     from droppeft.server.run import start_run

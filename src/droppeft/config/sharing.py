@@ -28,9 +28,7 @@ class SharingConfig(Table):
         "leave_one_out",
         "random",
         "position",
-    ] = Field(
-        "gradient_norm", description="how layers are scored; [sharing.md](sharing.md) lists them"
-    )
+    ] = Field("gradient_norm", description="how layers are scored; [criteria](layer_criteria.md)")
     score_rows: Whole = Field(
         32, ge=2, description="validation rows for criteria that run the model to compute scores"
     )
