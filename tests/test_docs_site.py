@@ -1,4 +1,4 @@
-"""The documentation site builds without warnings, loads nothing from elsewhere, and has no orphans."""
+"""The documentation site builds without warnings, loads nothing from elsewhere, has no orphans."""
 
 import os
 import re
@@ -77,9 +77,11 @@ def test_every_page_can_be_reached_from_the_first(site: Path) -> None:
         if page in reached or page not in links:
             continue
         reached.add(page)
-        for address in links[page]:
-            if not re.match(r"\w+:", address):
-                waiting.append((page.parent / address.partition("#")[0]).resolve())
+        waiting += [
+            (page.parent / address.partition("#")[0]).resolve()
+            for address in links[page]
+            if not re.match(r"\w+:", address)
+        ]
     assert set(links) - reached == {site / "404.html"}
 
 
