@@ -55,9 +55,8 @@ docs: $(DEV)
 	$(BIN)/mkdocs build --strict
 
 results: $(DEV)
-	$(BIN)/python docs/contest_figure.py
-	$(BIN)/python docs/convergence_page.py
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m benchmarks.pages.figures
+	$(BIN)/python -m benchmarks.pages.generate
 
 # Pins the newest versions that pyproject.toml allows, from a new environment; run `make test` after it.
 constraints:

@@ -2,7 +2,8 @@
 
 By default the lower half of the layers is frozen on all clients, and a client trains all or only
 the last of the upper layers. No layer is dropped, and all trained layers are shared. The method is
-what remained of `droppeft` after its parts had been removed one by one (docs/findings.md).
+what remained of `droppeft` after its parts had been removed one by one
+(docs/benchmarks/ablation.md).
 """
 
 from dataclasses import replace
