@@ -1,6 +1,6 @@
 # `make run` and `make test` prepare whatever they need. `make test-full` also runs the tests that
-# `make test` leaves out. `make results` writes the figures and tables of docs/ again, from the
-# committed result files.
+# `make test` leaves out. `make docs` builds the documentation site into build/site, without network.
+# `make results` writes the figures and tables of docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
 # TORCH_INDEX  package index to take torch from, as https://download.pytorch.org/whl/cpu; when
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: run test test-full lint install results constraints clean
+.PHONY: run test test-full lint install docs results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -52,6 +52,10 @@ endif
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict
 
 results: $(DEV)
 	$(BIN)/python -m benchmarks.pages.figures

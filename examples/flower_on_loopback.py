@@ -2,7 +2,7 @@
 
     python examples/flower_on_loopback.py runs/loopback rounds=3 clients=3 cohort_size=3
 
-The same commands are used on four machines; see docs/flower.md.
+The same commands are used on four machines; see docs/tutorials/your_own_machines.md.
 """
 
 import json

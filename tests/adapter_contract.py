@@ -1,8 +1,8 @@
 """Rules that every adapter type must satisfy, checked on tiny models.
 
 ``python tests/adapter_contract.py`` checks them for all types on all model families, with and
-without quantisation, and writes ``docs/adapters.json``, from which ``docs/adapters.md`` is
-generated. It takes half an hour.
+without quantisation, and writes ``docs/adapters.json``, from which ``docs/reference/adapters.md``
+is generated. It takes half an hour.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Rules that layer dropout must satisfy on every architecture, checked on tiny models.
 
 ``python tests/architecture_contract.py`` checks them for all architectures and writes
-``docs/architectures.json``, from which ``docs/architectures.md`` is generated.
+``docs/architectures.json``, from which ``docs/reference/architectures.md`` is generated.
 """
 
 import copy

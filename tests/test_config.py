@@ -202,7 +202,7 @@ def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
 
 
 def test_an_unknown_key_without_a_similar_one_points_to_the_list() -> None:
-    assert "docs/configuration.md" in refusal("qqqqqq=1")
+    assert "docs/reference/settings.md" in refusal("qqqqqq=1")
 
 
 def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def quadratic_share(one: StepCounts, double: StepCounts) -> float:
 
 
 def content() -> dict[str, Any]:
-    """All that `docs/device_profiles.md` says of the calibration."""
+    """All that `docs/reference/device_profiles.md` says of the calibration."""
     counts = {data: count(length) for data, length in LENGTHS.items()}
     layers = len(counts["MNLI"].blocks)
     flops = {data: flops_of(each) for data, each in counts.items()}

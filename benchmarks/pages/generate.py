@@ -1,4 +1,4 @@
-"""Write the tables and pages of the documentation that follow from results or from the code.
+"""Write the tables of the documentation that follow from results or from the code.
 
 ``python -m benchmarks.pages.generate`` writes them; with ``--check`` it writes nothing and exits
 with 1 when one of them is stale. A new table is a function of this folder and a line in `TABLES`.
@@ -65,7 +65,17 @@ TABLES: Tables = {
         resources.matrix_kernels,
         resources.memory_savings,
         resources.memory_savings_at_16x128,
+        reference.adapter_types,
+        reference.architectures,
         reference.calibration,
+        reference.command_line,
+        reference.defaults_of_methods,
+        reference.device_profiles,
+        reference.method_descriptions,
+        reference.methods,
+        reference.refused_adapter_types,
+        reference.refused_architectures,
+        reference.settings,
         studies.runs_table,
     )
 }
@@ -89,10 +99,10 @@ def main(arguments: list[str]) -> int:
 
 def stale_pages(root: Path) -> dict[str, str]:
     """Pages below ``root`` that differ from what they should be, and what that is."""
-    found = {name: (_read(root / name), make()) for name, make in reference.PAGES.items()}
+    found = {}
     for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
-        name, text = page.relative_to(root).as_posix(), _read(page)
-        if name not in found and START in text:
+        name, text = page.relative_to(root).as_posix(), page.read_text(encoding="utf-8")
+        if START in text:
             found[name] = (text, _filled(name, text))
     return {name: wanted for name, (text, wanted) in found.items() if text != wanted}
 
@@ -103,10 +113,6 @@ def _filled(name: str, text: str) -> str:
     except Exception as error:
         error.add_note(f"in {name}")
         raise
-
-
-def _read(page: Path) -> str:
-    return page.read_text(encoding="utf-8") if page.is_file() else ""
 
 
 if __name__ == "__main__":

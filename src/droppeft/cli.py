@@ -78,7 +78,7 @@ def run(
 
     Settings are given as KEY=VALUE, such as data=./reviews or rounds=30, or in a
     .toml file; KEY=VALUE wins over the file. Without settings, method=adaptive is run
-    on the built-in model and data. docs/configuration.md lists all settings.
+    on the built-in model and data. docs/reference/settings.md lists all settings.
     """
     from droppeft.config import load_config
 

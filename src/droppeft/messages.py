@@ -6,7 +6,7 @@ its model, or with a :class:`Failure`. What a method carries from one round to t
 :class:`ServerState`.
 
 All messages are frozen dataclasses of numbers, strings and numpy arrays, so this module needs
-neither torch nor a transport. ``docs/architecture.md`` shows how each method uses them.
+neither torch nor a transport. ``docs/reference/source_code.md`` shows how each method uses them.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Table of adapter types: where their tensors are, what can be set, and which types are refused.
 
-Ours. ``docs/adapters.md`` is generated from this table and from the results of
+Ours. ``docs/reference/adapters.md`` is generated from this table and from the results of
 ``tests/adapter_contract.py``.
 """
 

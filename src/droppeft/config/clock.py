@@ -88,7 +88,7 @@ class ClockConfig(Table):
     profiles: TextList = Field(
         ("jetson_tx2", "jetson_xavier_nx", "jetson_agx_xavier"),
         description="device profiles, assigned to clients in equal shares by the seed; "
-        "[device_profiles.md](device_profiles.md) lists them",
+        "[device profiles](device_profiles.md) lists them",
     )
     custom: dict[str, DeviceProfile] = Field(
         {}, description="further device profiles, each a table `[clock.custom.NAME]`"

@@ -202,7 +202,7 @@ def _check_keys(tree: Mapping[str, Any], place: str) -> None:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or [
                 name for name in sorted(known) if name.endswith(f".{key.rpartition('.')[2]}")
             ]
-            hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists all keys"
+            hint = f"did you mean {near[0]}?" if near else "all are in docs/reference/settings.md"
             raise DroppeftError(f"unknown key {key}{place}; {hint}")
 
 

@@ -147,7 +147,7 @@ class PartitionConfig(Table):
 class AdapterConfig(Table):
     """What is trained beside the backbone; a setting that the type does not have is refused."""
 
-    type: str = Field("lora", description="PEFT type; [adapters.md](adapters.md) lists them")
+    type: str = Field("lora", description="PEFT type; [adapter types](adapters.md)")
     rank: Whole | None = Field(None, ge=1, description="rank r, for types that have one")
     alpha: Real | None = Field(
         None,

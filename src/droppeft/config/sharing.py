@@ -26,9 +26,7 @@ class SharingConfig(Table):
         "leave_one_out",
         "random",
         "position",
-    ] = Field(
-        "gradient_norm", description="how layers are scored; [sharing.md](sharing.md) lists them"
-    )
+    ] = Field("gradient_norm", description="how layers are scored; [criteria](layer_criteria.md)")
     hysteresis: Real = Field(
         0.1,
         ge=0,

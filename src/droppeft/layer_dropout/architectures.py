@@ -1,7 +1,7 @@
 """Where the blocks of each architecture are, and what a dropped block has to return.
 
 Source: the model code of transformers 5.23. The tests compare each entry with models that are built
-without the dropped blocks; ``docs/architectures.md`` shows the results.
+without the dropped blocks; ``docs/reference/architectures.md`` shows the results.
 """
 
 from collections.abc import Callable, Mapping

@@ -91,8 +91,8 @@ def _architecture(model: nn.Module, model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise DroppeftError(
             f"layer dropout does not know where the blocks of {type(model).__name__} (model_type "
-            f"{model_type!r}) are; docs/architectures.md lists the {len(ARCHITECTURES)} supported "
-            "types and says how to add one"
+            f"{model_type!r}) are; docs/reference/architectures.md lists the {len(ARCHITECTURES)} "
+            "supported types and says how to add one"
         )
     return ARCHITECTURES[model_type]
 

@@ -1,9 +1,9 @@
 """Personalised layer sharing on the server: what an instruction brings, and how a client chooses.
 
-Source: DropPEFT (arXiv:2503.10217); docs/sharing.md says what is ours. A client gets the global
-values of the layers that it shared in its last participation; the other layers are personal and in
-its client state. After its local training the client chooses the layers that it shares next, by the
-rule in the instruction.
+Source: DropPEFT (arXiv:2503.10217); docs/concepts/layer_sharing.md says what is ours. A client gets
+the global values of the layers that it shared in its last participation; the other layers are
+personal and in its client state. After its local training the client chooses the layers that it
+shares next, by the rule in the instruction.
 """
 
 from dataclasses import replace

@@ -163,7 +163,7 @@ def _summary(answer: Answer, shown: int) -> str:
     return (
         f"{fitting} of {len(answer.options)} combinations fit{least}. run: layers that run in a "
         f"step, at most; ckpt: gradient checkpointing. All modelled, activations as on {kernels}; "
-        "freed memory that malloc does not return is not counted (docs/costs.md)."
+        "memory that malloc does not return is not counted (docs/reference/cost_estimates.md)."
     )
 
 
