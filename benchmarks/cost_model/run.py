@@ -15,9 +15,9 @@ per step of this machine are fitted to its fp32 cells by
 `droppeft.costs.modelled_clock.calibrated`; errors are those of the fit. Quantised weights are
 excluded, because their kernels have another speed, and so are weights that are mapped from a file.
 
-Writes the tables `result` (a row per cell) and `trials`, `study.json`, and
-`docs/figures/cost_model`. About an hour on 2 cores, nothing else running. `--cells WORD` measures
-only cells with this in their name again, `--draw` only draws.
+Writes the tables `result` (a row per cell) and `trials`, and `study.json`; `make results` draws
+them. About an hour on 2 cores, nothing else running. `--cells WORD` measures only cells with this
+in their name again.
 """
 
 import argparse
@@ -25,12 +25,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.study import about, read_table, read_values, was_measured, write_table, write_values
 from droppeft.config import Config, load_config, resolve
@@ -41,7 +36,6 @@ from droppeft.resources.profile_run import ProfileRun
 from droppeft.resources.profiling import in_fresh_process
 
 NAME = "cost_model"
-FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/cost_model"
 STEPS = 3
 SETTINGS = ("accelerator=cpu", "threads=1", "dropout.protect_first=0", "dropout.protect_last=0")
 MODELS = {
@@ -152,37 +146,6 @@ def unlike(cell: str) -> bool:
     return "bit" in cell or "offload" in cell
 
 
-def draw(result: Sequence[Mapping[str, Any]]) -> None:
-    """Modelled against measured, with the line on which they are equal and 10 % on either side."""
-    mpl.rcParams["svg.hashsalt"] = "droppeft"
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    panels = (
-        ("memory of a step, GB", "measured_bytes", "modelled_bytes", 1e9),
-        ("time of a step, s (speed fitted by model)", "step_s", "step_modelled_s", 1.0),
-    )
-    colours = dict(zip(MODELS, ("#00798c", "#edae49", "#d1495b"), strict=True))
-    for axis, (title, across, up, unit) in zip(axes, panels, strict=True):
-        rows = [row for row in result if row[up] and row[across]]
-        for model, colour in colours.items():
-            points = [row for row in rows if row["cell"].startswith(model)]
-            pairs = [(row[across] / unit, row[up] / unit) for row in points]
-            axis.plot(*zip(*pairs, strict=True), "o", color=colour, label=model) if pairs else None
-        ends = [f(row[across] / unit for row in rows) for f in (min, max)]
-        axis.plot(ends, ends, color="black", linewidth=0.8)
-        for factor in (0.9, 1.1):
-            axis.plot(ends, [end * factor for end in ends], color="black", linewidth=0.5, ls=":")
-        axis.set(title=title, xlabel="measured", ylabel="modelled", xscale="log", yscale="log")
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            one.set_major_formatter("{x:g}")
-            one.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
-    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
-
-
 def write(chosen: Mapping[str, Sequence[str]], trials: Mapping[str, Sequence[ProfileRun]]) -> None:
     """Add measured cells to those in the result."""
     known = was_measured(NAME)
@@ -218,14 +181,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2, help="trials per cell that measure time")
     parser.add_argument("--cells", default="", help="only cells with this in their name")
-    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
     arguments = parser.parse_args()
-    if not arguments.draw:
-        chosen = {name: words for name, words in cells().items() if arguments.cells in name}
-        write(chosen, measure(chosen, arguments.repeats))
-    result = read_table(NAME)
-    draw(result)
-    for row in result:
+    chosen = {name: words for name, words in cells().items() if arguments.cells in name}
+    write(chosen, measure(chosen, arguments.repeats))
+    for row in read_table(NAME):
         time = "" if row["time_error"] is None else f"  time {row['time_error']:+.1%}"
         print(f"{row['cell']:40} memory {row['memory_error']:+.1%}{time}")
 

@@ -1,25 +1,19 @@
-"""Two methods on AG News over 20 clients: accuracy against wall time, and the loop's overhead.
+"""Two methods on AG News over 20 clients: accuracy, wall time, and the loop's overhead.
 
     DROPPEFT_DATA=../shared/data python -m benchmarks.first_slice.run
 
 Runs `examples/ag_news.toml` with two methods that alternate round by round (fedlora's round 1,
 droppeft's round 1, fedlora's round 2 ...), so that both run under the same load of a shared
-machine. Writes the tables `result` (a row per method) and `rounds`, and draws
-`docs/figures/first_slice.png` and `.svg`; `--draw` only draws the committed result again. About 20
-minutes on 2 cores.
+machine. Writes the tables `result` (a row per method) and `rounds`. About 20 minutes on 2 cores.
 """
 
 import argparse
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib import pyplot as plt
 
 from benchmarks.study import about, read_table, write_table, write_values
 from droppeft.config import load_config
@@ -30,7 +24,6 @@ from droppeft.server.run import start_run
 NAME = "first_slice"
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/ag_news.toml"
-FIGURE = ROOT / "docs/figures/first_slice"
 METHODS = ("fedlora", "droppeft")
 RESULT = (
     *("num_layers", "trainable_parameters", "train_rows", "test_rows", "sampled_test_rows"),
@@ -146,61 +139,14 @@ def overhead(result: Mapping[str, Any]) -> float:
     return float(1 - work / result["host_wall_s"])
 
 
-def draw() -> None:
-    """Accuracy against wall time without evaluation: this machine's, and the slowest client's."""
-    mpl.rcParams["svg.hashsalt"] = "droppeft"
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    clocks = (
-        (
-            "this process, clients one after another",
-            lambda r: r["host_wall_s"] - r["evaluation_wall_s"],
-        ),
-        ("clients in parallel (slowest client)", lambda r: r["round_measured_s"]),
-    )
-    for axis, (title, seconds) in zip(axes, clocks, strict=True):
-        draw_clock(axis, seconds)
-        axis.axhline(0.86, color="black", linewidth=0.8, linestyle=":")
-        axis.text(0, 0.865, "target .86", fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("measured seconds, evaluation excluded")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy on 1,000 test texts")
-    axes[0].legend(loc="lower right")
-    figure.suptitle("AG News, 20 clients, 5 per round, Dirichlet alpha 1, one seed")
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
-    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
-
-
-def draw_clock(axis: Any, seconds: Callable[[Mapping[str, Any]], float]) -> None:
-    """Both methods' curves over one clock."""
-    styles = {"fedlora": ("#4c566a", "--", "o"), "droppeft": ("#d1495b", "-", "s")}
-    every = read_table(NAME, "rounds")
-    for result in read_table(NAME):
-        color, line, marker = styles[result["variant"]]
-        rows = [row for row in every if row["variant"] == result["variant"]]
-        axis.plot(
-            [0, *accumulate(seconds(row) for row in rows)],
-            [result["initial_accuracy"], *(row["global_accuracy"] for row in rows)],
-            color=color,
-            linestyle=line,
-            marker=marker,
-            markersize=4,
-            label=result["variant"],
-        )
-
-
 def main() -> None:
-    """Run, or draw again; further arguments are overrides, as for ``droppeft run``."""
+    """Run both; arguments are overrides, as for ``droppeft run``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
     parser.add_argument("settings", nargs="*", help="key=value")
     arguments = parser.parse_args()
-    if not arguments.draw:
-        with tempfile.TemporaryDirectory() as folder:
-            run_both(Path(folder), arguments.settings)
-            collect(Path(folder))
-    draw()
+    with tempfile.TemporaryDirectory() as folder:
+        run_both(Path(folder), arguments.settings)
+        collect(Path(folder))
     for row in read_table(NAME):
         print(
             f"{row['variant']:9} accuracy {row['global_accuracy']:.4f}"

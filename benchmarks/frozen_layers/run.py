@@ -8,8 +8,8 @@ in the last L - m layers without a cache, with the first use of a row (its hidde
 computed alone and stored), and with a later use (they are on the disk), each at full depth and
 with half of the layers behind the frozen ones dropped in every step. Beside it the limit: the
 share of the layers that still run. All measured, on one thread; ratios to LoRA in all layers of
-the same repeat. Writes the tables `result` and `repeats`, `study.json` and
-`docs/figures/frozen_layers.png`.
+the same repeat. Writes the tables `result` and `repeats`, and `study.json`; `make results` draws
+them.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -42,7 +40,6 @@ from droppeft.training.loop import Step, train
 
 NAME = "frozen_layers"
 CACHE = StateCache("fp16", 1 << 30)
-FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/frozen_layers"
 SHARES = (0, 1 / 4, 1 / 2, 3 / 4)
 VISITS = ("no cache", "first visit", "later visit")
 
@@ -215,72 +212,17 @@ def write(subject: Subject, repeats: int, found: dict[str, Any], data: Path) -> 
     write_values(NAME, {**about(NAME, data=data), "models": models})
 
 
-def draw() -> None:
-    """Step time and stored bytes against the share of frozen layers, with the limit."""
-    mpl.rcParams["svg.hashsalt"] = "droppeft"
-    models, result = read_values(NAME)["models"], read_table(NAME)
-    names = list(models)
-    figure, axes = plt.subplots(
-        2, len(names), figsize=(5 * len(names), 7), sharex=True, sharey="row", layout="constrained"
-    )
-    styles = {
-        "no cache": ("#4c566a", "o", "LoRA in the last layers, no cache"),
-        "first visit": ("#2e7d8c", "s", "first visit, states kept"),
-        "later visit": ("#d1495b", "^", "later visit"),
-    }
-    for column, name in zip(np.atleast_2d(axes.T), names, strict=True):
-        model = models[name]
-        rows = [row for row in result if row["model"] == name]
-        depth = model["layers"]
-        for axis, key in zip(column, ("time_ratio", "stored_ratio"), strict=True):
-            axis.plot([0, 1], [1, 0], color="black", linestyle=":", linewidth=1)
-            axis.text(0.62, 0.41, "limit", rotation=-38, fontsize=8)
-            for visit, (color, marker, label) in styles.items():
-                for halved, line in ((False, "-"), (True, "--")):
-                    arms_ = [
-                        arm
-                        for arm in rows
-                        if bool(arm["dropped"]) == halved
-                        and arm["visit"] in (visit, VISITS[0] if arm["frozen"] == 0 else visit)
-                    ]
-                    axis.plot(
-                        [arm["frozen"] / depth for arm in arms_],
-                        [arm[key] for arm in arms_],
-                        color=color,
-                        marker=marker,
-                        markersize=5,
-                        linestyle=line,
-                        label=label + (", half of the rest dropped" if halved else ""),
-                    )
-            axis.grid(alpha=0.3)
-            axis.set_ylim(0, 1.08)
-        column[0].set_title(
-            f"{name}, {model['batch_size']} x {model['length']} tokens", fontsize=10
-        )
-        column[1].set_xlabel("share of layers that are frozen")
-    axes.T.flat[0].set_ylabel("step time, LoRA in all layers = 1")
-    axes.T.flat[1].set_ylabel("stored bytes, LoRA in all layers = 1")
-    handles, labels = axes.T.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
-    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
-
-
 def main() -> None:
-    """Measure and draw, or draw what was measured."""
+    """Measure the models asked for, and write each as it finishes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with deep12")
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if not arguments.draw:
-        for name in arguments.models:
-            found = measure(SUBJECTS[name], arguments.data, arguments.repeats)
-            write(SUBJECTS[name], arguments.repeats, found, arguments.data)
-    draw()
+    for name in arguments.models:
+        found = measure(SUBJECTS[name], arguments.data, arguments.repeats)
+        write(SUBJECTS[name], arguments.repeats, found, arguments.data)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ CUDA base weights are bf16 and the forward runs under autocast.
 
 Every shape is written as it finishes, beside what is there: to the table of its part, to
 `sliced_pairs` and `peers_pairs` (a row per pair of steps), and to `study.json`, which has a command
-and a machine for each. Then `docs/figures/layer_dropout_cost.png` and `.svg` are drawn; `--draw`
-only draws the committed result again. About 15 minutes on 2 cores, nothing else running.
+and a machine for each. About 15 minutes on 2 cores, nothing else running; `make results` draws it.
 """
 
 import argparse
@@ -30,14 +29,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from scipy.stats import binom
 
 from benchmarks.layer_dropout_cost.peers import (
@@ -82,7 +78,6 @@ from droppeft.layer_dropout import layer_rates, protected_ends
 from droppeft.layer_dropout.dropout import gates_of_step
 
 NAME = "layer_dropout_cost"
-FIGURE = Path(__file__).resolve().parents[2] / "docs/figures/layer_dropout_cost"
 RATES = (0.0, 0.25, 0.5, 0.75)
 SHAPES = {
     "cpu": ("bert-large:1x64", "llama-1b:1x32"),
@@ -331,73 +326,8 @@ def write(entry: Mapping[str, Any], tables: Found) -> None:
     write_values(NAME, {"schema_version": SCHEMA_VERSION, "measured": [*others, entry]})
 
 
-def draw() -> None:
-    """Cost of the gates, what dropping saves, and what 50 steps store."""
-    mpl.rcParams["svg.hashsalt"] = "droppeft"
-    figure, (cost, saved, steps) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    sliced = [row for row in read_table(NAME, "sliced") if row["accelerator"] == "none"]
-    for number, name in enumerate(dict.fromkeys(row["model"] for row in sliced)):
-        rows = [row for row in sliced if row["model"] == name]
-        draw_sliced(cost, saved, name, rows, number)
-    cost.axhspan(0.97, 1.03, color="black", alpha=0.07, label="within 3 %")
-    cost.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    cost.set_title("a step with gates / the sliced model's", fontsize=10)
-    saved.plot((0, 0.75), (1, 0.25), color="black", linewidth=0.8, linestyle=":", label="1 − rate")
-    saved.set_title("time and stored bytes / full depth", fontsize=10)
-    draw_peaks(steps)
-    for axis in (cost, saved):
-        axis.set_xlabel("mean drop rate")
-        axis.set_xticks(RATES)
-    for axis in (cost, saved, steps):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE.with_suffix(".png"), dpi=130)
-    figure.savefig(FIGURE.with_suffix(".svg"), metadata={"Date": None})
-
-
-def draw_sliced(
-    cost: Any, saved: Any, name: str, rows: Sequence[Mapping[str, Any]], number: int
-) -> None:
-    color, marker = (("#4c566a", "o"), ("#d1495b", "s"), ("#2a9d8f", "^"))[number]
-    rates = [row["rate"] for row in rows]
-    for axis, key, shift in ((cost, "wall_to_sliced", 0.012 * number), (saved, "wall_to_full", 0)):
-        middle = [row[key] for row in rows]
-        reach = [
-            [row[key] - row[f"{key}_low"] for row in rows],
-            [row[f"{key}_high"] - row[key] for row in rows],
-        ]
-        axis.errorbar(
-            [rate + shift for rate in rates],
-            middle,
-            reach,
-            color=color,
-            marker=marker,
-            markersize=4,
-            linestyle="none" if axis is cost else "-",
-            capsize=3,
-            label=name if axis is cost else f"{name}, time",
-        )
-    shares = [row["bytes_to_full"] for row in rows]
-    saved.plot(rates, shares, color=color, linestyle="--", label=f"{name}, bytes")
-
-
-def draw_peaks(axis: Any) -> None:
-    styles = {"exact": ("#d1495b", "-"), "bernoulli": ("#4c566a", "--")}
-    [peaks] = [one for one in read_values(NAME)["measured"] if one["part"] == "peaks"]
-    rows = read_table(NAME, "peaks")
-    for sampling, (color, line) in styles.items():
-        shares = [
-            row["stored_bytes"] / peaks["bytes_full"] for row in rows if row["sampling"] == sampling
-        ]
-        axis.plot(shares, color=color, linestyle=line, linewidth=1.2, label=sampling)
-    axis.set_ylim(0, 1)
-    axis.set_xlabel("step")
-    axis.set_title("stored bytes / full depth, mean rate .5", fontsize=10)
-
-
 def main() -> None:
-    """Measure the parts asked for, write each as it finishes, draw."""
+    """Measure the parts asked for, and write each as it finishes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, help="one part; CUDA has `sliced` alone")
     parser.add_argument(
@@ -405,15 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", help="of `sliced`: ARCHITECTURE:BATCHxTOKENS")
     parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--draw", action="store_true", help="only draw the committed result")
     arguments = parser.parse_args()
-    if not arguments.draw:
-        run(arguments)
-    if {"sliced", "peaks"} <= {one["part"] for one in read_values(NAME)["measured"]}:
-        draw()
-
-
-def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     shapes = {
         "sliced": arguments.shapes or SHAPES[arguments.device],

@@ -189,33 +189,28 @@ def recommendations(data: Sequence[str], rows: Sequence[Mapping[str, str]]) -> s
 
     Args:
         data: names of data sets that all these studies have; memory and traffic are the first's.
-        rows: study, variant, what the user sets, and where it fails.
+        rows: study, variant, the setting's name, and where it fails.
     """
-    shown = [
-        ("setting", *(f"accuracy, {name}" for name in data)),
-        ("sooner than FedLoRA", "memory", "traffic", "where it fails"),
-    ]
-    return markdown_table(
-        [head for part in shown for head in part], [_recommended(data, **row) for row in rows]
-    )
+    columns = ("setting", "accuracy", "sooner than FedLoRA", "memory", "traffic", "where it fails")
+    return markdown_table(columns, [_recommended(data, **row) for row in rows])
 
 
 def _recommended(
     data: Sequence[str], study: str, variant: str, setting: str, fails: str
 ) -> Sequence[str]:
-    found = {
+    by_data = {
         Path(part.data).name: row
         for part in read_parts(study).parts
         for row in part.rows
         if row.variant == variant
     }
-    first = found[data[0]]
-    traffic = ((first.upload_bytes or 0) + (first.download_bytes or 0)) / 1e6
+    found = [by_data[name] for name in data]
+    traffic = ((found[0].upload_bytes or 0) + (found[0].download_bytes or 0)) / 1e6
     return (
         setting,
-        *(_share(accuracy.mean) if (accuracy := found[name].accuracy) else "–" for name in data),
-        ", ".join(_cell("speed-up", found[name]) for name in data),
-        COLUMNS["activations"](first),
+        ", ".join(_share(row.accuracy.mean if row.accuracy else None) for row in found),
+        ", ".join(_cell("speed-up", row) for row in found),
+        COLUMNS["activations"](found[0]),
         f"{traffic:.1f} MB",
         fails,
     )

@@ -1,6 +1,6 @@
 """Tables about the configurator: policies on real and on simulated problems, and what it takes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
@@ -55,7 +55,6 @@ COLUMNS = (
     "early",
     "regret",
     "to target",
-    "over the best arm",
     "whole run",
     "layers run",
 )
@@ -84,7 +83,7 @@ def policies(study: str, variants: Sequence[str] | None = None) -> str:
     best = _best_arm(times)
     early = min(map(_whole, records))
     lines = [
-        _line(variant, by_variant, times, best, early)
+        _line(variant, by_variant, times[variant].values(), best, early)
         for variant in (variants or by_variant)
         if variant not in REMOVED
     ]
@@ -129,17 +128,13 @@ def _best_arm(times: Mapping[str, Mapping[int, float | None]]) -> str:
 def _line(
     variant: str,
     by_variant: Runs,
-    times_of: Mapping[str, Mapping[int, float | None]],
+    times: Collection[float | None],
     best: str,
     early: float,
 ) -> tuple[str, ...]:
-    runs, of_best, times = by_variant[variant], by_variant[best], times_of[variant]
+    runs, of_best = by_variant[variant], by_variant[best]
     results = [outcome_of(run) for run in runs.values()]
-    there = [time for time in times.values() if time is not None]
-    ratios = [
-        "–" if time is None or (least := times_of[best][seed]) is None else f"{time / least:.2f}"
-        for seed, time in times.items()
-    ]
+    there = [time for time in times if time is not None]
     lost = [_at(of_best[seed], early) - _at(run, early) for seed, run in runs.items()]
     return (
         NAMES.get(variant, variant),
@@ -147,7 +142,6 @@ def _line(
         spread([_at(run, early) for run in runs.values()]),
         "–" if variant == best else _regret(lost),
         f"{fmean(there):.2f} s" if len(there) == len(times) else f"{len(there)} of {len(times)}",
-        ", ".join(ratios),
         f"{fmean(_whole(run) for run in runs.values()):.2f} s",
         f"{fmean(result['mean_active_layers'] for result in results):.2f}",
     )

@@ -102,33 +102,6 @@ def _changes(grid: Found, rate: str) -> list[tuple[str, ...]]:
     return lines
 
 
-def coverage() -> str:
-    """How many of a round's clients trained the layer that the fewest trained."""
-    grid, _ = read_grid_and_long()
-    lines = []
-    for steps in sorted({setting.steps for setting in grid}):
-        for rate in RATES:
-            rows = [
-                row
-                for setting, own in grid.items()
-                if setting.steps == steps
-                for run in own[rate].values()
-                for row in run.rows
-            ]
-            clients = [min(row["coverage"]) / row["accepted"] for row in rows]
-            had = [min(row["layer_steps"]) / (row["accepted"] * steps) for row in rows]
-            lines.append(
-                (
-                    f"{steps} steps, {rate} dropped",
-                    f"{fmean(clients):.1%}",
-                    f"{min(clients):.0%}",
-                    f"{fmean(had):.0%}",
-                )
-            )
-    columns = ("", "coverage", "least", "steps of the layer with the fewest")
-    return markdown_table(columns, lines)
-
-
 def gaps_in_time() -> str:
     """The gap after a third, two thirds and the end of long runs."""
     _, long = read_grid_and_long()

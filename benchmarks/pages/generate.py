@@ -35,7 +35,6 @@ TABLES: Tables = {
         configurator.policies,
         configurator.rewards,
         configurator.simulated_policies,
-        convergence.coverage,
         convergence.gaps_by_factor,
         convergence.gaps_by_setting,
         convergence.gaps_in_time,

@@ -159,6 +159,15 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+NAMES = {
+    "half, bernoulli": "half, independent gates",
+    "third, per turn": "third, one draw per local training",
+    "third, decay": "third, lower layers more",
+    "third, incremental": "third, upper layers more",
+    "third, double rate": "third, twice the learning rate",
+}
+"""Conditions whose recorded name uses a word that the page does not."""
+
 Cell = dict[int, dict[str, Row]]
 """Measurements of a condition by seed, after equal steps and after equal work."""
 
@@ -184,7 +193,7 @@ def quality(model: str, conditions: Sequence[str] | None = None) -> str:
 
 def _quality_row(condition: str, found: Cell, full: Cell) -> Sequence[str]:
     return (
-        condition,
+        NAMES.get(condition, condition),
         str(len(found)),
         _accuracy("steps", found, full),
         _accuracy("work", found, full),

@@ -72,24 +72,23 @@ def outcome_of(run: RunRecord) -> Row:
 
 def runs_table(studies: Sequence[str]) -> str:
     """What was run: data, clients, rounds, seeds and machine of each comparison."""
-    columns = ("study", "data", "clients", "rounds", "Dirichlet alpha", "seeds", "a run took", "on")
+    columns = ("study", "data", "clients", "rounds", "seeds", "a run took")
     return markdown_table(columns, map(_about, studies))
 
 
 def _about(name: str) -> Sequence[str]:
     study, records = read_compared(name)
     results = [outcome_of(one) for one in records if one.result is not None]
-    walls = sorted(result["host_wall_s"] for result in results)
-    data = dict.fromkeys(Path(one.data).name for one in records)
+    seconds = sorted(result["host_wall_s"] for result in results)[len(results) // 2]
+    machines = dict.fromkeys(processor(one["machine"]) for one in results)
+    alphas = _each(results, "alpha")
     return (
         f"`{name}`",
-        ", ".join(data),
-        f"{_each(results, 'clients')}, {_each(results, 'cohort_size')} a round",
+        ", ".join(dict.fromkeys(Path(one.data).name for one in records)),
+        f"{_each(results, 'clients')}, {_each(results, 'cohort_size')} a round; alpha {alphas}",
         f"{_each(results, 'rounds')} of {_each(results, 'local_steps')} steps",
-        _each(results, "alpha"),
         _seeds(study, records),
-        f"{walls[len(walls) // 2]:.0f} s",
-        " and ".join(dict.fromkeys(processor(one["machine"]) for one in results)),
+        f"{seconds:.0f} s on {' or '.join(machines)}",
     )
 
 
