@@ -17,8 +17,6 @@ from droppeft.config import AdapterConfig, Config
 from droppeft.costs.modelled_clock import Clock
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import scheduled_rates
-from droppeft.layer_dropout.schedules import PART
 from droppeft.messages import (
     AdapterSpec,
     Budget,
@@ -146,12 +144,6 @@ def adapter_spec(chosen: AdapterConfig, num_layers: int, frozen: int = 0) -> Ada
         tokens=chosen.tokens,
         options=tuple(sorted(chosen.options.items())),
     )
-
-
-def scheduled_in_round(setup: Setup, round: int, rates: Sequence[float]) -> tuple[float, ...]:
-    """Return the drop rates of a round, following the schedule of the run."""
-    dropout, progress = setup.config.dropout, (round - 1) / setup.config.rounds
-    return scheduled_rates(rates, dropout.schedule, progress, PART)
 
 
 def start_with(setup: Setup, adapter: AdapterSpec) -> ServerState:

@@ -60,7 +60,7 @@ def first(prepared: Prepared) -> Instruction:
 def with_rule(
     instruction: Instruction, criterion: str = "gradient_norm", **changes: Any
 ) -> Instruction:
-    rule = SharingRule(criterion, 0.5, 0.0, 8, None)
+    rule = SharingRule(criterion, 0.5, 0.0, None)
     return replace(instruction, sharing=replace(rule, **changes))
 
 
@@ -201,7 +201,7 @@ def test_leave_one_out_is_the_loss_without_the_change_of_the_layer(
     clients: Clients, first: Instruction
 ) -> None:
     reply = update_of(clients, with_rule(first, "leave_one_out"))
-    client_model, rows = clients[0].model, clients[1].rows.validation[:8]
+    client_model, rows = clients[0].model, clients[1].rows.validation[:32]
     trained = {**reply.tensors, **load_tensors(client_folder(RUN, 1), 1)}
 
     def loss(tensors: Any) -> float:

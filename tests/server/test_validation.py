@@ -66,7 +66,7 @@ def test_a_tensor_that_the_instruction_did_not_send_may_come_back() -> None:
     assert why_refused(instruction, update, layout(instruction.adapter)) is None
 
 
-CHOOSING = replace(INSTRUCTION, sharing=SharingRule("gradient_norm", 0.25, 0.0, 8, None))
+CHOOSING = replace(INSTRUCTION, sharing=SharingRule("gradient_norm", 0.25, 0.0, None))
 CHOSEN = {
     "shared": (1,),
     "scores": (0.4, 0.3, 0.2, 0.1),

@@ -23,11 +23,11 @@ from droppeft.federated_method import (
     apply_mean,
     evaluation_only,
     full_instruction,
-    scheduled_in_round,
     start_with,
     uniform_adapter,
 )
-from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends
+from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
+from droppeft.layer_dropout.schedules import PART
 from droppeft.messages import Instruction, LayerDropout, Reply, ServerState, Update, flatten
 from droppeft.methods.personal_layers import (
     check_fraction,
@@ -107,9 +107,8 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
         DroppeftError: as :func:`configured_rates`.
     """
     config = setup.config
-    return scheduled_in_round(
-        setup, round, configured_rates(config.dropout, setup.num_layers, config.frozen.count)
-    )
+    rates = configured_rates(config.dropout, setup.num_layers, config.frozen.count)
+    return scheduled_rates(rates, config.dropout.schedule, (round - 1) / config.rounds, PART)
 
 
 def _instruct(
