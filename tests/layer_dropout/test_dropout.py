@@ -531,10 +531,14 @@ ONLY_TORCH = """
 import importlib.abc, sys
 from types import SimpleNamespace
 
+ALLOWED = {  # torch with all that it requires
+    'torch', 'torchgen', 'functorch', 'filelock', 'typing_extensions', 'setuptools', 'sympy',
+    'mpmath', 'networkx', 'jinja2', 'markupsafe', 'fsspec', 'droppeft', *sys.stdlib_module_names,
+}
+
 class BlockImports(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {'transformers', 'peft', 'accelerate', 'datasets', 'trl',
-                                  'tokenizers', 'safetensors', 'pydantic', 'flwr'}:
+        if name.split('.')[0] not in ALLOWED:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, BlockImports())
