@@ -153,6 +153,7 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
     assert [up is None for up, _ in framed(begun)] == [True, False, False, False]
 
 
+@pytest.mark.full
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
