@@ -5,7 +5,7 @@ there until one fails: first their part of ``make test``, then what is part of `
 alone. A row of the table says which of the two noticed the error, and the test
 that did. If the text that a mutation replaces is no longer in its file, the row says so.
 
-All tests must pass without a mutation. It takes half an hour on two cores. It writes
+All tests must pass without a mutation. It takes about ten minutes on two quiet cores. It writes
 ``study.json`` and ``result.csv.gz`` in its folder; with ``--only WORD`` it runs the mutations whose
 description or file contains the word, prints their rows, and writes nothing.
 """
