@@ -274,6 +274,7 @@ def test_the_command_where_everything_is_broken(tmp_path: Path) -> None:
     assert "Not ready" in done.stdout
 
 
+@pytest.mark.full
 def test_the_command_where_versions_cannot_be_compared(tmp_path: Path) -> None:
     break_modules(tmp_path, "packaging", "torch")
     done = real(tmp_path, "--json", PYTHONPATH=str(tmp_path))

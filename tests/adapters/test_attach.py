@@ -204,6 +204,7 @@ def test_plain_peft_loads_an_export_and_computes_the_same(tmp_path: Path) -> Non
     assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n"
 
 
+@pytest.mark.full
 def test_an_export_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     processes = [

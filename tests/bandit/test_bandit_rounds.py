@@ -454,6 +454,7 @@ def test_a_resumed_run_continues_with_the_saved_memory(
     assert len({*rewards}) > 1
 
 
+@pytest.mark.sample("epsilon_greedy")
 @pytest.mark.parametrize("policy", ["epsilon_greedy", "sliding_window_ucb", "uniform_random"])
 def test_every_policy_completes_a_run(
     policy: str, tiny_overrides: list[str], tmp_path: Path

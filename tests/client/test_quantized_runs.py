@@ -71,6 +71,7 @@ def as_left_by(out: Path) -> tuple[Any, Any]:
     return client_model.model, prepared.loaded.backbone.tokenizer
 
 
+@pytest.mark.sample("8bit")
 def test_a_run_learns_and_the_same_seed_leaves_the_same_bytes(
     finished: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_run_learns_and_the_same_seed_leaves_the_same_bytes(
     assert outcome(again) == outcome(out)
 
 
+@pytest.mark.sample("4bit")
 def test_a_resumed_run_leaves_the_same_bytes(finished: tuple[str, Path], tmp_path: Path) -> None:
     _, out = finished
     again = tmp_path / "run"
@@ -94,6 +96,7 @@ def test_a_resumed_run_leaves_the_same_bytes(finished: tuple[str, Path], tmp_pat
     assert outcome(again) == outcome(out)
 
 
+@pytest.mark.sample("4bit")
 def test_other_bits_are_another_model(finished: tuple[str, Path], tmp_path: Path) -> None:
     _, out = finished
     other = tmp_path / "run"
@@ -132,6 +135,7 @@ def test_the_card_loads_the_same_bits_and_the_same_adapter(
     assert f"with its linear maps in {quantization[0]} bits (bitsandbytes) |" in card
 
 
+@pytest.mark.sample("4bit")
 def test_a_merged_model_has_the_dequantized_weights(
     finished: tuple[str, Path], tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def whole_model(model: nn.Module, compiler: Compiler) -> Any:
 GRAPHS = {forwards: 2, blocks: 2, entries_of_the_list: 2, whole_model: 8}
 
 
+@pytest.mark.sample("blocks", "whole_model")
 @pytest.mark.parametrize("way", GRAPHS, ids=lambda way: way.__name__)
 def test_gates_of_compiled_blocks_can_change(way: Callable[..., Any], compiler: Compiler) -> None:
     plain, model = lora_model("bert"), lora_model("bert")
@@ -181,6 +182,7 @@ def test_the_readme_s_code_with_texts_of_any_length(compiler: Compiler) -> None:
     assert compiler.graphs <= 6
 
 
+@pytest.mark.sample("non-reentrant")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointed_blocks_are_recomputed_as_they_ran(
     compiler: Compiler, reentrant: bool

@@ -135,6 +135,7 @@ def test_momentum_applies_to_droppeft_too() -> None:
     assert state.model.tensors[3]["layer.3.A"][0] == pytest.approx(8.6)
 
 
+@pytest.mark.sample("droppeft")
 @pytest.mark.parametrize("method", ["fedlora", "droppeft"])
 def test_a_resumed_run_has_the_saved_moments(
     method: str, tiny_overrides: list[str], tmp_path: Path

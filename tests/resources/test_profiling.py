@@ -91,6 +91,7 @@ def test_random_rows_have_the_configured_length_except_one_with_padding(folder: 
     assert (single.columns["input_ids"] != again[:16]).any()
 
 
+@pytest.mark.full
 def test_memory_in_use_is_what_is_estimated() -> None:
     """A small batch on the built-in model: within 10 %; benchmarks/cost_model has more."""
     overrides = (
@@ -269,6 +270,7 @@ assert peak_resident_bytes() - before < 40e6
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.full
 def test_freed_memory_is_returned() -> None:
     """Freed blocks of a megabyte between blocks in use, which glibc's heap keeps by default."""
     program = """

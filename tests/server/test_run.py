@@ -388,7 +388,7 @@ def two_rows(out: Path) -> bool:
     return ledger.exists() and ledger.read_text().count("\n") >= 2
 
 
-@pytest.mark.sample("two_rows")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "ready", [lambda out: (out / "checkpoints" / "round-00001.safetensors").exists(), two_rows]
 )

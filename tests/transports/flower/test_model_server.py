@@ -98,6 +98,7 @@ def test_one_process_answers_all_and_ends_with_its_supernode(
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
+@pytest.mark.full
 def test_after_one_has_died_another_is_started(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:

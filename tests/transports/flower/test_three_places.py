@@ -142,6 +142,7 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
     assert comparable(begun) == comparable(sharing_run)
 
 
+@pytest.mark.full
 def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
