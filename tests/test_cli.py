@@ -190,9 +190,13 @@ def test_a_run_on_the_screen(droppeft: Command, tiny_overrides: list[str], tmp_p
     assert (output.code, output.err) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-droppeft")
-    assert f"result, ledger and checkpoints: runs/{folder.name}" in output.out
+    assert output.out.startswith("loading PyTorch and transformers …\n")
+    assert f"\nresults  runs/{folder.name}" in output.out
+    assert "\ntime     less than a minute" in output.out
     assert output.out.count("\nround ") == 3
-    assert "Result" in output.out
+    result = json.loads((folder / "result.json").read_text())
+    assert " ".join(result["conclusion"]) in " ".join(output.out.split())
+    assert "\x1b" not in output.out
 
 
 def test_a_quiet_run_prints_one_line(
@@ -223,7 +227,7 @@ def test_resuming_a_finished_run_reports_it(
     output = droppeft("resume", "run", "--quiet")
     assert output == Output(0, f"{accuracy_line(result)}\n", "")
     shown = droppeft("resume", "run")
-    assert "Result" in shown.out
+    assert "Conclusion" in shown.out
     assert shown.err == "droppeft: run is finished already; its result:\n"
 
 

@@ -151,6 +151,7 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
     text = shown(result, rows)
     _, _, end = text.partition("Conclusion\n")
     words = " ".join(end.split())
+    assert f"The {len(rows)} rounds took " in words
     assert words.startswith(" ".join(result["conclusion"]))
     commands = [line.strip() for line in end.splitlines() if line.startswith("    ")]
     assert commands == [

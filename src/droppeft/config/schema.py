@@ -345,7 +345,7 @@ class EvaluationConfig(Table):
 
     every: Whole = Field(1, ge=1, description="rounds between evaluations")
     rows: Whole = Field(
-        1000, ge=1, description="test rows of a round's evaluation, the same in every round"
+        500, ge=1, description="test rows of a round's evaluation, the same in every round"
     )
     batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
     personalised: bool = Field(

@@ -26,7 +26,8 @@ def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
         folder: of the run; ``None`` leaves the commands out.
     """
     parts: list[RenderableType] = [table(result), Text("Conclusion", style="bold")]
-    parts += [Padding(Text(sentence), (0, 2)) for sentence in result["conclusion"]]
+    time = f"The {result['rounds']} rounds took {seconds_text(result['host_wall_s'])} here."
+    parts += [Padding(Text(sentence), (0, 2)) for sentence in (*result["conclusion"], time)]
     if folder is not None:
         parts += [
             Text(""),

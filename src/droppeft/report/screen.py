@@ -27,7 +27,12 @@ BAR_WIDTH = 18
 
 
 class Screen:
-    """A listener that shows a run on a terminal; use it as a context manager around the run."""
+    """A listener that prints a run; use it as a context manager around the run.
+
+    Args:
+        console: where it prints; with a terminal it also shows progress bars.
+        folder: of the run; ``None`` for other commands, which only show their steps.
+    """
 
     def __init__(self, console: Console | None = None, folder: Path | None = None) -> None:
         self.console = console or Console()
@@ -53,12 +58,12 @@ class Screen:
         self._progress.stop()
 
     def preparing(self, what: str) -> None:
-        """Show a step outside the rounds; without a terminal, as a line."""
+        """Show a step outside the rounds; of a run without a terminal, as a line."""
         self._progress.stop()
         if self.console.is_terminal:
             self._status.update(f"{what} …")
             self._status.start()
-        else:
+        elif self._folder is not None:
             self.console.print(Text(f"{what} …"))
 
     def started(self, about: Mapping[str, Any], rows: "list[RoundRow]") -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from droppeft.quantities import bytes_text, percent, seconds_text
+from droppeft.quantities import bytes_text, percent
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
 
 MARGIN = 0.01
@@ -14,6 +14,8 @@ MARGIN = 0.01
 
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     """Return the sentences about a run's quality, trend, clients' models, failures and cost.
+
+    Measured times are left out, so that a repeated run has the same sentences.
 
     Args:
         result: content of ``result.json``.
@@ -101,8 +103,7 @@ def _failures(rows: Sequence[RoundRow]) -> str | None:
 
 def _cost(result: Mapping[str, Any]) -> str:
     return (
-        f"The {result['rounds']} rounds took {seconds_text(result['host_wall_s'])} on this "
-        f"machine. All clients together sent {bytes_text(result['upload_bytes'])} and received "
+        f"All clients together sent {bytes_text(result['upload_bytes'])} and received "
         f"{bytes_text(result['download_bytes'])}; a training step stored at most "
         f"{bytes_text(result['activation_bytes_peak'])} for its backward pass."
     )
