@@ -6,6 +6,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from studies import outcome_of, runs_of, shown_settings, spread
 from tables import markdown_table, processor, read_compared, read_table, read_values, was_compared
 
@@ -61,8 +62,6 @@ COLUMNS = (
     "idle",
     "layers run",
 )
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""97.5 % quantiles of Student's t, by the number of seeds."""
 REWARD_HEAD = """\
 
 ### What the policies saw
@@ -235,9 +234,9 @@ def _regret(points: Sequence[float]) -> str:
     if not points:
         return "–"
     mean = 100 * fmean(points)
-    if len(points) not in T_95:
+    if len(points) == 1:
         return f"{mean:.1f}"
-    half = 100 * T_95[len(points)] * stdev(points) / len(points) ** 0.5
+    half = 100 * stats.t.ppf(0.975, len(points) - 1) * stdev(points) / len(points) ** 0.5
     return f"{mean:.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 

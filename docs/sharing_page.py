@@ -51,10 +51,11 @@ of smaller fractions.
   not change. `coverage` in `rounds.jsonl` says how many clients sent each layer; `shared` and
   `scores` in `clients.jsonl` say what each client chose. A layer that did not run in a local
   training is not sent and has the score 0; `shared` lists it as it was before.
-- **On the client** the personal tensors are stored in `$DROPPEFT_STATE`, else in `droppeft` in
-  `$XDG_STATE_HOME` or `~/.local/state`. There is one file per local training, written atomically,
-  with a checksum and the names of run, client and round; only its owner can read it. While a layer
-  is personal, it is in no message and in no checkpoint. When it becomes shared, its values are
+- **On the client** the personal tensors are stored in `$DROPPEFT_STATE`, else in `droppeft` in the
+  platform's folder for states (on Linux `$XDG_STATE_HOME` or `~/.local/state`). There is one file
+  per local training, written atomically, with a checksum and the names of run, client and round;
+  only its owner can read it. While a layer is personal, it is in no message and in no
+  checkpoint. When it becomes shared, its values are
   sent, and with them what it has learnt before. The server says from which participation the next
   local training begins, so a lost or late reply, a killed process or a server that goes back to an
   older checkpoint change nothing. If a file is gone or damaged, the client fails in that round,
