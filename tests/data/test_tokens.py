@@ -42,7 +42,7 @@ def same(one: TokenTable, other: TokenTable) -> bool:
 
 @pytest.mark.parametrize("table", [SINGLE, PAIRED], ids=["single", "paired"])
 def test_rows_are_what_the_tokenizer_gives_one_by_one(table: TextTable, tokenizer: Any) -> None:
-    result = tokenise(table, tokenizer, 6, None)
+    result = tokenise(table, tokenizer, 6)
     assert len(result) == len(table)
     for row, text in enumerate(table.texts):
         pair = table.pairs[row] if table.pairs else None
@@ -58,57 +58,15 @@ def test_rows_are_what_the_tokenizer_gives_one_by_one(table: TextTable, tokenize
 
 
 def test_the_block_size_does_not_matter(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tokenise(SINGLE, tokenizer, 6, None)
+    whole = tokenise(SINGLE, tokenizer, 6)
     monkeypatch.setattr(tokens, "BLOCK_ROWS", 2)
-    assert same(tokenise(SINGLE, tokenizer, 6, None), whole)
+    assert same(tokenise(SINGLE, tokenizer, 6), whole)
 
 
-def test_padding_of_an_earlier_call_is_not_stored(tokenizer: Any) -> None:
-    fresh = tokenise(SINGLE, tokenizer, 6, None)
+def test_padding_of_an_earlier_call_changes_nothing(tokenizer: Any) -> None:
+    fresh = tokenise(SINGLE, tokenizer, 6)
     tokenizer(list(SINGLE.texts), padding="max_length", max_length=20)
-    assert same(tokenise(SINGLE, tokenizer, 6, None), fresh)
-
-
-def test_the_cache_returns_what_was_tokenised(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = tokenise(PAIRED, tokenizer, 6, tmp_path)
-    monkeypatch.setattr(tokens, "_tokenise", lambda *_: pytest.fail("tokenised again"))
-    tokenizer("other", padding="max_length", max_length=9)  # changes the tokenizer's state
-    assert same(tokenise(PAIRED, tokenizer, 6, tmp_path), fresh)
-
-
-def test_labels_are_never_those_of_the_cache(tokenizer: Any, tmp_path: Path) -> None:
-    tokenise(PAIRED, tokenizer, 6, tmp_path)
-    other = TextTable(PAIRED.texts, PAIRED.pairs, np.array([0, 1]))
-    assert tokenise(other, tokenizer, 6, tmp_path).labels.tolist() == [0, 1]
-
-
-def test_everything_that_changes_tokens_is_part_of_the_key(tokenizer: Any, tmp_path: Path) -> None:
-    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    other.add_tokens(["seven"])
-    left = AutoTokenizer.from_pretrained(tokenizer.name_or_path, truncation_side="left")
-    tokenise(PAIRED, tokenizer, 6, tmp_path)
-    tokenise(PAIRED, tokenizer, 7, tmp_path)
-    tokenise(PAIRED, other, 6, tmp_path)
-    tokenise(PAIRED, left, 6, tmp_path)
-    tokenise(TextTable(PAIRED.texts, None, PAIRED.labels), tokenizer, 6, tmp_path)
-    tokenise(TextTable(PAIRED.texts[::-1], PAIRED.pairs, PAIRED.labels), tokenizer, 6, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
-
-
-@pytest.mark.parametrize("damage", ["empty", "half", "flipped bit"])
-def test_a_damaged_cache_is_replaced(tokenizer: Any, tmp_path: Path, damage: str) -> None:
-    fresh = tokenise(SINGLE, tokenizer, 6, tmp_path)
-    [file] = tmp_path.iterdir()
-    whole = file.read_bytes()
-    ids = fresh.columns["input_ids"].tobytes()
-    flipped = whole.replace(ids, bytes([ids[0] ^ 1]) + ids[1:])
-    half = whole[: len(whole) // 2]
-    file.write_bytes({"empty": b"", "half": half, "flipped bit": flipped}[damage])
-    assert file.read_bytes() != whole
-    assert same(tokenise(SINGLE, tokenizer, 6, tmp_path), fresh)
-    assert file.read_bytes() == whole
+    assert same(tokenise(SINGLE, tokenizer, 6), fresh)
 
 
 ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=150).flatmap(
@@ -189,7 +147,7 @@ def test_a_padded_batch() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_is_the_tokenizers_own(tokenizer: Any, side: Literal["right", "left"]) -> None:
-    table = tokenise(PAIRED, tokenizer, 8, None)
+    table = tokenise(PAIRED, tokenizer, 8)
     batch = pad_batch(table, np.array([0, 1]), tokenizer.pad_token_id, side)
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path, padding_side=side)
     expected = other(
@@ -202,15 +160,10 @@ def test_padding_is_the_tokenizers_own(tokenizer: Any, side: Literal["right", "l
 class _NoSpecialTokens:
     """A tokenizer without special tokens, as a decoder's: an empty text has no tokens."""
 
-    class backend_tokenizer:
-        @staticmethod
-        def to_str() -> str:
-            return "none"
-
     def __call__(self, texts: list[str], pairs: Any, **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[1] * len(text) for text in texts]}
 
 
 def test_a_text_without_tokens_is_refused() -> None:
     with pytest.raises(DroppeftError, match="text 2 has no tokens"):
-        tokenise(SINGLE, _NoSpecialTokens(), 6, None)
+        tokenise(SINGLE, _NoSpecialTokens(), 6)

@@ -20,7 +20,7 @@ from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction
-from droppeft.runs.folder import check_free
+from droppeft.runs.folder import LOCK, check_free, locked
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
@@ -239,6 +239,7 @@ def test_resuming_reports_earlier_rounds_and_runs_the_others(
 def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(out / "checkpoints")
+    (out / LOCK).unlink()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     listener = Recorder()
     result = resume_run(out, listener)
@@ -259,6 +260,18 @@ def test_a_second_process_is_refused(tiny_overrides: list[str], tmp_path: Path) 
     listener = Intruder()
     start_run(load_config(None, tiny_overrides), out, listener)
     assert len(listener.rows) == 3
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DroppeftError, match="file: cannot be locked"), locked(tmp_path / "file"):
+        pass
+
+
+def test_a_lock_is_private_and_can_be_taken_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path):
+            assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o600]
 
 
 def test_data_that_changed_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from platformdirs import user_state_path
+
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
@@ -37,20 +39,19 @@ class StateLost(DroppeftError):
 
 
 def state_dir() -> Path:
-    """Return ``$DROPPEFT_STATE``, else ``droppeft`` in ``$XDG_STATE_HOME`` or ``~/.local/state``.
+    """Return ``$DROPPEFT_STATE``, or else ``droppeft`` in the platform's folder for states.
 
-    Saved states cannot be computed again, so droppeft never deletes the folder of a run.
+    That is ``$XDG_STATE_HOME`` or ``~/.local/state`` on Linux. Saved states cannot be computed
+    again, so droppeft never deletes the folder of a run.
 
     Raises:
         DroppeftError: ``$DROPPEFT_STATE`` is a relative path, whose meaning would depend on the
             working directory.
     """
-    if path := os.environ.get("DROPPEFT_STATE"):
-        if not Path(path).is_absolute():
-            raise DroppeftError(f"DROPPEFT_STATE={path} is not an absolute path; write it in full")
-        return Path(path)
-    parent = Path(os.environ.get("XDG_STATE_HOME") or "")
-    return (parent if parent.is_absolute() else Path.home() / ".local" / "state") / "droppeft"
+    path = Path(os.environ.get("DROPPEFT_STATE") or user_state_path("droppeft"))
+    if not path.is_absolute():
+        raise DroppeftError(f"DROPPEFT_STATE={path} is not an absolute path; write it in full")
+    return path
 
 
 def client_folder(run: str, client: int) -> Path:

@@ -15,7 +15,6 @@ from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
-from droppeft.data.cache import cache_dir
 from droppeft.data.partition import ClientRows, partition_rows
 from droppeft.data.sources import load_text
 from droppeft.data.texts import TextData, TextTable
@@ -79,9 +78,8 @@ def load(config: Config, say: Say) -> Loaded:
 
 
 def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
-    """Tokenise texts for the backbone, or read the tokens from the cache."""
-    max_length = loaded.config.training.max_length
-    return tokenise(texts, loaded.backbone.tokenizer, max_length, cache_dir())
+    """Tokenise texts for the backbone."""
+    return tokenise(texts, loaded.backbone.tokenizer, loaded.config.training.max_length)
 
 
 def clients_of(loaded: Loaded) -> tuple[Client, ...]:

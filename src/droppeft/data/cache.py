@@ -1,21 +1,21 @@
-"""The cache folder, for files that can be rebuilt. Ours, after the XDG base directories."""
+"""The cache folder, for files that can be rebuilt."""
 
 import contextlib
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from droppeft.files import write_atomically
 
 
 def cache_dir() -> Path:
-    """Return ``$DROPPEFT_CACHE``, or else ``droppeft`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$DROPPEFT_CACHE``, or else ``droppeft`` in the platform's folder for caches.
 
-    The folder may not exist yet; :func:`store` creates it.
+    That is ``$XDG_CACHE_HOME`` or ``~/.cache`` on Linux. The folder may not exist yet;
+    :func:`store` creates it.
     """
-    if folder := os.environ.get("DROPPEFT_CACHE"):
-        return Path(folder)
-    parent = os.environ.get("XDG_CACHE_HOME")
-    return (Path(parent) if parent else Path.home() / ".cache") / "droppeft"
+    return Path(os.environ.get("DROPPEFT_CACHE") or user_cache_path("droppeft"))
 
 
 def store(path: Path, content: bytes) -> None:

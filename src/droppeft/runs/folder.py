@@ -3,7 +3,6 @@
 Ours.
 """
 
-import fcntl
 import json
 import os
 import tempfile
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from droppeft.config import Config, to_toml
 from droppeft.errors import DroppeftError
@@ -20,6 +21,7 @@ from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.ledger import SCHEMA_VERSION
 
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
+LOCK = ".lock"
 
 
 def check_free(out: Path) -> None:
@@ -80,14 +82,15 @@ def locked(out: Path) -> Iterator[None]:
     """Lock a run's folder against other processes; the lock ends with this process at the latest.
 
     Raises:
-        DroppeftError: another process has locked it.
+        DroppeftError: another process has locked it, or this one cannot write in it.
     """
-    handle = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DroppeftError(f"{out}: another process is working on this run") from None
+        lock = FileLock(out / LOCK, mode=0o600).acquire(blocking=False)
+    except Timeout:
+        raise DroppeftError(f"{out}: another process is working on this run") from None
+    except OSError as error:
+        raise DroppeftError(
+            f"{out}: cannot be locked ({error.strerror}); make it writable"
+        ) from None
+    with lock:
         yield
-    finally:
-        os.close(handle)

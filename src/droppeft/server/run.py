@@ -119,11 +119,11 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
     out = out.resolve()
     if not (out / CONFIG).is_file():
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
+    if (out / RESULT).exists():
+        result = read_result(out)
+        listener.finished(result)
+        return result
     with locked(out):
-        if (out / RESULT).exists():
-            result = read_result(out)
-            listener.finished(result)
-            return result
         config = load_config(out / CONFIG)
         check_settings(config)
         memory_type = method_named(config.method).memory_type

@@ -8,7 +8,6 @@ or when it has received no message for some time.
 Run as ``python -m droppeft.transports.flower.model_server SOCKET WATCHED_PID``.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure
@@ -132,7 +133,7 @@ def _connection(place: Path) -> Iterator[Connection]:
     """Connect to the model server at a socket, and start it if there is none."""
     connection = _connect(place)
     if connection is None:
-        with _locked(place.parent / "lock"):
+        with FileLock(place.parent / "lock", mode=0o600):
             connection = _connect(place) or _start(place)
     with connection:
         yield connection
@@ -176,16 +177,6 @@ def _folder() -> Path:
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise DroppeftError(f"{folder} can be entered by other users; remove it")
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _log_of(place: Path) -> Path:
