@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -26,11 +26,7 @@ def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
     for name, text in _rows(about, folder):
         grid.add_row(name, Text(text))
     title = Text.assemble(("droppeft", "bold"), f" · {about['method']} · seed {about['seed']}")
-    parts: list[RenderableType] = [title, grid]
-    if about["builtin_data_as_published"] is False:
-        warning = "other library versions than the published ones: accuracies are not comparable"
-        parts.append(Text(warning, style="yellow"))
-    return Group(*parts)
+    return Group(title, grid)
 
 
 def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
