@@ -283,7 +283,7 @@ def test_a_continued_run_says_after_which_round(
 ) -> None:
     text = shown(result, rows, earlier=2)
     assert "continuing after round 2" in text
-    assert [line[:7] for line in text.splitlines() if line.startswith("round")] == ["round 3"]
+    assert [line[:7] for line in text.splitlines() if line.startswith("round ")] == ["round 3"]
 
 
 @pytest.mark.parametrize(
