@@ -89,7 +89,7 @@ def test_references_in_docstrings_are_links(site: Path) -> None:
     for page in (site / "reference" / "python").glob("*.html"):
         assert not re.search(r":\w+:<code>|:\w+:`", page.read_text(encoding="utf-8")), page
     page = (site / "reference" / "python" / "layer_dropout.html").read_text(encoding="utf-8")
-    assert 'href="#droppeft.layer_dropout.blocks.find_stacks"' in page
+    assert 'href="#droppeft.layer_dropout.find_stacks"' in page
 
 
 def test_the_landing_page_counts_correctly() -> None:
