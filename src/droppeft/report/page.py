@@ -3,10 +3,12 @@
 The page has no script and loads nothing. It follows the browser's light or dark colour scheme.
 """
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from droppeft.comparison.study_files import (
     STUDY,
@@ -49,34 +51,9 @@ PAGE, FIGURES = "report.html", "figures"
 MANY = 12
 """A group with more figures is folded away until the reader opens it."""
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2125; --soft: #5b6470; --line: #d8dde3;
-  --ground: #ffffff; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4af; --line: #333b44;
-  --ground: #14171a; --panel: #1c2126; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; color: var(--ink);
-  background: var(--ground); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem; }
-p, summary { color: var(--soft); max-width: 48rem; }
-figure { margin: 1rem 0; padding: .8rem; background: var(--panel); border-radius: .6rem; }
-.panels { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); }
-.panels > div { max-width: 40rem; }
-.wide + .wide { margin-top: 1.2rem; }
-figure svg { width: 100%; height: auto; color: var(--ink); display: block; }
-figure svg text { font-family: system-ui, sans-serif; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
-td:first-child, th:first-child { text-align: left; }
-details { margin: .6rem 0; } pre { overflow-x: auto; background: var(--panel); padding: .8rem;
-  border-radius: .6rem; font-size: .85rem; }
-.failed { color: #c2410c; }
-"""
+TEMPLATE = Environment(
+    loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
+).get_template("page.html")
 
 GROUPS = {
     tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
@@ -107,14 +84,22 @@ def write_page(folder: Path) -> Path:
     require("report", "the page")
     title, study, records = read_folder(folder)
     parts = summary(study, records)
-    sections: list[str] = []
+    sections: list[dict[str, Any]] = []
     drawn: dict[str, Any] = {}
     for number, part in enumerate(parts):
         runs = [one for one in records if one.place == (part.data, part.model)]
         made = figures(part, runs)
         sections.append(_section(part, made))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
-    text = _page(title, [_conclusion(folder), *sections], records)
+    text = TEMPLATE.render(
+        title=title,
+        variants=len({one.variant for one in records}),
+        seeds=len({one.seed for one in records}),
+        conclusion=_conclusion(folder),
+        sections=sections,
+        settings=_settings(records),
+        many=MANY,
+    )
     for name, figure in drawn.items():
         path = folder / FIGURES / name
         path.parent.mkdir(exist_ok=True)
@@ -142,56 +127,32 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
     raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
 
 
-def _conclusion(folder: Path) -> str:
+def _conclusion(folder: Path) -> Sequence[str]:
     """The sentences of a run's result; nothing for a comparison."""
     if not (folder / RESULT).is_file():
-        return ""
-    return "".join(f"<p>{html.escape(text)}</p>\n" for text in read_result(folder)["conclusion"])
+        return ()
+    sentences: Sequence[str] = read_result(folder)["conclusion"]
+    return sentences
 
 
-def _page(title: str, sections: Sequence[str], records: Sequence[RunRecord]) -> str:
-    shown = html.escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{shown}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>\n<h1>{shown}</h1>\n{_lead(records)}"
-        f"{''.join(sections)}{_settings(records)}</body></html>\n"
-    )
+def _section(part: Part, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows of a part."""
 
+    def drawn(names: Iterable[str]) -> list[Markup]:
+        return [_inline(svg(made[name])) for name in names if name in made]
 
-def _lead(records: Sequence[RunRecord]) -> str:
-    variants = len({one.variant for one in records})
-    seeds = len({one.seed for one in records})
-    counts = f"{variants} variant{'s' * (variants > 1)}, {seeds} seed{'s' * (seeds > 1)}."
-    return (
-        f"<p>{counts} <em>Modelled</em> times are computed from device profiles, with all "
-        "clients in parallel; <em>measured</em> times are those of the machine of the "
-        "run, as if the clients had worked in parallel.</p>\n"
-    )
+    def starting(*prefixes: str) -> list[Markup]:
+        return drawn(name for name in made if name.startswith(prefixes))
 
-
-def _section(part: Part, made: Mapping[str, Any]) -> str:
-    shown = "".join(
-        _group([made[name] for name in names if name in made], _caption(names, caption, part))
-        for names, caption in GROUPS.items()
-    )
-    configurator = _group(
-        [made[name] for name in made if name.startswith((f"{RATES}-", f"{SHARES}-"))],
-        "What the configurator chose, mean over seeds. An arm says which share of the layers "
-        "above <code>frozen.layers</code> is not trained, and how many of the trained ones are "
-        "dropped; arms also differ by pattern, in the order of the legend.",
-    )
-    coverage = _group(
-        [made[name] for name in made if name.startswith((f"{COVERAGE}-", f"{IMPORTANCE}-"))],
-        "Share of each round's merged clients that sent a layer, mean over seeds: layers that are "
-        "personal, dropped or not trained are not sent. Beside it the gradient norms of the "
-        "layers' adapters.",
-    )
-    failed = "".join(f'<p class="failed">{html.escape(line)}</p>' for line in failures(part))
-    noted = "".join(f"<p>{html.escape(line)}</p>\n" for line in notes(part))
-    title = f"<h2>{html.escape(heading(part))}</h2>\n"
-    tables = _table(part, QUALITY) + _table(part, (*TIMES, *COSTS[1:]))
-    return f"{title}{tables}{noted}{failed}{shown}{configurator}{coverage}"
+    return {
+        "heading": heading(part),
+        "tables": [_table(part, QUALITY), _table(part, (*TIMES, *COSTS[1:]))],
+        "notes": notes(part),
+        "failures": failures(part),
+        "groups": [(drawn(names), _caption(names, text, part)) for names, text in GROUPS.items()],
+        "arms": starting(f"{RATES}-", f"{SHARES}-"),
+        "layers": starting(f"{COVERAGE}-", f"{IMPORTANCE}-"),
+    }
 
 
 def _caption(names: Sequence[str], caption: str, part: Part) -> str:
@@ -204,44 +165,24 @@ def _caption(names: Sequence[str], caption: str, part: Part) -> str:
     return f"{caption}{dotted}{named if variants > NAMED else ''}"
 
 
-def _group(drawn: Sequence[Any], caption: str) -> str:
-    if not drawn:
-        return ""
-    least = 20 if len(drawn) == 3 else 26  # three figures in a row, otherwise two
-    panels = "".join(f"<div>{_inline(svg(figure))}</div>" for figure in drawn)
-    shown = (
-        f'<figure><div class="panels" style="--least: {least}rem">{panels}</div>'
-        f"<figcaption>{caption}</figcaption></figure>\n"
-    )
-    if len(drawn) <= MANY:
-        return shown
-    return f"<details><summary>{len(drawn)} figures: {caption}</summary>{shown}</details>\n"
-
-
-def _inline(text: str) -> str:
+def _inline(text: str) -> Markup:
     """An SVG element without XML header and fixed size, whose ink is the page's text colour."""
     start = text.index("<svg")
     end = text.index(">", start)
     opening = " ".join(
         word for word in text[start:end].split() if not word.startswith(("width=", "height="))
     )
-    return (opening + text[end:]).replace(INK, "currentColor")
+    return Markup((opening + text[end:]).replace(INK, "currentColor"))
 
 
-def _table(part: Part, columns: Sequence[str]) -> str:
-    """An HTML table of the columns that are not empty."""
+def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with the columns that are not empty."""
     cells = {name: COLUMNS[name] for name in columns}
     known = {n: cell for n, cell in cells.items() if {cell(row) for row in part.rows} != {"–"}}
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in known)
-    texts = ([html.escape(cell(row)) for cell in known.values()] for row in part.rows)
-    lines = "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in texts)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-        "</div>\n"
-    )
+    return list(known), [[cell(row) for cell in known.values()] for row in part.rows]
 
 
-def _settings(records: Sequence[RunRecord]) -> str:
+def _settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Common settings, each variant's further ones, library versions and machine."""
     by_variant = {run.variant: run.settings for run in records}
     common = set.intersection(*map(set, by_variant.values()))
@@ -254,13 +195,7 @@ def _settings(records: Sequence[RunRecord]) -> str:
         if results:
             known = results[0][key].items()
             parts.append((title, [f"{name} = {value}" for name, value in known]))
-    blocks = "".join(
-        f"<details><summary>{html.escape(title)}</summary><pre>"
-        + html.escape("\n".join(lines))
-        + "</pre></details>\n"
-        for title, lines in parts
-    )
-    return f"<h2>Settings, versions, machine</h2>\n{blocks}"
+    return parts
 
 
 def _places(records: Sequence[RunRecord]) -> list[str]:
