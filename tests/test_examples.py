@@ -1,9 +1,10 @@
-"""The examples run, and the code and commands in the README are valid."""
+"""The examples run, and the code and commands in the README and the pages are valid."""
 
 import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from droppeft.cli import _split
 from droppeft.config import load_config
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
+from droppeft.models.loading import builtin_model_folder
 from droppeft.server.run import start_run
 from runs import Recorder
 from tiny import tiny_model
@@ -50,34 +52,52 @@ def test_ag_news(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (result["classes"], result["test_rows"]) == (4, 40)
 
 
-def readme_commands() -> list[str]:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    found = [line.partition("  #")[0].strip() for line in lines]
-    return [line for line in found if line.startswith("droppeft run")]
+def commands() -> list[str]:
+    """Return the `droppeft run` commands of the README and the pages, each once."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(
+        page.read_text(encoding="utf-8").replace("\\\n", "")
+        for page in pages
+        # Decisions say what was valid when they were made; the other page adds a method.
+        if page.parent.name != "decisions" and page.name != "write_a_method.md"
+    )
+    found = (re.split(r" #| --", line)[0].strip() for line in text.splitlines())
+    runs = {line for line in found if re.match(r"droppeft run( |$)", line)}
+    return sorted(line for line in runs if not line.endswith("..."))
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(readme_commands()) > 10
+def test_the_pages_have_commands() -> None:
+    assert len(commands()) > 30
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_readme_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     path, overrides = _split(shlex.split(command)[2:])
+    if path == Path("my.toml"):  # shown on the page of settings
+        overrides = ["method=droppeft", *overrides]
     check_settings(load_config(path if path and path.exists() else None, overrides))
 
 
-def readme_code(part: str) -> str:
-    """Return the only Python block in the README that contains ``part``."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(page: str, part: str) -> str:
+    """Return the only Python block of a page that contains ``part``."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     [code] = [block for block in blocks if part in block]
     return str(code)
 
 
+TUTORIAL = "docs/tutorials/layer_dropout_in_trainer.md"
+
+
 @pytest.mark.parametrize(
-    ("part", "noun"), [("layer_dropout(model", "dropout"), ("gated(blocks)", "gates")]
+    ("page", "part", "noun"),
+    [
+        ("README.md", "layer_dropout(model", "dropout"),
+        (TUTORIAL, "layer_dropout(model", "dropout"),
+        (TUTORIAL, "gated(blocks)", "gates"),
+    ],
 )
-def test_the_readme_s_loops_run(part: str, noun: str) -> None:
+def test_the_loops_of_a_page_run(page: str, part: str, noun: str) -> None:
     import torch
 
     model = tiny_model(4).train()
@@ -86,22 +106,30 @@ def test_the_readme_s_loops_run(part: str, noun: str) -> None:
     batches = [{"input_ids": ids, "labels": torch.tensor([0, 1])}] * 3
     before = [value.detach().clone() for value in model.classifier.parameters()]
     names = {"model": model, "optimizer": optimizer, "batches": batches}
-    exec(readme_code(part), names)
+    exec(code_of(page, part), names)
     assert sum(names[noun].executed) == 3 * 2  # half of four layers
     assert not any(map(torch.equal, before, model.classifier.parameters()))
     assert all("forward" not in vars(block) for block in find_blocks(model)[1])
 
 
-def test_the_readme_s_trainer_runs(tmp_path: Path) -> None:
-    import torch
-    from transformers import TrainingArguments
-
-    model = tiny_model(4)
-    rows = [{"input_ids": torch.tensor([1, 2, row]), "labels": row % 2} for row in range(8)]
-    settings = {"max_steps": 10, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
-    args = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", **settings)
-    names = {"model": model, "args": args, "rows": rows}
-    exec(readme_code("LayerDropoutCallback"), names)
-    logged = [row["active_layers"] for row in names["trainer"].state.log_history if "loss" in row]
-    assert logged == [2.0] * 7 + [4.0] * 3
-    assert all("forward" not in vars(block) for block in find_blocks(model)[1])
+@pytest.mark.full
+def test_the_trainer_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the built-in model instead of that of the Hub, fewer steps and fewer rows."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"text {row} about {row % 4},{'abcd'[row % 4]}" for row in range(320)]
+    Path("news.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    code = code_of(TUTORIAL, "LayerDropoutCallback")
+    replaced = {
+        '"sentence-transformers/all-MiniLM-L6-v2"': repr(str(builtin_model_folder())),
+        "max_steps=100,": "max_steps=4, use_cpu=True,",
+        "logging_steps=20": "logging_steps=1",
+        "eval_steps=50": "eval_steps=4",
+    }
+    for old, new in replaced.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    history = names["trainer"].state.log_history
+    assert [row["active_layers"] for row in history if "loss" in row] == [3.0] * 4
+    assert all("forward" not in vars(block) for block in find_blocks(names["model"])[1])
