@@ -247,10 +247,10 @@ OFFLOAD = "training.offload=true"
 )
 def test_offloading_that_saves_nothing_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(DroppeftError, match=sentence):
-        check_offload(load_config(None, [OFFLOAD, *overrides]))
-    check_offload(load_config(None, overrides))
+        check_offload(load_config(None, [OFFLOAD, *overrides], "droppeft"))
+    check_offload(load_config(None, overrides, "droppeft"))
 
 
 @pytest.mark.parametrize("override", ["frozen.layers=2", "dropout.every=round"])
 def test_offloading_that_saves_is_not_refused(override: str) -> None:
-    check_offload(load_config(None, [OFFLOAD, override]))
+    check_offload(load_config(None, [OFFLOAD, override], "droppeft"))

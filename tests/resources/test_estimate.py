@@ -215,7 +215,7 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
 def test_the_overrides_of_an_option_reproduce_it(tiny: str, overrides: list[str]) -> None:
     one = one_option(tiny, *overrides)
     assert load_config(None, one.overrides) == one.config
-    assert len(one.overrides) <= len(GRID) + len(overrides)
+    assert len(one.overrides) <= len(["method=droppeft", *GRID, *overrides])
 
 
 def test_rates_of_each_layer_are_overrides_too(tiny: str) -> None:
@@ -249,7 +249,7 @@ def test_weights_in_memory_are_those_of_layers_that_local_training_runs(tiny: st
 
 
 def made_up(memory: int, **settings: Any) -> Option:
-    tree: dict[str, Any] = {"dropout": {"mean": 0}}
+    tree: dict[str, Any] = {"method": "droppeft", "dropout": {"mean": 0}}
     for key, value in settings.items():
         *tables, name = key.split("__")
         node = tree
@@ -328,7 +328,7 @@ def test_estimate_shows_what_fits(command: Command, tiny: str) -> None:
     assert code == 0
     assert "fits 2.0 GB" in out
     assert "8 of 8 combinations fit, shown are the 1 with no more savings than necessary" in out
-    assert f"droppeft run {tiny} adapter.type=lora training.batch_size=2 " in out
+    assert f"droppeft run method=droppeft {tiny} adapter.type=lora training.batch_size=2 " in out
 
 
 def test_estimate_in_json(command: Command, tiny: str) -> None:
@@ -414,7 +414,7 @@ def test_the_commands_in_the_readme_are_valid() -> None:
 
 def test_the_settings_of_the_grid_exist() -> None:
     for key in GRID:
-        value_of(Config(), key)
+        value_of(load_config(None, ["method=droppeft"]), key)
 
 
 def test_all_that_fits_can_be_shown(command: Command, tiny: str) -> None:

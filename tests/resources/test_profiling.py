@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(folder: Path, *overrides: str) -> Config:
     ends = ("dropout.protect_first=0", "dropout.protect_last=0")
-    return load_config(None, [f"model={folder}", *SETTINGS, *ends, *overrides])
+    return load_config(None, [f"model={folder}", *SETTINGS, *ends, *overrides], "droppeft")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -99,7 +99,7 @@ def test_memory_in_use_is_what_is_estimated() -> None:
         "training.max_length=64",
         "dropout.mean=0.33333333333333331",
     )
-    config = load_config(None, ["accelerator=cpu", "threads=1", *overrides])
+    config = load_config(None, ["accelerator=cpu", "threads=1", *overrides], "droppeft")
     measured = in_fresh_process(config, 1, release_memory=True)
     assert measured.peak_bytes - measured.process_bytes == pytest.approx(
         option(config, None).memory.model, rel=0.1
@@ -214,7 +214,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
 
 
 def rows_of(*found: RateProfile) -> dict[str, object]:
-    config = load_config(None, ["accelerator=cpu"])
+    config = load_config(None, ["accelerator=cpu"], "droppeft")
     return report.content(config, found, steps=3)
 
 

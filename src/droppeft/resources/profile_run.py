@@ -136,6 +136,7 @@ def _train_small_model(config: Config) -> None:
     """Make the libraries load their code and allocate their caches before the measurement."""
     small = {"batch_size": 2, "max_length": 8}
     config = Config(
+        method=DROPPEFT.name,
         quantization=config.quantization,
         accelerator=config.accelerator,
         training=config.training.model_copy(update=small),
