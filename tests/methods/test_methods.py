@@ -189,7 +189,7 @@ def test_a_whole_run_learns_and_writes_its_files(
     # Three classes in equal parts: chance is a third.
     assert result["initial_accuracy"] < 0.5
     assert result["personalised_clients"] == result["clients"]
-    files = {"checkpoints", "config.toml", "clients.jsonl", "result.json", "rounds.jsonl"}
+    files = {".lock", "checkpoints", "config.toml", "clients.jsonl", "result.json", "rounds.jsonl"}
     if method.has_global_model(load_config(None, overrides)):
         if method.name in WEAK:
             assert adapter_changed(method, overrides, tmp_path / "run")
