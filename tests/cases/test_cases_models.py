@@ -380,11 +380,6 @@ def _phobert(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [_esm, _phobert])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="A tokenizer in Python has no backend to compute the cache's key from.",
-)
 def test_a_tokenizer_in_python_trains_or_is_refused(
     save: Callable[[Path], None], run_tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
