@@ -195,6 +195,7 @@ def test_a_missing_library_is_reported_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     listener = Recorder()
-    with pytest.raises(DroppeftError, match=r"^quantization=8bit needs bitsandbytes; run: "):
+    message = r"^quantization=8bit needs the package bitsandbytes; run: "
+    with pytest.raises(DroppeftError, match=message):
         start_run(load_config(None, ["quantization=8bit"]), tmp_path / "run", listener)
     assert listener.steps == []

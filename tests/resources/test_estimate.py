@@ -402,9 +402,10 @@ def test_a_mistake_is_one_sentence(command: Command, arguments: list[str], sente
     assert len(err.splitlines()) == 1
 
 
-def test_the_commands_in_the_readme_are_valid() -> None:
+def test_the_commands_of_the_pages_are_valid() -> None:
     """Their overrides are settings that exist."""
-    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    pages = (Path(__file__).parents[2] / "docs").glob("*/*.md")
+    lines = [line for page in pages for line in page.read_text("utf-8").splitlines()]
     found = [line.split() for line in lines if line.startswith("droppeft estimate ")]
     assert found
     for line in found:
