@@ -35,6 +35,7 @@ def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith("layers 3 of 6") for line in lines)
 
 
+@pytest.mark.full
 def test_ag_news(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer rounds, clients, steps and texts."""
     monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))

@@ -433,6 +433,7 @@ def resume(_: list[str], out: Path) -> None:
     resume_run(out, Recorder())
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_at_any_moment_ends_the_same(
     overrides: list[str], tmp_path: Path
 ) -> None:

@@ -563,6 +563,7 @@ def test_a_damaged_file_is_reported_and_left(
     assert [path.name for path in tmp_path.iterdir()] == [STUDY]
 
 
+@pytest.mark.full
 def test_seeds_of_a_file_may_be_run_by_separate_calls(
     command: Command, tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from tiny import tiny_model
 
 LAYERS = 3
 PATTERNS = 20
-README = Path(__file__).parents[2] / "README.md"
+TUTORIAL = Path(__file__).parents[2] / "docs/tutorials/layer_dropout_in_trainer.md"
 Batch = dict[str, torch.Tensor]
 
 
@@ -113,7 +113,7 @@ def whole_model(model: nn.Module, compiler: Compiler) -> Any:
 GRAPHS = {forwards: 2, blocks: 2, entries_of_the_list: 2, whole_model: 8}
 
 
-@pytest.mark.sample("blocks", "whole_model")
+@pytest.mark.sample("blocks")
 @pytest.mark.parametrize("way", GRAPHS, ids=lambda way: way.__name__)
 def test_gates_of_compiled_blocks_can_change(way: Callable[..., Any], compiler: Compiler) -> None:
     plain, model = lora_model("bert"), lora_model("bert")
@@ -148,13 +148,14 @@ def test_drawing_gates_is_not_part_of_a_graph(compiler: Compiler) -> None:
 
 
 def recipe(compiler: Compiler) -> str:
-    """Return the code of the README, changed to use the test's backend."""
-    [code] = re.findall(r"```python\n([^`]*?torch\.compile.*?)```", README.read_text(), re.DOTALL)
+    """Return the code of the tutorial, changed to use the test's backend."""
+    page = TUTORIAL.read_text("utf-8")
+    [code] = re.findall(r"```python\n([^`]*?torch\.compile.*?)```", page, re.DOTALL)
     assert code.count("torch.compile(block.forward)") == 1
     return str(code).replace("(block.forward)", "(block.forward, backend=compiler)")
 
 
-def test_the_readme_s_code_with_texts_of_any_length(compiler: Compiler) -> None:
+def test_the_tutorial_s_code_with_texts_of_any_length(compiler: Compiler) -> None:
     """Also evaluates inside the context."""
     plain, model = lora_model("llama"), lora_model("llama")
     plain.config.use_cache = False

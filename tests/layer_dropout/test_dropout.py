@@ -538,7 +538,7 @@ ALLOWED = {  # torch with all that it requires
 
 class BlockImports(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] not in ALLOWED:
+        if name.split('.')[0] not in ALLOWED and not name.startswith('_sysconfigdata'):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, BlockImports())

@@ -331,6 +331,7 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_model_is_trained_alike(tmp_path: Path) -> None:
     """With more than eight patterns, torch's limit of recompilations of a function."""

@@ -124,6 +124,7 @@ def test_the_page_names_data_model_and_settings(compared: Path) -> None:
     assert tomllib.loads(common.replace("seed = 0, 1", ""))["evaluation"]["personalised"] is True
 
 
+@pytest.mark.full
 def test_without_a_target_there_is_a_reason_for_no_times(compared: Path, tmp_path: Path) -> None:
     study, records = read_tables(compared)
     write_tables(tmp_path, replace(study, target=None), records)
@@ -167,6 +168,7 @@ def test_names_of_many_curves_are_not_connected_by_lines(
     assert led - lines() == curves
 
 
+@pytest.mark.full
 def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None:
     """Twenty variants with five seeds: each is named, and the page is a few megabytes large."""
     study, records = read_tables(compared)
@@ -261,6 +263,7 @@ def _undropped(notes: dict[str, Any]) -> dict[str, Any]:
     return {**notes, "rates": [0.0] * len(notes["rates"])} if notes else notes
 
 
+@pytest.mark.full
 def test_many_figures_are_folded_away(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (compared / PAGE).read_text(encoding="utf-8")
     monkeypatch.setattr("droppeft.report.page.MANY", 5)
@@ -271,6 +274,7 @@ def test_many_figures_are_folded_away(compared: Path, monkeypatch: pytest.Monkey
     assert write_page(compared).read_text(encoding="utf-8") == before
 
 
+@pytest.mark.full
 def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
     before = (compared / PAGE).read_bytes()
     write_page(compared)

@@ -45,6 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.full
 def test_profile_from_the_command_line_to_its_files(
     folder: Path,
     tmp_path: Path,

@@ -263,6 +263,7 @@ def test_an_adapter_is_counted_once() -> None:
     assert len(counted) == 1
 
 
+@pytest.mark.full
 def test_equal_models_of_two_runs_are_counted_once(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -432,6 +432,7 @@ def test_a_process_killed_within_the_adapter(
     assert list(out.rglob("*.partial")) == []
 
 
+@pytest.mark.full
 def test_an_interrupted_process_says_how_to_go_on(
     long_words: list[str], long_run: dict[str, Any], tmp_path: Path
 ) -> None:
