@@ -530,19 +530,8 @@ def test_a_step_before_the_first_is_refused(model: Any) -> None:
         assert dropout.step == 0
 
 
-TORCH_REQUIRES = [
-    "torch",
-    "torchgen",
-    "functorch",
-    "filelock",
-    "typing_extensions.py",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "markupsafe",
-    "fsspec",
-]
+TORCH_REQUIRES = ["torch", "torchgen", "functorch", "filelock", "typing_extensions.py", "sympy"]
+TORCH_REQUIRES += ["mpmath", "networkx", "jinja2", "markupsafe", "fsspec"]
 """In site-packages: torch and what it requires."""
 
 ONLY_TORCH = """
