@@ -631,14 +631,15 @@ def test_a_mistake_in_compare_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-STUDIES = [
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks").glob(f"*/{DEFINITION}"))
+RUNNABLE = [
     path
-    for path in sorted((Path(__file__).parents[2] / "benchmarks").glob(f"*/{DEFINITION}"))
+    for path in STUDIES
     if "is the last that can run this file" not in path.read_text(encoding="utf-8")
 ]
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.parent.name)
 def test_the_studies_can_be_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
@@ -662,7 +663,8 @@ def test_every_study_has_results() -> None:
     for path in STUDIES:
         study, records = read_tables(path.parent)
         assert study.definition == path.read_text(encoding="utf-8")
-        assert {*read_comparison(path).variants} == {*study.variants}
+        if path in RUNNABLE:
+            assert {*read_comparison(path).variants} == {*study.variants}
         assert all(one.result is not None and one.rows for one in records)
 
 
