@@ -472,7 +472,7 @@ def begin_and_be_killed(overrides: list[str], out: Path, nth: int, before: bool)
     begin(overrides, out)
 
 
-@pytest.mark.sample("1-True", "4-False")
+@pytest.mark.sample("4-False")
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("nth", [1, 3, 4])
 def test_a_run_that_is_killed_while_a_client_saves_its_layers_ends_the_same(

@@ -170,7 +170,7 @@ def adapter_changed(method: Method, overrides: list[str], out: Path) -> bool:
     )
 
 
-@pytest.mark.sample("droppeft", "adaptive", "fedlora", "fedadapter", "flora", "ditto", "local")
+@pytest.mark.sample("droppeft", "adaptive", "fedlora", "flora", "ditto", "local")
 def test_a_whole_run_learns_and_writes_its_files(
     method: Method, tiny_overrides: list[str], tmp_path: Path
 ) -> None:

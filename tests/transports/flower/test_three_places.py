@@ -122,6 +122,7 @@ def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
     assert _processes() == []
 
 
+@pytest.mark.full  # minutes: Flower starts a process for every message
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
     example: ModuleType,
     tiny_overrides: list[str],
