@@ -166,7 +166,7 @@ def check_runs_folder() -> Finding:
 
 
 def check_cache_folder() -> Finding:
-    """Check the cache folder. Without it every run prepares its data again."""
+    """Check the folder for cached states of frozen layers and for offloaded weights."""
     from droppeft.data.cache import cache_dir
 
     return _folder(cache_dir(), "export DROPPEFT_CACHE=~/droppeft-cache", "note")
