@@ -166,6 +166,7 @@ def update_for(instruction: Instruction, value: float = 5.0, **changes: Any) -> 
             instruction.share,
         ),
         examples=8,
+        targets=changes.get("examples", 8),
         steps=2,
         active_steps=(2, 1, 1, 2),
         importance=(0.1, 0.2, 0.3, 0.4),

@@ -224,7 +224,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         "clients=[1]",
         "transport=true",
         "accelerator=gpu",
-        "target_accuracy=1.0",
+        "target=0",
         "dropout.mean=1.1",
         "dropout.mean=-0.1",
         "dropout.mean=nan",
@@ -309,7 +309,7 @@ def tables() -> st.SearchStrategy[dict[str, object]]:
             "seed": st.integers(0, 2**63 - 1),
             "model": text,
             "clients": st.integers(5, 1000),
-            "target_accuracy": st.floats(0.01, 0.99),
+            "target": st.floats(0.01, 0.99),
             "adapter": st.fixed_dictionaries(
                 {"alpha": st.floats(1e-6, 1e6)},
                 optional={"targets": st.lists(text, min_size=1), "rank": st.integers(1, 64)},

@@ -37,7 +37,7 @@ def count(length: int) -> StepCounts:
     """BERT-base with LoRA in its 12 layers, at one length."""
     config = BertConfig()
     spec = adapter_spec(AdapterConfig.model_validate({}), config.num_hidden_layers)
-    return count_step(FakeModel(config, spec), BATCH, length)
+    return count_step(FakeModel(config, "classification", spec), BATCH, length)
 
 
 def calibrated(flops: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded, clients_of, load
 from droppeft.config import build_config
 from droppeft.models.loading import load_backbone
+from droppeft.tasks.registry import task_named
 from droppeft.transports.flower.client_app import introduce
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.wire_format import pack_reply, unpack_instruction
@@ -33,7 +34,7 @@ def rebuild_and_answer(message: Message, context: Context) -> Message:
     config = loaded.config
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = load_backbone(config.model, loaded.data.label_names, head_seed)
-    model = ClientModel(backbone, config.accelerator, config.seed)
+    model = ClientModel(backbone, task_named(config.task), config.accelerator, config.seed)
     update = replace(clients[instruction.client], model=model).train(instruction)
     return Message(record_of(pack_reply(update)), reply_to=message)
 

@@ -36,6 +36,7 @@ from droppeft.federated_method import local_training
 from droppeft.layer_dropout import sample_active
 from droppeft.messages import AdapterSpec, CachedLayersCost, LayerAdapter, StateCache
 from droppeft.models.loading import load_backbone
+from droppeft.tasks.registry import task_named
 from droppeft.training.loop import Step, train
 
 NAME = "frozen_layers"
@@ -89,7 +90,7 @@ class Stand:
 
     def __init__(self, subject: Subject, data: Path) -> None:
         backbone = load_backbone(subject.path(data), ("a", "b"), seed=0)
-        self.model = ClientModel(backbone, "cpu", seed=0)
+        self.model = ClientModel(backbone, task_named("classification"), "cpu", seed=0)
         self.depth = backbone.num_layers
         rng = np.random.default_rng(0)
         rows, tokens = subject.batch, subject.batch * subject.length

@@ -68,7 +68,7 @@ def accuracies(data: TextData, seed: int, rates: tuple[float, float], pooler: bo
         steps = [Step(task.collate(train_table, chosen), every, 1.0) for chosen in rows[start:stop]]
         train(Trainable(model, blocks, parameters, task), steps, settings)
         everything = np.arange(len(test_table))
-        found.append(evaluate(model, test_table, everything, task, 64).accuracy)
+        found.append(evaluate(model, test_table, everything, task, 64).metrics["accuracy"])
     print([round(value, 3) for value in found], flush=True)
     return found
 

@@ -213,8 +213,8 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
             measured = evaluate(model, dev_table, np.arange(len(dev_table)), task, 64)
             here = {
                 "step": stop,
-                "accuracy": measured.accuracy,
-                "f1": measured.f1,
+                "accuracy": measured.metrics["accuracy"],
+                "f1": measured.metrics["f1"],
                 "loss": measured.loss,
                 "train_loss": outcome.loss,
                 "full_depth_tokens": work,

@@ -17,6 +17,9 @@ from droppeft.comparison.writers import COLUMNS
 HEADS = {"speed-up": "speed-up, modelled", "speed-up (m.)": "speed-up, measured"}
 """Heads of columns that differ from their names in `COLUMNS`."""
 
+CELLS = {**COLUMNS, "accuracy": COLUMNS["quality"]}
+"""Columns by name; all studies so far are about classification, whose quality is accuracy."""
+
 OF_TWO_CLASSES = "F1"
 """A column that is shown for data with two classes only, where several data sets share a table."""
 
@@ -129,7 +132,7 @@ def _shown(part: Part, variants: Sequence[str] | None) -> list[VariantRow]:
 
 def _cell(name: str, row: VariantRow) -> str:
     """A cell as `droppeft compare` shows it; a speed-up says how many seeds reached the target."""
-    cell = COLUMNS[name](row)
+    cell = CELLS[name](row)
     if name in HEADS and cell == "–" and row.reached is not None:
         return f"{row.reached} of {row.seeds} seeds"
     return cell
@@ -208,7 +211,7 @@ def _recommended(
     traffic = ((found[0].upload_bytes or 0) + (found[0].download_bytes or 0)) / 1e6
     return (
         setting,
-        ", ".join(_share(row.accuracy.mean if row.accuracy else None) for row in found),
+        ", ".join(_share(row.quality.mean if row.quality else None) for row in found),
         ", ".join(_cell("speed-up", row) for row in found),
         COLUMNS["activations"](found[0]),
         f"{traffic:.1f} MB",

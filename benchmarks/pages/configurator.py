@@ -12,7 +12,8 @@ from benchmarks.pages.markdown import markdown_table, spread
 from benchmarks.pages.studies import REMOVED, Runs, outcome_of, read_compared, runs_of
 from benchmarks.study import read_table, read_values
 from droppeft.comparison.study_files import RunRecord, Study
-from droppeft.comparison.summary import target_accuracies, time_to_target
+from droppeft.comparison.summary import target_values, time_to_target
+from droppeft.tasks.metrics import ACCURACY
 
 JOINED = {"configurator": ("configurator_agreement",)}
 """Later comparisons whose variants join the table of a study."""
@@ -72,10 +73,10 @@ def policies(study: str, variants: Sequence[str] | None = None) -> str:
     """
     asked, by_variant = _read(study)
     records = [run for runs in by_variant.values() for run in runs.values()]
-    targets = target_accuracies(asked.target, records)
+    targets = target_values(asked.target, records, ACCURACY)
     times = {
         variant: {
-            seed: time_to_target(run, targets.get(seed), "round_modelled_s")
+            seed: time_to_target(run, targets.get(seed), "round_modelled_s", ACCURACY)
             for seed, run in runs.items()
         }
         for variant, runs in by_variant.items()

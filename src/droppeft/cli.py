@@ -207,8 +207,8 @@ def export(
         _leave("stopped; nothing was written", STOPPED)
     measured = (
         "not evaluated in this round"
-        if done.accuracy is None
-        else f"accuracy {done.accuracy:.4f} on {done.rows} test texts"
+        if done.value is None
+        else f"{done.metric} {done.value:.4f} on {done.rows} test texts"
     )
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
 

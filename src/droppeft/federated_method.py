@@ -35,7 +35,7 @@ from droppeft.messages import (
     Update,
     flatten,
 )
-from droppeft.sharing.aggregation import average_over_senders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.server_optimizer import MOMENTS, step
 
 
@@ -243,7 +243,7 @@ def evaluation_only(instruction: Instruction) -> Instruction:
     )
 
 
-def average_by_examples(
+def average_by_targets(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     """Return the state in which each tensor is the mean over the clients that sent it.
@@ -253,7 +253,7 @@ def average_by_examples(
     """
     updates = [reply for reply in replies if isinstance(reply, Update)]
     return apply_mean(
-        setup, state, updates, average_over_senders(state.model.tensors, updates, by_examples)
+        setup, state, updates, average_over_senders(state.model.tensors, updates, by_targets)
     )
 
 

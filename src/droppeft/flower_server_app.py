@@ -23,6 +23,7 @@ from droppeft.resources.model_shape import model_shape
 from droppeft.runs.folder import CONFIG
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.run import resume_run, start_run
+from droppeft.tasks.metrics import primary_metric
 from droppeft.transports.base import Transport
 from droppeft.transports.flower.grid import over_grid
 
@@ -68,7 +69,9 @@ def _check_same(requested: Config, saved: Config, out: Path) -> None:
     requested = resolve(requested, cuda=torch.cuda.is_available())
     requested = method_named(requested.method).adjust(requested)
     if requested.frozen.layers == HALF:
-        requested = resolve_layers(requested, model_shape(requested.model).num_layers)
+        requested = resolve_layers(
+            requested, model_shape(requested.model, requested.task).num_layers
+        )
     if requested != saved.model_copy(update={"transport": requested.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "
@@ -85,6 +88,7 @@ class Log:
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
         """Print what is run."""
+        self._metric = primary_metric(about)
         self._rounds = about["planned_rounds"]
         _say(f"{about['method']}, {about['model']} on {about['data']}, from round {len(rows) + 1}")
 
@@ -92,8 +96,9 @@ class Log:
         """Print nothing; there is a line per round."""
 
     def round_done(self, row: RoundRow) -> None:
-        """Print accuracy, number of updates, seconds and failures of a round."""
-        quality = "" if row.global_accuracy is None else f", accuracy {row.global_accuracy:.3f}"
+        """Print quality, number of updates, seconds and failures of a round."""
+        value = row.quality[self._metric.key("global")]
+        quality = "" if value is None else f", {self._metric.label} {value:.3f}"
         _say(
             f"round {row.round}/{self._rounds}{quality}, {row.accepted} of {len(row.cohort)} "
             f"clients, {row.host_wall_s:.1f} s"
@@ -102,14 +107,16 @@ class Log:
             _say(f"  client {failure['client']}: {failure['reason']}")
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Print the final accuracies and the hash of the adapter."""
-        if result["global_accuracy"] is not None:
-            _say(f"accuracy on {result['test_rows']} test texts {result['global_accuracy']:.4f}")
+        """Print the final quality and the hash of the adapter."""
+        metric = primary_metric(result)
+        value, own = result[metric.key("global")], result.get(metric.key("personalised"))
+        if value is not None:
+            _say(f"{metric.label} on {result['test_rows']} test texts {value:.4f}")
             if result["adapter_sha256"] is not None:
                 _say(f"adapter {result['adapter_sha256']}")
-        if result.get("personalised_accuracy") is not None:
+        if own is not None:
             clients = result["personalised_clients"]
-            _say(f"mean of {clients} clients' own models {result['personalised_accuracy']:.4f}")
+            _say(f"mean of {clients} clients' own models {own:.4f}")
 
 
 def _say(text: str) -> None:

@@ -357,6 +357,8 @@ class Update:
         tensors: trained values by layer, as far as the instruction lets them be sent and the
             client shares them. Layers that ran in no step are left out, as they did not change.
         examples: rows trained on, repetitions counted.
+        targets: predictions trained on: the same rows, or the tokens of completions. It is the
+            update's weight in a mean.
         steps: optimizer steps taken.
         active_steps: per layer, the number of steps in which it ran.
         importance: per layer, the gradient norm of its adapter, mean over its active steps; 0 for
@@ -375,6 +377,7 @@ class Update:
     nonce: str
     tensors: Tensors
     examples: int
+    targets: int
     steps: int
     active_steps: tuple[int, ...]
     importance: tuple[float, ...]
@@ -392,16 +395,14 @@ class EvaluationReply:
     Attributes:
         round, client, nonce: copied from the instruction.
         rows: number of test rows.
-        accuracy: fraction of the rows that is classified correctly.
-        loss: mean cross-entropy over the rows.
+        metrics: the value of each of the task's metrics on these rows.
     """
 
     round: int
     client: int
     nonce: str
     rows: int
-    accuracy: float
-    loss: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_scores_of_gradients_take_no_further_passes(
 ) -> None:
     """Two steps take two forward and two backward passes of the model."""
     passes = {"forward": 0, "backward": 0}
-    backward, forward = torch.Tensor.backward, clients[0].model.task.loss_and_logits
+    backward, forward = torch.Tensor.backward, clients[0].model.task.loss
 
     def counting_backward(*arguments: Any, **options: Any) -> Any:
         passes["backward"] += 1
@@ -138,9 +138,7 @@ def test_scores_of_gradients_take_no_further_passes(
         return forward(*arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "backward", counting_backward)
-    monkeypatch.setattr(
-        type(clients[0].model.task), "loss_and_logits", staticmethod(counting_forward)
-    )
+    monkeypatch.setattr(type(clients[0].model.task), "loss", staticmethod(counting_forward))
     reply = update_of(clients, with_rule(first, criterion))
     assert passes == {"forward": reply.steps, "backward": reply.steps}
 
@@ -565,12 +563,12 @@ def test_the_exported_model_of_any_client_has_the_reported_quality(
     for one in result["personalised"]:
         out = tmp_path / f"own-{one['client']}"
         done = export_run(tmp_path / "run", out, client=one["client"], merge=merge)
-        assert (done.accuracy, done.rows) == (one["accuracy"], one["rows"])
+        assert (done.value, done.rows) == (one["accuracy"], one["rows"])
         found: dict[str, Any] = {}
         exec(done.lines, found)
         rows = clients[one["client"]].rows.test
         measured = evaluate(found["model"], clients[0].table, rows, clients[0].model.task, 64)
-        assert measured.accuracy == one["accuracy"]
+        assert measured.metrics["accuracy"] == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()
         assert f"with which client {one['client']} would start" in card

@@ -19,6 +19,7 @@ from droppeft.models import precision
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
 from droppeft.server.validation import why_refused
+from droppeft.tasks.registry import task_named
 from runs import Recorder, adapter_bytes, rows_of
 from tiny import save_tiny_model
 
@@ -70,7 +71,7 @@ def test_a_client_of_which_every_step_overflowed_is_a_failure_and_the_run_contin
     monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**100)
     instruction, update = train_client_0(prepared)
     layout = prepared.model.layout(instruction.adapter)
-    assert why_refused(instruction, update, layout) == (
+    assert why_refused(instruction, update, layout, task_named("classification")) == (
         "trained on nothing: in every step fp16 overflowed; use training.precision=bf16"
     )
 
@@ -85,7 +86,7 @@ def test_some_skipped_steps_are_no_failure(
     assert (update.steps, update.examples, update.cost.rows) == (3, 8, 12)
     assert max(update.active_steps) == 2
     layout = prepared.model.layout(instruction.adapter)
-    assert why_refused(instruction, update, layout) is None
+    assert why_refused(instruction, update, layout, task_named("classification")) is None
 
 
 # Rehearsals: what a model and an adapter cannot be trained with is found before the run

@@ -28,7 +28,7 @@ from droppeft.comparison.study_files import (
     Target,
     read_tables,
 )
-from droppeft.comparison.summary import summary, target_accuracies
+from droppeft.comparison.summary import summary, target_values
 from droppeft.comparison.writers import (
     COLUMNS,
     CSV,
@@ -43,6 +43,7 @@ from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.server import run as running
 from droppeft.server.run import Interrupted
+from droppeft.tasks.metrics import ACCURACY
 from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
@@ -121,10 +122,10 @@ def test_a_folder_s_name_follows_from_the_configuration() -> None:
         ({"seeds": [1, 1]}, "a seed is listed twice"),
         ({"baseline": "nobody"}, "baseline='nobody' is not one of the variants full, dropped"),
         ({"target": {"variant": "x"}}, "target.variant='x' is not one of the variants"),
-        ({"target": {}}, "give target.accuracy or target.variant"),
+        ({"target": {}}, "give target.value or target.variant"),
         (
             {"target": {"accuracy": 0.5, "variant": "full"}},
-            "give target.accuracy or target.variant",
+            "give target.value or target.variant",
         ),
         ({"targets": {}}, "targets"),
         ({"data_settings": {"x": ["rounds=2"]}}, "'x', which is not in data .nothing is listed"),
@@ -181,9 +182,9 @@ def test_paths_are_absolute_in_a_cell(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_target_on_the_command_line_is_the_comparison_s() -> None:
-    found = named_on_the_command_line(["fedlora"], ["target_accuracy=0.8"], [0])
+    found = named_on_the_command_line(["fedlora"], ["target=0.8"], [0])
     assert found.target is not None
-    assert found.target.accuracy == 0.8
+    assert found.target.value == 0.8
 
 
 def test_the_same_run_twice_is_refused() -> None:
@@ -255,8 +256,8 @@ def test_a_variant_that_fails_does_not_stop_the_others(
     assert [one.result is None for one in records] == [True, False, False]
     assert "leaves none of the 4 layers" in (records[0].failure or "")
     [part] = summary(chosen.study(), records)
-    assert part.rows[0].accuracy is None
-    assert part.rows[1].accuracy is not None
+    assert part.rows[0].quality is None
+    assert part.rows[1].quality is not None
     assert "wrong failed: frozen.layers=4 leaves none" in as_markdown([part])
 
 
@@ -332,9 +333,9 @@ def test_a_variant_s_row_by_hand() -> None:
     target = {"accuracy": 0.6}
     [part] = summary(study_of(target=target), [*FULL, *DROPPED])
     full, dropped = part.rows
-    assert full.accuracy is not None
-    assert full.accuracy.mean == pytest.approx(0.75)
-    assert full.accuracy.deviation == pytest.approx(0.05 * 2**0.5)
+    assert full.quality is not None
+    assert full.quality.mean == pytest.approx(0.75)
+    assert full.quality.deviation == pytest.approx(0.05 * 2**0.5)
     assert full.f1 is not None
     assert full.f1.mean == pytest.approx(0.375)
     # The mean of three evaluations reaches .6 in round 3: (.5 + .6 + .7) / 3.
@@ -395,12 +396,12 @@ def test_the_baseline_can_be_named() -> None:
 def test_a_target_is_a_variant_s_last_accuracy_on_the_same_seed_less_a_distance() -> None:
     """Means of the last three evaluations: 2 / 3 and 2.3 / 3."""
     target = Target(variant="full", minus=0.1)
-    found = target_accuracies(target, [*FULL, *DROPPED])
+    found = target_values(target, [*FULL, *DROPPED], ACCURACY)
     assert found == {0: pytest.approx(2.0 / 3 - 0.1), 1: pytest.approx(2.3 / 3 - 0.1)}
-    assert target_accuracies(None, FULL) == {}
+    assert target_values(None, FULL, ACCURACY) == {}
     number = Target(accuracy=0.6)
-    assert target_accuracies(number, FULL) == {0: 0.6, 1: 0.6}
-    assert target_accuracies(target, [lost(FULL[0]), FULL[1]])[0] is None
+    assert target_values(number, FULL, ACCURACY) == {0: 0.6, 1: 0.6}
+    assert target_values(target, [lost(FULL[0]), FULL[1]], ACCURACY)[0] is None
 
 
 def test_the_variant_that_sets_the_target_reaches_it_on_every_seed() -> None:
@@ -477,7 +478,7 @@ def test_compare_from_the_command_line_to_its_files(
 ) -> None:
     out = tmp_path / "out"
     arguments = [*tiny().settings, "dropout.mean=0.25"]
-    target = [*tiny().settings, "target_accuracy=0.1", "--seeds", "5"]
+    target = [*tiny().settings, "target=0.1", "--seeds", "5"]
     _, shown, _ = command("compare", "fedlora", *target, "--out", str(tmp_path / "target"))
     assert "to target, modelled" in shown
     code, shown, _ = command(

@@ -104,10 +104,12 @@ def measured(
     meter, flops = ActivationMeter(model), FlopCounterMode(display=False)
     with stepping(model, active), flops:
         with autocast(precision, torch.device("cpu")), meter.measuring():
-            loss, _ = fake.task.loss_and_logits(model, batch(fake))
+            loss = fake.task.loss(model, batch(fake))
         loss.backward()
     return flops.get_total_flops(), meter.peak_bytes
 
+
+TASK = "classification"
 
 CASES = [
     *((family, {}, "fp32", 0) for family in (*FAMILIES, *MORE) if family != "distilbert"),
@@ -131,7 +133,7 @@ def test_a_real_step_has_the_counted_costs(
     family: str, adapter: dict[str, Any], precision: str, frozen: int
 ) -> None:
     config, spec = config_of(family), spec_of(frozen=frozen, **adapter)
-    fake, model = FakeModel(config, spec), real(config, spec)
+    fake, model = FakeModel(config, TASK, spec), real(config, spec)
     counts = count_step(fake, ROWS, LENGTH, precision)
     for active in patterns(frozen=frozen):
         if family == "gemma3_text" and active not in SOME_OF_BOTH_KINDS:
@@ -153,7 +155,7 @@ def test_flops_of_a_bert_by_hand() -> None:
     In the backward a frozen map has one product, for its input, and a trained one has two. Each
     product of attention has two (with dropout on attention weights, as here, torch stores them)."""
     config = config_of("bert")
-    counts = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
+    counts = count_step(FakeModel(config, TASK, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
     maps, attention = 2 * tokens * 8 * h * h, 2 * ROWS * 2 * LENGTH**2 * h
     lora = 2 * tokens * 2 * 2 * 8 * h
@@ -167,7 +169,7 @@ def test_what_the_lowest_layer_saves_is_subtracted_from_the_rest() -> None:
     """Nothing below it is trained. So there is no gradient for the input of query, key and value
     (three frozen maps of H x H and two of LoRA's H x 8), and none for the keys, which no trained
     map computes (one product of attention). In the rest, classifier and pooler have a backward."""
-    counts = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    counts = count_step(FakeModel(config_of("bert"), TASK, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
     saved = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
     assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - saved
@@ -179,7 +181,7 @@ def test_what_the_lowest_layer_saves_is_subtracted_from_the_rest() -> None:
 def test_quantised_models_have_the_counted_bytes(family: str, quantization: str) -> None:
     """FLOPs are not compared, since torch does not count those of a 4-bit kernel."""
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, spec, (), quantization), real(config, spec, quantization)
+    fake, model = FakeModel(config, TASK, spec, (), quantization), real(config, spec, quantization)
     weights = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
     assert all_weights(count_step(fake, ROWS, LENGTH)) == weights
     for precision in ("fp32", "bf16"):
@@ -187,7 +189,7 @@ def test_quantised_models_have_the_counted_bytes(family: str, quantization: str)
         for active in patterns():
             _, stored = measured(fake, model, active, precision)
             assert stored == step_stored_bytes(counts, active), active
-    plain = count_step(FakeModel(config, spec), ROWS, LENGTH)
+    plain = count_step(FakeModel(config, TASK, spec), ROWS, LENGTH)
     quantised_flops = count_step(fake, ROWS, LENGTH)
     assert step_flops(quantised_flops, (True,) * LAYERS) == step_flops(plain, (True,) * LAYERS)
 
@@ -195,7 +197,7 @@ def test_quantised_models_have_the_counted_bytes(family: str, quantization: str)
 def test_a_dequantised_weight_is_a_temporary_tensor() -> None:
     """With two tokens the largest map, (32, 64) in fp32, is most of the temporary bytes."""
     config, spec = config_of("bert"), spec_of()
-    small, plain = (FakeModel(config, spec, (), bits) for bits in ("8bit", "none"))
+    small, plain = (FakeModel(config, TASK, spec, (), bits) for bits in ("8bit", "none"))
     more = count_step(small, 1, 2).passing_bytes - count_step(plain, 1, 2).passing_bytes
     assert 0.7 * 32 * 64 * 4 < more <= 32 * 64 * 4
 
@@ -220,7 +222,7 @@ def bytes_of(value: Any) -> int:
 )
 def test_numbers_of_weights_and_of_trained_ones(adapter: dict[str, Any]) -> None:
     config, spec = config_of("roberta"), spec_of(**adapter)
-    counts, model = count_step(FakeModel(config, spec), ROWS, LENGTH), real(config, spec)
+    counts, model = count_step(FakeModel(config, TASK, spec), ROWS, LENGTH), real(config, spec)
     groups = trainable_by_layer(model, find_blocks(model)[0])
     of_layers = [sum(v.numel() for v in groups.get(layer, {}).values()) for layer in range(LAYERS)]
     assert [block.trainable_parameters for block in counts.blocks] == of_layers
@@ -235,7 +237,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
     family: str, precision: str
 ) -> None:
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, spec), real(config, spec)
+    fake, model = FakeModel(config, TASK, spec), real(config, spec)
     counts = count_step(fake, ROWS, LENGTH, precision, checkpointing=True)
     for active in patterns():
         counter = OperationCounter(model)
@@ -246,7 +248,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
 
         with stepping(model, active, note), counter:
             with autocast(precision, torch.device("cpu")), counter.storing():
-                loss, _ = fake.task.loss_and_logits(model, batch(fake))
+                loss = fake.task.loss(model, batch(fake))
             stored = counter.stored_bytes
             loss.backward()
         assert sum(counter.flops.values()) == step_flops(counts, active)
@@ -259,13 +261,13 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
 def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precision: str) -> None:
     """For all gates, within 2 %, which are due to the adapters' gradients."""
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, spec), real(config, spec)
+    fake, model = FakeModel(config, TASK, spec), real(config, spec)
     counts = count_step(fake, ROWS, 33, precision)
     for active in patterns():
         counter = OperationCounter(model)
         with stepping(model, active), counter:
             with autocast(precision, torch.device("cpu")):
-                loss, _ = fake.task.loss_and_logits(model, batch(fake, ROWS, 33))
+                loss = fake.task.loss(model, batch(fake, ROWS, 33))
             loss.backward()
         expected = step_stored_bytes(counts, active) + counts.passing_bytes
         assert counter.peak_bytes == pytest.approx(expected, rel=0.02), active
@@ -274,8 +276,8 @@ def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precisio
 def test_frozen_layers_do_not_change_the_others() -> None:
     """So one count with adapters in all layers is enough for any number of frozen layers."""
     config = config_of("llama")
-    everywhere = count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
-    behind = count_step(FakeModel(config, spec_of(frozen=2)), ROWS, LENGTH)
+    everywhere = count_step(FakeModel(config, TASK, spec_of()), ROWS, LENGTH)
+    behind = count_step(FakeModel(config, TASK, spec_of(frozen=2)), ROWS, LENGTH)
     assert behind.blocks[2:] == everywhere.blocks[2:]
     assert behind.rest == everywhere.rest
     assert [block.stored_bytes for block in behind.blocks[:2]] == [0, 0]
@@ -284,7 +286,7 @@ def test_frozen_layers_do_not_change_the_others() -> None:
 
 def test_costs_are_linear_in_the_batch_size() -> None:
     """From two rows on. Temporary bytes are only nearly linear, so they are always counted."""
-    fake = FakeModel(config_of("bert"), spec_of())
+    fake = FakeModel(config_of("bert"), TASK, spec_of())
     two, three, nine = (count_step(fake, rows, LENGTH, "bf16") for rows in (2, 3, 9))
     for active in patterns():
         for cost in (step_flops, step_stored_bytes):
@@ -294,25 +296,25 @@ def test_costs_are_linear_in_the_batch_size() -> None:
 
 def test_a_single_row_counts_as_padded() -> None:
     config, spec = config_of("llama"), spec_of()
-    fake, model = FakeModel(config, spec), real(config, spec)
+    fake, model = FakeModel(config, TASK, spec), real(config, spec)
     counts, meter = count_step(fake, 1, LENGTH), ActivationMeter(model)
     row = batch(fake, rows=1)
     row["attention_mask"][0, -1] = 0
     with stepping(model, (True,) * LAYERS), meter.measuring():
-        fake.task.loss_and_logits(model, row)
+        fake.task.loss(model, row)
     assert meter.peak_bytes == step_stored_bytes(counts, (True,) * LAYERS)
 
 
 def test_one_block_is_run_for_all_like_it() -> None:
     """Of forty equal layers only the first and the last are run."""
-    fake = FakeModel(config_of("bert", 40), spec_of(40))
+    fake = FakeModel(config_of("bert", 40), TASK, spec_of(40))
     ran: set[int] = set()
     for index, block in enumerate(fake.blocks):
         inside: Any = block
         inside.intermediate.register_forward_hook(lambda *_, index=index: ran.add(index))
     counts = count_step(fake, ROWS, LENGTH)
     assert ran == {0, 39}
-    shallow = count_step(FakeModel(config_of("bert"), spec_of()), ROWS, LENGTH)
+    shallow = count_step(FakeModel(config_of("bert"), TASK, spec_of()), ROWS, LENGTH)
     assert counts.blocks == shallow.blocks[:1] * 40
     assert counts.rest == shallow.rest
 
@@ -329,7 +331,7 @@ def test_a_model_whose_forward_depends_on_values_is_refused() -> None:
         languages=["en_XX"],
         default_language="en_XX",
     )
-    fake = FakeModel(config, spec_of(2, targets=["query"]))
+    fake = FakeModel(config, TASK, spec_of(2, targets=["query"]))
     with pytest.raises(DroppeftError, match="costs of a xmod model cannot be counted without"):
         count_step(fake, ROWS, LENGTH)
 
@@ -337,6 +339,6 @@ def test_a_model_whose_forward_depends_on_values_is_refused() -> None:
 def test_counting_changes_neither_configuration_nor_generator() -> None:
     config = config_of("bert")
     before, state = config.to_dict(), torch.get_rng_state()
-    count_step(FakeModel(config, spec_of()), ROWS, LENGTH)
+    count_step(FakeModel(config, TASK, spec_of()), ROWS, LENGTH)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)

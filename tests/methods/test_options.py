@@ -208,7 +208,7 @@ def test_a_method_sets_its_adapter_type(name: str, type_: str) -> None:
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_shared_tensors_are_averaged_by_examples(
+def test_shared_tensors_are_averaged_by_targets(
     overrides: tuple[str, ...], tiny_overrides: list[str]
 ) -> None:
     """The mean of 1 (one row) and 5 (three rows) is 4; tensors that are not sent do not change."""

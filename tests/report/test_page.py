@@ -160,10 +160,10 @@ def test_names_of_many_curves_are_not_connected_by_lines(
     [part] = summary(study, records)
 
     def lines() -> int:
-        [axis] = figures(part, records)["accuracy-traffic"].axes
+        [axis] = figures(part, records)["quality-traffic"].axes
         return len(axis.lines)
 
-    curves, led = sum(1 for row in part.rows if row.accuracy), lines()
+    curves, led = sum(1 for row in part.rows if row.quality), lines()
     monkeypatch.setattr("droppeft.report.figures.LED", curves - 1)
     assert led - lines() == curves
 
@@ -226,10 +226,10 @@ def test_among_many_variants_the_best_have_names(
             one.rows[-1]["global_accuracy"] for one in records if one.variant == row.variant
         )
         for row in part.rows
-        if row.accuracy
+        if row.quality
     }
     monkeypatch.setattr("droppeft.report.figures.NAMED", 1)
-    drawn = svg(figures(part, records)["accuracy-traffic"])
+    drawn = svg(figures(part, records)["quality-traffic"])
     named = [text for text in Reader(drawn).texts if text in ends]
     assert named == [max(ends, key=lambda variant: ends[variant])]
 
@@ -239,10 +239,10 @@ def test_bands_are_drawn_where_they_do_not_hide_one_another(
 ) -> None:
     _, study, records = read_folder(compared)
     [part] = summary(study, records)
-    curves = sum(1 for row in part.rows if row.accuracy)
+    curves = sum(1 for row in part.rows if row.quality)
 
     def bands() -> int:
-        [axis] = figures(part, records)["accuracy-traffic"].axes
+        [axis] = figures(part, records)["quality-traffic"].axes
         return len(axis.collections)
 
     assert bands() == curves > 1

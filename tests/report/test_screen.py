@@ -83,7 +83,9 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     assert head.split() == ["accuracy", "train", "loss", "depth", "measured", "modelled"]
     for row in rows:
         line = line_with(text, f"round {row.round}")
-        assert f"round {row.round}  {row.global_accuracy:.3f} ━".replace("0.", ".") in line
+        assert (
+            f"round {row.round}  {row.quality['global_accuracy']:.3f} ━".replace("0.", ".") in line
+        )
         seconds = [f"{value:.1f} s" for value in (row.host_wall_s, row.round_modelled_s)]
         for column, value in zip(
             ("loss", "depth", "measured", "modelled"),
@@ -185,9 +187,11 @@ def test_a_target_that_was_not_reached(result: dict[str, Any], rows: list[RoundR
 
 def test_a_round_that_was_not_evaluated(result: dict[str, Any], rows: list[RoundRow]) -> None:
     silent = replace(
-        rows[0], global_accuracy=None, global_f1=None, global_loss=None, train_loss=None,
+        rows[0],
+        quality=dict.fromkeys(rows[0].quality),
+        train_loss=None,
         mean_active_layers=None,
-    )  # fmt: skip
+    )
     text = shown({**result, "first_accuracy": None, "mean_active_layers": None}, [silent])
     line = line_with(text, "round 1")
     assert line.split()[2:5] == ["–", "–", "–/4"]

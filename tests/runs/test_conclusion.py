@@ -28,7 +28,7 @@ RESULT: dict[str, Any] = {
 def rows(*accuracies: float | None, failures: int = 0) -> list[Any]:
     """Rounds with these accuracies; the first one has failures."""
     found = [
-        SimpleNamespace(global_accuracy=accuracy, failures=[], cohort=[1, 2])
+        SimpleNamespace(quality={"global_accuracy": accuracy}, failures=[], cohort=[1, 2])
         for accuracy in accuracies
     ]
     found[0].failures = [{"client": 7, "reason": "fell asleep"}] * failures

@@ -36,8 +36,11 @@ from droppeft.runs.folder import locked
 from droppeft.runs.model_files import Source, save_merged, write_adapter
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.server.run import Interrupted, _evaluate, start_run
+from droppeft.tasks.classification import ClassificationTask
 from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import FAMILIES, save_tiny_model
+
+TASK = ClassificationTask()
 
 VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 
@@ -161,7 +164,7 @@ def test_the_last_round_is_what_the_run_wrote(whole_run: Path, tmp_path: Path) -
     assert done.folder == tmp_path / "new" / "adapter"
     assert files_of(done.folder) == adapter_bytes(whole_run)
     result = json.loads((whole_run / "result.json").read_text())
-    assert (done.round, done.accuracy, done.rows) == (3, result["global_accuracy"], 60)
+    assert (done.round, done.value, done.rows) == (3, result["global_accuracy"], 60)
 
 
 def test_an_earlier_round_has_the_accuracy_of_its_row(
@@ -169,7 +172,7 @@ def test_an_earlier_round_has_the_accuracy_of_its_row(
 ) -> None:
     done = export.export_run(learned_run, tmp_path / "adapter", round=1)
     recorded = rows_of(learned_run / "rounds.jsonl")[0]["global_accuracy"]
-    assert (done.round, done.accuracy, done.rows) == (1, recorded, 20)
+    assert (done.round, done.value, done.rows) == (1, recorded, 20)
     card = (done.folder / "README.md").read_text()
     assert "| round | 1 of 2 |" in card
     assert f"| accuracy on 20 test texts | {recorded:.4f} |" in card
@@ -185,7 +188,7 @@ def test_the_lines_load_it_from_anywhere(
     monkeypatch.chdir("/")
     loaded: dict[str, Any] = {}
     exec(done.lines, loaded)
-    assert measure(loaded, rows_in_test(tiny_overrides))[0] == done.accuracy
+    assert measure(loaded, rows_in_test(tiny_overrides))[0] == done.value
 
 
 def test_by_default_the_new_folder_is_in_the_run(whole_run: Path, tmp_path: Path) -> None:
@@ -212,10 +215,10 @@ def test_a_stopped_run(tiny_overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         start_run(load_config(None, [*tiny_overrides, "evaluation.every=2"]), run, Impatient())
     newest, first = export.export_run(run), export.export_run(run, round=0)
-    assert (newest.round, newest.accuracy) == (1, None)
+    assert (newest.round, newest.value) == (1, None)
     assert "| accuracy | not evaluated at this round |" in (newest.folder / "README.md").read_text()
     facts = checkpoint_of(run, 0).facts
-    assert (first.round, first.accuracy, first.rows) == (0, facts["initial_accuracy"], 20)
+    assert (first.round, first.value, first.rows) == (0, facts["initial"]["accuracy"], 20)
 
 
 def test_a_run_that_is_still_running(whole_run: Path, tmp_path: Path) -> None:
@@ -304,7 +307,7 @@ def test_the_merged_model_needs_transformers_alone(
     loaded = run_snippet(done.folder, monkeypatch)
     accuracy, loss = measure(loaded, rows_in_test(tiny_overrides))
     result = json.loads((learned_run / "result.json").read_text())
-    assert accuracy == result["global_accuracy"] == done.accuracy
+    assert accuracy == result["global_accuracy"] == done.value
     assert loss == pytest.approx(result["global_loss"], abs=1e-5)
     _, report = AutoModelForSequenceClassification.from_pretrained(
         done.folder, output_loading_info=True
@@ -362,11 +365,11 @@ def drawn(tensors: Tensors) -> Tensors:
 def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> Source:
     """An adapter on a tiny model of two layers."""
     backbone = load_backbone(str(base), ("a", "b", "c"), 0)
-    client_model = ClientModel(backbone, "cpu", 0)
+    client_model = ClientModel(backbone, TASK, "cpu", 0)
     spec = AdapterSpec(tuple(layers), **settings)
     model = GlobalModel(spec, drawn(client_model.fresh_tensors(spec)))
     config = load_config(None, [f"model={base}"])
-    return Source(config, backbone, client_model, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
+    return Source(config, backbone, client_model, TASK, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
 
 
 def assert_same_logits(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from droppeft.runs.ledger import (
     summarise,
     target_round,
 )
+from droppeft.tasks.metrics import ACCURACY
 from handmade import COST, instruction_for, update_for
 
 MODELLED = ClientCost(
@@ -34,9 +35,7 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         cohort=[0],
         accepted=1,
         failures=[],
-        global_accuracy=accuracy,
-        global_f1=accuracy,
-        global_loss=None,
+        quality={"global_accuracy": accuracy, "global_f1": accuracy, "global_loss": None},
         train_loss=1.0 / round,
         mean_active_layers=3.0,
         activation_bytes_peak=100,
@@ -82,7 +81,7 @@ def rows_with(*accuracies: float | None) -> list[RoundRow]:
 def test_a_target_is_reached_by_a_mean_of_three(
     accuracies: list[float | None], target: float | None, reached: int | None
 ) -> None:
-    assert target_round(enumerate(accuracies, start=1), 0.0, target) == reached
+    assert target_round(enumerate(accuracies, start=1), 0.0, target, ACCURACY) == reached
 
 
 def test_a_summary_adds_up() -> None:
@@ -92,10 +91,9 @@ def test_a_summary_adds_up() -> None:
         row(3, 0.75, mean_active_layers=2.0),
         row(4, 0.7),
     ]
-    summary = summarise(rows, 0.25, 0.5)
+    summary = summarise(rows, {"accuracy": 0.25, "loss": 2.0}, ACCURACY, 0.5)
     assert summary == {
         "rounds": 4,
-        "initial_accuracy": 0.25,
         "first_accuracy": 0.5,
         "best_accuracy": 0.75,
         "best_round": 3,
@@ -156,19 +154,17 @@ def test_a_round_is_summarised() -> None:
             cost=slow,
         ),
     ]
-    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 1.5}
+    quality = {"global_accuracy": 0.8, "global_f1": 0.7, "global_loss": 0.4}
     faster = replace(MODELLED, train_s=3.0)
     modelled = RoundCost((MODELLED, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
     closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, 0.25)
-    made = round_row(closed, quality, 0.2, 20.0, {"arm": 1})
+    made = round_row(closed, quality, 1.5, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
         accepted=2,
         failures=[{"client": 4, "reason": "sent no reply"}],
-        global_accuracy=0.8,
-        global_f1=0.7,
-        global_loss=0.4,
+        quality=quality,
         train_loss=0.75,
         mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients
         activation_bytes_peak=100,

@@ -17,7 +17,7 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import evaluation_only
 from droppeft.messages import EvaluationReply, Failure, Instruction, Update, flatten, layer_key
-from droppeft.report.screen import accuracy_line
+from droppeft.report.screen import quality_line
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import (
     ClientEvaluation,
@@ -26,6 +26,7 @@ from droppeft.server.client_evaluation import (
 )
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.tasks.metrics import ACCURACY
 from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
@@ -143,7 +144,7 @@ def test_a_measurement_is_of_the_model_on_the_client_s_own_test_rows(
     expected = evaluate(
         clients[0].model.model, clients[0].table, rows, clients[0].model.task, 64, "fp32"
     )
-    assert reply == EvaluationReply(1, 1, first.nonce, len(rows), expected.accuracy, expected.loss)
+    assert reply == EvaluationReply(1, 1, first.nonce, len(rows), expected.metrics)
     assert not state.exists()
 
 
@@ -152,7 +153,7 @@ def test_a_measurement_uses_the_saved_tensors(clients: Clients, first: Instructi
     before = saved_files(1)
     personal = ask(clients, evaluation_only(next_instruction(first, round=2, saved=1)))
     plain = ask(clients, evaluation_only(replace(first, round=2)))
-    assert personal.loss != plain.loss
+    assert personal.metrics["loss"] != plain.metrics["loss"]
     assert saved_files(1) == before
 
 
@@ -162,13 +163,14 @@ def saved_files(client: int) -> dict[str, bytes]:
 
 def measurements(instruction: Instruction) -> list[Any]:
     """Most clients send something that must be refused; client 4 does not reply."""
-    good = EvaluationReply(instruction.round, instruction.client, instruction.nonce, 8, 0.5, 1.0)
+    quality = {"accuracy": 0.5, "f1": 0.4, "loss": 1.0}
+    good = EvaluationReply(instruction.round, instruction.client, instruction.nonce, 8, quality)
     bad = {
         1: replace(good, nonce="another"),
-        2: replace(good, accuracy=1.5),
+        2: replace(good, metrics={**quality, "accuracy": 1.5}),
         3: Failure(9, "asleep", lost=True),
         5: update_for(instruction),
-        6: replace(good, loss=float("nan")),
+        6: replace(good, metrics={**quality, "loss": float("nan")}),
         7: replace(good, rows=0),
         8: replace(good, round=1),
     }
@@ -238,9 +240,14 @@ def test_a_client_that_lost_its_state_is_measured_with_the_model_it_would_start_
 def test_every_client_has_the_same_weight() -> None:
     accuracies = (0.9, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.3)
     evaluation = ClientEvaluation(
-        tuple(EvaluationReply(1, d, "", 10 + d, a, 1.0) for d, a in enumerate(accuracies)), (), 2.0
+        tuple(
+            EvaluationReply(1, d, "", 10 + d, {"accuracy": a, "loss": 1.0})
+            for d, a in enumerate(accuracies)
+        ),
+        (),
+        2.0,
     )
-    sums = summarise_clients(evaluation, {0: 2, 10: 1})
+    sums = summarise_clients(evaluation, {0: 2, 10: 1}, ACCURACY)
     assert sums["personalised_accuracy"] == pytest.approx(5.4 / 11)
     # A tenth of eleven clients, rounded up: .2 and .3.
     assert sums["personalised_worst_tenth"] == pytest.approx(0.25)
@@ -257,7 +264,7 @@ def test_every_client_has_the_same_weight() -> None:
 
 
 def test_without_measurements_there_is_no_accuracy() -> None:
-    sums = summarise_clients(ClientEvaluation((), (Failure(0, "asleep"),), 0.0), {})
+    sums = summarise_clients(ClientEvaluation((), (Failure(0, "asleep"),), 0.0), {}, ACCURACY)
     assert sums["personalised_accuracy"] is sums["personalised_worst_tenth"] is None
     assert sums["personalised_failures"] == [{"client": 0, "reason": "asleep"}]
 
@@ -388,7 +395,7 @@ def test_the_evaluation_of_clients_can_be_left_out(
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["personalised_accuracy"] is None
     assert (result["personalised_clients"], result["personalised"]) == (0, [])
-    assert accuracy_line(result) == f"accuracy {result['global_accuracy']:.4f}"
+    assert quality_line(result) == f"accuracy {result['global_accuracy']:.4f}"
 
 
 def test_a_measurement_in_place_of_an_update_is_refused(
@@ -400,7 +407,11 @@ def test_a_measurement_in_place_of_an_update_is_refused(
                 yield Arrival(
                     index,
                     EvaluationReply(
-                        instruction.round, instruction.client, instruction.nonce, 1, 1.0, 0.1
+                        instruction.round,
+                        instruction.client,
+                        instruction.nonce,
+                        1,
+                        {"accuracy": 1.0},
                     ),
                 )
 

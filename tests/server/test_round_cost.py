@@ -273,7 +273,7 @@ def test_equal_models_of_two_runs_are_counted_once(
         config = load_config(None, [*tiny_overrides, *words])
         backbone = load_backbone(config.model, ("no", "yes"), config.seed)
         spec = adapter_spec(config.adapter, backbone.num_layers, config.frozen.count)
-        return count_rows(backbone, spec, config.training)
+        return count_rows(backbone, config.task, spec, config.training)
 
     first = count()
     assert count("seed=5", "training.local_steps=3", "data=elsewhere") is first

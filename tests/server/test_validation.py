@@ -10,7 +10,10 @@ import pytest
 
 from droppeft.messages import Failure, SharingRule
 from droppeft.server.validation import check_reply, why_refused
+from droppeft.tasks.classification import ClassificationTask
 from handmade import COST, filled, instruction_for, layout, update_for
+
+TASK = ClassificationTask()
 
 INSTRUCTION = instruction_for(share=frozenset({"head.W", "layer.0.A", "layer.1.A"}))
 SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
@@ -19,7 +22,7 @@ SHARED = {key: filled(5.0)[key] for key in (0, 1, "head")}
 def reason_for(**changes: Any) -> str | None:
     """The reason for refusing an update that is valid except for some changes."""
     update = update_for(INSTRUCTION, **{"tensors": SHARED, **changes})
-    return why_refused(INSTRUCTION, update, layout(INSTRUCTION.adapter))
+    return why_refused(INSTRUCTION, update, layout(INSTRUCTION.adapter), TASK)
 
 
 def with_layer_0(array: Any) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
     instruction = replace(INSTRUCTION, frozen=1, share=INSTRUCTION.share - {"layer.0.A"})
     update = update_for(instruction, tensors={key: SHARED[key] for key in (1, "head")})
     idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
-    assert why_refused(instruction, idle, layout(instruction.adapter)) is None
+    assert why_refused(instruction, idle, layout(instruction.adapter), TASK) is None
 
 
 def test_a_valid_update_is_accepted() -> None:
@@ -63,7 +66,7 @@ def test_a_tensor_that_the_instruction_did_not_send_may_come_back() -> None:
     sent = {key: named for key, named in INSTRUCTION.tensors.items() if key != 1}
     instruction = replace(INSTRUCTION, tensors=sent)
     update = update_for(instruction, tensors=SHARED)
-    assert why_refused(instruction, update, layout(instruction.adapter)) is None
+    assert why_refused(instruction, update, layout(instruction.adapter), TASK) is None
 
 
 CHOOSING = replace(INSTRUCTION, sharing=SharingRule("gradient_norm", 0.25, 0.0, None))
@@ -79,7 +82,7 @@ FIRST = {"tensors": {key: SHARED[key] for key in (0, "head")}}
 
 def reason_for_choice(**changes: Any) -> str | None:
     update = update_for(CHOOSING, **{**CHOSEN, **changes})
-    return why_refused(CHOOSING, update, layout(CHOOSING.adapter))
+    return why_refused(CHOOSING, update, layout(CHOOSING.adapter), TASK)
 
 
 def test_a_client_s_choice_of_layers_is_accepted() -> None:
@@ -90,7 +93,7 @@ def test_a_client_s_choice_of_layers_is_accepted() -> None:
     assert reason_for_choice(shared=(0, 1), active_steps=(2, 0, 1, 2), **FIRST) is None
     before = replace(CHOOSING, sharing=replace(CHOOSING.sharing, shared=(3,)))  # type: ignore[type-var]
     update = update_for(before, **{**CHOSEN, **FIRST, "shared": (0,), "active_steps": (2, 0, 1, 2)})
-    assert why_refused(before, update, layout(INSTRUCTION.adapter)) is None
+    assert why_refused(before, update, layout(INSTRUCTION.adapter), TASK) is None
 
 
 def test_layers_that_were_not_trained_stay_shared() -> None:
@@ -98,9 +101,9 @@ def test_layers_that_were_not_trained_stay_shared() -> None:
     names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
     instruction = replace(CHOOSING, train=names, share=names)
     update = update_for(instruction, **{**CHOSEN, "shared": (0, 1, 2)})
-    assert why_refused(instruction, update, layout(INSTRUCTION.adapter)) is None
+    assert why_refused(instruction, update, layout(INSTRUCTION.adapter), TASK) is None
     greedy = replace(update, shared=(0, 1))
-    said = why_refused(instruction, greedy, layout(INSTRUCTION.adapter))
+    said = why_refused(instruction, greedy, layout(INSTRUCTION.adapter), TASK)
     assert said == "changes what is shared of layers that it did not train"
 
 

@@ -11,7 +11,7 @@ from droppeft.messages import HEAD, Array, LayerKey, MeasuredCost, Tensors, Upda
 from droppeft.sharing.aggregation import (
     Weight,
     average_over_senders,
-    by_examples,
+    by_targets,
 )
 
 SHAPES: dict[LayerKey, dict[str, tuple[int, ...]]] = {
@@ -108,13 +108,13 @@ def test_sums_run_in_double_precision() -> None:
         update(client, {0: {"x": np.array([value], dtype=np.float32)}})
         for client, value in enumerate((1e8, 1.0, 1.0, -1e8))
     ]
-    assert average_over_senders(current, updates, by_examples)[0]["x"].tolist() == [0.5]
+    assert average_over_senders(current, updates, by_targets)[0]["x"].tolist() == [0.5]
 
 
 def test_one_client_with_one_layer_changes_that_layer_alone() -> None:
     values = np.random.default_rng(0)
     current, trained = filled(values), filled(values)
-    merged = average_over_senders(current, [update(3, {1: trained[1]})], by_examples)
+    merged = average_over_senders(current, [update(3, {1: trained[1]})], by_targets)
     expected = {**current, 1: trained[1]}
     assert bits(merged) == bits(expected)
 
@@ -124,10 +124,10 @@ def test_tensors_that_no_client_shared_keep_their_bits() -> None:
     odd = np.array([0x80000000, 0x7FC12345], dtype=np.uint32).view(np.float32)
     current: Tensors = {0: {"x": odd}, 1: {"y": np.ones(2, dtype=np.float32)}}
     shared: Tensors = {1: {"y": np.zeros(2, dtype=np.float32)}}
-    merged = average_over_senders(current, [update(0, shared)], by_examples)
+    merged = average_over_senders(current, [update(0, shared)], by_targets)
     assert merged[0]["x"].tobytes() == odd.tobytes()
     assert merged[1]["y"].tolist() == [0.0, 0.0]
-    assert bits(average_over_senders(current, [], by_examples)) == bits(current)
+    assert bits(average_over_senders(current, [], by_targets)) == bits(current)
 
 
 def test_an_update_with_weight_0_does_not_count() -> None:

@@ -174,7 +174,7 @@ def test_memory_for_measuring_a_block_is_released() -> None:
     with checkpointed(on.model.train(), on.blocks, meter.note), counter:
         for _ in range(2):
             with meter.measuring():
-                loss, _ = TASK.loss_and_logits(on.model, texts())
+                loss = TASK.loss(on.model, texts())
             loss.backward()
             del loss
             on.model.zero_grad()
@@ -230,7 +230,7 @@ def test_under_autocast_blocks_are_run_again_as_the_backward_will(precision: str
 def live_bytes(on: Attached, batch: dict[str, torch.Tensor]) -> int:
     """The most that is allocated at any moment of a forward and a backward, by torch's profiler."""
     with profile(profile_memory=True) as seen:
-        TASK.loss_and_logits(on.model, batch)[0].backward()
+        TASK.loss(on.model, batch).backward()
     on.model.zero_grad()
     events: Any = seen.profiler
     moments = sorted(
@@ -251,7 +251,7 @@ def counted_and_seen(on: Attached, checkpointing: bool) -> tuple[int, int]:
     meter = ActivationMeter(on.model)
     with checkpointed(on.model, on.blocks, meter.note) if checkpointing else nullcontext():
         with meter.measuring():
-            TASK.loss_and_logits(on.model.train(), batch)
+            TASK.loss(on.model.train(), batch)
         return meter.peak_bytes, live_bytes(on, batch)
 
 

@@ -120,7 +120,7 @@ def calls_of(on: Attached, active: tuple[bool, ...] = GATES[0]) -> list[Call]:
     calls: list[Call] = []
     with checkpointed(on.model, on.blocks, calls.append), gated(on.blocks) as gates:
         gates.active = active
-        TASK.loss_and_logits(on.model.train(), texts())
+        TASK.loss(on.model.train(), texts())
     return calls
 
 
@@ -157,7 +157,7 @@ def test_neither_evaluation_nor_code_after_the_context_is_checkpointed() -> None
     calls: list[Call] = []
     with without_cache(on.model), checkpointed(on.model, on.blocks, calls.append):
         on.model.eval()
-        TASK.loss_and_logits(on.model, texts())
+        TASK.loss(on.model, texts())
         assert calls == []
     on.model.train()
     assert [dict(vars(block)) for block in on.blocks] == before
@@ -189,7 +189,7 @@ def test_layers_below_the_lowest_adapter_have_no_backward_pass() -> None:
     calls: list[Call] = []
     on.model.train()
     with checkpointed(on.model, on.blocks, calls.append):
-        TASK.loss_and_logits(on.model, texts())[0].backward()
+        TASK.loss(on.model, texts()).backward()
     assert [call.tensors[0].requires_grad for call in calls] == [False] * 3
     assert runs == [1, 1, 2]
 

@@ -596,7 +596,7 @@ def naive(model: nn.Module, table: TokenTable, rows: Any) -> tuple[list[float], 
     for row in rows:
         batch: Batch = TASK.collate(table, np.array([row]))
         with torch.no_grad():
-            loss, logits = TASK.loss_and_logits(model, batch)
+            loss, logits = TASK.loss(model, batch), TASK.logits(model, batch)
         losses.append(float(loss))
         predicted.append(int(logits.argmax()))
     return losses, predicted
@@ -613,8 +613,8 @@ def test_evaluation_is_the_naive_loop_over_rows(classes: int, batch_size: int) -
     labels = table.labels[rows]
     average = "binary" if classes == 2 else "macro"
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert result.accuracy == np.mean(np.array(predicted) == labels)
-    assert result.f1 == pytest.approx(f1_score(labels, predicted, average=average))
+    assert result.metrics["accuracy"] == np.mean(np.array(predicted) == labels)
+    assert result.metrics["f1"] == pytest.approx(f1_score(labels, predicted, average=average))
     assert result.rows == len(rows)
     assert result.wall_s > 0
 
@@ -626,7 +626,9 @@ def test_a_skewed_client_can_be_evaluated() -> None:
     result = evaluate(Reader(4), table, rows, TASK, 8)
     _, predicted = naive(Reader(4), table, rows)
     assert max(predicted) > 1
-    assert result.f1 == pytest.approx(f1_score(table.labels[rows], predicted, average="macro"))
+    assert result.metrics["f1"] == pytest.approx(
+        f1_score(table.labels[rows], predicted, average="macro")
+    )
 
 
 def test_evaluation_of_a_transformer_is_without_dropout_and_without_gradient() -> None:
@@ -637,7 +639,7 @@ def test_evaluation_of_a_transformer_is_without_dropout_and_without_gradient() -
     assert not on.model.training
     losses, predicted = naive(on.model, TABLE, rows)
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert result.accuracy == np.mean(np.array(predicted) == TABLE.labels[rows])
+    assert result.metrics["accuracy"] == np.mean(np.array(predicted) == TABLE.labels[rows])
     assert all(value.grad is None for value in on.model.parameters())
 
 

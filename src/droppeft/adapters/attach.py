@@ -74,17 +74,19 @@ def attach(
     blocks_path: str,
     seed: int,
     new_modules: Sequence[str] = (),
+    task_type: str = "SEQ_CLS",
 ) -> nn.Module:
     """Wrap ``model`` so that only the adapters that ``spec`` describes and the head are trainable.
 
     Args:
-        model: a transformers model for sequence classification. Its modules are replaced in place;
+        model: a transformers model with the task's head. Its modules are replaced in place;
             :func:`detach` restores them.
         spec: the adapter, with one entry per layer of ``blocks_path``.
         blocks_path: dotted name of the list of layers inside ``model``.
         seed: seed of the initial values. torch's global random state does not change.
         new_modules: names of modules to train in full besides the head, such as a pooler that has
             no pretrained values.
+        task_type: peft's name of the task.
 
     Raises:
         DroppeftError: if the specification does not fit its type, the model or its quantisation.
@@ -95,7 +97,7 @@ def attach(
     try:
         with torch.random.fork_rng(), _quiet():
             torch.manual_seed(seed)
-            wrapped = _wrapped(model, name, spec, blocks_path, new_modules)
+            wrapped = _wrapped(model, name, spec, blocks_path, new_modules, task_type)
             _check_addresses(wrapped, name, spec)
     except DroppeftError:
         _strip(model)
@@ -161,7 +163,12 @@ def merged(model: Any) -> nn.Module:
 
 
 def _wrapped(
-    model: Any, name: str, spec: AdapterSpec, blocks_path: str, new_modules: Sequence[str]
+    model: Any,
+    name: str,
+    spec: AdapterSpec,
+    blocks_path: str,
+    new_modules: Sequence[str],
+    task_type: str,
 ) -> nn.Module:
     if name == BOTTLENECK:
         widths = [None if layer is None else layer.width for layer in spec.layers]
@@ -170,7 +177,7 @@ def _wrapped(
     kind = TYPES[name]
     given = {"alpha": spec.alpha, "dropout": spec.dropout, "tokens": spec.tokens}
     fields = {
-        "task_type": "SEQ_CLS",
+        "task_type": task_type,
         # peft adds its own names for this task.
         "modules_to_save": sorted(set(new_modules) - set(HEADS)) or None,
         **{kind.settings[key]: value for key, value in given.items() if value is not None},

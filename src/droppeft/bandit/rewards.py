@@ -38,7 +38,7 @@ def rewards_of(
         if isinstance(reply, Update)
     ]
     changes = [_changes(instruction, update) for instruction, update in merged]
-    rewards = iter(agreements(changes, [float(update.examples) for _, update in merged]))
+    rewards = iter(agreements(changes, [float(update.targets) for _, update in merged]))
     return [next(rewards) if isinstance(reply, Update) else None for reply in replies]
 
 

@@ -26,7 +26,7 @@ from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates
 from droppeft.messages import CachedLayersCost, checked_run
-from droppeft.tasks.classification import Batch, Classification
+from droppeft.tasks.task import Batch, BoundTask, model_inputs
 
 STATES = "cached-layers"
 """Folder of the stored states in the cache folder."""
@@ -65,7 +65,7 @@ class CachedLayers:
         frozen_layers: FrozenLayers,
         store: StateStore | None,
         table: TokenTable,
-        task: Classification,
+        task: BoundTask,
         steps: Sequence[Rows],
         forward: Callable[[], Any],
         frozen_in_memory: Callable[[], Any] = nullcontext,
@@ -148,9 +148,8 @@ class CachedLayers:
         return states
 
     def _compute_batch(self, batch: Batch) -> torch.Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with self._forward():
-            return self._frozen_layers.states(inputs).float()
+            return self._frozen_layers.states(model_inputs(batch)).float()
 
     def _pad(self, states: list[torch.Tensor], batch: Batch) -> torch.Tensor:
         length = batch["input_ids"].shape[1]

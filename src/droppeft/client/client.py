@@ -88,8 +88,7 @@ class Client:
             instruction.client,
             instruction.nonce,
             quality.rows,
-            quality.accuracy,
-            quality.loss,
+            dict(quality.metrics),
         )
 
     def train(self, instruction: Instruction) -> Update:
@@ -130,6 +129,7 @@ class Client:
             nonce=instruction.nonce,
             tensors=tensors,
             examples=outcome.examples,
+            targets=outcome.targets,
             steps=outcome.steps,
             active_steps=outcome.active_steps,
             importance=outcome.importance,

@@ -14,7 +14,7 @@ from droppeft.messages import AdapterSpec, Layout, Tensors, flatten
 from droppeft.models.loading import Backbone
 from droppeft.models.offloading import OffloadedWeights
 from droppeft.models.quantization import on_device
-from droppeft.tasks.classification import Classification
+from droppeft.tasks.task import Task
 from droppeft.training.loop import Trainable
 
 
@@ -26,6 +26,7 @@ class ClientModel:
 
     Args:
         backbone: the pretrained model.
+        task: what it learns.
         accelerator: name of the torch device.
         seed: the run's seed, from which initial values follow.
         offload: whether the layers' frozen weights are held in a file. :meth:`load_layers` then
@@ -40,9 +41,16 @@ class ClientModel:
     """
 
     def __init__(
-        self, backbone: Backbone, accelerator: str, seed: int, *, offload: bool = False
+        self,
+        backbone: Backbone,
+        task: Task,
+        accelerator: str,
+        seed: int,
+        *,
+        offload: bool = False,
     ) -> None:
         self._backbone = backbone
+        self._adapter_task = task.adapter_task
         self._seed = seeds.seed_for(seed, purpose="adapter")
         self._spec: AdapterSpec | None = None
         self._fresh: dict[AdapterSpec, Tensors] = {}
@@ -57,9 +65,7 @@ class ClientModel:
             self.model = on_device(backbone.model, self.device)
         self.parameters: Parameters = {}
         self.blocks: tuple[nn.Module, ...] = ()
-        self.task = Classification(
-            backbone.inputs, int(backbone.tokenizer.pad_token_id), self.device
-        )
+        self.task = task.on(backbone.inputs, int(backbone.tokenizer.pad_token_id), self.device)
 
     @property
     def weights_hash(self) -> str:
@@ -104,7 +110,9 @@ class ClientModel:
         if self._spec is not None:
             self.model, self._spec = detach(self.model), None
         base = self._backbone
-        model = attach(self.model, spec, base.blocks_path, self._seed, base.new_modules)
+        model = attach(
+            self.model, spec, base.blocks_path, self._seed, base.new_modules, self._adapter_task
+        )
         if self._offloaded is None:
             model = model.to(self.device)
         else:

@@ -1,4 +1,4 @@
-"""Loads what a configuration names: the texts, their partition into clients, and the backbone.
+"""Loads what a configuration names: the data, their partition into clients, and the backbone.
 
 Server and clients load the same. :mod:`droppeft.server.prepare` adds what only the server needs,
 and :func:`clients_of` what only clients need.
@@ -16,12 +16,12 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
 from droppeft.data.partition import ClientRows, partition_rows
-from droppeft.data.sources import load_text
-from droppeft.data.texts import TextData, TextTable
-from droppeft.data.tokens import TokenTable, tokenise
+from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.models.loading import Backbone, load_backbone
+from droppeft.models.loading import Backbone
+from droppeft.tasks.registry import task_named
+from droppeft.tasks.task import Corpus, Table, Task
 from droppeft.training.checkpointing import check_checkpointing
 
 Say = Callable[[str], None]
@@ -30,25 +30,27 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """Texts, partition and model of a run.
+    """Data, partition and model of a run.
 
     Attributes:
         config: the resolved configuration, with the number of frozen layers.
-        data: texts and labels.
-        clients: each client's rows of the training texts.
+        task: what is learnt.
+        data: rows to train and to test on.
+        clients: each client's rows of the training data.
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
     """
 
     config: Config
-    data: TextData
+    task: Task
+    data: Corpus
     clients: tuple[ClientRows, ...]
     backbone: Backbone
     model: ClientModel
 
 
 def load(config: Config, say: Say) -> Loaded:
-    """Load texts and model.
+    """Load data and model.
 
     Sets torch's number of threads first, before any tensor is created.
 
@@ -61,25 +63,26 @@ def load(config: Config, say: Say) -> Loaded:
     """
     torch.set_num_threads(config.threads)
     say("reading data")
-    data = load_text(config.data, config.source, config.partition.key)
+    task = task_named(config.task)
+    data = task.read(config)
     clients = partition_rows(
         data.train.labels, data.train.keys, config.clients, config.partition, config.seed
     )
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
-    backbone = load_backbone(config.model, data.label_names, head_seed, config.quantization)
+    backbone = task.load_backbone(config, data.label_names, head_seed)
     config = resolve_layers(config, backbone.num_layers)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
-    model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
-    return Loaded(config, data, tuple(clients), backbone, model)
+    model = ClientModel(backbone, task, config.accelerator, config.seed, offload=offload)
+    return Loaded(config, task, data, tuple(clients), backbone, model)
 
 
-def tokens_of(loaded: Loaded, texts: TextTable) -> TokenTable:
-    """Tokenise texts for the backbone."""
-    return tokenise(texts, loaded.backbone.tokenizer, loaded.config.training.max_length)
+def tokens_of(loaded: Loaded, table: Table) -> TokenTable:
+    """Tokenise rows for the backbone."""
+    return loaded.task.encode(table, loaded.backbone.tokenizer, loaded.config)
 
 
 def clients_of(loaded: Loaded) -> tuple[Client, ...]:

@@ -30,16 +30,16 @@ from droppeft.methods.rules import check_settings, reason_of, without_effect
 
 
 class TargetTable(Table):
-    """The accuracy whose time is asked for: a number, or a variant's last one less ``minus``."""
+    """The quality whose time is asked for: a value, or a variant's last one, worse by ``minus``."""
 
-    accuracy: Real | None = Field(None, gt=0, lt=1)
+    value: Real | None = Field(None, gt=0)
     variant: str | None = None
     minus: Real = Field(0.01, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TargetTable":
-        if (self.accuracy is None) == (self.variant is None):
-            raise ValueError("give target.accuracy or target.variant")
+        if (self.value is None) == (self.variant is None):
+            raise ValueError("give target.value or target.variant")
         return self
 
 
@@ -54,7 +54,7 @@ class Comparison(Table):
         seeds: each variant runs with each of them.
         baseline: the variant whose time to the target is divided by that of the others; the
             first one if ``None``.
-        target: the accuracy whose time is asked for, if any.
+        target: the quality whose time is asked for, if any.
     """
 
     variants: Mapping[str, TextList] = Field(min_length=1)
@@ -164,9 +164,9 @@ def named_on_the_command_line(
     Raises:
         DroppeftError: an unknown method.
     """
-    targets = [setting for setting in settings if key_of(setting) == "target_accuracy"]
+    targets = [setting for setting in settings if key_of(setting) == "target"]
     variants = {method_named(name).name: [f"method={name}"] for name in methods}
-    target = {"accuracy": parse_override(targets[-1])[1]} if targets else None
+    target = {"value": parse_override(targets[-1])[1]} if targets else None
     tree = {"variants": variants, "settings": list(settings), "target": target}
     return _validated(tree if seeds is None else {**tree, "seeds": list(seeds)}, "")
 

@@ -19,16 +19,17 @@ import tomli_w
 from droppeft.config import flat
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
+from droppeft.tasks.metrics import primary_metric
 
 SCHEMA_VERSION = 1
 STUDY, DEFINITION = "study.json", "study.toml"
 RUNS, ROUNDS, CLIENTS = "runs.parquet", "rounds.parquet", "clients.parquet"
 
 OUTCOMES = (
-    *("global_accuracy", "global_f1", "global_loss", "initial_accuracy"),
+    *("task", "metric", "global_accuracy", "global_f1", "global_loss", "initial_accuracy"),
     *("personalised_accuracy", "personalised_worst_tenth", "personalised_deviation"),
-    *("personalised_accuracy_trained", "newcomers"),
-    "newcomers_accuracy",
+    *("personalised_accuracy_trained", "initial_loss", "personalised_loss"),
+    *("global_perplexity", "global_token_accuracy"),
     *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
     *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),
@@ -80,9 +81,9 @@ class Row(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Target:
-    """The accuracy whose time is asked for: a number, or a variant's last one less ``minus``."""
+    """The quality whose time is asked for: a value, or a variant's last one, worse by ``minus``."""
 
-    accuracy: float | None = None
+    value: float | None = None
     variant: str | None = None
     minus: float = 0.0
 
@@ -96,7 +97,7 @@ class Study:
         seeds: of the comparison.
         baseline: the variant whose time to the target is divided by that of the others; the
             first one if ``None``.
-        target: the accuracy whose time is asked for, if any.
+        target: the quality whose time is asked for, if any.
         definition: text of the comparison's TOML file.
         commands: the command lines that were called.
     """
@@ -120,7 +121,7 @@ class RunRecord:
         result: columns of ``runs.parquet``, ``machine`` and ``versions``; ``None`` if it failed.
         rows: one per round.
         clients: one per client whose own model was evaluated: ``client``, its test ``rows`` and
-            ``accuracy``.
+            value of the task's primary metric, by its name.
         failure: why there is no result; ``None`` if there is one.
     """
 
@@ -152,8 +153,9 @@ def finished(
         | {"unmeasured_clients": len(result.get("personalised_failures", ()))}
         | {name: result[name] for name in NUMBERED}
     )
+    name = primary_metric(result).name
     clients = [
-        Row(client=one["client"], rows=one["rows"], accuracy=one["accuracy"])
+        Row({"client": one["client"], "rows": one["rows"], name: one[name]})
         for one in result.get("personalised") or ()
     ]
     return RunRecord(
@@ -271,7 +273,7 @@ def _read(folder: Path) -> tuple[Study, list[RunRecord]]:
         variants=tuple(about["variants"]),
         seeds=tuple(about["seeds"]),
         baseline=about["baseline"],
-        target=Target(target["accuracy"], target["variant"], target["minus"]) if target else None,
+        target=Target(target["value"], target["variant"], target["minus"]) if target else None,
         definition=(folder / DEFINITION).read_text(encoding="utf-8"),
         commands=tuple(about["commands"] or ()),
     )

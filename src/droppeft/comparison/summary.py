@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from droppeft.comparison.study_files import RunRecord, Study, Target
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
+from droppeft.tasks.metrics import Metric, primary_metric
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class VariantRow:
         variant: its name.
         seeds: how many have a result.
         failures: why the other seeds have none, each reason once.
-        accuracy: of the global model on the whole test set; ``None`` if there is no global model.
-        f1: of the global model: of class 1 with two classes, otherwise the mean over classes.
-        personalised: accuracy of each client's own model on its own test rows, mean over clients.
-        worst_tenth: the same over the tenth of clients with the lowest accuracy.
-        between_clients: standard deviation of that accuracy over the clients of a run.
+        metric: the task's primary metric, which the following values are of.
+        quality: of the global model on the whole test set; ``None`` if there is no global model.
+        f1: F1 of the global model: of class 1 with two classes, otherwise the mean over classes;
+            ``None`` if the task has none.
+        personalised: of each client's own model on its own test rows, mean over clients.
+        worst_tenth: the same over the tenth of clients whose models are worst.
+        between_clients: standard deviation over the clients of a run.
         unmeasured: clients of all runs whose own model could not be evaluated.
         reached: how many seeds reached the target; ``None`` without a target or a global model.
         time_to_target_measured_s, time_to_target_modelled_s: ``None`` unless all seeds reached it.
@@ -43,7 +46,8 @@ class VariantRow:
     variant: str
     seeds: int
     failures: tuple[str, ...]
-    accuracy: Spread | None
+    metric: Metric
+    quality: Spread | None
     f1: Spread | None
     personalised: Spread | None
     worst_tenth: Spread | None
@@ -68,7 +72,8 @@ class Part:
 
     Attributes:
         data, model: of these runs.
-        target: accuracy whose time was asked for, mean over seeds; ``None`` if there is none.
+        metric: the task's primary metric.
+        target: its value whose time was asked for, mean over seeds; ``None`` if there is none.
         majority, tfidf: test accuracy of the training rows' most frequent class, and of TF-IDF
             with a linear SVM on the training texts of all clients together; ``None`` where no run
             knows it, or where runs of the same seed differ.
@@ -79,6 +84,7 @@ class Part:
 
     data: str
     model: str
+    metric: Metric
     target: float | None
     majority: float | None
     tfidf: float | None
@@ -93,14 +99,16 @@ def summary(study: Study, records: Sequence[RunRecord]) -> list[Part]:
 
 
 def _part(study: Study, records: Sequence[RunRecord]) -> Part:
-    targets = target_accuracies(study.target, records)
+    metric = metric_of(records)
+    targets = target_values(study.target, records, metric)
     by_variant = {name: [run for run in records if run.variant == name] for name in study.variants}
     base = study.baseline or next(iter(by_variant))
-    times = {name: _times(runs, targets) for name, runs in by_variant.items()}
+    times = {name: _times(runs, targets, metric) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
-    rows = (_row(name, runs, times[name], times[base]) for name, runs in by_variant.items())
+    rows = (_row(name, runs, metric, times[name], times[base]) for name, runs in by_variant.items())
     return Part(
         *records[0].place,
+        metric=metric,
         target=fmean(known) if known else None,
         majority=_reference(records, "majority_accuracy"),
         tfidf=_reference(records, "tfidf_accuracy"),
@@ -120,42 +128,48 @@ def _reference(records: Sequence[RunRecord], key: str) -> float | None:
     return fmean(value for [value] in found.values())
 
 
-def target_accuracies(
-    target: Target | None, records: Sequence[RunRecord]
+def metric_of(records: Sequence[RunRecord]) -> Metric:
+    """The primary metric of runs of the same task."""
+    return primary_metric(next((run.result for run in records if run.result is not None), {}))
+
+
+def target_values(
+    target: Target | None, records: Sequence[RunRecord], metric: Metric
 ) -> Mapping[int, float | None]:
-    """The target's accuracy by seed.
+    """The target's value by seed.
 
     If the target is a variant, it is the mean of the last evaluations of that variant's run with
-    the same seed, less ``minus``; ``None`` if that run has no result or no global model. It is
+    the same seed, worse by ``minus``; ``None`` if that run has no result or no global model. It is
     computed per seed because seeds differ by more than ``minus``.
     """
     if target is None:
         return {}
-    if target.accuracy is not None:
-        return {run.seed: target.accuracy for run in records}
+    if target.value is not None:
+        return {run.seed: target.value for run in records}
+    worse = -target.minus if metric.higher_is_better else target.minus
     runs = {run.seed: run for run in records if run.variant == target.variant}
     return {
-        seed: fmean(accuracies[-SMOOTHED_EVALUATIONS:]) - target.minus
-        if run.result is not None and (accuracies := _evaluations(run))
+        seed: fmean(values[-SMOOTHED_EVALUATIONS:]) + worse
+        if run.result is not None and (values := _evaluations(run, metric))
         else None
         for seed, run in runs.items()
     }
 
 
-def _evaluations(run: RunRecord) -> list[float]:
-    """Accuracies of the global model, in the rounds that evaluated it."""
-    accuracies = [row["global_accuracy"] for row in run.rows]
-    return [accuracy for accuracy in accuracies if accuracy is not None]
+def _evaluations(run: RunRecord, metric: Metric) -> list[float]:
+    """Values of the global model, in the rounds that evaluated it."""
+    values = [row[metric.key("global")] for row in run.rows]
+    return [value for value in values if value is not None]
 
 
 Times = Mapping[str, Mapping[int, float | None]]
 """Seconds to the target by clock and seed; ``None`` for a run that failed or did not reach it."""
 
 
-def _times(runs: Sequence[RunRecord], targets: Mapping[int, float | None]) -> Times:
+def _times(runs: Sequence[RunRecord], targets: Mapping[int, float | None], metric: Metric) -> Times:
     return {
         clock: {
-            run.seed: time_to_target(run, targets.get(run.seed), f"round_{clock}_s")
+            run.seed: time_to_target(run, targets.get(run.seed), f"round_{clock}_s", metric)
             for run in runs
             if targets
         }
@@ -163,20 +177,24 @@ def _times(runs: Sequence[RunRecord], targets: Mapping[int, float | None]) -> Ti
     }
 
 
-def time_to_target(run: RunRecord, target: float | None, column: str) -> float | None:
+def time_to_target(
+    run: RunRecord, target: float | None, column: str, metric: Metric
+) -> float | None:
     """Seconds until a run reaches the target, summed over a column of its rounds.
 
     ``None`` if the run failed or does not reach it, or if a round until then has no such time.
     """
     if run.result is None:
         return None
-    evaluations = [(row["round"], row["global_accuracy"]) for row in run.rows]
-    reached = target_round(evaluations, run.result["initial_accuracy"], target)
+    evaluations = [(row["round"], row[metric.key("global")]) for row in run.rows]
+    reached = target_round(evaluations, run.result[metric.key("initial")], target, metric)
     times = [row[column] for row in run.rows if reached and row["round"] <= reached]
     return sum(times) if times and None not in times else None
 
 
-def _row(name: str, runs: Sequence[RunRecord], own: Times, base: Times) -> VariantRow:
+def _row(
+    name: str, runs: Sequence[RunRecord], metric: Metric, own: Times, base: Times
+) -> VariantRow:
     """A variant's row from its runs, its times to the target and those of the baseline."""
     results = [run.result for run in runs if run.result is not None]
     spreads = {clock: _if_all(list(times.values())) for clock, times in own.items()}
@@ -189,13 +207,16 @@ def _row(name: str, runs: Sequence[RunRecord], own: Times, base: Times) -> Varia
         variant=name,
         seeds=len(results),
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
-        accuracy=_if_all([result["global_accuracy"] for result in results]),
+        metric=metric,
+        quality=_if_all([result[metric.key("global")] for result in results]),
         f1=_if_all([result["global_f1"] for result in results]),
-        personalised=_if_all([result["personalised_accuracy"] for result in results]),
+        personalised=_if_all([result[metric.key("personalised")] for result in results]),
         worst_tenth=_if_all([result["personalised_worst_tenth"] for result in results]),
         between_clients=_if_all([result["personalised_deviation"] for result in results]),
         unmeasured=sum(result["unmeasured_clients"] or 0 for result in results),
-        reached=len(reached) if own["measured"] and any(map(_evaluations, runs)) else None,
+        reached=len(reached)
+        if own["measured"] and any(_evaluations(run, metric) for run in runs)
+        else None,
         time_to_target_measured_s=spreads["measured"],
         time_to_target_modelled_s=spreads["modelled"],
         speed_up_measured=_speed_up(base["measured"], own["measured"]),

@@ -10,15 +10,16 @@ from typing import Any
 from droppeft.comparison.study_files import STUDY, RunRecord, Study, read_tables, write_tables
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.files import write_atomically
+from droppeft.tasks.metrics import F1, Metric
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
 
 
-def _accuracy(spread: Spread | None) -> str:
+def _value(metric: Metric, spread: Spread | None) -> str:
     if spread is None:
         return "–"
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
-    return f"{spread.mean:.3f}{deviation}".replace("0.", ".")
+    deviation = "" if spread.deviation is None else f" ± {metric.text(spread.deviation)}"
+    return f"{metric.text(spread.mean)}{deviation}"
 
 
 def _seconds(spread: Spread | None) -> str:
@@ -50,11 +51,11 @@ def _scaled(value: float | None, unit: float, name: str) -> str:
 COLUMNS: dict[str, Callable[[VariantRow], str]] = {
     "variant": lambda row: row.variant,
     "seeds": lambda row: str(row.seeds),
-    "accuracy": lambda row: _accuracy(row.accuracy),
-    "F1": lambda row: _accuracy(row.f1),
-    "personalised": lambda row: _accuracy(row.personalised),
-    "worst tenth": lambda row: _accuracy(row.worst_tenth),
-    "between clients": lambda row: _accuracy(row.between_clients),
+    "quality": lambda row: _value(row.metric, row.quality),
+    "F1": lambda row: _value(F1, row.f1),
+    "personalised": lambda row: _value(row.metric, row.personalised),
+    "worst tenth": lambda row: _value(row.metric, row.worst_tenth),
+    "between clients": lambda row: _value(row.metric, row.between_clients),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
     "speed-up": lambda row: _times(row.speed_up_modelled),
     "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
@@ -67,13 +68,13 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
 }
 """Columns of the Markdown, HTML and terminal tables, and how a cell is written."""
 
-QUALITY = ("variant", "accuracy", "F1", "personalised", "worst tenth", "between clients")
+QUALITY = ("variant", "quality", "F1", "personalised", "worst tenth", "between clients")
 TIMES = ("variant", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
 COSTS = ("variant", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
 """Columns of three tables that each fit into a terminal of 80 characters."""
 
 SPREADS = (
-    "accuracy",
+    "quality",
     "f1",
     "personalised",
     "worst_tenth",
@@ -82,6 +83,11 @@ SPREADS = (
     "time_to_target_modelled_s",
 )
 """Fields of a :class:`VariantRow` that the CSV file has as mean and standard deviation."""
+
+
+def head(column: str, part: Part) -> str:
+    """The head of a column: its name, or that of the task's primary metric."""
+    return part.metric.label if column == "quality" else column
 
 
 def heading(part: Part) -> str:
@@ -138,6 +144,8 @@ def _flat(row: VariantRow) -> dict[str, Any]:
     for name, value in vars(row).items():
         if name == "failures":
             flat[name] = "; ".join(value)
+        elif name == "metric":
+            flat[name] = value.name
         elif name in SPREADS:
             flat[name] = value and value.mean
             flat[f"{name}_sd"] = value and value.deviation
@@ -150,7 +158,7 @@ def as_markdown(parts: Sequence[Part]) -> str:
     """A table per data set and model, with rounded numbers."""
     sections = []
     for part in parts:
-        lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+        lines = [[head(name, part) for name in COLUMNS], ["---"] * len(COLUMNS)]
         lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         below = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
@@ -169,7 +177,7 @@ def untimed(part: Part) -> list[str]:
         return []
     return [
         "There is no target, and so no times to one: set it as target in a comparison's file, "
-        "or as target_accuracy for a run."
+        "or as the setting target of a run."
     ]
 
 

@@ -374,6 +374,9 @@ class Config(Table):
     """A whole run."""
 
     method: str = Field(DEFAULT_METHOD, description="federated method")
+    task: Literal["classification"] = Field(
+        "classification", description="what is learnt: `classification` of texts"
+    )
     model: str = Field(
         "builtin",
         description="`builtin`, a Hub id, a folder, or `config:ARCHITECTURE` (random weights)",
@@ -411,8 +414,11 @@ class Config(Table):
         description="experiment tracker that also gets each round, offline, in the run's folder; "
         "its package must be installed",
     )
-    target_accuracy: Real | None = Field(
-        None, gt=0, lt=1, description="report when the global model reaches this accuracy"
+    target: Real | None = Field(
+        None,
+        gt=0,
+        description="report when the global model reaches this value of the task's first metric "
+        "(accuracy)",
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)

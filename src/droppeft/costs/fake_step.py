@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, trainable_by_layer
@@ -30,7 +29,8 @@ from droppeft.messages import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import quiet, token_inputs
 from droppeft.models.precision import autocast
-from droppeft.tasks.classification import Batch, Classification
+from droppeft.tasks.registry import task_named
+from droppeft.tasks.task import Batch
 from droppeft.training.checkpointing import Call, checkpointed
 
 NEEDS_VALUES = frozenset({"adamss"})
@@ -54,7 +54,8 @@ class FakeModel:
         fake_mode: torch's mode in which it runs.
 
     Args:
-        config: transformers' configuration of a sequence classifier; it is not changed.
+        config: transformers' configuration of the model; it is not changed.
+        task: name of the task.
         spec: of the adapter.
         new_modules: parts of the head that are trained besides the classifier.
         quantization: of all linear maps but the head's.
@@ -67,17 +68,21 @@ class FakeModel:
     def __init__(
         self,
         config: Any,
+        task: str,
         spec: AdapterSpec,
         new_modules: Sequence[str] = (),
         quantization: str = "none",
         device: str = "cpu",
     ) -> None:
-        plain = empty_model(config)
-        self.task = Classification(token_inputs(plain), 0, torch.device(device))
+        plain = empty_model(config, task)
+        kind = task_named(task)
+        self.task = kind.on(token_inputs(plain), 0, torch.device(device))
         replace_linear_maps(plain, quantization)
         if NEEDS_VALUES & {layer.type for layer in spec.layers if layer}:
             plain = _with_random_values(plain)
-        self.model = attach(plain, spec, find_blocks(plain)[0], 0, new_modules).train()
+        self.model = attach(
+            plain, spec, find_blocks(plain)[0], 0, new_modules, kind.adapter_task
+        ).train()
         _disable_module_dropout(self.model)
         path, self.blocks = find_blocks(self.model)
         parameters = trainable_by_layer(self.model, path)
@@ -88,20 +93,16 @@ class FakeModel:
             _make_fake(self.model, self.task.device)
 
     def batch(self, rows: int, length: int) -> Batch:
-        """Token columns (B, S) with an attention mask, as if rows were padded, and labels (B)."""
-        names = [*self.task.inputs, "attention_mask"]
-        column = torch.ones(rows, length, dtype=torch.int64, device=self.task.device)
-        return {**{name: column.clone() for name in names}, "labels": column.new_zeros(rows)}
+        """A batch of rows of a length, as the task makes it."""
+        return self.task.sample_batch(rows, length)
 
 
-def empty_model(config: Any) -> nn.Module:
-    """A sequence classifier in fp32 on the meta device, which takes no memory."""
+def empty_model(config: Any, task: str) -> nn.Module:
+    """A task's model in fp32 on the meta device, which takes no memory."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"), quiet():
-        model: nn.Module = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32
-        )
+        model: nn.Module = task_named(task).auto_class.from_config(config, dtype=torch.float32)
     return model
 
 
@@ -208,7 +209,7 @@ def _executed(
             gates.active = tuple(index in blocks for index in range(len(fake_model.blocks)))
             batch = fake_model.batch(rows, length)
             with autocast(precision, fake_model.task.device), counter.storing():
-                loss, _ = fake_model.task.loss_and_logits(fake_model.model, batch)
+                loss = fake_model.task.loss(fake_model.model, batch)
             counter.phase, counter.region = "backward", None
             loss.backward()  # type: ignore[no-untyped-call]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -6,7 +6,7 @@ depth and with a single optimizer. Its device profile is the data-centre GPU.
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import Method, average_by_examples
+from droppeft.federated_method import Method, average_by_targets
 from droppeft.methods.fedlora import FEDLORA
 
 
@@ -37,7 +37,7 @@ CENTRALISED = Method(
     tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,
-    merge=average_by_examples,
+    merge=average_by_targets,
     check=_check,
     adjust=_one_client,
 )

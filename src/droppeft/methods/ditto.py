@@ -11,7 +11,7 @@ from dataclasses import replace
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     evaluation_only,
     full_instruction,
     per_client,
@@ -43,7 +43,7 @@ def _merge(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     return with_participations(
-        average_by_examples(setup, state, instructions, replies), instructions, replies
+        average_by_targets(setup, state, instructions, replies), instructions, replies
     )
 
 

@@ -37,7 +37,7 @@ from droppeft.methods.personal_layers import (
     typical_of,
     with_sharing,
 )
-from droppeft.sharing.aggregation import average_over_senders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.participation import ParticipationMemory, with_participations
 
 
@@ -167,7 +167,7 @@ def _merge(
 ) -> ServerState:
     config = setup.config
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    mean = average_over_senders(state.model.tensors, updates, by_examples)
+    mean = average_over_senders(state.model.tensors, updates, by_targets)
     merged = apply_mean(setup, state, updates, mean)
     if has_personal_tensors(config):
         merged = with_participations(merged, instructions, replies)

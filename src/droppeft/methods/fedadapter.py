@@ -36,7 +36,7 @@ from droppeft.messages import (
     Tensors,
     Update,
 )
-from droppeft.sharing.aggregation import average_over_senders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_targets
 
 FIRST_DEPTH, FIRST_WIDTH, WIDER_BY, MOST_DEPTH = 2, 8, 8, 12
 TRIAL_ROUNDS, REWARD_ROWS = 3, 32
@@ -107,7 +107,7 @@ def _largest_shape(setup: Setup) -> tuple[int, int]:
 def _plain_mean(model: GlobalModel, replies: Sequence[Reply]) -> GlobalModel:
     """The model with every tensor averaged over the updates that have it, weighted by rows."""
     updates = [reply for reply in replies if isinstance(reply, Update)]
-    return replace(model, tensors=average_over_senders(model.tensors, updates, by_examples))
+    return replace(model, tensors=average_over_senders(model.tensors, updates, by_targets))
 
 
 def _init(setup: Setup) -> ServerState:

@@ -14,7 +14,7 @@ from droppeft.federated_method import Method, Setup
 from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update, flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.sharing.aggregation import Wide, average_over_senders, by_examples
+from droppeft.sharing.aggregation import Wide, average_over_senders, by_targets
 from droppeft.sharing.factors import A, B, mean_products
 
 
@@ -25,7 +25,7 @@ def _merge(
     if not updates:
         return state
     model = state.model
-    tensors = average_over_senders(model.tensors, updates, by_examples)
+    tensors = average_over_senders(model.tensors, updates, by_targets)
     averaged = {name: array for _, name, array in flatten(tensors)}
 
     def residual(a: str, mean: Wide) -> Wide:
@@ -33,7 +33,7 @@ def _merge(
         up, down = averaged[a.replace(A, B)], averaged[a]
         return mean - up.astype(np.float64) @ down.astype(np.float64)
 
-    means = mean_products(model.tensors, updates, by_examples)
+    means = mean_products(model.tensors, updates, by_targets)
     residuals = ((a, residual(a, mean)) for a, mean in means)
     delta = with_added(model.base_delta, residuals, scale_of(setup.config))
     return replace(state, model=GlobalModel(model.adapter, tensors, delta))

@@ -42,7 +42,7 @@ from droppeft.messages import (
     Tensors,
     Update,
 )
-from droppeft.sharing.aggregation import average_over_senders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import A, B, pairs_of
 
 LEAST_PART = 1 / 4
@@ -208,7 +208,7 @@ def _merge(
     def by_norm(update: Update, layer: LayerKey) -> float:
         return norms[update.client]
 
-    weight = by_norm if any(norms.values()) else by_examples
+    weight = by_norm if any(norms.values()) else by_targets
     tensors = average_over_senders(state.model.tensors, updates, weight)
     model = GlobalModel(state.model.adapter, tensors, state.model.base_delta)
     return replace(state, model=model, memory=Ranks(tuple(ranks)))

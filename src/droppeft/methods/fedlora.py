@@ -13,7 +13,7 @@ before round 1, ``instruct`` returns one instruction for each client of a round'
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     full_instruction,
     per_client,
     start_with,
@@ -33,5 +33,5 @@ FEDLORA = Method(
     tables=frozenset({"frozen", "server"}),  # tables of optional settings that have an effect
     init=_init,
     instruct=per_client(full_instruction),
-    merge=average_by_examples,
+    merge=average_by_targets,
 )

@@ -19,7 +19,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     full_instruction,
     start_with,
     uniform_adapter,
@@ -79,6 +79,6 @@ FEDRA = Method(
     tables=frozenset({"dropout", "frozen", "server"}),
     init=_init,
     instruct=_instruct,
-    merge=average_by_examples,
+    merge=average_by_targets,
     check=_check,
 )

@@ -12,7 +12,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     evaluating,
     full_instruction,
     per_client,
@@ -58,7 +58,7 @@ def _merge(
     setup: Setup, state: ServerState, instructions: Sequence[Instruction], replies: Sequence[Reply]
 ) -> ServerState:
     return with_participations(
-        average_by_examples(setup, state, instructions, replies), instructions, replies
+        average_by_targets(setup, state, instructions, replies), instructions, replies
     )
 
 

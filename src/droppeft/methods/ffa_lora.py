@@ -9,7 +9,7 @@ from dataclasses import replace
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     evaluating,
     full_instruction,
     per_client,
@@ -35,7 +35,7 @@ FFA_LORA = Method(
     tables=frozenset({"frozen", "server"}),
     init=FEDLORA.init,
     instruct=per_client(_for_client),
-    merge=average_by_examples,
+    merge=average_by_targets,
     check=check_plain_lora,
     evaluate_client=evaluating(_for_client),
 )

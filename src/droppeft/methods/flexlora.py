@@ -20,7 +20,7 @@ from droppeft.federated_method import (
 from droppeft.messages import Instruction, Reply, ServerState, Update
 from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
 from droppeft.methods.plain_lora import check_plain_lora
-from droppeft.sharing.aggregation import by_examples
+from droppeft.sharing.aggregation import by_targets
 from droppeft.sharing.factors import average_products
 
 
@@ -39,7 +39,7 @@ def _merge(
         for reply in replies
         if isinstance(reply, Update)
     ]
-    tensors = average_products(state.model.tensors, updates, by_examples)
+    tensors = average_products(state.model.tensors, updates, by_targets)
     return replace(state, model=replace(state.model, tensors=tensors))
 
 

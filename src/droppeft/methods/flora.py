@@ -26,7 +26,7 @@ from droppeft.messages import (
 )
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
-from droppeft.sharing.aggregation import average_over_senders, by_examples
+from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import mean_products, pairs_of
 
 
@@ -37,8 +37,8 @@ def _merge(
     if not updates:
         return state
     model = state.model
-    products = mean_products(model.tensors, updates, by_examples)
-    tensors = average_over_senders(model.tensors, updates, by_examples)
+    products = mean_products(model.tensors, updates, by_targets)
+    tensors = average_over_senders(model.tensors, updates, by_targets)
     delta = with_added(model.base_delta, products, scale_of(setup.config))
     fresh = _with_fresh_factors(setup, tensors, updates[0].round)
     return replace(state, model=GlobalModel(model.adapter, fresh, delta))

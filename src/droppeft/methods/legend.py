@@ -19,7 +19,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
-    average_by_examples,
+    average_by_targets,
     full_instruction,
     per_client,
     start_with,
@@ -105,6 +105,6 @@ LEGEND = Method(
     tables=frozenset({"server"}),
     init=_init,
     instruct=per_client(_last_layers),
-    merge=average_by_examples,
+    merge=average_by_targets,
     check=_check,
 )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from droppeft.config import Config
 from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import Method, average_by_examples
+from droppeft.federated_method import Method, average_by_targets
 from droppeft.methods.fedlora import FEDLORA
 
 
@@ -25,7 +25,7 @@ def _with_type(name: str, summary: str) -> Method:
         tables=FEDLORA.tables,
         init=FEDLORA.init,
         instruct=FEDLORA.instruct,
-        merge=average_by_examples,
+        merge=average_by_targets,
         check=_check,
     )
 

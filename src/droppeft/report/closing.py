@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.quantities import bytes_text, joules_text, seconds_text, share
+from droppeft.tasks.metrics import F1, LOSS, Metric, metrics_in, primary_metric
 
 LABEL_WIDTH = 10
 
@@ -46,7 +47,7 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         f"compare {result['method']} {_other(result['method'])}": "Two methods side by side:",
         "run data=FILE.csv": "Your own texts, in columns named text and label:",
     }
-    if result["global_accuracy"] is None:
+    if result[primary_metric(result).key("global")] is None:
         del commands[f"export {run} --merge"]
     lines: list[RenderableType] = []
     for command, meaning in commands.items():
@@ -77,45 +78,62 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     sample = f"on {result['sampled_test_rows']:,} test texts"
+    metric = primary_metric(result)
     lines = [
-        *_global_lines(result, sample),
-        *_personalised_lines(result),
-        ("before training", share(result["initial_accuracy"]), sample),
-        ("majority class", share(result["majority_accuracy"]), "reference"),
-        (
-            "TF-IDF + linear SVM",
-            share(result["tfidf_accuracy"]),
-            "reference, all data in one place",
-        ),
+        *_global_lines(result, metric, sample),
+        *_personalised_lines(result, metric),
+        ("before training", metric.text(result[metric.key("initial")]), sample),
+        *_reference_lines(result),
     ]
     if result["target"] is not None:
-        lines += _target_lines(result)
+        lines += _target_lines(result, metric)
     return lines
 
 
-def _global_lines(result: Mapping[str, Any], sample: str) -> list[tuple[str, str, str]]:
-    if result["global_accuracy"] is None:
-        return [("accuracy", "–", "there is no global model")]
+def _global_lines(
+    result: Mapping[str, Any], metric: Metric, sample: str
+) -> list[tuple[str, str, str]]:
+    if result[metric.key("global")] is None:
+        return [(metric.label, "–", "there is no global model")]
+    others = [
+        (other.label, other.text(result[other.key("global")]), _note(other, result))
+        for other in metrics_in(result)
+        if other not in (metric, LOSS)
+    ]
+    best = f"round {result['best_round']}, {sample}"
     return [
         (
-            "accuracy",
-            share(result["global_accuracy"]),
+            metric.label,
+            metric.text(result[metric.key("global")]),
             f"all {result['test_rows']:,} test texts",
         ),
-        ("F1", share(result["global_f1"]), _f1_note(result)),
-        ("after round 1", share(result["first_accuracy"]), sample),
-        ("best", share(result["best_accuracy"]), f"round {result['best_round']}, {sample}"),
+        *others,
+        ("after round 1", metric.text(result[metric.key("first")]), sample),
+        ("best", metric.text(result[metric.key("best")]), best),
     ]
 
 
-def _f1_note(result: Mapping[str, Any]) -> str:
-    """Which F1 score it is."""
+def _reference_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The references that the task has."""
+    if "majority_accuracy" not in result:
+        return []
+    tfidf = share(result["tfidf_accuracy"])
+    return [
+        ("majority class", share(result["majority_accuracy"]), "reference"),
+        ("TF-IDF + linear SVM", tfidf, "reference, all data in one place"),
+    ]
+
+
+def _note(metric: Metric, result: Mapping[str, Any]) -> str:
+    """What is particular to a metric: which F1 score it is."""
+    if metric != F1:
+        return ""
     return "of class 1" if result["classes"] == 2 else "mean over classes (macro)"
 
 
-def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Accuracy of clients' own models; no lines if the run did not evaluate them."""
-    if result["personalised_accuracy"] is None:
+def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple[str, str, str]]:
+    """Quality of clients' own models; no lines if the run did not evaluate them."""
+    if result[metric.key("personalised")] is None:
         return []
     clients, rows = result["personalised_clients"], result["personalised_rows"]
     note = f"mean of {clients:,} clients' own models on their own {rows:,} test texts"
@@ -126,20 +144,20 @@ def _personalised_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]
         note += f"; {len(failed)} could not be evaluated ({failed[0]['reason']})"
     if lost := result["personalised_lost"]:
         note += f"; {len(lost)} had lost their client state and used the global model"
-    return [
-        ("personalised", share(result["personalised_accuracy"]), note),
-        ("worst tenth", share(result["personalised_worst_tenth"]), of_them),
-        ("deviation", share(result["personalised_deviation"]), "between them"),
-        (
-            "own majority class",
-            share(result["own_majority_accuracy"]),
-            "reference: always predict the client's most frequent class",
-        ),
+    lines = [
+        ("personalised", metric.text(result[metric.key("personalised")]), note),
+        ("worst tenth", metric.text(result["personalised_worst_tenth"]), of_them),
+        ("deviation", metric.text(result["personalised_deviation"]), "between them"),
     ]
+    if "own_majority_accuracy" in result:
+        own = share(result["own_majority_accuracy"])
+        note = "reference: always predict the client's most frequent class"
+        lines.append(("own majority class", own, note))
+    return lines
 
 
-def _target_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    name = f"target {share(result['target'])}"
+def _target_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple[str, str, str]]:
+    name = f"target {metric.text(result['target'])}"
     if result["target_round"] is None:
         return [(name, "not reached", "")]
     here, modelled = (result[f"time_to_target_{clock}_s"] for clock in ("measured", "modelled"))

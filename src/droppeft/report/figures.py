@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy against cost, times to the target, memory. Ours."""
+"""Figures of a comparison: quality against cost, times to the target, memory. Ours."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
 from droppeft.report.layers import Row, of_layers
+from droppeft.tasks.metrics import ACCURACY, Metric
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of a figure that shows accuracy against cost.
+    """The horizontal axis of a figure that shows quality against cost.
 
     Attributes:
         label: of the axis, with its unit.
@@ -28,10 +29,10 @@ class Axis:
 
 
 AXES = {
-    "accuracy-modelled-time": Axis("modelled time, s", ("round_modelled_s",)),
-    "accuracy-measured-time": Axis("measured time, clients side by side, s", ("round_measured_s",)),
-    "accuracy-traffic": Axis("traffic, all clients, MB", ("upload_bytes", "download_bytes"), 1e6),
-    "accuracy-energy": Axis("modelled energy, all clients, kJ", ("energy_modelled_j",), 1e3),
+    "quality-modelled-time": Axis("modelled time, s", ("round_modelled_s",)),
+    "quality-measured-time": Axis("measured time, clients side by side, s", ("round_measured_s",)),
+    "quality-traffic": Axis("traffic, all clients, MB", ("upload_bytes", "download_bytes"), 1e6),
+    "quality-energy": Axis("modelled energy, all clients, kJ", ("energy_modelled_j",), 1e3),
 }
 BARS: dict[str, tuple[str, Callable[[VariantRow], float | None]]] = {
     "time-modelled": (
@@ -43,18 +44,18 @@ BARS: dict[str, tuple[str, Callable[[VariantRow], float | None]]] = {
         lambda row: _mean_of(row.time_to_target_measured_s),
     ),
     "personalised": (
-        "personalised accuracy, mean of clients",
+        "{metric} of clients' own models, mean",
         lambda row: _mean_of(row.personalised),
     ),
     "worst-tenth": (
-        "personalised accuracy, worst tenth of clients",
+        "{metric} of clients' own models, worst tenth",
         lambda row: _mean_of(row.worst_tenth),
     ),
     "activations": ("stored activations, peak, MB", lambda row: _in_mb(row.activation_bytes_peak)),
     "upload": ("up, all clients, MB", lambda row: _in_mb(row.upload_bytes)),
     "download": ("down, all clients, MB", lambda row: _in_mb(row.download_bytes)),
 }
-"""Bar charts by name: title, and the value of a variant's row."""
+"""Bar charts by name: title with the place of the metric, and the value of a variant's row."""
 
 OF_THE_TARGET = ("time-modelled", "time-measured")
 """Bar charts that are drawn only if there is a target."""
@@ -62,11 +63,11 @@ OF_THE_TARGET = ("time-modelled", "time-measured")
 OF_CLIENTS = ("personalised", "worst-tenth")
 """Bar charts that are drawn only if clients' own models were evaluated."""
 
-TWO, EACH = "two-accuracies", "each-client"
+TWO, EACH = "global-and-personalised", "each-client"
 """Further figures about clients' own models."""
 
 NAMED = 12
-"""Most curves of a figure with a name and a colour: those that end highest."""
+"""Most curves of a figure with a name and a colour: those that end best."""
 
 LED = 8
 """Most curves of a figure whose ends are connected to their names by lines."""
@@ -83,37 +84,38 @@ def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
         records: runs of this part.
     """
     with style():
-        measured = any(row.accuracy for row in part.rows)
-        made = {name: _accuracy(part, records, axis) for name, axis in AXES.items() if measured}
+        measured = any(row.quality for row in part.rows)
+        made = {name: _quality(part, records, axis) for name, axis in AXES.items() if measured}
         for name, (title, value) in BARS.items():
             wanted = part.target is not None or name not in OF_THE_TARGET
             if wanted and (
                 name not in OF_CLIENTS or any(value(row) is not None for row in part.rows)
             ):
-                made[name] = _bars(part, title, value)
+                made[name] = _bars(part, title.format(metric=part.metric.label), value)
         by_variant = [
             [run for run in records if run.variant == row.variant and run.clients]
             for row in part.rows
         ]
         if any(by_variant):
             made[EACH] = _each_client(part, by_variant)
-        both = [row for row in part.rows if row.accuracy and row.personalised]
+        both = [row for row in part.rows if row.quality and row.personalised]
         if len(both) > 1:
-            made[TWO] = _two_accuracies(part)
+            made[TWO] = _global_and_personalised(part)
         for number, row in enumerate(part.rows):
             runs = [run.rows for run in records if run.variant == row.variant and run.result]
             made |= of_layers(number, row.variant, runs)
     return made
 
 
-def _accuracy(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
+def _quality(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
     figure, axis = new_figure(3.4)
     curves = {}
     for number, row in enumerate(part.rows):
         runs = [run for run in records if run.variant == row.variant and run.result]
-        if points := [curve for run in runs if (curve := curve_points(run.rows, of))]:
+        if points := [curve for run in runs if (curve := curve_points(run.rows, of, part.metric))]:
             curves[number] = points
-    best = sorted(curves, key=lambda number: _last(curves[number]), reverse=True)[:NAMED]
+    up = part.metric.higher_is_better
+    best = sorted(curves, key=lambda number: _last(curves[number]), reverse=up)[:NAMED]
     ends = []
     for number, points in curves.items():
         if number in best:
@@ -123,32 +125,35 @@ def _accuracy(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
             _faint(axis, points)
     if part.target is not None:
         axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
-    axis.set(xlabel=of.label, ylabel="accuracy", xlim=(0, None))
+    axis.set(xlabel=of.label, ylabel=part.metric.label, xlim=(0, None))
     axis.grid(visible=True)
     _name_ends(axis, ends)
     return figure
 
 
-def curve_points(rows: Sequence[Row], of: Axis) -> list[tuple[float, float]]:
-    """(cost so far, accuracy) of every evaluated round; empty if a round's cost is unknown."""
+def curve_points(
+    rows: Sequence[Row], of: Axis, metric: Metric = ACCURACY
+) -> list[tuple[float, float]]:
+    """(cost so far, quality) of every evaluated round; empty if a round's cost is unknown."""
     if any(row[field] is None for row in rows for field in of.fields):
         return []
+    key = metric.key("global")
     sums = accumulate(sum(row[field] for field in of.fields) for row in rows)
     return [
-        (cost / of.unit, row["global_accuracy"])
+        (cost / of.unit, row[key])
         for cost, row in zip(sums, rows, strict=True)
-        if row["global_accuracy"] is not None
+        if row[key] is not None
     ]
 
 
 def mean_curve(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """(cost, accuracy) by round: means over seeds, from the :func:`curve_points` of each."""
+    """(cost, quality) by round: means over seeds, from the :func:`curve_points` of each."""
     by_round = zip(*runs, strict=False)
     return [(fmean(cost for cost, _ in each), fmean(up for _, up in each)) for each in by_round]
 
 
 def _last(runs: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The mean accuracy at the end of a curve."""
+    """The mean quality at the end of a curve."""
     return mean_curve(runs)[-1][1]
 
 
@@ -217,15 +222,15 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
     axis.set(ylim=(low, high), xlim=(0, right))
 
 
-def _two_accuracies(part: Part) -> Any:
-    """Global against personalised accuracy: mean and standard deviation over seeds."""
+def _global_and_personalised(part: Part) -> Any:
+    """Global against personalised quality: mean and standard deviation over seeds."""
     figure, axis = new_figure(3.2 + 0.1 * len(part.rows))
     for number, row in enumerate(part.rows):
-        if row.accuracy and row.personalised:
+        if row.quality and row.personalised:
             axis.errorbar(
-                row.accuracy.mean,
+                row.quality.mean,
                 row.personalised.mean,
-                xerr=row.accuracy.deviation,
+                xerr=row.quality.deviation,
                 yerr=row.personalised.deviation,
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number % len(MARKERS)],
@@ -233,7 +238,8 @@ def _two_accuracies(part: Part) -> Any:
                 linewidth=0.8,
                 label=row.variant,
             )
-    axis.set(xlabel="accuracy of the global model", ylabel="personalised accuracy")
+    label = part.metric.label
+    axis.set(xlabel=f"{label} of the global model", ylabel=f"personalised {label}")
     axis.grid(visible=True)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5)
     return figure
@@ -243,17 +249,17 @@ def _each_client(part: Part, runs: Sequence[Sequence[RunRecord]]) -> Any:
     """A row per variant, with a dot per client and seed and a stroke at their mean."""
     figure, axis = new_figure(0.8 + 0.3 * len(part.rows))
     for place, records in enumerate(runs):
-        accuracies = [client["accuracy"] for run in records for client in run.clients]
-        if accuracies:
+        values = [client[part.metric.name] for run in records for client in run.clients]
+        if values:
             colour = COLOURS[place % len(COLOURS)]
-            # Fixed vertical offsets keep dots of equal accuracy apart.
-            heights = [place + 0.11 * (number % 5 - 2) for number in range(len(accuracies))]
+            # Fixed vertical offsets keep dots of equal height apart.
+            heights = [place + 0.11 * (number % 5 - 2) for number in range(len(values))]
             dots: dict[str, Any] = {"alpha": 0.4, "markersize": 3.2, "linewidth": 0}
-            axis.plot(accuracies, heights, "o", color=colour, **dots)
-            mean = fmean(accuracies)
+            axis.plot(values, heights, "o", color=colour, **dots)
+            mean = fmean(values)
             axis.plot([mean] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
     axis.set(yticks=list(range(len(part.rows))))
-    figure.supxlabel("accuracy of a client's own model", fontsize=9.5)
+    figure.supxlabel(f"{part.metric.label} of a client's own model", fontsize=9.5)
     axis.set_yticklabels([row.variant for row in part.rows])
     axis.invert_yaxis()
     axis.grid(visible=True, axis="x")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.quantities import about_minutes, share
+from droppeft.tasks.metrics import primary_metric
 
 BUILT_IN = {"builtin": "built in"}
 
@@ -35,18 +36,14 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
     yield (
         "data",
         f"{_name(about['data'])}: {about['train_rows']:,} texts to train and "
-        f"{about['test_rows']:,} to test, {about['classes']} classes",
+        f"{about['test_rows']:,} to test{_classes(about)}",
     )
     yield "clients", f"{about['clients']} clients; {_partition(about['config']['partition'])}"
     yield "rounds", _rounds(about)
     if sharing := _shared(about["config"]["sharing"]):
         yield "sharing", sharing
     yield "devices", about["no_clock_reason"] or f"{', '.join(about['profiles'])} (modelled)"
-    yield (
-        "to beat",
-        f"most frequent class {share(about['majority_accuracy'])}, TF-IDF + linear SVM on all "
-        f"texts {share(about['tfidf_accuracy'])}",
-    )
+    yield "to beat", _to_beat(about)
     if folder is not None:
         yield "results", str(folder)
     if about["expected_wall_s"] is not None:
@@ -57,14 +54,33 @@ def _name(name: str) -> str:
     return BUILT_IN.get(name, name)
 
 
+def _classes(about: Mapping[str, Any]) -> str:
+    return f", {about['classes']} classes" if about["task"] == "classification" else ""
+
+
+def _to_beat(about: Mapping[str, Any]) -> str:
+    """The references, or the quality before training where there are none."""
+    if "majority_accuracy" in about:
+        return (
+            f"most frequent class {share(about['majority_accuracy'])}, TF-IDF + linear SVM on all "
+            f"texts {share(about['tfidf_accuracy'])}"
+        )
+    metric = primary_metric(about)
+    return f"the model before training, {metric.label} {metric.text(about[metric.key('initial')])}"
+
+
 def _model(about: Mapping[str, Any]) -> str:
     trained, frozen = about["trainable_parameters"], about["config"]["frozen"]["layers"]
     below = f"; the lower {frozen} layers are frozen" if frozen else ""
     return (
         f"{_name(about['model'])}: {about['num_layers']} layers, "
-        f"{about['parameters'] / 1e6:.1f} M parameters, {trained:,} of adapters and head "
-        f"trained{below}"
+        f"{about['parameters'] / 1e6:.1f} M parameters, {trained:,} of "
+        f"{_trained_parts(about)} trained{below}"
     )
+
+
+def _trained_parts(about: Mapping[str, Any]) -> str:
+    return "adapters and head" if about["task"] == "classification" else "adapters"
 
 
 def _partition(settings: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from droppeft.comparison.writers import (
     QUALITY,
     TIMES,
     failures,
+    head,
     heading,
     notes,
 )
@@ -56,7 +57,7 @@ TEMPLATE = Environment(
 ).get_template("page.html")
 
 GROUPS = {
-    tuple(AXES): "Accuracy of the global model on the fixed sample of test texts: mean over seeds, "
+    tuple(AXES): "Quality of the global model on the fixed sample of test texts: mean over seeds, "
     "with up to five variants a band of one standard deviation.",
     OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
     (
@@ -121,7 +122,7 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
     if (folder / RESULT).is_file():
         result = read_result(folder)
         method, target = result["method"], result["target"]
-        goal = None if target is None else Target(accuracy=target)
+        goal = None if target is None else Target(value=target)
         run = finished(name, method, result, read_rows(folder / ROUNDS))
         return name, Study((method,), (result["seed"],), target=goal), [run]
     raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
@@ -161,7 +162,7 @@ def _caption(names: Sequence[str], caption: str, part: Part) -> str:
         return caption
     dotted = " Dotted: the target." if part.target is not None else ""
     variants = len(part.rows)
-    named = f" Of {variants} variants the {NAMED} that end highest have names."
+    named = f" Of {variants} variants the {NAMED} that end best have names."
     return f"{caption}{dotted}{named if variants > NAMED else ''}"
 
 
@@ -179,7 +180,9 @@ def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str
     """Head and rows of a table with the columns that are not empty."""
     cells = {name: COLUMNS[name] for name in columns}
     known = {n: cell for n, cell in cells.items() if {cell(row) for row in part.rows} != {"–"}}
-    return list(known), [[cell(row) for cell in known.values()] for row in part.rows]
+    return [head(name, part) for name in known], [
+        [cell(row) for cell in known.values()] for row in part.rows
+    ]
 
 
 def _settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from rich.padding import Padding
 from rich.progress import TaskID
 from rich.text import Text
 
-from droppeft.quantities import about_minutes, seconds_text, share
+from droppeft.quantities import about_minutes, seconds_text
 from droppeft.report.closing import closing, layers_above_the_frozen
 from droppeft.report.opening import opening
 from droppeft.report.progress import bar
+from droppeft.tasks.metrics import Metric, primary_metric
 
 if TYPE_CHECKING:
     from droppeft.messages import Reply
@@ -136,8 +137,8 @@ class Quiet:
         """Nothing."""
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Print the accuracies."""
-        print(accuracy_line(result))
+        """Print the primary metric of the global model and of the clients' models."""
+        print(quality_line(result))
 
 
 class JsonLines(Quiet):
@@ -145,7 +146,7 @@ class JsonLines(Quiet):
 
     def round_done(self, row: "RoundRow") -> None:
         """Print the row as in ``rounds.jsonl``."""
-        self._print({"event": "round", **asdict(row)})
+        self._print({"event": "round", **row.as_columns()})
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Print the content of ``result.json``."""
@@ -156,13 +157,14 @@ class JsonLines(Quiet):
         sys.stdout.flush()
 
 
-def accuracy_line(result: Mapping[str, Any]) -> str:
-    """Global and personalised accuracy, as far as there are any."""
-    accuracies = {
-        "accuracy": result["global_accuracy"],
-        "personalised": result["personalised_accuracy"],
+def quality_line(result: Mapping[str, Any]) -> str:
+    """The primary metric of the global model and of the clients' models, as far as known."""
+    metric = primary_metric(result)
+    values = {
+        metric.label: result[metric.key("global")],
+        "personalised": result[metric.key("personalised")],
     }
-    known = {name: value for name, value in accuracies.items() if value is not None}
+    known = {name: value for name, value in values.items() if value is not None}
     return ", ".join(f"{name} {value:.4f}" for name, value in known.items())
 
 
@@ -170,7 +172,8 @@ def _round_head(about: Mapping[str, Any]) -> Text:
     """The headings of :func:`_round_line`."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
     columns = f"{'train loss':>12}{'depth':>10}{'measured':>12}{'modelled':>12}"
-    return Text(f"{indent}{'accuracy':<{5 + BAR_WIDTH}}{columns}", style="dim")
+    label = primary_metric(about).label
+    return Text(f"{indent}{label:<{5 + BAR_WIDTH}}{columns}", style="dim")
 
 
 def _round_name(round: int, about: Mapping[str, Any]) -> str:
@@ -179,16 +182,23 @@ def _round_name(round: int, about: Mapping[str, Any]) -> str:
 
 def _round_line(row: "RoundRow", about: Mapping[str, Any]) -> Text:
     line = Text(_round_name(row.round, about))
-    line.append(f"{share(row.global_accuracy):<5}", style="bold green")
-    filled = round((row.global_accuracy or 0.0) * BAR_WIDTH)
-    unmeasured = row.global_accuracy is None
+    metric = primary_metric(about)
+    value = row.quality[metric.key("global")]
+    line.append(f"{metric.text(value):<5}", style="bold green")
+    filled = 0 if value is None else round(_part(value, metric, about) * BAR_WIDTH)
     line.append("━" * filled, style="green")
-    line.append((" " if unmeasured else "─") * (BAR_WIDTH - filled), style="bright_black")
+    line.append((" " if value is None else "─") * (BAR_WIDTH - filled), style="bright_black")
     loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
     depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
     line.append(f"{loss:>12}{depth + '/' + str(layers_above_the_frozen(about)):>10}")
     line.append(f"{seconds_text(row.host_wall_s):>12}{seconds_text(row.round_modelled_s):>12}")
     return line
+
+
+def _part(value: float, metric: Metric, about: Mapping[str, Any]) -> float:
+    """The length of a bar: the value, or its part of the value at the start if it has no bound."""
+    most = metric.most if isfinite(metric.most) else about[metric.key("initial")]
+    return min(max(value / most, 0.0), 1.0) if isfinite(value) and most > 0 else 0.0
 
 
 def _left_out(row: "RoundRow") -> Iterator[Text]:

@@ -17,12 +17,13 @@ from droppeft.comparison.writers import (
     QUALITY,
     TIMES,
     failures,
+    head,
     heading,
     notes,
 )
 from droppeft.messages import Reply
 from droppeft.report.progress import bar
-from droppeft.report.screen import accuracy_line
+from droppeft.report.screen import quality_line
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.listener import Listener
 
@@ -49,7 +50,7 @@ class Lines:
         if record.result is None:
             line.append(f"failed: {record.failure}", style="red")
         else:
-            line.append(accuracy_line(record.result), style="bold green")
+            line.append(quality_line(record.result), style="bold green")
             line.append(" done before" if wall_s is None else f" in {wall_s:.0f} s", style="dim")
         self._console.print(line, soft_wrap=True)
         if wall_s is not None and record.result is not None:
@@ -126,7 +127,7 @@ def _table(part: Part, columns: Sequence[str]) -> Table:
     for name in columns:
         longest = max(len(COLUMNS[name](row)) for row in part.rows)
         justify: Literal["left", "right"] = "left" if name == "variant" else "right"
-        table.add_column(name, justify=justify, min_width=longest)
+        table.add_column(head(name, part), justify=justify, min_width=longest)
     for row in part.rows:
         table.add_row(*(Text(COLUMNS[name](row)) for name in columns))
     return table

@@ -181,7 +181,7 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
         named = dict(zip(choices, chosen, strict=True))
         varied = [f"{key}={value}" for key, value in named.items()]
         config = step_of(load_config(path, [*fixed, *varied], STEP_METHOD))
-        config = resolve_layers(config, model_shape(config.model).num_layers)
+        config = resolve_layers(config, model_shape(config.model, config.task).num_layers)
         if config.model_dump_json() not in known:
             known.add(config.model_dump_json())
             yield config
@@ -224,7 +224,7 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
         DroppeftError: a run would refuse the configuration, or it cannot be counted.
     """
     check_runnable(config)
-    layers, frozen = model_shape(config.model).num_layers, config.frozen.count
+    layers, frozen = model_shape(config.model, config.task).num_layers, config.frozen.count
     rates = _rates(config, layers)[frozen:]
     if config.dropout.schedule != "constant":
         rates = (0.0,) * len(rates)  # some rounds run at full depth
@@ -274,6 +274,7 @@ def counts_of(config: Config) -> StepCounts:
     training = config.training
     return _counts(
         config.model,
+        config.task,
         config.adapter.model_dump_json(),
         config.quantization,
         counted_on(config),
@@ -332,15 +333,16 @@ def parse_bytes(text: str) -> int:
 
 
 @lru_cache(maxsize=8)
-def _fake_model(model: str, adapter: str, quantization: str, device: str) -> FakeModel:
-    shape = model_shape(model)
+def _fake_model(model: str, task: str, adapter: str, quantization: str, device: str) -> FakeModel:
+    shape = model_shape(model, task)
     spec = adapter_spec(AdapterConfig.model_validate_json(adapter), shape.num_layers)
-    return FakeModel(shape.config, spec, shape.new_modules, quantization, device)
+    return FakeModel(shape.config, task, spec, shape.new_modules, quantization, device)
 
 
 @cache
 def _counts(
     model: str,
+    task: str,
     adapter: str,
     quantization: str,
     device: str,
@@ -349,7 +351,7 @@ def _counts(
     precision: str,
     checkpointing: bool,
 ) -> StepCounts:
-    fake_model = _fake_model(model, adapter, quantization, device)
+    fake_model = _fake_model(model, task, adapter, quantization, device)
     return count_step(fake_model, batch, length, precision, checkpointing)
 
 

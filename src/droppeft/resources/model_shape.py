@@ -10,8 +10,9 @@ from droppeft.costs.fake_step import empty_model
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.droppeft import configured_rates
-from droppeft.models.loading import load_backbone_config, most_tokens
+from droppeft.models.loading import most_tokens
 from droppeft.models.offloading import check_offload
+from droppeft.tasks.registry import task_named
 
 CLASSES = ("no", "yes")
 """Names of the task's classes. With more classes the head would be slightly larger."""
@@ -35,14 +36,14 @@ class ModelShape:
 
 
 @cache
-def model_shape(name: str) -> ModelShape:
-    """The shape of a model, by its name in a run's configuration.
+def model_shape(name: str, task: str) -> ModelShape:
+    """The shape of a model, by its name and its task in a run's configuration.
 
     Raises:
         DroppeftError: an unknown or unsupported model.
     """
-    loaded = load_backbone_config(name, CLASSES)
-    model = empty_model(loaded.config)
+    loaded = task_named(task).load_backbone_config(name, CLASSES)
+    model = empty_model(loaded.config, task)
     layers = len(find_blocks(model)[1])
     return ModelShape(loaded.config, loaded.new_modules, layers, most_tokens(model))
 
@@ -53,7 +54,11 @@ def check_runnable(config: Config) -> None:
     Raises:
         DroppeftError: the configuration cannot run; the message says what to change.
     """
-    shape, kind, frozen = model_shape(config.model), config.adapter.type, config.frozen.count
+    shape, kind, frozen = (
+        model_shape(config.model, config.task),
+        config.adapter.type,
+        config.frozen.count,
+    )
     if frozen >= shape.num_layers:
         raise DroppeftError(
             f"frozen.layers={frozen} leaves none of the {shape.num_layers} layers to train"

@@ -25,7 +25,7 @@ from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import Setup
 from droppeft.messages import Budget, Update
 from droppeft.methods.droppeft import DROPPEFT
-from droppeft.models.loading import Backbone, load_backbone
+from droppeft.models.loading import Backbone
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.process_memory import (
     peak_resident_bytes,
@@ -33,6 +33,7 @@ from droppeft.resources.process_memory import (
     resident_bytes,
     return_freed_memory,
 )
+from droppeft.tasks.registry import task_named
 
 WATTS_EVERY_S = 0.05
 
@@ -82,12 +83,13 @@ def run_steps(config: Config, steps: int, *, release_memory: bool) -> ProfileRun
         _train_small_model(config)
         gc.collect()
         process_bytes = 0 if cuda else resident_bytes()
-        backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
+        task = task_named(config.task)
+        backbone = task.load_backbone(config, CLASSES, config.seed)
         if release_memory:
             _copy_mapped_weights(backbone.model)
         table = random_table(backbone, config)
         offload = config.training.offload
-        model = ClientModel(backbone, config.accelerator, config.seed, offload=offload)
+        model = ClientModel(backbone, task, config.accelerator, config.seed, offload=offload)
         with_loading = not _reset_peak(cuda)
         _train(model, table, config, round=1, steps=1)
         with _watts(cuda) as watts:
@@ -141,9 +143,10 @@ def _train_small_model(config: Config) -> None:
         accelerator=config.accelerator,
         training=config.training.model_copy(update=small),
     )
-    backbone = load_backbone(config.model, CLASSES, config.seed, config.quantization)
+    task = task_named(config.task)
+    backbone = task.load_backbone(config, CLASSES, config.seed)
     table = random_table(backbone, config)
-    model = ClientModel(backbone, config.accelerator, config.seed)
+    model = ClientModel(backbone, task, config.accelerator, config.seed)
     _train(model, table, config, round=1, steps=1)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from droppeft.quantities import bytes_text, percent
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
+from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
 
 MARGIN = 0.01
 """Accuracies that differ by no more than this are not called different."""
@@ -32,14 +33,34 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
 
 
 def _quality(result: Mapping[str, Any]) -> str | None:
-    accuracy, majority = result["global_accuracy"], result["majority_accuracy"]
-    if accuracy is None:
+    metric = primary_metric(result)
+    if result[metric.key("global")] is None:
         return "With these settings there is no global model; clients have models of their own."
     if not math.isfinite(result["global_loss"]):
         return (
             "Training diverged: the loss of the global model is not finite. Try a lower "
             "training.learning_rate, or training.precision=fp32."
         )
+    return _accuracy(result) if metric == ACCURACY else _loss(result, metric)
+
+
+def _loss(result: Mapping[str, Any], metric: Metric) -> str:
+    before, after = (result[metric.key(whose)] for whose in ("initial", "global"))
+    found = (
+        f"The {metric.label} of the global model on the {result['test_rows']:,} test texts is "
+        f"{metric.text(after)}. Before training it was {metric.text(before)} on "
+        f"{result['sampled_test_rows']:,} of them."
+    )
+    if metric.gain(after, before) > MARGIN:
+        return found
+    return (
+        f"{found} It has learnt little or nothing: try more rounds, or another "
+        "training.learning_rate."
+    )
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    accuracy, majority = result["global_accuracy"], result["majority_accuracy"]
     found = (
         f"The global model names the right class for {percent(accuracy)} of the "
         f"{result['test_rows']:,} test texts. Before training it was "
@@ -56,37 +77,50 @@ def _quality(result: Mapping[str, Any]) -> str | None:
 
 def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
     """Compare the last three evaluations with the three before."""
-    values = [row.global_accuracy for row in rows if row.global_accuracy is not None]
+    metric = primary_metric(result)
+    found = [row.quality[metric.key("global")] for row in rows]
+    values = [value for value in found if value is not None]
     if len(values) < 2 * SMOOTHED_EVALUATIONS:
         return None
     last = fmean(values[-SMOOTHED_EVALUATIONS:])
     before = fmean(values[-2 * SMOOTHED_EVALUATIONS : -SMOOTHED_EVALUATIONS])
-    best = f"round {result['best_round']} ({percent(result['best_accuracy'])})"
+    best = f"round {result['best_round']} ({_text(metric, result[metric.key('best')])})"
     means = (
-        f"the last three evaluations average {percent(last)}, the three before {percent(before)}"
+        f"the last three evaluations average {_text(metric, last)}, the three before "
+        f"{_text(metric, before)}"
     )
-    if last > before + MARGIN:
+    name = metric.label.capitalize()
+    rising, falling = ("rising", "falling") if metric.higher_is_better else ("falling", "rising")
+    if metric.gain(last, before) > MARGIN:
         return (
-            f"Accuracy was still rising when the run ended ({means}): try "
+            f"{name} was still {rising} when the run ended ({means}): try "
             f"rounds={2 * result['rounds']}."
         )
-    if last < before - MARGIN:
+    if metric.gain(last, before) < -MARGIN:
         return (
-            f"Accuracy was falling when the run ended ({means}), after its best in {best}: try "
+            f"{name} was {falling} when the run ended ({means}), after its best in {best}: try "
             "fewer rounds, or a lower training.learning_rate."
         )
-    return f"Accuracy no longer rose when the run ended ({means}); the best was in {best}."
+    return f"{name} no longer improved when the run ended ({means}); the best was in {best}."
 
 
 def _clients_models(result: Mapping[str, Any]) -> str | None:
-    accuracy, majority = result["personalised_accuracy"], result["own_majority_accuracy"]
-    if accuracy is None:
+    metric = primary_metric(result)
+    value = result[metric.key("personalised")]
+    if value is None:
         return None
-    return (
-        f"On the clients' own test texts it is {percent(accuracy)} on average, and "
-        f"{percent(result['personalised_worst_tenth'])} in the worst tenth of the clients; always "
-        f"naming a client's own most frequent class gives {percent(majority)}."
+    found = (
+        f"On the clients' own test texts it is {_text(metric, value)} on average, and "
+        f"{_text(metric, result['personalised_worst_tenth'])} in the worst tenth of the clients"
     )
+    if "own_majority_accuracy" not in result:
+        return f"{found}."
+    majority = percent(result["own_majority_accuracy"])
+    return f"{found}; always naming a client's own most frequent class gives {majority}."
+
+
+def _text(metric: Metric, value: float) -> str:
+    return percent(value) if metric.most == 1 else metric.text(value)
 
 
 def _failures(rows: Sequence[RoundRow]) -> str | None:

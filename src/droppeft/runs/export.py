@@ -19,7 +19,6 @@ from droppeft.config import Config, load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import GlobalModel, Tensors
 from droppeft.methods import Setup, method_named
-from droppeft.models.loading import load_backbone, load_dequantised
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
@@ -32,6 +31,8 @@ from droppeft.runs.model_files import (
     save_adapter,
     save_merged,
 )
+from droppeft.tasks.metrics import Metric
+from droppeft.tasks.registry import task_named
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class Exported:
     Attributes:
         folder: the new folder.
         round: after which the model was saved; 0 before the first.
-        accuracy: that the run recorded after that round; ``None`` if there was no evaluation.
+        metric: label of the task's primary metric.
+        value: of it, recorded after that round; ``None`` if there was no evaluation.
         rows: number of test texts of that evaluation.
         lines: Python code that loads the model.
     """
 
     folder: Path
     round: int
-    accuracy: float | None
+    metric: str
+    value: float | None
     rows: int
     lines: str
 
@@ -106,7 +109,8 @@ def export_run(
     say("writing")
     save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
     save(source, out)
-    return Exported(out, source.round, source.accuracy, source.rows, lines(source, str(out)))
+    label = source.task.metrics[0].label
+    return Exported(out, source.round, label, source.value, source.rows, lines(source, str(out)))
 
 
 def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoint:
@@ -127,24 +131,24 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     say("loading model")
     seed = seeds.seed_for(config.seed, purpose="head")
     exact = merge and config.quantization != "none"
-    backbone = (load_dequantised if exact else load_backbone)(
-        config.model, names, seed, config.quantization
-    )
+    task = task_named(config.task)
+    backbone = task.load_backbone(config, names, seed, dequantised=exact)
     if backbone.weights_hash != facts["model_hash"]:
         raise DroppeftError(
             f"{run}: the model {config.model} has changed since this run started "
             f"({facts['model_hash']}, now {backbone.weights_hash}); restore it"
         )
-    accuracy, rows = _recorded_accuracy(run, checkpoint.round, facts)
+    value, rows = _recorded(run, checkpoint.round, facts, task.metrics[0])
     return Source(
         config=config,
         backbone=backbone,
-        client_model=ClientModel(backbone, "cpu", config.seed),
+        client_model=ClientModel(backbone, task, "cpu", config.seed),
+        task=task,
         label_names=names,
         data_hash=facts["data_hash"],
         model=checkpoint.state.model,
         round=checkpoint.round,
-        accuracy=accuracy,
+        value=value,
         rows=rows,
     )
 
@@ -181,7 +185,7 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
         source,
         model=GlobalModel(instruction.adapter, tensors, instruction.base_delta),
         client=client,
-        accuracy=recorded["accuracy"] if recorded else None,
+        value=recorded[source.task.metrics[0].name] if recorded else None,
         rows=recorded["rows"] if recorded else 0,
     )
 
@@ -194,12 +198,14 @@ def _result_of(run: Path, round: int) -> Mapping[str, Any] | None:
     return result if result["rounds"] == round else None
 
 
-def _recorded_accuracy(run: Path, round: int, facts: Mapping[str, Any]) -> tuple[float | None, int]:
-    """Return the accuracy that the run recorded for a round, and its number of test texts."""
+def _recorded(
+    run: Path, round: int, facts: Mapping[str, Any], metric: Metric
+) -> tuple[float | None, int]:
+    """Return the quality that the run recorded for a round, and its number of test texts."""
     result = _result_of(run, round)
     if result is not None:
-        return result["global_accuracy"], result["test_rows"]
+        return result[metric.key("global")], result["test_rows"]
     if round == 0:
-        return facts["initial_accuracy"], facts["sampled_test_rows"]
+        return facts["initial"][metric.name], facts["sampled_test_rows"]
     rows = [row for row in read_rows(run / ROUNDS) if row["round"] == round]
-    return (rows[-1]["global_accuracy"] if rows else None), facts["sampled_test_rows"]
+    return (rows[-1][metric.key("global")] if rows else None), facts["sampled_test_rows"]

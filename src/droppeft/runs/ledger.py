@@ -8,17 +8,18 @@ on a real clock. ``modelled`` values are computed for the clients' device profil
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.files import sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
+from droppeft.tasks.metrics import Metric
 
 SCHEMA_VERSION = 4
 ROUNDING = 1e-9
-"""Tolerance of comparing a mean of accuracies with a target."""
+"""Tolerance of comparing a mean of evaluations with a target."""
 
 SMOOTHED_EVALUATIONS = 3
 """A target is reached when the mean of this many consecutive evaluations reaches it."""
@@ -35,7 +36,7 @@ class RoundRow:
         cohort: clients that received an instruction.
         accepted: number of updates that were merged.
         failures: client and reason of each update that did not arrive, was refused or set aside.
-        global_accuracy, global_f1, global_loss: of the global model with all layers, on the sample
+        quality: of the global model with all layers, by ``global_`` and the metric, on the sample
             of test rows; ``None`` in a round without evaluation.
         train_loss: mean over the steps of a client, then over accepted clients.
         mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
@@ -68,9 +69,7 @@ class RoundRow:
     cohort: list[int]
     accepted: int
     failures: list[dict[str, Any]]
-    global_accuracy: float | None
-    global_f1: float | None
-    global_loss: float | None
+    quality: Mapping[str, float | None]
     train_loss: float | None
     mean_active_layers: float | None
     activation_bytes_peak: int
@@ -91,6 +90,20 @@ class RoundRow:
     layer_steps: list[int]
     importance: list[float]
     notes: dict[str, Any] | None
+
+    def as_columns(self) -> dict[str, Any]:
+        """Return the row as a flat mapping, with a column for each metric."""
+        columns = asdict(self)
+        quality: dict[str, float | None] = columns.pop("quality")
+        return columns | quality
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> "RoundRow":
+        """Return the row that :meth:`as_columns` describes."""
+        names = {field.name for field in fields(cls)} - {"quality"}
+        of_row = {name: columns[name] for name in names}
+        rest = {name: value for name, value in columns.items() if name not in names}
+        return cls(**of_row, quality=rest)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ def _training_columns(update: Update) -> dict[str, Any]:
     return {
         "upload_bytes": payload_bytes(update.tensors),
         "examples": update.examples,
+        "targets": update.targets,
         "steps": update.steps,
         "train_loss": update.train_loss,
         "active_steps": list(update.active_steps),
@@ -176,6 +190,7 @@ def _modelled_columns(cost: ClientCost) -> dict[str, Any]:
 def round_row(
     closed: ClosedRound,
     quality: Mapping[str, float | None],
+    evaluation_wall_s: float,
     saving_wall_s: float,
     host_wall_s: float,
     notes: Mapping[str, Any] | None = None,
@@ -184,7 +199,8 @@ def round_row(
 
     Args:
         closed: the round.
-        quality: loss, accuracy and F1 of the global model, and the seconds of its evaluation.
+        quality: of the global model, by the names of the columns.
+        evaluation_wall_s: seconds of its evaluation.
         saving_wall_s: seconds of writing the rows and the checkpoint of the round before.
         host_wall_s: seconds of the whole round in this process.
         notes: what the method reports about the round.
@@ -198,9 +214,7 @@ def round_row(
         cohort=[instruction.client for instruction in closed.instructions],
         accepted=len(updates),
         failures=_failures(closed),
-        global_accuracy=quality["accuracy"],
-        global_f1=quality["f1"],
-        global_loss=quality["loss"],
+        quality=quality,
         train_loss=_mean([update.train_loss for update in updates]),
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
@@ -210,7 +224,7 @@ def round_row(
         download_bytes=sum(instruction_bytes(instruction) for instruction in closed.instructions),
         round_measured_s=slowest_s + closed.server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in received),
-        evaluation_wall_s=quality["wall_s"] or 0.0,
+        evaluation_wall_s=evaluation_wall_s,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
         absent=list(modelled.absent),
@@ -255,26 +269,26 @@ def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
 
 
 def summarise(
-    rows: Sequence[RoundRow], initial_accuracy: float, target: float | None
+    rows: Sequence[RoundRow], initial: Mapping[str, float], metric: Metric, target: float | None
 ) -> dict[str, Any]:
     """Summarise all rounds: totals, best values and the time until the target is reached.
 
     Args:
         rows: of all rounds.
-        initial_accuracy: before round 1.
-        target: accuracy to be reached, or ``None``.
+        initial: value of each metric before round 1.
+        metric: the task's primary metric.
+        target: its value that is to be reached, or ``None``.
     """
-    measured = [(row.global_accuracy, row.round) for row in rows if row.global_accuracy is not None]
-    best, best_round = max(measured, default=(None, None), key=lambda pair: pair[0])
-    evaluations = [(row.round, row.global_accuracy) for row in rows]
-    reached = target_round(evaluations, initial_accuracy, target)
+    evaluations = [(row.round, row.quality[metric.key("global")]) for row in rows]
+    measured = [(value, round) for round, value in evaluations if value is not None]
+    best, best_round = metric.best(measured)
+    reached = target_round(evaluations, initial[metric.name], target, metric)
     until = [row for row in rows if reached is not None and row.round <= reached]
     depth = [row.mean_active_layers for row in rows if row.mean_active_layers is not None]
     return {
         "rounds": len(rows),
-        "initial_accuracy": initial_accuracy,
-        "first_accuracy": measured[0][0] if measured else None,
-        "best_accuracy": best,
+        metric.key("first"): measured[0][0] if measured else None,
+        metric.key("best"): best,
         "best_round": best_round,
         "train_loss": rows[-1].train_loss if rows else None,
         "mean_active_layers": _mean(depth),
@@ -305,26 +319,31 @@ def summarise(
 
 
 def target_round(
-    evaluations: Iterable[tuple[int, float | None]], initial_accuracy: float, target: float | None
+    evaluations: Iterable[tuple[int, float | None]],
+    initial: float,
+    target: float | None,
+    metric: Metric,
 ) -> int | None:
     """Return the first round at which the mean of the last three evaluations reaches the target.
 
     Args:
-        evaluations: pairs of round and accuracy; the accuracy is ``None`` without an evaluation.
-        initial_accuracy: before round 1; it counts as an evaluation.
-        target: accuracy to be reached, or ``None``.
+        evaluations: pairs of round and value; the value is ``None`` without an evaluation.
+        initial: value before round 1; it counts as an evaluation.
+        target: value to be reached, or ``None``.
+        metric: what is evaluated.
 
     Returns:
         ``None`` if the target is not reached or there is none.
     """
     if target is None:
         return None
-    recent = [initial_accuracy]
-    for round, accuracy in evaluations:
-        if accuracy is None:
+    recent = [initial]
+    for round, value in evaluations:
+        if value is None:
             continue
-        recent = [*recent, accuracy][-SMOOTHED_EVALUATIONS:]
-        if len(recent) == SMOOTHED_EVALUATIONS and sum(recent) / len(recent) >= target - ROUNDING:
+        recent = [*recent, value][-SMOOTHED_EVALUATIONS:]
+        mean = sum(recent) / len(recent)
+        if len(recent) == SMOOTHED_EVALUATIONS and metric.gain(mean, target) >= -ROUNDING:
             return round
     return None
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from droppeft.adapters.attach import export_adapter, loading_of, merged
 from droppeft.adapters.base_delta import base_delta_applied
@@ -29,6 +29,8 @@ from droppeft.files import sync
 from droppeft.messages import GlobalModel
 from droppeft.models.loading import HEAD_MODULES, Backbone, quiet
 from droppeft.models.quantization import settings
+from droppeft.tasks.task import Task
+from droppeft.training.loop import Evaluation
 
 PROBE = "The merged model must give the same logits for this sentence as the model with adapters."
 MERGE_TOLERANCE = 1e-3
@@ -46,11 +48,13 @@ class Source:
         config: of the run, resolved.
         backbone: of the run.
         client_model: the backbone, to which the model's adapter is attached.
+        task: what was learnt.
         label_names: in the order of the class indices.
         data_hash: content hash of the run's data.
         model: adapter, tensors and base delta.
         round: after which the model was saved; 0 before the first.
-        accuracy: that the run recorded after that round; ``None`` if there was no evaluation.
+        value: of the task's primary metric, recorded after that round; ``None`` if there was no
+            evaluation.
         rows: number of test texts of that evaluation.
         client: whose model it is; ``None`` for the global one.
     """
@@ -58,11 +62,12 @@ class Source:
     config: Config
     backbone: Backbone
     client_model: ClientModel
+    task: Task
     label_names: tuple[str, ...]
     data_hash: str
     model: GlobalModel
     round: int
-    accuracy: float | None
+    value: float | None
     rows: int
     client: int | None = None
 
@@ -72,13 +77,13 @@ class Source:
         return next(layer.type for layer in self.model.adapter.layers if layer is not None)
 
 
-def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], out: Path) -> str:
+def write_adapter(loaded: Loaded, model: GlobalModel, quality: Evaluation, out: Path) -> str:
     """Write ``out/adapter``, replacing an existing one, and return the hash of its tensors' file.
 
     Args:
         loaded: data, split and model of the run.
         model: the global model.
-        facts: ``accuracy`` at the end of the run, and the number of ``rows`` it was measured on.
+        quality: of the model at the end of the run.
         out: folder of the run.
 
     Raises:
@@ -89,12 +94,13 @@ def write_adapter(loaded: Loaded, model: GlobalModel, facts: Mapping[str, Any], 
         config=config,
         backbone=loaded.backbone,
         client_model=loaded.model,
+        task=loaded.task,
         label_names=data.label_names,
         data_hash=data.content_hash,
         model=model,
         round=config.rounds,
-        accuracy=facts["accuracy"],
-        rows=facts["rows"],
+        value=quality.metrics[loaded.task.metrics[0].name],
+        rows=quality.rows,
     )
     folder, partial = out / "adapter", out / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +140,7 @@ def save_merged(source: Source, out: Path) -> None:
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(_merged_card(source), encoding="utf-8")
-            _check_logits(folder, expected)
+            _check_logits(source.task, folder, expected)
 
 
 def check_alone(model: GlobalModel) -> None:
@@ -170,14 +176,17 @@ def adapter_lines(source: Source, folder: str) -> str:
     path = "str(builtin_model_folder())" if builtin else repr(base)
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)
+    auto, head, arguments = source.task.auto_class.__name__, "", ""
+    if source.task.adapter_task == "SEQ_CLS":
+        head = f"id2label = {dict(enumerate(source.label_names))!r}\n"
+        arguments = ", id2label=id2label, ignore_mismatched_sizes=True"
     return f"""\
 {imports}{loading.import_line}
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 base = {path}
-id2label = {dict(enumerate(source.label_names))!r}
-{quantised}model = AutoModelForSequenceClassification.from_pretrained(
-    base, id2label=id2label, ignore_mismatched_sizes=True{options}
+{head}{quantised}model = {auto}.from_pretrained(
+    base{arguments}{options}
 )
 model = {loading.function}(model, {folder!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained(base)
@@ -186,10 +195,11 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 
 def merged_lines(source: Source, folder: str) -> str:
     """Python code that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
+    auto = source.task.auto_class.__name__
     return f"""\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained({folder!r}).eval()
+model = {auto}.from_pretrained({folder!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 {_cut(source)}"""
 
@@ -220,9 +230,9 @@ def _attach(client_model: ClientModel, model: GlobalModel) -> None:
     set_tensors(client_model.parameters, model.tensors)
 
 
-def _check_logits(folder: Path, expected: torch.Tensor) -> None:
+def _check_logits(task: Task, folder: Path, expected: torch.Tensor) -> None:
     """Load the merged model and compare its logits: PEFT cannot merge every type exactly."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model = task.auto_class.from_pretrained(folder)
     logits = _logits(model, AutoTokenizer.from_pretrained(folder))
     if not torch.allclose(
         logits, expected, rtol=0, atol=MERGE_TOLERANCE * float(expected.abs().max())
@@ -315,12 +325,11 @@ def _table(source: Source) -> str:
 | whose model | {_whose(source)} |
 | base model | {config.model}{_bits(config)} |
 | data | {config.data} (content hash {source.data_hash}) |
-| classes | {len(source.label_names)} |
 | round | {source.round} of {config.rounds} |
 | cohort | {config.cohort_size} of {config.clients} clients in each round |
 | seed | {config.seed} |
 | parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
-{_accuracy(source)}
+{_quality(source)}
 """
 
 
@@ -335,7 +344,7 @@ def _merged_values(config: Config) -> str:
         return ""
     return f"""\
 They were trained on a base{_bits(config)}.
-Here these linear maps are dequantised to full precision; the accuracy was recorded with the
+Here these linear maps are dequantised to full precision; the quality was recorded with the
 quantised ones.
 """
 
@@ -347,13 +356,15 @@ def _bits(config: Config) -> str:
     return f" with its linear maps in {bits} bits (bitsandbytes)"
 
 
-def _accuracy(source: Source) -> str:
+def _quality(source: Source) -> str:
+    metric = source.task.metrics[0]
     whose = "" if source.client is None else f" of client {source.client}"
-    if source.accuracy is None:
-        return f"| accuracy{whose} | not evaluated at this round |"
+    if source.value is None:
+        return f"| {metric.label}{whose} | not evaluated at this round |"
     precision = source.config.training.precision
     half = "" if precision == "fp32" else f", computed in {precision} (the lines below: in fp32)"
-    return f"| accuracy on {source.rows} test texts{whose}{half} | {source.accuracy:.4f} |"
+    where = f"on {source.rows} test texts{whose}{half}"
+    return f"| {metric.label} {where} | {source.value:.4f} |"
 
 
 def _cut(source: Source) -> str:

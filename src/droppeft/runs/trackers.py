@@ -11,7 +11,6 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from droppeft.files import write_atomically
 from droppeft.messages import Reply
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.listener import Listener
+from droppeft.tasks.metrics import primary_metric
 
 FOLDER = "tracker"
 """Folder of the tracker's files, in the run's folder."""
@@ -97,16 +97,17 @@ class TrackingListener:
         """Write the numbers of a round's row, with the round as the step."""
         numbers = {
             name: value
-            for name, value in asdict(row).items()
+            for name, value in row.as_columns().items()
             if isinstance(value, int | float) and name != "round"
         }
         self._tracker.log(numbers, step=row.round)
         self._listener.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
-        """Write the final accuracies of the global model and of the clients' models."""
+        """Write the final quality of the global model and of the clients' models."""
         if self._tracker is not None:
-            names = ("global_accuracy", "global_f1", "global_loss", "personalised_accuracy")
+            names = [metric for metric in result if metric.startswith("global_")]
+            names.append(primary_metric(result).key("personalised"))
             values = {f"final_{name}": result.get(name) for name in names}
             final = {name: value for name, value in values.items() if value is not None}
             self._tracker.log(final, step=result["rounds"])

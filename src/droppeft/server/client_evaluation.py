@@ -1,4 +1,4 @@
-"""Evaluate every client's own model on its own test rows: the personalised accuracy; ours.
+"""Evaluate every client's own model on its own test rows: the personalised quality; ours.
 
 This happens once, at the end of a run, and only for the report: the modelled clock does not count
 it, and no state depends on it. Clients that never trained are evaluated too.
@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, isfinite
+from math import ceil
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -23,6 +23,9 @@ from droppeft.messages import (
 from droppeft.methods import Method, Setup
 from droppeft.server.validation import check_reply, why_not_its_own
 from droppeft.sharing.participation import with_participations
+from droppeft.tasks.metrics import Metric
+from droppeft.tasks.registry import task_named
+from droppeft.tasks.task import Task
 from droppeft.transports.base import Transport
 
 
@@ -87,40 +90,41 @@ def _exchange(
 ) -> list[Reply]:
     """Return checked replies; no more clients are asked at once than in a round."""
     replies: list[Reply] = []
+    task = task_named(setup.config.task)
     for first in range(0, len(instructions), setup.config.drawn):
         batch = instructions[first : first + setup.config.drawn]
         arrived = {arrival.index: arrival.reply for arrival in transport.exchange(batch)}
         replies += [
-            check_reply(instruction, arrived.get(index), partial(_why_refused, instruction))
+            check_reply(instruction, arrived.get(index), partial(_why_refused, task, instruction))
             for index, instruction in enumerate(batch)
         ]
     return replies
 
 
 def summarise_clients(
-    evaluation: ClientEvaluation, participations: Mapping[int, int]
+    evaluation: ClientEvaluation, participations: Mapping[int, int], metric: Metric
 ) -> dict[str, Any]:
     """Values for ``result.json``; every client has the same weight, however many rows it has.
 
-    ``personalised_worst_tenth`` is the mean of the lowest tenth of the clients' accuracies, rounded
-    up to whole clients. ``personalised_deviation`` is their standard deviation.
+    ``personalised_worst_tenth`` is the mean over the tenth of the clients whose models are worst,
+    rounded up to whole clients. ``personalised_deviation`` is the standard deviation over clients.
 
     Args:
         participations: number of merged updates of each client that has any.
+        metric: the task's primary metric.
     """
     measurements = evaluation.measurements
-    accuracies = [each.accuracy for each in measurements]
-    worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
-    trained = [each.accuracy for each in measurements if participations.get(each.client)]
-    new = [each.accuracy for each in measurements if not participations.get(each.client)]
+    values = [each.metrics[metric.name] for each in measurements]
+    trained = [
+        each.metrics[metric.name] for each in measurements if participations.get(each.client)
+    ]
+    personalised = metric.key("personalised")
     return {
-        "personalised_accuracy": _mean(accuracies),
-        "personalised_worst_tenth": _mean(worst),
-        "personalised_deviation": pstdev(accuracies) if accuracies else None,
-        "personalised_accuracy_trained": _mean(trained),
-        "newcomers": len(new),
-        "newcomers_accuracy": _mean(new),
-        "personalised_clients": len(accuracies),
+        personalised: _mean(values),
+        "personalised_worst_tenth": _mean(metric.worst_first(values)[: ceil(len(values) / 10)]),
+        "personalised_deviation": pstdev(values) if values else None,
+        f"{personalised}_trained": _mean(trained),
+        "personalised_clients": len(values),
         "personalised_rows": sum(each.rows for each in measurements),
         "personalised_wall_s": evaluation.wall_s,
         "personalised": [
@@ -128,8 +132,7 @@ def summarise_clients(
                 "client": each.client,
                 "participations": participations.get(each.client, 0),
                 "rows": each.rows,
-                "accuracy": each.accuracy,
-                "loss": each.loss,
+                **each.metrics,
             }
             for each in measurements
         ],
@@ -140,10 +143,17 @@ def summarise_clients(
     }
 
 
-def _why_refused(instruction: Instruction, reply: Update | EvaluationReply) -> str | None:
+def _why_refused(
+    task: Task, instruction: Instruction, reply: Update | EvaluationReply
+) -> str | None:
     if isinstance(reply, Update):
         return "sent an update in place of an evaluation"
-    if reply.rows > 0 and 0 <= reply.accuracy <= 1 and isfinite(reply.loss):
+    metrics = {metric.name: metric for metric in task.metrics}
+    if (
+        reply.rows > 0
+        and reply.metrics.keys() == metrics.keys()
+        and all(metrics[name].is_possible(value) for name, value in reply.metrics.items())
+    ):
         return why_not_its_own(instruction, reply)
     return "its measurement has impossible values"
 

@@ -14,7 +14,6 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded, Say, load, tokens_of
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
-from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import local_training
@@ -116,9 +115,5 @@ def evaluation_sample(test_rows: int, wanted: int) -> Rows:
 
 
 def references(loaded: Loaded) -> dict[str, float | None]:
-    """Accuracies to compare with: majority classes, and a linear SVM on TF-IDF features."""
-    return {
-        "majority_accuracy": majority_accuracy(loaded.data),
-        "own_majority_accuracy": own_majority_accuracy(loaded.data, loaded.clients),
-        "tfidf_accuracy": tfidf_accuracy(loaded.data),
-    }
+    """Values to compare with, of models that are no language models."""
+    return loaded.task.references(loaded.data, loaded.clients)

@@ -61,7 +61,7 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     Raises:
         DroppeftError: there is none, and the configuration needs it to close rounds.
     """
-    clock = make_clock(fleet, lambda spec: count_rows(backbone, spec, config.training))
+    clock = make_clock(fleet, lambda spec: count_rows(backbone, config.task, spec, config.training))
     try:
         clock.arithmetic(adapter_spec(config.adapter, backbone.num_layers, config.frozen.count))
     except DroppeftError as error:
@@ -74,7 +74,9 @@ def clock_for(config: Config, fleet: Fleet, backbone: Backbone) -> tuple[Clock |
     return clock, None
 
 
-def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) -> Arithmetic:
+def count_rows(
+    backbone: Backbone, task: str, spec: AdapterSpec, training: TrainingConfig
+) -> Arithmetic:
     """Count the FLOPs of rows of any length.
 
     They are a polynomial of second degree in the length, so three lengths are counted. Precision
@@ -85,9 +87,9 @@ def count_rows(backbone: Backbone, spec: AdapterSpec, training: TrainingConfig) 
     """
     config: Any = backbone.model.config
     step = (training.batch_size, training.max_length, training.checkpointing)
-    key = (type(config), repr(vars(config)), spec, tuple(backbone.new_modules), step)
+    key = (task, type(config), repr(vars(config)), spec, tuple(backbone.new_modules), step)
     if key not in _COUNTED:
-        model = FakeModel(config, spec, backbone.new_modules)
+        model = FakeModel(config, task, spec, backbone.new_modules)
         _COUNTED[key] = _count(model, training)
     return _COUNTED[key]
 
@@ -108,7 +110,9 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
     @cache
     def count(spec: AdapterSpec) -> StepCounts:
         training = config.training
-        model = FakeModel(backbone.model.config, spec, backbone.new_modules, config.quantization)
+        model = FakeModel(
+            backbone.model.config, config.task, spec, backbone.new_modules, config.quantization
+        )
         return count_step(
             model,
             training.batch_size,

@@ -18,6 +18,7 @@ from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
 from droppeft.server.round_cost import close_round, counting_wall_s
 from droppeft.server.validation import check_reply, why_refused
+from droppeft.tasks.registry import task_named
 from droppeft.transports.base import Arrival, Transport
 
 OnReply = Callable[[Reply], None]
@@ -101,7 +102,8 @@ def _check(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> R
     def why_not(reply: Update | EvaluationReply) -> str | None:
         if isinstance(reply, EvaluationReply):
             return "sent an evaluation in place of an update"
-        return why_refused(instruction, reply, setup.layout(instruction.adapter))
+        layout = setup.layout(instruction.adapter)
+        return why_refused(instruction, reply, layout, task_named(setup.config.task))
 
     return check_reply(instruction, arrival.reply if arrival else None, why_not)
 

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,8 @@ from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients
 from droppeft.server.expected_time import estimate_wall_s
 from droppeft.server.prepare import Prepared, prepare, references
 from droppeft.server.rounds import run_round
+from droppeft.tasks.metrics import Metric
+from droppeft.tasks.metrics import quality as quality_of
 from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.registry import transport_named
@@ -131,7 +132,7 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
         config = resolve(config, cuda=torch.cuda.is_available())
         prepared = prepare(config, listener.preparing, newest.facts["run"])
         _check_same_inputs(prepared, newest, out)
-        rows = [RoundRow(**row) for row in rewind(out / ROUNDS, newest.round)]
+        rows = [RoundRow.from_columns(row) for row in rewind(out / ROUNDS, newest.round)]
         if len(rows) != newest.round:
             raise DroppeftError(
                 f"{out / ROUNDS} has {len(rows)} of the {newest.round} rounds that are saved; "
@@ -229,10 +230,11 @@ def _run_one_round(
     state, closed = run_round(
         prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
-    quality = _evaluate_round(prepared, state.model, round)
+    quality, evaluation_wall_s = _evaluate_round(prepared, state.model, round)
     row = round_row(
         closed,
         quality,
+        evaluation_wall_s,
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
@@ -259,20 +261,24 @@ def _save(
     """
     start = time.perf_counter()
     append_rows(out / CLIENTS, client_rows)
-    append_rows(out / ROUNDS, [asdict(row)])
+    append_rows(out / ROUNDS, [row.as_columns()])
     checkpoints.save(out / "checkpoints", checkpoint)
     return time.perf_counter() - start
 
 
-def _evaluate_round(prepared: Prepared, model: GlobalModel, round: int) -> dict[str, float | None]:
-    """Evaluate the global model on the sample of test rows; all ``None`` if it is not due."""
-    config = prepared.config
-    names = ("loss", "accuracy", "f1", "wall_s")
+def _evaluate_round(
+    prepared: Prepared, model: GlobalModel, round: int
+) -> tuple[dict[str, float | None], float]:
+    """Evaluate the global model on the sample of test rows; return its quality and the seconds.
+
+    The values are ``None`` if no evaluation is due.
+    """
+    config, metrics = prepared.config, prepared.loaded.task.metrics
     is_due = round % config.evaluation.every == 0 or round == config.rounds
     if not (is_due and prepared.method.has_global_model(config)):
-        return dict.fromkeys(names)
-    evaluation = asdict(_evaluate(prepared, model, prepared.sample))
-    return {name: evaluation[name] for name in names}
+        return quality_of("global", metrics, None), 0.0
+    evaluation = _evaluate(prepared, model, prepared.sample)
+    return quality_of("global", metrics, evaluation.metrics), evaluation.wall_s
 
 
 def _finish(
@@ -289,11 +295,11 @@ def _finish(
     if config.evaluation.personalised:
         final |= _final_client_models(prepared, transport, last, out, listener)
     else:
-        final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {})
+        final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {}, _primary(prepared))
     result = {
         "schema_version": SCHEMA_VERSION,
         **_describe(prepared, last.facts),
-        **summarise(rows, last.facts["initial_accuracy"], config.target_accuracy),
+        **summarise(rows, last.facts["initial"], _primary(prepared), config.target),
         **final,
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
@@ -315,18 +321,16 @@ def _final_global_model(
     with a base delta, because the adapter alone would not be the model: ``droppeft export --merge``
     writes it with its backbone.
     """
+    metrics = prepared.loaded.task.metrics
     if not prepared.method.has_global_model(prepared.config):
-        names = ("global_accuracy", "global_f1", "global_loss", "adapter_sha256")
-        return {**dict.fromkeys(names), "test_rows": 0}
+        return {**quality_of("global", metrics, None), "adapter_sha256": None, "test_rows": 0}
     listener.preparing("measuring on the whole test set")
     evaluation = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
     return {
-        "global_accuracy": evaluation.accuracy,
-        "global_f1": evaluation.f1,
-        "global_loss": evaluation.loss,
+        **quality_of("global", metrics, evaluation.metrics),
         "adapter_sha256": None
         if model.base_delta
-        else write_adapter(prepared.loaded, model, asdict(evaluation), out),
+        else write_adapter(prepared.loaded, model, evaluation, out),
         "test_rows": evaluation.rows,
     }
 
@@ -345,19 +349,22 @@ def _final_client_models(
             f"no client could be measured (client {example.client}: {example.reason}); correct "
             f"this, then resume {out}"
         )
-    return summarise_clients(evaluation, participations)
+    return summarise_clients(evaluation, participations, _primary(prepared))
+
+
+def _primary(prepared: Prepared) -> Metric:
+    return prepared.loaded.task.metrics[0]
 
 
 def _initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
     """What is measured once, before round 1, and stored in every checkpoint."""
     return {
-        "initial_accuracy": evaluation.accuracy,
-        "initial_loss": evaluation.loss,
+        "initial": dict(evaluation.metrics),
         "label_names": list(prepared.loaded.data.label_names),
         "sampled_test_rows": evaluation.rows,
         "run": prepared.setup.run,
         **identity(prepared.loaded),
-        **references(prepared.loaded),
+        "references": references(prepared.loaded),
     }
 
 
@@ -365,6 +372,8 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run, for listeners and for the result file."""
     config, data = prepared.config, prepared.loaded.data
     return {
+        "task": config.task,
+        "metric": _primary(prepared).name,
         "method": config.method,
         "method_summary": prepared.method.summary,
         "run": prepared.setup.run,
@@ -384,10 +393,8 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "test_rows": len(data.test),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
-        "initial_loss": facts["initial_loss"],
-        "majority_accuracy": facts["majority_accuracy"],
-        "own_majority_accuracy": facts["own_majority_accuracy"],
-        "tfidf_accuracy": facts["tfidf_accuracy"],
+        **quality_of("initial", prepared.loaded.task.metrics, facts["initial"]),
+        **facts["references"],
         "sampled_test_rows": len(prepared.sample),
         "config": as_tree(config),
     }

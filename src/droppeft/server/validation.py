@@ -19,13 +19,14 @@ from droppeft.messages import (
 )
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.selection import count_of, unchanged_shared
+from droppeft.tasks.task import Task
 
 MAX_REWARD, MAX_IMPORTANCE = 1e6, 1e30
 """Larger rewards and gradient norms are refused: no model has them, and they would mislead the
 configurator."""
 
 
-def why_refused(instruction: Instruction, update: Update, layout: Layout) -> str | None:
+def why_refused(instruction: Instruction, update: Update, layout: Layout, task: Task) -> str | None:
     """Return in one sentence why an update may not be merged, or ``None`` if it may.
 
     These conditions are checked:
@@ -41,10 +42,12 @@ def why_refused(instruction: Instruction, update: Update, layout: Layout) -> str
         instruction: what the client was asked to do.
         update: the client's reply.
         layout: the tensors of the instruction's adapter.
+        task: what is learnt.
     """
     return (
         why_not_its_own(instruction, update)
         or _wrong_counts(instruction, update)
+        or _wrong_targets(update, task)
         or _wrong_cost(instruction, update)
         or _wrong_choice(instruction, update, layout)
         or _wrong_names(instruction, update, layout)
@@ -102,6 +105,15 @@ def _wrong_counts(instruction: Instruction, update: Update) -> str | None:
     ):
         return "claims an impossible reward or importance"
     return None
+
+
+def _wrong_targets(update: Update, task: Task) -> str | None:
+    """Check the weight of an update: its rows, or at most its tokens."""
+    if task.rows_are_targets:
+        fits = update.targets == update.examples
+    else:
+        fits = update.examples <= update.targets <= update.cost.tokens
+    return None if fits else f"claims {update.targets} targets in {update.examples} rows"
 
 
 def _wrong_cost(instruction: Instruction, update: Update) -> str | None:

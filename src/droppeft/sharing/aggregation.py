@@ -19,9 +19,9 @@ Weight = Callable[[Update, LayerKey], float]
 """Returns the weight of a layer of an Update; not negative."""
 
 
-def by_examples(update: Update, layer: LayerKey) -> float:
-    """Return the number of rows that the client trained on."""
-    return float(update.examples)
+def by_targets(update: Update, layer: LayerKey) -> float:
+    """Return the number of predictions that the client trained: rows, or tokens."""
+    return float(update.targets)
 
 
 def average_over_senders(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:

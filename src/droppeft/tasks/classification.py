@@ -1,6 +1,6 @@
-"""Text classification: batches, loss and metrics."""
+"""Classification of a text, or a pair of texts, into one of C classes. Ours."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +9,28 @@ import torch
 from sklearn.metrics import f1_score
 from torch import nn
 from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
 
-from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable, pad_batch
-
-Batch = Mapping[str, torch.Tensor]
+from droppeft.config import Config
+from droppeft.data.partition import ClientRows
+from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
+from droppeft.data.sources import load_text
+from droppeft.data.texts import Rows, TextData, TextTable
+from droppeft.data.tokens import TokenTable, pad_batch, tokenise
+from droppeft.models.loading import (
+    Backbone,
+    BackboneConfig,
+    load_backbone,
+    load_backbone_config,
+    load_dequantised,
+)
+from droppeft.tasks.metrics import ACCURACY, F1, LOSS, Metric
+from droppeft.tasks.task import Batch, BatchResult, model_inputs, rows_of
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Classification of a text or a pair of texts into one of C classes.
+    """Classification with one model on one device.
 
     Attributes:
         inputs: names of the token columns that the model takes.
@@ -40,13 +52,91 @@ class Classification:
             if name in arrays
         }
 
-    def loss_and_logits(
-        self, model: nn.Module, batch: Batch, reduction: str = "mean"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cross-entropy in fp32, and the logits (B, C)."""
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the logits (B, C), in fp32."""
+        inputs: dict[str, Any] = model_inputs(batch)
         logits: torch.Tensor = model(**inputs).logits.float()
-        return functional.cross_entropy(logits, batch["labels"], reduction=reduction), logits
+        return logits
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean cross-entropy of the rows, in fp32."""
+        return functional.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def targets(self, batch: Batch) -> int:
+        """Return the number of rows."""
+        return rows_of(batch)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> BatchResult:
+        """Evaluate a batch; ``observed`` is predicted classes, labels and number of classes."""
+        logits, labels = self.logits(model, batch), batch["labels"]
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        predicted = logits.argmax(dim=-1).cpu().numpy()
+        observed = (predicted, labels.cpu().numpy(), logits.shape[-1])
+        return BatchResult(float(loss), len(labels), observed)
+
+    def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
+        """Return accuracy, F1 and the mean cross-entropy."""
+        predicted = np.concatenate([result.observed[0] for result in results])
+        labels = np.concatenate([result.observed[1] for result in results])
+        accuracy, f1 = accuracy_and_f1(predicted, labels, results[0].observed[2])
+        loss_sum = sum(result.loss_sum for result in results)
+        return {"accuracy": accuracy, "f1": f1, "loss": loss_sum / len(labels)}
+
+    def sample_batch(self, rows: int, length: int) -> Batch:
+        """Return token columns (B, S) with an attention mask, as if padded, and labels (B,)."""
+        names = [*self.inputs, "attention_mask"]
+        column = torch.ones(rows, length, dtype=torch.int64, device=self.device)
+        return {**{name: column.clone() for name in names}, "labels": column.new_zeros(rows)}
+
+
+class ClassificationTask:
+    """The task ``classification``; see :class:`~droppeft.tasks.task.Task`."""
+
+    name = "classification"
+    metrics: tuple[Metric, ...] = (ACCURACY, F1, LOSS)
+    adapter_task = "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification
+    rows_are_targets = True
+
+    def read(self, config: Config) -> TextData:
+        """Read texts and labels; see :func:`~droppeft.data.sources.load_text`."""
+        return load_text(config.data, config.source, config.partition.key)
+
+    def load_backbone(
+        self,
+        config: Config,
+        label_names: Sequence[str],
+        seed: int,
+        *,
+        dequantised: bool = False,
+    ) -> Backbone:
+        """Load a model with a head for these classes."""
+        load = load_dequantised if dequantised else load_backbone
+        return load(config.model, label_names, seed, config.quantization)
+
+    def load_backbone_config(self, name: str, label_names: Sequence[str]) -> BackboneConfig:
+        """Load the configuration of a model with a head for these classes."""
+        return load_backbone_config(name, label_names)
+
+    def encode(self, table: TextTable, tokenizer: Any, config: Config) -> TokenTable:
+        """Tokenise texts; see :func:`~droppeft.data.tokens.tokenise`."""
+        return tokenise(table, tokenizer, config.training.max_length)
+
+    def on(
+        self, inputs: tuple[str, ...], pad_token_id: int, device: torch.device
+    ) -> Classification:
+        """Return the task for a model that takes these token columns."""
+        return Classification(inputs, pad_token_id, device)
+
+    def references(
+        self, corpus: TextData, clients: Sequence[ClientRows]
+    ) -> dict[str, float | None]:
+        """Return the accuracies of majority classes, and of a linear SVM on TF-IDF features."""
+        return {
+            "majority_accuracy": majority_accuracy(corpus),
+            "own_majority_accuracy": own_majority_accuracy(corpus, clients),
+            "tfidf_accuracy": tfidf_accuracy(corpus),
+        }
 
 
 def accuracy_and_f1(predicted: Rows, labels: Rows, num_classes: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Evaluation runs all layers. The loops are ours.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from droppeft.layer_dropout import gated
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
-from droppeft.tasks.classification import Batch, Classification, accuracy_and_f1
+from droppeft.tasks.task import Batch, BoundTask, rows_of
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
 from droppeft.training.gradients import GradientMoments, Gradients, total_norm
@@ -43,6 +43,7 @@ class TrainOutcome:
     Attributes:
         steps: number of batches; each is one optimizer step unless it is skipped.
         examples: rows trained on, repetitions counted.
+        targets: predictions trained on: the same rows, or the tokens that they learn.
         tokens: tokens computed, padding included.
         rows: rows computed.
         layer_tokens: per layer, how many of the tokens it computed.
@@ -55,6 +56,7 @@ class TrainOutcome:
 
     steps: int
     examples: int
+    targets: int
     tokens: int
     rows: int
     layer_tokens: tuple[int, ...]
@@ -75,20 +77,21 @@ class Evaluation:
     """Quality of a model with all layers, and what the evaluation took.
 
     Attributes:
-        loss: mean cross-entropy.
-        accuracy: fraction of the rows that is classified correctly.
-        f1: see :func:`~droppeft.tasks.classification.accuracy_and_f1`.
+        metrics: the value of each of the task's metrics.
         rows: number of rows.
         wall_s: seconds.
         tokens: tokens computed, padding included.
     """
 
-    loss: float
-    accuracy: float
-    f1: float
+    metrics: Mapping[str, float]
     rows: int
     wall_s: float
     tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.metrics["loss"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Trainable:
     model: nn.Module
     blocks: Sequence[nn.Module]
     parameters: Parameters
-    task: Classification
+    task: BoundTask
 
     @property
     def values(self) -> list[nn.Parameter]:
@@ -189,7 +192,7 @@ class _Loop:
         """Run forward, backward, the method's added terms, clipping, and the optimizer step."""
         on, trained = self.on, self.on.values
         with autocast(self.settings.precision, on.task.device), self.meter.measuring():
-            loss, _ = on.task.loss_and_logits(on.model, step.batch)
+            loss = on.task.loss(on.model, step.batch)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norms = self.gradients.norms()
@@ -198,35 +201,29 @@ class _Loop:
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
         stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals.note(step.batch, loss, active, norms, stepped)
+        self.totals.note(step.batch, on.task.targets(step.batch), loss, active, norms, stepped)
 
 
 def evaluate(
     model: nn.Module,
     table: TokenTable,
     rows: Rows,
-    task: Classification,
+    task: BoundTask,
     batch_size: int,
     precision: str = "fp32",
 ) -> Evaluation:
     """Evaluate a model with all layers on rows of a table; leaves it in evaluation mode."""
     start = time.perf_counter()
     model.eval()
-    loss_sum, tokens, predicted, labels = 0.0, 0, [], []
+    tokens, results = 0, []
     with torch.inference_mode():
         for chosen in ordered_batches(rows, table.lengths, batch_size):
             batch = task.collate(table, chosen)
             with autocast(precision, task.device):
-                loss, logits = task.loss_and_logits(model, batch, reduction="sum")
-            loss_sum += float(loss)
+                results.append(task.evaluate(model, batch))
             tokens += batch["input_ids"].numel()
-            predicted.append(logits.argmax(dim=-1).cpu().numpy())
-            labels.append(table.labels[chosen])
-    accuracy, f1 = accuracy_and_f1(
-        np.concatenate(predicted), np.concatenate(labels), logits.shape[-1]
-    )
-    wall_s = time.perf_counter() - start
-    return Evaluation(loss_sum / len(rows), accuracy, f1, len(rows), wall_s, tokens)
+    metrics = task.metrics(results)
+    return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens)
 
 
 def training_batches(
@@ -287,11 +284,12 @@ class _Totals:
         self.gradients = gradients
         self.active = np.zeros(num_layers, dtype=np.int64)
         self.layer_tokens = np.zeros(num_layers, dtype=np.int64)
-        self.steps = self.examples = self.rows = self.tokens = 0
+        self.steps = self.examples = self.targets = self.rows = self.tokens = 0
 
     def note(
         self,
         batch: Batch,
+        targets: int,
         loss: torch.Tensor,
         active: Sequence[bool],
         norms: torch.Tensor,
@@ -299,20 +297,22 @@ class _Totals:
     ) -> None:
         ran = np.asarray(active, dtype=np.int64)
         self.steps += 1
-        self.rows += len(batch["labels"])
+        self.rows += rows_of(batch)
         self.tokens += batch["input_ids"].numel()
         self.layer_tokens += batch["input_ids"].numel() * ran
         if stepped:
             self.losses.append(loss.detach())
             self.gradients.note(norms)
             self.active += ran
-            self.examples += len(batch["labels"])
+            self.examples += rows_of(batch)
+            self.targets += targets
 
     def outcome(self, peak_bytes: int, wall_s: float) -> TrainOutcome:
         losses = torch.stack(self.losses or [torch.tensor(math.nan)]).double()
         return TrainOutcome(
             steps=self.steps,
             examples=self.examples,
+            targets=self.targets,
             tokens=self.tokens,
             rows=self.rows,
             layer_tokens=tuple(int(count) for count in self.layer_tokens),

@@ -1,0 +1,176 @@
+"""What a task is: how data are read and learnt from, and how quality is measured. Ours.
+
+The round loop, the methods, the clients and the reports know no labels and no tokens. What is
+particular to a kind of learning is in one :class:`Task`; :mod:`droppeft.tasks.registry` lists them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from droppeft.config import Config
+from droppeft.data.partition import ClientRows
+from droppeft.data.texts import Rows
+from droppeft.data.tokens import TokenTable
+from droppeft.models.loading import Backbone, BackboneConfig
+from droppeft.tasks.metrics import Metric
+
+Batch = Mapping[str, torch.Tensor]
+"""Token columns and ``attention_mask`` of shape (B, S), and what is learnt from them."""
+
+LEARNT = frozenset({"labels", "positions"})
+"""Entries of a batch that are no inputs of the model."""
+
+
+class Table(Protocol):
+    """The rows of one split."""
+
+    @property
+    def labels(self) -> Rows:
+        """The label of each row, shape (rows,), by which rows can be partitioned."""
+
+    @property
+    def keys(self) -> Sequence[str] | None:
+        """The owner of each row, if owners were asked for."""
+
+    def __len__(self) -> int: ...
+
+
+class Corpus(Protocol):
+    """The data of a run."""
+
+    @property
+    def train(self) -> Any:
+        """The rows that are partitioned among the clients, a :class:`Table`."""
+
+    @property
+    def test(self) -> Any:
+        """The rows on which the server evaluates the global model, a :class:`Table`."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of everything that is learnt from: 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The evaluation of one batch.
+
+    Attributes:
+        loss_sum: sum of the losses of its targets.
+        targets: number of predictions that are judged: rows, or tokens of completions.
+        observed: what the task's metrics need besides.
+    """
+
+    loss_sum: float
+    targets: int
+    observed: Any
+
+
+class BoundTask(Protocol):
+    """A task for one model on one device: batches, loss and metrics."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the token columns that the model takes."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the batches."""
+
+    def collate(self, table: TokenTable, rows: Rows) -> Batch:
+        """Return a batch of rows, padded to the longest."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean loss of the batch's targets, in fp32."""
+
+    def targets(self, batch: Batch) -> int:
+        """Return the number of predictions that a batch trains: rows, or tokens."""
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> BatchResult:
+        """Evaluate a batch; the model is in evaluation mode."""
+
+    def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
+        """Return the value of each of the task's metrics over several batches."""
+
+    def sample_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch as :meth:`collate` makes it, without data, for counting operations."""
+
+
+class Task(Protocol):
+    """A kind of learning.
+
+    Attributes:
+        name: the value of the setting ``task``.
+        metrics: measures of quality. The first one is primary: it is shown in every round and is
+            what a target refers to.
+        adapter_task: peft's name for the task.
+        auto_class: class of transformers that loads such a model.
+        rows_are_targets: whether each row is one target. Otherwise the targets are tokens.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    adapter_task: str
+    auto_class: Any
+    rows_are_targets: bool
+
+    def read(self, config: Config) -> Corpus:
+        """Read the data that a configuration names.
+
+        Raises:
+            DroppeftError: they cannot be read or do not fit the task.
+        """
+
+    def load_backbone(
+        self,
+        config: Config,
+        label_names: Sequence[str],
+        seed: int,
+        *,
+        dequantised: bool = False,
+    ) -> Backbone:
+        """Load the model that a configuration names.
+
+        Args:
+            config: of the run.
+            label_names: of the data.
+            seed: of initial values.
+            dequantised: whether quantised weights are replaced by their values in fp32.
+
+        Raises:
+            DroppeftError: the model is unknown, unreadable or unsupported.
+        """
+
+    def load_backbone_config(self, name: str, label_names: Sequence[str]) -> BackboneConfig:
+        """Load a model's configuration, without weights or tokenizer.
+
+        Raises:
+            DroppeftError: the model is unknown, unreadable or unsupported.
+        """
+
+    def encode(self, table: Any, tokenizer: Any, config: Config) -> TokenTable:
+        """Tokenise the rows of a table."""
+
+    def on(self, inputs: tuple[str, ...], pad_token_id: int, device: torch.device) -> BoundTask:
+        """Return the task for a model that takes these token columns."""
+
+    def references(self, corpus: Any, clients: Sequence[ClientRows]) -> dict[str, float | None]:
+        """Return values of the primary metric to compare with, by their names in results."""
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the entries of a batch that the model takes."""
+    return {name: value for name, value in batch.items() if name not in LEARNT}
+
+
+def rows_of(batch: Batch) -> int:
+    """Return the number of rows of a batch."""
+    return len(batch["input_ids"])
