@@ -40,7 +40,8 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
 from droppeft.messages import HEAD
-from droppeft.models.loading import builtin_model_folder, load_backbone
+from droppeft.models.loading import load_backbone
+from droppeft.models.packaged import builtin_model_folder
 
 LAYERS = 3
 FILE = Path(__file__).parents[1] / "docs" / "architectures.json"

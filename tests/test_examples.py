@@ -12,7 +12,7 @@ from droppeft.cli import _split
 from droppeft.config import load_config
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
-from droppeft.models.loading import builtin_model_folder
+from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run
 from runs import Recorder
 from tiny import tiny_model

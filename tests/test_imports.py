@@ -17,7 +17,8 @@ PACKAGE = Path(droppeft.__file__).parent
 LEVELS = (
     {"", "errors", "files", "quantities", "seeds"},
     {"config", "extras", "layer_dropout", "messages"},
-    {"checked_safetensors", "data", "models"},
+    {"checked_safetensors", "data"},
+    {"models"},
     {"adapters", "tasks"},
     {"cached_layers"},
     {"training"},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from droppeft.models.loading import builtin_model_folder
+from droppeft.models.packaged import builtin_model_folder
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},

@@ -18,7 +18,8 @@ from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.layer_dropout import find_blocks
 from droppeft.messages import AdapterSpec, LayerAdapter
-from droppeft.models.loading import ARCHITECTURES, load_backbone
+from droppeft.models.architectures import ARCHITECTURES
+from droppeft.models.loading import load_backbone
 from droppeft.models.precision import autocast
 from droppeft.training.activation_memory import ActivationMeter
 

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from droppeft.config import load_config, resolve
-from droppeft.models.loading import builtin_model_folder, load_backbone
+from droppeft.models.loading import load_backbone
+from droppeft.models.packaged import builtin_model_folder
 from droppeft.resources import profiling
 from droppeft.resources.estimate import combinations, option
 from droppeft.resources.profile_run import run_steps

@@ -27,7 +27,7 @@ from transformers import (
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
-from droppeft.models.loading import builtin_model_folder
+from droppeft.models.packaged import builtin_model_folder
 from processes import started
 from tiny import tiny_model
 

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from droppeft.errors import DroppeftError
-from droppeft.models import loading
-from droppeft.models.loading import ARCHITECTURES, Backbone, builtin_model_folder, load_backbone
+from droppeft.models import architectures, loading, packaged
+from droppeft.models.architectures import ARCHITECTURES
+from droppeft.models.loading import Backbone, load_backbone
+from droppeft.models.packaged import builtin_model_folder
 from tiny import save_tiny_model, tiny_model
 
 NAMES = ("down", "up")
@@ -38,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         name: {key: sizes.get(key, value) for key, value in entry.items()}
         for name, entry in ARCHITECTURES.items()
     }
-    monkeypatch.setattr(loading, "ARCHITECTURES", cut)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", cut)
 
 
 def head(backbone: Backbone) -> torch.Tensor:
@@ -88,7 +90,7 @@ def test_the_builtin_model_is_pretrained(builtin: Backbone) -> None:
 
 
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, loading.BUILTIN_PACKAGE, None)
+    monkeypatch.setitem(sys.modules, packaged.BUILTIN_PACKAGE, None)
     assert sentence("builtin").endswith("run: pip install 'droppeft[demo]'")
 
 

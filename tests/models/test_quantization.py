@@ -19,10 +19,10 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import BaseDelta
-from droppeft.models import loading
+from droppeft.models.architectures import ARCHITECTURES
 from droppeft.models.loading import HEAD_MODULES, Backbone, load_backbone, load_dequantised
 from droppeft.models.precision import autocast
-from droppeft.models.quantization import is_quantised, on_device, quantization_of
+from droppeft.models.quantization import is_quantised, on_device, quantised, quantization_of
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
 from tiny import FAMILIES, save_tiny_model, tiny_model
@@ -102,8 +102,8 @@ def test_an_architecture_is_quantised_as_its_saved_weights_are(
     quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small = {**loading.ARCHITECTURES["bert-large"], **sizes, "intermediate_size": 48}
-    monkeypatch.setitem(loading.ARCHITECTURES, "bert-large", small)
+    small = {**ARCHITECTURES["bert-large"], **sizes, "intermediate_size": 48}
+    monkeypatch.setitem(ARCHITECTURES, "bert-large", small)
     whole, random = (
         load_backbone("config:bert-large", NAMES, 0, q) for q in ("none", quantization)
     )
@@ -372,7 +372,7 @@ def test_checkpointing_gives_the_same_gradients_and_stores_less(loaded: Any) -> 
 def test_an_8_bit_layer_without_the_patch_stores_its_input() -> None:
     """If this fails, bitsandbytes has changed, and the patch may no longer be needed."""
     saved: Any = tiny_model(LAYERS)
-    loaded = loading.quantised(saved, "8bit", HEAD_MODULES)
+    loaded = quantised(saved, "8bit", HEAD_MODULES)
     loaded.get_input_embeddings().requires_grad_(True)
     hidden = list(stored_on_functions(loss(loaded.train())))
     assert sum(each.numel() for each in hidden if each.is_floating_point()) > 0

@@ -17,7 +17,7 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
 from droppeft.messages import flatten
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.loading import builtin_model_folder
+from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run
 from droppeft.tasks.classification import Classification
 from droppeft.training.checkpointing import Call, checkpointed

