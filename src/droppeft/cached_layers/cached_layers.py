@@ -22,7 +22,7 @@ from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.cached_layers.state_store import StateStore, digest_of
 from droppeft.data.cache import cache_dir
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates
 from droppeft.messages import CachedLayersCost, checked_run
@@ -64,7 +64,7 @@ class CachedLayers:
         self,
         frozen_layers: FrozenLayers,
         store: StateStore | None,
-        table: TokenTable,
+        table: TokenRows,
         task: BoundTask,
         steps: Sequence[Rows],
         forward: Callable[[], Any],

@@ -16,7 +16,7 @@ from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
@@ -52,7 +52,7 @@ class Client:
     """
 
     model: ClientModel
-    table: TokenTable
+    table: TokenRows
     rows: ClientRows
 
     def run(self, instruction: Instruction) -> Reply:
@@ -232,7 +232,7 @@ class Client:
 
 
 def try_one_step(
-    model: ClientModel, table: TokenTable, settings: LocalTraining, spec: AdapterSpec
+    model: ClientModel, table: TokenRows, settings: LocalTraining, spec: AdapterSpec
 ) -> None:
     """Try one training step with learning rate 0, to find out early whether the settings work.
 

@@ -16,7 +16,7 @@ from droppeft.cached_layers.cached_layers import CachedLayers, content_name, sta
 from droppeft.client.client_model import ClientModel
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.layer_dropout import sample_active
 from droppeft.messages import HEAD, CachedLayersCost, Instruction, Tensors
 from droppeft.models.precision import autocast
@@ -29,7 +29,7 @@ Gates = tuple[bool, ...]
 def train_locally(
     model: ClientModel,
     parameters: Parameters,
-    table: TokenTable,
+    table: TokenRows,
     rows: ClientRows,
     instruction: Instruction,
     anchors: Tensors | None = None,
@@ -87,7 +87,7 @@ def train_locally(
 
 def _steps(
     model: ClientModel,
-    table: TokenTable,
+    table: TokenRows,
     batches: Sequence[Rows],
     gates: Sequence[Gates],
     instruction: Instruction,
@@ -108,7 +108,7 @@ def _steps(
 
 def _cached_layers(
     model: ClientModel,
-    table: TokenTable,
+    table: TokenRows,
     batches: Sequence[Rows],
     instruction: Instruction,
     needed: set[int],

@@ -16,7 +16,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config, resolve_layers
 from droppeft.data.partition import ClientRows, partition_rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.loading import Backbone
@@ -80,7 +80,7 @@ def load(config: Config, say: Say) -> Loaded:
     return Loaded(config, task, data, tuple(clients), backbone, model)
 
 
-def tokens_of(loaded: Loaded, table: Table) -> TokenTable:
+def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
     """Tokenise rows for the backbone."""
     return loaded.task.encode(table, loaded.backbone.tokenizer, loaded.config)
 

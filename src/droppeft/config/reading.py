@@ -40,6 +40,8 @@ def load_config(
     for key, value in settings.items():
         _insert(tree, key, value)
     tree.setdefault("method", method)
+    if "task" not in tree:
+        tree["task"] = _detected_task(tree)
     return build_config(tree, f"in {path}" if path and not overrides else "")
 
 
@@ -169,6 +171,13 @@ def _absolute_if_exists(key: str, name: str) -> str:
             f"{key}={name}: the environment has no variable {unknown[1]}; export it"
         )
     return str(path.resolve()) if exists else expanded
+
+
+def _detected_task(tree: Mapping[str, Any]) -> str:
+    from droppeft.tasks.detection import detected_task  # which imports the configuration
+
+    data = tree.get("data")
+    return detected_task({**tree, "data": os.path.expandvars(data)} if data else tree)
 
 
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:

@@ -46,6 +46,22 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
 
+TASKS = ("classification", "causal_lm")
+
+# Defaults of a task that differ from the general ones, by table; they win over the method's.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "causal_lm": {
+        "model": "smollm2",
+        "training": {"batch_size": 8, "learning_rate": 1e-3, "max_length": 256},
+        "partition": {"kind": "iid"},
+        "evaluation": {"rows": 100, "batch_size": 8},
+    },
+}
+
+# The built-in signatures and docstrings are distributed by library.
+BY_LIBRARY = {"kind": "natural", "key": "package"}
+
 # Mutually exclusive settings, by table; the first one has the default. An override replaces the
 # file's choice.
 EXCLUSIVE = {
@@ -71,6 +87,14 @@ def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object
     chosen = any(given.get(key) is not None for key in rivals)
     added = {key: item for key, item in defaults.items() if not (chosen and key in rivals)}
     return {**added, **given}
+
+
+def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
+    task = given.get("task", TASKS[0])
+    defaults = TASK_DEFAULTS.get(str(task), {})
+    if task == "causal_lm" and given.get("data", "builtin") == "builtin":
+        return {**defaults, "partition": BY_LIBRARY}
+    return defaults
 
 
 def _steps_or_round(value: object) -> object:
@@ -327,6 +351,11 @@ class TrainingConfig(Table):
         "`dropout.every=round`",
     )
     max_length: Whole = Field(128, ge=4, description="tokens after which a text is truncated")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="for `causal_lm`: the tokens that are learnt, `completion` (every answer, with "
+        "the token that ends it) or `all`",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -353,6 +382,15 @@ class EvaluationConfig(Table):
         description="when the run ends, evaluate each client's own model on its own test rows, "
         "whether the client ever trained or not",
     )
+    generated: Whole = Field(
+        32,
+        ge=0,
+        description="for `causal_lm`: test rows whose completions are generated when the run ends, "
+        "by the model before and after training",
+    )
+    max_new_tokens: Whole = Field(
+        64, ge=1, description="for `causal_lm`: most tokens of a generated completion"
+    )
 
 
 class FlowerConfig(Table):
@@ -374,17 +412,25 @@ class Config(Table):
     """A whole run."""
 
     method: str = Field(DEFAULT_METHOD, description="federated method")
-    task: Literal["classification"] = Field(
-        "classification", description="what is learnt: `classification` of texts"
+    task: Literal["classification", "causal_lm"] = Field(
+        "classification",
+        description="what is learnt: `classification` of texts, or `causal_lm`, to generate text; "
+        "found from the model and the columns of the data if not given",
     )
     model: str = Field(
         "builtin",
-        description="`builtin`, a Hub id, a folder, or `config:ARCHITECTURE` (random weights)",
+        description="`builtin`, `smollm2` or `mpnet` (from packages), a Hub id, a folder, a "
+        "`.gguf` file, or `config:ARCHITECTURE` (random weights)",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
         description="quantization of the backbone's linear layers, by bitsandbytes "
         "(`pip install 'droppeft[quantization]'`); head, adapters and embeddings stay fp32",
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="data type of the frozen weights that are not quantised, for `causal_lm`; "
+        "adapters stay fp32",
     )
     data: str = Field(
         "builtin", description="`builtin`, a Hub id, a folder, or a file; `$VARIABLES` are expanded"
@@ -418,7 +464,7 @@ class Config(Table):
         None,
         gt=0,
         description="report when the global model reaches this value of the task's first metric "
-        "(accuracy)",
+        "(accuracy; loss for `causal_lm`)",
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
@@ -436,17 +482,23 @@ class Config(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_method(cls, value: Any) -> Any:
+    def _defaults_of_task_and_method(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        defaults = METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {})
-        return {
-            **value,
-            **{
-                name: _completed(name, value.get(name, {}), of_table)
-                for name, of_table in defaults.items()
-            },
-        }
+        for defaults in (
+            _defaults_of_the_task(value),
+            METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {}),
+        ):
+            value = {
+                **value,
+                **{
+                    name: _completed(name, value.get(name, {}), of_table)
+                    if isinstance(of_table, Mapping)
+                    else value.get(name, of_table)
+                    for name, of_table in defaults.items()
+                },
+            }
+        return value
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "Config":

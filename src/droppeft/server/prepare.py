@@ -15,7 +15,7 @@ from droppeft.client.run_inputs import Loaded, Say, load, tokens_of
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.federated_method import local_training
 from droppeft.messages import ServerState
 from droppeft.methods import Method, Setup, method_named
@@ -43,7 +43,7 @@ class Prepared:
     method: Method
     setup: Setup
     state: ServerState
-    test: TokenTable
+    test: TokenRows
     sample: Rows
     no_clock_reason: str | None
     prepare_wall_s: float

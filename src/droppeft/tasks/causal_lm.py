@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from droppeft.config import Config
+from droppeft.data.conversation_sources import load_conversations
 from droppeft.data.conversation_tokens import (
     IGNORED,
     EncodedText,
     encode_conversations,
     pad_encoded,
 )
-from droppeft.data.conversations import ConversationData, ConversationTable, load_conversations
+from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
-from droppeft.errors import DroppeftError
 from droppeft.models.causal_lm import load_causal_lm, load_causal_lm_config
 from droppeft.models.loading import Backbone, BackboneConfig
+from droppeft.models.quantization import copy_dequantised_values
 from droppeft.tasks.completion_loss import CompletionLoss, head_loss, last_hidden_states
 from droppeft.tasks.metrics import LOSS, PERPLEXITY, TOKEN_ACCURACY, Metric
 from droppeft.tasks.task import Batch, BatchResult, model_inputs
@@ -129,10 +130,13 @@ class CausalLMTask:
         dequantised: bool = False,
     ) -> Backbone:
         """Load a causal language model, which has no new head."""
-        if dequantised:
-            return load_dequantised_causal_lm(config.model, seed, config.quantization)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        return load_causal_lm(config.model, seed, config.quantization, dtype)
+        backbone = load_causal_lm(config.model, seed, config.quantization, dtype)
+        if not dequantised:
+            return backbone
+        plain = load_causal_lm(config.model, seed)
+        copy_dequantised_values(backbone.model, plain.model)
+        return replace(plain, weights_hash=backbone.weights_hash)
 
     def load_backbone_config(self, name: str, label_names: Sequence[str]) -> BackboneConfig:
         """Load the configuration of a causal language model."""

@@ -38,12 +38,13 @@ class CompletionLoss:
             gradients; divide by ``targets`` for the mean, and take the exponential of the mean for
             the perplexity.
         targets: number of supervised tokens.
-        correct: number of supervised tokens to which the model gives the highest probability.
+        correct: number of supervised tokens to which the model gives the highest probability, a
+            scalar.
     """
 
     loss: torch.Tensor
     targets: int
-    correct: int
+    correct: torch.Tensor
 
 
 def completion_loss(
@@ -106,7 +107,7 @@ def head_loss(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
     rows = max(1, LOGITS_AT_ONCE // int(causal.config.get_text_config().vocab_size))
     loss, correct = _HeadLoss.apply(hidden, targets, logits_of, rows)  # type: ignore[no-untyped-call]
-    return CompletionLoss(loss, len(targets), int(correct))
+    return CompletionLoss(loss, len(targets), correct)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import nn
 from droppeft.config import Config
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.models.loading import Backbone, BackboneConfig
 from droppeft.tasks.metrics import Metric
 
@@ -85,7 +85,7 @@ class BoundTask(Protocol):
     def device(self) -> torch.device:
         """The device of the batches."""
 
-    def collate(self, table: TokenTable, rows: Rows) -> Batch:
+    def collate(self, table: Any, rows: Rows) -> Batch:
         """Return a batch of rows, padded to the longest."""
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -156,7 +156,7 @@ class Task(Protocol):
             DroppeftError: the model is unknown, unreadable or unsupported.
         """
 
-    def encode(self, table: Any, tokenizer: Any, config: Config) -> TokenTable:
+    def encode(self, table: Any, tokenizer: Any, config: Config) -> TokenRows:
         """Tokenise the rows of a table."""
 
     def on(self, inputs: tuple[str, ...], pad_token_id: int, device: torch.device) -> BoundTask:

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from droppeft.adapters.by_layer import Parameters
 from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
-from droppeft.data.tokens import TokenTable, grouped_batches, ordered_batches
+from droppeft.data.tokens import TokenRows, grouped_batches, ordered_batches
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
@@ -206,7 +206,7 @@ class _Loop:
 
 def evaluate(
     model: nn.Module,
-    table: TokenTable,
+    table: TokenRows,
     rows: Rows,
     task: BoundTask,
     batch_size: int,
@@ -228,7 +228,7 @@ def evaluate(
 
 def training_batches(
     rows: Rows,
-    table: TokenTable,
+    table: TokenRows,
     batch_size: int,
     budget: Budget,
     rng: np.random.Generator,
