@@ -193,7 +193,7 @@ def _wrapped(
     else:
         _check_prompt(model, name)
     config = config_class(name)(**fields)
-    wrap = PREFIX_MODELS[task_type] if kind.kind == "sliced" else get_peft_model
+    wrap: Any = PREFIX_MODELS[task_type] if kind.kind == "sliced" else get_peft_model
     wrapped: nn.Module = wrap(model, config)
     return wrapped
 

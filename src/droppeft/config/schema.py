@@ -376,7 +376,8 @@ class Config(Table):
     method: str = Field(DEFAULT_METHOD, description="federated method")
     model: str = Field(
         "builtin",
-        description="`builtin`, a Hub id, a folder, or `config:ARCHITECTURE` (random weights)",
+        description="`builtin`, `mpnet` or `smollm2` (from Python packages), a Hub id, a folder, a "
+        "GGUF file, or `config:ARCHITECTURE` (random weights)",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
