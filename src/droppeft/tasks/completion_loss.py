@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from droppeft.errors import DroppeftError
 from droppeft.models.key_value_cache import set_temporarily
 
 IGNORED = -100
@@ -61,6 +62,9 @@ def completion_loss(
             ``attention_mask`` (B, S).
         labels: (B, S), int64. Each is the token at its own position or :data:`IGNORED`, unshifted
             as transformers takes them: the state at position s is compared with the label at s + 1.
+
+    Raises:
+        DroppeftError: see :func:`head_loss`.
     """
     hidden = last_hidden_states(model, inputs)[:, -labels.shape[1] :]  # a prompt may stand before
     supervised = labels[:, 1:] != IGNORED
@@ -94,12 +98,16 @@ def head_loss(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
         model: as in :func:`completion_loss`.
         hidden: (N, H), as the head takes them.
         targets: (N,), int64. N may be 0; the loss is then 0, with gradients of 0.
+
+    Raises:
+        DroppeftError: gradients are enabled, and the head is not frozen.
     """
     causal = _causal(model)
+    _check_frozen(causal.get_output_embeddings())
 
     def logits_of(states: torch.Tensor) -> torch.Tensor:
         def finished(*_: object, **__: object) -> Any:
-            return BaseModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
+            return _States(last_hidden_state=states.unsqueeze(0))
 
         with set_temporarily(_base(causal), "forward", finished):
             logits: torch.Tensor = causal(input_ids=targets.new_zeros(1, 1)).logits
@@ -108,6 +116,12 @@ def head_loss(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
     rows = max(1, LOGITS_AT_ONCE // int(causal.config.get_text_config().vocab_size))
     loss, correct = _HeadLoss.apply(hidden, targets, logits_of, rows)  # type: ignore[no-untyped-call]
     return CompletionLoss(loss, len(targets), correct)
+
+
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]
+    """Final hidden states, without what some models return beside them."""
+
+    cross_attentions = router_logits = None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -153,6 +167,14 @@ class _HeadLoss(torch.autograd.Function):
         return (of_hidden * gradient).to(of_hidden.dtype), None, None, None
 
 
+def _check_frozen(head: nn.Module) -> None:
+    if torch.is_grad_enabled() and any(value.requires_grad for value in head.parameters()):
+        raise DroppeftError(
+            "the head of this language model is not frozen, but this loss gives it no gradient; "
+            "attach an adapter first, or call requires_grad_(False) on the head"
+        )
+
+
 def _no_hooks() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
 
@@ -164,5 +186,5 @@ def _causal(model: Any) -> Any:
 
 def _base(causal: Any) -> nn.Module:
     """Return the transformer under the head."""
-    base: nn.Module = causal.base_model
+    base: nn.Module = causal.get_decoder()
     return base

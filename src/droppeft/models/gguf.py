@@ -1,0 +1,68 @@
+"""GGUF files, as llama.cpp writes them, in transformers' own format.
+
+Reading a GGUF file takes transformers many seconds, since it parses the file anew for each of
+configuration, weights and tokenizer. The file is therefore converted once.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
+
+from droppeft.errors import DroppeftError
+from droppeft.models.cached_folder import cached_folder
+from droppeft.models.key_value_cache import set_temporarily
+
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
+
+
+@cache
+def converted_gguf(file: Path) -> Path:
+    """Return a folder with the weights of a GGUF file, dequantised to fp32, and its tokenizer.
+
+    It is in the cache folder and takes four bytes per parameter. Its name is a hash of the file's
+    content.
+
+    Raises:
+        DroppeftError: the file is damaged, its architecture is not supported by transformers, or
+            the disk is full.
+    """
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return cached_folder(f"gguf-{digest[:16]}", str(file), partial(_convert, file))
+
+
+def _convert(file: Path, folder: Path) -> None:
+    model = _read(AutoModelForCausalLM.from_pretrained, file, dtype=torch.float32, **_dequantised())
+    # With these marks transformers would not save the model, or quantise it when it is loaded.
+    for name in _MARKS:
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    _read(AutoTokenizer.from_pretrained, file).save_pretrained(folder)
+
+
+def _dequantised() -> dict[str, Any]:
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _read(load: Callable[..., Any], file: Path, **options: Any) -> Any:
+    # The reader's progress bar is not one that transformers can be told to leave out.
+    with set_temporarily(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items):
+        try:
+            return load(str(file.parent), gguf_file=file.name, **options)
+        except Exception as error:  # the reader's errors on damaged files are of many kinds
+            lines = str(error).strip().splitlines()
+            raise DroppeftError(
+                f"model={file}: cannot be loaded from this GGUF file: "
+                f"{lines[0] if lines else type(error).__name__}"
+            ) from None
