@@ -162,7 +162,7 @@ def collect(library: Library, into: Collected) -> None:
     """Add texts of a library until both splits have enough; the first files are for test."""
     wanted_test, wanted = SPARE * TEST_ROWS, SPARE * (TEST_ROWS + TRAIN_ROWS)
     rows = 0
-    for path, name in _files(library.package):
+    for path, name in source_files(library.package):
         if terms := other_terms(path, library.in_files):
             into.left_out[name] = terms
             continue
@@ -174,7 +174,7 @@ def collect(library: Library, into: Collected) -> None:
             return
 
 
-def _files(package: str) -> list[tuple[Path, str]]:
+def source_files(package: str) -> list[tuple[Path, str]]:
     """Return the library's modules and their names, in the same order on every machine."""
     root = source_folder(package)
     names = (f"{package}/{path.relative_to(root).as_posix()}" for path in root.rglob("*.py"))

@@ -27,8 +27,8 @@ def or_refused(match: str) -> Iterator[None]:
 
 
 @contextmanager
-def refused(match: str) -> Iterator[None]:
+def refused(match: str) -> Iterator[pytest.ExceptionInfo[DroppeftError]]:
     """Expect a DroppeftError whose message is one line and matches."""
     with pytest.raises(DroppeftError, match=match) as found:
-        yield
+        yield found
     assert_one_sentence(found.value)

@@ -260,7 +260,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, suffix: str, content: bytes
 
 def test_other_file_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("text")
-    with pytest.raises(DroppeftError, match=r"has no \.parquet, \.csv, \.jsonl file"):
+    with pytest.raises(DroppeftError, match=r"has no \.parquet, \.csv, \.jsonl, \.json file"):
         load(tmp_path)
     with pytest.raises(DroppeftError, match=r"train\.txt is not one of \.parquet"):
         load(tmp_path / "train.txt")

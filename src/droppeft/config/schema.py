@@ -115,7 +115,17 @@ class SourceConfig(Table):
     text: TextList | None = Field(
         None, description="text column, or two columns for text pairs (found by name if not given)"
     )
-    label: str | None = Field(None, description="label column (found by name if not given)")
+    label: str | None = Field(
+        None,
+        description="label column (found by name if not given); for conversations, a column of "
+        "categories by which `partition` can distribute them",
+    )
+    prompt: str | None = Field(
+        None, description="for conversations: column of the prompts, with `source.completion`"
+    )
+    completion: str | None = Field(
+        None, description="for conversations: column of the completions, with `source.prompt`"
+    )
     train: str | None = Field(None, description="name of the training split (found if not given)")
     test: str | None = Field(None, description="name of the test split (found if not given)")
     max_train_rows: Whole | None = Field(
@@ -129,6 +139,14 @@ class SourceConfig(Table):
         if value is not None and len(value) not in (1, 2):
             raise ValueError("must name one text column, or two for text pairs")
         return value
+
+    @model_validator(mode="after")
+    def _prompt_with_completion(self) -> "SourceConfig":
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("source.prompt and source.completion must be given together")
+        if self.prompt is not None and self.text is not None:
+            raise ValueError("give source.text, or source.prompt with source.completion, not both")
+        return self
 
 
 class PartitionConfig(Table):

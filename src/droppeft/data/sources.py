@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ import pyarrow as pa
 from droppeft import seeds
 from droppeft.config import SourceConfig
 from droppeft.data.builtin import load_builtin, package_of
-from droppeft.data.splits import READERS, Split, folder_splits, hub_splits, read_file
-from droppeft.data.texts import TextData, TextTable
+from droppeft.data.splits import Split, read_splits
+from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.errors import DroppeftError
 
 __all__ = ["TextData", "TextTable", "load_text"]
@@ -35,6 +35,17 @@ SUBSET_SEED = 0
 """Seed of the choice of ``max_train_rows`` and ``max_test_rows``, the same for every run."""
 
 
+class Selectable(Protocol):
+    """A table of rows."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Rows, /) -> Self: ...
+
+
+Table = TypeVar("Table", bound=Selectable)
+
+
 def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextData:
     """Load a classification task.
 
@@ -45,8 +56,8 @@ def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextDa
         data: one of:
 
             - ``builtin``;
-            - a folder of .parquet, .csv or .jsonl files that are named after their splits; shards
-              such as ``train-00000-of-00002`` are joined;
+            - a folder of .parquet, .csv, .jsonl or .json files that are named after their splits;
+              shards such as ``train-00000-of-00002`` are joined;
             - a single file of these types; a fifth of the rows of each class, chosen by a hash of
               the text, becomes the test split;
             - an id on the hub, with ``:name`` after it to choose a configuration
@@ -61,43 +72,45 @@ def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextDa
             are missing or hidden, the test split has labels that the training split does not have,
             or there are fewer than two classes.
     """
+    if source.prompt is not None:
+        raise DroppeftError("source.prompt does not apply to classification; leave it out")
     if data == "builtin":
         whole = _builtin(source, key)
-    elif (path := Path(data).expanduser()).is_dir():
-        whole = _from_splits(data, folder_splits(path, source), source, key)
-    elif path.is_file():
-        whole = _from_file(data, path, source, key)
-    elif _looks_like_path(data):
-        raise DroppeftError(f"data={data}: no such file or folder")
     else:
-        whole = _from_splits(data, hub_splits(data, source), source, key)
+        train, test = read_splits(data, source)
+        if test is None:
+            whole = _from_file(data, train, source, key)
+        else:
+            whole = _from_splits(data, train, test, source, key)
     return replace(
         whole,
-        train=_at_most(whole.train, source.max_train_rows),
-        test=_at_most(whole.test, source.max_test_rows),
+        train=at_most(whole.train, source.max_train_rows),
+        test=at_most(whole.test, source.max_test_rows),
     )
 
 
-def _at_most(table: TextTable, most: int | None) -> TextTable:
+def at_most(table: Table, most: int | None) -> Table:
+    """Return a random subset of ``most`` rows, the same in every run, if there are more."""
     if most is None or len(table) <= most:
         return table
     generator = seeds.numpy_generator(SUBSET_SEED, purpose="subset of rows")
     return table.take(generator.permutation(len(table))[:most])
 
 
-def _looks_like_path(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(tuple(READERS))
-
-
 # The built-in data set
 
 
-def _builtin(source: SourceConfig, key: str | None) -> TextData:
-    for name in ("text", "label", "train", "test"):
+def check_builtin_source(source: SourceConfig, key: str | None) -> None:
+    """Refuse settings for columns and splits, and another owner than ``package``."""
+    for name in ("text", "label", "prompt", "completion", "train", "test"):
         if getattr(source, name) is not None:
             raise DroppeftError(f"source.{name} does not apply to data=builtin; leave it out")
     if key not in (None, "package"):
         raise DroppeftError(f"data=builtin has no column {key}; partition.key can be package")
+
+
+def _builtin(source: SourceConfig, key: str | None) -> TextData:
+    check_builtin_source(source, key)
     data = load_builtin()
     owners = tuple(package_of(file) for file in data.train.keys or ()) if key else None
     return replace(data, train=replace(data.train, keys=owners), test=replace(data.test, keys=None))
@@ -107,41 +120,36 @@ def _builtin(source: SourceConfig, key: str | None) -> TextData:
 
 
 def _from_splits(
-    name: str, splits: tuple[Split, Split], source: SourceConfig, key: str | None
+    name: str, train: Split, test: Split, source: SourceConfig, key: str | None
 ) -> TextData:
-    train, test = splits
     text, label = _text_columns(train, source), _label_column(train, source)
-    train_values, test_values = (_label_values(split, label) for split in splits)
+    train_values, test_values = (label_values(split, label) for split in (train, test))
     classes = np.unique(train_values)
     _check_classes(classes, test_values, train, test, label)
     return TextData(
         name=name,
         train=_text_table(train, text, np.searchsorted(classes, train_values), key),
         test=_text_table(test, text, np.searchsorted(classes, test_values), None),
-        label_names=_names(classes, train.table.schema, label),
+        label_names=class_names(classes, train.table.schema, label),
     )
 
 
-def _from_file(name: str, path: Path, source: SourceConfig, key: str | None) -> TextData:
-    for setting in ("train", "test"):
-        if getattr(source, setting) is not None:
-            raise DroppeftError(f"source.{setting} does not apply to the single file {path}")
-    whole = read_file(path)
+def _from_file(name: str, whole: Split, source: SourceConfig, key: str | None) -> TextData:
     label = _label_column(whole, source)
-    values = _label_values(whole, label)
+    values = label_values(whole, label)
     classes = np.unique(values)
     _check_classes(classes, values, whole, whole, label)
     table = _text_table(whole, _text_columns(whole, source), np.searchsorted(classes, values), key)
     held_out = _test_rows(table)
     if not held_out.any():
         raise DroppeftError(
-            f"{path} has too few rows per class for a test split; add rows or a test file"
+            f"{whole.where} has too few rows per class for a test split; add rows or a test file"
         )
     return TextData(
         name=name,
         train=table.take(np.flatnonzero(~held_out)),
         test=replace(table.take(np.flatnonzero(held_out)), keys=None),
-        label_names=_names(classes, whole.table.schema, label),
+        label_names=class_names(classes, whole.table.schema, label),
     )
 
 
@@ -184,10 +192,10 @@ def _not_found(what: str, split: Split) -> DroppeftError:
     )
 
 
-def _label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
-    """Return the labels, as int64 or str."""
+def label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
+    """Return the labels in column ``name``, as int64 or str."""
     column = split.column(name, "source.label")
-    if _is_text(column.type):
+    if is_text(column.type):
         return _named_labels(split, name, column)
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise DroppeftError(
@@ -232,7 +240,7 @@ def _check_classes(
         )
 
 
-def _names(classes: npt.NDArray[np.generic], schema: pa.Schema, label: str) -> tuple[str, ...]:
+def class_names(classes: npt.NDArray[np.generic], schema: pa.Schema, label: str) -> tuple[str, ...]:
     """Return the names of the classes: those in Hugging Face's metadata, or else the labels."""
     names = _stored_names(schema, label)
     if classes.dtype.kind == "i" and classes[0] >= 0 and classes[-1] < len(names):
@@ -256,22 +264,24 @@ def _text_table(
         texts=texts[0],
         pairs=texts[1] if len(texts) == 2 else None,
         labels=labels.astype(np.int64),
-        keys=_owners(split, key) if key else None,
+        keys=owners(split, key) if key else None,
     )
 
 
 def _text(split: Split, name: str) -> tuple[str, ...]:
     column = split.column(name, "source.text")
-    if not _is_text(column.type):
+    if not is_text(column.type):
         raise DroppeftError(f"{split.where}: {name} has type {column.type}, not text")
     return tuple(column.to_pylist())
 
 
-def _owners(split: Split, key: str) -> tuple[str, ...]:
+def owners(split: Split, key: str) -> tuple[str, ...]:
+    """Return the owner of each row, from the column ``key``."""
     return tuple(str(owner) for owner in split.column(key, "partition.key").to_pylist())
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts."""
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )

@@ -18,19 +18,17 @@ Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenRows:
     """Tokenised rows of different length, concatenated.
 
     Attributes:
         columns: ``input_ids`` and other inputs of the model (``token_type_ids``), each of shape
             (tokens of all rows,).
         offsets: start of each row and end of the last one, shape (rows + 1,).
-        labels: class indices, shape (rows,).
     """
 
     columns: Mapping[str, Ids]
     offsets: Rows
-    labels: Rows
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,6 +42,17 @@ class TokenTable:
         """Return the columns of a row, each of shape (S,)."""
         start, end = self.offsets[number : number + 2]
         return {name: column[start:end] for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class TokenTable(TokenRows):
+    """Tokenised texts with a class each.
+
+    Attributes:
+        labels: class indices, shape (rows,).
+    """
+
+    labels: Rows
 
 
 def tokenise(table: TextTable, tokenizer: Any, max_length: int) -> TokenTable:
@@ -129,10 +138,36 @@ def pad_batch(
     pad_token_id: int,
     padding_side: Literal["right", "left"] = "right",
 ) -> dict[str, Rows]:
-    """Return a padded batch: columns and ``attention_mask`` of shape (B, S), and ``labels``.
+    """Return a padded batch: columns and ``attention_mask`` of shape (B, S), and ``labels`` (B,).
 
     S is the length of the longest row. Columns other than ``input_ids`` are padded with 0, as
     transformers pads token types.
+    """
+    padding = dict.fromkeys(table.columns, 0) | {"input_ids": pad_token_id}
+    return {
+        **pad_columns(table, table.columns, rows, padding, padding_side),
+        "labels": table.labels[rows],
+    }
+
+
+def pad_columns(
+    table: TokenRows,
+    columns: Mapping[str, Ids],
+    rows: Rows,
+    padding: Mapping[str, int],
+    padding_side: Literal["right", "left"] = "right",
+) -> dict[str, Rows]:
+    """Return columns with a value per token, padded to the longest row, and ``attention_mask``.
+
+    Args:
+        table: has the lengths of the rows.
+        columns: each of shape (tokens of all rows,).
+        rows: B indices of rows.
+        padding: value that pads each column.
+        padding_side: side of the padding.
+
+    Returns:
+        Arrays of shape (B, S), by name, where S is the length of the longest row.
     """
     lengths = table.lengths[rows]
     position = np.arange(lengths.max())
@@ -140,8 +175,8 @@ def pad_batch(
     within = position - start[:, None]
     mask = (within >= 0) & (within < lengths[:, None])
     tokens = (table.offsets[rows][:, None] + within)[mask]
-    batch = {"attention_mask": mask.astype(np.int64), "labels": table.labels[rows]}
-    for name, column in table.columns.items():
-        batch[name] = np.full(mask.shape, pad_token_id if name == "input_ids" else 0, np.int64)
+    batch = {"attention_mask": mask.astype(np.int64)}
+    for name, column in columns.items():
+        batch[name] = np.full(mask.shape, padding[name], np.int64)
         batch[name][mask] = column[tokens]
     return batch
