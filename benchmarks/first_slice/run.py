@@ -76,9 +76,8 @@ class TakesTurns:
     def finished(self, result: Mapping[str, Any]) -> None: ...
 
     def round_done(self, row: RoundRow) -> None:
-        print(
-            f"{METHODS[self.variant]:9} round {row.round:2} {row.global_accuracy:.3f}", flush=True
-        )
+        accuracy = row.quality["global_accuracy"]
+        print(f"{METHODS[self.variant]:9} round {row.round:2} {accuracy:.3f}", flush=True)
         self.turns.give(self.variant)
         self.turns.take(self.variant)
 

@@ -27,6 +27,7 @@ from droppeft.comparison.study_files import (
     Study,
     Target,
     read_tables,
+    write_tables,
 )
 from droppeft.comparison.summary import summary, target_values
 from droppeft.comparison.writers import (
@@ -43,7 +44,7 @@ from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.server import run as running
 from droppeft.server.run import Interrupted
-from droppeft.tasks.metrics import ACCURACY
+from droppeft.tasks.metrics import ACCURACY, LOSS
 from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
@@ -124,7 +125,7 @@ def test_a_folder_s_name_follows_from_the_configuration() -> None:
         ({"target": {"variant": "x"}}, "target.variant='x' is not one of the variants"),
         ({"target": {}}, "give target.value or target.variant"),
         (
-            {"target": {"accuracy": 0.5, "variant": "full"}},
+            {"target": {"value": 0.5, "variant": "full"}},
             "give target.value or target.variant",
         ),
         ({"targets": {}}, "targets"),
@@ -330,7 +331,7 @@ DROPPED = [a_run("dropped", seed, [0.6, 0.6, 0.6, 0.6], 5.0) for seed in (0, 1)]
 
 
 def test_a_variant_s_row_by_hand() -> None:
-    target = {"accuracy": 0.6}
+    target = {"value": 0.6}
     [part] = summary(study_of(target=target), [*FULL, *DROPPED])
     full, dropped = part.rows
     assert full.quality is not None
@@ -354,7 +355,7 @@ def test_a_variant_s_row_by_hand() -> None:
 
 def test_times_need_every_seed() -> None:
     runs = [a_run("dropped", 0, [0.6] * 4), a_run("dropped", 1, [0.5] * 4)]
-    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, *runs])
+    [part] = summary(study_of(target={"value": 0.6}), [*FULL, *runs])
     dropped = part.rows[1]
     assert (dropped.reached, dropped.seeds) == (1, 2)
     assert dropped.time_to_target_modelled_s is None
@@ -368,9 +369,9 @@ def test_a_speed_up_is_over_the_seeds_that_a_variant_has() -> None:
     """The baseline takes 30 and 120 s; the variant has the second seed alone, 60 s: 120 / 60."""
     base = [a_run("full", 0, [0.7] * 4), a_run("full", 1, [0.7] * 4, 40.0)]
     own = a_run("dropped", 1, [0.6] * 4, 20.0)
-    [part] = summary(study_of(target={"accuracy": 0.6}), [*base, own])
+    [part] = summary(study_of(target={"value": 0.6}), [*base, own])
     assert [row.speed_up_modelled for row in part.rows] == [1.0, 2.0]
-    [part] = summary(study_of(target={"accuracy": 0.6}), [base[0], own])
+    [part] = summary(study_of(target={"value": 0.6}), [base[0], own])
     assert part.rows[1].speed_up_modelled is None
 
 
@@ -382,13 +383,13 @@ def test_a_variant_without_global_model_has_no_count_of_reached_targets() -> Non
         )
         for run in DROPPED
     ]
-    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, *own])
+    [part] = summary(study_of(target={"value": 0.6}), [*FULL, *own])
     assert [row.reached for row in part.rows] == [2, None]
     assert "| dropped | 2 | – | – | – | – | – | – |" in as_markdown([part])
 
 
 def test_the_baseline_can_be_named() -> None:
-    chosen = comparison(target={"accuracy": 0.6}, baseline="dropped")
+    chosen = comparison(target={"value": 0.6}, baseline="dropped")
     [part] = summary(chosen.study(), [*FULL, *DROPPED])
     assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
 
@@ -399,7 +400,7 @@ def test_a_target_is_a_variant_s_last_accuracy_on_the_same_seed_less_a_distance(
     found = target_values(target, [*FULL, *DROPPED], ACCURACY)
     assert found == {0: pytest.approx(2.0 / 3 - 0.1), 1: pytest.approx(2.3 / 3 - 0.1)}
     assert target_values(None, FULL, ACCURACY) == {}
-    number = Target(accuracy=0.6)
+    number = Target(value=0.6)
     assert target_values(number, FULL, ACCURACY) == {0: 0.6, 1: 0.6}
     assert target_values(target, [lost(FULL[0]), FULL[1]], ACCURACY)[0] is None
 
@@ -449,10 +450,80 @@ def test_deviation_between_clients_and_clients_that_are_not_evaluated() -> None:
 
 
 def test_a_seed_that_failed_did_not_reach_the_target() -> None:
-    [part] = summary(study_of(target={"accuracy": 0.6}), [*FULL, DROPPED[0], lost(DROPPED[1])])
+    [part] = summary(study_of(target={"value": 0.6}), [*FULL, DROPPED[0], lost(DROPPED[1])])
     dropped = part.rows[1]
     assert (dropped.seeds, dropped.reached) == (1, 1)
     assert dropped.time_to_target_modelled_s is None
+
+
+def a_loss(run: RunRecord) -> RunRecord:
+    """The same run with a loss of 2 less the accuracy of each evaluation, and no accuracy."""
+    rows = [
+        Row(
+            {
+                **row,
+                "global_accuracy": None,
+                "global_loss": 2.0 - row["global_accuracy"],
+            }
+        )
+        for row in run.rows
+    ]
+    values = {"metric": "loss", "initial_loss": 1.9, "global_loss": rows[-1]["global_loss"]}
+    without = dict.fromkeys(("global_accuracy", "global_f1", "initial_accuracy"))
+    return replace(with_result(run, **without, **values), rows=rows)
+
+
+def test_of_a_loss_less_is_better() -> None:
+    """The same rounds reach the target as with an accuracy that grows by as much."""
+    full, dropped = [a_loss(run) for run in FULL], [a_loss(run) for run in DROPPED]
+    [part] = summary(study_of(target={"value": 1.4}), [*full, *dropped])
+    assert (part.metric, part.target) == (LOSS, 1.4)
+    first, second = part.rows
+    assert first.quality is not None
+    assert first.quality.mean == pytest.approx(1.25)
+    assert first.f1 is None
+    assert first.time_to_target_modelled_s is not None
+    assert first.time_to_target_modelled_s.mean == 30.0
+    assert (first.reached, second.speed_up_modelled) == (2, 2.0)
+    # A target that is too low is not reached, however far above it the losses are.
+    [part] = summary(study_of(target={"value": 0.5}), [*full, *dropped])
+    assert [row.reached for row in part.rows] == [0, 0]
+
+
+def test_a_target_that_is_a_variant_s_loss_is_worse_by_a_distance() -> None:
+    runs = [a_loss(run) for run in FULL]
+    found = target_values(Target(variant="full", minus=0.1), runs, LOSS)
+    assert found == {0: pytest.approx(4 / 3 + 0.1), 1: pytest.approx(3.7 / 3 + 0.1)}
+    chosen = comparison(target={"variant": "full", "minus": 0.01})
+    [part] = summary(chosen.study(), [*runs, *map(a_loss, DROPPED)])
+    assert [row.reached for row in part.rows] == [2, 0]
+
+
+def test_tables_name_the_metric() -> None:
+    [part] = summary(study_of(), [*FULL, *DROPPED])
+    assert "| variant | seeds | accuracy | F1 |" in as_markdown([part])
+    [part] = summary(study_of(), [a_loss(run) for run in (*FULL, *DROPPED)])
+    assert "| variant | seeds | loss | F1 |" in as_markdown([part])
+    assert "| full | 2 | 1.250 ± 0.071 | – |" in as_markdown([part])
+    [line, _] = csv.DictReader(as_csv([part]).splitlines())
+    assert (line["metric"], float(line["quality"])) == ("loss", pytest.approx(1.25))
+
+
+def test_a_stored_comparison_keeps_its_metric(tmp_path: Path) -> None:
+    runs = [a_loss(run) for run in (*FULL, *DROPPED)]
+    study = study_of(target={"value": 1.4})
+    write_tables(tmp_path, study, runs)
+    stored, records = read_tables(tmp_path)
+    assert stored.target == study.target
+    assert summary(stored, records) == summary(study, runs)
+
+
+def test_a_target_that_no_model_can_reach_is_refused() -> None:
+    expected = "target=86: accuracy is between 0 and 1; give a value in this range"
+    with pytest.raises(DroppeftError, match=f"^{expected}$"):
+        cells(comparison(target={"value": 86}))
+    with pytest.raises(DroppeftError, match=expected):
+        cells(named_on_the_command_line(["fedlora"], ["target=86"]))
 
 
 # From the command line
@@ -505,7 +576,7 @@ def test_compare_from_the_command_line_to_its_files(
         lines = list(csv.DictReader(file))
     assert [line["variant"] for line in lines] == ["fedlora", "droppeft"]
     assert records[0].result is not None
-    assert float(lines[0]["accuracy"]) == records[0].result["global_accuracy"]
+    assert float(lines[0]["quality"]) == records[0].result["global_accuracy"]
     assert (out / MARKDOWN).read_text().count("| fedlora | 1 |") == 1
     code, shown, _ = command(
         "compare", "fedlora", "droppeft", *arguments, "--seeds", "5", "--out", str(out)

@@ -14,14 +14,24 @@ import pytest
 
 from droppeft.comparison.grid import Comparison, cells
 from droppeft.comparison.runner import run_cells
-from droppeft.comparison.study_files import RunRecord, read_tables, write_tables
+from droppeft.comparison.study_files import Row, RunRecord, read_tables, write_tables
 from droppeft.comparison.summary import summary
-from droppeft.comparison.writers import COLUMNS, write
+from droppeft.comparison.writers import COLUMNS, as_markdown, write
 from droppeft.errors import DroppeftError
 from droppeft.report.drawing import INK, svg
-from droppeft.report.figures import AXES, BARS, EACH, NAMED, OF_THE_TARGET, TWO, figures
+from droppeft.report.figures import (
+    AXES,
+    BARS,
+    EACH,
+    NAMED,
+    OF_THE_TARGET,
+    TWO,
+    curve_points,
+    figures,
+)
 from droppeft.report.layers import of_layers
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
+from droppeft.tasks.metrics import LOSS
 from runs import Recorder
 
 CONFIGURATOR = ("rates-2", "arms-2")
@@ -61,7 +71,7 @@ def compared(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
                 "wrong": ["method=fedlora", "frozen.layers=4"],
             },
             "seeds": [0, 1],
-            "target": {"accuracy": 0.02},
+            "target": {"value": 0.02},
         }
     )
     records = run_cells(cells(chosen), out, Silent())
@@ -105,7 +115,8 @@ def test_the_page_shows_every_variant_figure_and_failure(compared: Path) -> None
     assert reader.tags.count("svg") == of_all + len(CONFIGURATOR) + len(COVERED)
     assert "bandit: drop rate of each layer" in reader.texts
     assert any("not trained" in part or "dropped" in part for part in reader.texts)
-    assert [name for name in COLUMNS if name not in reader.texts] == []
+    heads = ["accuracy" if name == "quality" else name for name in COLUMNS]
+    assert [name for name in heads if name not in reader.texts] == []
     for variant in ("full", "<b>dropped</b>", "alone", "wrong"):
         # In the table, in every bar chart, and beside each curve if it has a global model.
         least = 1 + len(BARS) + (len(AXES) if variant not in ("alone", "wrong") else 0)
@@ -190,7 +201,7 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
     text = write_page(tmp_path).read_text(encoding="utf-8")
     assert "20 variants, 5 seeds" in text
     reader = Reader(text)
-    assert f"Of 20 variants the {NAMED} that end highest have names." in text
+    assert f"Of 20 variants the {NAMED} that end best have names." in text
     assert {*variants} <= {*reader.texts}
     # Figures of single variants are folded away, and the page stays small.
     assert re.search(r"<summary>\d+ figures: Share of each round", text)
@@ -232,6 +243,38 @@ def test_among_many_variants_the_best_have_names(
     drawn = svg(figures(part, records)["quality-traffic"])
     named = [text for text in Reader(drawn).texts if text in ends]
     assert named == [max(ends, key=lambda variant: ends[variant])]
+
+
+def of_loss(run: RunRecord) -> RunRecord:
+    """The same run with its loss as the primary metric, and no accuracy."""
+    result = run.result and Row({**run.result, "metric": "loss", "global_accuracy": None})
+    clients = [Row(client=one["client"], rows=one["rows"], loss=1.5) for one in run.clients]
+    return replace(run, result=result, clients=clients)
+
+
+def test_figures_and_tables_of_a_loss(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named after it, and the best curve is the one that ends lowest."""
+    _, study, before = read_folder(compared)
+    records = [of_loss(one) for one in before]
+    [part] = summary(replace(study, target=None), records)
+    assert "loss" in as_markdown([part]).splitlines()[2].split(" | ")
+    drawn = figures(part, records)
+    [axis] = drawn["quality-traffic"].axes
+    assert axis.get_ylabel() == "loss"
+    points = curve_points(records[0].rows, AXES["quality-traffic"], LOSS)
+    assert [value for _, value in points] == [row["global_loss"] for row in records[0].rows]
+    assert "loss of a client's own model" in Reader(svg(drawn[EACH])).texts
+    ends = {
+        row.variant: fmean(
+            one.rows[-1]["global_loss"] for one in records if one.variant == row.variant
+        )
+        for row in part.rows
+        if row.quality
+    }
+    monkeypatch.setattr("droppeft.report.figures.NAMED", 1)
+    shown = Reader(svg(figures(part, records)["quality-traffic"])).texts
+    assert [text for text in shown if text in ends] == [min(ends, key=lambda one: ends[one])]
+    assert len(set(ends.values())) > 1
 
 
 def test_bands_are_drawn_where_they_do_not_hide_one_another(

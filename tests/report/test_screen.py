@@ -23,7 +23,7 @@ def result(whole_run: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def rows(whole_run: Path) -> list[RoundRow]:
-    return [RoundRow(**row) for row in rows_of(whole_run / "rounds.jsonl")]
+    return [RoundRow.from_columns(row) for row in rows_of(whole_run / "rounds.jsonl")]
 
 
 def shown(
@@ -307,6 +307,52 @@ def test_seconds_are_shown_as_minutes(
     result: dict[str, Any], rows: list[RoundRow], seconds: float, text: str
 ) -> None:
     assert text in line_with(shown({**result, "host_wall_s": seconds}, rows), "time")
+
+
+@pytest.fixture
+def of_loss(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a task whose metrics are loss and perplexity and that has no references."""
+    words = ("accuracy", "_f1", "tenth", "deviation")
+    rest = {key: value for key, value in result.items() if not key.endswith(words)}
+    values = {"global": 1.25, "initial": 4.0, "first": 3.0, "best": 1.2, "personalised": 1.5}
+    own = {"personalised_worst_tenth": 2.5, "personalised_deviation": 0.5}
+    named = {f"{whose}_loss": value for whose, value in values.items()}
+    about = {"task": "causal_lm", "metric": "loss", "global_perplexity": 3.49}
+    return {**rest, **named, **own, **about}
+
+
+def test_a_run_whose_metric_is_a_loss(of_loss: dict[str, Any], rows: list[RoundRow]) -> None:
+    values = (4.0, 2.0, None)
+    measured = [
+        replace(row, quality={"global_loss": value, "global_perplexity": 2.0})
+        for row, value in zip(rows, values, strict=True)
+    ]
+    missed = {"target": 1.125, "target_round": None, "time_to_target_measured_s": None}
+    text = shown({**of_loss, **missed}, measured)
+    words = " ".join(text.split())
+    assert "to beat the model before training, loss 4.000" in words
+    [head] = [line for line in text.splitlines() if line.endswith("measured    modelled")]
+    assert head.split() == ["loss", "train", "loss", "depth", "measured", "modelled"]
+    whole, half, none = (line_with(text, f"round {number}").count("━") for number in (1, 2, 3))
+    assert (half, none) == (whole // 2, 0)
+    assert whole > 10
+    assert "round 1  4.000  ━" in text
+    assert "1.250   all 60 test texts" in line_with(text.partition("Result")[2], "loss  ")
+    assert "3.490" in line_with(text, "perplexity")
+    assert "3.000" in line_with(text, "after round 1")
+    assert "1.200" in line_with(text, "best")
+    assert "4.000" in line_with(text, "before training")
+    assert "2.500" in line_with(text, "worst tenth")
+    assert "not reached" in line_with(text, "target 1.125")
+    for absent in ("accuracy", "F1", "3 classes", "majority class", "head", "TF-IDF"):
+        assert absent not in text.partition("Conclusion")[0], absent
+
+
+def test_quiet_names_the_metric(
+    of_loss: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Quiet().finished(of_loss)
+    assert capsys.readouterr().out == "loss 1.2500, personalised 1.5000\n"
 
 
 def test_quiet_prints_one_line(

@@ -58,11 +58,11 @@ def test_a_run_that_learnt_nothing_says_so() -> None:
     ("accuracies", "expected"),
     [
         ((0.3, 0.4, 0.5, 0.52, 0.6, 0.7), "still rising"),
-        ((0.7, 0.7, 0.7, 0.705, 0.705, 0.705), "no longer rose"),
-        ((0.7, 0.71, 0.72, 0.7, 0.71, 0.72), "no longer rose"),
+        ((0.7, 0.7, 0.7, 0.705, 0.705, 0.705), "no longer improved"),
+        ((0.7, 0.71, 0.72, 0.7, 0.71, 0.72), "no longer improved"),
         ((0.7, 0.72, 0.71, 0.6, 0.5, 0.4), "was falling"),
         ((0.1, None, 0.3, None, 0.4, None, 0.5, None, 0.6, None, 0.7), "still rising"),
-        ((0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3), "no longer rose"),
+        ((0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3), "no longer improved"),
     ],
 )
 def test_the_trend_compares_the_last_three_evaluations_with_the_three_before(
@@ -70,9 +70,58 @@ def test_the_trend_compares_the_last_three_evaluations_with_the_three_before(
 ) -> None:
     found = text(*accuracies)
     assert expected in found
-    assert [word in found for word in ("still rising", "no longer rose", "was falling")].count(
+    assert [word in found for word in ("still rising", "no longer improved", "was falling")].count(
         True
     ) == 1
+
+
+LOSSES: dict[str, Any] = {
+    **{key: value for key, value in RESULT.items() if not key.endswith(("_accuracy", "_f1"))},
+    **{"metric": "loss", "initial_loss": 4.0, "global_loss": 1.5, "best_loss": 1.5},
+    "personalised_loss": None,
+    "sampled_test_rows": 500,
+}
+
+
+def of_losses(*values: float, **changes: Any) -> str:
+    found = [
+        SimpleNamespace(quality={"global_loss": value}, failures=[], cohort=[1]) for value in values
+    ]
+    return " ".join(conclude({**LOSSES, **changes}, found))  # type: ignore[arg-type]
+
+
+def test_a_loss_is_compared_with_that_before_training() -> None:
+    found = of_losses(1.5)
+    assert found.startswith("The loss of the global model on the 1,000 test texts is 1.500.")
+    assert "Before training it was 4.000 on 500 of them." in found
+    assert "learnt little" not in found
+    assert "learnt little or nothing: try more rounds" in of_losses(3.995, global_loss=3.995)
+    assert "learnt little or nothing" in of_losses(5.0, global_loss=5.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((3.0, 3.0, 3.0, 2.0, 2.0, 2.0), "Loss was still falling when the run ended"),
+        ((2.0, 2.0, 2.0, 2.005, 2.0, 2.0), "Loss no longer improved when the run ended"),
+        ((2.0, 2.0, 2.0, 3.0, 3.0, 3.0), "Loss was rising when the run ended"),
+    ],
+)
+def test_a_loss_gets_better_by_falling(values: tuple[float, ...], expected: str) -> None:
+    assert expected in of_losses(*values)
+
+
+def test_a_diverged_run_has_no_trend() -> None:
+    nan = float("nan")
+    found = of_losses(2.0, 2.0, 2.0, nan, nan, nan, global_loss=nan)
+    assert "Training diverged" in found
+    assert "when the run ended" not in found
+
+
+def test_a_personalised_loss_has_no_most_frequent_class() -> None:
+    found = of_losses(1.5, personalised_loss=1.25, personalised_worst_tenth=2.5)
+    assert "it is 1.250 on average, and 2.500 in the worst tenth of the clients." in found
+    assert "class" not in found
 
 
 def test_what_to_do_about_a_trend() -> None:
@@ -85,7 +134,7 @@ def test_what_to_do_about_a_trend() -> None:
 def test_few_evaluations_have_no_trend(accuracies: tuple[float | None, ...]) -> None:
     found = text(*accuracies)
     assert "rising" not in found
-    assert "rose" not in found
+    assert "improved" not in found
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -37,10 +37,12 @@ from droppeft.runs.model_files import Source, save_merged, write_adapter
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.server.run import Interrupted, _evaluate, start_run
 from droppeft.tasks.classification import ClassificationTask
+from droppeft.training.loop import Evaluation
 from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
 from tiny import FAMILIES, save_tiny_model
 
 TASK = ClassificationTask()
+QUALITY = Evaluation({"accuracy": 0.5, "f1": 0.5, "loss": 1.0}, rows=60, wall_s=1.0, tokens=600)
 
 VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 
@@ -130,7 +132,7 @@ def test_a_model_with_a_base_delta_is_not_written_as_an_adapter(
 ) -> None:
     model = replace(prepared.state.model, base_delta=BaseDelta("v1", {}))
     with pytest.raises(DroppeftError, match="base delta cannot be exported"):
-        write_adapter(prepared.loaded, model, {"rows": 1, "accuracy": 1.0}, tmp_path)
+        write_adapter(prepared.loaded, model, QUALITY, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,8 +141,7 @@ def test_the_given_model_is_written_whatever_is_attached(
 ) -> None:
     clients = clients_of(prepared.loaded)
     clients[0].train(instructions[0])
-    facts = {"rows": 60, "accuracy": 0.5}
-    write_adapter(prepared.loaded, prepared.state.model, facts, tmp_path)
+    write_adapter(prepared.loaded, prepared.state.model, QUALITY, tmp_path)
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     sent = {
         name.replace(".modules_to_save", "").replace(".default", ""): array
@@ -347,7 +348,8 @@ def test_a_base_delta_can_only_be_exported_merged(
     without = _evaluate(prepared, replace(model, base_delta=None), whole)
     accuracy, loss = measure(run_snippet(done.folder, monkeypatch), rows_in_test(tiny_overrides))
     assert abs(with_it.loss - without.loss) > 1e-4
-    assert (accuracy, loss) == (with_it.accuracy, pytest.approx(with_it.loss, abs=1e-5))
+    assert accuracy == with_it.metrics["accuracy"]
+    assert loss == pytest.approx(with_it.loss, abs=1e-5)
 
 
 def drawn(tensors: Tensors) -> Tensors:

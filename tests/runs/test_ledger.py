@@ -21,7 +21,7 @@ from droppeft.runs.ledger import (
     summarise,
     target_round,
 )
-from droppeft.tasks.metrics import ACCURACY
+from droppeft.tasks.metrics import ACCURACY, LOSS
 from handmade import COST, instruction_for, update_for
 
 MODELLED = ClientCost(
@@ -118,11 +118,11 @@ def test_a_summary_adds_up() -> None:
 
 
 def test_the_best_round_is_the_first_of_equals() -> None:
-    assert summarise(rows_with(0.5, 0.8, 0.8), 0.1, None)["best_round"] == 2
+    assert summarise(rows_with(0.5, 0.8, 0.8), {"accuracy": 0.1}, ACCURACY, None)["best_round"] == 2
 
 
 def test_a_summary_of_nothing_measured() -> None:
-    summary = summarise(rows_with(None, None), 0.3, 0.9)
+    summary = summarise(rows_with(None, None), {"accuracy": 0.3}, ACCURACY, 0.9)
     assert (summary["best_accuracy"], summary["best_round"]) == (None, None)
     assert summary["first_accuracy"] is None
     assert summary["time_to_target_measured_s"] is None
@@ -132,7 +132,8 @@ def test_a_summary_of_nothing_measured() -> None:
 
 def test_without_a_clock_there_are_no_modelled_totals() -> None:
     without = {"round_modelled_s": None, "energy_modelled_j": None}
-    summary = summarise([row(round, 0.9, **without) for round in (1, 2, 3)], 0.9, 0.9)
+    rows = [row(round, 0.9, **without) for round in (1, 2, 3)]
+    summary = summarise(rows, {"accuracy": 0.9}, ACCURACY, 0.9)
     assert summary["target_round"] == 2
     for name in ("round_modelled_s", "time_to_target_modelled_s", "energy_modelled_j"):
         assert summary[name] is None
@@ -193,9 +194,8 @@ def test_late_and_surplus_clients_count_in_costs() -> None:
     checked: list[Reply] = [update_for(instruction) for instruction in instructions]
     replies: list[Reply] = [checked[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
     modelled = RoundCost((MODELLED, MODELLED, MODELLED), late=(4,), surplus=(6,), round_s=15.0)
-    quality = {"accuracy": 0.8, "f1": 0.7, "loss": 0.4, "wall_s": 0.0}
     closed = ClosedRound(1, (*instructions,), (*checked,), (*replies,), modelled, 0.0)
-    made = round_row(closed, quality, 0.0, 0.0)
+    made = round_row(closed, {}, 0.0, 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
     assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
@@ -224,6 +224,51 @@ def test_a_client_s_row() -> None:
     failed = client_row(instruction_for(4), lost, lost, None)
     assert (failed["accepted"], failed["rates"]) == (False, None)
     assert failed["reason"] == "sent no reply"
+
+
+def losses(*values: float | None) -> list[RoundRow]:
+    """Rounds of a task whose metrics are loss and perplexity."""
+    return [
+        row(round, None, quality={"global_loss": value, "global_perplexity": value and 2**value})
+        for round, value in enumerate(values, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "reached"),
+    [
+        ([3.0, 2.0, 1.0, 1.0, 1.0], 2.0, 3),
+        ([1.0, 1.0], 2.0, 2),  # the mean with the 4.0 before round 1 is exactly 2.0
+        ([1.0, 1.1], 2.0, None),
+        ([1.0, None, 1.0, 1.0], 2.0, 3),
+        ([1.0, float("nan"), 1.0, 1.0, 1.0], 2.0, 5),
+        ([3.0] * 5, 2.0, None),
+        ([1.0] * 5, None, None),
+    ],
+)
+def test_a_target_of_a_loss_is_reached_from_above(
+    values: list[float | None], target: float | None, reached: int | None
+) -> None:
+    assert target_round(enumerate(values, start=1), 4.0, target, LOSS) == reached
+
+
+def test_the_best_round_of_a_loss_is_its_lowest() -> None:
+    initial = {"loss": 4.0, "perplexity": 16.0}
+    summary = summarise(losses(3.0, None, 0.5, 0.5, 0.7), initial, LOSS, 1.5)
+    assert (summary["first_loss"], summary["best_loss"], summary["best_round"]) == (3.0, 0.5, 3)
+    assert summary["target_round"] == 4  # (3 + .5 + .5) / 3 is 1.33, and with 4 in place of .5 2.5
+    assert summary["time_to_target_measured_s"] == 8.0  # four rounds of 2 s
+    assert not [name for name in summary if name.endswith("accuracy")]
+
+
+def test_a_row_comes_back_from_its_columns() -> None:
+    made = [row(1, 0.5), *losses(3.0), row(2, None, quality={"global_loss": None})]
+    columns = [one.as_columns() for one in made]
+    assert [RoundRow.from_columns(json.loads(json.dumps(one))) for one in columns] == made
+    assert "quality" not in columns[0]
+    assert (columns[0]["global_accuracy"], columns[1]["global_perplexity"]) == (0.5, 8.0)
+    with pytest.raises(KeyError, match="train_loss"):
+        RoundRow.from_columns({k: v for k, v in columns[0].items() if k != "train_loss"})
 
 
 # On disk
@@ -268,8 +313,7 @@ def test_a_base_delta_counts_as_traffic() -> None:
     instruction = instruction_for(4, base_delta=delta)
     lost = Failure(4, "lost")
     assert client_row(instruction, lost, lost, None)["download_bytes"] == 36 + 400
-    nothing = dict.fromkeys(("accuracy", "f1", "loss", "wall_s"))
     nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
     closed = ClosedRound(1, (instruction,), (lost,), (lost,), nobody, 0.0)
-    row = round_row(closed, nothing, 0.0, 0.0)
+    row = round_row(closed, {}, 0.0, 0.0, 0.0)
     assert row.download_bytes == 36 + 400

@@ -1,6 +1,7 @@
 """Client state, and the evaluation of every client's model on its own test rows."""
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from droppeft.server.client_evaluation import (
 )
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import Interrupted, resume_run, start_run
-from droppeft.tasks.metrics import ACCURACY
+from droppeft.tasks.metrics import ACCURACY, LOSS
 from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
@@ -173,12 +174,16 @@ def measurements(instruction: Instruction) -> list[Any]:
         6: replace(good, metrics={**quality, "loss": float("nan")}),
         7: replace(good, rows=0),
         8: replace(good, round=1),
+        10: replace(good, metrics={"accuracy": 0.5, "loss": 1.0}),
+        11: replace(good, metrics={**quality, "perplexity": 2.0}),
+        12: replace(good, metrics={}),
+        13: replace(good, metrics={**quality, "loss": -0.1}),
     }
     return [] if instruction.client == 4 else [bad.get(instruction.client, good)]
 
 
 def test_wrong_replies_are_refused(prepare_with: Callable[..., Prepared]) -> None:
-    prepared = prepare_with("clients=10")
+    prepared = prepare_with("clients=14")
     setup, method, transport = prepared.setup, prepared.method, Scripted(measurements)
     evaluation = evaluate_clients(setup, method, transport, prepared.state, 4)
     assert [each.client for each in evaluation.measurements] == [0, 9]
@@ -191,6 +196,7 @@ def test_wrong_replies_are_refused(prepare_with: Callable[..., Prepared]) -> Non
         6: "refused: its measurement has impossible values",
         7: "refused: its measurement has impossible values",
         8: "refused: replies to round 1, client 8",
+        **dict.fromkeys(range(10, 14), "refused: its measurement has impossible values"),
     }
 
 
@@ -261,6 +267,24 @@ def test_every_client_has_the_same_weight() -> None:
         "accuracy": 0.9,
         "loss": 1.0,
     }
+
+
+def test_the_worst_tenth_has_the_largest_losses() -> None:
+    losses = (0.9, 0.2, 3.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 2.0)
+    evaluation = ClientEvaluation(
+        tuple(
+            EvaluationReply(1, client, "", 10, {"loss": loss, "perplexity": math.exp(loss)})
+            for client, loss in enumerate(losses)
+        ),
+        (),
+        2.0,
+    )
+    sums = summarise_clients(evaluation, {2: 1}, LOSS)
+    assert sums["personalised_loss"] == pytest.approx(9.7 / 11)
+    assert sums["personalised_worst_tenth"] == pytest.approx(2.5)  # 3.0 and 2.0
+    assert sums["personalised_loss_trained"] == 3.0
+    assert "personalised_accuracy" not in sums
+    assert sums["personalised"][1]["perplexity"] == math.exp(0.2)
 
 
 def test_without_measurements_there_is_no_accuracy() -> None:

@@ -158,6 +158,9 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
         ({"importance": (0.0,) * 5}, "has values for 5 layers, the model has 4"),
         ({"examples": 0}, "trained on nothing: in every step fp16 overflowed"),
         ({"examples": 33}, "claims 33 rows in 2 steps of at most 16"),
+        ({"targets": 9}, "claims 9 targets in 8 rows"),
+        ({"targets": 7}, "claims 7 targets in 8 rows"),
+        ({"targets": 0}, "claims 0 targets in 8 rows"),
         ({"steps": 0, "active_steps": (0,) * 4}, "took 0 steps, the budget is 2"),
         ({"steps": 3}, "took 3 steps, the budget is 2"),
         ({"tensors": {}}, "lacks head.W"),
@@ -212,6 +215,28 @@ def test_an_update_is_refused(changes: dict[str, Any], reason: str) -> None:
     said = reason_for(**changes)
     assert said is not None
     assert re.search(reason, said)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (7, "claims 7 targets in 8 rows"),
+        (8, None),
+        (64, None),
+        (65, "claims 65 targets in 8 rows"),
+        (-1, "claims -1 targets in 8 rows"),
+    ],
+)
+def test_tokens_that_are_targets_are_no_more_than_the_tokens(
+    targets: int, reason: str | None
+) -> None:
+    """Each of the 8 rows has a token that is learnt, and the update computed 64 tokens."""
+
+    class ByToken(ClassificationTask):
+        rows_are_targets = False
+
+    update = update_for(INSTRUCTION, tensors=SHARED, targets=targets)
+    assert why_refused(INSTRUCTION, update, layout(INSTRUCTION.adapter), ByToken()) == reason
 
 
 def test_only_saved_state_can_be_lost() -> None:

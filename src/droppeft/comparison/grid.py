@@ -26,7 +26,7 @@ from droppeft.config.schema import EXCLUSIVE
 from droppeft.config.table import Real, Table, TextList, Whole
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
-from droppeft.methods.rules import check_settings, reason_of, without_effect
+from droppeft.methods.rules import check_settings, check_target, reason_of, without_effect
 
 
 class TargetTable(Table):
@@ -176,12 +176,14 @@ def cells(comparison: Comparison) -> list[Cell]:
 
     Raises:
         DroppeftError: a variant has an invalid setting, a common setting has no effect on any
-            variant, or two cells are the same run.
+            variant, no model can reach the target, or two cells are the same run.
     """
     _check_common_settings(comparison)
     found = list(_each(comparison))
+    target = comparison.target.value if comparison.target else None
     by_digest: dict[str, Cell] = {}
     for cell in found:
+        check_target(target, cell.config.task)
         other = by_digest.setdefault(cell.folder.rpartition("-")[2], cell)
         if other is not cell:
             raise DroppeftError(

@@ -19,17 +19,16 @@ import tomli_w
 from droppeft.config import flat
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.tasks.metrics import primary_metric
+from droppeft.tasks.metrics import METRICS, primary_metric
 
 SCHEMA_VERSION = 1
 STUDY, DEFINITION = "study.json", "study.toml"
 RUNS, ROUNDS, CLIENTS = "runs.parquet", "rounds.parquet", "clients.parquet"
 
 OUTCOMES = (
-    *("task", "metric", "global_accuracy", "global_f1", "global_loss", "initial_accuracy"),
-    *("personalised_accuracy", "personalised_worst_tenth", "personalised_deviation"),
-    *("personalised_accuracy_trained", "initial_loss", "personalised_loss"),
-    *("global_perplexity", "global_token_accuracy"),
+    *("task", "metric"),
+    *(one.key(of) for of in ("global", "initial", "personalised") for one in METRICS.values()),
+    *("personalised_worst_tenth", "personalised_deviation", "personalised_accuracy_trained"),
     *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
     *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),
@@ -55,7 +54,8 @@ SHOWN_SETTINGS = {
 """Columns of ``runs.parquet`` with settings that pages show, and the settings' keys."""
 
 OF_A_ROUND = (
-    *("round", "accepted", "global_accuracy", "global_loss", "mean_active_layers"),
+    *("round", "accepted", "mean_active_layers"),
+    *(metric.key("global") for metric in METRICS.values()),
     *("activation_bytes_peak", "upload_bytes", "download_bytes"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j"),
     *("coverage", "layer_steps", "importance", "notes"),

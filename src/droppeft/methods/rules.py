@@ -20,6 +20,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
 from droppeft.models.offloading import check_offload
+from droppeft.tasks.registry import task_named
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,26 @@ def check_settings(config: Config) -> None:
     check_offload(config)
     _check_frozen(config)
     _check_measured(method, config)
+    check_target(config.target, config.task)
     method.check(config)
+
+
+def check_target(target: float | None, task: str) -> None:
+    """Refuse a target that no model can reach.
+
+    Args:
+        target: value of the task's primary metric, or ``None``.
+        task: name of the task.
+
+    Raises:
+        DroppeftError: the value is out of the metric's range.
+    """
+    metric = task_named(task).metrics[0]
+    if target is not None and not metric.is_possible(target):
+        raise DroppeftError(
+            f"target={target:g}: {metric.label} is between 0 and {metric.most:g}; "
+            "give a value in this range"
+        )
 
 
 def without_effect(config: Config) -> dict[str, NoEffect]:

@@ -172,8 +172,8 @@ def _round_head(about: Mapping[str, Any]) -> Text:
     """The headings of :func:`_round_line`."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
     columns = f"{'train loss':>12}{'depth':>10}{'measured':>12}{'modelled':>12}"
-    label = primary_metric(about).label
-    return Text(f"{indent}{label:<{5 + BAR_WIDTH}}{columns}", style="dim")
+    metric = primary_metric(about)
+    return Text(f"{indent}{metric.label:<{_width(metric) + BAR_WIDTH}}{columns}", style="dim")
 
 
 def _round_name(round: int, about: Mapping[str, Any]) -> str:
@@ -184,7 +184,7 @@ def _round_line(row: "RoundRow", about: Mapping[str, Any]) -> Text:
     line = Text(_round_name(row.round, about))
     metric = primary_metric(about)
     value = row.quality[metric.key("global")]
-    line.append(f"{metric.text(value):<5}", style="bold green")
+    line.append(f"{metric.text(value):<{_width(metric)}}", style="bold green")
     filled = 0 if value is None else round(_part(value, metric, about) * BAR_WIDTH)
     line.append("━" * filled, style="green")
     line.append((" " if value is None else "─") * (BAR_WIDTH - filled), style="bright_black")
@@ -193,6 +193,11 @@ def _round_line(row: "RoundRow", about: Mapping[str, Any]) -> Text:
     line.append(f"{loss:>12}{depth + '/' + str(layers_above_the_frozen(about)):>10}")
     line.append(f"{seconds_text(row.host_wall_s):>12}{seconds_text(row.round_modelled_s):>12}")
     return line
+
+
+def _width(metric: Metric) -> int:
+    """Characters of a value and the space after it."""
+    return 5 if metric.most == 1 else 7
 
 
 def _part(value: float, metric: Metric, about: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
 
 MARGIN = 0.01
-"""Accuracies that differ by no more than this are not called different."""
+"""Values of a metric that differ by no more than this are not called different."""
 
 
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
@@ -84,6 +84,8 @@ def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
         return None
     last = fmean(values[-SMOOTHED_EVALUATIONS:])
     before = fmean(values[-2 * SMOOTHED_EVALUATIONS : -SMOOTHED_EVALUATIONS])
+    if not math.isfinite(last + before):
+        return None
     best = f"round {result['best_round']} ({_text(metric, result[metric.key('best')])})"
     means = (
         f"the last three evaluations average {_text(metric, last)}, the three before "

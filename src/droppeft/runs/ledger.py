@@ -17,7 +17,7 @@ from droppeft.files import sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 from droppeft.tasks.metrics import Metric
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ROUNDING = 1e-9
 """Tolerance of comparing a mean of evaluations with a target."""
 

@@ -307,7 +307,7 @@ tags: [federated, droppeft]
 # Model fine-tuned by droppeft
 
 Adapters ({source.adapter_type}) were trained, and are merged into the weights here.
-{_merged_values(source.config)}
+{_merged_values(source)}
 {_table(source)}
 In this folder:
 
@@ -325,7 +325,7 @@ def _table(source: Source) -> str:
 | whose model | {_whose(source)} |
 | base model | {config.model}{_bits(config)} |
 | data | {config.data} (content hash {source.data_hash}) |
-| round | {source.round} of {config.rounds} |
+{_classes(source)}| round | {source.round} of {config.rounds} |
 | cohort | {config.cohort_size} of {config.clients} clients in each round |
 | seed | {config.seed} |
 | parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
@@ -339,12 +339,13 @@ def _whose(source: Source) -> str:
     return f"the model with which client {source.client} would start its next local training"
 
 
-def _merged_values(config: Config) -> str:
-    if config.quantization == "none":
+def _merged_values(source: Source) -> str:
+    if source.config.quantization == "none":
         return ""
+    quality = source.task.metrics[0].label
     return f"""\
-They were trained on a base{_bits(config)}.
-Here these linear maps are dequantised to full precision; the quality was recorded with the
+They were trained on a base{_bits(source.config)}.
+Here these linear maps are dequantised to full precision; the {quality} was recorded with the
 quantised ones.
 """
 
@@ -354,6 +355,11 @@ def _bits(config: Config) -> str:
         return ""
     bits = config.quantization.removesuffix("bit")
     return f" with its linear maps in {bits} bits (bitsandbytes)"
+
+
+def _classes(source: Source) -> str:
+    is_classifier = source.task.adapter_task == "SEQ_CLS"
+    return f"| classes | {len(source.label_names)} |\n" if is_classifier else ""
 
 
 def _quality(source: Source) -> str:

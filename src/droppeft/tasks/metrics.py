@@ -37,10 +37,13 @@ class Metric:
     def best(self, pairs: Iterable[tuple[float, int]]) -> tuple[float, int] | tuple[None, None]:
         """Return the best of pairs of value and round, the first of equal ones.
 
-        It is ``(None, None)`` if there are no pairs.
+        Values that are not a number are left out, which those of a diverged run may be. The result
+        is ``(None, None)`` if no pair is left.
         """
-        sign = 1 if self.higher_is_better else -1
-        return max(pairs, default=(None, None), key=lambda pair: sign * (pair[0] or 0.0))
+        comparable = [pair for pair in pairs if not math.isnan(pair[0])]
+        if not comparable:
+            return None, None
+        return max(comparable, key=lambda pair: self.gain(pair[0], over=0.0))
 
     def worst_first(self, values: Iterable[float]) -> list[float]:
         """Return the values in order, the worst one first."""
@@ -69,7 +72,8 @@ PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False)
 TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", higher_is_better=True, most=1.0)
 """Fraction of the tokens that are learnt which the model finds most probable."""
 
-_KNOWN = {metric.name: metric for metric in (ACCURACY, F1, LOSS, PERPLEXITY, TOKEN_ACCURACY)}
+METRICS = {metric.name: metric for metric in (ACCURACY, F1, LOSS, PERPLEXITY, TOKEN_ACCURACY)}
+"""All metrics by name; a comparison stores the values of each."""
 
 
 def primary_metric(about: Mapping[str, Any]) -> Metric:
@@ -77,12 +81,12 @@ def primary_metric(about: Mapping[str, Any]) -> Metric:
 
     Stored comparisons that name none are about classification.
     """
-    return _KNOWN[about.get("metric") or ACCURACY.name]
+    return METRICS[about.get("metric") or ACCURACY.name]
 
 
 def metrics_in(result: Mapping[str, Any]) -> list[Metric]:
     """Return the metrics of a result's global model."""
-    return [metric for metric in _KNOWN.values() if metric.key("global") in result]
+    return [metric for metric in METRICS.values() if metric.key("global") in result]
 
 
 def quality(
