@@ -55,7 +55,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "model": "smollm2",
         "training": {"batch_size": 8, "learning_rate": 1e-3, "max_length": 256},
         "partition": {"kind": "iid"},
-        "evaluation": {"rows": 100, "batch_size": 8},
+        "evaluation": {"rows": 50, "final_rows": 200, "batch_size": 8},
     },
 }
 
@@ -393,6 +393,9 @@ class EvaluationConfig(Table):
     every: Whole = Field(1, ge=1, description="rounds between evaluations")
     rows: Whole = Field(
         500, ge=1, description="test rows of a round's evaluation, the same in every round"
+    )
+    final_rows: Whole | None = Field(
+        None, ge=1, description="test rows of the evaluation at the end; all if not given"
     )
     batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
     personalised: bool = Field(

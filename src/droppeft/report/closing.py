@@ -18,6 +18,11 @@ from droppeft.tasks.metrics import F1, LOSS, Metric, metrics_in, primary_metric
 
 LABEL_WIDTH = 10
 
+SAMPLE_LENGTH = 240
+"""Most characters of a sample's text on the screen."""
+
+SAMPLE_STYLES = {"prompt": "dim", "reference": "cyan", "before": "yellow", "after": "green"}
+
 
 def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
     """The table, the conclusion and the next commands.
@@ -26,7 +31,8 @@ def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
         result: content of ``result.json``.
         folder: of the run; ``None`` leaves the commands out.
     """
-    parts: list[RenderableType] = [table(result), Text("Conclusion", style="bold")]
+    parts: list[RenderableType] = [table(result), *_samples(result)]
+    parts.append(Text("Conclusion", style="bold"))
     time = f"The {result['rounds']} rounds took {seconds_text(result['host_wall_s'])} here."
     parts += [Padding(Text(sentence), (0, 2)) for sentence in (*result["conclusion"], time)]
     if folder is not None:
@@ -81,6 +87,7 @@ def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     metric = primary_metric(result)
     lines = [
         *_global_lines(result, metric, sample),
+        *_generated_lines(result),
         *_personalised_lines(result, metric),
         ("before training", metric.text(result[metric.key("initial")]), sample),
         *_reference_lines(result),
@@ -111,6 +118,44 @@ def _global_lines(
         ("after round 1", metric.text(result[metric.key("first")]), sample),
         ("best", metric.text(result[metric.key("best")]), best),
     ]
+
+
+def _generated_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Scores of the texts that the model wrote."""
+    generated = result.get("generated")
+    if generated is None:
+        return []
+    names = {"rouge_l": "ROUGE-L", "chrf": "chrF", "exact_match": "exact match"}
+    return [
+        (
+            label,
+            share(generated["after"][name]),
+            f"{generated['rows']} texts written by the model; before training "
+            f"{share(generated['before'][name])}",
+        )
+        for name, label in names.items()
+        if generated["after"][name] or generated["before"][name]
+    ]
+
+
+def _samples(result: Mapping[str, Any]) -> list[RenderableType]:
+    """Samples of what the model wrote before and after training."""
+    parts: list[RenderableType] = []
+    for number, sample in enumerate(result.get("generated", {}).get("samples", ()), start=1):
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="bold", no_wrap=True)
+        rows.add_column(overflow="fold")
+        for name in ("prompt", "reference", "before", "after"):
+            rows.add_row(name, Text(shortened(sample[name]), style=SAMPLE_STYLES[name]))
+        parts += [Text(f"Sample {number}", style="bold"), Padding(rows, (0, 2)), Text("")]
+    return parts
+
+
+def shortened(text: str) -> str:
+    """Return a text on one line, without its middle if it is long."""
+    line = " ".join(text.split())
+    half = SAMPLE_LENGTH // 2
+    return line if len(line) <= SAMPLE_LENGTH else f"{line[:half]} … {line[-half:]}"
 
 
 def _reference_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:

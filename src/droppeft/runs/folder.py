@@ -21,6 +21,7 @@ from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.ledger import SCHEMA_VERSION
 
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
+GENERATED = "generated.jsonl"
 LOCK = ".lock"
 
 

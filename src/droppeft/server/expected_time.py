@@ -43,11 +43,16 @@ def _rows_per_round(prepared: Prepared) -> float:
     return config.drawn * each
 
 
+def final_rows(prepared: Prepared) -> int:
+    """Number of test rows of the evaluation at the end."""
+    return min(prepared.config.evaluation.final_rows or len(prepared.test), len(prepared.test))
+
+
 def _evaluated_rows(prepared: Prepared, sampled: int) -> float:
     """Rows of all evaluations after round 1 began."""
     config, rows = prepared.config, 0
     if prepared.method.has_global_model(config):
-        rows += math.ceil(config.rounds / config.evaluation.every) * sampled + len(prepared.test)
+        rows += math.ceil(config.rounds / config.evaluation.every) * sampled + final_rows(prepared)
     if config.evaluation.personalised:
         rows += sum(len(one.test) for one in prepared.loaded.clients)
     return rows

@@ -9,13 +9,13 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import count_parameters, set_tensors
@@ -36,6 +36,7 @@ from droppeft.runs.environment import machine, versions
 from droppeft.runs.folder import (
     CLIENTS,
     CONFIG,
+    GENERATED,
     RESULT,
     ROUNDS,
     begin,
@@ -57,8 +58,9 @@ from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
-from droppeft.server.expected_time import estimate_wall_s
-from droppeft.server.prepare import Prepared, prepare, references
+from droppeft.server.expected_time import estimate_wall_s, final_rows
+from droppeft.server.generated_texts import as_lines, written_before_and_after
+from droppeft.server.prepare import Prepared, evaluation_sample, prepare, references
 from droppeft.server.rounds import run_round
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.metrics import quality as quality_of
@@ -292,6 +294,7 @@ def _finish(
     """Evaluate the final models, write the adapter and ``result.json``, and return the result."""
     config = prepared.config
     final = _final_global_model(prepared, last.state.model, out, listener)
+    final |= _generated(prepared, last.state.model, out, listener)
     if config.evaluation.personalised:
         final |= _final_client_models(prepared, transport, last, out, listener)
     else:
@@ -324,8 +327,9 @@ def _final_global_model(
     metrics = prepared.loaded.task.metrics
     if not prepared.method.has_global_model(prepared.config):
         return {**quality_of("global", metrics, None), "adapter_sha256": None, "test_rows": 0}
-    listener.preparing("measuring on the whole test set")
-    evaluation = _evaluate(prepared, model, np.arange(len(prepared.test), dtype=np.int64))
+    rows = evaluation_sample(len(prepared.test), final_rows(prepared))
+    listener.preparing(f"measuring on {len(rows):,} test rows")
+    evaluation = _evaluate(prepared, model, rows)
     return {
         **quality_of("global", metrics, evaluation.metrics),
         "adapter_sha256": None
@@ -333,6 +337,26 @@ def _final_global_model(
         else write_adapter(prepared.loaded, model, evaluation, out),
         "test_rows": evaluation.rows,
     }
+
+
+def _generated(
+    prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
+) -> dict[str, Any]:
+    """Let the model write texts, if the task is about texts and there is a global model."""
+    config = prepared.config
+    if not (
+        prepared.loaded.task.generates
+        and config.evaluation.generated
+        and prepared.method.has_global_model(config)
+    ):
+        return {}
+    listener.preparing("letting the model before and after training write texts")
+    result, samples = written_before_and_after(
+        prepared, model, lambda one: _attached(prepared, one)
+    )
+    if samples:
+        write_atomically(out / GENERATED, as_lines(samples))
+    return result
 
 
 def _final_client_models(
@@ -415,19 +439,27 @@ def _count_trainable(prepared: Prepared) -> int:
 
 def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
     """Evaluate a global model on the given test rows."""
-    client_model, config = prepared.model, prepared.config
+    config = prepared.config
+    with _attached(prepared, model) as attached:
+        return evaluate(
+            attached,
+            prepared.test,
+            rows,
+            prepared.model.task,
+            config.evaluation.batch_size,
+            config.training.precision,
+        )
+
+
+@contextmanager
+def _attached(prepared: Prepared, model: GlobalModel) -> Iterator[nn.Module]:
+    """Attach a global model to the backbone and yield the whole."""
+    client_model = prepared.model
     client_model.attach(model.adapter)
     set_tensors(client_model.parameters, model.tensors)
     client_model.load_layers()
     with base_delta_applied(client_model.model, model.base_delta):
-        return evaluate(
-            client_model.model,
-            prepared.test,
-            rows,
-            client_model.task,
-            config.evaluation.batch_size,
-            config.training.precision,
-        )
+        yield client_model.model
 
 
 def _check_same_inputs(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:

@@ -116,6 +116,7 @@ class CausalLMTask:
     adapter_task = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
     rows_are_targets = False
+    generates = True
 
     def read(self, config: Config) -> ConversationData:
         """Read prompts with completions, conversations or texts."""

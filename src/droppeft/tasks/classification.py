@@ -97,6 +97,7 @@ class ClassificationTask:
     adapter_task = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
     rows_are_targets = True
+    generates = False
 
     def read(self, config: Config) -> TextData:
         """Read texts and labels; see :func:`~droppeft.data.sources.load_text`."""

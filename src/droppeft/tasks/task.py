@@ -114,6 +114,7 @@ class Task(Protocol):
         adapter_task: peft's name for the task.
         auto_class: class of transformers that loads such a model.
         rows_are_targets: whether each row is one target. Otherwise the targets are tokens.
+        generates: whether the model writes texts.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Task(Protocol):
     adapter_task: str
     auto_class: Any
     rows_are_targets: bool
+    generates: bool
 
     def read(self, config: Config) -> Corpus:
         """Read the data that a configuration names.

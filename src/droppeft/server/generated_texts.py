@@ -1,0 +1,84 @@
+"""Texts that the model writes before and after training, and how good they are. Ours.
+
+They are written once, when a run ends; no state depends on them.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from droppeft.data.conversation_tokens import encode_prompts
+from droppeft.data.conversations import ConversationTable, Message, prompt_of, reference_of
+from droppeft.messages import GlobalModel
+from droppeft.server.prepare import Prepared, evaluation_sample
+from droppeft.tasks.generation import GenerationSettings, generate_texts
+from droppeft.tasks.text_metrics import text_scores
+
+SHOWN = 3
+"""Number of samples in ``result.json``."""
+
+Loaded = Callable[[GlobalModel], AbstractContextManager[Any]]
+"""Returns a context in which the backbone has a global model's adapter; it yields the model."""
+
+
+def written_before_and_after(
+    prepared: Prepared, model: GlobalModel, loaded: Loaded
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Let the model before training and the given one complete a sample of test prompts.
+
+    Args:
+        prepared: the server; its state has the model before training.
+        model: the model after training.
+        loaded: attaches a model.
+
+    Returns:
+        The scores of both for ``result.json``, and the samples, each with ``prompt``,
+        ``reference``, ``before`` and ``after``. Both are empty if no texts were asked for, or if
+        the test rows have no prompts.
+    """
+    table: ConversationTable = prepared.loaded.data.test
+    rows = [
+        table.rows[row]
+        for row in evaluation_sample(len(table), prepared.config.evaluation.generated)
+        if prompt_of(table.rows[row])
+    ]
+    if not rows:
+        return {}, []
+    start = time.perf_counter()
+    prompts, references = [prompt_of(row) for row in rows], [reference_of(row) for row in rows]
+    texts = {}
+    for name, one in (("before", prepared.state.model), ("after", model)):
+        with loaded(one) as attached:
+            texts[name] = _written(prepared, attached, prompts)
+    samples = [
+        {"prompt": prompt[-1].content, "reference": reference, "before": before, "after": after}
+        for prompt, reference, before, after in zip(
+            prompts, references, texts["before"], texts["after"], strict=True
+        )
+    ]
+    scores = {name: asdict(text_scores(found, references)) for name, found in texts.items()}
+    return {
+        "generated": {
+            "rows": len(rows),
+            **scores,
+            "samples": samples[:SHOWN],
+            "generated_wall_s": time.perf_counter() - start,
+        }
+    }, samples
+
+
+def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
+    """Return samples as JSON Lines."""
+    return "".join(json.dumps(sample) + "\n" for sample in samples).encode()
+
+
+def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
+    config, tokenizer = prepared.config, prepared.loaded.backbone.tokenizer
+    settings = GenerationSettings(
+        max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size
+    )
+    ids = encode_prompts(prompts, tokenizer, config.training.max_length)
+    return generate_texts(model, tokenizer, [list(map(int, one)) for one in ids], settings)
