@@ -278,7 +278,7 @@ def test_ctrl_c_before_the_first_round(
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droppeft.client.run_inputs.load_backbone", stop)
+    monkeypatch.setattr("droppeft.tasks.classification.load_backbone", stop)
     output = droppeft("run", *tiny_overrides, "--out", "run")
     assert output.code == 130
     assert output.err == "droppeft: stopped while preparing; nothing is lost\n"
