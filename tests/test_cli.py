@@ -11,7 +11,7 @@ import pytest
 
 from droppeft import __version__
 from droppeft.cli import main
-from droppeft.report.screen import accuracy_line
+from droppeft.report.screen import quality_line
 from runs import rows_of
 
 
@@ -204,7 +204,7 @@ def test_a_quiet_run_prints_one_line(
 ) -> None:
     output = droppeft("run", *tiny_overrides, "--out", "run", "--quiet")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert output == Output(0, f"{accuracy_line(result)}\n", "")
+    assert output == Output(0, f"{quality_line(result)}\n", "")
 
 
 def test_a_run_with_json_output(
@@ -225,7 +225,7 @@ def test_resuming_a_finished_run_reports_it(
     shutil.copytree(whole_run, tmp_path / "run")
     result = json.loads((whole_run / "result.json").read_text())
     output = droppeft("resume", "run", "--quiet")
-    assert output == Output(0, f"{accuracy_line(result)}\n", "")
+    assert output == Output(0, f"{quality_line(result)}\n", "")
     shown = droppeft("resume", "run")
     assert "Conclusion" in shown.out
     assert shown.err == "droppeft: run is finished already; its result:\n"
@@ -278,7 +278,7 @@ def test_ctrl_c_before_the_first_round(
     def stop(*values: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droppeft.client.run_inputs.load_backbone", stop)
+    monkeypatch.setattr("droppeft.tasks.classification.load_backbone", stop)
     output = droppeft("run", *tiny_overrides, "--out", "run")
     assert output.code == 130
     assert output.err == "droppeft: stopped while preparing; nothing is lost\n"

@@ -37,7 +37,7 @@ Overrides = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
 ]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final accuracies only.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final quality only.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
 
 

@@ -80,11 +80,11 @@ IMPOSSIBLE = [
     ("frozen.layers=1 adapter.type=prompt_tuning", "prompt_tuning is not in a layer; set"),
     (
         "method=fedsa_lora evaluation.personalised=false",
-        "only personalised accuracy can be measured; leave out evaluation.personalised=false",
+        "only the clients' own models can be measured; leave out evaluation.personalised=false",
     ),
     (
         "method=droppeft sharing.head=personal evaluation.personalised=false",
-        "only personalised accuracy can be",
+        "only the clients' own models can be",
     ),
     (
         f"method=droppeft {HALF} adapter.type=prompt_tuning",

@@ -31,7 +31,7 @@ def filled(values: np.random.Generator) -> dict[LayerKey, dict[str, Array]]:
 
 def update(client: int, tensors: Tensors) -> Update:
     cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
-    return Update(1, client, "", tensors, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
+    return Update(1, client, "", tensors, 1, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
 
 
 def of(weights: Sequence[float]) -> Weight:

@@ -138,7 +138,7 @@ class RunRecord:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Data and model; accuracies are comparable only where both are the same."""
+        """Data and model; quality is comparable only where both are the same."""
         return self.data, self.model
 
 

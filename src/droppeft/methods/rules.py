@@ -247,9 +247,9 @@ def _check_frozen(config: Config) -> None:
 
 
 def _check_measured(method: Method, config: Config) -> None:
-    """Refuse a run that would not measure any accuracy."""
+    """Refuse a run that would not measure any quality."""
     if not (method.has_global_model(config) or config.evaluation.personalised):
         raise DroppeftError(
-            f"method={config.method} has no global model with these settings, so that only "
-            "personalised accuracy can be measured; leave out evaluation.personalised=false"
+            f"method={config.method} has no global model with these settings, so that only the "
+            "clients' own models can be measured; leave out evaluation.personalised=false"
         )

@@ -72,7 +72,7 @@ def _other(method: str) -> str:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """The result as a table: accuracies and their references, then costs."""
+    """The result as a table: quality and its references, then costs."""
     shown = Table(box=box.SIMPLE_HEAD, title="Result", title_justify="left", show_header=False)
     shown.add_column("what", style="bold")
     shown.add_column("value", justify="right")

@@ -28,7 +28,7 @@ def run_profile(
     config: Config, rates: Sequence[float], repeats: int, steps: int, console: Console
 ) -> dict[str, Any]:
     """Measure, with a progress bar if ``console`` is a terminal; return the content of the JSON."""
-    config = resolve_layers(config, model_shape(config.model).num_layers)
+    config = resolve_layers(config, model_shape(config.model, config.task).num_layers)
     total = len(rates) * (repeats + 1)
     with bar(console) as progress:
         task = progress.add_task("profile runs, each in a fresh process", total=total)
@@ -42,7 +42,7 @@ def content(config: Config, measured: Sequence[RateProfile], steps: int) -> dict
         "schema_version": SCHEMA_VERSION,
         "command": " ".join(["droppeft", *sys.argv[1:]]),
         "steps_per_run": steps,
-        "num_layers": model_shape(config.model).num_layers,
+        "num_layers": model_shape(config.model, config.task).num_layers,
         "rates": [_row(one) for one in measured],
         "config": as_tree(config),
         "versions": versions(),

@@ -272,12 +272,9 @@ def counts_of(config: Config) -> StepCounts:
         DroppeftError: the model cannot be counted.
     """
     training = config.training
+    adapter = config.adapter.model_dump_json()
     return _counts(
-        config.model,
-        config.task,
-        config.adapter.model_dump_json(),
-        config.quantization,
-        counted_on(config),
+        (config.model, config.task, adapter, config.quantization, counted_on(config)),
         training.batch_size,
         training.max_length,
         training.precision,
@@ -332,6 +329,10 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
+FakeModelKey = tuple[str, str, str, str, str]
+"""Model, task, adapter as JSON, quantization and device."""
+
+
 @lru_cache(maxsize=8)
 def _fake_model(model: str, task: str, adapter: str, quantization: str, device: str) -> FakeModel:
     shape = model_shape(model, task)
@@ -341,18 +342,9 @@ def _fake_model(model: str, task: str, adapter: str, quantization: str, device: 
 
 @cache
 def _counts(
-    model: str,
-    task: str,
-    adapter: str,
-    quantization: str,
-    device: str,
-    batch: int,
-    length: int,
-    precision: str,
-    checkpointing: bool,
+    of: FakeModelKey, batch: int, length: int, precision: str, checkpointing: bool
 ) -> StepCounts:
-    fake_model = _fake_model(model, task, adapter, quantization, device)
-    return count_step(fake_model, batch, length, precision, checkpointing)
+    return count_step(_fake_model(*of), batch, length, precision, checkpointing)
 
 
 def _text(value: object) -> str:
