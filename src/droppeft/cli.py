@@ -58,6 +58,19 @@ class CommandWithSettings(TyperCommand):
             raise UsageError(hint, ctx) from None
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+RoundOption = Annotated[
+    int | None, typer.Option(help="Round of a saved checkpoint.", show_default="the newest")
+]
+ClientOption = Annotated[
+    int | None, typer.Option(help="Use this client's model.", show_default="the global model")
+]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="0: the most probable token; above: tokens are drawn.")
+]
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -211,6 +224,49 @@ def export(
         else f"{done.metric} {done.value:.4f} on {done.rows} test texts"
     )
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
+
+
+@app.command()
+def chat(
+    folder: RunFolder,
+    round: RoundOption = None,
+    client: ClientOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+) -> None:
+    """Talk to the language model of a run."""
+    from droppeft.report.talking import talk
+    from droppeft.tasks.generation import GenerationSettings
+
+    talk(folder, GenerationSettings(max_new_tokens, temperature, batch_size=1), round, client)
+
+
+@app.command()
+def generate(
+    folder: RunFolder,
+    prompts: Annotated[
+        Path,
+        typer.Argument(help="File with a column prompt, messages or instruction.", metavar="FILE"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="New file.", show_default="FILE-generated.jsonl")
+    ] = None,
+    round: RoundOption = None,
+    client: ClientOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 8,
+) -> None:
+    """Let the language model of a run complete the prompts of a file."""
+    from droppeft.report.talking import complete_file
+    from droppeft.tasks.generation import GenerationSettings
+
+    settings = GenerationSettings(max_new_tokens, temperature, batch_size=batch_size)
+    try:
+        written = complete_file(folder, prompts, out, settings, round, client)
+    except KeyboardInterrupt:
+        _leave("stopped; nothing was written", STOPPED)
+    typer.echo(written)
 
 
 @app.command(cls=CommandWithSettings)

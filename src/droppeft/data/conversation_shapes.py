@@ -53,7 +53,7 @@ def prompt_and_completion(prompt: str, completion: str) -> Shape:
         if isinstance(before, str) and isinstance(after, str):
             return _conversation([Message("user", before), _answer(after, completion)])
         if isinstance(before, list) and isinstance(after, list):
-            return _conversation([*_messages(before, prompt), *_messages(after, completion)])
+            return _conversation([*messages_of(before, prompt), *messages_of(after, completion)])
         raise BadRow(f"{prompt} and {completion} are neither both text nor both lists of messages")
 
     return Shape("prompt/completion", (prompt, completion), convert)
@@ -75,7 +75,7 @@ def _list_of_messages(column: str) -> Shape:
     def convert(row: Row) -> Conversation:
         if not isinstance(row[column], list):
             raise BadRow(f"{column} is not a list of messages")
-        return _conversation(_messages(row[column], column))
+        return _conversation(messages_of(row[column], column))
 
     return Shape(column, (column,), convert)
 
@@ -109,7 +109,8 @@ ROLES: dict[str, Role] = {
 """By the names that data sets use; ``human`` and ``gpt`` are ShareGPT's."""
 
 
-def _messages(values: Sequence[Any], column: str) -> list[Message]:
+def messages_of(values: Sequence[Any], column: str) -> list[Message]:
+    """Return a list of messages from objects with role and content; raises :class:`BadRow`."""
     return [_message(value, f"message {n} of {column}") for n, value in enumerate(values, start=1)]
 
 

@@ -82,6 +82,33 @@ def export_run(
             has changed, or the model cannot be written in this form. Nothing has been written then.
     """
     run = run.resolve()
+    config, checkpoint = saved_model(run, round, client)
+    kind = "merged" if merge else "adapter"
+    suffix = "" if client is None else f"-client-{client}"
+    out = (out or run / f"{kind}{suffix}-round-{checkpoint.round}").resolve()
+    if out.exists():
+        raise DroppeftError(f"{out}: exists already; choose another folder with --out")
+    if not merge:
+        check_alone(checkpoint.state.model)
+    source = load_source(run, config, checkpoint, client, merge, say)
+    say("writing")
+    save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
+    save(source, out)
+    label = source.task.metrics[0].label
+    return Exported(out, source.round, label, source.value, source.rows, lines(source, str(out)))
+
+
+def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Config, Checkpoint]:
+    """Return the configuration of a run and the checkpoint that has a model.
+
+    Args:
+        run: folder of a run.
+        round: of the checkpoint; ``None`` for the newest.
+        client: whose model is wanted; ``None`` for the global one.
+
+    Raises:
+        DroppeftError: there is no such run, round, client or global model.
+    """
     if not (run / CONFIG).is_file():
         raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
     config = load_config(run / CONFIG)
@@ -94,23 +121,26 @@ def export_run(
         raise DroppeftError(
             f"{run}: has no client {client}; its clients are 0 to {config.clients - 1}"
         )
-    folder = run / "checkpoints"
-    checkpoint = _checkpoint(folder, round, method_named(config.method).memory_type)
-    kind = "merged" if merge else "adapter"
-    suffix = "" if client is None else f"-client-{client}"
-    out = (out or run / f"{kind}{suffix}-round-{checkpoint.round}").resolve()
-    if out.exists():
-        raise DroppeftError(f"{out}: exists already; choose another folder with --out")
-    if not merge:
-        check_alone(checkpoint.state.model)
+    memory_type = method_named(config.method).memory_type
+    return config, _checkpoint(run / "checkpoints", round, memory_type)
+
+
+def load_source(
+    run: Path, config: Config, checkpoint: Checkpoint, client: int | None, merge: bool, say: Say
+) -> Source:
+    """Load the model of a checkpoint, as :func:`saved_model` returns it.
+
+    Args:
+        run: folder of the run.
+        client: whose model is loaded; ``None`` for the global one.
+        merge: whether quantised weights are replaced by their values in full precision.
+        say: called with each step, to show progress.
+
+    Raises:
+        DroppeftError: the backbone has changed, or the client's state is not on this machine.
+    """
     source = _source(run, config, checkpoint, merge, say)
-    if client is not None:
-        source = _for_client(run, source, checkpoint, client)
-    say("writing")
-    save, lines = (save_merged, merged_lines) if merge else (save_adapter, adapter_lines)
-    save(source, out)
-    label = source.task.metrics[0].label
-    return Exported(out, source.round, label, source.value, source.rows, lines(source, str(out)))
+    return source if client is None else _for_client(run, source, checkpoint, client)
 
 
 def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoint:

@@ -132,7 +132,7 @@ def save_merged(source: Source, out: Path) -> None:
             written.
     """
     client_model, model, tokenizer = source.client_model, source.model, source.backbone.tokenizer
-    _attach(client_model, model)
+    attach_model(client_model, model)
     with base_delta_applied(client_model.model, model.base_delta):
         expected = _logits(client_model.model, tokenizer)
         plain: Any = merged(client_model.model)
@@ -221,11 +221,12 @@ def _quantised_lines(source: Source) -> tuple[str, str]:
 
 def _fill_with_adapter(source: Source, folder: Path) -> None:
     check_alone(source.model)
-    _attach(source.client_model, source.model)
+    attach_model(source.client_model, source.model)
     export_adapter(source.client_model.model, folder, _adapter_card(source))
 
 
-def _attach(client_model: ClientModel, model: GlobalModel) -> None:
+def attach_model(client_model: ClientModel, model: GlobalModel) -> None:
+    """Attach the adapter of a global model, with its values, to the backbone."""
     client_model.attach(model.adapter)
     set_tensors(client_model.parameters, model.tensors)
 

@@ -71,6 +71,7 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
+    streamer: Any = None,
 ) -> list[str]:
     """Return the model's answer to each prompt, without the prompt and special tokens.
 
@@ -82,6 +83,8 @@ def generate_texts(
         tokenizer: that of the model.
         prompts: token ids, as :func:`prompt_ids` returns them.
         settings: how texts are generated.
+        streamer: a streamer of transformers that shows the answer to a single prompt as it is
+            generated, or ``None``.
 
     Raises:
         DroppeftError: a prompt is empty, or there are too few positions for prompt and answer.
@@ -103,7 +106,7 @@ def generate_texts(
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
             inputs = _left_padded([prompts[index] for index in chosen], config.pad_token_id, device)
-            output = model.generate(**inputs)
+            output = model.generate(**inputs, streamer=streamer)
             answers = output[:, inputs["input_ids"].shape[1] :].tolist()
             for index, answer in zip(chosen, answers, strict=True):
                 texts[index] = tokenizer.decode(_cut(answer, config), skip_special_tokens=True)

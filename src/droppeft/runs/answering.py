@@ -1,0 +1,89 @@
+"""Let the model of a run answer prompts. Ours."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.client.run_inputs import Say
+from droppeft.data.conversation_tokens import encode_prompts
+from droppeft.data.conversations import Message
+from droppeft.errors import DroppeftError
+from droppeft.runs.export import load_source, saved_model
+from droppeft.runs.model_files import attach_model
+from droppeft.tasks.generation import GenerationSettings, generate_texts
+from droppeft.tasks.registry import task_named
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model that answers.
+
+    Attributes:
+        model: a causal language model with its adapter.
+        tokenizer: that of the model.
+        max_length: longest prompt in tokens; of a longer one the middle is left out.
+        settings: how answers are generated.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_length: int
+    settings: GenerationSettings
+
+    def answers(self, prompts: Sequence[Sequence[Message]], streamer: Any = None) -> list[str]:
+        """Return the answer to each prompt.
+
+        Args:
+            prompts: messages, of which the last is not the assistant's.
+            streamer: as in :func:`~droppeft.tasks.generation.generate_texts`.
+
+        Raises:
+            DroppeftError: the model's chat template refuses a prompt, or it has no tokens.
+        """
+        ids = encode_prompts(prompts, self.tokenizer, self.max_length)
+        inputs = [[int(token) for token in one] for one in ids]
+        return generate_texts(self.model, self.tokenizer, inputs, self.settings, streamer)
+
+
+@contextmanager
+def loaded_model(
+    run: Path,
+    settings: GenerationSettings,
+    say: Say,
+    round: int | None = None,
+    client: int | None = None,
+) -> Iterator[Answering]:
+    """Load the model of a run for answers.
+
+    Args:
+        run: folder of a run, which may be finished, stopped, or running in another process.
+        settings: how answers are generated.
+        say: called with each step, to show progress.
+        round: of the checkpoint; ``None`` for the newest.
+        client: whose model is loaded; ``None`` for the global one.
+
+    Raises:
+        DroppeftError: as :func:`~droppeft.runs.export.export_run`, or the run's model does not
+            generate text.
+    """
+    run = run.resolve()
+    config, checkpoint = saved_model(run, round, client)
+    if not task_named(config.task).generates:
+        raise DroppeftError(
+            f"{run}: its model was trained for task={config.task} and does not generate text; "
+            "name a run of task=causal_lm"
+        )
+    source = load_source(run, config, checkpoint, client, False, say)
+    attach_model(source.client_model, source.model)
+    model, tokenizer = source.client_model.model, source.backbone.tokenizer
+    most = source.backbone.max_length - settings.max_new_tokens
+    if most < 1:
+        raise DroppeftError(
+            f"--max-new-tokens {settings.max_new_tokens} is more than the "
+            f"{source.backbone.max_length} positions of the model; lower it"
+        )
+    with base_delta_applied(model, source.model.base_delta):
+        yield Answering(model, tokenizer, most, settings)
