@@ -45,9 +45,9 @@ class ModelSource:
         return self.path if self.gguf_file is None else str(Path(self.path) / self.gguf_file)
 
     @property
-    def options(self) -> dict[str, str]:
-        """What transformers' ``from_pretrained`` takes besides :attr:`path` to read these files."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+    def readable(self) -> str:
+        """The folder or hub id that transformers reads. A GGUF file is converted when first used."""
+        return self.path if self.gguf_file is None else str(converted_gguf(Path(self.name)))
 
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
         """Call a ``from_pretrained`` of transformers. The first one of a GGUF file converts it.
@@ -55,7 +55,7 @@ class ModelSource:
         Raises:
             DroppeftError: the files are missing, damaged or of an unsupported kind.
         """
-        path = self.path if self.gguf_file is None else str(converted_gguf(Path(self.name)))
+        path = self.readable
         try:
             return load(path, **options)
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:

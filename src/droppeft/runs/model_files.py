@@ -27,8 +27,9 @@ from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
 from droppeft.messages import GlobalModel
-from droppeft.models.loading import HEAD_MODULES, Backbone, quiet
+from droppeft.models.loading import Backbone, quiet
 from droppeft.models.quantization import settings
+from droppeft.models.sources import PACKAGED
 from droppeft.tasks.task import Task
 from droppeft.training.loop import Evaluation
 
@@ -170,10 +171,11 @@ def adapter_lines(source: Source, folder: str) -> str:
         if tokenizer.pad_token == tokenizer.eos_token
         else ""
     )
-    # The folder of the built-in model depends on the installation of whoever loads it.
-    builtin = source.config.model == "builtin"
-    imports = "from droppeft.models.packaged import builtin_model_folder\n" if builtin else ""
-    path = "str(builtin_model_folder())" if builtin else repr(base)
+    # The folder of a package's model depends on the installation of whoever loads it.
+    name = source.config.model
+    packaged = name in PACKAGED or name.endswith(".gguf")
+    imports = "from droppeft.models.sources import find_source\n" if packaged else ""
+    path = f"find_source({name!r}).readable" if packaged else repr(base)
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)
     auto, head, arguments = source.task.auto_class.__name__, "", ""
@@ -208,7 +210,7 @@ def _quantised_lines(source: Source) -> tuple[str, str]:
     """Lines that define the quantisation, and the arguments of ``from_pretrained`` that use it."""
     if source.config.quantization == "none":
         return "", ""
-    options = settings(source.config.quantization, HEAD_MODULES)
+    options = settings(source.config.quantization, source.task.heads)
     arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return (
         "# Quantised with bitsandbytes as in training, and on the GPU if there is one.\n"
@@ -375,6 +377,15 @@ def _quality(source: Source) -> str:
 
 
 def _cut(source: Source) -> str:
+    if source.task.generates:
+        return (
+            'messages = [{"role": "user", "content": "…"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+            ")\n"
+            "tokens = model.generate(**inputs, max_new_tokens=64)[0]\n"
+            'print(tokenizer.decode(tokens[inputs["input_ids"].shape[1]:]))\n'
+        )
     length = source.config.training.max_length
     pairs = "" if source.config.data == "builtin" else "; of a pair: tokenizer(first, second, …)"
     return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length}){pairs}\n"

@@ -21,7 +21,7 @@ from droppeft.data.conversation_tokens import (
 from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
-from droppeft.models.causal_lm import load_causal_lm, load_causal_lm_config
+from droppeft.models.causal_lm import HEADS, load_causal_lm, load_causal_lm_config
 from droppeft.models.loading import Backbone, BackboneConfig
 from droppeft.models.quantization import copy_dequantised_values
 from droppeft.tasks.completion_loss import CompletionLoss, head_loss, last_hidden_states
@@ -115,6 +115,7 @@ class CausalLMTask:
     metrics: tuple[Metric, ...] = (LOSS, PERPLEXITY, TOKEN_ACCURACY)
     adapter_task = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
+    heads: tuple[str, ...] = HEADS
     rows_are_targets = False
     generates = True
 

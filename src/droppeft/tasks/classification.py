@@ -18,6 +18,7 @@ from droppeft.data.sources import load_text
 from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.data.tokens import TokenTable, pad_batch, tokenise
 from droppeft.models.loading import (
+    HEAD_MODULES,
     Backbone,
     BackboneConfig,
     load_backbone,
@@ -96,6 +97,7 @@ class ClassificationTask:
     metrics: tuple[Metric, ...] = (ACCURACY, F1, LOSS)
     adapter_task = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
+    heads: tuple[str, ...] = HEAD_MODULES
     rows_are_targets = True
     generates = False
 

@@ -113,6 +113,7 @@ class Task(Protocol):
             what a target refers to.
         adapter_task: peft's name for the task.
         auto_class: class of transformers that loads such a model.
+        heads: names of modules between the last layer and the output, which are not quantised.
         rows_are_targets: whether each row is one target. Otherwise the targets are tokens.
         generates: whether the model writes texts.
     """
@@ -121,6 +122,7 @@ class Task(Protocol):
     metrics: tuple[Metric, ...]
     adapter_task: str
     auto_class: Any
+    heads: tuple[str, ...]
     rows_are_targets: bool
     generates: bool
 
