@@ -1,4 +1,4 @@
-# `make run` and `make test` prepare whatever they need. `make test-full` also runs the tests that
+# `make run`, `make llm` (a language model) and `make test` prepare whatever they need. `make test-full` also runs the tests that
 # `make test` leaves out. `make docs` builds the documentation site into build/site, without network.
 # `make results` writes the figures and tables of docs/ again, from the committed result files.
 #
@@ -16,10 +16,13 @@ RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 LLM := $(VENV)/.installed-llm
 
-.PHONY: run test test-full lint install docs results constraints clean
+.PHONY: run llm test test-full lint install docs results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
+
+llm: $(LLM)
+	$(BIN)/droppeft run examples/smollm2.toml $(ARGS)
 
 test test-full: export HF_HUB_OFFLINE := 1
 test test-full: export TOKENIZERS_PARALLELISM := false

@@ -244,7 +244,7 @@ def test_a_gguf_file_is_converted_once_and_can_be_saved(
     backbone = load_causal_lm(str(gguf))
     assert capfd.readouterr() == ("", "")
     assert (backbone.path, backbone.num_layers) == (str(gguf), LAYERS)
-    assert backbone.source.options == {"gguf_file": "tiny.gguf"}
+    assert (Path(backbone.source.readable) / "model.safetensors").is_file()
     assert backbone.tokenizer.chat_template == TEMPLATE
     assert backbone.tokenizer.eos_token == "</s>"
     model: Any = backbone.model
