@@ -8,8 +8,8 @@ from typing import Any
 from droppeft.quantities import bytes_text, percent
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
 
-MARGIN = 0.01
-"""Accuracies that differ by no more than this are not called different."""
+FEWEST_EVALUATIONS = 4
+"""A run with fewer evaluations has no trend."""
 
 
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
@@ -46,7 +46,7 @@ def _quality(result: Mapping[str, Any]) -> str | None:
         f"{percent(result['initial_accuracy'])}; always naming the most frequent class gives "
         f"{percent(majority)}."
     )
-    if accuracy > majority + MARGIN:
+    if accuracy > majority + standard_error(majority, result["test_rows"]):
         return found
     return (
         f"{found} It has learnt little or nothing: try more rounds, or another "
@@ -54,28 +54,54 @@ def _quality(result: Mapping[str, Any]) -> str | None:
     )
 
 
+def standard_error(accuracy: float, rows: int) -> float:
+    """The standard error of the difference of two accuracies, each on as many rows.
+
+    The two are taken to be independent. On the same rows they are not, and their difference has a
+    smaller error, so that fewer differences are called real than could be.
+
+    Args:
+        accuracy: about where both are.
+        rows: 1 or more.
+    """
+    return math.sqrt(2 * accuracy * (1 - accuracy) / rows)
+
+
 def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
-    """Compare the last three evaluations with the three before."""
+    """Compare the last evaluations with as many before, up to three each.
+
+    A difference within the standard error is not called one. Where the learning rate falls to 0,
+    the end of the curve is flat in any case, and a rise before it may be due to the falling rate:
+    nothing is said then about more rounds.
+    """
     values = [row.global_accuracy for row in rows if row.global_accuracy is not None]
-    if len(values) < 2 * SMOOTHED_EVALUATIONS:
+    if len(values) < FEWEST_EVALUATIONS:
         return None
-    last = fmean(values[-SMOOTHED_EVALUATIONS:])
-    before = fmean(values[-2 * SMOOTHED_EVALUATIONS : -SMOOTHED_EVALUATIONS])
+    count = min(SMOOTHED_EVALUATIONS, len(values) // 2)
+    last, before = fmean(values[-count:]), fmean(values[-2 * count : -count])
+    margin = standard_error((last + before) / 2, result["sampled_test_rows"])
     best = f"round {result['best_round']} ({percent(result['best_accuracy'])})"
+    number = {2: "two", 3: "three"}[count]
     means = (
-        f"the last three evaluations average {percent(last)}, the three before {percent(before)}"
+        f"the last {number} evaluations average {percent(last)}, the {number} before "
+        f"{percent(before)}"
     )
-    if last > before + MARGIN:
-        return (
-            f"Accuracy was still rising when the run ended ({means}): try "
-            f"rounds={2 * result['rounds']}."
-        )
-    if last < before - MARGIN:
+    if last < before - margin:
         return (
             f"Accuracy was falling when the run ended ({means}), after its best in {best}: try "
             "fewer rounds, or a lower training.learning_rate."
         )
-    return f"Accuracy no longer rose when the run ended ({means}); the best was in {best}."
+    rose = last > before + margin
+    more = f"rounds={2 * result['rounds']}"
+    if result["config"]["training"]["schedule"] == "constant":
+        if rose:
+            return f"Accuracy was still rising when the run ended ({means}): try {more}."
+        return f"Accuracy no longer rose when the run ended ({means}); the best was in {best}."
+    change = "rose towards the end" if rose else "did not change beyond chance towards the end"
+    return (
+        f"Accuracy {change} ({means}). The learning rate falls to 0 over the run, so that only a "
+        f"longer run, such as {more}, shows whether more rounds help."
+    )
 
 
 def _clients_models(result: Mapping[str, Any]) -> str | None:
