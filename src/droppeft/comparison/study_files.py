@@ -27,8 +27,7 @@ RUNS, ROUNDS, CLIENTS = "runs.parquet", "rounds.parquet", "clients.parquet"
 OUTCOMES = (
     *("global_accuracy", "global_f1", "global_loss", "initial_accuracy"),
     *("personalised_accuracy", "personalised_worst_tenth", "personalised_deviation"),
-    *("personalised_accuracy_trained", "newcomers"),
-    "newcomers_accuracy",
+    "personalised_accuracy_trained",
     *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
     *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),

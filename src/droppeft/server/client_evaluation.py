@@ -112,14 +112,11 @@ def summarise_clients(
     accuracies = [each.accuracy for each in measurements]
     worst = sorted(accuracies)[: ceil(len(accuracies) / 10)]
     trained = [each.accuracy for each in measurements if participations.get(each.client)]
-    new = [each.accuracy for each in measurements if not participations.get(each.client)]
     return {
         "personalised_accuracy": _mean(accuracies),
         "personalised_worst_tenth": _mean(worst),
         "personalised_deviation": pstdev(accuracies) if accuracies else None,
         "personalised_accuracy_trained": _mean(trained),
-        "newcomers": len(new),
-        "newcomers_accuracy": _mean(new),
         "personalised_clients": len(accuracies),
         "personalised_rows": sum(each.rows for each in measurements),
         "personalised_wall_s": evaluation.wall_s,
