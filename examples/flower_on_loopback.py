@@ -8,6 +8,7 @@ The same commands are used on four machines; see docs/tutorials/your_own_machine
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
 
         def start(name: str, *command: str) -> None:
             log = stack.enter_context((folder / f"{name}.log").open("ab"))
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(folder))
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment(folder), start_new_session=True
+            )
             stack.callback(stop, process)
 
         start(
@@ -103,13 +106,13 @@ def wait_for(port: int, timeout_s: float = 60.0) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a process, and kill it if it does not end."""
+    """Terminate a process; kill it if it does not end, and all that it started."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(out: Path, settings: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from droppeft.cli import _split
+from droppeft.command_line_words import file_and_settings
 from droppeft.config import load_config
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
@@ -74,7 +74,7 @@ def test_the_pages_have_commands() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    path, overrides = _split(shlex.split(command)[2:])
+    path, overrides = file_and_settings(shlex.split(command)[2:])
     if path == Path("my.toml"):  # shown on the page of settings
         overrides = ["method=droppeft", *overrides]
     check_settings(load_config(path if path and path.exists() else None, overrides))

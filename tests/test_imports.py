@@ -29,7 +29,7 @@ LEVELS = (
     {"resources", "runs"},
     {"server"},
     {"comparison", "flower_server_app"},
-    {"report"},
+    {"command_line_words", "report"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -4,7 +4,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,11 +14,17 @@ from click import Context, NoSuchOption, UsageError
 from typer.core import TyperCommand
 
 from droppeft import __version__
+from droppeft.command_line_words import (
+    comparison_of,
+    config_to_measure,
+    drop_rates,
+    file_and_settings,
+    file_methods_settings,
+    seed_numbers,
+)
 from droppeft.errors import DroppeftError, Interrupted
 
 if TYPE_CHECKING:
-    from droppeft.comparison.grid import Comparison
-    from droppeft.config import Config
     from droppeft.runs.listener import Listener
 
 USER_ERROR, FAILED, STOPPED = 2, 1, 130
@@ -95,7 +101,7 @@ def run(
     """
     from droppeft.config import load_config
 
-    config = load_config(*_split(overrides or []))
+    config = load_config(*file_and_settings(overrides or []))
     folder = out or _new_folder(config.method)
 
     def work(listener: "Listener") -> None:
@@ -157,9 +163,9 @@ def compare(
     from droppeft.report.page import write_page
 
     require("report", "the page of a comparison")
-    file, methods, settings = _split_for_compare(overrides or [])
-    chosen_seeds = None if seeds is None else _whole_numbers(seeds)
-    comparison = _comparison(file, methods, settings, chosen_seeds)
+    file, methods, settings = file_methods_settings(overrides or [])
+    chosen_seeds = None if seeds is None else seed_numbers(seeds)
+    comparison = comparison_of(file, methods, settings, chosen_seeds)
     study = comparison.study(
         file.read_text(encoding="utf-8") if file else "",
         shlex.join(["droppeft", *sys.argv[1:]]),
@@ -332,10 +338,12 @@ def profile(
 
     if out is not None:
         require("report", "the figure in --out")
-    config = _to_measure(overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"])
+    config = config_to_measure(
+        overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"]
+    )
     console = Console(stderr=True) if as_json else Console()
     try:
-        result = report.run_profile(config, _numbers(rates), repeats, steps, console)
+        result = report.run_profile(config, drop_rates(rates), repeats, steps, console)
     except KeyboardInterrupt:
         _leave("stopped; nothing was written", STOPPED)
     if out is not None:
@@ -383,7 +391,7 @@ def estimate(
     from droppeft.report import show_estimate as report
     from droppeft.resources.estimate import combinations, limits
 
-    configs = list(combinations(*_split(overrides or [])))
+    configs = list(combinations(*file_and_settings(overrides or [])))
     device = limits(memory, seconds, profile, configs[0].clock.custom)
     console = Console(stderr=True) if as_json else Console()
     answer = report.consider(configs, device, profile, console)
@@ -455,89 +463,6 @@ def _name_of(comparison: Path) -> str:
 
     is_study = comparison.name == DEFINITION
     return comparison.resolve().parent.name if is_study else comparison.stem
-
-
-def _split_for_compare(arguments: Sequence[str]) -> tuple[Path | None, list[str], list[str]]:
-    """Comparison file, methods and settings among the arguments of ``compare``."""
-    settings = [argument for argument in arguments if "=" in argument]
-    names = [argument for argument in arguments if "=" not in argument]
-    files = [name for name in names if name.endswith(".toml")]
-    methods = [name for name in names if name not in files]
-    if len(files) > 1 or (files and (methods or settings)) or not (files or methods):
-        raise DroppeftError(
-            "name one .toml file, or methods and settings: droppeft compare fedlora fedra rounds=5"
-        )
-    return (Path(files[0]) if files else None), methods, settings
-
-
-def _comparison(
-    file: Path | None,
-    methods: Sequence[str],
-    settings: Sequence[str],
-    seeds: Sequence[int] | None,
-) -> "Comparison":
-    """What ``compare`` was asked for; all seeds of a file, also those that are not chosen."""
-    from droppeft.comparison.grid import named_on_the_command_line, read_comparison
-
-    if file is None:
-        return named_on_the_command_line(methods, settings, seeds)
-    comparison = read_comparison(file)
-    if seeds and not {*seeds} <= {*comparison.seeds}:
-        chosen, known = (",".join(map(str, some)) for some in (seeds, comparison.seeds))
-        raise DroppeftError(f"--seeds {chosen}: {file} has only the seeds {known}")
-    return comparison
-
-
-def _split(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Separate the configuration file from the ``key=value`` settings."""
-    files = [argument for argument in overrides if "=" not in argument]
-    if len(files) > 1:
-        odd = next((name for name in files if not name.endswith(".toml")), files[0])
-        hint = _hint(odd, *files[files.index(odd) + 1 :][:1])
-        raise DroppeftError(
-            f"only one configuration file can be given, got {' and '.join(files)}{hint}"
-        )
-    if files and not files[0].endswith(".toml"):
-        raise DroppeftError(f"{files[0]!r} is neither a .toml file nor key=value{_hint(*files)}")
-    settings = [argument for argument in overrides if "=" in argument]
-    return (Path(files[0]) if files else None), settings
-
-
-def _hint(argument: str, value: str = "VALUE") -> str:
-    """A suggestion for an argument without ``=`` that is the name of a setting or a method."""
-    from droppeft.config import known_keys
-    from droppeft.methods import METHODS
-
-    if argument in METHODS:
-        return f"; did you mean method={argument}?"
-    return f"; did you mean {argument}={value}?" if argument in dict(known_keys()) else ""
-
-
-def _to_measure(overrides: Sequence[str], defaults: Sequence[str]) -> "Config":
-    """The configuration whose step is measured; overrides win over the file and the defaults."""
-    import torch
-
-    from droppeft.config import load_config, resolve
-    from droppeft.methods.rules import STEP_METHOD, check_step_settings, step_of
-
-    path, settings = _split(overrides)
-    check_step_settings(settings)
-    config = step_of(load_config(path, [*defaults, *settings], STEP_METHOD))
-    return resolve(config, cuda=torch.cuda.is_available())
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise DroppeftError(f"--rates {text!r}: write numbers as 0,0.25,0.5") from None
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DroppeftError(f"--seeds {text!r}: write whole numbers as 0,1,2") from None
 
 
 def _new_folder(method: str) -> Path:

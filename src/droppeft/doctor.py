@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from droppeft.quantities import bytes_text
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -115,12 +117,12 @@ def check_memory() -> Finding:
         size if limit == "max" else min(size, int(limit))
         for size in (memory.total, memory.available)
     )
-    found = f"{_size(total)}, {_size(free)} free"
+    found = f"{bytes_text(total)}, {bytes_text(free)} free"
     if free >= ENOUGH_MEMORY_BYTES:
         return Finding("ok", found)
     return Finding(
         "note",
-        f"{found}: less than {_size(ENOUGH_MEMORY_BYTES)} may not be enough",
+        f"{found}: less than {bytes_text(ENOUGH_MEMORY_BYTES)} may not be enough",
         "droppeft run training.batch_size=4 evaluation.batch_size=16",
     )
 
@@ -202,7 +204,7 @@ def _folder(folder: Path, remedy: str, if_not: Literal["note", "problem"]) -> Fi
     except OSError as error:
         return Finding(if_not, f"{folder} cannot be written: {error.strerror}", remedy)
     free = shutil.disk_usage(existing).free
-    found = f"{folder}, {_size(free)} free"
+    found = f"{folder}, {bytes_text(free)} free"
     if free >= ENOUGH_DISK_BYTES:
         return Finding("ok", found)
     return Finding("note", f"{found}, which is little", remedy)
@@ -230,7 +232,3 @@ def _complaint(requirement: "Requirement") -> str | None:
 def _pip(*arguments: str) -> str:
     """A command that installs packages (droppeft and what it needs, if none is named) here."""
     return shlex.join([sys.executable, "-m", "pip", "install", *(arguments or ("droppeft",))])
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.1f} GB"

@@ -189,7 +189,7 @@ def test_a_target_on_the_command_line_is_the_comparison_s() -> None:
 
 
 def test_the_same_run_twice_is_refused() -> None:
-    variants = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=15"]}
+    variants = {"a": ["method=fedlora"], "b": ["method=fedlora", "rounds=10"]}
     with pytest.raises(DroppeftError, match="'a' and 'b' are the same run"):
         cells(Comparison.model_validate({"variants": variants}))
 
@@ -726,7 +726,8 @@ def test_the_studies_can_be_read(
     }
     assert {cell.seed for cell in found} == others.get(path.parent.name, {0, 1, 2})
     for cell in found:
-        assert Path(resolve(cell.config, cuda=False).data).is_dir()
+        data = resolve(cell.config, cuda=False).data
+        assert data == "builtin" or Path(data).is_dir()
         assert not method_named(cell.config.method).adjust(cell.config).clock.deadline_s
 
 

@@ -153,15 +153,15 @@ def arms_that_fit(setup: Setup, model: GlobalModel, arms: Sequence[Arm]) -> list
         DroppeftError: if some client has not enough memory for any arm; the message names its
             device profile.
     """
+    needed = {arm: bytes_of_arm(setup, model, arm) for arm in arms}
     profiles = assigned_profiles(setup)
     for name, profile in profiles.items():
-        if not any(fitting_arms(setup, model, arms, profile)):
-            least = min(bytes_of_arm(setup, model, arm) for arm in arms)
+        if min(needed.values()) > profile.memory_bytes:
             raise DroppeftError(
                 f"no arm of the configurator fits the memory of {name}: the smallest needs "
-                f"{least / 1e9:.2f} GB of {profile.memory_bytes / 1e9:.2f} GB; "
+                f"{min(needed.values()) / 1e9:.2f} GB of {profile.memory_bytes / 1e9:.2f} GB; "
                 "lower training.batch_size or training.max_length, or add larger values to "
                 "configurator.means or configurator.untrained"
             )
     largest = max(profile.memory_bytes for profile in profiles.values())
-    return [arm for arm in arms if bytes_of_arm(setup, model, arm) <= largest]
+    return [arm for arm in arms if needed[arm] <= largest]

@@ -392,7 +392,7 @@ class EvaluationConfig(Table):
 
     every: Whole = Field(1, ge=1, description="rounds between evaluations")
     rows: Whole = Field(
-        500, ge=1, description="test rows of a round's evaluation, the same in every round"
+        250, ge=1, description="test rows of a round's evaluation, the same in every round"
     )
     final_rows: Whole | None = Field(
         None, ge=1, description="test rows of the evaluation at the end; all if not given"
@@ -462,7 +462,7 @@ class Config(Table):
         "simulation engine)",
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
-    rounds: Whole = Field(15, ge=1, description="federated rounds")
+    rounds: Whole = Field(10, ge=1, description="federated rounds")
     clients: Whole = Field(20, ge=1, description="number of clients")
     cohort_size: Whole = Field(5, ge=1, description="number of updates that a round merges at most")
     quorum: Whole = Field(

@@ -10,7 +10,10 @@ from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
 
 MARGIN = 0.01
-"""Values of a metric that differ by no more than this are not called different."""
+"""Losses that differ by no more than this are not called different."""
+
+FEWEST_EVALUATIONS = 4
+"""A run with fewer evaluations has no trend."""
 
 
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
@@ -67,7 +70,7 @@ def _accuracy(result: Mapping[str, Any]) -> str:
         f"{percent(result['initial_accuracy'])}; always naming the most frequent class gives "
         f"{percent(majority)}."
     )
-    if accuracy > majority + MARGIN:
+    if accuracy > majority + standard_error(majority, result["test_rows"]):
         return found
     return (
         f"{found} It has learnt little or nothing: try more rounds, or another "
@@ -75,35 +78,67 @@ def _accuracy(result: Mapping[str, Any]) -> str:
     )
 
 
+def standard_error(accuracy: float, rows: int) -> float:
+    """The standard error of the difference of two accuracies, each on as many rows.
+
+    The two are taken to be independent. On the same rows they are not, and their difference has a
+    smaller error, so that fewer differences are called real than could be.
+
+    Args:
+        accuracy: about where both are.
+        rows: 1 or more.
+    """
+    return math.sqrt(2 * accuracy * (1 - accuracy) / rows)
+
+
 def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
-    """Compare the last three evaluations with the three before."""
+    """Compare the last evaluations with as many before, up to three each.
+
+    A difference within the standard error is not called one. Where the learning rate falls to 0,
+    the end of the curve is flat in any case, and an improvement before it may be due to the falling
+    rate: nothing is said then about more rounds.
+    """
     metric = primary_metric(result)
     found = [row.quality[metric.key("global")] for row in rows]
     values = [value for value in found if value is not None]
-    if len(values) < 2 * SMOOTHED_EVALUATIONS:
+    if len(values) < FEWEST_EVALUATIONS:
         return None
-    last = fmean(values[-SMOOTHED_EVALUATIONS:])
-    before = fmean(values[-2 * SMOOTHED_EVALUATIONS : -SMOOTHED_EVALUATIONS])
+    count = min(SMOOTHED_EVALUATIONS, len(values) // 2)
+    last, before = fmean(values[-count:]), fmean(values[-2 * count : -count])
     if not math.isfinite(last + before):
         return None
+    margin = _margin(metric, (last + before) / 2, result["sampled_test_rows"])
     best = f"round {result['best_round']} ({_text(metric, result[metric.key('best')])})"
+    number = {2: "two", 3: "three"}[count]
     means = (
-        f"the last three evaluations average {_text(metric, last)}, the three before "
+        f"the last {number} evaluations average {_text(metric, last)}, the {number} before "
         f"{_text(metric, before)}"
     )
-    name = metric.label.capitalize()
+    name, gain = metric.label.capitalize(), metric.gain(last, before)
     rising, falling = ("rising", "falling") if metric.higher_is_better else ("falling", "rising")
-    if metric.gain(last, before) > MARGIN:
-        return (
-            f"{name} was still {rising} when the run ended ({means}): try "
-            f"rounds={2 * result['rounds']}."
-        )
-    if metric.gain(last, before) < -MARGIN:
+    if gain < -margin:
         return (
             f"{name} was {falling} when the run ended ({means}), after its best in {best}: try "
             "fewer rounds, or a lower training.learning_rate."
         )
-    return f"{name} no longer improved when the run ended ({means}); the best was in {best}."
+    improved = gain > margin
+    more = f"rounds={2 * result['rounds']}"
+    if result["config"]["training"]["schedule"] == "constant":
+        if improved:
+            return f"{name} was still {rising} when the run ended ({means}): try {more}."
+        return f"{name} no longer improved when the run ended ({means}); the best was in {best}."
+    change = (
+        "improved towards the end" if improved else "did not change beyond chance towards the end"
+    )
+    return (
+        f"{name} {change} ({means}). The learning rate falls to 0 over the run, so that only a "
+        f"longer run, such as {more}, shows whether more rounds help."
+    )
+
+
+def _margin(metric: Metric, value: float, rows: int) -> float:
+    """The smallest difference that is not taken for chance."""
+    return standard_error(value, rows) if metric.most == 1 else MARGIN
 
 
 def _clients_models(result: Mapping[str, Any]) -> str | None:

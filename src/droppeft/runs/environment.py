@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from droppeft import __version__
 from droppeft.config import available_cores
 
 PACKAGES = (
-    "droppeft",
     "torch",
     "transformers",
     "peft",
@@ -22,9 +22,12 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on.
+
+    droppeft itself may run from a folder with its source, without being installed.
+    """
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), "droppeft": __version__, **packages}
 
 
 def machine(accelerator: str) -> dict[str, str | int]:

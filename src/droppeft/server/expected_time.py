@@ -1,4 +1,4 @@
-"""How long a run will take in this process, estimated before round 1 from one evaluation. Ours."""
+"""How long a run will take in this process, estimated before round 1 from evaluations. Ours."""
 
 import math
 
@@ -10,7 +10,7 @@ BACKWARD = 2.0
 """Time of a trained layer's backward pass, in times of its forward pass."""
 
 
-def estimate_wall_s(prepared: Prepared, measured: Evaluation) -> float | None:
+def estimate_wall_s(prepared: Prepared, measured: Evaluation, repeated: Evaluation) -> float | None:
     """Estimate the seconds of all rounds and of the final evaluations.
 
     Texts of training and evaluation are taken to be equally long, and every layer that is not
@@ -18,7 +18,9 @@ def estimate_wall_s(prepared: Prepared, measured: Evaluation) -> float | None:
 
     Args:
         prepared: the server before round 1, whose clients run in this process.
-        measured: the evaluation of the model before training.
+        measured: the evaluation of the model before training. It is the first work of the process
+            and takes longer than the same work later, so that its time is not used.
+        repeated: a second evaluation, which may be on fewer rows.
 
     Returns:
         ``None`` if the clients run elsewhere.
@@ -26,7 +28,7 @@ def estimate_wall_s(prepared: Prepared, measured: Evaluation) -> float | None:
     config = prepared.config
     if config.transport != "in_process":
         return None
-    per_row = measured.wall_s / measured.rows
+    per_row = repeated.wall_s / repeated.tokens * measured.tokens / measured.rows
     trained = 1 - config.frozen.count / prepared.setup.num_layers
     training = config.rounds * _rows_per_round(prepared) * per_row * (1 + BACKWARD * trained)
     return training + _evaluated_rows(prepared, measured.rows) * per_row

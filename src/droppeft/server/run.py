@@ -99,7 +99,8 @@ def start_run(
         evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
         first = Checkpoint(0, prepared.state, _initial_facts(prepared, evaluation))
         begin(out, prepared.config, first)
-        expected = estimate_wall_s(prepared, evaluation)
+        again = _evaluate(prepared, prepared.state.model, prepared.sample[::4])
+        expected = estimate_wall_s(prepared, evaluation, again)
         with locked(out):
             return _run_rounds(prepared, transport, first, [], out, listener, expected)
 
