@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from click import Context, NoSuchOption, UsageError
@@ -211,6 +211,45 @@ def export(
         else f"accuracy {done.accuracy:.4f} on {done.rows} test texts"
     )
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
+
+
+@app.command(cls=CommandWithSettings)
+def data(
+    name: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file, Hub id or builtin.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE ...", show_default=False)
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Training rows to show.")] = 3,
+    task: Annotated[
+        Literal["auto", "classification", "causal_lm"],
+        typer.Option(help="What the data are for; auto: found by the columns."),
+    ] = "auto",
+) -> None:
+    """Show what is recognised in a data set, and rows as a model sees them.
+
+    Of conversations, what is learnt is shown in another colour than the rest.
+    Settings are model (its tokenizer is used; smollm2 for a causal language model
+    if not given), training.max_length, partition.key, and those that begin with
+    source., such as source.label=category.
+    """
+    from rich.console import Console
+
+    from droppeft.config import load_config
+    from droppeft.data.summary import check_settings, recognise, summarise
+    from droppeft.models.sources import find_source
+    from droppeft.report import show_data as report
+
+    overrides = settings or []
+    check_settings(overrides)
+    config = load_config(None, [f"data={name}", *overrides])
+    source = config.source
+    kind = recognise(name, source) if task == "auto" else task
+    chosen = any(override.startswith("model=") for override in overrides)
+    model = config.model if chosen or kind == "classification" else "smollm2"
+    tokenizer = find_source(model).load_tokenizer()
+    length, key = config.training.max_length, config.partition.key
+    summary = summarise(name, kind, source, key, tokenizer, length, show)
+    report.show(name, model, summary, Console())
 
 
 @app.command(cls=CommandWithSettings)
