@@ -282,36 +282,26 @@ def data(
         list[str] | None, typer.Argument(metavar="KEY=VALUE ...", show_default=False)
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Training rows to show.")] = 3,
-    task: Annotated[
-        Literal["auto", "classification", "causal_lm"],
-        typer.Option(help="What the data are for; auto: found by the columns."),
-    ] = "auto",
 ) -> None:
     """Show what is recognised in a data set, and rows as a model sees them.
 
     Of conversations, what is learnt is shown in another colour than the rest.
-    Settings are model (its tokenizer is used; smollm2 for a causal language model
-    if not given), training.max_length, partition.key, and those that begin with
-    source., such as source.label=category.
+    Settings are task, model (its tokenizer is used), training.max_length,
+    training.loss_on, partition.key, and those that begin with source., such as
+    source.label=category.
     """
     from rich.console import Console
 
     from droppeft.config import load_config
-    from droppeft.data.summary import check_settings, recognise, summarise
+    from droppeft.data.summary import check_settings, summarise
     from droppeft.models.sources import find_source
     from droppeft.report import show_data as report
 
     overrides = settings or []
     check_settings(overrides)
     config = load_config(None, [f"data={name}", *overrides])
-    source = config.source
-    kind = recognise(name, source) if task == "auto" else task
-    chosen = any(override.startswith("model=") for override in overrides)
-    model = config.model if chosen or kind == "classification" else "smollm2"
-    tokenizer = find_source(model).load_tokenizer()
-    length, key = config.training.max_length, config.partition.key
-    summary = summarise(name, kind, source, key, tokenizer, length, show)
-    report.show(name, model, summary, Console())
+    tokenizer = find_source(config.model).load_tokenizer()
+    report.show(name, config.model, summarise(config, tokenizer, show), Console())
 
 
 @app.command(cls=CommandWithSettings)

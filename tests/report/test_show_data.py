@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from chat_tokenizer import chat_tokenizer
-from droppeft.config import SourceConfig
-from droppeft.data.summary import Kind, check_settings, recognise, summarise
+from droppeft.config import load_config
+from droppeft.data.summary import check_settings, summarise
 from droppeft.report.show_data import LEARNT, show
 from refusals import refused
 
@@ -31,15 +31,16 @@ def texts(tmp_path: Path) -> Path:
     return lines(tmp_path / "texts.jsonl", rows)
 
 
-def printed(path: Path, kind: Kind, source: SourceConfig, key: str | None = None) -> str:
-    summary = summarise(str(path), kind, source, key, chat_tokenizer(), 20, 2)
+def printed(path: Path, *settings: str) -> str:
+    config = load_config(None, [f"data={path}", "training.max_length=20", *settings])
+    summary = summarise(config, chat_tokenizer(), 2)
     console = Console(width=100, record=True, color_system=None, file=io.StringIO())
     show("chats", "tiny", summary, console)
     return console.export_text()
 
 
 def test_conversations_are_summarised_and_shown(chats: Path) -> None:
-    text = printed(chats, "causal_lm", SourceConfig(label="who"), "who")
+    text = printed(chats, "source.label=who", "partition.key=who")
     assert "chats · for a causal language model" in text
     assert "prompt, completion, who" in text
     assert "17 to train and 3 to test" in text
@@ -47,11 +48,12 @@ def test_conversations_are_summarised_and_shown(chats: Path) -> None:
     assert "owners      3, with " in text
     assert "lose the end of what is learnt" in text
     assert "<|im_start|>assistant\n[[yes" in text
-    assert text.count("row ") == 3  # two titles, and "per row"
+    assert text.count("row ") == 2
 
 
 def test_colours_tell_what_is_learnt(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summarise(str(chats), "causal_lm", SourceConfig(), None, chat_tokenizer(), 200, 1)
+    config = load_config(None, [f"data={chats}", "training.max_length=200"])
+    summary = summarise(config, chat_tokenizer(), 1)
     assert summary.learnt is not None
     assert 0 < summary.learnt < 1
     show("chats", "tiny", summary, Console(force_terminal=True, color_system="standard", width=80))
@@ -63,33 +65,14 @@ def test_colours_tell_what_is_learnt(chats: Path, capsys: pytest.CaptureFixture[
 
 
 def test_texts_are_summarised_with_their_classes(texts: Path) -> None:
-    text = printed(texts, "classification", SourceConfig())
+    text = printed(texts)
     assert "for classification of texts" in text
     assert "2: bad 8, good 8" in text
     assert "no row at training.max_length=20" in text
     assert "tokens · " in text
 
 
-def test_the_kind_is_recognised_by_columns(chats: Path, texts: Path, tmp_path: Path) -> None:
-    assert recognise(str(chats), SourceConfig()) == "causal_lm"
-    assert recognise(str(texts), SourceConfig()) == "classification"
-    assert recognise("builtin", SourceConfig()) == "classification"
-    named = SourceConfig(text=("who",), label="who")
-    assert recognise(str(chats), named) == "causal_lm"  # its prompts and completions say more
-    plain = lines(tmp_path / "plain.jsonl", [{"text": "hello"}])
-    assert recognise(str(plain), SourceConfig()) == "causal_lm"
-    other = lines(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}])
-    assert (
-        recognise(str(other), SourceConfig(prompt="question", completion="answer")) == "causal_lm"
-    )
-    assert recognise(str(other), SourceConfig(text=("question",), label="answer")) == (
-        "classification"
-    )
-    with refused("neither texts with labels nor conversations found among the columns question"):
-        recognise(str(other), SourceConfig())
-
-
 def test_settings_without_an_effect_are_refused() -> None:
     check_settings(["model=smollm2", "source.label=kind", "training.max_length=64"])
-    with refused("rounds does not change what droppeft data shows; it takes model, "):
+    with refused("rounds does not change what droppeft data shows; it takes task, "):
         check_settings(["rounds=3"])

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from droppeft.config.schema import DEFAULT_METHOD, EXCLUSIVE, HALF, Config
 from droppeft.config.table import Table
+from droppeft.config.task_detection import detected_task
 from droppeft.errors import DroppeftError
 
 
@@ -41,7 +42,7 @@ def load_config(
         _insert(tree, key, value)
     tree.setdefault("method", method)
     if "task" not in tree:
-        tree["task"] = _detected_task(tree)
+        tree["task"] = detected_task(tree)
     return build_config(tree, f"in {path}" if path and not overrides else "")
 
 
@@ -171,13 +172,6 @@ def _absolute_if_exists(key: str, name: str) -> str:
             f"{key}={name}: the environment has no variable {unknown[1]}; export it"
         )
     return str(path.resolve()) if exists else expanded
-
-
-def _detected_task(tree: Mapping[str, Any]) -> str:
-    from droppeft.tasks.detection import detected_task  # which imports the configuration
-
-    data = tree.get("data")
-    return detected_task({**tree, "data": os.path.expandvars(data)} if data else tree)
 
 
 def _drop_rivals(tree: dict[str, Any], key: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from droppeft import seeds
 from droppeft.config import SourceConfig
+from droppeft.config.task_detection import LABEL_COLUMNS, TEXT_COLUMNS
 from droppeft.data.builtin import load_builtin, package_of
 from droppeft.data.splits import Split, read_splits
 from droppeft.data.texts import Rows, TextData, TextTable
@@ -19,15 +20,6 @@ from droppeft.errors import DroppeftError
 
 __all__ = ["TextData", "TextTable", "load_text"]
 
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-)
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 TEST_FRACTION = 0.2
 """Share of the rows of each class that become the test split of a single file."""
 
@@ -188,7 +180,8 @@ def _label_column(split: Split, source: SourceConfig) -> str:
 def _not_found(what: str, split: Split) -> DroppeftError:
     columns = ", ".join(split.table.column_names)
     return DroppeftError(
-        f"{split.where}: no {what} column found among {columns}; set source.{what} to its name"
+        f"{split.where}: no {what} column found among {columns}; set source.{what} to its name, "
+        "or task=causal_lm to learn to write texts"
     )
 
 

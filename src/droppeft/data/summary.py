@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from droppeft.config import SourceConfig, key_of
+from droppeft.config import Config, key_of
+from droppeft.config.schema import TrainingConfig
 from droppeft.data.conversation_shapes import detect_shape
 from droppeft.data.conversation_sources import load_conversations
 from droppeft.data.conversation_tokens import IGNORED, encode_conversations
 from droppeft.data.conversations import ConversationData
-from droppeft.data.sources import LABEL_COLUMNS, TEXT_COLUMNS, load_text
+from droppeft.data.sources import load_text
 from droppeft.data.splits import read_splits
 from droppeft.data.texts import Rows, TextData
 from droppeft.data.tokens import tokenise
@@ -21,7 +22,7 @@ from droppeft.errors import DroppeftError
 
 Kind = Literal["classification", "causal_lm"]
 
-SETTINGS = ("model", "training.max_length", "partition.key")
+SETTINGS = ("task", "model", "training.max_length", "training.loss_on", "partition.key")
 """Settings of ``droppeft data`` besides the table ``source``."""
 
 UNTRUNCATED = 2**31 - 1
@@ -94,65 +95,30 @@ def check_settings(overrides: Sequence[str]) -> None:
             )
 
 
-def recognise(data: str, source: SourceConfig) -> Kind:
-    """Decide what data are for.
-
-    A table with a label column and a text column, or with ``source.label`` and ``source.text``, is
-    for classification; one with another known shape is for a causal language model. ``builtin`` is
-    for classification.
-
-    Raises:
-        DroppeftError: the data cannot be read, or are for neither.
-    """
-    if data == "builtin":
-        return "classification"
-    if source.prompt is not None:
-        return "causal_lm"
-    split, _ = read_splits(data, source, needs_test=False)
-    present = set(split.table.column_names)
-    has_label = source.label is not None or not present.isdisjoint(LABEL_COLUMNS)
-    has_text = source.text is not None or any(present.issuperset(one) for one in TEXT_COLUMNS)
-    shape = detect_shape(split.table.column_names)
-    if has_label and has_text and shape in (None, "text"):
-        return "classification"
-    if shape is None and source.text is None:
-        raise DroppeftError(
-            f"{split.where}: neither texts with labels nor conversations found among the columns "
-            f"{', '.join(split.table.column_names)}; name columns with source.text and "
-            "source.label, or with source.prompt and source.completion"
-        )
-    return "causal_lm"
-
-
-def summarise(
-    data: str,
-    kind: Kind,
-    source: SourceConfig,
-    key: str | None,
-    tokenizer: Any,
-    max_length: int,
-    show: int,
-) -> Summary:
+def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
     """Read, tokenise and summarise data; the first ``show`` training rows are shown.
 
     Raises:
         DroppeftError: the data cannot be read, or their rows cannot be rendered.
     """
+    data, source, key = config.data, config.source, config.partition.key
     columns: tuple[str, ...] = ()
     if data != "builtin":
         columns = tuple(read_splits(data, source, needs_test=False)[0].table.column_names)
-    if kind == "classification":
-        return _texts(load_text(data, source, key), columns, tokenizer, max_length, show)
-    loaded = load_conversations(data, source, key)
-    return _conversations(loaded, columns, tokenizer, max_length, show)
+    if config.task == "classification":
+        loaded = load_text(data, source, key)
+        return _texts(loaded, columns, tokenizer, config.training.max_length, show)
+    return _conversations(
+        load_conversations(data, source, key), columns, tokenizer, config.training, show
+    )
 
 
 def _texts(
     data: TextData, columns: tuple[str, ...], tokenizer: Any, max_length: int, show: int
 ) -> Summary:
     lengths = tokenise(data.train, tokenizer, UNTRUNCATED).lengths
-    first = np.arange(min(show, len(data.train)))
-    table = tokenise(data.train.take(first), tokenizer, max_length)
+    first = range(min(show, len(data.train)))
+    table = tokenise(data.train.take(np.array(first, np.int64)), tokenizer, max_length)
     shown = tuple(
         Shown(
             row + 1,
@@ -160,7 +126,7 @@ def _texts(
             int(table.lengths[row]),
             data.label_names[table.labels[row]],
         )
-        for row in map(int, first)
+        for row in first
     )
     return Summary(
         kind="classification",
@@ -179,9 +145,15 @@ def _texts(
 
 
 def _conversations(
-    data: ConversationData, columns: tuple[str, ...], tokenizer: Any, max_length: int, show: int
+    data: ConversationData,
+    columns: tuple[str, ...],
+    tokenizer: Any,
+    training: TrainingConfig,
+    show: int,
 ) -> Summary:
-    encoded = encode_conversations(data.train, tokenizer, max_length)
+    encoded = encode_conversations(
+        data.train, tokenizer, training.max_length, training.loss_on
+    )
     shown = []
     for row in range(min(show, len(encoded))):
         start, end = encoded.offsets[row : row + 2]
@@ -197,7 +169,7 @@ def _conversations(
         test_rows=len(data.test),
         labels=_counts(data.train.labels, data.label_names),
         owners=_owners(data.train.keys),
-        max_length=max_length,
+        max_length=training.max_length,
         lengths=encoded.full_lengths,
         truncated_ends=encoded.truncated_completions,
         learnt=float(encoded.targets.sum() / encoded.lengths.sum()),
