@@ -77,7 +77,7 @@ def runs_table(studies: Sequence[str]) -> str:
 
 
 def _about(name: str) -> Sequence[str]:
-    study, records = read_compared(name)
+    _, records = read_compared(name)
     results = [outcome_of(one) for one in records if one.result is not None]
     seconds = sorted(result["host_wall_s"] for result in results)[len(results) // 2]
     machines = dict.fromkeys(processor(one["machine"]) for one in results)
@@ -87,7 +87,7 @@ def _about(name: str) -> Sequence[str]:
         ", ".join(dict.fromkeys(Path(one.data).name for one in records)),
         f"{_each(results, 'clients')}, {_each(results, 'cohort_size')} a round; alpha {alphas}",
         f"{_each(results, 'rounds')} of {_each(results, 'local_steps')} steps",
-        _seeds(study, records),
+        _seeds(records),
         f"{seconds:.0f} s on {' or '.join(machines)}",
     )
 
@@ -97,11 +97,11 @@ def _each(results: Iterable[Row], key: str) -> str:
     return ", ".join("–" if value is None else f"{value:g}" for value in found)
 
 
-def _seeds(study: Study, records: Sequence[RunRecord]) -> str:
+def _seeds(records: Sequence[RunRecord]) -> str:
     """How many seeds variants have; a range where some are missing."""
     done = Counter((one.place, one.variant) for one in records if one.result is not None)
     least, most = min(done.values()), max(done.values())
-    return str(most) if least == len(study.seeds) else f"{least} to {most}"
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def final_loss(run: RunRecord, last: int | None = None) -> float:
