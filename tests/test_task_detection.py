@@ -13,7 +13,7 @@ from droppeft.data.conversation_shapes import SHAPES
 
 
 def test_the_columns_are_those_that_are_read() -> None:
-    assert CONVERSATION_COLUMNS == {name: shape.required for name, shape in SHAPES.items()}
+    assert {name: shape.required for name, shape in SHAPES.items()} == CONVERSATION_COLUMNS
 
 
 @pytest.mark.parametrize(

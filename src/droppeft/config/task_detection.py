@@ -1,4 +1,4 @@
-"""Finds the task of settings that do not name one, from the model and the columns of the data. Ours."""
+"""Finds the task of settings that name none, from the model and the columns of the data. Ours."""
 
 import csv
 import itertools

@@ -10,7 +10,6 @@ import numpy as np
 
 from droppeft.config import Config, key_of
 from droppeft.config.schema import TrainingConfig
-from droppeft.data.conversation_shapes import detect_shape
 from droppeft.data.conversation_sources import load_conversations
 from droppeft.data.conversation_tokens import IGNORED, encode_conversations
 from droppeft.data.conversations import ConversationData
@@ -151,9 +150,7 @@ def _conversations(
     training: TrainingConfig,
     show: int,
 ) -> Summary:
-    encoded = encode_conversations(
-        data.train, tokenizer, training.max_length, training.loss_on
-    )
+    encoded = encode_conversations(data.train, tokenizer, training.max_length, training.loss_on)
     shown = []
     for row in range(min(show, len(encoded))):
         start, end = encoded.offsets[row : row + 2]
