@@ -23,7 +23,12 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is
 
 def test_every_example_has_a_test() -> None:
     """`flower_on_loopback.py` runs in transports/flower/test_three_places.py."""
-    assert EXAMPLES == ["ag_news.toml", "flower_on_loopback.py", "layer_dropout_alone.py"]
+    assert EXAMPLES == [
+        "ag_news.toml",
+        "flower_on_loopback.py",
+        "layer_dropout_alone.py",
+        "smollm2.toml",
+    ]
 
 
 def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
