@@ -20,6 +20,10 @@ from droppeft.config.task_detection import detected_task
 from droppeft.errors import DroppeftError
 
 
+PACKAGED = ("builtin", "mpnet", "smollm2")
+"""Models and data that packages carry; a folder of the same name is given as ``./NAME``."""
+
+
 def load_config(
     path: Path | None, overrides: Sequence[str] = (), method: str = DEFAULT_METHOD
 ) -> Config:
@@ -166,7 +170,7 @@ def _absolute_if_exists(key: str, name: str) -> str:
     """Expand ~ and $VARIABLES, and make an existing path absolute."""
     expanded = os.path.expandvars(name)
     path = Path(expanded).expanduser()
-    exists = name != "builtin" and path.exists()
+    exists = name not in PACKAGED and path.exists()
     if not exists and (unknown := re.search(r"\$\{?(\w+)", expanded)):
         raise DroppeftError(
             f"{key}={name}: the environment has no variable {unknown[1]}; export it"
