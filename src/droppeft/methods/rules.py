@@ -96,6 +96,15 @@ NO_EFFECT = (
         instead="leave it out, or set another server.optimizer",
     ),
     NoEffect(
+        keys=(
+            *("dtype", "training.loss_on", "source.prompt", "source.completion"),
+            *("evaluation.generated", "evaluation.max_new_tokens"),
+        ),
+        when=lambda config: not task_named(config.task).generates,
+        reason="task={config.task}",
+        instead="leave it out, or set task=causal_lm",
+    ),
+    NoEffect(
         keys=("flower.",),
         when=lambda config: config.transport != "flower",
         reason="transport={config.transport}",
@@ -104,7 +113,7 @@ NO_EFFECT = (
 """If several rules hold for a setting, the first is reported."""
 
 STEP_SETTINGS = (
-    *("model", "quantization", "accelerator", "threads", "seed"),
+    *("task", "model", "quantization", "dtype", "accelerator", "threads", "seed"),
     *("adapter.", "dropout.", "frozen.", "clock.custom."),
     *("training.batch_size", "training.max_length", "training.precision"),
     *("training.checkpointing", "training.offload"),
@@ -173,8 +182,9 @@ def reason_of(rule: NoEffect, config: Config) -> str:
 
 
 def given(config: Config) -> Mapping[str, Any]:
-    """Settings by dotted key that differ from the defaults of the configuration's method."""
-    defaults = flat(as_tree(build_config({"method": config.method})))
+    """Settings by dotted key that differ from the defaults of the method, task and data."""
+    named = {"method": config.method, "task": config.task, "data": config.data}
+    defaults = {**flat(as_tree(build_config(named))), "data": build_config({}).data}
     return {
         key: value
         for key, value in flat(as_tree(config)).items()
