@@ -47,7 +47,7 @@ def columns_of(path: Path) -> Sequence[str]:
             files = sorted(file for file in path.iterdir() if file.suffix in READERS)
             return columns_of(files[0]) if files else ()
         return _columns_of_file(path)
-    except (OSError, ValueError, StopIteration, pyarrow.ArrowException):
+    except (OSError, ValueError, StopIteration, csv.Error, pyarrow.ArrowException):
         return ()  # reading the data says what is wrong
 
 
@@ -64,6 +64,10 @@ def _columns_of_file(path: Path) -> Sequence[str]:
             start = file.read(1)
             file.seek(0)
             if start == "[":
-                return tuple(json.load(file)[0])
+                return _names(next(iter(json.load(file))))
         first = next(line for line in itertools.islice(file, 100) if line.strip())
-        return tuple(json.loads(first))
+        return _names(json.loads(first))
+
+
+def _names(row: object) -> Sequence[str]:
+    return tuple(row) if isinstance(row, Mapping) else ()
