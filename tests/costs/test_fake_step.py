@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
@@ -22,9 +22,9 @@ from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.loading import HEAD_MODULES
-from droppeft.models.precision import autocast
+from droppeft.models.precision import DTYPES, autocast
 from droppeft.models.quantization import patch_quantised_layers, quantised
+from droppeft.tasks.registry import task_named
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import Call, checkpointed
 from handmade import step_flops, step_stored_bytes
@@ -60,13 +60,20 @@ def spec_of(layers: int = LAYERS, frozen: int = 0, **adapter: Any) -> AdapterSpe
     return adapter_spec(AdapterConfig.model_validate(adapter), layers, frozen)
 
 
-def real(config: Any, spec: AdapterSpec, quantization: str = "none") -> nn.Module:
+def real(
+    config: Any,
+    spec: AdapterSpec,
+    quantization: str = "none",
+    task: str = "classification",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    kind = task_named(task)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        plain: Any = AutoModelForSequenceClassification.from_config(config)
-    plain = quantised(plain, quantization, HEAD_MODULES)
+        plain: Any = kind.auto_class.from_config(config, dtype=dtype)
+    plain = quantised(plain, quantization, kind.heads, dtype)
     patch_quantised_layers(plain)
-    return attach(plain, spec, find_blocks(plain)[0], 0).train()
+    return attach(plain, spec, find_blocks(plain)[0], 0, task_type=kind.adapter_task).train()
 
 
 def batch(fake: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
@@ -74,6 +81,8 @@ def batch(fake: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, 
     ids = torch.arange(rows * length).view(rows, length) % 50 + 1
     mask = torch.ones_like(ids)
     mask[1:, -1:] = 0
+    if "positions" in (made := fake.task.sample_batch(rows, length)):
+        return {**made, "input_ids": ids, "attention_mask": mask}
     columns = {name: torch.zeros_like(ids) for name in fake.task.inputs}
     return {**columns, "input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
 
@@ -142,6 +151,35 @@ def test_a_real_step_has_the_counted_costs(
         if family != "mixtral":  # torch has no formula for experts
             assert flops == step_flops(counts, active), active
         assert stored == step_stored_bytes(counts, active), active
+
+
+CAUSAL = [
+    ("llama", "fp32", "none", "fp32"),
+    ("llama", "bf16", "4bit", "fp32"),
+    ("llama", "fp32", "8bit", "fp32"),
+    ("llama", "bf16", "none", "bf16"),
+    ("gpt2", "fp32", "none", "fp32"),
+    ("qwen2", "bf16", "none", "fp32"),
+    ("gemma3_text", "fp32", "none", "fp32"),
+]
+
+
+@pytest.mark.sample("llama-fp32-none-*", "llama-*-4bit-*", "llama-*-none-bf16")
+@pytest.mark.parametrize(("family", "precision", "quantization", "dtype"), CAUSAL)
+def test_a_real_step_of_a_language_model_has_the_counted_costs(
+    family: str, precision: str, quantization: str, dtype: str
+) -> None:
+    """FLOPs of quantised weights are not compared, since torch does not count those of a kernel."""
+    config, spec = config_of(family), spec_of()
+    fake = FakeModel(config, "causal_lm", spec, (), quantization, dtype=dtype)
+    model = real(config, spec, quantization, "causal_lm", DTYPES[dtype])
+    counts = count_step(fake, ROWS, LENGTH, precision)
+    assert all_weights(counts) == sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
+    for active in SOME_OF_BOTH_KINDS:
+        flops, stored = measured(fake, model, active, precision)
+        assert stored == step_stored_bytes(counts, active), active
+        if quantization == "none":
+            assert flops == step_flops(counts, active), active
 
 
 SOME_OF_BOTH_KINDS = [(True,) * 4, (True, True, True, False), (False, True, True, True)]

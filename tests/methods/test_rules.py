@@ -70,6 +70,10 @@ IGNORED = [
         "server.step_size=0.5",
         "server.step_size has no effect with server.optimizer=none; leave it out, or set another",
     ),
+    (
+        "training.loss_on=all",
+        "training.loss_on has no effect with task=classification; leave it out, or set task=",
+    ),
     ("flower.deadline_s=5", "flower.deadline_s has no effect with transport=in_process; leave"),
 ]
 IMPOSSIBLE = [

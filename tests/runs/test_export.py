@@ -31,6 +31,7 @@ from droppeft.messages import (
     flatten,
 )
 from droppeft.models.loading import load_backbone
+from droppeft.models.sources import ModelSource
 from droppeft.runs import checkpoints, export, model_files
 from droppeft.runs.folder import locked
 from droppeft.runs.model_files import Source, save_merged, write_adapter
@@ -416,7 +417,8 @@ def test_a_decoder_without_a_padding_token_takes_texts_of_any_length(
 
 def test_a_model_of_random_weights_has_no_code_to_load_it(tmp_path: Path) -> None:
     source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("lora", 2),) * 2)
-    shape = replace(source, backbone=replace(source.backbone, path="config:bert-large"))
+    of_shape = replace(source.backbone, source=ModelSource("config:bert-large"))
+    shape = replace(source, backbone=of_shape)
     lines = model_files.adapter_lines(shape, "adapter").splitlines()
     assert all(line.startswith("# ") for line in lines)
     assert "droppeft export --merge writes a model" in lines[-1]

@@ -12,8 +12,10 @@ import torch
 from peft import TaskType
 from torch import nn
 
+from chats import save_chat_model, write_chat_data
 from droppeft.config import Config, load_config
 from droppeft.data.partition import ClientRows
+from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import Backbone
 from droppeft.tasks.metrics import LOSS, METRICS
@@ -41,6 +43,7 @@ class Case:
 
 CASES = {
     "classification": Case(write_tiny_data, save_tiny_model),
+    "causal_lm": Case(write_chat_data, save_chat_model),
 }
 
 
@@ -69,6 +72,9 @@ def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     config = load_config(None, [f"task={task.name}", f"data={data}", f"model={model}"])
     corpus = task.read(config)
     backbone = task.load_backbone(config, corpus.label_names, seed=0)
+    model: Any = backbone.model
+    if model.get_output_embeddings() is not None:  # frozen, as beside an adapter
+        model.get_output_embeddings().requires_grad_(False)
     table = task.encode(corpus.test, backbone.tokenizer, config)
     bound = task.on(backbone.inputs, int(backbone.tokenizer.pad_token_id), CPU)
     return Ready(task, config, corpus, backbone, table, bound)
@@ -106,7 +112,7 @@ def test_data_have_what_the_partition_and_the_files_need(ready: Ready) -> None:
     corpus = ready.corpus
     for table in (corpus.train, corpus.test):
         assert len(table) == len(table.labels) > 0
-        assert set(table.labels) <= set(range(len(corpus.label_names)))
+        assert set(table.labels) <= set(range(max(1, len(corpus.label_names))))
     assert len(corpus.content_hash) == 16
     assert int(corpus.content_hash, 16) >= 0
     assert ready.task.read(ready.config).content_hash == corpus.content_hash
@@ -195,6 +201,18 @@ def test_a_sample_batch_is_like_one_of_rows(ready: Ready) -> None:
     assert ready.bound.targets(sample) > 0
     loss = ready.bound.loss(ready.model, sample)
     assert torch.isfinite(loss.detach())
+
+
+def test_random_rows_are_learnt_like_real_ones(ready: Ready) -> None:
+    """Of tokens alone, for measurements without data."""
+    offsets = np.array([0, 5, 12], np.int64)
+    columns = {name: np.zeros(12, np.int32) for name in ready.bound.inputs}
+    table = ready.task.labelled(TokenRows(columns, offsets), 2, np.random.default_rng(0))
+    assert type(table) is type(ready.table)
+    batch = ready.bound.collate(table, first_rows(2))
+    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 7]
+    assert ready.bound.targets(batch) >= 2
+    assert torch.isfinite(ready.bound.loss(ready.model, batch).detach())
 
 
 def test_less_loss_is_what_training_leads_to(ready: Ready) -> None:

@@ -12,12 +12,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.packaged import builtin_model_folder
-from droppeft.tasks.generation import (
-    GenerationSettings,
-    generate_texts,
-    prompt_ids,
-    stop_tokens,
-)
+from droppeft.tasks.generation import GenerationSettings, generate_texts, stop_tokens
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}[unused7]"
@@ -123,21 +118,6 @@ def test_stop_tokens_come_from_tokenizer_model_and_template(tokenizer: Any) -> N
     assert stop_tokens(with_template) == tuple(sorted((102, end_of_turn)))
 
 
-def test_prompts_are_rendered_up_to_the_answer(tokenizer: Any) -> None:
-    with_template = AutoTokenizer.from_pretrained(builtin_model_folder())
-    with_template.chat_template = TEMPLATE
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    rendered = "<system>Be brief.[unused7]<user>Why?[unused7]<assistant>"
-    expected = with_template(rendered, add_special_tokens=False)["input_ids"]
-    assert prompt_ids(with_template, turns) == expected
-    assert prompt_ids(tokenizer, turns[1:]) == tokenizer("Why?")["input_ids"]
-    with pytest.raises(DroppeftError, match="no chat template, so the model can only continue"):
-        prompt_ids(tokenizer, turns)
-    with_template.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with pytest.raises(DroppeftError, match=r"refuses this conversation: roles must$"):
-        prompt_ids(with_template, turns)
-
-
 def test_draws_depend_on_the_seed_alone(tokenizer: Any) -> None:
     model = model_of()
 
@@ -175,3 +155,5 @@ def test_prompts_that_do_not_fit_are_refused(tokenizer: Any) -> None:
     message = "^prompt 3 has 5 tokens, and an answer may have 6, but the model has positions for 10"
     with pytest.raises(DroppeftError, match=message):
         generate_texts(model_of(10), tokenizer, PROMPTS, SHORT)
+    with pytest.raises(DroppeftError, match="makes the token 30522, but the model has embeddings"):
+        generate_texts(model_of(), tokenizer, [[5000], [30522]], SHORT)

@@ -19,7 +19,7 @@ from droppeft.data.partition import ClientRows, partition_rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.models.loading import Backbone
+from droppeft.models.loading import Backbone, check_tokens
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Corpus, Table, Task
 from droppeft.training.checkpointing import check_checkpointing
@@ -73,6 +73,8 @@ def load(config: Config, say: Say) -> Loaded:
     backbone = task.load_backbone(config, data.label_names, head_seed)
     config = resolve_layers(config, backbone.num_layers)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
+    if task.generates:
+        _check_new_tokens(config, backbone)
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
@@ -81,8 +83,14 @@ def load(config: Config, say: Say) -> Loaded:
 
 
 def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
-    """Tokenise rows for the backbone."""
-    return loaded.task.encode(table, loaded.backbone.tokenizer, loaded.config)
+    """Tokenise rows for the backbone.
+
+    Raises:
+        DroppeftError: a row cannot be tokenised, or the model does not know a token.
+    """
+    rows = loaded.task.encode(table, loaded.backbone.tokenizer, loaded.config)
+    check_tokens(loaded.backbone.model, int(rows.columns["input_ids"].max()))
+    return rows
 
 
 def clients_of(loaded: Loaded) -> tuple[Client, ...]:
@@ -112,6 +120,16 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
             what = name.removesuffix("_hash")
             return f"the {what} differs (expected {hash}, found {found.get(name)})"
     return None
+
+
+def _check_new_tokens(config: Config, backbone: Backbone) -> None:
+    """Check that a text that is generated when the run ends leaves room for a prompt."""
+    new = config.evaluation.max_new_tokens
+    if config.evaluation.generated and new >= backbone.max_length:
+        raise DroppeftError(
+            f"evaluation.max_new_tokens={new} leaves none of the {backbone.max_length} positions "
+            f"of model {backbone.path} to a prompt; lower it, or set evaluation.generated=0"
+        )
 
 
 def _check_length(max_length: int, tokens: int, backbone: Backbone) -> None:

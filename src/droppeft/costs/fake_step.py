@@ -28,7 +28,7 @@ from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import quiet, token_inputs
-from droppeft.models.precision import autocast
+from droppeft.models.precision import DTYPES, autocast
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Batch
 from droppeft.training.checkpointing import Call, checkpointed
@@ -60,6 +60,7 @@ class FakeModel:
         new_modules: parts of the head that are trained besides the classifier.
         quantization: of all linear maps but the head's.
         device: device of the fake tensors: ``cpu``, or ``cuda`` where torch supports it.
+        dtype: of the frozen weights that are not quantised, as the setting ``dtype``.
 
     Raises:
         DroppeftError: the adapter does not fit the model.
@@ -73,11 +74,12 @@ class FakeModel:
         new_modules: Sequence[str] = (),
         quantization: str = "none",
         device: str = "cpu",
+        dtype: str = "fp32",
     ) -> None:
-        plain = empty_model(config, task)
+        plain = empty_model(config, task, dtype)
         kind = task_named(task)
         self.task = kind.on(token_inputs(plain), 0, torch.device(device))
-        replace_linear_maps(plain, quantization)
+        replace_linear_maps(plain, quantization, kind.heads)
         if NEEDS_VALUES & {layer.type for layer in spec.layers if layer}:
             plain = _with_random_values(plain)
         self.model = attach(
@@ -97,12 +99,12 @@ class FakeModel:
         return self.task.sample_batch(rows, length)
 
 
-def empty_model(config: Any, task: str) -> nn.Module:
-    """A task's model in fp32 on the meta device, which takes no memory."""
+def empty_model(config: Any, task: str, dtype: str = "fp32") -> nn.Module:
+    """A task's model on the meta device, which takes no memory."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"), quiet():
-        model: nn.Module = task_named(task).auto_class.from_config(config, dtype=torch.float32)
+        model: nn.Module = task_named(task).auto_class.from_config(config, dtype=DTYPES[dtype])
     return model
 
 

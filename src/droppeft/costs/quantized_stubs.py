@@ -6,14 +6,13 @@ each dequantise the weight and free the values; only the codes stay in memory.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
-
-from droppeft.models.loading import HEAD_MODULES
 
 BLOCK, SCALES_PER_BLOCK = 64, 256
 """Block sizes of NF4: weights that share a scale, and (8-bit) scales that share a second scale."""
@@ -51,12 +50,18 @@ class QuantizedStub(nn.Linear):
         return product
 
 
-def replace_linear_maps(model: nn.Module, quantization: str) -> None:
-    """Replace in place the linear maps that would be quantised, in a model on the meta device."""
+def replace_linear_maps(model: nn.Module, quantization: str, heads: Sequence[str]) -> None:
+    """Replace in place the linear maps that would be quantised, in a model on the meta device.
+
+    Args:
+        model: changed in place.
+        quantization: ``"none"``, ``"8bit"`` or ``"4bit"``.
+        heads: names of modules that are not quantised.
+    """
     if quantization == "none":
         return
     # As in droppeft.models.quantization: a part of the name begins with one of these.
-    head = re.compile(rf"(.*\.)?({'|'.join(HEAD_MODULES)})")
+    head = re.compile(rf"(.*\.)?({'|'.join(heads)})")
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and not head.match(name):
             outputs, inputs = module.weight.shape

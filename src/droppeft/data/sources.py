@@ -192,7 +192,8 @@ def label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
         return _named_labels(split, name, column)
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise DroppeftError(
-            f"{split.where}: {name} has type {column.type}; labels must be integers or text"
+            f"{split.where}: {name} has type {column.type}; labels must be integers or text; "
+            "neither regression nor several labels of a row can be learnt"
         )
     values: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     if (hidden := np.flatnonzero(values == -1)).size:

@@ -125,7 +125,7 @@ def _texts(
             int(table.lengths[row]),
             data.label_names[table.labels[row]],
         )
-        for row in first
+        for row in range(len(first))
     )
     return Summary(
         kind="classification",

@@ -100,7 +100,7 @@ NO_EFFECT = (
             *("dtype", "training.loss_on", "source.prompt", "source.completion"),
             *("evaluation.generated", "evaluation.max_new_tokens"),
         ),
-        when=lambda config: config.task != "causal_lm",
+        when=lambda config: not task_named(config.task).generates,
         reason="task={config.task}",
         instead="leave it out, or set task=causal_lm",
     ),
@@ -192,9 +192,9 @@ def reason_of(rule: NoEffect, config: Config) -> str:
 
 
 def given(config: Config) -> Mapping[str, Any]:
-    """Settings by dotted key that differ from the defaults of the configuration's method and task."""
-    kind = {"method": config.method, "task": config.task, "data": config.data}
-    defaults = flat(as_tree(build_config(kind)))
+    """Settings by dotted key that differ from the defaults of the method, task and data."""
+    named = {"method": config.method, "task": config.task, "data": config.data}
+    defaults = {**flat(as_tree(build_config(named))), "data": build_config({}).data}
     return {
         key: value
         for key, value in flat(as_tree(config)).items()

@@ -280,6 +280,24 @@ def most_tokens(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", sys.maxsize)) - max(unused, default=0)
 
 
+def check_tokens(model: nn.Module, highest: int) -> None:
+    """Check that a model has embeddings for the tokens of its tokenizer.
+
+    Args:
+        model: of transformers, also with an adapter of peft.
+        highest: the largest token id that is used.
+
+    Raises:
+        DroppeftError: there is no embedding for it.
+    """
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if highest >= known:
+        raise DroppeftError(
+            f"the tokenizer makes the token {highest}, but the model has embeddings for {known} "
+            f"tokens only (0 to {known - 1}); use the tokenizer that belongs to the model"
+        )
+
+
 def token_inputs(model: nn.Module) -> tuple[str, ...]:
     """Names of the token columns that a model takes."""
     config: Any = model.config

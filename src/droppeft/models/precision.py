@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, **HALF}
 
 INITIAL_SCALE = 2.0**10
 """Initial scale of the loss in fp16, whose largest number is 65504. A logit's gradient is at most

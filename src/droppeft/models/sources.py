@@ -46,7 +46,7 @@ class ModelSource:
 
     @property
     def readable(self) -> str:
-        """The folder or hub id that transformers reads; a GGUF file is converted the first time."""
+        """The folder or hub id that transformers reads. A GGUF file is converted at first use."""
         return self.path if self.gguf_file is None else str(converted_gguf(Path(self.name)))
 
     def load(self, load: Callable[..., Any], **options: Any) -> Any:

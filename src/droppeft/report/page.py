@@ -52,6 +52,10 @@ PAGE, FIGURES = "report.html", "figures"
 MANY = 12
 """A group with more figures is folded away until the reader opens it."""
 
+SAMPLE = ("prompt", "reference", "before", "after")
+SCORES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "exact_match": "exact match"}
+"""Scores of generated texts by their names in ``result.json``."""
+
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
 ).get_template("page.html")
@@ -97,9 +101,11 @@ def write_page(folder: Path) -> Path:
         variants=len({one.variant for one in records}),
         seeds=len({one.seed for one in records}),
         conclusion=_conclusion(folder),
+        generated=_generated(folder),
         sections=sections,
         settings=_settings(records),
         many=MANY,
+        score_names=["training", *SCORES.values()],
     )
     for name, figure in drawn.items():
         path = folder / FIGURES / name
@@ -134,6 +140,16 @@ def _conclusion(folder: Path) -> Sequence[str]:
         return ()
     sentences: Sequence[str] = read_result(folder)["conclusion"]
     return sentences
+
+
+def _generated(folder: Path) -> dict[str, Any] | None:
+    """Scores and samples of the texts that a run's model wrote; ``None`` if it wrote none."""
+    found = read_result(folder).get("generated") if (folder / RESULT).is_file() else None
+    if found is None:
+        return None
+    samples = [[one[name] for name in SAMPLE] for one in found["samples"]]
+    scores = [[when, *(f"{found[when][name]:.3f}" for name in SCORES)] for when in SAMPLE[2:]]
+    return {"rows": found["rows"], "scores": scores, "samples": samples}
 
 
 def _section(part: Part, made: Mapping[str, Any]) -> dict[str, Any]:

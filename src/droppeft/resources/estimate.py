@@ -37,6 +37,7 @@ from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import STEP_METHOD, check_step_settings, given, step_of
 from droppeft.resources.model_shape import check_runnable, model_shape
+from droppeft.tasks.detection import detected_task
 
 GRID: dict[str, tuple[str, ...]] = {
     "model": (),
@@ -121,7 +122,11 @@ class Option:
         values = flat(as_tree(self.config))
         changed = [key for key in given(self.config) if key not in GRID]
         named = [f"{key}={_text(values[key])}" for key in (*GRID, *changed) if key in values]
-        return [f"method={self.config.method}", *named]
+        task, found = self.config.task, {"model": self.config.model, "data": self.config.data}
+        first = [f"method={self.config.method}"]
+        if task != detected_task(found):
+            first.append(f"task={task}")
+        return [*first, *named]
 
     def excess(self, limits: Limits) -> float:
         """Cost divided by the limit, for the tighter limit; above 1 the option does not fit."""
@@ -274,7 +279,14 @@ def counts_of(config: Config) -> StepCounts:
     training = config.training
     adapter = config.adapter.model_dump_json()
     return _counts(
-        (config.model, config.task, adapter, config.quantization, counted_on(config)),
+        (
+            config.model,
+            config.task,
+            adapter,
+            config.quantization,
+            counted_on(config),
+            config.dtype,
+        ),
         training.batch_size,
         training.max_length,
         training.precision,
@@ -329,15 +341,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-FakeModelKey = tuple[str, str, str, str, str]
-"""Model, task, adapter as JSON, quantization and device."""
+FakeModelKey = tuple[str, str, str, str, str, str]
+"""Model, task, adapter as JSON, quantization, device and dtype."""
 
 
 @lru_cache(maxsize=8)
-def _fake_model(model: str, task: str, adapter: str, quantization: str, device: str) -> FakeModel:
+def _fake_model(
+    model: str, task: str, adapter: str, quantization: str, device: str, dtype: str
+) -> FakeModel:
     shape = model_shape(model, task)
     spec = adapter_spec(AdapterConfig.model_validate_json(adapter), shape.num_layers)
-    return FakeModel(shape.config, task, spec, shape.new_modules, quantization, device)
+    return FakeModel(shape.config, task, spec, shape.new_modules, quantization, device, dtype)
 
 
 @cache

@@ -21,7 +21,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
 from droppeft.data.partition import ClientRows
-from droppeft.data.tokens import TokenTable
+from droppeft.data.tokens import TokenRows
 from droppeft.federated_method import Setup
 from droppeft.messages import Budget, Update
 from droppeft.methods.droppeft import DROPPEFT
@@ -107,7 +107,7 @@ def run_steps(config: Config, steps: int, *, release_memory: bool) -> ProfileRun
     )
 
 
-def _train(model: ClientModel, table: TokenTable, config: Config, round: int, steps: int) -> Update:
+def _train(model: ClientModel, table: TokenRows, config: Config, round: int, steps: int) -> Update:
     """A local training in which every step has all rows of the table.
 
     All calls have the same configuration, so that a later one finds the hidden states that an
@@ -120,7 +120,7 @@ def _train(model: ClientModel, table: TokenTable, config: Config, round: int, st
     return Client(model, table, ClientRows(rows, rows[:0], rows[:0])).train(instruction)
 
 
-def random_table(backbone: Backbone, config: Config) -> TokenTable:
+def random_table(backbone: Backbone, config: Config) -> TokenRows:
     """One batch of random rows. The second row is shorter, since real batches have padding."""
     rng = seeds.numpy_generator(config.seed, purpose="random tokens")
     rows = config.training.batch_size
@@ -130,12 +130,15 @@ def random_table(backbone: Backbone, config: Config) -> TokenTable:
     tokens = rng.integers(embeddings.num_embeddings, size=lengths.sum(), dtype=np.int32)
     columns = {name: np.zeros_like(tokens) for name in backbone.inputs}
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    labels = rng.integers(len(CLASSES), size=rows)
-    return TokenTable({**columns, "input_ids": tokens}, offsets, labels)
+    table = TokenRows({**columns, "input_ids": tokens}, offsets)
+    return task_named(config.task).labelled(table, len(CLASSES), rng)
 
 
 def _train_small_model(config: Config) -> None:
-    """Make the libraries load their code and allocate their caches before the measurement."""
+    """Make the libraries load their code and allocate their caches before the measurement.
+
+    The small model is a classifier, since none that generates text is at hand everywhere.
+    """
     small = {"batch_size": 2, "max_length": 8}
     config = Config(
         method=DROPPEFT.name,

@@ -152,15 +152,15 @@ def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoin
 def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say) -> Source:
     """Load the run's backbone on the CPU.
 
-    For merging, quantised weights are dequantised: the adapter was trained on these values, and
-    adding it to the quantised codes would be inexact.
+    For merging, weights that are quantised or in bf16 get their values in fp32: the adapter was
+    trained on these values, and adding it to the codes would be inexact.
     """
     facts = checkpoint.facts
     names = tuple(facts["label_names"])
     torch.set_num_threads(config.threads)
     say("loading model")
     seed = seeds.seed_for(config.seed, purpose="head")
-    exact = merge and config.quantization != "none"
+    exact = merge and (config.quantization, config.dtype) != ("none", "fp32")
     task = task_named(config.task)
     backbone = task.load_backbone(config, names, seed, dequantised=exact)
     if backbone.weights_hash != facts["model_hash"]:

@@ -378,12 +378,16 @@ def _quality(source: Source) -> str:
 
 def _cut(source: Source) -> str:
     if source.task.generates:
-        return (
+        asked = (
             'messages = [{"role": "user", "content": "…"}]\n'
             "inputs = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
             ")\n"
-            "tokens = model.generate(**inputs, max_new_tokens=64)[0]\n"
+        )
+        if not source.backbone.tokenizer.chat_template:
+            asked = 'inputs = tokenizer("…", return_tensors="pt")\n'
+        return (
+            f"{asked}tokens = model.generate(**inputs, max_new_tokens=64)[0]\n"
             'print(tokenizer.decode(tokens[inputs["input_ids"].shape[1]:]))\n'
         )
     length = source.config.training.max_length

@@ -76,9 +76,11 @@ def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
 
 
 def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
-    config, tokenizer = prepared.config, prepared.loaded.backbone.tokenizer
+    config, backbone = prepared.config, prepared.loaded.backbone
+    tokenizer = backbone.tokenizer
     settings = GenerationSettings(
         max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size
     )
-    ids = encode_prompts(prompts, tokenizer, config.training.max_length)
+    most = min(config.training.max_length, backbone.max_length - settings.max_new_tokens)
+    ids = encode_prompts(prompts, tokenizer, most)
     return generate_texts(model, tokenizer, [list(map(int, one)) for one in ids], settings)

@@ -111,7 +111,12 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
     def count(spec: AdapterSpec) -> StepCounts:
         training = config.training
         model = FakeModel(
-            backbone.model.config, config.task, spec, backbone.new_modules, config.quantization
+            backbone.model.config,
+            config.task,
+            spec,
+            backbone.new_modules,
+            config.quantization,
+            dtype=config.dtype,
         )
         return count_step(
             model,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,18 @@ from droppeft.data.conversation_tokens import (
 from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
+from droppeft.data.tokens import TokenRows
 from droppeft.models.causal_lm import HEADS, load_causal_lm, load_causal_lm_config
 from droppeft.models.loading import Backbone, BackboneConfig
+from droppeft.models.precision import DTYPES
 from droppeft.models.quantization import copy_dequantised_values
 from droppeft.tasks.completion_loss import CompletionLoss, head_loss, last_hidden_states
 from droppeft.tasks.metrics import LOSS, PERPLEXITY, TOKEN_ACCURACY, Metric
 from droppeft.tasks.task import Batch, BatchResult, model_inputs
 
 LEARNT_SHARE = 0.3
-"""Share of the tokens that are learnt in :meth:`CausalLM.sample_batch`: about that of instructions
-with answers. The operations of the head are proportional to it."""
+"""Share of a row's tokens that are learnt where there are no data: about that of instructions with
+answers. The operations of the head are proportional to it."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ class CausalLM:
         loss = sum(result.loss_sum for result in results) / targets
         return {
             "loss": loss,
-            "perplexity": math.exp(loss) if loss < MOST_LOSS else math.inf,
+            "perplexity": math.inf if loss >= MOST_LOSS else math.exp(loss),
             "token_accuracy": sum(result.observed for result in results) / targets,
         }
 
     def sample_batch(self, rows: int, length: int) -> Batch:
         """Return a batch as :meth:`collate` makes it, in which the last tokens are learnt."""
         column = torch.ones(rows, length, dtype=torch.int64, device=self.device)
-        learnt = max(1, round(LEARNT_SHARE * (length - 1)))
+        learnt = _learnt(length)
         places = torch.arange(rows * length, device=self.device).view(rows, length)
         positions = places[:, length - 1 - learnt : length - 1].flatten()
         return {
@@ -106,6 +109,11 @@ class CausalLM:
 
 MOST_LOSS = 700.0
 """A larger loss has no finite perplexity in double precision."""
+
+
+def _learnt(length: int) -> int:
+    """Return how many tokens of a row of a length are learnt where there are no data."""
+    return max(1, round(LEARNT_SHARE * (length - 1)))
 
 
 class CausalLMTask:
@@ -132,9 +140,11 @@ class CausalLMTask:
         dequantised: bool = False,
     ) -> Backbone:
         """Load a causal language model, which has no new head."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        backbone = load_causal_lm(config.model, seed, config.quantization, dtype)
+        backbone = load_causal_lm(config.model, seed, config.quantization, DTYPES[config.dtype])
         if not dequantised:
+            return backbone
+        if config.quantization == "none":
+            backbone.model.float()
             return backbone
         plain = load_causal_lm(config.model, seed)
         copy_dequantised_values(backbone.model, plain.model)
@@ -149,6 +159,13 @@ class CausalLMTask:
         return encode_conversations(
             table, tokenizer, config.training.max_length, config.training.loss_on
         )
+
+    def labelled(self, rows: TokenRows, classes: int, rng: np.random.Generator) -> EncodedText:
+        """Return rows of tokens of which the last ones are learnt."""
+        labels = rows.columns["input_ids"].copy()
+        for start, end in pairwise(rows.offsets):
+            labels[start : end - _learnt(end - start)] = IGNORED
+        return EncodedText(rows.columns, rows.offsets, labels, rows.lengths, 0)
 
     def on(self, inputs: tuple[str, ...], pad_token_id: int, device: torch.device) -> CausalLM:
         """Return the task for a model that takes these token columns."""

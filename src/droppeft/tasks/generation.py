@@ -1,6 +1,6 @@
 """Let a causal language model answer prompts, by transformers' ``generate``; ours."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from droppeft.errors import DroppeftError
 from droppeft.models.key_value_cache import set_temporarily
-from droppeft.models.loading import most_tokens
+from droppeft.models.loading import check_tokens, most_tokens
 
 _ANSWER = "droppeft"
 
@@ -36,36 +36,6 @@ class GenerationSettings:
     batch_size: int = 8
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Render a conversation up to where the model's answer begins.
-
-    Args:
-        tokenizer: with a chat template, or else the conversation must be one user message, which is
-            taken as plain text.
-        messages: each with a ``role`` and its ``content``; the last one is not the assistant's.
-
-    Raises:
-        DroppeftError: the tokenizer has no chat template for a conversation of several messages, or
-            its template refuses the conversation.
-    """
-    if tokenizer.chat_template is None:
-        if [message["role"] for message in messages] != ["user"]:
-            raise DroppeftError(
-                "the tokenizer has no chat template, so the model can only continue a single "
-                "prompt; use an instruction-tuned model for conversations"
-            )
-        return list(tokenizer(messages[0]["content"])["input_ids"])
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # whatever a template raises
-        raise DroppeftError(
-            f"the model's chat template refuses this conversation: {str(error).splitlines()[0]}"
-        ) from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def generate_texts(
     model: Any,
     tokenizer: Any,
@@ -81,15 +51,18 @@ def generate_texts(
     Args:
         model: a causal language model of transformers, also with an adapter of peft.
         tokenizer: that of the model.
-        prompts: token ids, as :func:`prompt_ids` returns them.
+        prompts: token ids, as :func:`~droppeft.data.conversation_tokens.encode_prompts` returns
+            them.
         settings: how texts are generated.
         streamer: a streamer of transformers that shows the answer to a single prompt as it is
             generated, or ``None``.
 
     Raises:
-        DroppeftError: a prompt is empty, or there are too few positions for prompt and answer.
+        DroppeftError: a prompt is empty or has a token that the model does not know, or there are
+            too few positions for prompt and answer.
     """
     _check_lengths(model, prompts, settings.max_new_tokens)
+    check_tokens(model, max((max(prompt) for prompt in prompts), default=0))
     device = next(model.parameters()).device
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = _config(tokenizer, causal.generation_config, settings)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -147,7 +148,8 @@ class Task(Protocol):
             config: of the run.
             label_names: of the data.
             seed: of initial values.
-            dequantised: whether quantised weights are replaced by their values in fp32.
+            dequantised: whether weights that are quantised, or in bf16, are replaced by their
+                values in fp32.
 
         Raises:
             DroppeftError: the model is unknown, unreadable or unsupported.
@@ -162,6 +164,15 @@ class Task(Protocol):
 
     def encode(self, table: Any, tokenizer: Any, config: Config) -> TokenRows:
         """Tokenise the rows of a table."""
+
+    def labelled(self, rows: TokenRows, classes: int, rng: np.random.Generator) -> TokenRows:
+        """Return rows of random tokens as :meth:`encode` does, to measure steps without data.
+
+        Args:
+            rows: the tokens.
+            classes: number of classes, for a classifier.
+            rng: generator of random labels.
+        """
 
     def on(self, inputs: tuple[str, ...], pad_token_id: int, device: torch.device) -> BoundTask:
         """Return the task for a model that takes these token columns."""
