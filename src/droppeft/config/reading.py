@@ -19,7 +19,6 @@ from droppeft.config.table import Table
 from droppeft.config.task_detection import detected_task
 from droppeft.errors import DroppeftError
 
-
 PACKAGED = ("builtin", "mpnet", "smollm2")
 """Models and data that packages carry; a folder of the same name is given as ``./NAME``."""
 

@@ -26,6 +26,7 @@ from droppeft.config import (
     resolve_layers,
 )
 from droppeft.config.schema import EXCLUSIVE, HALF
+from droppeft.config.task_detection import detected_task
 from droppeft.costs.device_profiles import profile_named
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import compute_seconds
@@ -37,7 +38,6 @@ from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import STEP_METHOD, check_step_settings, given, step_of
 from droppeft.resources.model_shape import check_runnable, model_shape
-from droppeft.tasks.detection import detected_task
 
 GRID: dict[str, tuple[str, ...]] = {
     "model": (),
