@@ -70,6 +70,7 @@ TABLES: Tables = {
         reference.calibration,
         reference.command_line,
         reference.defaults_of_methods,
+        reference.defaults_of_tasks,
         reference.device_profiles,
         reference.method_descriptions,
         reference.methods,

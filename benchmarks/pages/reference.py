@@ -4,6 +4,7 @@ import inspect
 import json
 import types
 import typing
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.study import read_values
 from droppeft.adapters.types import TYPES
 from droppeft.cli import app
 from droppeft.config import Bandwidth, Config, build_config, flat, known_keys
-from droppeft.config.schema import METHOD_DEFAULTS
+from droppeft.config.schema import METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.layer_dropout import REFUSED
@@ -298,14 +299,22 @@ def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
 
 
 def defaults_of_methods() -> str:
+    return _defaults("method", METHOD_DEFAULTS)
+
+
+def defaults_of_tasks() -> str:
+    return _defaults("task", {name: tables for name, tables in TASK_DEFAULTS.items() if tables})
+
+
+def _defaults(kind: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = (
         [
-            f"`{method}`",
+            f"`{name}`",
             ", ".join(f"`{key}={_plain(value)}`" for key, value in flat(tables).items()),
         ]
-        for method, tables in METHOD_DEFAULTS.items()
+        for name, tables in found.items()
     )
-    return markdown_table(("method", "settings"), rows)
+    return markdown_table((kind, "settings"), rows)
 
 
 def _type(field: FieldInfo) -> str:
