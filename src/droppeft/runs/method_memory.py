@@ -12,7 +12,8 @@ from droppeft.errors import DroppeftError
 
 def encode_memory(memory: Any) -> Any:
     """Convert a frozen dataclass to plain JSON values; keys become strings."""
-    return _adapter_of(type(memory)).dump_python(memory, mode="json")
+    kind: type = type(memory)
+    return _adapter_of(kind).dump_python(memory, mode="json")
 
 
 def decode_memory(values: object, kind: type) -> Any:
