@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chats import SETTINGS, save_chat_model, write_chat_data, write_lines
+from droppeft.cli import main
 from droppeft.config import load_config
 from droppeft.data.conversations import Message
+from droppeft.errors import DroppeftError
 from droppeft.report import talking
 from droppeft.report.page import write_page
 from droppeft.report.talking import complete_file, talk
@@ -139,8 +142,6 @@ def test_ctrl_c_ends_an_answer_alone(talked: Talk, monkeypatch: pytest.MonkeyPat
 def test_a_mistake_while_talking_is_one_sentence(
     talked: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from droppeft.errors import DroppeftError
-
     def answers(self: Any, prompts: object, streamer: Any = None) -> list[str]:
         raise DroppeftError("the model's chat template refuses this")
 
@@ -244,8 +245,6 @@ def test_commands_say_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from droppeft.cli import main
-
     monkeypatch.setattr("signal.signal", lambda *handler: None)
     for command in (["chat", tmp_path], ["generate", finished, tmp_path / "missing.csv"]):
         monkeypatch.setattr("sys.argv", ["droppeft", *map(str, command)])
@@ -319,8 +318,6 @@ def test_without_a_chat_template_the_lines_ask_with_a_plain_text(finished: Path)
 
 
 def test_the_page_shows_what_the_model_wrote(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     result = json.loads((run / "result.json").read_text())
     result["generated"]["samples"][0]["after"] = "<script>alert('a')</script>"

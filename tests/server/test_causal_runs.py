@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from chats import LAYERS, SETTINGS, save_chat_model, write_chat_data, write_lines
 from droppeft.client.run_inputs import clients_of, tokens_of
@@ -324,8 +325,6 @@ def test_what_no_task_can_learn_is_refused(overrides: list[str], tmp_path: Path)
 
 
 def test_models_that_do_not_generate_are_refused(overrides: list[str], tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
     match = "t5 is a sequence-to-sequence model; name a causal language model"
     refused_run(overrides, tmp_path / "run", match, f"model={tmp_path / 't5'}")
