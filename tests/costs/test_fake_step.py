@@ -164,7 +164,7 @@ CAUSAL = [
 ]
 
 
-@pytest.mark.sample("llama-fp32-none-*", "llama-*-4bit-*", "llama-*-none-bf16")
+@pytest.mark.sample("llama-*-4bit-*", "llama-*-none-bf16")
 @pytest.mark.parametrize(("family", "precision", "quantization", "dtype"), CAUSAL)
 def test_a_real_step_of_a_language_model_has_the_counted_costs(
     family: str, precision: str, quantization: str, dtype: str

@@ -289,6 +289,7 @@ def test_a_merged_model_answers_the_same(finished: Path, tmp_path: Path) -> None
     assert greedy(model, tokenizer) == answer_of(finished, "what is it")
 
 
+@pytest.mark.full
 def test_weights_in_bf16_are_merged_in_fp32(bf16: Path, tmp_path: Path) -> None:
     export_run(bf16, tmp_path / "merged", merge=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -94,6 +94,7 @@ def test_a_result_has_losses_perplexities_and_texts(finished: Path) -> None:
         assert all(0 <= generated[when][name] <= 1 for name in ("rouge_l", "chrf", "exact_match"))
 
 
+@pytest.mark.full
 def test_training_lowers_the_loss(overrides: list[str], tmp_path: Path) -> None:
     more = ("training.local_steps=40", "training.learning_rate=0.05", "adapter.targets=all-linear")
     settings = [*without_dropout(overrides, "fedlora"), "rounds=1", "clients=2"]
@@ -212,7 +213,7 @@ def same(one: Update, other: Update) -> bool:
 # Methods and settings
 
 
-@pytest.mark.sample("adaptive", "ditto", "flora")
+@pytest.mark.sample("adaptive", "ditto")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_language_model(
     method: str, overrides: list[str], tmp_path: Path
