@@ -14,7 +14,7 @@ CLIENTS = [SimpleNamespace(train=np.arange(80), test=np.arange(10))] * 20
 
 
 def evaluation(rows: int, tokens: int, wall_s: float) -> Evaluation:
-    return Evaluation(1.0, 0.5, 0.5, rows, wall_s, tokens)
+    return Evaluation({"loss": 1.0, "accuracy": 0.5}, rows, wall_s, tokens)
 
 
 FIRST = evaluation(rows=100, tokens=3000, wall_s=60.0)
