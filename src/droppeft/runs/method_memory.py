@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,7 +12,8 @@ from droppeft.errors import DroppeftError
 
 def encode_memory(memory: Any) -> Any:
     """Convert a frozen dataclass to plain JSON values; keys become strings."""
-    return TypeAdapter(type(memory)).dump_python(memory, mode="json")
+    kind: type = type(memory)
+    return _adapter_of(kind).dump_python(memory, mode="json")
 
 
 def decode_memory(values: object, kind: type) -> Any:
@@ -29,11 +31,16 @@ def decode_memory(values: object, kind: type) -> Any:
         names = sorted(values) if isinstance(values, dict) else values
         raise _mismatch(f"it has {names}, and not {expected}")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        return _adapter_of(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise _mismatch(f"{place}: {first['msg'].lower()}") from None
+
+
+@cache
+def _adapter_of(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _mismatch(why: str) -> DroppeftError:
