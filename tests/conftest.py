@@ -1,8 +1,9 @@
 """Fixtures for all tests: no network, one thread, and one cache folder."""
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("droppeft", deadline=None, max_examples=50)
 settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("droppeft")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Keep the garbage collector from searching what importing the libraries leaves behind."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
