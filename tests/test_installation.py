@@ -12,6 +12,8 @@ import pytest
 from runs import SETTINGS
 from tiny import save_tiny_model
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 
 DATA = ("texts.csv.gz", "NOTICE.md", "licences/torch.txt")

@@ -81,7 +81,7 @@ def test_every_type_has_a_title_and_a_source() -> None:
     assert len(set(titles)) == len(titles)
 
 
-@pytest.mark.sample("lora-*", "*-bert")
+@pytest.mark.sample("lora-*", *(f"{name}-bert" for name in MAIN))
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_the_contract(case: Case) -> None:
     for rule in contract.RULES:

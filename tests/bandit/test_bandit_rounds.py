@@ -431,6 +431,7 @@ def test_the_order_of_arrival_does_not_matter() -> None:
     assert memory == memory_after(backwards=True)
 
 
+@pytest.mark.sample("loss")
 @pytest.mark.parametrize("reward", ["agreement", "loss"])
 def test_a_resumed_run_continues_with_the_saved_memory(
     tiny_overrides: list[str], tmp_path: Path, reward: str

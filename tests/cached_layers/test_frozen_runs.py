@@ -127,7 +127,8 @@ def test_without_a_cache_a_batch_of_one_gives_the_same_bits(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     for name, cache in (("with", "true"), ("without", "false")):
-        run(tiny_overrides, tmp_path / name, "training.batch_size=1", f"frozen.cache={cache}")
+        more = ("rounds=2", "training.batch_size=1", f"frozen.cache={cache}")
+        run(tiny_overrides, tmp_path / name, *more)
     expected = tensors(tmp_path / "with")
     for name, value in tensors(tmp_path / "without").items():
         assert torch.equal(value, expected[name]), name
@@ -147,7 +148,7 @@ def test_layers_after_the_frozen_ones_are_dropped_as_if_they_were_the_whole_mode
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     overrides = [override for override in tiny_overrides if not override.startswith("dropout")]
-    overrides += ["frozen.layers=1", "dropout.count=1", "training.checkpointing=true"]
+    overrides += ["rounds=1", "frozen.layers=1", "dropout.count=1", "training.checkpointing=true"]
     start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     for row in rows_of(tmp_path / "run" / "clients.jsonl"):
         assert row["rates"] == [0, 0, 1, 0]
@@ -156,7 +157,7 @@ def test_layers_after_the_frozen_ones_are_dropped_as_if_they_were_the_whole_mode
 
 def test_the_other_method_can_freeze_layers_too(tiny_overrides: list[str], tmp_path: Path) -> None:
     overrides = [override for override in tiny_overrides if not override.startswith("dropout")]
-    overrides += ["method=fedlora", "frozen.layers=3", "frozen.cache=false"]
+    overrides += ["rounds=1", "method=fedlora", "frozen.layers=3", "frozen.cache=false"]
     start_run(load_config(None, overrides), tmp_path / "run", Recorder())
     assert rows_of(tmp_path / "run" / "clients.jsonl")[0]["active_steps"] == [0, 0, 0, 2]
 
@@ -225,5 +226,5 @@ def test_states_of_unfinished_runs_are_deleted_after_a_week(
         file.write_bytes(b"states")
         for path in (file, file.parent, file.parent.parent):
             os.utime(path, times=(time.time() - days * 86400,) * 2)
-    run(tiny_overrides, tmp_path / "run")
+    run(tiny_overrides, tmp_path / "run", "rounds=1")
     assert {path.name for path in (tmp_path / cached_layers.STATES).iterdir()} == {"recent"}

@@ -69,7 +69,7 @@ def measured(folder: Path, data: Path) -> tuple[float, float]:
     return right, functional.cross_entropy(logits, labels).item()
 
 
-@pytest.mark.sample("bottleneck", "ia3", "prefix_tuning")
+@pytest.mark.sample("bottleneck", "prefix_tuning")
 def test_the_exported_adapter_gives_the_reported_figures(
     finished: tuple[str, Path], tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_the_exported_adapter_gives_the_reported_figures(
     assert f"tags: [{name}, " in card
 
 
-@pytest.mark.sample("bottleneck", "ia3", "prefix_tuning")
+@pytest.mark.sample("bottleneck", "prefix_tuning")
 def test_tensors_are_grouped_by_layer(finished: tuple[str, Path]) -> None:
     name, out = finished
     tensors = checkpoint_of(out).state.model.tensors

@@ -28,6 +28,7 @@ def run(overrides: list[str], out: Path, *more: str) -> tuple[dict[str, bytes], 
     return adapter_bytes(out), [timeless(row) for row in rows_of(out / "clients.jsonl")]
 
 
+@pytest.mark.sample("frozen.layers=2 * dropout.every=round")
 @pytest.mark.parametrize("more", [ROUND, FROZEN, (*FROZEN, *ROUND[:1])], ids=" ".join)
 def test_offloading_changes_neither_the_adapter_nor_the_ledger(
     more: tuple[str, ...], tiny_overrides: list[str], tmp_path: Path

@@ -71,7 +71,7 @@ def as_left_by(out: Path) -> tuple[Any, Any]:
     return client_model.model, prepared.loaded.backbone.tokenizer
 
 
-@pytest.mark.sample("8bit")
+@pytest.mark.sample("4bit")
 def test_a_run_learns_and_the_same_seed_leaves_the_same_bytes(
     finished: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -110,6 +110,7 @@ def test_other_bits_are_another_model(finished: tuple[str, Path], tmp_path: Path
         resume_run(other, Recorder())
 
 
+@pytest.mark.sample("4bit")
 def test_the_card_loads_the_same_bits_and_the_same_adapter(
     finished: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Comparisons: which runs there are, that each is run once, and how they are summarised."""
 
 import csv
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -220,39 +221,49 @@ def tiny(tiny_overrides: list[str]) -> Callable[..., Comparison]:
     return make
 
 
-def test_finished_runs_are_not_repeated(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
-    first, second = Silent(), Silent()
-    chosen = cells(tiny(seeds=[0]))
-    records = run_cells(chosen, tmp_path, first)
-    assert first.run == [("full", 0), ("dropped", 0)]
-    again = run_cells(cells(tiny(seeds=[0, 1])), tmp_path, second)
-    assert second.finished == first.run
-    assert second.run == [("full", 1), ("dropped", 1)]
-    assert [one.result for one in again[:2]] == [one.result for one in records]
-    assert [list(one.rows) for one in again[:2]] == [list(one.rows) for one in records]
+ALONE = {"variants": {"full": ["method=fedlora"]}}
 
 
-def test_a_stopped_run_is_continued(tiny: Callable[..., Comparison], tmp_path: Path) -> None:
-    [cell] = cells(
-        Comparison.model_validate(
-            {**tiny(seeds=[0]).model_dump(), "variants": {"full": ["method=fedlora"]}}
-        )
-    )
+@pytest.fixture(scope="module")
+def finished(
+    tiny: Callable[..., Comparison], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[RunRecord]]:
+    """The folder and the records of one variant with seed 0."""
+    out, progress = tmp_path_factory.mktemp("finished"), Silent()
+    records = run_cells(cells(tiny(seeds=[0], **ALONE)), out, progress)
+    assert progress.run == [("full", 0)]
+    return out, list(records)
+
+
+def test_finished_runs_are_not_repeated(
+    tiny: Callable[..., Comparison], finished: tuple[Path, list[RunRecord]], tmp_path: Path
+) -> None:
+    out, [record] = shutil.copytree(finished[0], tmp_path / "out"), finished[1]
+    progress = Silent()
+    found, _ = run_cells(cells(tiny(seeds=[0, 1], **ALONE)), out, progress)
+    assert (progress.finished, progress.run) == ([("full", 0)], [("full", 1)])
+    assert found.result == record.result
+    assert list(found.rows) == list(record.rows)
+
+
+def test_a_stopped_run_is_continued(
+    tiny: Callable[..., Comparison], finished: tuple[Path, list[RunRecord]], tmp_path: Path
+) -> None:
+    [cell] = cells(tiny(seeds=[0], **ALONE))
     arguments = [*tiny().settings, "method=fedlora", "seed=0"]
     stop_after_a_round(arguments, tmp_path / cell.folder)
     [record] = run_cells([cell], tmp_path, Silent())
-    [whole] = run_cells([cell], tmp_path / "whole", Silent())
+    [whole] = finished[1]
     assert timeless(record.result) == timeless(whole.result)
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(
     tiny: Callable[..., Comparison], tmp_path: Path
 ) -> None:
-    chosen = tiny(seeds=[0])
-    variants = {"wrong": ["method=fedlora", "frozen.layers=4"], **chosen.variants}
-    chosen = Comparison.model_validate({**chosen.model_dump(), "variants": variants})
+    variants = {"wrong": ["method=fedlora", "frozen.layers=4"], **ALONE["variants"]}
+    chosen = tiny(seeds=[0], variants=variants)
     records = run_cells(cells(chosen), tmp_path, Silent())
-    assert [one.result is None for one in records] == [True, False, False]
+    assert [one.result is None for one in records] == [True, False]
     assert "leaves none of the 4 layers" in (records[0].failure or "")
     [part] = summary(chosen.study(), records)
     assert part.rows[0].accuracy is None
@@ -513,14 +524,14 @@ def test_compare_from_the_command_line_to_its_files(
 
 
 def test_a_comparison_can_be_continued_from_its_tables_alone(
-    tiny: Callable[..., Comparison], tmp_path: Path
+    tiny: Callable[..., Comparison], finished: tuple[Path, list[RunRecord]], tmp_path: Path
 ) -> None:
-    first, second = tiny(seeds=[0]), tiny(seeds=[0, 1])
-    records = run_cells(cells(first), tmp_path / "here", Silent())
+    first, second = tiny(seeds=[0], **ALONE), tiny(seeds=[0, 1], **ALONE)
+    records = finished[1]
     write(tmp_path / "there", first.study(), records, summary(first.study(), records))
     progress = Silent()
     found = run_cells(cells(second), tmp_path / "there", progress)
-    assert progress.run == [("full", 1), ("dropped", 1)]
+    assert progress.run == [("full", 1)]
     for one, other in zip(found, records, strict=False):
         assert {*one.settings} == {*other.settings}
         assert replace(one, settings=()) == replace(other, settings=())

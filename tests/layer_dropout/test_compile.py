@@ -155,6 +155,7 @@ def recipe(compiler: Compiler) -> str:
     return str(code).replace("(block.forward)", "(block.forward, backend=compiler)")
 
 
+@pytest.mark.full  # aot_eager takes long
 def test_the_tutorial_s_code_with_texts_of_any_length(compiler: Compiler) -> None:
     """Also evaluates inside the context."""
     plain, model = lora_model("llama"), lora_model("llama")

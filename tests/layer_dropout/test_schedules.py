@@ -61,6 +61,7 @@ def test_recovery_takes_its_part_of_the_steps(part: float, steps: int) -> None:
     assert abs(sum(full) - part * steps) <= 1
 
 
+@pytest.mark.sample("constant-5-*", "warm_up-7-*", "recovery-1-60-*")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize(
     ("schedule", "every", "step", "factor"),

@@ -3,8 +3,6 @@
 import inspect
 import random
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -13,29 +11,6 @@ import torch
 from torch import nn
 
 import droppeft.layer_dropout as package
-
-LOADED = """
-import sys, droppeft.layer_dropout
-print(*(name for name in sys.modules if name.split('.')[0] in
-        {'droppeft', 'transformers', 'peft', 'pydantic', 'flwr', 'datasets', 'scipy', 'pandas'}))
-"""
-
-
-def test_importing_it_imports_nothing_else() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
-    )
-    assert set(result.stdout.split()) == {
-        "droppeft",
-        "droppeft.errors",
-        "droppeft.layer_dropout",
-        "droppeft.layer_dropout.architectures",
-        "droppeft.layer_dropout.blocks",
-        "droppeft.layer_dropout.dropout",
-        "droppeft.layer_dropout.gates",
-        "droppeft.layer_dropout.rates",
-        "droppeft.layer_dropout.schedules",
-    }
 
 
 def test_the_examples_of_the_docstring_train(

@@ -121,6 +121,12 @@ def train(
     return trainer, recorder
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, StepRecorder]:
+    """The LoRA model, trained with the default settings; tests must not change it."""
+    return train(tmp_path_factory.mktemp("plain"), lora_model())
+
+
 def gated_blocks(model: Any) -> int:
     return sum("forward" in vars(block) for block in find_blocks(model)[1])
 
@@ -197,19 +203,31 @@ def checkpointing(reentrant: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("build", [lora_model, full_model])
 def test_checkpointing_changes_nothing(
-    tmp_path: Path, build: Callable[[], Any], reentrant: bool
+    tmp_path: Path, plain: tuple[Trainer, StepRecorder], reentrant: bool
 ) -> None:
-    plain, _ = train(tmp_path, build())
-    trainer, recorder = train(tmp_path, build(), **checkpointing(reentrant))
+    trainer, recorder = train(tmp_path, lora_model(), **checkpointing(reentrant))
     assert trainer.model.is_activation_checkpointing
     assert recorder.moved == recorder.gates
-    for ours, theirs in zip(trained(trainer.model), trained(plain.model), strict=True):
+    for ours, theirs in zip(trained(trainer.model), trained(plain[0].model), strict=True):
         assert all(map(torch.equal, ours, theirs))
 
 
-def test_the_gates_count_a_skipped_step_as_the_trainer_does(tmp_path: Path) -> None:
+@pytest.mark.full
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_of_a_trained_backbone_changes_nothing(
+    tmp_path: Path, reentrant: bool
+) -> None:
+    whole, _ = train(tmp_path, full_model())
+    trainer, recorder = train(tmp_path, full_model(), **checkpointing(reentrant))
+    assert recorder.moved == recorder.gates
+    for ours, theirs in zip(trained(trainer.model), trained(whole.model), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_the_gates_count_a_skipped_step_as_the_trainer_does(
+    tmp_path: Path, plain: tuple[Trainer, StepRecorder]
+) -> None:
     """With a loss scaler with which the first step overflows, as may happen in fp16 on a GPU."""
     callback = LayerDropoutCallback(0.5)
     recorder = StepRecorder(callback)
@@ -220,17 +238,16 @@ def test_the_gates_count_a_skipped_step_as_the_trainer_does(tmp_path: Path) -> N
     with torch.no_grad():
         trainer.model.get_submodule("base_model.model.classifier").weight.mul_(100.0)
     trainer.train()
-    _, plain = train(tmp_path, lora_model())
-    assert recorder.gates == plain.gates
+    assert recorder.gates == plain[1].gates
     assert recorder.moved == [(False,) * LAYERS, *recorder.gates[1:]]
 
 
-def test_without_a_gpu_the_trainer_ignores_fp16(tmp_path: Path) -> None:
-    plain, asked = lora_model(), lora_model()
-    train(tmp_path, plain)
-    trainer, _ = train(tmp_path, asked, fp16=True)
+def test_without_a_gpu_the_trainer_ignores_fp16(
+    tmp_path: Path, plain: tuple[Trainer, StepRecorder]
+) -> None:
+    trainer, _ = train(tmp_path, asked := lora_model(), fp16=True)
     assert trainer.accelerator.scaler is None
-    pairs = zip(plain.parameters(), asked.parameters(), strict=True)
+    pairs = zip(plain[0].model.parameters(), asked.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
@@ -248,7 +265,7 @@ def test_a_schedule_follows_the_trainer_s_steps(tmp_path: Path) -> None:
 
 def test_the_seed_is_the_trainer_s_unless_given(tmp_path: Path) -> None:
     def gates(settings: dict[str, Any], seed: int) -> list[Gates]:
-        return train(tmp_path, lora_model(), settings, seed=seed, max_steps=8)[1].gates
+        return train(tmp_path, lora_model(), settings, seed=seed, max_steps=4)[1].gates
 
     first = gates({}, 1)
     assert gates({"seed": 1}, 2) == first
@@ -265,20 +282,20 @@ def test_nothing_is_left_after_training(tmp_path: Path) -> None:
 
 
 class RaiseOnce(TrainerCallback):
-    """Raises an error after the third step of the first training."""
+    """Raises an error after the first step of the first training."""
 
     def __init__(self) -> None:
         self.armed = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 3 and self.armed:
+        if state.global_step == 1 and self.armed:
             self.armed = False
             raise RuntimeError("mine")
 
 
 def train_with_error(folder: Path, model: Any) -> tuple[Trainer, LayerDropoutCallback]:
     callback = LayerDropoutCallback(0.5)
-    trainer = make(folder, model, callback, RaiseOnce())
+    trainer = make(folder, model, callback, RaiseOnce(), max_steps=3)
     with pytest.raises(RuntimeError, match="mine"):
         trainer.train()
     return trainer, callback
@@ -297,7 +314,7 @@ def test_after_training_raised(tmp_path: Path) -> None:
 def test_training_again_after_training_raised(tmp_path: Path) -> None:
     trainer, callback = train_with_error(tmp_path, model := lora_model())
     trainer.train()
-    assert trainer.state.global_step == 5
+    assert trainer.state.global_step == 3
     assert callback.dropout is None
     assert gated_blocks(model) == 0
 
@@ -385,6 +402,7 @@ def train_in_one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.full  # each process imports torch and transformers
 def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
     """With unused parameters detected, a dropped layer has no gradient in any process.
 

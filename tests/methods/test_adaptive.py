@@ -1,5 +1,6 @@
 """Adaptive: DropPEFT's bandit over untrained layers only; and defaults of methods."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +30,41 @@ SPELT_OUT = (
 )
 
 
-@pytest.fixture
-def overrides(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a run with six layers and without settings of layer dropout."""
     other = [
         override for override in tiny_overrides if not override.startswith(("dropout.", "model="))
     ]
-    return [*other, f"model={save_tiny_model(tmp_path / 'six', 6)}", "rounds=4"]
+    return [*other, f"model={save_tiny_model(tmp_path_factory.mktemp('six'), 6)}", "rounds=4"]
 
 
-def test_it_is_droppeft_with_these_settings(overrides: list[str], tmp_path: Path) -> None:
-    hashes = {
-        start_run(load_config(None, [*overrides, *more]), tmp_path / name, Recorder())[
-            "adapter_sha256"
-        ]
-        for name, more in (("short", ("method=adaptive",)), ("long", SPELT_OUT))
-    }
-    assert len(hashes) == 1
-    short, long = [rows_of(tmp_path / name / "rounds.jsonl") for name in ("short", "long")]
+@pytest.fixture(scope="module")
+def adaptive_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adaptive") / "run"
+    start_run(load_config(None, [*overrides, "method=adaptive"]), out, Recorder())
+    return out
+
+
+def test_it_is_droppeft_with_these_settings(
+    overrides: list[str], adaptive_run: Path, tmp_path: Path
+) -> None:
+    words = [*overrides, *SPELT_OUT]
+    result = start_run(load_config(None, words), tmp_path / "long", Recorder())
+    expected = json.loads((adaptive_run / "result.json").read_text())
+    assert result["adapter_sha256"] == expected["adapter_sha256"]
+    short, long = [rows_of(run / "rounds.jsonl") for run in (adaptive_run, tmp_path / "long")]
     assert [row["notes"] for row in short] == [row["notes"] for row in long]
     assert {arm for row in short for arm in row["notes"]["chosen"].values()} == {0, 1}
 
 
 def test_the_run_folder_has_half_of_the_layers_as_a_number(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str], adaptive_run: Path, tmp_path: Path
 ) -> None:
-    overrides = [*overrides, "method=adaptive"]
-    start_run(load_config(None, overrides), tmp_path / "whole", Recorder())
-    assert load_config(tmp_path / "whole" / "config.toml").frozen.layers == 3
-    stop_after_a_round(overrides, tmp_path / "run")
+    assert load_config(adaptive_run / "config.toml").frozen.layers == 3
+    stop_after_a_round([*overrides, "method=adaptive"], tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(adaptive_run)
 
 
 def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
@@ -136,6 +141,7 @@ def test_frozen_layers_are_a_number_or_half(override: str) -> None:
         load_config(None, [f"frozen.layers={override}"])
 
 
+@pytest.mark.full
 def test_half_of_the_layers_equals_their_number(overrides: list[str], tmp_path: Path) -> None:
     for layers in ("half", "3"):
         more = ("method=fedlora", f"frozen.layers={layers}", "rounds=1")

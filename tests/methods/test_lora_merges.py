@@ -165,7 +165,7 @@ def test_with_one_client_its_model_becomes_the_global_one(
     """Two rounds, since the second has a base delta. GPT-2 stores weights as (in, out)."""
     model = save_tiny_model(tmp_path / "model", 4, architecture)
     prepared = prepare_with(
-        f"method={name}", f"model={model}", "training.learning_rate=0.02", "training.local_steps=8"
+        f"method={name}", f"model={model}", "training.learning_rate=0.02", "training.local_steps=3"
     )
     clients, state = clients_of(prepared.loaded), prepared.state
     for round in (1, 2):

@@ -61,7 +61,7 @@ def test_without_a_pull_the_first_personal_adapter_is_the_shared_one(
 
 def test_the_pull_is_towards_the_received_values(prepare_with: Callable[..., Prepared]) -> None:
     """Also in a later round, which begins with the saved personal adapter."""
-    prepared = prepare_with("method=ditto", "training.local_steps=20")
+    prepared = prepare_with("method=ditto", "training.local_steps=6")
     clients, instruction = clients_of(prepared.loaded), first_instruction(prepared)
     shared = update_of(clients, instruction)
     far = {k: {n: a + np.float32(1) for n, a in v.items()} for k, v in instruction.tensors.items()}
@@ -84,7 +84,7 @@ def test_the_pull_is_towards_the_received_values(prepare_with: Callable[..., Pre
 def test_ditto_shares_as_fedlora_and_evaluates_personal_adapters(
     plain: list[str], tmp_path: Path
 ) -> None:
-    more = ("rounds=4", "clients=3", "training.learning_rate=0.02", "training.local_steps=10")
+    more = ("rounds=3", "clients=2", "training.learning_rate=0.02", "training.local_steps=4")
     runs = {}
     for method in ("fedlora", "ditto"):
         config = load_config(None, [*plain, *more, f"method={method}"])
@@ -100,6 +100,7 @@ def test_ditto_shares_as_fedlora_and_evaluates_personal_adapters(
         assert ratio == pytest.approx(2, rel=0.2)
 
 
+@pytest.mark.sample("ditto")
 @pytest.mark.parametrize("method", ["ditto", "fedsa_lora"])
 def test_a_resumed_run_ends_the_same(plain: list[str], tmp_path: Path, method: str) -> None:
     overrides = [*plain, f"method={method}", "clients=3", "rounds=4"]

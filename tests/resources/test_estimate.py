@@ -156,11 +156,11 @@ def test_every_saving_saves(tiny: str) -> None:
 def test_larger_tasks_take_more(tiny: str) -> None:
     sizes = [
         one_option(tiny, f"training.batch_size={rows}", f"training.max_length={length}")
-        for rows, length in ((1, 8), (2, 8), (4, 8), (4, 16), (5, 32))
+        for rows, length in ((1, 8), (2, 8), (2, 16))
     ]
     totals = [one.memory.total for one in sizes]
     assert totals == sorted(totals)
-    assert len(set(totals)) == 5
+    assert len(set(totals)) == 3
 
 
 def test_a_schedule_needs_room_for_full_depth(tiny: str) -> None:

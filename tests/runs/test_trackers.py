@@ -43,18 +43,13 @@ def assert_rows_are_logged(out: Path, rounds: int) -> None:
 def test_every_round_is_in_the_tracker(
     tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    """The environment is restored; otherwise the next run would be logged in the same folder."""
+    out, before = tmp_path / "run", dict(os.environ)
     result = start_run(load_config(None, [*tiny_overrides, TRACKER]), out, Recorder())
     assert_rows_are_logged(out, result["rounds"])
     final = scalars(out)["final_global_accuracy"]
     assert final == {result["rounds"]: pytest.approx(result["global_accuracy"])}
     assert adapter_bytes(out) == adapter_bytes(whole_run)
-
-
-def test_the_environment_is_restored(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """Otherwise the next run of this process would be logged in the folder of this one."""
-    before = dict(os.environ)
-    start_run(load_config(None, [*tiny_overrides, TRACKER]), tmp_path / "run", Recorder())
     assert dict(os.environ) == before
 
 
@@ -110,6 +105,7 @@ class FakeTracker:
     def finish(self) -> None: ...
 
 
+@pytest.mark.sample("mlflow-*")
 @pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("mlflow", "run_id")])
 def test_a_resumed_run_is_the_same_run_in_the_tracker(
     name: str, key: str, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,11 +115,10 @@ def test_a_resumed_run_is_the_same_run_in_the_tracker(
     monkeypatch.setattr(run, "check_tracker", lambda name: None)
     monkeypatch.setattr(FakeTracker, "opened", [])
     out = tmp_path / "run"
-    stop_after_a_round([*tiny_overrides, f"tracker={name}"], out)
+    words = [*tiny_overrides, "rounds=2", f"tracker={name}"]
+    stop_after_a_round(words, out)
     resume_run(out, Recorder())
-    start_run(
-        load_config(None, [*tiny_overrides, f"tracker={name}"]), tmp_path / "other", Recorder()
-    )
+    start_run(load_config(None, [*words, "rounds=1"]), tmp_path / "other", Recorder())
     first, second, other = (options[key] for options in FakeTracker.opened)
     assert second == (first or "run 1")
     assert other != second

@@ -30,7 +30,7 @@ from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
 from handmade import Scripted, update_for
-from runs import Clients, Recorder, interfering, outcome, rows_of, stop_after_a_round, update_of
+from runs import Clients, Recorder, interfering, outcome, rows_of, update_of
 
 pytestmark = pytest.mark.usefixtures("state")
 
@@ -268,18 +268,24 @@ def test_without_measurements_there_is_no_accuracy() -> None:
 LOCAL = ("method=local", "clients=3", "rounds=5")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def words(tiny_overrides: list[str]) -> list[str]:
     return [*(word for word in tiny_overrides if not word.startswith("dropout.")), *LOCAL]
 
 
-def test_a_local_run_has_no_global_accuracy_and_sends_tensors_once(
-    words: list[str], tmp_path: Path
-) -> None:
-    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+@pytest.fixture(scope="module")
+def local_run(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the method ``local``, which tests must only read."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    start_run(load_config(None, words), out, Recorder())
+    return out
+
+
+def test_a_local_run_has_no_global_accuracy_and_sends_tensors_once(local_run: Path) -> None:
+    result = json.loads((local_run / "result.json").read_text())
     assert result["global_accuracy"] is result["adapter_sha256"] is result["best_accuracy"] is None
     assert result["personalised_clients"] == 3
-    rows = rows_of(tmp_path / "run" / "clients.jsonl")
+    rows = rows_of(local_run / "clients.jsonl")
     assert all(row["upload_bytes"] == 0 for row in rows)
     seen: set[int] = set()
     for row in rows:
@@ -290,26 +296,10 @@ def test_a_local_run_has_no_global_accuracy_and_sends_tensors_once(
     ]
 
 
-def test_clients_of_a_local_run_learn(words: list[str], tmp_path: Path) -> None:
-    more = ("rounds=8", "training.local_steps=20", "training.learning_rate=0.02", "clients=2")
-    config = load_config(None, [*words, *more, "training.batch_size=16", "partition.kind=iid"])
-    result = start_run(config, tmp_path / "run", Recorder())
-    assert result["personalised_accuracy"] > 0.6
-    assert result["initial_accuracy"] < 0.5
-
-
-def test_a_resumed_local_run_ends_the_same(words: list[str], tmp_path: Path) -> None:
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
-    stop_after_a_round(words, tmp_path / "run")
-    resume_run(tmp_path / "run", Recorder())
-    assert outcome_without_adapter(tmp_path / "run") == outcome_without_adapter(tmp_path / "whole")
-
-
 def test_a_round_that_clients_saved_and_the_server_did_not_is_run_again(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], local_run: Path, tmp_path: Path
 ) -> None:
     """The server stops after the clients of round 3 have saved their tensors."""
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
 
     class Stopping(Recorder):
         def replied(self, reply: Any) -> None:
@@ -320,7 +310,7 @@ def test_a_round_that_clients_saved_and_the_server_did_not_is_run_again(
     with pytest.raises(Interrupted):
         start_run(load_config(None, words), tmp_path / "run", Stopping())
     resume_run(tmp_path / "run", Recorder())
-    assert outcome_without_adapter(tmp_path / "run") == outcome_without_adapter(tmp_path / "whole")
+    assert outcome_without_adapter(tmp_path / "run") == outcome_without_adapter(local_run)
 
 
 def outcome_without_adapter(out: Path) -> Any:
@@ -348,7 +338,9 @@ def test_a_client_that_lost_its_state_starts_again(
     assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)
 
 
-def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path: Path) -> None:
+def test_a_run_without_any_measurement_can_be_resumed(
+    words: list[str], local_run: Path, tmp_path: Path
+) -> None:
     """Its result is not written before there is a measurement."""
 
     class Gone:
@@ -369,15 +361,13 @@ def test_a_run_without_any_measurement_can_be_resumed(words: list[str], tmp_path
             lambda loaded: nullcontext(Gone(InProcess(clients_of(loaded)))),
         )
     assert not (out / "result.json").exists()
-    start_run(load_config(None, words), tmp_path / "whole", Recorder())
     resume_run(out, Recorder())
-    assert outcome_without_adapter(out) == outcome_without_adapter(tmp_path / "whole")
+    assert outcome_without_adapter(out) == outcome_without_adapter(local_run)
 
 
-def test_a_local_run_has_no_global_model_to_export(words: list[str], tmp_path: Path) -> None:
-    start_run(load_config(None, [*words, "rounds=1"]), tmp_path / "run", Recorder())
+def test_a_local_run_has_no_global_model_to_export(local_run: Path) -> None:
     with pytest.raises(DroppeftError, match=r"no global model to export with .* with --client"):
-        export_run(tmp_path / "run")
+        export_run(local_run)
 
 
 def test_the_evaluation_of_clients_can_be_left_out(

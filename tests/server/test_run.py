@@ -77,13 +77,6 @@ def test_a_result_holds_all_that_a_reader_needs(whole_run: Path) -> None:
     assert result["mean_active_layers"] == 3.0
 
 
-def test_the_same_configuration_gives_the_same_run(
-    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
-) -> None:
-    start_run(load_config(None, tiny_overrides), tmp_path / "again", Recorder())
-    assert outcome(tmp_path / "again") == outcome(whole_run)
-
-
 def test_another_seed_gives_another_run(
     tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
@@ -104,15 +97,6 @@ def test_rounds_between_evaluations_have_no_accuracy(
     measured = [row["global_accuracy"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     # The second because it is due, the third because it is the last.
     assert [value is None for value in measured] == [True, False, False]
-
-
-def test_a_listener_hears_everything(tiny_overrides: list[str], tmp_path: Path) -> None:
-    listener = Recorder()
-    result = start_run(load_config(None, tiny_overrides), tmp_path / "run", listener)
-    assert listener.earlier == []
-    assert [row.round for row in listener.rows] == [1, 2, 3]
-    assert len(listener.replies) == 6
-    assert listener.results == [result]
 
 
 # Crashes
@@ -157,9 +141,7 @@ def crash_at(
     patch.setattr(name, crashing)
 
 
-@pytest.mark.sample(
-    "between the two ledgers", "after the rows*", "within the adapter", "between adapter and result"
-)
+@pytest.mark.sample("between the two ledgers", "within the adapter")
 @pytest.mark.parametrize("when", CRASHES)
 def test_a_crash_leaves_a_run_that_ends_the_same(
     when: str, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
@@ -173,6 +155,7 @@ def test_a_crash_leaves_a_run_that_ends_the_same(
     assert outcome(out) == outcome(whole_run)
 
 
+@pytest.mark.full
 def test_two_crashes_in_a_row(tiny_overrides: list[str], whole_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     go: Callable[[], Any]
@@ -201,16 +184,19 @@ def stop_after(rounds: int, tiny_overrides: list[str], out: Path) -> None:
     assert (stopped.value.folder, stopped.value.round) == (out, rounds)
 
 
-@pytest.mark.parametrize("name", ["rounds.jsonl", "clients.jsonl"])
 def test_a_round_with_an_incomplete_row_is_run_again(
-    name: str, tiny_overrides: list[str], whole_run: Path, tmp_path: Path
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     stop_after(2, tiny_overrides, out)
-    with (out / name).open("a") as file:
-        file.write('{"round": 3, "coh')
-    resume_run(out, Recorder())
+    for name in ("rounds.jsonl", "clients.jsonl"):
+        with (out / name).open("a") as file:
+            file.write('{"round": 3, "coh')
+    listener = Recorder()
+    resume_run(out, listener)
     assert outcome(out) == outcome(whole_run)
+    assert [row.round for row in listener.earlier] == [1, 2]
+    assert [row.round for row in listener.rows] == [3]
 
 
 def test_a_damaged_checkpoint_costs_a_round(
@@ -226,16 +212,6 @@ def test_a_damaged_checkpoint_costs_a_round(
     assert outcome(out) == outcome(whole_run)
 
 
-def test_resuming_reports_earlier_rounds_and_runs_the_others(
-    tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    stop_after(2, tiny_overrides, tmp_path / "run")
-    listener = Recorder()
-    resume_run(tmp_path / "run", listener)
-    assert [row.round for row in listener.earlier] == [1, 2]
-    assert [row.round for row in listener.rows] == [3]
-
-
 def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(out / "checkpoints")
@@ -248,7 +224,9 @@ def test_a_finished_run_is_only_reported(whole_run: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_second_process_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_a_listener_hears_everything_and_a_second_process_is_refused(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
 
     class Intruder(Recorder):
@@ -258,8 +236,11 @@ def test_a_second_process_is_refused(tiny_overrides: list[str], tmp_path: Path) 
             super().round_done(row)
 
     listener = Intruder()
-    start_run(load_config(None, tiny_overrides), out, listener)
-    assert len(listener.rows) == 3
+    result = start_run(load_config(None, tiny_overrides), out, listener)
+    assert listener.earlier == []
+    assert [row.round for row in listener.rows] == [1, 2, 3]
+    assert len(listener.replies) == 6
+    assert listener.results == [result]
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
@@ -315,7 +296,7 @@ def test_a_run_may_use_the_current_folder(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    start_run(load_config(None, tiny_overrides), Path(), Recorder())
+    start_run(load_config(None, [*tiny_overrides, "rounds=1"]), Path(), Recorder())
     assert (tmp_path / "result.json").exists()
 
 
@@ -419,6 +400,7 @@ def test_a_killed_process_leaves_a_run_that_ends_the_same(
     assert outcome(out) == long_run
 
 
+@pytest.mark.full
 def test_a_process_killed_within_the_adapter(
     tiny_overrides: list[str], whole_run: Path, tmp_path: Path
 ) -> None:

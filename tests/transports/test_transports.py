@@ -14,7 +14,13 @@ from droppeft.transports.base import Transport
 from droppeft.transports.registry import TRANSPORTS, transport_named
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name == "in_process" else pytest.param(name, marks=pytest.mark.full)
+        for name in TRANSPORTS
+    ],
+)
 def transport(request: pytest.FixtureRequest, tiny_overrides: list[str]) -> Iterator[Transport]:
     """Each transport, opened once: a simulation engine takes seconds to start."""
     config = resolve(load_config(None, tiny_overrides), cuda=False)

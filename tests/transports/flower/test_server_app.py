@@ -46,6 +46,7 @@ def test_a_run_starts_from_settings_and_a_file(
     assert load_config(tmp_path / "run" / "config.toml").transport == "flower"
 
 
+@pytest.mark.sample("no settings")
 @pytest.mark.parametrize("again", [True, False], ids=["same settings", "no settings"])
 def test_a_run_is_resumed(
     tiny_overrides: list[str],

@@ -33,20 +33,24 @@ def example() -> ModuleType:
 
 
 def comparable(out: Path) -> dict[str, Any]:
-    """What a run writes, without what may differ: clocks and the transport's name."""
+    """What a run writes, without what may differ: clocks, the transport and its settings."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k != "transport"}
+            return {k: strip(v) for k, v in value.items() if k not in ("transport", "flower")}
         return [strip(item) for item in value] if isinstance(value, list) else value
 
     result: dict[str, Any] = strip(outcome(out))
     lines = result["config"].decode().splitlines()
-    return {**result, "config": [line for line in lines if not line.startswith("transport = ")]}
+    other = ("transport = ", "nodes_timeout_s = ")
+    return {**result, "config": [line for line in lines if not line.startswith(other)]}
 
 
 SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "clients=3", "rounds=4")
 """Client state is saved by the processes that run the clients."""
+
+SLOW = "flower.nodes_timeout_s=1800"
+"""Other tests may keep the machine busy while the processes of a simulation start."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,8 @@ def test_a_simulation_is_the_run_in_process(
     tiny_overrides: list[str], sharing_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    start_run(load_config(None, [*tiny_overrides, *SHARING, "transport=flower"]), out, Recorder())
+    words = [*tiny_overrides, *SHARING, "transport=flower", SLOW]
+    start_run(load_config(None, words), out, Recorder())
     assert comparable(out) == comparable(sharing_run)
 
 
@@ -77,6 +82,7 @@ def test_a_base_delta_reaches_the_clients_of_a_simulation(
     for transport in ("in_process", "flower"):
         out = tmp_path / transport
         words = [*plain, "method=fedex_lora", f"transport={transport}"]
+        words += [SLOW] if transport == "flower" else []
         start_run(load_config(None, words), out, Recorder())
         (out / "adapter").mkdir()  # with a base delta, no adapter is written
         results.append(comparable(out))
@@ -95,7 +101,7 @@ def test_killing_a_process_of_the_simulation_costs_only_the_replies_of_its_clien
                 self.processes[0].kill()
 
     listener = Kills()
-    many = ["transport=flower", "rounds=40", "cohort_size=4", "evaluation.every=40"]
+    many = ["transport=flower", SLOW, "rounds=40", "cohort_size=4", "evaluation.every=40"]
     start_run(load_config(None, [*tiny_overrides, *many]), tmp_path / "run", listener)
     accepted = [row.accepted for row in listener.rows]
     assert accepted[0] == accepted[-1] == 4
@@ -111,6 +117,7 @@ def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
     words = [
         *tiny_overrides,
         "transport=flower",
+        SLOW,
         "flower.deadline_s=1",
         "training.local_steps=100000",
     ]
@@ -153,7 +160,7 @@ def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
     original = grid.identity
     monkeypatch.setattr(grid, "identity", lambda loaded: {**original(loaded), "data_hash": "other"})
     out = tmp_path / "run"
-    words = [*tiny_overrides, "transport=flower", "rounds=9"]
+    words = [*tiny_overrides, "transport=flower", SLOW, "rounds=9"]
     with pytest.raises(DroppeftError, match="3 rounds in a row") as error:
         start_run(load_config(None, words), out, Recorder())
     assert "the data differs (expected other, found " in str(error.value)
