@@ -472,6 +472,10 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``droppeft`` with arguments, without its page: exit code, output, errors."""
+    # Drawing its figures takes longer than the runs; report/test_page.py tests them.
+    monkeypatch.setattr("droppeft.report.page.write_page", lambda folder: folder / "report.html")
+
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["droppeft", *arguments])
         monkeypatch.setenv("COLUMNS", "120")
@@ -496,6 +500,7 @@ def test_compare_from_the_command_line_to_its_files(
     )
     assert code == 0
     assert "1/2 fedlora, seed 5" in shown
+    assert "page: " in shown
     assert "References: the most frequent class ." in shown
     assert "1 run to go: about" in shown
     assert "to target" not in shown

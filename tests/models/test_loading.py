@@ -144,6 +144,7 @@ def test_architectures_have_the_published_sizes(name: str, layers: int, paramete
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.sample("bert-large", "llama-7b")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_uses_the_builtin_tokenizer(name: str) -> None:
     first, again, other = (load_backbone(f"config:{name}", NAMES, seed) for seed in (0, 0, 1))

@@ -47,6 +47,7 @@ def learned_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFact
     """Two rounds of a pretrained model; it is more accurate than a constant answer."""
     out = tmp_path_factory.mktemp("learned") / "run"
     words = [*tiny_overrides, "model=builtin", "rounds=2", "training.local_steps=4"]
+    words += ["evaluation.personalised=false"]
     result = start_run(load_config(None, words), out, Recorder())
     assert result["global_accuracy"] > 0.5
     return out
