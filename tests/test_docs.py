@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import generate, markdown, markers, reference, studies
+from benchmarks.study import read_values
 from droppeft.config import build_config, known_keys
 
 BENCHMARKS = generate.ROOT / "docs/benchmarks"
@@ -119,6 +120,16 @@ def test_the_index_names_every_page() -> None:
     for page in QUESTIONS:
         title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         assert f"[{title}]({page.name})" in index
+
+
+def test_contributing_says_how_many_errors_the_sample_of_tests_notices() -> None:
+    found = read_values("test_sample")
+    [said] = re.findall(r"(\d+) of (\d+) deliberate errors", _words("CONTRIBUTING.md"))
+    assert said == (str(found["noticed_by"]["make test"]), str(found["mutations"]))
+
+
+def _words(page: str) -> str:
+    return " ".join((generate.ROOT / page).read_text(encoding="utf-8").split())
 
 
 def _page(name: str) -> str:

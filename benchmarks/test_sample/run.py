@@ -7,7 +7,7 @@ that did. If the text that a mutation replaces is no longer in its file, the row
 
 All tests must pass without a mutation. It takes about ten minutes on two quiet cores. It writes
 ``study.json`` and ``result.csv.gz`` in its folder; with ``--only WORD`` it runs the mutations whose
-description or file contains the word, prints their rows, and writes nothing.
+description or file contains the word, and keeps the recorded rows of the others.
 """
 
 import argparse
@@ -97,26 +97,28 @@ def _in_a_process(source: Path, scratch: Path, tests: Sequence[str], part: str) 
 
 
 def main() -> None:
-    """Run all mutations, or some, and print their rows."""
+    """Run all mutations, or some; print and record the row of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", metavar="WORD")
     word = parser.parse_args().only
     os.environ.update(ENVIRONMENT)
-    rows = []
     for mutation in MUTATIONS:
         if word in mutation.what or word in mutation.file:
-            rows.append(row_of(mutation))
-            print(*rows[-1].values(), sep=" | ", flush=True)
-    if not word:
-        _write(rows)
+            row = row_of(mutation)
+            print(*row.values(), sep=" | ", flush=True)
+            _record(row)
 
 
-def _write(rows: Sequence[dict[str, Any]]) -> None:
+def _record(row: dict[str, Any]) -> None:
+    """Write the row to the table, and keep the rows of the other mutations."""
     # It imports droppeft, which the process of a mutation must import from the changed source.
     from benchmarks import study
 
-    noticed = Counter(row["noticed_by"] for row in rows)
+    known = study.read_table(NAME) if study.was_measured(NAME) else []
+    by_mutation = {one["mutation"]: one for one in (*known, row)}
+    rows = [by_mutation[one.what] for one in MUTATIONS if one.what in by_mutation]
     study.write_table(NAME, "result", rows)
+    noticed = Counter(one["noticed_by"] for one in rows)
     content = {**study.about(NAME), "mutations": len(rows), "noticed_by": dict(noticed)}
     study.write_values(NAME, content)
 
