@@ -40,10 +40,6 @@ IGNORED = [
         "task=causal_lm training.head_learning_rate=0.5",
         "has no effect with task=causal_lm, whose head is not trained",
     ),
-    (
-        "task=causal_lm evaluation.generated=0 evaluation.max_new_tokens=3",
-        "has no effect with evaluation.generated=0",
-    ),
     ("method=fedra ditto.pull=2", "leave it out, or set method=ditto"),
     ("method=fedra ditto.pull=1", "ditto.pull has no effect with method=fedra; leave it out"),
     (f"method=fedra {THOMPSON}", "configurator.policy has no effect with method=fedra"),

@@ -110,11 +110,6 @@ NO_EFFECT = (
         reason="task=causal_lm, whose head is not trained",
     ),
     NoEffect(
-        keys=("evaluation.max_new_tokens",),
-        when=lambda config: config.evaluation.generated == 0,
-        reason="evaluation.generated=0",
-    ),
-    NoEffect(
         keys=("flower.",),
         when=lambda config: config.transport != "flower",
         reason="transport={config.transport}",
