@@ -394,11 +394,6 @@ def test_a_tokenizer_in_python_trains_or_is_refused(
         assert result["rounds"] == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=IndexError,
-    reason="Tokens without a row in the embeddings raise an error when the model is called.",
-)
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
     run_tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -411,5 +406,5 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
     write_tiny_data(data)
     for path in data.iterdir():
         path.write_text(path.read_text().replace("bread", "blorptastic"))
-    with refused(rf"(?=.*\b{rows}\b)(?=.*\b{rows + 2}\b)"):
+    with refused(f"makes the token {rows}, but the model has embeddings for {rows} tokens"):
         run_tiny(f"model={model}", f"data={data}")
