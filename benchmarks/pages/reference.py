@@ -21,7 +21,7 @@ from benchmarks.study import read_values
 from droppeft.adapters.types import TYPES
 from droppeft.cli import app
 from droppeft.config import Bandwidth, Config, build_config, flat, known_keys
-from droppeft.config.schema import METHOD_DEFAULTS, TASK_DEFAULTS
+from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.layer_dropout import REFUSED
@@ -303,7 +303,9 @@ def defaults_of_methods() -> str:
 
 
 def defaults_of_tasks() -> str:
-    return _defaults("task", {name: tables for name, tables in TASK_DEFAULTS.items() if tables})
+    builtin = {f"{name} data=builtin": tables for name, tables in BUILTIN_DEFAULTS.items()}
+    found = {name: tables for name, tables in TASK_DEFAULTS.items() if tables}
+    return _defaults("task", found | builtin)
 
 
 def _defaults(kind: str, found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -59,8 +59,12 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The built-in signatures and docstrings are distributed by library.
-BY_LIBRARY = {"kind": "natural", "key": "package"}
+# Defaults of a task on the built-in data, by table; they win over the task's.
+BUILTIN_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    # docs/benchmarks/default-run.md
+    "classification": {"training": {"learning_rate": 3e-3}},
+    "causal_lm": {"partition": {"kind": "natural", "key": "package"}},
+}
 
 # Mutually exclusive settings, by table; the first one has the default. An override replaces the
 # file's choice.
@@ -92,9 +96,9 @@ def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object
 def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
     task = given.get("task", TASKS[0])
     defaults = TASK_DEFAULTS.get(str(task), {})
-    if task == "causal_lm" and given.get("data", "builtin") == "builtin":
-        return {**defaults, "partition": BY_LIBRARY}
-    return defaults
+    if given.get("data", "builtin") != "builtin":
+        return defaults
+    return {**defaults, **BUILTIN_DEFAULTS.get(str(task), {})}
 
 
 def _steps_or_round(value: object) -> object:
