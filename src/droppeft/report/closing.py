@@ -112,7 +112,7 @@ def _global_lines(
         (
             metric.label,
             metric.text(result[metric.key("global")]),
-            f"all {result['test_rows']:,} test texts",
+            f"{_all(result)}{result['test_rows']:,} test texts",
         ),
         *others,
         ("after round 1", metric.text(result[metric.key("first")]), sample),
@@ -156,6 +156,12 @@ def shortened(text: str) -> str:
     line = " ".join(text.split())
     half = SAMPLE_LENGTH // 2
     return line if len(line) <= SAMPLE_LENGTH else f"{line[:half]} … {line[-half:]}"
+
+
+def _all(result: Mapping[str, Any]) -> str:
+    """Whether the last evaluation was on all test rows."""
+    limit = result["config"]["evaluation"].get("final_rows")
+    return "" if limit == result["test_rows"] else "all "
 
 
 def _reference_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
