@@ -68,7 +68,17 @@ def test_a_json_file_may_hold_lines_and_a_csv_file_a_byte_order_mark(tmp_path: P
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n\n", b"[", b"[]", b"7\n", b"[7]", b"\xff\xfe\x00", b"null", gzip.compress(b"prompt")],
+    [
+        b"",
+        b"\n\n",
+        b"[",
+        b"[]",
+        b"7\n",
+        b"[7]",
+        b"\xff\xfe\x00",
+        b"null",
+        gzip.compress(b"prompt", mtime=0),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".txt"])
