@@ -53,6 +53,9 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         f"compare {result['method']} {_other(result['method'])}": "Two methods side by side:",
         "run data=FILE.csv": "Your own texts, in columns named text and label:",
     }
+    if "generated" in result:
+        del commands["run data=FILE.csv"]
+        commands[f"chat {run}"] = "Talk to the model:"
     if result[primary_metric(result).key("global")] is None:
         del commands[f"export {run} --merge"]
     lines: list[RenderableType] = []
