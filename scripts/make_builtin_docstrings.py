@@ -13,7 +13,6 @@ import csv
 import gzip
 import io
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,12 +73,7 @@ def collect(library: Library) -> list[Row]:
 
 def functions(path: Path) -> list[tuple[str, str]]:
     """Return signature and docstring of the first ``ROWS_PER_FILE`` usable functions of a file."""
-    with warnings.catch_warnings():  # about invalid escapes in the libraries' strings
-        warnings.simplefilter("ignore")
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, SyntaxError):
-            return []
+    tree = texts.parsed(path)
     described = ((signature, first_line(docstring)) for signature, docstring in _functions(tree))
     usable = (one for one in described if one[1] and len(one[0]) <= MAX_SIGNATURE)
     return list(dict.fromkeys(usable))[:ROWS_PER_FILE]

@@ -210,14 +210,19 @@ def other_terms(path: Path, licence_of_library: str) -> str | None:
     return found.group().strip() if found else None
 
 
-def paragraphs(path: Path) -> list[str]:
-    """Return the first ``TEXTS_PER_FILE`` texts of a source file."""
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a source file, an empty one if the file cannot be parsed."""
     with warnings.catch_warnings():  # about invalid escapes in the libraries' strings
         warnings.simplefilter("ignore")
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            return ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError):
-            return []
+            return ast.parse("")
+
+
+def paragraphs(path: Path) -> list[str]:
+    """Return the first ``TEXTS_PER_FILE`` texts of a source file."""
+    tree = parsed(path)
     openings = (opening_paragraph(docstring) for docstring in _docstrings(tree))
     return list(dict.fromkeys(text for text in openings if text))[:TEXTS_PER_FILE]
 

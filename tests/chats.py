@@ -79,3 +79,10 @@ def save_chat_model(folder: Path, template: str | None = CHATML, **settings: Any
     tiny_llama(**{"vocab_size": len(tokenizer), **settings}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def chat_settings(folder: Path) -> list[str]:
+    """Save a tiny model and its data in a folder, and return the settings of a run with them."""
+    model, data = save_chat_model(folder / "model"), folder / "data"
+    data.mkdir()
+    return [f"model={model}", f"data={write_chat_data(data)}", *SETTINGS]

@@ -14,7 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chats import SETTINGS, save_chat_model, write_chat_data, write_lines
+from chats import chat_settings, write_lines
 from droppeft.cli import main
 from droppeft.config import load_config
 from droppeft.data.conversations import Message
@@ -37,12 +37,7 @@ TRAINING = ("training.learning_rate=0.05", "training.local_steps=5", "adapter.ta
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = save_chat_model(tmp_path_factory.mktemp("chat") / "model")
-    return [
-        f"model={model}",
-        f"data={write_chat_data(tmp_path_factory.mktemp('chats'))}",
-        *SETTINGS,
-    ]
+    return chat_settings(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

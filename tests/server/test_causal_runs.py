@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from chats import LAYERS, SETTINGS, save_chat_model, write_chat_data, write_lines
+from chats import LAYERS, chat_settings, save_chat_model, write_lines
 from droppeft.client.run_inputs import clients_of, tokens_of
 from droppeft.config import load_config, resolve
 from droppeft.messages import Update, flatten
@@ -36,12 +36,7 @@ QUICK = ("evaluation.generated=0", "evaluation.personalised=false")
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = save_chat_model(tmp_path_factory.mktemp("chat") / "model")
-    return [
-        f"model={model}",
-        f"data={write_chat_data(tmp_path_factory.mktemp('chats'))}",
-        *SETTINGS,
-    ]
+    return chat_settings(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@
 Ours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from droppeft.layer_dropout.blocks import Gates
+from droppeft.models.evaluation_mode import evaluating
 from droppeft.models.key_value_cache import without_cache
 
 
@@ -42,7 +42,7 @@ class FrozenLayers:
 
         hook = self._last.register_forward_hook(stop)
         try:
-            with torch.no_grad(), without_cache(self._model), _evaluating(self._model):
+            with torch.no_grad(), without_cache(self._model), evaluating(self._model):
                 self._model(**inputs)
         except _FrozenLayersDone:
             pass
@@ -69,15 +69,3 @@ class FrozenLayers:
 
 class _FrozenLayersDone(Exception):
     """Ends a forward pass after the frozen layers."""
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode inside the context; restore every module's mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

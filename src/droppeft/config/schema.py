@@ -13,6 +13,7 @@ from droppeft.config.sharing import SharingConfig
 from droppeft.config.table import Real, Table, TextList, Whole
 
 DEFAULT_METHOD = "adaptive"
+DEFAULT_TASK: Literal["classification"] = "classification"
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
 
@@ -45,8 +46,6 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fedia3": {"adapter": {"type": "ia3"}},
     "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
-
-TASKS = ("classification", "causal_lm")
 
 # Defaults of a task that differ from the general ones, by table; they win over the method's.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -94,7 +93,7 @@ def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object
 
 
 def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
-    task = given.get("task", TASKS[0])
+    task = given.get("task", DEFAULT_TASK)
     defaults = TASK_DEFAULTS.get(str(task), {})
     if given.get("data", "builtin") != "builtin":
         return defaults
@@ -438,7 +437,7 @@ class Config(Table):
 
     method: str = Field(DEFAULT_METHOD, description="federated method")
     task: Literal["classification", "causal_lm"] = Field(
-        "classification",
+        DEFAULT_TASK,
         description="what is learnt: `classification` of texts, or `causal_lm`, to generate text; "
         "found from the model and the columns of the data if not given",
     )

@@ -1,13 +1,12 @@
 """Conversations and documents in memory: what a causal language model learns from. Ours."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from droppeft.data.texts import Rows
+from droppeft.data.texts import Rows, hash_of
 
 Role = Literal["system", "user", "assistant"]
 
@@ -85,10 +84,7 @@ class ConversationData:
     @cached_property
     def content_hash(self) -> str:
         """Hash of rows, categories and their names, not of owners: 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for part in self._content():
-            digest.update(part)
-        return digest.hexdigest()[:16]
+        return hash_of(self._content())
 
     def _content(self) -> Iterator[bytes]:
         yield json.dumps(self.label_names).encode()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+
+
+def hash_of(parts: Iterable[bytes]) -> str:
+    """Return a hash of parts of data in their order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,7 @@ class TextData:
     @cached_property
     def content_hash(self) -> str:
         """Hash of texts, pairs, labels and label names, not of owners: 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for part in self._content():
-            digest.update(part)
-        return digest.hexdigest()[:16]
+        return hash_of(self._content())
 
     def _content(self) -> Iterator[bytes]:
         yield json.dumps(self.label_names).encode()

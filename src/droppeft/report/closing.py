@@ -16,8 +16,6 @@ from rich.text import Text
 from droppeft.quantities import bytes_text, joules_text, seconds_text, share
 from droppeft.tasks.metrics import F1, LOSS, Metric, metrics_in, primary_metric
 
-LABEL_WIDTH = 10
-
 SAMPLE_LENGTH = 240
 """Most characters of a sample's text on the screen."""
 
@@ -51,11 +49,11 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         f"report {run}": "Figures and settings of this run, as an HTML page:",
         f"export {run} --merge": "The model in transformers' format:",
         f"compare {result['method']} {_other(result['method'])}": "Two methods side by side:",
-        "run data=FILE.csv": "Your own texts, in columns named text and label:",
     }
     if "generated" in result:
-        del commands["run data=FILE.csv"]
         commands[f"chat {run}"] = "Talk to the model:"
+    else:
+        commands["run data=FILE.csv"] = "Your own texts, in columns named text and label:"
     if result[primary_metric(result).key("global")] is None:
         del commands[f"export {run} --merge"]
     lines: list[RenderableType] = []
@@ -162,7 +160,7 @@ def shortened(text: str) -> str:
 
 
 def _all(result: Mapping[str, Any]) -> str:
-    """Whether the last evaluation was on all test rows."""
+    """Return "all " if the last evaluation was on all test rows, or else nothing."""
     limit = result["config"]["evaluation"].get("final_rows")
     return "" if limit == result["test_rows"] else "all "
 

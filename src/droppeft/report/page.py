@@ -93,8 +93,8 @@ def write_page(folder: Path) -> Path:
     drawn: dict[str, Any] = {}
     for number, part in enumerate(parts):
         runs = [one for one in records if one.place == (part.data, part.model)]
-        made = figures(part, runs)
-        sections.append(_section(part, made))
+        made = {name: (svg(figure), figure) for name, figure in figures(part, runs).items()}
+        sections.append(_section(part, {name: image for name, (image, _) in made.items()}))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
     text = TEMPLATE.render(
         title=title,
@@ -107,10 +107,10 @@ def write_page(folder: Path) -> Path:
         many=MANY,
         score_names=["training", *SCORES.values()],
     )
-    for name, figure in drawn.items():
+    for name, (image, figure) in drawn.items():
         path = folder / FIGURES / name
         path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
+        path.with_suffix(".svg").write_text(image, encoding="utf-8")
         figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
     write_atomically(folder / PAGE, text.encode())
     return folder / PAGE
@@ -152,11 +152,11 @@ def _generated(folder: Path) -> dict[str, Any] | None:
     return {"rows": found["rows"], "scores": scores, "samples": samples}
 
 
-def _section(part: Part, made: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template shows of a part."""
+def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
+    """What the template shows of a part, whose figures are given as SVG by name."""
 
     def drawn(names: Iterable[str]) -> list[Markup]:
-        return [_inline(svg(made[name])) for name in names if name in made]
+        return [_inline(made[name]) for name in names if name in made]
 
     def starting(*prefixes: str) -> list[Markup]:
         return drawn(name for name in made if name.startswith(prefixes))

@@ -1,6 +1,8 @@
 """Talk to the model of a run, or let it complete a file of prompts. Ours."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,26 @@ def talk(
         DroppeftError: as :func:`~droppeft.runs.answering.loaded_model`.
     """
     console = console or Console()
-    with Screen(console) as screen:
-        screen.preparing("loading the model")
-        loading = loaded_model(run, settings, screen.preparing, round, client)
-        answering = loading.__enter__()
-    try:
+    with _loaded(run, settings, round, client, console) as answering:
         console.print(Text(HELP, style="dim"))
         _converse(answering, console)
-    finally:
-        loading.__exit__(None, None, None)
+
+
+@contextmanager
+def _loaded(
+    run: Path,
+    settings: GenerationSettings,
+    round: int | None,
+    client: int | None,
+    console: Console,
+) -> Iterator[Answering]:
+    """Load the model of a run; the steps are shown until it is loaded."""
+    with ExitStack() as stack:
+        with Screen(console) as screen:
+            screen.preparing("loading the model")
+            loading = loaded_model(run, settings, screen.preparing, round, client)
+            answering = stack.enter_context(loading)
+        yield answering
 
 
 def _converse(answering: Answering, console: Console) -> None:
@@ -117,11 +130,8 @@ def complete_file(
         raise DroppeftError(f"{out}: its folder does not exist; make it, or choose another --out")
     rows = read_prompts(prompts)
     console = Console(stderr=True)
-    with Screen(console) as screen:
-        screen.preparing("loading the model")
-        with loaded_model(run, settings, screen.preparing, round, client) as answering:
-            screen.__exit__(None, None, None)
-            completions = _completed(answering, [prompt for _, prompt in rows], console)
+    with _loaded(run, settings, round, client, console) as answering:
+        completions = _completed(answering, [prompt for _, prompt in rows], console)
     lines = (
         json.dumps({**row, "completion": text}, ensure_ascii=False, default=str) + "\n"
         for (row, _), text in zip(rows, completions, strict=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.client.run_inputs import Say
-from droppeft.data.conversation_tokens import encode_prompts
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
 from droppeft.runs.export import load_source, saved_model
 from droppeft.runs.model_files import attach_model
-from droppeft.tasks.generation import GenerationSettings, generate_texts
+from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.registry import task_named
 
 
@@ -43,9 +42,9 @@ class Answering:
         Raises:
             DroppeftError: the model's chat template refuses a prompt, or it has no tokens.
         """
-        ids = encode_prompts(prompts, self.tokenizer, self.max_length)
-        inputs = [[int(token) for token in one] for one in ids]
-        return generate_texts(self.model, self.tokenizer, inputs, self.settings, streamer)
+        return complete_prompts(
+            self.model, self.tokenizer, prompts, self.max_length, self.settings, streamer
+        )
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from droppeft.data.conversation_tokens import encode_prompts
 from droppeft.data.conversations import ConversationTable, Message, prompt_of, reference_of
 from droppeft.messages import GlobalModel
 from droppeft.server.prepare import Prepared, evaluation_sample
-from droppeft.tasks.generation import GenerationSettings, generate_texts
+from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
 
 SHOWN = 3
@@ -77,10 +76,8 @@ def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
 
 def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
     config, backbone = prepared.config, prepared.loaded.backbone
-    tokenizer = backbone.tokenizer
     settings = GenerationSettings(
         max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size
     )
     most = min(config.training.max_length, backbone.max_length - settings.max_new_tokens)
-    ids = encode_prompts(prompts, tokenizer, most)
-    return generate_texts(model, tokenizer, [list(map(int, one)) for one in ids], settings)
+    return complete_prompts(model, backbone.tokenizer, prompts, most, settings)

@@ -1,7 +1,6 @@
 """Let a causal language model answer prompts, by transformers' ``generate``; ours."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from droppeft.data.conversation_tokens import encode_prompts
+from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
+from droppeft.models.evaluation_mode import evaluating
 from droppeft.models.key_value_cache import set_temporarily
 from droppeft.models.loading import check_tokens, most_tokens
 
@@ -34,6 +36,28 @@ class GenerationSettings:
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 8
+
+
+def complete_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    max_length: int,
+    settings: GenerationSettings,
+    streamer: Any = None,
+) -> list[str]:
+    """Return the model's answer to each prompt, rendered with its chat template.
+
+    Args:
+        model, tokenizer, settings, streamer: as in :func:`generate_texts`.
+        prompts: messages, of which the last is not the assistant's.
+        max_length: longest prompt in tokens; of a longer one the middle is left out.
+
+    Raises:
+        DroppeftError: the chat template refuses a prompt, or as :func:`generate_texts`.
+    """
+    ids = encode_prompts(prompts, tokenizer, max_length)
+    return generate_texts(model, tokenizer, [one.tolist() for one in ids], settings, streamer)
 
 
 def generate_texts(
@@ -70,7 +94,7 @@ def generate_texts(
     # Prompts of similar length share a batch.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with (
-        _evaluating(model),
+        evaluating(model),
         set_temporarily(causal, "generation_config", config),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.no_grad(),
@@ -157,15 +181,3 @@ def _cut(answer: list[int], config: Any) -> list[int]:
     stops = config.eos_token_id or []
     end = next((place for place, token in enumerate(answer) if token in stops), len(answer))
     return answer[:end]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch all modules to evaluation; restore the mode of each one."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
