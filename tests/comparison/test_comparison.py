@@ -371,9 +371,7 @@ def test_times_need_every_seed() -> None:
     assert (dropped.reached, dropped.seeds) == (1, 2)
     assert dropped.time_to_target_modelled_s is None
     assert dropped.speed_up_modelled is None
-    assert "| dropped | 2 | .550 ± .071 | .275 ± .035 | – | – | – | 1 of 2 seeds |" in as_markdown(
-        [part]
-    )
+    assert "| dropped | 2 | .550 ± .071 | .275 ± .035 | 1 of 2 seeds | – |" in as_markdown([part])
 
 
 def test_a_speed_up_is_over_the_seeds_that_a_variant_has() -> None:
@@ -396,7 +394,7 @@ def test_a_variant_without_global_model_has_no_count_of_reached_targets() -> Non
     ]
     [part] = summary(study_of(target={"value": 0.6}), [*FULL, *own])
     assert [row.reached for row in part.rows] == [2, None]
-    assert "| dropped | 2 | – | – | – | – | – | – |" in as_markdown([part])
+    assert "| dropped | 2 | – | – | – | – |" in as_markdown([part])
 
 
 def test_the_baseline_can_be_named() -> None:
@@ -438,6 +436,24 @@ def test_references_are_means_over_seeds_where_all_variants_agree() -> None:
     assert (part.majority, part.own_majority) == (0.25, None)
     [part] = summary(study_of(), [*FULL, *DROPPED])
     assert "References" not in as_markdown([part])
+
+
+def test_scores_of_generated_texts_stand_beside_those_of_the_model_before_training() -> None:
+    before, after = {"rouge_l": 0.15, "chrf": 0.25}, {"rouge_l": 0.5, "chrf": 0.75}
+    scores = {f"{name}_before": value for name, value in before.items()}
+    scores |= {f"{name}_after": value for name, value in after.items()}
+    runs = [
+        with_result(a_loss(run), global_loss=1.5, initial_loss=3.25, **scores)
+        for run in (*FULL, *DROPPED)
+    ]
+    [part] = summary(study_of(), runs)
+    text = as_markdown([part])
+    assert "| variant | seeds | loss | ROUGE-L | chrF | whole run" in text
+    assert "| full | 2 | 1.500 ± 0.000 | .500 ± .000 | .750 ± .000 |" in text
+    assert "the model before training: loss 3.250, ROUGE-L .150, chrF .250." in text
+    [part] = summary(study_of(), [*FULL, *DROPPED])
+    assert part.untrained == {}
+    assert "ROUGE-L" not in as_markdown([part])
 
 
 def test_deviation_between_clients_and_clients_that_are_not_evaluated() -> None:
@@ -514,8 +530,8 @@ def test_tables_name_the_metric() -> None:
     [part] = summary(study_of(), [*FULL, *DROPPED])
     assert "| variant | seeds | accuracy | F1 |" in as_markdown([part])
     [part] = summary(study_of(), [a_loss(run) for run in (*FULL, *DROPPED)])
-    assert "| variant | seeds | loss | F1 |" in as_markdown([part])
-    assert "| full | 2 | 1.250 ± 0.071 | – |" in as_markdown([part])
+    assert "| variant | seeds | loss | whole run, modelled |" in as_markdown([part])
+    assert "| full | 2 | 1.250 ± 0.071 |" in as_markdown([part])
     [line, _] = csv.DictReader(as_csv([part]).splitlines())
     assert (line["metric"], float(line["quality"])) == ("loss", pytest.approx(1.25))
 

@@ -19,7 +19,7 @@ import tomli_w
 from droppeft.config import flat
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.tasks.metrics import METRICS, primary_metric
+from droppeft.tasks.metrics import METRICS, TEXT_METRICS, primary_metric
 
 SCHEMA_VERSION = 1
 STUDY, DEFINITION = "study.json", "study.toml"
@@ -36,6 +36,9 @@ OUTCOMES = (
     *("data_hash", "adapter_sha256"),
 )
 """Columns of ``runs.parquet`` that ``result.json`` has under the same names."""
+
+GENERATED = tuple(f"{name}_{when}" for when in ("before", "after") for name in TEXT_METRICS)
+"""Columns of ``runs.parquet`` with the scores of generated texts, before and after training."""
 
 SHOWN_SETTINGS = {
     "clients": "clients",
@@ -149,6 +152,7 @@ def finished(
     settings = flat(result["config"])
     outcome = Row(
         {name: result.get(name) for name in OUTCOMES}
+        | _generated(result.get("generated"))
         | {name: settings.get(key) for name, key in SHOWN_SETTINGS.items()}
         | {"unmeasured_clients": len(result.get("personalised_failures", ()))}
         | {name: result[name] for name in NUMBERED}
@@ -170,6 +174,14 @@ def finished(
         clients=clients,
         failure=None,
     )
+
+
+def _generated(scores: Mapping[str, Any] | None) -> dict[str, float]:
+    """The columns of :data:`GENERATED`; none if the run generated no texts."""
+    if scores is None:
+        return {}
+    pairs = ((column, column.rpartition("_")) for column in GENERATED)
+    return {column: scores[when][name] for column, (name, _, when) in pairs}
 
 
 def round_columns(rows: Iterable[Mapping[str, Any]]) -> list[Row]:

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from droppeft.comparison.study_files import RunRecord, Study, Target
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
-from droppeft.tasks.metrics import Metric, primary_metric
+from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric, primary_metric
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class VariantRow:
         quality: of the global model on the whole test set; ``None`` if there is no global model.
         f1: F1 of the global model: of class 1 with two classes, otherwise the mean over classes;
             ``None`` if the task has none.
+        rouge_l, chrf: of the texts that the global model writes; ``None`` if it writes none.
         personalised: of each client's own model on its own test rows, mean over clients.
         worst_tenth: the same over the tenth of clients whose models are worst.
         between_clients: standard deviation over the clients of a run.
@@ -49,6 +50,8 @@ class VariantRow:
     metric: Metric
     quality: Spread | None
     f1: Spread | None
+    rouge_l: Spread | None
+    chrf: Spread | None
     personalised: Spread | None
     worst_tenth: Spread | None
     between_clients: Spread | None
@@ -74,6 +77,9 @@ class Part:
         data, model: of these runs.
         metric: the task's primary metric.
         target: its value whose time was asked for, mean over seeds; ``None`` if there is none.
+        untrained: values of the model before training, by the label of their metric: those of the
+            primary metric and of generated texts, mean over seeds; empty where no texts are
+            generated.
         majority, tfidf: test accuracy of the training rows' most frequent class, and of TF-IDF
             with a linear SVM on the training texts of all clients together; ``None`` where no run
             knows it, or where runs of the same seed differ.
@@ -86,6 +92,7 @@ class Part:
     model: str
     metric: Metric
     target: float | None
+    untrained: Mapping[str, float]
     majority: float | None
     tfidf: float | None
     own_majority: float | None
@@ -110,11 +117,21 @@ def _part(study: Study, records: Sequence[RunRecord]) -> Part:
         *records[0].place,
         metric=metric,
         target=fmean(known) if known else None,
+        untrained=_untrained(records, metric),
         majority=_reference(records, "majority_accuracy"),
         tfidf=_reference(records, "tfidf_accuracy"),
         own_majority=_reference(records, "own_majority_accuracy"),
         rows=tuple(rows),
     )
+
+
+def _untrained(records: Sequence[RunRecord], metric: Metric) -> dict[str, float]:
+    if not any(run.result is not None and run.result["chrf_before"] is not None for run in records):
+        return {}
+    columns = {metric.label: metric.key("initial")}
+    columns |= {one.label: f"{one.name}_before" for one in (ROUGE_L, CHRF)}
+    found = {label: _reference(records, column) for label, column in columns.items()}
+    return {label: value for label, value in found.items() if value is not None}
 
 
 def _reference(records: Sequence[RunRecord], key: str) -> float | None:
@@ -210,6 +227,8 @@ def _row(
         metric=metric,
         quality=_if_all([result[metric.key("global")] for result in results]),
         f1=_if_all([result["global_f1"] for result in results]),
+        rouge_l=_if_all([result["rouge_l_after"] for result in results]),
+        chrf=_if_all([result["chrf_after"] for result in results]),
         personalised=_if_all([result[metric.key("personalised")] for result in results]),
         worst_tenth=_if_all([result["personalised_worst_tenth"] for result in results]),
         between_clients=_if_all([result["personalised_deviation"] for result in results]),

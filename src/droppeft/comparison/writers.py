@@ -10,7 +10,7 @@ from typing import Any
 from droppeft.comparison.study_files import STUDY, RunRecord, Study, read_tables, write_tables
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.files import write_atomically
-from droppeft.tasks.metrics import F1, Metric
+from droppeft.tasks.metrics import CHRF, F1, ROUGE_L, Metric
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
 
@@ -53,6 +53,8 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
     "seeds": lambda row: str(row.seeds),
     "quality": lambda row: _value(row.metric, row.quality),
     "F1": lambda row: _value(F1, row.f1),
+    "ROUGE-L": lambda row: _value(ROUGE_L, row.rouge_l),
+    "chrF": lambda row: _value(CHRF, row.chrf),
     "personalised": lambda row: _value(row.metric, row.personalised),
     "worst tenth": lambda row: _value(row.metric, row.worst_tenth),
     "between clients": lambda row: _value(row.metric, row.between_clients),
@@ -68,7 +70,10 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
 }
 """Columns of the Markdown, HTML and terminal tables, and how a cell is written."""
 
-QUALITY = ("variant", "quality", "F1", "personalised", "worst tenth", "between clients")
+QUALITY = (
+    *("variant", "quality", "F1", "ROUGE-L", "chrF"),
+    *("personalised", "worst tenth", "between clients"),
+)
 TIMES = ("variant", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
 COSTS = ("variant", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
 """Columns of three tables that each fit into a terminal of 80 characters."""
@@ -76,6 +81,8 @@ COSTS = ("variant", "seeds", "whole run, modelled", "activations", "up", "down",
 SPREADS = (
     "quality",
     "f1",
+    "rouge_l",
+    "chrf",
     "personalised",
     "worst_tenth",
     "between_clients",
@@ -83,6 +90,11 @@ SPREADS = (
     "time_to_target_modelled_s",
 )
 """Fields of a :class:`VariantRow` that the CSV file has as mean and standard deviation."""
+
+
+def known_columns(part: Part, columns: Sequence[str]) -> list[str]:
+    """Those of some columns that have a value for at least one variant."""
+    return [name for name in columns if any(COLUMNS[name](row) != "–" for row in part.rows)]
 
 
 def head(column: str, part: Part) -> str:
@@ -97,7 +109,7 @@ def heading(part: Part) -> str:
 
 
 def references(part: Part) -> list[str]:
-    """Reference accuracies, as far as they are known: one line, or none."""
+    """Reference values, as far as they are known: one line, or none."""
     known = {
         "the most frequent class": part.majority,
         "TF-IDF with a linear SVM on all texts": part.tfidf,
@@ -108,6 +120,9 @@ def references(part: Part) -> list[str]:
         for name, value in known.items()
         if value is not None
     ]
+    if part.untrained:
+        values = ", ".join(f"{name} {value:.3f}" for name, value in part.untrained.items())
+        found.append(f"the model before training: {values}".replace(" 0.", " ."))
     return [f"References: {', '.join(found)}."] if found else []
 
 
@@ -158,8 +173,9 @@ def as_markdown(parts: Sequence[Part]) -> str:
     """A table per data set and model, with rounded numbers."""
     sections = []
     for part in parts:
-        lines = [[head(name, part) for name in COLUMNS], ["---"] * len(COLUMNS)]
-        lines += [[cell(row) for cell in COLUMNS.values()] for row in part.rows]
+        columns = known_columns(part, tuple(COLUMNS))
+        lines = [[head(name, part) for name in columns], ["---"] * len(columns)]
+        lines += [[COLUMNS[name](row) for name in columns] for row in part.rows]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         below = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
         sections.append(f"## {heading(part)}\n\n{table}{below}")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.quantities import bytes_text, joules_text, seconds_text, share
-from droppeft.tasks.metrics import F1, LOSS, Metric, metrics_in, primary_metric
+from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric
 
 SAMPLE_LENGTH = 240
 """Most characters of a sample's text on the screen."""
@@ -126,15 +126,14 @@ def _generated_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     generated = result.get("generated")
     if generated is None:
         return []
-    names = {"rouge_l": "ROUGE-L", "chrf": "chrF", "exact_match": "exact match"}
     return [
         (
-            label,
+            metric.label,
             share(generated["after"][name]),
             f"{generated['rows']} texts written by the model; before training "
             f"{share(generated['before'][name])}",
         )
-        for name, label in names.items()
+        for name, metric in TEXT_METRICS.items()
         if generated["after"][name] or generated["before"][name]
     ]
 

@@ -28,6 +28,7 @@ from droppeft.comparison.writers import (
     failures,
     head,
     heading,
+    known_columns,
     notes,
 )
 from droppeft.errors import DroppeftError
@@ -47,14 +48,13 @@ from droppeft.report.figures import (
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
 from droppeft.runs.folder import RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
+from droppeft.tasks.metrics import TEXT_METRICS
 
 PAGE, FIGURES = "report.html", "figures"
 MANY = 12
 """A group with more figures is folded away until the reader opens it."""
 
 SAMPLE = ("prompt", "reference", "before", "after")
-SCORES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "exact_match": "exact match"}
-"""Scores of generated texts by their names in ``result.json``."""
 
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
@@ -105,7 +105,7 @@ def write_page(folder: Path) -> Path:
         sections=sections,
         settings=_settings(records),
         many=MANY,
-        score_names=["training", *SCORES.values()],
+        score_names=["training", *(metric.label for metric in TEXT_METRICS.values())],
     )
     for name, (image, figure) in drawn.items():
         path = folder / FIGURES / name
@@ -148,7 +148,7 @@ def _generated(folder: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     samples = [[one[name] for name in SAMPLE] for one in found["samples"]]
-    scores = [[when, *(f"{found[when][name]:.3f}" for name in SCORES)] for when in SAMPLE[2:]]
+    scores = [[when, *(f"{found[when][name]:.3f}" for name in TEXT_METRICS)] for when in SAMPLE[2:]]
     return {"rows": found["rows"], "scores": scores, "samples": samples}
 
 
@@ -194,10 +194,9 @@ def _inline(text: str) -> Markup:
 
 def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table with the columns that are not empty."""
-    cells = {name: COLUMNS[name] for name in columns}
-    known = {n: cell for n, cell in cells.items() if {cell(row) for row in part.rows} != {"–"}}
+    known = known_columns(part, columns)
     return [head(name, part) for name in known], [
-        [cell(row) for cell in known.values()] for row in part.rows
+        [COLUMNS[name](row) for name in known] for row in part.rows
     ]
 
 

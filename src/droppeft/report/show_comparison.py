@@ -19,6 +19,7 @@ from droppeft.comparison.writers import (
     failures,
     head,
     heading,
+    known_columns,
     notes,
 )
 from droppeft.messages import Reply
@@ -112,7 +113,7 @@ def show(parts: Sequence[Part], console: Console) -> None:
         console.print(Text(heading(part), style="bold"))
         for columns in (QUALITY, TIMES, COSTS):
             if part.target is not None or "speed-up" not in columns:
-                console.print(_table(part, columns))
+                console.print(_table(part, known_columns(part, columns)))
         for line in notes(part):
             console.print(Text(line, style="dim"))
         for line in failures(part):

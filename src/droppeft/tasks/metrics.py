@@ -72,8 +72,20 @@ PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False)
 TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", higher_is_better=True, most=1.0)
 """Fraction of the tokens that are learnt which the model finds most probable."""
 
+ROUGE_L = Metric("rouge_l", "ROUGE-L", higher_is_better=True, most=1.0)
+"""Of generated texts, as :class:`~droppeft.tasks.text_metrics.TextScores` has it."""
+
+CHRF = Metric("chrf", "chrF", higher_is_better=True, most=1.0)
+"""Of generated texts, likewise."""
+
+EXACT_MATCH = Metric("exact_match", "exact match", higher_is_better=True, most=1.0)
+"""Of generated texts, likewise."""
+
+TEXT_METRICS = {metric.name: metric for metric in (ROUGE_L, CHRF, EXACT_MATCH)}
+"""All metrics of generated texts by name."""
+
 METRICS = {metric.name: metric for metric in (ACCURACY, F1, LOSS, PERPLEXITY, TOKEN_ACCURACY)}
-"""All metrics by name; a comparison stores the values of each."""
+"""All metrics of a model by name; a comparison stores the values of each."""
 
 
 def primary_metric(about: Mapping[str, Any]) -> Metric:
