@@ -164,7 +164,7 @@ def test_resuming_a_run_that_does_not_exist(droppeft: Command) -> None:
 
 
 def test_exporting_a_run_that_does_not_exist(droppeft: Command, whole_run: Path) -> None:
-    assert_refused(droppeft("export", "nowhere"), "nowhere: holds no run to export")
+    assert_refused(droppeft("export", "nowhere"), "nowhere: holds no run")
     output = droppeft("export", whole_run, "--round", "1", "--out", "adapter")
     assert_refused(output, "holds no round 1; the saved rounds are: 3, 2")
 

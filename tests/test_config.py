@@ -114,6 +114,24 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert (config.adapter.rank, config.adapter.alpha) == (2, 8.0)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rank", "alpha"),
+    [
+        (["method=fedlora"], 8, 16),
+        (["method=fedlora", "adapter.rank=4"], 4, 8),
+        (["method=adaptive"], 16, 32),
+        (["method=adaptive", "adapter.rank=8"], 8, 16),
+        (["method=adaptive", "adapter.alpha=16"], 16, 16),
+        (["method=adaptive", "adapter.type=ia3"], None, None),
+    ],
+)
+def test_a_rank_alone_keeps_the_scale(
+    overrides: list[str], rank: int | None, alpha: int | None
+) -> None:
+    adapter = load_config(None, overrides).adapter
+    assert (adapter.rank, adapter.alpha) == (rank, alpha)
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(None, ["rounds=5", "rounds=6"]).rounds == 6
 

@@ -10,7 +10,7 @@ from benchmarks.pages import studies
 from benchmarks.pages.markdown import bare, markdown_table
 from benchmarks.pages.studies import REMOVED, label
 from benchmarks.study import read_values
-from droppeft.comparison.study_files import RunRecord, Study
+from droppeft.comparison.study_files import Row, RunRecord, Study
 from droppeft.comparison.summary import Part, VariantRow, summary
 from droppeft.comparison.writers import COLUMNS
 
@@ -185,6 +185,33 @@ def references(study: str) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else bare(f"{value:.3f}")
+
+
+def by_seed(values: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Final values of the global model on each seed, of variants of studies with the same seeds.
+
+    Args:
+        values: names of metrics, as ``loss``.
+        rows: study, variant, and the setting's name.
+    """
+    found = [(one["setting"], _final(one["study"], one["variant"])) for one in rows]
+    seeds = sorted(found[0][1])
+    heads = [f"{value}, seed {seed}" for value in values for seed in seeds]
+    lines = [
+        [
+            setting,
+            *(_share(of_seed[seed][f"global_{value}"]) for value in values for seed in seeds),
+        ]
+        for setting, of_seed in found
+    ]
+    return markdown_table(["setting", *heads], lines)
+
+
+def _final(study: str, variant: str) -> dict[int, Row]:
+    _, records = studies.read_compared(study)
+    return {
+        one.seed: one.result for one in records if one.variant == variant and one.result is not None
+    }
 
 
 def recommendations(data: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:

@@ -13,6 +13,7 @@ from benchmarks.pages import (
     convergence,
     first_studies,
     flower,
+    language_models,
     layer_dropout,
     personal_layers,
     predictions,
@@ -28,6 +29,7 @@ TABLES: Tables = {
     function.__name__: function
     for function in (
         comparisons.by_data,
+        comparisons.by_seed,
         comparisons.comparison,
         comparisons.recommendations,
         comparisons.references,
@@ -42,6 +44,8 @@ TABLES: Tables = {
         first_studies.head_learning_rate,
         flower.flower_client_round,
         flower.flower_places,
+        language_models.generation,
+        language_models.samples,
         layer_dropout.behaviour_of_implementations,
         layer_dropout.compiled_blocks,
         layer_dropout.gates_over_all_rates,

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("state")
 ADAPTIVE = METHODS["adaptive"]
 SPELT_OUT = (
     "method=droppeft",
+    "adapter.rank=16",
     "frozen.layers=3",
     "frozen.cache=false",
     "configurator.policy=budgeted_thompson",

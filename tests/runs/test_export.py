@@ -259,7 +259,7 @@ def test_another_backbone_is_refused(tiny_overrides: list[str], tmp_path: Path) 
 
 
 def test_missing_rounds_and_existing_folders_are_refused(whole_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(DroppeftError, match=r"holds no run to export \(no config.toml\)"):
+    with pytest.raises(DroppeftError, match=r"holds no run \(no config.toml\)"):
         export.export_run(tmp_path)
     with pytest.raises(DroppeftError, match=r"no round 1; the saved rounds are: 3, 2"):
         export.export_run(whole_run, tmp_path / "adapter", round=1)

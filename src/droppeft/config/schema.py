@@ -19,7 +19,7 @@ DEFAULT_LOCAL_STEPS = 10
 
 # All other adapter types have the defaults of peft's configuration class.
 ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "lora": {"rank": 8, "dropout": 0.0},
     "bottleneck": {"width": 64},
     "prefix_tuning": {"tokens": 20},
     "prompt_tuning": {"tokens": 20},
@@ -31,6 +31,8 @@ HALF = "half"
 # Defaults of a method that differ from the general ones, by table.
 METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "adaptive": {
+        # As many parameters in half of the layers as rank 8 has in all of them.
+        "adapter": {"type": "lora", "rank": 16},
         "dropout": {"mean": 0.0, "protect_first": 0, "protect_last": 0},
         "frozen": {"layers": HALF, "cache": False},
         "configurator": {
@@ -193,11 +195,14 @@ class AdapterConfig(Table):
     """What is trained beside the backbone; a setting that the type does not have is refused."""
 
     type: str = Field("lora", description="PEFT type; [adapter types](adapters.md)")
-    rank: Whole | None = Field(None, ge=1, description="rank r, for types that have one")
+    rank: Whole | None = Field(
+        None, ge=1, description="rank r, for types that have one (8 for `lora` if not given)"
+    )
     alpha: Real | None = Field(
         None,
         gt=0,
-        description="for types that have one: the adapter's output is scaled by alpha/rank",
+        description="for types that have one: the adapter's output is scaled by alpha/rank (for "
+        "`lora` twice the rank if not given)",
     )
     dropout: Real | None = Field(None, ge=0, lt=1, description="dropout on the adapter's input")
     width: Whole | None = Field(
@@ -220,8 +225,12 @@ class AdapterConfig(Table):
     def _defaults_of_the_type(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        defaults = ADAPTER_DEFAULTS.get(str(value.get("type", "lora")), {})
-        return {**defaults, **{key: item for key, item in value.items() if item is not None}}
+        kind = str(value.get("type", "lora"))
+        given = {key: item for key, item in value.items() if item is not None}
+        found = {**ADAPTER_DEFAULTS.get(kind, {}), **given}
+        if kind == "lora" and type(found["rank"]) is int:
+            found.setdefault("alpha", 2.0 * found["rank"])
+        return found
 
     @field_validator("options", mode="before")
     @classmethod

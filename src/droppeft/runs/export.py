@@ -110,12 +110,12 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
         DroppeftError: there is no such run, round, client or global model.
     """
     if not (run / CONFIG).is_file():
-        raise DroppeftError(f"{run}: holds no run to export (no {CONFIG})")
+        raise DroppeftError(f"{run}: holds no run (no {CONFIG})")
     config = load_config(run / CONFIG)
     if client is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
-            f"{run}: method={config.method} has no global model to export with these settings; "
-            "export a client's model with --client"
+            f"{run}: method={config.method} has no global model with these settings; "
+            "name a client with --client"
         )
     if client is not None and not 0 <= client < config.clients:
         raise DroppeftError(

@@ -179,7 +179,7 @@ def adapter_lines(source: Source, folder: str) -> str:
     loading = loading_of(source.adapter_type)
     quantised, options = _quantised_lines(source)
     auto, head, arguments = source.task.auto_class.__name__, "", ""
-    if source.task.adapter_task == "SEQ_CLS":
+    if not source.task.generates:
         head = f"id2label = {dict(enumerate(source.label_names))!r}\n"
         arguments = ", id2label=id2label, ignore_mismatched_sizes=True"
     return f"""\
@@ -361,7 +361,7 @@ def _bits(config: Config) -> str:
 
 
 def _classes(source: Source) -> str:
-    is_classifier = source.task.adapter_task == "SEQ_CLS"
+    is_classifier = not source.task.generates
     return f"| classes | {len(source.label_names)} |\n" if is_classifier else ""
 
 
