@@ -45,6 +45,7 @@ LONGER = ("training.local_steps=60", "training.learning_rate=0.05")
 LEARNING = {
     "fedadapter": LONGER,
     "ffa_lora": LONGER,
+    "fedsa_lora": LONGER,
     "fedia3": ("training.local_steps=60", "training.learning_rate=0.2"),
 }
 WITH_BASE_DELTA = {"flora", "fedex_lora"}
