@@ -3,13 +3,14 @@
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from droppeft.command_line_words import file_and_settings
-from droppeft.config import load_config
+from droppeft.config import as_tree, build_config, flat, known_keys, load_config
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
 from droppeft.models.packaged import builtin_model_folder
@@ -83,6 +84,23 @@ def test_a_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> No
     if path == Path("my.toml"):  # shown on the page of settings
         overrides = ["method=droppeft", *overrides]
     check_settings(load_config(path if path and path.exists() else None, overrides))
+
+
+def test_the_configuration_for_those_who_come_from_flowertune_is_valid() -> None:
+    """The settings that the tables name exist, and those of the file have the tables' values."""
+    page = (ROOT / "docs/how_to/come_from_flowertune.md").read_text(encoding="utf-8")
+    [toml] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    config = build_config(tomllib.loads(toml))
+    check_settings(config)
+    tables = page.partition("## Settings")[2].partition("## Files")[0]
+    cells = re.findall(r"^\|[^|]*\|(.*)\|$", tables, re.MULTILINE)
+    named = re.findall(r"`([a-z_.]+) = ([^`]+)`", "\n".join(cells))
+    assert len(named) > 15
+    given = flat(as_tree(config))
+    for key, value in named:
+        if key not in ("training.local_epochs", "threads"):  # alternatives, and what is not there
+            assert given[key] == tomllib.loads(f"value = {value}")["value"], key
+    assert {key for key, _ in named} <= {key for key, _ in known_keys()}
 
 
 def code_of(page: str, part: str) -> str:

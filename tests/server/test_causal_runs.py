@@ -191,8 +191,9 @@ def test_messages_survive_packing(overrides: list[str]) -> None:
 def test_a_run_over_flower_is_the_same(
     overrides: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    config = load_config(None, [*overrides, "transport=flower"])
-    start_run(config, tmp_path / "run", Recorder())
+    # Other tests may keep the machine busy while the processes of the simulation start.
+    words = [*overrides, "transport=flower", "flower.nodes_timeout_s=1800"]
+    start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
 
 

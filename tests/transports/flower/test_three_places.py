@@ -10,12 +10,14 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.run import start_run
-from droppeft.transports.flower.simulation import _processes
+from droppeft.transports.flower.simulation import ATTEMPTS, _processes, _start_ray
+from refusals import refused
 from runs import Recorder, outcome, rows_of, stop_after_a_round
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_on_loopback.py"
@@ -67,10 +69,36 @@ def sharing_run(
 def test_a_simulation_is_the_run_in_process(
     tiny_overrides: list[str], sharing_run: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    class Looks(Recorder):
+        def round_done(self, row: RoundRow) -> None:
+            super().round_done(row)
+            self.priorities = {process.nice() for process in _processes()}
+
+    out, listener = tmp_path / "run", Looks()
     words = [*tiny_overrides, *SHARING, "transport=flower", SLOW]
-    start_run(load_config(None, words), out, Recorder())
+    start_run(load_config(None, words), out, listener)
     assert comparable(out) == comparable(sharing_run)
+    assert listener.priorities == {psutil.Process().nice()}
+
+
+@pytest.mark.parametrize("failures", [1, ATTEMPTS])
+def test_ray_is_started_again_if_it_fails(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives up when the machine is so busy that a process of its own is late."""
+    attempts: list[int] = []
+
+    def init(num_cpus: int, **_: object) -> None:
+        attempts.append(num_cpus)
+        if len(attempts) <= failures:
+            raise RuntimeError("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: len(attempts) > failures)
+    if failures == ATTEMPTS:
+        with refused(r"did not start in 3 attempts \(The current .* startup.*transport=in_process"):
+            _start_ray(2)
+    else:
+        _start_ray(2)
+    assert attempts == [2] * min(failures + 1, ATTEMPTS)
 
 
 @pytest.mark.full

@@ -1,14 +1,15 @@
 """Flower's simulation engine, with one virtual SuperNode per client, in processes of Ray."""
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import psutil
+import ray
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -19,7 +20,8 @@ from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
 from droppeft.transports.flower import client_app
 from droppeft.transports.flower.grid import over_grid
-from droppeft.transports.flower.records import error_reason
+from droppeft.transports.flower.records import MOST_REASON
+from droppeft.transports.flower.wire_format import one_line
 
 GRACE_S = 3.0
 """Seconds within which the engine may end by itself."""
@@ -29,6 +31,15 @@ STOP_S = 30.0
 
 ACTOR = "ray::ClientAppActor"
 """Ray's name of the processes in which Flower runs clients."""
+
+NICENESS = "RAY_worker_niceness"
+"""Ray's environment variable for the priority of the processes in which it runs clients.
+
+With its default of 15 they get next to no time while other programs keep the cores busy.
+"""
+
+ATTEMPTS = 3
+"""How often Ray is started: on a busy machine it gives up when a process of its own is late."""
 
 
 @contextmanager
@@ -57,9 +68,7 @@ class _Engine:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         server = ServerApp()
         server.main()(self._hand_over)
-        self._thread = threading.Thread(
-            target=self._run, args=(server, config.clients, _resources(config)), daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(server, config), daemon=True)
         self._thread.start()
 
     def grid(self) -> Grid:
@@ -75,10 +84,12 @@ class _Engine:
         """Check that the engine is running.
 
         Raises:
-            DroppeftError: it has stopped.
+            DroppeftError: it has not started, or has stopped.
         """
+        if isinstance(self._error, DroppeftError):
+            raise self._error
         if not self._thread.is_alive():
-            reason = f": {error_reason(0, str(self._error))}" if self._error else ""
+            reason = f": {one_line(str(self._error), MOST_REASON)}" if self._error else ""
             raise DroppeftError(
                 f"Flower's simulation engine stopped{reason}; complete rounds are saved"
             )
@@ -100,34 +111,52 @@ class _Engine:
         self._grids.put(grid)
         self._done.wait()
 
-    def _run(self, server: ServerApp, nodes: int, resources: dict[str, Any]) -> None:
+    def _run(self, server: ServerApp, config: Config) -> None:
         try:
-            run_simulation(server, client_app.app, nodes, backend_config=resources)
+            _start_ray(max(available_cores(), config.threads))
+            resources = {"client_resources": _client_resources(config)}
+            run_simulation(server, client_app.app, config.clients, backend_config=resources)
         except BaseException as error:
             self._error = error
 
 
-def _resources(config: Config) -> dict[str, Any]:
+def _start_ray(cores: int) -> None:
+    """Start Ray, unless it runs. Flower would start it too, but only once, and hide its error.
+
+    Raises:
+        DroppeftError: it did not start.
+    """
+    os.environ.setdefault(NICENESS, "0")
+    for attempt in range(1, ATTEMPTS + 1):
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(
+                num_cpus=cores,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
+        except Exception as error:
+            ray.shutdown()
+            if attempt == ATTEMPTS:
+                reason = one_line(str(error), MOST_REASON)
+                raise DroppeftError(
+                    f"Ray did not start in {ATTEMPTS} attempts ({reason}); try again when the "
+                    "machine is less busy, or use transport=in_process"
+                ) from error
+
+
+def _client_resources(config: Config) -> dict[str, float]:
     """Resources with which as many clients run at once as there are cores for their threads.
 
-    Flower passes its "client resources" on to Ray. With ``max_restarts`` Ray restarts a process
-    that died. Without it, Flower's pool would keep the dead process, and every instruction given
-    to it would be lost.
+    Flower passes them on to Ray. With ``max_restarts`` Ray restarts a process that died. Without
+    it, Flower's pool would keep the dead process, and every instruction given to it would be lost.
     """
-    cores = max(available_cores(), config.threads)
-    on_gpu = config.accelerator == "cuda"
     return {
-        "client_resources": {
-            "num_cpus": config.threads,
-            "num_gpus": 1.0 if on_gpu else 0.0,
-            "max_restarts": -1,
-        },
-        "init_args": {
-            "num_cpus": cores,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.CRITICAL,
-        },
+        "num_cpus": config.threads,
+        "num_gpus": 1.0 if config.accelerator == "cuda" else 0.0,
+        "max_restarts": -1,
     }
 
 
