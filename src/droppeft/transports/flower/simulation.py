@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 import ray
@@ -114,7 +115,7 @@ class _Engine:
     def _run(self, server: ServerApp, config: Config) -> None:
         try:
             _start_ray(max(available_cores(), config.threads))
-            resources = {"client_resources": _client_resources(config)}
+            resources: dict[str, Any] = {"client_resources": _client_resources(config)}
             run_simulation(server, client_app.app, config.clients, backend_config=resources)
         except BaseException as error:
             self._error = error
