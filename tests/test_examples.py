@@ -11,6 +11,8 @@ import pytest
 
 from droppeft.command_line_words import file_and_settings
 from droppeft.config import as_tree, build_config, flat, known_keys, load_config
+from droppeft.data.conversation_sources import load_conversations
+from droppeft.data.conversations import Conversation
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.rules import check_settings
 from droppeft.models.packaged import builtin_model_folder
@@ -29,6 +31,8 @@ def test_every_example_has_a_test() -> None:
         "flower_on_loopback.py",
         "layer_dropout_alone.py",
         "smollm2.toml",
+        "summarise_docstrings.py",
+        "summarise_docstrings.toml",
     ]
 
 
@@ -39,6 +43,24 @@ def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.endswith("layers 3 of 6") for line in lines)
+
+
+def test_summaries_of_docstrings(tmp_path: Path) -> None:
+    """Of the smallest library. The rows are read by the settings that stand beside the program."""
+    program = runpy.run_path(str(ROOT / "examples/summarise_docstrings.py"))
+    program["main"].__globals__["LIBRARIES"] = ("joblib", "not_installed")
+    program["main"](tmp_path)
+    config = load_config(ROOT / "examples/summarise_docstrings.toml", [f"data={tmp_path}"])
+    check_settings(config)
+    found = load_conversations(config.data, config.source, config.partition.key)
+    assert len(found.test) == 25
+    assert len(found.train) > 10
+    for row in found.train.rows:
+        assert isinstance(row, Conversation)
+        [prompt, completion] = row.messages
+        assert prompt.content.startswith(program["PROMPT"])
+        assert "\n" not in completion.content
+    assert all(key.startswith("joblib/") for key in found.train.keys)
 
 
 @pytest.mark.full
