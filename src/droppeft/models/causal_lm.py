@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES
 from droppeft.models.architectures import architecture
+from droppeft.models.bf16_products import cpu_is_slow_in_bf16, use_fp32_products
 from droppeft.models.loading import Backbone, quiet
 from droppeft.models.quantization import check_installed, quantised
 from droppeft.models.sources import ModelSource, find_source
@@ -36,8 +37,9 @@ def load_causal_lm(
             weight with the embeddings. The model stays on the CPU until
             :func:`~droppeft.models.quantization.on_device` moves it.
         dtype: of all weights that are not quantised. With ``torch.bfloat16`` they take half the
-            memory, and products are faster where the processor has bf16; peft keeps adapters in
-            float32.
+            memory, and products are faster where the processor has bf16. On a CPU that has not,
+            they are computed in float32, as in :mod:`droppeft.models.bf16_products`. peft keeps
+            adapters in float32.
 
     Raises:
         DroppeftError: the model is unknown, unreadable, unsupported or not a causal language model,
@@ -55,6 +57,8 @@ def load_causal_lm(
             model, report = source.load_model(AutoModelForCausalLM, quantization, HEADS, dtype)
             _check_complete(name, report)
             tokenizer = source.load_tokenizer()
+    if dtype == torch.bfloat16 and cpu_is_slow_in_bf16():
+        use_fp32_products(model)
     return Backbone.of(model, tokenizer, source)
 
 

@@ -1,0 +1,107 @@
+"""Linear maps with frozen bf16 weights compute in fp32 on CPUs without bf16 instructions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from chats import LAYERS, save_chat_model
+from droppeft.models import bf16_products, causal_lm
+from droppeft.models.bf16_products import Fp32ProductLinear, use_fp32_products
+from droppeft.models.causal_lm import load_causal_lm
+from droppeft.models.precision import autocast
+
+SEVERAL_PARTS = 7 * 32
+"""Values at a time, for a weight of 48 rows of 32."""
+
+
+def linear(bias: bool) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48, bias=bias)).to(torch.bfloat16).requires_grad_(False)
+    use_fp32_products(model)
+    return model[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("at_once", [2**21, SEVERAL_PARTS])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_and_gradients_are_those_of_fp32_rounded(
+    bias: bool, at_once: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16_products, "VALUES_AT_ONCE", at_once)
+    module = linear(bias)
+    values = torch.randn(2, 5, 32).to(torch.bfloat16).requires_grad_()
+    gradient = torch.randn(2, 5, 48).to(torch.bfloat16)
+    with autocast(precision, torch.device("cpu")):
+        found = module(values)
+    found.backward(gradient)
+    assert found.dtype == values.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+    exact = values.detach().float().requires_grad_()
+    expected = functional.linear(exact, module.weight.float())
+    rounded = expected.detach().to(torch.bfloat16)
+    assert torch.equal(found, rounded if module.bias is None else rounded + module.bias)
+    expected.backward(gradient.float())
+    of_input = exact.grad
+    assert of_input is not None
+    torch.testing.assert_close(values.grad, of_input.to(torch.bfloat16), rtol=2**-7, atol=1e-5)
+
+
+def test_other_types_are_those_of_torch() -> None:
+    module, values = linear(True).float(), torch.randn(3, 32)
+    assert torch.equal(module(values), functional.linear(values, module.weight, module.bias))
+    trained = linear(False).requires_grad_(True)
+    trained(values.to(torch.bfloat16)).sum().backward()
+    assert trained.weight.grad is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_chat_model(tmp_path_factory.mktemp("chat")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow", "expected"),
+    [
+        (torch.bfloat16, True, 7 * LAYERS + 1),
+        (torch.bfloat16, False, 0),
+        (torch.float32, True, 0),
+    ],
+    ids=str,
+)
+def test_a_model_in_bf16_has_them_where_the_cpu_is_slow(
+    dtype: torch.dtype, slow: bool, expected: int, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "cpu_is_slow_in_bf16", lambda: slow)
+    model = load_causal_lm(folder, dtype=dtype).model
+    assert sum(isinstance(one, Fp32ProductLinear) for one in model.modules()) == expected
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_maps_keep_their_own_products(
+    quantization: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "cpu_is_slow_in_bf16", lambda: True)
+    model = load_causal_lm(folder, quantization=quantization, dtype=torch.bfloat16).model
+    names = {name for name, one in model.named_modules() if isinstance(one, Fp32ProductLinear)}
+    assert names == {"lm_head"}
+
+
+def test_a_model_computes_nearly_what_torch_does(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.arange(2, 26).reshape(2, 12)
+    logits: dict[str, torch.Tensor] = {}
+    for name, dtype, slow in (
+        ("fp32", torch.float32, False),
+        ("torch", torch.bfloat16, False),
+        ("ours", torch.bfloat16, True),
+    ):
+        monkeypatch.setattr(causal_lm, "cpu_is_slow_in_bf16", lambda slow=slow: slow)
+        with torch.inference_mode():
+            logits[name] = load_causal_lm(folder, dtype=dtype).model(tokens).logits.float()
+    errors = {name: (logits[name] - logits["fp32"]).norm() for name in ("torch", "ours")}
+    assert 0 < errors["ours"] < 1.2 * errors["torch"]
+    assert errors["ours"] < 0.02 * logits["fp32"].norm()
