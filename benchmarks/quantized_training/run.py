@@ -8,9 +8,9 @@ of 2 rows, cut to 96 tokens, of the built-in signatures with docstrings; all com
 same rows in the same order.
 
 - Memory: each combination trains a step in a process of its own, forked from one that has loaded
-  the model, which returns freed memory at once. `grown_bytes` is the peak of its resident memory,
-  less what it had before the step; `weight_bytes`, counted, are those of all frozen weights, the
-  tables and scales of quantised ones included.
+  the model and trained a step, which returns freed memory at once. `grown_bytes` is the peak of its
+  resident memory, less what it had before the step; `weight_bytes`, counted, are those of all
+  frozen weights, the tables and scales of quantised ones included.
 - Time: each combination is a run with one client and one local step in a round. Four processes,
   one for each kind of weights, wait for one another, so that the combinations take their turns
   within a round. Processor seconds depend less on other work on the machine than wall seconds.
@@ -137,6 +137,7 @@ class Worker:
         for value in self.client.model.model.parameters():
             if value.is_floating_point():
                 value.data = value.data.clone()  # or a step would read it from its mapped file
+        self._train(Cell(weights, 0.0, False), 1)  # libraries load parts of them at the first use
 
     def memory(self, cell: Cell) -> dict[str, Any]:
         """By how much the memory of a process grows in the first step."""
