@@ -215,6 +215,21 @@ class StateCache:
 
 
 @dataclass(frozen=True)
+class TextGeneration:
+    """Which texts a client generates when it evaluates its model.
+
+    Attributes:
+        rows: most test rows whose completions are generated.
+        max_length: longest prompt in tokens; of a longer one the middle is left out.
+        max_new_tokens: most tokens of a completion.
+    """
+
+    rows: int
+    max_length: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Budget:
     """The length of a local training, in optimizer steps or in epochs.
 
@@ -265,6 +280,7 @@ class Instruction:
         personal_adapter: weight lambda of (lambda/2)·‖v − w‖², with which the client also trains
             and saves a personal adapter v (Ditto, arXiv:2012.04221); w is :attr:`tensors`.
             ``None``: there is no personal adapter.
+        generation: the texts that a client generates which only evaluates; ``None`` for no texts.
     """
 
     round: int
@@ -290,6 +306,7 @@ class Instruction:
     cache: StateCache | None = None
     arm: int | None = None
     personal_adapter: float | None = None
+    generation: TextGeneration | None = None
 
 
 @dataclass(frozen=True)
@@ -395,7 +412,9 @@ class EvaluationReply:
     Attributes:
         round, client, nonce: copied from the instruction.
         rows: number of test rows.
-        metrics: the value of each of the task's metrics on these rows.
+        metrics: the value of each of the task's metrics on these rows and, if there are texts, of
+            each metric of generated texts.
+        texts: number of generated texts. The texts themselves stay on the client.
     """
 
     round: int
@@ -403,6 +422,7 @@ class EvaluationReply:
     nonce: str
     rows: int
     metrics: Mapping[str, float]
+    texts: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ IGNORED = [
         "training.loss_on=all",
         "training.loss_on has no effect with task=classification; leave it out, or set task=",
     ),
+    (
+        "evaluation.personalised_generated=2",
+        "evaluation.personalised_generated has no effect with task=classification; leave it out",
+    ),
+    (
+        "task=causal_lm evaluation.personalised=false evaluation.personalised_generated=2",
+        "evaluation.personalised_generated has no effect with evaluation.personalised=false; leave "
+        "one of the two out",
+    ),
     ("flower.deadline_s=5", "flower.deadline_s has no effect with transport=in_process; leave"),
 ]
 IMPOSSIBLE = [

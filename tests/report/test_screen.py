@@ -348,6 +348,21 @@ def test_a_run_whose_metric_is_a_loss(of_loss: dict[str, Any], rows: list[RoundR
         assert absent not in text.partition("Conclusion")[0], absent
 
 
+def test_scores_of_texts_of_clients_own_models(
+    of_loss: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    """One client has no prompts; nothing equals a reference."""
+    own = [{"client": 0, "texts": 8}, {"client": 1}, {"client": 2, "texts": 4}]
+    scores = {"personalised_rouge_l": 0.25, "personalised_chrf": 0.5}
+    result = {**of_loss, **scores, "personalised_exact_match": 0.0, "personalised": own}
+    text = shown(result, rows)
+    assert ".250   mean of 2 clients' own models" in line_with(text, "personalised ROUGE-L")
+    assert ".500" in line_with(text, "personalised chrF")
+    assert "which wrote 12 texts" in " ".join(text.split())
+    assert "exact match" not in text
+    assert "ROUGE-L" not in shown(of_loss, rows)
+
+
 def test_quiet_names_the_metric(
     of_loss: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

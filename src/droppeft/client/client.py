@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
 from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
+from droppeft.data.conversations import ConversationTable, prompts_and_references
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
@@ -35,6 +36,8 @@ from droppeft.messages import (
     restrict,
 )
 from droppeft.sharing.criteria import CRITERIA
+from droppeft.tasks.generation import GenerationSettings, complete_prompts
+from droppeft.tasks.text_metrics import text_scores
 from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, train
 
 
@@ -49,11 +52,13 @@ class Client:
             the adapter values of the client that ran last.
         table: tokenised rows.
         rows: indices of this client's rows in ``table``.
+        texts: the same rows before they were tokenised, for a task that generates.
     """
 
     model: ClientModel
     table: TokenRows
     rows: ClientRows
+    texts: ConversationTable | None = None
 
     def run(self, instruction: Instruction) -> Reply:
         """Run an instruction: train, or only evaluate if ``instruction.evaluate_only`` is set.
@@ -75,6 +80,8 @@ class Client:
     def measure(self, instruction: Instruction) -> EvaluationReply:
         """Evaluate this client's model on its test rows, with all layers.
 
+        If the instruction asks for it, the model also completes prompts of these rows.
+
         Raises:
             DroppeftError: as :meth:`run`.
             StateLost: this client's saved state is missing or damaged.
@@ -83,12 +90,14 @@ class Client:
         self.model.load_layers()
         with base_delta_applied(self.model.model, instruction.base_delta):
             quality = self._evaluate(self.rows.test, instruction.training)
+            texts, scores = self._generate(instruction)
         return EvaluationReply(
             instruction.round,
             instruction.client,
             instruction.nonce,
             quality.rows,
-            dict(quality.metrics),
+            {**quality.metrics, **scores},
+            texts,
         )
 
     def train(self, instruction: Instruction) -> Update:
@@ -217,6 +226,28 @@ class Client:
             folder, instruction.round, instruction.state_round, get_tensors(self.model.parameters)
         )
         return outcome
+
+    def _generate(self, instruction: Instruction) -> tuple[int, dict[str, float]]:
+        """Complete prompts of test rows; return the number of texts, and their scores if any."""
+        asked = instruction.generation
+        if asked is None:
+            return 0, {}
+        if self.texts is None:
+            raise DroppeftError(
+                f"client {instruction.client} is asked for texts, but its task generates none; set "
+                "evaluation.personalised_generated=0"
+            )
+        prompts, references = prompts_and_references(self.texts, self.rows.test, asked.rows)
+        if not prompts:
+            return 0, {}
+        settings = GenerationSettings(
+            max_new_tokens=asked.max_new_tokens,
+            batch_size=instruction.training.evaluation_batch_size,
+        )
+        found = complete_prompts(
+            self.model.model, self.model.tokenizer, prompts, asked.max_length, settings
+        )
+        return len(found), asdict(text_scores(found, references))
 
     def _evaluate(self, rows: Rows, settings: LocalTraining) -> Evaluation:
         """Evaluate the model, with all layers, on some of this client's rows."""

@@ -1,6 +1,7 @@
 """The model of a process that runs clients: a frozen backbone with an adapter. Ours."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,6 +72,11 @@ class ClientModel:
     def weights_hash(self) -> str:
         """Hash of the backbone's weights."""
         return self._backbone.weights_hash
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the backbone."""
+        return self._backbone.tokenizer
 
     @property
     def num_layers(self) -> int:

@@ -18,6 +18,7 @@ from droppeft.config import Config, resolve_layers
 from droppeft.data.partition import ClientRows, partition_rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
+from droppeft.extras import require
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.loading import Backbone, check_tokens
 from droppeft.tasks.registry import task_named
@@ -75,6 +76,8 @@ def load(config: Config, say: Say) -> Loaded:
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if task.generates:
         _check_new_tokens(config, backbone)
+        if config.evaluation.personalised_generated:
+            require("llm", "evaluation.personalised_generated")
     if config.training.checkpointing:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
@@ -97,7 +100,8 @@ def clients_of(loaded: Loaded) -> tuple[Client, ...]:
     """Create all clients of the run in this process, with one model for all of them."""
     delete_old_runs()
     table = tokens_of(loaded, loaded.data.train)
-    return tuple(Client(loaded.model, table, rows) for rows in loaded.clients)
+    texts = loaded.data.train if loaded.task.generates else None
+    return tuple(Client(loaded.model, table, rows, texts) for rows in loaded.clients)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:
@@ -124,11 +128,13 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
 
 def _check_new_tokens(config: Config, backbone: Backbone) -> None:
     """Check that a text that is generated when the run ends leaves room for a prompt."""
-    new = config.evaluation.max_new_tokens
-    if config.evaluation.generated and new >= backbone.max_length:
+    evaluation = config.evaluation
+    new, counts = evaluation.max_new_tokens, ("generated", "personalised_generated")
+    asking = [f"evaluation.{name}=0" for name in counts if getattr(evaluation, name)]
+    if asking and new >= backbone.max_length:
         raise DroppeftError(
             f"evaluation.max_new_tokens={new} leaves none of the {backbone.max_length} positions "
-            f"of model {backbone.path} to a prompt; lower it, or set evaluation.generated=0"
+            f"of model {backbone.path} to a prompt; lower it, or set {' and '.join(asking)}"
         )
 
 

@@ -421,6 +421,13 @@ class EvaluationConfig(Table):
         description="for `causal_lm`: test rows whose completions are generated when the run ends, "
         "by the model before and after training",
     )
+    personalised_generated: Whole = Field(
+        0,
+        ge=0,
+        description="for `causal_lm`: own test rows whose completions each client's own model "
+        "generates when the run ends, which takes time for every client; needs "
+        "`evaluation.personalised`",
+    )
     max_new_tokens: Whole = Field(
         64, ge=1, description="for `causal_lm`: most tokens of a generated completion"
     )

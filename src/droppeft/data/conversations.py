@@ -112,6 +112,15 @@ def reference_of(row: Example) -> str:
     return row.text if isinstance(row, Document) else row.messages[_last_answer(row)].content
 
 
+def prompts_and_references(
+    table: ConversationTable, rows: Rows, most: int
+) -> tuple[list[tuple[Message, ...]], list[str]]:
+    """Return the prompt and the reference of the first ``most`` of some rows that have a prompt."""
+    pairs = [(prompt_of(row), reference_of(row)) for row in table.take(rows).rows]
+    chosen = [pair for pair in pairs if pair[0]][:most]
+    return [prompt for prompt, _ in chosen], [reference for _, reference in chosen]
+
+
 def _last_answer(row: Conversation) -> int:
     roles = [message.role for message in row.messages]
     return len(roles) - 1 - roles[::-1].index("assistant")

@@ -98,11 +98,18 @@ NO_EFFECT = (
     NoEffect(
         keys=(
             *("dtype", "training.loss_on", "source.prompt", "source.completion"),
-            *("evaluation.generated", "evaluation.max_new_tokens"),
+            *("evaluation.generated", "evaluation.personalised_generated"),
+            "evaluation.max_new_tokens",
         ),
         when=lambda config: not task_named(config.task).generates,
         reason="task={config.task}",
         instead="leave it out, or set task=causal_lm",
+    ),
+    NoEffect(
+        keys=("evaluation.personalised_generated",),
+        when=lambda config: not config.evaluation.personalised,
+        reason="evaluation.personalised=false",
+        instead="leave one of the two out",
     ),
     NoEffect(
         keys=("training.head_learning_rate",),

@@ -199,12 +199,23 @@ def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple
         ("personalised", metric.text(result[metric.key("personalised")]), note),
         ("worst tenth", metric.text(result["personalised_worst_tenth"]), of_them),
         ("deviation", metric.text(result["personalised_deviation"]), "between them"),
+        *_personalised_text_lines(result),
     ]
     if "own_majority_accuracy" in result:
         own = share(result["own_majority_accuracy"])
         note = "reference: always predict the client's most frequent class"
         lines.append(("own majority class", own, note))
     return lines
+
+
+def _personalised_text_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Scores of the texts that clients' own models wrote."""
+    texts = [one["texts"] for one in result["personalised"] if "texts" in one]
+    note = f"mean of {len(texts):,} clients' own models, which wrote {sum(texts):,} texts"
+    values = ((metric, result.get(metric.key("personalised"))) for metric in TEXT_METRICS.values())
+    return [
+        (f"personalised {metric.label}", share(value), note) for metric, value in values if value
+    ]
 
 
 def _target_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple[str, str, str]]:

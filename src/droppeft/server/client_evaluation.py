@@ -6,24 +6,26 @@ it, and no state depends on it. Clients that never trained are evaluated too.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from statistics import fmean, pstdev
 from typing import Any
 
+from droppeft.config import Config
 from droppeft.messages import (
     EvaluationReply,
     Failure,
     Instruction,
     Reply,
     ServerState,
+    TextGeneration,
     Update,
 )
 from droppeft.methods import Method, Setup
 from droppeft.server.validation import check_reply, why_not_its_own
 from droppeft.sharing.participation import with_participations
-from droppeft.tasks.metrics import Metric
+from droppeft.tasks.metrics import TEXT_METRICS, Metric
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Task
 from droppeft.transports.base import Transport
@@ -54,7 +56,7 @@ def evaluate_clients(
     state: ServerState,
     round: int,
 ) -> ClientEvaluation:
-    """Have every client measure its own model.
+    """Have every client measure its own model, and let it write texts if they are asked for.
 
     A client that has lost its saved state is asked a second time, with all tensors in the
     instruction.
@@ -63,15 +65,18 @@ def evaluate_clients(
         round: the one that would come next.
     """
     start = time.perf_counter()
-    instructions = [
-        method.evaluate_client(setup, state, round, client)
-        for client in range(setup.config.clients)
-    ]
+    generation = _generation(setup.config)
+
+    def ask(state: ServerState, client: int) -> Instruction:
+        instruction = method.evaluate_client(setup, state, round, client)
+        return replace(instruction, generation=generation)
+
+    instructions = [ask(state, client) for client in range(setup.config.clients)]
     replies = _exchange(setup, transport, instructions)
     lost = tuple(reply.client for reply in replies if isinstance(reply, Failure) and reply.lost)
     if lost:
         state = with_participations(state, instructions, replies)
-        again = [method.evaluate_client(setup, state, round, client) for client in lost]
+        again = [ask(state, client) for client in lost]
         second = dict(zip(lost, _exchange(setup, transport, again), strict=True))
         replies = [
             second.get(instruction.client, reply)
@@ -82,6 +87,16 @@ def evaluate_clients(
         tuple(reply for reply in replies if isinstance(reply, Failure)),
         time.perf_counter() - start,
         lost,
+    )
+
+
+def _generation(config: Config) -> TextGeneration | None:
+    """The texts that clients are asked for."""
+    settings = config.evaluation
+    if not settings.personalised_generated:
+        return None
+    return TextGeneration(
+        settings.personalised_generated, config.training.max_length, settings.max_new_tokens
     )
 
 
@@ -108,6 +123,8 @@ def summarise_clients(
 
     ``personalised_worst_tenth`` is the mean over the tenth of the clients whose models are worst,
     rounded up to whole clients. ``personalised_deviation`` is the standard deviation over clients.
+    ``personalised_rouge_l`` and the other scores of texts are means over the clients that wrote
+    texts, and ``None`` if there are none.
 
     Args:
         participations: number of merged updates of each client that has any.
@@ -124,6 +141,12 @@ def summarise_clients(
         "personalised_worst_tenth": _mean(metric.worst_first(values)[: ceil(len(values) / 10)]),
         "personalised_deviation": pstdev(values) if values else None,
         f"{personalised}_trained": _mean(trained),
+        **{
+            score.key("personalised"): _mean(
+                [each.metrics[name] for each in measurements if each.texts]
+            )
+            for name, score in TEXT_METRICS.items()
+        },
         "personalised_clients": len(values),
         "personalised_rows": sum(each.rows for each in measurements),
         "personalised_wall_s": evaluation.wall_s,
@@ -132,6 +155,7 @@ def summarise_clients(
                 "client": each.client,
                 "participations": participations.get(each.client, 0),
                 "rows": each.rows,
+                **({"texts": each.texts} if each.texts else {}),
                 **each.metrics,
             }
             for each in measurements
@@ -148,7 +172,11 @@ def _why_refused(
 ) -> str | None:
     if isinstance(reply, Update):
         return "sent an update in place of an evaluation"
+    asked = instruction.generation.rows if instruction.generation else 0
+    if not 0 <= reply.texts <= min(asked, reply.rows):
+        return f"claims {reply.texts} texts on {reply.rows} rows, at most {asked} were asked for"
     metrics = {metric.name: metric for metric in task.metrics}
+    metrics |= TEXT_METRICS if reply.texts else {}
     if (
         reply.rows > 0
         and reply.metrics.keys() == metrics.keys()

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from droppeft.data.conversations import ConversationTable, Message, prompt_of, reference_of
+from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
 from droppeft.messages import GlobalModel
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
@@ -39,15 +39,11 @@ def written_before_and_after(
         the test rows have no prompts.
     """
     table: ConversationTable = prepared.loaded.data.test
-    rows = [
-        table.rows[row]
-        for row in evaluation_sample(len(table), prepared.config.evaluation.generated)
-        if prompt_of(table.rows[row])
-    ]
-    if not rows:
+    sample = evaluation_sample(len(table), prepared.config.evaluation.generated)
+    prompts, references = prompts_and_references(table, sample, len(sample))
+    if not prompts:
         return {}, []
     start = time.perf_counter()
-    prompts, references = [prompt_of(row) for row in rows], [reference_of(row) for row in rows]
     texts = {}
     for name, one in (("before", prepared.state.model), ("after", model)):
         with loaded(one) as attached:
@@ -61,7 +57,7 @@ def written_before_and_after(
     scores = {name: asdict(text_scores(found, references)) for name, found in texts.items()}
     return {
         "generated": {
-            "rows": len(rows),
+            "rows": len(prompts),
             **scores,
             "samples": samples[:SHOWN],
             "generated_wall_s": time.perf_counter() - start,
@@ -75,9 +71,8 @@ def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
 
 
 def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
-    config, backbone = prepared.config, prepared.loaded.backbone
+    config, tokenizer = prepared.config, prepared.model.tokenizer
     settings = GenerationSettings(
         max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size
     )
-    most = min(config.training.max_length, backbone.max_length - settings.max_new_tokens)
-    return complete_prompts(model, backbone.tokenizer, prompts, most, settings)
+    return complete_prompts(model, tokenizer, prompts, config.training.max_length, settings)

@@ -364,7 +364,10 @@ def _final_client_models(
     prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, listener: Listener
 ) -> dict[str, Any]:
     """Evaluate every client's model on its own test rows."""
-    listener.preparing("measuring each client's model on its own test rows")
+    writing = ", and letting it write texts" * bool(
+        prepared.config.evaluation.personalised_generated
+    )
+    listener.preparing(f"measuring each client's model on its own test rows{writing}")
     setup, method = prepared.setup, prepared.method
     participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
     evaluation = evaluate_clients(setup, method, transport, last.state, last.round + 1)

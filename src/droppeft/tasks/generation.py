@@ -51,12 +51,14 @@ def complete_prompts(
     Args:
         model, tokenizer, settings, streamer: as in :func:`generate_texts`.
         prompts: messages, of which the last is not the assistant's.
-        max_length: longest prompt in tokens; of a longer one the middle is left out.
+        max_length: longest prompt in tokens, if the model has positions for it and the answer; of
+            a longer one the middle is left out.
 
     Raises:
         DroppeftError: the chat template refuses a prompt, or as :func:`generate_texts`.
     """
-    ids = encode_prompts(prompts, tokenizer, max_length)
+    most = min(max_length, most_tokens(model) - settings.max_new_tokens)
+    ids = encode_prompts(prompts, tokenizer, most)
     return generate_texts(model, tokenizer, [one.tolist() for one in ids], settings, streamer)
 
 
