@@ -1,6 +1,8 @@
 """Comparisons: which runs there are, that each is run once, and how they are summarised."""
 
 import csv
+import io
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from droppeft import cli
 from droppeft.comparison.grid import (
@@ -43,6 +46,7 @@ from droppeft.comparison.writers import (
 from droppeft.config import resolve
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
+from droppeft.report.show_comparison import show
 from droppeft.server import run as running
 from droppeft.server.run import Interrupted
 from droppeft.tasks.metrics import ACCURACY, LOSS
@@ -443,17 +447,40 @@ def test_scores_of_generated_texts_stand_beside_those_of_the_model_before_traini
     scores = {f"{name}_before": value for name, value in before.items()}
     scores |= {f"{name}_after": value for name, value in after.items()}
     runs = [
-        with_result(a_loss(run), global_loss=1.5, initial_loss=3.25, **scores)
+        with_result(
+            a_loss(run),
+            **{"global_loss": 1.5, "initial_loss": 3.25, "personalised_rouge_l": 0.375},
+            **scores,
+        )
         for run in (*FULL, *DROPPED)
     ]
     [part] = summary(study_of(), runs)
     text = as_markdown([part])
-    assert "| variant | seeds | loss | ROUGE-L | chrF | whole run" in text
-    assert "| full | 2 | 1.500 ± 0.000 | .500 ± .000 | .750 ± .000 |" in text
+    assert "| variant | seeds | loss | ROUGE-L | chrF | personalised ROUGE-L | whole run" in text
+    assert "| full | 2 | 1.500 ± 0.000 | .500 ± .000 | .750 ± .000 | .375 ± .000 |" in text
     assert "the model before training: loss 3.250, ROUGE-L .150, chrF .250." in text
     [part] = summary(study_of(), [*FULL, *DROPPED])
     assert part.untrained == {}
     assert "ROUGE-L" not in as_markdown([part])
+
+
+def test_all_columns_of_a_language_model_are_shown_in_80_characters() -> None:
+    """Every value is complete, although there are two seeds and two clients' scores."""
+    values = {"global_loss": 1.5, "personalised_loss": 1.4375, "personalised_rouge_l": 0.375}
+    own = {"personalised_worst_tenth": 1.6875, "personalised_deviation": 0.0625}
+    runs = [
+        with_result(a_loss(run), **values, **own, rouge_l_after=0.5, chrf_after=0.75)
+        for run in (*FULL, *DROPPED)
+    ]
+    parts = summary(study_of(), runs)
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(parts, console)
+    shown = [line for line in console.export_text().splitlines() if "full" in line]
+    cells = [re.findall(r"\S+ ± \S+", line) for line in shown[:2]]
+    assert cells == [
+        [f"{loss} ± 0.000" for loss in ("1.500", "1.438", "1.688", "0.062")],
+        [f"{score} ± .000" for score in (".500", ".750", ".375")],
+    ]
 
 
 def test_deviation_between_clients_and_clients_that_are_not_evaluated() -> None:

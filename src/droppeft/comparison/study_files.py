@@ -29,6 +29,7 @@ OUTCOMES = (
     *("task", "metric"),
     *(one.key(of) for of in ("global", "initial", "personalised") for one in METRICS.values()),
     *("personalised_worst_tenth", "personalised_deviation", "personalised_accuracy_trained"),
+    *(one.key("personalised") for one in TEXT_METRICS.values()),
     *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
     *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),

@@ -32,7 +32,9 @@ class VariantRow:
             ``None`` if the task has none.
         rouge_l, chrf: of the texts that the global model writes; ``None`` if it writes none.
         personalised: of each client's own model on its own test rows, mean over clients.
-        worst_tenth: the same over the tenth of clients whose models are worst.
+        personalised_rouge_l: of the texts that clients' own models write, mean over clients;
+            ``None`` if they write none.
+        worst_tenth: of ``personalised``, over the tenth of clients whose models are worst.
         between_clients: standard deviation over the clients of a run.
         unmeasured: clients of all runs whose own model could not be evaluated.
         reached: how many seeds reached the target; ``None`` without a target or a global model.
@@ -53,6 +55,7 @@ class VariantRow:
     rouge_l: Spread | None
     chrf: Spread | None
     personalised: Spread | None
+    personalised_rouge_l: Spread | None
     worst_tenth: Spread | None
     between_clients: Spread | None
     unmeasured: int
@@ -230,6 +233,7 @@ def _row(
         rouge_l=_if_all([result["rouge_l_after"] for result in results]),
         chrf=_if_all([result["chrf_after"] for result in results]),
         personalised=_if_all([result[metric.key("personalised")] for result in results]),
+        personalised_rouge_l=_if_all([result[ROUGE_L.key("personalised")] for result in results]),
         worst_tenth=_if_all([result["personalised_worst_tenth"] for result in results]),
         between_clients=_if_all([result["personalised_deviation"] for result in results]),
         unmeasured=sum(result["unmeasured_clients"] or 0 for result in results),

@@ -56,6 +56,7 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
     "ROUGE-L": lambda row: _value(ROUGE_L, row.rouge_l),
     "chrF": lambda row: _value(CHRF, row.chrf),
     "personalised": lambda row: _value(row.metric, row.personalised),
+    "personalised ROUGE-L": lambda row: _value(ROUGE_L, row.personalised_rouge_l),
     "worst tenth": lambda row: _value(row.metric, row.worst_tenth),
     "between clients": lambda row: _value(row.metric, row.between_clients),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
@@ -70,13 +71,11 @@ COLUMNS: dict[str, Callable[[VariantRow], str]] = {
 }
 """Columns of the Markdown, HTML and terminal tables, and how a cell is written."""
 
-QUALITY = (
-    *("variant", "quality", "F1", "ROUGE-L", "chrF"),
-    *("personalised", "worst tenth", "between clients"),
-)
+QUALITY = ("variant", "quality", "F1", "personalised", "worst tenth", "between clients")
+TEXTS = ("variant", "ROUGE-L", "chrF", "personalised ROUGE-L")
 TIMES = ("variant", "to target, modelled", "speed-up", "to target, measured", "speed-up (m.)")
 COSTS = ("variant", "seeds", "whole run, modelled", "activations", "up", "down", "energy, modelled")
-"""Columns of three tables that each fit into a terminal of 80 characters."""
+"""Columns of four tables that each fit into a terminal of 80 characters."""
 
 SPREADS = (
     "quality",
@@ -84,6 +83,7 @@ SPREADS = (
     "rouge_l",
     "chrf",
     "personalised",
+    "personalised_rouge_l",
     "worst_tenth",
     "between_clients",
     "time_to_target_measured_s",

@@ -24,6 +24,7 @@ from droppeft.comparison.writers import (
     COLUMNS,
     COSTS,
     QUALITY,
+    TEXTS,
     TIMES,
     failures,
     head,
@@ -163,7 +164,7 @@ def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
 
     return {
         "heading": heading(part),
-        "tables": [_table(part, QUALITY), _table(part, (*TIMES, *COSTS[1:]))],
+        "tables": [_table(part, (*QUALITY, *TEXTS[1:])), _table(part, (*TIMES, *COSTS[1:]))],
         "notes": notes(part),
         "failures": failures(part),
         "groups": [(drawn(names), _caption(names, text, part)) for names, text in GROUPS.items()],

@@ -15,6 +15,7 @@ from droppeft.comparison.writers import (
     COLUMNS,
     COSTS,
     QUALITY,
+    TEXTS,
     TIMES,
     failures,
     head,
@@ -111,9 +112,10 @@ def show(parts: Sequence[Part], console: Console) -> None:
     """Print tables and notes for each data set and model."""
     for part in parts:
         console.print(Text(heading(part), style="bold"))
-        for columns in (QUALITY, TIMES, COSTS):
-            if part.target is not None or "speed-up" not in columns:
-                console.print(_table(part, known_columns(part, columns)))
+        for columns in (QUALITY, TEXTS, TIMES, COSTS):
+            known = known_columns(part, columns)
+            if len(known) > 1 and (part.target is not None or columns != TIMES):
+                console.print(_table(part, known))
         for line in notes(part):
             console.print(Text(line, style="dim"))
         for line in failures(part):
