@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from benchmarks.pages.comparisons import HEADS, read_parts
 from benchmarks.pages.markdown import bare, markdown_table
 from benchmarks.study import read_table
 from droppeft.comparison.writers import COLUMNS, head
+
+LONGEST = 240
+"""Characters of a sample's text in a table."""
 
 UNTRAINED = "*the model before training*"
 
@@ -34,7 +38,7 @@ def samples(study: str, data: str) -> str:
         ["prompt", "reference", "before training", "FedLoRA", "adaptive"],
         [
             [
-                row[name].replace("\n", " ")
+                shorten(row[name], LONGEST, placeholder=" …")
                 for name in ("prompt", "reference", "before", "fedlora", "adaptive")
             ]
             for row in rows

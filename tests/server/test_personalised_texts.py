@@ -294,8 +294,9 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(
     refused_run(overrides, tmp_path / "run", match, ASKED, "evaluation.max_new_tokens=128")
 
 
+@pytest.mark.parametrize("setting", ["generated", "personalised_generated"])
 def test_a_missing_package_is_named_before_anything_is_trained(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -304,7 +305,8 @@ def test_a_missing_package_is_named_before_anything_is_trained(
         lambda name, package=None: None if name == "sacrebleu" else real(name, package),
     )
     match = (
-        r"evaluation\.personalised_generated needs the package sacrebleu; run: pip install "
+        rf"evaluation\.{setting} needs the package sacrebleu; run: pip install "
         r"'droppeft\[llm\]'"
     )
-    refused_run(overrides, tmp_path / "run", match, ASKED)
+    asked = ("evaluation.generated=0", f"evaluation.{setting}=2")
+    refused_run(overrides, tmp_path / "run", match, *asked)

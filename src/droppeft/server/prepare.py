@@ -16,11 +16,13 @@ from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
+from droppeft.extras import require
 from droppeft.federated_method import local_training
 from droppeft.messages import ServerState
 from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
 from droppeft.server.round_cost import clock_for, longest_step
+from droppeft.tasks.registry import task_named
 from droppeft.transports.registry import transport_named
 
 
@@ -74,6 +76,8 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     method = method_named(config.method)
     transport_named(config.transport)
     check_installed(config.quantization)
+    if config.evaluation.generated and task_named(config.task).generates:
+        require("llm", "evaluation.generated")  # not only when the run ends
     fleet = make_fleet(config.clock, config.clients, config.seed)
     loaded = load(config, say)
     config, model = loaded.config, loaded.model
