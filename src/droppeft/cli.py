@@ -33,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Federated fine-tuning of language models with stochastic layer dropout.",
+    help="Federated fine-tuning of language models.",
 )
 
 Overrides = Annotated[

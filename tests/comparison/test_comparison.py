@@ -780,6 +780,7 @@ def test_the_studies_can_be_read(
         "depth": {0, 1},
         "contest_confirmation": {3, 4, 5},
         "contest_length": {7},
+        "default_run_development": {7, 8},
         "ia3": {7, 8},
         "rates": {7},
     }
