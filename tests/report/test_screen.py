@@ -150,7 +150,7 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sys.argv", [".venv/bin/droppeft", "run"])
-    text = shown(result, rows)
+    text = shown({**result, "data": "builtin"}, rows)
     _, _, end = text.partition("Conclusion\n")
     words = " ".join(end.split())
     assert f"The {len(rows)} rounds took " in words
@@ -163,6 +163,18 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
         ".venv/bin/droppeft run data=FILE.csv",
     ]
     assert "--merge" not in shown({**result, "global_accuracy": None}, rows)
+
+
+def test_what_to_type_next_has_the_data_of_the_run(
+    result: dict[str, Any], rows: list[RoundRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    source = {"text": ["one", "two"], "label": "kind"}
+    config = {**result["config"], "source": source}
+    text = shown({**result, "config": config, "data": "my news.csv"}, rows)
+    words = "compare droppeft fedlora 'data=my news.csv' source.text=one,two source.label=kind"
+    assert f"droppeft {words}" in " ".join(text.split())
+    assert "FILE.csv" not in text
 
 
 def test_names_that_are_too_long_for_a_line(result: dict[str, Any], rows: list[RoundRow]) -> None:

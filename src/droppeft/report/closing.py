@@ -19,6 +19,9 @@ from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, p
 SAMPLE_LENGTH = 240
 """Most characters of a sample's text on the screen."""
 
+DATA_SETTINGS = ("text", "label", "prompt", "completion", "train", "test")
+"""Settings of `source` that say where the rows of a data set are."""
+
 SAMPLE_STYLES = {"prompt": "dim", "reference": "cyan", "before": "yellow", "after": "green"}
 
 
@@ -48,11 +51,13 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     commands = {
         f"report {run}": "Figures and settings of this run, as an HTML page:",
         f"export {run} --merge": "The model in transformers' format:",
-        f"compare {result['method']} {_other(result['method'])}": "Two methods side by side:",
+        " ".join(
+            ["compare", result["method"], _other(result["method"]), *_settings_of_data(result)]
+        ): "Two methods side by side:",
     }
     if "generated" in result:
         commands[f"chat {run}"] = "Talk to the model:"
-    else:
+    elif result["data"] == "builtin":
         commands["run data=FILE.csv"] = "Your own texts, in columns named text and label:"
     if result[primary_metric(result).key("global")] is None:
         del commands[f"export {run} --merge"]
@@ -61,6 +66,16 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         lines.append(Text(meaning, style="dim"))
         lines.append(Padding(Text(f"{program} {command}", style="cyan", overflow="fold"), (0, 2)))
     return Group(*lines)
+
+
+def _settings_of_data(result: Mapping[str, Any]) -> list[str]:
+    """The settings that name the run's data and their columns; none for the built-in data."""
+    if result["data"] == "builtin":
+        return []
+    source = result["config"].get("source", {})
+    given = {"data": result["data"]} | {f"source.{key}": source.get(key) for key in DATA_SETTINGS}
+    texts = {key: ",".join(one) if isinstance(one, list) else one for key, one in given.items()}
+    return [shlex.quote(f"{key}={text}") for key, text in texts.items() if text is not None]
 
 
 def _program() -> str:
