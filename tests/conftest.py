@@ -132,12 +132,10 @@ def whole_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def prepare_with(tiny_overrides: list[str]) -> "Callable[..., Prepared]":
     """Function that prepares the tiny run: ``prepare_with("adapter.rank=2")``."""
-    from droppeft.config import load_config, resolve
-    from droppeft.server.prepare import prepare
+    from runs import prepared_run
 
     def make(*overrides: str) -> "Prepared":
-        config = resolve(load_config(None, [*tiny_overrides, *overrides]), cuda=False)
-        return prepare(config, lambda step: None, "00c0ffee")
+        return prepared_run(*tiny_overrides, *overrides)
 
     return make
 

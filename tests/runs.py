@@ -13,11 +13,12 @@ import pytest
 from droppeft.client.client import Client
 from droppeft.client.client_state import client_folder
 from droppeft.client.run_inputs import Loaded, clients_of
-from droppeft.config import load_config
+from droppeft.config import load_config, resolve
 from droppeft.messages import Instruction, Reply, Update
 from droppeft.methods import METHODS
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
 from droppeft.runs.ledger import RoundRow
+from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import start_run
 from droppeft.transports.base import Arrival, Transport
 from droppeft.transports.in_process import InProcess
@@ -40,6 +41,12 @@ SETTINGS = (
     "evaluation.rows=20",
     "dropout.mean=0.25",
 )
+
+
+def prepared_run(*overrides: str) -> Prepared:
+    """A run that is ready for round 1."""
+    config = resolve(load_config(None, overrides), cuda=False)
+    return prepare(config, lambda step: None, "00c0ffee")
 
 
 def write_tiny_data(folder: Path) -> Path:

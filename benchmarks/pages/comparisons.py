@@ -12,7 +12,7 @@ from benchmarks.pages.studies import REMOVED, label
 from benchmarks.study import read_values
 from droppeft.comparison.study_files import Row, RunRecord, Study
 from droppeft.comparison.summary import Part, VariantRow, summary
-from droppeft.comparison.writers import COLUMNS
+from droppeft.comparison.writers import COLUMNS, head
 
 HEADS = {"speed-up": "speed-up, modelled", "speed-up (m.)": "speed-up, measured"}
 """Heads of columns that differ from their names in `COLUMNS`."""
@@ -78,7 +78,8 @@ def comparison(
         for row in _shown(part, variants)
     ]
     lines += _references(part, columns)
-    return markdown_table(["variant", *(HEADS.get(name, name) for name in columns)], lines)
+    heads = [HEADS.get(name, head(name, part)) for name in columns]
+    return markdown_table(["variant", *heads], lines)
 
 
 def by_data(
@@ -150,17 +151,16 @@ def _largest(name: str, rows: Sequence[VariantRow]) -> str:
 
 
 def _references(part: Part, columns: Sequence[str]) -> list[list[str]]:
-    """Rows of what needs no federated training, with an accuracy only."""
-    known = {
-        "*TF-IDF + SVM, all texts in one place*": ("accuracy", part.tfidf),
-        "*most frequent class*": ("accuracy", part.majority),
-        "*each client's most frequent class*": ("personalised", part.own_majority),
+    """Rows of what needs no federated training, with the values that it has."""
+    known: dict[str, Mapping[str, float | None]] = {
+        "*TF-IDF + SVM, all texts in one place*": {"accuracy": part.tfidf},
+        "*most frequent class*": {"accuracy": part.majority},
+        "*each client's most frequent class*": {"personalised": part.own_majority},
+        "*the model before training*": part.untrained,
     }
-    return [
-        [name, *(_share(value) if one == column else "–" for one in columns)]
-        for name, (column, value) in known.items()
-        if value is not None and column in columns
-    ]
+    heads = [head(name, part) for name in columns]
+    rows = {name: [values.get(one) for one in heads] for name, values in known.items()}
+    return [[name, *map(_share, row)] for name, row in rows.items() if {*row} != {None}]
 
 
 def references(study: str) -> str:

@@ -50,7 +50,6 @@ TABLES: Tables = {
         language_model_training.completion_loss_equality,
         language_model_training.quantised_training,
         language_model_training.quantised_weights,
-        language_models.generation,
         language_models.samples,
         layer_dropout.behaviour_of_implementations,
         layer_dropout.compiled_blocks,

@@ -249,8 +249,8 @@ def average_by_targets(
     """Return the state in which each tensor is the mean over the clients that sent it.
 
     Clients are weighted by the number of predictions that they trained on: rows, or the tokens of
-    completions. With a server optimiser, the
-    tensors move towards this mean by the optimiser's rule.
+    completions. With a server optimiser, the tensors move towards this mean by the optimiser's
+    rule.
     """
     updates = [reply for reply in replies if isinstance(reply, Update)]
     return apply_mean(

@@ -14,10 +14,9 @@ from transformers import AutoConfig
 
 from chats import LAYERS, chat_settings, save_chat_model, write_lines
 from droppeft.client.run_inputs import clients_of, tokens_of
-from droppeft.config import load_config, resolve
+from droppeft.config import load_config
 from droppeft.messages import Update, flatten
 from droppeft.methods import METHODS
-from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import resume_run, start_run
 from droppeft.transports.flower.wire_format import (
     RunContext,
@@ -27,7 +26,15 @@ from droppeft.transports.flower.wire_format import (
     unpack_reply,
 )
 from refusals import refused
-from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round, update_of
+from runs import (
+    Recorder,
+    adapter_bytes,
+    outcome,
+    prepared_run,
+    rows_of,
+    stop_after_a_round,
+    update_of,
+)
 
 ENOUGH = 10**9
 FROZEN = ("frozen.layers=2", "frozen.precision=fp32", "dropout.mean=0")
@@ -49,11 +56,6 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def run(overrides: Sequence[str], out: Path, *more: str) -> dict[str, Any]:
     return start_run(load_config(None, [*overrides, *QUICK, *more]), out, Recorder())
-
-
-def ready(overrides: Sequence[str], *more: str) -> Prepared:
-    config = resolve(load_config(None, [*overrides, *more]), cuda=False)
-    return prepare(config, lambda step: None, "00c0ffee")
 
 
 def without_dropout(overrides: Sequence[str], method: str) -> list[str]:
@@ -127,7 +129,7 @@ def test_cached_states_change_rounding_alone(overrides: list[str], tmp_path: Pat
 
 
 def test_all_tokens_can_be_learnt(overrides: list[str]) -> None:
-    prepared = ready(overrides, *FROZEN, "training.loss_on=all")
+    prepared = prepared_run(*overrides, *FROZEN, "training.loss_on=all")
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     [client, *_] = clients_of(prepared.loaded)
     update = client.run(instruction)
@@ -152,7 +154,7 @@ def test_clients_are_merged_by_the_tokens_that_they_learnt(
     ]
     data = write_lines(tmp_path / "rows.jsonl", rows)
     more = ("clients=2", "partition.kind=natural", "partition.key=user", f"data={data}")
-    prepared = ready(without_dropout(overrides, "fedlora"), *more)
+    prepared = prepared_run(*without_dropout(overrides, "fedlora"), *more)
     instructions = prepared.method.instruct(prepared.setup, prepared.state, 1, [0, 1])
     clients = clients_of(prepared.loaded)
     updates = [update_of(clients, one) for one in instructions]
@@ -173,7 +175,7 @@ def test_clients_are_merged_by_the_tokens_that_they_learnt(
 
 
 def test_messages_survive_packing(overrides: list[str]) -> None:
-    prepared = ready(overrides)
+    prepared = prepared_run(*overrides)
     context = RunContext({}, {}, model_server=False)
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     packed = pack_instruction(instruction, context)

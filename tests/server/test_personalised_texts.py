@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chats import SETTINGS, save_chat_model, write_lines
 from droppeft.client.run_inputs import clients_of
-from droppeft.config import load_config, resolve
+from droppeft.config import load_config
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
 from droppeft.messages import EvaluationReply, Instruction, TextGeneration
@@ -23,7 +23,7 @@ from droppeft.server.client_evaluation import (
     evaluate_clients,
     summarise_clients,
 )
-from droppeft.server.prepare import Prepared, prepare
+from droppeft.server.prepare import Prepared
 from droppeft.server.run import start_run
 from droppeft.tasks.generation import GenerationSettings, complete_prompts, generate_texts
 from droppeft.tasks.metrics import LOSS, TEXT_METRICS
@@ -37,7 +37,7 @@ from droppeft.transports.flower.wire_format import (
 )
 from handmade import Scripted
 from refusals import refused
-from runs import Recorder, timeless
+from runs import Recorder, prepared_run, timeless
 
 ENOUGH = 10**9
 ASKED = "evaluation.personalised_generated=3"
@@ -72,14 +72,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"model={path}", f"data={data}", *kept, "evaluation.generated=0", "method=fedlora"]
 
 
-def ready(overrides: Sequence[str], *more: str) -> Prepared:
-    config = resolve(load_config(None, [*overrides, *more]), cuda=False)
-    return prepare(config, lambda step: None, "00c0ffee")
-
-
 @pytest.fixture(scope="module")
 def prepared(overrides: list[str]) -> Prepared:
-    return ready(overrides, ASKED)
+    return prepared_run(*overrides, ASKED)
 
 
 def asking(prepared: Prepared, client: int) -> Instruction:
@@ -127,7 +122,7 @@ def test_scores_are_those_of_texts_on_the_client_s_own_rows(prepared: Prepared) 
 
 def test_all_tokens_may_be_learnt(overrides: list[str], prepared: Prepared) -> None:
     """What a prompt is does not depend on what is learnt."""
-    every = ready(overrides, ASKED, "training.loss_on=all")
+    every = prepared_run(*overrides, ASKED, "training.loss_on=all")
     expected = scores_in(reply_of(prepared, 1).metrics)
     assert scores_in(reply_of(every, 1).metrics) == expected
 
@@ -151,7 +146,7 @@ def test_scores_survive_packing_and_texts_stay_on_the_client(prepared: Prepared)
 
 def test_texts_without_prompts_have_no_scores(overrides: list[str], tmp_path: Path) -> None:
     data = write_lines(tmp_path / "rows.jsonl", [{"text": f"it is a test {n}"} for n in range(60)])
-    prepared = ready(overrides, ASKED, f"data={data}")
+    prepared = prepared_run(*overrides, ASKED, f"data={data}")
     reply = reply_of(prepared, 0)
     assert reply.texts == 0
     assert reply.metrics.keys() == {"loss", "perplexity", "token_accuracy"}
@@ -193,7 +188,7 @@ def measurements(instruction: Instruction) -> list[Any]:
 
 
 def test_wrong_scores_are_refused(overrides: list[str]) -> None:
-    prepared = ready(overrides, ASKED, "clients=9", "cohort_size=9", "partition.min_rows=5")
+    prepared = prepared_run(*overrides, ASKED, "clients=9", "cohort_size=9", "partition.min_rows=5")
     evaluation = evaluate_clients(
         prepared.setup, prepared.method, Scripted(measurements), prepared.state, 4
     )
@@ -245,7 +240,7 @@ def test_a_run_has_scores_of_the_model_of_each_client(
     settings = [*overrides, *method, ASKED, "clients=2", "rounds=1", "training.learning_rate=0.05"]
     out = tmp_path / "run"
     result = start_run(load_config(None, settings), out, Recorder())
-    prepared = ready(settings)
+    prepared = prepared_run(*settings)
     for client in range(2):
         rows = own_rows(prepared, client)
         with loaded_model(out, SHORT, lambda step: None, client=client) as model:
@@ -294,19 +289,30 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(
     refused_run(overrides, tmp_path / "run", match, ASKED, "evaluation.max_new_tokens=128")
 
 
-@pytest.mark.parametrize("setting", ["generated", "personalised_generated"])
-def test_a_missing_package_is_named_before_anything_is_trained(
-    setting: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def without_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
         lambda name, package=None: None if name == "sacrebleu" else real(name, package),
     )
+
+
+@pytest.mark.usefixtures("without_sacrebleu")
+@pytest.mark.parametrize("setting", ["generated", "personalised_generated"])
+def test_a_missing_package_is_named_before_anything_is_trained(
+    setting: str, overrides: list[str], tmp_path: Path
+) -> None:
     match = (
         rf"evaluation\.{setting} needs the package sacrebleu; run: pip install "
         r"'droppeft\[llm\]'"
     )
     asked = ("evaluation.generated=0", f"evaluation.{setting}=2")
     refused_run(overrides, tmp_path / "run", match, *asked)
+
+
+@pytest.mark.usefixtures("without_sacrebleu")
+def test_a_run_that_writes_no_texts_does_without_the_package(overrides: list[str]) -> None:
+    """Without a global model there is none that could write them."""
+    prepared_run(*overrides, "evaluation.generated=2", "method=local")

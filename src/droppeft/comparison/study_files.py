@@ -38,9 +38,6 @@ OUTCOMES = (
 )
 """Columns of ``runs.parquet`` that ``result.json`` has under the same names."""
 
-GENERATED = tuple(f"{name}_{when}" for when in ("before", "after") for name in TEXT_METRICS)
-"""Columns of ``runs.parquet`` with the scores of generated texts, before and after training."""
-
 SHOWN_SETTINGS = {
     "clients": "clients",
     "cohort_size": "cohort_size",
@@ -178,11 +175,14 @@ def finished(
 
 
 def _generated(scores: Mapping[str, Any] | None) -> dict[str, float]:
-    """The columns of :data:`GENERATED`; none if the run generated no texts."""
+    """Columns with the scores of generated texts, if there are any, as ``chrf_before``."""
     if scores is None:
         return {}
-    pairs = ((column, column.rpartition("_")) for column in GENERATED)
-    return {column: scores[when][name] for column, (name, _, when) in pairs}
+    return {
+        f"{name}_{when}": scores[when][name]
+        for when in ("before", "after")
+        for name in TEXT_METRICS
+    }
 
 
 def round_columns(rows: Iterable[Mapping[str, Any]]) -> list[Row]:

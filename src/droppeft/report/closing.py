@@ -48,12 +48,11 @@ def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
 def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     """Commands about the finished run, and for further runs, each with what it does."""
     program, run = _program(), shlex.quote(str(folder))
+    methods = (result["method"], _other(result["method"]))
     commands = {
         f"report {run}": "Figures and settings of this run, as an HTML page:",
         f"export {run} --merge": "The model in transformers' format:",
-        " ".join(
-            ["compare", result["method"], _other(result["method"]), *_settings_of_data(result)]
-        ): "Two methods side by side:",
+        " ".join(["compare", *methods, *_settings_of_data(result)]): "Two methods side by side:",
     }
     if "generated" in result:
         commands[f"chat {run}"] = "Talk to the model:"

@@ -61,6 +61,12 @@ class Prepared:
         return self.loaded.model
 
 
+def writes_texts(method: Method, config: Config) -> bool:
+    """Whether a run ends with texts of its global model: the task generates, and there is one."""
+    generates = task_named(config.task).generates and config.evaluation.generated > 0
+    return generates and method.has_global_model(config)
+
+
 def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     """Load data and model and start the method.
 
@@ -76,7 +82,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     method = method_named(config.method)
     transport_named(config.transport)
     check_installed(config.quantization)
-    if config.evaluation.generated and task_named(config.task).generates:
+    if writes_texts(method, config):
         require("llm", "evaluation.generated")  # not only when the run ends
     fleet = make_fleet(config.clock, config.clients, config.seed)
     loaded = load(config, say)

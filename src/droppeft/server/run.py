@@ -60,7 +60,13 @@ from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.expected_time import estimate_wall_s, final_rows
 from droppeft.server.generated_texts import as_lines, written_before_and_after
-from droppeft.server.prepare import Prepared, evaluation_sample, prepare, references
+from droppeft.server.prepare import (
+    Prepared,
+    evaluation_sample,
+    prepare,
+    references,
+    writes_texts,
+)
 from droppeft.server.rounds import run_round
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.metrics import quality as quality_of
@@ -343,13 +349,8 @@ def _final_global_model(
 def _generated(
     prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
 ) -> dict[str, Any]:
-    """Let the model write texts, if the task is about texts and there is a global model."""
-    config = prepared.config
-    if not (
-        prepared.loaded.task.generates
-        and config.evaluation.generated
-        and prepared.method.has_global_model(config)
-    ):
+    """Let the model write texts, if the run is to end with some."""
+    if not writes_texts(prepared.method, prepared.config):
         return {}
     listener.preparing("letting the model before and after training write texts")
     result, samples = written_before_and_after(
@@ -364,9 +365,8 @@ def _final_client_models(
     prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, listener: Listener
 ) -> dict[str, Any]:
     """Evaluate every client's model on its own test rows."""
-    writing = ", and letting it write texts" * bool(
-        prepared.config.evaluation.personalised_generated
-    )
+    asked = prepared.config.evaluation.personalised_generated
+    writing = ", and letting it write texts" if asked else ""
     listener.preparing(f"measuring each client's model on its own test rows{writing}")
     setup, method = prepared.setup, prepared.method
     participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
