@@ -20,6 +20,7 @@ from droppeft.command_line_words import (
     drop_rates,
     file_and_settings,
     file_methods_settings,
+    more_rounds,
     seed_numbers,
 )
 from droppeft.errors import DroppeftError, Interrupted
@@ -112,21 +113,30 @@ def run(
     _with_listener(work, folder, quiet, as_json)
 
 
-@app.command()
+@app.command(cls=CommandWithSettings)
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run that was stopped.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[rounds=NUMBER]", show_default=False)
+    ] = None,
     quiet: QuietFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Continue a run that was stopped; its result is the same as without the stop."""
+    """Continue a run that was stopped, or give a finished one more rounds.
+
+    The result of a run that was stopped is the same as without the stop. With
+    rounds=40 a run is continued until it has 40 rounds. Where the learning rate falls
+    over the run, it rises again to where it would be in a run of 40 rounds.
+    """
+    rounds = more_rounds(settings or [])
 
     def work(listener: "Listener") -> None:
         from droppeft.runs.folder import RESULT
         from droppeft.server.run import resume_run
 
-        if (folder / RESULT).is_file() and not (quiet or as_json):
+        if (folder / RESULT).is_file() and rounds is None and not (quiet or as_json):
             typer.echo(f"droppeft: {folder} is finished already; its result:", err=True)
-        resume_run(folder, listener)
+        resume_run(folder, listener, rounds=rounds)
 
     _with_listener(work, folder, quiet, as_json)
 

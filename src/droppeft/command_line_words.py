@@ -120,3 +120,23 @@ def seed_numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise DroppeftError(f"--seeds {text!r}: write whole numbers as 0,1,2") from None
+
+
+def more_rounds(settings: Sequence[str]) -> int | None:
+    """The number of rounds in the settings of ``resume``; ``None`` if there is none.
+
+    Raises:
+        DroppeftError: there is another setting, or the value is not a whole number above 0.
+    """
+    from droppeft.config import parse_override
+
+    given = dict(map(parse_override, settings))
+    for key in given.keys() - {"rounds"}:
+        raise DroppeftError(
+            f"{key} cannot be changed in a run that has begun, only rounds can; start a new run "
+            f"with start_from=RUN and {key}={given[key]}"
+        )
+    rounds = given.get("rounds")
+    if rounds is not None and (type(rounds) is not int or rounds < 1):
+        raise DroppeftError(f"rounds={rounds}: write a whole number, 1 or more")
+    return rounds

@@ -269,8 +269,8 @@ class Instruction:
         run: name of the run; part of the path of the client's saved state.
         state_round: the round in which the client saved the tensors that it needs and that
             ``tensors`` lacks, or its personal adapter; ``None`` if it needs no saved tensors.
-        evaluate_only: whether the client only evaluates its model on its test rows. It then replies
-            with a :class:`EvaluationReply` and saves no tensors.
+        evaluate_only: whether the client only evaluates its model. It then replies with an
+            :class:`EvaluationReply` and saves no tensors.
         untrained: number of first layers that run but are not trained.
         sharing: how the client chooses the layers that it shares; ``None`` if :attr:`share` alone
             decides.
@@ -281,6 +281,8 @@ class Instruction:
             and saves a personal adapter v (Ditto, arXiv:2012.04221); w is :attr:`tensors`.
             ``None``: there is no personal adapter.
         generation: the texts that a client generates which only evaluates; ``None`` for no texts.
+        validation_rows: most validation rows on which a client measures that only evaluates; 0
+            for all of its test rows.
     """
 
     round: int
@@ -307,6 +309,7 @@ class Instruction:
     arm: int | None = None
     personal_adapter: float | None = None
     generation: TextGeneration | None = None
+    validation_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -407,11 +410,11 @@ class Update:
 
 @dataclass(frozen=True)
 class EvaluationReply:
-    """Quality of a client's model on the client's test rows.
+    """Quality of a client's model on the client's test rows, or on some of its validation rows.
 
     Attributes:
         round, client, nonce: copied from the instruction.
-        rows: number of test rows.
+        rows: number of these rows.
         metrics: the value of each of the task's metrics on these rows and, if there are texts, of
             each metric of generated texts.
         texts: number of generated texts. The texts themselves stay on the client.

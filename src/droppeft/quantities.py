@@ -1,6 +1,11 @@
 """Numbers with their units, as text for readers."""
 
 
+def counted(number: int, name: str) -> str:
+    """A number with a noun, as ``1 round`` or ``2,000 rounds``."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
 def percent(value: float | None) -> str:
     """A share in percent with one decimal, as ``71.3%``; a dash for ``None``."""
     return "–" if value is None else f"{value:.1%}"

@@ -134,7 +134,7 @@ def test_a_model_with_a_base_delta_is_not_written_as_an_adapter(
 ) -> None:
     model = replace(prepared.state.model, base_delta=BaseDelta("v1", {}))
     with pytest.raises(DroppeftError, match="base delta cannot be exported"):
-        write_adapter(prepared.loaded, model, QUALITY, tmp_path)
+        write_adapter(prepared.loaded, model, 2, QUALITY, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_the_given_model_is_written_whatever_is_attached(
 ) -> None:
     clients = clients_of(prepared.loaded)
     clients[0].train(instructions[0])
-    write_adapter(prepared.loaded, prepared.state.model, QUALITY, tmp_path)
+    write_adapter(prepared.loaded, prepared.state.model, 2, QUALITY, tmp_path)
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     sent = {
         name.replace(".modules_to_save", "").replace(".default", ""): array
@@ -261,8 +261,8 @@ def test_another_backbone_is_refused(tiny_overrides: list[str], tmp_path: Path) 
 def test_missing_rounds_and_existing_folders_are_refused(whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(DroppeftError, match=r"holds no run \(no config.toml\)"):
         export.export_run(tmp_path)
-    with pytest.raises(DroppeftError, match=r"no round 1; the saved rounds are: 3, 2"):
-        export.export_run(whole_run, tmp_path / "adapter", round=1)
+    with pytest.raises(DroppeftError, match=r"no round 7; the saved rounds are: 3, 2"):
+        export.export_run(whole_run, tmp_path / "adapter", round=7)
     (tmp_path / "taken").mkdir()
     with pytest.raises(DroppeftError, match=r"taken: exists already; .* --out"):
         export.export_run(whole_run, tmp_path / "taken")

@@ -12,6 +12,7 @@ from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
 from droppeft.runs.ledger import (
     ClosedRound,
+    RoundEvaluation,
     RoundRow,
     append_rows,
     client_row,
@@ -36,6 +37,7 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         accepted=1,
         failures=[],
         quality={"global_accuracy": accuracy, "global_f1": accuracy, "global_loss": None},
+        validation_loss=None,
         train_loss=1.0 / round,
         mean_active_layers=3.0,
         activation_bytes_peak=100,
@@ -159,18 +161,20 @@ def test_a_round_is_summarised() -> None:
     faster = replace(MODELLED, train_s=3.0)
     modelled = RoundCost((MODELLED, None, faster), late=(), surplus=(), round_s=15.0, absent=(8,))
     closed = ClosedRound(1, (*instructions,), (*replies,), (*replies,), modelled, 0.25)
-    made = round_row(closed, quality, 1.5, 0.2, 20.0, {"arm": 1})
+    evaluation = RoundEvaluation(quality, 1.5, validation_loss=0.6, download_bytes=7)
+    made = round_row(closed, evaluation, 0.2, 20.0, {"arm": 1})
     assert made == RoundRow(
         round=1,
         cohort=[1, 4, 6],
         accepted=2,
         failures=[{"client": 4, "reason": "sent no reply"}],
         quality=quality,
+        validation_loss=0.6,
         train_loss=0.75,
         mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients
         activation_bytes_peak=100,
         upload_bytes=36 + 8,  # nine values of 4 bytes, and two
-        download_bytes=3 * 36,
+        download_bytes=3 * 36 + 7,
         round_measured_s=9.25,
         train_wall_s=4.0,
         evaluation_wall_s=1.5,
@@ -195,7 +199,7 @@ def test_late_and_surplus_clients_count_in_costs() -> None:
     replies: list[Reply] = [checked[0], Failure(4, "late: it was"), Failure(6, "surplus: it was")]
     modelled = RoundCost((MODELLED, MODELLED, MODELLED), late=(4,), surplus=(6,), round_s=15.0)
     closed = ClosedRound(1, (*instructions,), (*checked,), (*replies,), modelled, 0.0)
-    made = round_row(closed, {}, 0.0, 0.0, 0.0)
+    made = round_row(closed, RoundEvaluation({}), 0.0, 0.0)
     assert (made.cohort, made.accepted, made.failures) == ([1, 4, 6], 1, [])
     assert (made.late, made.surplus) == ([4], [6])
     assert (made.upload_bytes, made.train_wall_s, made.energy_modelled_j) == (3 * 36, 6.0, 21.0)
@@ -315,5 +319,5 @@ def test_a_base_delta_counts_as_traffic() -> None:
     assert client_row(instruction, lost, lost, None)["download_bytes"] == 36 + 400
     nobody = RoundCost((None,), late=(), surplus=(), round_s=0.0)
     closed = ClosedRound(1, (instruction,), (lost,), (lost,), nobody, 0.0)
-    row = round_row(closed, {}, 0.0, 0.0, 0.0)
+    row = round_row(closed, RoundEvaluation({}), 0.0, 0.0)
     assert row.download_bytes == 36 + 400

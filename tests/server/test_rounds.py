@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from droppeft.messages import HEAD, Failure, Instruction, ServerState
 from droppeft.methods import METHODS
-from droppeft.runs.ledger import ClosedRound, client_row, round_row
+from droppeft.runs.ledger import ClosedRound, RoundEvaluation, client_row, round_row
 from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.transports.base import Arrival
 from handmade import LAYERS, Scripted, assert_same, setup_for, update_for
@@ -189,7 +189,7 @@ class TestRound:
 
 
 def row_of(closed: ClosedRound) -> Any:
-    return round_row(closed, {"global_accuracy": 0.5}, 0.0, 0.0, 0.0)
+    return round_row(closed, RoundEvaluation({"global_accuracy": 0.5}), 0.0, 0.0)
 
 
 def test_a_cohort_is_reproducible_and_has_no_client_twice() -> None:

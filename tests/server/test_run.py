@@ -57,7 +57,8 @@ def test_a_finished_run_has_these_files_and_rows(whole_run: Path) -> None:
     asked = [(row["round"], client) for row in rounds for client in row["cohort"]]
     assert [(row["round"], row["client"]) for row in clients] == asked
     saved = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
-    assert saved == ["round-00002.safetensors", "round-00003.safetensors"]
+    best = min(rounds, key=lambda row: row["validation_loss"])["round"]
+    assert saved == [f"round-{round:05d}.safetensors" for round in sorted({0, 2, 3, best})]
     assert list(whole_run.rglob("*.partial")) == []
 
 

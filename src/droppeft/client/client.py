@@ -78,7 +78,7 @@ class Client:
             return Failure(instruction.client, str(error), lost=True)
 
     def measure(self, instruction: Instruction) -> EvaluationReply:
-        """Evaluate this client's model on its test rows, with all layers.
+        """Evaluate this client's model on its test or validation rows, with all layers.
 
         If the instruction asks for it, the model also completes prompts of these rows.
 
@@ -89,7 +89,9 @@ class Client:
         self._load(instruction)
         self.model.load_layers()
         with base_delta_applied(self.model.model, instruction.base_delta):
-            quality = self._evaluate(self.rows.test, instruction.training)
+            asked = instruction.validation_rows
+            rows = self.rows.validation[:asked] if asked else self.rows.test
+            quality = self._evaluate(rows, instruction.training)
             texts, scores = self._generate(instruction)
         return EvaluationReply(
             instruction.round,

@@ -134,6 +134,7 @@ def resolve(config: Config, *, cuda: bool) -> Config:
         else config.accelerator,
         "model": _absolute_if_exists("model", config.model),
         "data": _absolute_if_exists("data", config.data),
+        "start_from": config.start_from and _absolute_if_exists("start_from", config.start_from),
     }
     if updates["accelerator"] == "cuda" and not cuda:
         raise DroppeftError("accelerator=cuda, but torch finds no CUDA device; use cpu")

@@ -410,6 +410,13 @@ class EvaluationConfig(Table):
         None, ge=1, description="test rows of the evaluation at the end; all if not given"
     )
     batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
+    validation_clients: Whole = Field(
+        5,
+        ge=0,
+        description="clients that measure the global model on their validation rows after each "
+        "evaluated round, on `evaluation.rows` rows in all; the round with the lowest loss is "
+        "delivered. 0 delivers the last round",
+    )
     personalised: bool = Field(
         True,
         description="when the run ends, evaluate each client's own model on its own test rows, "
@@ -479,6 +486,11 @@ class Config(Table):
         "in_process",
         description="how instructions reach clients: `in_process`, or `flower` (Flower's "
         "simulation engine)",
+    )
+    start_from: str | None = Field(
+        None,
+        description="the folder of a run, or of an adapter in PEFT's format, with whose values "
+        "training begins (ours)",
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
     rounds: Whole = Field(10, ge=1, description="federated rounds")

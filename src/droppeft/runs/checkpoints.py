@@ -1,11 +1,11 @@
-"""Checkpoints of the server's state: one file per round, of which the last two are kept.
+"""Checkpoints of the server's state: a file per round, of which a few stay.
 
 A file is written atomically and carries a checksum.
 """
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from droppeft.messages import (
 from droppeft.runs.method_memory import decode_memory, encode_memory
 
 KEPT = 2
-"""Number of checkpoints that stay in the folder."""
+"""Number of newest checkpoints that stay in the folder."""
 
 _SEPARATOR = "|"
 _ADAPTER_SPEC = TypeAdapter(AdapterSpec)
@@ -50,13 +50,15 @@ class Checkpoint:
     facts: Mapping[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, and delete all but the last two."""
+def save(folder: Path, checkpoint: Checkpoint, keep: Collection[int] = ()) -> Path:
+    """Write a checkpoint, and delete all but the last two and those of the rounds ``keep``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, checkpoint.round)
     write_atomically(path, _encode(checkpoint))
+    kept = {_path(folder, round) for round in keep}
     for old in _newest_first(folder)[KEPT:]:
-        old.unlink()
+        if old not in kept:
+            old.unlink()
     return path
 
 

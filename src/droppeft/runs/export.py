@@ -4,7 +4,7 @@ The run's folder is only read, so a run may be exported while another process wo
 not loaded, because a checkpoint has the names of the classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def export_run(
         run: folder of a run, which may be finished, stopped, or running in another process.
         out: the new folder; by default ``adapter-round-N`` or ``merged-round-N`` in the run's
             folder.
-        round: of the checkpoint; by default the newest.
+        round: of the checkpoint; by default the one that a finished run delivers, or else the
+            newest.
         merge: whether to write a plain transformers model with its tokenizer in place of an
             adapter. It has full precision, also after a quantised run.
         say: called with each step, to show progress.
@@ -103,7 +104,8 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
 
     Args:
         run: folder of a run.
-        round: of the checkpoint; ``None`` for the newest.
+        round: of the checkpoint; ``None`` for the one that a finished run delivers, or else for
+            the newest.
         client: whose model is wanted; ``None`` for the global one.
 
     Raises:
@@ -122,6 +124,8 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
             f"{run}: has no client {client}; its clients are 0 to {config.clients - 1}"
         )
     memory_type = method_named(config.method).memory_type
+    if round is None:
+        round = _delivered_round(run, client)
     return config, _checkpoint(run / "checkpoints", round, memory_type)
 
 
@@ -141,6 +145,18 @@ def load_source(
     """
     source = _source(run, config, checkpoint, merge, say)
     return source if client is None else _for_client(run, source, checkpoint, client)
+
+
+def _delivered_round(run: Path, client: int | None) -> int | None:
+    """Return the round of the model that a finished run delivers; ``None`` if it is not finished.
+
+    The models of clients that keep layers of their own are those of the last round.
+    """
+    if not (run / RESULT).exists():
+        return None
+    result = read_result(run)
+    round: int | None = result["delivered_round" if client is None else "personalised_round"]
+    return round
 
 
 def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoint:
@@ -209,7 +225,7 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
         key: {**saved.get(key, {}), **instruction.tensors.get(key, {})}
         for key in dict.fromkeys((*instruction.tensors, *saved))
     }
-    measured = (_result_of(run, checkpoint.round) or {}).get("personalised", [])
+    measured = _personalised(run, checkpoint.round)
     recorded = next((each for each in measured if each["client"] == client), None)
     return replace(
         source,
@@ -220,20 +236,20 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
     )
 
 
-def _result_of(run: Path, round: int) -> Mapping[str, Any] | None:
-    """Read the run's result, if it is finished and this was its last round."""
+def _personalised(run: Path, round: int) -> Sequence[Mapping[str, Any]]:
+    """Return the evaluations of clients' models after a round, if a finished run has them."""
     if not (run / RESULT).exists():
-        return None
+        return ()
     result = read_result(run)
-    return result if result["rounds"] == round else None
+    measured: Sequence[Mapping[str, Any]] = result["personalised"]
+    return measured if result["personalised_round"] == round else ()
 
 
 def _recorded(
     run: Path, round: int, facts: Mapping[str, Any], metric: Metric
 ) -> tuple[float | None, int]:
     """Return the quality that the run recorded for a round, and its number of test texts."""
-    result = _result_of(run, round)
-    if result is not None:
+    if (run / RESULT).exists() and (result := read_result(run))["delivered_round"] == round:
         return result[metric.key("global")], result["test_rows"]
     if round == 0:
         return facts["initial"][metric.name], facts["sampled_test_rows"]

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from droppeft.config import Config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.files import sync, write_atomically
+from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.ledger import SCHEMA_VERSION
@@ -60,6 +61,30 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
         raise DroppeftError(
             f"--out {out}: cannot be created ({error.strerror}); choose another folder"
         ) from None
+
+
+def with_more_rounds(config: Config, rounds: int, out: Path) -> Config:
+    """Return a run's configuration with a larger number of rounds.
+
+    Raises:
+        DroppeftError: the run has as many rounds already.
+    """
+    if rounds <= config.rounds:
+        raise DroppeftError(
+            f"rounds={rounds}: {out} has {counted(config.rounds, 'round')}; give a larger number"
+        )
+    return config.model_copy(update={"rounds": rounds})
+
+
+def save_extended(out: Path, config: Config) -> None:
+    """Write the configuration of a run that gets more rounds.
+
+    The result of a finished run is kept as ``result-round-N.json``.
+    """
+    if (out / RESULT).exists():
+        earlier = read_result(out)["rounds"]
+        (out / RESULT).replace(out / f"result-round-{earlier}.json")
+    write_atomically(out / CONFIG, to_toml(config).encode())
 
 
 def read_result(run: Path) -> dict[str, Any]:

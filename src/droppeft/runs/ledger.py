@@ -17,7 +17,7 @@ from droppeft.files import sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 from droppeft.tasks.metrics import Metric
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ROUNDING = 1e-9
 """Tolerance of comparing a mean of evaluations with a target."""
 
@@ -38,15 +38,17 @@ class RoundRow:
         failures: client and reason of each update that did not arrive, was refused or set aside.
         quality: of the global model with all layers, by ``global_`` and the metric, on the sample
             of test rows; ``None`` in a round without evaluation.
+        validation_loss: loss of the global model on validation rows of the same clients in every
+            round; ``None`` if it was not measured.
         train_loss: mean over the steps of a client, then over accepted clients.
         mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
         activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
         upload_bytes, download_bytes: size of the tensors of all updates that passed validation, and
-            of all instructions.
+            of all instructions, those that ask for ``validation_loss`` included.
         round_measured_s: seconds as if clients trained in parallel: the slowest client that was
             accepted, plus the server.
         train_wall_s: seconds of training steps, summed over clients.
-        evaluation_wall_s: seconds of evaluating the global model.
+        evaluation_wall_s: seconds of evaluating the global model, by the server and by clients.
         saving_wall_s: seconds of writing the rows and the checkpoint of the round before. The time
             of saving this round is not known yet when its row is written.
         host_wall_s: seconds of the whole round in this process, with evaluation and saving.
@@ -70,6 +72,7 @@ class RoundRow:
     accepted: int
     failures: list[dict[str, Any]]
     quality: Mapping[str, float | None]
+    validation_loss: float | None
     train_loss: float | None
     mean_active_layers: float | None
     activation_bytes_peak: int
@@ -104,6 +107,23 @@ class RoundRow:
         of_row = {name: columns[name] for name in names}
         rest = {name: value for name, value in columns.items() if name not in names}
         return cls(**of_row, quality=rest)
+
+
+@dataclass(frozen=True)
+class RoundEvaluation:
+    """The evaluation of the global model after a round.
+
+    Attributes:
+        quality: on the sample of test rows, by the names of the columns.
+        wall_s: seconds that all of it took.
+        validation_loss: on clients' validation rows; ``None`` if it was not measured.
+        download_bytes: bytes of the instructions that asked for ``validation_loss``.
+    """
+
+    quality: Mapping[str, float | None]
+    wall_s: float = 0.0
+    validation_loss: float | None = None
+    download_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,8 +209,7 @@ def _modelled_columns(cost: ClientCost) -> dict[str, Any]:
 
 def round_row(
     closed: ClosedRound,
-    quality: Mapping[str, float | None],
-    evaluation_wall_s: float,
+    evaluation: RoundEvaluation,
     saving_wall_s: float,
     host_wall_s: float,
     notes: Mapping[str, Any] | None = None,
@@ -199,8 +218,7 @@ def round_row(
 
     Args:
         closed: the round.
-        quality: of the global model, by the names of the columns.
-        evaluation_wall_s: seconds of its evaluation.
+        evaluation: of the global model.
         saving_wall_s: seconds of writing the rows and the checkpoint of the round before.
         host_wall_s: seconds of the whole round in this process.
         notes: what the method reports about the round.
@@ -214,17 +232,18 @@ def round_row(
         cohort=[instruction.client for instruction in closed.instructions],
         accepted=len(updates),
         failures=_failures(closed),
-        quality=quality,
+        quality=evaluation.quality,
+        validation_loss=evaluation.validation_loss,
         train_loss=_mean([update.train_loss for update in updates]),
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
         else None,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in received), default=0),
         upload_bytes=sum(payload_bytes(update.tensors) for update in received),
-        download_bytes=sum(instruction_bytes(instruction) for instruction in closed.instructions),
+        download_bytes=sum(map(instruction_bytes, closed.instructions)) + evaluation.download_bytes,
         round_measured_s=slowest_s + closed.server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in received),
-        evaluation_wall_s=evaluation_wall_s,
+        evaluation_wall_s=evaluation.wall_s,
         saving_wall_s=saving_wall_s,
         host_wall_s=host_wall_s,
         absent=list(modelled.absent),

@@ -78,13 +78,16 @@ class Source:
         return next(layer.type for layer in self.model.adapter.layers if layer is not None)
 
 
-def write_adapter(loaded: Loaded, model: GlobalModel, quality: Evaluation, out: Path) -> str:
+def write_adapter(
+    loaded: Loaded, model: GlobalModel, round: int, quality: Evaluation, out: Path
+) -> str:
     """Write ``out/adapter``, replacing an existing one, and return the hash of its tensors' file.
 
     Args:
         loaded: data, split and model of the run.
         model: the global model.
-        quality: of the model at the end of the run.
+        round: after which it was saved.
+        quality: of the model.
         out: folder of the run.
 
     Raises:
@@ -99,7 +102,7 @@ def write_adapter(loaded: Loaded, model: GlobalModel, quality: Evaluation, out: 
         label_names=data.label_names,
         data_hash=data.content_hash,
         model=model,
-        round=config.rounds,
+        round=round,
         value=quality.metrics[loaded.task.metrics[0].name],
         rows=quality.rows,
     )

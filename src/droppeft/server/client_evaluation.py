@@ -72,12 +72,12 @@ def evaluate_clients(
         return replace(instruction, generation=generation)
 
     instructions = [ask(state, client) for client in range(setup.config.clients)]
-    replies = _exchange(setup, transport, instructions)
+    replies = exchange(setup, transport, instructions)
     lost = tuple(reply.client for reply in replies if isinstance(reply, Failure) and reply.lost)
     if lost:
         state = with_participations(state, instructions, replies)
         again = [ask(state, client) for client in lost]
-        second = dict(zip(lost, _exchange(setup, transport, again), strict=True))
+        second = dict(zip(lost, exchange(setup, transport, again), strict=True))
         replies = [
             second.get(instruction.client, reply)
             for instruction, reply in zip(instructions, replies, strict=True)
@@ -100,10 +100,13 @@ def _generation(config: Config) -> TextGeneration | None:
     )
 
 
-def _exchange(
+def exchange(
     setup: Setup, transport: Transport, instructions: Sequence[Instruction]
 ) -> list[Reply]:
-    """Return checked replies; no more clients are asked at once than in a round."""
+    """Return the checked replies to instructions that only evaluate, in their order.
+
+    No more clients are asked at once than in a round.
+    """
     replies: list[Reply] = []
     task = task_named(setup.config.task)
     for first in range(0, len(instructions), setup.config.drawn):
@@ -172,6 +175,9 @@ def _why_refused(
 ) -> str | None:
     if isinstance(reply, Update):
         return "sent an update in place of an evaluation"
+    most = instruction.validation_rows
+    if most and reply.rows > most:
+        return f"claims {reply.rows} validation rows, at most {most} were asked for"
     asked = instruction.generation.rows if instruction.generation else 0
     if not 0 <= reply.texts <= min(asked, reply.rows):
         return f"claims {reply.texts} texts on {reply.rows} rows, at most {asked} were asked for"

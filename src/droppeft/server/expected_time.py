@@ -3,6 +3,7 @@
 import math
 
 from droppeft.config import Config
+from droppeft.server.delivered_round import rows_of_each, validation_clients
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import Evaluation
 
@@ -54,7 +55,15 @@ def _evaluated_rows(prepared: Prepared, sampled: int) -> float:
     """Rows of all evaluations after round 1 began."""
     config, rows = prepared.config, 0
     if prepared.method.has_global_model(config):
-        rows += math.ceil(config.rounds / config.evaluation.every) * sampled + final_rows(prepared)
+        evaluations = math.ceil(config.rounds / config.evaluation.every)
+        rows += evaluations * (sampled + _validation_rows(prepared)) + final_rows(prepared)
     if config.evaluation.personalised:
         rows += sum(len(one.test) for one in prepared.loaded.clients)
     return rows
+
+
+def _validation_rows(prepared: Prepared) -> int:
+    """Rows on which clients measure the global model after an evaluated round."""
+    config, clients = prepared.config, prepared.loaded.clients
+    asked = validation_clients(config)
+    return sum(min(rows_of_each(config), len(clients[one].validation)) for one in asked)

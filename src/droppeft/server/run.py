@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import write_atomically
-from droppeft.messages import GlobalModel
+from droppeft.messages import GlobalModel, ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
@@ -43,9 +44,12 @@ from droppeft.runs.folder import (
     check_free,
     locked,
     read_result,
+    save_extended,
+    with_more_rounds,
 )
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
+    RoundEvaluation,
     RoundRow,
     append_rows,
     client_row,
@@ -58,6 +62,7 @@ from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
+from droppeft.server.delivered_round import best_round, delivered_round, validate
 from droppeft.server.expected_time import estimate_wall_s, final_rows
 from droppeft.server.generated_texts import as_lines, written_before_and_after
 from droppeft.server.prepare import (
@@ -68,6 +73,7 @@ from droppeft.server.prepare import (
     writes_texts,
 )
 from droppeft.server.rounds import run_round
+from droppeft.server.start_values import with_start_values
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.metrics import quality as quality_of
 from droppeft.training.loop import Evaluation, evaluate
@@ -99,7 +105,7 @@ def start_run(
     state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
     config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
-    prepared = prepare(config, listener.preparing, secrets.token_hex(8))
+    prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8)))
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
         evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
@@ -111,36 +117,47 @@ def start_run(
             return _run_rounds(prepared, transport, first, [], out, listener, expected)
 
 
-def resume_run(out: Path, listener: Listener, connect: Connect | None = None) -> dict[str, Any]:
+def resume_run(
+    out: Path, listener: Listener, connect: Connect | None = None, rounds: int | None = None
+) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the content of its ``result.json``.
 
-    If the run is finished, its result is reported and nothing is changed.
+    If the run is finished and gets no further rounds, its result is reported and nothing is
+    changed. With a constant learning rate, a run that is extended ends as if it had had all its
+    rounds from the beginning; otherwise the learning rate rises again to where the schedule of all
+    rounds is by then.
 
     Args:
         out: folder of the run.
         listener: is told about the progress of the run.
         connect: opens the transport; by default the one that the configuration names.
+        rounds: new number of rounds of the whole run; ``None`` leaves it.
 
     Raises:
-        DroppeftError: the folder holds no run, another process works in it, or data, split or
-            model are not those with which the run was started.
+        DroppeftError: the folder holds no run, another process works in it, ``rounds`` is not more
+            than the run has, or data, split or model are not those with which the run was started.
         Interrupted: on Ctrl-C.
     """
     out = out.resolve()
     if not (out / CONFIG).is_file():
         raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
-    if (out / RESULT).exists():
+    if (out / RESULT).exists() and rounds is None:
         result = read_result(out)
         listener.finished(result)
         return result
     with locked(out):
         config = load_config(out / CONFIG)
+        if rounds is not None:
+            config = with_more_rounds(config, rounds, out)
         check_settings(config)
         memory_type = method_named(config.method).memory_type
         newest = checkpoints.load_newest(out / "checkpoints", memory_type)
         config = resolve(config, cuda=torch.cuda.is_available())
         prepared = prepare(config, listener.preparing, newest.facts["run"])
         _check_same_inputs(prepared, newest, out)
+        if config.start_from is not None:
+            first = checkpoints.load_round(out / "checkpoints", 0, memory_type)
+            prepared = replace(prepared, state=first.state)
         rows = [RoundRow.from_columns(row) for row in rewind(out / ROUNDS, newest.round)]
         if len(rows) != newest.round:
             raise DroppeftError(
@@ -148,8 +165,19 @@ def resume_run(out: Path, listener: Listener, connect: Connect | None = None) ->
                 "put the file back, or start a new run"
             )
         rewind(out / CLIENTS, newest.round)
+        if rounds is not None:
+            save_extended(out, config)
         with _connect(prepared, connect, listener) as transport:
             return _run_rounds(prepared, transport, newest, rows, out, listener)
+
+
+def _started(prepared: Prepared) -> Prepared:
+    """Return the server with the values that ``start_from`` names, if it names any."""
+    folder, setup = prepared.config.start_from, prepared.setup
+    if folder is None:
+        return prepared
+    state = with_start_values(folder, prepared.loaded, prepared.method, setup, prepared.state)
+    return replace(prepared, state=state)
 
 
 def _connect(
@@ -186,9 +214,9 @@ def _run_rounds(
                 checkpoint, row, client_rows = _run_one_round(
                     prepared, transport, last, saving_wall_s, listener
                 )
-                saving_wall_s = _save(out, checkpoint, row, client_rows)
-                last = checkpoint
                 rows.append(row)
+                saving_wall_s = _save(out, checkpoint, rows, client_rows)
+                last = checkpoint
                 listener.round_done(row)
                 _check_not_lost(rows, prepared.config.rounds, out)
             # Once more, for a run that is resumed when all its rounds are done.
@@ -239,11 +267,10 @@ def _run_one_round(
     state, closed = run_round(
         prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
-    quality, evaluation_wall_s = _evaluate_round(prepared, state.model, round)
+    evaluation = _evaluate_round(prepared, transport, state, round)
     row = round_row(
         closed,
-        quality,
-        evaluation_wall_s,
+        evaluation,
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
@@ -262,32 +289,43 @@ def _run_one_round(
 
 
 def _save(
-    out: Path, checkpoint: Checkpoint, row: RoundRow, client_rows: list[dict[str, Any]]
+    out: Path, checkpoint: Checkpoint, rows: list[RoundRow], client_rows: list[dict[str, Any]]
 ) -> float:
-    """Save a round and return the seconds that it took.
+    """Save the last round and return the seconds that it took.
 
     The checkpoint comes last: rows without their checkpoint are removed when a run is resumed.
+
+    Args:
+        rows: of all rounds.
     """
     start = time.perf_counter()
     append_rows(out / CLIENTS, client_rows)
-    append_rows(out / ROUNDS, [row.as_columns()])
-    checkpoints.save(out / "checkpoints", checkpoint)
+    append_rows(out / ROUNDS, [rows[-1].as_columns()])
+    best = best_round(rows)
+    # Round 0 has values that no seed gives if the run began with those of another adapter.
+    checkpoints.save(out / "checkpoints", checkpoint, {0, best.round if best else 0})
     return time.perf_counter() - start
 
 
 def _evaluate_round(
-    prepared: Prepared, model: GlobalModel, round: int
-) -> tuple[dict[str, float | None], float]:
-    """Evaluate the global model on the sample of test rows; return its quality and the seconds.
+    prepared: Prepared, transport: Transport, state: ServerState, round: int
+) -> RoundEvaluation:
+    """Evaluate the global model on the sample of test rows, and on clients' validation rows.
 
     The values are ``None`` if no evaluation is due.
     """
     config, metrics = prepared.config, prepared.loaded.task.metrics
     is_due = round % config.evaluation.every == 0 or round == config.rounds
     if not (is_due and prepared.method.has_global_model(config)):
-        return quality_of("global", metrics, None), 0.0
-    evaluation = _evaluate(prepared, model, prepared.sample)
-    return quality_of("global", metrics, evaluation.metrics), evaluation.wall_s
+        return RoundEvaluation(quality_of("global", metrics, None))
+    evaluation = _evaluate(prepared, state.model, prepared.sample)
+    validation = validate(prepared.setup, transport, state, round)
+    return RoundEvaluation(
+        quality_of("global", metrics, evaluation.metrics),
+        evaluation.wall_s + validation.wall_s,
+        validation.loss,
+        validation.download_bytes,
+    )
 
 
 def _finish(
@@ -300,16 +338,20 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluate the final models, write the adapter and ``result.json``, and return the result."""
     config = prepared.config
-    final = _final_global_model(prepared, last.state.model, out, listener)
-    final |= _generated(prepared, last.state.model, out, listener)
+    delivered = _delivered(prepared, last, rows, out)
+    final = _final_global_model(prepared, delivered, out, listener)
+    final |= _generated(prepared, delivered.state.model, out, listener)
     if config.evaluation.personalised:
-        final |= _final_client_models(prepared, transport, last, out, listener)
+        own = last if _clients_have_state(prepared, last) else delivered
+        final |= _final_client_models(prepared, transport, own, last.round + 1, out, listener)
     else:
         final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {}, _primary(prepared))
+        final |= {"personalised_round": None}
     result = {
         "schema_version": SCHEMA_VERSION,
         **_describe(prepared, last.facts),
         **summarise(rows, last.facts["initial"], _primary(prepared), config.target),
+        "delivered_round": delivered.round,
         **final,
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
@@ -322,8 +364,29 @@ def _finish(
     return result
 
 
+def _delivered(prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path) -> Checkpoint:
+    """Return the checkpoint of the round whose global model is delivered."""
+    round = delivered_round(rows)
+    if round == last.round:
+        return last
+    return checkpoints.load_round(out / "checkpoints", round, prepared.method.memory_type)
+
+
+def _clients_have_state(prepared: Prepared, last: Checkpoint) -> bool:
+    """Whether the own model of a client has tensors that only the client has saved.
+
+    Clients keep these of their last participation alone, so that their own models are those after
+    the last round.
+    """
+    evaluate_client = prepared.method.evaluate_client
+    return any(
+        evaluate_client(prepared.setup, last.state, last.round + 1, client).state_round is not None
+        for client in range(prepared.config.clients)
+    )
+
+
 def _final_global_model(
-    prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
+    prepared: Prepared, delivered: Checkpoint, out: Path, listener: Listener
 ) -> dict[str, Any]:
     """Evaluate the global model on all test rows and write its adapter.
 
@@ -331,7 +394,7 @@ def _final_global_model(
     with a base delta, because the adapter alone would not be the model: ``droppeft export --merge``
     writes it with its backbone.
     """
-    metrics = prepared.loaded.task.metrics
+    metrics, model = prepared.loaded.task.metrics, delivered.state.model
     if not prepared.method.has_global_model(prepared.config):
         return {**quality_of("global", metrics, None), "adapter_sha256": None, "test_rows": 0}
     rows = evaluation_sample(len(prepared.test), final_rows(prepared))
@@ -341,7 +404,7 @@ def _final_global_model(
         **quality_of("global", metrics, evaluation.metrics),
         "adapter_sha256": None
         if model.base_delta
-        else write_adapter(prepared.loaded, model, evaluation, out),
+        else write_adapter(prepared.loaded, model, delivered.round, evaluation, out),
         "test_rows": evaluation.rows,
     }
 
@@ -362,22 +425,33 @@ def _generated(
 
 
 def _final_client_models(
-    prepared: Prepared, transport: Transport, last: Checkpoint, out: Path, listener: Listener
+    prepared: Prepared,
+    transport: Transport,
+    saved: Checkpoint,
+    round: int,
+    out: Path,
+    listener: Listener,
 ) -> dict[str, Any]:
-    """Evaluate every client's model on its own test rows."""
+    """Evaluate every client's model on its own test rows.
+
+    Args:
+        saved: the checkpoint that has the models.
+        round: the one that would come next.
+    """
     asked = prepared.config.evaluation.personalised_generated
     writing = ", and letting it write texts" if asked else ""
     listener.preparing(f"measuring each client's model on its own test rows{writing}")
     setup, method = prepared.setup, prepared.method
     participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
-    evaluation = evaluate_clients(setup, method, transport, last.state, last.round + 1)
+    evaluation = evaluate_clients(setup, method, transport, saved.state, round)
     if not evaluation.measurements:
         example = evaluation.failures[0]
         raise DroppeftError(
             f"no client could be measured (client {example.client}: {example.reason}); correct "
             f"this, then resume {out}"
         )
-    return summarise_clients(evaluation, participations, _primary(prepared))
+    summary = summarise_clients(evaluation, participations, _primary(prepared))
+    return {**summary, "personalised_round": saved.round}
 
 
 def _primary(prepared: Prepared) -> Metric:
