@@ -123,14 +123,16 @@ def _global_lines(
         if other not in (metric, LOSS)
     ]
     best = f"round {result['best_round']}, {sample}"
+    delivered, rounds = result["delivered_round"], result["rounds"]
+    chosen = "" if delivered == rounds else f", model of round {delivered} of {rounds}"
     return [
         (
             metric.label,
             metric.text(result[metric.key("global")]),
-            f"{_all(result)}{result['test_rows']:,} test texts",
+            f"{_all(result)}{result['test_rows']:,} test texts{chosen}",
         ),
         *others,
-        ("after round 1", metric.text(result[metric.key("first")]), sample),
+        (f"after round {result['first_round']}", metric.text(result[metric.key("first")]), sample),
         ("best", metric.text(result[metric.key("best")]), best),
     ]
 

@@ -15,6 +15,12 @@ MARGIN = 0.01
 FEWEST_EVALUATIONS = 4
 """A run with fewer evaluations has no trend."""
 
+HIGH_RATE = 3e-3
+"""A run that learnt little with a rate up to this gets the advice to try a higher one."""
+
+HEAVY_DROPPING = 0.4
+"""Share of dropped layers from which on dropping is named as a reason for learning little."""
+
 
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     """Return the sentences about a run's quality, trend, clients' models, failures and cost.
@@ -28,6 +34,9 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     parts = (
         _quality(result),
         _trend(result, rows),
+        _delivered(result, rows),
+        _dropping(result, rows),
+        _configurator(rows),
         _clients_models(result),
         _failures(rows),
         _cost(result),
@@ -42,7 +51,7 @@ def _quality(result: Mapping[str, Any]) -> str | None:
     if not math.isfinite(result["global_loss"]):
         return (
             "Training diverged: the loss of the global model is not finite. Try a lower "
-            "training.learning_rate, or training.precision=fp32."
+            f"training.learning_rate, such as {_rate(result) / 3:.1g}, or training.precision=fp32."
         )
     return _accuracy(result) if metric == ACCURACY else _loss(result, metric)
 
@@ -54,28 +63,54 @@ def _loss(result: Mapping[str, Any], metric: Metric) -> str:
         f"{metric.text(after)}. Before training it was {metric.text(before)} on "
         f"{result['sampled_test_rows']:,} of them."
     )
-    if metric.gain(after, before) > MARGIN:
-        return found
-    return (
-        f"{found} It has learnt little or nothing: try more rounds, or another "
-        "training.learning_rate."
-    )
+    return found if _has_learnt(result) else f"{found} {_learnt_little(result)}"
 
 
 def _accuracy(result: Mapping[str, Any]) -> str:
-    accuracy, majority = result["global_accuracy"], result["majority_accuracy"]
+    accuracy, svm = result["global_accuracy"], result["tfidf_accuracy"]
+    reference = (
+        ""
+        if svm is None
+        else f"A linear SVM on TF-IDF features of all texts in one place gives {percent(svm)}, and "
+    )
+    start = "always" if reference else "Always"
     found = (
         f"The global model names the right class for {percent(accuracy)} of the "
-        f"{result['test_rows']:,} test texts. Before training it was "
-        f"{percent(result['initial_accuracy'])}; always naming the most frequent class gives "
-        f"{percent(majority)}."
+        f"{result['test_rows']:,} test texts. {reference}{start} naming the most frequent class "
+        f"{percent(result['majority_accuracy'])}. Before training it was "
+        f"{percent(result['initial_accuracy'])}."
     )
-    if accuracy > majority + standard_error(majority, result["test_rows"]):
-        return found
-    return (
-        f"{found} It has learnt little or nothing: try more rounds, or another "
-        "training.learning_rate."
-    )
+    if not _has_learnt(result):
+        return f"{found} {_learnt_little(result)}"
+    if svm is not None and accuracy < svm - standard_error(svm, result["test_rows"]):
+        return f"{found} It is not yet as good as the SVM: {_what_to_try(result)}."
+    return found
+
+
+def _has_learnt(result: Mapping[str, Any]) -> bool:
+    """Whether the global model is better than a constant answer, or than before training."""
+    metric = primary_metric(result)
+    value = result[metric.key("global")]
+    if metric != ACCURACY:
+        return metric.gain(value, result[metric.key("initial")]) > MARGIN
+    majority = result["majority_accuracy"]
+    return bool(value > majority + standard_error(majority, result["test_rows"]))
+
+
+def _learnt_little(result: Mapping[str, Any]) -> str:
+    return f"It has learnt little or nothing: {_what_to_try(result)}."
+
+
+def _what_to_try(result: Mapping[str, Any]) -> str:
+    """More rounds and another learning rate, in numbers."""
+    rate = _rate(result)
+    other = 3 * rate if rate <= HIGH_RATE else rate / 3
+    return f"try rounds={2 * result['rounds']}, or training.learning_rate={other:.1g}"
+
+
+def _rate(result: Mapping[str, Any]) -> float:
+    rate: float = result["config"]["training"]["learning_rate"]
+    return rate
 
 
 def standard_error(accuracy: float, rows: int) -> float:
@@ -92,23 +127,22 @@ def standard_error(accuracy: float, rows: int) -> float:
 
 
 def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
-    """Compare the last evaluations with as many before, up to three each.
+    """Compare the mean of the last evaluations with that of as many before, up to three each.
 
-    A difference within the standard error is not called one. Where the learning rate falls to 0,
-    the end of the curve is flat in any case, and an improvement before it may be due to the falling
-    rate: nothing is said then about more rounds.
+    A difference within the standard error, or within :data:`MARGIN` of a loss, is not called one.
+    If there is none, the quality is flat since the first round that no later one exceeds by more
+    than that.
     """
     metric = primary_metric(result)
-    found = [row.quality[metric.key("global")] for row in rows]
-    values = [value for value in found if value is not None]
+    values = _evaluations(metric, rows)
     if len(values) < FEWEST_EVALUATIONS:
         return None
     count = min(SMOOTHED_EVALUATIONS, len(values) // 2)
-    last, before = fmean(values[-count:]), fmean(values[-2 * count : -count])
+    only = [value for value, _ in values]
+    last, before = fmean(only[-count:]), fmean(only[-2 * count : -count])
     if not math.isfinite(last + before):
         return None
     margin = _margin(metric, (last + before) / 2, result["sampled_test_rows"])
-    best = f"round {result['best_round']} ({_text(metric, result[metric.key('best')])})"
     number = {2: "two", 3: "three"}[count]
     means = (
         f"the last {number} evaluations average {_text(metric, last)}, the {number} before "
@@ -118,21 +152,80 @@ def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
     rising, falling = ("rising", "falling") if metric.higher_is_better else ("falling", "rising")
     if gain < -margin:
         return (
-            f"{name} was {falling} when the run ended ({means}), after its best in {best}: try "
-            "fewer rounds, or a lower training.learning_rate."
+            f"{name} was {falling} when the run ended ({means}), after its best in round "
+            f"{result['best_round']} ({_text(metric, result[metric.key('best')])}): try a lower "
+            f"training.learning_rate, such as {_rate(result) / 3:.1g}."
         )
-    improved = gain > margin
     more = f"rounds={2 * result['rounds']}"
-    if result["config"]["training"]["schedule"] == "constant":
-        if improved:
-            return f"{name} was still {rising} when the run ended ({means}): try {more}."
-        return f"{name} no longer improved when the run ended ({means}); the best was in {best}."
-    change = (
-        "improved towards the end" if improved else "did not change beyond chance towards the end"
+    if gain > margin:
+        return f"{name} was still {rising} when the run ended ({means}): try {more}."
+    since = _flat_since(metric, values, margin)
+    decays = result["config"]["training"]["schedule"] != "constant"
+    longer = (
+        f" The learning rate falls to 0 over a run, so that {more} may still improve it."
+        if decays
+        else ""
     )
+    return f"{name} has been flat since round {since} ({means}).{longer}"
+
+
+def _evaluations(metric: Metric, rows: Sequence[RoundRow]) -> list[tuple[float, int]]:
+    """The value of each evaluation, with its round."""
+    found = [(row.quality[metric.key("global")], row.round) for row in rows]
+    return [(value, round) for value, round in found if value is not None]
+
+
+def _flat_since(metric: Metric, values: Sequence[tuple[float, int]], margin: float) -> int:
+    """The first round that no later one exceeds by more than a margin."""
+    for index, (value, round) in enumerate(values):
+        if all(metric.gain(later, value) <= margin for later, _ in values[index:]):
+            return round
+    raise AssertionError("no value exceeds the last one, which comes last")
+
+
+def _delivered(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
+    """Say so if another round than the last is delivered."""
+    delivered = result["delivered_round"]
+    if delivered == result["rounds"]:
+        return None
+    losses = {row.round: row.validation_loss for row in rows}
+    last = losses[result["rounds"]]
+    instead = "no valid one" if last is None else f"{last:.3f}"
     return (
-        f"{name} {change} ({means}). The learning rate falls to 0 over the run, so that only a "
-        f"longer run, such as {more}, shows whether more rounds help."
+        f"The model of round {delivered} is delivered, because it has the lowest loss on "
+        f"validation rows of the clients, {losses[delivered]:.3f}; that of the last round has "
+        f"{instead}."
+    )
+
+
+def _dropping(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
+    """Name heavy layer dropout as a reason if a run that used it learnt little or got worse."""
+    metric, depth = primary_metric(result), result["mean_active_layers"]
+    layers = result["num_layers"] - result["config"]["frozen"]["layers"]
+    value = result[metric.key("global")]
+    if depth is None or value is None or depth > (1 - HEAVY_DROPPING) * layers:
+        return None
+    best = result[metric.key("best")]
+    margin = _margin(metric, best, result["sampled_test_rows"])
+    last = _evaluations(metric, rows)[-1][0]
+    if _has_learnt(result) and metric.gain(last, best) >= -margin:
+        return None
+    return (
+        f"On average {layers - depth:.1f} of {layers} layers were dropped in a step, which can "
+        "keep a model from learning: try a lower dropout.mean, or method=adaptive."
+    )
+
+
+def _configurator(rows: Sequence[RoundRow]) -> str | None:
+    """Say so if the configurator's best arm has changed in the last third of the rounds."""
+    notes = [row.notes for row in rows if row.notes and "best" in row.notes]
+    best = [one["labels"][str(one["best"])] for one in notes]
+    late = best[-max(len(best) // 3, 1) - 1 :]
+    if len(set(late)) < 2:
+        return None
+    return (
+        f"The configurator has not settled: in the last third of the rounds its best setting was "
+        f"{' and '.join(dict.fromkeys(late))}. With more rounds it would choose more surely."
     )
 
 
@@ -150,10 +243,18 @@ def _clients_models(result: Mapping[str, Any]) -> str | None:
         f"On the clients' own test texts it is {_text(metric, value)} on average, and "
         f"{_text(metric, result['personalised_worst_tenth'])} in the worst tenth of the clients"
     )
-    if "own_majority_accuracy" not in result:
+    if "own_majority_accuracy" in result:
+        majority = percent(result["own_majority_accuracy"])
+        found += f"; always naming a client's own most frequent class gives {majority}"
+    shared = result[metric.key("global")]
+    if shared is None or not result["clients_have_own_models"]:
         return f"{found}."
-    majority = percent(result["own_majority_accuracy"])
-    return f"{found}; always naming a client's own most frequent class gives {majority}."
+    if metric.gain(shared, value) <= _margin(metric, shared, result["personalised_rows"]):
+        return f"{found}."
+    return (
+        f"{found}. The clients' own models stay behind the global one: try more rounds, or "
+        "sharing.fraction=1, with which all layers are shared."
+    )
 
 
 def _text(metric: Metric, value: float) -> str:

@@ -307,6 +307,7 @@ def summarise(
     return {
         "rounds": len(rows),
         metric.key("first"): measured[0][0] if measured else None,
+        "first_round": measured[0][1] if measured else None,
         metric.key("best"): best,
         "best_round": best_round,
         "train_loss": rows[-1].train_loss if rows else None,

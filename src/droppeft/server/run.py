@@ -342,11 +342,13 @@ def _finish(
     final = _final_global_model(prepared, delivered, out, listener)
     final |= _generated(prepared, delivered.state.model, out, listener)
     if config.evaluation.personalised:
-        own = last if _clients_have_state(prepared, last) else delivered
+        have_own = _clients_have_state(prepared, last)
+        own = last if have_own else delivered
         final |= _final_client_models(prepared, transport, own, last.round + 1, out, listener)
+        final |= {"clients_have_own_models": have_own}
     else:
         final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {}, _primary(prepared))
-        final |= {"personalised_round": None}
+        final |= {"personalised_round": None, "clients_have_own_models": None}
     result = {
         "schema_version": SCHEMA_VERSION,
         **_describe(prepared, last.facts),
