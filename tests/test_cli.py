@@ -161,12 +161,14 @@ def test_a_folder_that_cannot_be_made(
 
 def test_resuming_a_run_that_does_not_exist(droppeft: Command) -> None:
     assert_refused(droppeft("resume", "nowhere"), "nowhere: holds no run to resume")
+    assert_refused(droppeft("resume", "nowhere", "seed=3"), "only rounds can", "start_from=RUN")
+    assert_refused(droppeft("resume", "nowhere", "rounds=few"), "write a whole number, 1 or more")
 
 
 def test_exporting_a_run_that_does_not_exist(droppeft: Command, whole_run: Path) -> None:
     assert_refused(droppeft("export", "nowhere"), "nowhere: holds no run")
-    output = droppeft("export", whole_run, "--round", "1", "--out", "adapter")
-    assert_refused(output, "holds no round 1; the saved rounds are: 3, 2")
+    output = droppeft("export", whole_run, "--round", "7", "--out", "adapter")
+    assert_refused(output, "holds no round 7; the saved rounds are: 3, 2")
 
 
 # What is printed

@@ -3,17 +3,11 @@
 Ours. The adapter is that of a run's folder, or a folder in PEFT's format.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from droppeft.adapters.by_layer import get_tensors
+from droppeft.adapters.peft_values import PEFT_CONFIG, load_peft_values
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
@@ -21,12 +15,6 @@ from droppeft.messages import AdapterSpec, ServerState, Tensors, flatten
 from droppeft.methods import Method, Setup
 from droppeft.runs.export import saved_model
 from droppeft.runs.folder import CONFIG
-
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-WITHOUT_EFFECT = ("r", "inference_mode", "lora_dropout")
-"""Numbers in PEFT's configuration that need not agree: shapes show the rank, and the others do not
-change what trained values mean."""
 
 
 def with_start_values(
@@ -81,44 +69,13 @@ def _of_run(path: Path, loaded: Loaded, adapter: AdapterSpec) -> Tensors:
 
 
 def _of_peft_folder(path: Path, client_model: ClientModel, adapter: AdapterSpec) -> Tensors:
-    where = f"start_from={path}"
     client_model.attach(adapter)
-    model: Any = client_model.model
-    if not isinstance(model, PeftModel):
-        raise DroppeftError(f"{where}: an adapter of this type is no PEFT adapter; name a run")
+    trained = {name for _, name, _ in flatten(client_model.fresh_tensors(adapter))}
     try:
-        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(path / PEFT_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DroppeftError(f"{where}: cannot be read ({error})") from None
-    _check_same_settings(where, config, model.active_peft_config.to_dict())
-    fresh = client_model.fresh_tensors(adapter)
-    try:
-        found = set_peft_model_state_dict(model, weights)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DroppeftError(f"{where}: does not fit this run's adapter: {reason}") from None
-    trained = {name for _, name, _ in flatten(fresh)}
-    missing = sorted(trained.intersection(found.missing_keys))
-    for name in (*missing, *found.unexpected_keys):
-        what = "lacks" if name in missing else "has also"
-        raise DroppeftError(
-            f"{where}: {what} {name}, unlike this run's adapter; use the same adapter.type, "
-            "adapter.targets and frozen.layers"
-        )
+        load_peft_values(client_model.model, path, trained)
+    except DroppeftError as error:
+        raise DroppeftError(f"start_from={path}: {error}") from None
     return get_tensors(client_model.parameters)
-
-
-def _check_same_settings(where: str, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Check that trained values mean the same under both of PEFT's configurations."""
-    names = [name for name, value in here.items() if isinstance(value, bool | int | float)]
-    for name in ("peft_type", *names):
-        there, value = found.get(name, here[name]), here[name]
-        if name not in WITHOUT_EFFECT and there != getattr(value, "value", value):
-            raise DroppeftError(
-                f"{where}: {name} is {there} there, and {getattr(value, 'value', value)} in this "
-                "run; set adapter to the same values"
-            )
 
 
 def _check_names(where: str, names: list[str], loaded: Loaded) -> None:
