@@ -85,6 +85,9 @@ def test_a_high_rate_is_to_be_lowered() -> None:
 
 def test_a_run_below_the_svm_says_so() -> None:
     assert "not yet as good as the SVM: try rounds=12" in text(0.5, global_accuracy=0.5)
+    rising = text(0.1, 0.2, 0.3, 0.4, 0.45, 0.5, global_accuracy=0.5)
+    assert "not yet as good as the SVM." in rising
+    assert rising.count("rounds=12") == 1
     assert "as good as" not in text(0.59, global_accuracy=0.59)  # within the standard error
     assert "as good as" not in text(0.5, global_accuracy=0.5, tfidf_accuracy=None)
 

@@ -73,12 +73,13 @@ def test_the_model_with_the_lowest_validation_loss_is_delivered(
     config, delivered = export.saved_model(out, None, None)
     assert delivered.round == 2
     assert export.saved_model(out, 5, None)[1].round == 5
-    # The same clients in every round: five, or as many as there are.
+    # The same three clients in every round.
     by_round = {
         one.round: [each.client for each in asked if each.round == one.round] for one in asked
     }
-    assert list(by_round.values()) == [validation_clients(config)] * 5 == [[0, 1, 2, 3]] * 5
-    assert {one.validation_rows for one in asked} == {5}  # evaluation.rows=20 in all, by four
+    assert list(by_round.values()) == [validation_clients(config)] * 5
+    assert len(set(validation_clients(config))) == 3
+    assert {one.validation_rows for one in asked} == {7}  # evaluation.rows=20 in all
 
 
 def test_clients_measure_the_global_model_on_their_validation_rows(
@@ -93,7 +94,7 @@ def test_clients_measure_the_global_model_on_their_validation_rows(
                     replies.append((instructions[arrival.index], arrival.reply))
                 yield arrival
 
-    config = load_config(None, [*tiny_overrides, "rounds=1", "evaluation.rows=8"])
+    config = load_config(None, [*tiny_overrides, "rounds=1", "evaluation.rows=6"])
     loaded: list[Loaded] = []
 
     def connect(one: Loaded) -> Any:
@@ -117,8 +118,8 @@ def test_clients_measure_the_global_model_on_their_validation_rows(
     ("losses", "delivered"),
     [
         ([0.9, 0.5, 0.4], 3),
-        ([0.9, 0.5, 0.509], 3),  # not clearly worse
-        ([0.9, 0.5, 0.52], 2),
+        ([0.9, 0.5, 0.519], 3),  # not clearly worse
+        ([0.9, 0.5, 0.53], 2),
         ([0.5, 0.9, 0.5], 3),
         ([0.5, 0.5, 0.7], 1),
         ([0.9, 0.5, None], 2),  # diverged, or a client is missing

@@ -411,7 +411,7 @@ class EvaluationConfig(Table):
     )
     batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
     validation_clients: Whole = Field(
-        5,
+        3,
         ge=0,
         description="clients that measure the global model on their validation rows after each "
         "evaluated round, on `evaluation.rows` rows in all; the round with the lowest loss is "

@@ -49,7 +49,11 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     """Commands about the finished run, and for further runs, each with what it does."""
     program, run = _program(), shlex.quote(str(folder))
     methods = (result["method"], _other(result["method"]))
-    commands = {
+    commands = {}
+    if result["trend"] == "improving":
+        more = f"resume {run} rounds={2 * result['rounds']}"
+        commands[more] = "More rounds, since it was still improving:"
+    commands |= {
         f"report {run}": "Figures and settings of this run, as an HTML page:",
         f"export {run} --merge": "The model in transformers' format:",
         " ".join(["compare", *methods, *_settings_of_data(result)]): "Two methods side by side:",

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from droppeft.quantities import bytes_text, percent
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
@@ -22,6 +23,19 @@ HEAVY_DROPPING = 0.4
 """Share of dropped layers from which on dropping is named as a reason for learning little."""
 
 
+@dataclass(frozen=True)
+class Trend:
+    """How the quality of the global model moved towards the end of a run.
+
+    Attributes:
+        kind: ``improving``, ``flat`` or ``worsening``.
+        sentence: says so, and what to try.
+    """
+
+    kind: Literal["improving", "flat", "worsening"]
+    sentence: str
+
+
 def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     """Return the sentences about a run's quality, trend, clients' models, failures and cost.
 
@@ -31,9 +45,10 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
         result: content of ``result.json``.
         rows: of all rounds.
     """
+    trend = trend_of(result, rows)
     parts = (
-        _quality(result),
-        _trend(result, rows),
+        _quality(result, trend),
+        trend.sentence if trend else None,
         _delivered(result, rows),
         _dropping(result, rows),
         _configurator(rows),
@@ -44,7 +59,8 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     return [sentence for sentence in parts if sentence]
 
 
-def _quality(result: Mapping[str, Any]) -> str | None:
+def _quality(result: Mapping[str, Any], trend: Trend | None) -> str | None:
+    """The quality beside its references; what to try, unless the trend says it."""
     metric = primary_metric(result)
     if result[metric.key("global")] is None:
         return "With these settings there is no global model; clients have models of their own."
@@ -53,38 +69,48 @@ def _quality(result: Mapping[str, Any]) -> str | None:
             "Training diverged: the loss of the global model is not finite. Try a lower "
             f"training.learning_rate, such as {_rate(result) / 3:.1g}, or training.precision=fp32."
         )
-    return _accuracy(result) if metric == ACCURACY else _loss(result, metric)
+    found = _accuracy(result) if metric == ACCURACY else _loss(result, metric)
+    problem = _problem(result)
+    if problem is None:
+        return found
+    if trend is not None and trend.kind != "flat":
+        return f"{found} {problem}."
+    return f"{found} {problem}: {_what_to_try(result)}."
 
 
 def _loss(result: Mapping[str, Any], metric: Metric) -> str:
     before, after = (result[metric.key(whose)] for whose in ("initial", "global"))
-    found = (
+    return (
         f"The {metric.label} of the global model on the {result['test_rows']:,} test texts is "
         f"{metric.text(after)}. Before training it was {metric.text(before)} on "
         f"{result['sampled_test_rows']:,} of them."
     )
-    return found if _has_learnt(result) else f"{found} {_learnt_little(result)}"
 
 
 def _accuracy(result: Mapping[str, Any]) -> str:
-    accuracy, svm = result["global_accuracy"], result["tfidf_accuracy"]
+    svm = result["tfidf_accuracy"]
     reference = (
-        ""
+        "Always naming"
         if svm is None
         else f"A linear SVM on TF-IDF features of all texts in one place gives {percent(svm)}, and "
+        "always naming"
     )
-    start = "always" if reference else "Always"
-    found = (
-        f"The global model names the right class for {percent(accuracy)} of the "
-        f"{result['test_rows']:,} test texts. {reference}{start} naming the most frequent class "
+    return (
+        f"The global model names the right class for {percent(result['global_accuracy'])} of the "
+        f"{result['test_rows']:,} test texts. {reference} the most frequent class "
         f"{percent(result['majority_accuracy'])}. Before training it was "
         f"{percent(result['initial_accuracy'])}."
     )
+
+
+def _problem(result: Mapping[str, Any]) -> str | None:
+    """What is wrong with the quality, without the full stop; ``None`` if nothing is."""
     if not _has_learnt(result):
-        return f"{found} {_learnt_little(result)}"
-    if svm is not None and accuracy < svm - standard_error(svm, result["test_rows"]):
-        return f"{found} It is not yet as good as the SVM: {_what_to_try(result)}."
-    return found
+        return "It has learnt little or nothing"
+    svm = result.get("tfidf_accuracy")
+    if svm is None or result["global_accuracy"] >= svm - standard_error(svm, result["test_rows"]):
+        return None
+    return "It is not yet as good as the SVM"
 
 
 def _has_learnt(result: Mapping[str, Any]) -> bool:
@@ -95,10 +121,6 @@ def _has_learnt(result: Mapping[str, Any]) -> bool:
         return metric.gain(value, result[metric.key("initial")]) > MARGIN
     majority = result["majority_accuracy"]
     return bool(value > majority + standard_error(majority, result["test_rows"]))
-
-
-def _learnt_little(result: Mapping[str, Any]) -> str:
-    return f"It has learnt little or nothing: {_what_to_try(result)}."
 
 
 def _what_to_try(result: Mapping[str, Any]) -> str:
@@ -126,12 +148,12 @@ def standard_error(accuracy: float, rows: int) -> float:
     return math.sqrt(2 * accuracy * (1 - accuracy) / rows)
 
 
-def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
+def trend_of(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> Trend | None:
     """Compare the mean of the last evaluations with that of as many before, up to three each.
 
     A difference within the standard error, or within :data:`MARGIN` of a loss, is not called one.
     If there is none, the quality is flat since the first round that no later one exceeds by more
-    than that.
+    than that. ``None`` for a run with too few evaluations, or one that diverged.
     """
     metric = primary_metric(result)
     values = _evaluations(metric, rows)
@@ -151,14 +173,16 @@ def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
     name, gain = metric.label.capitalize(), metric.gain(last, before)
     rising, falling = ("rising", "falling") if metric.higher_is_better else ("falling", "rising")
     if gain < -margin:
-        return (
+        return Trend(
+            "worsening",
             f"{name} was {falling} when the run ended ({means}), after its best in round "
             f"{result['best_round']} ({_text(metric, result[metric.key('best')])}): try a lower "
-            f"training.learning_rate, such as {_rate(result) / 3:.1g}."
+            f"training.learning_rate, such as {_rate(result) / 3:.1g}.",
         )
     more = f"rounds={2 * result['rounds']}"
     if gain > margin:
-        return f"{name} was still {rising} when the run ended ({means}): try {more}."
+        sentence = f"{name} was still {rising} when the run ended ({means}): try {more}."
+        return Trend("improving", sentence)
     since = _flat_since(metric, values, margin)
     decays = result["config"]["training"]["schedule"] != "constant"
     longer = (
@@ -166,7 +190,7 @@ def _trend(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
         if decays
         else ""
     )
-    return f"{name} has been flat since round {since} ({means}).{longer}"
+    return Trend("flat", f"{name} has been flat since round {since} ({means}).{longer}")
 
 
 def _evaluations(metric: Metric, rows: Sequence[RoundRow]) -> list[tuple[float, int]]:

@@ -20,7 +20,7 @@ from droppeft.runs.ledger import RoundRow
 from droppeft.server.client_evaluation import exchange
 from droppeft.transports.base import Transport
 
-MARGIN = 0.01
+MARGIN = 0.02
 """An earlier round is delivered only if its loss is lower than the last one's by more than this."""
 
 

@@ -32,7 +32,7 @@ from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
-from droppeft.runs.conclusion import conclude
+from droppeft.runs.conclusion import conclude, trend_of
 from droppeft.runs.environment import machine, versions
 from droppeft.runs.folder import (
     CLIENTS,
@@ -359,7 +359,8 @@ def _finish(
         "versions": versions(),
         "machine": machine(config.accelerator),
     }
-    result["conclusion"] = conclude(result, rows)
+    trend = trend_of(result, rows)
+    result |= {"conclusion": conclude(result, rows), "trend": trend.kind if trend else None}
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
