@@ -14,9 +14,10 @@ from droppeft.client.client import Client
 from droppeft.client.client_state import client_folder
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config, resolve
-from droppeft.messages import Instruction, Reply, Update
+from droppeft.messages import GlobalModel, Instruction, Reply, Update
 from droppeft.methods import METHODS
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
+from droppeft.runs.export import saved_model
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.run import start_run
@@ -88,6 +89,11 @@ def checkpoint_of(run: Path, round: int | None = None) -> Checkpoint:
     kind = METHODS[load_config(run / "config.toml").method].memory_type
     folder = run / "checkpoints"
     return load_newest(folder, kind) if round is None else load_round(folder, round, kind)
+
+
+def delivered_model(run: Path) -> GlobalModel:
+    """The global model that a finished run delivers."""
+    return saved_model(run, None, None)[1].state.model
 
 
 def outcome(out: Path) -> dict[str, Any]:

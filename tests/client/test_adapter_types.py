@@ -19,7 +19,7 @@ from droppeft.messages import HEAD, OTHER
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import resume_run, start_run
 from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_instruction
-from runs import Recorder, adapter_bytes, checkpoint_of, rows_of
+from runs import Recorder, adapter_bytes, delivered_model, rows_of
 from tiny import save_tiny_model
 
 TYPES: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,7 @@ def test_the_exported_adapter_gives_the_reported_figures(
 @pytest.mark.sample("bottleneck", "prefix_tuning")
 def test_tensors_are_grouped_by_layer(finished: tuple[str, Path]) -> None:
     name, out = finished
-    tensors = checkpoint_of(out).state.model.tensors
+    tensors = delivered_model(out).tensors
     layers = [OTHER] if name == "prompt_tuning" else [0, 1, 2, 3]
     assert list(tensors) == [*layers, HEAD]
     assert all(row["failures"] == [] for row in rows_of(out / "rounds.jsonl"))

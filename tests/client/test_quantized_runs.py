@@ -17,7 +17,7 @@ from droppeft.models.quantization import is_quantised, quantization_of
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import prepare
 from droppeft.server.run import resume_run, start_run
-from runs import Recorder, checkpoint_of, outcome, rows_of
+from runs import Recorder, delivered_model, outcome, rows_of
 
 TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]
 
@@ -65,7 +65,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 def as_left_by(out: Path) -> tuple[Any, Any]:
     """The model of the last round, with the adapter attached as in the run itself."""
     prepared = prepare(load_config(out / "config.toml"), lambda step: None)
-    client_model, model = prepared.model, checkpoint_of(out).state.model
+    client_model, model = prepared.model, delivered_model(out)
     client_model.attach(model.adapter)
     set_tensors(client_model.parameters, model.tensors)
     return client_model.model, prepared.loaded.backbone.tokenizer

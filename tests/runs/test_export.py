@@ -39,7 +39,7 @@ from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.server.run import Interrupted, _evaluate, start_run
 from droppeft.tasks.classification import ClassificationTask
 from droppeft.training.loop import Evaluation
-from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, rows_of
+from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, delivered_model, rows_of
 from tiny import FAMILIES, save_tiny_model
 
 TASK = ClassificationTask()
@@ -97,11 +97,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def with_model(run: Path, to: Path, change: Callable[[GlobalModel], GlobalModel]) -> Path:
-    """Copy a run, with another model in its newest checkpoint."""
+    """Copy a run, with another model in the checkpoint that it delivers."""
     shutil.copytree(run, to)
-    newest = checkpoint_of(to)
-    state = replace(newest.state, model=change(newest.state.model))
-    checkpoints.save(to / "checkpoints", replace(newest, state=state))
+    _, delivered = export.saved_model(to, None, None)
+    state = replace(delivered.state, model=change(delivered.state.model))
+    every = range(delivered.round + 9)
+    checkpoints.save(to / "checkpoints", replace(delivered, state=state), every)
     return to
 
 
@@ -344,7 +345,7 @@ def test_a_base_delta_can_only_be_exported_merged(
     with pytest.raises(DroppeftError, match="base delta cannot be exported as an adapter alone"):
         export.export_run(run)
     done = export.export_run(run, merge=True)
-    model = checkpoint_of(run).state.model
+    model = delivered_model(run)
     whole = np.arange(60, dtype=np.int64)
     with_it = _evaluate(prepared, model, whole)
     without = _evaluate(prepared, replace(model, base_delta=None), whole)

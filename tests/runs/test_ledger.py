@@ -98,6 +98,7 @@ def test_a_summary_adds_up() -> None:
         "rounds": 4,
         "first_accuracy": 0.5,
         "best_accuracy": 0.75,
+        "first_round": 1,
         "best_round": 3,
         "train_loss": 0.25,
         "mean_active_layers": pytest.approx((3 + 2 + 3) / 3),

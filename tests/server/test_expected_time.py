@@ -10,7 +10,7 @@ from droppeft.config import load_config
 from droppeft.server.expected_time import estimate_wall_s
 from droppeft.training.loop import Evaluation
 
-CLIENTS = [SimpleNamespace(train=np.arange(80), test=np.arange(10))] * 20
+CLIENTS = [SimpleNamespace(train=np.arange(80), validation=np.arange(8), test=np.arange(10))] * 20
 
 
 def evaluation(rows: int, tokens: int, wall_s: float) -> Evaluation:
@@ -38,14 +38,22 @@ TRAINING = 10 * 5 * 10 * 16 * 2
 """Rows times forward passes: half of the layers are trained, with a backward pass of two each."""
 
 
+VALIDATION = 3 * 8
+"""Rows on which three clients measure the global model."""
+
+
 @pytest.mark.parametrize(
     ("overrides", "forward_rows"),
     [
-        ([], TRAINING + 10 * 100 + 1000 + 200),
-        (["evaluation.every=3"], TRAINING + 4 * 100 + 1000 + 200),
-        (["evaluation.personalised=false"], TRAINING + 10 * 100 + 1000),
-        (["frozen.layers=0"], TRAINING * 1.5 + 10 * 100 + 1000 + 200),
-        (["training.local_epochs=1"], TRAINING / 2 + 10 * 100 + 1000 + 200),
+        ([], TRAINING + 10 * (100 + VALIDATION) + 1000 + 200),
+        (["evaluation.every=3"], TRAINING + 4 * (100 + VALIDATION) + 1000 + 200),
+        (["evaluation.personalised=false"], TRAINING + 10 * (100 + VALIDATION) + 1000),
+        (
+            ["evaluation.validation_clients=0"],
+            TRAINING + 10 * 100 + 1000 + 200,
+        ),
+        (["frozen.layers=0"], TRAINING * 1.5 + 10 * (100 + VALIDATION) + 1000 + 200),
+        (["training.local_epochs=1"], TRAINING / 2 + 10 * (100 + VALIDATION) + 1000 + 200),
     ],
 )
 def test_the_time_follows_from_the_rows(overrides: list[str], forward_rows: float) -> None:

@@ -16,7 +16,7 @@ from droppeft.models.quantization import is_quantised, quantization_of
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import prepare
 from droppeft.server.run import start_run
-from runs import Recorder, adapter_bytes, checkpoint_of, outcome, rows_of
+from runs import Recorder, adapter_bytes, delivered_model, outcome, rows_of
 
 SETTINGS = (
     *("rounds=2", "clients=2", "cohort_size=2", "evaluation.personalised=false"),
@@ -45,9 +45,9 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def as_left_by(out: Path) -> Any:
-    """The model of the last round, with the adapter attached as in the run itself."""
+    """The model of the delivered round, with the adapter attached as in the run itself."""
     client_model = prepare(load_config(out / "config.toml"), lambda step: None).model
-    model = checkpoint_of(out).state.model
+    model = delivered_model(out)
     client_model.attach(model.adapter)
     set_tensors(client_model.parameters, model.tensors)
     return client_model.model
@@ -98,7 +98,9 @@ def test_checkpointing_leaves_the_same_adapter(
 def test_the_card_loads_the_same_bits_and_the_same_adapter(
     quantization: str, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs may differ: on some CPUs the run uses a 4-bit kernel that computes in bfloat16."""
+    # On CPUs with AVX512-BF16, bitsandbytes packs weights for a kernel that refuses a model this
+    # small.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     card = (finished / "adapter" / "README.md").read_text()
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found
