@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from droppeft.data.splits import read_file
 from refusals import or_refused
 
@@ -18,11 +16,6 @@ happy end,pos
 """
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A stray quote joins three lines into one text without a warning.",
-)
 def test_a_stray_quote_joins_no_rows(tmp_path: Path) -> None:
     """Six rows, or an error that names the line or row with the quote."""
     path = tmp_path / "train.csv"

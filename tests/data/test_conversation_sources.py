@@ -295,7 +295,8 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         ('[{"text": "a"},\n{"text": }]', r"is not valid JSON: Expecting value: line 2 column 10"),
         ('[{"text": "a"}, 3]', "row 2 is not an object with columns"),
         ('{"rows": [1,\n2]}', "none of the known shapes fits its columns rows"),
-        ("[]", "cannot be read|has no rows"),
+        ("[]", "the list has no rows"),
+        ("\n", "the file is empty"),
     ],
 )
 def test_a_broken_json_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:

@@ -137,6 +137,12 @@ class SourceConfig(Table):
         None, ge=1, description="read at most this many training rows"
     )
     max_test_rows: Whole | None = Field(None, ge=1, description="read at most this many test rows")
+    missing: Literal["error", "drop"] = Field(
+        "error",
+        description="what to do about rows that lack a text, a label or their owner: `error` stops "
+        "the run, `drop` leaves them out and counts them",
+    )
+    strip_labels: bool = Field(True, description="remove spaces around labels")
 
     @field_validator("text")
     @classmethod

@@ -1,30 +1,18 @@
 """Finds the task of settings that name none, from the model and the columns of the data. Ours."""
 
-import csv
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+from droppeft import table_files
+from droppeft.table_files import is_table_file
 
 CLASSIFICATION, CAUSAL_LM = "classification", "causal_lm"
 
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
-"""Names under which a column of labels is found."""
-
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-)
-"""Names under which a column of texts, or two for pairs of texts, are found."""
+SAVED, SAVED_SPLITS, SAVED_INFO = "state.json", "dataset_dict.json", "dataset_info.json"
+"""Files of a folder that ``save_to_disk`` of the datasets library writes."""
 
 CONVERSATION_COLUMNS = {
     "messages": ("messages",),
@@ -60,35 +48,34 @@ def detected_task(tree: Mapping[str, Any]) -> str:
 
 
 def columns_of(path: Path) -> Sequence[str]:
-    """Return the columns of a file, or of a folder's first file; none if they cannot be read."""
+    """Return the columns of a file, or of a folder's training rows; none if they are unreadable.
+
+    Reading the data says what is wrong.
+    """
     try:
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-            return columns_of(files[0]) if files else ()
-        reader = _READERS.get(path.suffix)
-        return () if reader is None else reader(path)
-    except (OSError, ValueError, StopIteration, LookupError, TypeError, pyarrow.ArrowException):
-        return ()  # reading the data says what is wrong
+        if not path.is_dir():
+            return table_files.columns_of(path) if path.is_file() else ()
+        if is_saved_dataset(path):
+            return _saved_columns(path)
+        files = sorted(filter(is_table_file, path.iterdir()), key=_train_first)
+    except OSError:
+        return ()
+    return table_files.columns_of(files[0]) if files else ()
 
 
-def _of_parquet(path: Path) -> Sequence[str]:
-    names: Sequence[str] = pyarrow.parquet.read_schema(path).names
-    return names
+def is_saved_dataset(path: Path) -> bool:
+    """Whether ``save_to_disk`` of the datasets library wrote this folder."""
+    return any((path / name).is_file() for name in (SAVED, SAVED_SPLITS))
 
 
-def _of_csv(path: Path) -> Sequence[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file))
+def _train_first(file: Path) -> tuple[bool, Path]:
+    return not file.name.startswith("train"), file
 
 
-def _of_json(path: Path) -> Sequence[str]:
-    """The keys of the first object, of a list or of a line."""
-    with path.open(encoding="utf-8-sig") as file:
-        first = next(line for line in itertools.islice(file, 100) if line.strip())
-        if not first.lstrip().startswith("["):
-            return tuple(json.loads(first))
-        file.seek(0)
-        return tuple(json.load(file)[0])
-
-
-_READERS = {".parquet": _of_parquet, ".csv": _of_csv, ".jsonl": _of_json, ".json": _of_json}
+def _saved_columns(path: Path) -> Sequence[str]:
+    try:
+        if (path / SAVED_SPLITS).is_file():
+            path /= json.loads((path / SAVED_SPLITS).read_text())["splits"][0]
+        return tuple(json.loads((path / SAVED_INFO).read_text())["features"])
+    except (ValueError, LookupError, TypeError):
+        return ()

@@ -18,6 +18,10 @@ class BadRow(Exception):
     """A row that cannot be used; the message says why, to be read after the row's number."""
 
 
+class EmptyRow(BadRow):
+    """A row that lacks its text."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Columns that together hold a conversation or a document.
@@ -65,7 +69,7 @@ def single_text(column: str) -> Shape:
     def convert(row: Row) -> Document:
         text = _text(row[column], column)
         if not text.strip():
-            raise BadRow(f"{column} is empty")
+            raise EmptyRow(f"{column} is empty")
         return Document(text)
 
     return Shape("text", (column,), convert)
@@ -130,13 +134,13 @@ def _message(value: Any, where: str) -> Message:
 def _answer(value: Any, where: str) -> Message:
     text = _text(value, where)
     if not text.strip():
-        raise BadRow(f"{where} is an empty completion")
+        raise EmptyRow(f"{where} is an empty completion")
     return Message("assistant", text)
 
 
 def _text(value: Any, where: str) -> str:
     if value is None:
-        raise BadRow(f"{where} is missing")
+        raise EmptyRow(f"{where} is missing")
     if not isinstance(value, str):
         raise BadRow(f"{where} is not text")
     return value

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from droppeft.config import SourceConfig
 from droppeft.data.builtin_docstrings import load_builtin_docstrings
+from droppeft.data.checks import compared, dropped
 from droppeft.data.conversation_shapes import (
     SHAPES,
     BadRow,
+    EmptyRow,
     Shape,
     detect_shape,
     prompt_and_completion,
@@ -27,19 +30,15 @@ from droppeft.data.conversations import (
     content_of,
     prompt_of,
 )
-from droppeft.data.sources import (
-    TEST_FRACTION,
-    at_most,
-    check_builtin_source,
-    class_names,
-    label_values,
-    owners,
-)
+from droppeft.data.findings import Findings
+from droppeft.data.labels import LabelColumn, indices_of, ordered, read_labels, without_class
+from droppeft.data.missing_values import Lacking, Rule, kept_rows
+from droppeft.data.sources import TEST_FRACTION, at_most, check_builtin_source, owners
 from droppeft.data.splits import Split, read_splits
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
 
-NO_CATEGORIES: tuple[str, ...] = ()
+SPLIT_BY_US = "there is no test split, so the rows of a fifth of the prompts are held out"
 
 
 def load_conversations(data: str, source: SourceConfig, key: str | None = None) -> ConversationData:
@@ -64,32 +63,84 @@ def load_conversations(data: str, source: SourceConfig, key: str | None = None) 
             used, or there are too few rows for a test split.
     """
     whole = _builtin(source, key) if data == "builtin" else _from_splits(data, source, key)
-    return replace(
-        whole,
-        train=at_most(whole.train, source.max_train_rows),
-        test=at_most(whole.test, source.max_test_rows),
-    )
+    train = at_most(whole.train, source.max_train_rows)
+    test = at_most(whole.test, source.max_test_rows)
+    beyond = len(whole.train) + len(whole.test) - len(train) - len(test)
+    findings = replace(whole.findings, beyond_limit=beyond)
+    findings = compared(findings, train.rows, test.rows, np.zeros(len(train), np.int64))
+    return replace(whole, train=train, test=test, findings=findings)
 
 
 def _builtin(source: SourceConfig, key: str | None) -> ConversationData:
     check_builtin_source(source, key)
     data = load_builtin_docstrings()
     train = data.train if key else replace(data.train, keys=None)
-    return replace(data, train=train, test=replace(data.test, keys=None))
+    findings = Findings(rows_read=len(train) + len(data.test))
+    return replace(data, train=train, test=replace(data.test, keys=None), findings=findings)
 
 
 def _from_splits(data: str, source: SourceConfig, key: str | None) -> ConversationData:
-    train, test = read_splits(data, source, needs_test=False)
+    train, test = read_splits(data, source)
     shape = _shape(train, source)
     splits = (train,) if test is None else (train, test)
-    rows = [_examples(split, shape) for split in splits]
-    labels, names = _categories(splits, source.label)
-    table = ConversationTable(rows[0], labels[0], owners(train, key) if key else None)
+    categories = [
+        read_labels(split, source.label, strip=source.strip_labels) if source.label else None
+        for split in splits
+    ]
+    keys = owners(train, key) if key else None
+    examples = [_examples(split, shape, source.missing) for split in splits]
+    lacking = [
+        _lacking(split, rows, category, source.label, keys if split is train else None, key)
+        for split, rows, category in zip(splits, examples, categories, strict=True)
+    ]
+    kept, missing = kept_rows(lacking, source.missing)
+    labels, names = _labels(categories, kept)
+    tables = [
+        ConversationTable(tuple(one for row in rows if (one := of_split[row])), values)
+        for of_split, rows, values in zip(examples, kept, labels, strict=True)
+    ]
+    if keys is not None:
+        tables[0] = replace(tables[0], keys=tuple(keys[row] for row in kept[0]))
+    remarks = dict.fromkeys(text for split in splits for text in split.remarks)
     if test is None:
-        table, held_out = _split(table, train.where)
-    else:
-        held_out = ConversationTable(rows[1], labels[1])
-    return ConversationData(data, shape.name, table, held_out, names)
+        tables = list(_split(tables[0], train.where))
+        remarks[SPLIT_BY_US] = None
+    findings = Findings(
+        remarks=tuple(remarks),
+        columns=_roles(shape, source.label, key),
+        rows_read=sum(split.table.num_rows for split in splits),
+        stripped_labels=sum(one.stripped for one in categories if one),
+    )
+    findings = dropped(findings, missing)
+    return ConversationData(data, shape.name, tables[0], tables[1], names, findings)
+
+
+def _roles(shape: Shape, label: str | None, key: str | None) -> dict[str, str]:
+    """Which columns are read as what; those of a shape have its names."""
+    more = {"category": label, "owner": key}
+    return {
+        **{name: name for name in shape.required},
+        **{role: name for role, name in more.items() if name},
+    }
+
+
+def _lacking(
+    split: Split,
+    examples: Sequence[Example | None],
+    category: LabelColumn | None,
+    label: str | None,
+    keys: Sequence[str] | None,
+    key: str | None,
+) -> Lacking:
+    """Which rows lack what."""
+    rows = {"text": ("the text is missing", np.array([one is None for one in examples]))}
+    if category is not None:
+        words, hidden = without_class({*category.values})
+        none = words | hidden | {""}
+        rows["label"] = (f"{label} is missing", np.array([one in none for one in category.values]))
+    if keys is not None:
+        rows["owner"] = (f"{key} is missing", np.array([not one for one in keys]))
+    return Lacking(split, rows)
 
 
 def _shape(split: Split, source: SourceConfig) -> Shape:
@@ -110,25 +161,40 @@ def _shape(split: Split, source: SourceConfig) -> Shape:
     return SHAPES[name]
 
 
-def _examples(split: Split, shape: Shape) -> tuple[Example, ...]:
-    """Convert all rows; the first that cannot be used is named, and the others are counted."""
+def _examples(split: Split, shape: Shape, missing: Rule) -> tuple[Example | None, ...]:
+    """Convert all rows; the first that cannot be used is named, and the others are counted.
+
+    A row that lacks its text is ``None`` if such rows are to be dropped.
+    """
     present = split.table.column_names
     for name in shape.required:
         if present.count(name) != 1:
             split.column(name, f"needed for the shape {shape.name}")
     names = [*shape.required, *(name for name in shape.optional if name in present)]
-    examples, bad = [], []
+    examples: list[Example | None] = []
+    bad, empty = [], 0
     for number, row in enumerate(split.table.select(names).to_pylist(), start=1):
         try:
-            if missing := next((name for name in shape.required if row[name] is None), None):
-                raise BadRow(f"{missing} is missing{_other_shape(split, number - 1)}")
-            examples.append(shape.convert(row))
+            examples.append(_example(split, shape, row, number))
         except BadRow as reason:
-            bad.append(f"row {number}: {reason}")
+            examples.append(None)
+            empty += isinstance(reason, EmptyRow)
+            if missing == "error" or not isinstance(reason, EmptyRow):
+                bad.append(f"row {number}: {reason}")
     if bad:
         others = f", and {len(bad) - 1:,} other rows cannot be used either" if bad[1:] else ""
-        raise DroppeftError(f"{split.where}, {bad[0]}{others}; correct or remove them")
+        drop = ", or leave rows without a text out with source.missing=drop" if empty else ""
+        raise DroppeftError(f"{split.where}, {bad[0]}{others}; correct or remove them{drop}")
     return tuple(examples)
+
+
+def _example(split: Split, shape: Shape, row: Mapping[str, Any], number: int) -> Example:
+    missing = next((name for name in shape.required if row[name] is None), None)
+    if missing is None:
+        return shape.convert(row)
+    if other := _other_shape(split, number - 1):
+        raise BadRow(f"{missing} is missing{other}")
+    raise EmptyRow(f"{missing} is missing")
 
 
 def _other_shape(split: Split, row: int) -> str:
@@ -140,19 +206,20 @@ def _other_shape(split: Split, row: int) -> str:
     return f" (the row has the shape {other}, and all rows of a file must have the same)"
 
 
-def _categories(splits: Sequence[Split], label: str | None) -> tuple[list[Rows], tuple[str, ...]]:
-    """Return the category of every row, for each split, and the names of the categories."""
-    if label is None:
-        return [np.zeros(split.table.num_rows, np.int64) for split in splits], NO_CATEGORIES
-    values = [label_values(split, label) for split in splits]
-    if len({one.dtype.kind for one in values}) > 1:
-        raise DroppeftError(
-            f"{label} is a number in only one of {' and '.join(split.where for split in splits)}; "
-            "use the same type"
-        )
-    classes = np.unique(np.concatenate(values))
-    labels = [np.searchsorted(classes, one).astype(np.int64) for one in values]
-    return labels, class_names(classes, splits[0].table.schema, label)
+def _labels(
+    categories: Sequence[LabelColumn | None], kept: Sequence[Rows]
+) -> tuple[list[Rows], tuple[str, ...]]:
+    """Return the category of every row that is kept, for each split, and the names of all.
+
+    Without a column of categories, all rows have the category 0, which has no name.
+    """
+    read = [one for one in categories if one is not None]
+    if not read:
+        return [np.zeros(len(rows), np.int64) for rows in kept], ()
+    values = [[one.values[row] for row in rows] for one, rows in zip(read, kept, strict=True)]
+    names = ordered((value for of_split in values for value in of_split), read[0].stored)
+    index = indices_of((), names)
+    return [np.array([index[value] for value in one], np.int64) for one in values], names
 
 
 def _split(table: ConversationTable, where: str) -> tuple[ConversationTable, ConversationTable]:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from droppeft.data.findings import Findings
 from droppeft.data.texts import Rows, hash_of
 
 Role = Literal["system", "user", "assistant"]
@@ -73,6 +74,7 @@ class ConversationData:
         train: rows that are partitioned among the clients.
         test: rows on which the server evaluates the global model.
         label_names: name of each category; empty if the rows have none.
+        findings: what reading found and did.
     """
 
     name: str
@@ -80,6 +82,7 @@ class ConversationData:
     train: ConversationTable
     test: ConversationTable
     label_names: tuple[str, ...]
+    findings: Findings = field(default_factory=Findings)
 
     @cached_property
     def content_hash(self) -> str:

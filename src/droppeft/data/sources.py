@@ -1,19 +1,30 @@
 """Load labelled text from the built-in data set, the hub, a folder or a file. Ours."""
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from droppeft import seeds
 from droppeft.config import SourceConfig
-from droppeft.config.task_detection import LABEL_COLUMNS, TEXT_COLUMNS
 from droppeft.data.builtin import load_builtin, package_of
+from droppeft.data.cells import Unsuitable, spelled
+from droppeft.data.checks import compared, dropped, of_classes
+from droppeft.data.columns import find_columns
+from droppeft.data.findings import Findings
+from droppeft.data.labels import (
+    LabelColumn,
+    check_classes,
+    indices_of,
+    key_of_name,
+    ordered,
+    read_labels,
+    without_class,
+)
+from droppeft.data.missing_values import Lacking, Mask, kept_rows, row_numbers
 from droppeft.data.splits import Split, read_splits
 from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.errors import DroppeftError
@@ -21,7 +32,9 @@ from droppeft.errors import DroppeftError
 __all__ = ["TextData", "TextTable", "load_text"]
 
 TEST_FRACTION = 0.2
-"""Share of the rows of each class that become the test split of a single file."""
+"""Share of the rows of each class that become the test split where there is none."""
+
+SPLIT_BY_US = "there is no test split, so a fifth of the rows of each class is held out"
 
 SUBSET_SEED = 0
 """Seed of the choice of ``max_train_rows`` and ``max_test_rows``, the same for every run."""
@@ -41,44 +54,54 @@ Table = TypeVar("Table", bound=Selectable)
 def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextData:
     """Load a classification task.
 
-    The classes are the labels of the training split in ascending order. Labels are integers,
-    booleans or strings.
+    The classes are the labels of the training split as they are spelled, in ascending order: of
+    numbers, if all are numbers. Labels are text, integers, whole floats or booleans.
 
     Args:
         data: one of:
 
             - ``builtin``;
-            - a folder of .parquet, .csv, .jsonl or .json files that are named after their splits;
-              shards such as ``train-00000-of-00002`` are joined;
-            - a single file of these types; a fifth of the rows of each class, chosen by a hash of
-              the text, becomes the test split;
+            - a folder of files that are named after their splits; shards such as
+              ``train-00000-of-00002`` are joined;
+            - a folder that ``save_to_disk`` of the datasets library wrote;
+            - a single file, of the types in :data:`~droppeft.table_files.SUFFIXES`;
             - an id on the hub, with ``:name`` after it to choose a configuration
               (``nyu-mll/glue:mrpc``).
-        source: columns and splits, if they do not have the names in ``TEXT_COLUMNS``,
-            ``LABEL_COLUMNS`` and ``TEST_SPLITS``; and the largest number of rows. If a split has
-            more, a random subset is used, which is the same in every run.
+
+            Where there is no test split, a fifth of the rows of each class, chosen by a hash of the
+            text, becomes one.
+        source: columns and splits, if they are not found
+            (:func:`~droppeft.data.columns.find_columns` and ``TEST_SPLITS``); what to do about rows
+            that lack a value; and the largest number of rows. If a split has more, a random subset
+            is used, which is the same in every run.
         key: column with the owner of each training row; ``package`` for the built-in data set.
 
     Raises:
-        DroppeftError: if the data cannot be found or read, a split or column does not exist, labels
-            are missing or hidden, the test split has labels that the training split does not have,
-            or there are fewer than two classes.
+        DroppeftError: the data cannot be found or read, a split or column does not exist, rows lack
+            a value and ``source.missing`` is ``error``, the labels are no classes, or the test
+            split has labels that the training split does not have.
     """
     if source.prompt is not None:
         raise DroppeftError("source.prompt does not apply to classification; leave it out")
-    if data == "builtin":
-        whole = _builtin(source, key)
-    else:
-        train, test = read_splits(data, source)
-        if test is None:
-            whole = _from_file(data, train, source, key)
-        else:
-            whole = _from_splits(data, train, test, source, key)
-    return replace(
+    whole = _builtin(source, key) if data == "builtin" else _from_data(data, source, key)
+    limited = replace(
         whole,
         train=at_most(whole.train, source.max_train_rows),
         test=at_most(whole.test, source.max_test_rows),
     )
+    return replace(limited, findings=_checked(limited, len(whole.train) + len(whole.test)))
+
+
+def _checked(data: TextData, rows: int) -> Findings:
+    """What is found about the rows that are used, of ``rows`` that could be."""
+    used = len(data.train) + len(data.test)
+    findings = replace(data.findings, beyond_limit=rows - used)
+    findings = compared(findings, _contents(data.train), _contents(data.test), data.train.labels)
+    return of_classes(findings, data.label_names, data.train.labels)
+
+
+def _contents(table: TextTable) -> Sequence[str | tuple[str, str]]:
+    return list(zip(table.texts, table.pairs, strict=True)) if table.pairs else table.texts
 
 
 def at_most(table: Table, most: int | None) -> Table:
@@ -104,45 +127,160 @@ def check_builtin_source(source: SourceConfig, key: str | None) -> None:
 def _builtin(source: SourceConfig, key: str | None) -> TextData:
     check_builtin_source(source, key)
     data = load_builtin()
+    findings = Findings(rows_read=len(data.train) + len(data.test))
     owners = tuple(package_of(file) for file in data.train.keys or ()) if key else None
-    return replace(data, train=replace(data.train, keys=owners), test=replace(data.test, keys=None))
+    return replace(
+        data,
+        train=replace(data.train, keys=owners),
+        test=replace(data.test, keys=None),
+        findings=findings,
+    )
 
 
 # From splits to a task
 
 
-def _from_splits(
-    name: str, train: Split, test: Split, source: SourceConfig, key: str | None
-) -> TextData:
-    text, label = _text_columns(train, source), _label_column(train, source)
-    train_values, test_values = (label_values(split, label) for split in (train, test))
-    classes = np.unique(train_values)
-    _check_classes(classes, test_values, train, test, label)
-    return TextData(
-        name=name,
-        train=_text_table(train, text, np.searchsorted(classes, train_values), key),
-        test=_text_table(test, text, np.searchsorted(classes, test_values), None),
-        label_names=class_names(classes, train.table.schema, label),
-    )
+@dataclass(frozen=True)
+class _Cells:
+    """The values of a split that are read, of all its rows."""
+
+    split: Split
+    texts: tuple[Sequence[str], ...]
+    labels: LabelColumn
+    owners: Sequence[str] | None
 
 
-def _from_file(name: str, whole: Split, source: SourceConfig, key: str | None) -> TextData:
-    label = _label_column(whole, source)
-    values = label_values(whole, label)
-    classes = np.unique(values)
-    _check_classes(classes, values, whole, whole, label)
-    table = _text_table(whole, _text_columns(whole, source), np.searchsorted(classes, values), key)
-    held_out = _test_rows(table)
-    if not held_out.any():
-        raise DroppeftError(
-            f"{whole.where} has too few rows per class for a test split; add rows or a test file"
+def _from_data(name: str, source: SourceConfig, key: str | None) -> TextData:
+    train, test = read_splits(name, source)
+    splits = (train,) if test is None else (train, test)
+    columns = find_columns(train, source)
+    cells = [
+        _Cells(
+            split,
+            tuple(_texts(split, column) for column in columns.text),
+            read_labels(split, columns.label, strip=source.strip_labels),
+            owners(split, key) if key and split is train else None,
         )
-    return TextData(
-        name=name,
-        train=table.take(np.flatnonzero(~held_out)),
-        test=replace(table.take(np.flatnonzero(held_out)), keys=None),
-        label_names=class_names(classes, whole.table.schema, label),
+        for split in splits
+    ]
+    classless = without_class({value for one in cells for value in one.labels.values})
+    lacking = [_lacking(one, columns.text, columns.label, key, classless) for one in cells]
+    kept, missing = kept_rows(lacking, source.missing)
+    classes, indices = _classes(cells, kept, columns.label)
+    tables = [_table(*of_split) for of_split in zip(cells, kept, indices, strict=True)]
+    remarks = dict.fromkeys(text for split in splits for text in split.remarks)
+    if columns.by_content:
+        remarks[
+            f"the columns were found by what they hold: text in {columns.text[0]}, label in "
+            f"{columns.label}"
+        ] = None
+    if test is None:
+        tables = _held_out(tables[0], train.where)
+        remarks[SPLIT_BY_US] = None
+    findings = Findings(
+        remarks=tuple(remarks),
+        columns=_roles(columns.text, columns.label, key),
+        rows_read=sum(split.table.num_rows for split in splits),
+        stripped_labels=sum(one.labels.stripped for one in cells),
     )
+    return TextData(name, tables[0], tables[1], classes, dropped(findings, missing))
+
+
+def _roles(text: Sequence[str], label: str, key: str | None) -> dict[str, str]:
+    names = ("text",) if len(text) == 1 else ("first text", "second text")
+    roles = {**dict(zip(names, text, strict=True)), "label": label}
+    return {**roles, "owner": key} if key else roles
+
+
+def _lacking(
+    cells: _Cells,
+    text: Sequence[str],
+    label: str,
+    key: str | None,
+    classless: tuple[frozenset[str], frozenset[str]],
+) -> Lacking:
+    """Which rows lack what; labels that stand for no class are missing too."""
+    words, hidden = classless
+    blank = np.zeros(cells.split.table.num_rows, bool)
+    for column in cells.texts:
+        blank |= _mask([not value or value.isspace() for value in column])
+    labels = cells.labels.values
+    rows = {
+        "text": (f"{' or '.join(text)} is missing", blank),
+        "label": (
+            f"{label} is missing",
+            _mask([not one or one.isspace() or one in words for one in labels]),
+        ),
+    }
+    secret = _mask([value in hidden for value in labels])
+    if secret.any():
+        also = "missing or " if rows["label"][1].any() else ""
+        rows["label"] = (f"{label} is {also}-1, a hidden label,", rows["label"][1] | secret)
+    if cells.owners is not None and key:
+        rows["owner"] = (f"{key} is missing", _mask([not owner for owner in cells.owners]))
+    advice = (
+        "use a split with labels, such as source.test=validation (if -1 is a class, write text)"
+    )
+    return Lacking(cells.split, rows, advice if secret.any() else "")
+
+
+def _mask(values: list[bool]) -> Mask:
+    return np.array(values, bool)
+
+
+def _classes(
+    cells: Sequence[_Cells], kept: Sequence[Rows], label: str
+) -> tuple[tuple[str, ...], list[Rows]]:
+    """Return the names of the classes, and the class of each row that is kept."""
+    values = [
+        [one.labels.values[row] for row in rows] for one, rows in zip(cells, kept, strict=True)
+    ]
+    train = cells[0]
+    classes = ordered(values[0], train.labels.stored)
+    check_classes(classes, len(values[0]), train.split.where, label)
+    index = indices_of(
+        (value for of_split in values for value in of_split), classes, train.labels.stored
+    )
+    for one, rows, of_split in zip(cells, kept, values, strict=True):
+        unknown = np.flatnonzero([value not in index for value in of_split])
+        if unknown.size:
+            raise _unknown(
+                one.split, train.split, label, of_split[unknown[0]], rows[unknown], classes
+            )
+    return classes, [
+        np.array([index[value] for value in of_split], np.int64) for of_split in values
+    ]
+
+
+def _unknown(
+    split: Split, train: Split, label: str, value: str, rows: Rows, classes: Sequence[str]
+) -> DroppeftError:
+    alike = [name for name in classes if key_of_name(name) == key_of_name(value)]
+    hint = f", but {alike[0]!r} does; spell it alike" if alike else "; correct or remove such rows"
+    return DroppeftError(
+        f"{split.where}: {label} {value} in {row_numbers(rows)} does not occur in {train.where}"
+        f"{hint}"
+    )
+
+
+def _table(cells: _Cells, rows: Rows, labels: Rows) -> TextTable:
+    texts = [tuple(column[row] for row in rows) for column in cells.texts]
+    return TextTable(
+        texts=texts[0],
+        pairs=texts[1] if len(texts) == 2 else None,
+        labels=labels,
+        keys=None if cells.owners is None else tuple(cells.owners[row] for row in rows),
+    )
+
+
+def _held_out(table: TextTable, where: str) -> list[TextTable]:
+    chosen = _test_rows(table)
+    if not chosen.any():
+        raise DroppeftError(
+            f"{where} has too few rows per class for a test split; add rows or a test file"
+        )
+    test = replace(table.take(np.flatnonzero(chosen)), keys=None)
+    return [table.take(np.flatnonzero(~chosen)), test]
 
 
 def _test_rows(table: TextTable) -> npt.NDArray[np.bool_]:
@@ -158,124 +296,17 @@ def _test_rows(table: TextTable) -> npt.NDArray[np.bool_]:
     return chosen
 
 
-def _text_columns(split: Split, source: SourceConfig) -> Sequence[str]:
-    if source.text is not None:
-        return source.text
-    present = set(split.table.column_names)
-    found = next((names for names in TEXT_COLUMNS if present.issuperset(names)), None)
-    if found is None:
-        raise _not_found("text", split)
-    return found
-
-
-def _label_column(split: Split, source: SourceConfig) -> str:
-    if source.label is not None:
-        return source.label
-    found = next((name for name in LABEL_COLUMNS if name in split.table.column_names), None)
-    if found is None:
-        raise _not_found("label", split)
-    return found
-
-
-def _not_found(what: str, split: Split) -> DroppeftError:
-    columns = ", ".join(split.table.column_names)
-    return DroppeftError(
-        f"{split.where}: no {what} column found among {columns}; set source.{what} to its name, "
-        "or task=causal_lm to learn to write texts"
-    )
-
-
-def label_values(split: Split, name: str) -> npt.NDArray[np.generic]:
-    """Return the labels in column ``name``, as int64 or str."""
-    column = split.column(name, "source.label")
-    if is_text(column.type):
-        return _named_labels(split, name, column)
-    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
-        raise DroppeftError(
-            f"{split.where}: {name} has type {column.type}; labels must be integers or text; "
-            "neither regression nor several labels of a row can be learnt"
-        )
-    values: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
-    if (hidden := np.flatnonzero(values == -1)).size:
-        raise DroppeftError(
-            f"{split.where}: {name} is -1, a hidden label, in row {hidden[0] + 1}; "
-            "use a split with labels, such as source.test=validation, or remove these rows"
-        )
-    return values
-
-
-def _named_labels(split: Split, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.str_]:
-    values = np.array(column.to_pylist(), np.str_)
-    if (empty := np.flatnonzero(values == "")).size:
-        raise DroppeftError(f"{split.where}: {name} is missing in row {empty[0] + 1}")
-    return values
-
-
-def _check_classes(
-    classes: npt.NDArray[np.generic],
-    test_values: npt.NDArray[np.generic],
-    train: Split,
-    test: Split,
-    label: str,
-) -> None:
-    if len(classes) < 2:
-        raise DroppeftError(
-            f"{train.where}: {label} has only one value, {classes[0]}; use two or more"
-        )
-    if classes.dtype.kind != test_values.dtype.kind:
-        raise DroppeftError(
-            f"{label} is a number in only one of {train.where} and {test.where}; use the same type"
-        )
-    unknown = np.flatnonzero(~np.isin(test_values, classes))
-    if unknown.size:
-        raise DroppeftError(
-            f"{test.where}: {label} {test_values[unknown[0]]} in row {unknown[0] + 1} "
-            f"does not occur in {train.where}"
-        )
-
-
-def class_names(classes: npt.NDArray[np.generic], schema: pa.Schema, label: str) -> tuple[str, ...]:
-    """Return the names of the classes: those in Hugging Face's metadata, or else the labels."""
-    names = _stored_names(schema, label)
-    if classes.dtype.kind == "i" and classes[0] >= 0 and classes[-1] < len(names):
-        return tuple(names[value] for value in classes)
-    return tuple(str(value) for value in classes)
-
-
-def _stored_names(schema: pa.Schema, label: str) -> Sequence[str]:
+def _texts(split: Split, name: str) -> Sequence[str]:
     try:
-        stored = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(stored["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()
+        return spelled(split.column(name, "source.text"))
+    except Unsuitable as kind:
+        raise DroppeftError(f"{split.where}: {name} has type {kind}, not text") from None
 
 
-def _text_table(
-    split: Split, columns: Sequence[str], labels: npt.NDArray[np.intp], key: str | None
-) -> TextTable:
-    texts = [_text(split, name) for name in columns]
-    return TextTable(
-        texts=texts[0],
-        pairs=texts[1] if len(texts) == 2 else None,
-        labels=labels.astype(np.int64),
-        keys=owners(split, key) if key else None,
-    )
-
-
-def _text(split: Split, name: str) -> tuple[str, ...]:
-    column = split.column(name, "source.text")
-    if not is_text(column.type):
-        raise DroppeftError(f"{split.where}: {name} has type {column.type}, not text")
-    return tuple(column.to_pylist())
-
-
-def owners(split: Split, key: str) -> tuple[str, ...]:
-    """Return the owner of each row, from the column ``key``."""
-    return tuple(str(owner) for owner in split.column(key, "partition.key").to_pylist())
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts."""
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+def owners(split: Split, key: str) -> Sequence[str]:
+    """Return the owner of each row, from the column ``key``; empty where it is missing."""
+    column = split.column(key, "partition.key")
+    try:
+        return spelled(column)
+    except Unsuitable:
+        return ["" if owner is None else str(owner) for owner in column.to_pylist()]

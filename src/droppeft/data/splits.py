@@ -1,127 +1,161 @@
 """Read the splits of a data set from a folder, a file or the hub. Ours.
 
-Local files are read with pyarrow, which writes no cache. Data sets of the hub are cached by the
-datasets library.
+Local files are read by :mod:`droppeft.table_files`, which writes no cache. Data sets of the hub are
+cached by the datasets library, which also reads the folders that it saved.
 """
 
-import io
-import json
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from droppeft.config import SourceConfig
+from droppeft.config.task_detection import is_saved_dataset
 from droppeft.errors import DroppeftError
+from droppeft.table_files import SUFFIXES, is_table_file, read_table, stem_of
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 """Names of the test split, tried in this order if the configuration does not name it."""
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_CHANGED_TYPE = re.compile(r"Column\(/(.*)\) changed from (\w+) to (\w+) in row (\d+)")
 
 
 class Split:
-    """The rows of a split, and its name in error messages."""
+    """The rows of a split.
 
-    def __init__(self, table: pa.Table, where: str) -> None:
+    Attributes:
+        table: the rows.
+        where: its name in error messages.
+        remarks: what is unusual about how it was read, as parts of sentences.
+        has_header: whether a line with the names of the columns precedes the rows.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        where: str,
+        remarks: Iterable[str] = (),
+        *,
+        has_header: bool = False,
+    ) -> None:
         if table.num_rows == 0:
             raise DroppeftError(f"{where} has no rows")
         self.table = table
         self.where = where
+        self.remarks = tuple(remarks)
+        self.has_header = has_header
 
     def column(self, name: str, setting: str) -> pa.ChunkedArray:
-        """Return a column without missing values; errors name ``setting`` as its origin."""
-        if self.table.column_names.count(name) != 1:
+        """Return a column, without its dictionary; errors name ``setting`` as its origin."""
+        names = self.table.column_names
+        if names.count(name) != 1:
+            near = [other for other in names if other.casefold() == name.casefold()]
+            near = near or difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
             raise DroppeftError(
                 f"{self.where} has no column {name} ({setting}), or has it twice; "
-                f"columns: {', '.join(self.table.column_names)}"
+                f"columns: {', '.join(names)}{hint}"
             )
         column = self.table[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if column.null_count:
-            row = pc.index(column.is_null(), True).as_py()
-            raise DroppeftError(f"{self.where}: {name} is missing in row {row + 1}")
         return column
 
 
-def read_splits(
-    data: str, source: SourceConfig, *, needs_test: bool = True
-) -> tuple[Split, Split | None]:
+def read_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
     """Read the training and test split of a folder, a file or a data set of the hub.
 
     Args:
-        data: a folder of .parquet, .csv, .jsonl or .json files that are named after their splits,
-            a single file, or an id on the hub with ``:name`` after it to choose a configuration.
+        data: a folder of files that are named after their splits, or that the datasets library
+            saved; a single file; or an id on the hub with ``:name`` after it to choose a
+            configuration. :data:`~droppeft.table_files.SUFFIXES` lists the types of files.
         source: names of the splits, if they are not ``train`` and one of ``TEST_SPLITS``.
-        needs_test: whether a folder or data set without a test split is refused.
 
     Returns:
         The training split, or all rows of a single file, and the test split. The latter is ``None``
-        for a single file, and if there is none and ``needs_test`` is false.
+        for a single file, and if there is none.
 
     Raises:
         DroppeftError: the data cannot be found or read, or a split does not exist.
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        return folder_splits(path, source, needs_test=needs_test)
+        return folder_splits(path, source)
     if path.is_file():
-        for setting in ("train", "test"):
-            if getattr(source, setting) is not None:
-                raise DroppeftError(f"source.{setting} does not apply to the single file {path}")
-        return read_file(path), None
+        return single_file(path, source), None
     if _looks_like_path(data):
         raise DroppeftError(f"data={data}: no such file or folder")
-    return hub_splits(data, source, needs_test=needs_test)
+    return hub_splits(data, source)
+
+
+def single_file(path: Path, source: SourceConfig) -> Split:
+    """Read a file that holds all rows; names of splits are refused."""
+    for setting in ("train", "test"):
+        if getattr(source, setting) is not None:
+            raise DroppeftError(f"source.{setting} does not apply to the single file {path}")
+    return read_file(path)
 
 
 def _looks_like_path(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(tuple(READERS))
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or is_table_file(Path(data))
 
 
-def folder_splits(
-    path: Path, source: SourceConfig, *, needs_test: bool = True
-) -> tuple[Split, Split | None]:
-    """Read the training and test split of a folder whose files are named after their splits."""
+def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None]:
+    """Read the training and test split of a folder whose files are named after their splits.
+
+    A folder with one file that has another name is this file.
+    """
+    if is_saved_dataset(path):
+        return _saved_splits(path, source)
     files: dict[str, list[Path]] = {}
     try:
         inside = sorted(path.iterdir())
     except OSError as error:
         raise DroppeftError(f"{path}: cannot be read ({error.strerror})") from None
-    for file in inside:
-        if file.suffix in READERS:
-            files.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    for file in filter(is_table_file, inside):
+        files.setdefault(_SHARD.sub("", stem_of(file)), []).append(file)
     if not files:
-        raise DroppeftError(f"{path} has no {', '.join(READERS)} file")
-    train, test = _choose(files, source, str(path), needs_test)
+        raise DroppeftError(f"{path} has no {', '.join(SUFFIXES)} file")
+    [first, *others] = files.values()
+    if not others and len(first) == 1 and not {"train", source.train} & set(files):
+        return single_file(first[0], source), None
+    train, test = _choose(files, source, str(path))
     return _joined(files[train]), _joined(files[test]) if test else None
 
 
 def _joined(files: Sequence[Path]) -> Split:
     if len(files) == 1:
         return read_file(files[0])
-    if not all(_SHARD.search(file.stem) for file in files):
+    if not all(_SHARD.search(stem_of(file)) for file in files):
         raise DroppeftError(
             f"{files[0]} and {files[1].name} are the same split; remove one of them"
         )
     where = f"{files[0]} and its other shards"
+    shards = [read_file(file) for file in files]
     try:
-        return Split(pa.concat_tables([read_file(file).table for file in files]), where)
+        table = pa.concat_tables([shard.table for shard in shards])
     except pa.ArrowInvalid:
         raise DroppeftError(f"{where} have different columns") from None
+    return Split(table, where, dict.fromkeys(text for one in shards for text in one.remarks))
 
 
-def hub_splits(
-    data: str, source: SourceConfig, *, needs_test: bool = True
-) -> tuple[Split, Split | None]:
+def _saved_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None]:
+    """Read what ``save_to_disk`` of the datasets library wrote: one data set, or one per split."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library does not wrap errors of files and formats
+        raise DroppeftError(f"{path}: cannot be read as a saved data set: {_line(error)}") from None
+    if isinstance(loaded, datasets.Dataset):
+        return _from_datasets(loaded, str(path)), None
+    return _chosen(loaded, source, str(path))
+
+
+def hub_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
     """Load the training and test split of a data set on the hub, ``id`` or ``id:configuration``."""
     import datasets
 
@@ -129,33 +163,41 @@ def hub_splits(
     try:
         loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library does not wrap errors of HTTP, files and formats
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DroppeftError(
-            f"data={data} is no file or folder, and loading it from the hub failed: {reason}"
+            f"data={data} is no file or folder, and loading it from the hub failed: {_line(error)}"
         ) from None
-    train, test = _choose(loaded, source, data, needs_test)
+    return _chosen(loaded, source, data)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _chosen(
+    loaded: Mapping[str, Any], source: SourceConfig, where: str
+) -> tuple[Split, Split | None]:
+    train, test = _choose(loaded, source, where)
     return (
-        _from_hub(loaded[train], f"{data} ({train})"),
-        _from_hub(loaded[test], f"{data} ({test})") if test else None,
+        _from_datasets(loaded[train], f"{where} ({train})"),
+        _from_datasets(loaded[test], f"{where} ({test})") if test else None,
     )
 
 
-def _from_hub(dataset: Any, where: str) -> Split:
+def _from_datasets(dataset: Any, where: str) -> Split:
     table = dataset.with_format("arrow")[:]
     return Split(table.replace_schema_metadata(dataset.features.arrow_schema.metadata), where)
 
 
 def _choose(
-    splits: Mapping[str, object], source: SourceConfig, where: str, needs_test: bool
+    splits: Mapping[str, object], source: SourceConfig, where: str
 ) -> tuple[str, str | None]:
     train = source.train or "train"
     others = (name for name in TEST_SPLITS if name in splits and name != train)
     test = source.test or next(others, None)
     for name, wanted in (("train", train), ("test", test)):
-        if wanted not in splits and (needs_test or wanted):
-            missing = wanted or f"{', '.join(TEST_SPLITS[:-1])} or {TEST_SPLITS[-1]}"
+        if wanted is not None and wanted not in splits:
             raise DroppeftError(
-                f"{where} has no split {missing}, only {', '.join(sorted(splits))}; "
+                f"{where} has no split {wanted}, only {', '.join(sorted(splits))}; "
                 f"name one with source.{name}"
             )
     if train == test:
@@ -164,86 +206,10 @@ def _choose(
 
 
 def read_file(path: Path) -> Split:
-    """Read all rows of a .parquet, .csv, .jsonl or .json file."""
-    read = READERS.get(path.suffix)
-    if read is None:
-        raise DroppeftError(f"{path} is not one of {', '.join(READERS)}")
-    try:
-        return Split(read(path), str(path))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DroppeftError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
+    """Read all rows of a file.
 
-
-def _read_parquet(path: Path) -> pa.Table:
-    # pyarrow.parquet.read_table would add columns for folder names such as "fold=3".
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read()
-
-
-def _read_csv(path: Path) -> pa.Table:
-    return pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(block_size=_whole(path)),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-    )
-
-
-def _read_json_lines(path: Path) -> pa.Table:
-    return _table_of_lines(path.read_bytes(), path)
-
-
-def _read_json(path: Path) -> pa.Table:
-    """Read a list of objects; many files with this suffix hold a JSON object per line instead."""
-    content = path.read_bytes()
-    if not content.lstrip().startswith(b"["):
-        return _table_of_lines(content, path)
-    try:
-        rows = json.loads(content)
-    except ValueError as error:
-        raise DroppeftError(f"{path} is not valid JSON: {error}; correct it") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DroppeftError(f"{path}: row {number} is not an object with columns; correct it")
-    return _table_of_lines("".join(json.dumps(row) + "\n" for row in rows).encode(), path)
-
-
-def _table_of_lines(content: bytes, path: Path) -> pa.Table:
-    try:
-        # One block for the whole file: types are inferred from all rows.
-        options = pyarrow.json.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1))
-        return pyarrow.json.read_json(io.BytesIO(content), read_options=options)
-    except pa.ArrowInvalid as error:
-        if changed := _CHANGED_TYPE.search(str(error)):
-            name, before, now, row = changed.groups()
-            raise DroppeftError(
-                f"{path}: row {int(row) + 1}: {name.replace('/', '.')} is of type {now}, and "
-                f"elsewhere {before}; use one type"
-            ) from None
-        for number, line in enumerate(content.splitlines(), start=1):
-            if line.strip() and (wrong := _wrong_with(line)):
-                raise DroppeftError(
-                    f"{path}: line {number} {wrong}; correct or remove it"
-                ) from None
-        raise
-
-
-def _wrong_with(line: bytes) -> str | None:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"is not valid JSON ({error})"
-    return None if isinstance(value, dict) else "is not a JSON object"
-
-
-def _whole(path: Path) -> int:
-    """Return a block size that reads the file as one block: types are inferred from all rows."""
-    return min(path.stat().st_size + 1, 2**31 - 1)
-
-
-READERS = {
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-}
+    Raises:
+        DroppeftError: it has no rows or cannot be read, or its suffix is unknown.
+    """
+    found = read_table(path)
+    return Split(found.table, str(path), found.remarks, has_header=found.has_header)

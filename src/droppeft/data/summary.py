@@ -103,7 +103,7 @@ def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
     data, source, key = config.data, config.source, config.partition.key
     columns: tuple[str, ...] = ()
     if data != "builtin":
-        columns = tuple(read_splits(data, source, needs_test=False)[0].table.column_names)
+        columns = tuple(read_splits(data, source)[0].table.column_names)
     if config.task == "classification":
         loaded = load_text(data, source, key)
         return _texts(loaded, columns, tokenizer, config.training.max_length, show)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+from droppeft.data.findings import Findings
 
 Rows = npt.NDArray[np.int64]
 
@@ -58,16 +60,21 @@ class TextData:
         train: rows that are partitioned among the clients.
         test: rows on which the server evaluates the global model.
         label_names: name of each class, in the order of the class indices.
+        findings: what reading found and did.
     """
 
     name: str
     train: TextTable
     test: TextTable
     label_names: tuple[str, ...]
+    findings: Findings = field(default_factory=Findings)
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of texts, pairs, labels and label names, not of owners: 16 hexadecimal digits."""
+        """Hash of texts, pairs, labels and label names, not of owners or findings.
+
+        It has 16 hexadecimal digits.
+        """
         return hash_of(self._content())
 
     def _content(self) -> Iterator[bytes]:

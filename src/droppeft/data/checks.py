@@ -1,0 +1,99 @@
+"""Compute what :mod:`droppeft.data.findings` says about the rows of a data set. Ours."""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from droppeft.data.findings import RARE_ROWS, Findings
+from droppeft.data.labels import MISSING_WORDS, similar_names
+from droppeft.data.texts import Rows
+
+
+def compared(
+    findings: Findings, train: Sequence[Hashable], test: Sequence[Hashable], labels: Rows
+) -> Findings:
+    """Add what is found by comparing rows.
+
+    Args:
+        findings: what is known so far.
+        train: the content of each training row, without its label.
+        test: the same for test rows.
+        labels: the class of each training row, shape (rows,).
+    """
+    seen: dict[Hashable, set[int]] = defaultdict(set)
+    for content, label in zip(train, labels.tolist(), strict=True):
+        seen[content].add(label)
+    disputed = {content for content, found in seen.items() if len(found) > 1}
+    return replace(
+        findings,
+        train_rows=len(train),
+        test_rows=len(test),
+        repeated=len(train) - len(seen),
+        contradictory=sum(content in disputed for content in train) if disputed else 0,
+        in_both=sum(content in seen for content in test),
+    )
+
+
+def of_classes(findings: Findings, names: Sequence[str], labels: Rows) -> Findings:
+    """Add what is found about classes.
+
+    Args:
+        findings: what is known so far.
+        names: of the classes.
+        labels: the class of each training row, shape (rows,).
+    """
+    counts = dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+    return replace(
+        findings,
+        similar_classes=similar_names(names),
+        rare_classes={name: count for name, count in counts.items() if count < RARE_ROWS},
+        missing_words={
+            name: count for name, count in counts.items() if name.casefold() in MISSING_WORDS
+        },
+    )
+
+
+def partitioned(
+    findings: Findings, keys: Sequence[str] | None, used: Rows, labels: int
+) -> Findings:
+    """Add which training rows a partition leaves out.
+
+    Args:
+        findings: what is known so far.
+        keys: owner of each training row.
+        used: indices of the rows that clients hold.
+        labels: number of training rows.
+    """
+    left_out = labels - len(used)
+    owners = len({*keys}) - len({keys[row] for row in used}) if keys and left_out else 0
+    return replace(findings, train_rows=len(used), left_out_rows=left_out, left_out_owners=owners)
+
+
+def measured(findings: Findings, lengths: Rows, max_length: int, longest_possible: int) -> Findings:
+    """Add the lengths of training rows.
+
+    Args:
+        findings: what is known so far.
+        lengths: tokens of rows before truncation, shape (rows,); all, or a sample.
+        max_length: tokens after which a row is truncated.
+        longest_possible: tokens that the model has positions for.
+    """
+    return replace(
+        findings,
+        max_length=max_length,
+        median_length=float(np.median(lengths)),
+        truncated=float(np.mean(lengths > max_length)),
+        longest_possible=longest_possible,
+    )
+
+
+def dropped(findings: Findings, counts: Counter[str]) -> Findings:
+    """Add how many rows were left out since they lack a text, a label or an owner."""
+    return replace(
+        findings,
+        without_text=counts["text"],
+        without_label=counts["label"],
+        without_owner=counts["owner"],
+    )

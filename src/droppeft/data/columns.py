@@ -1,0 +1,181 @@
+"""Find the columns of texts and labels in a table, by their names or by what they hold. Ours."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from droppeft.config import SourceConfig
+from droppeft.data.cells import Unsuitable, spelled
+from droppeft.data.splits import Split
+from droppeft.errors import DroppeftError
+
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    *(
+        (name,)
+        for name in (
+            *("text", "sentence", "content", "review", "tweet", "comment", "message", "body"),
+            *("description", "question", "document", "utterance", "headline", "title", "post"),
+        )
+    ),
+)
+"""Names of a column of texts, or of two for pairs of texts; the first that exists is used."""
+
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "category", "target", "stars", "sentiment", "intent", "rating"),
+    *("topic", "emotion", "polarity", "genre", "tag"),
+)
+"""Names of a column of labels; the first that exists is used."""
+
+INDEX_COLUMNS = ("", "unnamed: 0", "index", "id", "idx", "__index_level_0__")
+"""Names of columns that number the rows and hold nothing else."""
+
+LONGEST_CLASS = 50  # characters of a label, where a column is found by what it holds
+GUESSED_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """The columns that a classification reads.
+
+    Attributes:
+        text: of the text, or of both texts of a pair.
+        label: of the label.
+        by_content: whether one of them was found by what it holds, and not by its name.
+    """
+
+    text: tuple[str, ...]
+    label: str
+    by_content: bool
+
+
+class _Content(NamedTuple):
+    """What a column holds: its values without missing ones."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def distinct(self) -> int:
+        return len(set(self.values))
+
+    @property
+    def mean_length(self) -> float:
+        return sum(map(len, self.values)) / max(1, len(self.values))
+
+    @property
+    def holds_classes(self) -> bool:
+        """Whether at most every fifth value is new, and all are short."""
+        most = max(2, len(self.values) // 5)
+        return 2 <= self.distinct <= most and max(map(len, self.values)) <= LONGEST_CLASS
+
+    @property
+    def holds_texts(self) -> bool:
+        """Whether most values are new, and they have several words."""
+        several = sum(" " in value.strip() for value in self.values)
+        return self.distinct > len(self.values) / 2 and several > len(self.values) / 2
+
+
+def find_columns(split: Split, source: SourceConfig) -> TextColumns:
+    """Return the columns that are named by the settings, or else found.
+
+    They are found by the names in ``TEXT_COLUMNS`` and ``LABEL_COLUMNS``, in any case. If that
+    fails, and besides ``INDEX_COLUMNS`` there are only two, what they hold decides: the values of
+    one must be classes, and those of the other texts.
+
+    Raises:
+        DroppeftError: a column is not found; the message names the one that is most likely meant.
+    """
+    names = split.table.column_names
+    text = source.text or next(
+        (found for one in TEXT_COLUMNS if (found := _named(names, one))), None
+    )
+    [label] = (source.label,) if source.label is not None else _label(names) or (None,)
+    if text is not None and label is not None:
+        return TextColumns(tuple(text), label, by_content=False)
+    return _by_content(split, text, label)
+
+
+def _label(names: Sequence[str]) -> tuple[str, ...] | None:
+    return next((found for one in LABEL_COLUMNS if (found := _named(names, (one,)))), None)
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the columns with these names; upper and lower case differ only if both exist."""
+    present = {name.strip().casefold(): name for name in reversed(names)}
+    present |= {name: name for name in names}
+    found = [present[name] for name in wanted if name in present]
+    return tuple(found) if len(found) == len(wanted) else None
+
+
+def _by_content(split: Split, text: Sequence[str] | None, label: str | None) -> TextColumns:
+    names = split.table.column_names
+    given = {*(text or ()), *filter(None, [label])}
+    contents = [
+        _content(split.table, name)
+        for name in dict.fromkeys(names)
+        if name not in given and name.strip().casefold() not in INDEX_COLUMNS
+    ]
+    only_two = len(contents) + len(given) == 2
+    classes = [one for one in contents if label is None and one.holds_classes]
+    texts = [one for one in contents if text is None and one.holds_texts]
+    if only_two and len(classes) == (label is None) and len(texts) == (text is None):
+        _check_header(split, [*classes, *texts])
+        return TextColumns(
+            tuple(text) if text else (texts[0].name,),
+            label if label is not None else classes[0].name,
+            by_content=True,
+        )
+    raise _not_found(split, contents, text, label)
+
+
+def _content(table: pa.Table, name: str) -> _Content:
+    column = table.select([table.column_names.index(name)])[0].slice(0, GUESSED_ROWS)
+    try:
+        return _Content(name, tuple(value for value in spelled(column) if value.strip()))
+    except Unsuitable:
+        return _Content(name, ())
+
+
+def _check_header(split: Split, columns: Sequence[_Content]) -> None:
+    """Refuse a table whose first row was taken for the names of its columns."""
+    for column in columns:
+        if column.name in column.values:
+            raise DroppeftError(
+                f"{split.where}: the first line seems to be a row, since {column.name!r} is also a "
+                "value below it; add a line with the names of the columns, such as text,label"
+            )
+
+
+def _not_found(
+    split: Split, contents: Sequence[_Content], text: Sequence[str] | None, label: str | None
+) -> DroppeftError:
+    """The error, with the settings that are likely meant: longest texts, fewest labels."""
+    filled = [one for one in contents if one.values]
+    likely = []
+    if text is None and filled:
+        longest = max(filled, key=lambda one: one.mean_length)
+        filled.remove(longest)
+        likely.append(f"source.text={shlex.quote(longest.name)}")
+    several = [one for one in filled if one.distinct > 1]
+    if label is None and several:
+        fewest = min(several, key=lambda one: one.distinct)
+        likely.append(f"source.label={shlex.quote(fewest.name)}")
+    what = " and no ".join(
+        name for name, found in (("text", text), ("label", label)) if found is None
+    )
+    missing, setting = what.count("no ") + 1, what.replace(" and no ", " and source.")
+    advice = (
+        f"add {' '.join(likely)}"
+        if len(likely) == missing
+        else f"name {'them' if missing == 2 else 'it'} with source.{setting}"
+    )
+    return DroppeftError(
+        f"{split.where}: no {what} column found among {', '.join(split.table.column_names)}; "
+        f"{advice} if that is meant, or task=causal_lm to learn to write texts"
+    )

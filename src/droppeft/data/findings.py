@@ -1,0 +1,151 @@
+"""What reading a data set found and did. Ours."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from droppeft.quantities import percent
+
+RARE_ROWS = 10
+"""A class with fewer training rows than this is rare."""
+
+LISTED = 3  # names in a sentence
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found in a data set, and what was done with its rows.
+
+    ``rows_read`` is the sum of ``train_rows``, ``test_rows``, the rows without a value, those
+    beyond a limit, and those that the partition leaves out.
+
+    Attributes:
+        remarks: how the files were read, as parts of sentences.
+        columns: the column that each kind of value was read from.
+        rows_read: rows of all splits.
+        train_rows, test_rows: rows that are used.
+        without_text, without_label, without_owner: rows that were left out since they lack it.
+        beyond_limit: rows left out by ``source.max_train_rows`` and ``source.max_test_rows``.
+        left_out_rows: training rows that the partition leaves out.
+        left_out_owners: owners of all of these rows.
+        stripped_labels: labels that had spaces around them, which were removed.
+        repeated: training rows whose text is also in an earlier training row.
+        contradictory: training rows with a text that also has another label.
+        in_both: test rows whose text is also in a training row.
+        similar_classes: groups of classes whose names differ only in case, spaces or punctuation.
+        rare_classes: number of training rows of each class that has fewer than ``RARE_ROWS``.
+        missing_words: number of training rows of classes whose name usually means a missing value.
+        max_length: the setting ``training.max_length``; 0 if lengths are not known.
+        median_length: median tokens of a training row before truncation.
+        truncated: share of the training rows that are truncated.
+        longest_possible: tokens that the model has positions for.
+    """
+
+    remarks: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    rows_read: int = 0
+    train_rows: int = 0
+    test_rows: int = 0
+    without_text: int = 0
+    without_label: int = 0
+    without_owner: int = 0
+    beyond_limit: int = 0
+    left_out_rows: int = 0
+    left_out_owners: int = 0
+    stripped_labels: int = 0
+    repeated: int = 0
+    contradictory: int = 0
+    in_both: int = 0
+    similar_classes: tuple[tuple[str, ...], ...] = ()
+    rare_classes: Mapping[str, int] = field(default_factory=dict)
+    missing_words: Mapping[str, int] = field(default_factory=dict)
+    max_length: int = 0
+    median_length: float = 0.0
+    truncated: float = 0.0
+    longest_possible: int = 0
+
+    def as_tree(self) -> dict[str, Any]:
+        """Return all values and the sentences about them, for ``result.json``."""
+        return {**asdict(self), "sentences": self.sentences()}
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for everything that the user should know; none if all is well."""
+        return [*self._about_reading(), *self._about_classes(), *self._about_rows()]
+
+    def _about_reading(self) -> list[str]:
+        found = list(self.remarks)
+        if self.stripped_labels:
+            found.append(
+                f"{_rows(self.stripped_labels)} had spaces around the label, which were removed "
+                "(source.strip_labels)"
+            )
+        lacking = {
+            "text": self.without_text,
+            "label": self.without_label,
+            "owner": self.without_owner,
+        }
+        parts = [f"{count:,} without a {kind}" for kind, count in lacking.items() if count]
+        if parts:
+            total = sum(lacking.values())
+            found.append(f"{_rows(total)} left out: {', '.join(parts)} (source.missing=drop)")
+        return found
+
+    def _about_classes(self) -> list[str]:
+        found = []
+        if self.similar_classes:
+            groups = [" and ".join(map(repr, group)) for group in self.similar_classes]
+            found.append(f"classes with nearly the same name: {_listed(groups)}")
+        if self.rare_classes:
+            rare = [f"{name} ({count:,})" for name, count in self.rare_classes.items()]
+            many = f"{len(rare)} classes have" if len(rare) > 1 else "one class has"
+            found.append(f"{many} fewer than {RARE_ROWS} training rows: {_listed(rare)}")
+        if self.missing_words:
+            words = [f"{name!r} ({_rows(n)})" for name, n in self.missing_words.items()]
+            found.append(f"a class is named as if its label were missing: {_listed(words)}")
+        return found
+
+    def _about_rows(self) -> list[str]:
+        found = []
+        if self.repeated:
+            found.append(f"{_rows(self.repeated, 'training ')} with the text of an earlier one")
+        if self.contradictory:
+            found.append(
+                f"{_rows(self.contradictory, 'training ')} with a text that has another label in "
+                "another row"
+            )
+        if self.in_both:
+            found.append(
+                f"the texts of {self.in_both:,} of {_rows(self.test_rows, 'test ')} are also in "
+                "training rows, which makes the measured quality too high"
+            )
+        if self.left_out_rows:
+            found.append(self._about_left_out())
+        if self.truncated:
+            more = (
+                f"; the model takes up to {self.longest_possible:,}"
+                if self.longest_possible > self.max_length
+                else ""
+            )
+            found.append(
+                f"{percent(self.truncated)} of the training rows are longer than "
+                f"training.max_length={self.max_length} tokens and are cut (median "
+                f"{self.median_length:,.0f} tokens{more})"
+            )
+        return found
+
+    def _about_left_out(self) -> str:
+        all_rows = self.train_rows + self.left_out_rows
+        owners = f"all of {self.left_out_owners:,} owners" if self.left_out_owners else "all"
+        return (
+            f"the partition leaves out {self.left_out_rows:,} of {_rows(all_rows, 'training ')}, "
+            f"{owners}"
+        )
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - LISTED:,} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more
