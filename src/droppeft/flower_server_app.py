@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import Config, load_config, resolve, resolve_layers
+from droppeft.config import Config, load_config, resolve, resolve_clients, resolve_layers
 from droppeft.config.schema import HALF
 from droppeft.errors import DroppeftError
 from droppeft.messages import Reply
@@ -67,6 +67,7 @@ def _requested_config(file: str, settings: str) -> Config:
 def _check_same(requested: Config, saved: Config, out: Path) -> None:
     """Refuse to resume a run whose configuration is not the requested one."""
     requested = resolve(requested, cuda=torch.cuda.is_available())
+    requested = resolve_clients(requested, saved.clients)
     requested = method_named(requested.method).adjust(requested)
     if requested.frozen.layers == HALF:
         requested = resolve_layers(

@@ -14,8 +14,10 @@ from droppeft import seeds
 from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
-from droppeft.config import Config, resolve_layers
-from droppeft.data.partition import ClientRows, partition_rows
+from droppeft.config import Config, resolve_clients, resolve_layers
+from droppeft.data.checks import partitioned
+from droppeft.data.findings import Findings
+from droppeft.data.partition import ClientRows, owners_of, partition_rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
@@ -38,6 +40,7 @@ class Loaded:
         task: what is learnt.
         data: rows to train and to test on.
         clients: each client's rows of the training data.
+        findings: what reading and partitioning the data found and did.
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
     """
@@ -46,8 +49,21 @@ class Loaded:
     task: Task
     data: Corpus
     clients: tuple[ClientRows, ...]
+    findings: Findings
     backbone: Backbone
     model: ClientModel
+
+
+def count_clients(config: Config) -> Config:
+    """Return the configuration with the number of clients, for which the owners may be counted.
+
+    Raises:
+        DroppeftError: the data cannot be read, or none of their owners can be a client.
+    """
+    if config.clients:
+        return config
+    data = task_named(config.task).read(config)
+    return resolve_clients(config, len(owners_of(data.train.keys, config.partition)))
 
 
 def load(config: Config, say: Say) -> Loaded:
@@ -56,7 +72,7 @@ def load(config: Config, say: Say) -> Loaded:
     Sets torch's number of threads first, before any tensor is created.
 
     Args:
-        config: the resolved configuration.
+        config: the resolved configuration, with the number of clients.
         say: called with what is being done.
 
     Raises:
@@ -82,7 +98,8 @@ def load(config: Config, say: Say) -> Loaded:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
     model = ClientModel(backbone, task, config.accelerator, config.seed, offload=offload)
-    return Loaded(config, task, data, tuple(clients), backbone, model)
+    findings = partitioned(data.findings, data.train.keys, clients)
+    return Loaded(config, task, data, tuple(clients), findings, backbone, model)
 
 
 def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
@@ -108,7 +125,7 @@ def identity(loaded: Loaded) -> dict[str, str]:
     """Return hashes of what must be the same in every process of a run, resumed runs included."""
     split = hashlib.sha256()
     for rows in loaded.clients:
-        for part in (rows.train, rows.validation, rows.test):
+        for part in rows.parts:
             split.update(part.tobytes() + b"|")
     return {
         "data_hash": loaded.data.content_hash,

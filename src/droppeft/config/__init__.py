@@ -14,6 +14,7 @@ from droppeft.config.reading import (
     parse_override,
     read_toml,
     resolve,
+    resolve_clients,
     resolve_layers,
     to_toml,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "parse_override",
     "read_toml",
     "resolve",
+    "resolve_clients",
     "resolve_layers",
     "to_toml",
 ]

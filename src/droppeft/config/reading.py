@@ -14,7 +14,13 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from droppeft.config.schema import DEFAULT_METHOD, EXCLUSIVE, HALF, Config
+from droppeft.config.schema import (
+    DEFAULT_COHORT_SIZE,
+    DEFAULT_METHOD,
+    EXCLUSIVE,
+    HALF,
+    Config,
+)
 from droppeft.config.table import Table
 from droppeft.config.task_detection import detected_task
 from droppeft.errors import DroppeftError
@@ -147,6 +153,21 @@ def resolve_layers(config: Config, num_layers: int) -> Config:
         return config
     frozen = config.frozen.model_copy(update={"layers": num_layers // 2})
     return config.model_copy(update={"frozen": frozen})
+
+
+def resolve_clients(config: Config, owners: int) -> Config:
+    """Replace ``clients=0`` by the number of owners, and the cohort size that follows from it.
+
+    Raises:
+        DroppeftError: a given cohort size or quorum is too large for so many clients.
+    """
+    if config.clients:
+        return config
+    sizes = {
+        "clients": owners,
+        "cohort_size": config.cohort_size or min(DEFAULT_COHORT_SIZE, owners),
+    }
+    return build_config(as_tree(config) | sizes, f"(partition.key={config.partition.key})")
 
 
 def available_cores() -> int:

@@ -16,6 +16,9 @@ DEFAULT_METHOD = "adaptive"
 DEFAULT_TASK: Literal["classification"] = "classification"
 DEFAULT_MEAN_RATE = 1 / 3
 DEFAULT_LOCAL_STEPS = 10
+DEFAULT_CLIENTS = 20
+DEFAULT_COHORT_SIZE = 5
+DEFAULT_KIND: Literal["dirichlet"] = "dirichlet"
 
 # All other adapter types have the defaults of peft's configuration class.
 ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
@@ -61,10 +64,10 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # Defaults of a task on the built-in data, by table; they win over the task's.
-BUILTIN_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     # docs/benchmarks/default-run.md
     "classification": {"training": {"learning_rate": 3e-3}},
-    "causal_lm": {"partition": {"kind": "natural", "key": "package"}},
+    "causal_lm": {"partition": {"kind": "natural", "key": "package"}, "clients": 20},
 }
 
 # Mutually exclusive settings, by table; the first one has the default. An override replaces the
@@ -100,6 +103,16 @@ def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("data", "builtin") != "builtin":
         return defaults
     return {**defaults, **BUILTIN_DEFAULTS.get(str(task), {})}
+
+
+def _with_sizes(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Set the number of clients and the cohort, or 0 until the owners are counted."""
+    partition = value.get("partition")
+    natural = isinstance(partition, Mapping) and partition.get("kind") == "natural"
+    clients = value.get("clients", 0 if natural else DEFAULT_CLIENTS)
+    known = type(clients) is int and clients > 0
+    cohort = min(DEFAULT_COHORT_SIZE, clients) if known else 0
+    return {"cohort_size": cohort, **value, "clients": clients}
 
 
 def _steps_or_round(value: object) -> object:
@@ -164,11 +177,11 @@ class PartitionConfig(Table):
     """How the training rows are distributed over the clients."""
 
     kind: Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural"] = Field(
-        "dirichlet",
+        DEFAULT_KIND,
         description="`iid`: at random; `dirichlet`: each class is distributed over the clients by "
         "Dir(alpha); `dirichlet_by_client`: each client draws its label distribution from "
         "Dir(alpha x class prior), with equal sizes; `pathological`: each client has a few "
-        "classes; `natural`: by a column",
+        "classes; `natural`: a client for each owner, by a column",
     )
     alpha: Real = Field(
         1.0, gt=0, description="Dirichlet concentration: a smaller value is more skewed"
@@ -182,11 +195,19 @@ class PartitionConfig(Table):
     )
     test_fraction: Real = Field(0.1, gt=0, lt=1, description="share of a client's rows for testing")
     min_rows: Whole = Field(20, ge=3, description="fewest rows of a client")
-    small: Literal["error", "merge"] = Field(
+    small: Literal["leave_out", "merge", "error"] = Field(
         "merge",
         description="what to do about a client with fewer than min_rows: `merge` moves rows of the "
-        "largest client to it, `error` stops the run",
+        "largest client to it, `error` stops the run, `leave_out` (only for `natural`, and its "
+        "default) leaves the owner out, so that no client has rows of two owners",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_owners_are_left_out(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("kind") == "natural":
+            return {"small": "leave_out", **value}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "PartitionConfig":
@@ -194,6 +215,8 @@ class PartitionConfig(Table):
             raise ValueError("validation_fraction and test_fraction leave no training rows")
         if self.kind == "natural" and self.key is None:
             raise ValueError("kind 'natural' needs the column name in partition.key")
+        if self.kind != "natural" and self.small == "leave_out":
+            raise ValueError(f"small=leave_out is only for kind=natural, not for kind={self.kind}")
         return self
 
 
@@ -500,8 +523,18 @@ class Config(Table):
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
     rounds: Whole = Field(10, ge=1, description="federated rounds")
-    clients: Whole = Field(20, ge=1, description="number of clients")
-    cohort_size: Whole = Field(5, ge=1, description="number of updates that a round merges at most")
+    clients: Whole = Field(
+        DEFAULT_CLIENTS,
+        ge=0,
+        description="number of clients; with `partition.kind=natural`, 0 (the default) is one for "
+        "every owner (the run's config.toml has the number)",
+    )
+    cohort_size: Whole = Field(
+        DEFAULT_COHORT_SIZE,
+        ge=0,
+        description="number of updates that a round merges at most; if not given, all clients "
+        "where there are fewer",
+    )
     quorum: Whole = Field(
         1, ge=1, description="fewest updates for a round to be merged; with fewer nothing changes"
     )
@@ -556,10 +589,19 @@ class Config(Table):
                     for name, of_table in defaults.items()
                 },
             }
-        return value
+        return _with_sizes(value)
+
+    @model_validator(mode="after")
+    def _clients_known(self) -> "Config":
+        for key in ("clients", "cohort_size"):
+            if getattr(self, key) == 0 and (self.partition.kind != "natural" or self.clients):
+                raise ValueError(f"{key}=0 is too few; give 1 or more")
+        return self
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "Config":
+        if not self.cohort_size:
+            return self
         if self.quorum > self.cohort_size:
             raise ValueError(
                 f"quorum={self.quorum} is larger than cohort_size={self.cohort_size}; "
@@ -569,6 +611,8 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> "Config":
+        if not self.clients:
+            return self
         if self.cohort_size > self.clients:
             raise ValueError(
                 f"cohort_size={self.cohort_size} is larger than clients={self.clients}; "

@@ -8,6 +8,7 @@ import numpy as np
 
 from droppeft.data.findings import RARE_ROWS, Findings
 from droppeft.data.labels import MISSING_WORDS, similar_names
+from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 
 
@@ -56,17 +57,17 @@ def of_classes(findings: Findings, names: Sequence[str], labels: Rows) -> Findin
 
 
 def partitioned(
-    findings: Findings, keys: Sequence[str] | None, used: Rows, labels: int
+    findings: Findings, keys: Sequence[str] | None, clients: Sequence[ClientRows]
 ) -> Findings:
     """Add which training rows a partition leaves out.
 
     Args:
         findings: what is known so far.
         keys: owner of each training row.
-        used: indices of the rows that clients hold.
-        labels: number of training rows.
+        clients: the rows that each client holds.
     """
-    left_out = labels - len(used)
+    used = np.concatenate([part for one in clients for part in one.parts])
+    left_out = findings.train_rows - len(used)
     owners = len({*keys}) - len({keys[row] for row in used}) if keys and left_out else 0
     return replace(findings, train_rows=len(used), left_out_rows=left_out, left_out_owners=owners)
 

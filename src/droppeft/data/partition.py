@@ -28,6 +28,11 @@ class ClientRows:
     validation: Rows
     test: Rows
 
+    @property
+    def parts(self) -> tuple[Rows, Rows, Rows]:
+        """All three parts."""
+        return self.train, self.validation, self.test
+
 
 def partition_rows(
     labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
@@ -36,8 +41,9 @@ def partition_rows(
 
     If a client has fewer than ``config.min_rows`` rows, ``config.small`` decides: it receives
     random rows, each from the client that has most rows at that point, or an error is raised. The
-    parts are drawn at random, and none is empty. Only ``natural`` leaves out rows: if there are
-    more owners than clients, the owners with the fewest rows do not take part.
+    parts are drawn at random, and none is empty. Only ``natural`` leaves out rows: those of owners
+    with fewer than ``min_rows`` rows, if ``config.small`` is ``leave_out``, and those of the owners
+    with the fewest rows, if there are more owners than clients.
 
     Args:
         labels: class indices, shape (rows,).
@@ -49,10 +55,11 @@ def partition_rows(
     Raises:
         DroppeftError: if there are not enough rows, owners or classes for the clients.
     """
-    _check_enough(len(labels), clients, config.min_rows)
+    if config.kind != "natural":
+        _check_enough(len(labels), clients, config.min_rows)
     owned = PARTITIONERS[config.kind](labels, keys, clients, config, seed)
     generator = seeds.numpy_generator(seed, purpose="partition parts")
-    if config.small == "merge":
+    if config.small != "error":
         owned = _topped_up(owned, config.min_rows, generator)
     _check_none_small(owned, config)
     return tuple(_parts(rows, config, generator) for rows in owned)
@@ -212,19 +219,46 @@ def _draw(
     return drawn
 
 
-def _natural(
-    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
-) -> list[Rows]:
-    """Make the owners with the most rows the clients, ordered by name."""
+def owners_of(keys: Keys, config: PartitionConfig) -> dict[str, int]:
+    """Return the owners that can be clients of ``natural``, and the number of their rows.
+
+    With ``small=leave_out`` they are those with ``min_rows`` rows or more.
+
+    Raises:
+        DroppeftError: the rows have no owners, or none that can be a client.
+    """
     if keys is None:
         raise DroppeftError(
             "partition.kind=natural needs an owner for every row; set partition.key to its column"
         )
     sizes = Counter(keys)
-    if len(sizes) < clients:
+    if config.small != "leave_out":
+        return sizes
+    large = {owner: size for owner, size in sizes.items() if size >= config.min_rows}
+    if not large:
         raise DroppeftError(
-            f"partition.key={config.key} has {len(sizes)} owners, fewer than clients={clients}; "
-            "lower clients"
+            f"none of the {len(sizes):,} owners in partition.key={config.key} has "
+            f"partition.min_rows={config.min_rows} rows (the largest has "
+            f"{max(sizes.values())}); lower partition.min_rows, or set partition.small=merge, "
+            "which moves rows of the largest owners to the small ones"
+        )
+    return large
+
+
+def _natural(
+    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
+) -> list[Rows]:
+    """Make the owners with the most rows the clients, ordered by name."""
+    sizes = owners_of(keys, config)
+    if len(sizes) < clients:
+        enough = (
+            f" with partition.min_rows={config.min_rows} rows"
+            if config.small == "leave_out"
+            else ""
+        )
+        raise DroppeftError(
+            f"partition.key={config.key} has {len(sizes)} owners{enough}, fewer than "
+            f"clients={clients}; leave clients out to use all of them"
         )
     largest = sorted(sizes, key=lambda owner: (-sizes[owner], owner))[:clients]
     owners = np.array(keys)

@@ -16,15 +16,13 @@ from droppeft.data.conversations import ConversationData
 from droppeft.data.sources import load_text
 from droppeft.data.splits import read_splits
 from droppeft.data.texts import Rows, TextData
-from droppeft.data.tokens import tokenise
+from droppeft.data.tokens import UNTRUNCATED, tokenise
 from droppeft.errors import DroppeftError
 
 Kind = Literal["classification", "causal_lm"]
 
 SETTINGS = ("task", "model", "training.max_length", "training.loss_on", "partition.key")
 """Settings of ``droppeft data`` besides the table ``source``."""
-
-UNTRUNCATED = 2**31 - 1
 
 
 @dataclass(frozen=True)

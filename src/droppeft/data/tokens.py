@@ -14,6 +14,9 @@ from droppeft.errors import DroppeftError
 BLOCK_ROWS = 4096  # rows per tokenizer call, whose result takes far more memory than the ids
 WINDOW_BATCHES = 16  # rows are sorted by length within so many batches
 
+UNTRUNCATED = 2**31 - 1
+"""A length that no row reaches."""
+
 Ids = npt.NDArray[np.int32]
 
 

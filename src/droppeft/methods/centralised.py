@@ -22,7 +22,7 @@ def _one_client(config: Config) -> Config:
     """The same run with one client that has all rows; idempotent."""
     steps = config.training.local_steps or 0
     training = config.training.model_copy(update={"local_steps": steps * config.cohort_size})
-    partition = config.partition.model_copy(update={"kind": "iid"})
+    partition = config.partition.model_copy(update={"kind": "iid", "small": "merge"})
     changed_clock = {"profiles": ("datacentre_gpu",), "over_selection": 1.0, "deadline_s": None}
     clock = config.clock.model_copy(update=changed_clock)
     sizes = {"clients": 1, "cohort_size": 1, "quorum": 1}

@@ -86,7 +86,7 @@ def _check(config: Config) -> None:
             "method=fedadapter gives its groups equal time by their number of steps; set "
             "training.local_steps instead of training.local_epochs"
         )
-    if config.cohort_size < 3:
+    if 0 < config.cohort_size < 3:
         raise DroppeftError(
             "method=fedadapter splits the cohort into three groups, but "
             f"cohort_size={config.cohort_size}; set it to 3 or more"

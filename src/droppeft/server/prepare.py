@@ -14,6 +14,8 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded, Say, load, tokens_of
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
+from droppeft.data.checks import measured
+from droppeft.data.findings import Findings
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.extras import require
@@ -24,6 +26,9 @@ from droppeft.models.quantization import check_installed
 from droppeft.server.round_cost import clock_for, longest_step
 from droppeft.tasks.registry import task_named
 from droppeft.transports.registry import transport_named
+
+LENGTH_SAMPLE = 1000
+"""Training rows whose lengths are measured before the first round."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Prepared:
         setup: what the method's functions may read.
         state: the server's state before round 1.
         test: the tokenised test rows.
+        findings: what was found in the data, with the lengths of training rows.
         sample: indices of the test rows on which every round is evaluated.
         no_clock_reason: why there is no modelled clock; ``None`` if there is one.
         prepare_wall_s: seconds that the preparation took.
@@ -46,6 +52,7 @@ class Prepared:
     setup: Setup
     state: ServerState
     test: TokenRows
+    findings: Findings
     sample: Rows
     no_clock_reason: str | None
     prepare_wall_s: float
@@ -107,10 +114,21 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
         setup=setup,
         state=state,
         test=test,
+        findings=_with_lengths(loaded),
         sample=evaluation_sample(len(test), config.evaluation.rows),
         no_clock_reason=no_clock_reason,
         prepare_wall_s=time.perf_counter() - start,
     )
+
+
+def _with_lengths(loaded: Loaded) -> Findings:
+    """What was found in the data, with the lengths of a sample of the training rows."""
+    train, config = loaded.data.train, loaded.config
+    rng = seeds.numpy_generator(0, purpose="length sample")
+    rows = rng.permutation(len(train))[:LENGTH_SAMPLE]
+    lengths = loaded.task.full_lengths(train.take(rows), loaded.backbone.tokenizer, config)
+    possible = loaded.backbone.max_length - (config.adapter.tokens or 0)
+    return measured(loaded.findings, lengths, config.training.max_length, possible)
 
 
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:

@@ -22,7 +22,7 @@ from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import count_parameters, set_tensors
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
-from droppeft.client.run_inputs import difference, identity
+from droppeft.client.run_inputs import count_clients, difference, identity
 from droppeft.config import Config, as_tree, load_config, resolve
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError, Interrupted
@@ -104,7 +104,7 @@ def start_run(
     check_free(out)
     state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
-    config = method_named(config.method).adjust(resolve(config, cuda=torch.cuda.is_available()))
+    config = _resolved(config, listener)
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8)))
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
@@ -115,6 +115,16 @@ def start_run(
         expected = estimate_wall_s(prepared, evaluation, again)
         with locked(out):
             return _run_rounds(prepared, transport, first, [], out, listener, expected)
+
+
+def _resolved(config: Config, listener: Listener) -> Config:
+    """Replace what depends on machine and data by its value, and apply the method's changes."""
+    config = resolve(config, cuda=torch.cuda.is_available())
+    if not config.clients:
+        listener.preparing("counting owners")
+        config = count_clients(config)
+        check_settings(config)
+    return method_named(config.method).adjust(config)
 
 
 def resume_run(
@@ -498,6 +508,7 @@ def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "test_rows": len(data.test),
         "classes": len(data.label_names),
         "data_hash": data.content_hash,
+        "data_findings": prepared.findings.as_tree(),
         **quality_of("initial", prepared.loaded.task.metrics, facts["initial"]),
         **facts["references"],
         "sampled_test_rows": len(prepared.sample),

@@ -160,6 +160,10 @@ class CausalLMTask:
             table, tokenizer, config.training.max_length, config.training.loss_on
         )
 
+    def full_lengths(self, table: ConversationTable, tokenizer: Any, config: Config) -> Rows:
+        """Return the number of tokens of each row with the model's chat template."""
+        return self.encode(table, tokenizer, config).full_lengths
+
     def labelled(self, rows: TokenRows, classes: int, rng: np.random.Generator) -> EncodedText:
         """Return rows of tokens of which the last ones are learnt."""
         labels = rows.columns["input_ids"].copy()

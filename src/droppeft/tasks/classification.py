@@ -16,7 +16,7 @@ from droppeft.data.partition import ClientRows
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
 from droppeft.data.sources import load_text
 from droppeft.data.texts import Rows, TextData, TextTable
-from droppeft.data.tokens import TokenRows, TokenTable, pad_batch, tokenise
+from droppeft.data.tokens import UNTRUNCATED, TokenRows, TokenTable, pad_batch, tokenise
 from droppeft.models.loading import (
     HEAD_MODULES,
     Backbone,
@@ -124,6 +124,10 @@ class ClassificationTask:
     def encode(self, table: TextTable, tokenizer: Any, config: Config) -> TokenTable:
         """Tokenise texts; see :func:`~droppeft.data.tokens.tokenise`."""
         return tokenise(table, tokenizer, config.training.max_length)
+
+    def full_lengths(self, table: TextTable, tokenizer: Any, config: Config) -> Rows:
+        """Return the number of tokens of each text, or pair of texts."""
+        return tokenise(table, tokenizer, UNTRUNCATED).lengths
 
     def labelled(self, rows: TokenRows, classes: int, rng: np.random.Generator) -> TokenTable:
         """Return rows of tokens with random classes."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from droppeft.config import Config
+from droppeft.data.findings import Findings
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
@@ -54,6 +55,10 @@ class Corpus(Protocol):
     @property
     def label_names(self) -> tuple[str, ...]:
         """The name of each label."""
+
+    @property
+    def findings(self) -> Findings:
+        """What reading found and did."""
 
     @property
     def content_hash(self) -> str:
@@ -164,6 +169,9 @@ class Task(Protocol):
 
     def encode(self, table: Any, tokenizer: Any, config: Config) -> TokenRows:
         """Tokenise the rows of a table."""
+
+    def full_lengths(self, table: Any, tokenizer: Any, config: Config) -> Rows:
+        """Return the number of tokens of each row before truncation, shape (rows,)."""
 
     def labelled(self, rows: TokenRows, classes: int, rng: np.random.Generator) -> TokenRows:
         """Return rows of random tokens as :meth:`encode` does, to measure steps without data.
