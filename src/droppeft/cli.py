@@ -293,12 +293,12 @@ def data(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Training rows to show.")] = 3,
 ) -> None:
-    """Show what is recognised in a data set, and rows as a model sees them.
+    """Check a data set: columns, classes, lengths, clients, and what is unusual.
 
-    Of conversations, what is learnt is shown in another colour than the rest.
-    Settings are task, model (its tokenizer is used), training.max_length,
-    training.loss_on, partition.key, and those that begin with source., such as
-    source.label=category.
+    It also shows rows as a model sees them; of conversations, what is learnt is
+    shown in another colour than the rest. Settings are task, model (its tokenizer
+    is used), training.max_length, training.loss_on, clients, seed, and those that
+    begin with source. or partition., such as source.label=category.
     """
     from rich.console import Console
 

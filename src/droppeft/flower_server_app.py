@@ -92,6 +92,8 @@ class Log:
         self._metric = primary_metric(about)
         self._rounds = about["planned_rounds"]
         _say(f"{about['method']}, {about['model']} on {about['data']}, from round {len(rows) + 1}")
+        for sentence in about["data_findings"]["sentences"]:
+            _say(f"  {sentence}")
 
     def replied(self, reply: Reply) -> None:
         """Print nothing; there is a line per round."""

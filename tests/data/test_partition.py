@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import PartitionConfig
-from droppeft.data.partition import PARTITIONERS, ClientRows, partition_rows
+from droppeft.data.partition import PARTITIONERS, ClientRows, owners_of, partition_rows
 from droppeft.errors import DroppeftError
 
 Labels = npt.NDArray[np.int64]
@@ -194,12 +194,25 @@ def test_natural_clients_are_the_largest_owners() -> None:
     assert [len(all_rows(part)) for part in parts] == [25, 30, 20]
 
 
+def test_small_owners_are_left_out_and_rows_are_not_mixed() -> None:
+    keys = ("b",) * 30 + ("a",) * 25 + ("d",) * 19 + ("c",) * 3
+    chosen = config("natural")
+    assert owners_of(keys, chosen) == {"b": 30, "a": 25}
+    parts = partition_rows(np.zeros(77, np.int64), keys, 2, chosen, 0)
+    assert [{keys[row] for row in all_rows(part)} for part in parts] == [{"a"}, {"b"}]
+    merged = config("natural", small="merge")
+    assert as_lists(partition_rows(np.zeros(77, np.int64), keys, 2, merged, 0)) == as_lists(parts)
+    assert len(owners_of(keys, merged)) == 4
+    with pytest.raises(ValueError, match="small=leave_out is only for kind=natural"):
+        config("iid", small="leave_out")
+
+
 # Small clients
 
 
 def test_a_small_client_receives_rows_only_from_the_largest() -> None:
     keys = ("a",) * 5 + ("b",) * 60 + ("c",) * 40
-    chosen = config("natural", min_rows=20)
+    chosen = config("natural", min_rows=20, small="merge")
     small, largest, other = partition_rows(np.zeros(105, np.int64), keys, 3, chosen, 0)
     assert sorted(all_rows(small))[:5] == list(range(5))
     assert [len(all_rows(part)) for part in (small, largest, other)] == [20, 45, 40]
@@ -208,7 +221,7 @@ def test_a_small_client_receives_rows_only_from_the_largest() -> None:
 
 def test_moved_rows_are_random() -> None:
     keys = ("a",) * 5 + ("b",) * 60
-    chosen = config("natural", min_rows=20)
+    chosen = config("natural", min_rows=20, small="merge")
     small, _ = partition_rows(np.zeros(65, np.int64), keys, 2, chosen, 0)
     moved = sorted(all_rows(small))[5:]
     assert moved not in (list(range(5, 20)), list(range(50, 65)))
@@ -225,8 +238,18 @@ def test_a_small_client_can_be_an_error() -> None:
     [
         ("iid", balanced(2, 29), None, 3, {}, "58 training rows are too few for clients=3"),
         ("natural", balanced(2, 30), None, 3, {}, "needs an owner for every row"),
-        ("natural", balanced(2, 30), owners(60, 2), 3, {}, "2 owners, fewer than clients=3"),
-        ("natural", balanced(2, 99), tuple(map(str, range(198))), 3, {}, "3 training rows are too"),
+        (
+            *("natural", balanced(2, 30), owners(60, 2), 3, {}),
+            "2 owners with partition.min_rows=20 rows, fewer than clients=3",
+        ),
+        (
+            *("natural", balanced(2, 99), tuple(map(str, range(198))), 3, {}),
+            "none of the 198 owners in partition.key=owner has partition.min_rows=20 rows",
+        ),
+        (
+            *("natural", balanced(2, 99), tuple(map(str, range(198))), 3, {"small": "merge"}),
+            "3 training rows are too few",
+        ),
         ("pathological", balanced(2, 40), None, 2, {"classes_per_client": 3}, "more than the 2"),
         ("pathological", balanced(5, 40), None, 2, {}, "some of the 5 classes have no client"),
         ("pathological", np.repeat([0, 1], [99, 1]), None, 3, {}, "a class has fewer rows than"),

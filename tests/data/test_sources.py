@@ -176,7 +176,7 @@ def test_owners_are_read_for_the_training_rows(folder: Path, write: Write) -> No
             "train",
             {"text": ["x", None], "label": [2, 5]},
             DEFAULT,
-            "text is missing in row 2; correct them, or leave such rows out with source.missing",
+            "text is missing in row 2; correct this, or leave such rows out with source.missing",
         ),
         ("train", {"text": ["x", "y"], "label": [None, 2]}, DEFAULT, "label is missing in row 1"),
         ("train", {"text": ["x", "y"], "label": ["a", ""]}, DEFAULT, "label is missing in row 2"),

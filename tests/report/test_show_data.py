@@ -42,10 +42,12 @@ def printed(path: Path, *settings: str) -> str:
 def test_conversations_are_summarised_and_shown(chats: Path) -> None:
     text = printed(chats, "source.label=who", "partition.key=who")
     assert "chats · for a causal language model" in text
-    assert "prompt, completion, who" in text
     assert "17 to train and 3 to test" in text
-    assert "categories  3: " in text
-    assert "owners      3, with " in text
+    assert "prompt, completion, category ← who, owner ← who" in text
+    assert "categories  3  train  test" in text
+    assert "owners      3; rows: " in text
+    assert "clients     none: 17 training rows are too few for clients=20" in text
+    assert "check       there is no test split, so the rows of a fifth of the prompts" in text
     assert "lose the end of what is learnt" in text
     assert "<|im_start|>assistant\n[[yes" in text
     assert text.count("row ") == 2
@@ -67,9 +69,23 @@ def test_colours_tell_what_is_learnt(chats: Path, capsys: pytest.CaptureFixture[
 def test_texts_are_summarised_with_their_classes(texts: Path) -> None:
     text = printed(texts)
     assert "for classification of texts" in text
-    assert "2: bad 8, good 8" in text
+    assert "columns     text, label" in text
+    assert "bad       8     2" in text
     assert "no row at training.max_length=20" in text
+    assert "at most: 90 % " in text
     assert "tokens · " in text
+    assert "2 classes have fewer than 10 training rows: bad (8), good (8)" in text
+
+
+def test_the_clients_of_a_run_are_shown(texts: Path) -> None:
+    few = ("clients=2", "partition.kind=iid", "partition.min_rows=3")
+    assert "clients     2; rows: 8 each; classes: 2 each" in printed(texts, *few)
+    owned = [{**json.loads(row), "who": "abbb"[n % 4]} for n, row in enumerate(texts.open())]
+    lines(texts, owned)
+    natural = ("partition.kind=natural", "partition.key=who", "partition.min_rows=6")
+    text = printed(texts, *natural)
+    assert "clients     1; rows: 11 each; classes: 2 each" in text
+    assert "leaves out 5 of 16 training rows: those of 1 owner with fewer than" in text
 
 
 def test_settings_without_an_effect_are_refused() -> None:

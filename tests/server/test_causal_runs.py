@@ -318,9 +318,11 @@ def test_what_no_task_can_learn_is_refused(overrides: list[str], tmp_path: Path)
     numbers.write_text("text,label\n" + "".join(f"it is {n},{n / 7}\n" for n in range(1, 60)))
     many = write_lines(tmp_path / "many.jsonl", [{"text": "a", "label": [1, 2]}] * 20)
     lists = write_lines(tmp_path / "lists.jsonl", [{"text": "a", "labels": [0, 1]}] * 20)
-    for path in (numbers, many, lists):
+    for path in (many, lists):
         match = f"{path.name}: labels? has type .*; neither regression nor several labels"
         refused_run([], tmp_path / "run", match, f"data={path}")
+    match = "stars.csv: label has numbers that are not whole, .* regression is not supported"
+    refused_run([], tmp_path / "run", match, f"data={numbers}")
 
 
 def test_models_that_do_not_generate_are_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def load(config: Config, say: Say) -> Loaded:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
     model = ClientModel(backbone, task, config.accelerator, config.seed, offload=offload)
-    findings = partitioned(data.findings, data.train.keys, clients)
+    findings = partitioned(data.findings, data.train.keys, clients, config.partition.min_rows)
     return Loaded(config, task, data, tuple(clients), findings, backbone, model)
 
 

@@ -57,7 +57,10 @@ def of_classes(findings: Findings, names: Sequence[str], labels: Rows) -> Findin
 
 
 def partitioned(
-    findings: Findings, keys: Sequence[str] | None, clients: Sequence[ClientRows]
+    findings: Findings,
+    keys: Sequence[str] | None,
+    clients: Sequence[ClientRows],
+    min_rows: int,
 ) -> Findings:
     """Add which training rows a partition leaves out.
 
@@ -65,11 +68,26 @@ def partitioned(
         findings: what is known so far.
         keys: owner of each training row.
         clients: the rows that each client holds.
+        min_rows: the setting ``partition.min_rows``.
     """
     used = np.concatenate([part for one in clients for part in one.parts])
-    left_out = findings.train_rows - len(used)
-    owners = len({*keys}) - len({keys[row] for row in used}) if keys and left_out else 0
-    return replace(findings, train_rows=len(used), left_out_rows=left_out, left_out_owners=owners)
+    if keys is None or len(used) == findings.train_rows:
+        return findings
+    others = Counter(keys)
+    for owner in {keys[row] for row in used}:
+        del others[owner]
+    since = (
+        f"with fewer than partition.min_rows={min_rows} rows each"
+        if max(others.values()) < min_rows
+        else f"with the fewest rows, since clients={len(clients)}"
+    )
+    return replace(
+        findings,
+        train_rows=len(used),
+        left_out_rows=findings.train_rows - len(used),
+        left_out_owners=len(others),
+        left_out_since=since,
+    )
 
 
 def measured(findings: Findings, lengths: Rows, max_length: int, longest_possible: int) -> Findings:

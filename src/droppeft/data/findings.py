@@ -9,6 +9,12 @@ from droppeft.quantities import percent
 RARE_ROWS = 10
 """A class with fewer training rows than this is rare."""
 
+TRUNCATED_SHARE = 0.01
+"""Truncation is mentioned if at least this share of the training rows is truncated."""
+
+UNLIMITED = 10**6
+"""Models without a limit, and tokenizers that do not know it, have more positions than this."""
+
 LISTED = 3  # names in a sentence
 
 
@@ -28,6 +34,7 @@ class Findings:
         beyond_limit: rows left out by ``source.max_train_rows`` and ``source.max_test_rows``.
         left_out_rows: training rows that the partition leaves out.
         left_out_owners: owners of all of these rows.
+        left_out_since: why, as the end of a sentence.
         stripped_labels: labels that had spaces around them, which were removed.
         repeated: training rows whose text is also in an earlier training row.
         contradictory: training rows with a text that also has another label.
@@ -52,6 +59,7 @@ class Findings:
     beyond_limit: int = 0
     left_out_rows: int = 0
     left_out_owners: int = 0
+    left_out_since: str = ""
     stripped_labels: int = 0
     repeated: int = 0
     contradictory: int = 0
@@ -120,10 +128,10 @@ class Findings:
             )
         if self.left_out_rows:
             found.append(self._about_left_out())
-        if self.truncated:
+        if self.truncated >= TRUNCATED_SHARE:
             more = (
                 f"; the model takes up to {self.longest_possible:,}"
-                if self.longest_possible > self.max_length
+                if self.max_length < self.longest_possible < UNLIMITED
                 else ""
             )
             found.append(
@@ -135,15 +143,14 @@ class Findings:
 
     def _about_left_out(self) -> str:
         all_rows = self.train_rows + self.left_out_rows
-        owners = f"all of {self.left_out_owners:,} owners" if self.left_out_owners else "all"
         return (
-            f"the partition leaves out {self.left_out_rows:,} of {_rows(all_rows, 'training ')}, "
-            f"{owners}"
+            f"the partition leaves out {self.left_out_rows:,} of {_rows(all_rows, 'training ')}: "
+            f"those of {_rows(self.left_out_owners, of='owner')} {self.left_out_since}"
         )
 
 
-def _rows(count: int, kind: str = "") -> str:
-    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
+def _rows(count: int, kind: str = "", of: str = "row") -> str:
+    return f"{count:,} {kind}{of}{'' if count == 1 else 's'}"
 
 
 def _listed(items: Sequence[str]) -> str:

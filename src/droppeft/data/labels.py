@@ -126,12 +126,6 @@ def check_classes(classes: Sequence[str], rows: int, where: str, label: str) -> 
     """
     if len(classes) < 2:
         raise DroppeftError(f"{where}: {label} has only one value, {classes[0]}; use two or more")
-    if len(classes) > max(2, rows / 2):
-        raise DroppeftError(
-            f"{where}: {label} has {len(classes):,} different values in {rows:,} rows, so it seems "
-            "to be an id or a number to predict, which is not supported; name the column of the "
-            "classes with source.label"
-        )
     numbers = [number(name) for name in classes]
     if None not in numbers:
         odd = [name for name, found in zip(classes, numbers, strict=True) if found and found % 1]
@@ -141,6 +135,12 @@ def check_classes(classes: Sequence[str], rows: int, where: str, label: str) -> 
                 "not supported; if they are classes, write them as text, such as 'class "
                 f"{odd[0]}'"
             )
+    if len(classes) > max(2, rows / 2):
+        raise DroppeftError(
+            f"{where}: {label} has {len(classes):,} different values in {rows:,} rows, so it seems "
+            "to be an id or a number to predict, which is not supported; name the column of the "
+            "classes with source.label"
+        )
 
 
 def indices_of(

@@ -48,7 +48,7 @@ def kept_rows(lacking: Sequence[Lacking], rule: Rule) -> tuple[list[Rows], Count
         if found:
             advice = next((one.advice for one in lacking if one.advice), "")
             raise DroppeftError(
-                f"{'; '.join(found)}; {advice or 'correct them'}, or leave such rows out with "
+                f"{'; '.join(found)}; {advice or 'correct this'}, or leave such rows out with "
                 "source.missing=drop"
             )
     kept, dropped = [], Counter[str]()

@@ -1,28 +1,33 @@
 """What is known of a data set before a run: for ``droppeft data``. Ours."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from droppeft.config import Config, key_of
-from droppeft.config.schema import TrainingConfig
+from droppeft.config.task_detection import columns_of
+from droppeft.data.checks import measured, partitioned
 from droppeft.data.conversation_sources import load_conversations
 from droppeft.data.conversation_tokens import IGNORED, encode_conversations
-from droppeft.data.conversations import ConversationData
+from droppeft.data.conversations import ConversationData, ConversationTable
+from droppeft.data.findings import Findings
+from droppeft.data.partition import owners_of, partition_rows
 from droppeft.data.sources import load_text
-from droppeft.data.splits import read_splits
-from droppeft.data.texts import Rows, TextData
+from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.data.tokens import UNTRUNCATED, tokenise
 from droppeft.errors import DroppeftError
 
 Kind = Literal["classification", "causal_lm"]
 
-SETTINGS = ("task", "model", "training.max_length", "training.loss_on", "partition.key")
-"""Settings of ``droppeft data`` besides the table ``source``."""
+SETTINGS = ("task", "model", "training.max_length", "training.loss_on", "clients", "seed")
+"""Settings of ``droppeft data`` besides those of the tables in ``TABLES``."""
+
+TABLES = ("source.", "partition.")
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,35 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Clients:
+    """How the training rows are spread over the clients.
+
+    Attributes:
+        rows: number of rows of each client.
+        labels: number of classes or categories of each client.
+    """
+
+    rows: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """What was recognised in a data set.
 
     Attributes:
         kind: ``classification`` or ``causal_lm``.
         shape: how the rows are stored.
-        columns: names of all columns of the training split; empty for the built-in data.
+        columns: names of all columns of the training split; empty where they are not known.
         train_rows, test_rows: number of rows in each split.
-        labels: number of training rows of each class or category.
+        labels: number of training and of test rows of each class or category.
         owners: number of training rows of each owner (``partition.key``), in descending order.
+        clients: the clients of a run with the same settings, or why there can be none.
         max_length: largest number of tokens of a row.
         lengths: tokens of each training row before truncation, shape (rows,).
         truncated_ends: rows that lose the end of their completion or text.
         learnt: share of the tokens that are learnt; ``None`` for classification.
+        findings: what reading found and did.
         shown: some rows.
     """
 
@@ -73,81 +93,84 @@ class Summary:
     columns: tuple[str, ...]
     train_rows: int
     test_rows: int
-    labels: dict[str, int]
+    labels: dict[str, tuple[int, int]]
     owners: tuple[int, ...]
+    clients: Clients | str
     max_length: int
     lengths: Rows
     truncated_ends: int
     learnt: float | None
+    findings: Findings
     shown: tuple[Shown, ...]
 
 
 def check_settings(overrides: Sequence[str]) -> None:
     """Refuse ``key=value`` settings that do not change how data are read and tokenised."""
     for key in map(key_of, overrides):
-        if key not in SETTINGS and not key.startswith("source."):
+        if key not in SETTINGS and not key.startswith(TABLES):
             raise DroppeftError(
                 f"{key} does not change what droppeft data shows; it takes "
-                f"{', '.join(SETTINGS)} and settings that begin with source."
+                f"{', '.join(SETTINGS)} and settings that begin with source. or partition."
             )
 
 
 def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
     """Read, tokenise and summarise data; the first ``show`` training rows are shown.
 
+    Args:
+        config: settings of a run with these data.
+        tokenizer: of the model.
+        show: number of rows.
+
     Raises:
         DroppeftError: the data cannot be read, or their rows cannot be rendered.
     """
+    columns = () if config.data == "builtin" else columns_of(Path(config.data).expanduser())
     data, source, key = config.data, config.source, config.partition.key
-    columns: tuple[str, ...] = ()
-    if data != "builtin":
-        columns = tuple(read_splits(data, source)[0].table.column_names)
     if config.task == "classification":
-        loaded = load_text(data, source, key)
-        return _texts(loaded, columns, tokenizer, config.training.max_length, show)
-    return _conversations(
-        load_conversations(data, source, key), columns, tokenizer, config.training, show
-    )
+        summary = _texts(load_text(data, source, key), config, tokenizer, show)
+    else:
+        summary = _conversations(load_conversations(data, source, key), config, tokenizer, show)
+    longest = tokenizer.model_max_length
+    findings = measured(summary.findings, summary.lengths, config.training.max_length, longest)
+    return replace(summary, columns=tuple(columns), findings=findings)
 
 
-def _texts(
-    data: TextData, columns: tuple[str, ...], tokenizer: Any, max_length: int, show: int
-) -> Summary:
+def _texts(data: TextData, config: Config, tokenizer: Any, show: int) -> Summary:
+    max_length = config.training.max_length
     lengths = tokenise(data.train, tokenizer, UNTRUNCATED).lengths
-    first = range(min(show, len(data.train)))
-    table = tokenise(data.train.take(np.array(first, np.int64)), tokenizer, max_length)
-    shown = tuple(
-        Shown(
-            row + 1,
-            (Part(tokenizer.decode(table.row(row)["input_ids"]), learnt=False),),
-            int(table.lengths[row]),
-            data.label_names[table.labels[row]],
-        )
-        for row in range(len(first))
-    )
+    clients, findings = _clients(data, config)
     return Summary(
         kind="classification",
         shape="text pairs with labels" if data.train.pairs else "texts with labels",
-        columns=columns,
+        columns=(),
         train_rows=len(data.train),
         test_rows=len(data.test),
-        labels=_counts(data.train.labels, data.label_names),
+        labels=_counts(data),
         owners=_owners(data.train.keys),
+        clients=clients,
         max_length=max_length,
         lengths=lengths,
         truncated_ends=int(np.sum(lengths > max_length)),
         learnt=None,
-        shown=shown,
+        findings=findings,
+        shown=tuple(_shown_texts(data, tokenizer, max_length, show)),
     )
 
 
-def _conversations(
-    data: ConversationData,
-    columns: tuple[str, ...],
-    tokenizer: Any,
-    training: TrainingConfig,
-    show: int,
-) -> Summary:
+def _shown_texts(data: TextData, tokenizer: Any, max_length: int, show: int) -> Iterator[Shown]:
+    first = data.train.take(np.arange(min(show, len(data.train))))
+    if not show:
+        return
+    table = tokenise(first, tokenizer, max_length)
+    for row in range(len(table)):
+        ids = table.row(row)["input_ids"]
+        part = Part(tokenizer.decode(ids), learnt=False)
+        yield Shown(row + 1, (part,), len(ids), data.label_names[first.labels[row]])
+
+
+def _conversations(data: ConversationData, config: Config, tokenizer: Any, show: int) -> Summary:
+    training = config.training
     encoded = encode_conversations(data.train, tokenizer, training.max_length, training.loss_on)
     shown = []
     for row in range(min(show, len(encoded))):
@@ -156,19 +179,39 @@ def _conversations(
         label = data.label_names[data.train.labels[row]] if data.label_names else None
         parts = _parts(ids, encoded.labels[start:end] != IGNORED, tokenizer)
         shown.append(Shown(row + 1, parts, len(ids), label))
+    clients, findings = _clients(data, config)
     return Summary(
         kind="causal_lm",
         shape=data.shape,
-        columns=columns,
+        columns=(),
         train_rows=len(data.train),
         test_rows=len(data.test),
-        labels=_counts(data.train.labels, data.label_names),
+        labels=_counts(data),
         owners=_owners(data.train.keys),
+        clients=clients,
         max_length=training.max_length,
         lengths=encoded.full_lengths,
         truncated_ends=encoded.truncated_completions,
         learnt=float(encoded.targets.sum() / encoded.lengths.sum()),
+        findings=findings,
         shown=tuple(shown),
+    )
+
+
+def _clients(data: TextData | ConversationData, config: Config) -> tuple[Clients | str, Findings]:
+    """Return the clients of a run, and what is found with the rows that they leave out."""
+    train: TextTable | ConversationTable = data.train
+    settings = config.partition
+    try:
+        count = config.clients or len(owners_of(train.keys, settings))
+        clients = partition_rows(train.labels, train.keys, count, settings, config.seed)
+    except DroppeftError as reason:
+        return f"none: {reason}", data.findings
+    rows = [np.concatenate(one.parts) for one in clients]
+    sizes = tuple(len(one) for one in rows)
+    labels = tuple(len(np.unique(train.labels[one])) for one in rows)
+    return Clients(sizes, labels), partitioned(
+        data.findings, train.keys, clients, settings.min_rows
     )
 
 
@@ -181,9 +224,13 @@ def _parts(ids: Any, learnt: Any, tokenizer: Any) -> tuple[Part, ...]:
     )
 
 
-def _counts(labels: Rows, names: Sequence[str]) -> dict[str, int]:
-    counts = np.bincount(labels, minlength=len(names)).tolist()
-    return dict(zip(names, counts, strict=False))
+def _counts(data: TextData | ConversationData) -> dict[str, tuple[int, int]]:
+    names = data.label_names
+    train, test = (
+        np.bincount(table.labels, minlength=len(names)).tolist()
+        for table in (data.train, data.test)
+    )
+    return dict(zip(names, zip(train, test, strict=True), strict=False))
 
 
 def _owners(keys: tuple[str, ...] | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a run prints before its first round: what will happen, and about how long it takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
         f"{_name(about['data'])}: {about['train_rows']:,} texts to train and "
         f"{about['test_rows']:,} to test{_classes(about)}",
     )
+    yield from labelled(about["data_findings"]["sentences"])
     yield "clients", f"{about['clients']} clients; {_partition(about['config']['partition'])}"
     yield "rounds", _rounds(about)
     if sharing := _shared(about["config"]["sharing"]):
@@ -48,6 +49,12 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
         yield "results", str(folder)
     if about["expected_wall_s"] is not None:
         yield "time", f"{about_minutes(about['expected_wall_s'])} on this machine (estimated)"
+
+
+def labelled(sentences: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The sentences about findings in the data, as rows of which the first has a label."""
+    for number, sentence in enumerate(sentences):
+        yield "" if number else "check", sentence
 
 
 def _name(name: str) -> str:
@@ -91,7 +98,7 @@ def _partition(settings: Mapping[str, Any]) -> str:
         "dirichlet_by_client": "each has its own mix of classes "
         f"(Dirichlet, alpha {settings['alpha']:g})",
         "pathological": f"each has {settings['classes_per_client']} of the classes",
-        "natural": f"each has the texts of some values of column {settings.get('key')}",
+        "natural": f"each has the texts of one value of column {settings.get('key')}",
     }[settings["kind"]]
 
 

@@ -1,6 +1,6 @@
 """What ``droppeft data`` prints: what was recognised in a data set, and some of its rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -8,8 +8,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from droppeft.data.findings import TRUNCATED_SHARE
 from droppeft.data.summary import Part, Shown, Summary
 from droppeft.quantities import percent
+from droppeft.report.opening import labelled
 
 KINDS = {
     "classification": "classification of texts",
@@ -17,7 +19,10 @@ KINDS = {
 }
 LEARNT, NOT_LEARNT = "bold green", "dim"
 
-LARGEST_GROUPS = 8  # of classes and categories that are listed
+LABEL_WIDTH = len("categories")
+LARGEST_GROUPS = 20  # classes and categories that are listed
+PERCENTILES = (50, 90, 95, 99)
+NOTHING_FOUND = "nothing unusual"
 
 
 def show(name: str, model: str, summary: Summary, console: Console) -> None:
@@ -25,13 +30,11 @@ def show(name: str, model: str, summary: Summary, console: Console) -> None:
 
     Without colours, as in a file, what is learnt stands in brackets.
     """
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold cyan")
-    grid.add_column(overflow="fold")
-    for label, text in _facts(model, summary):
-        grid.add_row(label, Text(text))
     console.print(Text.assemble((name, "bold"), f" · for {KINDS[summary.kind]}"))
-    console.print(grid)
+    console.print(_grid(_about_rows(summary)))
+    if summary.labels:
+        console.print(_groups(summary))
+    console.print(_grid([*_about_tokens(model, summary), *_about_clients(summary)]))
     if summary.shown and summary.kind == "causal_lm":
         legend = (Part("learnt", learnt=True), Part(" · not learnt", learnt=False))
         console.print(Text("\nexamples: ") + _marked(legend, console))
@@ -40,36 +43,76 @@ def show(name: str, model: str, summary: Summary, console: Console) -> None:
         console.print(_marked(row.parts, console))
 
 
-def _facts(model: str, summary: Summary) -> Iterator[tuple[str, str]]:
+def _grid(facts: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan", min_width=LABEL_WIDTH)
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(label, Text(text))
+    return grid
+
+
+def _about_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "shape", summary.shape
-    if summary.columns:
-        yield "columns", ", ".join(summary.columns)
-    yield "rows", f"{summary.train_rows:,} to train and {summary.test_rows:,} to test"
-    if summary.labels:
-        what = "classes" if summary.kind == "classification" else "categories"
-        yield what, _groups(summary.labels)
-    if summary.owners:
-        yield (
-            "owners",
-            f"{len(summary.owners):,}, with {summary.owners[-1]:,} to {summary.owners[0]:,} rows "
-            f"(median {np.median(summary.owners):,.0f})",
+    roles = summary.findings.columns
+    if roles:
+        read = ", ".join(
+            role if role == name else f"{role} ← {name}" for role, name in roles.items()
         )
-    median, most, longest = np.percentile(summary.lengths, (50, 95, 100))
+        others = [name for name in summary.columns if name not in roles.values()]
+        yield "columns", read + (f"; not used: {', '.join(others)}" if others else "")
+    yield "rows", f"{summary.train_rows:,} to train and {summary.test_rows:,} to test"
+    if summary.owners:
+        yield "owners", f"{len(summary.owners):,}; rows: {_spread(summary.owners)}"
+
+
+def _groups(summary: Summary) -> Table:
+    """The classes or categories, the largest first, with their numbers of rows."""
+    what = "classes" if summary.kind == "classification" else "categories"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", min_width=LABEL_WIDTH)
+    table.add_column(overflow="fold")
+    for _ in ("train", "test"):
+        table.add_column(justify="right")
+    table.add_row(what, f"{len(summary.labels):,}", "train", "test", style="dim")
+    ordered = sorted(summary.labels.items(), key=lambda item: -item[1][0])
+    for name, (train, test) in ordered[:LARGEST_GROUPS]:
+        table.add_row("", Text(name), f"{train:,}", f"{test:,}")
+    if rest := [counts for _, counts in ordered[LARGEST_GROUPS:]]:
+        train, test = map(sum, zip(*rest, strict=True))
+        table.add_row("", f"{len(rest):,} more", f"{train:,}", f"{test:,}")
+    return table
+
+
+def _about_tokens(model: str, summary: Summary) -> Iterator[tuple[str, str]]:
+    half, *others = (f"{length:,.0f}" for length in np.percentile(summary.lengths, PERCENTILES))
+    shares = [f"{share} %" for share in PERCENTILES[1:]]
+    most = ", ".join(f"{share} {length}" for share, length in zip(shares, others, strict=True))
     yield (
         "tokens",
-        f"per row: median {median:,.0f}, 95 % have at most {most:,.0f}, longest {longest:,.0f} "
-        f"(model={model})",
+        f"median {half}; at most: {most}; longest {summary.lengths.max():,} (model={model})",
     )
-    yield "truncated", _truncated(summary)
+    if summary.kind == "causal_lm" or summary.findings.truncated < TRUNCATED_SHARE:
+        yield "truncated", _truncated(summary)
     if summary.learnt is not None:
         yield "learnt", f"{percent(summary.learnt)} of the tokens that remain"
 
 
-def _groups(counts: dict[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{name} {count:,}" for name, count in ordered[:LARGEST_GROUPS])
-    more = len(ordered) - LARGEST_GROUPS
-    return f"{len(ordered):,}: {listed}" + (f" and {more:,} more" if more > 0 else "")
+def _about_clients(summary: Summary) -> Iterator[tuple[str, str]]:
+    clients = summary.clients
+    if isinstance(clients, str):
+        yield "clients", clients
+    else:
+        what = "classes" if summary.kind == "classification" else "categories"
+        labels = f"; {what}: {_spread(clients.labels)}" if summary.labels else ""
+        yield "clients", f"{len(clients.rows):,}; rows: {_spread(clients.rows)}{labels}"
+    yield from labelled(summary.findings.sentences() or [NOTHING_FOUND])
+
+
+def _spread(values: Sequence[int]) -> str:
+    if min(values) == max(values):
+        return f"{min(values):,} each"
+    return f"{min(values):,} to {max(values):,} (median {np.median(values):,.0f})"
 
 
 def _truncated(summary: Summary) -> str:

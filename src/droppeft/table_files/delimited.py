@@ -159,10 +159,13 @@ def _ragged(text: str, dialect: Dialect) -> _Wrong:
     numbered = ((first, record) for first, _, record in _numbered(text, dialect) if record)
     _, header = next(numbered)
     line, record = next((line, one) for line, one in numbered if len(one) != len(header))
-    name = DELIMITERS[dialect.delimiter]
+    name, fields = DELIMITERS[dialect.delimiter], "field" if len(record) == 1 else "fields"
     return _Wrong(
-        f"line {line} has {len(record)} fields and the first line {len(header)} (separated by "
-        f"{name}); a field that has {name} itself needs quotes around it"
+        f"line {line} has {len(record)} {fields} and the first line {len(header)} (separated by "
+        f"{name}); add what is missing"
+        if len(record) < len(header)
+        else f"line {line} has {len(record)} fields and the first line {len(header)} (separated by "
+        f"{name}); put quotes around a field that has {name} itself"
     )
 
 
@@ -201,7 +204,7 @@ def _with_other_quotes(text: str, dialect: Dialect, wrong: _Wrong) -> tuple[Dial
             return other, _records(text, other)
         except _Wrong:
             continue
-    advice = "" if "needs quotes" in str(wrong) else "; close it, or write it twice if it is text"
+    advice = "" if ";" in str(wrong) else "; close it, or write it twice if it is text"
     raise Unreadable(f"{wrong}{advice}")
 
 

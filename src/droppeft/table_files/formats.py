@@ -68,7 +68,10 @@ def read_table(path: Path) -> TableFile:
     """
     kind = format_of(path)
     if kind is None:
-        raise DroppeftError(f"{path} is not one of {', '.join(SUFFIXES)}, nor of these with .gz")
+        raise DroppeftError(
+            f"{path} is not one of {', '.join(TEXT_FORMATS)} (each also with .gz), "
+            f"{', '.join(BINARY_FORMATS)}"
+        )
     try:
         return _read_text(path, kind) if kind in TEXT_FORMATS else BINARY_FORMATS[kind](path)
     except Unreadable as error:
