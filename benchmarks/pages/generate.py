@@ -83,6 +83,7 @@ TABLES: Tables = {
         reference.device_profiles,
         reference.method_descriptions,
         reference.methods,
+        reference.odd_inputs,
         reference.refused_adapter_types,
         reference.refused_architectures,
         reference.settings,

@@ -30,6 +30,7 @@ from droppeft.methods import METHODS
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ADAPTERS = DOCS / "adapters.json"
 ARCHITECTURES = DOCS / "architectures.json"
+ODD_INPUTS = DOCS / "odd_inputs.json"
 """What the contracts in `tests/` found."""
 
 TYPE_NAMES: dict[object, str] = {
@@ -179,6 +180,21 @@ def refused_architectures() -> str:
     """The model types that are refused, with the reason."""
     rows = [(f"`{name}`", reason) for name, reason in REFUSED.items()]
     return markdown_table(("model type", "it is refused because"), rows)
+
+
+def odd_inputs() -> str:
+    """Odd data files, and what happens when they are read."""
+    cases = json.loads(ODD_INPUTS.read_text(encoding="utf-8"))
+    rows = [(case["group"], case["input"], _shown(case["result"])) for case in cases]
+    return markdown_table(("about", "input", "what happens"), rows)
+
+
+def _shown(result: str) -> str:
+    """A result; what all files have is left out."""
+    usual = "40 rows, classes neg, pos"
+    if result.startswith("refused: "):
+        return result
+    return "read" if result == usual else f"read: {result.removeprefix(f'{usual}; ')}"
 
 
 def device_profiles() -> str:

@@ -228,7 +228,7 @@ def test_a_missing_owner_column_is_named(folder: Path) -> None:
 def test_a_column_that_occurs_twice_is_refused(folder: Path) -> None:
     (folder / "train.parquet").unlink()
     (folder / "train.csv").write_text("text,label,text\na,2,b\nc,5,d\n")
-    with pytest.raises(DroppeftError, match="has it twice"):
+    with pytest.raises(DroppeftError, match="has the column text twice; rename"):
         load(folder)
 
 

@@ -167,7 +167,9 @@ def resolve_clients(config: Config, owners: int) -> Config:
         "clients": owners,
         "cohort_size": config.cohort_size or min(DEFAULT_COHORT_SIZE, owners),
     }
-    return build_config(as_tree(config) | sizes, f"(partition.key={config.partition.key} has {owners} owners)")
+    return build_config(
+        as_tree(config) | sizes, f"(partition.key={config.partition.key} has {owners} owners)"
+    )
 
 
 def available_cores() -> int:

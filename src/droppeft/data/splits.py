@@ -51,13 +51,14 @@ class Split:
     def column(self, name: str, setting: str) -> pa.ChunkedArray:
         """Return a column, without its dictionary; errors name ``setting`` as its origin."""
         names = self.table.column_names
-        if names.count(name) != 1:
+        if names.count(name) > 1:
+            raise DroppeftError(f"{self.where} has the column {name} twice; rename or remove one")
+        if name not in names:
             near = [other for other in names if other.casefold() == name.casefold()]
             near = near or difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
             raise DroppeftError(
-                f"{self.where} has no column {name} ({setting}), or has it twice; "
-                f"columns: {', '.join(names)}{hint}"
+                f"{self.where} has no column {name} ({setting}); columns: {', '.join(names)}{hint}"
             )
         column = self.table[name]
         if pa.types.is_dictionary(column.type):
