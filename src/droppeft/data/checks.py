@@ -1,6 +1,6 @@
 """Compute what :mod:`droppeft.data.findings` says about the rows of a data set. Ours."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -23,10 +23,9 @@ def compared(
         test: the same for test rows.
         labels: the class of each training row, shape (rows,).
     """
-    seen: dict[Hashable, set[int]] = defaultdict(set)
-    for content, label in zip(train, labels.tolist(), strict=True):
-        seen[content].add(label)
-    disputed = {content for content, found in seen.items() if len(found) > 1}
+    seen: dict[Hashable, int] = {}
+    pairs = zip(train, labels.tolist(), strict=True)
+    disputed = {content for content, label in pairs if seen.setdefault(content, label) != label}
     return replace(
         findings,
         train_rows=len(train),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SAMPLE_ROWS = 200
+SAMPLE_CHARACTERS = 2**16
 
 Records = list[list[str]]
 
@@ -103,10 +104,13 @@ def find_dialect(text: str, usual: str) -> Dialect:
     A delimiter that the header does not have is not considered.
     """
     best, found = (0.0, 0, False), Dialect(usual)
+    sample = text
+    if len(text) > SAMPLE_CHARACTERS:  # without the last line, which may not be whole
+        sample = text[:SAMPLE_CHARACTERS].rpartition("\n")[0] or text
     for delimiter in DELIMITERS:
         dialect = Dialect(delimiter)
         try:
-            records = [row for row in islice(dialect.read(text, strict=False), SAMPLE_ROWS) if row]
+            records = [row for row in islice(dialect.read(sample, strict=False), SAMPLE_ROWS) if row]
         except csv.Error:
             continue
         if not records or len(records[0]) < 2:
