@@ -41,6 +41,7 @@ def detected_task(tree: Mapping[str, Any]) -> str:
     if model == "smollm2" or model.endswith(".gguf") or "prompt" in source:
         return CAUSAL_LM
     present = set() if data == "builtin" else set(columns_of(Path(data).expanduser()))
+    present = {name.casefold() for name in present}
     shape = next((n for n, one in CONVERSATION_COLUMNS.items() if present.issuperset(one)), None)
     # A text with other columns is more likely to lack the name of its label.
     is_document = shape == "text" and len(present) == 1 and not source

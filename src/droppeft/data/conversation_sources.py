@@ -81,6 +81,8 @@ def _builtin(source: SourceConfig, key: str | None) -> ConversationData:
 
 def _from_splits(data: str, source: SourceConfig, key: str | None) -> ConversationData:
     train, test = read_splits(data, source)
+    if source.prompt is None and source.text is None:
+        train, test = _in_lower_case(train), test and _in_lower_case(test)
     shape = _shape(train, source)
     splits = (train,) if test is None else (train, test)
     categories = [
@@ -141,6 +143,19 @@ def _lacking(
     if keys is not None:
         rows["owner"] = (f"{key} is missing", np.array([not one for one in keys]))
     return Lacking(split, rows)
+
+
+def _in_lower_case(split: Split) -> Split:
+    """Rename columns such as ``Prompt`` if only then a shape fits."""
+    names = split.table.column_names
+    lower = [name.casefold() for name in names]
+    shape = SHAPES.get(detect_shape(lower) or "")
+    if detect_shape(names) is not None or shape is None or len({*lower}) < len(lower):
+        return split
+    read = {*shape.required, *shape.optional}
+    renamed = [low if low in read else name for low, name in zip(lower, names, strict=True)]
+    table = split.table.rename_columns(renamed)
+    return Split(table, split.where, split.remarks, has_header=split.has_header)
 
 
 def _shape(split: Split, source: SourceConfig) -> Shape:

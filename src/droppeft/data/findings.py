@@ -84,15 +84,15 @@ class Findings:
         found = list(self.remarks)
         if self.stripped_labels:
             found.append(
-                f"{_rows(self.stripped_labels)} had spaces around the label, which were removed "
+                f"{_rows(self.stripped_labels, of='label')} had spaces around, which were removed "
                 "(source.strip_labels)"
             )
         lacking = {
-            "text": self.without_text,
-            "label": self.without_label,
-            "owner": self.without_owner,
+            "a text": self.without_text,
+            "a label": self.without_label,
+            "an owner": self.without_owner,
         }
-        parts = [f"{count:,} without a {kind}" for kind, count in lacking.items() if count]
+        parts = [f"{count:,} without {kind}" for kind, count in lacking.items() if count]
         if parts:
             total = sum(lacking.values())
             found.append(f"{_rows(total)} left out: {', '.join(parts)} (source.missing=drop)")

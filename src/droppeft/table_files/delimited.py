@@ -110,7 +110,9 @@ def find_dialect(text: str, usual: str) -> Dialect:
     for delimiter in DELIMITERS:
         dialect = Dialect(delimiter)
         try:
-            records = [row for row in islice(dialect.read(sample, strict=False), SAMPLE_ROWS) if row]
+            records = [
+                row for row in islice(dialect.read(sample, strict=False), SAMPLE_ROWS) if row
+            ]
         except csv.Error:
             continue
         if not records or len(records[0]) < 2:
