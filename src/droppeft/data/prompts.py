@@ -16,7 +16,7 @@ COLUMNS = ("prompt", "messages", "conversations", "instruction", "text")
 
 
 def read_prompts(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
-    """Read a file of prompts: .jsonl, .json, .csv or .parquet.
+    """Read a file of prompts, of a type in :data:`~droppeft.table_files.SUFFIXES`.
 
     A prompt is a text, or a list of messages of which the last is not the assistant's.
 

@@ -72,3 +72,13 @@ def test_a_run_with_another_configuration_is_not_resumed(
     with pytest.raises(DroppeftError, match="holds a run with another configuration"):
         run(out, " ".join([*tiny_overrides, "seed=5"]))
     assert "droppeft: " + str(out) in capsys.readouterr().out
+
+
+def test_a_run_whose_clients_were_counted_is_resumed(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    given = [one for one in tiny_overrides if not one.startswith(("clients", "cohort_size"))]
+    natural = [*given, "partition.kind=natural", "partition.key=label"]
+    stop_after_a_round(natural, tmp_path / "run")
+    run(tmp_path / "run", " ".join(natural))
+    assert load_config(tmp_path / "run" / "config.toml").clients == 3
