@@ -164,6 +164,8 @@ CASES = (
     one(CSV, "UTF-16", "a.csv", table().encode("utf-16")),
     one(CSV, "Windows-1252", "a.csv", with_rows("café,pos").encode("cp1252")),
     one(CSV, "no line with the names of the columns", "a.csv", table(head="good text 99,pos")),
+    one(CSV, "the same with three columns", "a.csv",
+        "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(TEXTS, LABELS, strict=True)))),
     one(CSV, "a column that occurs twice", "a.csv", "text,label,text\na,1,b\n"),
     one(CSV, "a header alone", "a.csv", "text,label\n"),
     one(CSV, "an empty file", "a.csv", ""),

@@ -76,7 +76,7 @@ def test_everything_is_counted(reviews: Path) -> None:
     assert found.rows_read == accounted(found) == 68
     assert found.sentences() == [
         "2 labels had spaces around, which were removed (source.strip_labels)",
-        "3 rows left out: 1 without a text, 1 without a label, 1 without an owner "
+        "left out: 1 row without a text, 1 row without a label, 1 row without an owner "
         "(source.missing=drop)",
         "classes with nearly the same name: 'B' and 'b'",
         "one class has fewer than 10 training rows: B (1)",

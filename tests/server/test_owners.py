@@ -43,7 +43,7 @@ def test_every_owner_with_enough_rows_is_a_client(owned: list[str], tmp_path: Pa
     found = result["data_findings"]
     assert (found["rows_read"], found["train_rows"], found["test_rows"]) == (76, 70, 2)
     assert (found["without_text"], found["left_out_rows"], found["left_out_owners"]) == (1, 3, 1)
-    assert found["sentences"][0] == "1 row left out: 1 without a text (source.missing=drop)"
+    assert found["sentences"][0] == "left out: 1 row without a text (source.missing=drop)"
     # Resumed is the same as uninterrupted, and so is the run of the saved configuration.
     stop_after_a_round(owned, tmp_path / "stopped")
     resume_run(tmp_path / "stopped", Recorder())

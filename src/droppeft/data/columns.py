@@ -145,7 +145,7 @@ def _content(table: pa.Table, name: str) -> _Content:
 def _check_header(split: Split, columns: Sequence[_Content]) -> None:
     """Refuse a table whose first row was taken for the names of its columns."""
     for column in columns:
-        if column.name in column.values:
+        if column.name in map(str.strip, column.values):
             raise DroppeftError(
                 f"{split.where}: the first line seems to be a row, since {column.name!r} is also a "
                 "value below it; add a line with the names of the columns, such as text,label"
@@ -155,7 +155,12 @@ def _check_header(split: Split, columns: Sequence[_Content]) -> None:
 def _not_found(
     split: Split, contents: Sequence[_Content], text: Sequence[str] | None, label: str | None
 ) -> DroppeftError:
-    """The error, with the settings that are likely meant: longest texts, fewest labels."""
+    """The error, with the settings that are likely meant: longest texts, fewest labels.
+
+    Raises:
+        DroppeftError: the first line has no names of columns.
+    """
+    _check_header(split, contents)
     filled = [one for one in contents if one.values]
     likely = []
     if text is None and filled:

@@ -92,10 +92,9 @@ class Findings:
             "a label": self.without_label,
             "an owner": self.without_owner,
         }
-        parts = [f"{count:,} without {kind}" for kind, count in lacking.items() if count]
+        parts = [f"{_rows(count)} without {kind}" for kind, count in lacking.items() if count]
         if parts:
-            total = sum(lacking.values())
-            found.append(f"{_rows(total)} left out: {', '.join(parts)} (source.missing=drop)")
+            found.append(f"left out: {', '.join(parts)} (source.missing=drop)")
         return found
 
     def _about_classes(self) -> list[str]:

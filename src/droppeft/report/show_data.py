@@ -22,6 +22,7 @@ LEARNT, NOT_LEARNT = "bold green", "dim"
 LABEL_WIDTH = len("categories")
 LARGEST_GROUPS = 20  # classes and categories that are listed
 PERCENTILES = (50, 90, 95, 99)
+UNNAMED = "(without a name)"
 NOTHING_FOUND = "nothing unusual"
 
 
@@ -59,7 +60,7 @@ def _about_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         read = ", ".join(
             role if role == name else f"{role} ← {name}" for role, name in roles.items()
         )
-        others = [name for name in summary.columns if name not in roles.values()]
+        others = [name or UNNAMED for name in summary.columns if name not in roles.values()]
         yield "columns", read + (f"; not used: {', '.join(others)}" if others else "")
     yield "rows", f"{summary.train_rows:,} to train and {summary.test_rows:,} to test"
     if summary.owners:
