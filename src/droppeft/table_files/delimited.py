@@ -2,7 +2,6 @@
 
 import csv
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,7 +37,7 @@ class Dialect:
 
     def read(self, text: str, *, strict: bool) -> "Reader":
         """Return a reader of the records of a text."""
-        csv.field_size_limit(sys.maxsize)  # one text may have more than the default of 128 kB
+        csv.field_size_limit(2**31 - 1)  # one text may have more than the default of 128 kB
         return csv.reader(
             io.StringIO(text, newline=""),
             delimiter=self.delimiter,
