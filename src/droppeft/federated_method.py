@@ -100,6 +100,9 @@ class Method:
         has_global_model: whether, with this configuration, the state's model is a complete global
             model. Otherwise the model, or its head, only gives clients their initial values.
         note: returns values about the last round for the ledger, or ``None``.
+        lora_options: of a method that computes with LoRA's A and B, the options of LoRA under which
+            its arithmetic holds; ``None`` for a method that merges tensors, whatever they mean.
+            :mod:`droppeft.methods.rules` refuses other types and options.
         memory_type: class of ``ServerState.memory``: a frozen dataclass of numbers, strings,
             tuples, mappings and such dataclasses, which checkpoints store as JSON.
     """
@@ -115,6 +118,7 @@ class Method:
     evaluate_client: ForClient = _global_model
     has_global_model: Callable[[Config], bool] = lambda config: True
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = lambda setup, state: None
+    lora_options: frozenset[str] | None = None
     memory_type: type = NoMemory
 
 

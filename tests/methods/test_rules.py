@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from droppeft import cli
+from droppeft import cli, methods
 from droppeft.comparison.grid import Comparison, cells, named_on_the_command_line
 from droppeft.config import Config, build_config, load_config, parse_override
 from droppeft.errors import DroppeftError
@@ -113,8 +113,10 @@ IMPOSSIBLE = [
     ("method=fedadapter cohort_size=2", "cohort_size=2; set it to 3 or more"),
     ("method=fedadapter frozen.layers=1", "leave frozen.layers=1 out"),
     ("method=fedadapter training.local_epochs=1", "instead of training.local_epochs"),
-    ("method=fedhetlora adapter.type=ia3", "adapter.type=ia3; set adapter.type=lora"),
+    ("method=fedhetlora adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
     ("method=fedhetlora adapter.options.use_rslora=true", "leave adapter.options.use_rslora out"),
+    ("method=fedhetlora adapter.options.lora_bias=true", "leave adapter.options.lora_bias out"),
+    ("method=fedsa_lora adapter.options.use_dora=true", "leave adapter.options.use_dora out"),
     ("method=fedra dropout.every=5", "dropout.every=5 is not possible; leave it out"),
     ("method=legend adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
     ("method=fedsa_lora adapter.type=ia3", "adapter.type=ia3 has none; set adapter.type=lora"),
@@ -198,6 +200,18 @@ def test_every_rule_about_effects_has_a_case() -> None:
     found = [without_effect(load_config(None, overrides.split())) for overrides, _ in IGNORED]
     seen = {id(rule) for rules in found for rule in rules.values()}
     assert [rule.reason for rule in NO_EFFECT if id(rule) not in seen] == []
+
+
+def test_a_method_that_computes_with_factors_says_which_options_it_knows() -> None:
+    files = {name: Path(methods.__file__).with_name(f"{name}.py") for name in METHODS}
+    computing = {
+        name
+        for name, file in files.items()
+        if file.exists() and "droppeft.sharing.factors" in file.read_text()
+    }
+    assert {"ffa_lora", "fedhetlora", "fedsa_lora", "flora"} <= computing
+    undeclared = [name for name in computing if METHODS[name].lora_options is None]
+    assert undeclared == []
 
 
 def test_every_method_with_rules_has_a_case() -> None:

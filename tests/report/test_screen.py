@@ -268,7 +268,7 @@ def test_without_a_global_model_there_is_one_accuracy(
         "personalised_failures": [{"client": 3, "reason": "asleep"}],
         "own_majority_accuracy": 0.4375,
     }
-    text = shown({**result, "global_accuracy": None, **own}, rows)
+    text = shown({**result, "global_accuracy": None, "test_rows": 0, **own}, rows)
     assert "–   there is no global model" in text
     assert ".500" in line_with(text, "personalised")
     assert "of them: 2 clients" in line_with(text, "worst tenth")

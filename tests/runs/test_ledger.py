@@ -37,6 +37,7 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         accepted=1,
         failures=[],
         quality={"global_accuracy": accuracy, "global_f1": accuracy, "global_loss": None},
+        diverged=False,
         validation_loss=None,
         train_loss=1.0 / round,
         mean_active_layers=3.0,
@@ -170,6 +171,7 @@ def test_a_round_is_summarised() -> None:
         accepted=2,
         failures=[{"client": 4, "reason": "sent no reply"}],
         quality=quality,
+        diverged=False,
         validation_loss=0.6,
         train_loss=0.75,
         mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients

@@ -1,6 +1,7 @@
 """A whole run: it is reproducible, also after a crash at any moment."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,9 +22,11 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction
 from droppeft.runs.folder import LOCK, check_free, locked
-from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.server.run import Interrupted, _evaluate, resume_run, start_run
+from droppeft.training.loop import Evaluation
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
+from refusals import refused
 from runs import Recorder, adapter_bytes, checkpoint_of, outcome, rows_of
 
 MAIN = "from droppeft.cli import main; main()"
@@ -98,6 +101,38 @@ def test_rounds_between_evaluations_have_no_accuracy(
     measured = [row["global_accuracy"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     # The second because it is due, the third because it is the last.
     assert [value is None for value in measured] == [True, False, False]
+
+
+def test_a_run_that_diverges_says_so_in_that_round_and_writes_valid_json(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter((1.1, 1.1, 1.1, math.nan, math.inf, 1.1))
+
+    def evaluated(*args: Any) -> Evaluation:
+        found = _evaluate(*args)
+        return replace(found, metrics={**found.metrics, "loss": next(calls)})
+
+    monkeypatch.setattr("droppeft.server.run._evaluate", evaluated)
+    out = tmp_path / "run"
+    start_run(load_config(None, tiny_overrides), out, Recorder())
+    lines = (out / "rounds.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["diverged"] for row in rows] == [False, True, True]
+    assert [row["global_loss"] for row in rows] == [1.1, None, None]
+    result = json.loads((out / "result.json").read_text(), parse_constant=pytest.fail)
+    assert "not finite in round 2. Try a lower" in result["conclusion"][0]
+
+
+def test_a_model_that_is_broken_before_training_is_refused(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*args: Any) -> Evaluation:
+        return replace(_evaluate(*args), metrics={"accuracy": 0.5, "f1": 0.5, "loss": math.nan})
+
+    monkeypatch.setattr("droppeft.server.run._evaluate", evaluated)
+    with refused("is not finite before training: its weights are damaged"):
+        start_run(load_config(None, tiny_overrides), tmp_path / "run", Recorder())
+    assert not (tmp_path / "run").exists()
 
 
 # Crashes

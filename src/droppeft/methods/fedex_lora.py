@@ -13,7 +13,7 @@ import numpy as np
 from droppeft.federated_method import Method, Setup
 from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update, flatten
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
+from droppeft.methods.plain_lora import check_unquantised, scale_of, with_added
 from droppeft.sharing.aggregation import Wide, average_over_senders, by_targets
 from droppeft.sharing.factors import A, B, mean_products
 
@@ -46,5 +46,6 @@ FEDEX_LORA = Method(
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,
     merge=_merge,
-    check=check_added_lora,
+    check=check_unquantised,
+    lora_options=frozenset(),
 )

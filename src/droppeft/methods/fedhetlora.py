@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.config import Config
-from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -131,20 +129,6 @@ def _speeds(setup: Setup) -> list[float]:
     ]
 
 
-def _check(config: Config) -> None:
-    chosen = config.adapter
-    if chosen.type != "lora" or chosen.rank is None:
-        raise DroppeftError(
-            f"method=fedhetlora needs LoRA's A and B, but adapter.type={chosen.type}; "
-            "set adapter.type=lora"
-        )
-    if chosen.options.get("use_rslora"):
-        raise DroppeftError(
-            "method=fedhetlora scales by alpha / rank, but use_rslora divides by the root of the "
-            "rank; leave adapter.options.use_rslora out"
-        )
-
-
 def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
     return replace(state, memory=first_ranks(setup, setup.config.adapter.rank or 0))
@@ -227,7 +211,7 @@ FEDHETLORA = Method(
     init=_init,
     instruct=per_client(_with_penalty),
     merge=_merge,
-    check=_check,
+    lora_options=frozenset(),
     evaluate_client=evaluating(at_rank),
     memory_type=Ranks,
 )

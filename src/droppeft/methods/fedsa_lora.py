@@ -7,8 +7,6 @@ is evaluated on its own test rows. A client that has never trained has B = 0.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droppeft.config import Config
-from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -26,14 +24,6 @@ from droppeft.sharing.participation import (
     last_participation,
     with_participations,
 )
-
-
-def _check(config: Config) -> None:
-    if config.adapter.type != "lora":
-        raise DroppeftError(
-            f"method=fedsa_lora shares LoRA's A, but adapter.type={config.adapter.type} has none; "
-            "set adapter.type=lora"
-        )
 
 
 def _init(setup: Setup) -> ServerState:
@@ -69,7 +59,7 @@ FEDSA_LORA = Method(
     init=_init,
     instruct=per_client(_for_client),
     merge=_merge,
-    check=_check,
+    lora_options=frozenset({"use_rslora"}),
     evaluate_client=evaluating(_for_client),
     has_global_model=lambda config: False,
     memory_type=ParticipationMemory,

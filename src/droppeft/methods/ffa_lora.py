@@ -16,7 +16,6 @@ from droppeft.federated_method import (
 )
 from droppeft.messages import Instruction, ServerState, flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.sharing.factors import A
 
 
@@ -36,6 +35,6 @@ FFA_LORA = Method(
     init=FEDLORA.init,
     instruct=per_client(_for_client),
     merge=average_by_targets,
-    check=check_plain_lora,
+    lora_options=frozenset(),
     evaluate_client=evaluating(_for_client),
 )

@@ -19,7 +19,6 @@ from droppeft.federated_method import (
 )
 from droppeft.messages import Instruction, Reply, ServerState, Update
 from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
-from droppeft.methods.plain_lora import check_plain_lora
 from droppeft.sharing.aggregation import by_targets
 from droppeft.sharing.factors import average_products
 
@@ -50,7 +49,7 @@ FLEXLORA = Method(
     init=_init,
     instruct=per_client(at_rank),
     merge=_merge,
-    check=check_plain_lora,
+    lora_options=frozenset(),
     evaluate_client=evaluating(at_rank),
     memory_type=Ranks,
 )

@@ -25,7 +25,7 @@ from droppeft.messages import (
     Update,
 )
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.plain_lora import check_added_lora, scale_of, with_added
+from droppeft.methods.plain_lora import check_unquantised, scale_of, with_added
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import mean_products, pairs_of
 
@@ -66,5 +66,6 @@ FLORA = Method(
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,
     merge=_merge,
-    check=check_added_lora,
+    check=check_unquantised,
+    lora_options=frozenset(),
 )

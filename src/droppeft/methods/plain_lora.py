@@ -13,31 +13,12 @@ from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.factors import A
 
 
-def check_plain_lora(config: Config) -> None:
-    """Refuse adapters other than plain LoRA (arXiv:2106.09685).
+def check_unquantised(config: Config) -> None:
+    """Refuse quantised weights, to which products B·A cannot be added.
 
     Raises:
-        DroppeftError: if the adapter has another type, or options that change what B·A means.
+        DroppeftError: if the weights are quantised.
     """
-    chosen, method = config.adapter, f"method={config.method}"
-    if chosen.type != "lora" or chosen.rank is None:
-        raise DroppeftError(
-            f"{method} needs LoRA's A and B, but adapter.type={chosen.type} has none; "
-            "set adapter.type=lora"
-        )
-    if chosen.options:
-        raise DroppeftError(
-            f"{method} works with plain LoRA only; leave adapter.options.{min(chosen.options)} out"
-        )
-
-
-def check_added_lora(config: Config) -> None:
-    """Refuse settings with which products B·A cannot be added to the frozen weights.
-
-    Raises:
-        DroppeftError: as :func:`check_plain_lora`, or if the weights are quantised.
-    """
-    check_plain_lora(config)
     if config.quantization != "none":
         raise DroppeftError(
             f"method={config.method} adds to the frozen weights, which is not possible with "

@@ -151,8 +151,28 @@ def check_settings(config: Config) -> None:
     check_offload(config)
     _check_frozen(config)
     _check_measured(method, config)
+    _check_lora(method, config)
     check_target(config.target, config.task)
     method.check(config)
+
+
+def _check_lora(method: Method, config: Config) -> None:
+    """Refuse adapters in which a method's arithmetic with LoRA's A and B does not hold."""
+    chosen, known = config.adapter, method.lora_options
+    if known is None:
+        return
+    if chosen.type != "lora":
+        raise DroppeftError(
+            f"method={method.name} computes with LoRA's A and B, but adapter.type={chosen.type} "
+            "has none; set adapter.type=lora"
+        )
+    for option in sorted(name for name, value in chosen.options.items() if value):
+        if option not in known:
+            raise DroppeftError(
+                f"method={method.name} computes with LoRA's A and B, and its computation does not "
+                f"hold with adapter.options.{option}; leave adapter.options.{option} out, or set "
+                "method=fedlora"
+            )
 
 
 def check_target(target: float | None, task: str) -> None:

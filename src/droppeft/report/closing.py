@@ -120,7 +120,8 @@ def _global_lines(
     result: Mapping[str, Any], metric: Metric, sample: str
 ) -> list[tuple[str, str, str]]:
     if result[metric.key("global")] is None:
-        return [(metric.label, "–", "there is no global model")]
+        why = "not finite" if result["test_rows"] else "there is no global model"
+        return [(metric.label, "–", why)]
     others = [
         (other.label, other.text(result[other.key("global")]), _note(other, result))
         for other in metrics_in(result)

@@ -207,10 +207,16 @@ def _part(value: float, metric: Metric, about: Mapping[str, Any]) -> float:
 
 
 def _left_out(row: "RoundRow") -> Iterator[Text]:
-    """Lines about clients whose update was not merged in a round, and why."""
+    """Lines about clients whose update was not merged in a round and why, and about divergence."""
     indent = " " * 9
     for failure in row.failures:
         yield Text(f"{indent}client {failure['client']}: {failure['reason']}", style="red")
+    if row.diverged:
+        yield Text(
+            f"{indent}the loss of the global model is not finite: training has diverged; stop the "
+            "run and lower training.learning_rate",
+            style="red",
+        )
     groups = {"absent": row.absent, "late": row.late, "surplus": row.surplus}
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:

@@ -47,6 +47,8 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     """
     trend = trend_of(result, rows)
     parts = (
+        _without_global_model(result, rows),
+        _divergence(result, rows),
         _quality(result, trend),
         trend.sentence if trend else None,
         _delivered(result, rows),
@@ -59,16 +61,32 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     return [sentence for sentence in parts if sentence]
 
 
+def _without_global_model(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
+    if result[primary_metric(result).key("global")] is not None or _diverged(rows):
+        return None
+    return "With these settings there is no global model; clients have models of their own."
+
+
+def _divergence(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
+    found = _diverged(rows)
+    if not found:
+        return None
+    return (
+        f"Training diverged: the loss of the global model is not finite in round {found[0].round}. "
+        f"Try a lower training.learning_rate, such as {_rate(result) / 3:.1g}, or "
+        "training.precision=fp32."
+    )
+
+
+def _diverged(rows: Sequence[RoundRow]) -> list[RoundRow]:
+    return [row for row in rows if row.diverged]
+
+
 def _quality(result: Mapping[str, Any], trend: Trend | None) -> str | None:
     """The quality beside its references; what to try, unless the trend says it."""
     metric = primary_metric(result)
-    if result[metric.key("global")] is None:
-        return "With these settings there is no global model; clients have models of their own."
-    if not math.isfinite(result["global_loss"]):
-        return (
-            "Training diverged: the loss of the global model is not finite. Try a lower "
-            f"training.learning_rate, such as {_rate(result) / 3:.1g}, or training.precision=fp32."
-        )
+    if result[metric.key("global")] is None or result["global_loss"] is None:
+        return None
     found = _accuracy(result) if metric == ACCURACY else _loss(result, metric)
     problem = _problem(result)
     if problem is None:
@@ -162,7 +180,7 @@ def trend_of(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> Trend | Non
     count = min(SMOOTHED_EVALUATIONS, len(values) // 2)
     only = [value for value, _ in values]
     last, before = fmean(only[-count:]), fmean(only[-2 * count : -count])
-    if not math.isfinite(last + before):
+    if _diverged(rows):
         return None
     margin = _margin(metric, (last + before) / 2, result["sampled_test_rows"])
     number = {2: "two", 3: "three"}[count]

@@ -38,6 +38,7 @@ class RoundRow:
         failures: client and reason of each update that did not arrive, was refused or set aside.
         quality: of the global model with all layers, by ``global_`` and the metric, on the sample
             of test rows; ``None`` in a round without evaluation.
+        diverged: whether the loss of the global model on the test rows is not finite.
         validation_loss: loss of the global model on validation rows of the same clients in every
             round; ``None`` if it was not measured.
         train_loss: mean over the steps of a client, then over accepted clients.
@@ -72,6 +73,7 @@ class RoundRow:
     accepted: int
     failures: list[dict[str, Any]]
     quality: Mapping[str, float | None]
+    diverged: bool
     validation_loss: float | None
     train_loss: float | None
     mean_active_layers: float | None
@@ -116,12 +118,14 @@ class RoundEvaluation:
     Attributes:
         quality: on the sample of test rows, by the names of the columns.
         wall_s: seconds that all of it took.
+        diverged: whether the loss on these rows is not finite.
         validation_loss: on clients' validation rows; ``None`` if it was not measured.
         download_bytes: bytes of the instructions that asked for ``validation_loss``.
     """
 
     quality: Mapping[str, float | None]
     wall_s: float = 0.0
+    diverged: bool = False
     validation_loss: float | None = None
     download_bytes: int = 0
 
@@ -233,6 +237,7 @@ def round_row(
         accepted=len(updates),
         failures=_failures(closed),
         quality=evaluation.quality,
+        diverged=evaluation.diverged,
         validation_loss=evaluation.validation_loss,
         train_loss=_mean([update.train_loss for update in updates]),
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps

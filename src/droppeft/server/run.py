@@ -5,6 +5,7 @@ that is resumed from a checkpoint after a crash therefore ends as it would have 
 """
 
 import json
+import math
 import secrets
 import shutil
 import time
@@ -109,6 +110,11 @@ def start_run(
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
         evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
+        if not math.isfinite(evaluation.loss):
+            raise DroppeftError(
+                f"the loss of model {config.model} is not finite before training: its weights are "
+                f"damaged, or training.precision={config.training.precision} is too coarse for it"
+            )
         first = Checkpoint(0, prepared.state, _initial_facts(prepared, evaluation))
         begin(out, prepared.config, first)
         again = _evaluate(prepared, prepared.state.model, prepared.sample[::4])
@@ -333,6 +339,7 @@ def _evaluate_round(
     return RoundEvaluation(
         quality_of("global", metrics, evaluation.metrics),
         evaluation.wall_s + validation.wall_s,
+        not math.isfinite(evaluation.loss),
         validation.loss,
         validation.download_bytes,
     )

@@ -99,7 +99,10 @@ def _wrong_counts(instruction: Instruction, update: Update) -> str | None:
     if not all(0 <= active <= update.steps for active in update.active_steps):
         return "claims that a layer was active in more steps than there were"
     if not np.isfinite((update.train_loss, update.reward or 0.0, *update.importance)).all():
-        return "its loss, reward or importance is not finite"
+        return (
+            "its loss, reward or gradients are not finite: training diverges; lower "
+            f"training.learning_rate={instruction.training.learning_rate:g}"
+        )
     if abs(update.reward or 0.0) > MAX_REWARD or not all(
         0 <= importance < MAX_IMPORTANCE for importance in update.importance
     ):

@@ -104,7 +104,10 @@ def metrics_in(result: Mapping[str, Any]) -> list[Metric]:
 def quality(
     whose: str, metrics: Iterable[Metric], values: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return values by the keys of results; ``None`` for each metric if there are no values."""
-    return {
-        metric.key(whose): None if values is None else values[metric.name] for metric in metrics
-    }
+    """Return values by the keys of results.
+
+    ``None`` stands for a value that is not finite, and for each metric if there are no values.
+    """
+    known = values or {}
+    finite = {name: value for name, value in known.items() if math.isfinite(value)}
+    return {metric.key(whose): finite.get(metric.name) for metric in metrics}
