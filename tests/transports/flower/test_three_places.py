@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 
+from chats import chat_settings
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.runs.ledger import RoundRow
@@ -176,6 +177,20 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
         run([], begun)
     assert comparable(out) == comparable(whole_run)
     assert comparable(begun) == comparable(sharing_run)
+
+
+@pytest.mark.full
+def test_a_language_model_on_a_superlink_is_the_run_in_process(
+    example: ModuleType, tmp_path: Path
+) -> None:
+    """Each client's own model also writes texts, on its node."""
+    words = [*chat_settings(tmp_path), "evaluation.personalised_generated=1"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    start_run(load_config(None, words), here, Recorder())
+    with example.loopback(tmp_path / "flower") as run:
+        run(words, there)
+    assert comparable(there) == comparable(here)
+    assert (there / "generated.jsonl").read_bytes() == (here / "generated.jsonl").read_bytes()
 
 
 @pytest.mark.full
