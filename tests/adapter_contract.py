@@ -29,8 +29,9 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
 from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerKey, flatten
-from droppeft.models.loading import HEAD_MODULES, quiet
+from droppeft.models.loading import HEAD_MODULES
 from droppeft.models.quantization import copy_dequantised_values, patch_quantised_layers, quantised
+from droppeft.models.quiet import quiet
 from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, train
 from handmade import TRAINING

@@ -24,6 +24,7 @@ from droppeft.command_line_words import (
     seed_numbers,
 )
 from droppeft.errors import DroppeftError, Interrupted
+from droppeft.quantities import counted
 
 if TYPE_CHECKING:
     from droppeft.runs.listener import Listener
@@ -237,7 +238,7 @@ def export(
     measured = (
         "not evaluated in this round"
         if done.value is None
-        else f"{done.metric} {done.value:.4f} on {done.rows} test texts"
+        else f"{done.metric} {done.value:.4f} on {counted(done.rows, 'test text')}"
     )
     typer.echo(f"round {done.round}, {measured}: {done.folder}\n\n{done.lines}", nl=False)
 
@@ -306,11 +307,15 @@ def data(
     from droppeft.data.summary import check_settings, summarise
     from droppeft.models.sources import find_source
     from droppeft.report import show_data as report
+    from droppeft.report.screen import Screen
 
     overrides = settings or []
     check_settings(overrides)
     config = load_config(None, [f"data={name}", *overrides])
-    tokenizer = find_source(config.model).load_tokenizer()
+    source = find_source(config.model)
+    with Screen() as screen:
+        source.convert(screen.preparing)
+    tokenizer = source.load_tokenizer()
     report.show(name, config.model, summarise(config, tokenizer, show), Console())
 
 
@@ -389,11 +394,14 @@ def estimate(
     from rich.console import Console
 
     from droppeft.report import show_estimate as report
+    from droppeft.report.screen import Screen
     from droppeft.resources.estimate import combinations, limits
 
-    configs = list(combinations(*file_and_settings(overrides or [])))
-    device = limits(memory, seconds, profile, configs[0].clock.custom)
     console = Console(stderr=True) if as_json else Console()
+    with Screen(console) as screen:
+        words = file_and_settings(overrides or [])
+        configs = list(combinations(*words, screen.preparing))
+    device = limits(memory, seconds, profile, configs[0].clock.custom)
     answer = report.consider(configs, device, profile, console)
     if as_json:
         typer.echo(report.as_json(answer))

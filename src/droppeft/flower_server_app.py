@@ -19,6 +19,7 @@ from droppeft.config.schema import HALF
 from droppeft.errors import DroppeftError
 from droppeft.messages import Reply
 from droppeft.methods import method_named
+from droppeft.quantities import counted
 from droppeft.resources.model_shape import model_shape
 from droppeft.runs.folder import CONFIG
 from droppeft.runs.ledger import RoundRow
@@ -103,8 +104,8 @@ class Log:
         value = row.quality[self._metric.key("global")]
         quality = "" if value is None else f", {self._metric.label} {value:.3f}"
         _say(
-            f"round {row.round}/{self._rounds}{quality}, {row.accepted} of {len(row.cohort)} "
-            f"clients, {row.host_wall_s:.1f} s"
+            f"round {row.round}/{self._rounds}{quality}, {row.accepted} of "
+            f"{counted(len(row.cohort), 'client')}, {row.host_wall_s:.1f} s"
         )
         for failure in row.failures:
             _say(f"  client {failure['client']}: {failure['reason']}")
@@ -114,12 +115,13 @@ class Log:
         metric = primary_metric(result)
         value, own = result[metric.key("global")], result.get(metric.key("personalised"))
         if value is not None:
-            _say(f"{metric.label} on {result['test_rows']} test texts {value:.4f}")
+            texts = counted(result["test_rows"], "test text")
+            _say(f"{metric.label} on {texts} {value:.4f}")
             if result["adapter_sha256"] is not None:
                 _say(f"adapter {result['adapter_sha256']}")
         if own is not None:
             clients = result["personalised_clients"]
-            _say(f"mean of {clients} clients' own models {own:.4f}")
+            _say(f"own models, mean of {counted(clients, 'client')} {own:.4f}")
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,9 @@
 """Numbers with their units, as text for readers."""
 
 
-def counted(number: int, name: str) -> str:
-    """A number with a noun, as ``1 round`` or ``2,000 rounds``."""
-    return f"{number:,} {name}{'s' * (number != 1)}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number of things, as ``1 round`` or ``1,000 rounds``; ``plural`` where it is irregular."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def percent(value: float | None) -> str:
@@ -31,7 +31,7 @@ def about_minutes(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes >= 90:
         return f"about {seconds / 3600:.1f} hours"
-    return f"about {minutes} minute{'s' * (minutes > 1)}"
+    return f"about {counted(minutes, 'minute')}"
 
 
 def joules_text(value: float | None) -> str:

@@ -183,6 +183,7 @@ def test_paths_are_absolute_in_a_cell(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("SOME_DATA", str(tmp_path / place))
         [cell] = cells(Comparison.model_validate(tree))
         assert cell.config.data == str(tmp_path / place / "x")
+        assert cell.data == "$SOME_DATA/x"
         names.append(cell.folder)
     assert names[0] != names[1]
 
@@ -234,11 +235,20 @@ ALONE = {"variants": {"full": ["method=fedlora"]}}
 def finished(
     tiny: Callable[..., Comparison], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[RunRecord]]:
-    """The folder and the records of one variant with seed 0."""
-    out, progress = tmp_path_factory.mktemp("finished"), Silent()
-    records = run_cells(cells(tiny(seeds=[0], **ALONE)), out, progress)
+    """The folder and the records of one variant with seed 0, whose data are in $TINY_DATA."""
+    out, progress, alone = tmp_path_factory.mktemp("finished"), Silent(), tiny(seeds=[0], **ALONE)
+    [data] = [word for word in alone.settings if word.startswith("data=")]
+    words = ["data=$TINY_DATA" if word == data else word for word in alone.settings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINY_DATA", data.removeprefix("data="))
+        found = cells(alone.model_copy(update={"settings": words}))
+        records = run_cells(found, out, progress)
     assert progress.run == [("full", 0)]
     return out, list(records)
+
+
+def test_data_are_recorded_as_they_were_given(finished: tuple[Path, list[RunRecord]]) -> None:
+    assert [record.data for record in finished[1]] == ["$TINY_DATA"]
 
 
 def test_finished_runs_are_not_repeated(
@@ -654,7 +664,7 @@ def test_a_comparison_can_be_continued_from_its_tables_alone(
     assert progress.run == [("full", 1)]
     for one, other in zip(found, records, strict=False):
         assert {*one.settings} == {*other.settings}
-        assert replace(one, settings=()) == replace(other, settings=())
+        assert replace(one, settings=()) == replace(other, settings=(), data=one.data)
     arguments = [*first.settings, "quorum=2"]
     changed = Comparison.model_validate({**first.model_dump(), "settings": arguments})
     assert done(cells(changed), tmp_path / "there") == []

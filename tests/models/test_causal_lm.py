@@ -241,6 +241,10 @@ def gguf(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gguf_file_is_converted_once_and_can_be_saved(
     gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        find_source(str(gguf)).convert(said.append)
+        assert said == ["converting tiny.gguf, once for all runs"]
     backbone = load_causal_lm(str(gguf))
     assert capfd.readouterr() == ("", "")
     assert (backbone.path, backbone.num_layers) == (str(gguf), LAYERS)

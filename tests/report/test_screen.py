@@ -150,7 +150,8 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sys.argv", [".venv/bin/droppeft", "run"])
-    text = shown({**result, "data": "builtin"}, rows)
+    built_in = {**result, "model": "builtin", "data": "builtin"}
+    text = shown(built_in, rows)
     _, _, end = text.partition("Conclusion\n")
     words = " ".join(end.split())
     assert f"The {len(rows)} rounds took " in words
@@ -162,7 +163,24 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
         ".venv/bin/droppeft compare droppeft fedlora",
         ".venv/bin/droppeft run data=FILE.csv",
     ]
-    assert "--merge" not in shown({**result, "global_accuracy": None}, rows)
+    assert "--merge" not in shown({**built_in, "global_accuracy": None}, rows)
+    assert "\n  The round took " in shown({**built_in, "rounds": 1}, rows)
+
+
+def test_what_to_type_next_after_a_language_model(
+    result: dict[str, Any], rows: list[RoundRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that ended without generated texts."""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    about = {"task": "causal_lm", "data": "builtin", "global_loss": 1.0, "initial_loss": 2.0}
+    found = {model: shown({**result, **about, "model": model}, rows) for model in ("smollm2", "m")}
+    assert "droppeft compare droppeft fedlora model=smollm2 " in found["smollm2"]
+    assert "droppeft compare droppeft fedlora task=causal_lm model=m " in found["m"]
+    for text in found.values():
+        assert "droppeft chat runs/mine" in text
+        assert "in columns named prompt and completion:" in text
+        assert "droppeft run data=FILE.jsonl" in text
+        assert "FILE.csv" not in text
 
 
 def test_what_to_type_next_has_the_data_of_the_run(
@@ -171,9 +189,9 @@ def test_what_to_type_next_has_the_data_of_the_run(
     monkeypatch.setattr("shutil.which", lambda name: name)
     source = {"text": ["one", "two"], "label": "kind"}
     config = {**result["config"], "source": source}
-    text = shown({**result, "config": config, "data": "my news.csv"}, rows)
-    words = "compare droppeft fedlora 'data=my news.csv' source.text=one,two source.label=kind"
-    assert f"droppeft {words}" in " ".join(text.split())
+    text = shown({**result, "config": config, "model": "mpnet", "data": "my news.csv"}, rows)
+    words = "'data=my news.csv' source.text=one,two source.label=kind"
+    assert f"droppeft compare droppeft fedlora model=mpnet {words}" in " ".join(text.split())
     assert "FILE.csv" not in text
 
 

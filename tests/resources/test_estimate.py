@@ -327,7 +327,7 @@ def test_estimate_shows_what_fits(command: Command, tiny: str) -> None:
     code, out, _ = command("estimate", "--memory", "2GB", tiny, *ONE, "dropout.mean=0,0.5")
     assert code == 0
     assert "fits 2.0 GB" in out
-    assert "8 of 8 combinations fit, shown are the 1 with no more savings than necessary" in out
+    assert "8 of 8 combinations fit, shown: 1, with no more savings than necessary" in out
     assert f"droppeft run method=droppeft {tiny} adapter.type=lora training.batch_size=2 " in out
 
 

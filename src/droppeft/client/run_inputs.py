@@ -23,6 +23,7 @@ from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.loading import Backbone, check_tokens
+from droppeft.models.sources import find_source
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Corpus, Table, Task
 from droppeft.training.checkpointing import check_checkpointing
@@ -85,6 +86,7 @@ def load(config: Config, say: Say) -> Loaded:
     clients = partition_rows(
         data.train.labels, data.train.keys, config.clients, config.partition, config.seed
     )
+    find_source(config.model).convert(say)
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
     backbone = task.load_backbone(config, data.label_names, head_seed)

@@ -118,21 +118,15 @@ class Cell:
 
     Attributes:
         variant: its name.
-        config: configuration of the run.
+        config: configuration of the run, with absolute paths.
+        data: the data set as it was given, such as ``$DROPPEFT_DATA/ag_news``.
+        model: the model as it was given.
     """
 
     variant: str
     config: Config
-
-    @property
-    def data(self) -> str:
-        """The data set it runs on."""
-        return self.config.data
-
-    @property
-    def model(self) -> str:
-        """The model it runs with."""
-        return self.config.model
+    data: str
+    model: str
 
     @property
     def seed(self) -> int:
@@ -142,7 +136,8 @@ class Cell:
     @property
     def folder(self) -> str:
         """A readable name for its folder that no other cell has."""
-        parts = [self.variant, Path(self.data).name, Path(self.model).name, f"seed{self.seed}"]
+        data, model = (Path(place).name for place in (self.config.data, self.config.model))
+        parts = [self.variant, data, model, f"seed{self.seed}"]
         digest = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:8]
         return "-".join([*(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts), digest])
 
@@ -219,7 +214,8 @@ def _each(comparison: Comparison) -> Iterator[Cell]:
     ):
         varied = {"seed": str(seed), "data": data, "model": model}
         with _errors_name_variant(name):
-            yield Cell(name, _config(_common(comparison, data), comparison.variants[name], varied))
+            config = _config(_common(comparison, data), comparison.variants[name], varied)
+            yield Cell(name, _with_absolute_paths(config), config.data, config.model)
 
 
 @contextmanager
@@ -252,7 +248,7 @@ def _reasons(common: Sequence[str], own: Sequence[str]) -> dict[str, str]:
 
 
 def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str | None]) -> Config:
-    """A variant's configuration, with absolute paths.
+    """A variant's configuration, with paths as they were given.
 
     Args:
         common: settings for all variants; those without effect on this one are left out.
@@ -268,6 +264,10 @@ def _config(common: Sequence[str], own: Sequence[str], varied: Mapping[str, str 
     settings = [*_override(used, own), *(f"{key}={value}" for key, value in chosen.items())]
     config = load_config(None, settings)
     check_settings(config)
+    return config
+
+
+def _with_absolute_paths(config: Config) -> Config:
     resolved = resolve(config.model_copy(update={"accelerator": "cpu"}), cuda=False)
     return config.model_copy(update={"data": resolved.data, "model": resolved.model})
 

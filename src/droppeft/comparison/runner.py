@@ -124,4 +124,5 @@ def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> RunRe
 
 def _read(cell: Cell, folder: Path) -> RunRecord:
     result = read_result(folder)
-    return finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))
+    record = finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))
+    return replace(record, data=cell.data, model=cell.model)

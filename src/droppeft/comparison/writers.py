@@ -10,6 +10,7 @@ from typing import Any
 from droppeft.comparison.study_files import STUDY, RunRecord, Study, read_tables, write_tables
 from droppeft.comparison.summary import Part, Spread, VariantRow
 from droppeft.files import write_atomically
+from droppeft.quantities import counted
 from droppeft.tasks.metrics import CHRF, F1, ROUGE_L, Metric
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
@@ -32,7 +33,7 @@ def _seconds(spread: Spread | None) -> str:
 
 def _to_target(row: VariantRow, spread: Spread | None) -> str:
     if spread is None and row.reached is not None:
-        return f"{row.reached} of {row.seeds} seeds"
+        return f"{row.reached} of {counted(row.seeds, 'seed')}"
     return _seconds(spread)
 
 
@@ -200,7 +201,8 @@ def untimed(part: Part) -> list[str]:
 def failures(part: Part) -> list[str]:
     """A line per failure, and per variant with clients that could not be evaluated."""
     unmeasured = [
-        f"{row.variant}: {row.unmeasured} clients could not be evaluated and are in no mean"
+        f"{row.variant}: {counted(row.unmeasured, 'client')} could not be evaluated and "
+        f"{'is' if row.unmeasured == 1 else 'are'} in no mean"
         for row in part.rows
         if row.unmeasured
     ]

@@ -27,8 +27,9 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.loading import quiet, token_inputs
+from droppeft.models.loading import token_inputs
 from droppeft.models.precision import DTYPES, autocast
+from droppeft.models.quiet import quiet
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Batch
 from droppeft.training.checkpointing import Call, checkpointed

@@ -8,6 +8,11 @@ from droppeft.data.cache import cache_dir
 from droppeft.errors import DroppeftError
 
 
+def models_folder() -> Path:
+    """Return the folder of models in the cache folder; it need not exist."""
+    return cache_dir() / "models"
+
+
 def cached_folder(name: str, model: str, make: Callable[[Path], None]) -> Path:
     """Return a folder in the cache folder, and make it if it does not exist.
 
@@ -21,7 +26,7 @@ def cached_folder(name: str, model: str, make: Callable[[Path], None]) -> Path:
     Raises:
         DroppeftError: the folder cannot be written, as on a full disk.
     """
-    folder = cache_dir() / "models" / name
+    folder = models_folder() / name
     if folder.is_dir():
         return folder
     try:

@@ -11,8 +11,9 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES
 from droppeft.models.architectures import architecture
 from droppeft.models.bf16_products import cpu_is_slow_in_bf16, use_fp32_products
-from droppeft.models.loading import Backbone, quiet
+from droppeft.models.loading import Backbone
 from droppeft.models.quantization import check_installed, quantised
+from droppeft.models.quiet import quiet
 from droppeft.models.sources import ModelSource, find_source
 
 HEADS = ("lm_head", "embed_out", "output_projection")

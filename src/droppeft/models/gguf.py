@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from droppeft.errors import DroppeftError
-from droppeft.models.cached_folder import cached_folder
+from droppeft.models.cached_folder import cached_folder, models_folder
 from droppeft.models.key_value_cache import set_temporarily
+from droppeft.models.quiet import quiet
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
@@ -36,11 +37,22 @@ def converted_gguf(file: Path) -> Path:
         DroppeftError: the file is damaged, its architecture is not supported by transformers, or
             the disk is full.
     """
+    return cached_folder(_name(file), str(file), partial(_convert, file))
+
+
+def is_converted(file: Path) -> bool:
+    """Return whether the cache folder has the converted GGUF file."""
+    return (models_folder() / _name(file)).is_dir()
+
+
+@cache
+def _name(file: Path) -> str:
+    """Return the name of the folder with the converted file."""
     with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return cached_folder(f"gguf-{digest[:16]}", str(file), partial(_convert, file))
+        return f"gguf-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
 
 
+@quiet()
 def _convert(file: Path, folder: Path) -> None:
     model = _read(AutoModelForCausalLM.from_pretrained, file, dtype=torch.float32, **_dequantised())
     # With these marks transformers would not save the model, or quantise it when it is loaded.

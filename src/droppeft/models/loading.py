@@ -6,13 +6,11 @@
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -26,6 +24,7 @@ from droppeft.models.quantization import (
     patch_quantised_layers,
     quantised,
 )
+from droppeft.models.quiet import quiet
 from droppeft.models.sources import ModelSource, find_source
 
 HEAD_MODULES: tuple[str, ...] = (
@@ -303,18 +302,3 @@ def token_inputs(model: nn.Module) -> tuple[str, ...]:
     config: Any = model.config
     has_segments = (getattr(config, "type_vocab_size", None) or 0) > 1
     return ("input_ids", "token_type_ids") if has_segments else ("input_ids",)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars and its warnings that the head is new."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()

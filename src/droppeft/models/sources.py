@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
-from droppeft.models.gguf import converted_gguf
+from droppeft.models.gguf import converted_gguf, is_converted
 from droppeft.models.packaged import builtin_model_folder, mpnet_folder, smollm2_file
 from droppeft.models.quantization import check_not_prequantised, loading_options
 
@@ -48,6 +48,21 @@ class ModelSource:
     def readable(self) -> str:
         """The folder or hub id that transformers reads. A GGUF file is converted at first use."""
         return self.path if self.gguf_file is None else str(converted_gguf(Path(self.name)))
+
+    def convert(self, say: Callable[[str], None]) -> None:
+        """Convert a GGUF file, and say so, since it takes up to minutes.
+
+        A file that was converted before, and any other model, is left as it is.
+
+        Args:
+            say: called with what is being done.
+
+        Raises:
+            DroppeftError: as :func:`~droppeft.models.gguf.converted_gguf`.
+        """
+        if self.gguf_file is not None and not is_converted(Path(self.name)):
+            say(f"converting {self.gguf_file}, once for all runs")
+            converted_gguf(Path(self.name))
 
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
         """Call a ``from_pretrained`` of transformers. The first one of a GGUF file converts it.

@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from droppeft.quantities import bytes_text, joules_text, seconds_text, share
+from droppeft.config.task_detection import CAUSAL_LM, CLASSIFICATION, detected_task
+from droppeft.quantities import bytes_text, counted, joules_text, seconds_text, share
 from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric
 
 SAMPLE_LENGTH = 240
@@ -21,6 +22,12 @@ SAMPLE_LENGTH = 240
 
 DATA_SETTINGS = ("text", "label", "prompt", "completion", "train", "test")
 """Settings of `source` that say where the rows of a data set are."""
+
+YOUR_OWN = {
+    CLASSIFICATION: ("run data=FILE.csv", "text and label"),
+    CAUSAL_LM: ("run data=FILE.jsonl", "prompt and completion"),
+}
+"""For each task, a run on own data and the names of its columns."""
 
 SAMPLE_STYLES = {"prompt": "dim", "reference": "cyan", "before": "yellow", "after": "green"}
 
@@ -34,7 +41,8 @@ def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
     """
     parts: list[RenderableType] = [table(result), *_samples(result)]
     parts.append(Text("Conclusion", style="bold"))
-    time = f"The {result['rounds']} rounds took {seconds_text(result['host_wall_s'])} here."
+    rounds = "round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
+    time = f"The {rounds} took {seconds_text(result['host_wall_s'])} here."
     parts += [Padding(Text(sentence), (0, 2)) for sentence in (*result["conclusion"], time)]
     if folder is not None:
         parts += [
@@ -53,17 +61,16 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     if result["trend"] == "improving":
         more = f"resume {run} rounds={2 * result['rounds']}"
         commands[more] = "More rounds, since it was still improving:"
-    commands |= {
-        f"report {run}": "Figures and settings of this run, as an HTML page:",
-        f"export {run} --merge": "The model in transformers' format:",
-        " ".join(["compare", *methods, *_settings_of_data(result)]): "Two methods side by side:",
-    }
-    if "generated" in result:
-        commands[f"chat {run}"] = "Talk to the model:"
-    elif result["data"] == "builtin":
-        commands["run data=FILE.csv"] = "Your own texts, in columns named text and label:"
-    if result[primary_metric(result).key("global")] is None:
-        del commands[f"export {run} --merge"]
+    commands[f"report {run}"] = "Figures and settings of this run, as an HTML page:"
+    if result[primary_metric(result).key("global")] is not None:
+        commands[f"export {run} --merge"] = "The model in transformers' format:"
+        if result["task"] == CAUSAL_LM:
+            commands[f"chat {run}"] = "Talk to the model:"
+    same = " ".join(["compare", *methods, *_model_and_data(result)])
+    commands[same] = "Two methods side by side:"
+    if result["data"] == "builtin":
+        command, columns = YOUR_OWN[result["task"]]
+        commands[command] = f"Your own texts, in columns named {columns}:"
     lines: list[RenderableType] = []
     for command, meaning in commands.items():
         lines.append(Text(meaning, style="dim"))
@@ -71,13 +78,14 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     return Group(*lines)
 
 
-def _settings_of_data(result: Mapping[str, Any]) -> list[str]:
-    """The settings that name the run's data and their columns; none for the built-in data."""
-    if result["data"] == "builtin":
-        return []
-    source = result["config"].get("source", {})
-    given = {"data": result["data"]} | {f"source.{key}": source.get(key) for key in DATA_SETTINGS}
-    texts = {key: ",".join(one) if isinstance(one, list) else one for key, one in given.items()}
+def _model_and_data(result: Mapping[str, Any]) -> list[str]:
+    """The settings that name the run's model, data and columns; none for what is built in."""
+    named = {key: result[key] for key in ("model", "data") if result[key] != "builtin"}
+    source = result["config"].get("source", {}) if "data" in named else {}
+    if result["task"] != detected_task({**named, "source": source}):
+        named = {"task": result["task"], **named}
+    named |= {f"source.{key}": source.get(key) for key in DATA_SETTINGS}
+    texts = {key: ",".join(one) if isinstance(one, list) else one for key, one in named.items()}
     return [shlex.quote(f"{key}={text}") for key, text in texts.items() if text is not None]
 
 
@@ -102,7 +110,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def _quality_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    sample = f"on {result['sampled_test_rows']:,} test texts"
+    sample = f"on {counted(result['sampled_test_rows'], 'test text')}"
     metric = primary_metric(result)
     lines = [
         *_global_lines(result, metric, sample),
@@ -134,7 +142,7 @@ def _global_lines(
         (
             metric.label,
             metric.text(result[metric.key("global")]),
-            f"{_all(result)}{result['test_rows']:,} test texts{chosen}",
+            f"{_all(result)}{counted(result['test_rows'], 'test text')}{chosen}",
         ),
         *others,
         (f"after round {result['first_round']}", metric.text(result[metric.key("first")]), sample),
@@ -151,7 +159,7 @@ def _generated_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             metric.label,
             share(generated["after"][name]),
-            f"{generated['rows']} texts written by the model; before training "
+            f"{counted(generated['rows'], 'text')} written by the model; before training "
             f"{share(generated['before'][name])}",
         )
         for name, metric in TEXT_METRICS.items()
@@ -208,9 +216,8 @@ def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple
     if result[metric.key("personalised")] is None:
         return []
     clients, rows = result["personalised_clients"], result["personalised_rows"]
-    note = f"mean of {clients:,} clients' own models on their own {rows:,} test texts"
-    tenth = max(1, -(-clients // 10))
-    of_them = f"of them: {tenth} client{'s' * (tenth > 1)}"
+    note = f"{_mean_of(clients)} on their own {counted(rows, 'test text')}"
+    of_them = f"of them: {counted(max(1, -(-clients // 10)), 'client')}"
     failed = result["personalised_failures"]
     if failed:
         note += f"; {len(failed)} could not be evaluated ({failed[0]['reason']})"
@@ -229,10 +236,17 @@ def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple
     return lines
 
 
+def _mean_of(clients: int) -> str:
+    """Of how many clients' own models a value is the mean."""
+    return (
+        "the one client's own model" if clients == 1 else f"mean of {clients:,} clients' own models"
+    )
+
+
 def _personalised_text_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Scores of the texts that clients' own models wrote."""
     texts = [one["texts"] for one in result["personalised"] if "texts" in one]
-    note = f"mean of {len(texts):,} clients' own models, which wrote {sum(texts):,} texts"
+    note = f"{_mean_of(len(texts))}, which wrote {counted(sum(texts), 'text')}"
     values = ((metric, result.get(metric.key("personalised"))) for metric in TEXT_METRICS.values())
     return [
         (f"personalised {metric.label}", share(value), note) for metric, value in values if value
@@ -252,14 +266,14 @@ def _target_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple[str, 
 
 
 def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    rounds, layers = result["rounds"], layers_above_the_frozen(result)
+    layers = layers_above_the_frozen(result)
     depth = result["mean_active_layers"]
     above = "" if layers == result["num_layers"] else " above the frozen ones"
     return [
         (
             "time",
             seconds_text(result["host_wall_s"]),
-            f"{rounds} rounds on this machine (measured)",
+            f"{counted(result['rounds'], 'round')} on this machine (measured)",
         ),
         ("training time", seconds_text(result["train_wall_s"]), "all clients one after another"),
         (
@@ -273,7 +287,7 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "mean depth",
             "–" if depth is None else f"{depth:.2f}",
-            f"of {layers} layers{above} per step",
+            f"of {counted(layers, 'layer')}{above} per step",
         ),
         ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),
     ]

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from droppeft.quantities import about_minutes, share
+from droppeft.quantities import about_minutes, counted, share
 from droppeft.tasks.metrics import primary_metric
 
 BUILT_IN = {"builtin": "built in"}
@@ -35,11 +35,12 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
     yield "model", _model(about)
     yield (
         "data",
-        f"{_name(about['data'])}: {about['train_rows']:,} texts to train and "
+        f"{_name(about['data'])}: {counted(about['train_rows'], 'text')} to train and "
         f"{about['test_rows']:,} to test{_classes(about)}",
     )
     yield from labelled(about["data_findings"]["sentences"])
-    yield "clients", f"{about['clients']} clients; {_partition(about['config']['partition'])}"
+    partition = _partition(about["config"]["partition"])
+    yield "clients", f"{counted(about['clients'], 'client')}; {partition}"
     yield "rounds", _rounds(about)
     if sharing := _shared(about["config"]["sharing"]):
         yield "sharing", sharing
@@ -62,7 +63,9 @@ def _name(name: str) -> str:
 
 
 def _classes(about: Mapping[str, Any]) -> str:
-    return f", {about['classes']} classes" if about["task"] == "classification" else ""
+    if about["task"] != "classification":
+        return ""
+    return f", {counted(about['classes'], 'class', 'classes')}"
 
 
 def _to_beat(about: Mapping[str, Any]) -> str:
@@ -78,12 +81,16 @@ def _to_beat(about: Mapping[str, Any]) -> str:
 
 def _model(about: Mapping[str, Any]) -> str:
     trained, frozen = about["trainable_parameters"], about["config"]["frozen"]["layers"]
-    below = f"; the lower {frozen} layers are frozen" if frozen else ""
+    below = f"; {_frozen(frozen)}" if frozen else ""
     return (
-        f"{_name(about['model'])}: {about['num_layers']} layers, "
+        f"{_name(about['model'])}: {counted(about['num_layers'], 'layer')}, "
         f"{about['parameters'] / 1e6:.1f} M parameters, {trained:,} of "
         f"{_trained_parts(about)} trained{below}"
     )
+
+
+def _frozen(layers: int) -> str:
+    return "the lowest layer is frozen" if layers == 1 else f"the lower {layers} layers are frozen"
 
 
 def _trained_parts(about: Mapping[str, Any]) -> str:
@@ -105,11 +112,12 @@ def _partition(settings: Mapping[str, Any]) -> str:
 def _rounds(about: Mapping[str, Any]) -> str:
     training, drawn, cohort = about["config"]["training"], about["drawn_size"], about["cohort_size"]
     epochs = training.get("local_epochs")
-    work = f"{training['local_steps']} steps" if epochs is None else f"{epochs} epochs"
-    first = f" (the first {cohort} are merged)" if drawn > cohort else ""
+    work = counted(training["local_steps"], "step") if epochs is None else counted(epochs, "epoch")
+    first = f" (the first {cohort} {'is' if cohort == 1 else 'are'} merged)"
     return (
-        f"{about['planned_rounds']}; in each, {drawn} clients{first} train for {work} of "
-        f"{training['batch_size']} texts"
+        f"{about['planned_rounds']}; in each, {counted(drawn, 'client')}"
+        f"{first if drawn > cohort else ''} {'trains' if drawn == 1 else 'train'} for {work} of "
+        f"{counted(training['batch_size'], 'text')}"
     )
 
 

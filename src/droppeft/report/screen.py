@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.progress import TaskID
 from rich.text import Text
 
-from droppeft.quantities import about_minutes, seconds_text
+from droppeft.quantities import about_minutes, counted, seconds_text
 from droppeft.report.closing import closing, layers_above_the_frozen
 from droppeft.report.opening import opening
 from droppeft.report.progress import bar
@@ -116,7 +116,7 @@ class Screen:
         """After the first round, print what a progress bar would show if there were one."""
         left = self._about["planned_rounds"] - row.round
         if left and not self._measured and not self.console.is_terminal:
-            text = f"{left} rounds left, {about_minutes(left * row.host_wall_s)}"
+            text = f"{counted(left, 'round')} left, {about_minutes(left * row.host_wall_s)}"
             self.console.print(Padding(Text(text, style="dim"), (0, 0, 0, 9)))
         self._measured = True
 
@@ -235,5 +235,5 @@ def _arms(row: "RoundRow", about: Mapping[str, Any]) -> Text:
     trials = notes["trials"][notes["present"].index(notes["best"])]
     status = "best so far" if trials else "expected to be best, but not tried lately"
     frozen = about["config"]["frozen"]["layers"]
-    above = f" above {frozen} frozen layers" if frozen else ""
+    above = f" above {counted(frozen, 'frozen layer')}" if frozen else ""
     return Text(f"arms{above}: {chosen} ({status}: {best})", style="dim")

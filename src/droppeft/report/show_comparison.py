@@ -24,6 +24,7 @@ from droppeft.comparison.writers import (
     notes,
 )
 from droppeft.messages import Reply
+from droppeft.quantities import counted
 from droppeft.report.progress import bar
 from droppeft.report.screen import quality_line
 from droppeft.runs.ledger import RoundRow
@@ -67,10 +68,9 @@ class Lines:
         """After the first run, print the remaining time if the others take as long."""
         left = self._of - self._number
         if len(self._walls) == 1 and left:
-            minutes = max(1, round(left * self._walls[0] / 60))
-            runs, they = ("run", "it is") if left == 1 else ("runs", "they are")
-            time = f"{minutes} minute{'s' * (minutes > 1)}"
-            text = f"{left} {runs} to go: about {time} if {they} like the first"
+            minutes = counted(max(1, round(left * self._walls[0] / 60)), "minute")
+            they = "it is" if left == 1 else "they are"
+            text = f"{counted(left, 'run')} to go: about {minutes} if {they} like the first"
             self._console.print(Text(text, style="yellow"))
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.quantities import bytes_text
+from droppeft.quantities import bytes_text, counted
 from droppeft.report.progress import bar
 from droppeft.resources.estimate import Limits, Option, counted_on, least_savings, option
 
@@ -156,13 +156,13 @@ def _table(answer: Answer, shown: Sequence[Option]) -> Table:
 
 def _summary(answer: Answer, shown: int) -> str:
     fitting = len(answer.fitting)
-    least = (
-        "" if shown == fitting else f", shown are the {shown} with no more savings than necessary"
-    )
+    least = "" if shown == fitting else f", shown: {shown}, with no more savings than necessary"
+    fit = "fits" if fitting == 1 else "fit"
     kernels = counted_on(answer.options[0].config)
     return (
-        f"{fitting} of {len(answer.options)} combinations fit{least}. run: layers that run in a "
-        f"step, at most; ckpt: gradient checkpointing. All modelled, activations as on {kernels}; "
+        f"{fitting} of {counted(len(answer.options), 'combination')} {fit}{least}. "
+        "run: layers that run in a step, at most; ckpt: gradient checkpointing. All modelled, "
+        f"activations as on {kernels}; "
         "memory that malloc does not return is not counted (docs/reference/cost_estimates.md)."
     )
 
@@ -172,7 +172,8 @@ def _nothing(answer: Answer) -> str:
     if one.step_s is not None:
         time = f" and {one.step_s:.2f} s per step"
     return (
-        f"None of {len(answer.options)} combinations fits {_limits(answer)} (modelled).\n"
+        f"None of {counted(len(answer.options), 'combination')} fits {_limits(answer)} "
+        "(modelled).\n"
         f"The nearest one needs {bytes_text(one.memory.total)}{time}:"
     )
 

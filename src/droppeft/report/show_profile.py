@@ -14,8 +14,10 @@ from rich.table import Table
 from droppeft.config import Config, as_tree, resolve_layers
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
+from droppeft.models.sources import find_source
 from droppeft.quantities import bytes_text
 from droppeft.report.progress import bar
+from droppeft.report.screen import Screen
 from droppeft.resources.model_shape import model_shape
 from droppeft.resources.profiling import RateProfile, profile
 from droppeft.runs.environment import machine, versions
@@ -28,6 +30,8 @@ def run_profile(
     config: Config, rates: Sequence[float], repeats: int, steps: int, console: Console
 ) -> dict[str, Any]:
     """Measure, with a progress bar if ``console`` is a terminal; return the content of the JSON."""
+    with Screen(console) as screen:
+        find_source(config.model).convert(screen.preparing)
     config = resolve_layers(config, model_shape(config.model, config.task).num_layers)
     total = len(rates) * (repeats + 1)
     with bar(console) as progress:

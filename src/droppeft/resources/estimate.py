@@ -7,7 +7,7 @@ Ours. No weights are loaded and nothing is trained: costs are counted
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import STEP_METHOD, check_step_settings, given, step_of
+from droppeft.models.sources import find_source
 from droppeft.resources.model_shape import check_runnable, model_shape
 
 GRID: dict[str, tuple[str, ...]] = {
@@ -166,7 +167,9 @@ def limits(
     return Limits(known.memory_bytes, step_s, known)
 
 
-def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config]:
+def combinations(
+    path: Path | None, overrides: Sequence[str], say: Callable[[str], None] = lambda step: None
+) -> Iterator[Config]:
     """All combinations of the given values, and of :data:`GRID`'s for settings that are not given.
 
     Combinations that differ in nothing that the step uses are given once.
@@ -174,6 +177,7 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
     Args:
         path: configuration file of a run, or ``None``; settings in it have one value.
         overrides: ``key=value``; a setting of :data:`GRID` may have several values, ``a,b``.
+        say: called with what takes long, to show progress.
 
     Raises:
         DroppeftError: an invalid value, a setting that does not affect the costs of a step, or an
@@ -186,6 +190,7 @@ def combinations(path: Path | None, overrides: Sequence[str]) -> Iterator[Config
         named = dict(zip(choices, chosen, strict=True))
         varied = [f"{key}={value}" for key, value in named.items()]
         config = step_of(load_config(path, [*fixed, *varied], STEP_METHOD))
+        find_source(config.model).convert(say)
         config = resolve_layers(config, model_shape(config.model, config.task).num_layers)
         if config.model_dump_json() not in known:
             known.add(config.model_dump_json())

@@ -26,6 +26,7 @@ from droppeft.federated_method import Setup
 from droppeft.messages import Budget, Update
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models.loading import Backbone
+from droppeft.models.sources import find_source
 from droppeft.resources.model_shape import CLASSES
 from droppeft.resources.process_memory import (
     peak_resident_bytes,
@@ -78,6 +79,8 @@ def run_steps(config: Config, steps: int, *, release_memory: bool) -> ProfileRun
         return_freed_memory()
     torch.set_num_threads(config.threads)
     cuda = config.accelerator == "cuda"
+    # Models that are converted or unpacked are in the user's cache folder.
+    config = config.model_copy(update={"model": find_source(config.model).readable})
     with tempfile.TemporaryDirectory() as cache:
         os.environ["DROPPEFT_CACHE"] = cache  # hidden states after the frozen layers
         _train_small_model(config)

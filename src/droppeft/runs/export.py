@@ -19,6 +19,7 @@ from droppeft.config import Config, load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import GlobalModel, Tensors
 from droppeft.methods import Setup, method_named
+from droppeft.models.sources import find_source
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
@@ -174,6 +175,7 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     facts = checkpoint.facts
     names = tuple(facts["label_names"])
     torch.set_num_threads(config.threads)
+    find_source(config.model).convert(say)
     say("loading model")
     seed = seeds.seed_for(config.seed, purpose="head")
     exact = merge and (config.quantization, config.dtype) != ("none", "fp32")

@@ -27,8 +27,9 @@ from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
 from droppeft.messages import GlobalModel
-from droppeft.models.loading import Backbone, quiet
+from droppeft.models.loading import Backbone
 from droppeft.models.quantization import settings
+from droppeft.models.quiet import quiet
 from droppeft.models.sources import PACKAGED
 from droppeft.tasks.task import Task
 from droppeft.training.loop import Evaluation
