@@ -1,5 +1,6 @@
 # `make run`, `make llm` (a language model) and `make test` prepare whatever they need. `make test-full` also runs the tests that
-# `make test` leaves out. `make docs` builds the documentation site into build/site, without network.
+# `make test` leaves out. `make install-llm` installs what language models need, without a run.
+# `make docs` builds the documentation site into build/site; once its packages are installed, without network.
 # `make results` writes the figures and tables of docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
@@ -14,9 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 LLM := $(VENV)/.installed-llm
 
-.PHONY: run llm test test-full lint install docs results constraints clean
+.PHONY: run llm test test-full lint install install-llm docs results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -41,6 +43,8 @@ lint: $(DEV)
 
 install: $(DEV)
 
+install-llm: $(LLM)
+
 $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "droppeft needs Python 3.11 or newer, and '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; \
@@ -57,6 +61,10 @@ $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(DOCS): $(RUNTIME)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	touch $@
+
 # The model's package alone: its requirements are for another way to run the model.
 $(LLM): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[llm]'
@@ -64,7 +72,7 @@ $(LLM): $(RUNTIME)
 	touch $@
 
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(DEV)
+docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 results: $(DEV)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from droppeft import __version__
-from droppeft.cli import main
+from droppeft.cli import app, main
+from droppeft.config import known_keys
 from droppeft.report.screen import quality_line
 from runs import rows_of
 
@@ -106,6 +108,9 @@ def assert_refused(output: Output, *parts: str) -> None:
         (["fedlora"], ["did you mean method=fedlora?"]),
         (["wrong"], ["'wrong' is neither a .toml file nor key=value\n"]),
         (["method=fedloar"], ["unknown method; did you mean fedlora? Known are droppeft, "]),
+        (["method=fedavg"], ["unknown method; did you mean method=fedlora? Known are droppeft, "]),
+        (["fedprox"], ["did you mean method=fedlora training.proximal=0.01?"]),
+        (["lr", "0.1"], ["got lr and 0.1; did you mean training.learning_rate?"]),
         (["adapter.targets=nothing"], ["adapter.targets: no layer has a linear module 'nothing'"]),
         (["clients=100"], ["too few for clients=100"]),
     ],
@@ -132,6 +137,10 @@ def test_a_setting_written_as_an_option(droppeft: Command, command: str) -> None
     assert done.code == 2
     assert "training.batch_size is a setting: write training.batch_size=VALUE" in done.err
     assert "is a setting" not in droppeft(command, "--nothing", "2").err
+    assert (
+        "No such option: --lr. Did you mean training.learning_rate?"
+        in droppeft(command, "--lr", "2").err
+    )
 
 
 def test_a_mistake_in_a_file_names_the_file(droppeft: Command, tmp_path: Path) -> None:
@@ -142,12 +151,13 @@ def test_a_mistake_in_a_file_names_the_file(droppeft: Command, tmp_path: Path) -
 def test_a_folder_that_exists(droppeft: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
-    assert_refused(
-        droppeft("run", *tiny_overrides, "--out", "run"),
-        "--out run exists already",
-        "droppeft resume run",
-    )
+    again = droppeft("run", *tiny_overrides, "--out", "run")
+    assert_refused(again, "--out run exists already; choose another folder\n")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+    (tmp_path / "run" / "config.toml").write_text("")
+    again = droppeft("run", *tiny_overrides, "--out", "run")
+    assert_refused(again, "folder, or go on with its run: droppeft resume run\n")
+    assert_refused(droppeft("report", "run"), "not finished; go on with: droppeft resume run\n")
 
 
 def test_a_folder_that_cannot_be_made(
@@ -177,6 +187,39 @@ def test_exporting_a_run_that_does_not_exist(droppeft: Command, whole_run: Path)
 def test_the_version(droppeft: Command) -> None:
     output = droppeft("--version")
     assert (output.code, output.out) == (0, f"droppeft {__version__}\n")
+
+
+def test_settings_are_listed_with_their_defaults(droppeft: Command) -> None:
+    every = droppeft("settings").out
+    assert [line for line in every.splitlines() if line.startswith("rounds=")] == ["rounds=10"]
+    assert all(f"\n{key}=" in f"\n{every}" for key, _ in known_keys())
+    found = droppeft("settings", "LoRA").out
+    assert "adapter.rank=8\n" in found
+    assert "16 with method=adaptive" in found
+    assert "rounds=" not in found
+    assert droppeft("settings", "lr").out.startswith("training.learning_rate=")
+    assert_refused(droppeft("settings", "xyzzy"), "no setting has 'xyzzy'")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("run roun", ["rounds=", "rounds=VALUE"]),  # after a single one bash would put a space
+        (
+            "run rounds = 3 training.local",
+            ["training.local_steps=", "training.local_epochs="],
+        ),
+        ("run data = tr", []),  # bash completes the names of files
+    ],
+)
+def test_the_shell_completes_settings(words: str, found: list[str]) -> None:
+    environment = {
+        "_DROPPEFT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"droppeft {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    done = CliRunner().invoke(app, prog_name="droppeft", env=environment)
+    assert done.stdout.split() == found
 
 
 def test_help_lists_the_commands(droppeft: Command) -> None:
@@ -283,5 +326,5 @@ def test_ctrl_c_before_the_first_round(
     monkeypatch.setattr("droppeft.tasks.classification.load_backbone", stop)
     output = droppeft("run", *tiny_overrides, "--out", "run")
     assert output.code == 130
-    assert output.err == "droppeft: stopped while preparing; nothing is lost\n"
+    assert output.err == "droppeft: stopped while preparing; nothing was written\n"
     assert not (tmp_path / "run").exists()

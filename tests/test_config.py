@@ -20,6 +20,7 @@ from droppeft.config import (
     resolve,
     to_toml,
 )
+from droppeft.config.other_words import KEYS, METHODS
 from droppeft.config.schema import DEFAULT_LOCAL_STEPS, DEFAULT_MEAN_RATE
 from droppeft.errors import DroppeftError
 
@@ -89,6 +90,11 @@ def test_a_configuration_is_frozen() -> None:
         ("rounds=5", ("rounds", 5)),
         ("dropout.mean=0.5", ("dropout.mean", 0.5)),
         ("dropout.rates=[0, 0.5]", ("dropout.rates", [0, 0.5])),
+        ("dropout.mean=.5", ("dropout.mean", 0.5)),
+        ("target=-.5e1", ("target", -5.0)),
+        ("dropout.rates=[0,.5]", ("dropout.rates", [0, 0.5])),
+        ("data=./.5", ("data", "./.5")),
+        ("data=a.5", ("data", "a.5")),
         ("method=fedlora", ("method", "fedlora")),
         ('method="fedlora"', ("method", "fedlora")),
         ("data=a=b.csv", ("data", "a=b.csv")),
@@ -211,6 +217,13 @@ def test_two_mutually_exclusive_settings_in_the_file_are_refused(tmp_path: Path)
         ("learning_rate", "training.learning_rate"),
         ("rank", "adapter.rank"),
         ("kind", "partition.kind"),
+        ("lr", "training.learning_rate"),
+        ("training.lr", "training.learning_rate"),
+        ("optimizer.lr", "training.learning_rate"),
+        ("batch-size", "training.batch_size"),
+        ("epochs", "training.local_epochs (in each round) or rounds"),
+        ("alpha", "adapter.alpha (scale) or partition.alpha (skew)"),
+        ("schedule", "dropout.schedule or training.schedule"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
@@ -220,7 +233,22 @@ def test_an_unknown_key_names_the_nearest_one(key: str, nearest: str) -> None:
 
 
 def test_an_unknown_key_without_a_similar_one_points_to_the_list() -> None:
-    assert "docs/reference/settings.md" in refusal("qqqqqq=1")
+    assert "list all with: droppeft settings" in refusal("qqqqqq=1")
+
+
+def test_a_table_needs_one_of_its_settings() -> None:
+    assert refusal("dropout=.5") == "dropout is a table of settings; did you mean dropout.mean?"
+
+
+def test_words_of_other_libraries_stand_for_settings_that_exist() -> None:
+    """A setting that also exists in another library needs no entry."""
+    known = {key for key, _ in known_keys()}
+    assert not known & set(KEYS)
+    for meaning in KEYS.values():
+        named = [word for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)?", meaning) if word in known]
+        assert named or meaning.startswith("--out ")
+    for meaning in METHODS.values():
+        assert load_config(None, meaning.split())
 
 
 def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:

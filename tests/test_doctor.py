@@ -141,6 +141,17 @@ def test_flower_without_a_library_or_command(monkeypatch: pytest.MonkeyPatch) ->
     assert found.found == "missing for Flower's transports: ray, the command flwr"
 
 
+def test_extras_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("extra llm", "extra report", "extra quantization")
+    assert {CHECKS[name]().status for name in names} == {"ok"}
+    lose(monkeypatch, "gguf")
+    assert CHECKS["extra llm"]() == Finding(
+        "note",
+        "not installed (gguf missing); only for GGUF files and scores of generated texts",
+        f"{PIP} 'droppeft[llm]'",
+    )
+
+
 def test_folders_are_written_to_and_need_room(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

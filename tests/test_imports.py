@@ -32,6 +32,7 @@ LEVELS = (
     {"comparison", "flower_server_app"},
     {"command_line_words", "report"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

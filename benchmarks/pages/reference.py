@@ -2,16 +2,12 @@
 
 import inspect
 import json
-import types
-import typing
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import annotated_types
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from typer import Context
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -20,7 +16,8 @@ from benchmarks.pages.markdown import markdown_table
 from benchmarks.study import read_values
 from droppeft.adapters.types import TYPES
 from droppeft.cli import app
-from droppeft.config import Bandwidth, Config, build_config, flat, known_keys
+from droppeft.config import Bandwidth, Config, flat
+from droppeft.config.describing import all_settings, plain
 from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
@@ -32,20 +29,6 @@ ADAPTERS = DOCS / "adapters.json"
 ARCHITECTURES = DOCS / "architectures.json"
 ODD_INPUTS = DOCS / "odd_inputs.json"
 """What the contracts in `tests/` found."""
-
-TYPE_NAMES: dict[object, str] = {
-    str: "text",
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-}
-BOUNDS = {
-    annotated_types.Ge: ("≥", "ge"),
-    annotated_types.Gt: (">", "gt"),
-    annotated_types.Le: ("≤", "le"),
-    annotated_types.Lt: ("<", "lt"),
-}
-
 
 PAPERS = {
     "arXiv": "https://arxiv.org/abs/",
@@ -307,8 +290,11 @@ def _paper(source: str) -> str:
 
 
 def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
-    keys = [(key, field) for key, field in known_keys() if key.rpartition(".")[0] == prefix[:-1]]
-    rows = ([f"`{key}`", _type(field), _default(key), field.description] for key, field in keys)
+    rows = (
+        [f"`{one.key}`", one.type, f"`{one.default}`" if one.default else "–", one.meaning]
+        for one in all_settings()
+        if one.key.rpartition(".")[0] == prefix[:-1]
+    )
     shown = markdown_table(("key", "type", "default", "meaning"), rows)
     about = inspect.cleandoc(table.__doc__ or "")
     return f'## {title}\n\n{about}\n\n<div class="settings" markdown>\n\n{shown}\n</div>\n'
@@ -328,57 +314,8 @@ def _defaults(kind: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = (
         [
             f"`{name}`",
-            ", ".join(f"`{key}={_plain(value)}`" for key, value in flat(tables).items()),
+            ", ".join(f"`{key}={plain(value)}`" for key, value in flat(tables).items()),
         ]
         for name, tables in found.items()
     )
     return markdown_table((kind, "settings"), rows)
-
-
-def _type(field: FieldInfo) -> str:
-    bounds = [
-        f"{sign} {_number(getattr(bound, name))}"
-        for bound in field.metadata
-        for kind, (sign, name) in BOUNDS.items()
-        if isinstance(bound, kind)
-    ]
-    return " ".join([_kind(field.annotation), ", ".join(bounds)]).strip()
-
-
-def _kind(annotation: object) -> str:
-    """Name a type for readers; that a setting may be absent shows in its default."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
-    if origin is typing.Annotated:
-        return _kind(arguments[0])
-    if origin is typing.Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
-    if origin is tuple:
-        return f"list of {_kind(arguments[0])}s"
-    if origin is dict:
-        return "table"
-    return TYPE_NAMES[annotation]
-
-
-def _default(key: str) -> str:
-    """The default of a method that has no defaults of its own."""
-    value: object = Config() if key == "method" else build_config({"method": "droppeft"})
-    for name in key.split("."):
-        value = getattr(value, name)
-    if value is None:
-        return "–"
-    return f"`{_number(value) if isinstance(value, float) else _plain(value)}`"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_plain, value))}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _number(value: float) -> str:
-    """Four digits, or a power of two where a bound is one."""
-    if isinstance(value, int) and value > 10**6 and value & (value - 1) == 0:
-        return f"2^{value.bit_length() - 1}"
-    return f"{value:.4g}"

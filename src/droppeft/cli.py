@@ -33,14 +33,29 @@ USER_ERROR, FAILED, STOPPED = 2, 1, 130
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of language models.",
 )
 
+
+def _keys(ctx: Context, incomplete: str) -> list[str]:
+    """Complete the names of settings; nothing after ``=``, where bash completes files.
+
+    A shell puts a space after the only completion, so there are two of them.
+    """
+    from droppeft.config import known_keys
+
+    groups = (given for given in ctx.params.values() if isinstance(given, list | tuple))
+    before = [word for words in groups for word in words]
+    if before[-1:] == ["="]:
+        return []
+    found = [f"{key}=" for key, _ in known_keys() if key.startswith(incomplete)]
+    return found if len(found) != 1 else [*found, f"{found[0]}VALUE"]
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CONFIG.toml KEY=VALUE ...", show_default=False),
+    typer.Argument(metavar="CONFIG.toml KEY=VALUE ...", show_default=False, autocompletion=_keys),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
@@ -55,14 +70,18 @@ class CommandWithSettings(TyperCommand):
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Parse as click does, and add the hint to the error about an unknown option."""
         from droppeft.config import known_keys
+        from droppeft.config.other_words import KEYS
 
         try:
             return super().parse_args(ctx, args)
         except NoSuchOption as error:
             key = error.option_name.lstrip("-").replace("-", "_")
-            if key not in dict(known_keys()):
+            if key in dict(known_keys()):
+                hint = f"{key} is a setting: write {key}=VALUE, without dashes."
+            elif key in KEYS:
+                hint = f"No such option: {error.option_name}. Did you mean {KEYS[key]}?"
+            else:
                 raise
-            hint = f"{key} is a setting: write {key}=VALUE, without dashes."
             raise UsageError(hint, ctx) from None
 
 
@@ -99,12 +118,14 @@ def run(
 
     Settings are given as KEY=VALUE, such as data=./reviews or rounds=30, or in a
     .toml file; KEY=VALUE wins over the file. Without settings, method=adaptive is run
-    on the built-in model and data. docs/reference/settings.md lists all settings.
+    on the built-in model and data. `droppeft settings` lists all settings.
     """
     from droppeft.config import load_config
+    from droppeft.runs.folder import check_free
 
     config = load_config(*file_and_settings(overrides or []))
     folder = out or _new_folder(config.method)
+    check_free(folder)  # before torch is loaded
 
     def work(listener: "Listener") -> None:
         from droppeft.server.run import start_run
@@ -146,7 +167,11 @@ def resume(
 def compare(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...", show_default=False),
+        typer.Argument(
+            metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...",
+            show_default=False,
+            autocompletion=_keys,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -290,7 +315,8 @@ def generate(
 def data(
     name: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file, Hub id or builtin.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE ...", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE ...", show_default=False, autocompletion=_keys),
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Training rows to show.")] = 3,
 ) -> None:
@@ -317,6 +343,23 @@ def data(
         source.convert(screen.preparing)
     tokenizer = source.load_tokenizer()
     report.show(name, config.model, summarise(config, tokenizer, show), Console())
+
+
+@app.command()
+def settings(
+    word: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="WORD", help="In the name or description of a setting.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """List the settings of a run with their defaults, or those that have to do with WORD."""
+    from rich.console import Console
+
+    from droppeft.report import show_settings as report
+
+    report.show(report.matching(word or ""), Console(highlight=False))
 
 
 @app.command(cls=CommandWithSettings)
@@ -363,7 +406,9 @@ def profile(
 def estimate(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False),
+        typer.Argument(
+            metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False, autocompletion=_keys
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory of the device, as 8GB.", show_default="the profile's")
@@ -454,15 +499,21 @@ def _with_listener(
                 screen.preparing("loading PyTorch and transformers")
                 work(screen)
     except KeyboardInterrupt:
-        _leave("stopped while preparing; nothing is lost", STOPPED)
+        _leave(f"stopped while preparing; {_how_to_go_on(folder)}", STOPPED)
     except OSError as error:
-        _leave(f"cannot continue: {error}; finished rounds are saved", FAILED)
+        _leave(f"cannot continue: {error}; {_how_to_go_on(folder)}", FAILED)
     except Interrupted as stop:
-        _leave(
-            f"stopped after round {stop.round}, which is saved; "
-            f"continue with: droppeft resume {stop.folder}",
-            STOPPED,
-        )
+        when = f"after round {stop.round}, which is saved" if stop.round else "in round 1"
+        _leave(f"stopped {when}; {_how_to_go_on(stop.folder)}", STOPPED)
+
+
+def _how_to_go_on(run: Path) -> str:
+    """How to continue a run that ended early, if there is a run in its folder."""
+    from droppeft.runs.folder import CONFIG
+
+    if not (run / CONFIG).is_file():
+        return "nothing was written"
+    return f"go on with: droppeft resume {shlex.quote(str(run))}"
 
 
 def _name_of(comparison: Path) -> str:

@@ -33,13 +33,19 @@ def file_and_settings(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _hint(word: str, value: str = "VALUE") -> str:
-    """A suggestion for a word without ``=`` that is the name of a setting or a method."""
+    """A suggestion for a word without ``=`` that is the name of a setting or a method.
+
+    It may also be a word of another library.
+    """
     from droppeft.config import known_keys
+    from droppeft.config.other_words import KEYS, meant_method
     from droppeft.methods import METHODS
 
-    if word in METHODS:
-        return f"; did you mean method={word}?"
-    return f"; did you mean {word}={value}?" if word in dict(known_keys()) else ""
+    known = dict(known_keys())
+    if word in METHODS or word in known:
+        return f"; did you mean {f'method={word}' if word in METHODS else f'{word}={value}'}?"
+    meant = meant_method(word) or KEYS.get(word)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def file_methods_settings(words: Sequence[str]) -> tuple[Path | None, list[str], list[str]]:

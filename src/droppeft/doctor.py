@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from droppeft.extras import missing_packages
 from droppeft.quantities import bytes_text
 
 if TYPE_CHECKING:
@@ -162,6 +163,21 @@ def check_flower() -> Finding:
     return Finding("ok", f"flwr {importlib.metadata.version('flwr')} with its simulation")
 
 
+def check_llm() -> Finding:
+    """Check the packages of the extra ``llm``."""
+    return _extra("llm", "GGUF files and scores of generated texts")
+
+
+def check_report() -> Finding:
+    """Check the packages of the extra ``report``."""
+    return _extra("report", "pages and figures of runs and comparisons")
+
+
+def check_quantization() -> Finding:
+    """Check the packages of the extra ``quantization``."""
+    return _extra("quantization", "models in 8 and 4 bits")
+
+
 def check_runs_folder() -> Finding:
     """Check ``runs`` in the current folder, where a run is written without ``--out``."""
     return _folder(Path.cwd() / "runs", "droppeft run --out ~/droppeft-run", "problem")
@@ -188,11 +204,23 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "memory": check_memory,
     "built-in model": check_builtin_model,
     "Flower": check_flower,
+    "extra llm": check_llm,
+    "extra report": check_report,
+    "extra quantization": check_quantization,
     "runs": check_runs_folder,
     "cache": check_cache_folder,
     "client state": check_state_folder,
 }
 """The checks by name, in the order in which they are shown."""
+
+
+def _extra(extra: str, what: str) -> Finding:
+    """Whether the packages of an extra are installed; a run with the defaults needs none."""
+    missing = missing_packages(extra)
+    if not missing:
+        return Finding("ok", f"installed, for {what}")
+    found = f"not installed ({', '.join(missing)} missing); only for {what}"
+    return Finding("note", found, _pip(f"droppeft[{extra}]"))
 
 
 def _folder(folder: Path, remedy: str, if_not: Literal["note", "problem"]) -> Finding:

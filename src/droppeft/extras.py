@@ -14,6 +14,12 @@ EXTRAS = {
 """For each extra, the modules that it brings, with the names of their packages."""
 
 
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an extra that are not installed."""
+    modules = EXTRAS[extra].items()
+    return [package for module, package in modules if importlib.util.find_spec(module) is None]
+
+
 def require(extra: str, what: str) -> None:
     """Check that the packages of an extra are installed, without importing them.
 
@@ -24,8 +30,7 @@ def require(extra: str, what: str) -> None:
     Raises:
         DroppeftError: one is missing; the message has the command that installs the extra.
     """
-    for module, package in EXTRAS[extra].items():
-        if importlib.util.find_spec(module) is None:
-            raise DroppeftError(
-                f"{what} needs the package {package}; run: pip install 'droppeft[{extra}]'"
-            )
+    for package in missing_packages(extra)[:1]:
+        raise DroppeftError(
+            f"{what} needs the package {package}; run: pip install 'droppeft[{extra}]'"
+        )

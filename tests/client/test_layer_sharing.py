@@ -584,7 +584,7 @@ def test_a_client_is_exported_only_where_its_state_is(
         export_run(tmp_path / "run", client=3)
     shutil.rmtree(state)
     with pytest.raises(
-        DroppeftError, match="client 0 cannot be exported: the state that it saved in"
+        DroppeftError, match="client 0 has no model here: the state that it saved in"
     ):
         export_run(tmp_path / "run", client=0)
     assert not list((tmp_path / "run").glob("adapter-*"))

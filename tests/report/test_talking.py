@@ -115,6 +115,22 @@ def test_a_conversation_continues_until_an_empty_line(
     assert [message.content for message in third] == ["hello"]
 
 
+def test_a_run_without_a_finished_round_is_untrained(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stops(Recorder):
+        def started(self, about: Any, rows: Any) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        start_run(load_config(None, overrides), tmp_path / "run", Stops())
+    console = Console(file=io.StringIO(), width=100)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    talk(tmp_path / "run", SHORT, console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "This is the model before training, since no round of the run is finished." in shown
+
+
 def test_ctrl_d_and_ctrl_c_end_at_the_prompt(talked: Talk) -> None:
     assert "Ctrl-D ends" in talked()
     assert "Ctrl-D ends" in talked(KeyboardInterrupt, "never read")

@@ -62,15 +62,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("512mb", 512e6), ("1000", 1000), ("2kib", 2048)],
+    [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("512mb", 512e6), ("2kib", 2048)],
 )
 def test_a_size_of_memory(text: str, value: float) -> None:
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 apples", "-8GB", "0", "8,5GB"])
+@pytest.mark.parametrize("text", ["", "8", "GB", "8 apples", "-8GB", "0GB", "8,5GB"])
 def test_what_is_not_a_memory_size_is_refused(text: str) -> None:
-    with pytest.raises(DroppeftError, match="is not a memory size; write it as 8GB"):
+    with pytest.raises(DroppeftError, match="is not a memory size; write it with its unit, as 8GB"):
         parse_bytes(text)
 
 

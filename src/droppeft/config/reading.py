@@ -3,7 +3,6 @@
 Keys inside a table are written with a dot: ``dropout.mean=0.5``.
 """
 
-import difflib
 import os
 import re
 import tomllib
@@ -14,6 +13,7 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from droppeft.config.other_words import meant_key
 from droppeft.config.schema import (
     DEFAULT_COHORT_SIZE,
     DEFAULT_METHOD,
@@ -77,15 +77,26 @@ def key_of(override: str) -> str:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Split ``key=value``; the value is read as TOML, or as plain text if it is not TOML."""
+    """Split ``key=value``; the value is read as TOML, or as plain text if it is not TOML.
+
+    Unlike in TOML, a number may begin with its decimal point, as in ``.5`` and ``[0, .5]``.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise DroppeftError(f"{override!r} is neither a .toml file nor key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        value = text
-    return key.strip(), value
+    return key.strip(), _value(text)
+
+
+_BARE_POINT = re.compile(r"(?<![\w.\"'])\.(?=\d)")
+
+
+def _value(text: str) -> Any:
+    for toml in (text, _BARE_POINT.sub("0.", text)):
+        try:
+            return tomllib.loads(f"value = {toml}")["value"]
+        except (tomllib.TOMLDecodeError, KeyError):
+            pass
+    return text
 
 
 def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
@@ -228,12 +239,11 @@ def _check_keys(tree: Mapping[str, Any], place: str) -> None:
         f"{key}." for key, field in fields.items() if get_origin(field.annotation) is dict
     )
     for key in flat(tree):
-        if key not in known | tables and not key.startswith(opened):
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or [
-                name for name in sorted(known) if name.endswith(f".{key.rpartition('.')[2]}")
-            ]
-            hint = f"did you mean {near[0]}?" if near else "all are in docs/reference/settings.md"
-            raise DroppeftError(f"unknown key {key}{place}; {hint}")
+        if key not in known and not key.startswith(opened):
+            near = meant_key(key, known)
+            hint = f"did you mean {near}?" if near else "list all with: droppeft settings"
+            wrong = f"{key} is a table of settings" if key in tables else f"unknown key {key}"
+            raise DroppeftError(f"{wrong}{place}; {hint}")
 
 
 def first_error(error: ValidationError, place: str) -> str:

@@ -8,6 +8,7 @@ needs other defaults, they are added to ``METHOD_DEFAULTS`` in ``droppeft/config
 
 import difflib
 
+from droppeft.config.other_words import meant_method
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, Setup
 from droppeft.methods.adaptive import ADAPTIVE
@@ -59,7 +60,11 @@ def method_named(name: str) -> Method:
         DroppeftError: if there is no such method; the message lists the known ones.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.7)
-        hint = f"did you mean {near[0]}? Known are" if near else "known are"
+        near = meant_method(name) or _nearest(name)
+        hint = f"did you mean {near}? Known are" if near else "known are"
         raise DroppeftError(f"method={name}: unknown method; {hint} {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def _nearest(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.7)), None)

@@ -90,8 +90,10 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
 
 
 def _program() -> str:
-    """How this program can be started again: its name if it is on the path."""
-    return "droppeft" if shutil.which("droppeft") else sys.argv[0]
+    """How this program can be started again."""
+    if shutil.which("droppeft"):
+        return "droppeft"
+    return "python -m droppeft" if Path(sys.argv[0]).stem == "__main__" else sys.argv[0]
 
 
 def _other(method: str) -> str:

@@ -47,7 +47,7 @@ from droppeft.report.figures import (
     figures,
 )
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
-from droppeft.runs.folder import RESULT, ROUNDS, read_result
+from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.tasks.metrics import TEXT_METRICS
 
@@ -132,6 +132,10 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
         goal = None if target is None else Target(value=target)
         run = finished(name, method, result, read_rows(folder / ROUNDS))
         return name, Study((method,), (result["seed"],), target=goal), [run]
+    if (folder / CONFIG).is_file():
+        raise DroppeftError(
+            f"{folder}: this run is not finished; go on with: droppeft resume {folder}"
+        )
     raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
 
 

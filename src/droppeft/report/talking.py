@@ -55,12 +55,15 @@ def _loaded(
     client: int | None,
     console: Console,
 ) -> Iterator[Answering]:
-    """Load the model of a run; the steps are shown until it is loaded."""
+    """Load the model of a run; the steps are shown, and that it is untrained if it is."""
     with ExitStack() as stack:
         with Screen(console) as screen:
             screen.preparing("loading the model")
             loading = loaded_model(run, settings, screen.preparing, round, client)
             answering = stack.enter_context(loading)
+        if answering.round == 0:
+            why = "" if round == 0 else ", since no round of the run is finished"
+            console.print(Text(f"This is the model before training{why}.", style="yellow"))
         yield answering
 
 

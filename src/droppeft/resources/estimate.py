@@ -61,7 +61,7 @@ RIVALS_OF_THE_MEAN = {f"dropout.{key}" for key in EXCLUSIVE["dropout"]} - {"drop
 WORST_OF_STEPS = 1000
 """With ``dropout.sampling=bernoulli`` memory is that of the worst of this number of steps."""
 
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -335,14 +335,17 @@ def _effort(option: Option) -> tuple[float, ...]:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a memory size such as ``8GB``, ``7.5 GiB`` or a number of bytes.
+    """Read a memory size such as ``8GB`` or ``7.5 GiB``.
 
     Raises:
-        DroppeftError: the text is not a memory size.
+        DroppeftError: the text is not a memory size, or it has no unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS or float(match[1]) == 0:
-        raise DroppeftError(f"{text!r} is not a memory size; write it as 8GB, 7.5GiB or 512MB")
+        raise DroppeftError(
+            f"--memory {text!r} is not a memory size; write it with its unit, as 8GB, 7.5GiB or "
+            "512MB"
+        )
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 

@@ -25,12 +25,14 @@ class Answering:
         tokenizer: that of the model.
         max_length: longest prompt in tokens; of a longer one the middle is left out.
         settings: how answers are generated.
+        round: after which the model was saved; 0 before training.
     """
 
     model: Any
     tokenizer: Any
     max_length: int
     settings: GenerationSettings
+    round: int
 
     def answers(self, prompts: Sequence[Sequence[Message]], streamer: Any = None) -> list[str]:
         """Return the answer to each prompt.
@@ -85,4 +87,4 @@ def loaded_model(
             f"{source.backbone.max_length} positions of the model; lower it"
         )
     with base_delta_applied(model, source.model.base_delta):
-        yield Answering(model, tokenizer, most, settings)
+        yield Answering(model, tokenizer, most, settings, source.round)

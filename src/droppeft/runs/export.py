@@ -220,7 +220,7 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
             saved = load_tensors(client_folder(instruction.run, client), instruction.state_round)
     except StateLost as error:
         raise DroppeftError(
-            f"{run}: client {client} cannot be exported: {error}, or is on another machine "
+            f"{run}: client {client} has no model here: {error}, or is on another machine "
             f"({client_folder(instruction.run, client)})"
         ) from None
     tensors = {

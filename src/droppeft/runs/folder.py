@@ -33,10 +33,8 @@ def check_free(out: Path) -> None:
         DroppeftError: the folder is not empty or cannot be created.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DroppeftError(
-            f"--out {out} exists already; choose another folder, "
-            f"or continue with: droppeft resume {out}"
-        )
+        what = f", or go on with its run: droppeft resume {out}" if (out / CONFIG).is_file() else ""
+        raise DroppeftError(f"--out {out} exists already; choose another folder{what}")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")

@@ -1,0 +1,116 @@
+"""Every setting with its type, its defaults and its meaning, as text for readers. Ours."""
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from droppeft.config.reading import build_config, flat, known_keys
+from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS, Config
+
+_TYPES: dict[object, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+}
+_BOUNDS = {
+    annotated_types.Ge: ("≥", "ge"),
+    annotated_types.Gt: (">", "gt"),
+    annotated_types.Le: ("≤", "le"),
+    annotated_types.Lt: ("<", "lt"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting for readers.
+
+    Attributes:
+        key: with its table, as ``dropout.mean``.
+        type: with its bounds, as ``number > 0``; values to choose from are between backticks.
+        default: of a method that has no defaults of its own; ``None`` if there is none.
+        other_defaults: by method or task, as ``method=adaptive``.
+        meaning: its description.
+    """
+
+    key: str
+    type: str
+    default: str | None
+    other_defaults: Mapping[str, str]
+    meaning: str
+
+
+def all_settings() -> list[Setting]:
+    """Every setting, in the order of the tables."""
+    others = {
+        who: flat(tables)
+        for who, tables in (
+            *((f"method={name}", tables) for name, tables in METHOD_DEFAULTS.items()),
+            *((f"task={name}", tables) for name, tables in TASK_DEFAULTS.items()),
+            *((f"task={name} data=builtin", one) for name, one in BUILTIN_DEFAULTS.items()),
+        )
+    }
+    return [
+        Setting(
+            key,
+            _type(field),
+            _default(key),
+            {who: plain(values[key]) for who, values in others.items() if key in values},
+            field.description or "",
+        )
+        for key, field in known_keys()
+    ]
+
+
+def plain(value: object) -> str:
+    """A default as it is written in a file."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(plain, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {_number(getattr(bound, name))}"
+        for bound in field.metadata
+        for kind, (sign, name) in _BOUNDS.items()
+        if isinstance(bound, kind)
+    ]
+    return " ".join([_kind(field.annotation), ", ".join(bounds)]).strip()
+
+
+def _kind(annotation: object) -> str:
+    """Name a type for readers; that a setting may be absent shows in its default."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_kind(arguments[0])}s"
+    if origin is dict:
+        return "table"
+    return _TYPES[annotation]
+
+
+def _default(key: str) -> str | None:
+    value: Any = Config() if key == "method" else build_config({"method": "droppeft"})
+    for name in key.split("."):
+        value = getattr(value, name)
+    if value is None:
+        return None
+    return _number(value) if isinstance(value, float) else plain(value)
+
+
+def _number(value: float) -> str:
+    """Four digits, or a power of two where a bound is one."""
+    if isinstance(value, int) and value > 10**6 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    return f"{value:.4g}"
