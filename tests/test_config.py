@@ -20,8 +20,9 @@ from droppeft.config import (
     resolve,
     to_toml,
 )
+from droppeft.config.dropout import DEFAULT_MEAN_RATE
 from droppeft.config.other_words import KEYS, METHODS
-from droppeft.config.schema import DEFAULT_LOCAL_STEPS, DEFAULT_MEAN_RATE
+from droppeft.config.training import DEFAULT_LOCAL_STEPS
 from droppeft.errors import DroppeftError
 
 

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, load_config, resolve, resolve_clients, resolve_layers
-from droppeft.config.schema import HALF
+from droppeft.config.frozen import HALF
 from droppeft.errors import DroppeftError
 from droppeft.messages import Reply
 from droppeft.methods import method_named

@@ -22,7 +22,7 @@ from droppeft.config import (
     read_toml,
     resolve,
 )
-from droppeft.config.schema import EXCLUSIVE
+from droppeft.config.exclusive import EXCLUSIVE
 from droppeft.config.table import Real, Table, TextList, Whole
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named

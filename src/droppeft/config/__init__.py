@@ -1,7 +1,12 @@
 """The configuration of a run: its tables, and functions that read and write them."""
 
+from droppeft.config.adapter import AdapterConfig
 from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.configurator import ConfiguratorConfig
+from droppeft.config.dropout import DropoutConfig
+from droppeft.config.evaluation import EvaluationConfig
+from droppeft.config.flower import FlowerConfig
+from droppeft.config.frozen import FrozenConfig
 from droppeft.config.reading import (
     as_tree,
     available_cores,
@@ -18,19 +23,10 @@ from droppeft.config.reading import (
     resolve_layers,
     to_toml,
 )
-from droppeft.config.schema import (
-    AdapterConfig,
-    Config,
-    DropoutConfig,
-    EvaluationConfig,
-    FlowerConfig,
-    FrozenConfig,
-    PartitionConfig,
-    SourceConfig,
-    TrainingConfig,
-)
+from droppeft.config.schema import Config, PartitionConfig, SourceConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
+from droppeft.config.training import TrainingConfig
 
 __all__ = [
     "AdapterConfig",

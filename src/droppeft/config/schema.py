@@ -1,35 +1,30 @@
-"""The tables of a configuration, with their defaults and validation."""
+"""A whole run: settings outside tables, those of the data, and defaults of methods and tasks."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from droppeft.config.adapter import AdapterConfig
 from droppeft.config.clock import ClockConfig
 from droppeft.config.configurator import ConfiguratorConfig
+from droppeft.config.ditto import DittoConfig
+from droppeft.config.dropout import DropoutConfig
+from droppeft.config.evaluation import EvaluationConfig
+from droppeft.config.exclusive import EXCLUSIVE
+from droppeft.config.flower import FlowerConfig
+from droppeft.config.frozen import HALF, FrozenConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 from droppeft.config.table import Real, Table, TextList, Whole
+from droppeft.config.training import TrainingConfig
 
 DEFAULT_METHOD = "adaptive"
 DEFAULT_TASK: Literal["classification"] = "classification"
-DEFAULT_MEAN_RATE = 1 / 3
-DEFAULT_LOCAL_STEPS = 10
 DEFAULT_CLIENTS = 20
 DEFAULT_COHORT_SIZE = 5
 DEFAULT_KIND: Literal["dirichlet"] = "dirichlet"
-
-# All other adapter types have the defaults of peft's configuration class.
-ADAPTER_DEFAULTS: dict[str, dict[str, int | float]] = {
-    "lora": {"rank": 8, "dropout": 0.0},
-    "bottleneck": {"width": 64},
-    "prefix_tuning": {"tokens": 20},
-    "prompt_tuning": {"tokens": 20},
-    "p_tuning": {"tokens": 20},
-}
-
-HALF = "half"
 
 # Defaults of a method that differ from the general ones, by table.
 METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -70,20 +65,6 @@ BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     "causal_lm": {"partition": {"kind": "natural", "key": "package"}, "clients": 20},
 }
 
-# Mutually exclusive settings, by table; the first one has the default. An override replaces the
-# file's choice.
-EXCLUSIVE = {
-    "dropout": ("mean", "count", "rates"),
-    "training": ("local_steps", "local_epochs"),
-}
-
-
-def _with_default(table: object, rivals: Sequence[str], default: object) -> object:
-    """Set the first of mutually exclusive settings if none of them is given."""
-    if not isinstance(table, Mapping) or any(table.get(key) is not None for key in rivals):
-        return table
-    return {**table, rivals[0]: default}
-
 
 def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object:
     """A table with a method's defaults, except those that exclude what is given."""
@@ -113,18 +94,6 @@ def _with_sizes(value: Mapping[str, Any]) -> Mapping[str, Any]:
     known = type(clients) is int and clients > 0
     cohort = min(DEFAULT_COHORT_SIZE, clients) if known else 0
     return {"cohort_size": cohort, **value, "clients": clients}
-
-
-def _steps_or_round(value: object) -> object:
-    if value == "round" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("must be a number of steps, 1 or more, or round")
-
-
-def _layers_or_half(value: object) -> object:
-    if value == HALF or (type(value) is int and value >= 0):
-        return value
-    raise ValueError("must be a number of layers, 0 or more, or half")
 
 
 class SourceConfig(Table):
@@ -218,270 +187,6 @@ class PartitionConfig(Table):
         if self.kind != "natural" and self.small == "leave_out":
             raise ValueError(f"small=leave_out is only for kind=natural, not for kind={self.kind}")
         return self
-
-
-class AdapterConfig(Table):
-    """What is trained beside the backbone; a setting that the type does not have is refused."""
-
-    type: str = Field("lora", description="PEFT type; [adapter types](adapters.md)")
-    rank: Whole | None = Field(
-        None, ge=1, description="rank r, for types that have one (8 for `lora` if not given)"
-    )
-    alpha: Real | None = Field(
-        None,
-        gt=0,
-        description="for types that have one: the adapter's output is scaled by alpha/rank (for "
-        "`lora` twice the rank if not given)",
-    )
-    dropout: Real | None = Field(None, ge=0, lt=1, description="dropout on the adapter's input")
-    width: Whole | None = Field(
-        None, ge=1, description="for `bottleneck`: its inner dimension (64 if not given)"
-    )
-    tokens: Whole | None = Field(
-        None, ge=1, description="virtual tokens of prefix, prompt and P-tuning (20 if not given)"
-    )
-    targets: TextList = Field(
-        ("default",),
-        description="names of modules that get an adapter, `default` (peft's choice for the type "
-        "and architecture) or `all-linear`; for `bottleneck`: `attention`, `feed_forward`",
-    )
-    options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(
-        {}, description="further settings of the type, named as in peft's configuration class"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_type(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        kind = str(value.get("type", "lora"))
-        given = {key: item for key, item in value.items() if item is not None}
-        found = {**ADAPTER_DEFAULTS.get(kind, {}), **given}
-        if kind == "lora" and type(found["rank"]) is int:
-            found.setdefault("alpha", 2.0 * found["rank"])
-        return found
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _plain_values(cls, value: Any) -> Any:
-        for name, item in value.items() if isinstance(value, Mapping) else ():
-            texts = isinstance(item, list | tuple) and all(isinstance(text, str) for text in item)
-            if not texts and not isinstance(item, bool | int | float | str):
-                raise ValueError(f"{name} must be a number, true, false, a text or a list of texts")
-        return value
-
-
-class DropoutConfig(Table):
-    """Stochastic transformer layer dropout; used by the methods that drop layers."""
-
-    mean: Real | None = Field(
-        None, ge=0, le=1, description="mean drop rate over all layers (1/3 if nothing is given)"
-    )
-    count: Whole | None = Field(
-        None, ge=0, description="instead of mean: mean number of dropped layers per step"
-    )
-    rates: tuple[float, ...] | None = Field(
-        None, description="instead of mean and shape: the drop rate of each layer"
-    )
-    shape: Literal["uniform", "incremental", "decay", "normal"] = Field(
-        "uniform", description="how drop rates vary with depth, at the same mean"
-    )
-    sampling: Literal["exact", "bernoulli"] = Field(
-        "exact",
-        description="`exact`: the same number of layers in every step; `bernoulli`: each layer is "
-        "dropped independently",
-    )
-    every: Annotated[int | Literal["round"], BeforeValidator(_steps_or_round)] = Field(
-        1,
-        description="optimizer steps for which drawn gates are used, 1 or more; `round`: a "
-        "client's whole local training",
-    )
-    schedule: Literal["constant", "warm_up", "recovery"] = Field(
-        "constant",
-        description="drop rates over the run: `warm_up` increases them from 0 in the first 30 % "
-        "of the rounds, `recovery` trains the last 30 % at full depth",
-    )
-    protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
-    protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")
-
-    @field_validator("rates")
-    @classmethod
-    def _probabilities(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and not all(0 <= rate <= 1 for rate in value):
-            raise ValueError("every rate must lie between 0 and 1")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_third_unless_said(cls, value: Any) -> Any:
-        return _with_default(value, EXCLUSIVE["dropout"], DEFAULT_MEAN_RATE)
-
-    @model_validator(mode="after")
-    def _one_of_three(self) -> "DropoutConfig":
-        if sum(value is not None for value in (self.mean, self.count, self.rates)) > 1:
-            raise ValueError("give only one of dropout.mean, dropout.count and dropout.rates")
-        return self
-
-
-class FrozenConfig(Table):
-    """The first layers, which have no adapter and are never dropped."""
-
-    layers: Annotated[int | Literal["half"], BeforeValidator(_layers_or_half)] = Field(
-        0,
-        description="number of frozen layers, or `half` of the model's, rounded down; their "
-        "dropout modules are off. `dropout.mean`, `dropout.count` and the protected layers "
-        "refer to the layers above them",
-    )
-    cache: bool = Field(
-        True,
-        description="store their output for each row on the client's disk, so that they run once "
-        "per row; otherwise they run in every step, without a backward pass",
-    )
-    precision: Literal["fp16", "bf16", "fp32"] = Field(
-        "fp16", description="precision of their output, also when a row is used for the first time"
-    )
-    limit_mb: Real = Field(
-        2048.0,
-        gt=0,
-        description="largest cache of a client, in MB; beyond it the oldest entries are deleted",
-    )
-
-    @property
-    def count(self) -> int:
-        """How many layers are frozen; ``half`` must have been resolved."""
-        if isinstance(self.layers, int):
-            return self.layers
-        raise ValueError(f"frozen.layers={self.layers} before the model's layers are known")
-
-
-class DittoConfig(Table):
-    """Settings of `ditto`, where each client also trains a personal adapter."""
-
-    pull: Real = Field(
-        0.1,
-        ge=0,
-        description="weight of (pull/2)·‖personal − received‖² in the personal adapter's loss",
-    )
-
-
-class TrainingConfig(Table):
-    """Local training on a client."""
-
-    local_steps: Whole | None = Field(
-        None, ge=1, description="optimizer steps per local training (10 if neither is given)"
-    )
-    local_epochs: Whole | None = Field(
-        None, ge=1, description="instead of local_steps: passes over the client's rows"
-    )
-    batch_size: Whole = Field(16, ge=1, description="rows per optimizer step")
-    learning_rate: Real = Field(
-        1e-3, gt=0, description="AdamW's peak learning rate for the adapters"
-    )
-    head_learning_rate: Real = Field(
-        1e-2, gt=0, description="the same for the head's last linear map, which is not pretrained"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="schedule of both learning rates over the whole run"
-    )
-    warmup_fraction: Real = Field(
-        0.05, ge=0, lt=1, description="share of the run in which the learning rates warm up"
-    )
-    weight_decay: Real = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    clip_norm: Real = Field(1.0, gt=0, description="largest global gradient norm")
-    proximal: Real = Field(
-        0.0,
-        ge=0,
-        description="FedProx: weight mu of (mu/2)·‖trained − received‖² in a client's loss",
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32",
-        description="`bf16` and `fp16` use autocast in the forward pass, `fp16` with a scaled "
-        "loss; adapters stay fp32",
-    )
-    checkpointing: bool = Field(
-        False,
-        description="gradient checkpointing: store only the inputs of the layers that run, and "
-        "recompute the rest in the backward pass; the result is the same",
-    )
-    offload: bool = Field(
-        False,
-        description="leave weights of layers that do not run in a local training in a "
-        "memory-mapped file, off the accelerator; for `frozen.layers` with cache, or "
-        "`dropout.every=round`",
-    )
-    max_length: Whole = Field(128, ge=4, description="tokens after which a text is truncated")
-    loss_on: Literal["completion", "all"] = Field(
-        "completion",
-        description="for `causal_lm`: the tokens that are learnt, `completion` (every answer, with "
-        "the token that ends it) or `all`",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_unless_said(cls, value: Any) -> Any:
-        return _with_default(value, EXCLUSIVE["training"], DEFAULT_LOCAL_STEPS)
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> "TrainingConfig":
-        if self.local_steps is not None and self.local_epochs is not None:
-            raise ValueError("give only one of training.local_steps and training.local_epochs")
-        return self
-
-
-class EvaluationConfig(Table):
-    """When and on which test rows models are evaluated."""
-
-    every: Whole = Field(1, ge=1, description="rounds between evaluations")
-    rows: Whole = Field(
-        250, ge=1, description="test rows of a round's evaluation, the same in every round"
-    )
-    final_rows: Whole | None = Field(
-        None, ge=1, description="test rows of the evaluation at the end; all if not given"
-    )
-    batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
-    validation_clients: Whole = Field(
-        3,
-        ge=0,
-        description="clients that measure the global model on their validation rows after each "
-        "evaluated round, on `evaluation.rows` rows in all; the round with the lowest loss is "
-        "delivered. 0 delivers the last round",
-    )
-    personalised: bool = Field(
-        True,
-        description="when the run ends, evaluate each client's own model on its own test rows, "
-        "whether the client ever trained or not",
-    )
-    generated: Whole = Field(
-        32,
-        ge=0,
-        description="for `causal_lm`: test rows whose completions are generated when the run ends, "
-        "by the model before and after training",
-    )
-    personalised_generated: Whole = Field(
-        0,
-        ge=0,
-        description="for `causal_lm`: own test rows whose completions each client's own model "
-        "generates when the run ends, which takes time for every client; needs "
-        "`evaluation.personalised`",
-    )
-    max_new_tokens: Whole = Field(
-        64, ge=1, description="for `causal_lm`: most tokens of a generated completion"
-    )
-
-
-class FlowerConfig(Table):
-    """Flower, in its simulation and on a SuperLink."""
-
-    deadline_s: Real = Field(
-        3600.0, gt=0, description="seconds after which a round no longer waits for replies"
-    )
-    nodes_timeout_s: Real = Field(
-        120.0, gt=0, description="seconds that the start of a run waits for its clients' nodes"
-    )
-    model_server: bool = Field(
-        True,
-        description="on a SuperNode: a separate process holds the model between messages",
-    )
 
 
 class Config(Table):

@@ -25,7 +25,8 @@ from droppeft.config import (
     read_toml,
     resolve_layers,
 )
-from droppeft.config.schema import EXCLUSIVE, HALF
+from droppeft.config.exclusive import EXCLUSIVE
+from droppeft.config.frozen import HALF
 from droppeft.config.task_detection import detected_task
 from droppeft.costs.device_profiles import profile_named
 from droppeft.costs.fake_step import FakeModel, count_step
