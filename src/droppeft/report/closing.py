@@ -218,7 +218,8 @@ def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple
     if result[metric.key("personalised")] is None:
         return []
     clients, rows = result["personalised_clients"], result["personalised_rows"]
-    note = f"{_mean_of(clients)} on their own {counted(rows, 'test text')}"
+    whose = "its" if clients == 1 else "their"
+    note = f"{_mean_of(clients)} on {whose} own {counted(rows, 'test text')}"
     of_them = f"of them: {counted(max(1, -(-clients // 10)), 'client')}"
     failed = result["personalised_failures"]
     if failed:
