@@ -235,20 +235,29 @@ ALONE = {"variants": {"full": ["method=fedlora"]}}
 def finished(
     tiny: Callable[..., Comparison], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[RunRecord]]:
-    """The folder and the records of one variant with seed 0, whose data are in $TINY_DATA."""
-    out, progress, alone = tmp_path_factory.mktemp("finished"), Silent(), tiny(seeds=[0], **ALONE)
-    [data] = [word for word in alone.settings if word.startswith("data=")]
-    words = ["data=$TINY_DATA" if word == data else word for word in alone.settings]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINY_DATA", data.removeprefix("data="))
-        found = cells(alone.model_copy(update={"settings": words}))
-        records = run_cells(found, out, progress)
+    """The folder and the records of one variant with seed 0."""
+    out, progress = tmp_path_factory.mktemp("finished"), Silent()
+    records = run_cells(cells(tiny(seeds=[0], **ALONE)), out, progress)
     assert progress.run == [("full", 0)]
     return out, list(records)
 
 
-def test_data_are_recorded_as_they_were_given(finished: tuple[Path, list[RunRecord]]) -> None:
-    assert [record.data for record in finished[1]] == ["$TINY_DATA"]
+def test_paths_are_recorded_as_they_were_given(
+    tiny: Callable[..., Comparison],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [data] = [word for word in tiny().settings if word.startswith("data=")]
+    monkeypatch.setenv("TINY_DATA", data.removeprefix("data="))
+    monkeypatch.setenv("EARLIER", str(whole_run))
+    words = [word for word in tiny().settings if word != data]
+    found = tiny(seeds=[0], variants={"full": ["method=fedlora", "start_from=$EARLIER"]})
+    found = found.model_copy(update={"settings": [*words, "data=$TINY_DATA"]})
+    [record] = run_cells(cells(found), tmp_path, Silent())
+    assert record.failure is None
+    assert record.data == "$TINY_DATA"
+    assert 'start_from="$EARLIER"' in record.settings
 
 
 def test_finished_runs_are_not_repeated(
@@ -664,7 +673,7 @@ def test_a_comparison_can_be_continued_from_its_tables_alone(
     assert progress.run == [("full", 1)]
     for one, other in zip(found, records, strict=False):
         assert {*one.settings} == {*other.settings}
-        assert replace(one, settings=()) == replace(other, settings=(), data=one.data)
+        assert replace(one, settings=()) == replace(other, settings=())
     arguments = [*first.settings, "quorum=2"]
     changed = Comparison.model_validate({**first.model_dump(), "settings": arguments})
     assert done(cells(changed), tmp_path / "there") == []

@@ -124,5 +124,7 @@ def _failed(cell: Cell, reason: str, rows: Sequence[Mapping[str, Any]]) -> RunRe
 
 def _read(cell: Cell, folder: Path) -> RunRecord:
     result = read_result(folder)
+    if cell.config.start_from is not None:
+        result["config"]["start_from"] = cell.config.start_from  # as it was given
     record = finished(cell.folder, cell.variant, result, read_rows(folder / ROUNDS))
     return replace(record, data=cell.data, model=cell.model)
