@@ -19,6 +19,8 @@ LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
 def matching(word: str) -> list[Setting]:
     """The settings with a word in their key or description, or that a word of others stands for.
 
+    Those with the word in their key come first.
+
     Raises:
         DroppeftError: there is none.
     """
@@ -33,7 +35,7 @@ def matching(word: str) -> list[Setting]:
         raise DroppeftError(
             f"no setting has {word!r} in its name or description; list all with: droppeft settings"
         )
-    return found
+    return sorted(found, key=lambda one: wanted not in one.key)
 
 
 def show(settings: list[Setting], console: Console) -> None:
