@@ -269,6 +269,40 @@ def export(
 
 
 @app.command()
+def predict(
+    folder: RunFolder,
+    file: Annotated[
+        Path, typer.Argument(help="File with a column of texts; labels are not needed.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New .csv, .jsonl or .parquet file.", show_default="FILE-predicted.csv"),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text column, or two as A,B.", show_default="as in the run"),
+    ] = None,
+    round: RoundOption = None,
+    client: ClientOption = None,
+    all_probabilities: Annotated[
+        bool, typer.Option("--all-probabilities", help="Add a column for each class.")
+    ] = False,
+) -> None:
+    """Predict the class of each row of a file with the model of a run.
+
+    The new file has all columns of FILE, and the predicted class with its probability. If FILE has
+    the labels too, the accuracy is printed.
+    """
+    from droppeft.report.predicted_file import predict_file
+
+    columns = [name.strip() for name in (text or "").split(",") if name.strip()]
+    try:
+        predict_file(folder, file, out, round, client, columns, all_probabilities)
+    except KeyboardInterrupt:
+        _leave("stopped; nothing was written", STOPPED)
+
+
+@app.command()
 def chat(
     folder: RunFolder,
     round: RoundOption = None,

@@ -120,7 +120,9 @@ def test_the_card_loads_the_same_bits_and_the_same_adapter(
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found
     monkeypatch.chdir(out / "adapter")
-    loaded = run_lines(found.group(1).partition("print(")[0])  # a kernel rewrites codes when it runs
+    loaded = run_lines(
+        found.group(1).partition("print(")[0]
+    )  # a kernel rewrites codes when it runs
     expected, tokenizer = as_left_by(out)
     codes = {
         name: value.clone()

@@ -94,6 +94,17 @@ def export_run(
     return Exported(out, source.round, label, source.value, source.rows, lines(source, str(out)))
 
 
+def saved_config(run: Path) -> Config:
+    """Return the configuration of a run.
+
+    Raises:
+        DroppeftError: the folder holds no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise DroppeftError(f"{run}: holds no run (no {CONFIG})")
+    return load_config(run / CONFIG)
+
+
 def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Config, Checkpoint]:
     """Return the configuration of a run and the checkpoint that has a model.
 
@@ -106,9 +117,7 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
     Raises:
         DroppeftError: there is no such run, round, client or global model.
     """
-    if not (run / CONFIG).is_file():
-        raise DroppeftError(f"{run}: holds no run (no {CONFIG})")
-    config = load_config(run / CONFIG)
+    config = saved_config(run)
     if client is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
             f"{run}: method={config.method} has no global model with these settings; "
@@ -125,7 +134,13 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
 
 
 def load_source(
-    run: Path, config: Config, checkpoint: Checkpoint, client: int | None, merge: bool, say: Say
+    run: Path,
+    config: Config,
+    checkpoint: Checkpoint,
+    client: int | None,
+    merge: bool,
+    say: Say,
+    accelerator: str = "cpu",
 ) -> Source:
     """Load the model of a checkpoint, as :func:`saved_model` returns it.
 
@@ -134,11 +149,12 @@ def load_source(
         client: whose model is loaded; ``None`` for the global one.
         merge: whether quantised weights are replaced by their values in full precision.
         say: called with each step, to show progress.
+        accelerator: the torch device that the model is moved to.
 
     Raises:
         DroppeftError: the backbone has changed, or the client's state is not on this machine.
     """
-    source = _source(run, config, checkpoint, merge, say)
+    source = _source(run, config, checkpoint, merge, say, accelerator)
     return source if client is None else _for_client(run, source, checkpoint, client)
 
 
@@ -160,8 +176,10 @@ def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoin
     return checkpoints.load_round(folder, round, memory_type)
 
 
-def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say) -> Source:
-    """Load the run's backbone on the CPU.
+def _source(
+    run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say: Say, accelerator: str
+) -> Source:
+    """Load the run's backbone.
 
     For merging, weights that are quantised or in bf16 get their values in fp32: the adapter was
     trained on these values, and adding it to the codes would be inexact.
@@ -184,7 +202,7 @@ def _source(run: Path, config: Config, checkpoint: Checkpoint, merge: bool, say:
     return Source(
         config=config,
         backbone=backbone,
-        client_model=ClientModel(backbone, task, "cpu", config.seed),
+        client_model=ClientModel(backbone, task, accelerator, config.seed),
         task=task,
         label_names=names,
         data_hash=facts["data_hash"],

@@ -1,0 +1,195 @@
+"""Predict the classes of a file's rows, write them, and print what was predicted. Ours."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from droppeft.data.new_texts import NewTexts, read_new_texts
+from droppeft.errors import DroppeftError
+from droppeft.files import write_atomically
+from droppeft.quantities import percent, share
+from droppeft.report.progress import bar
+from droppeft.report.screen import Screen
+from droppeft.runs.predicting import Predictor, Probabilities, load_predictor, trained_columns
+
+PREDICTED, PROBABILITY = "predicted", "probability"
+SHOWN = 5  # rows
+CLASSES_SHOWN = 20
+LONGEST = 60  # characters of a text on the screen
+
+
+def predict_file(
+    run: Path,
+    file: Path,
+    out: Path | None,
+    round: int | None = None,
+    client: int | None = None,
+    text: Sequence[str] = (),
+    all_probabilities: bool = False,
+) -> None:
+    """Predict the class of each row of a file, write all at once, and print a summary.
+
+    Args:
+        run: folder of the run.
+        file: has a column of texts, or two for a model of pairs of texts.
+        out: new .csv, .jsonl or .parquet file with the columns of ``file``, the predicted class and
+            its probability; ``FILE-predicted.csv`` beside ``file`` if ``None``.
+        round, client: as in :func:`~droppeft.runs.predicting.load_predictor`.
+        text: names of the columns of texts, if they have other names than in the run.
+        all_probabilities: also write a column with the probability of each class.
+
+    Raises:
+        DroppeftError: the new file exists already or cannot be written, the texts cannot be read,
+            or as :func:`~droppeft.runs.predicting.load_predictor`.
+    """
+    out = out or file.with_name(f"{file.name.partition('.')[0]}-{PREDICTED}.csv")
+    _check_out(out)
+    trained = trained_columns(run)
+    new = read_new_texts(file, text or trained.text, trained.label)
+    console = Console(stderr=True)
+    with Screen(console) as screen:
+        screen.preparing("loading PyTorch and transformers")
+        predictor = load_predictor(run, screen.preparing, round, client)
+    names = _added_columns(new, predictor.label_names if all_probabilities else ())
+    probabilities = _predicted(predictor, new, console)
+    table = _with_predictions(new.rows, names, probabilities, predictor.label_names)
+    write_atomically(out, WRITERS[out.suffix](table))
+    _show(new, probabilities, predictor.label_names, Console())
+    print(f"{len(new.texts):,} rows: {out}")
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in WRITERS:
+        raise DroppeftError(f"--out {out}: its name must end with one of {', '.join(WRITERS)}")
+    if out.exists():
+        raise DroppeftError(f"{out}: exists already; choose another file with --out")
+    if not out.absolute().parent.is_dir():
+        raise DroppeftError(f"{out}: its folder does not exist; make it, or choose another --out")
+
+
+def _added_columns(new: NewTexts, classes: Sequence[str]) -> list[str]:
+    """Return the names of the new columns; those that are in the file already are refused."""
+    names = [PREDICTED, PROBABILITY, *(f"{PROBABILITY} of {name}" for name in classes)]
+    for name in names:
+        if name in new.rows.column_names:
+            raise DroppeftError(f"the file has a column {name} already; rename or remove it")
+    return names
+
+
+def _predicted(predictor: Predictor, new: NewTexts, console: Console) -> Probabilities:
+    with bar(console) as progress:
+        task = progress.add_task("texts", total=len(new.texts))
+        return predictor.probabilities(
+            new.texts, new.pairs, lambda rows: progress.advance(task, rows)
+        )
+
+
+def _with_predictions(
+    rows: pa.Table, names: Sequence[str], probabilities: Probabilities, classes: Sequence[str]
+) -> pa.Table:
+    best = probabilities.argmax(axis=1)
+    columns: list[Any] = [[classes[place] for place in best], probabilities.max(axis=1).round(6)]
+    columns += [probabilities[:, place].round(6) for place in range(len(names) - 2)]
+    for name, values in zip(names, columns, strict=True):
+        rows = rows.append_column(name, pa.array(values))
+    return rows
+
+
+# Files
+
+
+def _as_csv(table: pa.Table) -> bytes:
+    written = io.BytesIO()
+    try:
+        pyarrow.csv.write_csv(table, written)
+    except pa.ArrowInvalid:
+        raise DroppeftError(
+            "a column holds lists or tables, which a .csv file cannot; write a .jsonl or .parquet "
+            "file with --out"
+        ) from None
+    return written.getvalue()
+
+
+def _as_json_lines(table: pa.Table) -> bytes:
+    rows = (json.dumps(row, ensure_ascii=False, default=str) for row in table.to_pylist())
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
+def _as_parquet(table: pa.Table) -> bytes:
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(table, written)
+    return written.getvalue()
+
+
+WRITERS: dict[str, Callable[[pa.Table], bytes]] = {
+    ".csv": _as_csv,
+    ".jsonl": _as_json_lines,
+    ".parquet": _as_parquet,
+}
+"""By the ending of a file's name, a function that returns the content of the file."""
+
+
+# Screen
+
+
+def _show(
+    new: NewTexts, probabilities: Probabilities, classes: Sequence[str], console: Console
+) -> None:
+    best = probabilities.argmax(axis=1)
+    preview = Table(box=None, pad_edge=False, header_style="dim")
+    for name in new.columns:
+        preview.add_column(name, overflow="ellipsis", no_wrap=True, ratio=1)
+    preview.add_column(PREDICTED, style="green", no_wrap=True)
+    preview.add_column(PROBABILITY, justify="right", no_wrap=True)
+    texts = [new.texts, *([new.pairs] if new.pairs is not None else [])]
+    for row in range(min(SHOWN, len(best))):
+        shown = [Text(" ".join(column[row].split())) for column in texts]
+        preview.add_row(
+            *shown, Text(classes[best[row]]), share(float(probabilities[row, best[row]]))
+        )
+    console.print(preview)
+    console.print()
+    if new.labels is not None:
+        _show_accuracy(new, best, classes, console)
+
+
+def _show_accuracy(new: NewTexts, best: Any, classes: Sequence[str], console: Console) -> None:
+    """Print accuracy, and precision and recall of each class, if the labels are the run's."""
+    labels = np.array(new.labels)
+    given = labels != ""
+    unknown = sorted({*labels[given].tolist()} - {*classes})
+    if unknown or not given.any():
+        reason = f"{unknown[0]!r} is not a class of the run" if unknown else "it is empty"
+        console.print(f"No accuracy from the column {new.label_column}: {reason}.\n")
+        return
+    predicted = np.array(classes)[best][given]
+    labels = labels[given]
+    right = predicted == labels
+    console.print(
+        f"accuracy {percent(float(right.mean()))} on the {len(labels):,} rows with a "
+        f"{new.label_column}"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("class")
+    for name in ("rows", "predicted", "precision", "recall"):
+        table.add_column(name, justify="right")
+    for name in classes[:CLASSES_SHOWN]:
+        of_class, found = labels == name, predicted == name
+        precision = float(right[found].mean()) if found.any() else None
+        recall = float(right[of_class].mean()) if of_class.any() else None
+        counts = (f"{of_class.sum():,}", f"{found.sum():,}")
+        table.add_row(Text(name), *counts, share(precision), share(recall))
+    console.print(table)
+    if len(classes) > CLASSES_SHOWN:
+        console.print(f"and {len(classes) - CLASSES_SHOWN} more classes")
+    console.print()
