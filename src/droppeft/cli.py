@@ -5,7 +5,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,10 +120,10 @@ def run(
     on the built-in model and data. `droppeft settings` lists all settings.
     """
     from droppeft.config import load_config
-    from droppeft.runs.folder import check_free
+    from droppeft.runs.folder import check_free, new_folder
 
     config = load_config(*file_and_settings(overrides or []))
-    folder = out or _new_folder(config.method)
+    folder = out or new_folder(config.method)
     check_free(folder)  # before torch is loaded
 
     def work(listener: "Listener") -> None:
@@ -556,12 +555,6 @@ def _name_of(comparison: Path) -> str:
 
     is_study = comparison.name == DEFINITION
     return comparison.resolve().parent.name if is_study else comparison.stem
-
-
-def _new_folder(method: str) -> Path:
-    """A folder named by method and time, in milliseconds since a script may start several runs."""
-    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    return Path("runs") / f"{time}-{method}"
 
 
 def _leave(message: str, code: int) -> None:

@@ -46,9 +46,19 @@ def load_config(
     for key, value in settings.items():
         _insert(tree, key, value)
     tree.setdefault("method", method)
-    if "task" not in tree:
-        tree["task"] = detected_task(tree)
-    return build_config(tree, f"in {path}" if path and not overrides else "")
+    return config_with_task(tree, f"in {path}" if path and not overrides else "")
+
+
+def config_with_task(tree: Mapping[str, Any], where: str = "") -> Config:
+    """Validate nested dictionaries; without a task, it is that of the data and the model.
+
+    Args:
+        tree, where: as in :func:`build_config`.
+
+    Raises:
+        DroppeftError: the first error, as one sentence.
+    """
+    return build_config(tree if "task" in tree else {**tree, "task": detected_task(tree)}, where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

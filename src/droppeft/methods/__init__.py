@@ -50,7 +50,23 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Method", "Setup", "method_named"]
+_BUILT_IN = frozenset(METHODS)
+
+__all__ = ["METHODS", "Method", "Setup", "method_named", "register"]
+
+
+def register(method: Method) -> Method:
+    """Make a method of your own known by its name in this process, and return it.
+
+    A later one of the same name replaces it, so that a cell of a notebook can be run again.
+
+    Raises:
+        DroppeftError: droppeft has a method of this name.
+    """
+    if method.name in _BUILT_IN:
+        raise DroppeftError(f"method {method.name}: droppeft has one of this name; choose another")
+    METHODS[method.name] = method
+    return method
 
 
 def method_named(name: str) -> Method:
@@ -62,7 +78,10 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         near = meant_method(name) or _nearest(name)
         hint = f"did you mean {near}? Known are" if near else "known are"
-        raise DroppeftError(f"method={name}: unknown method; {hint} {', '.join(METHODS)}")
+        raise DroppeftError(
+            f"method={name}: unknown method; {hint} {', '.join(METHODS)}, and your own after "
+            "droppeft.register(METHOD)"
+        )
     return METHODS[name]
 
 

@@ -33,11 +33,15 @@ class Screen:
     Args:
         console: where it prints; with a terminal it also shows progress bars.
         folder: of the run; ``None`` for other commands, which only show their steps.
+        commands: whether to end with what to type next.
     """
 
-    def __init__(self, console: Console | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, folder: Path | None = None, *, commands: bool = True
+    ) -> None:
         self.console = console or Console()
         self._folder = folder
+        self._commands = commands
         self._progress = bar(self.console)
         self._status = self.console.status("")
         self._rounds: TaskID | None = None
@@ -103,7 +107,7 @@ class Screen:
         """Print the table, the conclusion and the next commands."""
         self._status.stop()
         self._progress.stop()
-        self.console.print(closing(result, self._folder))
+        self.console.print(closing(result, self._folder if self._commands else None))
 
     def _show_arms(self, row: "RoundRow") -> None:
         """Print the configurator's choice, if the best arm is another one than before."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,32 @@ class Answering:
     Attributes:
         model: a causal language model with its adapter.
         tokenizer: that of the model.
-        max_length: longest prompt in tokens; of a longer one the middle is left out.
+        positions: largest number of tokens of prompt and answer together.
         settings: how answers are generated.
         round: after which the model was saved; 0 before training.
     """
 
     model: Any
     tokenizer: Any
-    max_length: int
+    positions: int
     settings: GenerationSettings
     round: int
 
+    def with_settings(self, settings: GenerationSettings) -> "Answering":
+        """Return the same model with other settings.
+
+        Raises:
+            DroppeftError: the answers would leave no room for a prompt.
+        """
+        if settings.max_new_tokens >= self.positions:
+            raise DroppeftError(
+                f"--max-new-tokens {settings.max_new_tokens} is more than the {self.positions} "
+                "positions of the model; lower it"
+            )
+        return replace(self, settings=settings)
+
     def answers(self, prompts: Sequence[Sequence[Message]], streamer: Any = None) -> list[str]:
-        """Return the answer to each prompt.
+        """Return the answer to each prompt; of a prompt that is too long the middle is left out.
 
         Args:
             prompts: messages, of which the last is not the assistant's.
@@ -44,8 +57,9 @@ class Answering:
         Raises:
             DroppeftError: the model's chat template refuses a prompt, or it has no tokens.
         """
+        longest = self.positions - self.settings.max_new_tokens
         return complete_prompts(
-            self.model, self.tokenizer, prompts, self.max_length, self.settings, streamer
+            self.model, self.tokenizer, prompts, longest, self.settings, streamer
         )
 
 
@@ -80,11 +94,7 @@ def loaded_model(
     source = load_source(run, config, checkpoint, client, False, say)
     attach_model(source.client_model, source.model)
     model, tokenizer = source.client_model.model, source.backbone.tokenizer
-    most = source.backbone.max_length - settings.max_new_tokens
-    if most < 1:
-        raise DroppeftError(
-            f"--max-new-tokens {settings.max_new_tokens} is more than the "
-            f"{source.backbone.max_length} positions of the model; lower it"
-        )
+    positions = source.backbone.max_length
+    answering = Answering(model, tokenizer, positions, GenerationSettings(), source.round)
     with base_delta_applied(model, source.model.base_delta):
-        yield Answering(model, tokenizer, most, settings, source.round)
+        yield answering.with_settings(settings)

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from droppeft.runs.ledger import SCHEMA_VERSION
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
 GENERATED = "generated.jsonl"
 LOCK = ".lock"
+
+
+def new_folder(method: str) -> Path:
+    """A folder named by method and time, in milliseconds since a script may start several runs."""
+    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return Path("runs") / f"{time}-{method}"
 
 
 def check_free(out: Path) -> None:
