@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import droppeft
 from droppeft.command_line_words import file_and_settings
 from droppeft.config import as_tree, build_config, flat, known_keys, load_config
 from droppeft.data.conversation_sources import load_conversations
 from droppeft.data.conversations import Conversation
 from droppeft.layer_dropout import find_blocks
+from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run
@@ -30,6 +32,7 @@ def test_every_example_has_a_test() -> None:
         "ag_news.toml",
         "flower_on_loopback.py",
         "layer_dropout_alone.py",
+        "own_method.py",
         "smollm2.toml",
         "summarise_docstrings.py",
         "summarise_docstrings.toml",
@@ -43,6 +46,32 @@ def test_layer_dropout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.endswith("layers 3 of 6") for line in lines)
+
+
+def test_own_method(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two clients the median is the mean; resumed and exported, it is known by its name."""
+    monkeypatch.delitem(METHODS, "median", raising=False)  # and when the test ends
+    method = runpy.run_path(str(ROOT / "examples/own_method.py"))["MEDIAN"]
+    model, data = (word.partition("=")[2] for word in tiny_overrides[:2])
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "progress": False,
+        "rounds": 2,
+        "clients": 4,
+        "cohort_size": 2,
+        "threads": 1,
+        "accelerator": "cpu",
+        "training": {"local_epochs": 1},
+        "partition": {"kind": "iid"},
+    }
+    own = droppeft.run(method=method, out=tmp_path / "own", **settings)
+    plain = droppeft.run(method="fedlora", out=tmp_path / "plain", **settings)
+    assert own.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=0.01)
+    assert own.metrics["loss"] < own.metrics["initial_loss"]
+    assert own.predict("bread soup") in ("food", "music", "space")
 
 
 def test_summaries_of_docstrings(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from droppeft.tasks.metrics import TEXT_METRICS, Metric, primary_metric
 WIDTH, HEIGHT, EDGE = 180, 40, 4  # of the curve, in pixels
 
 CELL = "padding:.15em 1.2em .15em 0;text-align:left;vertical-align:top;border:0;background:none"
+TABLE = "border-collapse:collapse;margin:.3em 0;color:inherit;font-size:inherit"
 SOFT = "opacity:.65"
 
 
@@ -36,7 +37,7 @@ def result_html(result: Mapping[str, Any], rows: Sequence[RoundRow], folder: Pat
         '<div style="color:inherit;font-variant-numeric:tabular-nums;line-height:1.4">'
         f"<div><b>droppeft</b> · {escape(title)}</div>"
         '<div style="display:flex;flex-wrap:wrap;align-items:center;gap:.3em 1.5em">'
-        f'<table style="border-collapse:collapse;margin:.3em 0;color:inherit;font-size:inherit">{lines}</table>'
+        f'<table style="{TABLE}">{lines}</table>'
         f"{_curve(rows, metric)}</div>"
         f'<div style="max-width:46em">{_sentences(result)}</div>'
         f'<div style="{SOFT};font-size:.9em">{escape(str(folder))}</div></div>'
