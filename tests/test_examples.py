@@ -64,7 +64,7 @@ def test_own_method(
         "cohort_size": 2,
         "threads": 1,
         "accelerator": "cpu",
-        "training": {"local_epochs": 1},
+        "training": {"local_epochs": 2, "learning_rate": 0.02},
         "partition": {"kind": "iid"},
     }
     own = droppeft.run(method=method, out=tmp_path / "own", **settings)

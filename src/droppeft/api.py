@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -22,9 +23,10 @@ from droppeft.federated_method import Method
 from droppeft.methods import register
 from droppeft.methods.rules import check_settings
 from droppeft.models.in_memory import save_model
+from droppeft.quantities import counted
 from droppeft.report.closing import shortened
 from droppeft.report.history_figure import history_figure
-from droppeft.report.result_html import result_html, rounds_text
+from droppeft.report.result_html import result_html
 from droppeft.report.screen import Screen
 from droppeft.runs.answering import Answering, loaded_model
 from droppeft.runs.callbacks import Callbacks
@@ -59,6 +61,7 @@ class Settings(TypedDict, total=False):
     clients: int
     cohort_size: int
     quorum: int
+    start_from: "str | Path | Model"
     threads: int
     accelerator: str
     tracker: str
@@ -113,7 +116,7 @@ def run(
             such as ``round_done(row)``. An error that one raises ends the run, whose finished
             rounds are saved.
         progress: whether to print what is done, with progress bars in a terminal.
-        settings: all others, as :class:`Settings` lists them.
+        settings: all others, as :class:`Settings` lists them. ``start_from`` may be a result.
 
     Raises:
         DroppeftError: a setting is unknown or has a wrong value (nothing has been loaded then), or
@@ -122,6 +125,9 @@ def run(
     """
     name = register(method).name if isinstance(method, Method) else method
     tree: dict[str, Any] = {**settings, "method": name}
+    if "start_from" in tree:
+        given = tree["start_from"]
+        tree["start_from"] = str(given.folder if isinstance(given, Model) else given)
     if model is not None:
         tree["model"] = str(model) if isinstance(model, str | Path) else "a loaded model"
     build_config({**tree, "data": str(data) if not is_in_memory(data) else "rows in memory"})
@@ -139,24 +145,33 @@ def run(
         raise DroppeftError("tokenizer goes with a loaded model; leave it out, or give model=")
     config = config_with_task(tree)
     check_settings(config)
-    return _worked(lambda told: start_run(config, folder, told), folder, listeners, progress)
+    return _worked(partial(start_run, config, folder), folder, listeners, progress)
 
 
 def resume(
-    folder: str | Path, *, callbacks: Sequence[object] = (), progress: bool = True
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    callbacks: Sequence[object] = (),
+    progress: bool = True,
 ) -> "Result":
-    """Continue a run that was stopped, and return the result, which is as without the stop.
+    """Continue a run that was stopped, or give a finished one more rounds, and return the result.
+
+    The result of a run that was stopped is the same as without the stop.
 
     Args:
-        folder: of the run. A finished run is returned as it is.
+        folder: of the run. Without ``rounds``, a finished run is returned as it is.
+        rounds: new number of rounds of the whole run; ``None`` leaves it.
         callbacks, progress: as in :func:`run`.
 
     Raises:
-        DroppeftError: the folder holds no run, or data or model have changed.
+        DroppeftError: the folder holds no run, ``rounds`` is not more than it has, or data or model
+            have changed.
         KeyboardInterrupt: on Ctrl-C.
     """
     listeners, path = Callbacks(callbacks), Path(folder)
-    return _worked(lambda told: resume_run(path, told), path, listeners, progress)
+    work = partial(resume_run, path, rounds=rounds)
+    return _worked(work, path, listeners, progress)
 
 
 def load(folder: str | Path) -> "Result":
@@ -358,7 +373,7 @@ class Result(Model):
         whose = "" if value is not None else "personalised "
         return (
             f"<droppeft.Result {result['method']}, {whose}{metric.label} {metric.text(known)} "
-            f"after {rounds_text(result['rounds'])}, {self.folder}>"
+            f"after {counted(result['rounds'], 'round')}, {self.folder}>"
         )
 
     def _repr_html_(self) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from droppeft.quantities import bytes_text, seconds_text, share
+from droppeft.quantities import bytes_text, counted, seconds_text, share
 from droppeft.report.opening import BUILT_IN
 from droppeft.runs.ledger import RoundRow
 from droppeft.tasks.metrics import TEXT_METRICS, Metric, primary_metric
@@ -32,7 +32,7 @@ def result_html(result: Mapping[str, Any], rows: Sequence[RoundRow], folder: Pat
         f'<td style="{CELL};{SOFT}">{escape(note)}</td></tr>'
         for name, value, note in _lines(result, metric)
     )
-    title = f"{result['method']} · {_name(result['data'])} · {rounds_text(result['rounds'])}"
+    title = f"{result['method']} · {_name(result['data'])} · {counted(result['rounds'], 'round')}"
     return (
         '<div style="color:inherit;font-variant-numeric:tabular-nums;line-height:1.4">'
         f"<div><b>droppeft</b> · {escape(title)}</div>"
@@ -96,11 +96,6 @@ def _sentences(result: Mapping[str, Any]) -> str:
     return "".join(
         f'<p style="margin:.2em 0">{escape(sentence)}</p>' for sentence in result["conclusion"]
     )
-
-
-def rounds_text(rounds: int) -> str:
-    """A number of rounds, as ``1 round`` or ``10 rounds``."""
-    return f"{rounds} round{'s' * (rounds != 1)}"
 
 
 def _name(data: str) -> str:
