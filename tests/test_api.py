@@ -116,7 +116,7 @@ def test_the_same_rows_in_memory_give_the_same_adapter(
     thread.join()
     [same] = found
     assert adapter_of(same) == adapter_of(result)
-    [written] = (tmp_path / "data").glob("*/train.parquet")
+    [written] = (tmp_path / "data").glob("*/rows.parquet")
     assert same.result["data"] == str(written)
 
 

@@ -3,7 +3,6 @@
 ``droppeft.run(data="news.csv", rounds=20)`` is ``droppeft run data=news.csv rounds=20``.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -327,12 +326,11 @@ class Result(Model):
     def history(self) -> pd.DataFrame:
         """A row for each round."""
         table = pd.DataFrame(read_rows(self.folder / ROUNDS))
-        first = [
-            "round",
-            *(name for name in table if str(name).startswith("global_")),
-            "train_loss",
-        ]
-        return table[[*first, *(name for name in table if name not in first)]]
+        quality = [name for name in table if str(name).startswith("global_")]
+        first = ["round", *quality, "train_loss"]
+        lists = [name for name in table if isinstance(table[name].iloc[0], list | dict)]
+        rest = [name for name in table if name not in (*first, *lists)]
+        return table[[*first, *rest, *lists]]
 
     @property
     def clients(self) -> pd.DataFrame:
@@ -361,10 +359,7 @@ class Result(Model):
         Raises:
             DroppeftError: matplotlib is missing.
         """
-        figure = history_figure(self._rows(), primary_metric(self.result))
-        if "IPython" in sys.modules:
-            import matplotlib.pyplot  # noqa: F401  notebooks show figures once it is imported
-        return figure
+        return history_figure(self._rows(), primary_metric(self.result))
 
     def __repr__(self) -> str:
         metric, result = primary_metric(self.result), self.result

@@ -17,6 +17,9 @@ from droppeft.files import write_atomically
 OWNER = "client"
 """The column that says which of several data sets a row is from."""
 
+ROWS = "rows"
+"""Name of the file if there are no splits."""
+
 KINDS = (
     "a path, a Hub id, a pandas DataFrame, a Dataset or DatasetDict of datasets, a list of rows as "
     "dicts, or a list of such data sets, one for each client"
@@ -59,11 +62,14 @@ def write_data(data: Any, test: Any, folder: Path) -> dict[str, Any]:
         if len(splits) > 1:
             raise DroppeftError("give the rows to test on either in data or in test, not in both")
         splits["test"] = _table(test, "test")
+    if len(splits) == 1:  # a part of the rows is held out
+        [rows] = splits.values()
+        splits = {ROWS: rows}
     return {**settings, "data": str(_written(splits, folder))}
 
 
 def _written(splits: Mapping[str, pa.Table], folder: Path) -> Path:
-    """Write the splits; one alone is a file, of which the run holds out a part."""
+    """Write the splits; rows without splits are a file, of which the run holds out a part."""
     contents = {name: _as_parquet(table) for name, table in splits.items()}
     digest = hashlib.sha256()
     for name, content in contents.items():
@@ -76,8 +82,7 @@ def _written(splits: Mapping[str, pa.Table], folder: Path) -> Path:
                 write_atomically(inside / f"{name}.parquet", content)
     except OSError as error:
         raise DroppeftError(f"{inside}: cannot be written ({error.strerror}); set out") from None
-    only = next(iter(contents)) if len(contents) == 1 else None
-    return (inside / f"{only}.parquet" if only else inside).absolute()
+    return (inside / f"{ROWS}.parquet" if ROWS in contents else inside).absolute()
 
 
 def _as_parquet(table: pa.Table) -> bytes:

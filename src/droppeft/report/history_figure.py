@@ -1,5 +1,6 @@
 """The quality of one run by round, as a figure. Ours."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,4 +37,15 @@ def history_figure(rows: Sequence[RoundRow], metric: Metric) -> Any:
         other.set(ylabel="training loss")
         other.spines["right"].set_visible(True)
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    _make_visible_in_notebooks()
     return figure
+
+
+def _make_visible_in_notebooks() -> None:
+    """Let a notebook show figures that are the value of a cell, as its ``%matplotlib inline``."""
+    if "IPython" in sys.modules:
+        from IPython import get_ipython
+        from IPython.core.pylabtools import select_figure_formats
+
+        if (shell := get_ipython()) is not None:
+            select_figure_formats(shell, {"png"})

@@ -1,5 +1,7 @@
 """A progress bar with rate and remaining time."""
 
+import importlib.util
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +18,11 @@ from rich.text import Text
 
 
 def bar(console: Console) -> Progress:
-    """A progress bar with rate and remaining time, not started; disabled without a terminal."""
+    """A progress bar with rate and remaining time, not started.
+
+    It is disabled without a terminal, unless in a notebook with ipywidgets.
+    """
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -28,7 +34,7 @@ def bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal or in_notebook),
     )
 
 
