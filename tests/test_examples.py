@@ -54,6 +54,8 @@ def test_own_method(
     """Of two clients the median is the mean; resumed and exported, it is known by its name."""
     monkeypatch.delitem(METHODS, "median", raising=False)  # and when the test ends
     method = runpy.run_path(str(ROOT / "examples/own_method.py"))["MEDIAN"]
+    shown = code_of("docs/how_to/write_a_method.md", "MEDIAN = Method(")
+    assert shown.strip() in (ROOT / "examples/own_method.py").read_text("utf-8")
     model, data = (word.partition("=")[2] for word in tiny_overrides[:2])
     settings: dict[str, Any] = {
         "model": model,
@@ -72,6 +74,22 @@ def test_own_method(
     assert own.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=0.01)
     assert own.metrics["loss"] < own.metrics["initial_loss"]
     assert own.predict("bread soup") in ("food", "music", "space")
+
+
+def test_the_python_of_the_tutorial_runs(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tiny model and few steps; the second block is for the model that was exported."""
+    page, names = "docs/tutorials/classify_a_table.md", {}
+    monkeypatch.chdir(tmp_path)
+    lines = [f"text {row} about {row % 4},{'abcd'[row % 4]}" for row in range(400)]
+    Path("news.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    model = tiny_overrides[0].partition("=")[2]
+    quick = f'"news.csv", model={model!r}, training={{"local_steps": 1}},'
+    exec(code_of(page, "droppeft.run").replace('"news.csv",', quick), names)
+    names["result"].export("news-model", merge=True)
+    exec(code_of(page, "pipeline("), names)
+    assert names["classify"]("text 1 about 1")[0]["label"] in "abcd"
 
 
 def test_summaries_of_docstrings(tmp_path: Path) -> None:
