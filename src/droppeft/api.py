@@ -107,7 +107,7 @@ def run(
         model: a name, an id of the Hub, a folder, or a loaded model of transformers, which is saved
             in ``models`` beside the run's folder; by default the task's default model.
         tokenizer: of a loaded model.
-        method: name of a federated method, or one of your own.
+        method: name of a federated method, by default ``adaptive``, or a method of your own.
         test: rows to test on, or a file with them. Without it, a test split of ``data`` is used, or
             a fifth of the rows.
         out: new folder for the run; by default ``runs/TIME-METHOD``.
@@ -298,7 +298,6 @@ class Result(Model):
         folder: of the run.
 
     Attributes:
-        folder: the same.
         result: the content of ``result.json``.
         metrics: the global model's value of each metric on the test rows; the values of clients'
             own models and before training begin with ``personalised_`` and ``initial_``.
