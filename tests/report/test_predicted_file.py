@@ -97,8 +97,8 @@ def test_other_files_and_names(predict: Printed, tmp_path: Path) -> None:
         ("text\nbread\n", "out.xls", r"must end with one of .csv, .jsonl, .parquet"),
         ("text\nbread\n", "there.csv", r"there.csv: exists already; .* --out"),
         ("text\nbread\n", "no/out.csv", r"its folder does not exist"),
-        ('text,n\nbread,1\n"  ",2\n', "out.csv", r"text is empty in row 2; remove the row"),
-        ("words\nbread\n", "out.csv", r"no column of texts found, only words; .* --text"),
+        ('text,n\nbread,1\n"  ",2\n', "out.csv", r"text is empty in row 2; remove such rows"),
+        ("words\nbread\n", "out.csv", r"no column text, only words; .* --text"),
         ("text,predicted\nbread,x\n", "out.csv", r"has a column predicted already; rename"),
     ],
 )

@@ -93,7 +93,7 @@ def find_columns(split: Split, source: SourceConfig) -> TextColumns:
     """
     names = split.table.column_names
     text = source.text or next(
-        (found for one in TEXT_COLUMNS if (found := _named(names, one))), None
+        (found for one in TEXT_COLUMNS if (found := named_columns(names, one))), None
     )
     [label] = (source.label,) if source.label is not None else _label(names) or (None,)
     if text is not None and label is not None:
@@ -102,15 +102,14 @@ def find_columns(split: Split, source: SourceConfig) -> TextColumns:
 
 
 def _label(names: Sequence[str]) -> tuple[str, ...] | None:
-    return next((found for one in LABEL_COLUMNS if (found := _named(names, (one,)))), None)
+    return next((found for one in LABEL_COLUMNS if (found := named_columns(names, (one,)))), None)
 
 
-def _named(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...] | None:
+def named_columns(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...] | None:
     """Return the columns with these names; upper and lower case differ only if both exist."""
-    present = {name.strip().casefold(): name for name in reversed(names)}
-    present |= {name: name for name in names}
-    found = [present[name] for name in wanted if name in present]
-    return tuple(found) if len(found) == len(wanted) else None
+    folded = {name.strip().casefold(): name for name in reversed(names)}
+    found = [name if name in names else folded.get(name.strip().casefold()) for name in wanted]
+    return None if None in found else tuple(filter(None, found))
 
 
 def _by_content(split: Split, text: Sequence[str] | None, label: str | None) -> TextColumns:

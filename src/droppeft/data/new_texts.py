@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from droppeft.config.task_detection import LABEL_COLUMNS, TEXT_COLUMNS
+from droppeft.data.cells import Unsuitable, spelled
+from droppeft.data.columns import LABEL_COLUMNS, TEXT_COLUMNS, named_columns
+from droppeft.data.labels import read_labels
+from droppeft.data.missing_values import row_numbers
 from droppeft.data.splits import Split, read_file
 from droppeft.data.texts import TextTable
 from droppeft.errors import DroppeftError
@@ -51,15 +54,16 @@ def read_new_texts(path: Path, text: Sequence[str] = (), label: str | None = Non
     split = read_file(path)
     columns = _text_columns(split, text)
     values = [_texts(split, name) for name in columns]
-    labels = [label] if label else list(LABEL_COLUMNS)
-    found = next((one for name in labels if (one := _named(split, (name,)))), None)
+    names = split.table.column_names
+    wanted = [label] if label else LABEL_COLUMNS
+    found = next((one for name in wanted if (one := named_columns(names, (name,)))), None)
     return NewTexts(
         rows=split.table,
         columns=columns,
         texts=values[0],
         pairs=values[1] if len(values) == 2 else None,
         label_column=found[0] if found else None,
-        labels=_spelled(split.table[found[0]]) if found else None,
+        labels=read_labels(split, found[0], strip=True).values if found else None,
     )
 
 
@@ -70,39 +74,27 @@ def as_table(texts: Sequence[str], pairs: Sequence[str] | None) -> TextTable:
 
 
 def _text_columns(split: Split, wanted: Sequence[str]) -> tuple[str, ...]:
-    if wanted and (found := _named(split, wanted)):
+    names = split.table.column_names
+    if wanted and (found := named_columns(names, wanted)):
         return found
-    usual = [names for names in TEXT_COLUMNS if not wanted or len(names) == len(wanted)]
-    found = next((found for names in usual if (found := _named(split, names))), None)
+    usual = [one for one in TEXT_COLUMNS if not wanted or len(one) == len(wanted)]
+    found = next((found for one in usual if (found := named_columns(names, one))), None)
     if found is not None:
         return found
-    what = f"has no column {' and '.join(wanted)}" if wanted else "no column of texts found"
+    what = f"no column {' or '.join(wanted)}" if wanted else "no column of texts found"
     raise DroppeftError(
-        f"{split.where}: {what}, only {', '.join(split.table.column_names)}; "
-        "name the column with --text"
+        f"{split.where}: {what}, only {', '.join(names)}; name the column with --text"
     )
 
 
-def _named(split: Split, names: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the columns with these names, in any case."""
-    present = {name.casefold(): name for name in reversed(split.table.column_names)}
-    present |= {name: name for name in split.table.column_names}
-    found = [present.get(name, present.get(name.casefold())) for name in names]
-    return None if None in found else tuple(filter(None, found))
-
-
 def _texts(split: Split, name: str) -> tuple[str, ...]:
-    column = split.table[name]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    values = tuple(column.to_pylist())
-    for row, value in enumerate(values, start=1):
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise DroppeftError(f"{split.where}: {name} is empty in row {row}; remove the row")
-        if not isinstance(value, str):
-            raise DroppeftError(f"{split.where}: {name} has type {column.type}, not text")
+    try:
+        values = tuple(spelled(split.column(name, "--text")))
+    except Unsuitable as kind:
+        raise DroppeftError(f"{split.where}: {name} has type {kind}, not text") from None
+    blank = np.flatnonzero([not value.strip() for value in values])
+    if blank.size:
+        raise DroppeftError(
+            f"{split.where}: {name} is empty in {row_numbers(blank)}; remove such rows"
+        )
     return values
-
-
-def _spelled(column: pa.ChunkedArray) -> tuple[str, ...]:
-    return tuple("" if value is None else str(value).strip() for value in column.to_pylist())

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from droppeft.data.labels import indices_of
 from droppeft.data.new_texts import NewTexts, read_new_texts
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
@@ -165,15 +166,16 @@ def _show(
 
 def _show_accuracy(new: NewTexts, best: Any, classes: Sequence[str], console: Console) -> None:
     """Print accuracy, and precision and recall of each class, if the labels are the run's."""
-    labels = np.array(new.labels)
-    given = labels != ""
-    unknown = sorted({*labels[given].tolist()} - {*classes})
+    assert new.labels is not None
+    index = indices_of(new.labels, classes)
+    given = np.array([bool(label) for label in new.labels])
+    unknown = sorted({label for label in new.labels if label and label not in index})
     if unknown or not given.any():
         reason = f"{unknown[0]!r} is not a class of the run" if unknown else "it is empty"
         console.print(f"No accuracy from the column {new.label_column}: {reason}.\n")
         return
+    labels = np.array([classes[index[label]] for label in new.labels if label])
     predicted = np.array(classes)[best][given]
-    labels = labels[given]
     right = predicted == labels
     console.print(
         f"accuracy {percent(float(right.mean()))} on the {len(labels):,} rows with a "
