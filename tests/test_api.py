@@ -297,6 +297,8 @@ def test_data_sets_that_do_not_fit_together(rows: Path, tmp_path: Path) -> None:
     other = frame.rename(columns={"text": "body"})
     with refused("data of client 1 has other columns or class names"):
         droppeft.run([frame, other], out=tmp_path / "run")
+    with refused("data of client 1 has 2 rows; each client needs 3 or more"):
+        droppeft.run([frame, frame[:2]], out=tmp_path / "run")
     with refused("clients=5, but there are 2 data sets; leave it out"):
         droppeft.run([frame, frame], clients=5, out=tmp_path / "run")
     with refused("partition.kind and partition.key do not apply"):

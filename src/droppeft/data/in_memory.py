@@ -13,9 +13,13 @@ import pyarrow.parquet
 from droppeft.data.splits import TEST_SPLITS, read_file
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
+from droppeft.quantities import counted
 
 OWNER = "client"
 """The column that says which of several data sets a row is from."""
+
+FEWEST_ROWS = 3
+"""Of a client's data set: one to train, one to validate and one to test."""
 
 ROWS = "rows"
 """Name of the file if there are no splits."""
@@ -55,7 +59,7 @@ def write_data(data: Any, test: Any, folder: Path) -> dict[str, Any]:
         if clients is not None:
             splits = {"train": _joined(clients)}
             settings["clients"] = len(clients)
-            settings["partition"] = {"kind": "natural", "key": OWNER}
+            settings["partition"] = {"kind": "natural", "key": OWNER, "min_rows": FEWEST_ROWS}
         else:
             splits = {"train": _table(data, "data")}
     if test is not None:
@@ -198,6 +202,11 @@ def _joined(clients: Sequence[tuple[str, pa.Table]]) -> pa.Table:
     for name, table in clients:
         if OWNER in table.column_names:
             raise DroppeftError(f"data of client {name}: rename its column {OWNER}")
+        if table.num_rows < FEWEST_ROWS:
+            raise DroppeftError(
+                f"data of client {name} has {counted(table.num_rows, 'row')}; each client needs "
+                f"{FEWEST_ROWS} or more"
+            )
         tables.append(table.append_column(OWNER, pa.array([name] * table.num_rows)))
     first = tables[0].schema
     for (name, _), table in zip(clients, tables, strict=True):
