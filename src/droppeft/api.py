@@ -124,12 +124,9 @@ def run(
     """
     name = register(method).name if isinstance(method, Method) else method
     tree: dict[str, Any] = {**settings, "method": name}
-    if "start_from" in tree:
-        given = tree["start_from"]
-        tree["start_from"] = str(given.folder if isinstance(given, Model) else given)
-    if model is not None:
-        tree["model"] = str(model) if isinstance(model, str | Path) else "a loaded model"
-    build_config({**tree, "data": str(data) if not is_in_memory(data) else "rows in memory"})
+    if isinstance(start := tree.get("start_from"), Model | Path):
+        tree["start_from"] = str(start.folder if isinstance(start, Model) else start)
+    _check(tree, data, model)
     listeners = Callbacks(callbacks)
     folder = new_folder(name) if out is None else Path(out)
     if (folder / CONFIG).exists():
@@ -401,6 +398,14 @@ def _worked(
                 )
             raise
     return load(folder)
+
+
+def _check(tree: Mapping[str, Any], data: Any, model: Any) -> None:
+    """Refuse wrong settings before data and model in memory are written."""
+    names: dict[str, Any] = {"data": "rows in memory" if is_in_memory(data) else str(data)}
+    if model is not None:
+        names["model"] = str(model) if isinstance(model, str | Path) else "a loaded model"
+    build_config({**tree, **names})
 
 
 def _data_settings(data: Any, test: Any, folder: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
