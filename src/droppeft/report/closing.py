@@ -66,6 +66,8 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         commands[f"export {run} --merge"] = "The model in transformers' format:"
         if result["task"] == CAUSAL_LM:
             commands[f"chat {run}"] = "Talk to the model:"
+        elif result["data"] != "builtin":
+            commands[f"predict {run} NEW.csv"] = "The class of each row of another file:"
     same = " ".join(["compare", *methods, *_model_and_data(result)])
     commands[same] = "Two methods side by side:"
     if result["data"] == "builtin":
