@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from droppeft.errors import DroppeftError
-from droppeft.models.loading import quiet
+from droppeft.models.quiet import quiet
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
