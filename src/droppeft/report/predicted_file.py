@@ -18,7 +18,7 @@ from droppeft.data.labels import indices_of
 from droppeft.data.new_texts import NewTexts, read_new_texts
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.quantities import percent, share
+from droppeft.quantities import counted, percent, share
 from droppeft.report.progress import bar
 from droppeft.report.screen import Screen
 from droppeft.runs.predicting import Predictor, Probabilities, load_predictor, trained_columns
@@ -66,7 +66,9 @@ def predict_file(
     table = _with_predictions(new.rows, names, probabilities, predictor.label_names)
     write_atomically(out, WRITERS[out.suffix](table))
     _show(new, probabilities, predictor.label_names, Console())
-    print(f"{len(new.texts):,} rows: {out}")
+    round = predictor.source.round
+    model = f"of round {round}" if round else "before training"
+    print(f"{counted(len(new.texts), 'row')}, by the model {model}: {out}")
 
 
 def _check_out(out: Path) -> None:
