@@ -44,7 +44,7 @@ def test_the_test_split_has_the_accuracy_of_the_result(
 ) -> None:
     printed = predict(test_split, tmp_path / "out.csv", all_probabilities=True)
     result = json.loads((whole_run / "result.json").read_text())
-    assert f"accuracy {result['global_accuracy']:.1%} on the 60 rows with a label" in printed
+    assert f"accuracy {result['global_accuracy']:.1%} on the 60 rows with a label in the" in printed
     assert re.search(r"^food +20 ", printed, re.M)
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -180,8 +180,8 @@ def _show_accuracy(new: NewTexts, best: Any, classes: Sequence[str], console: Co
     predicted = np.array(classes)[best][given]
     right = predicted == labels
     console.print(
-        f"accuracy {percent(float(right.mean()))} on the {len(labels):,} rows with a "
-        f"{new.label_column}"
+        f"accuracy {percent(float(right.mean()))} on the {counted(len(labels), 'row')} with a "
+        f"label in the column {new.label_column}"
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("class")
