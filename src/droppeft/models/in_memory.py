@@ -1,12 +1,13 @@
 """Save a loaded model in a folder that a run reads, now and when it is resumed. Ours."""
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from droppeft.errors import DroppeftError
 from droppeft.models.quiet import quiet
@@ -26,6 +27,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
         raise DroppeftError(f"model is of type {kind}, which is no model of transformers{hint}")
     if tokenizer is None:
         raise DroppeftError("a loaded model needs its tokenizer; give it as tokenizer=")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        wrong = type(tokenizer).__name__
+        raise DroppeftError(f"tokenizer is of type {wrong}, which is no tokenizer of transformers")
     saved = folder / _hash(model, tokenizer)
     if saved.is_dir():
         return saved.absolute()
@@ -47,5 +51,7 @@ def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
         plain = value.detach().cpu().contiguous().flatten()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(plain.view(torch.uint8).numpy().tobytes())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    digest.update(f"{vocabulary}{rules}{tokenizer.chat_template}".encode())
     return digest.hexdigest()[:16]

@@ -137,8 +137,9 @@ def _fill_with_adapter(source: Source, folder: Path) -> None:
 def _save_tokenizer(source: Source, folder: Path) -> None:
     """Write the tokenizer, which truncates texts as in the run if it is asked to truncate."""
     tokenizer = copy.deepcopy(source.backbone.tokenizer)
-    tokenizer.backend_tokenizer.no_truncation()  # else the file has the settings of the last call
-    tokenizer.backend_tokenizer.no_padding()
+    if tokenizer.is_fast:  # its file would have the settings of the last call
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     if not source.task.generates:
         tokenizer.model_max_length = source.config.training.max_length
     tokenizer.save_pretrained(folder)
