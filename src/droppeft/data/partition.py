@@ -67,9 +67,10 @@ def partition_rows(
 
 def _check_enough(rows: int, clients: int, min_rows: int) -> None:
     if rows < clients * min_rows:
+        fewer = f"clients={rows // min_rows}" if rows >= min_rows else "a lower partition.min_rows"
         raise DroppeftError(
             f"{rows} training rows are too few for clients={clients} with partition.min_rows="
-            f"{min_rows} each; lower one of the two or use more data"
+            f"{min_rows} each; set {fewer}, or use more data"
         )
 
 

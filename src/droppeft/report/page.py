@@ -140,11 +140,12 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
 
 
 def _conclusion(folder: Path) -> Sequence[str]:
-    """The sentences of a run's result; nothing for a comparison."""
+    """The sentences of a run's result and about its data; nothing for a comparison."""
     if not (folder / RESULT).is_file():
         return ()
-    sentences: Sequence[str] = read_result(folder)["conclusion"]
-    return sentences
+    result = read_result(folder)
+    about_data = [f"Data: {one}." for one in result["data_findings"]["sentences"]]
+    return [*result["conclusion"], *about_data]
 
 
 def _generated(folder: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from droppeft.files import write_atomically
 from droppeft.messages import GlobalModel, ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
+from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.conclusion import conclude, trend_of
@@ -250,7 +251,7 @@ def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:
         return
     next_step = "start a new run" if is_over else f"resume {out}"
     raise DroppeftError(
-        f"no update could be merged in {len(recent)} rounds in a row "
+        f"no update could be merged in {counted(len(recent), 'round')} in a row "
         f"({_why_none_merged(recent[-1])}); correct this, then {next_step}"
     )
 
@@ -418,7 +419,7 @@ def _final_global_model(
     if not prepared.method.has_global_model(prepared.config):
         return {**quality_of("global", metrics, None), "adapter_sha256": None, "test_rows": 0}
     rows = evaluation_sample(len(prepared.test), final_rows(prepared))
-    listener.preparing(f"measuring on {len(rows):,} test rows")
+    listener.preparing(f"measuring on {counted(len(rows), 'test row')}")
     evaluation = _evaluate(prepared, model, rows)
     return {
         **quality_of("global", metrics, evaluation.metrics),
