@@ -19,7 +19,7 @@ from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run
-from runs import Recorder
+from runs import Recorder, write_tiny_data
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -179,13 +179,24 @@ def code_of(page: str, part: str) -> str:
     return str(code)
 
 
+@pytest.mark.full
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_data(tmp_path)
+    (tmp_path / "train.csv").rename("news.csv")
+    found: dict[str, Any] = {}
+    code = code_of("README.md", "droppeft.run").replace("rounds=10", "rounds=1")
+    exec(code.replace("clients=10", "clients=5"), found)
+    assert found["result"].conclusion
+    assert (tmp_path / "my-model" / "config.json").is_file()
+
+
 TUTORIAL = "docs/tutorials/layer_dropout_in_trainer.md"
 
 
 @pytest.mark.parametrize(
     ("page", "part", "noun"),
     [
-        ("README.md", "layer_dropout(model", "dropout"),
         (TUTORIAL, "layer_dropout(model", "dropout"),
         (TUTORIAL, "gated(blocks)", "gates"),
     ],
