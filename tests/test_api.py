@@ -19,6 +19,7 @@ from droppeft.cli import main
 from droppeft.config import load_config
 from droppeft.config.schema import Config
 from droppeft.methods import METHODS
+from droppeft.models.in_memory import save_model
 from droppeft.server.run import start_run
 from refusals import refused
 from runs import Recorder, rows_of
@@ -116,7 +117,7 @@ def test_the_same_rows_in_memory_give_the_same_adapter(
     thread.join()
     [same] = found
     assert adapter_of(same) == adapter_of(result)
-    [written] = (tmp_path / "data").glob("*/rows.parquet")
+    [written] = (tmp_path / "droppeft-data").glob("*/rows.parquet")
     assert same.result["data"] == str(written)
 
 
@@ -134,7 +135,7 @@ def test_a_loaded_model_and_rows_to_test_on(rows: Path, model: str, tmp_path: Pa
     first, second = outcomes
     assert first.result["test_rows"] == second.result["test_rows"] == 30
     assert adapter_of(first) == adapter_of(second)
-    assert [path.parent.name for path in (tmp_path / "models").glob("*/config.json")] == [
+    assert [path.parent.name for path in (tmp_path / "droppeft-models").glob("*/config.json")] == [
         Path(second.result["model"]).name
     ]
 
@@ -297,12 +298,65 @@ def test_data_sets_that_do_not_fit_together(rows: Path, tmp_path: Path) -> None:
     other = frame.rename(columns={"text": "body"})
     with refused("data of client 1 has other columns or class names"):
         droppeft.run([frame, other], out=tmp_path / "run")
-    with refused("data of client 1 has 2 rows; each client needs 3 or more"):
+    with refused("data of client 1 has 2 rows; each client needs 10 or more, or 3 with test="):
         droppeft.run([frame, frame[:2]], out=tmp_path / "run")
     with refused("clients=5, but there are 2 data sets; leave it out"):
         droppeft.run([frame, frame], clients=5, out=tmp_path / "run")
     with refused("partition.kind and partition.key do not apply"):
         droppeft.run([frame, frame], partition={"kind": "iid"}, out=tmp_path / "run")
+
+
+def test_a_second_run_in_another_thread_is_refused(rows: Path, model: str, tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    class StartsAnother:
+        def round_done(self, row: Any) -> None:
+            def work() -> None:
+                with refused("another thread of this process is using droppeft") as found:
+                    droppeft.run(rows, model=model, out=tmp_path / "other", **QUICK)
+                refusals.append(str(found.value))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    one_round = {**QUICK, "rounds": 1}
+    droppeft.run(rows, model=model, out=tmp_path / "run", callbacks=[StartsAnother()], **one_round)
+    assert len(refusals) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loaded_model_with_another_configuration_is_another_model(
+    model: str, tmp_path: Path
+) -> None:
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    first = save_model(loaded, tokenizer, tmp_path)
+    assert save_model(loaded, tokenizer, tmp_path) == first
+    loaded.config.layer_norm_eps = 0.5
+    assert save_model(loaded, tokenizer, tmp_path) != first
+    tokenizer.truncation_side = "left"
+    assert len({first, save_model(loaded, tokenizer, tmp_path)}) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_does_not_start_from_a_client_s_model_without_its_layers(
+    result: droppeft.Result, rows: Path, tmp_path: Path
+) -> None:
+    with refused("start_from is the model of a client; export it"):
+        droppeft.run(rows, out=tmp_path / "run", start_from=result.client(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rounds", [4.0, "5"])
+def test_a_wrong_number_of_rounds_leaves_a_finished_run_as_it_is(
+    result: droppeft.Result, rounds: Any
+) -> None:
+    before = {path.name: path.read_bytes() for path in result.folder.iterdir() if path.is_file()}
+    with refused("give a whole number"):
+        droppeft.resume(result.folder, rounds=rounds, progress=False)
+    assert before == {
+        path.name: path.read_bytes() for path in result.folder.iterdir() if path.is_file()
+    }
 
 
 def test_a_method_of_droppeft_is_not_replaced() -> None:

@@ -152,7 +152,7 @@ def test_a_folder_that_exists(droppeft: Command, tiny_overrides: list[str], tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
     again = droppeft("run", *tiny_overrides, "--out", "run")
-    assert_refused(again, "--out run exists already; choose another folder\n")
+    assert_refused(again, "run exists already; choose another folder\n")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
     (tmp_path / "run" / "config.toml").write_text("")
     again = droppeft("run", *tiny_overrides, "--out", "run")
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_made(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     for out in ("file", "file/run", "file/deep/run"):
-        assert_refused(droppeft("run", *tiny_overrides, "--out", out), f"--out {out}")
+        assert_refused(droppeft("run", *tiny_overrides, "--out", out), f"{out}")
     assert (tmp_path / "file").read_text() == "in the way"
 
 

@@ -3,20 +3,22 @@
 ``droppeft.run(data="news.csv", rounds=20)`` is ``droppeft run data=news.csv rounds=20``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import pandas as pd
+import torch
 
 from droppeft.config import build_config, config_with_task
 from droppeft.config.schema import DEFAULT_METHOD
 from droppeft.data.conversation_shapes import BadRow, messages_of
 from droppeft.data.conversations import Message
-from droppeft.data.in_memory import is_in_memory, write_data
+from droppeft.data.in_memory import is_in_memory, number_of_clients, write_data
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.federated_method import Method
 from droppeft.methods import register
@@ -30,7 +32,14 @@ from droppeft.report.screen import Screen
 from droppeft.runs.answering import Answering, loaded_model
 from droppeft.runs.callbacks import Callbacks
 from droppeft.runs.export import export_run
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, new_folder, read_result
+from droppeft.runs.folder import (
+    CONFIG,
+    RESULT,
+    ROUNDS,
+    check_free,
+    new_folder,
+    read_result,
+)
 from droppeft.runs.ledger import RoundRow, read_rows
 from droppeft.runs.listener import Listener
 from droppeft.runs.predicting import Predictor, load_predictor, trained_columns
@@ -39,6 +48,12 @@ from droppeft.tasks.generation import GenerationSettings
 from droppeft.tasks.metrics import metrics_in, primary_metric
 
 __all__ = ["Model", "Result", "Settings", "load", "register", "resume", "run"]
+
+DATA, MODELS = "droppeft-data", "droppeft-models"
+"""Folders beside those of runs, for rows and models that were in memory."""
+
+_BUSY = threading.Lock()
+"""Training uses torch's global random generator, so that a process does one run at a time."""
 
 Table = Mapping[str, Any]
 Text = str | tuple[str, str]
@@ -60,7 +75,7 @@ class Settings(TypedDict, total=False):
     clients: int
     cohort_size: int
     quorum: int
-    start_from: "str | Path | Model"
+    start_from: "str | Path | Result"
     threads: int
     accelerator: str
     tracker: str
@@ -102,10 +117,10 @@ def run(
             - a ``Dataset`` or ``DatasetDict`` of the datasets library;
             - a list of these, one for each client, or a mapping from clients' names to them.
 
-            Rows in memory are also written to ``data`` beside the run's folder, because a resumed
-            run reads them again.
+            Rows in memory are also written to ``droppeft-data`` beside the run's folder, readable
+            by you alone, because a resumed run reads them again.
         model: a name, an id of the Hub, a folder, or a loaded model of transformers, which is saved
-            in ``models`` beside the run's folder; by default the task's default model.
+            in ``droppeft-models`` beside the run's folder; by default the task's default model.
         tokenizer: of a loaded model.
         method: name of a federated method, by default ``adaptive``, or a method of your own.
         test: rows to test on, or a file with them. Without it, a test split of ``data`` is used, or
@@ -124,8 +139,7 @@ def run(
     """
     name = register(method).name if isinstance(method, Method) else method
     tree: dict[str, Any] = {**settings, "method": name}
-    if isinstance(start := tree.get("start_from"), Model | Path):
-        tree["start_from"] = str(start.folder if isinstance(start, Model) else start)
+    tree |= _start_setting(tree)
     _check(tree, data, model)
     listeners = Callbacks(callbacks)
     folder = new_folder(name) if out is None else Path(out)
@@ -134,9 +148,10 @@ def run(
             f"out={folder}: holds a run already; choose another folder, or continue it with "
             f"droppeft.resume({str(folder)!r})"
         )
-    tree |= _data_settings(data, test, folder.parent / "data", tree)
+    check_free(folder)
+    tree |= _data_settings(data, test, folder.parent / DATA, tree)
     if model is not None:
-        tree["model"] = _model_name(model, tokenizer, folder.parent / "models")
+        tree["model"] = _model_name(model, tokenizer, folder.parent / MODELS)
     elif tokenizer is not None:
         raise DroppeftError("tokenizer goes with a loaded model; leave it out, or give model=")
     config = config_with_task(tree)
@@ -230,12 +245,15 @@ class Model:
         given: Iterable[Any] = [texts] if single else texts
         if isinstance(texts, pd.DataFrame | Mapping):
             raise DroppeftError('predict takes texts, not a table; give a column: data["text"]')
+        if not isinstance(given, Iterable):
+            raise DroppeftError(f"predict takes a text or a list of texts, not {texts!r}")
         first, second = _texts(list(given), len(trained_columns(self.folder).text))
-        if self._client not in self._loaded.predictors:
-            predictor = load_predictor(self.folder, _silent, client=self._client)
-            self._loaded.predictors[self._client] = predictor
-        predictor = self._loaded.predictors[self._client]
-        found = predictor.probabilities(first, second)
+        with _alone():
+            if self._client not in self._loaded.predictors:
+                predictor = load_predictor(self.folder, _silent, client=self._client)
+                self._loaded.predictors[self._client] = predictor
+            predictor = self._loaded.predictors[self._client]
+            found = predictor.probabilities(first, second)
         if probabilities:
             return pd.DataFrame(found, columns=list(predictor.label_names))
         names = [predictor.label_names[place] for place in found.argmax(axis=1)]
@@ -269,10 +287,11 @@ class Model:
         single = isinstance(prompts, str) or is_conversation
         asked = [_messages(one) for one in ([several] if is_conversation else several)]
         settings = GenerationSettings(max_new_tokens, temperature, batch_size=batch_size)
-        if self._client not in self._loaded.answering:
-            loading = loaded_model(self.folder, settings, _silent, client=self._client)
-            self._loaded.answering[self._client] = self._loaded.open.enter_context(loading)
-        answers = self._loaded.answering[self._client].with_settings(settings).answers(asked)
+        with _alone():
+            if self._client not in self._loaded.answering:
+                loading = loaded_model(self.folder, settings, _silent, client=self._client)
+                self._loaded.answering[self._client] = self._loaded.open.enter_context(loading)
+            answers = self._loaded.answering[self._client].with_settings(settings).answers(asked)
         return answers[0] if single else answers
 
     def export(self, path: str | Path, *, merge: bool = False) -> Path:
@@ -285,7 +304,8 @@ class Model:
         Raises:
             DroppeftError: the folder exists, or the model cannot be written in this form.
         """
-        return export_run(self.folder, Path(path), merge=merge, client=self._client).folder
+        with _alone():
+            return export_run(self.folder, Path(path), merge=merge, client=self._client).folder
 
 
 class Result(Model):
@@ -345,8 +365,8 @@ class Result(Model):
             DroppeftError: there is no such client.
         """
         clients = self.result["clients"]
-        if not 0 <= number < clients:
-            raise DroppeftError(f"there is no client {number}; clients are 0 to {clients - 1}")
+        if type(number) is not int or not 0 <= number < clients:
+            raise DroppeftError(f"there is no client {number!r}; clients are 0 to {clients - 1}")
         return Model(self.folder, number)
 
     def plot(self) -> Any:
@@ -374,11 +394,44 @@ class Result(Model):
         return [RoundRow.from_columns(row) for row in read_rows(self.folder / ROUNDS)]
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse a second run of the process at the same time, and restore torch's threads at the end.
+
+    Raises:
+        DroppeftError: another thread is at work.
+    """
+    if not _BUSY.acquire(blocking=False):
+        raise DroppeftError(
+            "another thread of this process is using droppeft; wait for it, or start a process of "
+            "its own"
+        )
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _BUSY.release()
+
+
+def _start_setting(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The setting ``start_from`` as a text, if it is given."""
+    start = tree.get("start_from")
+    if isinstance(start, Model) and not isinstance(start, Result):
+        raise DroppeftError(
+            "start_from is the model of a client; export it, and give the exported folder"
+        )
+    if isinstance(start, Result | Path):
+        return {"start_from": str(start.folder if isinstance(start, Result) else start)}
+    return {}
+
+
 def _worked(
     work: Callable[[Listener], object], folder: Path, listeners: Callbacks, progress: bool
 ) -> Result:
     """Do the work of a run in ``folder`` and return its result."""
     with ExitStack() as stack:
+        stack.enter_context(_alone())
         told: list[object] = [listeners]
         if progress:
             told.insert(0, stack.enter_context(Screen(folder=folder, commands=False)))
@@ -405,6 +458,8 @@ def _check(tree: Mapping[str, Any], data: Any, model: Any) -> None:
     names: dict[str, Any] = {"data": "rows in memory" if is_in_memory(data) else str(data)}
     if model is not None:
         names["model"] = str(model) if isinstance(model, str | Path) else "a loaded model"
+    if clients := number_of_clients(data):
+        names["clients"] = tree.get("clients", clients)
     build_config({**tree, **names})
 
 

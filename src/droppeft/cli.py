@@ -86,7 +86,8 @@ class CommandWithSettings(TyperCommand):
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 RoundOption = Annotated[
-    int | None, typer.Option(help="Round of a saved checkpoint.", show_default="the newest")
+    int | None,
+    typer.Option(help="Round of a saved checkpoint.", show_default="the delivered round"),
 ]
 ClientOption = Annotated[
     int | None, typer.Option(help="Use this client's model.", show_default="the global model")
@@ -236,7 +237,8 @@ def report(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     round: Annotated[
-        int | None, typer.Option(help="Round of a saved checkpoint.", show_default="the newest")
+        int | None,
+        typer.Option(help="Round of a saved checkpoint.", show_default="the delivered round"),
     ] = None,
     out: Annotated[
         Path | None,

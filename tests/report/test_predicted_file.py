@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
 from chats import chat_settings
 from droppeft.config import load_config
@@ -86,7 +87,7 @@ def test_other_files_and_names(predict: Printed, tmp_path: Path) -> None:
     assert rows[0]["tags"] == ["a"]
     predict(tmp_path / "new.parquet", tmp_path / "out.parquet", text=["body"])
     assert pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
-    with refused(r"holds lists or tables, .* write a .jsonl or .parquet file"):
+    with refused(r"holds values that a .csv file cannot, such as lists; write a .jsonl or .parquet file"):
         predict(tmp_path / "new.parquet", None, text=["body"])
     assert not (tmp_path / "new-predicted.csv").exists()
 
@@ -116,5 +117,25 @@ def test_a_run_that_writes_texts_is_refused(tmp_path: Path) -> None:
     words = [*chat_settings(tmp_path), "rounds=1", "evaluation.generated=0"]
     words += ["evaluation.personalised=false"]
     start_run(load_config(None, words), tmp_path / "run", Recorder())
-    with refused("which writes texts; use droppeft generate"):
+    with refused("which writes texts; use generate"):
         load_predictor(tmp_path / "run", lambda step: None)
+
+
+def test_named_columns_must_exist_and_be_as_many_as_in_training(
+    predict: Printed, tmp_path: Path
+) -> None:
+    file = tmp_path / "new.csv"
+    file.write_text("text,body\nbread,moon\n")
+    with refused("no column boddy, only text, body; name the column with --text"):
+        predict(file, None, text=("boddy",))
+    with refused(r"--text text,body: the model was trained on texts from 1 column \(text\)"):
+        predict(file, None, text=("text", "body"))
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(whole_run: Path) -> None:
+    predictor = load_predictor(whole_run, lambda step: None)
+    with torch.no_grad():
+        for value in predictor.source.client_model.parameters[1].values():
+            value.fill_(math.nan)
+    with refused("the model's outputs are not finite, because its training diverged"):
+        predictor.probabilities(["bread"])

@@ -266,10 +266,10 @@ def test_missing_rounds_and_existing_folders_are_refused(whole_run: Path, tmp_pa
     with pytest.raises(DroppeftError, match=r"no round 7; the saved rounds are: 3, 2"):
         export.export_run(whole_run, tmp_path / "adapter", round=7)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(DroppeftError, match=r"taken: exists already; .* --out"):
+    with pytest.raises(DroppeftError, match=r"taken: exists already; choose another"):
         export.export_run(whole_run, tmp_path / "taken")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DroppeftError, match=r"adapter: cannot be written .* --out"):
+    with pytest.raises(DroppeftError, match=r"adapter: cannot be written .* choose another"):
         export.export_run(whole_run, tmp_path / "file" / "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 

@@ -397,7 +397,7 @@ def test_a_run_without_any_measurement_can_be_resumed(
 
 
 def test_a_local_run_has_no_global_model_to_export(local_run: Path) -> None:
-    with pytest.raises(DroppeftError, match=r"no global model with .* with --client"):
+    with pytest.raises(DroppeftError, match=r"no global model with .*; name a client"):
         export_run(local_run)
 
 

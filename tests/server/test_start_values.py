@@ -120,5 +120,8 @@ def test_another_rank_and_frozen_values_are_refused(
         with refused(part):
             run(tiny_overrides, tmp_path / "run", *settings)
     words = [word for word in tiny_overrides if not word.startswith(("method=", "dropout"))]
+    bottlenecks = [*words, "method=fedadapter", "clients=6", "cohort_size=3"]
+    with refused("method=fedadapter begins with several models"):
+        run(bottlenecks, tmp_path / "run", f"start_from={whole_run}")
     with refused("method=ffa_lora clients compute .* from the seed"):
         run(words, tmp_path / "run", "method=ffa_lora", f"start_from={whole_run}")

@@ -21,6 +21,9 @@ OWNER = "client"
 FEWEST_ROWS = 3
 """Of a client's data set: one to train, one to validate and one to test."""
 
+FEWEST_WITHOUT_TEST = 10
+"""The same if rows for the server's test are taken from the clients' data sets, a fifth of all."""
+
 ROWS = "rows"
 """Name of the file if there are no splits."""
 
@@ -33,6 +36,14 @@ KINDS = (
 def is_in_memory(data: object) -> bool:
     """Whether data are rows, and not the name of a file, a folder or a data set of the Hub."""
     return not isinstance(data, str | Path)
+
+
+def number_of_clients(data: object) -> int | None:
+    """Return the number of data sets, if data in memory are one for each client."""
+    if not is_in_memory(data) or _has_splits(data):
+        return None
+    clients = _named_clients(data)
+    return None if clients is None else len(clients)
 
 
 def write_data(data: Any, test: Any, folder: Path) -> dict[str, Any]:
@@ -57,7 +68,8 @@ def write_data(data: Any, test: Any, folder: Path) -> dict[str, Any]:
     if (splits := _splits(data)) is None:
         clients = _clients(data)
         if clients is not None:
-            splits = {"train": _joined(clients)}
+            fewest = FEWEST_WITHOUT_TEST if test is None else FEWEST_ROWS
+            splits = {"train": _joined(clients, fewest)}
             settings["clients"] = len(clients)
             settings["partition"] = {"kind": "natural", "key": OWNER, "min_rows": FEWEST_ROWS}
         else:
@@ -80,10 +92,11 @@ def _written(splits: Mapping[str, pa.Table], folder: Path) -> Path:
         digest.update(name.encode() + content)
     inside = folder / digest.hexdigest()[:16]
     try:
-        inside.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        inside.mkdir(mode=0o700, exist_ok=True)
         for name, content in contents.items():
             if not (inside / f"{name}.parquet").exists():
-                write_atomically(inside / f"{name}.parquet", content)
+                write_atomically(inside / f"{name}.parquet", content, private=True)
     except OSError as error:
         raise DroppeftError(f"{inside}: cannot be written ({error.strerror}); set out") from None
     return (inside / f"{ROWS}.parquet" if ROWS in contents else inside).absolute()
@@ -98,9 +111,13 @@ def _as_parquet(table: pa.Table) -> bytes:
 # One data set
 
 
+def _has_splits(data: object) -> bool:
+    return isinstance(data, Mapping) and ("train" in data or _is_of(data, "DatasetDict"))
+
+
 def _splits(data: Any) -> dict[str, pa.Table] | None:
     """The splits of data that have some: a mapping with ``train``, such as a DatasetDict."""
-    if not isinstance(data, Mapping) or not ("train" in data or _is_of(data, "DatasetDict")):
+    if not _has_splits(data):
         return None
     known = {"train", *TEST_SPLITS}
     if odd := [name for name in data if name not in known and not _is_of(data, "DatasetDict")]:
@@ -181,11 +198,8 @@ def _is_columns(value: object) -> bool:
 
 def _clients(data: Any) -> list[tuple[str, pa.Table]] | None:
     """Name and rows of each client's data set, in their order; ``None`` for a single data set."""
-    if isinstance(data, Mapping) and not _is_columns(data) and not _is_of(data, "Dataset"):
-        named = [(str(name), rows) for name, rows in data.items()]
-    elif isinstance(data, list | tuple) and not _is_rows(data):
-        named = [("", rows) for rows in data]
-    else:
+    named = _named_clients(data)
+    if named is None:
         return None
     if not named:
         raise DroppeftError(f"data is empty; give {KINDS}")
@@ -196,16 +210,25 @@ def _clients(data: Any) -> list[tuple[str, pa.Table]] | None:
     ]
 
 
-def _joined(clients: Sequence[tuple[str, pa.Table]]) -> pa.Table:
+def _named_clients(data: Any) -> list[tuple[str, Any]] | None:
+    if isinstance(data, Mapping) and not _is_columns(data) and not _is_of(data, "Dataset"):
+        return [(str(name), rows) for name, rows in data.items()]
+    if isinstance(data, list | tuple) and not _is_rows(data):
+        return [("", rows) for rows in data]
+    return None
+
+
+def _joined(clients: Sequence[tuple[str, pa.Table]], fewest: int) -> pa.Table:
     """One table with a column that names the client; the order of the names is theirs."""
     tables = []
     for name, table in clients:
         if OWNER in table.column_names:
             raise DroppeftError(f"data of client {name}: rename its column {OWNER}")
-        if table.num_rows < FEWEST_ROWS:
+        if table.num_rows < fewest:
+            instead = f", or {FEWEST_ROWS} with test=" if fewest > FEWEST_ROWS else ""
             raise DroppeftError(
                 f"data of client {name} has {counted(table.num_rows, 'row')}; each client needs "
-                f"{FEWEST_ROWS} or more"
+                f"{fewest} or more{instead}"
             )
         tables.append(table.append_column(OWNER, pa.array([name] * table.num_rows)))
     first = tables[0].schema

@@ -14,6 +14,7 @@ from droppeft.data.missing_values import row_numbers
 from droppeft.data.splits import Split, read_file
 from droppeft.data.texts import TextTable
 from droppeft.errors import DroppeftError
+from droppeft.quantities import counted
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,22 @@ class NewTexts:
     labels: tuple[str, ...] | None
 
 
-def read_new_texts(path: Path, text: Sequence[str] = (), label: str | None = None) -> NewTexts:
+def read_new_texts(
+    path: Path,
+    text: Sequence[str] = (),
+    label: str | None = None,
+    *,
+    trained: Sequence[str] = (),
+) -> NewTexts:
     """Read a file with a column of texts, or two for pairs of texts.
 
     Args:
         path: a file of the types that runs read.
-        text: names of the columns; if they are not given or not in the file, they are found by the
-            usual names.
+        text: names of the columns, which must be in the file; without them, those of ``trained``
+            or else the usual names count.
         label: name of the column of labels, which need not exist; without it the usual names count.
+        trained: names of the columns that the run has read, as far as they are known. The texts
+            have as many columns.
 
     Raises:
         DroppeftError: the file cannot be read, has no column of texts, or a text is empty.
@@ -52,7 +61,7 @@ def read_new_texts(path: Path, text: Sequence[str] = (), label: str | None = Non
     if not path.is_file():
         raise DroppeftError(f"{path}: no such file")
     split = read_file(path)
-    columns = _text_columns(split, text)
+    columns = _text_columns(split, text, trained)
     values = [_texts(split, name) for name in columns]
     names = split.table.column_names
     wanted = [label] if label else LABEL_COLUMNS
@@ -73,13 +82,19 @@ def as_table(texts: Sequence[str], pairs: Sequence[str] | None) -> TextTable:
     return TextTable(tuple(texts), None if pairs is None else tuple(pairs), labels)
 
 
-def _text_columns(split: Split, wanted: Sequence[str]) -> tuple[str, ...]:
+def _text_columns(split: Split, given: Sequence[str], trained: Sequence[str]) -> tuple[str, ...]:
     names = split.table.column_names
+    if given and trained and len(given) != len(trained):
+        raise DroppeftError(
+            f"--text {','.join(given)}: the model was trained on texts from "
+            f"{counted(len(trained), 'column')} ({', '.join(trained)}); name as many"
+        )
+    wanted = given or trained
     if wanted and (found := named_columns(names, wanted)):
         return found
-    usual = [one for one in TEXT_COLUMNS if not wanted or len(one) == len(wanted)]
+    usual = [one for one in TEXT_COLUMNS if not trained or len(one) == len(trained)]
     found = next((found for one in usual if (found := named_columns(names, one))), None)
-    if found is not None:
+    if found is not None and not given:
         return found
     what = f"no column {' or '.join(wanted)}" if wanted else "no column of texts found"
     raise DroppeftError(

@@ -1,12 +1,10 @@
 """Save a loaded model in a folder that a run reads, now and when it is resumed. Ours."""
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from droppeft.errors import DroppeftError
@@ -16,7 +14,7 @@ from droppeft.models.quiet import quiet
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
     """Save a model of transformers with its tokenizer in ``folder/HASH``, and return that folder.
 
-    The same weights with the same tokenizer are saved once.
+    The same model with the same tokenizer is saved once.
 
     Raises:
         DroppeftError: it is no model of transformers, it has no tokenizer, or it cannot be written.
@@ -30,28 +28,26 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         wrong = type(tokenizer).__name__
         raise DroppeftError(f"tokenizer is of type {wrong}, which is no tokenizer of transformers")
-    saved = folder / _hash(model, tokenizer)
-    if saved.is_dir():
-        return saved.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch, quiet():
-            inside = Path(scratch) / saved.name
+            inside = Path(scratch) / "model"
             model.save_pretrained(inside)
             tokenizer.save_pretrained(inside)
-            inside.rename(saved)
+            saved = folder / _hash(inside)
+            if not saved.is_dir():
+                inside.rename(saved)
     except OSError as error:
         raise DroppeftError(f"{folder}: cannot be written ({error.strerror}); set out") from None
     return saved.absolute()
 
 
-def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, value in model.state_dict().items():
-        plain = value.detach().cpu().contiguous().flatten()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-    digest.update(f"{vocabulary}{rules}{tokenizer.chat_template}".encode())
+def _hash(folder: Path) -> str:
+    """Return a hash of all files of a saved model: weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

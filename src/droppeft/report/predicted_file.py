@@ -56,15 +56,21 @@ def predict_file(
     out = out or file.with_name(f"{file.name.partition('.')[0]}-{PREDICTED}.csv")
     _check_out(out)
     trained = trained_columns(run)
-    new = read_new_texts(file, text or trained.text, trained.label)
+    new = read_new_texts(file, text, trained.label, trained=trained.text)
     console = Console(stderr=True)
+    WRITERS[out.suffix](new.rows.slice(0, 1))  # refuses columns that the format cannot hold
     with Screen(console) as screen:
         screen.preparing("loading PyTorch and transformers")
         predictor = load_predictor(run, screen.preparing, round, client)
     names = _added_columns(new, predictor.label_names if all_probabilities else ())
     probabilities = _predicted(predictor, new, console)
     table = _with_predictions(new.rows, names, probabilities, predictor.label_names)
-    write_atomically(out, WRITERS[out.suffix](table))
+    try:
+        write_atomically(out, WRITERS[out.suffix](table))
+    except OSError as error:
+        raise DroppeftError(
+            f"{out}: cannot be written ({error.strerror}); choose another file with --out"
+        ) from None
     _show(new, probabilities, predictor.label_names, Console())
     round = predictor.source.round
     model = f"of round {round}" if round else "before training"
@@ -117,8 +123,8 @@ def _as_csv(table: pa.Table) -> bytes:
         pyarrow.csv.write_csv(table, written)
     except pa.ArrowInvalid:
         raise DroppeftError(
-            "a column holds lists or tables, which a .csv file cannot; write a .jsonl or .parquet "
-            "file with --out"
+            "a column holds values that a .csv file cannot, such as lists; write a .jsonl or "
+            ".parquet file with --out"
         ) from None
     return written.getvalue()
 

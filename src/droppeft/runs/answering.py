@@ -77,7 +77,7 @@ def loaded_model(
         run: folder of a run, which may be finished, stopped, or running in another process.
         settings: how answers are generated.
         say: called with each step, to show progress.
-        round: of the checkpoint; ``None`` for the newest.
+        round: of the checkpoint; ``None`` as in :func:`~droppeft.runs.export.saved_model`.
         client: whose model is loaded; ``None`` for the global one.
 
     Raises:

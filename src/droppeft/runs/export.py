@@ -83,7 +83,7 @@ def export_run(
     suffix = "" if client is None else f"-client-{client}"
     out = (out or run / f"{kind}{suffix}-round-{checkpoint.round}").resolve()
     if out.exists():
-        raise DroppeftError(f"{out}: exists already; choose another folder with --out")
+        raise DroppeftError(f"{out}: exists already; choose another folder")
     if not merge:
         check_alone(checkpoint.state.model)
     source = load_source(run, config, checkpoint, client, merge, say)
@@ -120,8 +120,7 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
     config = saved_config(run)
     if client is None and not method_named(config.method).has_global_model(config):
         raise DroppeftError(
-            f"{run}: method={config.method} has no global model with these settings; "
-            "name a client with --client"
+            f"{run}: method={config.method} has no global model with these settings; name a client"
         )
     if client is not None and not 0 <= client < config.clients:
         raise DroppeftError(

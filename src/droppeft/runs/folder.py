@@ -41,10 +41,10 @@ def check_free(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = f", or go on with its run: droppeft resume {out}" if (out / CONFIG).is_file() else ""
-        raise DroppeftError(f"--out {out} exists already; choose another folder{what}")
+        raise DroppeftError(f"{out} exists already; choose another folder{what}")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise DroppeftError(f"--out {out}: cannot write in {parent}; choose another folder")
+        raise DroppeftError(f"{out}: cannot write in {parent}; choose another folder")
 
 
 def begin(out: Path, config: Config, first: Checkpoint) -> None:
@@ -64,7 +64,7 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
         sync(out.parent)
     except OSError as error:
         raise DroppeftError(
-            f"--out {out}: cannot be created ({error.strerror}); choose another folder"
+            f"{out}: cannot be created ({error.strerror}); choose another folder"
         ) from None
 
 
@@ -72,8 +72,10 @@ def with_more_rounds(config: Config, rounds: int, out: Path) -> Config:
     """Return a run's configuration with a larger number of rounds.
 
     Raises:
-        DroppeftError: the run has as many rounds already.
+        DroppeftError: it is no whole number, or the run has as many rounds already.
     """
+    if type(rounds) is not int:
+        raise DroppeftError(f"rounds={rounds!r}: give a whole number")
     if rounds <= config.rounds:
         raise DroppeftError(
             f"rounds={rounds}: {out} has {counted(config.rounds, 'round')}; give a larger number"

@@ -185,9 +185,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         sync(out.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DroppeftError(
-            f"{out}: cannot be written ({reason}); choose another folder with --out"
-        ) from None
+        raise DroppeftError(f"{out}: cannot be written ({reason}); choose another folder") from None
 
 
 def _make_durable(folder: Path) -> None:

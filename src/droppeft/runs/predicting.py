@@ -69,7 +69,7 @@ class Predictor:
             advance: called with the number of rows of each batch, to show progress.
 
         Raises:
-            DroppeftError: a text has no tokens.
+            DroppeftError: a text has no tokens, or the model's outputs are not finite.
         """
         found = np.empty((len(texts), len(self.label_names)))
         if not texts:
@@ -85,6 +85,11 @@ class Predictor:
                     logits = self.task.logits(self.model, batch)
                 found[chosen] = logits.double().softmax(dim=-1).cpu().numpy()
                 advance(len(chosen))
+        if not np.isfinite(found).all():
+            raise DroppeftError(
+                "the model's outputs are not finite, because its training diverged; predict with "
+                "another round, or train again with a lower training.learning_rate"
+            )
         return found
 
 
@@ -132,8 +137,7 @@ def load_predictor(
     config, checkpoint = saved_model(run, round, client)
     if task_named(config.task).generates:
         raise DroppeftError(
-            f"{run}: its model was trained for task={config.task}, which writes texts; "
-            "use droppeft generate"
+            f"{run}: its model was trained for task={config.task}, which writes texts; use generate"
         )
     cuda = config.accelerator == "cuda" and torch.cuda.is_available()
     accelerator = "cuda" if cuda else "cpu"

@@ -6,6 +6,7 @@ that is resumed from a checkpoint after a crash therefore ends as it would have 
 
 import json
 import math
+import os
 import secrets
 import shutil
 import time
@@ -75,7 +76,7 @@ from droppeft.server.prepare import (
     writes_texts,
 )
 from droppeft.server.rounds import run_round
-from droppeft.server.start_values import with_start_values
+from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.metrics import quality as quality_of
 from droppeft.training.loop import Evaluation, evaluate
@@ -103,6 +104,8 @@ def start_run(
         Interrupted: on Ctrl-C after the folder was created.
     """
     check_settings(config)
+    if config.start_from is not None:
+        check_start(os.path.expandvars(Path(config.start_from).expanduser()))
     check_free(out)
     state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
@@ -140,9 +143,10 @@ def resume_run(
     """Continue a run from its newest checkpoint and return the content of its ``result.json``.
 
     If the run is finished and gets no further rounds, its result is reported and nothing is
-    changed. With a constant learning rate, a run that is extended ends as if it had had all its
-    rounds from the beginning; otherwise the learning rate rises again to where the schedule of all
-    rounds is by then.
+    changed. A run that is extended ends as if it had had all its rounds from the beginning if
+    nothing in it depends on their number: the schedules of learning rate and drop rates are
+    constant, there is no warm-up, and its last round was one to evaluate. Otherwise, the learning
+    rate rises again to where the schedule of all rounds is by then.
 
     Args:
         out: folder of the run.

@@ -34,18 +34,32 @@ def with_start_values(
             would not use its values.
     """
     path = Path(folder)
+    check_start(folder)
+    if state.alternatives:
+        raise DroppeftError(
+            f"start_from: method={method.name} begins with several models, which one adapter "
+            "cannot start; use another method"
+        )
     if (path / CONFIG).is_file():
         tensors = _of_run(path, loaded, state.model.adapter)
-    elif (path / PEFT_CONFIG).is_file():
-        tensors = _of_peft_folder(path, loaded.model, state.model.adapter)
     else:
+        tensors = _of_peft_folder(path, loaded.model, state.model.adapter)
+    started = replace(state, model=replace(state.model, tensors=tensors))
+    _check_sent(method, setup, started)
+    return started
+
+
+def check_start(folder: str) -> None:
+    """Check that a folder holds a run or an adapter of PEFT.
+
+    Raises:
+        DroppeftError: it holds neither.
+    """
+    if not any((Path(folder) / name).is_file() for name in (CONFIG, PEFT_CONFIG)):
         raise DroppeftError(
             f"start_from={folder}: holds neither a run ({CONFIG}) nor an adapter of PEFT "
             f"({PEFT_CONFIG}); name another folder"
         )
-    started = replace(state, model=replace(state.model, tensors=tensors))
-    _check_sent(method, setup, started)
-    return started
 
 
 def _of_run(path: Path, loaded: Loaded, adapter: AdapterSpec) -> Tensors:
