@@ -661,20 +661,20 @@ def assert_gradients(ours: dict[str, Any], theirs: dict[str, Any], rounding: flo
 
 def hidden_states_are_those_of_every_depth(case: Case) -> None:
     """Hidden states and attentions by layer must belong to the right layer."""
-    tuples = ARCHITECTURES[case.model_type].output == "tuple"
-    model = build(case, attn_implementation="eager" if tuples else None)
+    model = build(case, attn_implementation="eager")
     blocks = all_blocks(model)
     with gated(blocks) as gates, torch.no_grad():
         gates.active = [index % LAYERS != 1 for index in range(len(blocks))]
-        output = model(**batch(case), output_hidden_states=True, output_attentions=tuples)
+        output = model(**batch(case), output_hidden_states=True, output_attentions=True)
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
     depths = [output[name] for name in names if output.get(name) is not None]
     assert len(depths) == len(find_stacks(model))
     for states in depths:
         assert len(states) == LAYERS + 1
         assert [torch.equal(states[1], states[2]), torch.equal(states[0], states[1])] == [1, 0]
-    if tuples:
-        assert [entry is None for entry in output.attentions] == [False, True, False]
+    names = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+    for entries in [output[name] for name in names if output.get(name)]:
+        assert [entry is None for entry in entries] == [False, True, False]
 
 
 def generation_is_right_or_refused(case: Case) -> None:

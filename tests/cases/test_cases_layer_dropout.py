@@ -33,22 +33,8 @@ def batch() -> dict[str, torch.Tensor]:
 
 # What a model with a dropped layer returns
 
-SHIFTED = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="A dropped layer has no entry in the attentions, so later entries are shifted.",
-)
 
-
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param("bert", marks=SHIFTED),
-        pytest.param("gpt2", marks=SHIFTED),
-        pytest.param("llama", marks=SHIFTED),
-        "deberta-v2",
-    ],
-)
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "deberta-v2"])
 def test_attentions_have_an_entry_per_layer(
     model_type: str, batch: dict[str, torch.Tensor]
 ) -> None:
@@ -66,11 +52,6 @@ def test_attentions_have_an_entry_per_layer(
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, AveragedModel])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="The gates of a copy call the blocks of the original.",
-)
 def test_a_copy_uses_its_own_weights(
     make_copy: Callable[[nn.Module], Any], batch: dict[str, torch.Tensor]
 ) -> None:
@@ -91,11 +72,6 @@ def test_a_copy_uses_its_own_weights(
         assert float(difference.abs().max()) == 0.0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Training a copy puts the gradients into the blocks of the original.",
-)
 def test_training_a_copy_leaves_the_original_alone(batch: dict[str, torch.Tensor]) -> None:
     model = tiny_model().train()
     with or_refused("cop(y|ied)"):
@@ -113,11 +89,6 @@ def _has_gradient(module: nn.Module) -> bool:
 # A model that drops layers by itself
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="The model's own layerdrop skips half of the layers that the gates let run.",
-)
 def test_a_model_s_own_layerdrop_does_not_add_up() -> None:
     """Two of four layers run in every step, or the model is refused."""
     config = OPTConfig(
@@ -187,16 +158,9 @@ def contrastive_step(folder: Path, loss_name: str, **settings: int) -> Trained:
 
 PLAIN = ("MultipleNegativesRankingLoss", {})
 CACHED = ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2})
-AT_FULL_DEPTH = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="If the first forward of a step has no gradients, every layer runs and is trained.",
-)
 
 
-@pytest.mark.parametrize(
-    "loss", [PLAIN, pytest.param(CACHED, marks=AT_FULL_DEPTH)], ids=["plain", "cached"]
-)
+@pytest.mark.parametrize("loss", [PLAIN, CACHED], ids=["plain", "cached"])
 def test_layers_with_a_gradient_have_open_gates(
     embedder: Path, loss: tuple[str, dict[str, int]]
 ) -> None:
@@ -206,7 +170,6 @@ def test_layers_with_a_gradient_have_open_gates(
         assert step.trained == step.open
 
 
-@AT_FULL_DEPTH
 def test_a_loss_in_two_passes_equals_its_plain_form(embedder: Path) -> None:
     plain = contrastive_step(embedder, PLAIN[0])
     with or_refused("gradient|no_grad"):
@@ -300,11 +263,6 @@ def test_without_layer_dropout_model_and_reference_agree(
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="The reference runs every layer, the trained model only some, which is not documented.",
-)
 def test_with_layer_dropout_they_agree_or_it_is_documented(
     name: str, data_folder: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import droppeft
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import find_blocks, gated, layer_dropout, layer_rates
+from droppeft.layer_dropout import DrawnGates, find_blocks, gated, layer_dropout, layer_rates
 from droppeft.layer_dropout.dropout import gates_of_step
+from refusals import refused
 from tiny import tiny_model
 
 LAYERS = 6
@@ -134,29 +136,30 @@ def evaluating(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**inputs).logits.detach()
 
 
-def without_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def inferring(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(**inputs).logits.clone()
-
-
-@pytest.mark.parametrize("run", [evaluating, without_gradients, inferring])
-def test_evaluation_inside_runs_every_layer(model: Any, run: Callable[..., torch.Tensor]) -> None:
+def test_evaluation_inside_runs_every_layer(model: Any) -> None:
     full = full_depth(model, batch())
     with layer_dropout(model, adamw(model), 0.5) as dropout:
         training = model(**batch()).loss
         executed = dropout.executed
-        assert torch.equal(run(model, batch()), full)
+        assert torch.equal(evaluating(model, batch()), full)
         assert dropout.executed == tuple(count + 1 for count in executed)
         model.train()
         training.backward()  # not affected by the evaluation in between
         assert not torch.equal(full_depth(model, batch()), full)
     grads = [any(value.grad is not None for value in layer) for layer in adapters(model)]
     assert tuple(grads) == dropout.active
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_forwards_without_gradients_run_the_step_s_layers(
+    model: Any, context: Callable[[], Any]
+) -> None:
+    """As a reference or a loss in two passes must, also as the first forward of a step."""
+    with layer_dropout(model, adamw(model), 0.5) as dropout:
+        with context():
+            before = model(**batch()).logits.clone()
+        assert dropout.executed == tuple(map(int, dropout.active))
+        assert torch.equal(model(**batch()).logits, before)
 
 
 def causal_model() -> Any:
@@ -209,27 +212,72 @@ def test_checkpointing_recomputes_what_ran(model: Any, reentrant: bool) -> None:
     assert_same(gradients(model), plain)
 
 
+def by_hand(model: Any, region: str, reentrant: bool | None) -> torch.Tensor:
+    """Return the hidden states of a Llama, with blocks checkpointed together."""
+    base = model.get_base_model().model
+    ids = batch()["input_ids"]
+    positions = torch.arange(ids.shape[1])[None]
+
+    def run(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        rotary = base.rotary_emb(hidden, positions)
+        for block in base.layers[first:last]:
+            hidden = block(hidden, attention_mask=None, position_embeddings=rotary)
+        return hidden
+
+    def nested(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        middle = (first + last) // 2
+        hidden = checkpoint(run, hidden, first, middle, use_reentrant=reentrant)
+        return checkpoint(run, hidden, middle, last, use_reentrant=reentrant)
+
+    hidden = base.embed_tokens(ids).detach().requires_grad_()
+    size = {"all": LAYERS, "nested": LAYERS, "halves": 3, "pairs": 2}[region]
+    for first in range(0, LAYERS, size):
+        part = nested if region == "nested" and reentrant is not None else run
+        if reentrant is None:
+            hidden = part(hidden, first, first + size)
+        else:
+            hidden = checkpoint(part, hidden, first, first + size, use_reentrant=reentrant)
+    return hidden
+
+
+def nothing(model: Any, dropout: DrawnGates) -> None:
+    pass
+
+
+def evaluation(model: Any, dropout: DrawnGates) -> None:
+    with torch.no_grad():
+        evaluating(model, batch())
+    model.train()
+
+
+def another_step(model: Any, dropout: DrawnGates) -> None:
+    """With two forwards and, before them, evaluation with gradients."""
+    evaluating(model, batch())
+    model.train()
+    dropout.step += 1
+    with torch.no_grad():
+        model(**batch())
+    model(**batch())
+
+
+@pytest.mark.parametrize("between", [nothing, evaluation, another_step])
+@pytest.mark.parametrize("region", ["all", "halves", "pairs", "nested"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointing_all_blocks_by_hand(model: Any, reentrant: bool) -> None:
-    """Reentrant: the forward has no gradients, so all layers run there and in the recomputation."""
-    embedded = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        return model(inputs_embeds=hidden).logits
-
-    def whole() -> list[Any]:
+def test_blocks_checkpointed_by_hand_are_recomputed_as_they_ran(
+    model: Any, reentrant: bool, region: str, between: Callable[..., None]
+) -> None:
+    """Whatever runs before and after the forward whose backward recomputes them."""
+    with layer_dropout(model, None, 0.5) as dropout:
+        by_hand(model, region, None).sum().backward()
+        expected = gradients(model)
         model.zero_grad()
-        checkpoint(forward, embedded, use_reentrant=reentrant).sum().backward()
-        return gradients(model)
-
-    full = whole()
-    with layer_dropout(model, adamw(model), 0.5):
-        model.zero_grad()
-        forward(embedded).sum().backward()
-        dropped = gradients(model)
-        assert_same(whole(), full if reentrant else dropped)
-    assert None in dropped
-    assert None not in full
+        between(model, dropout)
+        dropout.step = 0
+        hidden = by_hand(model, region, reentrant)
+        between(model, dropout)
+        hidden.sum().backward()
+    assert None in expected
+    assert_same(gradients(model), expected)
 
 
 def test_a_run_can_be_resumed_at_a_step(model: Any) -> None:
@@ -440,14 +488,13 @@ def test_nothing_is_left_behind(model: Any) -> None:
     state = list(model.state_dict())
 
     def hooks() -> list[int]:
-        _, blocks = find_blocks(model)
-        found = [len(block._forward_pre_hooks) for block in blocks]
+        attributes = [len(vars(module)) for module in model.modules()]
         stepping = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-        return [*found, *map(len, stepping)]
+        return [*attributes, *map(len, stepping)]
 
     before = hooks()
     with layer_dropout(model, optimizer, 0.5):
-        assert all(now == then + 1 for now, then in zip(hooks(), before, strict=True))
+        assert sum(hooks()) > sum(before) + LAYERS
         assert list(model.state_dict()) == state
     assert hooks() == before
     with pytest.raises(RuntimeError, match="mine"), layer_dropout(model, optimizer, 0.5):
@@ -476,6 +523,18 @@ def test_zero_gradients_of_a_dropped_layer_are_refused(model: Any) -> None:
         assert_same(before, adapters(model)[layer])
 
 
+def test_a_gradient_of_a_dropped_layer_is_refused(model: Any) -> None:
+    """Here of a forward in evaluation mode, which runs every layer."""
+    optimizer = adamw(model)
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        layer = dropout.active.index(False)
+        model.eval()
+        model(**batch()).loss.backward()
+        with pytest.raises(DroppeftError, match=f"layer {layer} is dropped in step 0, but has a"):
+            optimizer.step()
+        assert dropout.step == 0
+
+
 def test_zero_gradients_of_a_layer_that_ran_are_accepted() -> None:
     """The first gradient of LoRA's A is zero, since B starts at zero."""
     model = get_peft_model(
@@ -486,6 +545,31 @@ def test_zero_gradients_of_a_layer_that_ran_are_accepted() -> None:
         model(**batch()).loss.backward()
         optimizer.step()
         assert dropout.step == 1
+
+
+@pytest.mark.parametrize("value", [3.0, True, torch.tensor(3.0), np.float64(3), np.bool_(1), "3"])
+def test_numbers_that_are_not_whole_are_refused(model: Any, value: Any) -> None:
+    """They would give other gates than the number that they equal, as text."""
+    with layer_dropout(model, None, 0.5) as dropout:
+        with refused("the step is .*; it must be a whole number"):
+            dropout.step = value
+        assert dropout.step == 0
+    options: list[Any] = [{"seed": value}, {"every": value}, {"protect_first": value}]
+    for option in options:
+        with refused(f"{next(iter(option))} is .*; it must be a whole number"):
+            layer_dropout(model, None, 0.5, **option).__enter__()
+
+
+@pytest.mark.parametrize("three", [torch.tensor(3), np.int64(3), np.uint8(3)])
+def test_whole_numbers_of_other_types_are_integers(model: Any, three: Any) -> None:
+    def gates(step: Any, **options: Any) -> Gates:
+        with layer_dropout(model, None, rates=[0.5] * 6, **options) as dropout:
+            dropout.step = step
+            assert type(dropout.step) is int
+            return dropout.active
+
+    assert gates(three) == gates(3)
+    assert gates(9, seed=three, every=three) == gates(9, seed=3, every=3)
 
 
 class NotATorchOptimizer:

@@ -7,7 +7,7 @@ of architectures that look up settings by position in the list.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -27,6 +27,9 @@ from droppeft.layer_dropout.architectures import (
     hidden_of,
     with_hidden,
 )
+from droppeft.layer_dropout.attentions import add_missing_attentions
+from droppeft.layer_dropout.decisions import Decisions
+from droppeft.layer_dropout.module_attributes import attributes_set
 
 
 def find_blocks(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
@@ -156,13 +159,15 @@ class Gates:
         self._executed = [0] * num_layers
         self.replacements: dict[int, torch.Tensor] = {}
         """By block index, the hidden states that a dropped block returns instead of its input."""
+        self.always_open: Callable[[nn.Module], bool] | None = None
+        """Called with a block before its forward; if it returns True, the block runs anyway."""
         self._arity: dict[type[nn.Module], int | None] = {}
 
     @property
     def active(self) -> tuple[bool, ...]:
         """L gates; True for a block that runs in the next forward. Assign L values to change them.
 
-        The backward is not affected: a checkpointed block is recomputed if its forward ran it.
+        The backward is not affected: checkpointed blocks are recomputed if their forward ran them.
         """
         return self._active
 
@@ -184,12 +189,18 @@ class Gates:
         """Set all counts in :attr:`executed` to 0."""
         self._executed[:] = [0] * len(self._executed)
 
+    def is_open(self, index: int, block: nn.Module) -> bool:
+        """Return whether a block runs if a forward reaches it now."""
+        always_open = self.always_open is not None and self.always_open(block)
+        return always_open or self._active[index]
+
 
 class _Gate:
     """Replacement for the ``forward`` of one block.
 
     It wraps the function with which transformers checkpoints the block (which is part of the
-    block's class). Recomputation in the backward therefore neither uses the gate nor is counted.
+    block's class). That recomputation neither uses the gate nor is counted. If several blocks are
+    checkpointed together, the recomputation calls the gate again, which repeats its decision.
     """
 
     def __init__(self, gates: Gates, index: int, block: nn.Module) -> None:
@@ -197,6 +208,7 @@ class _Gate:
         self.index = index
         self.block = _uncompiled(block)
         self.forward = block.forward
+        self.decisions = Decisions()
         self.dropped_output = _known_output(block)
         self.incomplete_cache: weakref.ref[Any] | None = None
 
@@ -204,12 +216,13 @@ class _Gate:
         gates = self.gates
         if self.incomplete_cache is not None:
             self._check_cache(cache_of((args, kwargs)))
-        if gates._active[self.index]:
+        if self.decisions.decide(partial(gates.is_open, self.index, self.block)):
             gates._executed[self.index] += 1
             output = self.forward(*args, **kwargs)
             if self.dropped_output is None:
                 gates._arity[type(self.block)] = _arity(output)
             return output
+        add_missing_attentions(self.block)
         return self._dropped((args, kwargs))
 
     def _dropped(self, call: Arguments) -> Any:
@@ -233,8 +246,8 @@ class _Gate:
         if cache is not None and known is not None and known() is cache:
             raise DroppeftError(
                 f"block {self.index} was dropped in an earlier part of this text, so its keys and "
-                "values are missing from the cache; generate outside `gated`, with all gates open, "
-                "or with use_cache=False"
+                "values are missing from the cache; generate in evaluation mode, outside `gated`, "
+                "with all gates open, or with use_cache=False"
             )
 
     def _probe(self, hidden: torch.Tensor, call: Arguments) -> Any:
@@ -273,6 +286,15 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
     without a forward, stored activations or gradients. The module tree, the parameter names and the
     ``state_dict`` do not change. A dropped block adds nothing to a key-value cache. Continuing a
     text with such a cache is refused, so generate outside the context or with ``use_cache=False``.
+    Its attention weights are ``None`` in the output of the model. Router logits are those of the
+    blocks that ran, over which the auxiliary loss of a mixture of experts is computed.
+
+    The decision of each forward is stored. If the backward recomputes several blocks together
+    (``torch.utils.checkpoint`` of either kind), it repeats the decisions of their forward, whatever
+    has run since. Both forward and backward must be inside the context.
+
+    Copies and pickles of a gated model (``copy.deepcopy``, ``AveragedModel``, ``torch.save``) have
+    no gates: every block of a copy runs, with the copy's weights.
 
     ``torch.compile`` breaks its graph at the gates. It compiles the blocks and the code between
     them, and does not recompile when gates change.
@@ -288,23 +310,28 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
         A :class:`Gates`. Set its ``active`` before a forward.
 
     Raises:
-        DroppeftError: if a block already has a gate, or is given twice.
+        DroppeftError: if a block already has a gate, or is given twice; inside the context, if
+            ``DataParallel`` copies a block.
     """
     blocks = tuple(blocks)
     _check_not_gated(blocks)
     gates = Gates(len(blocks))
-    # Other tools, such as those that move weights between devices, may have set a forward before.
-    previous = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        vars(block)["forward"] = untraced(_Gate(gates, index, block).__call__)
-    try:
+    with ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            forward = untraced(_Gate(gates, index, block).__call__)
+            undo.enter_context(
+                attributes_set(
+                    block, forward=forward, _replicate_for_data_parallel=_refuse_data_parallel
+                )
+            )
         yield gates
-    finally:
-        for block, forward in zip(blocks, previous, strict=True):
-            if forward is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = forward
+
+
+def _refuse_data_parallel() -> None:
+    raise DroppeftError(
+        "layers cannot be dropped in the copies of a model that DataParallel makes; use "
+        "DistributedDataParallel, with one process per GPU"
+    )
 
 
 def _check_not_gated(blocks: tuple[nn.Module, ...]) -> None:

@@ -4,18 +4,20 @@ Source: drawing new gates for every mini-batch is from DropPEFT (arXiv:2503.1021
 once per optimizer step, also when gradients are accumulated over several forwards, is ours.
 """
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.blocks import Gates, find_stacks, gated, untraced
+from droppeft.layer_dropout.blocks import Gates, find_stacks, gated
 from droppeft.layer_dropout.gates import sample_active
+from droppeft.layer_dropout.module_attributes import attributes_set, own_layerdrop_off
 from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
 from droppeft.layer_dropout.schedules import PART, check_schedule, scheduled_rates
 
@@ -63,6 +65,22 @@ def with_defaults(options: GateOptions) -> GateOptions:
     return {**DEFAULTS, **options}
 
 
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number as an ``int``: 3.0 or True in its place would seed another draw.
+
+    Raises:
+        DroppeftError: the value is of another type, such as a float or a bool.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise DroppeftError(
+            f"{name} is {value!r}, a {type(value).__name__}; it must be a whole number, an int"
+        ) from None
+
+
 class DrawnGates:
     """The state of layer dropout on a model, as :func:`layer_dropout` yields it."""
 
@@ -72,7 +90,10 @@ class DrawnGates:
         self._gates = gates
         self._draw = draw
         self._trained = [_trainable(block) for block in blocks]
-        self._open = list(gates.active)
+        self._generating = 0
+        self.ran_without_gradients = False
+        """Whether a forward of this step in training mode had no gradients, as a reference."""
+        gates.always_open = self._runs_every_layer
         self.step = 0
 
     @property
@@ -86,43 +107,68 @@ class DrawnGates:
 
     @step.setter
     def step(self, step: int) -> None:
-        if step < 0:
-            raise DroppeftError(f"the step is {step}; it must be 0 or more")
-        self._step = step
-        self._active = self._draw(step)
-        self._executed_before = self.executed
+        number = whole_number("the step", step)
+        if number < 0:
+            raise DroppeftError(f"the step is {number}; it must be 0 or more")
+        active = self._draw(number)
+        self._step, self._gates.active = number, active
+        self.ran_without_gradients = False
 
     @property
     def active(self) -> tuple[bool, ...]:
         """L gates; True for a layer that runs in the training forwards of this step."""
-        return self._active
+        return self._gates.active
 
     @property
     def executed(self) -> tuple[int, ...]:
         """Number of forwards that each of the L blocks has run so far, including evaluation."""
         return self._gates.executed
 
-    def _set_gate(self, layer: int, block: nn.Module, inputs: object) -> None:
-        """Open or close the gate of a block; called just before the block."""
-        # If several blocks are checkpointed together, the backward runs them a second time. Their
-        # gates must stay as they were in the forward, even if that had no gradients (as it has none
-        # with reentrant checkpointing).
-        if torch._C._current_graph_task_id() != -1:
-            return
-        trains = block.training and torch.is_grad_enabled()
-        self._open[layer] = self._active[layer] or not trains
-        self._gates.active = self._open
+    def check_gradients(self) -> None:
+        """Check that the layers that this step drops have no gradients.
 
-    def _before_optimizer(self, *_: object) -> None:
-        """Refuse zero gradients: momentum and weight decay would change a dropped layer."""
-        counts = zip(self.executed, self._executed_before, strict=True)
-        for layer, (now, before) in enumerate(counts):
-            if now == before and any(map(_filled_with_zeros, self._trained[layer])):
+        The optimizer passed to :func:`layer_dropout` calls this before each of its steps, and
+        :class:`~droppeft.layer_dropout.trainer.LayerDropoutCallback` before those of a Trainer.
+
+        Raises:
+            DroppeftError: a dropped layer has a gradient, with which the optimizer would change it.
+        """
+        for layer, (runs, trained) in enumerate(zip(self.active, self._trained, strict=True)):
+            if runs or all(parameter.grad is None for parameter in trained):
+                continue
+            if any(map(_filled_with_zeros, trained)):
                 raise DroppeftError(
                     f"layer {layer} was dropped, but its gradients are zeros instead of None, so "
                     "the optimizer would still change it; call zero_grad with set_to_none=True, "
                     "torch's default"
                 )
+            raise DroppeftError(
+                f"layer {layer} is dropped in step {self.step}, but has a gradient; either the "
+                "gradients of another step were not cleared (zero_grad), or the loss depends on "
+                "its weights or on a forward that ran it, such as one in evaluation mode (eval)"
+            )
+
+    def generating(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method that does the same with every layer."""
+
+        @wraps(method)
+        def at_full_depth(*args: Any, **kwargs: Any) -> Any:
+            self._generating += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._generating -= 1
+
+        return at_full_depth
+
+    def _runs_every_layer(self, block: nn.Module) -> bool:
+        if self._generating or not block.training:
+            return True
+        self.ran_without_gradients |= not torch.is_grad_enabled()
+        return False
+
+    def _before_optimizer(self, *_: object) -> None:
+        self.check_gradients()
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # To skip a step, torch's GradScaler does not call `step` at all, except for fused
@@ -141,11 +187,17 @@ def layer_dropout(
     """Drop transformer layers during training inside this context.
 
     New gates are drawn for each optimizer step. All forwards between two optimizer steps run the
-    same layers: accumulating gradients equals a larger batch, and both forwards of a contrastive
-    loss use the same model. A layer that a step drops has no gradient (``None``), so the optimizer
-    neither updates nor decays it. Gradient checkpointing recomputes exactly the layers that ran. A
-    block in evaluation mode, or called without gradients (``no_grad``, ``inference_mode``,
-    ``generate``), always runs.
+    same layers: accumulating gradients equals a larger batch, and all forwards of a loss use the
+    same model, also those without gradients (``no_grad``), such as a reference. A layer that a step
+    drops has no gradient (``None``), so the optimizer neither updates nor decays it; if it has one,
+    the optimizer's step raises an error. Gradient checkpointing recomputes exactly the layers that
+    ran.
+
+    All layers run in evaluation mode (``model.eval()``) and in ``model.generate``. As for any
+    dropout, ``no_grad`` alone does not switch to evaluation. A loss must not compare
+    log-probabilities of different optimizer steps, which run different layers; ``every`` holds the
+    layers for several steps. If the model drops layers by itself (``config.layerdrop``), this is
+    switched off inside.
 
     At least one layer with trainable parameters runs in every step, unless parameters outside the
     blocks (such as a head) are trainable too. This is determined when the context is entered. The
@@ -187,8 +239,8 @@ def layer_dropout(
 
     Raises:
         DroppeftError: if the blocks of the model are not known, the rates or the schedule are
-            impossible, or the optimizer does not call step hooks; inside the context, if a dropped
-            layer has gradients of zeros.
+            impossible, the optimizer does not call step hooks, or a number that must be whole is
+            not; inside the context, if a dropped layer has gradients.
         TypeError: if an option does not exist.
     """
     chosen = with_defaults(options)
@@ -200,16 +252,16 @@ def layer_dropout(
         options=chosen,
         need_one_of=_needed(model, blocks),
     )
-    with gated(blocks) as gates, ExitStack() as hooks:
+    with gated(blocks) as gates, own_layerdrop_off(model), ExitStack() as undo:
         dropout = DrawnGates(gates, draw, blocks)
-        for layer, block in enumerate(blocks):
-            set_gate = partial(untraced(dropout._set_gate), layer)
-            hooks.callback(block.register_forward_pre_hook(set_gate).remove)
+        for module, name in _generators(model):
+            at_full_depth = dropout.generating(getattr(module, name))
+            undo.enter_context(attributes_set(module, **{name: at_full_depth}))
         if optimizer is not None:
             inner = _hookable(optimizer)
             before = inner.register_step_pre_hook(dropout._before_optimizer)
-            hooks.callback(before.remove)
-            hooks.callback(inner.register_step_post_hook(dropout._after_optimizer).remove)
+            undo.callback(before.remove)
+            undo.callback(inner.register_step_post_hook(dropout._after_optimizer).remove)
         yield dropout
 
 
@@ -235,7 +287,9 @@ def gates_of_step(
         DroppeftError: if an option has an impossible value; see :func:`layer_dropout`.
     """
     chosen = with_defaults(options)
-    every, schedule, part = chosen["every"], chosen["schedule"], chosen["schedule_part"]
+    step, seed = whole_number("the step", step), whole_number("seed", chosen["seed"])
+    every, schedule = whole_number("every", chosen["every"]), chosen["schedule"]
+    part = chosen["schedule_part"]
     if every < 1:
         raise DroppeftError(f"every is {every}; it must be 1 or more steps")
     check_schedule(schedule, part)
@@ -243,7 +297,7 @@ def gates_of_step(
     progress = _progress(draw * every, schedule, chosen["total_steps"])
     now = scheduled_rates(rates, schedule, progress, part)
     # Random hashes a string, so that consecutive steps and seeds give independent gates.
-    rng = random.Random(f"{chosen['seed']}|{draw}")
+    rng = random.Random(f"{seed}|{draw}")
     return sample_active(now, chosen["sampling"], rng, need_one_of=need_one_of)
 
 
@@ -255,8 +309,9 @@ def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> t
             "layer dropout needs either a mean rate or the rates of all layers, not both; give one"
         )
     if given is None:
-        ends = options["protect_first"], options["protect_last"]
-        given = _spread(mean or 0.0, options["shape"], depths, *ends)
+        first = whole_number("protect_first", options["protect_first"])
+        last = whole_number("protect_last", options["protect_last"])
+        given = _spread(mean or 0.0, options["shape"], depths, first, last)
     return explicit_rates(given, sum(depths))
 
 
@@ -280,6 +335,14 @@ def _progress(step: int, schedule: str, total_steps: int | None) -> float:
             "number of optimizer steps, 1 or more"
         )
     return min(1.0, step / total_steps)
+
+
+def _generators(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules with methods that generate, and the names of these methods."""
+    for module in model.modules():
+        for name in ("generate", "generate_batch"):
+            if callable(getattr(type(module), name, None)):
+                yield module, name
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

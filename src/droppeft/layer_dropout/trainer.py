@@ -17,9 +17,16 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     """Drop layers while a Trainer trains: ``Trainer(..., callbacks=[LayerDropoutCallback(0.5)])``.
 
     New gates are drawn for each optimizer step (``state.global_step``) and hold for all batches
-    that are accumulated for it. Evaluation, prediction and generation run every layer. A run that
-    is resumed from a checkpoint draws the same gates as an uninterrupted run. The mean number of
-    layers that ran is logged as ``active_layers`` together with the training loss.
+    that are accumulated for it, and for all forwards of the loss. Evaluation, prediction and
+    generation run every layer. A run that is resumed from a checkpoint draws the same gates as an
+    uninterrupted run. The mean number of layers that ran is logged as ``active_layers`` together
+    with the training loss.
+
+    It also works in the trainers of TRL and sentence-transformers; the documentation has a table.
+    In DPO and GRPO, the reference must be the trained model without its adapter, so that both run
+    the same layers; other references are refused. If GRPO uses a generation in several optimizer
+    steps (``num_iterations``, ``steps_per_generation``), ``every`` must hold the layers for as many
+    steps.
 
     With ``fp16=True``, the Trainer also counts a step that its loss scaler skips, and so do the
     gates: the next batch runs other layers, and a resumed run drops the same layers. (Without a
@@ -43,8 +50,9 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
             given. ``seed`` defaults to the Trainer's seed.
 
     Raises:
-        DroppeftError: when training begins, as :func:`~droppeft.layer_dropout.layer_dropout`, or if
-            the process has several GPUs.
+        DroppeftError: when training begins, as :func:`~droppeft.layer_dropout.layer_dropout`, if
+            the process has several GPUs, or if the loss would compare forwards of different layers;
+            before an optimizer step, if a dropped layer has a gradient.
         TypeError: if an option does not exist or is ``total_steps``.
     """
 
@@ -80,8 +88,10 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         """Install the gates."""
         self.remove()
         _check_devices(args)
+        _check_reference(args, model)
         options: GateOptions = {"seed": args.seed, **self._options}
         options["total_steps"] = state.max_steps
+        _check_reuse(args, with_defaults(options)["every"], state.global_step)
         self._dropout = self._context.enter_context(
             layer_dropout(model, None, self._mean, **options)
         )
@@ -93,6 +103,23 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         """Draw the gates of one optimizer step."""
         if self._dropout is not None:
             self._dropout.step = state.global_step
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that only layers that ran have gradients, and that the reference ran as they did.
+
+        Raises:
+            DroppeftError: see :meth:`DrawnGates.check_gradients`, or if the reference is a model of
+                its own.
+        """
+        if self._dropout is not None:
+            self._dropout.check_gradients()
+            if (
+                hasattr(args, "precompute_ref_log_probs")
+                and not self._dropout.ran_without_gradients
+            ):
+                raise DroppeftError(_another_reference(args))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,3 +161,41 @@ def _check_devices(args: Any) -> None:
             f"this process has {args.n_gpu} GPUs, and the Trainer would copy the model to each of "
             "them in every step; start one process per GPU, with torchrun or accelerate launch"
         )
+
+
+def _check_reference(args: Any, model: nn.Module) -> None:
+    """Refuse TRL's trainers (DPO, KTO, GRPO, RLOO) if their reference is not the gated model.
+
+    With an adapter, the reference is the same model with the adapter switched off, and runs the
+    same layers. Otherwise it is a copy, or its results were computed before the training.
+    """
+    compares = hasattr(args, "precompute_ref_log_probs")
+    compares |= hasattr(args, "num_iterations") and getattr(args, "beta", 0) != 0
+    adapted = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+    if compares and (not adapted or getattr(args, "precompute_ref_log_probs", False)):
+        raise DroppeftError(_another_reference(args))
+
+
+def _another_reference(args: Any) -> str:
+    return (
+        f"the reference of {type(args).__name__} would run every layer and the trained model only "
+        "some, so they would differ before the first step; train an adapter (peft_config), without "
+        "ref_model and with precompute_ref_log_probs=False"
+    )
+
+
+def _check_reuse(args: Any, every: int, first_step: int) -> None:
+    """Refuse trainers (GRPO, RLOO) that reuse log-probabilities in steps with other layers."""
+    batches = getattr(args, "num_iterations", 1) * getattr(args, "steps_per_generation", 1)
+    accumulated = args.gradient_accumulation_steps
+    if accumulated % batches == 0:
+        return
+    steps, rest = divmod(batches, accumulated)
+    if rest == 0 and every % steps == 0 and first_step % steps == 0:
+        return
+    held = f", or hold the layers for as many steps with every={steps}" if rest == 0 else ""
+    raise DroppeftError(
+        f"{type(args).__name__} would use the log-probabilities of a generation in {batches} "
+        f"batches, and so in optimizer steps that run other layers; set num_iterations=1 and "
+        f"steps_per_generation={accumulated}, as gradient_accumulation_steps{held}"
+    )

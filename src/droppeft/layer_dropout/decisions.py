@@ -1,0 +1,75 @@
+"""Repeat the decision of a forward when the backward recomputes it; ours.
+
+``torch.utils.checkpoint`` runs a function a second time in the backward, and does not say for which
+forward. But each node of the autograd graph has a sequence number, which counts the nodes of a
+thread in the order of their creation. The node whose backward asks for the recomputation therefore
+lies between the forward that created it and the next one.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Not part of torch's stubs.
+_next_node: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
+
+KEPT = 1024
+"""Number of changes of a decision that are remembered."""
+
+
+@dataclass
+class _Period:
+    """Consecutive forwards with the same decision, by the numbers of the next node at each."""
+
+    first: int
+    last: int
+    decision: bool
+
+
+class Decisions:
+    """The decisions of one gate in the forwards of the thread that creates this object."""
+
+    def __init__(self) -> None:
+        self._periods: deque[_Period] = deque(maxlen=KEPT)
+        self._thread = threading.get_ident()
+
+    def decide(self, choose: Callable[[], bool]) -> bool:
+        """Return the decision of the forward that is recomputed, or choose one for a new forward.
+
+        A forward that a hook starts during the backward counts as a recomputation. This is right
+        for losses that compute their gradients in this way (GradCache, arXiv:2101.06983).
+        """
+        found = self._find(node) if (node := _node_in_backward()) is not None else None
+        decision = choose() if found is None else found
+        # On a GPU, the backward has a thread of its own, which numbers its nodes by itself.
+        if threading.get_ident() == self._thread:
+            self._note(decision)
+        return decision
+
+    def _note(self, decision: bool) -> None:
+        number: int = _next_node()
+        latest = self._periods[-1] if self._periods else None
+        if latest is not None and latest.decision == decision:
+            latest.last = number
+        else:
+            self._periods.append(_Period(number, number, decision))
+
+    def _find(self, node: Any) -> bool | None:
+        """Return the decision of the forward to which a node belongs; ``None`` if not known."""
+        number = node._sequence_nr()
+        if "Checkpoint" in type(node).__name__:
+            # Reentrant: the node was created just before the forward of the blocks.
+            after = (period for period in self._periods if period.last > number)
+            return next((period.decision for period in after), None)
+        # Non-reentrant: the node was created by the recomputed function itself.
+        before = (period for period in reversed(self._periods) if period.first <= number)
+        return next((period.decision for period in before), None)
+
+
+def _node_in_backward() -> Any:
+    """Return the node whose backward is running, or ``None`` outside of a backward."""
+    return torch._C._current_autograd_node()
