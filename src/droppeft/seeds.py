@@ -6,6 +6,7 @@ and after it was resumed.
 """
 
 import hashlib
+import operator
 import random
 
 import numpy as np
@@ -21,8 +22,12 @@ def seed_for(
 
     A hash (BLAKE2b) makes the seeds of neighbouring rounds, clients and steps unrelated. A sum of
     the arguments would give (round 1, client 2) and (round 2, client 1) the same seed.
+
+    Raises:
+        TypeError: a number is not whole by its type. As text, 1.0 would be another number than 1.
     """
-    label = f"{seed}|{round}|{client}|{step}|{purpose}".encode()
+    numbers = [int(operator.index(number)) for number in (seed, round, client, step)]
+    label = "|".join([*map(str, numbers), purpose]).encode()
     digest = hashlib.blake2b(label, digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -1,18 +1,27 @@
 """A gated model computes exactly the same as a model without the dropped blocks."""
 
 import copy
+import io
+import pickle
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import find_blocks, gated
+from droppeft.layer_dropout import find_blocks, gated, layer_dropout
+from refusals import refused
 
 Batch = dict[str, torch.Tensor]
 LAYERS = 4
@@ -185,6 +194,71 @@ def test_a_forward_that_another_tool_has_set_is_restored(model: PreTrainedModel)
     with gated(blocks):
         assert blocks[1].forward is not theirs
     assert blocks[1].forward is theirs
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def saved(model: nn.Module) -> nn.Module:
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, saved])
+def test_a_copy_has_no_gates(
+    build: Callable[..., PreTrainedModel], batch: Batch, make_copy: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Neither the copy nor a copy of the copy; and the original keeps its gates."""
+    model = build("bert").train()
+    expected = step(model, batch)
+    original = [set(vars(module)) for module in model.modules()]
+    with layer_dropout(model, None, rates=[1.0] * LAYERS) as dropout:
+        inside = [set(vars(module)) for module in model.modules()]
+        for copied in (make_copy(model), make_copy(make_copy(model))):
+            assert [set(vars(module)) for module in copied.modules()] == original
+            assert_same(step(copied, batch), expected)
+        assert dropout.executed == (0,) * LAYERS
+        assert [set(vars(module)) for module in model.modules()] == inside
+    assert_same(step(model, batch), expected)
+
+
+def test_a_checkpoint_that_is_saved_inside_is_the_model_s(
+    build: Callable[..., PreTrainedModel], batch: Batch, tmp_path: Path
+) -> None:
+    model = build("bert").eval()
+    with layer_dropout(model, None, 0.5):
+        model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_data_parallel_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    """Its copies share the attributes of the original, and so would run the original's weights."""
+    _, blocks = find_blocks(build("bert"))
+    with gated(blocks), refused("cannot be dropped in the copies .* that DataParallel makes"):
+        blocks[0]._replicate_for_data_parallel()
+    blocks[0]._replicate_for_data_parallel()
+
+
+def test_a_model_s_own_layerdrop_is_off_inside() -> None:
+    """In copies it is as it was."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "vocab_size": 40}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    drops = {"encoder_layerdrop": 0.25, "decoder_layerdrop": 0.5}
+    config = AutoConfig.for_model("bart", **sizes, **heads, **drops)
+    model = AutoModel.from_config(config)
+
+    def rates(model: Any) -> tuple[float, float]:
+        return model.encoder.layerdrop, model.decoder.layerdrop
+
+    with layer_dropout(model, None, 0.0):
+        assert rates(model) == (0.0, 0.0)
+        assert rates(copy.deepcopy(model)) == (0.25, 0.5)
+    assert rates(model) == (0.25, 0.5)
 
 
 def test_gating_twice_is_refused(build: Callable[..., PreTrainedModel]) -> None:

@@ -208,7 +208,8 @@ class _Gate:
         self.index = index
         self.block = _uncompiled(block)
         self.forward = block.forward
-        self.decisions = Decisions()
+        self.decide = never_compiled(Decisions().decide)
+        self.add_missing_attentions = never_compiled(add_missing_attentions)
         self.dropped_output = _known_output(block)
         self.incomplete_cache: weakref.ref[Any] | None = None
 
@@ -216,13 +217,13 @@ class _Gate:
         gates = self.gates
         if self.incomplete_cache is not None:
             self._check_cache(cache_of((args, kwargs)))
-        if self.decisions.decide(partial(gates.is_open, self.index, self.block)):
+        if self.decide(partial(gates.is_open, self.index, self.block)):
             gates._executed[self.index] += 1
             output = self.forward(*args, **kwargs)
             if self.dropped_output is None:
                 gates._arity[type(self.block)] = _arity(output)
             return output
-        add_missing_attentions(self.block)
+        self.add_missing_attentions(self.block)
         return self._dropped((args, kwargs))
 
     def _dropped(self, call: Arguments) -> Any:
@@ -264,6 +265,9 @@ untraced = partial(
     recursive=False,
     reason="a gate decides in every step whether its block runs; compile without fullgraph=True",
 )
+
+# What a gate calls, except for its block: compiled, it would repeat the decision of one forward.
+never_compiled = partial(torch.compiler.disable, recursive=True)
 
 
 def _known_output(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:

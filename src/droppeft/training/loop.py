@@ -22,6 +22,7 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows, grouped_batches, ordered_batches
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
+from droppeft.layer_dropout.module_attributes import own_layerdrop_off
 from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
@@ -158,7 +159,12 @@ def train(
     loop = _Loop(on, settings, Terms(objective, on.parameters, anchors))
     on.model.train()
     start = time.perf_counter()
-    with without_cache(on.model), loop.checkpointing(), gated(on.blocks) as gates:
+    with (
+        without_cache(on.model),
+        own_layerdrop_off(on.model),
+        loop.checkpointing(),
+        gated(on.blocks) as gates,
+    ):
         for index, step in enumerate(steps):
             gates.active = tuple(step.active)
             if cached is not None:
