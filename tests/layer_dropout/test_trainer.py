@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from step_recorder import Gates, StepRecorder, trained
 from torch._dynamo.utils import counters
 from transformers import (
     AutoConfig,
@@ -32,7 +33,6 @@ from processes import started
 from tiny import tiny_model
 
 LAYERS = 6
-Gates = tuple[bool, ...]
 
 
 def lora_model() -> Any:
@@ -51,40 +51,6 @@ def rows(number: int = 14) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 60, (number, 6), generator=generator)
     return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
-
-
-class StepRecorder(TrainerCallback):
-    """Records which layers every step ran and updated; to be added after the tested callback."""
-
-    def __init__(self, callback: LayerDropoutCallback) -> None:
-        self.callback = callback
-        self.gates: list[Gates] = []
-        self.forwards: list[list[int]] = []
-        self.moved: list[Gates] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        assert self.callback.dropout is not None
-        self.gates.append(self.callback.dropout.active)
-        self.executed = self.callback.dropout.executed
-        self.values = trained(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        assert self.callback.dropout is not None
-        counts = zip(self.callback.dropout.executed, self.executed, strict=True)
-        self.forwards.append([now - before for now, before in counts])
-        layers = list(zip(trained(model), self.values, strict=True))
-        moved = [[not torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in layers]
-        assert all(any(layer) == all(layer) for layer in moved)
-        self.moved.append(tuple(map(all, moved)))
-
-
-def trained(model: Any) -> list[list[torch.Tensor]]:
-    """Return copies of the trained tensors of each layer."""
-    _, blocks = find_blocks(model)
-    return [
-        [value.detach().clone() for value in block.parameters() if value.requires_grad]
-        for block in blocks
-    ]
 
 
 def make(

@@ -71,6 +71,10 @@ def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
             block class of a list is not the one of the architecture.
     """
     config: Any = getattr(model, "config", None)
+    if config is None and isinstance(getattr(model, "module", None), nn.Module):
+        raise DroppeftError(
+            f"{type(model).__name__} wraps a model; pass the model itself, which is its `module`"
+        )
     architecture = _architecture(model, getattr(config, "model_type", None) or "")
     stacks: dict[str, tuple[nn.Module, ...]] = {}
     for path, depth in architecture.stacks.items():
@@ -128,6 +132,11 @@ def _check_classes(
     model: nn.Module, name: str, blocks: nn.ModuleList, architecture: Architecture
 ) -> None:
     """Refuse blocks of other classes: what they return and expect is not known."""
+    if any(type(block).__name__ == "FullyShardedDataParallel" for block in blocks):
+        raise DroppeftError(
+            "layers of a model in FullyShardedDataParallel cannot be dropped; use its successor, "
+            "torch.distributed.fsdp.fully_shard"
+        )
     for index, block in enumerate(blocks):
         if not set(architecture.blocks).intersection(_class_names(block)):
             raise DroppeftError(

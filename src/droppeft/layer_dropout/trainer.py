@@ -177,10 +177,13 @@ def _check_reference(args: Any, model: nn.Module) -> None:
 
 
 def _another_reference(args: Any) -> str:
+    if hasattr(args, "precompute_ref_log_probs"):
+        remedy = ", without ref_model and with precompute_ref_log_probs=False"
+    else:
+        remedy = ", or set beta=0"
     return (
         f"the reference of {type(args).__name__} would run every layer and the trained model only "
-        "some, so they would differ before the first step; train an adapter (peft_config), without "
-        "ref_model and with precompute_ref_log_probs=False"
+        f"some, so they would differ before the first step; train an adapter (peft_config){remedy}"
     )
 
 
@@ -191,11 +194,18 @@ def _check_reuse(args: Any, every: int, first_step: int) -> None:
     if accumulated % batches == 0:
         return
     steps, rest = divmod(batches, accumulated)
-    if rest == 0 and every % steps == 0 and first_step % steps == 0:
+    held = rest == 0 and every % steps == 0
+    if held and first_step % steps == 0:
         return
-    held = f", or hold the layers for as many steps with every={steps}" if rest == 0 else ""
+    if held:
+        remedy = f"resume from a checkpoint whose step is a multiple of {steps}"
+    else:
+        remedy = (
+            f"set num_iterations=1 and steps_per_generation={accumulated}, as "
+            "gradient_accumulation_steps"
+        )
+        remedy += f", or hold the layers for as many steps with every={steps}" if rest == 0 else ""
     raise DroppeftError(
         f"{type(args).__name__} would use the log-probabilities of a generation in {batches} "
-        f"batches, and so in optimizer steps that run other layers; set num_iterations=1 and "
-        f"steps_per_generation={accumulated}, as gradient_accumulation_steps{held}"
+        f"batches, and so in optimizer steps that run other layers; {remedy}"
     )
