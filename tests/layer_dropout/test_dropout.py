@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -245,9 +246,9 @@ def nothing(model: Any, dropout: DrawnGates) -> None:
 
 
 def evaluation(model: Any, dropout: DrawnGates) -> None:
+    """Leaves the model in evaluation mode."""
     with torch.no_grad():
         evaluating(model, batch())
-    model.train()
 
 
 def another_step(model: Any, dropout: DrawnGates) -> None:
@@ -272,12 +273,48 @@ def test_blocks_checkpointed_by_hand_are_recomputed_as_they_ran(
         expected = gradients(model)
         model.zero_grad()
         between(model, dropout)
+        model.train()
         dropout.step = 0
         hidden = by_hand(model, region, reentrant)
         between(model, dropout)
         hidden.sum().backward()
     assert None in expected
     assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("region", "reentrant", "fails"),
+    [
+        ("halves", True, False),
+        ("halves", False, False),
+        ("nested", False, False),
+        ("nested", True, True),
+    ],
+)
+def test_a_backward_in_another_thread_recomputes_what_ran(
+    model: Any, region: str, reentrant: bool, fails: bool
+) -> None:
+    """As on a GPU, whose threads number the nodes of the graph by themselves."""
+
+    def backward(hidden: torch.Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(hidden.sum().backward).result()
+
+    with layer_dropout(model, None, 0.5) as dropout:
+        by_hand(model, region, None).sum().backward()
+        expected = gradients(model)
+        for step in range(3):
+            another_step(model, dropout)
+            model.zero_grad()
+            dropout.step = 0
+            hidden = by_hand(model, region, reentrant)
+            dropout.step = step + 1
+            if fails:
+                with refused("nested checkpoints on a GPU; use .*use_reentrant=False"):
+                    backward(hidden)
+            else:
+                backward(hidden)
+                assert_same(gradients(model), expected)
 
 
 def test_a_run_can_be_resumed_at_a_step(model: Any) -> None:

@@ -7,12 +7,16 @@ lies between the forward that created it and the next one.
 """
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
+
+from droppeft.errors import DroppeftError
 
 # Not part of torch's stubs.
 _next_node: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
@@ -31,7 +35,7 @@ class _Period:
 
 
 class Decisions:
-    """The decisions of one gate in the forwards of the thread that creates this object."""
+    """The decisions of one gate in its forwards, which run in one thread."""
 
     def __init__(self) -> None:
         self._periods: deque[_Period] = deque(maxlen=KEPT)
@@ -42,11 +46,18 @@ class Decisions:
 
         A forward that a hook starts during the backward counts as a recomputation. This is right
         for losses that compute their gradients in this way (GradCache, arXiv:2101.06983).
+
+        Raises:
+            DroppeftError: nested reentrant checkpoints whose backward has a thread of its own.
         """
-        found = self._find(node) if (node := _node_in_backward()) is not None else None
+        node, thread = _node_in_backward(), threading.get_ident()
+        found = None if node is None else self._find(node)
         decision = choose() if found is None else found
         # On a GPU, the backward has a thread of its own, which numbers its nodes by itself.
-        if threading.get_ident() == self._thread:
+        if node is None and thread != self._thread:
+            self._thread = thread
+            self._periods.clear()
+        if thread == self._thread:
             self._note(decision)
         return decision
 
@@ -63,11 +74,22 @@ class Decisions:
         number = node._sequence_nr()
         if "Checkpoint" in type(node).__name__:
             # Reentrant: the node was created just before the forward of the blocks.
+            if threading.get_ident() != self._thread and _recomputations_under_way() > 1:
+                raise DroppeftError(
+                    "layer dropout does not know for which forward it recomputes blocks of nested "
+                    "checkpoints on a GPU; use checkpoint(..., use_reentrant=False)"
+                )
             after = (period for period in self._periods if period.last > number)
             return next((period.decision for period in after), None)
         # Non-reentrant: the node was created by the recomputed function itself.
         before = (period for period in reversed(self._periods) if period.first <= number)
         return next((period.decision for period in before), None)
+
+
+def _recomputations_under_way() -> int:
+    """Return how many reentrant checkpoints this thread is recomputing, one within another."""
+    frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    return sum(code is CheckpointFunction.backward.__code__ for code in frames)
 
 
 def _node_in_backward() -> Any:

@@ -148,7 +148,7 @@ class DrawnGates:
                 "its weights or on a forward that ran it, such as one in evaluation mode (eval)"
             )
 
-    def generating(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _at_full_depth(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Return a method that does the same with every layer."""
 
         @wraps(method)
@@ -255,7 +255,7 @@ def layer_dropout(
     with gated(blocks) as gates, own_layerdrop_off(model), ExitStack() as undo:
         dropout = DrawnGates(gates, draw, blocks)
         for module, name in _generators(model):
-            at_full_depth = dropout.generating(getattr(module, name))
+            at_full_depth = dropout._at_full_depth(getattr(module, name))
             undo.enter_context(attributes_set(module, **{name: at_full_depth}))
         if optimizer is not None:
             inner = _hookable(optimizer)
