@@ -572,6 +572,28 @@ def test_a_gradient_of_a_dropped_layer_is_refused(model: Any) -> None:
         assert dropout.step == 0
 
 
+def test_gradients_of_a_closure_are_checked_after_it(model: Any) -> None:
+    """Before it, there are those of the last step."""
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.LBFGS(trained, lr=1e-3, max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(**batch()).loss
+        loss.backward()
+        return loss
+
+    with layer_dropout(model, optimizer, 0.5) as dropout:
+        seen = []
+        for _ in range(3):
+            seen.append(dropout.active)
+            optimizer.step(closure)
+        assert len(set(seen)) > 1
+        model.eval()
+        with refused("is dropped in step 3, but has a gradient"):
+            optimizer.step(closure)
+
+
 def test_zero_gradients_of_a_layer_that_ran_are_accepted() -> None:
     """The first gradient of LoRA's A is zero, since B starts at zero."""
     model = get_peft_model(

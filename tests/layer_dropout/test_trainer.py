@@ -1,4 +1,4 @@
-"""LayerDropoutCallback in transformers' Trainer and in TRL's SFTTrainer."""
+"""LayerDropoutCallback in transformers' Trainer; test_trainers.py has other trainers."""
 
 import copy
 import gc
@@ -12,14 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from step_recorder import Gates, StepRecorder, trained
 from torch._dynamo.utils import counters
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,7 +24,6 @@ from transformers import (
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
-from droppeft.models.packaged import builtin_model_folder
 from processes import started
 from tiny import tiny_model
 
@@ -389,50 +384,3 @@ def test_two_processes_run_the_same_layers(tmp_path: Path) -> None:
         assert len({tuple(active) for active in gates}) > 1
         assert moved == gates
         assert all(map(any, forwards))
-
-
-def test_trl_s_trainer(tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer  # slow to import, and needed only here
-
-    tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
-    tokenizer.eos_token = tokenizer.sep_token
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-    )
-    callback = LayerDropoutCallback(0.5)
-    recorder = StepRecorder(callback)
-    texts = ["one tree grows", "two rivers meet far below", "a stone", "rain fell on the old roof"]
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_config(config),
-        SFTConfig(
-            str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            max_length=16,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts * 3}),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
-        callbacks=[callback, recorder],
-    )
-    trainer.train()
-    assert len(set(recorder.gates)) > 1
-    assert recorder.moved == recorder.gates
-    assert recorder.forwards == [[2 * runs for runs in active] for active in recorder.gates]
-    logged = [row["active_layers"] for row in trainer.state.log_history if "loss" in row]
-    assert logged == [3.0] * 4
-    assert gated_blocks(trainer.model) == 0

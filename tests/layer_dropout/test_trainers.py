@@ -430,7 +430,9 @@ def outcome(row: str, column: str, request: pytest.FixtureRequest) -> tuple[Outc
 TRAINERS_FOLDER = "trainers"
 
 
-@pytest.mark.sample("*DPO*plain", "*cached*accumulation", "*GRPO*plain", "Accelerate-accumulation")
+@pytest.mark.sample(
+    "*SFT*accumulation", "*DPO*plain", "*cached*plain", "*GRPO*plain", "Accelerate-accumulation"
+)
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     ("row", "column", "content"), [pytest.param(*cell, id="-".join(cell[:2])) for cell in cells()]
@@ -455,6 +457,7 @@ def test_a_cell_of_the_table(
     assert found.gates == expected.gates
     for ours, theirs in zip(found.weights, expected.weights, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert found.log.get("active_layers", 3) == 3
     if "DPO" in row:
         assert found.log["loss"] == pytest.approx(math.log(2), abs=1e-6)
     if "GRPO" in row:

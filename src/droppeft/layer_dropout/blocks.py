@@ -304,7 +304,8 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
 
     The decision of each forward is stored. If the backward recomputes several blocks together
     (``torch.utils.checkpoint`` of either kind), it repeats the decisions of their forward, whatever
-    has run since. Both forward and backward must be inside the context.
+    has run since. Both forward and backward must be inside the context. If the model drops layers
+    by itself (``config.layerdrop``), this is not changed here, but by :func:`layer_dropout`.
 
     Copies and pickles of a gated model (``copy.deepcopy``, ``AveragedModel``, ``torch.save``) have
     no gates: every block of a copy runs, with the copy's weights.

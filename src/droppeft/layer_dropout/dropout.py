@@ -167,8 +167,22 @@ class DrawnGates:
         self.ran_without_gradients |= not torch.is_grad_enabled()
         return False
 
-    def _before_optimizer(self, *_: object) -> None:
-        self.check_gradients()
+    def _before_optimizer(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Check the gradients now, or whenever the optimizer's closure has computed them."""
+        itself, *rest = args
+        closure = kwargs.get("closure", next(iter(rest), None))
+        if closure is None:
+            self.check_gradients()
+            return args, kwargs
+
+        def checked() -> Any:
+            loss = closure()
+            self.check_gradients()
+            return loss
+
+        return (itself, checked), {}
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         # To skip a step, torch's GradScaler does not call `step` at all, except for fused
@@ -213,7 +227,7 @@ def layer_dropout(
             an encoder-decoder model are numbered as one list of L layers, encoder first.
         optimizer: the optimizer whose steps are counted; the wrapper that accelerate's ``prepare``
             returns works as well. With ``None``, set ``step`` of the yielded object yourself,
-            before each step.
+            before each step, and call its ``check_gradients`` after the backward.
         mean: mean drop rate over all L layers, distributed over depth by ``shape``; see
             :func:`layer_rates`. The encoder and the decoder of an encoder-decoder model each have
             this mean, this shape and these protected layers.
