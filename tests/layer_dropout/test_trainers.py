@@ -159,6 +159,20 @@ def dpo_trainer(folder: Path, column: str, callbacks: list[Any], **others: Any) 
     )
 
 
+def kto_trainer(folder: Path, column: str, callbacks: list[Any]) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
+    texts = [" there was a cat", " rain fell", " two rivers meet", " a stone"] * 6
+    rows = {"prompt": PAIRS["prompt"], "completion": texts, "label": [True, False] * 12}
+    return KTOTrainer(
+        args=KTOConfig(max_length=32, **arguments(folder, column)),
+        train_dataset=Dataset.from_dict(rows),
+        peft_config=lora(),
+        callbacks=callbacks,
+        **llama(),
+    )
+
+
 def reward_trainer(folder: Path, column: str, callbacks: list[Any]) -> Any:
     from trl import RewardConfig, RewardTrainer
 
@@ -190,6 +204,20 @@ def grpo_trainer(folder: Path, column: str, callbacks: list[Any], **others: Any)
     )
 
 
+def rloo_trainer(folder: Path, column: str, callbacks: list[Any], **others: Any) -> Any:
+    from trl import RLOOConfig, RLOOTrainer
+
+    settings = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, **others}
+    return RLOOTrainer(
+        args=RLOOConfig(**arguments(folder, column, **settings)),
+        reward_funcs=lambda completions, **_: [float(sum(map(ord, t)) % 7) for t in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["once upon a time", "a stone fell"] * 12}),
+        peft_config=lora(),
+        callbacks=callbacks,
+        **llama(),
+    )
+
+
 def embedder_trainer(
     folder: Path, column: str, callbacks: list[Any], loss: str = "", **settings: int
 ) -> Any:
@@ -218,7 +246,9 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "TRL's `SFTTrainer`": sft_trainer,
     "TRL's `RewardTrainer`": reward_trainer,
     "TRL's `DPOTrainer` with an adapter": dpo_trainer,
+    "TRL's `KTOTrainer` with an adapter": kto_trainer,
     "TRL's `GRPOTrainer` with an adapter": grpo_trainer,
+    "TRL's `RLOOTrainer` with an adapter": rloo_trainer,
     "`SentenceTransformerTrainer`": embedder_trainer,
     "`SentenceTransformerTrainer`, cached losses": functools.partial(
         embedder_trainer, loss="CachedMultipleNegativesRankingLoss", mini_batch_size=2
@@ -451,16 +481,18 @@ def test_a_cell_of_the_table(
     for active, counts in zip(found.gates, found.forwards, strict=True):
         ran, dropped = ({c for c, a in zip(counts, active, strict=True) if a == x} for x in (1, 0))
         assert len(ran) == len(dropped) == 1
-        # Only generation, which GRPO does in training mode, runs dropped layers.
+        # Only generation, which GRPO and RLOO do in training mode, runs dropped layers.
         assert min(ran) > min(dropped)
-        assert ("GRPO" in row) == (min(dropped) > 0)
+        assert ("GRPO" in row or "RLOO" in row) == (min(dropped) > 0)
     assert found.gates == expected.gates
     for ours, theirs in zip(found.weights, expected.weights, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert found.log.get("active_layers", 3) == 3
     if "DPO" in row:
         assert found.log["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    if "GRPO" in row:
+    if "KTO" in row:
+        assert found.log["loss"] == pytest.approx(0.5, abs=1e-6)
+    if "GRPO" in row or "RLOO" in row:
         assert found.log["kl"] == pytest.approx(0, abs=1e-6)
         assert found.log["clip_ratio/region_mean"] == 0
 
@@ -479,6 +511,7 @@ REUSE = "GRPOConfig would use the log-probabilities of a generation in {} batche
         (dpo_trainer, {"precompute_ref_log_probs": True}, REFERENCE.format("DPO")),
         (dpo_trainer, {"ref_model": True}, REFERENCE.format("DPO")),
         (grpo_trainer, {"peft_config": None}, REFERENCE.format("GRPO")),
+        (rloo_trainer, {"num_iterations": 2}, "RLOOConfig would use .* in 2 batches"),
         (grpo_trainer, {"num_iterations": 2}, f"{REUSE.format(2)}.*, or .* with every=2"),
         (grpo_trainer, {"steps_per_generation": 3}, f"{REUSE.format(3)}.*, or .* with every=3"),
         (
