@@ -88,3 +88,14 @@ def test_neighbours_are_unrelated() -> None:
     uniform = np.array([python_generator(0, purpose="x", step=s).random() for s in range(2000)])
     assert abs(uniform.mean() - 0.5) < 0.033
     assert abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 0.11
+
+
+@pytest.mark.parametrize("name", ["seed", "round", "client", "step"])
+def test_a_number_is_the_same_in_every_integer_type_and_no_other(name: str) -> None:
+    """As text, 1.0 and True would give other seeds than 1."""
+    arguments = {"seed": 1, "purpose": "gates"}
+    expected = seed_for(**{**arguments, name: 1})
+    assert seed_for(**{**arguments, name: np.int64(1)}) == expected
+    assert seed_for(**{**arguments, name: True}) == expected
+    with pytest.raises(TypeError):
+        seed_for(**{**arguments, name: 1.0})

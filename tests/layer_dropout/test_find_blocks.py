@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, PreTraine
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES, find_blocks
+from refusals import refused
 
 NAMES = {
     "bert": "bert.encoder.layer",
@@ -85,4 +86,20 @@ def test_a_missing_list_is_refused(build: Callable[..., PreTrainedModel]) -> Non
     model = build("gpt2")
     model.transformer.h = nn.Sequential(*model.transformer.h)
     with pytest.raises(DroppeftError, match="has no list of blocks 'h'"):
+        find_blocks(model)
+
+
+def test_a_wrapper_for_several_processes_is_named(build: Callable[..., PreTrainedModel]) -> None:
+    """Here DataParallel; DistributedDataParallel has the model as ``module``, too."""
+    wrapper = nn.DataParallel(build("bert"))
+    with refused("^DataParallel wraps a model; pass the model itself, which is its `module`"):
+        find_blocks(wrapper)
+    assert find_blocks(wrapper.module)
+
+
+def test_the_older_fsdp_is_refused(build: Callable[..., PreTrainedModel]) -> None:
+    model = build("bert")
+    kind = type("FullyShardedDataParallel", (nn.Identity,), {})
+    model.bert.encoder.layer[1] = kind()
+    with refused("FullyShardedDataParallel cannot be dropped; use its successor, .*fully_shard"):
         find_blocks(model)
