@@ -44,6 +44,8 @@ def _hint(word: str, value: str = "VALUE") -> str:
     known = dict(known_keys())
     if word in METHODS or word in known:
         return f"; did you mean {f'method={word}' if word in METHODS else f'{word}={value}'}?"
+    if "." in word and Path(word).is_file():
+        return f"; did you mean data={word}?"
     meant = meant_method(word) or KEYS.get(word)
     return f"; did you mean {meant}?" if meant else ""
 

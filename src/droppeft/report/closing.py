@@ -13,15 +13,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from droppeft.config import build_config
 from droppeft.config.task_detection import CAUSAL_LM, CLASSIFICATION, detected_task
+from droppeft.methods.rules import given
 from droppeft.quantities import bytes_text, counted, joules_text, seconds_text, share
 from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric
 
 SAMPLE_LENGTH = 240
 """Most characters of a sample's text on the screen."""
 
-DATA_SETTINGS = ("text", "label", "prompt", "completion", "train", "test")
-"""Settings of `source` that say where the rows of a data set are."""
+COMPARED = ("source.", "partition.", "training.", "clients", "cohort_size", "rounds", "evaluation.")
+"""Beginnings of the settings that another method shall have, too, to be comparable."""
 
 YOUR_OWN = {
     CLASSIFICATION: ("run data=FILE.csv", "text and label"),
@@ -86,9 +88,20 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
     source = result["config"].get("source", {}) if "data" in named else {}
     if result["task"] != detected_task({**named, "source": source}):
         named = {"task": result["task"], **named}
-    named |= {f"source.{key}": source.get(key) for key in DATA_SETTINGS}
-    texts = {key: ",".join(one) if isinstance(one, list) else one for key, one in named.items()}
-    return [shlex.quote(f"{key}={text}") for key, text in texts.items() if text is not None]
+    named |= {key: item for key, item in _given(result) if key.startswith(COMPARED)}
+    return [shlex.quote(f"{key}={_as_word(value)}") for key, value in named.items()]
+
+
+def _as_word(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _given(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings of the run that differ from their defaults."""
+    return list(given(build_config(result["config"])).items())
 
 
 def _program() -> str:

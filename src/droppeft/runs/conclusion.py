@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from droppeft.quantities import bytes_text, percent
+from droppeft.quantities import bytes_text, counted, percent
 from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
 
@@ -17,7 +17,10 @@ FEWEST_EVALUATIONS = 4
 """A run with fewer evaluations has no trend."""
 
 HIGH_RATE = 3e-3
-"""A run that learnt little with a rate up to this gets the advice to try a higher one."""
+"""A run that learnt little with a lower rate gets the advice to try a higher one."""
+
+FEW_ROUNDS = 5
+"""A run with fewer rounds that learnt little gets the advice to run more of them."""
 
 HEAVY_DROPPING = 0.4
 """Share of dropped layers from which on dropping is named as a reason for learning little."""
@@ -143,9 +146,12 @@ def _has_learnt(result: Mapping[str, Any]) -> bool:
 
 def _what_to_try(result: Mapping[str, Any]) -> str:
     """More rounds and another learning rate, in numbers."""
-    rate = _rate(result)
-    other = 3 * rate if rate <= HIGH_RATE else rate / 3
-    return f"try rounds={2 * result['rounds']}, or training.learning_rate={other:.1g}"
+    rate, rounds = _rate(result), result["rounds"]
+    other = 3 * rate if rate < HIGH_RATE else rate / 3
+    if rounds < FEW_ROUNDS:
+        higher = f" training.learning_rate={other:.1g}" if rate < HIGH_RATE else ""
+        return f"{counted(rounds, 'round')} are few: try rounds={2 * FEW_ROUNDS}{higher}"
+    return f"try rounds={2 * rounds}, or training.learning_rate={other:.1g}"
 
 
 def _rate(result: Mapping[str, Any]) -> float:

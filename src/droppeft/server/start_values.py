@@ -94,11 +94,19 @@ def _of_peft_folder(path: Path, client_model: ClientModel, adapter: AdapterSpec)
 
 def _check_names(where: str, names: list[str], loaded: Loaded) -> None:
     here = list(loaded.data.label_names)
-    if not loaded.task.generates and names != here:
-        raise DroppeftError(
-            f"{where}: was trained for the classes {', '.join(names)}, and the data have "
-            f"{', '.join(here)}; use data with the same classes"
-        )
+    if loaded.task.generates or names == here:
+        return
+    lacking = [name for name in names if name not in here]
+    new = [name for name in here if name not in names]
+    difference = [
+        f"{what} {', '.join(some)}"
+        for what, some in (("have no row of", lacking), ("have also", new))
+        if some
+    ]
+    how = " and ".join(difference) or "have them in another order"
+    raise DroppeftError(
+        f"{where}: was trained for other classes: the data {how}; use data with the same classes"
+    )
 
 
 def _check_sent(method: Method, setup: Setup, state: ServerState) -> None:
