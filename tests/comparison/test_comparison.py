@@ -742,11 +742,11 @@ def test_a_comparison_whose_runs_all_failed_writes_the_reasons(
 ) -> None:
     out = tmp_path / "deep" / "out"
     code, shown, _ = command(
-        "compare", "fedadapter", "source.text=body", "--seeds", "0", "--out", str(out)
+        "compare", "fedadapter", "training.max_length=9999", "--seeds", "0", "--out", str(out)
     )
     assert code == cli.FAILED
     assert "fedadapter failed: " in shown
-    assert "source.text does not apply to data=builtin" in shown
+    assert "training.max_length=9999 is more than" in shown
     assert "fedadapter failed" in (out / MARKDOWN).read_text()
 
 
@@ -755,7 +755,7 @@ def test_names_are_not_taken_for_markup(
 ) -> None:
     import tomli_w
 
-    tree = {"variants": {"a [/2]": ["source.text=body"]}, "seeds": [0]}
+    tree = {"variants": {"a [/2]": ["training.max_length=9999"]}, "seeds": [0]}
     (tmp_path / "c.toml").write_text(tomli_w.dumps(tree))
     _, shown, _ = command("compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"))
     assert shown.count("a [/2]") >= 3
@@ -769,6 +769,7 @@ def test_names_are_not_taken_for_markup(
         (["a.toml", "fedlora"], "name one .toml file, or methods"),
         (["nothing.toml"], "nothing.toml: no such configuration file"),
         (["fedlora", "fedfoo"], "method=fedfoo: unknown method"),
+        (["fedlora", "source.text=body"], "source.text does not apply to data=builtin"),
         (["fedlora", "--seeds", "a"], "--seeds 'a': write whole numbers as 0,1,2"),
     ],
 )

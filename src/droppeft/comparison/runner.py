@@ -15,12 +15,13 @@ from droppeft.comparison.study_files import (
     read_tables,
     round_columns,
 )
-from droppeft.config import as_tree
-from droppeft.errors import Interrupted
+from droppeft.config import as_tree, resolve
+from droppeft.errors import DroppeftError, Interrupted
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.listener import Listener
 from droppeft.server.run import resume_run, start_run
+from droppeft.tasks.registry import task_named
 
 
 class ProgressListener(Protocol):
@@ -44,9 +45,10 @@ def run_cells(cells: Sequence[Cell], out: Path, progress: ProgressListener) -> l
 
     Raises:
         Interrupted: on Ctrl-C; the same call continues.
-        DroppeftError: the tables are damaged.
+        DroppeftError: the tables are damaged, or the data of no cell can be read.
     """
     records, earlier = [], _earlier(out)
+    _check_data([cell for cell in cells if not _done(cell, out, earlier)])
     for number, cell in enumerate(cells, start=1):
         start, finished_before = time.perf_counter(), _done(cell, out, earlier)
         listener = progress.begins(cell, number, len(cells))
@@ -73,6 +75,26 @@ def all_records(new: Sequence[RunRecord], cells: Sequence[Cell], out: Path) -> l
     """
     known = {record.folder: record for record in (*done(cells, out), *new)}
     return [known[cell.folder] for cell in cells if cell.folder in known]
+
+
+def _check_data(cells: Sequence[Cell]) -> None:
+    """Read the data of all cells once; their error is that of each run otherwise.
+
+    Raises:
+        DroppeftError: none can be read.
+    """
+    read: dict[tuple[Any, ...], DroppeftError | None] = {}
+    for config in (cell.config for cell in cells):
+        what = (config.task, config.data, config.source, config.partition.key)
+        if what not in read:
+            try:
+                task_named(config.task).read(resolve(config, cuda=True))
+                read[what] = None
+            except DroppeftError as error:
+                read[what] = error
+    errors = [error for error in read.values() if error is not None]
+    if errors and len(errors) == len(read):
+        raise errors[0]
 
 
 def _earlier(out: Path) -> dict[str, RunRecord]:
