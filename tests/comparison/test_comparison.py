@@ -801,6 +801,7 @@ def test_the_studies_can_be_read(
         "contest_confirmation": {3, 4, 5},
         "contest_length": {7},
         "default_run_development": {7, 8},
+        "own_data": {7},
         "ia3": {7, 8},
         "rates": {7},
     }
