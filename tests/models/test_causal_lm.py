@@ -279,5 +279,17 @@ def test_a_damaged_gguf_file_is_refused_and_nothing_is_left(gguf: Path, tmp_path
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("<html>", "is no GGUF file"),
+    ],
+)
+def test_another_file_in_place_of_a_gguf_file_is_named(gguf: Path, text: str, wrong: str) -> None:
+    gguf.write_text(text)
+    assert wrong in sentence(lambda: load_causal_lm(str(gguf)))
+
+
 def test_a_missing_gguf_file_is_refused(tmp_path: Path) -> None:
     assert sentence(lambda: load_causal_lm("no.gguf")) == "model=no.gguf: no such file"

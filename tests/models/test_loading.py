@@ -180,19 +180,6 @@ def test_a_missing_folder_is_reported_in_one_sentence(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in sentence(str(tmp_path / "none"))
 
 
-def test_a_folder_without_a_model_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    assert sentence(str(tmp_path)).startswith(
-        f"model={tmp_path}: cannot be loaded from this folder: "
-    )
-
-
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_file_is_reported_in_one_sentence(tmp_path: Path, file: str) -> None:
-    save_tiny_model(tmp_path, 1)
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
-    assert "cannot be loaded from this folder" in sentence(str(tmp_path))
-
-
 def test_a_decoder_pads_with_its_end_token(data_folder: Path) -> None:
     backbone = load_backbone(str(data_folder / "stories260K"), NAMES, 0)
     config: Any = backbone.model.config
@@ -211,9 +198,7 @@ def test_a_tokenizer_without_padding_or_end_is_refused(data_folder: Path, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
-    assert sentence(str(tmp_path)) == (
-        "this model's tokenizer has neither a padding nor an end-of-text token"
-    )
+    assert "its tokenizer has neither a padding nor an end-of-text token" in sentence(str(tmp_path))
 
 
 def test_an_encoder_of_12_layers_is_loaded(data_folder: Path) -> None:

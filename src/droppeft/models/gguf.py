@@ -21,8 +21,10 @@ from transformers import (
 from droppeft.errors import DroppeftError
 from droppeft.models.cached_folder import cached_folder, models_folder
 from droppeft.models.key_value_cache import set_temporarily
+from droppeft.models.model_folders import check_no_pointer
 from droppeft.models.quiet import quiet
 
+_MAGIC = b"GGUF"
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 
@@ -54,6 +56,7 @@ def _name(file: Path) -> str:
 
 @quiet()
 def _convert(file: Path, folder: Path) -> None:
+    _check_whole(file)
     model = _read(AutoModelForCausalLM.from_pretrained, file, dtype=torch.float32, **_dequantised())
     # With these marks transformers would not save the model, or quantise it when it is loaded.
     for name in _MARKS:
@@ -67,6 +70,16 @@ def _dequantised() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
+def _check_whole(file: Path) -> None:
+    """Refuse what is no GGUF file, or only the text that stands for one."""
+    check_no_pointer(file)
+    with file.open("rb") as content:
+        if content.read(len(_MAGIC)) != _MAGIC:
+            raise DroppeftError(
+                f"model={file}: is no GGUF file (it does not begin with GGUF); download it again"
+            )
+
+
 def _read(load: Callable[..., Any], file: Path, **options: Any) -> Any:
     # The reader's progress bar is not one that transformers can be told to leave out.
     with set_temporarily(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items):
@@ -76,5 +89,5 @@ def _read(load: Callable[..., Any], file: Path, **options: Any) -> Any:
             lines = str(error).strip().splitlines()
             raise DroppeftError(
                 f"model={file}: cannot be loaded from this GGUF file: "
-                f"{lines[0] if lines else type(error).__name__}"
+                f"{lines[0] if lines else type(error).__name__}; download it again if it is cut off"
             ) from None

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.architectures import architecture
+from droppeft.models.classifier_head import arrange_head, matching_rows, own_classes
 from droppeft.models.quantization import (
     check_installed,
     copy_dequantised_values,
@@ -36,6 +37,9 @@ HEAD_MODULES: tuple[str, ...] = (
     "classification_head",
 )
 """Names of modules between the last layer and the classes, in transformers' models."""
+
+LAST_MODULES = ("classifier", "score", "classification_head")
+"""Those of :data:`HEAD_MODULES` whose outputs are the classes."""
 
 HASHED_VALUES = 256
 """Number of values from either end of a weight."""
@@ -95,8 +99,9 @@ class Backbone:
         Raises:
             DroppeftError: the architecture is not supported, or the tokenizer cannot pad.
         """
+        check_finite(model, source.name)
         patch_quantised_layers(model)
-        _set_padding(model, tokenizer)
+        set_padding(model, tokenizer, source.name)
         blocks_path, blocks = find_blocks(model)
         return cls(
             model=model,
@@ -122,7 +127,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a sequence classifier: weights (fp32) and tokenizer.
 
-    The head is new unless the checkpoint has one that fits.
+    The head is new unless the files have one for these classes, whose rows are then put into their
+    order. Classes are compared by name; see :mod:`droppeft.models.classifier_head`.
 
     Args:
         name: ``builtin``, ``mpnet``, ``smollm2``, a hub id, a local folder, a GGUF file, or
@@ -146,7 +152,7 @@ def load_backbone(
             )
         else:
             source = find_source(name)
-            model, tokenizer, new = _from_weights(source, options, quantization)
+            model, tokenizer, new = _from_weights(source, label_names, quantization)
     return Backbone.of(model, tokenizer, source, new)
 
 
@@ -168,8 +174,8 @@ def load_backbone_config(name: str, label_names: Sequence[str]) -> BackboneConfi
     source = find_source(name)
     with quiet():
         config = source.load(AutoConfig.from_pretrained, **options)
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
+    if config.get_text_config().pad_token_id is None:
+        set_padding_token(config, 0)
     names = {part for key in _weight_names(Path(source.path)) for part in key.split(".")}
     return BackboneConfig(config, tuple(part for part in HEAD_MODULES if part not in names))
 
@@ -194,6 +200,25 @@ def load_dequantised(
     return replace(plain, weights_hash=quantised_backbone.weights_hash)
 
 
+def check_finite(model: nn.Module, name: str) -> None:
+    """Check that no weight is infinite or not a number.
+
+    Args:
+        model: of transformers.
+        name: the setting ``model``, for the message.
+
+    Raises:
+        DroppeftError: a weight is.
+    """
+    for key, value in model.named_parameters():
+        # A sum needs no memory of the weight's size; it may overflow where every value is finite.
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
+            raise DroppeftError(
+                f"model={name}: its weight {key} has values that are infinite or not a number; "
+                "download the files again, or use another checkpoint"
+            )
+
+
 def hash_weights(model: nn.Module) -> str:
     """Hash names, shapes and the first and last values of all weights: 16 hexadecimal digits.
 
@@ -212,16 +237,22 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def _from_weights(
-    source: ModelSource, options: dict[str, Any], quantization: str
+    source: ModelSource, label_names: Sequence[str], quantization: str
 ) -> tuple[nn.Module, Any, tuple[str, ...]]:
+    own = own_classes(source.load(AutoConfig.from_pretrained), source.name)
     model, report = source.load_model(
         AutoModelForSequenceClassification,
         quantization,
         HEAD_MODULES,
         ignore_mismatched_sizes=True,  # a head for other classes is replaced
-        **options,
+        **_label_options(label_names),
     )
-    return model, source.load_tokenizer(), _new_modules(source.name, report)
+    new = _new_modules(source.name, report)
+    if not set(new) & set(LAST_MODULES):
+        rows = matching_rows(own, label_names)
+        replaced = arrange_head(model, rows, HEAD_MODULES, source.name)
+        new = tuple(name for name in HEAD_MODULES if name in {*new, replaced})
+    return model, source.load_tokenizer(), new
 
 
 def _new_modules(path: str, report: dict[str, Any]) -> tuple[str, ...]:
@@ -246,20 +277,58 @@ def _from_architecture(
 
 def _label_options(label_names: Sequence[str]) -> dict[str, Any]:
     labels = dict(enumerate(label_names))
-    return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    return {
+        "id2label": labels,
+        "label2id": {label: i for i, label in labels.items()},
+        "problem_type": "single_label_classification",
+    }
 
 
-def _set_padding(model: nn.Module, tokenizer: Any) -> None:
-    """Pad on the right; a tokenizer without a padding token pads with its end-of-text token."""
+def text_config(model: Any) -> Any:
+    """The configuration of the part of a model that reads text, which may be nested in another."""
+    return model.config.get_text_config()
+
+
+def set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Pad on the right; a tokenizer without a padding token pads with its end-of-text token.
+
+    Args:
+        model: is told which token pads, since a decoder with a head reads the last other token.
+        tokenizer: of the model.
+        name: the setting ``model``, for the message.
+
+    Raises:
+        DroppeftError: there is no such token, or the model has no embedding for it.
+    """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise DroppeftError(
-                "this model's tokenizer has neither a padding nor an end-of-text token"
+                f"model={name}: its tokenizer has neither a padding nor an end-of-text token; name "
+                "one in tokenizer_config.json (pad_token)"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    config: Any = model.config
-    config.pad_token_id = tokenizer.pad_token_id
+    pad, known = tokenizer.pad_token_id, embedding_rows(model)
+    if not 0 <= pad < known:
+        raise DroppeftError(
+            f"model={name}: its tokenizer pads with {tokenizer.pad_token!r}, token {pad}, but the "
+            f"model has embeddings for {known} tokens only (0 to {known - 1}); name another token "
+            "in tokenizer_config.json (pad_token), or add the embedding (resize_token_embeddings)"
+        )
+    set_padding_token(model.config, pad)
+
+
+def set_padding_token(config: Any, token: int) -> None:
+    """Set the token that pads in a configuration and in the one of its text model."""
+    config.get_text_config().pad_token_id = token
+    if hasattr(config, "pad_token_id"):
+        config.pad_token_id = token
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Number of tokens that a model has embeddings for."""
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return rows
 
 
 def most_tokens(model: nn.Module) -> int:
@@ -268,7 +337,7 @@ def most_tokens(model: nn.Module) -> int:
     Models like RoBERTa count positions from after their padding index. Rotary and relative
     positions have no limit, but the model was not trained beyond the number in its configuration.
     """
-    config: Any = model.config
+    config: Any = text_config(model)
     unused = [
         module.padding_idx + 1
         for name, module in model.named_modules()
@@ -289,7 +358,7 @@ def check_tokens(model: nn.Module, highest: int) -> None:
     Raises:
         DroppeftError: there is no embedding for it.
     """
-    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    known = embedding_rows(model)
     if highest >= known:
         raise DroppeftError(
             f"the tokenizer makes the token {highest}, but the model has embeddings for {known} "
@@ -299,6 +368,6 @@ def check_tokens(model: nn.Module, highest: int) -> None:
 
 def token_inputs(model: nn.Module) -> tuple[str, ...]:
     """Names of the token columns that a model takes."""
-    config: Any = model.config
+    config: Any = text_config(model)
     has_segments = (getattr(config, "type_vocab_size", None) or 0) > 1
     return ("input_ids", "token_type_ids") if has_segments else ("input_ids",)

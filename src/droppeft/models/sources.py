@@ -1,5 +1,7 @@
 """Where a model's weights and tokenizer are read from, and reading them; ours."""
 
+import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +9,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
+from droppeft.layer_dropout import find_blocks
 from droppeft.models.gguf import converted_gguf, is_converted
+from droppeft.models.model_folders import (
+    check_depth,
+    check_folder,
+    check_has_weights,
+    check_no_adapter,
+)
 from droppeft.models.packaged import builtin_model_folder, mpnet_folder, smollm2_file
 from droppeft.models.quantization import check_not_prequantised, loading_options
 
@@ -67,17 +76,23 @@ class ModelSource:
     def load(self, load: Callable[..., Any], **options: Any) -> Any:
         """Call a ``from_pretrained`` of transformers. The first one of a GGUF file converts it.
 
+        Code that comes with a model is never run, and a pickle is read as tensors only.
+
         Raises:
             DroppeftError: the files are missing, damaged or of an unsupported kind.
         """
+        return self._load(load, "", options)
+
+    def _load(self, load: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:
         path = self.readable
+        if Path(path).is_dir():
+            check_folder(Path(path))
         try:
-            return load(path, **options)
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
+            return load(path, trust_remote_code=False, **options)
+        except Exception as error:  # damaged files raise errors of many kinds
+            where, reason = f"from this {self._kind()}", _reason(error)
             raise DroppeftError(
-                f"model={self.name}: cannot be loaded from this {self._kind()}: {reason}"
+                f"model={self.name}: {what}cannot be loaded {where}: {reason}"
             ) from None
 
     def load_model(
@@ -101,8 +116,15 @@ class ModelSource:
             The model, and transformers' report of missing and mismatched weights.
 
         Raises:
-            DroppeftError: as :meth:`load`, or the weights are quantised already.
+            DroppeftError: as :meth:`load`, it is an adapter, its weights have more layers than its
+                configuration, or they are quantised already.
         """
+        folder = Path(self.readable)
+        if folder.is_dir():
+            check_has_weights(folder)
+        else:
+            found = find_adapter_config_file(self.path)
+            check_no_adapter(self.path, Path(found) if found else None)
         model, report = self.load(
             auto.from_pretrained,
             dtype=dtype,
@@ -111,6 +133,8 @@ class ModelSource:
             **options,
         )
         check_not_prequantised(model, self.name)
+        blocks_path, blocks = find_blocks(model)
+        check_depth(self.name, report["unexpected_keys"], blocks_path, len(blocks))
         return model, report
 
     def load_tokenizer(self) -> Any:
@@ -127,7 +151,7 @@ class ModelSource:
         if folder.is_dir() and not known:
             names = ", ".join(TOKENIZER_FILES)
             raise DroppeftError(f"model={self.path}: the folder has no tokenizer (one of {names})")
-        return self.load(AutoTokenizer.from_pretrained)
+        return self._load(AutoTokenizer.from_pretrained, "its tokenizer ", {})
 
     def _kind(self) -> str:
         if self.gguf_file is not None or Path(self.path).exists():
@@ -159,3 +183,23 @@ def find_source(name: str) -> ModelSource:
     if name.startswith((".", "/", "~", "$")) and not path.is_dir():
         raise DroppeftError(f"model={name}: no such folder")
     return ModelSource(str(path) if name in PACKAGED else name)
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers could not load a model, in a part of a sentence."""
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "PytorchStreamReader" in str(error):
+        return (
+            "a file of weights is damaged, or it is a pickle with more than tensors, which might "
+            "run code and is not read; download it again, or use files with the ending .safetensors"
+        )
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code that comes with it (trust_remote_code), which is never run here; use a "
+            "model that is part of transformers"
+        )
+    # Of several sentences, the first says what is wrong; it may have several lines.
+    first = re.split(r"\.\s*\n|\n\s*\n", str(error).strip())[0]
+    text = " ".join(first.split()).rstrip(".")
+    if isinstance(error, OSError | ValueError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
