@@ -77,6 +77,8 @@ class Backbone:
         weights_hash: of all weights but a classifier's head, by samples; see :func:`hash_weights`.
         new_modules: parts of the head without pretrained values, which must be trained. (A pooler
             may have pretrained values.) None in a causal language model.
+        sets_padding: whether the padding token, in the tokenizer or in the model's configuration,
+            is not the one that the files name.
     """
 
     model: nn.Module
@@ -89,6 +91,7 @@ class Backbone:
     max_length: int
     weights_hash: str
     new_modules: tuple[str, ...]
+    sets_padding: bool
 
     @classmethod
     def of(
@@ -101,7 +104,7 @@ class Backbone:
         """
         check_finite(model, source.name)
         patch_quantised_layers(model)
-        set_padding(model, tokenizer, source.name)
+        sets_padding = set_padding(model, tokenizer, source.name)
         blocks_path, blocks = find_blocks(model)
         return cls(
             model=model,
@@ -114,6 +117,7 @@ class Backbone:
             max_length=most_tokens(model),
             weights_hash=hash_weights(model),
             new_modules=tuple(new_modules),
+            sets_padding=sets_padding,
         )
 
     @property
@@ -289,8 +293,10 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
+def set_padding(model: nn.Module, tokenizer: Any, name: str) -> bool:
     """Pad on the right; a tokenizer without a padding token pads with its end-of-text token.
+
+    Returns whether tokenizer or configuration had another padding token, or none.
 
     Args:
         model: is told which token pads, since a decoder with a head reads the last other token.
@@ -300,7 +306,8 @@ def set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
     Raises:
         DroppeftError: there is no such token, or the model has no embedding for it.
     """
-    if tokenizer.pad_token is None:
+    has_token = tokenizer.pad_token is not None
+    if not has_token:
         if tokenizer.eos_token is None:
             raise DroppeftError(
                 f"model={name}: its tokenizer has neither a padding nor an end-of-text token; name "
@@ -315,7 +322,11 @@ def set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
             f"model has embeddings for {known} tokens only (0 to {known - 1}); name another token "
             "in tokenizer_config.json (pad_token), or add the embedding (resize_token_embeddings)"
         )
-    set_padding_token(model.config, pad)
+    # In a model that counts positions from after its padding token, all would change.
+    differs = text_config(model).pad_token_id != pad and not _unused_positions(model)
+    if differs:
+        set_padding_token(model.config, pad)
+    return differs or not has_token
 
 
 def set_padding_token(config: Any, token: int) -> None:
@@ -334,18 +345,23 @@ def embedding_rows(model: nn.Module) -> int:
 def most_tokens(model: nn.Module) -> int:
     """The largest number of tokens that a model has positions for.
 
-    Models like RoBERTa count positions from after their padding index. Rotary and relative
-    positions have no limit, but the model was not trained beyond the number in its configuration.
+    Rotary and relative positions have no limit, but the model was not trained beyond the number in
+    its configuration.
     """
     config: Any = text_config(model)
-    unused = [
+    return int(getattr(config, "max_position_embeddings", sys.maxsize)) - _unused_positions(model)
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """Positions that no token has: models like RoBERTa count from after their padding token."""
+    unused = (
         module.padding_idx + 1
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
         and name.endswith("position_embeddings")
         and module.padding_idx is not None
-    ]
-    return int(getattr(config, "max_position_embeddings", sys.maxsize)) - max(unused, default=0)
+    )
+    return max(unused, default=0)
 
 
 def check_tokens(model: nn.Module, highest: int) -> None:

@@ -129,7 +129,7 @@ In this folder:
 def _classifying(source: Source, folder: str) -> str:
     loading, auto = loading_of(source.adapter_type), source.task.auto_class.__name__
     quantised, options = _quantised_lines(source)
-    arguments = f"id2label=id2label, ignore_mismatched_sizes=True{_padding(source)}{options}"
+    arguments = f"id2label=id2label, ignore_mismatched_sizes=True{options}"
     if loading.library == "peft":
         imports = f"from peft import AutoPeft{auto[4:]}\nfrom transformers import pipeline"
         load = f"model = AutoPeft{auto[4:]}.from_pretrained(\n    {_quoted(folder)}, {arguments}\n)"
@@ -148,14 +148,13 @@ import json
 with open({_quoted(str(Path(folder) / CLASSES))}, encoding="utf-8") as file:
     id2label = dict(enumerate(json.load(file)))
 {quantised}{load}
-classify = pipeline("text-classification", model=model, tokenizer={where}, truncation=True)
+{_padding(source)}classify = pipeline("text-classification", model=model, tokenizer={where}, truncation=True)
 {_ask(source)}"""
 
 
 def _generating(source: Source, folder: str) -> str:
     loading, auto = loading_of(source.adapter_type), source.task.auto_class.__name__
     quantised, options = _quantised_lines(source)
-    options = f"{_padding(source)}{options}"
     if loading.library == "peft":
         imports = f"from peft import AutoPeft{auto[4:]}\nfrom transformers import AutoTokenizer"
         load = f"model = AutoPeft{auto[4:]}.from_pretrained({_quoted(folder)}{options})"
@@ -169,7 +168,7 @@ def _generating(source: Source, folder: str) -> str:
 {imports}
 
 {quantised}{load}
-model = model.eval()
+{_padding(source)}model = model.eval()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})
 {_answer(source)}"""
 
@@ -180,11 +179,11 @@ def _quoted(text: str) -> str:
 
 
 def _padding(source: Source) -> str:
-    """The argument that a model needs whose own configuration has no padding token."""
-    tokenizer = source.backbone.tokenizer
-    if tokenizer.pad_token != tokenizer.eos_token:
+    """The line that names the padding token, if the base model's own files name none or another."""
+    if not source.backbone.sets_padding:
         return ""
-    return f", pad_token_id={tokenizer.pad_token_id}"
+    settings = "generation_config" if source.task.generates else "config.get_text_config()"
+    return f"model.{settings}.pad_token_id = {source.backbone.tokenizer.pad_token_id}\n"
 
 
 def _base_path(source: Source) -> str:

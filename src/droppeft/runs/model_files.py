@@ -103,8 +103,6 @@ def save_merged(source: Source, out: Path) -> None:
         expected = _logits(client_model.model, tokenizer)
         plain: Any = merged(client_model.model)
         with _new_folder(out) as folder, quiet():
-            if not source.task.generates:
-                plain.config.problem_type = "single_label_classification"
             plain.save_pretrained(folder)
             _save_tokenizer(source, folder)
             (folder / "README.md").write_text(merged_card(source), encoding="utf-8")
