@@ -194,6 +194,8 @@ CASES = (
     Odd(FILES, "a folder with `train` twice",
         {"train.csv": table(), "train.json": "[]", "test.csv": table()}),
     one(FILES, "an Excel file", "a.xlsx", b"PK"),
+    one(FILES, "a Git LFS pointer", "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
     one(COLUMNS, "`Review` and `STARS`", "a.csv", table(head="Review,STARS")),
     one(COLUMNS, "two columns of unknown names, and an index", "a.csv",
         ",words,kind\n" + "".join(

@@ -50,6 +50,7 @@ WITHOUT_TORCH = {
     "",
     "errors",
     "files",
+    "git_lfs",
     "quantities",
     "seeds",
     "config",

@@ -209,6 +209,7 @@ def compare(trained: Any, has_these_classes: bool, run: Path, rows: list[Row]) -
 
     source = load_source(run, config, checkpoint, None, False, lambda step: None)
     tokenizer = source.backbone.tokenizer
+    tokenizer.model_input_names = [*source.backbone.inputs, "attention_mask"]
     if has_these_classes:
         order = [trained.config.label2id[name] for name in names]
         expected = padded_logits(trained, tokenizer, rows)[:, order]
@@ -240,8 +241,6 @@ def padded_logits(model: Any, tokenizer: Any, rows: list[Row]) -> torch.Tensor:
     inputs = tokenizer(
         *map(list, columns), padding=True, truncation=True, max_length=24, return_tensors="pt"
     )
-    if (getattr(model.config, "type_vocab_size", None) or 0) < 2:
-        inputs.pop("token_type_ids", None)
     with torch.no_grad():
         found: torch.Tensor = model.eval()(**inputs).logits
     return found

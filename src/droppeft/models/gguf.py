@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from droppeft.errors import DroppeftError
+from droppeft.git_lfs import check_no_pointer
 from droppeft.models.cached_folder import cached_folder, models_folder
 from droppeft.models.key_value_cache import set_temporarily
-from droppeft.models.model_folders import check_no_pointer
 from droppeft.models.quiet import quiet
 
 _MAGIC = b"GGUF"

@@ -13,13 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from droppeft.errors import DroppeftError
+from droppeft.git_lfs import check_no_pointer
 
 CONFIG = "config.json"
 ADAPTER_CONFIGS = ("adapter_config.json", "bottleneck_config.json")
 """Files that describe an adapter, of peft (and AdapterHub) and of :mod:`droppeft.adapters`."""
-
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""The beginning of a Git LFS pointer, which is in a file's place until the file is downloaded."""
 
 _SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -76,24 +74,6 @@ def check_no_adapter(name: str, description: Path | None) -> None:
         f"model={name}: is an adapter ({description.name}), not a model; merge it into its model "
         f"first (droppeft export RUN --merge, or peft's merge_and_unload), or set {further}"
     )
-
-
-def check_no_pointer(file: Path) -> None:
-    """Refuse a file that is still a Git LFS pointer.
-
-    Raises:
-        DroppeftError: it is one.
-    """
-    try:
-        with file.open("rb") as content:
-            is_pointer = content.read(len(POINTER)) == POINTER
-    except OSError:
-        return  # transformers says why it cannot be read, if it needs it
-    if is_pointer:
-        raise DroppeftError(
-            f"{file}: is a Git LFS pointer in place of the file; run git lfs pull in its folder, "
-            "or download the file"
-        )
 
 
 def check_depth(name: str, unused: Collection[str], blocks_path: str, layers: int) -> None:

@@ -139,7 +139,7 @@ def _classifying(source: Source, folder: str) -> str:
             f"model = {auto}.from_pretrained(\n    {_quoted(_base_path(source))}, {arguments}\n)\n"
             f"model = {loading.function}(model, {_quoted(folder)})"
         )
-    where = _quoted(folder)
+    where, padding = _quoted(folder), _padding(source)
     return f"""\
 import json
 
@@ -147,8 +147,8 @@ import json
 
 with open({_quoted(str(Path(folder) / CLASSES))}, encoding="utf-8") as file:
     id2label = dict(enumerate(json.load(file)))
-{quantised}{load}
-{_padding(source)}classify = pipeline("text-classification", model=model, tokenizer={where}, truncation=True)
+{quantised}{load}{padding}
+classify = pipeline("text-classification", model=model, tokenizer={where}, truncation=True)
 {_ask(source)}"""
 
 
@@ -167,8 +167,8 @@ def _generating(source: Source, folder: str) -> str:
     return f"""\
 {imports}
 
-{quantised}{load}
-{_padding(source)}model = model.eval()
+{quantised}{load}{_padding(source)}
+model = model.eval()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})
 {_answer(source)}"""
 
@@ -179,11 +179,11 @@ def _quoted(text: str) -> str:
 
 
 def _padding(source: Source) -> str:
-    """The line that names the padding token, if the base model's own files name none or another."""
+    """A new line that names the padding token, if the files name none or another."""
     if not source.backbone.sets_padding:
         return ""
     settings = "generation_config" if source.task.generates else "config.get_text_config()"
-    return f"model.{settings}.pad_token_id = {source.backbone.tokenizer.pad_token_id}\n"
+    return f"\nmodel.{settings}.pad_token_id = {source.backbone.tokenizer.pad_token_id}"
 
 
 def _base_path(source: Source) -> str:

@@ -133,8 +133,13 @@ def _fill_with_adapter(source: Source, folder: Path) -> None:
 
 
 def _save_tokenizer(source: Source, folder: Path) -> None:
-    """Write the tokenizer, which truncates texts as in the run if it is asked to truncate."""
+    """Write the tokenizer, which truncates texts as in the run if it is asked to truncate.
+
+    It gives the columns that the model took: transformers would use token types in GPT-2, too.
+    """
     tokenizer = copy.deepcopy(source.backbone.tokenizer)
+    tokenizer.model_input_names = [*source.backbone.inputs, "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else it is not saved
     if tokenizer.is_fast:  # its file would have the settings of the last call
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

@@ -20,6 +20,7 @@ from droppeft.config import Config
 from droppeft.data.new_texts import as_table
 from droppeft.data.tokens import ordered_batches, tokenise
 from droppeft.errors import DroppeftError
+from droppeft.models.loading import check_tokens
 from droppeft.models.precision import autocast
 from droppeft.runs.export import load_source, saved_config, saved_model
 from droppeft.runs.folder import RESULT, read_result
@@ -69,13 +70,15 @@ class Predictor:
             advance: called with the number of rows of each batch, to show progress.
 
         Raises:
-            DroppeftError: a text has no tokens, or the model's outputs are not finite.
+            DroppeftError: a text has no tokens or one that the model does not know, or the model's
+                outputs are not finite.
         """
         found = np.empty((len(texts), len(self.label_names)))
         if not texts:
             return found
         config, tokenizer = self.config, self.source.backbone.tokenizer
         table = tokenise(as_table(texts, pairs), tokenizer, config.training.max_length)
+        check_tokens(self.model, int(table.columns["input_ids"].max()))
         rows = np.arange(len(table), dtype=np.int64)
         self.model.eval()
         with base_delta_applied(self.model, self.source.model.base_delta), torch.inference_mode():

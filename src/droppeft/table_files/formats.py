@@ -12,6 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from droppeft.errors import DroppeftError
+from droppeft.git_lfs import check_no_pointer
 from droppeft.table_files.delimited import names_of, read_delimited
 from droppeft.table_files.json_rows import names_of as json_names_of
 from droppeft.table_files.json_rows import read_json, read_json_lines
@@ -64,7 +65,8 @@ def read_table(path: Path) -> TableFile:
     """Read all rows of a file.
 
     Raises:
-        DroppeftError: the suffix is unknown, or the file cannot be read as what it says.
+        DroppeftError: the suffix is unknown, or the file is a Git LFS pointer, or it cannot be read
+            as what it says.
     """
     kind = format_of(path)
     if kind is None:
@@ -72,6 +74,7 @@ def read_table(path: Path) -> TableFile:
             f"{path} is not one of {', '.join(TEXT_FORMATS)} (each also with .gz), "
             f"{', '.join(BINARY_FORMATS)}"
         )
+    check_no_pointer(path)
     try:
         return _read_text(path, kind) if kind in TEXT_FORMATS else BINARY_FORMATS[kind](path)
     except Unreadable as error:
