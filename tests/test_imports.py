@@ -16,6 +16,7 @@ PACKAGE = Path(droppeft.__file__).parent
 # level do not see each other. The empty name is droppeft/__init__.py.
 LEVELS = (
     {"errors", "files", "quantities", "seeds"},
+    {"git_lfs"},
     {"", "table_files"},
     {"config", "extras", "layer_dropout", "messages"},
     {"checked_safetensors", "data"},
