@@ -34,7 +34,7 @@ SETTINGS = (
 )
 ODD = "aB9 ,;\"'\n\t\\é漢😀\u200b\u0301ﬁ[#{%$<|_-"
 
-WORDS = (
+WORDS = [
     "NA",
     "nan",
     "None",
@@ -48,7 +48,7 @@ WORDS = (
     "-1",
     "1e5",
     "LABEL_1",
-)
+]
 """Labels that readers of tables like to take for something else."""
 
 MISSING = {"NA", "nan", "None", "null", "-1"}

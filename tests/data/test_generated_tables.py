@@ -21,7 +21,7 @@ Row = tuple[str, str]
 """A text and a label."""
 
 ODD = "aB9 ,;|\"'\n\t\\é漢😀\u200b\u0301\u2028\u00a0ﬁ[#{%$<_-="
-WORDS = ("NA", "nan", "None", "null", "true", "0", "1", "01", "1.0", "-1", "1e5", "2024-01-01")
+WORDS = ["NA", "nan", "None", "null", "true", "0", "1", "01", "1.0", "-1", "1e5", "2024-01-01"]
 
 # Python's csv does not quote a single carriage return, which then ends a line.
 characters = st.sampled_from(ODD) | st.characters(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from droppeft.models import sources
 from droppeft.models.causal_lm import load_causal_lm
 from droppeft.models.loading import load_backbone, load_backbone_config
 from droppeft.models.sources import find_source
@@ -122,6 +123,21 @@ def test_what_is_wrong_is_said(folder: Path, damage: Callable[[Path], None], sen
     damage(folder)
     with refused(sentence):
         load_backbone(str(folder), ("a", "b"), 0)
+
+
+@pytest.mark.parametrize("further", [" model=base/model start_from=", ""])
+def test_an_adapter_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: str
+) -> None:
+    """On the Hub, transformers would load the adapter's base model without a word."""
+    path = tmp_path / ("adapter_config.json" if further else "bottleneck_config.json")
+    path.write_text('{"base_model_name_or_path": "base/model"}')
+    monkeypatch.setattr(sources, "find_adapter_config_file", lambda name: str(path))
+    for name in (str(tmp_path), f"someone/adapter{len(further)}"):
+        with refused("is an adapter") as found:
+            load_backbone(name, ("a", "b"), 0)
+        assert ("start_from" in str(found.value)) == bool(further)
+        assert further in str(found.value)
 
 
 class Writes:

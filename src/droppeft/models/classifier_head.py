@@ -26,7 +26,7 @@ def own_classes(config: Any, name: str) -> list[str]:
     names: Mapping[int, str] = config.id2label or {}
     rows: Mapping[str, Any] = config.label2id or {}
     for row, label in names.items():
-        if set(rows) == set(names.values()) and int(rows[label]) != row:
+        if set(rows) == set(names.values()) and str(rows[label]) != str(row):
             raise DroppeftError(
                 f"model={name}: its config.json contradicts itself: the class {label!r} is "
                 f"{row} in id2label and {rows[label]} in label2id; correct config.json"

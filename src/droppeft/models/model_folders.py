@@ -16,7 +16,8 @@ from droppeft.errors import DroppeftError
 from droppeft.git_lfs import check_no_pointer
 
 CONFIG = "config.json"
-ADAPTER_CONFIGS = ("adapter_config.json", "bottleneck_config.json")
+PEFT_CONFIG = "adapter_config.json"
+ADAPTER_CONFIGS = (PEFT_CONFIG, "bottleneck_config.json")
 """Files that describe an adapter, of peft (and AdapterHub) and of :mod:`droppeft.adapters`."""
 
 _SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
@@ -68,11 +69,11 @@ def check_no_adapter(name: str, description: Path | None) -> None:
     """
     if description is None:
         return
-    base = _read_json(description).get("base_model_name_or_path")
-    further = f"start_from={name} and model={base or 'the model that it was trained on'}"
+    base = _read_json(description).get("base_model_name_or_path") or "MODEL"
+    further = f", or set model={base} start_from={name}" if description.name == PEFT_CONFIG else ""
     raise DroppeftError(
         f"model={name}: is an adapter ({description.name}), not a model; merge it into its model "
-        f"first (droppeft export RUN --merge, or peft's merge_and_unload), or set {further}"
+        f"first (droppeft export RUN --merge, or peft's merge_and_unload){further}"
     )
 
 

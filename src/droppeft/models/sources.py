@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class ModelSource:
         path = self.readable
         if Path(path).is_dir():
             check_folder(Path(path))
+        else:
+            check_no_adapter(path, _adapter_on_hub(path))
         try:
             return load(path, trust_remote_code=False, **options)
         except Exception as error:  # damaged files raise errors of many kinds
@@ -122,9 +125,6 @@ class ModelSource:
         folder = Path(self.readable)
         if folder.is_dir():
             check_has_weights(folder)
-        else:
-            found = find_adapter_config_file(self.path)
-            check_no_adapter(self.path, Path(found) if found else None)
         model, report = self.load(
             auto.from_pretrained,
             dtype=dtype,
@@ -183,6 +183,13 @@ def find_source(name: str) -> ModelSource:
     if name.startswith((".", "/", "~", "$")) and not path.is_dir():
         raise DroppeftError(f"model={name}: no such folder")
     return ModelSource(str(path) if name in PACKAGED else name)
+
+
+@cache
+def _adapter_on_hub(name: str) -> Path | None:
+    """The downloaded configuration of an adapter, if a hub id is that of an adapter."""
+    found = find_adapter_config_file(name)
+    return Path(found) if found else None
 
 
 def _reason(error: Exception) -> str:
