@@ -34,21 +34,7 @@ SETTINGS = (
 )
 ODD = "aB9 ,;\"'\n\t\\é漢😀\u200b\u0301ﬁ[#{%$<|_-"
 
-WORDS = [
-    "NA",
-    "nan",
-    "None",
-    "null",
-    "true",
-    "False",
-    "0",
-    "1",
-    "01",
-    "1.0",
-    "-1",
-    "1e5",
-    "LABEL_1",
-]
+WORDS = ["NA", "nan", "None", "null", "true", "0", "1", "01", "1.0", "-1", "1e5", "LABEL_1"]
 """Labels that readers of tables like to take for something else."""
 
 MISSING = {"NA", "nan", "None", "null", "-1"}
