@@ -33,6 +33,7 @@ USER_ERROR, FAILED, STOPPED = 2, 1, 130
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated fine-tuning of language models.",
 )
 
@@ -281,7 +282,9 @@ def predict(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Text column, or two as A,B.", show_default="as in the run"),
+        typer.Option(
+            help="Text column, or two as A,B.", show_default="as in the run, else by a usual name"
+        ),
     ] = None,
     round: RoundOption = None,
     client: ClientOption = None,

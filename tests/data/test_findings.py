@@ -24,9 +24,7 @@ def accounted(found: Findings) -> int:
         + found.test_rows
         + found.beyond_limit
         + found.left_out_rows
-        + found.without_text
-        + found.without_label
-        + found.without_owner
+        + found.incomplete
     )
 
 
@@ -67,7 +65,7 @@ def test_everything_is_counted(reviews: Path) -> None:
     found = partitioned(data.findings, data.train.keys, clients, min_rows=20)
     found = measured(found, np.array([5, 5, 40]), max_length=20, longest_possible=512)
     assert found.columns == {"text": "text", "label": "label", "owner": "who"}
-    assert (found.without_text, found.without_label, found.without_owner) == (1, 1, 1)
+    assert (found.without_text, found.without_label, found.without_owner) == (1, 2, 1)
     assert found.stripped_labels == 2
     assert (found.repeated, found.contradictory, found.in_both) == (2, 2, 1)
     assert found.similar_classes == (("B", "b"),)
@@ -76,9 +74,9 @@ def test_everything_is_counted(reviews: Path) -> None:
     assert found.rows_read == accounted(found) == 68
     assert found.sentences() == [
         "2 labels had spaces around, which were removed (source.strip_labels)",
-        "left out: 1 row without a text, 1 row without a label, 1 row without an owner "
-        "(source.missing=drop)",
-        "classes with nearly the same name: 'B' and 'b'",
+        "left out: 1 row without a text, 2 rows without a label, 1 row without an owner, 3 rows "
+        "in all (source.missing=drop)",
+        "classes with nearly the same name: 'B' and 'b'; spell them alike if they are one",
         "one class has fewer than 10 training rows: B (1)",
         "2 training rows with the text of an earlier one",
         "2 training rows with a text that has another label in another row",
@@ -133,6 +131,12 @@ def test_conversations_are_checked_too(tmp_path: Path) -> None:
     assert data.label_names == ("k",)
     assert len(data.train.keys or ()) == len(data.train) == found.train_rows == 21
     assert found.rows_read == accounted(found) == 28
+
+
+def test_labels_may_be_a_quantity(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 50} for n in range(200)]
+    found = load_text(str(write(tmp_path, "rows.jsonl", rows)), SourceConfig()).findings
+    assert "label has 50 different numbers; if it is a quantity, it" in found.sentences()[1]
 
 
 def test_names_are_similar_but_for_case_spaces_and_punctuation() -> None:

@@ -236,7 +236,14 @@ def test_a_small_client_can_be_an_error() -> None:
 @pytest.mark.parametrize(
     ("kind", "labels", "keys", "clients", "changes", "message"),
     [
-        ("iid", balanced(2, 29), None, 3, {}, "58 training rows are too few for clients=3"),
+        (
+            "iid",
+            balanced(2, 29),
+            None,
+            3,
+            {},
+            r"58 training rows are too few for clients=3 .* set clients=2 or partition.min_rows=19",
+        ),
         ("natural", balanced(2, 30), None, 3, {}, "needs an owner for every row"),
         (
             *("natural", balanced(2, 30), owners(60, 2), 3, {}),

@@ -105,12 +105,18 @@ def test_columns_and_splits_can_be_named(tmp_path: Path, write: Write) -> None:
 def test_all_rows_of_a_csv_file_decide_what_a_column_holds(tmp_path: Path, write: Write) -> None:
     """By default, the reader infers types from the first megabyte only."""
     labels = ["1"] * 20 + ["many"] * 20
-    path = write(tmp_path / "rows.csv", {"text": ["long " * 20_000] * 40, "label": labels})
+    path = write(
+        tmp_path / "rows.csv",
+        {"text": [f"{row}" + " long" * 20_000 for row in range(40)], "label": labels},
+    )
     assert load(path).label_names == ("1", "many")
 
 
 def test_a_jsonl_row_may_be_long(tmp_path: Path, write: Write) -> None:
-    path = write(tmp_path / "rows.jsonl", {"text": ["x" * 3_000_000] * 6, "label": [0, 1] * 3})
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"text": [f"{row}" * 3_000_000 for row in range(6)], "label": [0, 1] * 3},
+    )
     assert len(load(path).train.texts[0]) == 3_000_000
 
 
@@ -313,6 +319,15 @@ def test_the_split_of_a_single_file_does_not_depend_on_row_order(
     assert set(load(one_file).test.texts) == set(before.test.texts)
 
 
+def test_equal_texts_are_on_one_side(tmp_path: Path, write: Write) -> None:
+    texts = [f"text {row % 40}" for row in range(100)]
+    labels = [row % 2 for row in range(99)] + [0]  # the last text has the other label too
+    data = load(write(tmp_path / "rows.csv", {"text": texts, "label": labels}))
+    assert data.findings.in_both == 0
+    assert len(data.train) + len(data.test) == 100
+    assert 8 <= len(set(data.test.texts)) <= 9
+
+
 def test_a_single_file_of_too_few_rows_is_refused(tmp_path: Path, write: Write) -> None:
     path = write(tmp_path / "rows.csv", {"text": ["x", "y"], "label": [0, 1]})
     with pytest.raises(DroppeftError, match="too few rows per class"):
@@ -390,7 +405,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line() -> None:
 
 def test_class_names_that_do_not_fit_are_ignored(tmp_path: Path) -> None:
     names = {"info": {"features": {"label": {"names": ["zero", "one"]}}}}
-    table = pa.table({"text": ["x", "y"] * 5, "label": [0, 7] * 5})
+    table = pa.table({"text": list("abcdefghij"), "label": [0, 7] * 5})
     table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     assert load(tmp_path / "rows.parquet").label_names == ("0", "7")

@@ -92,13 +92,30 @@ def test_other_files_and_names(predict: Printed, tmp_path: Path) -> None:
     assert not (tmp_path / "new-predicted.csv").exists()
 
 
+def test_rows_without_a_text_and_another_column(predict: Printed, tmp_path: Path) -> None:
+    texts = ["bread apple " * 30, "  ", *["bread"] * 10, ""]
+    table = pa.table({"body": texts, "label": ["food", "music", *["food"] * 11]})
+    pyarrow.parquet.write_table(table, tmp_path / "new.parquet")
+    printed = predict(tmp_path / "new.parquet", tmp_path / "out.jsonl")
+    assert "text ← body, since new.parquet has no column text (--text chooses another)" in printed
+    assert "5 of 13 rows:" in printed
+    assert re.search(r"^bread apple .*… +\w+ +1?\.\d+$", printed, re.M)
+    assert "2 rows have no text and no prediction." in printed
+    assert re.search(r"all 11 rows are \w+; the model may have learnt little", printed)
+    assert "on the 11 rows with a label" in printed
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 13
+    for name in ("predicted", "probability"):
+        assert [row[name] is None for row in rows] == [not text.strip() for text in texts]
+
+
 @pytest.mark.parametrize(
     ("content", "out", "message"),
     [
         ("text\nbread\n", "out.xls", r"must end with one of .csv, .jsonl, .parquet"),
         ("text\nbread\n", "there.csv", r"there.csv: exists already; .* --out"),
         ("text\nbread\n", "no/out.csv", r"its folder does not exist"),
-        ('text,n\nbread,1\n"  ",2\n', "out.csv", r"text is empty in row 2; remove such rows"),
+        ('text,n\n"",1\n"  ",2\n', "out.csv", r"new.csv: text is empty in every row"),
         ("words\nbread\n", "out.csv", r"no column text, only words; .* --text"),
         ("text,predicted\nbread,x\n", "out.csv", r"has a column predicted already; rename"),
     ],

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft.data.findings import RARE_ROWS, Findings
-from droppeft.data.labels import MISSING_WORDS, similar_names
+from droppeft.data.labels import MANY_NUMBERS, MISSING_WORDS, number, similar_names
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 
@@ -45,8 +45,11 @@ def of_classes(findings: Findings, names: Sequence[str], labels: Rows) -> Findin
         labels: the class of each training row, shape (rows,).
     """
     counts = dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+    are_numbers = all(number(name) is not None for name in names)
+    few_each = len(names) > MANY_NUMBERS and np.median([*counts.values()]) < RARE_ROWS
     return replace(
         findings,
+        different_numbers=len(names) if are_numbers and few_each else 0,
         similar_classes=similar_names(names),
         rare_classes={name: count for name, count in counts.items() if count < RARE_ROWS},
         missing_words={
@@ -111,6 +114,7 @@ def dropped(findings: Findings, counts: Counter[str]) -> Findings:
     """Add how many rows were left out since they lack a text, a label or an owner."""
     return replace(
         findings,
+        incomplete=counts["any"],
         without_text=counts["text"],
         without_label=counts["label"],
         without_owner=counts["owner"],

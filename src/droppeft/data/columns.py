@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from droppeft.config import SourceConfig
 from droppeft.data.cells import Unsuitable, spelled
+from droppeft.data.labels import check_classes, ordered
 from droppeft.data.splits import Split
 from droppeft.errors import DroppeftError
 
@@ -73,6 +74,15 @@ class _Content(NamedTuple):
         """Whether at most every fifth value is new, and all are short."""
         most = max(2, len(self.values) // 5)
         return 2 <= self.distinct <= most and max(map(len, self.values)) <= LONGEST_CLASS
+
+    @property
+    def could_be_labels(self) -> bool:
+        """Whether a run would not refuse the values as labels."""
+        try:
+            check_classes(ordered(self.values), len(self.values), "", self.name)
+        except DroppeftError:
+            return False
+        return True
 
     @property
     def holds_texts(self) -> bool:
@@ -166,7 +176,7 @@ def _not_found(
         longest = max(filled, key=lambda one: one.mean_length)
         filled.remove(longest)
         likely.append(f"source.text={shlex.quote(longest.name)}")
-    several = [one for one in filled if one.distinct > 1]
+    several = [one for one in filled if one.could_be_labels]
     if label is None and several:
         fewest = min(several, key=lambda one: one.distinct)
         likely.append(f"source.label={shlex.quote(fewest.name)}")

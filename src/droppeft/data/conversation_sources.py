@@ -33,7 +33,7 @@ from droppeft.data.conversations import (
 from droppeft.data.findings import Findings
 from droppeft.data.labels import LabelColumn, indices_of, ordered, read_labels, without_class
 from droppeft.data.missing_values import Lacking, Rule, kept_rows
-from droppeft.data.sources import TEST_FRACTION, at_most, check_builtin_source, owners
+from droppeft.data.sources import at_most, check_builtin_source, owners, with_smallest_hashes
 from droppeft.data.splits import Split, read_splits
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
@@ -247,12 +247,7 @@ def _split(table: ConversationTable, where: str) -> tuple[ConversationTable, Con
 
 def _test_rows(table: ConversationTable) -> npt.NDArray[np.bool_]:
     """Select all rows of the fifth of each category's prompts that have the smallest hashes."""
-    hashes = np.array([_hash_of_prompt(row) for row in table.rows])
-    chosen: set[str] = set()
-    for label in np.unique(table.labels):
-        distinct = np.unique(hashes[table.labels == label])
-        chosen.update(distinct[: round(TEST_FRACTION * len(distinct))])
-    return np.isin(hashes, sorted(chosen))
+    return with_smallest_hashes([_hash_of_prompt(row) for row in table.rows], table.labels)
 
 
 def _hash_of_prompt(row: Example) -> str:

@@ -22,15 +22,16 @@ LISTED = 3  # names in a sentence
 class Findings:
     """What was found in a data set, and what was done with its rows.
 
-    ``rows_read`` is the sum of ``train_rows``, ``test_rows``, the rows without a value, those
-    beyond a limit, and those that the partition leaves out.
+    ``rows_read`` is the sum of ``train_rows``, ``test_rows``, ``incomplete``, the rows beyond a
+    limit, and those that the partition leaves out.
 
     Attributes:
         remarks: how the files were read, as parts of sentences.
         columns: the column that each kind of value was read from.
         rows_read: rows of all splits.
         train_rows, test_rows: rows that are used.
-        without_text, without_label, without_owner: rows that were left out since they lack it.
+        incomplete: rows that were left out since they lack a text, a label or an owner.
+        without_text, without_label, without_owner: how many of them lack it. One can lack several.
         beyond_limit: rows left out by ``source.max_train_rows`` and ``source.max_test_rows``.
         left_out_rows: training rows that the partition leaves out.
         left_out_owners: owners of all of these rows.
@@ -40,6 +41,7 @@ class Findings:
         contradictory: training rows with a text that also has another label.
         in_both: test rows whose text is also in a training row.
         similar_classes: groups of classes whose names differ only in case, spaces or punctuation.
+        different_numbers: number of classes if they are many numbers with few rows each; else 0.
         rare_classes: number of training rows of each class that has fewer than ``RARE_ROWS``.
         missing_words: number of training rows of classes whose name usually means a missing value.
         max_length: the setting ``training.max_length``; 0 if lengths are not known.
@@ -53,6 +55,7 @@ class Findings:
     rows_read: int = 0
     train_rows: int = 0
     test_rows: int = 0
+    incomplete: int = 0
     without_text: int = 0
     without_label: int = 0
     without_owner: int = 0
@@ -65,6 +68,7 @@ class Findings:
     contradictory: int = 0
     in_both: int = 0
     similar_classes: tuple[tuple[str, ...], ...] = ()
+    different_numbers: int = 0
     rare_classes: Mapping[str, int] = field(default_factory=dict)
     missing_words: Mapping[str, int] = field(default_factory=dict)
     max_length: int = 0
@@ -94,14 +98,24 @@ class Findings:
         }
         parts = [f"{_rows(count)} without {kind}" for kind, count in lacking.items() if count]
         if parts:
-            found.append(f"left out: {', '.join(parts)} (source.missing=drop)")
+            several = sum(lacking.values()) > self.incomplete
+            in_all = f", {_rows(self.incomplete)} in all" if several else ""
+            found.append(f"left out: {', '.join(parts)}{in_all} (source.missing=drop)")
         return found
 
     def _about_classes(self) -> list[str]:
         found = []
         if self.similar_classes:
             groups = [" and ".join(map(repr, group)) for group in self.similar_classes]
-            found.append(f"classes with nearly the same name: {_listed(groups)}")
+            found.append(
+                f"classes with nearly the same name: {_listed(groups)}; spell them alike if they "
+                "are one"
+            )
+        if self.different_numbers:
+            found.append(
+                f"{self.columns.get('label', 'label')} has {self.different_numbers:,} different "
+                "numbers; if it is a quantity, it cannot be learnt (regression is not supported)"
+            )
         if self.rare_classes:
             rare = [f"{name} ({count:,})" for name, count in self.rare_classes.items()]
             many = f"{len(rare)} classes have" if len(rare) > 1 else "one class has"

@@ -22,6 +22,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 MISSING_WORDS = frozenset({"na", "n/a", "<na>", "nan", "null", "none"})
 """Words that mean a missing label, in any case, where all other labels are numbers."""
 
+MANY_NUMBERS = 20
+"""More different numbers than this may be a quantity and no classes."""
+
 HIDDEN = -1.0
 """The label of rows whose class is kept secret, as in the test splits of GLUE."""
 
@@ -130,10 +133,10 @@ def check_classes(classes: Sequence[str], rows: int, where: str, label: str) -> 
     if None not in numbers:
         odd = [name for name, found in zip(classes, numbers, strict=True) if found and found % 1]
         if odd:
+            advice = f"; if they are classes, write them as text, such as 'class {odd[0]}'"
             raise DroppeftError(
                 f"{where}: {label} has numbers that are not whole, such as {odd[0]}; regression is "
-                "not supported; if they are classes, write them as text, such as 'class "
-                f"{odd[0]}'"
+                f"not supported{advice if len(classes) <= MANY_NUMBERS else ''}"
             )
     if len(classes) > max(2, rows / 2):
         raise DroppeftError(

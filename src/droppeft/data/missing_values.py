@@ -11,6 +11,7 @@ import numpy.typing as npt
 from droppeft.data.splits import Split
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
+from droppeft.quantities import counted
 
 Mask = npt.NDArray[np.bool_]
 Rule = Literal["error", "drop"]
@@ -37,7 +38,7 @@ class Lacking:
 def kept_rows(lacking: Sequence[Lacking], rule: Rule) -> tuple[list[Rows], Counter[str]]:
     """Return the rows of each split that lack nothing, and how many are left out for what.
 
-    A row that lacks several values counts for the first one.
+    A row that lacks several values counts for each of them, and once for ``any``.
 
     Raises:
         DroppeftError: rows lack values and ``rule`` is ``error``, or a split has no others. The
@@ -55,8 +56,9 @@ def kept_rows(lacking: Sequence[Lacking], rule: Rule) -> tuple[list[Rows], Count
     for one in lacking:
         left = np.ones(one.split.table.num_rows, bool)
         for kind, (_, rows) in one.rows.items():
-            dropped[kind] += int(np.sum(left & rows))
+            dropped[kind] += int(np.sum(rows))
             left &= ~rows
+        dropped["any"] += int(np.sum(~left))
         if not left.any():
             wanted = " and ".join(f"a {kind}" for kind in one.rows)
             raise DroppeftError(f"{one.split.where}: no row has {wanted}, so that none is left")
@@ -65,13 +67,14 @@ def kept_rows(lacking: Sequence[Lacking], rule: Rule) -> tuple[list[Rows], Count
 
 
 def _described(lacking: Lacking) -> str:
-    parts = [
-        f"{phrase} in {row_numbers(np.flatnonzero(rows))}"
-        for phrase, rows in lacking.rows.values()
-        if rows.any()
-    ]
-    counted = ", counted without the header" if lacking.split.has_header else ""
-    return f"{lacking.split.where}: {' and '.join(parts)}{counted}" if parts else ""
+    found = [(phrase, rows) for phrase, rows in lacking.rows.values() if rows.any()]
+    if not found:
+        return ""
+    parts = [f"{phrase} in {row_numbers(np.flatnonzero(rows))}" for phrase, rows in found]
+    masks = [rows for _, rows in found]
+    every = int(np.sum(np.any(masks, axis=0)))
+    in_all = f", {counted(every, 'row')} in all" if every < np.sum(masks) else ""
+    return f"{lacking.split.where}: {' and '.join(parts)}{in_all}{lacking.split.numbering}"
 
 
 def row_numbers(rows: Rows) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from droppeft.data.cells import Unsuitable, spelled
 from droppeft.data.columns import LABEL_COLUMNS, TEXT_COLUMNS, named_columns
 from droppeft.data.labels import read_labels
-from droppeft.data.missing_values import row_numbers
+from droppeft.data.missing_values import Mask
 from droppeft.data.splits import Split, read_file
 from droppeft.data.texts import TextTable
 from droppeft.errors import DroppeftError
@@ -24,16 +24,21 @@ class NewTexts:
     Attributes:
         rows: all columns.
         columns: of the text, or of both texts of a pair.
-        texts: the text of each row.
+        instead_of: columns that the run has read and the file lacks, so that ``columns`` were
+            found by a usual name; empty otherwise.
+        texts: the text of each row, empty where it is missing.
         pairs: the second text of each row; ``None`` without one.
+        complete: whether each row has its texts, shape (rows,).
         label_column: the column of labels, if there is one.
         labels: the label of each row as a text, empty where it is missing; ``None`` without labels.
     """
 
     rows: pa.Table
     columns: tuple[str, ...]
+    instead_of: tuple[str, ...]
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
+    complete: Mask
     label_column: str | None
     labels: tuple[str, ...] | None
 
@@ -56,21 +61,27 @@ def read_new_texts(
             have as many columns.
 
     Raises:
-        DroppeftError: the file cannot be read, has no column of texts, or a text is empty.
+        DroppeftError: the file cannot be read, has no column of texts, or no row has a text.
     """
     if not path.is_file():
         raise DroppeftError(f"{path}: no such file")
     split = read_file(path)
     columns = _text_columns(split, text, trained)
     values = [_texts(split, name) for name in columns]
+    complete = np.all([[bool(one.strip()) for one in column] for column in values], axis=0)
+    if not complete.any():
+        raise DroppeftError(f"{split.where}: {' or '.join(columns)} is empty in every row")
     names = split.table.column_names
+    lacks_trained = not text and trained and named_columns(names, trained) is None
     wanted = [label] if label else LABEL_COLUMNS
     found = next((one for name in wanted if (one := named_columns(names, (name,)))), None)
     return NewTexts(
         rows=split.table,
         columns=columns,
+        instead_of=tuple(trained) if lacks_trained else (),
         texts=values[0],
         pairs=values[1] if len(values) == 2 else None,
+        complete=complete,
         label_column=found[0] if found else None,
         labels=read_labels(split, found[0], strip=True).values if found else None,
     )
@@ -104,12 +115,6 @@ def _text_columns(split: Split, given: Sequence[str], trained: Sequence[str]) ->
 
 def _texts(split: Split, name: str) -> tuple[str, ...]:
     try:
-        values = tuple(spelled(split.column(name, "--text")))
+        return tuple(spelled(split.column(name, "--text")))
     except Unsuitable as kind:
         raise DroppeftError(f"{split.where}: {name} has type {kind}, not text") from None
-    blank = np.flatnonzero([not value.strip() for value in values])
-    if blank.size:
-        raise DroppeftError(
-            f"{split.where}: {name} is empty in {row_numbers(blank)}; remove such rows"
-        )
-    return values

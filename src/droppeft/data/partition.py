@@ -19,6 +19,9 @@ from droppeft.errors import DroppeftError
 
 Keys = Sequence[str] | None
 
+FEWEST_ROWS = 3
+"""Smallest ``partition.min_rows``: one row for each part."""
+
 
 @dataclass(frozen=True)
 class ClientRows:
@@ -67,10 +70,15 @@ def partition_rows(
 
 def _check_enough(rows: int, clients: int, min_rows: int) -> None:
     if rows < clients * min_rows:
-        fewer = f"clients={rows // min_rows}" if rows >= min_rows else "a lower partition.min_rows"
+        changes = [f"clients={rows // min_rows}"] if rows >= min_rows else []
+        if (lower := rows // clients) >= FEWEST_ROWS:
+            changes.append(f"partition.min_rows={lower}")
+        if not changes and rows >= FEWEST_ROWS:
+            changes = [f"clients={rows // FEWEST_ROWS} partition.min_rows={FEWEST_ROWS}"]
+        advice = f"set {' or '.join(changes)}, or use more data" if changes else "use more data"
         raise DroppeftError(
             f"{rows} training rows are too few for clients={clients} with partition.min_rows="
-            f"{min_rows} each; set {fewer}, or use more data"
+            f"{min_rows} each; {advice}"
         )
 
 

@@ -68,8 +68,8 @@ def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextDa
             - an id on the hub, with ``:name`` after it to choose a configuration
               (``nyu-mll/glue:mrpc``).
 
-            Where there is no test split, a fifth of the rows of each class, chosen by a hash of the
-            text, becomes one.
+            Where there is no test split, a fifth of the texts of each class, chosen by a hash of
+            the text, becomes one. Rows with equal texts are in the same split.
         source: columns and splits, if they are not found
             (:func:`~droppeft.data.columns.find_columns` and ``TEST_SPLITS``); what to do about rows
             that lack a value; and the largest number of rows. If a split has more, a random subset
@@ -255,10 +255,12 @@ def _classes(
 def _unknown(
     split: Split, train: Split, label: str, value: str, rows: Rows, classes: Sequence[str]
 ) -> DroppeftError:
+    numbering = f"{split.numbering}," if split.numbering else ""
     alike = [name for name in classes if key_of_name(name) == key_of_name(value)]
     hint = f", but {alike[0]!r} does; spell it alike" if alike else "; correct or remove such rows"
     return DroppeftError(
-        f"{split.where}: {label} {value} in {row_numbers(rows)} does not occur in {train.where}"
+        f"{split.where}: {label} {value} in {row_numbers(rows)}{numbering} does not occur in "
+        f"{train.where}"
         f"{hint}"
     )
 
@@ -277,23 +279,33 @@ def _held_out(table: TextTable, where: str) -> list[TextTable]:
     chosen = _test_rows(table)
     if not chosen.any():
         raise DroppeftError(
-            f"{where} has too few rows per class for a test split; add rows or a test file"
+            f"{where} has too few rows per class for a test split, where equal texts count once; "
+            "add rows or a test file"
         )
     test = replace(table.take(np.flatnonzero(chosen)), keys=None)
     return [table.take(np.flatnonzero(~chosen)), test]
 
 
 def _test_rows(table: TextTable) -> npt.NDArray[np.bool_]:
-    """Select the fifth of each class whose texts have the smallest hashes."""
+    """Select the rows of the fifth of each class's texts that have the smallest hashes."""
     seconds = table.pairs or ("",) * len(table)
     texts = zip(table.texts, seconds, strict=True)
-    hashes = np.array([hashlib.sha256(repr(text).encode()).hexdigest() for text in texts])
-    chosen = np.zeros(len(table), bool)
-    for label in np.unique(table.labels):
-        rows = np.flatnonzero(table.labels == label)
-        by_hash = rows[np.argsort(hashes[rows], kind="stable")]
-        chosen[by_hash[: round(TEST_FRACTION * len(rows))]] = True
-    return chosen
+    return with_smallest_hashes(
+        [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts], table.labels
+    )
+
+
+def with_smallest_hashes(hashes: Sequence[str], labels: Rows) -> npt.NDArray[np.bool_]:
+    """Select all rows of the fifth of each label's distinct hashes that are the smallest.
+
+    Rows with one hash are all selected, or none, whatever their labels are.
+    """
+    every = np.array(hashes)
+    chosen: set[str] = set()
+    for label in np.unique(labels):
+        distinct = np.unique(every[labels == label])
+        chosen.update(distinct[: round(TEST_FRACTION * len(distinct))])
+    return np.isin(every, sorted(chosen))
 
 
 def _texts(split: Split, name: str) -> Sequence[str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from droppeft.config import SourceConfig
 from droppeft.config.task_detection import is_saved_dataset
 from droppeft.errors import DroppeftError
-from droppeft.table_files import SUFFIXES, is_table_file, read_table, stem_of
+from droppeft.table_files import SPREADSHEETS, SUFFIXES, is_table_file, read_table, stem_of
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 """Names of the test split, tried in this order if the configuration does not name it."""
@@ -47,6 +47,11 @@ class Split:
         self.where = where
         self.remarks = tuple(remarks)
         self.has_header = has_header
+
+    @property
+    def numbering(self) -> str:
+        """How rows are counted, to follow their numbers in error messages."""
+        return ", counted without the header" if self.has_header else ""
 
     def column(self, name: str, setting: str) -> pa.ChunkedArray:
         """Return a column, without its dictionary; errors name ``setting`` as its origin."""
@@ -101,7 +106,14 @@ def single_file(path: Path, source: SourceConfig) -> Split:
 
 
 def _looks_like_path(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or is_table_file(Path(data))
+    path = Path(data)
+    return (
+        data.startswith((".", "/", "~"))
+        or data.count("/") > 1
+        or is_table_file(path)
+        or path.suffix.lower() in SPREADSHEETS
+        or ("/" not in data and path.suffix[1:].isalpha())
+    )
 
 
 def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None]:

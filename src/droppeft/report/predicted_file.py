@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +27,8 @@ from droppeft.runs.predicting import Predictor, Probabilities, load_predictor, t
 PREDICTED, PROBABILITY = "predicted", "probability"
 SHOWN = 5  # rows
 CLASSES_SHOWN = 20
-LONGEST = 60  # characters of a text on the screen
+FEWEST_ALIKE = 10  # rows of one class that are remarkable
+NARROWEST = 10  # characters of a text on the screen
 
 
 def predict_file(
@@ -64,14 +66,14 @@ def predict_file(
         predictor = load_predictor(run, screen.preparing, round, client)
     names = _added_columns(new, predictor.label_names if all_probabilities else ())
     probabilities = _predicted(predictor, new, console)
-    table = _with_predictions(new.rows, names, probabilities, predictor.label_names)
+    table = _with_predictions(new, names, probabilities, predictor.label_names)
     try:
         write_atomically(out, WRITERS[out.suffix](table))
     except OSError as error:
         raise DroppeftError(
             f"{out}: cannot be written ({error.strerror}); choose another file with --out"
         ) from None
-    _show(new, probabilities, predictor.label_names, Console())
+    _show(new, probabilities, predictor.label_names, file, Console())
     round = predictor.source.round
     model = f"of round {round}" if round else "before training"
     print(f"{counted(len(new.texts), 'row')}, by the model {model}: {out}")
@@ -96,21 +98,26 @@ def _added_columns(new: NewTexts, classes: Sequence[str]) -> list[str]:
 
 
 def _predicted(predictor: Predictor, new: NewTexts, console: Console) -> Probabilities:
+    """The probabilities of the complete rows."""
     with bar(console) as progress:
-        task = progress.add_task("texts", total=len(new.texts))
-        return predictor.probabilities(
-            new.texts, new.pairs, lambda rows: progress.advance(task, rows)
-        )
+        rows = np.flatnonzero(new.complete)
+        task = progress.add_task("texts", total=len(rows))
+        texts = [new.texts[row] for row in rows]
+        pairs = None if new.pairs is None else [new.pairs[row] for row in rows]
+        return predictor.probabilities(texts, pairs, lambda done: progress.advance(task, done))
 
 
 def _with_predictions(
-    rows: pa.Table, names: Sequence[str], probabilities: Probabilities, classes: Sequence[str]
+    new: NewTexts, names: Sequence[str], probabilities: Probabilities, classes: Sequence[str]
 ) -> pa.Table:
+    """Append the new columns, which are empty in rows without a text."""
     best = probabilities.argmax(axis=1)
     columns: list[Any] = [[classes[place] for place in best], probabilities.max(axis=1).round(6)]
     columns += [probabilities[:, place].round(6) for place in range(len(names) - 2)]
+    place_of = pa.array(np.cumsum(new.complete) - 1, mask=~new.complete)
+    rows = new.rows
     for name, values in zip(names, columns, strict=True):
-        rows = rows.append_column(name, pa.array(values))
+        rows = rows.append_column(name, pa.array(values).take(place_of))
     return rows
 
 
@@ -152,37 +159,77 @@ WRITERS: dict[str, Callable[[pa.Table], bytes]] = {
 
 
 def _show(
-    new: NewTexts, probabilities: Probabilities, classes: Sequence[str], console: Console
+    new: NewTexts,
+    probabilities: Probabilities,
+    classes: Sequence[str],
+    file: Path,
+    console: Console,
 ) -> None:
     best = probabilities.argmax(axis=1)
-    preview = Table(box=None, pad_edge=False, header_style="dim")
-    for name in new.columns:
-        preview.add_column(name, overflow="ellipsis", no_wrap=True, ratio=1)
-    preview.add_column(PREDICTED, style="green", no_wrap=True)
-    preview.add_column(PROBABILITY, justify="right", no_wrap=True)
-    texts = [new.texts, *([new.pairs] if new.pairs is not None else [])]
-    for row in range(min(SHOWN, len(best))):
-        shown = [Text(" ".join(column[row].split())) for column in texts]
-        preview.add_row(
-            *shown, Text(classes[best[row]]), share(float(probabilities[row, best[row]]))
+    if new.instead_of:
+        lacking = f"column{'s' if new.instead_of[1:] else ''} {', '.join(new.instead_of)}"
+        _print(
+            f"text ← {', '.join(new.columns)}, since {file.name} has no {lacking} (--text chooses "
+            "another)\n",
+            console,
         )
-    console.print(preview)
-    console.print()
+    _show_rows(new, probabilities, classes, console)
+    if without := int(np.sum(~new.complete)):
+        _print(f"{counted(without, 'row')} {_have(without)} no text and no prediction.\n", console)
+    if len(best) >= FEWEST_ALIKE and len({*best.tolist()}) == 1:
+        _print(
+            f"all {len(best):,} rows are {classes[best[0]]}; the model may have learnt little\n",
+            console,
+        )
     if new.labels is not None:
         _show_accuracy(new, best, classes, console)
 
 
+def _print(line: str, console: Console) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _have(number: int) -> str:
+    return "has" if number == 1 else "have"
+
+
+def _show_rows(
+    new: NewTexts, probabilities: Probabilities, classes: Sequence[str], console: Console
+) -> None:
+    """Print the first rows; the texts have the width that the predictions leave."""
+    rows = np.flatnonzero(new.complete)[:SHOWN]
+    names = [classes[place] for place in probabilities[: len(rows)].argmax(axis=1)]
+    texts = [new.texts, *([new.pairs] if new.pairs is not None else [])]
+    taken = max(map(cell_len, [PREDICTED, *names])) + len(PROBABILITY) + 2 * (len(texts) + 1)
+    room = max(NARROWEST, (console.width - taken) // len(texts))
+    preview = Table(box=None, pad_edge=False, header_style="dim")
+    for name in new.columns:
+        preview.add_column(Text(name), overflow="ellipsis", no_wrap=True, max_width=room)
+    preview.add_column(PREDICTED, style="green", no_wrap=True)
+    preview.add_column(PROBABILITY, justify="right", no_wrap=True)
+    for place, (row, name) in enumerate(zip(rows, names, strict=True)):
+        shown = [Text(" ".join(column[row].split())) for column in texts]
+        preview.add_row(*shown, Text(name), share(float(probabilities[place].max())))
+    _print(f"{len(rows)} of {counted(len(new.texts), 'row')}:", console)
+    console.print(preview)
+    console.print()
+
+
 def _show_accuracy(new: NewTexts, best: Any, classes: Sequence[str], console: Console) -> None:
-    """Print accuracy, and precision and recall of each class, if the labels are the run's."""
+    """Print accuracy, and precision and recall of each class, if the labels are the run's.
+
+    Rows without a text do not count.
+    """
     assert new.labels is not None
-    index = indices_of(new.labels, classes)
-    given = np.array([bool(label) for label in new.labels])
-    unknown = sorted({label for label in new.labels if label and label not in index})
+    values = [new.labels[row] for row in np.flatnonzero(new.complete)]
+    index = indices_of(values, classes)
+    given = np.array([bool(label) for label in values])
+    unknown = sorted({label for label in values if label and label not in index})
     if unknown or not given.any():
         reason = f"{unknown[0]!r} is not a class of the run" if unknown else "it is empty"
         console.print(f"No accuracy from the column {new.label_column}: {reason}.\n")
         return
-    labels = np.array([classes[index[label]] for label in new.labels if label])
+    labels = np.array([classes[index[label]] for label in values if label])
     predicted = np.array(classes)[best][given]
     right = predicted == labels
     console.print(

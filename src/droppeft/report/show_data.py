@@ -75,7 +75,8 @@ def _groups(summary: Summary) -> Table:
     table.add_column(overflow="fold")
     for _ in ("train", "test"):
         table.add_column(justify="right")
-    table.add_row(what, f"{len(summary.labels):,}", "train", "test", style="dim")
+    order = ", largest first" if len(summary.labels) > 1 else ""
+    table.add_row(what, f"{len(summary.labels):,}{order}", "train", "test", style="dim")
     ordered = sorted(summary.labels.items(), key=lambda item: -item[1][0])
     for name, (train, test) in ordered[:LARGEST_GROUPS]:
         table.add_row("", Text(name), f"{train:,}", f"{test:,}")

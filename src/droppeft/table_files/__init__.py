@@ -5,6 +5,7 @@ No format guesses what a text means: a field of a CSV file stays as it is writte
 """
 
 from droppeft.table_files.formats import (
+    SPREADSHEETS,
     SUFFIXES,
     TableFile,
     columns_of,
@@ -13,4 +14,12 @@ from droppeft.table_files.formats import (
     stem_of,
 )
 
-__all__ = ["SUFFIXES", "TableFile", "columns_of", "is_table_file", "read_table", "stem_of"]
+__all__ = [
+    "SPREADSHEETS",
+    "SUFFIXES",
+    "TableFile",
+    "columns_of",
+    "is_table_file",
+    "read_table",
+    "stem_of",
+]

@@ -70,6 +70,8 @@ def read_table(path: Path) -> TableFile:
     """
     kind = format_of(path)
     if kind is None:
+        if path.suffix.lower() in SPREADSHEETS:
+            raise DroppeftError(f"{path} is a spreadsheet; save it as CSV")
         raise DroppeftError(
             f"{path} is not one of {', '.join(TEXT_FORMATS)} (each also with .gz), "
             f"{', '.join(BINARY_FORMATS)}"
@@ -182,5 +184,8 @@ BINARY_FORMATS: dict[str, Callable[[Path], TableFile]] = {
     ".arrow": _read_arrow,
     ".feather": _read_arrow,
 }
+
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
+"""Suffixes of files that programs for spreadsheets save, and that are not read."""
 
 SUFFIXES = (*TEXT_FORMATS, *BINARY_FORMATS)
