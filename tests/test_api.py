@@ -189,7 +189,7 @@ def test_predictions(result: droppeft.Result, rows: Path) -> None:
     assert result.predict([]) == []
     with refused("text 2 is empty; remove it"):
         result.predict(["bread", " "])
-    with refused('give a column: data\\["text"\\]'):
+    with refused(r"not a table; give data\['text'\]"):
         result.predict(pd.DataFrame({"text": texts}))
     with refused("text 1 is 3; give a text"):
         result.predict([3])
@@ -278,6 +278,9 @@ def test_progress_is_printed_where_there_is_no_terminal(
         ({"data": []}, "data is empty; give a path, .* a list of rows"),
         ({"data": 3}, "data is of type int; give a path"),
         ({"data": [1, 2]}, "data of client 0 is of type int"),
+        ({"data": pd.Series(["x"])}, "a Series has no labels; give a DataFrame"),
+        ({"data": [("hello", "x")] * 20}, "give rows as dicts: {'text': …, 'label': …}"),
+        ({"training__lr": 3}, r"training__lr is no setting; write training={'learning_rate': …}"),
         ({"data": [{"text": 1}, {"text": "b"}]}, "cannot be made a table: .* one type"),
         ({"data": pd.DataFrame({"text": []})}, "data has no rows"),
         ({"model": 3}, "model is of type int, which is no model of transformers"),
@@ -291,6 +294,12 @@ def test_mistakes(given: dict[str, Any], message: str, rows: Path, tmp_path: Pat
     with refused(message):
         droppeft.run(**{"data": rows, "out": tmp_path / "run", **given})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_about_rows_in_memory_name_no_file(tmp_path: Path) -> None:
+    rows = [{"words x": f"some words {n}", "n": str(n % 9), "sort": "ab"[n % 2]} for n in range(60)]
+    with refused('^the data: no text and .* add source={"text": "words x", "label": "sort"} if'):
+        droppeft.run(rows, out=tmp_path / "run")
 
 
 def test_data_sets_that_do_not_fit_together(rows: Path, tmp_path: Path) -> None:

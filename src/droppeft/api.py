@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 
 from droppeft.config import build_config, config_with_task
+from droppeft.config.other_words import KEYS
 from droppeft.config.schema import DEFAULT_METHOD
 from droppeft.data.conversation_shapes import BadRow, messages_of
 from droppeft.data.conversations import Message
-from droppeft.data.in_memory import is_in_memory, number_of_clients, write_data
+from droppeft.data.in_memory import in_words_of_python, is_in_memory, number_of_clients, write_data
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.federated_method import Method
 from droppeft.methods import register
@@ -154,9 +155,14 @@ def run(
         tree["model"] = _model_name(model, tokenizer, folder.parent / MODELS)
     elif tokenizer is not None:
         raise DroppeftError("tokenizer goes with a loaded model; leave it out, or give model=")
-    config = config_with_task(tree)
-    check_settings(config)
-    return _worked(partial(start_run, config, folder), folder, listeners, progress)
+    try:
+        config = config_with_task(tree)
+        check_settings(config)
+        return _worked(partial(start_run, config, folder), folder, listeners, progress)
+    except DroppeftError as error:
+        if is_in_memory(data):
+            raise DroppeftError(in_words_of_python(str(error), tree["data"])) from None
+        raise
 
 
 def resume(
@@ -244,7 +250,12 @@ class Model:
         single = isinstance(texts, str | tuple)
         given: Iterable[Any] = [texts] if single else texts
         if isinstance(texts, pd.DataFrame | Mapping):
-            raise DroppeftError('predict takes texts, not a table; give a column: data["text"]')
+            columns = list(trained_columns(self.folder).text) or ["text"]
+            if len(columns) > 1:
+                given_as = "zip(" + ", ".join(f"data[{name!r}]" for name in columns) + ")"
+            else:
+                given_as = f"data[{columns[0]!r}]"
+            raise DroppeftError(f"predict takes texts, not a table; give {given_as}")
         if not isinstance(given, Iterable):
             raise DroppeftError(f"predict takes a text or a list of texts, not {texts!r}")
         first, second = _texts(list(given), len(trained_columns(self.folder).text))
@@ -455,12 +466,23 @@ def _worked(
 
 def _check(tree: Mapping[str, Any], data: Any, model: Any) -> None:
     """Refuse wrong settings before data and model in memory are written."""
+    _check_tables(tree)
     names: dict[str, Any] = {"data": "rows in memory" if is_in_memory(data) else str(data)}
     if model is not None:
         names["model"] = str(model) if isinstance(model, str | Path) else "a loaded model"
     if clients := number_of_clients(data):
         names["clients"] = tree.get("clients", clients)
     build_config({**tree, **names})
+
+
+def _check_tables(tree: Mapping[str, Any]) -> None:
+    """Refuse a setting of a table that is written as in scikit-learn, ``training__lr``."""
+    for key in tree:
+        table, _, name = key.partition("__")
+        if name and Settings.__annotations__.get(table) == Table:
+            meant, _, leaf = KEYS.get(name, "").partition(" ")[0].partition(".")
+            name = leaf if meant == table else name
+            raise DroppeftError(f"{key} is no setting; write {table}={{{name!r}: …}}")
 
 
 def _data_settings(data: Any, test: Any, folder: Path, tree: Mapping[str, Any]) -> dict[str, Any]:

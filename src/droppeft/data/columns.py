@@ -185,11 +185,11 @@ def _not_found(
     )
     missing, setting = what.count("no ") + 1, what.replace(" and no ", " and source.")
     advice = (
-        f"add {' '.join(likely)}"
+        f"add {' '.join(likely)} if that is meant"
         if len(likely) == missing
         else f"name {'them' if missing == 2 else 'it'} with source.{setting}"
     )
     return DroppeftError(
         f"{split.where}: no {what} column found among {', '.join(split.table.column_names)}; "
-        f"{advice} if that is meant, or task=causal_lm to learn to write texts"
+        f"{advice}, or task=causal_lm to learn to write texts"
     )

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +110,34 @@ def _as_parquet(table: pa.Table) -> bytes:
     return written.getvalue()
 
 
+def in_words_of_python(message: str, written: str) -> str:
+    """Reword an error about rows that were in memory: they have no path, and settings are dicts.
+
+    Args:
+        message: of the error.
+        written: file or folder that the rows were written to.
+    """
+    path = re.escape(written)
+    message = re.sub(rf"{path}/(\w+)\.parquet", r"the data (\1)", message)
+    message = re.sub(rf"(data=)?{path}", "the data", message)
+    message = _SETTINGS.sub(lambda found: _as_dict(found[0]), message)
+    return _NAMES.sub(lambda found: _as_names(found.groups("")), message)
+
+
+_VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s;,)'"]|,(?=\S))+"""
+_SETTINGS = re.compile(rf"source\.\w+={_VALUE}(?: source\.\w+={_VALUE})*")
+_NAMES = re.compile(r"with source\.(\w+)(?: and source\.(\w+))?")
+
+
+def _as_dict(settings: str) -> str:
+    pairs = (word.removeprefix("source.").split("=", 1) for word in shlex.split(settings))
+    return "source={" + ", ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
+
+
+def _as_names(names: Sequence[str]) -> str:
+    return "with source={" + ", ".join(f'"{name}": …' for name in names if name) + "}"
+
+
 # One data set
 
 
@@ -134,6 +164,8 @@ def _table(rows: Any, where: str) -> pa.Table:
         if not Path(rows).expanduser().is_file():
             raise DroppeftError(f"{where}={rows}: no such file")
         return read_file(Path(rows).expanduser()).table
+    if _is_of(rows, "Series", "pandas"):
+        raise DroppeftError(f"{where}: a Series has no labels; give a DataFrame")
     try:
         table = _converted(rows)
     except (pa.ArrowException, TypeError, ValueError) as error:
@@ -182,6 +214,11 @@ def _is_rows(value: object) -> bool:
     )
 
 
+def _is_plain(row: Sequence[object]) -> bool:
+    """Whether a row has texts and numbers, without the names of their columns."""
+    return len(row) > 0 and all(isinstance(value, str | int | float | None) for value in row)
+
+
 def _is_columns(value: object) -> bool:
     """Whether a value is a mapping from names to lists of equal length that are no rows."""
     if not isinstance(value, Mapping) or not value:
@@ -214,6 +251,8 @@ def _named_clients(data: Any) -> list[tuple[str, Any]] | None:
     if isinstance(data, Mapping) and not _is_columns(data) and not _is_of(data, "Dataset"):
         return [(str(name), rows) for name, rows in data.items()]
     if isinstance(data, list | tuple) and not _is_rows(data):
+        if data and all(isinstance(row, list | tuple) and _is_plain(row) for row in data):
+            raise DroppeftError("give rows as dicts: {'text': …, 'label': …}")
         return [("", rows) for rows in data]
     return None
 
