@@ -174,6 +174,10 @@ def test_owners_are_read_for_the_training_rows(folder: Path, write: Write) -> No
             DEFAULT,
             "no text column found among words, label",
         ),
+        (
+            *("train", {"text": list("abcdefgh"), "score": [n / 8 for n in range(8)]}, DEFAULT),
+            "no label column found among text, score; name it with source.label, or task",
+        ),
         ("train", {"text": ["x"], "y": [1]}, DEFAULT, "no label column found among text, y; name"),
         ("test", {"body": ["x"], "label": [2]}, DEFAULT, "no column text .* columns: body, label"),
         ("train", TRAIN, SourceConfig(text=("words",)), r"no column words \(source.text\)"),

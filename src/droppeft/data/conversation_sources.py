@@ -195,7 +195,7 @@ def _examples(split: Split, shape: Shape, missing: Rule) -> tuple[Example | None
             examples.append(None)
             empty += isinstance(reason, EmptyRow)
             if missing == "error" or not isinstance(reason, EmptyRow):
-                bad.append(f"row {number}: {reason}")
+                bad.append(f"row {number}{split.numbering}: {reason}")
     if bad:
         others = f", and {len(bad) - 1:,} other rows cannot be used either" if bad[1:] else ""
         drop = ", or leave rows without a text out with source.missing=drop" if empty else ""

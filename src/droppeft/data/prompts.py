@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
         try:
             found.append((row, _prompt(row, column)))
         except BadRow as error:
-            raise DroppeftError(f"{path}: row {number}: {error}") from None
+            raise DroppeftError(f"{path}: row {number}{split.numbering}: {error}") from None
     return found
 
 
