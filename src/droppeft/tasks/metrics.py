@@ -108,6 +108,7 @@ def quality(
 
     ``None`` stands for a value that is not finite, and for each metric if there are no values.
     """
-    known = values or {}
-    finite = {name: value for name, value in known.items() if math.isfinite(value)}
-    return {metric.key(whose): finite.get(metric.name) for metric in metrics}
+    if values is None:
+        return {metric.key(whose): None for metric in metrics}
+    found = {metric.key(whose): values[metric.name] for metric in metrics}
+    return {key: value if math.isfinite(value) else None for key, value in found.items()}
