@@ -76,7 +76,8 @@ def predict_file(
     _show(new, probabilities, predictor.label_names, file, Console())
     round = predictor.source.round
     model = f"of round {round}" if round else "before training"
-    print(f"{counted(len(new.texts), 'row')}, by the model {model}: {out}")
+    how = ", UTF-8 with commas" if out.suffix == ".csv" else ""
+    print(f"{counted(len(new.texts), 'row')}, by the model {model}: {out}{how}")
 
 
 def _check_out(out: Path) -> None:
