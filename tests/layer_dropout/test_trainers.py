@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from droppeft.layer_dropout import find_blocks, layer_dropout
+from droppeft.layer_dropout.dropout import DrawnGates
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
 from droppeft.models.packaged import builtin_model_folder
 from processes import started
@@ -302,6 +304,17 @@ def values(model: Any) -> list[list[torch.Tensor]]:
     ]
 
 
+@contextmanager
+def recorded(model: Any, dropout: DrawnGates, found: Any) -> Iterator[None]:
+    """Append what a step did: the gates, which layers changed, and how often each layer ran."""
+    before, executed, active = values(model), dropout.executed, dropout.active
+    yield
+    ran = zip(dropout.executed, executed, strict=True)
+    after = (active, moved(before, values(model)), [now - then for now, then in ran])
+    for steps, value in zip(found, after, strict=True):
+        steps.append(value)
+
+
 def loop(column: str, wrap: Callable[[Any], Any], ranks: list[int]) -> Outcome:
     """Train on batches of some ranks, as DistributedDataParallel would on one rank each."""
     model = prepared_model(column)
@@ -311,16 +324,12 @@ def loop(column: str, wrap: Callable[[Any], Any], ranks: list[int]) -> Outcome:
     found: Any = ([], [], [])
     with layer_dropout(model, optimizer, 0.5, seed=1) as dropout:
         for step in range(STEPS):
-            before, executed, active = values(model), dropout.executed, dropout.active
-            for rank in ranks:
-                for part in range(number // len(ranks)):
-                    (wrapped(**batch(step, rank, part)).loss / number).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            ran = zip(dropout.executed, executed, strict=True)
-            after = (active, moved(before, values(model)), [now - then for now, then in ran])
-            for steps, value in zip(found, after, strict=True):
-                steps.append(value)
+            with recorded(model, dropout, found):
+                for rank in ranks:
+                    for part in range(number // len(ranks)):
+                        (wrapped(**batch(step, rank, part)).loss / number).backward()
+                optimizer.step()
+                optimizer.zero_grad()
     full = [v.full_tensor() if isinstance(v, DTensor) else v for v in model.parameters()]
     return Outcome(*found, {}, [value.detach() for value in full])
 
@@ -339,16 +348,12 @@ def with_accelerate(column: str) -> Outcome:
     found: Any = ([], [], [])
     with layer_dropout(model, stepped, 0.5, seed=1) as dropout:
         for step in range(STEPS):
-            before, executed, active = values(model), dropout.executed, dropout.active
-            for part in range(number):
-                with accelerator.accumulate(wrapped):
-                    accelerator.backward(wrapped(**batch(step, 0, part)).loss)
-                    stepped.step()
-                    stepped.zero_grad()
-            ran = zip(dropout.executed, executed, strict=True)
-            after = (active, moved(before, values(model)), [now - then for now, then in ran])
-            for steps, value in zip(found, after, strict=True):
-                steps.append(value)
+            with recorded(model, dropout, found):
+                for part in range(number):
+                    with accelerator.accumulate(wrapped):
+                        accelerator.backward(wrapped(**batch(step, 0, part)).loss)
+                        stepped.step()
+                        stepped.zero_grad()
     return Outcome(*found, {}, [value.detach() for value in model.parameters()])
 
 

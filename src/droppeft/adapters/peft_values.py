@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from droppeft.errors import DroppeftError
+from droppeft.models.model_folders import PEFT_CONFIG
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 WITHOUT_EFFECT = ("r", "inference_mode", "lora_dropout")
 """Numbers in PEFT's configuration that need not agree: shapes show the rank, and the others do not

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from droppeft.quantities import percent
+from droppeft.quantities import counted, percent
 
 RARE_ROWS = 10
 """A class with fewer training rows than this is rare."""
@@ -88,7 +88,7 @@ class Findings:
         found = list(self.remarks)
         if self.stripped_labels:
             found.append(
-                f"{_rows(self.stripped_labels, of='label')} had spaces around, which were removed "
+                f"{counted(self.stripped_labels, 'label')} had spaces around, which were removed "
                 "(source.strip_labels)"
             )
         lacking = {
@@ -96,10 +96,12 @@ class Findings:
             "a label": self.without_label,
             "an owner": self.without_owner,
         }
-        parts = [f"{_rows(count)} without {kind}" for kind, count in lacking.items() if count]
+        parts = [
+            f"{counted(count, 'row')} without {kind}" for kind, count in lacking.items() if count
+        ]
         if parts:
             several = sum(lacking.values()) > self.incomplete
-            in_all = f", {_rows(self.incomplete)} in all" if several else ""
+            in_all = f", {counted(self.incomplete, 'row')} in all" if several else ""
             found.append(f"left out: {', '.join(parts)}{in_all} (source.missing=drop)")
         return found
 
@@ -121,23 +123,25 @@ class Findings:
             many = f"{len(rare)} classes have" if len(rare) > 1 else "one class has"
             found.append(f"{many} fewer than {RARE_ROWS} training rows: {_listed(rare)}")
         if self.missing_words:
-            words = [f"{name!r} ({_rows(n)})" for name, n in self.missing_words.items()]
+            words = [f"{name!r} ({counted(n, 'row')})" for name, n in self.missing_words.items()]
             found.append(f"a class is named as if its label were missing: {_listed(words)}")
         return found
 
     def _about_rows(self) -> list[str]:
         found = []
         if self.repeated:
-            found.append(f"{_rows(self.repeated, 'training ')} with the text of an earlier one")
+            found.append(
+                f"{counted(self.repeated, 'training row')} with the text of an earlier one"
+            )
         if self.contradictory:
             found.append(
-                f"{_rows(self.contradictory, 'training ')} with a text that has another label in "
-                "another row"
+                f"{counted(self.contradictory, 'training row')} with a text that has another label "
+                "in another row"
             )
         if self.in_both:
             found.append(
-                f"the texts of {self.in_both:,} of {_rows(self.test_rows, 'test ')} are also in "
-                "training rows, which makes the measured quality too high"
+                f"the texts of {self.in_both:,} of {counted(self.test_rows, 'test row')} are also "
+                "in training rows, which makes the measured quality too high"
             )
         if self.left_out_rows:
             found.append(self._about_left_out())
@@ -157,13 +161,10 @@ class Findings:
     def _about_left_out(self) -> str:
         all_rows = self.train_rows + self.left_out_rows
         return (
-            f"the partition leaves out {self.left_out_rows:,} of {_rows(all_rows, 'training ')}: "
-            f"those of {_rows(self.left_out_owners, of='owner')} {self.left_out_since}"
+            f"the partition leaves out {self.left_out_rows:,} of "
+            f"{counted(all_rows, 'training row')}: those of "
+            f"{counted(self.left_out_owners, 'owner')} {self.left_out_since}"
         )
-
-
-def _rows(count: int, kind: str = "", of: str = "row") -> str:
-    return f"{count:,} {kind}{of}{'' if count == 1 else 's'}"
 
 
 def _listed(items: Sequence[str]) -> str:

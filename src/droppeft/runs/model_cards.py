@@ -4,6 +4,7 @@ A card contains nothing from the texts. Names of classes are in a file of their 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,18 +128,11 @@ In this folder:
 
 
 def _classifying(source: Source, folder: str) -> str:
-    loading, auto = loading_of(source.adapter_type), source.task.auto_class.__name__
     quantised, options = _quantised_lines(source)
     arguments = f"id2label=id2label, ignore_mismatched_sizes=True{options}"
-    if loading.library == "peft":
-        imports = f"from peft import AutoPeft{auto[4:]}\nfrom transformers import pipeline"
-        load = f"model = AutoPeft{auto[4:]}.from_pretrained(\n    {_quoted(folder)}, {arguments}\n)"
-    else:
-        imports = f"from transformers import {auto}, pipeline\n\n{loading.import_line}"
-        load = (
-            f"model = {auto}.from_pretrained(\n    {_quoted(_base_path(source))}, {arguments}\n)\n"
-            f"model = {loading.function}(model, {_quoted(folder)})"
-        )
+    imports, load = _loading(
+        source, folder, "pipeline", lambda path: f"\n    {path}, {arguments}\n"
+    )
     where, padding = _quoted(folder), _padding(source)
     return f"""\
 import json
@@ -153,17 +147,8 @@ classify = pipeline("text-classification", model=model, tokenizer={where}, trunc
 
 
 def _generating(source: Source, folder: str) -> str:
-    loading, auto = loading_of(source.adapter_type), source.task.auto_class.__name__
     quantised, options = _quantised_lines(source)
-    if loading.library == "peft":
-        imports = f"from peft import AutoPeft{auto[4:]}\nfrom transformers import AutoTokenizer"
-        load = f"model = AutoPeft{auto[4:]}.from_pretrained({_quoted(folder)}{options})"
-    else:
-        imports = f"from transformers import {auto}, AutoTokenizer\n\n{loading.import_line}"
-        load = (
-            f"model = {auto}.from_pretrained({_quoted(_base_path(source))}{options})\n"
-            f"model = {loading.function}(model, {_quoted(folder)})"
-        )
+    imports, load = _loading(source, folder, "AutoTokenizer", lambda path: f"{path}{options}")
     return f"""\
 {imports}
 
@@ -171,6 +156,27 @@ def _generating(source: Source, folder: str) -> str:
 model = model.eval()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})
 {_answer(source)}"""
+
+
+def _loading(
+    source: Source, folder: str, also: str, arguments: Callable[[str], str]
+) -> tuple[str, str]:
+    """The imports, and the lines that load the model with its adapter.
+
+    Args:
+        also: what else is imported from transformers.
+        arguments: of ``from_pretrained``, for a quoted folder.
+    """
+    loading, auto = loading_of(source.adapter_type), source.task.auto_class.__name__
+    if loading.library == "peft":
+        auto = f"AutoPeft{auto[4:]}"
+        imports = f"from peft import {auto}\nfrom transformers import {also}"
+        return imports, f"model = {auto}.from_pretrained({arguments(_quoted(folder))})"
+    names = ", ".join(sorted((auto, also)))
+    return f"from transformers import {names}\n\n{loading.import_line}", (
+        f"model = {auto}.from_pretrained({arguments(_quoted(_base_path(source)))})\n"
+        f"model = {loading.function}(model, {_quoted(folder)})"
+    )
 
 
 def _quoted(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from droppeft.config import Config, as_tree, flat
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.messages import Reply
+from droppeft.runs.callbacks import Callbacks
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.listener import Listener
 from droppeft.tasks.metrics import primary_metric
@@ -53,30 +53,25 @@ def tracked(listener: Listener, config: Config, out: Path) -> Iterator[Listener]
     if config.tracker == "none":
         yield listener
         return
-    both = TrackingListener(listener, config, out)
+    tracking = TrackingListener(config, out)
     try:
-        yield both
+        yield Callbacks([tracking, listener])
     finally:
-        both.close()
+        tracking.close()
 
 
 class TrackingListener:
-    """Writes the numbers of every round to a tracker, and passes all events on to a listener.
+    """Writes the numbers of every round to a tracker.
 
     Args:
-        listener: receives all events too.
         config: of the run; it names the tracker and is logged as the run's settings.
         out: folder of the run.
     """
 
-    def __init__(self, listener: Listener, config: Config, out: Path) -> None:
-        self._listener, self._config, self._out = listener, config, out
+    def __init__(self, config: Config, out: Path) -> None:
+        self._config, self._out = config, out
         self._tracker: Any = None
         self._environment: dict[str, str] = {}
-
-    def preparing(self, what: str) -> None:
-        """Pass the event on."""
-        self._listener.preparing(what)
 
     def started(self, about: Mapping[str, Any], rows: list[RoundRow]) -> None:
         """Open the tracker; it has the rounds of an earlier process already."""
@@ -87,11 +82,6 @@ class TrackingListener:
         settings = flat(as_tree(self._config))
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         self._tracker.store_init_configuration(plain)
-        self._listener.started(about, rows)
-
-    def replied(self, reply: Reply) -> None:
-        """Pass the event on."""
-        self._listener.replied(reply)
 
     def round_done(self, row: RoundRow) -> None:
         """Write the numbers of a round's row, with the round as the step."""
@@ -101,7 +91,6 @@ class TrackingListener:
             if isinstance(value, int | float) and name != "round"
         }
         self._tracker.log(numbers, step=row.round)
-        self._listener.round_done(row)
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """Write the final quality of the global model and of the clients' models."""
@@ -111,7 +100,6 @@ class TrackingListener:
             values = {f"final_{name}": result.get(name) for name in names}
             final = {name: value for name, value in values.items() if value is not None}
             self._tracker.log(final, step=result["rounds"])
-        self._listener.finished(result)
 
     def close(self) -> None:
         """Close the tracker, also after a failed run, and restore the environment."""

@@ -66,15 +66,18 @@ def validate(setup: Setup, transport: Transport, state: ServerState, round: int)
 
 def validation_clients(config: Config) -> Sequence[int]:
     """Return the clients that measure the global model, drawn from the seed alone."""
-    count = min(config.evaluation.validation_clients, config.clients)
     rng = seeds.numpy_generator(config.seed, purpose="validation clients")
-    drawn = rng.choice(config.clients, size=count, replace=False)
+    drawn = rng.choice(config.clients, size=_count(config), replace=False)
     return [int(client) for client in np.sort(drawn)]
 
 
 def rows_of_each(config: Config) -> int:
     """Return the most rows that a client measures, so that all together are ``evaluation.rows``."""
-    return -(-config.evaluation.rows // len(validation_clients(config)))
+    return -(-config.evaluation.rows // _count(config))
+
+
+def _count(config: Config) -> int:
+    return min(config.evaluation.validation_clients, config.clients)
 
 
 def delivered_round(rows: Sequence[RoundRow]) -> int:

@@ -6,7 +6,6 @@ that is resumed from a checkpoint after a crash therefore ends as it would have 
 
 import json
 import math
-import os
 import secrets
 import shutil
 import time
@@ -104,8 +103,6 @@ def start_run(
         Interrupted: on Ctrl-C after the folder was created.
     """
     check_settings(config)
-    if config.start_from is not None:
-        check_start(os.path.expandvars(Path(config.start_from).expanduser()))
     check_free(out)
     state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
@@ -130,6 +127,8 @@ def start_run(
 def _resolved(config: Config, listener: Listener) -> Config:
     """Replace what depends on machine and data by its value, and apply the method's changes."""
     config = resolve(config, cuda=torch.cuda.is_available())
+    if config.start_from is not None:
+        check_start(config.start_from)
     if not config.clients:
         listener.preparing("counting owners")
         config = count_clients(config)

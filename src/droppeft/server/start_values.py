@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from droppeft.adapters.by_layer import get_tensors
-from droppeft.adapters.peft_values import PEFT_CONFIG, load_peft_values
+from droppeft.adapters.peft_values import load_peft_values
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
 from droppeft.messages import AdapterSpec, ServerState, Tensors, flatten
 from droppeft.methods import Method, Setup
+from droppeft.models.model_folders import PEFT_CONFIG
 from droppeft.runs.export import saved_model
 from droppeft.runs.folder import CONFIG
 
@@ -23,18 +24,18 @@ def with_start_values(
     """Return a method's first state with the values of the adapter in a folder.
 
     Args:
-        folder: of a run, whose delivered model is taken, or of an adapter in PEFT's format.
+        folder: of a run, whose delivered model is taken, or of an adapter in PEFT's format; it has
+            passed :func:`check_start`.
         loaded: data and model of the new run.
         method: of the new run.
         setup: of the new run.
         state: the state before round 1.
 
     Raises:
-        DroppeftError: the folder holds neither, the adapter does not fit the new run, or the method
-            would not use its values.
+        DroppeftError: the folder cannot be read, the adapter does not fit the new run, or the
+            method would not use its values.
     """
     path = Path(folder)
-    check_start(folder)
     if state.alternatives:
         raise DroppeftError(
             f"start_from: method={method.name} begins with several models, which one adapter "
