@@ -1,0 +1,84 @@
+"""The file that a site writes: where its rows are, and what it allows. Ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from droppeft.config.reading import first_error, read_toml
+from droppeft.config.schema import SourceConfig
+from droppeft.config.table import Real, Table, TextList, Whole
+from droppeft.errors import DroppeftError
+
+
+class SplitRules(Table):
+    """How the site's rows are split."""
+
+    validation_fraction: Real = Field(0.1, gt=0, lt=1, description="share for validation")
+    test_fraction: Real = Field(0.1, gt=0, lt=1, description="share for testing")
+    min_rows: Whole = Field(20, ge=3, description="fewest rows with which the site takes part")
+
+    @model_validator(mode="after")
+    def _rows_are_left(self) -> "SplitRules":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave no training rows")
+        return self
+
+
+class Limits(Table):
+    """How much a server may ask for; without a value there is no limit."""
+
+    steps: Whole | None = Field(None, ge=1, description="most training steps of a round")
+    seconds: Real | None = Field(None, gt=0, description="most seconds of a local training")
+    disk_mb: Real | None = Field(
+        None, ge=0, description="most megabytes for hidden states and for tensors that stay here"
+    )
+    methods: TextList | None = Field(None, description="federated methods that may be run")
+
+
+class Sending(Table):
+    """What may leave the site beside the adapters' tensors."""
+
+    head: bool = Field(True, description="the head, which can reveal how frequent labels are")
+    measurements: bool = Field(
+        True, description="losses and metrics on the site's validation and test rows"
+    )
+
+
+class NodeFile(Table):
+    """A site: its client, its rows and its rules."""
+
+    client: Whole = Field(ge=0, description="number of the client that this site is")
+    data: str = Field(description="the site's file or folder of rows")
+    model: str | None = Field(None, description="where this machine has the model")
+    threads: Whole | None = Field(None, ge=1, description="torch threads")
+    accelerator: Literal["cpu", "cuda"] | None = Field(None, description="hardware for training")
+    key: str | None = Field(None, description="the private key with which the node is registered")
+    source: SourceConfig = Field(default_factory=SourceConfig)
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="the site's names of labels, and the task's names of them"
+    )
+    split: SplitRules = Field(default_factory=lambda: SplitRules.model_validate({}))
+    limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
+    send: Sending = Field(default_factory=lambda: Sending.model_validate({}))
+
+
+def read_node_file(path: Path) -> NodeFile:
+    """Read a node file; its relative paths are relative to its folder.
+
+    Raises:
+        DroppeftError: the file cannot be read, a key is unknown, or a value is invalid.
+    """
+    tree: Mapping[str, Any] = read_toml(path)
+    try:
+        node = NodeFile.model_validate(tree)
+    except ValidationError as error:
+        raise DroppeftError(first_error(error, f" in {path}")) from None
+    folder = path.absolute().parent
+    paths = {
+        name: str(folder / Path(value).expanduser())
+        for name in ("data", "key")
+        if (value := getattr(node, name)) is not None
+    }
+    return node.model_copy(update=paths)
