@@ -32,6 +32,7 @@ LEVELS = (
     {"server"},
     {"comparison", "flower_server_app"},
     {"command_line_words", "report"},
+    {"results"},
     {"api"},
     {"cli"},
     {"__main__"},

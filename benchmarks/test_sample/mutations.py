@@ -233,8 +233,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a finished run is not evaluated on all test rows",
-        "server/run.py",
-        "np.arange(len(prepared.test), dtype=np.int64)",
+        "server/final_evaluation.py",
+        "evaluation_sample(len(prepared.test), final_rows(prepared))",
         "prepared.sample",
         ("server/test_run.py",),
     ),

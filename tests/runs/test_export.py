@@ -37,8 +37,9 @@ from droppeft.runs import checkpoints, export, model_files
 from droppeft.runs.folder import locked
 from droppeft.runs.model_cards import Source, adapter_lines
 from droppeft.runs.model_files import save_merged, write_adapter
+from droppeft.server.global_evaluation import evaluate_global
 from droppeft.server.prepare import Prepared, evaluation_sample
-from droppeft.server.run import Interrupted, _evaluate, start_run
+from droppeft.server.run import Interrupted, start_run
 from droppeft.tasks.classification import ClassificationTask
 from droppeft.training.loop import Evaluation
 from runs import TOPICS, Recorder, adapter_bytes, checkpoint_of, delivered_model, rows_of
@@ -348,8 +349,8 @@ def test_a_base_delta_can_only_be_exported_merged(
     done = export.export_run(run, merge=True)
     model = delivered_model(run)
     whole = np.arange(60, dtype=np.int64)
-    with_it = _evaluate(prepared, model, whole)
-    without = _evaluate(prepared, replace(model, base_delta=None), whole)
+    with_it = evaluate_global(prepared, model, whole)
+    without = evaluate_global(prepared, replace(model, base_delta=None), whole)
     accuracy, loss = measure(run_snippet(done.folder, monkeypatch), rows_in_test(tiny_overrides))
     assert abs(with_it.loss - without.loss) > 1e-4
     assert accuracy == with_it.metrics["accuracy"]

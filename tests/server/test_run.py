@@ -22,8 +22,8 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction
 from droppeft.runs.folder import LOCK, check_free, locked
-from droppeft.server.run import Interrupted, _evaluate, resume_run, start_run
-from droppeft.training.loop import Evaluation
+from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess
 from refusals import refused
@@ -109,10 +109,10 @@ def test_a_run_that_diverges_says_so_in_that_round_and_writes_valid_json(
     calls = iter((1.1, 1.1, 1.1, math.nan, math.inf, 1.1))
 
     def evaluated(*args: Any) -> Evaluation:
-        found = _evaluate(*args)
+        found = evaluate(*args)
         return replace(found, metrics={**found.metrics, "loss": next(calls)})
 
-    monkeypatch.setattr("droppeft.server.run._evaluate", evaluated)
+    monkeypatch.setattr("droppeft.server.global_evaluation.evaluate", evaluated)
     out = tmp_path / "run"
     start_run(load_config(None, tiny_overrides), out, Recorder())
     lines = (out / "rounds.jsonl").read_text().splitlines()
@@ -127,9 +127,9 @@ def test_a_model_that_is_broken_before_training_is_refused(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluated(*args: Any) -> Evaluation:
-        return replace(_evaluate(*args), metrics={"accuracy": 0.5, "f1": 0.5, "loss": math.nan})
+        return replace(evaluate(*args), metrics={"accuracy": 0.5, "f1": 0.5, "loss": math.nan})
 
-    monkeypatch.setattr("droppeft.server.run._evaluate", evaluated)
+    monkeypatch.setattr("droppeft.server.global_evaluation.evaluate", evaluated)
     with refused("is not finite before training: its weights are damaged"):
         start_run(load_config(None, tiny_overrides), tmp_path / "run", Recorder())
     assert not (tmp_path / "run").exists()
@@ -148,7 +148,7 @@ CRASHES: dict[str, tuple[str, int, bool]] = {
     "before the last checkpoint": ("droppeft.runs.checkpoints.save", 4, False),
     "before the adapter": ("droppeft.runs.model_files.export_adapter", 1, False),
     "within the adapter": ("droppeft.runs.model_files.export_adapter", 1, True),
-    "between adapter and result": ("droppeft.server.run.write_adapter", 1, True),
+    "between adapter and result": ("droppeft.server.final_evaluation.write_adapter", 1, True),
     "after the result": ("droppeft.server.run.write_atomically", 1, True),
 }
 

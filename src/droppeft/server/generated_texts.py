@@ -5,13 +5,13 @@ They are written once, when a run ends; no state depends on them.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
 from droppeft.messages import GlobalModel
+from droppeft.server.global_evaluation import attached
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
@@ -19,19 +19,15 @@ from droppeft.tasks.text_metrics import text_scores
 SHOWN = 3
 """Number of samples in ``result.json``."""
 
-Loaded = Callable[[GlobalModel], AbstractContextManager[Any]]
-"""Returns a context in which the backbone has a global model's adapter; it yields the model."""
-
 
 def written_before_and_after(
-    prepared: Prepared, model: GlobalModel, loaded: Loaded
+    prepared: Prepared, model: GlobalModel
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Let the model before training and the given one complete a sample of test prompts.
 
     Args:
         prepared: the server; its state has the model before training.
         model: the model after training.
-        loaded: attaches a model.
 
     Returns:
         The scores of both for ``result.json``, and the samples, each with ``prompt``,
@@ -46,8 +42,8 @@ def written_before_and_after(
     start = time.perf_counter()
     texts = {}
     for name, one in (("before", prepared.state.model), ("after", model)):
-        with loaded(one) as attached:
-            texts[name] = _written(prepared, attached, prompts)
+        with attached(prepared, one) as whole:
+            texts[name] = _written(prepared, whole, prompts)
     samples = [
         {"prompt": prompt[-1].content, "reference": reference, "before": before, "after": after}
         for prompt, reference, before, after in zip(

@@ -24,6 +24,7 @@ from droppeft.messages import ServerState
 from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
 from droppeft.server.round_cost import clock_for, longest_step
+from droppeft.tasks.metrics import Metric
 from droppeft.tasks.registry import task_named
 from droppeft.transports.registry import transport_named
 
@@ -66,6 +67,11 @@ class Prepared:
     def model(self) -> ClientModel:
         """The model to which the global adapter is attached for evaluation."""
         return self.loaded.model
+
+    @property
+    def metric(self) -> Metric:
+        """The task's primary metric."""
+        return self.loaded.task.metrics[0]
 
 
 def writes_texts(method: Method, config: Config) -> bool:

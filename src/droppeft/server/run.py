@@ -9,26 +9,20 @@ import math
 import secrets
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from droppeft.adapters.base_delta import base_delta_applied
-from droppeft.adapters.by_layer import count_parameters, set_tensors
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import count_clients, difference, identity
-from droppeft.config import Config, as_tree, load_config, resolve
-from droppeft.data.texts import Rows
+from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import write_atomically
-from droppeft.messages import GlobalModel, ServerState
+from droppeft.messages import ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
 from droppeft.quantities import counted
@@ -39,7 +33,6 @@ from droppeft.runs.environment import machine, versions
 from droppeft.runs.folder import (
     CLIENTS,
     CONFIG,
-    GENERATED,
     RESULT,
     ROUNDS,
     begin,
@@ -55,30 +48,24 @@ from droppeft.runs.ledger import (
     RoundRow,
     append_rows,
     client_row,
-    read_rows,
     rewind,
     round_row,
     summarise,
 )
 from droppeft.runs.listener import Listener
-from droppeft.runs.model_files import write_adapter
 from droppeft.runs.trackers import check_tracker, tracked
-from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
-from droppeft.server.delivered_round import best_round, delivered_round, validate
-from droppeft.server.expected_time import estimate_wall_s, final_rows
-from droppeft.server.generated_texts import as_lines, written_before_and_after
+from droppeft.server.delivered_round import best_round, validate
+from droppeft.server.description import describe, initial_facts
+from droppeft.server.expected_time import estimate_wall_s
+from droppeft.server.final_evaluation import evaluate_final_models
+from droppeft.server.global_evaluation import evaluate_global
 from droppeft.server.prepare import (
     Prepared,
-    evaluation_sample,
     prepare,
-    references,
-    writes_texts,
 )
 from droppeft.server.rounds import run_round
 from droppeft.server.start_values import check_start, with_start_values
-from droppeft.tasks.metrics import Metric
 from droppeft.tasks.metrics import quality as quality_of
-from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Connect, Transport
 from droppeft.transports.registry import transport_named
 
@@ -110,15 +97,15 @@ def start_run(
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8)))
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
-        evaluation = _evaluate(prepared, prepared.state.model, prepared.sample)
+        evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
         if not math.isfinite(evaluation.loss):
             raise DroppeftError(
                 f"the loss of model {config.model} is not finite before training: its weights are "
                 f"damaged, or training.precision={config.training.precision} is too coarse for it"
             )
-        first = Checkpoint(0, prepared.state, _initial_facts(prepared, evaluation))
+        first = Checkpoint(0, prepared.state, initial_facts(prepared, evaluation))
         begin(out, prepared.config, first)
-        again = _evaluate(prepared, prepared.state.model, prepared.sample[::4])
+        again = evaluate_global(prepared, prepared.state.model, prepared.sample[::4])
         expected = estimate_wall_s(prepared, evaluation, again)
         with locked(out):
             return _run_rounds(prepared, transport, first, [], out, listener, expected)
@@ -228,7 +215,7 @@ def _run_rounds(
     saving_wall_s = 0.0
     with tracked(listener, prepared.config, out) as listener:
         try:
-            about = _describe(prepared, last.facts)
+            about = describe(prepared, last.facts)
             listener.started({**about, "expected_wall_s": expected_wall_s}, list(rows))
             for _ in range(last.round, prepared.config.rounds):
                 checkpoint, row, client_rows = _run_one_round(
@@ -338,7 +325,7 @@ def _evaluate_round(
     is_due = round % config.evaluation.every == 0 or round == config.rounds
     if not (is_due and prepared.method.has_global_model(config)):
         return RoundEvaluation(quality_of("global", metrics, None))
-    evaluation = _evaluate(prepared, state.model, prepared.sample)
+    evaluation = evaluate_global(prepared, state.model, prepared.sample)
     validation = validate(prepared.setup, transport, state, round)
     return RoundEvaluation(
         quality_of("global", metrics, evaluation.metrics),
@@ -358,27 +345,15 @@ def _finish(
     listener: Listener,
 ) -> dict[str, Any]:
     """Evaluate the final models, write the adapter and ``result.json``, and return the result."""
-    config = prepared.config
-    delivered = _delivered(prepared, last, rows, out)
-    final = _final_global_model(prepared, delivered, out, listener)
-    final |= _generated(prepared, delivered.state.model, out, listener)
-    if config.evaluation.personalised:
-        have_own = _clients_have_state(prepared, last)
-        own = last if have_own else delivered
-        final |= _final_client_models(prepared, transport, own, last.round + 1, out, listener)
-        final |= {"clients_have_own_models": have_own}
-    else:
-        final |= summarise_clients(ClientEvaluation((), (), wall_s=0.0), {}, _primary(prepared))
-        final |= {"personalised_round": None, "clients_have_own_models": None}
+    final = evaluate_final_models(prepared, transport, last, rows, out, listener)
     result = {
         "schema_version": SCHEMA_VERSION,
-        **_describe(prepared, last.facts),
-        **summarise(rows, last.facts["initial"], _primary(prepared), config.target),
-        "delivered_round": delivered.round,
+        **describe(prepared, last.facts),
+        **summarise(rows, last.facts["initial"], prepared.metric, prepared.config.target),
         **final,
         "prepare_wall_s": prepared.prepare_wall_s,
         "versions": versions(),
-        "machine": machine(config.accelerator),
+        "machine": machine(prepared.config.accelerator),
     }
     trend = trend_of(result, rows)
     result |= {"conclusion": conclude(result, rows), "trend": trend.kind if trend else None}
@@ -386,183 +361,6 @@ def _finish(
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
     return result
-
-
-def _delivered(prepared: Prepared, last: Checkpoint, rows: list[RoundRow], out: Path) -> Checkpoint:
-    """Return the checkpoint of the round whose global model is delivered."""
-    round = delivered_round(rows)
-    if round == last.round:
-        return last
-    return checkpoints.load_round(out / "checkpoints", round, prepared.method.memory_type)
-
-
-def _clients_have_state(prepared: Prepared, last: Checkpoint) -> bool:
-    """Whether the own model of a client has tensors that only the client has saved.
-
-    Clients keep these of their last participation alone, so that their own models are those after
-    the last round.
-    """
-    evaluate_client = prepared.method.evaluate_client
-    return any(
-        evaluate_client(prepared.setup, last.state, last.round + 1, client).state_round is not None
-        for client in range(prepared.config.clients)
-    )
-
-
-def _final_global_model(
-    prepared: Prepared, delivered: Checkpoint, out: Path, listener: Listener
-) -> dict[str, Any]:
-    """Evaluate the global model on all test rows and write its adapter.
-
-    The values are ``None`` for a method without a global model. No adapter is written for a model
-    with a base delta, because the adapter alone would not be the model: ``droppeft export --merge``
-    writes it with its backbone.
-    """
-    metrics, model = prepared.loaded.task.metrics, delivered.state.model
-    if not prepared.method.has_global_model(prepared.config):
-        return {**quality_of("global", metrics, None), "adapter_sha256": None, "test_rows": 0}
-    rows = evaluation_sample(len(prepared.test), final_rows(prepared))
-    listener.preparing(f"measuring on {counted(len(rows), 'test row')}")
-    evaluation = _evaluate(prepared, model, rows)
-    return {
-        **quality_of("global", metrics, evaluation.metrics),
-        "adapter_sha256": None
-        if model.base_delta
-        else write_adapter(prepared.loaded, model, delivered.round, evaluation, out),
-        "test_rows": evaluation.rows,
-    }
-
-
-def _generated(
-    prepared: Prepared, model: GlobalModel, out: Path, listener: Listener
-) -> dict[str, Any]:
-    """Let the model write texts, if the run is to end with some."""
-    if not writes_texts(prepared.method, prepared.config):
-        return {}
-    listener.preparing("letting the model before and after training write texts")
-    result, samples = written_before_and_after(
-        prepared, model, lambda one: _attached(prepared, one)
-    )
-    if samples:
-        write_atomically(out / GENERATED, as_lines(samples))
-    return result
-
-
-def _final_client_models(
-    prepared: Prepared,
-    transport: Transport,
-    saved: Checkpoint,
-    round: int,
-    out: Path,
-    listener: Listener,
-) -> dict[str, Any]:
-    """Evaluate every client's model on its own test rows.
-
-    Args:
-        saved: the checkpoint that has the models.
-        round: the one that would come next.
-    """
-    asked = prepared.config.evaluation.personalised_generated
-    writing = ", and letting it write texts" if asked else ""
-    listener.preparing(f"measuring each client's model on its own test rows{writing}")
-    setup, method = prepared.setup, prepared.method
-    participations = Counter(row["client"] for row in read_rows(out / CLIENTS) if row["accepted"])
-    evaluation = evaluate_clients(setup, method, transport, saved.state, round)
-    if not evaluation.measurements:
-        example = evaluation.failures[0]
-        raise DroppeftError(
-            f"no client could be measured (client {example.client}: {example.reason}); correct "
-            f"this, then resume {out}"
-        )
-    summary = summarise_clients(evaluation, participations, _primary(prepared))
-    return {**summary, "personalised_round": saved.round}
-
-
-def _primary(prepared: Prepared) -> Metric:
-    return prepared.loaded.task.metrics[0]
-
-
-def _initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
-    """What is measured once, before round 1, and stored in every checkpoint."""
-    return {
-        "initial": dict(evaluation.metrics),
-        "label_names": list(prepared.loaded.data.label_names),
-        "sampled_test_rows": evaluation.rows,
-        "run": prepared.setup.run,
-        **identity(prepared.loaded),
-        "references": references(prepared.loaded),
-    }
-
-
-def _describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a run, for listeners and for the result file."""
-    config, data = prepared.config, prepared.loaded.data
-    return {
-        "task": config.task,
-        "metric": _primary(prepared).name,
-        "method": config.method,
-        "method_summary": prepared.method.summary,
-        "run": prepared.setup.run,
-        "model": config.model,
-        "data": config.data,
-        "seed": config.seed,
-        "clients": config.clients,
-        "cohort_size": config.cohort_size,
-        "drawn_size": config.drawn,
-        "profiles": list(config.clock.profiles),
-        "no_clock_reason": prepared.no_clock_reason,
-        "planned_rounds": config.rounds,
-        "num_layers": prepared.setup.num_layers,
-        "parameters": prepared.loaded.backbone.parameters,
-        "trainable_parameters": _count_trainable(prepared),
-        "train_rows": len(data.train),
-        "test_rows": len(data.test),
-        "classes": len(data.label_names),
-        "data_hash": data.content_hash,
-        "data_findings": prepared.findings.as_tree(),
-        **quality_of("initial", prepared.loaded.task.metrics, facts["initial"]),
-        **facts["references"],
-        "sampled_test_rows": len(prepared.sample),
-        "config": as_tree(config),
-    }
-
-
-def _count_trainable(prepared: Prepared) -> int:
-    """Count the values that clients train, including the head.
-
-    A method may leave a part of an adapter untrained.
-    """
-    trained = prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 0).train
-    parameters = prepared.model.parameters
-    if trained is None:
-        return count_parameters(parameters)
-    named = ((name, value) for values in parameters.values() for name, value in values.items())
-    return sum(value.numel() for name, value in named if name in trained)
-
-
-def _evaluate(prepared: Prepared, model: GlobalModel, rows: Rows) -> Evaluation:
-    """Evaluate a global model on the given test rows."""
-    config = prepared.config
-    with _attached(prepared, model) as attached:
-        return evaluate(
-            attached,
-            prepared.test,
-            rows,
-            prepared.model.task,
-            config.evaluation.batch_size,
-            config.training.precision,
-        )
-
-
-@contextmanager
-def _attached(prepared: Prepared, model: GlobalModel) -> Iterator[nn.Module]:
-    """Attach a global model to the backbone and yield the whole."""
-    client_model = prepared.model
-    client_model.attach(model.adapter)
-    set_tensors(client_model.parameters, model.tensors)
-    client_model.load_layers()
-    with base_delta_applied(client_model.model, model.base_delta):
-        yield client_model.model
 
 
 def _check_same_inputs(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:

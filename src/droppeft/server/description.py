@@ -1,0 +1,69 @@
+"""What identifies a run: its settings, data and model, for listeners and for its result. Ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from droppeft.adapters.by_layer import count_parameters
+from droppeft.client.run_inputs import identity
+from droppeft.config import as_tree
+from droppeft.server.prepare import Prepared, references
+from droppeft.tasks.metrics import quality
+from droppeft.training.loop import Evaluation
+
+
+def initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
+    """What is measured once, before round 1, and stored in every checkpoint."""
+    return {
+        "initial": dict(evaluation.metrics),
+        "label_names": list(prepared.loaded.data.label_names),
+        "sampled_test_rows": evaluation.rows,
+        "run": prepared.setup.run,
+        **identity(prepared.loaded),
+        "references": references(prepared.loaded),
+    }
+
+
+def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a run, for listeners and for the result file."""
+    config, data = prepared.config, prepared.loaded.data
+    return {
+        "task": config.task,
+        "metric": prepared.metric.name,
+        "method": config.method,
+        "method_summary": prepared.method.summary,
+        "run": prepared.setup.run,
+        "model": config.model,
+        "data": config.data,
+        "seed": config.seed,
+        "clients": config.clients,
+        "cohort_size": config.cohort_size,
+        "drawn_size": config.drawn,
+        "profiles": list(config.clock.profiles),
+        "no_clock_reason": prepared.no_clock_reason,
+        "planned_rounds": config.rounds,
+        "num_layers": prepared.setup.num_layers,
+        "parameters": prepared.loaded.backbone.parameters,
+        "trainable_parameters": _count_trainable(prepared),
+        "train_rows": len(data.train),
+        "test_rows": len(data.test),
+        "classes": len(data.label_names),
+        "data_hash": data.content_hash,
+        "data_findings": prepared.findings.as_tree(),
+        **quality("initial", prepared.loaded.task.metrics, facts["initial"]),
+        **facts["references"],
+        "sampled_test_rows": len(prepared.sample),
+        "config": as_tree(config),
+    }
+
+
+def _count_trainable(prepared: Prepared) -> int:
+    """Count the values that clients train, including the head.
+
+    A method may leave a part of an adapter untrained.
+    """
+    trained = prepared.method.evaluate_client(prepared.setup, prepared.state, 1, 0).train
+    parameters = prepared.model.parameters
+    if trained is None:
+        return count_parameters(parameters)
+    named = ((name, value) for values in parameters.values() for name, value in values.items())
+    return sum(value.numel() for name, value in named if name in trained)
