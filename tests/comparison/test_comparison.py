@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -44,6 +45,7 @@ from droppeft.comparison.writers import (
     write,
 )
 from droppeft.config import resolve
+from droppeft.data.sources import load_text
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.report.show_comparison import show
@@ -287,7 +289,9 @@ def test_a_variant_that_fails_does_not_stop_the_others(
 ) -> None:
     variants = {"wrong": ["method=fedlora", "frozen.layers=4"], **ALONE["variants"]}
     chosen = tiny(seeds=[0], variants=variants)
-    records = run_cells(cells(chosen), tmp_path, Silent())
+    with mock.patch("droppeft.tasks.classification.load_text", wraps=load_text) as reading:
+        records = run_cells(cells(chosen), tmp_path, Silent())
+    assert reading.call_count == 1
     assert [one.result is None for one in records] == [True, False]
     assert "leaves none of the 4 layers" in (records[0].failure or "")
     [part] = summary(chosen.study(), records)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.runs.conclusion import conclude, standard_error
+from droppeft.runs.conclusion import conclude, standard_error, trend_of
 
 RESULT: dict[str, Any] = {
     "global_accuracy": 0.7,
@@ -54,8 +54,12 @@ def rows(*accuracies: float | None, failures: int = 0) -> list[Any]:
     return found
 
 
+def concluded(result: dict[str, Any], found: list[Any]) -> str:
+    return " ".join(conclude(result, found, trend_of(result, found)))
+
+
 def text(*accuracies: float | None, failures: int = 0, **changes: Any) -> str:
-    return " ".join(conclude({**RESULT, **changes}, rows(*accuracies, failures=failures)))
+    return concluded({**RESULT, **changes}, rows(*accuracies, failures=failures))
 
 
 def test_accuracy_has_its_references_and_what_it_cost() -> None:
@@ -158,7 +162,7 @@ def of_losses(*values: float | None, **changes: Any) -> str:
         )
         for round, value in enumerate(values, start=1)
     ]
-    return " ".join(conclude({**LOSSES, **changes}, found))  # type: ignore[arg-type]
+    return concluded({**LOSSES, **changes}, found)
 
 
 def test_a_loss_is_compared_with_that_before_training() -> None:
@@ -227,7 +231,7 @@ def test_a_configurator_that_changes_its_mind_has_not_settled() -> None:
         found = rows(*[0.7] * len(numbers))
         for row, best in zip(found, numbers, strict=True):
             row.notes = {"best": best, "labels": {"1": "a quarter", "2": "a half"}}
-        return " ".join(conclude(RESULT, found))
+        return concluded(RESULT, found)
 
     assert "has not settled" in with_best(1, 1, 1, 1, 2, 1)
     assert "a quarter and a half" in with_best(1, 1, 1, 1, 1, 2)

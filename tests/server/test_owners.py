@@ -1,10 +1,12 @@
 """A client for every owner: they are counted, and their number is saved with the run."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from droppeft.config import as_tree, build_config, load_config
+from droppeft.data.sources import load_text
 from droppeft.server.run import resume_run, start_run
 from refusals import refused
 from runs import TOPICS, Recorder, outcome, stop_after_a_round
@@ -35,7 +37,9 @@ def owned(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
 
 def test_every_owner_with_enough_rows_is_a_client(owned: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = start_run(load_config(None, owned), out, Recorder())
+    with mock.patch("droppeft.tasks.classification.load_text", wraps=load_text) as reading:
+        result = start_run(load_config(None, owned), out, Recorder())
+    assert reading.call_count == 1
     saved = load_config(out / "config.toml")
     assert (
         (saved.clients, saved.cohort_size) == (result["clients"], result["cohort_size"]) == (4, 4)

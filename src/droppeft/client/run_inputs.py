@@ -7,6 +7,7 @@ and :func:`clients_of` what only clients need.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,19 +56,47 @@ class Loaded:
     model: ClientModel
 
 
-def count_clients(config: Config) -> Config:
-    """Return the configuration with the number of clients, for which the owners may be counted.
+@dataclass(frozen=True)
+class ReadData:
+    """Data that have been read, for the runs that would read the same.
+
+    Attributes:
+        settings: those of :func:`what_is_read`.
+        corpus: the data.
+    """
+
+    settings: tuple[Any, ...]
+    corpus: Corpus
+
+
+def what_is_read(config: Config) -> tuple[Any, ...]:
+    """Return the settings that decide what is read."""
+    return config.task, config.data, config.source, config.partition.key
+
+
+def read_data(config: Config, earlier: ReadData | None = None) -> ReadData:
+    """Read the data of a resolved configuration, or return those that were read earlier.
 
     Raises:
-        DroppeftError: the data cannot be read, or none of their owners can be a client.
+        DroppeftError: the data cannot be read.
     """
-    if config.clients:
-        return config
-    data = task_named(config.task).read(config)
-    return resolve_clients(config, len(owners_of(data.train.keys, config.partition)))
+    settings = what_is_read(config)
+    if earlier is not None and earlier.settings == settings:
+        return earlier
+    return ReadData(settings, task_named(config.task).read(config))
 
 
-def load(config: Config, say: Say) -> Loaded:
+def count_clients(config: Config, data: ReadData) -> Config:
+    """Return the configuration with the number of clients, which is that of the owners in the data.
+
+    Raises:
+        DroppeftError: none of the owners can be a client.
+    """
+    owners = owners_of(data.corpus.train.keys, config.partition)
+    return resolve_clients(config, len(owners))
+
+
+def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
     """Load data and model.
 
     Sets torch's number of threads first, before any tensor is created.
@@ -75,6 +104,7 @@ def load(config: Config, say: Say) -> Loaded:
     Args:
         config: the resolved configuration, with the number of clients.
         say: called with what is being done.
+        read: data that have been read, which are used if they are those of the configuration.
 
     Raises:
         DroppeftError: something that the configuration names does not exist or does not fit.
@@ -82,7 +112,7 @@ def load(config: Config, say: Say) -> Loaded:
     torch.set_num_threads(config.threads)
     say("reading data")
     task = task_named(config.task)
-    data = task.read(config)
+    data = read_data(config, read).corpus
     clients = partition_rows(
         data.train.labels, data.train.keys, config.clients, config.partition, config.seed
     )

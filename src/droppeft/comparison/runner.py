@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from droppeft.client.run_inputs import ReadData, read_data, what_is_read
 from droppeft.comparison.grid import Cell
 from droppeft.comparison.study_files import (
     STUDY,
@@ -21,7 +22,6 @@ from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.listener import Listener
 from droppeft.server.run import resume_run, start_run
-from droppeft.tasks.registry import task_named
 
 
 class ProgressListener(Protocol):
@@ -48,11 +48,11 @@ def run_cells(cells: Sequence[Cell], out: Path, progress: ProgressListener) -> l
         DroppeftError: the tables are damaged, or the data of no cell can be read.
     """
     records, earlier = [], _earlier(out)
-    _check_data([cell for cell in cells if not _done(cell, out, earlier)])
+    read = _first_data([cell for cell in cells if not _done(cell, out, earlier)])
     for number, cell in enumerate(cells, start=1):
         start, finished_before = time.perf_counter(), _done(cell, out, earlier)
         listener = progress.begins(cell, number, len(cells))
-        records.append(finished_before or _run_cell(cell, out / cell.folder, listener))
+        records.append(finished_before or _run_cell(cell, out / cell.folder, listener, read))
         progress.done(records[-1], None if finished_before else time.perf_counter() - start)
     return records
 
@@ -77,24 +77,22 @@ def all_records(new: Sequence[RunRecord], cells: Sequence[Cell], out: Path) -> l
     return [known[cell.folder] for cell in cells if cell.folder in known]
 
 
-def _check_data(cells: Sequence[Cell]) -> None:
-    """Read the data of all cells once; their error is that of each run otherwise.
+def _first_data(cells: Sequence[Cell]) -> ReadData | None:
+    """Read the first data that can be read, for all runs on them; ``None`` if there are no cells.
 
     Raises:
-        DroppeftError: none can be read.
+        DroppeftError: no cell's data can be read; this would be the error of each run.
     """
-    read: dict[tuple[Any, ...], DroppeftError | None] = {}
-    for config in (cell.config for cell in cells):
-        what = (config.task, config.data, config.source, config.partition.key)
-        if what not in read:
+    errors: dict[tuple[Any, ...], DroppeftError] = {}
+    for config in (resolve(cell.config, cuda=True) for cell in cells):
+        if (what := what_is_read(config)) not in errors:
             try:
-                task_named(config.task).read(resolve(config, cuda=True))
-                read[what] = None
+                return read_data(config)
             except DroppeftError as error:
-                read[what] = error
-    errors = [error for error in read.values() if error is not None]
-    if errors and len(errors) == len(read):
-        raise errors[0]
+                errors[what] = error
+    if errors:
+        raise next(iter(errors.values()))
+    return None
 
 
 def _earlier(out: Path) -> dict[str, RunRecord]:
@@ -113,13 +111,13 @@ def _done(cell: Cell, out: Path, earlier: Mapping[str, RunRecord]) -> RunRecord 
     return record and replace(record, variant=cell.variant, data=cell.data, model=cell.model)
 
 
-def _run_cell(cell: Cell, folder: Path, listener: Listener) -> RunRecord:
+def _run_cell(cell: Cell, folder: Path, listener: Listener, read: ReadData | None) -> RunRecord:
     """Start or resume a cell's run; an error becomes the failure of this cell."""
     try:
         if (folder / CONFIG).is_file():
             resume_run(folder, listener)
         else:
-            start_run(cell.config, folder, listener)
+            start_run(cell.config, folder, listener, read=read)
     except Interrupted:
         raise
     except Exception as error:

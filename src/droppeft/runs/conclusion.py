@@ -39,7 +39,7 @@ class Trend:
     sentence: str
 
 
-def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
+def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend | None) -> list[str]:
     """Return the sentences about a run's quality, trend, clients' models, failures and cost.
 
     Measured times are left out, so that a repeated run has the same sentences.
@@ -47,8 +47,8 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> list[str]:
     Args:
         result: content of ``result.json``.
         rows: of all rounds.
+        trend: as :func:`trend_of` returns it.
     """
-    trend = trend_of(result, rows)
     parts = (
         _without_global_model(result, rows),
         _divergence(result, rows),

@@ -11,7 +11,7 @@ import numpy as np
 from droppeft import seeds
 from droppeft.client.client import try_one_step
 from droppeft.client.client_model import ClientModel
-from droppeft.client.run_inputs import Loaded, Say, load, tokens_of
+from droppeft.client.run_inputs import Loaded, ReadData, Say, load, tokens_of
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.checks import measured
@@ -80,13 +80,14 @@ def writes_texts(method: Method, config: Config) -> bool:
     return generates and method.has_global_model(config)
 
 
-def prepare(config: Config, say: Say, run: str = "") -> Prepared:
+def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = None) -> Prepared:
     """Load data and model and start the method.
 
     Args:
         config: resolved, and accepted by :func:`droppeft.methods.rules.check_settings`.
         say: called with each step, to show progress.
         run: name of the run, under which clients save their state.
+        read: data that have been read, which are used if they are those of the configuration.
 
     Raises:
         DroppeftError: something that the configuration names does not exist or does not fit.
@@ -98,7 +99,7 @@ def prepare(config: Config, say: Say, run: str = "") -> Prepared:
     if writes_texts(method, config):
         require("llm", "evaluation.generated")  # not only when the run ends
     fleet = make_fleet(config.clock, config.clients, config.seed)
-    loaded = load(config, say)
+    loaded = load(config, say, read)
     config, model = loaded.config, loaded.model
     clock, no_clock_reason = clock_for(config, fleet, loaded.backbone)
     setup = Setup(

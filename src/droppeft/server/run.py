@@ -18,7 +18,7 @@ import torch
 
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
-from droppeft.client.run_inputs import count_clients, difference, identity
+from droppeft.client.run_inputs import ReadData, count_clients, difference, identity, read_data
 from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import write_atomically
@@ -74,7 +74,11 @@ MAX_LOST_ROUNDS = 3
 
 
 def start_run(
-    config: Config, out: Path, listener: Listener, connect: Connect | None = None
+    config: Config,
+    out: Path,
+    listener: Listener,
+    connect: Connect | None = None,
+    read: ReadData | None = None,
 ) -> dict[str, Any]:
     """Run a configuration in a new folder and return the content of its ``result.json``.
 
@@ -83,6 +87,7 @@ def start_run(
         out: folder of the run; it must be new or empty.
         listener: is told about the progress of the run.
         connect: opens the transport; by default the one that the configuration names.
+        read: data that have been read, which are used if they are those of the configuration.
 
     Raises:
         DroppeftError: the configuration cannot be run or the folder is not empty (nothing has been
@@ -93,8 +98,8 @@ def start_run(
     check_free(out)
     state_dir()  # raises here, before round 1, if clients could not save their state
     out = out.resolve()
-    config = _resolved(config, listener)
-    prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8)))
+    config, read = _resolved(config, listener, read)
+    prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8), read))
     with _connect(prepared, connect, listener) as transport:
         listener.preparing("measuring the references")
         evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
@@ -111,16 +116,23 @@ def start_run(
             return _run_rounds(prepared, transport, first, [], out, listener, expected)
 
 
-def _resolved(config: Config, listener: Listener) -> Config:
-    """Replace what depends on machine and data by its value, and apply the method's changes."""
+def _resolved(
+    config: Config, listener: Listener, read: ReadData | None
+) -> tuple[Config, ReadData | None]:
+    """Replace what depends on machine and data by its value, and apply the method's changes.
+
+    Returns:
+        The configuration, and the data if they have been read.
+    """
     config = resolve(config, cuda=torch.cuda.is_available())
     if config.start_from is not None:
         check_start(config.start_from)
     if not config.clients:
         listener.preparing("counting owners")
-        config = count_clients(config)
+        read = read_data(config, read)
+        config = count_clients(config, read)
         check_settings(config)
-    return method_named(config.method).adjust(config)
+    return method_named(config.method).adjust(config), read
 
 
 def resume_run(
@@ -356,7 +368,7 @@ def _finish(
         "machine": machine(prepared.config.accelerator),
     }
     trend = trend_of(result, rows)
-    result |= {"conclusion": conclude(result, rows), "trend": trend.kind if trend else None}
+    result |= {"conclusion": conclude(result, rows, trend), "trend": trend.kind if trend else None}
     write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
