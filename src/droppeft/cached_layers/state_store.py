@@ -81,8 +81,6 @@ class StateStore:
         self._make_room(len(content))
         if len(content) > self._limit:
             return
-        with contextlib.suppress(OSError):  # private, since texts can be inferred from states
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._folder / f"round-{self._round:06}-{self._written:04}.safetensors"
         self._written += 1
         store(path, content)

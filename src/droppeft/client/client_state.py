@@ -8,11 +8,9 @@ thus continues from the state that the server assumes.
 Ours.
 """
 
-import contextlib
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +18,12 @@ from platformdirs import user_state_path
 
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
-from droppeft.files import sync, write_atomically
+from droppeft.files import make_private, remove_left_behind, sync, write_atomically
 from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
 
 MERGED_FILES = 2
 """How many files of merged local trainings are retained, so that the server can resume from its
 older checkpoint."""
-
-LEFT_BEHIND_S = 3600.0
-"""Age in seconds at which a temporary file is taken to be left by a process that was killed."""
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 _log = logging.getLogger("droppeft")
@@ -119,14 +114,12 @@ def load_tensors(folder: Path, round: int) -> Tensors:
 
 def _make(folder: Path) -> None:
     """Create a client's folder durably, and delete temporary files that killed processes left."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    is_new = not folder.is_dir()
+    make_private(folder)
+    if is_new:
         for above in (folder.parent, folder.parent.parent):
             sync(above)
-    for path in folder.glob(".round-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
-            if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
-                path.unlink()
+    remove_left_behind(folder, "round-*")
 
 
 def _owner(folder: Path) -> str:

@@ -1,4 +1,10 @@
-"""The cache folder, for files that can be rebuilt."""
+"""The cache folder, for files that can be rebuilt.
+
+Only their owner can read them, since they may hold texts or what can be inferred from texts: files
+have the mode 0600 and the folders of droppeft inside the cache folder have 0700. A folder that has
+further rights loses them at the next write. The cache folder itself is created with the mode 0700,
+and is left as it is if it exists.
+"""
 
 import contextlib
 import os
@@ -6,7 +12,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from droppeft.files import write_atomically
+from droppeft.files import make_private, remove_left_behind, write_atomically
 
 
 def cache_dir() -> Path:
@@ -19,11 +25,12 @@ def cache_dir() -> Path:
 
 
 def store(path: Path, content: bytes) -> None:
-    """Write a cache file atomically: a reader sees all of it or none.
+    """Write a private cache file atomically: a reader sees all of it or none.
 
     If the file cannot be written, as on a full or read-only disk, the error is ignored and no part
     of the file remains.
     """
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        make_private(path.parent)
+        remove_left_behind(path.parent, "*")
+        write_atomically(path, content, private=True)

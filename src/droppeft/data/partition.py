@@ -270,8 +270,11 @@ def _natural(
             f"clients={clients}; leave clients out to use all of them"
         )
     largest = sorted(sizes, key=lambda owner: (-sizes[owner], owner))[:clients]
-    owners = np.array(keys)
-    return [np.flatnonzero(owners == owner) for owner in sorted(largest)]
+    held: dict[str, list[int]] = {owner: [] for owner in sorted(largest)}
+    for row, owner in enumerate(keys or ()):
+        if owner in held:
+            held[owner].append(row)
+    return [np.array(rows, np.int64) for rows in held.values()]
 
 
 Partitioner = Callable[[Rows, Keys, int, PartitionConfig, int], list[Rows]]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from droppeft.data.cache import cache_dir
 from droppeft.errors import DroppeftError
+from droppeft.files import make_private, remove_left_behind
 
 
 def models_folder() -> Path:
@@ -30,7 +31,8 @@ def cached_folder(name: str, model: str, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_private(folder.parent)
+        remove_left_behind(folder.parent, "*")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
             made = Path(scratch) / name
             made.mkdir()

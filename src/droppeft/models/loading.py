@@ -3,7 +3,6 @@
 :mod:`droppeft.models.causal_lm` loads models that generate text.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from droppeft.models.quantization import (
 )
 from droppeft.models.quiet import quiet
 from droppeft.models.sources import ModelSource, find_source
+from droppeft.models.weights_hash import cached_hash
 
 HEAD_MODULES: tuple[str, ...] = (
     "classifier",
@@ -40,9 +40,6 @@ HEAD_MODULES: tuple[str, ...] = (
 
 LAST_MODULES = ("classifier", "score", "classification_head")
 """Those of :data:`HEAD_MODULES` whose outputs are the classes."""
-
-HASHED_VALUES = 256
-"""Number of values from either end of a weight."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,8 @@ class Backbone:
         parameters: number of its parameters, head included.
         inputs: names of the token columns that the model takes.
         max_length: largest number of tokens that the model has positions for.
-        weights_hash: of all weights but a classifier's head, by samples; see :func:`hash_weights`.
+        weights_hash: of all weights but a classifier's head; see
+            :func:`~droppeft.models.weights_hash.hash_weights`.
         new_modules: parts of the head without pretrained values, which must be trained. (A pooler
             may have pretrained values.) None in a causal language model.
         sets_padding: whether the padding token, in the tokenizer or in the model's configuration,
@@ -115,7 +113,7 @@ class Backbone:
             parameters=sum(value.numel() for value in model.parameters()),
             inputs=token_inputs(model),
             max_length=most_tokens(model),
-            weights_hash=hash_weights(model),
+            weights_hash=cached_hash(model, HEAD_MODULES, source.readable),
             new_modules=tuple(new_modules),
             sets_padding=sets_padding,
         )
@@ -221,23 +219,6 @@ def check_finite(model: nn.Module, name: str) -> None:
                 f"model={name}: its weight {key} has values that are infinite or not a number; "
                 "download the files again, or use another checkpoint"
             )
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Hash names, shapes and the first and last values of all weights: 16 hexadecimal digits.
-
-    Only samples are hashed, since hashing billions of values could take longer than a round.
-    Another checkpoint of the same architecture differs in nearly every tensor. The head is left
-    out, since its values follow from the seed.
-    """
-    digest = hashlib.sha256()
-    for name, value in model.named_parameters():
-        if not set(name.split(".")) & set(HEAD_MODULES):
-            flat = value.detach().flatten()
-            ends = torch.cat([flat[:HASHED_VALUES], flat[-HASHED_VALUES:]]).cpu()
-            content = ends.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
-            digest.update(f"{name}{tuple(value.shape)}".encode() + content)
-    return digest.hexdigest()[:16]
 
 
 def _from_weights(

@@ -18,6 +18,7 @@ from torch import nn
 
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
+from droppeft.files import LEFT_BEHIND_S, make_private
 
 
 def check_offload(config: Config) -> None:
@@ -40,9 +41,6 @@ def check_offload(config: Config) -> None:
             "dropout.every=round, or frozen.layers with frozen.cache=true"
         )
 
-
-LEFT_BEHIND_S = 3600.0
-"""Age in seconds after which a file that still has a name is taken to be abandoned."""
 
 
 @dataclass
@@ -149,7 +147,7 @@ def _mapped(values: Sequence[nn.Parameter], folder: Path) -> dict[nn.Parameter, 
     tensors = {str(number): value.detach() for number, value in enumerate(values)}
     path = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         _clear(folder)
         handle, path = tempfile.mkstemp(".safetensors", dir=folder)
         os.close(handle)

@@ -22,7 +22,7 @@ from droppeft.methods import Setup, method_named
 from droppeft.models.sources import find_source
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
+from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, check_same_settings, read_result
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.model_cards import Source, adapter_lines, merged_lines
 from droppeft.runs.model_files import check_alone, save_adapter, save_merged
@@ -115,7 +115,8 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
         client: whose model is wanted; ``None`` for the global one.
 
     Raises:
-        DroppeftError: there is no such run, round, client or global model.
+        DroppeftError: there is no such run, round, client or global model, or the settings in the
+            folder are not those of the run.
     """
     config = saved_config(run)
     if client is None and not method_named(config.method).has_global_model(config):
@@ -129,7 +130,9 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
     memory_type = method_named(config.method).memory_type
     if round is None:
         round = _delivered_round(run, client)
-    return config, _checkpoint(run / "checkpoints", round, memory_type)
+    checkpoint = _checkpoint(run / "checkpoints", round, memory_type)
+    check_same_settings(run, config, checkpoint.facts)
+    return config, checkpoint
 
 
 def load_source(

@@ -6,7 +6,7 @@ Ours.
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from droppeft.config import Config, to_toml
+from droppeft.config import Config, as_tree, flat, to_toml
 from droppeft.errors import DroppeftError
-from droppeft.files import sync, write_atomically
+from droppeft.files import remove_left_behind, sync, write_atomically
 from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
@@ -25,6 +25,13 @@ from droppeft.runs.ledger import SCHEMA_VERSION
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
 GENERATED = "generated.jsonl"
 LOCK = ".lock"
+
+FREE_SETTINGS = ("data", "model", "start_from", "tracker", "transport", "flower.")
+"""Settings that may change before a run is resumed, since they cannot change its result: texts and
+weights are compared by their hashes, wherever they are. A table ends with a point."""
+
+SETTINGS = "settings"
+"""Name of the settings among the facts of a checkpoint."""
 
 
 def new_folder(method: str) -> Path:
@@ -55,6 +62,7 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(out.parent, f"{out.name}.*")
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             inside = Path(scratch) / "run"
             inside.mkdir()
@@ -66,6 +74,48 @@ def begin(out: Path, config: Config, first: Checkpoint) -> None:
         raise DroppeftError(
             f"{out}: cannot be created ({error.strerror}); choose another folder"
         ) from None
+
+
+def bound_settings(config: Config) -> dict[str, Any]:
+    """The settings that each checkpoint stores, since its run must not change them."""
+    settings = flat(as_tree(config)).items()
+    return {key: value for key, value in settings if not _is_free(key)}
+
+
+def _is_free(key: str) -> bool:
+    tables = tuple(name for name in FREE_SETTINGS if name.endswith("."))
+    return key in FREE_SETTINGS or key.startswith(tables)
+
+
+def check_same_settings(out: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Check that the configuration in a run's folder is the one that its checkpoint belongs to.
+
+    The number of rounds may have grown, as by ``droppeft resume RUN rounds=N``.
+
+    Args:
+        out: folder of the run.
+        config: as it was read from the folder.
+        facts: of the checkpoint.
+
+    Raises:
+        DroppeftError: a setting has changed; the message names all that have.
+    """
+    then, now = facts[SETTINGS], bound_settings(config)
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if config.rounds > then["rounds"]:
+        changed.remove("rounds")
+    if changed:
+        named = ", ".join(
+            f"{key}={_written(now.get(key))} (was {_written(then.get(key))})" for key in changed
+        )
+        raise DroppeftError(
+            f"{out / CONFIG}: has other settings than the run was started with: {named}; put them "
+            "back, or start a new run"
+        )
+
+
+def _written(value: object) -> str:
+    return "none" if value is None else json.dumps(value)
 
 
 def with_more_rounds(config: Config, rounds: int, out: Path) -> Config:
@@ -97,17 +147,50 @@ def save_extended(out: Path, config: Config) -> None:
 def read_result(run: Path) -> dict[str, Any]:
     """The content of a finished run's ``result.json``.
 
+    Reading a value that the file lacks also raises the error.
+
     Raises:
-        DroppeftError: another version of droppeft wrote it, in a format that is not read.
+        DroppeftError: it cannot be read, or another version of droppeft wrote it, in a format that
+            is not read.
     """
-    result: dict[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    if result.get("schema_version") != SCHEMA_VERSION:
+    path = run / RESULT
+    what_now = f"remove it, and write it again with: droppeft resume {run}"
+    try:
+        result = json.loads(
+            path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(values, path)
+        )
+    except (OSError, ValueError) as error:
+        raise DroppeftError(f"{path}: cannot be read ({error}); {what_now}") from None
+    if not isinstance(result, _Known):
+        raise DroppeftError(f"{path}: is no JSON object; {what_now}")
+    if result["schema_version"] != SCHEMA_VERSION:
         raise DroppeftError(
-            f"{run / RESULT}: was written by another version of droppeft "
-            f"(schema_version {result.get('schema_version')}, this one reads {SCHEMA_VERSION}); "
+            f"{path}: was written by another version of droppeft "
+            f"(schema_version {result['schema_version']}, this one reads {SCHEMA_VERSION}); "
             "use that version, or run the configuration again"
         )
     return result
+
+
+class _Known(dict[str, Any]):
+    """An object of a JSON file; reading a value that it lacks is an error of the user's file."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name: str) -> None:
+        raise DroppeftError(
+            f"{self._path}: lacks {name}; remove it, and write it again with: "
+            f"droppeft resume {self._path.parent}"
+        )
+
+
+def remove_temporary_files(out: Path) -> None:
+    """Delete what a killed process left of files that it was writing; the run must be locked."""
+    for name in (CONFIG, ROUNDS, CLIENTS, RESULT, GENERATED):
+        remove_left_behind(out, f"{name}.*", older_than_s=0.0)
+    remove_left_behind(out / "checkpoints", "*", older_than_s=0.0)
 
 
 @contextmanager

@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
-from droppeft.files import sync, write_atomically
+from droppeft.errors import DroppeftError
+from droppeft.files import as_json, sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 from droppeft.tasks.metrics import Metric
 
@@ -109,6 +112,17 @@ class RoundRow:
         of_row = {name: columns[name] for name in names}
         rest = {name: value for name, value in columns.items() if name not in names}
         return cls(**of_row, quality=rest)
+
+    def as_saved(self) -> "RoundRow":
+        """Return the row as it would be read from the file, where numbers are finite or null.
+
+        A run that is resumed therefore continues from the same values as one that was never
+        stopped.
+        """
+        return self.from_columns(json.loads(as_json(self.as_columns())))
+
+
+_ROUND_ROW = TypeAdapter(RoundRow)
 
 
 @dataclass(frozen=True)
@@ -377,7 +391,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a JSON Lines file, and sync it to disk."""
     new = not path.exists()
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(as_json(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     if new:
@@ -385,23 +399,104 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines file; an incomplete last line, left by a crash, is ignored."""
-    if not path.exists():
+    """Read a ledger, in which each row has a round; a missing file has no rows.
+
+    A last line without its end, left by a crash, is ignored.
+
+    Raises:
+        DroppeftError: the file cannot be read, or another line is no row.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DroppeftError(f"{path}: cannot be read ({error}); put the file back") from None
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line, parse_constant=_refuse)
+            is_row = isinstance(row, dict) and type(row.get("round")) is int
+        except ValueError:
+            is_row = False
+        if not is_row:
+            raise DroppeftError(
+                f"{path}: line {number} is damaged; put the file back, or start a new run"
+            )
+        rows.append(row)
     return rows
+
+
+def read_rounds(path: Path) -> list[RoundRow]:
+    """Read ``rounds.jsonl``.
+
+    Raises:
+        DroppeftError: as :func:`read_rows`, or a row lacks a value or has one of another type.
+    """
+    return [_round_row(path, columns) for columns in read_rows(path)]
 
 
 def rewind(path: Path, last_round: int) -> list[dict[str, Any]]:
-    """Remove the rows of later rounds, whose checkpoint was never written, and return the rest."""
+    """Remove the rows of later rounds, whose checkpoint was never written, and return the rest.
+
+    Raises:
+        DroppeftError: as :func:`read_rows`.
+    """
     rows = [row for row in read_rows(path) if row["round"] <= last_round]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(as_json(row) + "\n" for row in rows).encode())
     return rows
+
+
+def check_complete(
+    rounds: Path, clients: Path, rows: Sequence[RoundRow], client_rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that no row of a client is missing, and none is there twice.
+
+    Args:
+        rounds, clients: the files, for the message.
+        rows: of all rounds.
+        client_rows: of the same rounds.
+
+    Raises:
+        DroppeftError: the two files do not have the same clients in the same rounds.
+    """
+    found: dict[int, list[Any]] = {}
+    for row in client_rows:
+        is_whole = isinstance(row.get("accepted"), bool)
+        found.setdefault(row["round"], []).append(row.get("client") if is_whole else None)
+    for row in rows:
+        if found.get(row.round, []) != row.cohort:
+            raise DroppeftError(
+                f"{clients}: its rows of round {row.round} are not those of the clients that "
+                f"{rounds.name} names ({_first_difference(found.get(row.round, []), row.cohort)}); "
+                "put the file back, or start a new run"
+            )
+
+
+def _first_difference(found: Sequence[Any], expected: Sequence[int]) -> str:
+    missing = [client for client in expected if client not in found]
+    return f"client {missing[0]} is missing" if missing else f"it has {len(found)} rows"
+
+
+def _round_row(path: Path, columns: Mapping[str, Any]) -> RoundRow:
+    try:
+        row = RoundRow.from_columns(columns)
+        _ROUND_ROW.validate_json(json.dumps(vars(row)), strict=True)
+    except KeyError as error:
+        reason = f"lacks {error.args[0]}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"has a wrong {first['loc'][0]} ({first['msg'].lower()})"
+    else:
+        return row
+    raise DroppeftError(
+        f"{path}: the row of round {columns['round']} {reason}; put the file back, or start a new "
+        "run"
+    )
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -3,13 +3,13 @@
 They are written once, when a run ends; no state depends on them.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
+from droppeft.files import as_json
 from droppeft.messages import GlobalModel
 from droppeft.server.global_evaluation import attached
 from droppeft.server.prepare import Prepared, evaluation_sample
@@ -63,7 +63,7 @@ def written_before_and_after(
 
 def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
     """Return samples as JSON Lines."""
-    return "".join(json.dumps(sample) + "\n" for sample in samples).encode()
+    return "".join(as_json(sample) + "\n" for sample in samples).encode()
 
 
 def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:

@@ -1,0 +1,84 @@
+"""A hash of a backbone's weights, which is computed once for the same files. Ours."""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from droppeft.data.cache import cache_dir, store
+
+_HASH = re.compile(r"[0-9a-f]{16}")
+
+
+def hash_weights(model: nn.Module, heads: Collection[str]) -> str:
+    """Hash names, shapes and all values of a model's weights: 16 hexadecimal digits.
+
+    The same weights have the same hash on every machine. Other data types or another quantisation
+    give another hash. Of quantised weights the codes are hashed and the scales are not, because
+    processors round the mean of the scales differently.
+
+    It takes about a second per gigabyte.
+
+    Args:
+        model: of transformers.
+        heads: names of modules that are left out, since their values follow from the seed.
+    """
+    digest = hashlib.sha256()
+    for name, value in _weights(model, heads):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(content.numpy())  # as bytes, since numpy has no bfloat16
+    return digest.hexdigest()[:16]
+
+
+def cached_hash(model: nn.Module, heads: Collection[str], path: str) -> str:
+    """Return :func:`hash_weights`, from the cache folder if it is known for these files.
+
+    Files are taken to be the same if their folder, names, sizes and times of modification (in
+    nanoseconds) are. A model without files, as an architecture with random weights, is hashed
+    every time.
+
+    Args:
+        model, heads: as in :func:`hash_weights`.
+        path: folder or hub id from which the model was loaded.
+    """
+    files = _files(path)
+    if not files:
+        return hash_weights(model, heads)
+    layout = [(name, list(value.shape), str(value.dtype)) for name, value in _weights(model, heads)]
+    key = json.dumps([version("torch"), version("transformers"), files, layout])
+    entry = cache_dir() / "weights" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        known = entry.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if not _HASH.fullmatch(known):
+        known = hash_weights(model, heads)
+        store(entry, known.encode())
+    return known
+
+
+def _weights(model: nn.Module, heads: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, value in model.named_parameters():
+        if not set(name.split(".")) & set(heads):
+            yield name, value
+
+
+def _files(path: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of modification of a model's files; none if it has none here."""
+    folder = Path(path)
+    if path.startswith("config:"):
+        return []
+    if not folder.is_dir():
+        on_hub = try_to_load_from_cache(path, "config.json")
+        if not isinstance(on_hub, str):
+            return []
+        folder = Path(on_hub).parent
+    files = [file.resolve() for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
