@@ -1,10 +1,12 @@
 """A crash while writing leaves the old content or the new."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from droppeft.files import write_atomically
+from droppeft.files import LEFT_BEHIND_S, remove_left_behind, write_atomically
 
 
 def test_content_is_written_and_replaced(tmp_path: Path) -> None:
@@ -45,3 +47,18 @@ def test_content_is_durable_before_it_has_the_name(
     )
     write_atomically(tmp_path / "file", b"content")
     assert order == ["fsync", "rename", "fsync"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    names = (".file.json.new", ".file.json.old", ".other.old", ".file.json.folder", "file.json")
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("folder") else (tmp_path / name).touch()
+    (tmp_path / ".file.json.folder" / "inside").touch()
+    long_ago = time.time() - LEFT_BEHIND_S - 1
+    for name in (".file.json.old", ".file.json.folder", ".other.old", "file.json"):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    remove_left_behind(tmp_path, "file.json.*")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".file.json.new", ".other.old", "file.json"}
+    remove_left_behind(tmp_path, "*", older_than_s=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]

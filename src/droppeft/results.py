@@ -20,7 +20,7 @@ from droppeft.report.result_html import result_html
 from droppeft.runs.answering import Answering, loaded_model
 from droppeft.runs.export import export_run
 from droppeft.runs.folder import ROUNDS, read_result
-from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.runs.ledger import RoundRow, read_rounds, read_rows
 from droppeft.runs.predicting import Predictor, load_predictor, trained_columns
 from droppeft.tasks.generation import GenerationSettings
 from droppeft.tasks.metrics import metrics_in, primary_metric
@@ -246,7 +246,7 @@ class Result(Model):
         return result_html(self.result, self._rows(), self.folder)
 
     def _rows(self) -> list[RoundRow]:
-        return [RoundRow.from_columns(row) for row in read_rows(self.folder / ROUNDS)]
+        return read_rounds(self.folder / ROUNDS)
 
 
 def _texts(given: Sequence[Any], wanted: int) -> tuple[list[str], list[str] | None]:

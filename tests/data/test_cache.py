@@ -33,6 +33,19 @@ def test_store_creates_the_folder_and_replaces_the_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_only_the_owner_can_read_it_whatever_the_rights_were(tmp_path: Path) -> None:
+    loose = tmp_path / "cache" / "loose"
+    loose.mkdir(parents=True)
+    (loose / "entry").touch()
+    for path in (loose / "entry", loose, loose.parent):
+        path.chmod(0o777)
+    store(loose / "entry", b"content")
+    store(loose.parent / "new" / "inside" / "entry", b"content")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    # The cache folder itself, which the user may share, is left as it is.
+    assert modes == {"cache": 0o777, "loose": 0o700, "new": 0o700, "inside": 0o700, "entry": 0o600}
+
+
 def test_a_failed_write_leaves_only_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -205,6 +206,27 @@ def test_small_owners_are_left_out_and_rows_are_not_mixed() -> None:
     assert len(owners_of(keys, merged)) == 4
     with pytest.raises(ValueError, match="small=leave_out is only for kind=natural"):
         config("iid", small="leave_out")
+
+
+@given(
+    rows=st.lists(st.sampled_from(["a", "b", "é", "", "ab", "0"]), min_size=6, max_size=60),
+    clients=st.integers(1, 6),
+)
+def test_natural_finds_the_rows_of_each_owner(rows: list[str], clients: int) -> None:
+    clients = min(clients, len({*rows}))
+    chosen = config("natural", small="merge")
+    held = PARTITIONERS["natural"](np.zeros(len(rows), np.int64), rows, clients, chosen, 0)
+    largest = sorted({*rows}, key=lambda owner: (-rows.count(owner), owner))[:clients]
+    expected = [np.flatnonzero(np.array(rows) == owner) for owner in sorted(largest)]
+    assert [part.tolist() for part in held] == [part.tolist() for part in expected]
+    assert all(part.dtype == np.int64 for part in held)
+
+
+def test_ten_thousand_owners_take_no_time() -> None:
+    keys = owners(200_000, 10_000)
+    start = time.perf_counter()
+    partition_rows(np.zeros(200_000, np.int64), keys, 10_000, config("natural"), 0)
+    assert time.perf_counter() - start < 5  # comparing each owner with each row takes 15 seconds
 
 
 # Small clients

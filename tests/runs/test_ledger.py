@@ -1,6 +1,7 @@
 """The ledger: sums, targets and rows on disk, with numbers worked out by hand."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from droppeft.runs.ledger import (
     RoundRow,
     append_rows,
     client_row,
+    read_ledger,
+    read_rounds,
     read_rows,
-    rewind,
     round_row,
     summarise,
     target_round,
 )
 from droppeft.tasks.metrics import ACCURACY, LOSS
 from handmade import COST, instruction_for, update_for
+from refusals import refused
 
 MODELLED = ClientCost(
     "phone", download_s=1.0, train_s=8.0, reward_s=2.0, upload_s=4.0, energy_j=7.0
@@ -299,20 +302,88 @@ def test_an_incomplete_last_line_is_ignored(tmp_path: Path, incomplete: str) -> 
     assert read_rows(path) == [{"round": 1}, {"round": 2}]
 
 
-def test_rewinding_drops_later_rows_for_good(tmp_path: Path) -> None:
+DAMAGED_LINES = ("", "[]", "null", '{"round": "2"}', '{"client": 1}', '{"round": NaN}', "{", "\0")
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+def test_another_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
-    append_rows(path, [{"round": number} for number in (1, 1, 2, 2, 3)])
-    with path.open("a") as file:
-        file.write('{"round"')
-    remaining = [{"round": 1}, {"round": 1}, {"round": 2}, {"round": 2}]
-    assert rewind(path, 2) == remaining
-    append_rows(path, [{"round": 3}])
-    assert read_rows(path) == [*remaining, {"round": 3}]
+    path.write_text(f'{{"round": 1}}\n{line}\n{{"round": 2}}\n')
+    with refused(r"rows.jsonl: line 2 is damaged; put the file back, or start a new run"):
+        read_rows(path)
 
 
-def test_rewinding_to_the_start_leaves_an_empty_file(tmp_path: Path) -> None:
-    assert rewind(tmp_path / "rows.jsonl", 0) == []
-    assert (tmp_path / "rows.jsonl").read_bytes() == b""
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    path, huge = tmp_path / "rows.jsonl", 1.7e308
+    instructions = (instruction_for(0), instruction_for(1))
+    replies = tuple(update_for(instruction, train_loss=huge) for instruction in instructions)
+    modelled = RoundCost((None, None), late=(), surplus=(), round_s=0.0)
+    closed = ClosedRound(1, instructions, replies, replies, modelled, 0.0)
+    one = round_row(closed, RoundEvaluation({}), 0.0, 0.0)
+    assert one.train_loss == math.inf
+    append_rows(
+        path, [one.as_columns(), {"round": 2, "scores": [1.0, math.nan], "a": {"b": -math.inf}}]
+    )
+    lines = path.read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert first["train_loss"] is None
+    assert second == {"round": 2, "scores": [1.0, None], "a": {"b": None}}
+    assert one.as_saved() == RoundRow.from_columns(first)
+
+
+def ledger(folder: Path, *clients: tuple[int, int]) -> list[RoundRow]:
+    """Write a ledger of two rounds with two clients each, and the rows of some clients."""
+    rows = [row(round, 0.5, cohort=[4, 7]) for round in (1, 2, 3)]
+    append_rows(folder / "rounds.jsonl", [one.as_columns() for one in rows])
+    written = [{"round": round, "client": client, "accepted": True} for round, client in clients]
+    append_rows(folder / "clients.jsonl", written)
+    return rows
+
+
+def read_two_rounds(folder: Path) -> list[RoundRow]:
+    return read_ledger(folder / "rounds.jsonl", folder / "clients.jsonl", 2)
+
+
+def test_rows_without_a_checkpoint_are_removed_for_good(tmp_path: Path) -> None:
+    whole = [(1, 4), (1, 7), (2, 4), (2, 7)]
+    rows = ledger(tmp_path, *whole, (3, 4))
+    for name in ("rounds.jsonl", "clients.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"round"')
+    assert read_two_rounds(tmp_path) == rows[:2]
+    left = [(one["round"], one["client"]) for one in read_rows(tmp_path / "clients.jsonl")]
+    assert left == whole
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("clients", "why"),
+    [
+        ([(1, 4), (1, 7), (2, 4)], r"round 2 are not those .* \(client 7 is missing\)"),
+        ([(1, 4), (1, 7)], r"round 2 are not those .* \(client 4 is missing\)"),
+        ([(1, 4), (1, 7), (1, 7), (2, 4), (2, 7)], r"round 1 are not those .* \(it has 3 rows\)"),
+    ],
+)
+def test_rows_of_clients_that_do_not_fit_their_round_are_refused(
+    tmp_path: Path, clients: list[tuple[int, int]], why: str
+) -> None:
+    ledger(tmp_path, *clients)
+    before = (tmp_path / "rounds.jsonl").read_bytes()
+    with refused(rf"clients.jsonl: its rows of {why}; put the file back"):
+        read_two_rounds(tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"cohort": "4"}, "has a wrong cohort"), ({"accepted": None}, "has a wrong accepted")],
+)
+def test_a_row_with_a_value_of_another_type_is_refused(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    append_rows(tmp_path / "rounds.jsonl", [{**row(1, 0.5).as_columns(), **changes}])
+    with refused(f"rounds.jsonl: the row of round 1 {why}"):
+        read_rounds(tmp_path / "rounds.jsonl")
 
 
 def test_a_base_delta_counts_as_traffic() -> None:

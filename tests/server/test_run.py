@@ -21,6 +21,7 @@ from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction
+from droppeft.runs.export import saved_model
 from droppeft.runs.folder import LOCK, check_free, locked
 from droppeft.server.run import Interrupted, resume_run, start_run
 from droppeft.training.loop import Evaluation, evaluate
@@ -304,20 +305,40 @@ def test_data_that_changed_are_refused(tiny_overrides: list[str], tmp_path: Path
     assert (out / "rounds.jsonl").read_bytes() == before
 
 
-def test_another_backbone_or_split_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_another_backbone_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
     model = next(word.partition("=")[2] for word in tiny_overrides if word.startswith("model="))
     copy = shutil.copytree(model, tmp_path / "model")
     out = tmp_path / "run"
     stop_after(1, [*tiny_overrides, f"model={copy}"], out)
-    changed = (out / "config.toml").read_text().replace("min_rows = 6", "min_rows = 7")
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if "layer.0.attention.self.query.weight" in name)
     save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(DroppeftError, match="the model differs"):
         resume_run(out, Recorder())
-    (out / "config.toml").write_text(changed.replace('kind = "dirichlet"', 'kind = "iid"'))
-    with pytest.raises(DroppeftError, match="the split differs"):
+
+
+def test_a_changed_setting_is_named(
+    tiny_overrides: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stop_after(2, tiny_overrides, out)
+    config = out / "config.toml"
+    whole = config.read_text()
+    config.write_text(whole.replace("\nrounds = 3", "\nrounds = 1").replace("rank = 8", "rank = 4"))
+    with refused(
+        r"config.toml: has other settings than the run was started with: rounds=1 \(was 3\), "
+        r"adapter.rank=4 \(was 8\); put them back, or start a new run"
+    ):
         resume_run(out, Recorder())
+    config.write_text(whole.replace('"droppeft"', '"fedlora"').replace("mean = 0.25", "mean = 0.0"))
+    for use in (lambda: resume_run(out, Recorder()), lambda: saved_model(out, None, None)):
+        with refused(r'settings .*: method="fedlora" \(was "droppeft"\), dropout.mean=0.0 \(was'):
+            use()
+    data = load_config(config).data
+    moved = shutil.copytree(data, tmp_path / "moved")
+    config.write_text(whole.replace(data, str(moved)))
+    hashes = [resume_run(folder, Recorder())["adapter_sha256"] for folder in (out, whole_run)]
+    assert hashes[0] == hashes[1]
 
 
 def test_missing_rows_are_refused(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _read(load: Callable[..., Any], file: Path, **options: Any) -> Any:
     # The reader's progress bar is not one that transformers can be told to leave out.
     with set_temporarily(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items):
         try:
-            return load(str(file.parent), gguf_file=file.name, **options)
+            return load(str(file.parent), gguf_file=file.name, trust_remote_code=False, **options)
         except Exception as error:  # the reader's errors on damaged files are of many kinds
             lines = str(error).strip().splitlines()
             raise DroppeftError(

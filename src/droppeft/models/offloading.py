@@ -42,7 +42,6 @@ def check_offload(config: Config) -> None:
         )
 
 
-
 @dataclass
 class _Weight:
     """One frozen parameter of a block.

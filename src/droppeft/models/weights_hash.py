@@ -33,7 +33,7 @@ def hash_weights(model: nn.Module, heads: Collection[str]) -> str:
     for name, value in _weights(model, heads):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(content.numpy())  # as bytes, since numpy has no bfloat16
+        digest.update(content.numpy().data)  # as bytes, since numpy has no bfloat16
     return digest.hexdigest()[:16]
 
 

@@ -5,7 +5,7 @@ A file is written atomically and carries a checksum.
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ _ADAPTER_SPEC = TypeAdapter(AdapterSpec)
 _log = logging.getLogger("droppeft")
 
 
+CheckFacts = Callable[[Mapping[str, Any]], None]
+"""Raises a DroppeftError if a checkpoint with these facts must not be used."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a run needs to be resumed.
@@ -62,15 +66,18 @@ def save(folder: Path, checkpoint: Checkpoint, keep: Collection[int] = ()) -> Pa
     return path
 
 
-def load_newest(folder: Path, memory_type: type) -> Checkpoint:
+def load_newest(
+    folder: Path, memory_type: type, check_facts: CheckFacts = lambda facts: None
+) -> Checkpoint:
     """Read the newest checkpoint that is not damaged.
 
     Args:
         folder: of the checkpoints.
         memory_type: ``memory_type`` of the run's method.
+        check_facts: is called before the memory is read.
 
     Raises:
-        DroppeftError: there is none, or its memory is that of another method.
+        DroppeftError: there is none, its memory is that of another method, or as ``check_facts``.
     """
     for path in _newest_first(folder):
         try:
@@ -78,21 +85,24 @@ def load_newest(folder: Path, memory_type: type) -> Checkpoint:
         except DAMAGES as error:
             _log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
         else:
+            check_facts(checkpoint.facts)
             return _with_decoded_memory(path, checkpoint, memory_type)
     raise DroppeftError(f"{folder}: holds no readable checkpoint; start a new run")
 
 
-def load_round(folder: Path, round: int, memory_type: type) -> Checkpoint:
+def load_round(
+    folder: Path, round: int, memory_type: type, check_facts: CheckFacts = lambda facts: None
+) -> Checkpoint:
     """Read the checkpoint of one round.
 
     Args:
         folder: of the checkpoints.
         round: whose checkpoint to read.
-        memory_type: ``memory_type`` of the run's method.
+        memory_type, check_facts: as in :func:`load_newest`.
 
     Raises:
-        DroppeftError: there is no such checkpoint, it is damaged, or its memory is that of another
-            method.
+        DroppeftError: there is no such checkpoint, it is damaged, its memory is that of another
+            method, or as ``check_facts``.
     """
     path = _path(folder, round)
     if not path.exists():
@@ -104,6 +114,7 @@ def load_round(folder: Path, round: int, memory_type: type) -> Checkpoint:
         checkpoint = _decode(path)
     except DAMAGES as error:
         raise DroppeftError(f"{path}: is damaged ({error}); choose another round") from None
+    check_facts(checkpoint.facts)
     return _with_decoded_memory(path, checkpoint, memory_type)
 
 

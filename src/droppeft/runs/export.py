@@ -6,6 +6,7 @@ not loaded, because a checkpoint has the names of the classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,10 @@ def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Confi
     memory_type = method_named(config.method).memory_type
     if round is None:
         round = _delivered_round(run, client)
-    checkpoint = _checkpoint(run / "checkpoints", round, memory_type)
-    check_same_settings(run, config, checkpoint.facts)
-    return config, checkpoint
+    check_facts = partial(check_same_settings, run, config)
+    if round is None:
+        return config, checkpoints.load_newest(run / "checkpoints", memory_type, check_facts)
+    return config, checkpoints.load_round(run / "checkpoints", round, memory_type, check_facts)
 
 
 def load_source(
@@ -170,12 +172,6 @@ def _delivered_round(run: Path, client: int | None) -> int | None:
     result = read_result(run)
     round: int | None = result["delivered_round" if client is None else "personalised_round"]
     return round
-
-
-def _checkpoint(folder: Path, round: int | None, memory_type: type) -> Checkpoint:
-    if round is None:
-        return checkpoints.load_newest(folder, memory_type)
-    return checkpoints.load_round(folder, round, memory_type)
 
 
 def _source(

@@ -436,34 +436,40 @@ def read_rounds(path: Path) -> list[RoundRow]:
     return [_round_row(path, columns) for columns in read_rows(path)]
 
 
-def rewind(path: Path, last_round: int) -> list[dict[str, Any]]:
-    """Remove the rows of later rounds, whose checkpoint was never written, and return the rest.
+def read_ledger(rounds: Path, clients: Path, last_round: int) -> list[RoundRow]:
+    """Read the rounds that are saved, and remove rows whose checkpoint was never written.
+
+    Args:
+        rounds, clients: the two files; nothing is written unless both are complete.
+        last_round: of the checkpoint.
 
     Raises:
-        DroppeftError: as :func:`read_rows`.
+        DroppeftError: as :func:`read_rounds`, or a row of a round or of a client is missing.
     """
-    rows = [row for row in read_rows(path) if row["round"] <= last_round]
-    write_atomically(path, "".join(as_json(row) + "\n" for row in rows).encode())
+    kept, client_rows = (
+        [row for row in read_rows(path) if row["round"] <= last_round] for path in (rounds, clients)
+    )
+    rows = [_round_row(rounds, columns) for columns in kept]
+    if [row.round for row in rows] != [*range(1, last_round + 1)]:
+        raise DroppeftError(
+            f"{rounds} has {len(rows)} of the {last_round} rounds that are saved; put the file "
+            "back, or start a new run"
+        )
+    _check_complete(rounds, clients, rows, client_rows)
+    for path, content in ((rounds, kept), (clients, client_rows)):
+        write_atomically(path, "".join(as_json(row) + "\n" for row in content).encode())
     return rows
 
 
-def check_complete(
+def _check_complete(
     rounds: Path, clients: Path, rows: Sequence[RoundRow], client_rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Check that no row of a client is missing, and none is there twice.
-
-    Args:
-        rounds, clients: the files, for the message.
-        rows: of all rounds.
-        client_rows: of the same rounds.
-
-    Raises:
-        DroppeftError: the two files do not have the same clients in the same rounds.
-    """
+    """Check that both files have the same clients in the same rounds."""
     found: dict[int, list[Any]] = {}
-    for row in client_rows:
-        is_whole = isinstance(row.get("accepted"), bool)
-        found.setdefault(row["round"], []).append(row.get("client") if is_whole else None)
+    for columns in client_rows:
+        is_whole = isinstance(columns.get("accepted"), bool)
+        client = columns.get("client") if is_whole else None
+        found.setdefault(columns["round"], []).append(client)
     for row in rows:
         if found.get(row.round, []) != row.cohort:
             raise DroppeftError(

@@ -156,8 +156,9 @@ def attach_model(client_model: ClientModel, model: GlobalModel) -> None:
 
 def _check_logits(task: Task, folder: Path, expected: torch.Tensor) -> None:
     """Load the merged model and compare its logits: PEFT cannot merge every type exactly."""
-    model = task.auto_class.from_pretrained(folder)
-    logits = _logits(model, AutoTokenizer.from_pretrained(folder))
+    model = task.auto_class.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    logits = _logits(model, tokenizer)
     if not torch.allclose(
         logits, expected, rtol=0, atol=MERGE_TOLERANCE * float(expected.abs().max())
     ):

@@ -6,6 +6,7 @@ from typing import Any
 from droppeft.adapters.by_layer import count_parameters
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
+from droppeft.runs.folder import SETTINGS, bound_settings
 from droppeft.server.prepare import Prepared, references
 from droppeft.tasks.metrics import quality
 from droppeft.training.loop import Evaluation
@@ -18,6 +19,7 @@ def initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
         "label_names": list(prepared.loaded.data.label_names),
         "sampled_test_rows": evaluation.rows,
         "run": prepared.setup.run,
+        SETTINGS: bound_settings(prepared.config),
         **identity(prepared.loaded),
         "references": references(prepared.loaded),
     }

@@ -4,13 +4,13 @@ At every moment, the folder holds a configuration, complete checkpoints and comp
 that is resumed from a checkpoint after a crash therefore ends as it would have without the crash.
 """
 
-import json
 import math
 import secrets
 import shutil
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import ReadData, count_clients, difference, identity, read_data
 from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError, Interrupted
-from droppeft.files import write_atomically
+from droppeft.files import as_json, write_atomically
 from droppeft.messages import ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
@@ -35,10 +35,14 @@ from droppeft.runs.folder import (
     CONFIG,
     RESULT,
     ROUNDS,
+    SETTINGS,
     begin,
+    bound_settings,
     check_free,
+    check_same_settings,
     locked,
     read_result,
+    remove_temporary_files,
     save_extended,
     with_more_rounds,
 )
@@ -48,7 +52,7 @@ from droppeft.runs.ledger import (
     RoundRow,
     append_rows,
     client_row,
-    rewind,
+    read_ledger,
     round_row,
     summarise,
 )
@@ -154,7 +158,8 @@ def resume_run(
 
     Raises:
         DroppeftError: the folder holds no run, another process works in it, ``rounds`` is not more
-            than the run has, or data, split or model are not those with which the run was started.
+            than the run has, a file of the run is damaged, or settings, data, split or model are
+            not those with which the run was started.
         Interrupted: on Ctrl-C.
     """
     out = out.resolve()
@@ -168,23 +173,21 @@ def resume_run(
         config = load_config(out / CONFIG)
         if rounds is not None:
             config = with_more_rounds(config, rounds, out)
-        check_settings(config)
         memory_type = method_named(config.method).memory_type
-        newest = checkpoints.load_newest(out / "checkpoints", memory_type)
+        remove_temporary_files(out)
+        newest = checkpoints.load_newest(
+            out / "checkpoints", memory_type, partial(check_same_settings, out, config)
+        )
+        check_settings(config)
         config = resolve(config, cuda=torch.cuda.is_available())
         prepared = prepare(config, listener.preparing, newest.facts["run"])
         _check_same_inputs(prepared, newest, out)
         if config.start_from is not None:
             first = checkpoints.load_round(out / "checkpoints", 0, memory_type)
             prepared = replace(prepared, state=first.state)
-        rows = [RoundRow.from_columns(row) for row in rewind(out / ROUNDS, newest.round)]
-        if len(rows) != newest.round:
-            raise DroppeftError(
-                f"{out / ROUNDS} has {len(rows)} of the {newest.round} rounds that are saved; "
-                "put the file back, or start a new run"
-            )
-        rewind(out / CLIENTS, newest.round)
+        rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
         if rounds is not None:
+            newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
             save_extended(out, config)
         with _connect(prepared, connect, listener) as transport:
             return _run_rounds(prepared, transport, newest, rows, out, listener)
@@ -293,7 +296,7 @@ def _run_one_round(
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
-    )
+    ).as_saved()
     client_rows = [
         client_row(*parts)
         for parts in zip(
@@ -369,7 +372,7 @@ def _finish(
     }
     trend = trend_of(result, rows)
     result |= {"conclusion": conclude(result, rows, trend), "trend": trend.kind if trend else None}
-    write_atomically(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    write_atomically(out / RESULT, (as_json(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
     return result
