@@ -16,7 +16,7 @@ PACKAGE = Path(droppeft.__file__).parent
 # level do not see each other. The empty name is droppeft/__init__.py.
 LEVELS = (
     {"errors", "files", "quantities", "seeds"},
-    {"git_lfs"},
+    {"git_lfs", "refusals"},
     {"", "table_files"},
     {"config", "extras", "layer_dropout", "messages"},
     {"checked_safetensors", "data"},
@@ -54,6 +54,7 @@ WITHOUT_TORCH = {
     "files",
     "git_lfs",
     "quantities",
+    "refusals",
     "seeds",
     "config",
     "extras",

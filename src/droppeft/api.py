@@ -54,6 +54,7 @@ class Settings(TypedDict, total=False):
     clients: int
     cohort_size: int
     quorum: int
+    sites: Sequence[str | Path]
     start_from: str | Path | Result
     threads: int
     accelerator: str
@@ -119,6 +120,8 @@ def run(
     name = register(method).name if isinstance(method, Method) else method
     tree: dict[str, Any] = {**settings, "method": name}
     tree |= _start_setting(tree)
+    if "sites" in tree:
+        tree["sites"] = [str(path) for path in tree["sites"]]
     _check(tree, data, model)
     listeners = Callbacks(callbacks)
     folder = new_folder(name) if out is None else Path(out)

@@ -9,6 +9,10 @@ from droppeft.errors import DroppeftError
 REASONS = {
     "error": "it could not run its instruction; the log on its machine says why",
     "state_lost": "the state that it saved in round {0:.0f} is missing or damaged",
+    "cannot_split": "its {0:.0f} rows of this task have too few different texts for rows to train, "
+    "validate and test",
+    "other_model": "its model differs from the server's",
+    "other_tokenizer": "its tokenizer differs from the server's",
     "too_few_rows": "it has {0:.0f} rows of this task, and the fewest that it takes part with are "
     "{1:.0f}",
 }

@@ -106,7 +106,7 @@ def test_the_state_folder_does_not_depend_on_the_working_directory(
 def test_a_missing_file_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 2 is missing"),
+        pytest.raises(StateLost, match="saved in round 2 is missing or damaged"),
     ):
         load_tensors(tmp_path, 2)
     assert "round-000002.safetensors is missing" in caplog.text
@@ -124,7 +124,7 @@ def test_a_damaged_file_is_lost(
     path.write_bytes(changed[damage])
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 2 is damaged"),
+        pytest.raises(StateLost, match="saved in round 2 is missing or damaged"),
     ):
         load_tensors(tmp_path, 2)
     assert "is damaged (" in caplog.text
@@ -144,7 +144,7 @@ def test_a_file_of_another_round_client_or_run_is_lost(
         shutil.copy(path, here / "round-000003.safetensors")
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 3 is damaged"),
+        pytest.raises(StateLost, match="saved in round 3 is missing or damaged"),
     ):
         load_tensors(here, 3)
     assert f"it is of round {round} of {place}" in caplog.text

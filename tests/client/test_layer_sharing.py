@@ -502,7 +502,9 @@ def test_after_a_damaged_file_a_client_fails_once_and_gets_the_global_layers(
     assert caplog.text.count(" is damaged (") == 2
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
-    assert [row["reason"] for row in third] == ["the state that it saved in round 2 is damaged"] * 2
+    assert [row["reason"] for row in third] == [
+        "the state that it saved in round 2 is missing or damaged"
+    ] * 2
     whole = max(row["download_bytes"] for row in rows)
     assert [row["download_bytes"] for row in rows if row["round"] == 4] == [whole] * 2
     assert all(row["accepted"] for row in rows if row["round"] >= 4)

@@ -88,6 +88,11 @@ IGNORED = [
         "one of the two out",
     ),
     ("flower.deadline_s=5", "flower.deadline_s has no effect with transport=in_process; leave"),
+    (
+        "sites=a.toml,b.toml partition.alpha=0.5",
+        "partition.alpha has no effect with partition.kind=sites, where the rows to train on are",
+    ),
+    ("source.classes=a,b", "source.classes has no effect with task=classification and partition."),
 ]
 IMPOSSIBLE = [
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
@@ -238,6 +243,8 @@ def test_defaults_satisfy_the_rules_of_their_method(name: str) -> None:
         ["server.optimizer=yogi", "server.step_size=0.5"],
         ["server.optimizer=momentum"],
         ["transport=flower", "flower.deadline_s=5"],
+        ["sites=a.toml,b.toml", "source.classes=a,b"],
+        ["partition.kind=sites", "clients=3", "task=causal_lm"],
         ["method=ditto", "ditto.pull=1"],
         ["method=fedra", "dropout.count=2"],
     ],

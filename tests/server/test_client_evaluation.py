@@ -115,7 +115,9 @@ def test_a_client_that_lost_its_state_reports_it(clients: Clients, first: Instru
     update_of(clients, first)
     (client_folder(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
     reply = ask(clients, next_instruction(first, round=2, saved=1))
-    assert reply == Failure(1, "the state that it saved in round 1 is damaged", lost=True)
+    assert reply == Failure(
+        1, "the state that it saved in round 1 is missing or damaged", lost=True
+    )
 
 
 def test_an_instruction_without_needed_tensors_is_an_error(
@@ -363,7 +365,9 @@ def test_a_client_that_lost_its_state_starts_again(
     start_run(config, tmp_path / "run", Recorder(), forgetful)
     rows = rows_of(tmp_path / "run" / "clients.jsonl")
     third = [row for row in rows if row["round"] == 3]
-    assert [row["reason"] for row in third] == ["the state that it saved in round 2 is missing"] * 2
+    assert [row["reason"] for row in third] == [
+        "the state that it saved in round 2 is missing or damaged"
+    ] * 2
     fourth = [row for row in rows if row["round"] == 4]
     assert all(row["accepted"] and row["download_bytes"] > 0 for row in fourth)
     assert all(row["download_bytes"] == 0 for row in rows if row["round"] == 5)

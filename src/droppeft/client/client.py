@@ -35,6 +35,7 @@ from droppeft.messages import (
     flatten,
     restrict,
 )
+from droppeft.refusals import Refused
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
@@ -64,7 +65,7 @@ class Client:
         """Run an instruction: train, or only evaluate if ``instruction.evaluate_only`` is set.
 
         Returns:
-            An update or a measurement, or a failure if this client has lost its saved state.
+            An update or a measurement, or a failure if this client refuses the instruction.
 
         Raises:
             DroppeftError: the instruction does not fit this client or its model, or tensors
@@ -74,8 +75,9 @@ class Client:
             return (
                 self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
             )
-        except StateLost as error:
-            return Failure(instruction.client, str(error), lost=True)
+        except Refused as error:
+            lost = isinstance(error, StateLost)
+            return Failure(instruction.client, str(error), lost=lost)
 
     def measure(self, instruction: Instruction) -> EvaluationReply:
         """Evaluate this client's model on its test or validation rows, with all layers.

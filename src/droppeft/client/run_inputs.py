@@ -1,12 +1,13 @@
 """Loads what a configuration names: the data, their partition into clients, and the backbone.
 
 Server and clients load the same. :mod:`droppeft.server.prepare` adds what only the server needs,
-and :func:`clients_of` what only clients need.
+and :func:`clients_of` what only clients need, such as the rows of sites.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from droppeft import seeds
 from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
+from droppeft.client.node_file import read_node_file
+from droppeft.client.published_task import published
+from droppeft.client.site import RefusingSite, check_numbers, site_client
 from droppeft.config import Config, resolve_clients, resolve_layers
 from droppeft.data.checks import partitioned
 from droppeft.data.findings import Findings
@@ -25,6 +29,7 @@ from droppeft.extras import require
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.loading import Backbone, check_tokens
 from droppeft.models.sources import find_source
+from droppeft.refusals import Refused
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Corpus, Table, Task
 from droppeft.training.checkpointing import check_checkpointing
@@ -41,7 +46,8 @@ class Loaded:
         config: the resolved configuration, with the number of frozen layers.
         task: what is learnt.
         data: rows to train and to test on.
-        clients: each client's rows of the training data.
+        clients: each client's rows of the training data; empty if they are sites, which have rows
+            of their own.
         findings: what reading and partitioning the data found and did.
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
@@ -71,7 +77,8 @@ class ReadData:
 
 def what_is_read(config: Config) -> tuple[Any, ...]:
     """Return the settings that decide what is read."""
-    return config.task, config.data, config.source, config.partition.key
+    only_test_rows = config.partition.kind == "sites"
+    return config.task, config.data, config.source, config.partition.key, only_test_rows
 
 
 def read_data(config: Config, earlier: ReadData | None = None) -> ReadData:
@@ -113,13 +120,39 @@ def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
     say("reading data")
     task = task_named(config.task)
     data = read_data(config, read).corpus
-    clients = partition_rows(
-        data.train.labels, data.train.keys, config.clients, config.partition, config.seed
-    )
+    clients: tuple[ClientRows, ...] = ()
+    findings = data.findings
+    if config.partition.kind != "sites":
+        clients = partition_rows(
+            data.train.labels, data.train.keys, config.clients, config.partition, config.seed
+        )
+        findings = partitioned(data.findings, data.train.keys, clients, config.partition.min_rows)
+    config, backbone, model = load_model(config, data.label_names, say)
+    return Loaded(config, task, data, clients, findings, backbone, model)
+
+
+def load_model(
+    config: Config, label_names: Sequence[str], say: Say
+) -> tuple[Config, Backbone, ClientModel]:
+    """Load the model that a configuration names.
+
+    Args:
+        config: the resolved configuration.
+        label_names: names of the task's classes, if it has classes.
+        say: called with what is being done.
+
+    Returns:
+        The configuration with the number of frozen layers, the backbone, and the same backbone to
+        which adapters can be attached.
+
+    Raises:
+        DroppeftError: as :func:`load`.
+    """
+    task = task_named(config.task)
     find_source(config.model).convert(say)
     say("loading model")
     head_seed = seeds.seed_for(config.seed, purpose="head")
-    backbone = task.load_backbone(config, data.label_names, head_seed)
+    backbone = task.load_backbone(config, label_names, head_seed)
     config = resolve_layers(config, backbone.num_layers)
     _check_length(config.training.max_length, config.adapter.tokens or 0, backbone)
     if task.generates:
@@ -130,8 +163,7 @@ def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
         check_checkpointing(backbone.model, find_blocks(backbone.model)[1])
     offload = config.training.offload
     model = ClientModel(backbone, task, config.accelerator, config.seed, offload=offload)
-    findings = partitioned(data.findings, data.train.keys, clients, config.partition.min_rows)
-    return Loaded(config, task, data, tuple(clients), findings, backbone, model)
+    return config, backbone, model
 
 
 def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
@@ -145,12 +177,30 @@ def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
     return rows
 
 
-def clients_of(loaded: Loaded) -> tuple[Client, ...]:
-    """Create all clients of the run in this process, with one model for all of them."""
+def clients_of(loaded: Loaded) -> tuple[Client | RefusingSite, ...]:
+    """Create all clients of the run in this process, with one model for all of them.
+
+    Raises:
+        DroppeftError: the rows of a site cannot be read, or do not fit the task.
+    """
     delete_old_runs()
+    if loaded.config.partition.kind == "sites":
+        return tuple(_site_clients(loaded))
     table = tokens_of(loaded, loaded.data.train)
     texts = loaded.data.train if loaded.task.generates else None
     return tuple(Client(loaded.model, table, rows, texts) for rows in loaded.clients)
+
+
+def _site_clients(loaded: Loaded) -> Iterator[Client | RefusingSite]:
+    """The clients whose node files the configuration names, by their numbers."""
+    nodes = [read_node_file(Path(name)) for name in loaded.config.sites]
+    check_numbers(nodes)
+    task = published(loaded.task.name, loaded.data.label_names, loaded.backbone)
+    for node in sorted(nodes, key=lambda node: node.client):
+        try:
+            yield site_client(node, task, loaded.model, loaded.config)
+        except Refused as reason:
+            yield RefusingSite(reason)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:

@@ -157,6 +157,7 @@ def resolve(config: Config, *, cuda: bool) -> Config:
         else config.accelerator,
         "model": _absolute_if_exists("model", config.model),
         "data": _absolute_if_exists("data", config.data),
+        "sites": tuple(_absolute_if_exists("sites", name) for name in config.sites),
         "start_from": config.start_from and _absolute_if_exists("start_from", config.start_from),
     }
     if updates["accelerator"] == "cuda" and not cuda:

@@ -24,6 +24,7 @@ DEFAULT_METHOD = "adaptive"
 DEFAULT_TASK: Literal["classification"] = "classification"
 DEFAULT_CLIENTS = 20
 DEFAULT_COHORT_SIZE = 5
+Kind = Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural", "sites"]
 DEFAULT_KIND: Literal["dirichlet"] = "dirichlet"
 
 # Defaults of a method that differ from the general ones, by table.
@@ -81,19 +82,39 @@ def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object
 def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
     task = given.get("task", DEFAULT_TASK)
     defaults = TASK_DEFAULTS.get(str(task), {})
-    if given.get("data", "builtin") != "builtin":
+    if given.get("data", "builtin") != "builtin" or _kind_of(given) == "sites":
         return defaults
     return {**defaults, **BUILTIN_DEFAULTS.get(str(task), {})}
 
 
+def _kind_of(value: Mapping[str, Any]) -> object:
+    """The kind of the partition, if it is given."""
+    partition = value.get("partition")
+    return partition.get("kind") if isinstance(partition, Mapping) else None
+
+
+def _with_kind_of_sites(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Set the kind of the partition that follows from a list of sites."""
+    partition = value.get("partition", {})
+    if not value.get("sites") or not isinstance(partition, Mapping):
+        return value
+    return {**value, "partition": {"kind": "sites", **partition}}
+
+
 def _with_sizes(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Set the number of clients and the cohort, or 0 until the owners are counted."""
-    partition = value.get("partition")
-    natural = isinstance(partition, Mapping) and partition.get("kind") == "natural"
-    clients = value.get("clients", 0 if natural else DEFAULT_CLIENTS)
+    default = {"natural": 0, "sites": _number_of_sites(value.get("sites"))}
+    clients = value.get("clients", default.get(str(_kind_of(value)), DEFAULT_CLIENTS))
     known = type(clients) is int and clients > 0
     cohort = min(DEFAULT_COHORT_SIZE, clients) if known else 0
     return {"cohort_size": cohort, **value, "clients": clients}
+
+
+def _number_of_sites(sites: object) -> int:
+    """The length of a list that may be written with commas."""
+    if isinstance(sites, str):
+        return len(sites.split(","))
+    return len(sites) if isinstance(sites, list | tuple) else 0
 
 
 class SourceConfig(Table):
@@ -125,6 +146,11 @@ class SourceConfig(Table):
         "the run, `drop` leaves them out and counts them",
     )
     strip_labels: bool = Field(True, description="remove spaces around labels")
+    classes: TextList | None = Field(
+        None,
+        description="for `partition.kind=sites`: names of the classes in their order (those of the "
+        "test rows if not given)",
+    )
 
     @field_validator("text")
     @classmethod
@@ -145,12 +171,13 @@ class SourceConfig(Table):
 class PartitionConfig(Table):
     """How the training rows are distributed over the clients."""
 
-    kind: Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural"] = Field(
+    kind: Kind = Field(
         DEFAULT_KIND,
         description="`iid`: at random; `dirichlet`: each class is distributed over the clients by "
         "Dir(alpha); `dirichlet_by_client`: each client draws its label distribution from "
         "Dir(alpha x class prior), with equal sizes; `pathological`: each client has a few "
-        "classes; `natural`: a client for each owner, by a column",
+        "classes; `natural`: a client for each owner, by a column; `sites`: each client brings "
+        "rows of its own, and `data` has test rows only",
     )
     alpha: Real = Field(
         1.0, gt=0, description="Dirichlet concentration: a smaller value is more skewed"
@@ -221,6 +248,11 @@ class Config(Table):
         description="how instructions reach clients: `in_process`, or `flower` (Flower's "
         "simulation engine)",
     )
+    sites: TextList = Field(
+        (),
+        description="node files of the clients, each with rows of its own, for a run on one "
+        "machine; sets `partition.kind=sites`",
+    )
     start_from: str | None = Field(
         None,
         description="the folder of a run, or of an adapter in PEFT's format, with whose values "
@@ -232,7 +264,7 @@ class Config(Table):
         DEFAULT_CLIENTS,
         ge=0,
         description="number of clients; with `partition.kind=natural`, 0 (the default) is one for "
-        "every owner (the run's config.toml has the number)",
+        "every owner (the run's config.toml has the number); with `sites`, their number",
     )
     cohort_size: Whole = Field(
         DEFAULT_COHORT_SIZE,
@@ -281,6 +313,7 @@ class Config(Table):
     def _defaults_of_task_and_method(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        value = _with_kind_of_sites(value)
         for defaults in (
             _defaults_of_the_task(value),
             METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {}),
@@ -295,6 +328,24 @@ class Config(Table):
                 },
             }
         return _with_sizes(value)
+
+    @model_validator(mode="after")
+    def _one_site_for_each_client(self) -> "Config":
+        if self.sites and self.partition.kind != "sites":
+            raise ValueError(
+                f"sites have rows of their own, which partition.kind={self.partition.kind} does "
+                "not distribute; leave one of the two out"
+            )
+        if self.sites and self.clients != len(self.sites):
+            raise ValueError(
+                f"clients={self.clients}, but sites names {len(self.sites)}; leave clients out"
+            )
+        if self.partition.kind == "sites" and not self.clients:
+            raise ValueError(
+                "partition.kind=sites needs the number of clients; name their node files with "
+                "sites, or on a SuperLink set clients"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clients_known(self) -> "Config":

@@ -34,7 +34,7 @@ from droppeft.data.findings import Findings
 from droppeft.data.labels import LabelColumn, indices_of, ordered, read_labels, without_class
 from droppeft.data.missing_values import Lacking, Rule, kept_rows
 from droppeft.data.sources import at_most, check_builtin_source, owners, with_smallest_hashes
-from droppeft.data.splits import Split, read_splits
+from droppeft.data.splits import Split, read_splits, read_test_split
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
 
@@ -69,6 +69,68 @@ def load_conversations(data: str, source: SourceConfig, key: str | None = None) 
     findings = replace(whole.findings, beyond_limit=beyond)
     findings = compared(findings, train.rows, test.rows, np.zeros(len(train), np.int64))
     return replace(whole, train=train, test=test, findings=findings)
+
+
+def load_test_conversations(data: str, source: SourceConfig) -> ConversationData:
+    """Load the test rows of a task for a causal language model, for a server without training rows.
+
+    Args:
+        data: as for :func:`load_conversations`. Of a folder or a data set of the hub the test split
+            is read, and of a single file all rows.
+        source: as for :func:`load_conversations`; categories are not read.
+
+    Returns:
+        The task, whose ``train`` has no rows.
+
+    Raises:
+        DroppeftError: as :func:`load_conversations`.
+    """
+    if data == "builtin":
+        check_builtin_source(source, None)
+        builtin = load_builtin_docstrings()
+        whole, shape = replace(builtin.test, keys=None), builtin.shape
+        findings = Findings(rows_read=len(whole))
+    else:
+        tables, shape, findings = read_conversations([read_test_split(data, source)], source)
+        [whole] = tables
+    test = at_most(whole, source.max_test_rows)
+    found = replace(findings, test_rows=len(test), beyond_limit=len(whole) - len(test))
+    train = test.take(np.zeros(0, np.int64))
+    return ConversationData(data, shape, train, test, (), found)
+
+
+def read_conversations(
+    splits: Sequence[Split], source: SourceConfig
+) -> tuple[list[ConversationTable], str, Findings]:
+    """Read conversations or documents of splits, without categories and owners.
+
+    Returns:
+        The rows of each split, the name of their shape, and what was found.
+
+    Raises:
+        DroppeftError: no shape fits the columns, or a row cannot be used.
+    """
+    if source.prompt is None and source.text is None:
+        splits = [_in_lower_case(split) for split in splits]
+    shape = _shape(splits[0], source)
+    examples = [_examples(split, shape, source.missing) for split in splits]
+    lacking = [
+        _lacking(split, rows, None, None, None, None)
+        for split, rows in zip(splits, examples, strict=True)
+    ]
+    kept, missing = kept_rows(lacking, source.missing)
+    tables = [
+        ConversationTable(
+            tuple(one for row in rows if (one := of_split[row])), np.zeros(len(rows), np.int64)
+        )
+        for of_split, rows in zip(examples, kept, strict=True)
+    ]
+    findings = Findings(
+        remarks=tuple(dict.fromkeys(text for split in splits for text in split.remarks)),
+        columns=_roles(shape, None, None),
+        rows_read=sum(split.table.num_rows for split in splits),
+    )
+    return tables, shape.name, dropped(findings, missing)
 
 
 def _builtin(source: SourceConfig, key: str | None) -> ConversationData:
@@ -247,7 +309,12 @@ def _split(table: ConversationTable, where: str) -> tuple[ConversationTable, Con
 
 def _test_rows(table: ConversationTable) -> npt.NDArray[np.bool_]:
     """Select all rows of the fifth of each category's prompts that have the smallest hashes."""
-    return with_smallest_hashes([_hash_of_prompt(row) for row in table.rows], table.labels)
+    return with_smallest_hashes(hashes_of_prompts(table), table.labels)
+
+
+def hashes_of_prompts(table: ConversationTable) -> list[str]:
+    """Return a hash of the prompt of each conversation, and of the text of each document."""
+    return [_hash_of_prompt(row) for row in table.rows]
 
 
 def _hash_of_prompt(row: Example) -> str:

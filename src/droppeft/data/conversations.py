@@ -1,10 +1,13 @@
 """Conversations and documents in memory: what a causal language model learns from. Ours."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Literal
+
+import numpy as np
 
 from droppeft.data.findings import Findings
 from droppeft.data.texts import Rows, hash_of
@@ -60,6 +63,14 @@ class ConversationTable:
             rows=tuple(self.rows[row] for row in rows),
             labels=self.labels[rows],
             keys=self.keys and tuple(self.keys[row] for row in rows),
+        )
+
+    @classmethod
+    def joined(cls, tables: "Sequence[ConversationTable]") -> "ConversationTable":
+        """Return the rows of several tables, one after another, without their owners."""
+        return cls(
+            rows=tuple(chain.from_iterable(one.rows for one in tables)),
+            labels=np.concatenate([one.labels for one in tables]),
         )
 
 

@@ -1,7 +1,8 @@
 """Load labelled text from the built-in data set, the hub, a folder or a file. Ours."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
@@ -13,7 +14,7 @@ from droppeft.config import SourceConfig
 from droppeft.data.builtin import load_builtin, package_of
 from droppeft.data.cells import Unsuitable, spelled
 from droppeft.data.checks import compared, dropped, of_classes
-from droppeft.data.columns import find_columns
+from droppeft.data.columns import TextColumns, find_columns
 from droppeft.data.findings import Findings
 from droppeft.data.labels import (
     LabelColumn,
@@ -22,10 +23,11 @@ from droppeft.data.labels import (
     key_of_name,
     ordered,
     read_labels,
+    similar_names,
     without_class,
 )
 from droppeft.data.missing_values import Lacking, Mask, kept_rows, row_numbers
-from droppeft.data.splits import Split, read_splits
+from droppeft.data.splits import Split, read_splits, read_test_split
 from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.errors import DroppeftError
 
@@ -92,15 +94,57 @@ def load_text(data: str, source: SourceConfig, key: str | None = None) -> TextDa
     return replace(limited, findings=_checked(limited, len(whole.train) + len(whole.test)))
 
 
+def load_test_texts(data: str, source: SourceConfig) -> TextData:
+    """Load the test rows of a classification task, for a server without training rows.
+
+    The classes are those of ``source.classes``, or else the labels of the test rows, in ascending
+    order.
+
+    Args:
+        data: as for :func:`load_text`. Of a folder or a data set of the hub the test split is read,
+            and of a single file all rows.
+        source: as for :func:`load_text`.
+
+    Returns:
+        The task, whose ``train`` has no rows.
+
+    Raises:
+        DroppeftError: as :func:`load_text`, or a test row has a label that is not in
+            ``source.classes``.
+    """
+    if data == "builtin":
+        check_builtin_source(source, None)
+        builtin = load_builtin()
+        found = replace(
+            builtin,
+            test=replace(builtin.test, keys=None),
+            findings=Findings(rows_read=len(builtin.test)),
+        )
+    else:
+        found = _test_of_data(data, source)
+    test = at_most(found.test, source.max_test_rows)
+    findings = replace(
+        found.findings,
+        test_rows=len(test),
+        beyond_limit=len(found.test) - len(test),
+        similar_classes=similar_names(found.label_names),
+    )
+    train = test.take(np.zeros(0, np.int64))
+    return replace(found, train=train, test=test, findings=findings)
+
+
 def _checked(data: TextData, rows: int) -> Findings:
     """What is found about the rows that are used, of ``rows`` that could be."""
     used = len(data.train) + len(data.test)
     findings = replace(data.findings, beyond_limit=rows - used)
-    findings = compared(findings, _contents(data.train), _contents(data.test), data.train.labels)
+    findings = compared(
+        findings, contents_of(data.train), contents_of(data.test), data.train.labels
+    )
     return of_classes(findings, data.label_names, data.train.labels)
 
 
-def _contents(table: TextTable) -> Sequence[str | tuple[str, str]]:
+def contents_of(table: TextTable) -> Sequence[str | tuple[str, str]]:
+    """Return the text of each row, or its pair of texts."""
     return list(zip(table.texts, table.pairs, strict=True)) if table.pairs else table.texts
 
 
@@ -141,49 +185,95 @@ def _builtin(source: SourceConfig, key: str | None) -> TextData:
 
 
 @dataclass(frozen=True)
-class _Cells:
-    """The values of a split that are read, of all its rows."""
+class Cells:
+    """The values of a split that are read, of all its rows.
+
+    Attributes:
+        split: the split.
+        texts: the text of each row, or both texts of a pair.
+        labels: the label of each row.
+        owners: the owner of each row, if it is asked for.
+    """
 
     split: Split
     texts: tuple[Sequence[str], ...]
     labels: LabelColumn
-    owners: Sequence[str] | None
+    owners: Sequence[str] | None = None
+
+
+def read_cells(split: Split, columns: TextColumns, source: SourceConfig) -> Cells:
+    """Read texts and labels of a split.
+
+    Raises:
+        DroppeftError: a column does not exist or has values of another type.
+    """
+    return Cells(
+        split,
+        tuple(_texts(split, column) for column in columns.text),
+        read_labels(split, columns.label, strip=source.strip_labels),
+    )
 
 
 def _from_data(name: str, source: SourceConfig, key: str | None) -> TextData:
     train, test = read_splits(name, source)
-    splits = (train,) if test is None else (train, test)
     columns = find_columns(train, source)
-    cells = [
-        _Cells(
-            split,
-            tuple(_texts(split, column) for column in columns.text),
-            read_labels(split, columns.label, strip=source.strip_labels),
-            owners(split, key) if key and split is train else None,
-        )
-        for split in splits
-    ]
-    classless = without_class({value for one in cells for value in one.labels.values})
-    lacking = [_lacking(one, columns.text, columns.label, key, classless) for one in cells]
-    kept, missing = kept_rows(lacking, source.missing)
+    cells = [read_cells(split, columns, source) for split in ((train, test) if test else (train,))]
+    if key:
+        cells[0] = replace(cells[0], owners=owners(train, key))
+    kept, missing = kept_rows(lacking_of(cells, columns, key), source.missing)
     classes, indices = _classes(cells, kept, columns.label)
-    tables = [_table(*of_split) for of_split in zip(cells, kept, indices, strict=True)]
-    remarks = dict.fromkeys(text for split in splits for text in split.remarks)
+    tables = [table_of(*of_split) for of_split in zip(cells, kept, indices, strict=True)]
+    findings = findings_of(cells, columns, key, missing)
+    if test is None:
+        tables = _held_out(tables[0], train.where)
+        findings = replace(findings, remarks=(*findings.remarks, SPLIT_BY_US))
+    return TextData(name, tables[0], tables[1], classes, findings)
+
+
+def findings_of(
+    cells: Sequence[Cells], columns: TextColumns, key: str | None, missing: Counter[str]
+) -> Findings:
+    """Return what reading found, before rows are compared."""
+    remarks = dict.fromkeys(text for one in cells for text in one.split.remarks)
     if columns.by_content:
         remarks[
             f"the columns were found by what they hold: text in {columns.text[0]}, label in "
             f"{columns.label}"
         ] = None
-    if test is None:
-        tables = _held_out(tables[0], train.where)
-        remarks[SPLIT_BY_US] = None
     findings = Findings(
         remarks=tuple(remarks),
         columns=_roles(columns.text, columns.label, key),
-        rows_read=sum(split.table.num_rows for split in splits),
+        rows_read=sum(one.split.table.num_rows for one in cells),
         stripped_labels=sum(one.labels.stripped for one in cells),
     )
-    return TextData(name, tables[0], tables[1], classes, dropped(findings, missing))
+    return dropped(findings, missing)
+
+
+def _test_of_data(name: str, source: SourceConfig) -> TextData:
+    split = read_test_split(name, source)
+    columns = find_columns(split, source)
+    cells = read_cells(split, columns, source)
+    kept, missing = kept_rows([lacking_of([cells], columns)[0]], source.missing)
+    if source.classes is None:
+        classes, [labels] = _classes([cells], kept, columns.label)
+    else:
+        classes, labels = source.classes, _of_classes(source.classes, cells, kept[0], columns.label)
+    table = table_of(cells, kept[0], labels)
+    return TextData(name, table, table, classes, findings_of([cells], columns, None, missing))
+
+
+def _of_classes(classes: Sequence[str], cells: Cells, rows: Rows, label: str) -> Rows:
+    """The class of each row, if all are among the given classes."""
+    values = [cells.labels.values[row] for row in rows]
+    index = indices_of(values, classes, cells.labels.stored)
+    unknown = np.flatnonzero([value not in index for value in values])
+    if unknown.size:
+        raise DroppeftError(
+            f"{cells.split.where}: {label} {values[unknown[0]]} in {row_numbers(rows[unknown])}"
+            f"{cells.split.numbering} is not in source.classes ({', '.join(classes)}); add it "
+            "there, or correct or remove such rows"
+        )
+    return np.array([index[value] for value in values], np.int64)
 
 
 def _roles(text: Sequence[str], label: str, key: str | None) -> dict[str, str]:
@@ -192,14 +282,35 @@ def _roles(text: Sequence[str], label: str, key: str | None) -> dict[str, str]:
     return {**roles, "owner": key} if key else roles
 
 
+def lacking_of(
+    cells: Sequence[Cells],
+    columns: TextColumns,
+    key: str | None = None,
+    *,
+    known: Collection[str] = (),
+) -> list[Lacking]:
+    """Return which rows of each split lack what; labels that stand for no class are missing too.
+
+    Args:
+        cells: of each split.
+        columns: from which they were read.
+        key: column of the owners, if they were asked for.
+        known: labels that stand for a class.
+    """
+    every = {value for one in cells for value in one.labels.values}
+    words, hidden = without_class({*every, *known})
+    classless = (words - {*known}, hidden - {*known})
+    return [_lacking(one, columns.text, columns.label, key, classless) for one in cells]
+
+
 def _lacking(
-    cells: _Cells,
+    cells: Cells,
     text: Sequence[str],
     label: str,
     key: str | None,
     classless: tuple[frozenset[str], frozenset[str]],
 ) -> Lacking:
-    """Which rows lack what; labels that stand for no class are missing too."""
+    """Which rows lack what."""
     words, hidden = classless
     blank = np.zeros(cells.split.table.num_rows, bool)
     for column in cells.texts:
@@ -229,7 +340,7 @@ def _mask(values: list[bool]) -> Mask:
 
 
 def _classes(
-    cells: Sequence[_Cells], kept: Sequence[Rows], label: str
+    cells: Sequence[Cells], kept: Sequence[Rows], label: str
 ) -> tuple[tuple[str, ...], list[Rows]]:
     """Return the names of the classes, and the class of each row that is kept."""
     values = [
@@ -265,7 +376,14 @@ def _unknown(
     )
 
 
-def _table(cells: _Cells, rows: Rows, labels: Rows) -> TextTable:
+def table_of(cells: Cells, rows: Rows, labels: Rows) -> TextTable:
+    """Return the table of some rows of a split.
+
+    Args:
+        cells: of the split.
+        rows: indices of n rows.
+        labels: the class of each of them, shape (n,).
+    """
     texts = [tuple(column[row] for row in rows) for column in cells.texts]
     return TextTable(
         texts=texts[0],
@@ -288,11 +406,14 @@ def _held_out(table: TextTable, where: str) -> list[TextTable]:
 
 def _test_rows(table: TextTable) -> npt.NDArray[np.bool_]:
     """Select the rows of the fifth of each class's texts that have the smallest hashes."""
+    return with_smallest_hashes(hashes_of(table), table.labels)
+
+
+def hashes_of(table: TextTable) -> list[str]:
+    """Return a hash of the text or pair of texts of each row."""
     seconds = table.pairs or ("",) * len(table)
     texts = zip(table.texts, seconds, strict=True)
-    return with_smallest_hashes(
-        [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts], table.labels
-    )
+    return [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts]
 
 
 def with_smallest_hashes(hashes: Sequence[str], labels: Rows) -> npt.NDArray[np.bool_]:

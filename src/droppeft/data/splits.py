@@ -6,9 +6,11 @@ cached by the datasets library, which also reads the folders that it saved.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -19,6 +21,11 @@ from droppeft.table_files import SPREADSHEETS, SUFFIXES, is_table_file, read_tab
 
 TEST_SPLITS = ("test", "validation", "validation_matched", "dev")
 """Names of the test split, tried in this order if the configuration does not name it."""
+
+VALIDATION_SPLITS = ("validation", "validation_matched", "dev")
+"""Names of the validation split of a client's own data."""
+
+Part = Literal["train", "validation", "test"]
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -71,6 +78,28 @@ class Split:
         return column
 
 
+@dataclass(frozen=True)
+class NamedSplits:
+    """Splits that have not been read yet.
+
+    Attributes:
+        where: their name in error messages.
+        readers: read a split, by its name.
+    """
+
+    where: str
+    readers: Mapping[str, Callable[[], Split]]
+
+    def read(self, name: str, setting: str) -> Split:
+        """Read a split; an error about its name advises to use ``setting``."""
+        if name not in self.readers:
+            raise DroppeftError(
+                f"{self.where} has no split {name}, only {', '.join(sorted(self.readers))}; "
+                f"name one with {setting}"
+            )
+        return self.readers[name]()
+
+
 def read_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
     """Read the training and test split of a folder, a file or a data set of the hub.
 
@@ -87,17 +116,80 @@ def read_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
     Raises:
         DroppeftError: the data cannot be found or read, or a split does not exist.
     """
+    found = _splits_of(data, source)
+    if isinstance(found, Split):
+        return found, None
+    train = source.train or "train"
+    test = source.test or _first_of(TEST_SPLITS, found, train)
+    if train == test:
+        raise DroppeftError(f"{found.where}: {train} cannot be both source.train and source.test")
+    return (
+        found.read(train, "source.train"),
+        None if test is None else found.read(test, "source.test"),
+    )
+
+
+def read_test_split(data: str, source: SourceConfig) -> Split:
+    """Read the test split of a folder or a data set of the hub, or all rows of a single file.
+
+    Args:
+        data: as in :func:`read_splits`.
+        source: name of the split, if it is not one of ``TEST_SPLITS``.
+
+    Raises:
+        DroppeftError: the data cannot be found or read, or there is no test split.
+    """
+    found = _splits_of(data, source)
+    if isinstance(found, Split):
+        return found
+    test = source.test or _first_of(TEST_SPLITS, found)
+    return found.read("test" if test is None else test, "source.test")
+
+
+def read_parts(data: str, source: SourceConfig) -> dict[Part, Split]:
+    """Read the splits of a client's own data.
+
+    Args:
+        data: as in :func:`read_splits`.
+        source: names of the training and test split, if they are not ``train`` and ``test``.
+
+    Returns:
+        The training split, or all rows of a single file, and a split of ``VALIDATION_SPLITS`` and
+        the test split where there are such.
+
+    Raises:
+        DroppeftError: the data cannot be found or read, or a split does not exist.
+    """
+    found = _splits_of(data, source)
+    if isinstance(found, Split):
+        return {"train": found}
+    train, test = source.train or "train", source.test or _first_of(("test",), found)
+    parts: dict[Part, Split] = {"train": found.read(train, "source.train")}
+    if validation := _first_of(VALIDATION_SPLITS, found, train, test):
+        parts["validation"] = found.read(validation, "source.test")
+    if test is not None:
+        parts["test"] = found.read(test, "source.test")
+    return parts
+
+
+def _first_of(names: Sequence[str], found: NamedSplits, *others: str | None) -> str | None:
+    """The first name that a split has and that is none of the others."""
+    return next((name for name in names if name in found.readers and name not in others), None)
+
+
+def _splits_of(data: str, source: SourceConfig) -> NamedSplits | Split:
+    """The splits of a data set, or all rows of a single file."""
     path = Path(data).expanduser()
     if path.is_dir():
-        return folder_splits(path, source)
+        return _of_folder(path, source)
     if path.is_file():
-        return single_file(path, source), None
+        return _single_file(path, source)
     if _looks_like_path(data):
         raise DroppeftError(f"data={data}: no such file or folder")
-    return hub_splits(data, source)
+    return _of_hub(data)
 
 
-def single_file(path: Path, source: SourceConfig) -> Split:
+def _single_file(path: Path, source: SourceConfig) -> Split:
     """Read a file that holds all rows; names of splits are refused."""
     for setting in ("train", "test"):
         if getattr(source, setting) is not None:
@@ -116,13 +208,13 @@ def _looks_like_path(data: str) -> bool:
     )
 
 
-def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None]:
-    """Read the training and test split of a folder whose files are named after their splits.
+def _of_folder(path: Path, source: SourceConfig) -> NamedSplits | Split:
+    """The splits of a folder whose files are named after them.
 
     A folder with one file that has another name is this file.
     """
     if is_saved_dataset(path):
-        return _saved_splits(path, source)
+        return _saved_splits(path)
     files: dict[str, list[Path]] = {}
     try:
         inside = sorted(path.iterdir())
@@ -134,9 +226,8 @@ def folder_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None
         raise DroppeftError(f"{path} has no {', '.join(SUFFIXES)} file")
     [first, *others] = files.values()
     if not others and len(first) == 1 and not {"train", source.train} & set(files):
-        return single_file(first[0], source), None
-    train, test = _choose(files, source, str(path))
-    return _joined(files[train]), _joined(files[test]) if test else None
+        return _single_file(first[0], source)
+    return NamedSplits(str(path), {name: partial(_joined, some) for name, some in files.items()})
 
 
 def _joined(files: Sequence[Path]) -> Split:
@@ -155,8 +246,8 @@ def _joined(files: Sequence[Path]) -> Split:
     return Split(table, where, dict.fromkeys(text for one in shards for text in one.remarks))
 
 
-def _saved_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None]:
-    """Read what ``save_to_disk`` of the datasets library wrote: one data set, or one per split."""
+def _saved_splits(path: Path) -> NamedSplits | Split:
+    """What ``save_to_disk`` of the datasets library wrote: one data set, or one per split."""
     import datasets
 
     try:
@@ -164,12 +255,12 @@ def _saved_splits(path: Path, source: SourceConfig) -> tuple[Split, Split | None
     except Exception as error:  # the library does not wrap errors of files and formats
         raise DroppeftError(f"{path}: cannot be read as a saved data set: {_line(error)}") from None
     if isinstance(loaded, datasets.Dataset):
-        return _from_datasets(loaded, str(path)), None
-    return _chosen(loaded, source, str(path))
+        return _from_datasets(loaded, str(path))
+    return _named(loaded, str(path))
 
 
-def hub_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
-    """Load the training and test split of a data set on the hub, ``id`` or ``id:configuration``."""
+def _of_hub(data: str) -> NamedSplits:
+    """Load a data set of the hub, ``id`` or ``id:configuration``."""
     import datasets
 
     name, _, configuration = data.partition(":")
@@ -179,43 +270,23 @@ def hub_splits(data: str, source: SourceConfig) -> tuple[Split, Split | None]:
         raise DroppeftError(
             f"data={data} is no file or folder, and loading it from the hub failed: {_line(error)}"
         ) from None
-    return _chosen(loaded, source, data)
+    return _named(loaded, data)
 
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _chosen(
-    loaded: Mapping[str, Any], source: SourceConfig, where: str
-) -> tuple[Split, Split | None]:
-    train, test = _choose(loaded, source, where)
-    return (
-        _from_datasets(loaded[train], f"{where} ({train})"),
-        _from_datasets(loaded[test], f"{where} ({test})") if test else None,
-    )
+def _named(loaded: Mapping[str, Any], where: str) -> NamedSplits:
+    readers = {
+        name: partial(_from_datasets, one, f"{where} ({name})") for name, one in loaded.items()
+    }
+    return NamedSplits(where, readers)
 
 
 def _from_datasets(dataset: Any, where: str) -> Split:
     table = dataset.with_format("arrow")[:]
     return Split(table.replace_schema_metadata(dataset.features.arrow_schema.metadata), where)
-
-
-def _choose(
-    splits: Mapping[str, object], source: SourceConfig, where: str
-) -> tuple[str, str | None]:
-    train = source.train or "train"
-    others = (name for name in TEST_SPLITS if name in splits and name != train)
-    test = source.test or next(others, None)
-    for name, wanted in (("train", train), ("test", test)):
-        if wanted is not None and wanted not in splits:
-            raise DroppeftError(
-                f"{where} has no split {wanted}, only {', '.join(sorted(splits))}; "
-                f"name one with source.{name}"
-            )
-    if train == test:
-        raise DroppeftError(f"{where}: {train} cannot be both source.train and source.test")
-    return train, test
 
 
 def read_file(path: Path) -> Split:

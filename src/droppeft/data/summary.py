@@ -5,19 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from droppeft.config import Config, key_of
 from droppeft.config.task_detection import columns_of
 from droppeft.data.checks import measured, partitioned
-from droppeft.data.conversation_sources import load_conversations
+from droppeft.data.conversation_sources import load_conversations, load_test_conversations
 from droppeft.data.conversation_tokens import IGNORED, encode_conversations
 from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.findings import Findings
 from droppeft.data.partition import owners_of, partition_rows
-from droppeft.data.sources import load_text
+from droppeft.data.sources import load_test_texts, load_text
 from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.data.tokens import UNTRUNCATED, tokenise
 from droppeft.errors import DroppeftError
@@ -79,7 +79,8 @@ class Summary:
         train_rows, test_rows: number of rows in each split.
         labels: number of training and of test rows of each class or category.
         owners: number of training rows of each owner (``partition.key``), in descending order.
-        clients: the clients of a run with the same settings, or why there can be none.
+        clients: the clients of a run with the same settings, or a text in their place, such as why
+            there can be none.
         max_length: largest number of tokens of a row.
         lengths: tokens of each training row before truncation, shape (rows,).
         truncated_ends: rows that lose the end of their completion or text.
@@ -127,10 +128,17 @@ def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
     """
     columns = () if config.data == "builtin" else columns_of(Path(config.data).expanduser())
     data, source, key = config.data, config.source, config.partition.key
+    sites = config.partition.kind == "sites"
     if config.task == "classification":
-        summary = _texts(load_text(data, source, key), config, tokenizer, show)
+        texts = load_test_texts(data, source) if sites else load_text(data, source, key)
+        summary = _texts(texts, config, tokenizer, show)
     else:
-        summary = _conversations(load_conversations(data, source, key), config, tokenizer, show)
+        conversations = (
+            load_test_conversations(data, source)
+            if sites
+            else load_conversations(data, source, key)
+        )
+        summary = _conversations(conversations, config, tokenizer, show)
     longest = tokenizer.model_max_length
     findings = measured(summary.findings, summary.lengths, config.training.max_length, longest)
     return replace(summary, columns=tuple(columns), findings=findings)
@@ -138,11 +146,11 @@ def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
 
 def _texts(data: TextData, config: Config, tokenizer: Any, show: int) -> Summary:
     max_length = config.training.max_length
-    lengths = tokenise(data.train, tokenizer, UNTRUNCATED).lengths
+    lengths = tokenise(_main(data), tokenizer, UNTRUNCATED).lengths
     clients, findings = _clients(data, config)
     return Summary(
         kind="classification",
-        shape="text pairs with labels" if data.train.pairs else "texts with labels",
+        shape="text pairs with labels" if _main(data).pairs else "texts with labels",
         columns=(),
         train_rows=len(data.train),
         test_rows=len(data.test),
@@ -159,7 +167,7 @@ def _texts(data: TextData, config: Config, tokenizer: Any, show: int) -> Summary
 
 
 def _shown_texts(data: TextData, tokenizer: Any, max_length: int, show: int) -> Iterator[Shown]:
-    first = data.train.take(np.arange(min(show, len(data.train))))
+    first = _main(data).take(np.arange(min(show, len(_main(data)))))
     if not show:
         return
     table = tokenise(first, tokenizer, max_length)
@@ -171,12 +179,13 @@ def _shown_texts(data: TextData, tokenizer: Any, max_length: int, show: int) -> 
 
 def _conversations(data: ConversationData, config: Config, tokenizer: Any, show: int) -> Summary:
     training = config.training
-    encoded = encode_conversations(data.train, tokenizer, training.max_length, training.loss_on)
+    table = _main(data)
+    encoded = encode_conversations(table, tokenizer, training.max_length, training.loss_on)
     shown = []
     for row in range(min(show, len(encoded))):
         start, end = encoded.offsets[row : row + 2]
         ids = encoded.columns["input_ids"][start:end]
-        label = data.label_names[data.train.labels[row]] if data.label_names else None
+        label = data.label_names[table.labels[row]] if data.label_names else None
         parts = _parts(ids, encoded.labels[start:end] != IGNORED, tokenizer)
         shown.append(Shown(row + 1, parts, len(ids), label))
     clients, findings = _clients(data, config)
@@ -198,10 +207,25 @@ def _conversations(data: ConversationData, config: Config, tokenizer: Any, show:
     )
 
 
+@overload
+def _main(data: TextData) -> TextTable: ...
+
+
+@overload
+def _main(data: ConversationData) -> ConversationTable: ...
+
+
+def _main(data: TextData | ConversationData) -> TextTable | ConversationTable:
+    """The rows whose lengths are shown: those to train, or of a server of sites those to test."""
+    return data.train if len(data.train) else data.test
+
+
 def _clients(data: TextData | ConversationData, config: Config) -> tuple[Clients | str, Findings]:
     """Return the clients of a run, and what is found with the rows that they leave out."""
     train: TextTable | ConversationTable = data.train
     settings = config.partition
+    if settings.kind == "sites":
+        return "each brings rows of its own", data.findings
     try:
         count = config.clients or len(owners_of(train.keys, settings))
         clients = partition_rows(train.labels, train.keys, count, settings, config.seed)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,16 @@ class TextTable:
             pairs=self.pairs and tuple(self.pairs[row] for row in rows),
             labels=self.labels[rows],
             keys=self.keys and tuple(self.keys[row] for row in rows),
+        )
+
+    @classmethod
+    def joined(cls, tables: "Sequence[TextTable]") -> "TextTable":
+        """Return the rows of several tables, one after another, without their owners."""
+        pairs = [one.pairs for one in tables if one.pairs is not None]
+        return cls(
+            texts=tuple(chain.from_iterable(one.texts for one in tables)),
+            pairs=tuple(chain.from_iterable(pairs)) if pairs else None,
+            labels=np.concatenate([one.labels for one in tables]),
         )
 
 

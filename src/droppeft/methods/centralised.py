@@ -16,6 +16,11 @@ def _check(config: Config) -> None:
             "method=centralised takes the steps of a whole cohort, and training.local_epochs does "
             "not say how many they are; set training.local_steps instead"
         )
+    if config.partition.kind == "sites":
+        raise DroppeftError(
+            "method=centralised needs all rows in one place, and with partition.kind=sites they "
+            "stay at the sites; use another method"
+        )
 
 
 def _one_client(config: Config) -> Config:

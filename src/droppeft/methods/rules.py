@@ -117,6 +117,22 @@ NO_EFFECT = (
         reason="task=causal_lm, whose head is not trained",
     ),
     NoEffect(
+        keys=(
+            *("partition.alpha", "partition.classes_per_client", "partition.key"),
+            *("partition.validation_fraction", "partition.test_fraction"),
+            *("partition.min_rows", "partition.small"),
+            *("source.train", "source.max_train_rows"),
+        ),
+        when=lambda config: config.partition.kind == "sites",
+        reason="partition.kind=sites, where the rows to train on are the sites' own",
+        instead="leave it out, or write it in the node files",
+    ),
+    NoEffect(
+        keys=("source.classes",),
+        when=lambda config: config.partition.kind != "sites" or task_named(config.task).generates,
+        reason="task={config.task} and partition.kind={config.partition.kind}",
+    ),
+    NoEffect(
         keys=("flower.",),
         when=lambda config: config.transport != "flower",
         reason="transport={config.transport}",
@@ -215,7 +231,9 @@ def reason_of(rule: NoEffect, config: Config) -> str:
 
 def given(config: Config) -> Mapping[str, Any]:
     """Settings by dotted key that differ from the defaults of the method, task and data."""
-    named = {"method": config.method, "task": config.task, "data": config.data}
+    named: dict[str, Any] = {"method": config.method, "task": config.task, "data": config.data}
+    if config.partition.kind == "sites":
+        named |= {"partition": {"kind": "sites"}, "clients": config.clients}
     defaults = {**flat(as_tree(build_config(named))), "data": build_config({}).data}
     return {
         key: value

@@ -22,7 +22,10 @@ from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, p
 SAMPLE_LENGTH = 240
 """Most characters of a sample's text on the screen."""
 
-COMPARED = ("source.", "partition.", "training.", "clients", "cohort_size", "rounds", "evaluation.")
+COMPARED = (
+    *("source.", "partition.", "sites", "training.", "clients", "cohort_size", "rounds"),
+    "evaluation.",
+)
 """Beginnings of the settings that another method shall have, too, to be comparable."""
 
 YOUR_OWN = {
@@ -70,8 +73,9 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
             commands[f"chat {run}"] = "Talk to the model:"
         elif result["data"] != "builtin":
             commands[f"predict {run} NEW.csv"] = "The class of each row of another file:"
-    same = " ".join(["compare", *methods, *_model_and_data(result)])
-    commands[same] = "Two methods side by side:"
+    if _clients_are_here(result["config"]):
+        same = " ".join(["compare", *methods, *_model_and_data(result)])
+        commands[same] = "Two methods side by side:"
     if result["data"] == "builtin":
         command, columns = YOUR_OWN[result["task"]]
         commands[command] = f"Your own texts, in columns named {columns}:"
@@ -80,6 +84,11 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
         lines.append(Text(meaning, style="dim"))
         lines.append(Padding(Text(f"{program} {command}", style="cyan", overflow="fold"), (0, 2)))
     return Group(*lines)
+
+
+def _clients_are_here(config: Mapping[str, Any]) -> bool:
+    """Whether the clients' rows are on this machine."""
+    return config["partition"]["kind"] != "sites" or bool(config["sites"])
 
 
 def _model_and_data(result: Mapping[str, Any]) -> list[str]:

@@ -33,11 +33,7 @@ def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
 def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
     yield "method", about["method_summary"]
     yield "model", _model(about)
-    yield (
-        "data",
-        f"{_name(about['data'])}: {counted(about['train_rows'], 'text')} to train and "
-        f"{about['test_rows']:,} to test{_classes(about)}",
-    )
+    yield "data", f"{_name(about['data'])}: {_texts(about)}{_classes(about)}"
     yield from labelled(about["data_findings"]["sentences"])
     partition = _partition(about["config"]["partition"])
     yield "clients", f"{counted(about['clients'], 'client')}; {partition}"
@@ -56,6 +52,12 @@ def labelled(sentences: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The sentences about findings in the data, as rows of which the first has a label."""
     for number, sentence in enumerate(sentences):
         yield "" if number else "check", sentence
+
+
+def _texts(about: Mapping[str, Any]) -> str:
+    if about["config"]["partition"]["kind"] == "sites":
+        return f"{counted(about['test_rows'], 'text')} to test"
+    return f"{counted(about['train_rows'], 'text')} to train and {about['test_rows']:,} to test"
 
 
 def _name(name: str) -> str:
@@ -106,6 +108,7 @@ def _partition(settings: Mapping[str, Any]) -> str:
         f"(Dirichlet, alpha {settings['alpha']:g})",
         "pathological": f"each has {settings['classes_per_client']} of the classes",
         "natural": f"each has the texts of one value of column {settings.get('key')}",
+        "sites": "each brings texts of its own",
     }[settings["kind"]]
 
 

@@ -62,7 +62,8 @@ def _about_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         )
         others = [name or UNNAMED for name in summary.columns if name not in roles.values()]
         yield "columns", read + (f"; not used: {', '.join(others)}" if others else "")
-    yield "rows", f"{summary.train_rows:,} to train and {summary.test_rows:,} to test"
+    train = f"{summary.train_rows:,} to train and " if summary.train_rows else ""
+    yield "rows", f"{train}{summary.test_rows:,} to test"
     if summary.owners:
         yield "owners", f"{len(summary.owners):,}; rows: {_spread(summary.owners)}"
 

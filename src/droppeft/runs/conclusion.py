@@ -109,6 +109,17 @@ def _loss(result: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _accuracy(result: Mapping[str, Any]) -> str:
+    return (
+        f"The global model names the right class for {percent(result['global_accuracy'])} of the "
+        f"{result['test_rows']:,} test texts. {_references(result)}Before training it was "
+        f"{percent(result['initial_accuracy'])}."
+    )
+
+
+def _references(result: Mapping[str, Any]) -> str:
+    """The accuracies to compare with, which need training rows on the server."""
+    if "majority_accuracy" not in result:
+        return ""
     svm = result["tfidf_accuracy"]
     reference = (
         "Always naming"
@@ -116,12 +127,7 @@ def _accuracy(result: Mapping[str, Any]) -> str:
         else f"A linear SVM on TF-IDF features of all texts in one place gives {percent(svm)}, and "
         "always naming"
     )
-    return (
-        f"The global model names the right class for {percent(result['global_accuracy'])} of the "
-        f"{result['test_rows']:,} test texts. {reference} the most frequent class "
-        f"{percent(result['majority_accuracy'])}. Before training it was "
-        f"{percent(result['initial_accuracy'])}."
-    )
+    return f"{reference} the most frequent class {percent(result['majority_accuracy'])}. "
 
 
 def _problem(result: Mapping[str, Any]) -> str | None:
@@ -140,8 +146,8 @@ def _has_learnt(result: Mapping[str, Any]) -> bool:
     value = result[metric.key("global")]
     if metric != ACCURACY:
         return metric.gain(value, result[metric.key("initial")]) > MARGIN
-    majority = result["majority_accuracy"]
-    return bool(value > majority + standard_error(majority, result["test_rows"]))
+    to_beat = result.get("majority_accuracy", result["initial_accuracy"])
+    return bool(value > to_beat + standard_error(to_beat, result["test_rows"]))
 
 
 def _what_to_try(result: Mapping[str, Any]) -> str:

@@ -279,13 +279,17 @@ def _table(source: Source) -> str:
 | method | {config.method} |
 | whose model | {_whose(source)} |
 | base model | {_name(config.model)}{_bits(config)} |
-| data | {_name(config.data)} (content hash {source.data_hash}) |
+| {_role_of_data(config)} | {_name(config.data)} (content hash {source.data_hash}) |
 {_classes(source)}| round | {source.round} of {config.rounds} |
 | cohort | {config.cohort_size} of {config.clients} clients in each round |
 | seed | {config.seed} |
 | parameters of adapter and head | {count_parameters(source.client_model.parameters):,} |
 {_quality(source)}
 """
+
+
+def _role_of_data(config: Config) -> str:
+    return "test data" if config.partition.kind == "sites" else "data"
 
 
 def _name(data_or_model: str) -> str:

@@ -131,6 +131,8 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
 def _with_lengths(loaded: Loaded) -> Findings:
     """What was found in the data, with the lengths of a sample of the training rows."""
     train, config = loaded.data.train, loaded.config
+    if not len(train):
+        return loaded.findings
     rng = seeds.numpy_generator(0, purpose="length sample")
     rows = rng.permutation(len(train))[:LENGTH_SAMPLE]
     lengths = loaded.task.full_lengths(train.take(rows), loaded.backbone.tokenizer, config)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from droppeft.config import Config
-from droppeft.data.conversation_sources import load_conversations
+from droppeft.data.conversation_sources import load_conversations, load_test_conversations
 from droppeft.data.conversation_tokens import (
     IGNORED,
     EncodedText,
@@ -21,6 +21,7 @@ from droppeft.data.conversation_tokens import (
 )
 from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.partition import ClientRows
+from droppeft.data.site_rows import SiteRows, SiteSource, read_site_conversations
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.models.causal_lm import HEADS, load_causal_lm, load_causal_lm_config
@@ -129,7 +130,13 @@ class CausalLMTask:
 
     def read(self, config: Config) -> ConversationData:
         """Read prompts with completions, conversations or texts."""
+        if config.partition.kind == "sites":
+            return load_test_conversations(config.data, config.source)
         return load_conversations(config.data, config.source, config.partition.key)
+
+    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+        """Read conversations or texts of a site."""
+        return read_site_conversations(site)
 
     def load_backbone(
         self,

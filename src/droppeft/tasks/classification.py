@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from droppeft.config import Config
 from droppeft.data.partition import ClientRows
 from droppeft.data.reference import majority_accuracy, own_majority_accuracy, tfidf_accuracy
-from droppeft.data.sources import load_text
+from droppeft.data.site_rows import SiteRows, SiteSource, read_site_texts
+from droppeft.data.sources import load_test_texts, load_text
 from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.data.tokens import UNTRUNCATED, TokenRows, TokenTable, pad_batch, tokenise
 from droppeft.models.loading import (
@@ -103,7 +104,13 @@ class ClassificationTask:
 
     def read(self, config: Config) -> TextData:
         """Read texts and labels; see :func:`~droppeft.data.sources.load_text`."""
+        if config.partition.kind == "sites":
+            return load_test_texts(config.data, config.source)
         return load_text(config.data, config.source, config.partition.key)
+
+    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+        """Read texts and labels of a site."""
+        return read_site_texts(site, classes)
 
     def load_backbone(
         self,
@@ -143,6 +150,8 @@ class ClassificationTask:
         self, corpus: TextData, clients: Sequence[ClientRows]
     ) -> dict[str, float | None]:
         """Return the accuracies of majority classes, and of a linear SVM on TF-IDF features."""
+        if not len(corpus.train):
+            return {}
         return {
             "majority_accuracy": majority_accuracy(corpus),
             "own_majority_accuracy": own_majority_accuracy(corpus, clients),

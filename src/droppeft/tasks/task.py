@@ -15,6 +15,7 @@ from torch import nn
 from droppeft.config import Config
 from droppeft.data.findings import Findings
 from droppeft.data.partition import ClientRows
+from droppeft.data.site_rows import SiteRows, SiteSource
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.models.loading import Backbone, BackboneConfig
@@ -133,7 +134,18 @@ class Task(Protocol):
     generates: bool
 
     def read(self, config: Config) -> Corpus:
-        """Read the data that a configuration names.
+        """Read the data that a configuration names; of a server of sites, the test rows alone.
+
+        Raises:
+            DroppeftError: they cannot be read or do not fit the task.
+        """
+
+    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+        """Read the rows of a site.
+
+        Args:
+            site: where they are.
+            classes: names of the task's classes in their order, if it has classes.
 
         Raises:
             DroppeftError: they cannot be read or do not fit the task.
@@ -186,7 +198,10 @@ class Task(Protocol):
         """Return the task for a model that takes these token columns."""
 
     def references(self, corpus: Any, clients: Sequence[ClientRows]) -> dict[str, float | None]:
-        """Return values of the primary metric to compare with, by their names in results."""
+        """Return values of the primary metric to compare with, by their names in results.
+
+        There are none without training rows.
+        """
 
 
 def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:

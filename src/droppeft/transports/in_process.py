@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import Loaded, clients_of
+from droppeft.client.site import RefusingSite
 from droppeft.messages import Instruction
 from droppeft.transports.base import Arrival, Transport
 
@@ -18,7 +19,7 @@ class InProcess:
         clients: of the run, by number.
     """
 
-    clients: Sequence[Client]
+    clients: Sequence[Client | RefusingSite]
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
         """Run each client and yield its reply, in the order of the instructions."""

@@ -13,6 +13,7 @@ import torch
 
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import clients_of, difference, identity, load
+from droppeft.client.site import RefusingSite
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction, Reply
@@ -69,7 +70,7 @@ def _key(run_context: RunContext, node: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _clients(key: str) -> tuple[Client, ...]:
+def _clients(key: str) -> tuple[Client | RefusingSite, ...]:
     """Load data and model of a run, once for all instructions of the run in this process.
 
     Raises:

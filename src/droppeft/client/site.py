@@ -1,0 +1,113 @@
+"""Make a client of a site: from its node file, the published task, and a model. Ours."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from droppeft.client.client import Client
+from droppeft.client.client_model import ClientModel
+from droppeft.client.node_file import NodeFile
+from droppeft.client.published_task import PublishedTask, tokenizer_hash
+from droppeft.config import Config
+from droppeft.data.conversations import ConversationTable
+from droppeft.data.missing_values import row_numbers
+from droppeft.data.site_rows import SiteRows, SiteSource
+from droppeft.errors import DroppeftError
+from droppeft.messages import Failure, Instruction
+from droppeft.models.loading import check_tokens
+from droppeft.refusals import Refused
+from droppeft.tasks.registry import task_named
+
+_log = logging.getLogger("droppeft")
+
+
+@dataclass(frozen=True)
+class RefusingSite:
+    """A site that takes no part.
+
+    Attributes:
+        reason: why.
+    """
+
+    reason: Refused
+
+    def run(self, instruction: Instruction) -> Failure:
+        """Return the reason."""
+        return Failure(instruction.client, str(self.reason))
+
+
+def read_site(node: NodeFile, task: PublishedTask) -> SiteRows:
+    """Read the rows of a site, and log which of them are left out.
+
+    Raises:
+        DroppeftError: they cannot be read, or do not fit the task.
+    """
+    site = SiteSource(
+        data=node.data,
+        source=node.source,
+        labels=node.labels,
+        validation_fraction=node.split.validation_fraction,
+        test_fraction=node.split.test_fraction,
+    )
+    found = task_named(task.task).read_site(site, task.label_names)
+    for one in found.unknown:
+        _log.warning(
+            "client %d: %s of %s%s, left out: the label %s is no class of the task",
+            node.client,
+            row_numbers(one.rows),
+            one.where,
+            one.numbering,
+            one.label,
+        )
+    return found
+
+
+def refusal_of(node: NodeFile, found: SiteRows) -> Refused | None:
+    """Return why a site takes no part with its rows; ``None`` if it does."""
+    if len(found) < node.split.min_rows:
+        return Refused("too_few_rows", len(found), node.split.min_rows)
+    if not all(len(part) for part in found.rows.parts):
+        return Refused("cannot_split", len(found))
+    return None
+
+
+def site_client(node: NodeFile, task: PublishedTask, model: ClientModel, config: Config) -> Client:
+    """Make the client of a site.
+
+    Args:
+        node: the site's node file.
+        task: what is learnt, as the server published it.
+        model: of this process.
+        config: of the run; it says how texts are tokenised.
+
+    Raises:
+        Refused: the site has too few rows, or another model or tokenizer than the server.
+        DroppeftError: its rows cannot be read, or do not fit the task or the model.
+    """
+    if model.weights_hash != task.model_hash:
+        raise Refused("other_model")
+    if tokenizer_hash(model.tokenizer) != task.tokenizer_hash:
+        raise Refused("other_tokenizer")
+    found = read_site(node, task)
+    if reason := refusal_of(node, found):
+        raise reason
+    rows = task_named(task.task).encode(found.table, model.tokenizer, config)
+    check_tokens(model.model, int(rows.columns["input_ids"].max()))
+    texts = found.table if isinstance(found.table, ConversationTable) else None
+    return Client(model, rows, found.rows, texts)
+
+
+def check_numbers(nodes: Sequence[NodeFile]) -> None:
+    """Check that node files have the numbers of clients from 0 on, each once.
+
+    Raises:
+        DroppeftError: a number is missing or there twice.
+    """
+    numbers = [node.client for node in nodes]
+    for number in range(len(nodes)):
+        if (count := numbers.count(number)) != 1:
+            found = "none has" if not count else f"{count} have"
+            raise DroppeftError(
+                f"sites: of {len(nodes)} node files {found} client = {number}; give the clients "
+                f"0 to {len(nodes) - 1} one file each"
+            )
