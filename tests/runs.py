@@ -12,6 +12,7 @@ import pytest
 
 from droppeft.client.client import Client
 from droppeft.client.client_state import client_folder
+from droppeft.client.published_task import PublishedTask, published
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config, resolve
 from droppeft.messages import GlobalModel, Instruction, Reply, Update
@@ -48,6 +49,12 @@ def prepared_run(*overrides: str) -> Prepared:
     """A run that is ready for round 1."""
     config = resolve(load_config(None, overrides), cuda=False)
     return prepare(config, lambda step: None, "00c0ffee")
+
+
+def published_for(prepared: Prepared) -> PublishedTask:
+    """What the server of a prepared run publishes about its task."""
+    loaded = prepared.loaded
+    return published(loaded.config.task, loaded.data.label_names, loaded.backbone)
 
 
 def write_tiny_data(folder: Path) -> Path:

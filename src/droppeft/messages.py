@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from droppeft.errors import DroppeftError
+from droppeft.refusals import STATE_LOST, Refused
 
 _RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
 
@@ -446,8 +447,16 @@ class Failure:
     reason: str
     lost: bool = False
 
+    @classmethod
+    def of(cls, client: int, refused: Refused) -> "Failure":
+        """Return the failure of a client that refused its instruction."""
+        return cls(client, str(refused), lost=refused.code == STATE_LOST)
 
-Reply = Update | EvaluationReply | Failure
+
+Answer = Update | EvaluationReply
+"""What a client sends if it has run its instruction."""
+
+Reply = Answer | Failure
 """What the server receives for an instruction."""
 
 

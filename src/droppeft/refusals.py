@@ -4,19 +4,42 @@ An error message can hold texts, paths and values of cells, so clients send none
 of a reason and its numbers, from which the server writes the sentence.
 """
 
+import math
+import re
+
 from droppeft.errors import DroppeftError
 
+STATE_LOST = "state_lost"
+"""Code of a client that needs all tensors again."""
+
+ERROR = "error"
+"""Code of every error that has no code of its own."""
+
 REASONS = {
-    "error": "it could not run its instruction; the log on its machine says why",
-    "state_lost": "the state that it saved in round {0:.0f} is missing or damaged",
+    ERROR: "it could not run its instruction; the log on its machine (node.log) says why",
+    "unreadable": "it cannot read its instruction; is droppeft the same on both sides?",
+    STATE_LOST: "the state that it saved in round {0:.0f} is missing or damaged",
+    "no_node_file": "it has no node file; start its SuperNode with --node-config "
+    "'node-file=\"/PATH/node.toml\"'",
+    "model_server": "the process that keeps its model ended, or could not be started; the log on "
+    "its machine (node.log) says why",
+    "other_client": "its node file says that it is client {0:.0f}, not {1:.0f}",
+    "model_needed": "the server's model is no packaged one, so its node file must say where it has "
+    "the model (model = ...)",
     "cannot_split": "its {0:.0f} rows of this task have too few different texts for rows to train, "
     "validate and test",
-    "other_model": "its model differs from the server's",
-    "other_tokenizer": "its tokenizer differs from the server's",
+    "other_model": "its model has other weights than the server's",
+    "other_tokenizer": "its model has another tokenizer than the server's",
+    "method": "its node file does not allow the method of this run (limits.methods)",
     "too_few_rows": "it has {0:.0f} rows of this task, and the fewest that it takes part with are "
     "{1:.0f}",
 }
 """The sentence of each code, with places for its numbers."""
+
+MOST_NUMBER = 1e15
+"""Largest absolute value of a number that is sent with a code."""
+
+_PLACE = re.compile(r"\{(\d)[:}]")
 
 
 class Refused(DroppeftError):
@@ -30,17 +53,19 @@ class Refused(DroppeftError):
     def __init__(self, code: str, *numbers: float) -> None:
         super().__init__(sentence(code, numbers))
         self.code = code
-        self.numbers = numbers
+        self.numbers = tuple(map(float, numbers))
 
 
 def sentence(code: str, numbers: tuple[float, ...]) -> str:
     """Return the sentence of a code, without the client that it is about.
 
     Raises:
-        ValueError: there is no such code, or it has another count of numbers.
+        ValueError: there is no such code, it has another count of numbers, or a number is too large
+            or not finite.
     """
-    try:
-        text = REASONS[code].format(*numbers)
-    except (KeyError, IndexError):
-        raise ValueError(f"no reason {code} with {len(numbers)} numbers") from None
-    return text
+    places = {*_PLACE.findall(REASONS.get(code, ""))}
+    if code not in REASONS or len(places) != len(numbers):
+        raise ValueError(f"there is no such reason with {len(numbers)} numbers")
+    if not all(math.isfinite(number) and abs(number) <= MOST_NUMBER for number in numbers):
+        raise ValueError("a number of a reason is too large or not finite")
+    return REASONS[code].format(*numbers)

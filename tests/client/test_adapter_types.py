@@ -113,7 +113,7 @@ def test_an_instruction_is_sent_with_its_adapter(
 ) -> None:
     prepared = prepare_with(f"adapter.type={name}", *TYPES[name])
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
-    received, _ = unpack_instruction(pack_instruction(instruction, RunContext({}, {}, False)))
+    received, _ = unpack_instruction(pack_instruction(instruction, RunContext({})))
     assert received.adapter == instruction.adapter
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
+from droppeft.client.client_state import client_folder, load_tensors, save_tensors
 from droppeft.errors import DroppeftError
 from droppeft.messages import HEAD, Tensors, flatten
+from droppeft.refusals import Refused
 
 RUN = "0123456789abcdef"
 
@@ -87,7 +88,7 @@ def test_a_file_that_cannot_be_read_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "round-000002.safetensors").mkdir()
     with pytest.raises(DroppeftError, match="cannot be read") as error:
         load_tensors(tmp_path, 2)
-    assert not isinstance(error.value, StateLost)
+    assert not isinstance(error.value, Refused)
 
 
 def test_the_state_folder_does_not_depend_on_the_working_directory(
@@ -106,7 +107,7 @@ def test_the_state_folder_does_not_depend_on_the_working_directory(
 def test_a_missing_file_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 2 is missing or damaged"),
+        pytest.raises(Refused, match="saved in round 2 is missing or damaged"),
     ):
         load_tensors(tmp_path, 2)
     assert "round-000002.safetensors is missing" in caplog.text
@@ -124,7 +125,7 @@ def test_a_damaged_file_is_lost(
     path.write_bytes(changed[damage])
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 2 is missing or damaged"),
+        pytest.raises(Refused, match="saved in round 2 is missing or damaged"),
     ):
         load_tensors(tmp_path, 2)
     assert "is damaged (" in caplog.text
@@ -144,7 +145,7 @@ def test_a_file_of_another_round_client_or_run_is_lost(
         shutil.copy(path, here / "round-000003.safetensors")
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(StateLost, match="saved in round 3 is missing or damaged"),
+        pytest.raises(Refused, match="saved in round 3 is missing or damaged"),
     ):
         load_tensors(here, 3)
     assert f"it is of round {round} of {place}" in caplog.text

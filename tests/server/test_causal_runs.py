@@ -176,7 +176,7 @@ def test_clients_are_merged_by_the_tokens_that_they_learnt(
 
 def test_messages_survive_packing(overrides: list[str]) -> None:
     prepared = prepared_run(*overrides)
-    context = RunContext({}, {}, model_server=False)
+    context = RunContext({})
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     packed = pack_instruction(instruction, context)
     received, _ = unpack_instruction(packed)

@@ -114,10 +114,10 @@ def test_a_training_whose_reply_was_lost_does_not_count(
 def test_a_client_that_lost_its_state_reports_it(clients: Clients, first: Instruction) -> None:
     update_of(clients, first)
     (client_folder(RUN, 1) / "round-000001.safetensors").write_bytes(b"")
-    reply = ask(clients, next_instruction(first, round=2, saved=1))
-    assert reply == Failure(
-        1, "the state that it saved in round 1 is missing or damaged", lost=True
-    )
+    instruction = next_instruction(first, round=2, saved=1)
+    [arrival] = InProcess(clients).exchange([instruction])
+    said = "the state that it saved in round 1 is missing or damaged"
+    assert arrival.reply == Failure(1, said, lost=True)
 
 
 def test_an_instruction_without_needed_tensors_is_an_error(

@@ -129,7 +129,7 @@ def test_all_tokens_may_be_learnt(overrides: list[str], prepared: Prepared) -> N
 
 def test_scores_survive_packing_and_texts_stay_on_the_client(prepared: Prepared) -> None:
     instruction = asking(prepared, 0)
-    packed = pack_instruction(instruction, RunContext({}, {}, model_server=False))
+    packed = pack_instruction(instruction, RunContext({}))
     received, _ = unpack_instruction(packed)
     assert received.generation == TextGeneration(ROWS, LENGTH, NEW)
     client = clients_of(prepared.loaded)[0]

@@ -11,7 +11,7 @@ from torch import nn
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
-from droppeft.client.client_state import StateLost, client_folder, load_tensors, save_tensors
+from droppeft.client.client_state import client_folder, load_tensors, save_tensors
 from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
 from droppeft.data.conversations import ConversationTable, prompts_and_references
@@ -21,21 +21,19 @@ from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
     AdapterSpec,
+    Answer,
     CachedLayersCost,
     EvaluationReply,
-    Failure,
     Instruction,
     LayerKey,
     LocalTraining,
     MeasuredCost,
     Objective,
-    Reply,
     Tensors,
     Update,
     flatten,
     restrict,
 )
-from droppeft.refusals import Refused
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
@@ -61,23 +59,15 @@ class Client:
     rows: ClientRows
     texts: ConversationTable | None = None
 
-    def run(self, instruction: Instruction) -> Reply:
+    def run(self, instruction: Instruction) -> Answer:
         """Run an instruction: train, or only evaluate if ``instruction.evaluate_only`` is set.
 
-        Returns:
-            An update or a measurement, or a failure if this client refuses the instruction.
-
         Raises:
+            Refused: this client has lost its saved state.
             DroppeftError: the instruction does not fit this client or its model, or tensors
                 cannot be saved.
         """
-        try:
-            return (
-                self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
-            )
-        except Refused as error:
-            lost = isinstance(error, StateLost)
-            return Failure(instruction.client, str(error), lost=lost)
+        return self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
 
     def measure(self, instruction: Instruction) -> EvaluationReply:
         """Evaluate this client's model on its test or validation rows, with all layers.
@@ -86,7 +76,6 @@ class Client:
 
         Raises:
             DroppeftError: as :meth:`run`.
-            StateLost: this client's saved state is missing or damaged.
         """
         self._load(instruction)
         self.model.load_layers()
@@ -109,7 +98,6 @@ class Client:
 
         Raises:
             DroppeftError: as :meth:`run`.
-            StateLost: this client's saved state is missing or damaged.
         """
         start = time.perf_counter()
         parameters = self._load(instruction)

@@ -20,7 +20,7 @@ from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private, remove_left_behind, sync, write_atomically
 from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
-from droppeft.refusals import Refused
+from droppeft.refusals import STATE_LOST, Refused
 
 MERGED_FILES = 2
 """How many files of merged local trainings are retained, so that the server can resume from its
@@ -28,13 +28,6 @@ older checkpoint."""
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 _log = logging.getLogger("droppeft")
-
-
-class StateLost(Refused):
-    """A client's saved state is missing or damaged; the next instruction brings all tensors."""
-
-    def __init__(self, round: int) -> None:
-        super().__init__("state_lost", round)
 
 
 def state_dir() -> Path:
@@ -95,7 +88,8 @@ def load_tensors(folder: Path, round: int) -> Tensors:
     """Load the tensors that the local training of a round saved.
 
     Raises:
-        StateLost: the file is missing or damaged, or belongs to another round, client or run.
+        Refused: with the code ``state_lost``: the file is missing or damaged, or belongs to another
+            round, client or run.
         DroppeftError: the file exists but cannot be read at the moment.
     """
     path = _path(folder, round)
@@ -108,7 +102,7 @@ def load_tensors(folder: Path, round: int) -> Tensors:
             raise DroppeftError(f"{path} cannot be read ({error}); check its permissions") from None
         problem = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         _log.warning("%s is %s (%s)", path, problem, error)
-        raise StateLost(round) from None
+        raise Refused(STATE_LOST, round) from None
     tensors: dict[LayerKey, dict[str, Array]] = {}
     for label, array in arrays.items():
         key, name = label.split("|", 1)

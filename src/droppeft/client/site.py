@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
@@ -13,7 +14,7 @@ from droppeft.data.conversations import ConversationTable
 from droppeft.data.missing_values import row_numbers
 from droppeft.data.site_rows import SiteRows, SiteSource
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction
+from droppeft.messages import Instruction
 from droppeft.models.loading import check_tokens
 from droppeft.refusals import Refused
 from droppeft.tasks.registry import task_named
@@ -31,9 +32,13 @@ class RefusingSite:
 
     reason: Refused
 
-    def run(self, instruction: Instruction) -> Failure:
-        """Return the reason."""
-        return Failure(instruction.client, str(self.reason))
+    def run(self, instruction: Instruction) -> NoReturn:
+        """Raise the reason.
+
+        Raises:
+            Refused: always.
+        """
+        raise self.reason
 
 
 def read_site(node: NodeFile, task: PublishedTask) -> SiteRows:

@@ -14,13 +14,14 @@ import torch
 
 from droppeft import seeds
 from droppeft.client.client_model import ClientModel
-from droppeft.client.client_state import StateLost, client_folder, load_tensors
+from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import Say
 from droppeft.config import Config, load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import GlobalModel, Tensors
 from droppeft.methods import Setup, method_named
 from droppeft.models.sources import find_source
+from droppeft.refusals import Refused
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, check_same_settings, read_result
@@ -228,7 +229,7 @@ def _for_client(run: Path, source: Source, checkpoint: Checkpoint, client: int) 
     try:
         if instruction.state_round is not None:
             saved = load_tensors(client_folder(instruction.run, client), instruction.state_round)
-    except StateLost as error:
+    except Refused as error:
         raise DroppeftError(
             f"{run}: client {client} has no model here: {error}, or is on another machine "
             f"({client_folder(instruction.run, client)})"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.client.site import RefusingSite
-from droppeft.messages import Instruction
+from droppeft.messages import Failure, Instruction, Reply
+from droppeft.refusals import Refused
 from droppeft.transports.base import Arrival, Transport
 
 
@@ -24,7 +25,13 @@ class InProcess:
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
         """Run each client and yield its reply, in the order of the instructions."""
         for index, instruction in enumerate(instructions):
-            yield Arrival(index, self.clients[instruction.client].run(instruction))
+            yield Arrival(index, self._reply(instruction))
+
+    def _reply(self, instruction: Instruction) -> Reply:
+        try:
+            return self.clients[instruction.client].run(instruction)
+        except Refused as error:
+            return Failure.of(instruction.client, error)
 
 
 def in_process(loaded: Loaded) -> AbstractContextManager[Transport]:

@@ -12,13 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from droppeft.client.run_inputs import identity
-from droppeft.config import as_tree
+from droppeft.client.site_config import published_settings
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction, Reply, Update
+from droppeft.messages import Instruction, Reply, Update
+from droppeft.refusals import Refused
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import model_server
 from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_reply
+from runs import published_for
 
 MOST = 10**8
 
@@ -46,19 +47,29 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]
 
 @pytest.fixture
 def run_context(prepared: Prepared) -> RunContext:
-    return RunContext(as_tree(prepared.config), identity(prepared.loaded), model_server=True)
+    settings = published_settings(prepared.config)
+    return RunContext(settings, published_for(prepared), model_server=True)
+
+
+@pytest.fixture
+def node_file(prepared: Prepared, tmp_path: Path) -> Path:
+    """The file of a site that is client 0."""
+    path = tmp_path / "node.toml"
+    config = prepared.config
+    path.write_text(f"client = 0\ndata = {config.data!r}\nmodel = {config.model!r}\n")
+    return path
 
 
 Ask = Callable[..., Reply]
 
 
 @pytest.fixture
-def ask(instructions: list[Instruction], run_context: RunContext) -> Ask:
+def ask(instructions: list[Instruction], run_context: RunContext, node_file: Path) -> Ask:
     """Have the first instruction run by a node's model server."""
 
     def run(node_id: int = 7) -> Reply:
         packed = pack_instruction(instructions[0], run_context)
-        return unpack_reply(model_server.ask(packed, run_context, node_id, {}), MOST)
+        return unpack_reply(model_server.ask(packed, node_id, str(node_file)), MOST)
 
     return run
 
@@ -118,19 +129,18 @@ def test_a_crash_while_it_works_is_a_failure(
     process.suspend()
     killer = threading.Timer(1.0, process.kill)
     killer.start()
-    reply = ask()
-    assert isinstance(reply, Failure)
-    assert reply.reason.startswith("its model server is gone (")
-    assert str(folder) in reply.reason
+    with pytest.raises(Refused, match="keeps its model ended") as error:
+        ask()
+    assert str(folder) in str(error.value.__cause__)
 
 
 def test_a_model_server_that_cannot_start_is_a_failure(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    reply = ask()
-    assert isinstance(reply, Failure)
-    assert "could not be started; flower.model_server=false runs without it" in reply.reason
+    with pytest.raises(Refused, match="could not be started") as error:
+        ask()
+    assert "flower.model_server=false runs without it" in str(error.value.__cause__)
 
 
 def test_a_folder_that_others_can_enter_is_refused(ask: Ask, folder: Path) -> None:

@@ -194,10 +194,10 @@ def test_a_language_model_on_a_superlink_is_the_run_in_process(
 
 
 @pytest.mark.full
-def test_a_node_with_other_texts_fails_with_a_sentence_and_the_run_stops(
+def test_files_that_changed_fail_with_a_sentence_and_the_run_stops(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server sends a wrong hash, so that the nodes' texts differ from the server's."""
+    """The server sends a wrong hash, as if the texts had changed after it read them."""
     from droppeft.transports.flower import grid
 
     original = grid.identity

@@ -16,6 +16,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from droppeft.client.published_task import PublishedTask
 from droppeft.config import as_tree, load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
@@ -28,6 +29,7 @@ from droppeft.messages import (
     Update,
     payload_bytes,
 )
+from droppeft.refusals import Refused
 from droppeft.transports.flower.wire_format import (
     MOST_HEAD,
     MOST_TEXT,
@@ -44,7 +46,10 @@ from handmade import filled, instruction_for, update_for
 
 ENOUGH = 10**9
 RUN_CONTEXT = RunContext(
-    as_tree(load_config(None)), {"data_hash": "a", "split_hash": "b"}, model_server=True
+    as_tree(load_config(None)),
+    PublishedTask("classification", ("neg", "pos"), "a", "b"),
+    {"data_hash": "a", "split_hash": "b"},
+    model_server=True,
 )
 
 # Values are drawn by the type hints of the dataclasses, so a new field is tested without a change
@@ -133,7 +138,43 @@ def test_every_instruction_comes_back(instruction: Instruction, run_context: Run
 @given(values_of(Update) | values_of(EvaluationReply) | values_of(Failure))
 def test_every_reply_comes_back(reply: Reply) -> None:
     packed = pack_reply(reply)
-    assert fingerprint(unpack_reply(packed, ENOUGH)) == fingerprint(reply)
+    assert fingerprint(unpack_reply(packed, ENOUGH, simulated=True)) == fingerprint(reply)
+
+
+def test_a_refusal_becomes_its_sentence() -> None:
+    few = unpack_reply(pack_reply(Refused("too_few_rows", 3, 20)), ENOUGH)
+    assert few == Failure(
+        -1, "it has 3 rows of this task, and the fewest that it takes part with are 20"
+    )
+    lost = unpack_reply(pack_reply(Refused("state_lost", 7)), ENOUGH)
+    assert lost == Failure(
+        -1, "the state that it saved in round 7 is missing or damaged", lost=True
+    )
+
+
+def test_only_a_simulation_sends_texts() -> None:
+    with pytest.raises(Malformed, match="no update and no evaluation and no refusal"):
+        unpack_reply(pack_reply(Failure(3, "a cell has the value 47")), ENOUGH)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"code": "new", "numbers": []},
+        {"code": "{0.__class__}", "numbers": [1.0]},
+        {"code": "too_few_rows", "numbers": [1.0]},
+        {"code": "too_few_rows", "numbers": [1.0, 2.0, 3.0]},
+        {"code": "error", "numbers": [1.0]},
+        {"code": "state_lost", "numbers": [1e16]},
+        {"code": "state_lost", "numbers": [float("nan")]},
+        {"code": "state_lost", "numbers": [float("-inf")]},
+    ],
+    ids=str,
+)
+def test_a_refusal_that_no_client_sends_is_refused(refusal: dict[str, Any]) -> None:
+    packed = changed(pack_reply(Refused("error")), lambda head: head.update(refusal=refusal))
+    with pytest.raises(Malformed, match=r"of a reason|no such reason"):
+        unpack_reply(packed, ENOUGH)
 
 
 def test_layers_and_names_keep_their_order_and_kind() -> None:
@@ -187,7 +228,8 @@ def test_the_tensors_can_be_written_to() -> None:
 
 
 def test_the_reason_of_a_failure_becomes_one_line() -> None:
-    back = unpack_reply(pack_reply(Failure(3, "no\nroom\x1b[31m" + "!" * MOST_TEXT)), ENOUGH)
+    packed = pack_reply(Failure(3, "no\nroom\x1b[31m" + "!" * MOST_TEXT))
+    back = unpack_reply(packed, ENOUGH, simulated=True)
     assert isinstance(back, Failure)
     assert back.reason.startswith("no room [31m!!!")
     assert len(back.reason) == MOST_TEXT
@@ -386,40 +428,39 @@ def test_a_task_that_is_not_whole_is_refused(change: Any, expected: str) -> None
 
 
 def test_a_message_of_the_wrong_direction_is_refused() -> None:
-    with pytest.raises(Malformed, match="no update and no evaluation and no failure"):
+    with pytest.raises(Malformed, match="no update and no evaluation and no refusal"):
         unpack_reply(pack_instruction(instruction_for(), RUN_CONTEXT), ENOUGH)
     with pytest.raises(Malformed, match="the message is no instruction"):
-        unpack_instruction(pack_reply(Failure(0, "reason")))
+        unpack_instruction(pack_reply(Refused("error")))
 
 
 def test_a_message_of_two_kinds_is_refused() -> None:
     packed = pack_reply(update_for(instruction_for()))
-    failure = json.loads(pack_reply(Failure(0, "reason")).head)["failure"]
+    refusal = json.loads(pack_reply(Refused("error")).head)["refusal"]
     with pytest.raises(Malformed, match="not as this version writes it"):
-        unpack_reply(changed(packed, lambda head: head.update(failure=failure)), ENOUGH)
+        unpack_reply(changed(packed, lambda head: head.update(refusal=refusal)), ENOUGH)
 
 
-FAILURE = pack_reply(Failure(1, "r")).head
+REFUSAL = pack_reply(Refused("state_lost", 1)).head
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ('"client":1', '"client":1,"client":1', "something is missing, twice"),
-        ('"failure":', '"failure":null,"failure":', "something is missing, twice"),
+        ('"numbers":', '"numbers":[2.0],"numbers":', "something is missing, twice"),
+        ('"refusal":', '"refusal":null,"refusal":', "something is missing, twice"),
         ('"update":null,', "", "something is missing, twice"),
-        (',"lost":false', "", "something is missing, twice"),
-        ('"client":1', '"client": 1', "not as this version writes it"),
-        ('"r"', '"\\u0072"', "not as this version writes it"),
-        ('"client":1', '"client":1.', "invalid JSON"),
-        ('"client":1', '"client":01', "invalid JSON"),
-        ('"client":1', f'"client":{"1" * 5_000}', "invalid JSON"),
+        ('"numbers":[1.0]', '"numbers": [1.0]', "not as this version writes it"),
+        ('"state_lost"', '"\\u0073tate_lost"', "not as this version writes it"),
+        ("[1.0]", "[1.]", "invalid JSON"),
+        ("[1.0]", "[01]", "invalid JSON"),
+        ("[1.0]", f"[{'1' * 5_000}]", "invalid JSON"),
     ],
 )
-def test_a_failure_written_otherwise_is_refused(old: str, new: str, expected: str) -> None:
-    assert FAILURE.count(old) == 1
+def test_a_refusal_written_otherwise_is_refused(old: str, new: str, expected: str) -> None:
+    assert REFUSAL.count(old) == 1
     with pytest.raises(Malformed, match=expected):
-        unpack_reply(Packed(FAILURE.replace(old, new), EMPTY), ENOUGH)
+        unpack_reply(Packed(REFUSAL.replace(old, new), EMPTY), ENOUGH)
 
 
 EMPTY = safetensors.numpy.save({})
@@ -434,7 +475,7 @@ EMPTY = safetensors.numpy.save({})
         ("1" * 5_000, "invalid JSON"),
         ("[]", "message is not valid: input should be"),
         ("null", "message is not valid: input should be"),
-        ("{}", "no update and no evaluation and no failure"),
+        ("{}", "no update and no evaluation and no refusal"),
         ('{"task":{}}', "message is not valid: unexpected keyword"),
         ('{"failure":{}}', "message.failure.client is not valid: field required"),
         ('{"failure":[]}', "message.failure is not valid: input should be"),
@@ -478,7 +519,7 @@ def entry(kind: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
 )
 def test_a_hostile_blob_is_refused(tensors: bytes, expected: str) -> None:
     with pytest.raises(Malformed, match=expected):
-        unpack_reply(replace(pack_reply(Failure(0, "reason")), tensors=tensors), ENOUGH)
+        unpack_reply(replace(pack_reply(Refused("error")), tensors=tensors), ENOUGH)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,29 @@
-"""Flower's ClientApp: tells which clients its node serves, and runs their instructions.
+"""The ClientApp of a SuperNode: tells which client its node serves, and runs its instructions.
 
+Nothing is raised out of its functions, because Flower sends the text of an error to the server.
 Importing this module loads neither torch nor transformers, because a SuperNode starts a new process
 for every message.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from droppeft.refusals import ERROR, Refused
 from droppeft.transports.flower.model_server import ask
+from droppeft.transports.flower.node_log import log_failure
 from droppeft.transports.flower.records import packed_of, record_of
-from droppeft.transports.flower.wire_format import unpack_instruction
+from droppeft.transports.flower.wire_format import (
+    Malformed,
+    Packed,
+    pack_reply,
+    unpack_instruction,
+)
+
+NODE_FILE = "node-file"
+"""Key of the node's configuration that has the path of the site's file."""
 
 app = ClientApp()
 
@@ -30,15 +44,27 @@ def introduce(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Run one client's instruction and return its reply."""
-    packed = packed_of(message.content)
-    _, run_context = unpack_instruction(packed)
-    if run_context.model_server:
-        reply = ask(packed, run_context, context.node_id, context.node_config)
-    else:
-        from droppeft.transports.flower.client_runtime import run_packed  # loads torch
-
-        reply = run_packed(packed, context.node_config)
+    try:
+        reply = _reply(packed_of(message.content), context.node_id, context.node_config)
+    except Exception as error:
+        log_failure("a message", error)
+        reply = pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
     return Message(record_of(reply), reply_to=message)
+
+
+def _reply(packed: Packed, node_id: int, node: Mapping[str, Any]) -> Packed:
+    node_file = node.get(NODE_FILE)
+    if not isinstance(node_file, str):
+        raise Refused("no_node_file")
+    try:
+        _, run_context = unpack_instruction(packed)
+    except Malformed as error:
+        raise Refused("unreadable") from error
+    if run_context.model_server:
+        return ask(packed, node_id, node_file)
+    from droppeft.transports.flower.client_runtime import run_packed  # loads torch
+
+    return run_packed(packed, node_file)
 
 
 def _int_or(value: object, default: int) -> int:

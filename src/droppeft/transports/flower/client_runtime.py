@@ -1,22 +1,27 @@
-"""Run packed instructions on the client's side; data and model stay loaded between them.
+"""Run packed instructions on a site's node; rows and model stay loaded between them.
 
-The same code runs in Flower's simulation, in a ClientApp on a node and in a model server.
+The same code runs in a ClientApp on a node and in a model server. What a node uses is in its node
+file; of the server's settings it uses those of :mod:`droppeft.client.site_config`. Only codes of
+reasons leave the node, and the reasons themselves are in its log.
 """
 
 import functools
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from droppeft.client.client import Client
-from droppeft.client.run_inputs import clients_of, difference, identity, load
-from droppeft.client.site import RefusingSite
-from droppeft.config import build_config, resolve
-from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction, Reply
+from droppeft.client.node_file import NodeFile, read_node_file
+from droppeft.client.published_task import PublishedTask
+from droppeft.client.run_inputs import load_model
+from droppeft.client.site import site_client
+from droppeft.client.site_config import site_config
+from droppeft.config import resolve
+from droppeft.messages import Answer, Instruction
+from droppeft.refusals import ERROR, Refused
+from droppeft.transports.flower.node_log import log_failure
 from droppeft.transports.flower.wire_format import (
     Malformed,
     Packed,
@@ -25,61 +30,63 @@ from droppeft.transports.flower.wire_format import (
     unpack_instruction,
 )
 
-OVERRIDES = ("model", "data", "threads", "accelerator")
-"""Settings that a node may override: where its copies of data and model are, and its hardware."""
-
 _log = logging.getLogger("droppeft")
 
 
-def run_packed(packed: Packed, node: Mapping[str, Any]) -> Packed:
-    """Run a packed instruction and return the packed reply.
+def run_packed(packed: Packed, node_file: str) -> Packed:
+    """Run a packed instruction by a site's rules, and return the packed reply.
 
-    Errors are never raised: the reply is a failure with their reason.
+    Nothing is raised: the reply is the code of a refusal, and the node's log has the reason.
 
     Args:
         packed: the instruction and its run context, as the server sent them.
-        node: the node's configuration, of which :data:`OVERRIDES` are used.
+        node_file: path of the site's file.
     """
+    what = "an instruction"
     try:
-        instruction, run_context = unpack_instruction(packed)
-    except DroppeftError as error:
-        return pack_reply(Failure(-1, f"cannot read its instruction: {error}"))
-    try:
-        return pack_reply(_run(instruction, run_context, node))
-    except Malformed as error:
-        return pack_reply(Failure(instruction.client, str(error)))
-
-
-def _run(instruction: Instruction, run_context: RunContext, node: Mapping[str, Any]) -> Reply:
-    try:
-        return _clients(_key(run_context, node))[instruction.client].run(instruction)
-    except DroppeftError as error:
-        return Failure(instruction.client, str(error))
+        instruction, run_context = _unpacked(packed)
+        what = f"client {instruction.client}, round {instruction.round}"
+        return pack_reply(_run(instruction, run_context, node_file))
     except Exception as error:
-        # An error that reached the simulation engine would cost other clients' replies too.
-        _log.exception("client %d, round %d", instruction.client, instruction.round)
-        return Failure(instruction.client, f"{type(error).__name__}: {error}")
+        log_failure(what, error)
+        return pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
 
 
-def _key(run_context: RunContext, node: Mapping[str, Any]) -> str:
-    """Everything that determines what :func:`_clients` loads, as JSON."""
-    overrides = {name: node[name] for name in OVERRIDES if name in node}
+def _unpacked(packed: Packed) -> tuple[Instruction, RunContext]:
+    try:
+        return unpack_instruction(packed)
+    except Malformed as error:
+        raise Refused("unreadable") from error
+
+
+def _run(instruction: Instruction, run_context: RunContext, node_file: str) -> Answer:
+    if run_context.task is None:
+        raise Refused("unreadable")
+    node = read_node_file(Path(node_file))
+    if instruction.client != node.client:
+        raise Refused("other_client", node.client, instruction.client)
+    return _client(_key(node, run_context.task, run_context)).run(instruction)
+
+
+def _key(node: NodeFile, task: PublishedTask, run_context: RunContext) -> str:
+    """Everything that determines what :func:`_client` loads, as JSON."""
     return json.dumps(
-        [{**run_context.config, **overrides}, dict(run_context.identity)], sort_keys=True
+        [node.model_dump(mode="json"), vars(task), dict(run_context.config)], sort_keys=True
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _clients(key: str) -> tuple[Client | RefusingSite, ...]:
-    """Load data and model of a run, once for all instructions of the run in this process.
+def _client(key: str) -> Client:
+    """Load rows and model of a site, once for all instructions of the run in this process.
 
     Raises:
-        DroppeftError: data, split or model are not those of the server.
+        Refused: the site does not take part, or its model is not the server's.
+        DroppeftError: rows or model cannot be loaded.
     """
-    tree, expected = json.loads(key)
-    config = resolve(build_config(tree), cuda=torch.cuda.is_available())
-    loaded = load(config, _log.info)
-    changed = difference(expected, identity(loaded))
-    if changed is not None:
-        raise DroppeftError(f"{changed}: this node's copy is not the server's")
-    return clients_of(loaded)
+    of_node, of_task, settings = json.loads(key)
+    node = NodeFile.model_validate(of_node)
+    task = PublishedTask(**{**of_task, "label_names": tuple(of_task["label_names"])})
+    config = resolve(site_config(settings, task, node), cuda=torch.cuda.is_available())
+    torch.set_num_threads(config.threads)
+    config, _, model = load_model(config, task.label_names, _log.info)
+    return site_client(node, task, model, config)

@@ -4,6 +4,7 @@ Flower's strategies are not used: they send the same message to all clients, exp
 from all, and cannot resume a run (docs/decisions/0002-flower-and-adapters.md).
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
+from droppeft.client.published_task import published
 from droppeft.client.run_inputs import Loaded, identity
+from droppeft.client.site_config import published_settings
 from droppeft.config import FlowerConfig, as_tree
 from droppeft.messages import AdapterSpec, Failure, Instruction, Layout, Reply
 from droppeft.transports.base import Arrival
@@ -43,6 +46,7 @@ class OverGrid:
         settings: deadlines.
         layout: the tensors of an instruction's adapter, which bound the size of a reply.
         check: called while waiting; raises an error if no reply can arrive any more.
+        simulated: whether clients are processes of this machine, whose errors are shown in full.
     """
 
     messenger: Messenger
@@ -52,6 +56,7 @@ class OverGrid:
     settings: FlowerConfig
     layout: Callable[[AdapterSpec], Layout]
     check: Callable[[], None] = lambda: None
+    simulated: bool = False
     _started: bool = False
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
@@ -101,28 +106,40 @@ class OverGrid:
         if isinstance(message, DeliveryError):
             return Failure(instruction.client, message.reason)
         try:
-            return unpack_reply(
-                packed_of(message.content), _most_bytes(self.layout(instruction.adapter))
+            reply = unpack_reply(
+                packed_of(message.content),
+                _most_bytes(self.layout(instruction.adapter)),
+                simulated=self.simulated,
             )
         except Malformed as error:
             return Failure(instruction.client, f"refused: {error}")
+        if isinstance(reply, Failure):
+            return dataclasses.replace(reply, client=instruction.client)
+        return reply
 
 
 def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: None) -> OverGrid:
-    """Make the transport of a run over a grid.
-
-    A simulated grid needs no model server, because its processes live as long as the run.
-    """
-    config, messenger = loaded.config, Messenger(grid)
-    model_server = config.flower.model_server and not isinstance(grid, InMemoryGrid)
+    """Make the transport of a run over a grid: of a SuperLink, or of a simulation."""
+    config, simulated = loaded.config, isinstance(grid, InMemoryGrid)
+    messenger = Messenger(grid, simulated)
+    run_context = (
+        RunContext(as_tree(config), identity=identity(loaded))
+        if simulated
+        else RunContext(
+            published_settings(config),
+            published(config.task, loaded.data.label_names, loaded.backbone),
+            model_server=config.flower.model_server,
+        )
+    )
     return OverGrid(
         messenger=messenger,
         directory=Directory(messenger),
-        run_context=RunContext(as_tree(config), identity(loaded), model_server),
+        run_context=run_context,
         clients=config.clients,
         settings=config.flower,
         layout=loaded.model.layout,
         check=check,
+        simulated=simulated,
     )
 
 

@@ -35,9 +35,11 @@ class Messenger:
 
     Attributes:
         grid: Flower's grid.
+        simulated: whether the texts of errors come from this machine, and are shown.
     """
 
     grid: Grid
+    simulated: bool = False
 
     def nodes(self) -> frozenset[int]:
         """Return the ids of connected nodes; none while the SuperLink cannot be reached."""
@@ -87,11 +89,11 @@ class Messenger:
                 yield name, DeliveryError(reason)
                 continue
             for message in messages:
-                yield name, message if message.has_content() else DeliveryError(_error_of(message))
+                yield name, message if message.has_content() else self._error_of(message)
 
-
-def _error_of(message: Message) -> str:
-    """The reason in an error reply, which may come from the node or from Flower itself."""
-    if not message.has_error():
-        return "its reply is empty"
-    return error_reason(message.error.code, message.error.reason)
+    def _error_of(self, message: Message) -> DeliveryError:
+        """The reason in an error reply, which may come from the node or from Flower itself."""
+        if not message.has_error():
+            return DeliveryError("its reply is empty")
+        text = message.error.reason if self.simulated else None
+        return DeliveryError(error_reason(message.error.code, text))

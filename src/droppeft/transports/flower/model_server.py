@@ -9,24 +9,22 @@ Run as ``python -m droppeft.transports.flower.model_server SOCKET WATCHED_PID``.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure
-from droppeft.transports.flower.wire_format import Packed, RunContext, pack_reply
+from droppeft.refusals import Refused
+from droppeft.transports.flower.wire_format import Packed
 
 MODULE = "droppeft.transports.flower.model_server"
 
@@ -40,33 +38,31 @@ LONGEST_FOLDER = 80
 """Largest length of the folder's path: the path of a Unix socket has at most 107 bytes."""
 
 
-def ask(packed: Packed, run_context: RunContext, node_id: int, node: Mapping[str, Any]) -> Packed:
-    """Have a packed instruction run by the model server of this node and run.
+def ask(packed: Packed, node_id: int, node_file: str) -> Packed:
+    """Have a packed instruction run by the model server of this node, and return the packed reply.
 
-    The model server is started if there is none.
+    The model server is started if there is none. It is the same for all runs, so that no server can
+    fill the node's memory with models.
 
     Args:
         packed: the instruction and its run context.
-        run_context: the same run context; each run has a model server of its own.
         node_id: Flower's id of the node; each node has a model server of its own.
-        node: the node's configuration.
+        node_file: path of the site's file.
 
-    Returns:
-        The packed reply, a failure if the model server could not be reached.
+    Raises:
+        Refused: the model server ended or could not be started.
+        DroppeftError: other users can enter the folder of its socket.
     """
-    key = json.dumps(
-        [node_id, dict(run_context.config), dict(run_context.identity)], sort_keys=True
-    )
+    key = f"{node_id} {node_file}"
     place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.sock"
     try:
         with _connection(place) as connection:
             _send(connection, packed)
-            connection.send_bytes(json.dumps(dict(node)).encode())
+            connection.send_bytes(node_file.encode())
             return _receive(connection)
     except (EOFError, OSError) as error:
         detail = f"{type(error).__name__} {error}".strip()
-        reason = f"its model server is gone ({detail}); see {_log_of(place)}"
-        return pack_reply(Failure(-1, reason))
+        raise Refused("model_server") from DroppeftError(f"{detail}; see {_log_of(place)}")
 
 
 def serve(place: Path, watched_pid: int) -> None:
@@ -88,9 +84,9 @@ def serve(place: Path, watched_pid: int) -> None:
             connection = listener.accept()
             with connection, watch.working():
                 try:
-                    packed, node = _receive(connection), json.loads(connection.recv_bytes())
+                    packed, node_file = _receive(connection), connection.recv_bytes().decode()
                     if not connection.poll():  # readable here means closed by the ClientApp
-                        _send(connection, run_packed(packed, node))
+                        _send(connection, run_packed(packed, node_file))
                 except (EOFError, OSError):
                     continue  # the ClientApp process is gone
 

@@ -58,7 +58,8 @@ def error_reason(code: int, reason: str | None) -> str:
 
     Args:
         code: one of Flower's ``ErrorCode``, or an unknown one.
-        reason: Flower's text: a sentence, an exception, or a traceback of Ray with colour codes.
+        reason: Flower's text: a sentence, an exception, or a traceback of Ray with colour codes;
+            ``None`` leaves it out, since an error of a node may hold anything.
     """
     meaning, show_reason = _MEANINGS.get(code, (f"Flower reports error {code}", True))
     detail = _essence(reason or "") if show_reason else ""

@@ -19,9 +19,10 @@ from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, available_cores
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
-from droppeft.transports.flower import client_app
+from droppeft.transports.flower.client_app import introduce
 from droppeft.transports.flower.grid import over_grid
 from droppeft.transports.flower.records import MOST_REASON
+from droppeft.transports.flower.simulated_clients import simulated_app
 from droppeft.transports.flower.wire_format import one_line
 
 GRACE_S = 3.0
@@ -116,7 +117,9 @@ class _Engine:
         try:
             _start_ray(max(available_cores(), config.threads))
             resources: dict[str, Any] = {"client_resources": _client_resources(config)}
-            run_simulation(server, client_app.app, config.clients, backend_config=resources)
+            run_simulation(
+                server, simulated_app(introduce), config.clients, backend_config=resources
+            )
         except BaseException as error:
             self._error = error
 

@@ -8,7 +8,7 @@ written exactly as this version of droppeft writes it.
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ import safetensors.numpy
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
 
+from droppeft.client.published_task import PublishedTask
 from droppeft.errors import DroppeftError
 from droppeft.messages import (
+    Answer,
     Array,
     EvaluationReply,
     Failure,
@@ -28,6 +30,7 @@ from droppeft.messages import (
     Update,
     flatten,
 )
+from droppeft.refusals import Refused
 
 MOST_HEAD = 1_000_000
 """Largest number of characters of a message's text."""
@@ -61,14 +64,26 @@ class RunContext:
     """What a client process needs, beside the instruction, in order to load data and model.
 
     Attributes:
-        config: the run's resolved configuration, as made by ``config.as_tree``.
-        identity: hashes of data, split and backbone, which the client's copies must have.
+        config: nested settings. For sites those of
+            :func:`~droppeft.client.site_config.published_settings`; in a simulation, all of the
+            resolved configuration.
+        task: what the server publishes about the task; ``None`` in a simulation.
+        identity: in a simulation, hashes of data, split and backbone.
         model_server: whether a process on the node may keep the model loaded between messages.
     """
 
     config: Mapping[str, Any]
-    identity: Mapping[str, str]
-    model_server: bool
+    task: PublishedTask | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    model_server: bool = False
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What travels of a :class:`~droppeft.refusals.Refused`."""
+
+    code: str
+    numbers: tuple[float, ...] = ()
 
 
 @with_config(ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True))
@@ -82,6 +97,7 @@ class _Head:
         tensors: layers of the message's tensors, and the names of the tensors of each layer.
         base_delta: names of the tensors of the instruction's base delta. The blob holds first
             the message's tensors and then these, in this order.
+        failure: a failure with a text, which only a simulation sends.
     """
 
     tensors: tuple[tuple[LayerKey, tuple[str, ...]], ...] = ()
@@ -90,6 +106,7 @@ class _Head:
     run_context: RunContext | None = None
     update: Update | None = None
     evaluation: EvaluationReply | None = None
+    refusal: _Refusal | None = None
     failure: Failure | None = None
 
 
@@ -131,8 +148,11 @@ def unpack_instruction(packed: Packed) -> tuple[Instruction, RunContext]:
     return instruction, head.run_context
 
 
-def pack_reply(reply: Reply) -> Packed:
+def pack_reply(reply: Answer | Refused | Failure) -> Packed:
     """Pack a reply; the reason of a failure becomes one printable line.
+
+    Args:
+        reply: a failure only in a simulation, since its reason may hold anything.
 
     Raises:
         Malformed: a value has no encoding or would be refused, or the text is too long.
@@ -140,16 +160,19 @@ def pack_reply(reply: Reply) -> Packed:
     return _pack("reply", *_reply_head(reply))
 
 
-def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
+def unpack_reply(packed: Packed, most_bytes: int, *, simulated: bool = False) -> Reply:
     """Unpack what :func:`pack_reply` has packed; numbers may be NaN, which validation refuses.
+
+    A refusal becomes a failure of client -1, with the sentence of its code.
 
     Args:
         packed: the received message.
         most_bytes: size above which the blob is refused unread. A blob has the bytes of its
             arrays, at most 200 more for each array of up to four dimensions, and 16.
+        simulated: whether a failure may have a text of its own.
 
     Raises:
-        Malformed: the message is anything else, or its blob is too large.
+        Malformed: the message is anything else, its blob is too large, or a code is unknown.
     """
     if len(packed.tensors) > most_bytes:
         raise Malformed(
@@ -157,14 +180,22 @@ def unpack_reply(packed: Packed, most_bytes: int) -> Reply:
             "expected"
         )
     head, arrays = _read(packed.head), _load(packed.tensors)
-    reply = head.update or head.evaluation or head.failure
+    reply = head.update or head.evaluation or head.refusal or (head.failure if simulated else None)
     if reply is None:
-        raise Malformed("the message is no update and no evaluation and no failure")
+        raise Malformed("the message is no update and no evaluation and no refusal")
     layers, _ = _joined(head, arrays)
     if isinstance(reply, Update):
         reply = dataclasses.replace(reply, tensors=layers)
     _check_same(_reply_head(reply)[0], packed.head)
-    return reply
+    return _failure_of(reply) if isinstance(reply, _Refusal) else reply
+
+
+def _failure_of(refusal: _Refusal) -> Failure:
+    """The failure with the sentence of a code that came from a client."""
+    try:
+        return Failure.of(-1, Refused(refusal.code, *refusal.numbers))
+    except ValueError as error:
+        raise Malformed(str(error)) from None
 
 
 def _instruction_head(
@@ -181,13 +212,17 @@ def _instruction_head(
     return head, [*_arrays(instruction.tensors), *named.values()]
 
 
-def _reply_head(reply: Reply) -> tuple[_Head, list[Array]]:
+def _reply_head(reply: Answer | Refused | _Refusal | Failure) -> tuple[_Head, list[Array]]:
     """Separate a reply from its arrays."""
     if isinstance(reply, Update):
         bare = dataclasses.replace(reply, tensors={})
         return _Head(_names(reply.tensors), update=bare), _arrays(reply.tensors)
     if isinstance(reply, EvaluationReply):
         return _Head(evaluation=reply), []
+    if isinstance(reply, Refused):
+        return _Head(refusal=_Refusal(reply.code, reply.numbers)), []
+    if isinstance(reply, _Refusal):
+        return _Head(refusal=reply), []
     return _Head(failure=dataclasses.replace(reply, reason=one_line(reply.reason))), []
 
 
@@ -283,7 +318,7 @@ def _check_values(value: object) -> None:
         if not -(2**63) <= value < 2**63:
             raise Malformed("the message has an integer of more than 64 bits")
     elif isinstance(value, RunContext):
-        _check_values(value.identity)
+        _check_values((value.identity, value.task))
     elif dataclasses.is_dataclass(value):
         _check_values(vars(value))
     elif isinstance(value, Mapping):
