@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,3 +330,45 @@ def test_ctrl_c_before_the_first_round(
     assert output.code == 130
     assert output.err == "droppeft: stopped while preparing; nothing was written\n"
     assert not (tmp_path / "run").exists()
+
+
+WITHOUT_TORCH = (
+    ("run rounds 3", "did you mean rounds=3?"),
+    ("run method=fedavg", "did you mean method=fedlora?"),
+    ("run rows.csv", "did you mean data=rows.csv?"),
+    ("run dropout.mean=.5", "has no effect with method=adaptive"),
+    ("run adapter.type=ia3 adapter.rank=8", "type ia3 has no such setting"),
+    ("run data=nothing.csv", "data=nothing.csv: no such file"),
+    ("resume runs/nothing", "holds no run to resume"),
+    ("predict RUN FILE --out rows.csv", "rows.csv: exists already"),
+    ("predict nothing rows.csv", "nothing: holds no run"),
+    ("export nothing", "nothing: holds no run"),
+    ("chat nothing", "nothing: holds no run"),
+    ("generate nothing rows.csv", "nothing: holds no run"),
+    ("data nothing.csv", "data=nothing.csv: no such file"),
+    ("compare fedavg", "did you mean method=fedlora?"),
+)
+"""Mistakes, and a part of their sentences."""
+
+
+def test_mistakes_are_answered_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    code = (
+        "import json, sys\n"
+        "from droppeft.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['droppeft', *words.split()]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as left:\n"
+        "        print(left.code, *{'torch', 'transformers'} & {*sys.modules}, flush=True)\n"
+    )
+    words = json.dumps([words for words, _ in WITHOUT_TORCH])
+    done = subprocess.run(
+        [sys.executable, "-c", code, words], capture_output=True, text=True, cwd=tmp_path
+    )
+    sentences = done.stderr.splitlines()
+    assert len(sentences) == len(WITHOUT_TORCH), done.stderr
+    for (_, part), sentence in zip(WITHOUT_TORCH, sentences, strict=True):
+        assert part in sentence
+    assert done.stdout.splitlines() == ["2"] * len(WITHOUT_TORCH)

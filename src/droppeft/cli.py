@@ -1,6 +1,7 @@
 """The command line: ``droppeft`` and its commands."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -122,11 +123,16 @@ def run(
     on the built-in model and data. `droppeft settings` lists all settings.
     """
     from droppeft.config import load_config
+    from droppeft.data.splits import check_found
+    from droppeft.methods.rules import check_settings
     from droppeft.runs.folder import check_free, new_folder
 
+    # All that can be refused before PyTorch is loaded, which takes seconds.
     config = load_config(*file_and_settings(overrides or []))
+    check_settings(config)
+    check_found(os.path.expandvars(config.data))
     folder = out or new_folder(config.method)
-    check_free(folder)  # before torch is loaded
+    check_free(folder)
 
     def work(listener: "Listener") -> None:
         from droppeft.server.run import start_run
@@ -151,7 +157,10 @@ def resume(
     rounds=40 a run is continued until it has 40 rounds. Where the learning rate falls
     over the run, it rises again to where it would be in a run of 40 rounds.
     """
+    from droppeft.runs.folder import check_holds_run
+
     rounds = more_rounds(settings or [])
+    check_holds_run(folder.resolve())
 
     def work(listener: "Listener") -> None:
         from droppeft.runs.folder import RESULT
@@ -194,10 +203,7 @@ def compare(
     from rich.console import Console
 
     from droppeft.comparison.grid import cells
-    from droppeft.comparison.in_folder import compare_in_folder
     from droppeft.extras import require
-    from droppeft.report import show_comparison as report
-    from droppeft.report.page import write_page
 
     require("report", "the page of a comparison")
     file, methods, settings = file_methods_settings(overrides or [])
@@ -209,6 +215,11 @@ def compare(
     )
     folder = out or Path("runs") / f"compare-{_name_of(file) if file else '-'.join(methods)}"
     every, console = cells(comparison), Console()
+
+    from droppeft.comparison.in_folder import compare_in_folder  # loads PyTorch
+    from droppeft.report import show_comparison as report
+    from droppeft.report.page import write_page
+
     lines = report.Lines(console)
     try:
         compared = compare_in_folder(study, every, chosen_seeds, folder, lines)
@@ -255,7 +266,10 @@ def export(
 ) -> None:
     """Export a checkpoint as an adapter in PEFT's format, or as a merged model."""
     from droppeft.report.screen import Screen
-    from droppeft.runs.export import export_run
+    from droppeft.runs.folder import saved_config
+
+    saved_config(folder)
+    from droppeft.runs.export import export_run  # loads PyTorch
 
     try:
         with Screen() as screen:
@@ -315,6 +329,9 @@ def chat(
     temperature: TemperatureOption = 0.0,
 ) -> None:
     """Talk to the language model of a run."""
+    from droppeft.runs.folder import saved_config
+
+    saved_config(folder)
     from droppeft.report.talking import talk
     from droppeft.tasks.generation import GenerationSettings
 
@@ -338,6 +355,9 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 8,
 ) -> None:
     """Let the language model of a run complete the prompts of a file."""
+    from droppeft.runs.folder import saved_config
+
+    saved_config(folder)
     from droppeft.report.talking import complete_file
     from droppeft.tasks.generation import GenerationSettings
 
@@ -368,14 +388,18 @@ def data(
     from rich.console import Console
 
     from droppeft.config import load_config
+    from droppeft.data.splits import check_found
     from droppeft.data.summary import check_settings, summarise
-    from droppeft.models.sources import find_source
     from droppeft.report import show_data as report
     from droppeft.report.screen import Screen
 
     overrides = settings or []
     check_settings(overrides)
     config = load_config(None, [f"data={name}", *overrides])
+    check_found(config.data)
+
+    from droppeft.models.sources import find_source  # loads PyTorch
+
     source = find_source(config.model)
     with Screen() as screen:
         source.convert(screen.preparing)

@@ -1,6 +1,7 @@
 """Packages that only some functions need, and the extra of droppeft that installs them; ours."""
 
 import importlib.util
+import logging
 
 from droppeft.errors import DroppeftError
 
@@ -34,3 +35,15 @@ def require(extra: str, what: str) -> None:
         raise DroppeftError(
             f"{what} needs the package {package}; run: pip install 'droppeft[{extra}]'"
         )
+
+
+_NOISE = (
+    "bitsandbytes.backends.cpu.ops",  # about an inference kernel that is not used here
+    "bitsandbytes.autograd._functions",  # in each forward: that 8-bit products are in float16
+)
+
+
+def silence_bitsandbytes() -> None:
+    """Silence bitsandbytes' messages about its normal work, at import (by peft) and later."""
+    for name in _NOISE:
+        logging.getLogger(name).setLevel(logging.ERROR)

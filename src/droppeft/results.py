@@ -21,7 +21,8 @@ from droppeft.runs.answering import Answering, loaded_model
 from droppeft.runs.export import export_run
 from droppeft.runs.folder import ROUNDS, read_result
 from droppeft.runs.ledger import RoundRow, read_rounds, read_rows
-from droppeft.runs.predicting import Predictor, load_predictor, trained_columns
+from droppeft.runs.predicting import Predictor, load_predictor
+from droppeft.runs.trained_columns import trained_columns
 from droppeft.tasks.generation import GenerationSettings
 from droppeft.tasks.metrics import metrics_in, primary_metric
 

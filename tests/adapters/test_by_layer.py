@@ -8,10 +8,10 @@ from droppeft.adapters.by_layer import (
     Parameters,
     count_parameters,
     get_tensors,
-    layer_of,
     set_tensors,
     trainable_by_layer,
 )
+from droppeft.adapters.tensor_names import layer_of
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerAdapter, flatten

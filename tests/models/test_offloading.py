@@ -15,7 +15,8 @@ from droppeft.adapters.types import TYPES
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.models.offloading import OffloadedWeights, check_offload
+from droppeft.methods.rules import check_offload
+from droppeft.models.offloading import OffloadedWeights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WIDTH = 512

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from droppeft.adapters.by_layer import backbone_name
+from droppeft.adapters.tensor_names import backbone_name
 from droppeft.errors import DroppeftError
 from droppeft.messages import BaseDelta
 from droppeft.models.quantization import is_quantised

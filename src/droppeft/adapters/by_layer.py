@@ -9,25 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from droppeft.adapters.prefix import PREFIX
+from droppeft.adapters.tensor_names import layer_of
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, OTHER, LayerKey, Tensors, flatten
+from droppeft.messages import OTHER, LayerKey, Tensors, flatten
 
 Parameters = Mapping[LayerKey, Mapping[str, nn.Parameter]]
 """Trainable parameters by layer, then by parameter name."""
-
-
-def layer_of(name: str, blocks_path: str) -> LayerKey:
-    """Return the group of a parameter: its layer's index, ``"head"`` or ``"other"``."""
-    for path in (f"{blocks_path}.", PREFIX):
-        if name.startswith(path):
-            return int(name.removeprefix(path).partition(".")[0])
-    return HEAD if ".modules_to_save." in name else OTHER
-
-
-def backbone_name(name: str) -> str:
-    """Return the name that a backbone parameter had before peft wrapped its module."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def trainable_by_layer(model: nn.Module, blocks_path: str) -> Parameters:

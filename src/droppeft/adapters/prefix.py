@@ -11,9 +11,6 @@ from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
 from torch import nn
 from transformers import DynamicCache
 
-PREFIX = "prompt_encoder.default.layer."
-"""Start of the parameters' names; the index of the layer follows."""
-
 
 class PrefixRows(nn.Module):
     """The prefix of each layer, as a parameter.

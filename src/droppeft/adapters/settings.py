@@ -5,8 +5,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import TypeAdapter, ValidationError
 
 from droppeft.adapters.types import BOTTLENECK, TYPES, AdapterType, adapter_type
@@ -79,7 +77,7 @@ def checked_options(name: str, options: tuple[tuple[str, OptionValue], ...]) -> 
         DroppeftError: if the class does not have an option, it may not be set, or its value has the
             wrong type.
     """
-    kinds = open_options(name)
+    kinds = open_options(name) if options else {}
     return {option: _checked(name, kinds, option, value) for option, value in options}
 
 
@@ -95,6 +93,9 @@ def open_options(name: str) -> dict[str, Any]:
 
 def config_class(name: str) -> Any:
     """Return peft's configuration class of a type."""
+    from peft import PeftType  # takes seconds
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
 
 

@@ -184,9 +184,18 @@ def _splits_of(data: str, source: SourceConfig) -> NamedSplits | Split:
         return _of_folder(path, source)
     if path.is_file():
         return _single_file(path, source)
-    if _looks_like_path(data):
-        raise DroppeftError(f"data={data}: no such file or folder")
+    check_found(data)
     return _of_hub(data)
+
+
+def check_found(data: str) -> None:
+    """Refuse the name of a file or folder that does not exist; other names are ids of the hub.
+
+    Raises:
+        DroppeftError: there is no such file or folder.
+    """
+    if _looks_like_path(data) and not Path(data).expanduser().exists():
+        raise DroppeftError(f"data={data}: no such file or folder")
 
 
 def _single_file(path: Path, source: SourceConfig) -> Split:

@@ -31,9 +31,9 @@ use the lower-level functions::
     model.eval()  # outside `gated`, every layer runs
 """
 
-from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
-from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
-from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from droppeft.layer_dropout.gates import SAMPLINGS, sample_active
 from droppeft.layer_dropout.rates import (
     SHAPES,
@@ -42,6 +42,11 @@ from droppeft.layer_dropout.rates import (
     protected_ends,
 )
 from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
+
+if TYPE_CHECKING:
+    from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
+    from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
+    from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
 
 __all__ = [
     "ARCHITECTURES",
@@ -62,3 +67,21 @@ __all__ = [
     "sample_active",
     "scheduled_rates",
 ]
+
+_NEED_TORCH = {
+    "architectures": ("ARCHITECTURES", "REFUSED", "Architecture"),
+    "blocks": ("Gates", "find_blocks", "find_stacks", "gated"),
+    "dropout": ("DrawnGates", "layer_dropout"),
+}
+"""Names by module that are loaded when they are first used: PyTorch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _NEED_TORCH.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from droppeft.adapters.by_layer import backbone_name
+from droppeft.adapters.tensor_names import backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Array, BaseDelta

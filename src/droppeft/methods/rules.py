@@ -2,7 +2,8 @@
 
 :mod:`droppeft.config` checks single values and values that limit each other. A method's ``init``
 checks what depends on the number of layers. All other rules are here or in a method's ``check``.
-They hold for overrides, TOML files, comparisons and Python alike.
+They hold for overrides, TOML files, comparisons and Python alike. PyTorch is not imported unless a
+rule needs it, so that a mistake is answered at once.
 
 A setting counts as given only if it differs from its default, even if it is written down: the
 ``config.toml`` of a run lists every setting, and it must be possible to repeat the run with it.
@@ -10,7 +11,7 @@ A setting counts as given only if it differs from its default, even if it is wri
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import TYPES, check_on
@@ -19,8 +20,9 @@ from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
-from droppeft.models.offloading import check_offload
-from droppeft.tasks.registry import task_named
+
+if TYPE_CHECKING:
+    from droppeft.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ NO_EFFECT = (
             *("evaluation.generated", "evaluation.personalised_generated"),
             "evaluation.max_new_tokens",
         ),
-        when=lambda config: not task_named(config.task).generates,
+        when=lambda config: not _task(config.task).generates,
         reason="task={config.task}",
         instead="leave it out, or set task=causal_lm",
     ),
@@ -129,7 +131,7 @@ NO_EFFECT = (
     ),
     NoEffect(
         keys=("source.classes",),
-        when=lambda config: config.partition.kind != "sites" or task_named(config.task).generates,
+        when=lambda config: config.partition.kind != "sites" or _task(config.task).generates,
         reason="task={config.task} and partition.kind={config.partition.kind}",
     ),
     NoEffect(
@@ -191,6 +193,27 @@ def _check_lora(method: Method, config: Config) -> None:
             )
 
 
+def check_offload(config: Config) -> None:
+    """Refuse ``training.offload`` where it would not save memory.
+
+    Raises:
+        DroppeftError: the message says what to set.
+    """
+    if not config.training.offload:
+        return
+    if config.quantization != "none":
+        raise DroppeftError(
+            "training.offload=true cannot be combined with "
+            f"quantization={config.quantization}; choose one"
+        )
+    cached = config.frozen.layers != 0 and config.frozen.cache
+    if not cached and config.dropout.every != "round":
+        raise DroppeftError(
+            "training.offload=true saves no memory when every step may run other layers; set "
+            "dropout.every=round, or frozen.layers with frozen.cache=true"
+        )
+
+
 def check_target(target: float | None, task: str) -> None:
     """Refuse a target that no model can reach.
 
@@ -201,8 +224,10 @@ def check_target(target: float | None, task: str) -> None:
     Raises:
         DroppeftError: the value is out of the metric's range.
     """
-    metric = task_named(task).metrics[0]
-    if target is not None and not metric.is_possible(target):
+    if target is None:
+        return
+    metric = _task(task).metrics[0]
+    if not metric.is_possible(target):
         raise DroppeftError(
             f"target={target:g}: {metric.label} is between 0 and {metric.most:g}; "
             "give a value in this range"
@@ -215,11 +240,11 @@ def without_effect(config: Config) -> dict[str, NoEffect]:
     Raises:
         DroppeftError: if the method is unknown.
     """
-    rules = [rule for rule in (*_unread(config), *NO_EFFECT) if rule.holds(config)]
+    rules = (*_unread(config), *NO_EFFECT)
     ignored: dict[str, NoEffect] = {}
     for key in given(config):
         for rule in rules:
-            if rule.concerns(key):
+            if rule.concerns(key) and rule.holds(config):
                 ignored.setdefault(key, rule)
     return ignored
 
@@ -280,6 +305,12 @@ def step_of(config: Config) -> Config:
     if "dropout" not in method_named(config.method).tables:
         used["dropout"] = DropoutConfig(mean=0.0)
     return config.model_copy(update=used)
+
+
+def _task(name: str) -> "Task":
+    from droppeft.tasks.registry import task_named  # tasks import PyTorch and transformers
+
+    return task_named(name)
 
 
 def _unread(config: Config) -> list[NoEffect]:

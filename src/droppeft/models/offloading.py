@@ -16,30 +16,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.files import LEFT_BEHIND_S, make_private
-
-
-def check_offload(config: Config) -> None:
-    """Refuse ``training.offload`` where it would not save memory.
-
-    Raises:
-        DroppeftError: the message says what to set.
-    """
-    if not config.training.offload:
-        return
-    if config.quantization != "none":
-        raise DroppeftError(
-            "training.offload=true cannot be combined with "
-            f"quantization={config.quantization}; choose one"
-        )
-    cached = config.frozen.layers != 0 and config.frozen.cache
-    if not cached and config.dropout.every != "round":
-        raise DroppeftError(
-            "training.offload=true saves no memory when every step may run other layers; set "
-            "dropout.every=round, or frozen.layers with frozen.cache=true"
-        )
 
 
 @dataclass

@@ -13,7 +13,6 @@ CPU. Otherwise it also rounds its inputs to 8 bits, row by row, except for colum
 outlier anywhere in the batch. A row's output then depends slightly on the other rows of its batch.
 """
 
-import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -23,21 +22,10 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from droppeft.errors import DroppeftError
-from droppeft.extras import require
+from droppeft.extras import require, silence_bitsandbytes
 
 QUANTIZATIONS = {"Int8Params": "8bit", "Params4bit": "4bit"}
 """The quantisation by the name of bitsandbytes' class of a weight."""
-
-_NOISE = (
-    "bitsandbytes.backends.cpu.ops",  # about an inference kernel that is not used here
-    "bitsandbytes.autograd._functions",  # in each forward: that 8-bit products are in float16
-)
-
-
-def silence_bitsandbytes() -> None:
-    """Silence bitsandbytes' messages about its normal work, at import (by peft) and later."""
-    for name in _NOISE:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_installed(quantization: str) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,10 @@ from droppeft.files import write_atomically
 from droppeft.quantities import counted, percent, share
 from droppeft.report.progress import bar
 from droppeft.report.screen import Screen
-from droppeft.runs.predicting import Predictor, Probabilities, load_predictor, trained_columns
+from droppeft.runs.trained_columns import trained_columns
+
+if TYPE_CHECKING:
+    from droppeft.runs.predicting import Predictor, Probabilities
 
 PREDICTED, PROBABILITY = "predicted", "probability"
 SHOWN = 5  # rows
@@ -63,6 +66,8 @@ def predict_file(
     WRITERS[out.suffix](new.rows.slice(0, 1))  # refuses columns that the format cannot hold
     with Screen(console) as screen:
         screen.preparing("loading PyTorch and transformers")
+        from droppeft.runs.predicting import load_predictor
+
         predictor = load_predictor(run, screen.preparing, round, client)
     names = _added_columns(new, predictor.label_names if all_probabilities else ())
     probabilities = _predicted(predictor, new, console)
@@ -98,7 +103,7 @@ def _added_columns(new: NewTexts, classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _predicted(predictor: Predictor, new: NewTexts, console: Console) -> Probabilities:
+def _predicted(predictor: "Predictor", new: NewTexts, console: Console) -> "Probabilities":
     """The probabilities of the complete rows."""
     with bar(console) as progress:
         rows = np.flatnonzero(new.complete)
@@ -109,7 +114,7 @@ def _predicted(predictor: Predictor, new: NewTexts, console: Console) -> Probabi
 
 
 def _with_predictions(
-    new: NewTexts, names: Sequence[str], probabilities: Probabilities, classes: Sequence[str]
+    new: NewTexts, names: Sequence[str], probabilities: "Probabilities", classes: Sequence[str]
 ) -> pa.Table:
     """Append the new columns, which are empty in rows without a text."""
     best = probabilities.argmax(axis=1)
@@ -161,7 +166,7 @@ WRITERS: dict[str, Callable[[pa.Table], bytes]] = {
 
 def _show(
     new: NewTexts,
-    probabilities: Probabilities,
+    probabilities: "Probabilities",
     classes: Sequence[str],
     file: Path,
     console: Console,
@@ -195,7 +200,7 @@ def _have(number: int) -> str:
 
 
 def _show_rows(
-    new: NewTexts, probabilities: Probabilities, classes: Sequence[str], console: Console
+    new: NewTexts, probabilities: "Probabilities", classes: Sequence[str], console: Console
 ) -> None:
     """Print the first rows; the texts have the width that the predictions leave."""
     rows = np.flatnonzero(new.complete)[:SHOWN]

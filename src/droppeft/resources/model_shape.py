@@ -10,8 +10,8 @@ from droppeft.costs.fake_step import empty_model
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.droppeft import configured_rates
+from droppeft.methods.rules import check_offload
 from droppeft.models.loading import most_tokens
-from droppeft.models.offloading import check_offload
 from droppeft.tasks.registry import task_named
 
 CLASSES = ("no", "yes")

@@ -16,7 +16,7 @@ from droppeft import seeds
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import Say
-from droppeft.config import Config, load_config
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.messages import GlobalModel, Tensors
 from droppeft.methods import Setup, method_named
@@ -24,7 +24,7 @@ from droppeft.models.sources import find_source
 from droppeft.refusals import Refused
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, check_same_settings, read_result
+from droppeft.runs.folder import RESULT, ROUNDS, check_same_settings, read_result, saved_config
 from droppeft.runs.ledger import read_rows
 from droppeft.runs.model_cards import Source, adapter_lines, merged_lines
 from droppeft.runs.model_files import check_alone, save_adapter, save_merged
@@ -94,17 +94,6 @@ def export_run(
     save(source, out)
     label = source.task.metrics[0].label
     return Exported(out, source.round, label, source.value, source.rows, lines(source, str(out)))
-
-
-def saved_config(run: Path) -> Config:
-    """Return the configuration of a run.
-
-    Raises:
-        DroppeftError: the folder holds no run.
-    """
-    if not (run / CONFIG).is_file():
-        raise DroppeftError(f"{run}: holds no run (no {CONFIG})")
-    return load_config(run / CONFIG)
 
 
 def saved_model(run: Path, round: int | None, client: int | None) -> tuple[Config, Checkpoint]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from droppeft.config import Config, as_tree, flat, to_toml
+from droppeft.config import Config, as_tree, flat, load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.files import remove_left_behind, sync, write_atomically
 from droppeft.quantities import counted
@@ -142,6 +142,27 @@ def save_extended(out: Path, config: Config) -> None:
         earlier = read_result(out)["rounds"]
         (out / RESULT).replace(out / f"result-round-{earlier}.json")
     write_atomically(out / CONFIG, to_toml(config).encode())
+
+
+def check_holds_run(out: Path) -> None:
+    """Refuse a folder in which there is nothing to resume.
+
+    Raises:
+        DroppeftError: the folder holds no run.
+    """
+    if not (out / CONFIG).is_file():
+        raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
+
+
+def saved_config(run: Path) -> Config:
+    """Return the configuration of a run.
+
+    Raises:
+        DroppeftError: the folder holds no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise DroppeftError(f"{run}: holds no run (no {CONFIG})")
+    return load_config(run / CONFIG)
 
 
 def read_result(run: Path) -> dict[str, Any]:

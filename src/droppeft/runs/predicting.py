@@ -4,10 +4,9 @@ Texts are truncated and the model is computed as in the run's last evaluation, s
 get the same classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,7 @@ from droppeft.data.tokens import ordered_batches, tokenise
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import check_tokens
 from droppeft.models.precision import autocast
-from droppeft.runs.export import load_source, saved_config, saved_model
-from droppeft.runs.folder import RESULT, read_result
+from droppeft.runs.export import load_source, saved_model
 from droppeft.runs.model_cards import Source
 from droppeft.runs.model_files import attach_model
 from droppeft.tasks.classification import Classification
@@ -94,33 +92,6 @@ class Predictor:
                 "another round, or train again with a lower training.learning_rate"
             )
         return found
-
-
-@dataclass(frozen=True)
-class TrainedColumns:
-    """The columns that a run has read.
-
-    Attributes:
-        text: of the text, or of both texts of a pair; empty if it is not known.
-        label: of the label; ``None`` if it is not known.
-    """
-
-    text: tuple[str, ...]
-    label: str | None
-
-
-def trained_columns(run: Path) -> TrainedColumns:
-    """Return the columns that a run has read, as far as its folder tells.
-
-    Raises:
-        DroppeftError: the folder holds no run.
-    """
-    config = saved_config(run)
-    found: Mapping[str, Any] = {}
-    if (run / RESULT).is_file():
-        found = read_result(run).get("data_findings", {}).get("columns", {})
-    texts = tuple(name for kind, name in found.items() if "text" in kind)
-    return TrainedColumns(config.source.text or texts, config.source.label or found.get("label"))
 
 
 def load_predictor(

@@ -39,6 +39,7 @@ from droppeft.runs.folder import (
     begin,
     bound_settings,
     check_free,
+    check_holds_run,
     check_same_settings,
     locked,
     read_result,
@@ -163,8 +164,7 @@ def resume_run(
         Interrupted: on Ctrl-C.
     """
     out = out.resolve()
-    if not (out / CONFIG).is_file():
-        raise DroppeftError(f"{out}: holds no run to resume (no {CONFIG})")
+    check_holds_run(out)
     if (out / RESULT).exists() and rounds is None:
         result = read_result(out)
         listener.finished(result)

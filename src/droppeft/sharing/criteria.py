@@ -9,13 +9,15 @@ all but the first for sharing, are ours or controls.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.training.gradients import GradientMoments, Vector
+if TYPE_CHECKING:
+    from droppeft.training.gradients import GradientMoments
 
+Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 
 
@@ -53,7 +55,7 @@ class LocalResult:
     """
 
     active_steps: Vector
-    gradients: GradientMoments
+    gradients: "GradientMoments"
     block_states: Callable[[], Sequence[BlockStates]]
     loss_increases: Callable[[Sequence[int]], Sequence[float]]
     changed_layers: tuple[int, ...]
