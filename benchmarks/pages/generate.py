@@ -81,6 +81,7 @@ TABLES: Tables = {
         reference.defaults_of_methods,
         reference.defaults_of_tasks,
         reference.device_profiles,
+        reference.hostile_server,
         reference.method_descriptions,
         reference.methods,
         reference.odd_inputs,

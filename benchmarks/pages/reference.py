@@ -28,6 +28,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 ADAPTERS = DOCS / "adapters.json"
 ARCHITECTURES = DOCS / "architectures.json"
 ODD_INPUTS = DOCS / "odd_inputs.json"
+HOSTILE_SERVER = DOCS / "hostile_server.json"
 """What the contracts in `tests/` found."""
 
 PAPERS = {
@@ -170,6 +171,13 @@ def odd_inputs() -> str:
     cases = json.loads(ODD_INPUTS.read_text(encoding="utf-8"))
     rows = [(case["group"], case["input"], _shown(case["result"])) for case in cases]
     return markdown_table(("about", "input", "what happens"), rows)
+
+
+def hostile_server() -> str:
+    """What a hostile server can ask a site for, and what happens."""
+    cases = json.loads(HOSTILE_SERVER.read_text(encoding="utf-8"))
+    rows = [(case["group"], case["asks"], case["result"]) for case in cases]
+    return markdown_table(("about", "a server asks for", "what happens"), rows)
 
 
 def _shown(result: str) -> str:

@@ -31,6 +31,19 @@ REASONS = {
     "other_model": "its model has other weights than the server's",
     "other_tokenizer": "its model has another tokenizer than the server's",
     "method": "its node file does not allow the method of this run (limits.methods)",
+    "impossible": "its instruction has a value that no run has; the log on its machine (node.log) "
+    "names it",
+    "steps": "it is asked for {0:.0f} training steps, and its most are {1:.0f} (limits.steps)",
+    "seconds": "its local training took longer than the {0:g} s that it gives (limits.seconds)",
+    "disk": "it would have to store {0:.3g} MB, and gives {1:g} MB (limits.disk_mb)",
+    "memory": "a batch would have {0:.0f} tokens, and its most are {1:.0f}",
+    "head": "it does not send its head (send.head); set sharing.head=personal",
+    "measurements": "it sends no measurements on its validation and test rows (send.measurements)",
+    "few_measured": "it is asked for a measurement on {0:.0f} rows, and its fewest are {1:.0f}",
+    "few_trained": "it is asked to train on {0:.0f} rows, and its fewest are {1:.0f}",
+    "backbone": "its node file allows no method that changes the backbone (limits.methods)",
+    "kept": "{0:.0f} of the tensors that it is asked for were kept earlier in this run",
+    "sharing_grew": "it shared a fraction {0:g} of its layers in this run, and is asked for {1:g}",
     "too_few_rows": "it has {0:.0f} rows of this task, and the fewest that it takes part with are "
     "{1:.0f}",
 }

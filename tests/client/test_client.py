@@ -27,6 +27,8 @@ from droppeft.seeds import seed_for
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import evaluate
 
+pytestmark = pytest.mark.usefixtures("state")
+
 # A weight that peft wraps because it has an adapter, and one that peft does not wrap.
 WRAPPED = "bert.encoder.layer.0.attention.self.query.weight"
 PLAIN = "bert.encoder.layer.2.output.dense.bias"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +43,16 @@ CLOSED = frozenset(
 RANK_PER_LAYER = (BOTTLENECK, "lora", "loha", "lokr", "delora")
 """Types whose rank (or width) may differ by layer."""
 
+MOST_OPTION = 65_536
+"""Largest absolute value of an option that a site takes from a server."""
+
+NAMES = {
+    "act_fn": ("relu", "gelu", "silu", "tanh", "sigmoid"),
+    "wavelet_family": ("db1", "sym2", "coif1"),
+    "encoder_reparameterization_type": ("MLP", "LSTM"),
+}
+"""Words that options may have where peft's configuration class does not list them."""
+
 NEEDED = ("width", "tokens")
 """Settings for which peft has no default."""
 
@@ -79,6 +89,36 @@ def checked_options(name: str, options: tuple[tuple[str, OptionValue], ...]) -> 
     """
     kinds = open_options(name) if options else {}
     return {option: _checked(name, kinds, option, value) for option, value in options}
+
+
+def options_of_sites(name: str, options: tuple[tuple[str, OptionValue], ...]) -> None:
+    """Check that options from a server are numbers of a usual size, or one of a few fixed words.
+
+    Other texts could name files, modules or models on the machine of a site.
+
+    Raises:
+        DroppeftError: an option is anything else.
+    """
+    adapter_type(name)  # refuses an unknown one
+    kinds = open_options(name)
+    for option, value in options:
+        if isinstance(value, bool):
+            continue
+        words = {*_words(kinds.get(option)), *NAMES.get(option, ())}
+        fits = (
+            value in words
+            if isinstance(value, str)
+            else isinstance(value, int | float) and abs(value) <= MOST_OPTION
+        )
+        seed = isinstance(value, int) and option.endswith(("seed", "_key"))
+        if not (fits or seed):
+            raise DroppeftError(f"adapter.options.{option}={value!r} is not taken from a server")
+
+
+def _words(kind: Any) -> Iterator[str]:
+    """The words that an annotation lists."""
+    for one in typing.get_args(kind):
+        yield from [one] if isinstance(one, str) else _words(one)
 
 
 def open_options(name: str) -> dict[str, Any]:

@@ -11,9 +11,17 @@ from torch import nn
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
-from droppeft.client.client_state import client_folder, load_tensors, save_tensors
+from droppeft.client.client_state import (
+    Saved,
+    client_folder,
+    load_saved,
+    load_tensors,
+    save_tensors,
+)
+from droppeft.client.kept_tensors import Kept, read_kept, save_kept
 from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
+from droppeft.client.site_rules import SiteRules
 from droppeft.data.conversations import ConversationTable, prompts_and_references
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
@@ -32,11 +40,13 @@ from droppeft.messages import (
     Tensors,
     Update,
     flatten,
+    payload_bytes,
     restrict,
 )
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
+from droppeft.training.deadline import Deadline
 from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, train
 
 
@@ -52,21 +62,25 @@ class Client:
         table: tokenised rows.
         rows: indices of this client's rows in ``table``.
         texts: the same rows before they were tokenised, for a task that generates.
+        rules: what a site allows; ``None`` for a client of a simulation, which has no site.
     """
 
     model: ClientModel
     table: TokenRows
     rows: ClientRows
     texts: ConversationTable | None = None
+    rules: SiteRules | None = None
 
     def run(self, instruction: Instruction) -> Answer:
         """Run an instruction: train, or only evaluate if ``instruction.evaluate_only`` is set.
 
         Raises:
-            Refused: this client has lost its saved state.
+            Refused: this client has lost its saved state, or is asked for what it does not do.
             DroppeftError: the instruction does not fit this client or its model, or tensors
                 cannot be saved.
         """
+        if self.rules is not None:
+            instruction = self.rules.allowed(instruction, self.model, self.rows, self.table.lengths)
         return self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
 
     def measure(self, instruction: Instruction) -> EvaluationReply:
@@ -77,7 +91,7 @@ class Client:
         Raises:
             DroppeftError: as :meth:`run`.
         """
-        self._load(instruction)
+        self._load(instruction, Kept())
         self.model.load_layers()
         with base_delta_applied(self.model.model, instruction.base_delta):
             asked = instruction.validation_rows
@@ -100,7 +114,9 @@ class Client:
             DroppeftError: as :meth:`run`.
         """
         start = time.perf_counter()
-        parameters = self._load(instruction)
+        kept = read_kept(instruction.run, instruction.client)
+        deadline = self.rules.deadline(start) if self.rules else None
+        parameters = self._load(instruction, kept)
         if instruction.base_delta is not None:
             self.model.load_layers()  # the delta is added to weights that must be in memory
 
@@ -113,7 +129,7 @@ class Client:
             start_values = get_tensors(parameters) if needs_start else {}
             before = measure(instruction.reward_rows) if instruction.reward_rows else None
             outcome, cached = train_locally(
-                self.model, parameters, self.table, self.rows, instruction
+                self.model, parameters, self.table, self.rows, instruction, deadline=deadline
             )
             after = measure(instruction.reward_rows) if instruction.reward_rows else None
             scored = score_layers(
@@ -121,8 +137,11 @@ class Client:
             )
         personal = _names_of(self.model.parameters, scored.personal if scored else ())
         tensors = _trained_and_shared(parameters, instruction, personal, outcome)
+        now_kept = kept.after(instruction, _all_names(parameters), personal)
+        if now_kept != kept:
+            save_kept(instruction.run, instruction.client, now_kept)
         self._save_the_rest(parameters, instruction, personal)
-        personal_outcome = self._train_personal_adapter(parameters, instruction)
+        personal_outcome = self._train_personal_adapter(parameters, instruction, deadline)
         cost = _cost(outcome, cached, (before, after), scored, personal_outcome)
         return Update(
             round=instruction.round,
@@ -141,13 +160,14 @@ class Client:
             scores=scored.scores if scored else None,
         )
 
-    def _load(self, instruction: Instruction) -> Parameters:
+    def _load(self, instruction: Instruction, kept: Kept) -> Parameters:
         """Set the values that training begins with, and return the parameters that are trained.
 
         A value comes from the instruction, else from this client's saved state, else from the
         seed.
 
         Raises:
+            Refused: the instruction asks for a tensor that this client keeps.
             DroppeftError: a tensor that is to be trained has neither been sent nor saved.
         """
         model = self.model
@@ -155,7 +175,8 @@ class Client:
         fresh = model.fresh_tensors(instruction.adapter)
         sent = {name for _, name, _ in flatten(instruction.tensors)}
         missing = frozenset(name for _, name, _ in flatten(fresh)) - sent
-        saved = _saved(instruction, missing)
+        found = _saved(instruction)
+        saved = restrict(found.tensors, missing)
         saved_names = {name for _, name, _ in flatten(saved)}
         trained = missing if instruction.train is None else missing & instruction.train
         needed = trained - saved_names
@@ -167,7 +188,12 @@ class Client:
         set_tensors(model.parameters, instruction.tensors)
         set_tensors(model.parameters, saved)
         set_tensors(model.parameters, restrict(fresh, missing - saved_names))
-        return _trained_parameters(model.parameters, instruction)
+        parameters = _trained_parameters(model.parameters, instruction)
+        if not instruction.evaluate_only:
+            kept.check(instruction, _all_names(parameters), saved_names, found.chosen)
+            if self.rules is not None:
+                self.rules.check_sent(instruction, parameters)
+        return parameters
 
     def _save_the_rest(
         self, parameters: Parameters, instruction: Instruction, personal: frozenset[str]
@@ -178,19 +204,20 @@ class Client:
             parameters: the parameters that the instruction trains.
             personal: names of the tensors of personal layers, trained or not.
         """
-        trained = frozenset(name for named in parameters.values() for name in named)
-        names = (trained - instruction.share) | personal
+        names = (_all_names(parameters) - instruction.share) | personal
         if names:
-            tensors = restrict(get_tensors(self.model.parameters), names)
-            save_tensors(
-                client_folder(instruction.run, instruction.client),
-                instruction.round,
-                instruction.state_round,
-                tensors,
-            )
+            self._save(instruction, restrict(get_tensors(self.model.parameters), names), personal)
+
+    def _save(
+        self, instruction: Instruction, tensors: Tensors, chosen: frozenset[str] = frozenset()
+    ) -> None:
+        if self.rules is not None:
+            self.rules.check_room(instruction.client, payload_bytes(tensors))
+        folder = client_folder(instruction.run, instruction.client)
+        save_tensors(folder, instruction.round, instruction.state_round, tensors, chosen)
 
     def _train_personal_adapter(
-        self, parameters: Parameters, instruction: Instruction
+        self, parameters: Parameters, instruction: Instruction, deadline: Deadline | None
     ) -> TrainOutcome | None:
         """Train this client's personal adapter, if any, on the same batches, and save it."""
         if instruction.personal_adapter is None:
@@ -213,10 +240,9 @@ class Client:
                 self.rows,
                 personal_instruction,
                 anchors=instruction.tensors,
+                deadline=deadline,
             )
-        save_tensors(
-            folder, instruction.round, instruction.state_round, get_tensors(self.model.parameters)
-        )
+        self._save(instruction, get_tensors(self.model.parameters))
         return outcome
 
     def _generate(self, instruction: Instruction) -> tuple[int, dict[str, float]]:
@@ -300,14 +326,15 @@ def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Par
     return trained
 
 
-def _saved(instruction: Instruction, missing: frozenset[str]) -> Tensors:
-    """Load the tensors that the instruction lacks from this client's saved state."""
+def _saved(instruction: Instruction) -> Saved:
+    """Load this client's saved state that the instruction names, if it names any."""
     if instruction.state_round is None:
-        return {}
-    return restrict(
-        load_tensors(client_folder(instruction.run, instruction.client), instruction.state_round),
-        missing,
-    )
+        return Saved({})
+    return load_saved(client_folder(instruction.run, instruction.client), instruction.state_round)
+
+
+def _all_names(parameters: Parameters) -> frozenset[str]:
+    return frozenset(name for named in parameters.values() for name in named)
 
 
 def _names_of(parameters: Parameters, layers: Collection[LayerKey]) -> frozenset[str]:

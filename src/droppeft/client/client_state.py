@@ -11,7 +11,8 @@ Ours.
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_state_path
@@ -55,7 +56,26 @@ def client_folder(run: str, client: int) -> Path:
     return state_dir() / checked_run(run) / f"client-{client:06}"
 
 
-def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """What a local training saved.
+
+    Attributes:
+        tensors: the tensors.
+        chosen: names of those that belong to layers which the client chose to keep.
+    """
+
+    tensors: Tensors
+    chosen: frozenset[str] = frozenset()
+
+
+def save_tensors(
+    folder: Path,
+    round: int,
+    before: int | None,
+    tensors: Tensors,
+    chosen: Collection[str] = (),
+) -> None:
     """Save the tensors of a local training, and delete older files that are no longer needed.
 
     Args:
@@ -63,6 +83,7 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
         round: round of the local training.
         before: :attr:`Instruction.state_round` of the same instruction.
         tensors: the tensors to save.
+        chosen: see :class:`Saved`.
 
     Raises:
         DroppeftError: the file cannot be written.
@@ -70,7 +91,7 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
     arrays = {f"{key}|{name}": array for key, name, array in flatten(tensors)}
     try:
         _make(folder)
-        head = {"round": round, "of": _owner(folder)}
+        head = {"round": round, "of": _owner(folder), "chosen": sorted(chosen)}
         write_atomically(_path(folder, round), encode_checked(arrays, head), private=True)
         saved = sorted(_rounds(folder))
         merged = [other for other in saved if before is not None and other <= before]
@@ -85,7 +106,12 @@ def save_tensors(folder: Path, round: int, before: int | None, tensors: Tensors)
 
 
 def load_tensors(folder: Path, round: int) -> Tensors:
-    """Load the tensors that the local training of a round saved.
+    """Load the tensors that the local training of a round saved; see :func:`load_saved`."""
+    return load_saved(folder, round).tensors
+
+
+def load_saved(folder: Path, round: int) -> Saved:
+    """Load what the local training of a round saved.
 
     Raises:
         Refused: with the code ``state_lost``: the file is missing or damaged, or belongs to another
@@ -107,7 +133,14 @@ def load_tensors(folder: Path, round: int) -> Tensors:
     for label, array in arrays.items():
         key, name = label.split("|", 1)
         tensors.setdefault(layer_key(key), {})[name] = array
-    return tensors
+    return Saved(tensors, frozenset(head["chosen"]))
+
+
+def bytes_of_client(client: int) -> int:
+    """Return the bytes of all that a client has saved, in all runs."""
+    return sum(
+        path.stat().st_size for path in state_dir().glob(f"*/client-{client:06}/*.safetensors")
+    )
 
 
 def _make(folder: Path) -> None:

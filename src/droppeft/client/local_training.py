@@ -20,6 +20,7 @@ from droppeft.data.tokens import TokenRows
 from droppeft.layer_dropout import sample_active
 from droppeft.messages import HEAD, CachedLayersCost, Instruction, Tensors
 from droppeft.models.precision import autocast
+from droppeft.training.deadline import Deadline
 from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches
 
 Gates = tuple[bool, ...]
@@ -33,6 +34,7 @@ def train_locally(
     rows: ClientRows,
     instruction: Instruction,
     anchors: Tensors | None = None,
+    deadline: Deadline | None = None,
 ) -> tuple[TrainOutcome, CachedLayersCost]:
     """Take the optimizer steps of an instruction.
 
@@ -42,6 +44,7 @@ def train_locally(
         parameters: the parameters that are trained, by layer.
         anchors: the values that a proximal term pulls towards; by default the values that training
             begins with.
+        deadline: the end of the time that the site gives; ``None`` if it gives all.
 
     Returns:
         The outcome, and the cost of the cached layers.
@@ -77,6 +80,7 @@ def train_locally(
             instruction.objective,
             cached,
             anchors=anchors,
+            deadline=deadline,
         )
     outcome = replace(outcome, wall_s=outcome.wall_s + loading_s)
     if cached is None:

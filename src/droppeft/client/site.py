@@ -9,6 +9,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.client.node_file import NodeFile
 from droppeft.client.published_task import PublishedTask, tokenizer_hash
+from droppeft.client.site_rules import SiteRules
 from droppeft.config import Config
 from droppeft.data.conversations import ConversationTable
 from droppeft.data.missing_values import row_numbers
@@ -99,7 +100,7 @@ def site_client(node: NodeFile, task: PublishedTask, model: ClientModel, config:
     rows = task_named(task.task).encode(found.table, model.tokenizer, config)
     check_tokens(model.model, int(rows.columns["input_ids"].max()))
     texts = found.table if isinstance(found.table, ConversationTable) else None
-    return Client(model, rows, found.rows, texts)
+    return Client(model, rows, found.rows, texts, SiteRules.of(node))
 
 
 def check_numbers(nodes: Sequence[NodeFile]) -> None:

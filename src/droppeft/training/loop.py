@@ -29,6 +29,7 @@ from droppeft.models.precision import autocast, loss_scaler, optimizer_step
 from droppeft.tasks.task import Batch, BoundTask, rows_of
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
+from droppeft.training.deadline import Deadline
 from droppeft.training.gradients import GradientMoments, Gradients, total_norm
 from droppeft.training.objectives import Terms
 
@@ -139,6 +140,7 @@ def train(
     objective: Objective = TASK_ALONE,
     cached: CachedLayers | None = None,
     anchors: Tensors | None = None,
+    deadline: Deadline | None = None,
 ) -> TrainOutcome:
     """Take one AdamW step per batch; a step does not change the layers that it drops.
 
@@ -155,6 +157,10 @@ def train(
         objective: what is added to the task's loss.
         cached: replaces the frozen layers in every step; they do not run, and count as dropped.
         anchors: see :class:`~droppeft.training.objectives.Terms`.
+        deadline: checked before every step.
+
+    Raises:
+        Refused: the time is over.
     """
     loop = _Loop(on, settings, Terms(objective, on.parameters, anchors))
     on.model.train()
@@ -166,6 +172,8 @@ def train(
         gated(on.blocks) as gates,
     ):
         for index, step in enumerate(steps):
+            if deadline is not None:
+                deadline.check()
             gates.active = tuple(step.active)
             if cached is not None:
                 cached.skip(gates, index, step.batch)
