@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from droppeft.client.node_file import read_node_file
-from droppeft.client.published_task import PublishedTask
 from droppeft.client.run_inputs import clients_of
 from droppeft.client.site import RefusingSite, read_site, refusal_of
 from droppeft.config import load_config
@@ -21,7 +20,7 @@ from runs import TOPICS, Recorder, outcome, prepared_run, stop_after_a_round
 
 CANARY = "qwertzuiop"
 CLASSES = tuple(sorted(TOPICS))
-TASK = PublishedTask("classification", CLASSES, "", "")
+TASK = ("classification", CLASSES)
 
 
 def write_rows(path: Path, rows: int, labels: Sequence[str], *columns: str) -> Path:
@@ -93,6 +92,11 @@ def test_sites_train_on_rows_of_their_own(
     stop_after_a_round(three_sites, tmp_path / "stopped")
     resume_run(tmp_path / "stopped", Recorder())
     assert outcome(tmp_path / "stopped") == outcome(out)
+    stop_after_a_round(three_sites, tmp_path / "changed")
+    with (tmp_path / "sites" / "lacks" / "rows.csv").open("a") as file:
+        file.write("new bread,food\n")
+    with refused("cannot be resumed: the split differs"):
+        resume_run(tmp_path / "changed", Recorder())
 
 
 def test_the_server_takes_its_classes_from_a_setting(three_sites: list[str]) -> None:
@@ -115,7 +119,7 @@ def test_rows_with_unknown_labels_are_left_out_and_named_in_the_log(
         file.write("a,sport\nb,food\nc,sport\nd,1\n")
     node = read_node_file(write_site(tmp_path, 0))
     with caplog.at_level(logging.WARNING, "droppeft"):
-        found = read_site(node, TASK)
+        found = read_site(node, *TASK)
     assert (len(found), found.findings.rows_read) == (31, 34)
     assert [(one.label, one.rows.tolist()) for one in found.unknown] == [
         ("1", [33]),
@@ -123,8 +127,8 @@ def test_rows_with_unknown_labels_are_left_out_and_named_in_the_log(
     ]
     assert f"2 rows (31, 33) of {path}, counted without the header, left out" in caplog.text
     # Classes that are numbers are found in another spelling, as in other data.
-    numbers = PublishedTask("classification", ("0", "1"), "", "")
-    assert len(read_site(node, numbers)) == 1
+    numbers = ("classification", ("0", "1"))
+    assert len(read_site(node, *numbers)) == 1
 
 
 def test_a_site_splits_its_rows_by_itself(tmp_path: Path) -> None:
@@ -132,17 +136,17 @@ def test_a_site_splits_its_rows_by_itself(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, *lines[1:21]]) + "\n")
     node = read_node_file(write_site(tmp_path, 0))
-    found = read_site(node, TASK)
+    found = read_site(node, *TASK)
     parts = [{found.table.texts[row] for row in part} for part in found.rows.parts]
     assert [len(part) for part in parts] == [48, 6, 6]
     assert len(set.union(*parts)) == 60
     assert sorted(np.concatenate(found.rows.parts)) == list(range(80))
-    again = read_site(node, TASK)
+    again = read_site(node, *TASK)
     for one, other in zip(found.rows.parts, again.rows.parts, strict=True):
         np.testing.assert_array_equal(one, other)
     # The order of other rows changes nothing.
     path.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
-    reordered = read_site(node, TASK)
+    reordered = read_site(node, *TASK)
     assert {reordered.table.texts[row] for row in reordered.rows.test} == parts[2]
 
 
@@ -152,13 +156,13 @@ def test_splits_of_a_site_are_used_as_they_are(tmp_path: Path) -> None:
     for name, rows in (("train", 20), ("validation", 3), ("test", 5)):
         write_rows(folder / f"{name}.csv", rows, CLASSES)
     node = read_node_file(write_site(tmp_path, 0, data="rows"))
-    assert [one.tolist() for one in read_site(node, TASK).rows.parts] == [
+    assert [one.tolist() for one in read_site(node, *TASK).rows.parts] == [
         [*range(20)],
         [20, 21, 22],
         [23, 24, 25, 26, 27],
     ]
     (folder / "validation.csv").unlink()
-    found = read_site(node, TASK)
+    found = read_site(node, *TASK)
     assert [len(part) for part in found.rows.parts] == [18, 2, 5]
     assert found.rows.test.tolist() == [20, 21, 22, 23, 24]
 
@@ -166,7 +170,7 @@ def test_splits_of_a_site_are_used_as_they_are(tmp_path: Path) -> None:
 def test_a_site_that_cannot_take_part_says_so(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "one,food\ntwo,food\n" * 12)
-    found = read_site(read_node_file(write_site(tmp_path, 0)), TASK)
+    found = read_site(read_node_file(write_site(tmp_path, 0)), *TASK)
     assert "too few different texts" in str(
         refusal_of(read_node_file(write_site(tmp_path, 0)), found)
     )
@@ -174,9 +178,9 @@ def test_a_site_that_cannot_take_part_says_so(tmp_path: Path) -> None:
     assert "has 24 rows" in str(refusal_of(read_node_file(write_site(tmp_path, 0, more)), found))
     with refused("rows.csv: text is missing in row 25"):
         path.write_text(path.read_text() + ",food\n")
-        read_site(read_node_file(write_site(tmp_path, 0)), TASK)
+        read_site(read_node_file(write_site(tmp_path, 0)), *TASK)
     with refused("labels: a stands for b, which is no class of the task"):
-        read_site(read_node_file(write_site(tmp_path, 0, '[labels]\na = "b"\n')), TASK)
+        read_site(read_node_file(write_site(tmp_path, 0, '[labels]\na = "b"\n')), *TASK)
 
 
 def test_sites_are_checked_before_a_run(three_sites: list[str], tmp_path: Path) -> None:

@@ -5,9 +5,8 @@ and :func:`clients_of` what only clients need, such as the rows of sites.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ from droppeft import seeds
 from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
-from droppeft.client.node_file import read_node_file
-from droppeft.client.published_task import published
-from droppeft.client.site import RefusingSite, check_numbers, site_client
+from droppeft.client.site import RefusingSite, Site, read_sites, with_rows
 from droppeft.config import Config, resolve_clients, resolve_layers
 from droppeft.data.checks import partitioned
 from droppeft.data.findings import Findings
@@ -46,11 +43,12 @@ class Loaded:
         config: the resolved configuration, with the number of frozen layers.
         task: what is learnt.
         data: rows to train and to test on.
-        clients: each client's rows of the training data; empty if they are sites, which have rows
-            of their own.
+        clients: each client's rows, in the training data or in its own; empty if the clients are
+            sites on other machines.
         findings: what reading and partitioning the data found and did.
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
+        sites: clients on this machine with rows of their own, by number; empty if there are none.
     """
 
     config: Config
@@ -60,6 +58,7 @@ class Loaded:
     findings: Findings
     backbone: Backbone
     model: ClientModel
+    sites: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,11 @@ def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
             data.train.labels, data.train.keys, config.clients, config.partition, config.seed
         )
         findings = partitioned(data.findings, data.train.keys, clients, config.partition.min_rows)
+    sites = read_sites(config.sites, config.task, data.label_names)
+    if sites:
+        clients = tuple(found.rows for _, found in sites)
     config, backbone, model = load_model(config, data.label_names, say)
-    return Loaded(config, task, data, clients, findings, backbone, model)
+    return Loaded(config, task, data, clients, findings, backbone, model, sites)
 
 
 def load_model(
@@ -178,29 +180,20 @@ def tokens_of(loaded: Loaded, table: Table) -> TokenRows:
 
 
 def clients_of(loaded: Loaded) -> tuple[Client | RefusingSite, ...]:
-    """Create all clients of the run in this process, with one model for all of them.
-
-    Raises:
-        DroppeftError: the rows of a site cannot be read, or do not fit the task.
-    """
+    """Create all clients of the run in this process, with one model for all of them."""
     delete_old_runs()
     if loaded.config.partition.kind == "sites":
-        return tuple(_site_clients(loaded))
+        return tuple(_of_site(site, loaded) for site in loaded.sites)
     table = tokens_of(loaded, loaded.data.train)
     texts = loaded.data.train if loaded.task.generates else None
     return tuple(Client(loaded.model, table, rows, texts) for rows in loaded.clients)
 
 
-def _site_clients(loaded: Loaded) -> Iterator[Client | RefusingSite]:
-    """The clients whose node files the configuration names, by their numbers."""
-    nodes = [read_node_file(Path(name)) for name in loaded.config.sites]
-    check_numbers(nodes)
-    task = published(loaded.task.name, loaded.data.label_names, loaded.backbone)
-    for node in sorted(nodes, key=lambda node: node.client):
-        try:
-            yield site_client(node, task, loaded.model, loaded.config)
-        except Refused as reason:
-            yield RefusingSite(reason)
+def _of_site(site: Site, loaded: Loaded) -> Client | RefusingSite:
+    try:
+        return with_rows(*site, loaded.model, loaded.config)
+    except Refused as reason:
+        return RefusingSite(reason)
 
 
 def identity(loaded: Loaded) -> dict[str, str]:
@@ -209,6 +202,9 @@ def identity(loaded: Loaded) -> dict[str, str]:
     for rows in loaded.clients:
         for part in rows.parts:
             split.update(part.tobytes() + b"|")
+    for _, site in loaded.sites:
+        for content in site.table.content():
+            split.update(content + b"|")
     return {
         "data_hash": loaded.data.content_hash,
         "split_hash": split.hexdigest()[:16],

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
-from droppeft.client.node_file import NodeFile
+from droppeft.client.node_file import NodeFile, read_node_file
 from droppeft.client.published_task import PublishedTask, tokenizer_hash
 from droppeft.client.site_rules import SiteRules
 from droppeft.config import Config
@@ -21,6 +22,10 @@ from droppeft.refusals import Refused
 from droppeft.tasks.registry import task_named
 
 _log = logging.getLogger("droppeft")
+
+
+Site = tuple[NodeFile, SiteRows]
+"""A site's node file and the rows that it names."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,13 @@ class RefusingSite:
         raise self.reason
 
 
-def read_site(node: NodeFile, task: PublishedTask) -> SiteRows:
+def read_site(node: NodeFile, task: str, label_names: Sequence[str]) -> SiteRows:
     """Read the rows of a site, and log which of them are left out.
+
+    Args:
+        node: the site's node file.
+        task: the setting ``task``.
+        label_names: names of the task's classes in their order, if it has classes.
 
     Raises:
         DroppeftError: they cannot be read, or do not fit the task.
@@ -55,7 +65,7 @@ def read_site(node: NodeFile, task: PublishedTask) -> SiteRows:
         validation_fraction=node.split.validation_fraction,
         test_fraction=node.split.test_fraction,
     )
-    found = task_named(task.task).read_site(site, task.label_names)
+    found = task_named(task).read_site(site, label_names)
     for one in found.unknown:
         _log.warning(
             "client %d: %s of %s%s, left out: the label %s is no class of the task",
@@ -94,21 +104,43 @@ def site_client(node: NodeFile, task: PublishedTask, model: ClientModel, config:
         raise Refused("other_model")
     if tokenizer_hash(model.tokenizer) != task.tokenizer_hash:
         raise Refused("other_tokenizer")
-    found = read_site(node, task)
+    return with_rows(node, read_site(node, task.task, task.label_names), model, config)
+
+
+def with_rows(node: NodeFile, found: SiteRows, model: ClientModel, config: Config) -> Client:
+    """Make the client of a site whose rows have been read.
+
+    Raises:
+        Refused: there are too few rows.
+        DroppeftError: they do not fit the model.
+    """
     if reason := refusal_of(node, found):
         raise reason
-    rows = task_named(task.task).encode(found.table, model.tokenizer, config)
+    rows = task_named(config.task).encode(found.table, model.tokenizer, config)
     check_tokens(model.model, int(rows.columns["input_ids"].max()))
     texts = found.table if isinstance(found.table, ConversationTable) else None
     return Client(model, rows, found.rows, texts, SiteRules.of(node))
 
 
-def check_numbers(nodes: Sequence[NodeFile]) -> None:
-    """Check that node files have the numbers of clients from 0 on, each once.
+def read_sites(paths: Sequence[str], task: str, label_names: Sequence[str]) -> tuple[Site, ...]:
+    """Read the node files of all clients and the rows that they name, in the order of the clients.
+
+    Args:
+        paths: of the node files.
+        task: the setting ``task``.
+        label_names: names of the task's classes in their order, if it has classes.
 
     Raises:
-        DroppeftError: a number is missing or there twice.
+        DroppeftError: a file cannot be read or does not fit the task, or the node files do not have
+            the numbers of clients from 0 on, each once.
     """
+    nodes = [read_node_file(Path(path)) for path in paths]
+    _check_numbers(nodes)
+    nodes.sort(key=lambda node: node.client)
+    return tuple((node, read_site(node, task, label_names)) for node in nodes)
+
+
+def _check_numbers(nodes: Sequence[NodeFile]) -> None:
     numbers = [node.client for node in nodes]
     for number in range(len(nodes)):
         if (count := numbers.count(number)) != 1:

@@ -65,6 +65,11 @@ class ConversationTable:
             keys=self.keys and tuple(self.keys[row] for row in rows),
         )
 
+    def content(self) -> Iterator[bytes]:
+        """Yield rows and categories, to be hashed."""
+        yield json.dumps([content_of(row) for row in self.rows]).encode()
+        yield self.labels.astype("<i8").tobytes()
+
     @classmethod
     def joined(cls, tables: "Sequence[ConversationTable]") -> "ConversationTable":
         """Return the rows of several tables, one after another, without their owners."""
@@ -103,8 +108,7 @@ class ConversationData:
     def _content(self) -> Iterator[bytes]:
         yield json.dumps(self.label_names).encode()
         for table in (self.train, self.test):
-            yield json.dumps([content_of(row) for row in table.rows]).encode()
-            yield table.labels.astype("<i8").tobytes()
+            yield from table.content()
 
 
 def content_of(row: Example) -> object:

@@ -51,6 +51,12 @@ class TextTable:
             keys=self.keys and tuple(self.keys[row] for row in rows),
         )
 
+    def content(self) -> Iterator[bytes]:
+        """Yield texts, pairs and labels, to be hashed."""
+        # JSON distinguishes ("ab", "c") from ("a", "bc"), which joining would not.
+        yield json.dumps([self.texts, self.pairs]).encode()
+        yield self.labels.astype("<i8").tobytes()
+
     @classmethod
     def joined(cls, tables: "Sequence[TextTable]") -> "TextTable":
         """Return the rows of several tables, one after another, without their owners."""
@@ -91,6 +97,4 @@ class TextData:
     def _content(self) -> Iterator[bytes]:
         yield json.dumps(self.label_names).encode()
         for table in (self.train, self.test):
-            # JSON distinguishes ("ab", "c") from ("a", "bc"), which joining would not.
-            yield json.dumps([table.texts, table.pairs]).encode()
-            yield table.labels.astype("<i8").tobytes()
+            yield from table.content()

@@ -24,10 +24,10 @@ def estimate_wall_s(prepared: Prepared, measured: Evaluation, repeated: Evaluati
         repeated: a second evaluation, which may be on fewer rows.
 
     Returns:
-        ``None`` if the clients run elsewhere, or have rows of their own.
+        ``None`` if the clients run elsewhere.
     """
     config = prepared.config
-    if config.transport != "in_process" or config.partition.kind == "sites":
+    if config.transport != "in_process":
         return None
     per_row = repeated.wall_s / repeated.tokens * measured.tokens / measured.rows
     trained = 1 - config.frozen.count / prepared.setup.num_layers
