@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from droppeft.report import show_keys
+from droppeft.transports.flower.keys import make_federation
+
 APP = Path(__file__).parent / "flower_app"
 NODES = 3
 
@@ -27,43 +30,47 @@ Submit = Callable[[Sequence[str], Path], None]
 
 @contextmanager
 def loopback(folder: Path, nodes: int = NODES) -> Iterator[Submit]:
-    """Start a SuperLink and SuperNodes; ``folder`` gets their logs and Flower's state."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Start a SuperLink and SuperNodes; ``folder`` gets keys, logs and Flower's state."""
     port, *node_ports = free_ports(1 + nodes)
-    address = f"127.0.0.1:{port}"
-    (folder / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
-    )
+    keys = folder / "keys"
+    make_federation(keys, ["127.0.0.1"], nodes)
+    server = keys / "server"
+    (folder / "config.toml").write_text(show_keys.flower_connection(server, port))
     with ExitStack() as stack:
 
-        def start(name: str, *command: str) -> None:
+        def start(name: str, command: str, directory: Path) -> None:
             log = stack.enter_context((folder / f"{name}.log").open("ab"))
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment(folder), start_new_session=True
+                words(command),
+                stdout=log,
+                stderr=log,
+                cwd=directory,
+                env=environment(folder),
+                start_new_session=True,
             )
             stack.callback(stop, process)
 
-        start(
-            "superlink",
-            *("flower-superlink", "--insecure", "--port", str(port)),
-            "--disable-runtime-dependency-installation",
-        )
+        start("superlink", show_keys.superlink_command(server, "127.0.0.1", port), server)
         wait_for(port)
-        for number, node_port in enumerate(node_ports):
-            start(
-                f"supernode-{number}",
-                *("flower-supernode", "--insecure", "--superlink", address),
-                *("--port", str(node_port)),
-                *("--node-config", f"partition-id={number} num-partitions={nodes}"),
-            )
+        start("superexec", show_keys.superexec_command(server, port), server)
+        for client, node_port in enumerate(node_ports):
+            register = show_keys.register_command(server, client)
+            subprocess.run(words(register), env=environment(folder), check=True)
+            command = show_keys.node_command("127.0.0.1", client, port)
+            start(f"client-{client}", f"{command} --port {node_port}", keys / f"client-{client}")
         yield lambda settings, out: submit(folder, settings, out)
+
+
+def words(command: str) -> list[str]:
+    """Split a command as a shell does."""
+    return shlex.split(command.replace("\\\n", ""))
 
 
 def submit(folder: Path, settings: Sequence[str], out: Path, timeout_s: float = 3600.0) -> None:
     """Submit the app to the SuperLink and follow its log until it ends."""
     run_config = {"settings": shlex.join(settings), "out": str(out.resolve())}
     overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
-    command = ["flwr", "run", str(APP), "here", "--stream", "--run-config", overrides]
+    command = ["flwr", "run", str(APP), "federation", "--stream", "--run-config", overrides]
     with suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=environment(folder), check=True, timeout=timeout_s)
     if not (out / "result.json").exists():

@@ -1,11 +1,9 @@
 """The same result in this process, in Flower's simulation and on a SuperLink with SuperNodes."""
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -18,21 +16,9 @@ from droppeft.errors import DroppeftError
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.run import start_run
 from droppeft.transports.flower.simulation import ATTEMPTS, _processes, _start_ray
+from flower_example import example
 from refusals import refused
 from runs import Recorder, outcome, rows_of, stop_after_a_round
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_on_loopback.py"
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """The example, which starts a SuperLink and three SuperNodes."""
-    spec = importlib.util.spec_from_file_location("flower_on_loopback", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def comparable(out: Path) -> dict[str, Any]:
@@ -160,7 +146,6 @@ def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
 
 @pytest.mark.full  # minutes: Flower starts a process for every message
 def test_a_superlink_with_three_supernodes_is_the_run_in_process(
-    example: ModuleType,
     tiny_overrides: list[str],
     whole_run: Path,
     sharing_run: Path,
@@ -180,9 +165,7 @@ def test_a_superlink_with_three_supernodes_is_the_run_in_process(
 
 
 @pytest.mark.full
-def test_a_language_model_on_a_superlink_is_the_run_in_process(
-    example: ModuleType, tmp_path: Path
-) -> None:
+def test_a_language_model_on_a_superlink_is_the_run_in_process(tmp_path: Path) -> None:
     """Each client's own model also writes texts, on its node."""
     words = [*chat_settings(tmp_path), "evaluation.personalised_generated=1"]
     here, there = tmp_path / "here", tmp_path / "there"
