@@ -43,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(given["out"]).expanduser()
 
     def connect(loaded: Loaded) -> AbstractContextManager[Transport]:
-        return nullcontext(over_grid(grid, loaded))
+        return nullcontext(over_grid(grid, loaded, say=_say))
 
     try:
         requested = _requested_config(given["config"], given["settings"])

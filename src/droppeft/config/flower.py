@@ -18,3 +18,8 @@ class FlowerConfig(Table):
         True,
         description="on a SuperNode: a separate process holds the model between messages",
     )
+    client_keys: str | None = Field(
+        None,
+        description="on a SuperLink: the folder of the clients' public keys (`droppeft keys`); a "
+        "node must have the key of the client that it says it is",
+    )

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from droppeft.client.published_task import PublishedTask
@@ -19,7 +21,7 @@ from droppeft.config import FlowerConfig
 from droppeft.messages import Failure, Instruction, Update
 from droppeft.refusals import Refused
 from droppeft.transports.base import Arrival
-from droppeft.transports.flower import client_app
+from droppeft.transports.flower import client_app, grid
 from droppeft.transports.flower.grid import OverGrid
 from droppeft.transports.flower.messenger import Messenger
 from droppeft.transports.flower.nodes import Directory
@@ -36,22 +38,24 @@ class Nodes:
     """A grid whose nodes reply as told; ids of nodes are arbitrary, as in Flower.
 
     Attributes:
-        parts: by node id, the partition that the node serves.
+        clients: by node id, the client that the node says it is.
+        keys: by node id, its public key.
         answer: from (node, instruction) to the content or error of the reply; ``None`` for no
             reply.
     """
 
-    def __init__(self, parts: dict[int, dict[str, int]], answer: Callable[[int, Instruction], Any]):
-        self.parts = parts
+    def __init__(self, clients: dict[int, Any], answer: Callable[[int, Instruction], Any]):
+        self.clients = clients
         self.answer = answer
+        self.keys: dict[int, bytes] = {}
         self.sent: list[Message] = []
         self.introduced: list[int] = []
         self.questions: list[Message] = []
         self._numbers = itertools.count(1)
         self._replies: dict[str, Message] = {}
 
-    def get_node_ids(self) -> list[int]:
-        return list(self.parts)
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys.get(node)) for node in self.clients]
 
     def push_messages(self, messages: list[Message]) -> list[str]:
         return [self._take(message) for message in messages]
@@ -72,30 +76,37 @@ class Nodes:
         return name
 
     def introduction_of(self, node: int) -> Any:
-        return introduction(**self.parts[node])
+        return introduction(self.clients[node])
 
     def pull_messages(self, names: list[str]) -> Iterator[Message]:
         # Flower's grids hand out everything that has come for those names, once.
         return iter([self._replies.pop(name) for name in names if name in self._replies])
 
 
-def introduction(partition: Any, partitions: Any) -> RecordDict:
-    return RecordDict({"node": ConfigRecord({"partition": partition, "partitions": partitions})})
+def introduction(client: Any) -> RecordDict:
+    return RecordDict({"node": ConfigRecord({"client": client})})
 
 
-def one_each(count: int) -> dict[int, dict[str, int]]:
-    return {900 - 7 * part: {"partition": part, "partitions": count} for part in range(count)}
+def one_each(count: int) -> dict[int, int]:
+    return {900 - 7 * client: client for client in range(count)}
 
 
 def good(node: int, instruction: Instruction) -> RecordDict:
     return record_of(pack_reply(update_for(instruction, float(instruction.client))))
 
 
-def over(nodes: Any, clients: int = 0, **settings: float) -> OverGrid:
+def over(
+    nodes: Any, clients: int = 0, keys: dict[bytes, int] | None = None, **settings: float
+) -> OverGrid:
     """A transport that waits at its start for this many clients."""
     messenger = Messenger(nodes)
     chosen = QUICK.model_copy(update=settings)
-    return OverGrid(messenger, Directory(messenger), RUN_CONTEXT, clients, chosen, layout)
+    directory = Directory(messenger, 9, keys, lambda text: said.append(text), patience_s=0.3)
+    return OverGrid(messenger, directory, RUN_CONTEXT, clients, chosen, layout)
+
+
+said: list[str] = []
+"""What the operator of the server was told in a test."""
 
 
 def exchange(transport: OverGrid, *clients: int) -> dict[int, Arrival]:
@@ -113,6 +124,7 @@ def reason(arrival: Arrival) -> str:
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower allows messages only within a task."""
+    said.clear()
     for name, value in {"_task_id": 1, "_run_id": 2, "_node_id": SUPERLINK}.items():
         monkeypatch.setattr(TaskIdentity, name, value)
 
@@ -127,13 +139,6 @@ def test_each_client_gets_its_own_instruction_and_its_reply_is_its_own() -> None
     assert [message.metadata.dst_node_id for message in nodes.sent] == [886, 900, 879]
     assert {message.metadata.group_id for message in nodes.sent} == {"1"}
     assert unpack_instruction(packed_of(nodes.sent[0].content))[1] == RUN_CONTEXT
-
-
-def test_a_node_serves_the_clients_of_its_partition() -> None:
-    nodes = Nodes(one_each(3), good)
-    exchange(over(nodes), 7, 5, 3)
-    parts = [nodes.parts[message.metadata.dst_node_id]["partition"] for message in nodes.sent]
-    assert parts == [1, 2, 0]
 
 
 def test_a_reply_is_attributed_by_its_message_and_not_by_its_content() -> None:
@@ -246,8 +251,6 @@ def test_a_fetch_is_repeated_while_the_superlink_cannot_be_reached() -> None:
 
 @pytest.mark.parametrize("answer", [[], [None], httpx.ConnectError("refused")], ids=str)
 def test_an_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> None:
-    """Two of the three are for one node: each has a failure of its own."""
-
     class Full(Nodes):
         def push_messages(self, messages: list[Message]) -> list[str]:
             if messages[0].metadata.message_type == "query":
@@ -257,29 +260,29 @@ def test_an_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> Non
             return list(answer)
 
     start = time.monotonic()
-    arrivals = exchange(over(Full(one_each(2), good), deadline_s=1000.0), 0, 1, 2)
+    arrivals = exchange(over(Full(one_each(3), good), deadline_s=1000.0), 0, 1, 2)
     assert time.monotonic() - start < 100
     for arrival in arrivals.values():
         assert reason(arrival).startswith("could not be sent: ")
 
 
 def test_only_the_first_exchange_waits_for_the_nodes_of_all_clients() -> None:
-    nodes = Nodes({5: {"partition": 0, "partitions": 2}}, good)
+    nodes = Nodes({5: 0}, good)
     transport = over(nodes, clients=2, nodes_timeout_s=0.5)
     start = time.monotonic()
     arrivals = exchange(transport, 0, 1)
     assert time.monotonic() - start > 0.5
-    assert reason(arrivals[1]) == "no node serves this client (none is connected)"
+    assert reason(arrivals[1]) == "it has no node (none has connected)"
     assert isinstance(arrivals[0].reply, Update)
     transport.settings = QUICK.model_copy(update={"nodes_timeout_s": 1000.0})
-    assert reason(exchange(transport, 1)[1]).startswith("no node serves this client")
+    assert reason(exchange(transport, 1)[1]).startswith("it has no node")
 
 
 def test_nodes_are_asked_once_and_new_ones_when_they_appear() -> None:
-    nodes = Nodes({5: {"partition": 0, "partitions": 2}}, good)
+    nodes = Nodes({5: 0}, good)
     transport = over(nodes)
     exchange(transport, 0)
-    nodes.parts[9] = {"partition": 1, "partitions": 2}
+    nodes.clients[9] = 1
     assert isinstance(exchange(transport, 0, 1)[1].reply, Update)
     assert nodes.introduced == [5, 9]
 
@@ -288,7 +291,7 @@ def test_a_node_that_came_back_under_another_id_serves_again() -> None:
     nodes = Nodes(one_each(1), good)
     transport = over(nodes)
     exchange(transport, 0)
-    nodes.parts = {77: {"partition": 0, "partitions": 1}}
+    nodes.clients = {77: 0}
     exchange(transport, 0)
     assert [message.metadata.dst_node_id for message in nodes.sent] == [900, 77]
 
@@ -297,10 +300,10 @@ def test_a_disconnected_node_is_not_used() -> None:
     nodes = Nodes(one_each(2), good)
     transport = over(nodes)
     exchange(transport, 0, 1)
-    del nodes.parts[893]
+    del nodes.clients[893]
     arrivals = exchange(transport, 0, 1)
     assert isinstance(arrivals[0].reply, Update)
-    assert reason(arrivals[1]).startswith("no node serves this client")
+    assert reason(arrivals[1]).startswith("it has no node")
 
 
 class LateNodes(Nodes):
@@ -317,8 +320,8 @@ class LateNodes(Nodes):
 def test_a_late_introduction_counts_when_it_comes() -> None:
     nodes = LateNodes(None)
     transport = over(nodes)
-    assert reason(exchange(transport, 0)[0]).startswith("no node serves")
-    nodes._replies["message 1"] = Message(introduction(0, 1), reply_to=nodes.questions[0])
+    assert reason(exchange(transport, 0)[0]).startswith("it has no node")
+    nodes._replies["message 1"] = Message(introduction(0), reply_to=nodes.questions[0])
     assert isinstance(exchange(transport, 0)[0].reply, Update)
     assert nodes.introduced == [900]
     assert nodes.questions[0].metadata.ttl > 100  # longer than the deadline of an instruction
@@ -335,17 +338,84 @@ def test_a_node_that_never_introduces_itself_is_the_reason(
 ) -> None:
     nodes = Nodes(one_each(1), good)
     monkeypatch.setattr(nodes, "introduction_of", lambda node: Error(8, ""))
-    assert "(node 900: the client's app crashed" in reason(exchange(over(nodes), 0)[0])
+    assert "(node 900 did not say which client it is: the client's app crashed" in reason(
+        exchange(over(nodes), 0)[0]
+    )
 
 
-@pytest.mark.parametrize(
-    "part",
-    [(-1, 0), (2, 2), (0, 0), ("0", 1), (0, 2.5)],
-    ids=str,
-)
-def test_a_node_without_a_usable_part_serves_nothing(part: tuple[Any, Any]) -> None:
-    nodes = Nodes({5: {"partition": part[0], "partitions": part[1]}}, good)
-    assert "node 5: no partition-id" in reason(exchange(over(nodes), 0)[0])
+@pytest.mark.parametrize("client", [-1, 9, "0", 2.5], ids=str)
+def test_a_node_that_is_no_client_of_the_run_is_refused(client: Any) -> None:
+    arrivals = exchange(over(Nodes({5: client}, good)), 0)
+    expected = "clients 0 to 8" if client == 9 else "does not say which client"
+    assert expected in said[0]
+    if client != 9:
+        assert f"(node 5 is refused: it {expected}" in reason(arrivals[0])
+
+
+def test_the_first_of_two_nodes_that_are_the_same_client_remains_while_it_is_connected() -> None:
+    nodes = Nodes({7: 0, 8: 0}, good)
+    transport = over(nodes)
+    exchange(transport, 0)
+    exchange(transport, 0)
+    assert said == ["node 8 is refused: it says that it is client 0, which node 7 is"]
+    del nodes.clients[7]
+    exchange(transport, 0)
+    assert [message.metadata.dst_node_id for message in nodes.sent] == [7, 7, 8]
+    assert said[1:] == ["client 0 has a node again"]
+
+
+def test_a_node_must_have_the_key_of_the_client_that_it_says_it_is() -> None:
+    """Node 5 has the key of client 0, node 6 that of client 1, node 7 another."""
+    nodes = Nodes({5: 0, 6: 0, 7: 2}, good)
+    nodes.keys = {5: b"key 0", 6: b"key 1", 7: b"another"}
+    arrivals = exchange(over(nodes, 3, {b"key 0": 0, b"key 1": 1, b"key 2": 2}), 0, 1, 2)
+    assert isinstance(arrivals[0].reply, Update)
+    assert [message.metadata.dst_node_id for message in nodes.sent] == [5]
+    assert nodes.introduced == [5, 6]
+    lied = "node 6 is refused: it says that it is client 0, and its key is that of client 1"
+    unknown = "node 7 is refused: its key is none of the clients' (client_keys)"
+    assert set(said[:2]) == {lied, unknown}
+    assert lied in reason(arrivals[1])
+    assert unknown in reason(arrivals[2])
+    assert said[2].startswith("without a node: client 1 (node 6 is refused: ")
+    assert f"client 2 ({unknown})" in said[2]
+
+
+class Interrupted(Nodes):
+    """The node of client 0 is lost with the first instruction, and comes back if told."""
+
+    def __init__(self, back: bool) -> None:
+        self.lost = 0
+        super().__init__(one_each(2), self._answer)
+        self.back = back
+
+    def _answer(self, node: int, instruction: Instruction) -> Any:
+        if instruction.client == 0 and not self.lost:
+            self.lost = node
+            del self.clients[node]
+            return Error(5, "")
+        return good(node, instruction)
+
+    def pull_messages(self, names: list[str]) -> Iterator[Message]:
+        if self.lost and self.back:
+            self.clients[self.lost] = 0
+        return super().pull_messages(names)
+
+
+def test_an_instruction_is_sent_again_to_a_node_that_was_lost_and_is_back() -> None:
+    nodes = Interrupted(back=True)
+    arrivals = exchange(over(nodes, deadline_s=20.0), 0, 1)
+    assert isinstance(arrivals[0].reply, Update)
+    assert [message.metadata.dst_node_id for message in nodes.sent] == [900, 893, 900]
+
+
+def test_a_node_that_does_not_come_back_is_waited_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grid, "RECONNECT_S", 0.3)
+    arrivals = exchange(over(Interrupted(back=False), deadline_s=20.0), 0, 1)
+    assert reason(arrivals[0]) == "the client's node is unavailable"
+    assert isinstance(arrivals[1].reply, Update)
 
 
 def test_waiting_stops_when_no_reply_can_come() -> None:
@@ -358,18 +428,23 @@ def test_waiting_stops_when_no_reply_can_come() -> None:
         list(transport.exchange([instruction_for(0)]))
 
 
-def test_a_node_reports_its_partition() -> None:
+def test_a_node_says_which_client_it_is(tmp_path: Path) -> None:
+    """By its node file; in a simulation by its number."""
     from flwr.app import Context
 
+    file = tmp_path / "node.toml"
+    file.write_text('client = 4\ndata = "rows.csv"')
     message = Message(RecordDict(), dst_node_id=7, message_type="query")
-    for config, expected in [
-        ({"partition-id": 3, "num-partitions": 8}, (3, 8)),
-        ({}, (-1, 0)),
-        ({"partition-id": "a"}, (-1, 0)),
-    ]:
+    configs: list[tuple[dict[str, Any], int]] = [
+        ({"node-file": str(file), "partition-id": 3}, 4),
+        ({"node-file": str(tmp_path / "missing.toml"), "partition-id": 3}, -1),
+        ({"partition-id": 3, "num-partitions": 8}, 3),
+        ({"partition-id": "a"}, -1),
+        ({}, -1),
+    ]
+    for config, expected in configs:
         context = Context(1, 7, config, RecordDict(), {})
-        record = client_app.app(message, context).content["node"]
-        assert (record["partition"], record["partitions"]) == expected
+        assert client_app.app(message, context).content["node"]["client"] == expected
 
 
 def test_a_client_process_starts_without_torch() -> None:

@@ -1,4 +1,4 @@
-"""The ClientApp of a SuperNode: tells which client its node serves, and runs its instructions.
+"""The ClientApp of a SuperNode: tells which client its node is, and runs its instructions.
 
 Nothing is raised out of its functions, because Flower sends the text of an error to the server.
 Importing this module loads neither torch nor transformers, because a SuperNode starts a new process
@@ -6,11 +6,13 @@ for every message.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from droppeft.client.node_file import read_node_file
 from droppeft.refusals import ERROR, Refused
 from droppeft.transports.flower.model_server import ask
 from droppeft.transports.flower.node_log import log_failure
@@ -30,15 +32,21 @@ app = ClientApp()
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell the server which partition of the clients this node serves."""
-    node = context.node_config
-    about = ConfigRecord(
-        {
-            "partition": _int_or(node.get("partition-id"), -1),
-            "partitions": _int_or(node.get("num-partitions"), 0),
-        }
-    )
+    """Tell the server which client this node is."""
+    about = ConfigRecord({"client": _client(context.node_config)})
     return Message(RecordDict({"node": about}), reply_to=message)
+
+
+def _client(node: Mapping[str, Any]) -> int:
+    """The client of a site, or of a node of Flower's simulation; -1 if it cannot be known."""
+    file = node.get(NODE_FILE)
+    if not isinstance(file, str):
+        return node["partition-id"] if isinstance(node.get("partition-id"), int) else -1
+    try:
+        return read_node_file(Path(file).expanduser()).client
+    except Exception as error:
+        log_failure("the node file", error)
+        return -1
 
 
 @app.train()
@@ -65,7 +73,3 @@ def _reply(packed: Packed, node_id: int, node: Mapping[str, Any]) -> Packed:
     from droppeft.transports.flower.client_runtime import run_packed  # loads torch
 
     return run_packed(packed, node_file)
-
-
-def _int_or(value: object, default: int) -> int:
-    return value if isinstance(value, int) else default

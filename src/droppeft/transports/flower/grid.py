@@ -5,10 +5,13 @@ from all, and cannot resume a run (docs/decisions/0002-flower-and-adapters.md).
 """
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -17,9 +20,11 @@ from flwr.superlink.grid import InMemoryGrid
 from droppeft.client.published_task import published
 from droppeft.client.run_inputs import Loaded, identity
 from droppeft.client.site_config import published_settings
-from droppeft.config import FlowerConfig, as_tree
+from droppeft.config import Config, FlowerConfig, as_tree
+from droppeft.errors import DroppeftError
 from droppeft.messages import AdapterSpec, Failure, Instruction, Layout, Reply
 from droppeft.transports.base import Arrival
+from droppeft.transports.flower.keys import read_public_keys
 from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
 from droppeft.transports.flower.nodes import Directory
 from droppeft.transports.flower.records import packed_of, record_of
@@ -32,6 +37,11 @@ from droppeft.transports.flower.wire_format import (
 
 BYTES_PER_ARRAY = 200
 """Upper bound of what safetensors needs to describe one array."""
+
+RECONNECT_S = 120.0
+"""Seconds that a round waits for a node that was lost in it."""
+
+_log = logging.getLogger("droppeft")
 
 
 @dataclass
@@ -67,6 +77,8 @@ class OverGrid:
         nodes = self.directory.find(
             [instruction.client for instruction in instructions], 0.0, self.check
         )
+        if missing := self.directory.missing(range(self.clients)):
+            self.directory.say(f"without a node: {missing}")
         waiting: dict[str, int] = {}
         for index, instruction in enumerate(instructions):
             try:
@@ -80,7 +92,7 @@ class OverGrid:
     def _send(self, instruction: Instruction, node: int | None) -> str:
         """Send one instruction; return the name of its reply."""
         if node is None:
-            raise NotSent(f"no node serves this client ({self.directory.problem})")
+            raise NotSent(f"it has no node ({self.directory.reason(instruction.client)})")
         record = record_of(pack_instruction(instruction, self.run_context))
         return self.messenger.send(
             record, node, "train", str(instruction.round), self.settings.deadline_s
@@ -91,16 +103,36 @@ class OverGrid:
     ) -> Iterator[Arrival]:
         """Yield one arrival for each reply in ``waiting``, an index by the reply's name."""
         start = time.monotonic()
-        while waiting and time.monotonic() - start < self.settings.deadline_s:
+        interrupted = _Interrupted()
+        while (waiting or interrupted) and time.monotonic() - start < self.settings.deadline_s:
             self.check()
             for name, message in self.messenger.fetch(waiting):
                 index = waiting.pop(name)
+                if isinstance(message, DeliveryError) and interrupted.takes(index, message):
+                    continue
                 yield Arrival(index, self._reply(instructions[index], message))
-            if waiting:
+            for index, reason in interrupted.ended():
+                yield Arrival(index, Failure(instructions[index].client, reason))
+            waiting |= self._sent_again(instructions, interrupted)
+            if waiting or interrupted:
                 time.sleep(_pause_s(time.monotonic() - start))
-        for index in waiting.values():
+        for index in (*waiting.values(), *interrupted.waiting):
             reason = f"no reply within {self.settings.deadline_s:g} s"
             yield Arrival(index, Failure(instructions[index].client, reason))
+
+    def _sent_again(
+        self, instructions: Sequence[Instruction], interrupted: "_Interrupted"
+    ) -> dict[str, int]:
+        """Send instructions again whose clients have a node again."""
+        if not interrupted:
+            return {}
+        clients = {instructions[index].client: index for index in interrupted.waiting}
+        sent = {}
+        for client, node in self.directory.find(clients, 0.0, self.check).items():
+            with suppress(NotSent):  # otherwise it is tried again
+                sent[self._send(instructions[clients[client]], node)] = clients[client]
+                del interrupted.waiting[clients[client]]
+        return sent
 
     def _reply(self, instruction: Instruction, message: Message | DeliveryError) -> Reply:
         if isinstance(message, DeliveryError):
@@ -118,8 +150,50 @@ class OverGrid:
         return reply
 
 
-def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: None) -> OverGrid:
-    """Make the transport of a run over a grid: of a SuperLink, or of a simulation."""
+class _Interrupted:
+    """Clients whose node or process ended while they worked: they are asked once more.
+
+    An instruction has the same result whenever it is run, so the run is as it would have been.
+
+    Attributes:
+        waiting: for each instruction that is not yet sent again, the time and the reason.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, tuple[float, str]] = {}
+        self._again: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting)
+
+    def takes(self, index: int, error: DeliveryError) -> bool:
+        """Note an error if the client may be asked again; return whether it may."""
+        if not error.interrupted or index in self._again:
+            return False
+        self._again.add(index)
+        self.waiting[index] = (time.monotonic(), error.reason)
+        return True
+
+    def ended(self) -> list[tuple[int, str]]:
+        """Remove and return those whose clients have had no node for too long, with the reason."""
+        end = time.monotonic() - RECONNECT_S
+        late = [(index, reason) for index, (since, reason) in self.waiting.items() if since < end]
+        for index, _ in late:
+            del self.waiting[index]
+        return late
+
+
+def over_grid(
+    grid: Grid,
+    loaded: Loaded,
+    check: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = _log.warning,
+) -> OverGrid:
+    """Make the transport of a run over a grid: of a SuperLink, or of a simulation.
+
+    Raises:
+        DroppeftError: the clients' public keys cannot be read, or the grid is simulated.
+    """
     config, simulated = loaded.config, isinstance(grid, InMemoryGrid)
     messenger = Messenger(grid, simulated)
     run_context = (
@@ -133,7 +207,7 @@ def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: No
     )
     return OverGrid(
         messenger=messenger,
-        directory=Directory(messenger),
+        directory=Directory(messenger, config.clients, _client_keys(config, simulated), say),
         run_context=run_context,
         clients=config.clients,
         settings=config.flower,
@@ -141,6 +215,14 @@ def over_grid(grid: Grid, loaded: Loaded, check: Callable[[], None] = lambda: No
         check=check,
         simulated=simulated,
     )
+
+
+def _client_keys(config: Config, simulated: bool) -> Mapping[bytes, int] | None:
+    """The client of each public key, if there is a folder of them."""
+    folder = config.flower.client_keys
+    if folder is not None and simulated:
+        raise DroppeftError("flower.client_keys is for a SuperLink; leave it out in a simulation")
+    return None if folder is None else read_public_keys(Path(folder).expanduser())
 
 
 def _pause_s(waited_s: float) -> float:

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 
 import httpx
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from droppeft.errors import DroppeftError
-from droppeft.transports.flower.records import error_reason
+from droppeft.transports.flower.records import MOST_REASON, error_reason
+from droppeft.transports.flower.wire_format import one_line
+
+INTERRUPTED = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
+"""Errors after which a client may have been interrupted."""
 
 _log = logging.getLogger("droppeft")
 
@@ -19,14 +28,37 @@ class NotSent(DroppeftError):
 
 
 @dataclass(frozen=True)
+class Node:
+    """A connected node.
+
+    Attributes:
+        id: Flower's id of it.
+        public_key: the key with which it has proved itself to the SuperLink, as PEM.
+        name: under which it is registered, or empty.
+        since: when it connected; a node that connects again is another one.
+    """
+
+    id: int
+    public_key: bytes = b""
+    name: str = ""
+    since: str = ""
+
+    def __str__(self) -> str:
+        name = one_line(self.name, MOST_REASON)
+        return f"node {name} ({self.id})" if name else f"node {self.id}"
+
+
+@dataclass(frozen=True)
 class DeliveryError:
     """Stands for a reply that could not be delivered.
 
     Attributes:
         reason: why, in one sentence.
+        interrupted: whether the client may have been interrupted; it could be asked again.
     """
 
     reason: str
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,10 +73,13 @@ class Messenger:
     grid: Grid
     simulated: bool = False
 
-    def nodes(self) -> frozenset[int]:
-        """Return the ids of connected nodes; none while the SuperLink cannot be reached."""
+    def nodes(self) -> frozenset[Node]:
+        """Return the connected nodes; none while the SuperLink cannot be reached."""
         try:
-            return frozenset(self.grid.get_node_ids())
+            found = list(self.grid.get_nodes())
+            return frozenset(
+                Node(one.node_id, one.public_key, one.name, one.last_activated_at) for one in found
+            )
         except httpx.HTTPError as error:
             _log.warning("the SuperLink cannot be reached: %s", error)
             return frozenset()
@@ -95,5 +130,5 @@ class Messenger:
         """The reason in an error reply, which may come from the node or from Flower itself."""
         if not message.has_error():
             return DeliveryError("its reply is empty")
-        text = message.error.reason if self.simulated else None
-        return DeliveryError(error_reason(message.error.code, text))
+        code, text = message.error.code, message.error.reason if self.simulated else None
+        return DeliveryError(error_reason(code, text), code in INTERRUPTED)

@@ -1,38 +1,56 @@
-"""Find the Flower node that serves a client; nodes themselves report which clients they serve."""
+"""Find the Flower node of each client: one node is one client. Ours.
+
+A node says which client it is. If the public keys of the clients are known, the key with which the
+node has proved itself to the SuperLink must be that client's.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent
+from droppeft.quantities import counted
+from droppeft.transports.flower.messenger import DeliveryError, Messenger, Node, NotSent
 
 _log = logging.getLogger("droppeft")
 
 INTRODUCTION_S = 600.0
 """Seconds after which Flower discards a query to a node that does not reply."""
 
+MOST_NAMED = 5
+"""Most clients without a node that are named at once."""
+
 
 @dataclass
 class Directory:
-    """The nodes that have reported which clients they serve.
+    """The nodes that have said which client they are.
 
-    A node with ``partition-id`` p of ``num-partitions`` n serves the clients c with c mod n = p, so
-    any number of nodes can serve any number of clients. A node that reconnects may have another
-    id. If several connected nodes serve a client, the one that reported last is used.
+    Of several connected nodes that say that they are the same client, the first remains the
+    client's node and the others are refused. A node that connects again is asked again.
 
     Attributes:
         messenger: reaches the nodes.
-        problem: the last reason why a node serves no client.
+        clients: number of clients of the run.
+        keys: the client of each public key, in the form in which Flower hands it on; ``None``
+            takes the nodes' word for which client they are.
+        say: tells the operator of the server a sentence.
+        patience_s: seconds that :meth:`find` waits at least while a connected node has not yet said
+            which client it is.
     """
 
     messenger: Messenger
-    problem: str = "none is connected"
-    _parts: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _unusable: set[int] = field(default_factory=set)
-    _asked: dict[str, int] = field(default_factory=dict)
+    clients: int
+    keys: Mapping[bytes, int] | None = None
+    say: Callable[[str], None] = _log.warning
+    patience_s: float = 20.0
+    _claims: dict[Node, int] = field(default_factory=dict)
+    _refusals: dict[Node, str] = field(default_factory=dict)
+    _failures: dict[Node, str] = field(default_factory=dict)
+    _asked: dict[str, Node] = field(default_factory=dict)
+    _nodes: dict[int, Node] = field(default_factory=dict)
+    _left: dict[int, str] = field(default_factory=dict)
 
     def find(
         self, clients: Collection[int], wait_s: float, check: Callable[[], None]
@@ -47,69 +65,128 @@ class Directory:
         Returns:
             Node id by client, without clients that have no node.
         """
-        end = time.monotonic() + wait_s
-        failed: set[int] = set()
+        start = said = time.monotonic()
+        failed: set[Node] = set()
+        named: Sequence[int] = ()
         while True:
             check()
             connected = self.messenger.nodes()
-            self._ask(connected - self._parts.keys() - self._unusable - failed)
+            self._forget(connected)
+            known = {*self._claims, *self._refusals, *self._asked.values(), *failed}
+            self._ask(connected - known)
             failed |= self._receive()
-            nodes = self._serving(clients, connected)
-            if len(nodes) == len(set(clients)) or time.monotonic() >= end:
-                return nodes
+            self._assign(connected)
+            missing = sorted({*clients} - self._nodes.keys())
+            now = time.monotonic()
+            if not missing or now - start >= max(wait_s, self.patience_s if self._asked else 0.0):
+                return {
+                    client: self._nodes[client].id for client in clients if client in self._nodes
+                }
+            if now - said > 2.0 and missing != named:
+                self.say(f"waiting at most {wait_s:.0f} s for nodes: {self.missing(missing)}")
+                named = missing
             time.sleep(0.1)
 
-    def _serving(self, clients: Collection[int], connected: Collection[int]) -> dict[int, int]:
-        """The connected node of each client that has one."""
-        present = [(node, part) for node, part in self._parts.items() if node in connected]
-        return {
-            client: node
-            for node, (part, parts) in present
-            for client in clients
-            if client % parts == part
-        }
+    def missing(self, clients: Collection[int]) -> str:
+        """Name the clients that have no node, with the reasons; empty if all have one."""
+        without = sorted({*clients} - self._nodes.keys())
+        parts = [f"client {client} ({self.reason(client)})" for client in without[:MOST_NAMED]]
+        if len(without) > MOST_NAMED:
+            parts.append(f"{counted(len(without) - MOST_NAMED, 'other client')}")
+        return ", ".join(parts)
 
-    def _ask(self, nodes: Collection[int]) -> None:
-        """Ask nodes which clients they serve, except those whose reply is still expected."""
-        waiting = set(self._asked.values())
-        for node in sorted(set(nodes) - waiting):
+    def reason(self, client: int) -> str:
+        """Say why a client has no node, and since when."""
+        since = f"its node left at {self._left[client]}" if client in self._left else ""
+        problems = {**self._failures, **self._refusals}
+        others = [
+            f"{node} {problems[node]}"
+            for possible in (client, None)  # None: nobody knows which client that node is
+            for node in problems
+            if self._client_of(node) == possible
+        ]
+        return "; ".join(part for part in (since, *others[:1]) if part) or "none has connected"
+
+    def _client_of(self, node: Node) -> int | None:
+        """The client that a node is by its key, or that it says it is."""
+        return (self.keys or {}).get(node.public_key, self._claims.get(node))
+
+    def _forget(self, connected: Collection[Node]) -> None:
+        """Forget nodes that have left."""
+        for client, node in list(self._nodes.items()):
+            if node not in connected:
+                del self._nodes[client]
+                self._left[client] = time.strftime("%H:%M:%S")
+        for known in (self._claims, self._refusals, self._failures):
+            for node in known.keys() - connected:
+                del known[node]
+        self._asked = {name: node for name, node in self._asked.items() if node in connected}
+
+    def _ask(self, nodes: Collection[Node]) -> None:
+        """Ask nodes which client they are, except those whose keys are unknown."""
+        for node in sorted(nodes, key=lambda node: node.id):
+            if self.keys is not None and node.public_key not in self.keys:
+                self._refuse(node, "is refused: its key is none of the clients' (client_keys)")
+                continue
             try:
                 name = self.messenger.send(
-                    RecordDict(), node, "query", "introduction", INTRODUCTION_S
+                    RecordDict(), node.id, "query", "introduction", INTRODUCTION_S
                 )
             except NotSent as error:
-                self._note(node, str(error))
+                _log.warning("%s: %s", node, error)
             else:
                 self._asked[name] = node
 
-    def _receive(self) -> set[int]:
+    def _receive(self) -> set[Node]:
         """Read the replies of nodes; return the nodes that failed, which may be asked again."""
         failed = set()
         for name, message in self.messenger.fetch(self._asked):
             node = self._asked.pop(name)
             if isinstance(message, DeliveryError):
                 failed.add(node)
-                self._note(node, message.reason)
+                self._failures[node] = f"did not say which client it is: {message.reason}"
+                self.say(f"{node} {self._failures[node]}")
                 continue
-            part = _part_of(message)
-            if part is None:
-                self._unusable.add(node)
-                self._note(node, "no partition-id and num-partitions in its node configuration")
+            self._failures.pop(node, None)
+            client = _client_of(message)
+            if client is None:
+                self._refuse(node, "is refused: it does not say which client it is")
+            elif client >= self.clients:
+                self._refuse(
+                    node,
+                    f"is refused: it says that it is client {client}, and the run has clients 0 "
+                    f"to {self.clients - 1}",
+                )
+            elif self.keys is not None and client != self.keys[node.public_key]:
+                self._refuse(
+                    node,
+                    f"is refused: it says that it is client {client}, and its key is that of "
+                    f"client {self.keys[node.public_key]}",
+                )
             else:
-                self._parts[node] = part
+                self._claims[node] = client
         return failed
 
-    def _note(self, node: int, reason: str) -> None:
-        self.problem = f"node {node}: {reason}"
-        _log.warning("node %d serves no client: %s", node, reason)
+    def _assign(self, connected: Collection[Node]) -> None:
+        """Give every client without a node the first node that says that it is this client."""
+        for node, client in list(self._claims.items()):
+            holder = self._nodes.setdefault(client, node)
+            if holder == node:
+                self._refusals.pop(node, None)
+                if self._left.pop(client, None):
+                    self.say(f"client {client} has a node again")
+            elif node not in self._refusals:
+                self._refuse(
+                    node, f"is refused: it says that it is client {client}, which {holder} is"
+                )
+
+    def _refuse(self, node: Node, reason: str) -> None:
+        self._refusals[node] = reason
+        self.say(f"{node} {reason}")
 
 
-def _part_of(message: Message) -> tuple[int, int] | None:
-    """Read (partition, partitions) from a node's reply; ``None`` if it has none."""
+def _client_of(message: Message) -> int | None:
+    """Read the number of a client from a node's reply; ``None`` if it has none."""
     record = message.content.get("node")
-    if not isinstance(record, ConfigRecord):
-        return None
-    part, parts = record.get("partition"), record.get("partitions")
-    if isinstance(part, int) and isinstance(parts, int) and 0 <= part < parts:
-        return part, parts
-    return None
+    client = record.get("client") if isinstance(record, ConfigRecord) else None
+    return client if isinstance(client, int) and client >= 0 else None
