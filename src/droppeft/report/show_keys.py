@@ -97,12 +97,14 @@ def register_command(server: Path, client: int) -> str:
     return f"flwr supernode register {key} federation --name client-{client}"
 
 
-def node_command(host: str, client: int | str, port: int = PORT) -> str:
+def node_command(
+    host: str, client: int | str, port: int = PORT, node_file: str = "node.toml"
+) -> str:
     """The command that starts a node in the folder of its site."""
     return _command(
         f"flower-supernode --superlink {_url_host(host)}:{port} --root-certificates ca.crt",
         f"--auth-supernode-private-key client-{client}.key",
-        "--node-config 'node-file=\"node.toml\"'",
+        f"--node-config 'node-file=\"{node_file}\"'",
     )
 
 
