@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -51,7 +50,7 @@ SETTINGS = (
 ON_FLOWER = "flower.nodes_timeout_s=300"
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from flower_on_loopback import APP, Federation, environment, loopback  # noqa: E402
+from flower_on_loopback import Federation, loopback  # noqa: E402
 
 
 def main(repeats: int, most_minutes: float) -> None:
