@@ -1,7 +1,7 @@
-"""Run a configuration on a SuperLink and a SuperNode for each site, all started here on loopback.
+r"""Run a configuration on a SuperLink and a SuperNode for each site, all started here on loopback.
 
-    droppeft node split builtin clients=3 --out sites
-    python examples/flower_on_loopback.py sites runs/loopback rounds=3
+    python examples/flower_on_loopback.py examples/sites runs/loopback \
+        data=examples/sites/server rounds=3
 
 The connections are encrypted and the nodes have keys. The same commands are used on several
 machines; see docs/tutorials/your_own_machines.md.
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from droppeft.client.node_file import read_node_file
 from droppeft.report import show_keys
 from droppeft.transports.flower.keys import make_federation
 
@@ -37,7 +38,7 @@ class Federation:
     """
 
     def __init__(self, folder: Path, sites: Sequence[Path]) -> None:
-        """Make keys for a node per site; ``sites`` are their node files, from client 0 on."""
+        """Make keys for a node per site; ``sites`` are their node files."""
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._clients = len(sites)
@@ -51,7 +52,8 @@ class Federation:
             SUPERLINK: show_keys.superlink_command(self._server, HERE, self._port),
             SUPEREXEC: show_keys.superexec_command(self._server, self._port),
         }
-        for client, (site, port) in enumerate(zip(sites, ports, strict=True)):
+        for site, port in zip(sites, ports, strict=True):
+            client = read_node_file(site).client
             command = show_keys.node_command(HERE, client, self._port, str(site.absolute()))
             self._commands[f"client-{client}"] = f"{command} --port {port}"
 
@@ -63,7 +65,7 @@ class Federation:
                 words(self._commands[name]),
                 stdout=log,
                 stderr=log,
-                cwd=inside if inside.is_dir() else self._server,
+                cwd=inside if inside.is_dir() else None,
                 env=environment(self.folder),
                 start_new_session=True,
             )
@@ -92,8 +94,8 @@ class Federation:
         """
         if settings:
             keys = self._server / "clients"
-            settings = ["partition.kind=sites", f"clients={self._clients}", *settings]
-            settings = [*settings, f"flower.client_keys={keys}"]
+            sites = ("partition.kind=sites", f"clients={self._clients}")
+            settings = [*sites, f"flower.client_keys={keys}", *settings]
         run_config = {"settings": shlex.join(settings), "out": str(out.resolve())}
         overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
         command = ["flwr", "run", str(APP), "federation", "--stream", "--run-config", overrides]
@@ -171,7 +173,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def main(sites: Path, out: Path, settings: Sequence[str]) -> None:
     """Run once, and print the accuracy and the hash of the adapter."""
-    found = sorted(sites.glob("*/node.toml"))
+    found = list(sites.glob("*/node.toml"))
     with tempfile.TemporaryDirectory() as folder, loopback(Path(folder), found) as federation:
         federation.run(settings, out)
     result = json.loads((out / "result.json").read_text())
