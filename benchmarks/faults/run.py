@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 nice -n 10 python -m benchmarks.faults.run
 
-Three sites with a tiny model, on a SuperLink and three SuperNodes with TLS and keys. In round 2 of
-3 a process comes to a phase and is stopped there (`traps/sitecustomize.py`). Then one process gets
-SIGKILL: the run's own (ServerApp), the SuperLink, the SuperNode of a client, or the process that
-holds its model. Processes of Flower that end are started again after a second, as a supervisor
+Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. In round
+2 of 3 a process comes to a phase and is stopped there (`traps/sitecustomize.py`). Then one process
+gets SIGKILL: the run's own (ServerApp), the SuperLink, the SuperNode of a client, or the process
+that holds its model. Processes of Flower that end are started again after a second, as a supervisor
 does, and a run whose process was killed is submitted again. The result must have the bytes of the
 run in one process, and every client of every round must be accepted, failed, late or absent.
 
@@ -13,8 +13,9 @@ Writes `study.json` after each kill; the same command goes on where it was stopp
 """
 
 import argparse
-import json
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,10 +29,14 @@ from typing import Any
 import psutil
 
 from benchmarks.study import about, read_values, was_measured, write_values
+from droppeft.config import load_config
+from droppeft.report.screen import Quiet
 from droppeft.runs.ledger import read_rows
+from droppeft.server.run import start_run
 
 NAME = "faults"
 FOLDER = Path(__file__).resolve().parent
+EXAMPLES = FOLDER.parents[1] / "examples"
 TARGETS = ("run", "SuperLink", "SuperNode", "client process")
 PHASES = ("send", "train", "upload", "merge", "save")
 ROUNDS, KILL_IN, CLIENTS = 3, 2, 3
@@ -49,7 +54,7 @@ SETTINGS = (
 )
 ON_FLOWER = "flower.nodes_timeout_s=300"
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 from flower_on_loopback import Federation, loopback  # noqa: E402
 
 
@@ -75,19 +80,20 @@ def main(repeats: int, most_minutes: float) -> None:
 
 
 def make_sites(folder: Path) -> tuple[list[Path], list[str]]:
-    """Write a tiny model and three sites; return their node files, and the settings of a run."""
-    raise NotImplementedError
+    """Write three sites from the example; return their node files, and the settings of a run."""
+    nodes = []
+    for client, name in enumerate(("north", "south", "south")):
+        site = shutil.copytree(EXAMPLES / "sites" / name, folder / "sites" / f"client-{client}")
+        nodes.append(site / "node.toml")
+        text = nodes[-1].read_text(encoding="utf-8")
+        nodes[-1].write_text(re.sub(r"client = \d", f"client = {client}", text), encoding="utf-8")
+    return nodes, [f"data={EXAMPLES / 'sites' / 'server'}", *SETTINGS]
 
 
 def in_process(out: Path, sites: Sequence[Path], settings: Sequence[str]) -> dict[str, bytes]:
     """Run in one process, without a kill; return the files of the adapter."""
-    from droppeft.config import load_config
-    from droppeft.runs.listener import Silent
-    from droppeft.server.run import start_run
-
-    names = json.dumps([str(site) for site in sites])
-    words = ["partition.kind=sites", f"sites={names}", *settings]
-    start_run(load_config(None, words), out, Silent())
+    names = f"sites={','.join(map(str, sites))}"
+    start_run(load_config(None, [names, *settings]), out, Quiet())
     return adapter_of(out)
 
 

@@ -41,8 +41,8 @@ LONGEST_FOLDER = 80
 def ask(packed: Packed, node_id: int, node_file: str) -> Packed:
     """Have a packed instruction run by the model server of this node, and return the packed reply.
 
-    The model server is started if there is none. It is the same for all runs, so that no server can
-    fill the node's memory with models.
+    The model server is started if there is none, and once more if it ends. It is the same for all
+    runs, so that no server can fill the node's memory with models.
 
     Args:
         packed: the instruction and its run context.
@@ -56,13 +56,19 @@ def ask(packed: Packed, node_id: int, node_file: str) -> Packed:
     key = f"{node_id} {node_file}"
     place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.sock"
     try:
-        with _connection(place) as connection:
-            _send(connection, packed)
-            connection.send_bytes(node_file.encode())
-            return _receive(connection)
+        with suppress(EOFError, ConnectionResetError):  # it was killed: start another one, once
+            return _answer(place, packed, node_file)
+        return _answer(place, packed, node_file)
     except (EOFError, OSError) as error:
         detail = f"{type(error).__name__} {error}".strip()
         raise Refused("model_server") from DroppeftError(f"{detail}; see {_log_of(place)}")
+
+
+def _answer(place: Path, packed: Packed, node_file: str) -> Packed:
+    with _connection(place) as connection:
+        _send(connection, packed)
+        connection.send_bytes(node_file.encode())
+        return _receive(connection)
 
 
 def serve(place: Path, watched_pid: int) -> None:
