@@ -36,6 +36,8 @@ def load_peft_values(model: Any, folder: Path, trained: Collection[str]) -> None
     try:
         config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / PEFT_WEIGHTS)
+        if not isinstance(config, dict):
+            raise ValueError(f"{PEFT_CONFIG} is no JSON object")
     except (OSError, ValueError, SafetensorError) as error:
         raise DroppeftError(f"cannot be read ({error})") from None
     _check_same_settings(config, model.active_peft_config.to_dict())

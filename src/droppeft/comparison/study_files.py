@@ -274,8 +274,9 @@ def read_tables(folder: Path) -> tuple[Study, list[RunRecord]]:
     try:
         return _read(folder)
     except (pa.ArrowException, ValueError, LookupError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise DroppeftError(
-            f"{folder / STUDY} or a table beside it is damaged ({error}); repair or remove it"
+            f"{folder / STUDY} or a table beside it is damaged ({reason}); repair or remove it"
         ) from None
 
 
@@ -320,7 +321,8 @@ def _record(
 
 
 def _rows(path: Path) -> list[Row]:
-    return [Row(row) for row in pq.read_table(path).to_pylist()]
+    with path.open("rb") as file:  # of a folder, pyarrow would read the files inside
+        return [Row(row) for row in pq.read_table(file).to_pylist()]
 
 
 def _by_run(path: Path) -> dict[str, list[Row]]:

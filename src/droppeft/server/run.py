@@ -185,6 +185,11 @@ def resume_run(
         if config.start_from is not None:
             first = checkpoints.load_round(out / "checkpoints", 0, memory_type)
             prepared = replace(prepared, state=first.state)
+        if (out / RESULT).exists() and newest.round < read_result(out)["rounds"]:
+            raise DroppeftError(
+                f"{out / 'checkpoints'}: the checkpoint of the last round is missing or damaged, "
+                f"so that the run cannot go on from there; begin a new run with: start_from={out}"
+            )
         rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
         if rounds is not None:
             newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
