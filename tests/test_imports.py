@@ -31,9 +31,10 @@ LEVELS = (
     {"resources", "runs"},
     {"server"},
     {"comparison", "flower_server_app"},
-    {"command_line_words", "report"},
+    {"command_line_settings", "command_line_words", "report"},
     {"results"},
     {"api"},
+    {"node_commands"},
     {"cli"},
     {"__main__"},
 )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from click import Context, NoSuchOption, UsageError
-from typer.core import TyperCommand
 
 from droppeft import __version__
+from droppeft.command_line_settings import CommandWithSettings, Overrides, setting_keys
 from droppeft.command_line_words import (
     comparison_of,
     config_to_measure,
@@ -24,6 +23,7 @@ from droppeft.command_line_words import (
     seed_numbers,
 )
 from droppeft.errors import DroppeftError, Interrupted
+from droppeft.node_commands import node
 from droppeft.quantities import counted
 
 if TYPE_CHECKING:
@@ -39,51 +39,13 @@ app = typer.Typer(
 )
 
 
-def _keys(ctx: Context, incomplete: str) -> list[str]:
-    """Complete the names of settings; nothing after ``=``, where bash completes files.
+app.add_typer(node, name="node")
 
-    A shell puts a space after the only completion, so there are two of them.
-    """
-    from droppeft.config import known_keys
-
-    groups = (given for given in ctx.params.values() if isinstance(given, list | tuple))
-    before = [word for words in groups for word in words]
-    if before[-1:] == ["="]:
-        return []
-    found = [f"{key}=" for key, _ in known_keys() if key.startswith(incomplete)]
-    return found if len(found) != 1 else [*found, f"{found[0]}VALUE"]
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="CONFIG.toml KEY=VALUE ...", show_default=False, autocompletion=_keys),
-]
 Out = Annotated[
     Path | None, typer.Option(help="New folder for the run.", show_default="runs/TIME-METHOD")
 ]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print the final quality only.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON object per round.")]
-
-
-class CommandWithSettings(TyperCommand):
-    """A command with settings as ``KEY=VALUE``; a setting written as an option gets a hint."""
-
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        """Parse as click does, and add the hint to the error about an unknown option."""
-        from droppeft.config import known_keys
-        from droppeft.config.other_words import KEYS
-
-        try:
-            return super().parse_args(ctx, args)
-        except NoSuchOption as error:
-            key = error.option_name.lstrip("-").replace("-", "_")
-            if key in dict(known_keys()):
-                hint = f"{key} is a setting: write {key}=VALUE, without dashes."
-            elif key in KEYS:
-                hint = f"No such option: {error.option_name}. Did you mean {KEYS[key]}?"
-            else:
-                raise
-            raise UsageError(hint, ctx) from None
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -180,7 +142,7 @@ def compare(
         typer.Argument(
             metavar="COMPARISON.toml | METHOD ... KEY=VALUE ...",
             show_default=False,
-            autocompletion=_keys,
+            autocompletion=setting_keys,
         ),
     ] = None,
     out: Annotated[
@@ -374,7 +336,7 @@ def data(
     name: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file, Hub id or builtin.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE ...", show_default=False, autocompletion=_keys),
+        typer.Argument(metavar="KEY=VALUE ...", show_default=False, autocompletion=setting_keys),
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Training rows to show.")] = 3,
 ) -> None:
@@ -469,7 +431,9 @@ def estimate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CONFIG.toml KEY=VALUE,VALUE ...", show_default=False, autocompletion=_keys
+            metavar="CONFIG.toml KEY=VALUE,VALUE ...",
+            show_default=False,
+            autocompletion=setting_keys,
         ),
     ] = None,
     memory: Annotated[

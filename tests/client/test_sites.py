@@ -77,7 +77,7 @@ def test_sites_train_on_rows_of_their_own(
     assert (result["clients"], result["train_rows"], result["test_rows"]) == (3, 0, 60)
     assert (result["task"], result["classes"]) == ("classification", 3)
     assert "majority_accuracy" not in result
-    assert {one["client"]: one["rows"] for one in result["personalised"]} == {0: 4, 2: 4}
+    assert {one["client"]: one["rows"] for one in result["personalised"]} == {0: 4, 2: 6}
     reason = "it has 9 rows of this task, and the fewest that it takes part with are 20"
     assert {(one["client"], one["reason"]) for row in listener.rows for one in row.failures} == {
         (1, reason)
@@ -112,23 +112,26 @@ def test_the_server_takes_its_classes_from_a_setting(three_sites: list[str]) -> 
 
 
 def test_rows_with_unknown_labels_are_left_out_and_named_in_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    three_sites: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write_rows(tmp_path / "rows.csv", 30, CLASSES)
+    path = tmp_path / "sites" / "lacks" / "rows.csv"
     with path.open("a") as file:
         file.write("a,sport\nb,food\nc,sport\nd,1\n")
-    node = read_node_file(write_site(tmp_path, 0))
     with caplog.at_level(logging.WARNING, "droppeft"):
-        found = read_site(node, *TASK)
-    assert (len(found), found.findings.rows_read) == (31, 34)
+        client, *_ = clients_of(prepared_run(*three_sites).loaded)
+    assert len(client.table) == 41
+    assert (
+        f"2 rows (41, 43) of {path}, counted without the header, left out: the label sport is"
+        in (caplog.text)
+    )
+    found = read_site(read_node_file(path.with_name("node.toml")), *TASK)
     assert [(one.label, one.rows.tolist()) for one in found.unknown] == [
-        ("1", [33]),
-        ("sport", [30, 32]),
+        ("1", [43]),
+        ("sport", [40, 42]),
     ]
-    assert f"2 rows (31, 33) of {path}, counted without the header, left out" in caplog.text
     # Classes that are numbers are found in another spelling, as in other data.
-    numbers = ("classification", ("0", "1"))
-    assert len(read_site(node, *numbers)) == 1
+    numbers = ("classification", ("0", "1.0"))
+    assert len(read_site(read_node_file(path.with_name("node.toml")), *numbers)) == 1
 
 
 def test_a_site_splits_its_rows_by_itself(tmp_path: Path) -> None:
@@ -163,7 +166,7 @@ def test_splits_of_a_site_are_used_as_they_are(tmp_path: Path) -> None:
     ]
     (folder / "validation.csv").unlink()
     found = read_site(node, *TASK)
-    assert [len(part) for part in found.rows.parts] == [18, 2, 5]
+    assert [len(part) for part in found.rows.parts] == [17, 3, 5]
     assert found.rows.test.tolist() == [20, 21, 22, 23, 24]
 
 

@@ -1,5 +1,6 @@
 """The file that a site writes: where its rows are, and what it allows. Ours."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,15 @@ class NodeFile(Table):
     limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
     send: Sending = Field(default_factory=lambda: Sending.model_validate({}))
 
+    @model_validator(mode="after")
+    def _classes_are_the_tasks(self) -> "NodeFile":
+        if self.source.classes is not None:
+            raise ValueError(
+                "source.classes is a setting of the server; leave it out, and give other names of "
+                "labels in [labels]"
+            )
+        return self
+
 
 def read_node_file(path: Path) -> NodeFile:
     """Read a node file; its relative paths are relative to its folder.
@@ -77,8 +87,10 @@ def read_node_file(path: Path) -> NodeFile:
         raise DroppeftError(first_error(error, f" in {path}")) from None
     folder = path.absolute().parent
     paths = {
-        name: str(folder / Path(value).expanduser())
-        for name in ("data", "key")
+        name: os.path.normpath(path)
+        for name in ("data", "key", "model")
         if (value := getattr(node, name)) is not None
+        # The name of a model may also be that of a package or of the hub.
+        and ((path := folder / Path(value).expanduser()).exists() or name != "model")
     }
     return node.model_copy(update=paths)

@@ -70,5 +70,6 @@ def read_task(path: Path) -> PublishedTask:
         raise DroppeftError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError):
         raise DroppeftError(
-            f"{path} is no published task; write one with: droppeft node task --out {path.name}"
+            f"{path} is no published task; give the file that the server has written with: "
+            "droppeft node task"
         ) from None

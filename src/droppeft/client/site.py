@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
@@ -47,13 +47,14 @@ class RefusingSite:
         raise self.reason
 
 
-def read_site(node: NodeFile, task: str, label_names: Sequence[str]) -> SiteRows:
-    """Read the rows of a site, and log which of them are left out.
+def read_site(node: NodeFile, task: str, label_names: Sequence[str] | None) -> SiteRows:
+    """Read the rows of a site.
 
     Args:
         node: the site's node file.
         task: the setting ``task``.
-        label_names: names of the task's classes in their order, if it has classes.
+        label_names: names of the task's classes in their order, if it has classes; ``None`` takes
+            those of the rows.
 
     Raises:
         DroppeftError: they cannot be read, or do not fit the task.
@@ -65,7 +66,10 @@ def read_site(node: NodeFile, task: str, label_names: Sequence[str]) -> SiteRows
         validation_fraction=node.split.validation_fraction,
         test_fraction=node.split.test_fraction,
     )
-    found = task_named(task).read_site(site, label_names)
+    return task_named(task).read_site(site, label_names)
+
+
+def _log_unknown(node: NodeFile, found: SiteRows) -> None:
     for one in found.unknown:
         _log.warning(
             "client %d: %s of %s%s, left out: the label %s is no class of the task",
@@ -75,7 +79,6 @@ def read_site(node: NodeFile, task: str, label_names: Sequence[str]) -> SiteRows
             one.numbering,
             one.label,
         )
-    return found
 
 
 def refusal_of(node: NodeFile, found: SiteRows) -> Refused | None:
@@ -84,6 +87,15 @@ def refusal_of(node: NodeFile, found: SiteRows) -> Refused | None:
         return Refused("too_few_rows", len(found), node.split.min_rows)
     if not all(len(part) for part in found.rows.parts):
         return Refused("cannot_split", len(found))
+    return None
+
+
+def other_model(task: PublishedTask, weights_hash: str, tokenizer: Any) -> Refused | None:
+    """Return why a site's model cannot be used for a task; ``None`` if it is the server's."""
+    if weights_hash != task.model_hash:
+        return Refused("other_model")
+    if tokenizer_hash(tokenizer) != task.tokenizer_hash:
+        return Refused("other_tokenizer")
     return None
 
 
@@ -100,20 +112,19 @@ def site_client(node: NodeFile, task: PublishedTask, model: ClientModel, config:
         Refused: the site has too few rows, or another model or tokenizer than the server.
         DroppeftError: its rows cannot be read, or do not fit the task or the model.
     """
-    if model.weights_hash != task.model_hash:
-        raise Refused("other_model")
-    if tokenizer_hash(model.tokenizer) != task.tokenizer_hash:
-        raise Refused("other_tokenizer")
+    if reason := other_model(task, model.weights_hash, model.tokenizer):
+        raise reason
     return with_rows(node, read_site(node, task.task, task.label_names), model, config)
 
 
 def with_rows(node: NodeFile, found: SiteRows, model: ClientModel, config: Config) -> Client:
-    """Make the client of a site whose rows have been read.
+    """Make the client of a site whose rows have been read, and log which of them are left out.
 
     Raises:
         Refused: there are too few rows.
         DroppeftError: they do not fit the model.
     """
+    _log_unknown(node, found)
     if reason := refusal_of(node, found):
         raise reason
     rows = task_named(config.task).encode(found.table, model.tokenizer, config)

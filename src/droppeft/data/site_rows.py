@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from droppeft.config import SourceConfig
 from droppeft.data.checks import compared
@@ -14,7 +15,7 @@ from droppeft.data.columns import find_columns
 from droppeft.data.conversation_sources import hashes_of_prompts, read_conversations
 from droppeft.data.conversations import ConversationTable
 from droppeft.data.findings import Findings
-from droppeft.data.labels import LabelColumn, indices_of
+from droppeft.data.labels import LabelColumn, indices_of, ordered
 from droppeft.data.missing_values import kept_rows
 from droppeft.data.partition import ClientRows
 from droppeft.data.sources import (
@@ -32,13 +33,15 @@ from droppeft.data.splits import Part, read_parts
 from droppeft.data.texts import Rows, TextTable
 from droppeft.errors import DroppeftError
 
+Hashes = npt.NDArray[np.str_]
+
 
 @dataclass(frozen=True)
 class SiteSource:
     """What a site says about its rows.
 
     Attributes:
-        data: a file, a folder whose files are named after splits, or an id on the hub.
+        data: a file, or a folder whose files are named after splits.
         source: columns and splits, if they are not found, and what to do about missing values.
         labels: the task's name of each label that has another one at the site.
         validation_fraction, test_fraction: shares of the rows that validate and test, where the
@@ -74,17 +77,21 @@ class SiteRows:
     """The rows of a site that can be used.
 
     Attributes:
-        table: of all splits, one after another; its classes are those of the task.
+        table: of all splits, one after another.
         rows: indices of the rows to train, validate and test. A part is empty if there are too few
             different texts.
+        label_names: names of the classes in their order; empty for a task without classes.
         shape: how the rows are stored.
+        columns: names of all columns of the training rows.
         findings: what reading found and did.
         unknown: rows that are left out, by their label.
     """
 
     table: TextTable | ConversationTable
     rows: ClientRows
+    label_names: tuple[str, ...]
     shape: str
+    columns: tuple[str, ...]
     findings: Findings
     unknown: tuple[UnknownLabel, ...] = ()
 
@@ -92,24 +99,28 @@ class SiteRows:
         return len(self.table)
 
 
-def read_site_texts(site: SiteSource, classes: Sequence[str]) -> SiteRows:
+def read_site_texts(site: SiteSource, classes: Sequence[str] | None) -> SiteRows:
     """Read the labelled texts of a site.
 
     Args:
         site: where they are.
-        classes: names of the task's classes in their order.
+        classes: names of the task's classes in their order; ``None`` takes those of the rows.
 
     Raises:
         DroppeftError: the data cannot be found or read, a column is not found, rows lack a value
             and ``source.missing`` is ``error``, or ``labels`` names a class that does not exist.
     """
-    _check_names(site.labels, classes)
+    if classes is not None:
+        _check_names(site.labels, classes)
     splits = read_parts(site.data, site.source)
     columns = find_columns(splits["train"], site.source)
     cells = [
         _renamed(read_cells(split, columns, site.source), site.labels) for split in splits.values()
     ]
-    kept, missing = kept_rows(lacking_of(cells, columns, known=classes), site.source.missing)
+    kept, missing = kept_rows(lacking_of(cells, columns, known=classes or ()), site.source.missing)
+    if classes is None:
+        pairs = zip(cells, kept, strict=True)
+        classes = ordered(one.labels.values[row] for one, rows in pairs for row in rows)
     tables: dict[Part, TextTable] = {}
     unknown: list[UnknownLabel] = []
     for part, one, rows in zip(splits, cells, kept, strict=True):
@@ -126,7 +137,9 @@ def read_site_texts(site: SiteSource, classes: Sequence[str]) -> SiteRows:
     return SiteRows(
         TextTable.joined(tuple(tables.values())),
         _split(tables, hashes_of(tables["train"]), site),
+        tuple(classes),
         "text pairs with labels" if tables["train"].pairs else "texts with labels",
+        tuple(splits["train"].table.column_names),
         compared(findings, contents_of(tables["train"]), test, tables["train"].labels),
         tuple(unknown),
     )
@@ -152,7 +165,9 @@ def read_site_conversations(site: SiteSource) -> SiteRows:
     return SiteRows(
         ConversationTable.joined(tuple(tables.values())),
         _split(tables, hashes_of_prompts(train), site),
+        (),
         shape,
+        tuple(splits["train"].table.column_names),
         compared(
             findings, train.rows, tables["test"].rows if "test" in tables else (), train.labels
         ),
@@ -212,8 +227,8 @@ def _split(
 ) -> ClientRows:
     """The rows of each part, in the joined table.
 
-    A part that has no split of its own gets some of the training rows. Rows with one hash are in
-    the same part.
+    A part that has no split of its own gets some of the training rows, of each label if it has
+    enough. Rows with one hash are in the same part.
 
     Args:
         tables: the rows of each split, in the order in which they are joined.
@@ -222,17 +237,31 @@ def _split(
     """
     ends = np.cumsum([0, *(len(table) for table in tables.values())])
     given = {part: np.arange(ends[place], ends[place + 1]) for place, part in enumerate(tables)}
-    distinct = np.unique(np.array(hashes, dtype="<U64"))
-    test = 0 if "test" in tables else _count(site.test_fraction, len(distinct))
-    validation = 0 if "validation" in tables else _count(site.validation_fraction, len(distinct))
-    chosen = np.split(distinct, [test, test + validation])
-    drawn = [np.flatnonzero(np.isin(np.array(hashes, dtype="<U64"), some)) for some in chosen]
+    every, labels = np.array(hashes, dtype="<U64"), tables["train"].labels
+    nobody: set[str] = set()
+    test = nobody if "test" in tables else _drawn(every, labels, site.test_fraction, nobody)
+    validation = (
+        nobody if "validation" in tables else _drawn(every, labels, site.validation_fraction, test)
+    )
+    rows = [np.flatnonzero(np.isin(every, sorted(some))) for some in (test, validation)]
     return ClientRows(
-        train=drawn[2],
-        validation=given.get("validation", drawn[1]),
-        test=given.get("test", drawn[0]),
+        train=np.flatnonzero(~np.isin(every, sorted(test | validation))),
+        validation=given.get("validation", rows[1]),
+        test=given.get("test", rows[0]),
     )
 
 
-def _count(share: float, texts: int) -> int:
-    return max(1, int(share * texts))
+def _drawn(hashes: Hashes, labels: Rows, share: float, others: set[str]) -> set[str]:
+    """Draw a share of the distinct hashes, the smallest of each label that are not among others.
+
+    If that is too few, because labels have few hashes, the smallest of all labels are drawn too.
+    """
+    distinct = np.unique(hashes)
+    drawn: set[str] = set()
+    for label in np.unique(labels):
+        of_label = np.unique(hashes[labels == label])
+        free = of_label[~np.isin(of_label, sorted(others))]
+        drawn.update(free[: round(share * len(of_label))].tolist())
+    free = distinct[~np.isin(distinct, sorted(others | drawn))]
+    wanted = max(1, int(share * len(distinct)))
+    return drawn | {*free[: max(0, wanted - len(drawn))].tolist()}

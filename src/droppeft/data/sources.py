@@ -253,7 +253,8 @@ def _test_of_data(name: str, source: SourceConfig) -> TextData:
     split = read_test_split(name, source)
     columns = find_columns(split, source)
     cells = read_cells(split, columns, source)
-    kept, missing = kept_rows([lacking_of([cells], columns)[0]], source.missing)
+    lacking = lacking_of([cells], columns, known=source.classes or ())
+    kept, missing = kept_rows(lacking, source.missing)
     if source.classes is None:
         classes, [labels] = _classes([cells], kept, columns.label)
     else:

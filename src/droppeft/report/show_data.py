@@ -1,6 +1,6 @@
 """What ``droppeft data`` prints: what was recognised in a data set, and some of its rows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -32,10 +32,10 @@ def show(name: str, model: str, summary: Summary, console: Console) -> None:
     Without colours, as in a file, what is learnt stands in brackets.
     """
     console.print(Text.assemble((name, "bold"), f" · for {KINDS[summary.kind]}"))
-    console.print(_grid(_about_rows(summary)))
+    console.print(facts(_about_rows(summary)))
     if summary.labels:
         console.print(_groups(summary))
-    console.print(_grid([*_about_tokens(model, summary), *_about_clients(summary)]))
+    console.print(facts([*_about_tokens(model, summary), *_about_clients(summary)]))
     if summary.shown and summary.kind == "causal_lm":
         legend = (Part("learnt", learnt=True), Part(" · not learnt", learnt=False))
         console.print(Text("\nexamples: ") + _marked(legend, console))
@@ -44,11 +44,12 @@ def show(name: str, model: str, summary: Summary, console: Console) -> None:
         console.print(_marked(row.parts, console))
 
 
-def _grid(facts: Iterable[tuple[str, str]]) -> Table:
+def facts(lines: Iterable[tuple[str, str]]) -> Table:
+    """Return a grid of lines, each with a label."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", min_width=LABEL_WIDTH)
     grid.add_column(overflow="fold")
-    for label, text in facts:
+    for label, text in lines:
         grid.add_row(label, Text(text))
     return grid
 
@@ -57,15 +58,23 @@ def _about_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "shape", summary.shape
     roles = summary.findings.columns
     if roles:
-        read = ", ".join(
-            role if role == name else f"{role} ← {name}" for role, name in roles.items()
-        )
-        others = [name or UNNAMED for name in summary.columns if name not in roles.values()]
-        yield "columns", read + (f"; not used: {', '.join(others)}" if others else "")
+        yield "columns", columns_text(roles, summary.columns)
     train = f"{summary.train_rows:,} to train and " if summary.train_rows else ""
     yield "rows", f"{train}{summary.test_rows:,} to test"
     if summary.owners:
         yield "owners", f"{len(summary.owners):,}; rows: {_spread(summary.owners)}"
+
+
+def columns_text(roles: Mapping[str, str], columns: Sequence[str]) -> str:
+    """Return which columns are read as what, and which are not.
+
+    Args:
+        roles: the column of each kind of value.
+        columns: all columns.
+    """
+    read = ", ".join(role if role == name else f"{role} ← {name}" for role, name in roles.items())
+    others = [name or UNNAMED for name in columns if name not in roles.values()]
+    return read + (f"; not used: {', '.join(others)}" if others else "")
 
 
 def _groups(summary: Summary) -> Table:

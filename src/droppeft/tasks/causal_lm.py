@@ -134,7 +134,7 @@ class CausalLMTask:
             return load_test_conversations(config.data, config.source)
         return load_conversations(config.data, config.source, config.partition.key)
 
-    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+    def read_site(self, site: SiteSource, classes: Sequence[str] | None) -> SiteRows:
         """Read conversations or texts of a site."""
         return read_site_conversations(site)
 

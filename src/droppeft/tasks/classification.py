@@ -108,7 +108,7 @@ class ClassificationTask:
             return load_test_texts(config.data, config.source)
         return load_text(config.data, config.source, config.partition.key)
 
-    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+    def read_site(self, site: SiteSource, classes: Sequence[str] | None) -> SiteRows:
         """Read texts and labels of a site."""
         return read_site_texts(site, classes)
 

@@ -140,12 +140,13 @@ class Task(Protocol):
             DroppeftError: they cannot be read or do not fit the task.
         """
 
-    def read_site(self, site: SiteSource, classes: Sequence[str]) -> SiteRows:
+    def read_site(self, site: SiteSource, classes: Sequence[str] | None) -> SiteRows:
         """Read the rows of a site.
 
         Args:
             site: where they are.
-            classes: names of the task's classes in their order, if it has classes.
+            classes: names of the task's classes in their order, if it has classes; ``None`` takes
+                those of the rows.
 
         Raises:
             DroppeftError: they cannot be read or do not fit the task.

@@ -1,0 +1,174 @@
+"""Write the clients of a partitioned data set as sites, each with a folder of its own. Ours.
+
+A federation can thus be tried on several processes or machines, none of which has the rows of
+another. A run over these sites gives the bytes of the run that partitions the data.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from droppeft.client.run_inputs import count_clients, read_data
+from droppeft.config import Config, as_tree, build_config, resolve
+from droppeft.data.conversations import ConversationTable, Document
+from droppeft.data.partition import partition_rows
+from droppeft.data.texts import TextTable
+from droppeft.errors import DroppeftError
+from droppeft.methods.rules import check_settings, given
+
+RUN, SERVER, NODE, TEST = "run.toml", "server.toml", "node.toml", "test"
+
+OF_THE_DATA = (
+    *("text", "label", "prompt", "completion", "train", "test", "max_train_rows", "max_test_rows"),
+    "missing",
+)
+"""Settings ``source.*`` that no longer apply to the rows that are written."""
+
+
+@dataclass(frozen=True)
+class WrittenSites:
+    """What was written.
+
+    Attributes:
+        folder: has a folder for each client, the test rows, and the settings of the run.
+        rows: number of rows of each client.
+        test_rows: number of rows of the server.
+    """
+
+    folder: Path
+    rows: tuple[int, ...]
+    test_rows: int
+
+    def node_file(self, client: int) -> Path:
+        """Return the node file of a client."""
+        return self.folder / _folder_of(client, len(self.rows)) / NODE
+
+
+def write_sites(config: Config, out: Path) -> WrittenSites:
+    """Partition the data of a configuration, and write the rows and the node file of each client.
+
+    Args:
+        config: of a run that partitions its data.
+        out: new folder.
+
+    Raises:
+        DroppeftError: the data cannot be read or partitioned, there is nothing to partition, or the
+            folder exists or cannot be written.
+    """
+    if out.exists():
+        raise DroppeftError(f"{out} exists already; choose another folder")
+    check_settings(config)
+    for key, value in (("partition.kind", config.partition.kind), ("method", config.method)):
+        if value in ("sites", "centralised"):
+            raise DroppeftError(f"{key}={value} distributes no rows over clients; leave it out")
+    read = read_data(resolve(config, cuda=torch.cuda.is_available()))
+    if not config.clients:
+        config = count_clients(config, read)
+    corpus = read.corpus
+    clients = partition_rows(
+        corpus.train.labels, corpus.train.keys, config.clients, config.partition, config.seed
+    )
+    rows = tuple(sum(map(len, one.parts)) for one in clients)
+    written = WrittenSites(out.absolute(), rows, len(corpus.test))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            inside = Path(scratch) / out.name
+            for client, one in enumerate(clients):
+                folder = inside / _folder_of(client, len(clients))
+                folder.mkdir(parents=True)
+                for part, indices in zip(("train", "validation", "test"), one.parts, strict=True):
+                    lines = _lines(corpus.train.take(indices), corpus.label_names)
+                    (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+                _write_toml(folder / NODE, _about_node(client, config), _node(client, config))
+            (inside / TEST).mkdir()
+            lines = _lines(corpus.test, corpus.label_names)
+            (inside / TEST / "test.jsonl").write_text(lines, encoding="utf-8")
+            of_run, of_server = _settings(config, written, corpus.label_names)
+            _write_toml(inside / RUN, f"All sites in one process: droppeft run {out / RUN}", of_run)
+            _write_toml(inside / SERVER, "The server of sites on other machines.", of_server)
+            inside.replace(out)
+    except OSError as error:
+        raise DroppeftError(f"{out}: cannot be written ({error.strerror})") from None
+    return written
+
+
+def _folder_of(client: int, clients: int) -> str:
+    return f"client-{client:0{len(str(clients - 1))}}"
+
+
+def _about_node(client: int, config: Config) -> str:
+    return f"Client {client} of {config.clients}, written by droppeft node split."
+
+
+def _node(client: int, config: Config) -> dict[str, Any]:
+    """The content of a node file: all rows are complete, and have the usual names of columns."""
+    strip = config.source.strip_labels
+    return {
+        "client": client,
+        "data": ".",
+        **({} if strip else {"source": {"strip_labels": strip}}),
+        "split": {"min_rows": config.partition.min_rows},
+    }
+
+
+def _settings(
+    config: Config, written: WrittenSites, label_names: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the run in one process, and of the server of sites on other machines."""
+    tree = as_tree(config)
+    source = {key: value for key, value in tree["source"].items() if key not in OF_THE_DATA}
+    if config.task == "classification":
+        source["classes"] = list(label_names)
+    tree |= {
+        "data": str(written.folder / TEST),
+        "sites": [str(written.node_file(client)) for client in range(len(written.rows))],
+        "source": source,
+        "partition": {"kind": "sites"},
+    }
+    names = {"method": config.method, "task": config.task}
+    here = _nested(names | dict(given(build_config(tree))))
+    elsewhere = {key: value for key, value in here.items() if key not in ("sites", "transport")}
+    return here, {**elsewhere, "clients": config.clients, "partition": {"kind": "sites"}}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *tables, name = key.split(".")
+        inner = tree
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[name] = value
+    return tree
+
+
+def _write_toml(path: Path, about: str, tree: Mapping[str, Any]) -> None:
+    path.write_text(f"# {about}\n{tomli_w.dumps(tree)}", encoding="utf-8")
+
+
+def _lines(table: TextTable | ConversationTable, label_names: tuple[str, ...]) -> str:
+    """Rows as JSON Lines, with the usual names of columns."""
+    rows: Iterable[Mapping[str, Any]]
+    if isinstance(table, ConversationTable):
+        rows = (
+            {"text": row.text}
+            if isinstance(row, Document)
+            else {"messages": [vars(message) for message in row.messages]}
+            for row in table.rows
+        )
+    else:
+        names = ("text",) if table.pairs is None else ("sentence1", "sentence2")
+        texts = zip(table.texts, *([table.pairs] if table.pairs else []), strict=True)
+        labels = (label_names[label] for label in table.labels)
+        rows = (
+            {**dict(zip(names, of_row, strict=True)), "label": label}
+            for of_row, label in zip(texts, labels, strict=True)
+        )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
