@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 nice -n 10 python -m benchmarks.faults.run
 
 Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. In round
-2 of 3 a process comes to a phase and is stopped there (`traps/sitecustomize.py`). Then one process
+2 of 3 a process comes to a phase and is stopped there (`sitecustomize.py`). Then one process
 gets SIGKILL: the run's own (ServerApp), the SuperLink, the SuperNode of a client, or the process
 that holds its model. Processes of Flower that end are started again after a second, as a supervisor
 does, and a run whose process was killed is submitted again. The result must have the bytes of the
@@ -108,7 +108,7 @@ def trapped_federation(folder: Path, sites: Sequence[Path]) -> Iterator[Federati
     (folder / "traps").mkdir(parents=True)
     os.environ["DROPPEFT_TRAP"] = str(folder / "traps")
     os.environ["DROPPEFT_STATE"] = str(folder / "state")
-    paths = [str(FOLDER / "traps"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(FOLDER), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     with loopback(folder, sites) as federation:
         stopping = threading.Event()
