@@ -79,5 +79,5 @@ def test_no_possible_arm_is_an_error() -> None:
 
 
 def test_labels_describe_arms() -> None:
-    assert Arm(0.0, 0.0).label == "nothing dropped"
-    assert Arm(0.25, 0.5).label == "25% dropped, first 50% not trained"
+    assert Arm(0.0, 0.0).label == "all layers"
+    assert Arm(0.25, 0.5).label == "upper 50% of the layers, 25% of them dropped"

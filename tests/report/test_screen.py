@@ -252,27 +252,32 @@ def test_failures_are_shown(result: dict[str, Any], rows: list[RoundRow]) -> Non
     assert "client 7: refused: its loss is infinite" in text
 
 
-def test_a_round_says_which_arms_were_tried_and_which_is_best(
+def test_a_round_says_which_layers_were_trained_and_what_is_best(
     result: dict[str, Any], rows: list[RoundRow]
 ) -> None:
-    labels = {"0": "nothing dropped", "3": "25% dropped"}
+    labels = {"0": "all layers", "3": "upper 50% of the layers"}
     tried = {"present": [3, 0], "trials": [2, 1]}
     notes = {"chosen": {"1": 3, "2": 0, "5": 3}, "labels": labels, "best": 0, **tried}
     text = shown(result, [replace(rows[0], notes=notes)])
     assert (
-        shown(result, [replace(rows[0], notes=notes), replace(rows[1], notes=notes)]).count("arms:")
+        shown(result, [replace(rows[0], notes=notes), replace(rows[1], notes=notes)]).count(
+            "trained:"
+        )
         == 1
     )  # the best arm is the same
-    expected = "arms: 2 x 25% dropped; 1 x nothing dropped (best so far: nothing dropped)"
+    expected = (
+        "trained: upper 50% of the layers by 2 clients; all layers by 1 client "
+        "(best so far: all layers)"
+    )
     assert expected in " ".join(text.split())
-    assert "\n         arms: 2 x 25% dropped" in text
-    assert "arms:" not in shown(result, rows)
+    assert "\n         trained: upper 50%" in text
+    assert "trained:" not in shown(result, rows)
     untried = {**notes, "chosen": {"1": 3}, "trials": [2, 0]}
-    expected = "(expected to be best, but not tried lately: nothing dropped)"
+    expected = "(expected to be best, but not tried lately: all layers)"
     assert expected in " ".join(shown(result, [replace(rows[0], notes=untried)]).split())
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 2}}
     text = shown({**result, "config": config}, [replace(rows[0], notes=notes)])
-    assert "arms above 2 frozen layers: 2 x 25% dropped" in text
+    assert "trained above 2 frozen layers: upper 50%" in text
 
 
 def test_without_a_global_model_there_is_one_accuracy(

@@ -230,11 +230,16 @@ def test_a_configurator_that_changes_its_mind_has_not_settled() -> None:
     def with_best(*numbers: int) -> str:
         found = rows(*[0.7] * len(numbers))
         for row, best in zip(found, numbers, strict=True):
-            row.notes = {"best": best, "labels": {"1": "a quarter", "2": "a half"}}
+            row.notes = {
+                "best": best,
+                "labels": {"1": "all layers", "2": "upper 50% of the layers"},
+            }
         return concluded(RESULT, found)
 
     assert "has not settled" in with_best(1, 1, 1, 1, 2, 1)
-    assert "a quarter and a half" in with_best(1, 1, 1, 1, 1, 2)
+    assert "best to train all layers and then upper 50% of the layers" in with_best(
+        1, 1, 1, 1, 1, 2
+    )
     assert "has not settled" not in with_best(1, 2, 1, 2, 2, 2)
 
 

@@ -23,11 +23,9 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The arm in words, for reports."""
-        untrained = f", first {self.untrained:.0%} not trained" if self.untrained else ""
-        if not self.mean:
-            return f"nothing dropped{untrained}"
-        return f"{self.mean:.0%} dropped{untrained}"
+        """Which layers are trained and how many of them are dropped, in words."""
+        trained = f"upper {1 - self.untrained:.0%} of the" if self.untrained else "all"
+        return f"{trained} layers" + (f", {self.mean:.0%} of them dropped" if self.mean else "")
 
 
 @dataclass(frozen=True)

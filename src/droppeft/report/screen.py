@@ -228,16 +228,19 @@ def _left_out(row: "RoundRow") -> Iterator[Text]:
 
 
 def _arms(row: "RoundRow", about: Mapping[str, Any]) -> Text:
-    """The arms that the configurator chose in a round, and the best arm so far.
+    """Which layers the configurator had the clients of a round train, and what is best so far.
 
     The best arm may be one that was not tried lately: its expected reward may be the highest.
     """
     notes = row.notes or {}
     counts = Counter(str(number) for number in notes["chosen"].values())
-    chosen = "; ".join(f"{count} x {notes['labels'][arm]}" for arm, count in counts.most_common())
+    chosen = "; ".join(
+        f"{notes['labels'][arm]} by {counted(count, 'client')}"
+        for arm, count in counts.most_common()
+    )
     best = notes["labels"][str(notes["best"])]
     trials = notes["trials"][notes["present"].index(notes["best"])]
     status = "best so far" if trials else "expected to be best, but not tried lately"
     frozen = about["config"]["frozen"]["layers"]
     above = f" above {counted(frozen, 'frozen layer')}" if frozen else ""
-    return Text(f"arms{above}: {chosen} ({status}: {best})", style="dim")
+    return Text(f"trained{above}: {chosen} ({status}: {best})", style="dim")

@@ -278,8 +278,8 @@ def _configurator(rows: Sequence[RoundRow]) -> str | None:
     if len(set(late)) < 2:
         return None
     return (
-        f"The configurator has not settled: in the last third of the rounds its best setting was "
-        f"{' and '.join(dict.fromkeys(late))}. With more rounds it would choose more surely."
+        "The configurator has not settled: in the last third of the rounds it found best to train "
+        f"{' and then '.join(dict.fromkeys(late))}. With more rounds it would choose more surely."
     )
 
 
