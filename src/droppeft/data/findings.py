@@ -48,6 +48,8 @@ class Findings:
         median_length: median tokens of a training row before truncation.
         truncated: share of the training rows that are truncated.
         longest_possible: tokens that the model has positions for.
+        language: of the texts, if the model's tokenizer cuts their words into small pieces.
+        pieces_per_word: tokens of a word then, mean over all words.
     """
 
     remarks: tuple[str, ...] = ()
@@ -75,6 +77,8 @@ class Findings:
     median_length: float = 0.0
     truncated: float = 0.0
     longest_possible: int = 0
+    language: str = ""
+    pieces_per_word: float = 0.0
 
     def as_tree(self) -> dict[str, Any]:
         """Return all values and the sentences about them, for ``result.json``."""
@@ -145,6 +149,12 @@ class Findings:
             )
         if self.left_out_rows:
             found.append(self._about_left_out())
+        if self.language:
+            found.append(
+                f"the texts seem to be in {self.language}, whose words the model's tokenizer cuts "
+                f"into {self.pieces_per_word:.1f} tokens on average: choose a model of the "
+                "language, or a multilingual one, with model="
+            )
         if self.truncated >= TRUNCATED_SHARE:
             more = (
                 f"; the model takes up to {self.longest_possible:,}"

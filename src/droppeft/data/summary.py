@@ -16,6 +16,7 @@ from droppeft.data.conversation_sources import load_conversations, load_test_con
 from droppeft.data.conversation_tokens import IGNORED, encode_conversations
 from droppeft.data.conversations import ConversationData, ConversationTable
 from droppeft.data.findings import Findings
+from droppeft.data.language import with_language
 from droppeft.data.partition import owners_of, partition_rows
 from droppeft.data.sources import load_test_texts, load_text
 from droppeft.data.texts import Rows, TextData, TextTable
@@ -148,6 +149,7 @@ def _texts(data: TextData, config: Config, tokenizer: Any, show: int) -> Summary
     max_length = config.training.max_length
     lengths = tokenise(_main(data), tokenizer, UNTRUNCATED).lengths
     clients, findings = _clients(data, config)
+    findings = with_language(findings, _main(data).texts, tokenizer)
     return Summary(
         kind="classification",
         shape="text pairs with labels" if _main(data).pairs else "texts with labels",

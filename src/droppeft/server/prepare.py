@@ -16,7 +16,8 @@ from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.checks import measured
 from droppeft.data.findings import Findings
-from droppeft.data.texts import Rows
+from droppeft.data.language import with_language
+from droppeft.data.texts import Rows, TextTable
 from droppeft.data.tokens import TokenRows
 from droppeft.extras import require
 from droppeft.federated_method import local_training
@@ -129,15 +130,19 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
 
 
 def _with_lengths(loaded: Loaded) -> Findings:
-    """What was found in the data, with the lengths of a sample of the training rows."""
+    """What was found in the data, with lengths and language of a sample of the training rows."""
     train, config = loaded.data.train, loaded.config
     if not len(train):
         return loaded.findings
     rng = seeds.numpy_generator(0, purpose="length sample")
     rows = rng.permutation(len(train))[:LENGTH_SAMPLE]
-    lengths = loaded.task.full_lengths(train.take(rows), loaded.backbone.tokenizer, config)
+    sample, tokenizer = train.take(rows), loaded.backbone.tokenizer
+    findings = loaded.findings
+    if isinstance(sample, TextTable):
+        findings = with_language(findings, sample.texts, tokenizer)
+    lengths = loaded.task.full_lengths(sample, tokenizer, config)
     possible = loaded.backbone.max_length - (config.adapter.tokens or 0)
-    return measured(loaded.findings, lengths, config.training.max_length, possible)
+    return measured(findings, lengths, config.training.max_length, possible)
 
 
 def evaluation_sample(test_rows: int, wanted: int) -> Rows:
