@@ -300,6 +300,11 @@ def test_errors_about_rows_in_memory_name_no_file(tmp_path: Path) -> None:
     rows = [{"words x": f"some words {n}", "n": str(n % 9), "sort": "ab"[n % 2]} for n in range(60)]
     with refused('^the data: no text and .* add source={"text": "words x", "label": "sort"} if'):
         droppeft.run(rows, out=tmp_path / "run")
+    # What stands in the data is repeated as it is.
+    labelled = [{"text": f"words {n}", "label": "ab"[n % 2]} for n in range(60)]
+    other = [{"text": "more", "label": "mysource.text=a"}]
+    with refused(r"^the data \(test\): label mysource.text=a in row 1 does not occur"):
+        droppeft.run(labelled, test=other, out=tmp_path / "run")
 
 
 def test_data_sets_that_do_not_fit_together(rows: Path, tmp_path: Path) -> None:

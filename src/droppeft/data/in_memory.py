@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from droppeft.config import SourceConfig
 from droppeft.data.splits import TEST_SPLITS, read_file
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
@@ -125,7 +126,10 @@ def in_words_of_python(message: str, written: str) -> str:
 
 
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s;,)'"]|,(?=\S))+"""
-_SETTINGS = re.compile(rf"source\.\w+={_VALUE}(?: source\.\w+={_VALUE})*")
+_SETTING = rf"source\.(?:{'|'.join(SourceConfig.model_fields)})={_VALUE}"
+_SETTINGS = re.compile(
+    rf"(?<![\w.]){_SETTING}(?: {_SETTING})*"
+)  # not "datasource.url=…" in a label
 _NAMES = re.compile(r"with source\.(\w+)(?: and source\.(\w+))?")
 
 
