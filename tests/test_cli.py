@@ -346,6 +346,7 @@ WITHOUT_TORCH = (
     ("chat nothing", "nothing: holds no run"),
     ("generate nothing rows.csv", "nothing: holds no run"),
     ("data nothing.csv", "data=nothing.csv: no such file"),
+    ("data columns.csv", "no label column found"),
     ("compare fedavg", "did you mean method=fedlora?"),
 )
 """Mistakes, and a part of their sentences."""
@@ -353,6 +354,7 @@ WITHOUT_TORCH = (
 
 def test_mistakes_are_answered_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n")
+    (tmp_path / "columns.csv").write_text("text,a,b\nx,y,z\n")
     code = (
         "import json, sys\n"
         "from droppeft.cli import main\n"

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -360,13 +360,15 @@ def data(
     config = load_config(None, [f"data={name}", *overrides])
     check_found(config.data)
 
-    from droppeft.models.sources import find_source  # loads PyTorch
+    def load_tokenizer() -> Any:
+        from droppeft.models.sources import find_source  # loads PyTorch
 
-    source = find_source(config.model)
-    with Screen() as screen:
-        source.convert(screen.preparing)
-    tokenizer = source.load_tokenizer()
-    report.show(name, config.model, summarise(config, tokenizer, show), Console())
+        source = find_source(config.model)
+        with Screen() as screen:
+            source.convert(screen.preparing)
+        return source.load_tokenizer()
+
+    report.show(name, config.model, summarise(config, load_tokenizer, show), Console())
 
 
 @app.command()

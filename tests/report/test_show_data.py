@@ -34,7 +34,7 @@ def texts(tmp_path: Path) -> Path:
 
 def printed(path: Path, *settings: str) -> str:
     config = load_config(None, [f"data={path}", "training.max_length=20", *settings])
-    summary = summarise(config, chat_tokenizer(), 2)
+    summary = summarise(config, chat_tokenizer, 2)
     console = Console(width=100, record=True, color_system=None, file=io.StringIO())
     show("chats", "tiny", summary, console)
     return console.export_text()
@@ -56,7 +56,7 @@ def test_conversations_are_summarised_and_shown(chats: Path) -> None:
 
 def test_colours_tell_what_is_learnt(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, [f"data={chats}", "training.max_length=200"])
-    summary = summarise(config, chat_tokenizer(), 1)
+    summary = summarise(config, chat_tokenizer, 1)
     assert summary.learnt is not None
     assert 0 < summary.learnt < 1
     show("chats", "tiny", summary, Console(force_terminal=True, color_system="standard", width=80))

@@ -22,6 +22,7 @@ TEXT_COLUMNS = (
         for name in (
             *("text", "sentence", "content", "review", "tweet", "comment", "message", "body"),
             *("description", "question", "document", "utterance", "headline", "title", "post"),
+            *("review_body", "review_text"),
         )
     ),
 )

@@ -1,7 +1,7 @@
 """What is known of a data set before a run: for ``droppeft data``. Ours."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -116,12 +116,12 @@ def check_settings(overrides: Sequence[str]) -> None:
             )
 
 
-def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
+def summarise(config: Config, load_tokenizer: Callable[[], Any], show: int) -> Summary:
     """Read, tokenise and summarise data; the first ``show`` training rows are shown.
 
     Args:
         config: settings of a run with these data.
-        tokenizer: of the model.
+        load_tokenizer: loads that of the model, after the data have been read.
         show: number of rows.
 
     Raises:
@@ -132,6 +132,7 @@ def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
     sites = config.partition.kind == "sites"
     if config.task == "classification":
         texts = load_test_texts(data, source) if sites else load_text(data, source, key)
+        tokenizer = load_tokenizer()
         summary = _texts(texts, config, tokenizer, show)
     else:
         conversations = (
@@ -139,6 +140,7 @@ def summarise(config: Config, tokenizer: Any, show: int) -> Summary:
             if sites
             else load_conversations(data, source, key)
         )
+        tokenizer = load_tokenizer()
         summary = _conversations(conversations, config, tokenizer, show)
     longest = tokenizer.model_max_length
     findings = measured(summary.findings, summary.lengths, config.training.max_length, longest)
