@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, load_config, resolve, resolve_clients, resolve_layers
@@ -47,6 +48,8 @@ def main(grid: Grid, context: Context) -> None:
 
     try:
         requested = _requested_config(given["config"], given["settings"])
+        if not isinstance(grid, InMemoryGrid):
+            _check_sites(requested)
         if (out / CONFIG).is_file():
             if given["config"] or given["settings"]:
                 _check_same(requested, load_config(out / CONFIG), out)
@@ -63,6 +66,21 @@ def _requested_config(file: str, settings: str) -> Config:
     return load_config(
         Path(file).expanduser() if file else None, [*shlex.split(settings), "transport=flower"]
     )
+
+
+def _check_sites(config: Config) -> None:
+    """Refuse a run on a SuperLink whose clients would not be sites of other machines."""
+    if config.partition.kind != "sites":
+        raise DroppeftError(
+            f"partition.kind={config.partition.kind} distributes rows of this machine, but on a "
+            "SuperLink each client has rows of its own; set partition.kind=sites and clients, or "
+            "use `droppeft run` on one machine"
+        )
+    if config.sites:
+        raise DroppeftError(
+            "sites are node files of this machine; on a SuperLink leave sites out, set clients, "
+            "and name the node file of each SuperNode in its --node-config"
+        )
 
 
 def _check_same(requested: Config, saved: Config, out: Path) -> None:

@@ -12,6 +12,7 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
 from droppeft.transports.in_process import in_process
+from refusals import refused
 from runs import adapter_bytes, stop_after_a_round
 
 
@@ -24,6 +25,7 @@ def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
             return transport
 
     monkeypatch.setattr(flower_server_app, "over_grid", over)
+    monkeypatch.setattr(flower_server_app, "InMemoryGrid", type(None))  # the class of no grid
 
 
 def run(out: Path, settings: str = "", config: str = "") -> None:
@@ -72,6 +74,21 @@ def test_a_run_with_another_configuration_is_not_resumed(
     with pytest.raises(DroppeftError, match="holds a run with another configuration"):
         run(out, " ".join([*tiny_overrides, "seed=5"]))
     assert "droppeft: " + str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("clients=3", "partition.kind=dirichlet distributes rows of this machine"),
+        ("sites=a.toml,b.toml", "sites are node files of this machine"),
+    ],
+)
+def test_a_superlink_takes_sites_of_other_machines_only(
+    settings: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(flower_server_app, "InMemoryGrid", type(...))  # no grid is a deployed one
+    with refused(reason):
+        run(tmp_path / "run", settings)
 
 
 def test_a_run_whose_clients_were_counted_is_resumed(
