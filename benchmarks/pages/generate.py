@@ -84,6 +84,7 @@ TABLES: Tables = {
         reference.hostile_server,
         reference.method_descriptions,
         reference.methods,
+        reference.node_file,
         reference.odd_inputs,
         reference.refused_adapter_types,
         reference.refused_architectures,

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from benchmarks.pages.markdown import markdown_table
 from benchmarks.study import read_values
 from droppeft.adapters.types import TYPES
 from droppeft.cli import app
+from droppeft.client.node_file import NodeFile
 from droppeft.config import Bandwidth, Config, flat
-from droppeft.config.describing import all_settings, plain
+from droppeft.config.describing import Setting, all_settings, plain, settings_of
 from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
@@ -109,6 +110,11 @@ def settings() -> str:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append(_section(f"`[{name}]`", f"{name}.", field.annotation))
     return "\n".join(sections)
+
+
+def node_file() -> str:
+    """Every key of a node file with its type, default and meaning."""
+    return _settings_table(one for one in settings_of(NodeFile) if one.key != "source.classes")
 
 
 def adapter_types() -> str:
@@ -298,14 +304,19 @@ def _paper(source: str) -> str:
 
 
 def _section(title: str, prefix: str, table: type[BaseModel]) -> str:
+    shown = _settings_table(
+        one for one in all_settings() if one.key.rpartition(".")[0] == prefix[:-1]
+    )
+    return f"## {title}\n\n{inspect.cleandoc(table.__doc__ or '')}\n\n{shown}"
+
+
+def _settings_table(settings: Iterable[Setting]) -> str:
     rows = (
         [f"`{one.key}`", one.type, f"`{one.default}`" if one.default else "–", one.meaning]
-        for one in all_settings()
-        if one.key.rpartition(".")[0] == prefix[:-1]
+        for one in settings
     )
     shown = markdown_table(("key", "type", "default", "meaning"), rows)
-    about = inspect.cleandoc(table.__doc__ or "")
-    return f'## {title}\n\n{about}\n\n<div class="settings" markdown>\n\n{shown}\n</div>\n'
+    return f'<div class="settings" markdown>\n\n{shown}\n</div>\n'
 
 
 def defaults_of_methods() -> str:

@@ -52,7 +52,11 @@ class NodeFile(Table):
 
     client: Whole = Field(ge=0, description="number of the client that this site is")
     data: str = Field(description="the site's file or folder of rows")
-    model: str | None = Field(None, description="where this machine has the model")
+    model: str | None = Field(
+        None,
+        description="where this machine has the model, or its name; needed unless the server's model is "
+        "packaged, such as `builtin`",
+    )
     threads: Whole | None = Field(None, ge=1, description="torch threads")
     accelerator: Literal["cpu", "cuda"] | None = Field(None, description="hardware for training")
     key: str | None = Field(None, description="the private key with which the node is registered")

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from droppeft.config.reading import build_config, flat, known_keys
 from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS, Config
+from droppeft.config.table import Table
 
 _TYPES: dict[object, str] = {
     str: "text",
@@ -67,6 +68,21 @@ def all_settings() -> list[Setting]:
     ]
 
 
+def settings_of(table: type[Table]) -> list[Setting]:
+    """Every setting of a file that is not the configuration of a run, such as a node file."""
+    return [
+        Setting(key, _type(field), _own_default(field), {}, field.description or "")
+        for key, field in known_keys(table)
+    ]
+
+
+def _own_default(field: FieldInfo) -> str | None:
+    if field.is_required():
+        return None
+    value = field.get_default(call_default_factory=True)
+    return None if value is None or value == {} else _number_or_text(value)
+
+
 def plain(value: object) -> str:
     """A default as it is written in a file."""
     if isinstance(value, tuple):
@@ -104,8 +120,10 @@ def _default(key: str) -> str | None:
     value: Any = Config() if key == "method" else build_config({"method": "droppeft"})
     for name in key.split("."):
         value = getattr(value, name)
-    if value is None:
-        return None
+    return None if value is None else _number_or_text(value)
+
+
+def _number_or_text(value: object) -> str:
     return _number(value) if isinstance(value, float) else plain(value)
 
 
