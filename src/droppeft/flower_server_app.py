@@ -48,11 +48,12 @@ def main(grid: Grid, context: Context) -> None:
 
     try:
         requested = _requested_config(given["config"], given["settings"])
+        saved = load_config(out / CONFIG) if (out / CONFIG).is_file() else None
         if not isinstance(grid, InMemoryGrid):
-            _check_sites(requested)
-        if (out / CONFIG).is_file():
+            _check_sites(saved or requested)
+        if saved is not None:
             if given["config"] or given["settings"]:
-                _check_same(requested, load_config(out / CONFIG), out)
+                _check_same(requested, saved, out)
             _say(f"resuming {out}")
             resume_run(out, Log(), connect)
         else:

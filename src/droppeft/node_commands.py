@@ -104,12 +104,14 @@ def split(
     from droppeft.runs.write_sites import RUN, write_sites
 
     written = write_sites(load_config(None, [f"data={data}", *(settings or [])]), out)
-    rows = sorted(written.rows)
+    fewest, most = min(written.rows), max(written.rows)
+    rows = f"{fewest:,} rows each" if fewest == most else f"{fewest:,} to {most:,} rows"
+    run, first = (shlex.quote(str(path)) for path in (out / RUN, written.node_file(0)))
     typer.echo(
-        f"{out}: {counted(len(rows), 'site')} with {rows[0]:,} to {rows[-1]:,} rows, and "
-        f"{counted(written.test_rows, 'test row')}\n\n"
-        f"All sites in one process:\n  droppeft run {shlex.quote(str(out / RUN))}\n"
-        f"One of them:\n  droppeft node check {shlex.quote(str(written.node_file(0)))}"
+        f"{out}: {counted(len(written.rows), 'site')} with {rows}, and "
+        f"{counted(written.test_rows, 'test row')} of the server\n\n"
+        f"All sites in one process:\n  droppeft run {run}\n"
+        f"One of them:\n  droppeft node check {first}"
     )
 
 

@@ -54,8 +54,8 @@ class NodeFile(Table):
     data: str = Field(description="the site's file or folder of rows")
     model: str | None = Field(
         None,
-        description="where this machine has the model, or its name; needed unless the server's model is "
-        "packaged, such as `builtin`",
+        description="folder in which this machine has the server's model, or its name; needed "
+        "unless it is a packaged one, such as `builtin`",
     )
     threads: Whole | None = Field(None, ge=1, description="torch threads")
     accelerator: Literal["cpu", "cuda"] | None = Field(None, description="hardware for training")

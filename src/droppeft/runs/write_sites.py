@@ -67,7 +67,8 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
     for key, value in (("partition.kind", config.partition.kind), ("method", config.method)):
         if value in ("sites", "centralised"):
             raise DroppeftError(f"{key}={value} distributes no rows over clients; leave it out")
-    read = read_data(resolve(config, cuda=torch.cuda.is_available()))
+    resolved = resolve(config, cuda=torch.cuda.is_available())
+    read = read_data(resolved)
     if not config.clients:
         config = count_clients(config, read)
     corpus = read.corpus
@@ -75,7 +76,7 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
         corpus.train.labels, corpus.train.keys, config.clients, config.partition, config.seed
     )
     rows = tuple(sum(map(len, one.parts)) for one in clients)
-    written = WrittenSites(out.absolute(), rows, len(corpus.test))
+    written = WrittenSites(out, rows, len(corpus.test))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -86,7 +87,7 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
                 for part, indices in zip(("train", "validation", "test"), one.parts, strict=True):
                     lines = _lines(corpus.train.take(indices), corpus.label_names)
                     (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
-                _write_toml(folder / NODE, _about_node(client, config), _node(client, config))
+                _write_toml(folder / NODE, _about_node(client, config), _node(client, resolved))
             (inside / TEST).mkdir()
             lines = _lines(corpus.test, corpus.label_names)
             (inside / TEST / "test.jsonl").write_text(lines, encoding="utf-8")
@@ -108,11 +109,18 @@ def _about_node(client: int, config: Config) -> str:
 
 
 def _node(client: int, config: Config) -> dict[str, Any]:
-    """The content of a node file: all rows are complete, and have the usual names of columns."""
+    """The content of a node file: all rows are complete, and have the usual names of columns.
+
+    Args:
+        client: its number.
+        config: of the run, with absolute paths.
+    """
     strip = config.source.strip_labels
     return {
         "client": client,
         "data": ".",
+        **({"model": config.model} if Path(config.model).exists() else {}),
+        "threads": config.threads,
         **({} if strip else {"source": {"strip_labels": strip}}),
         "split": {"min_rows": config.partition.min_rows},
     }
@@ -127,8 +135,8 @@ def _settings(
     if config.task == "classification":
         source["classes"] = list(label_names)
     tree |= {
-        "data": str(written.folder / TEST),
-        "sites": [str(written.node_file(client)) for client in range(len(written.rows))],
+        "data": str((written.folder / TEST).absolute()),
+        "sites": [str(written.node_file(one).absolute()) for one in range(len(written.rows))],
         "source": source,
         "partition": {"kind": "sites"},
     }

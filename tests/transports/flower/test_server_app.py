@@ -8,7 +8,7 @@ from flwr.app import Context, RecordDict
 
 from droppeft import flower_server_app
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import load_config
+from droppeft.config import load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
 from droppeft.transports.in_process import in_process
@@ -89,6 +89,11 @@ def test_a_superlink_takes_sites_of_other_machines_only(
     monkeypatch.setattr(flower_server_app, "InMemoryGrid", type(...))  # no grid is a deployed one
     with refused(reason):
         run(tmp_path / "run", settings)
+    # Without settings a run is resumed with those that it has.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(load_config(None, settings.split())))
+    with refused(reason):
+        run(tmp_path / "run")
 
 
 def test_a_run_whose_clients_were_counted_is_resumed(
