@@ -242,6 +242,7 @@ PROBES = (
           adapter(options=(("megatron_core", "os"),))),
     Probe(FILES, "another model under the same name", task(model_hash="0")),
     Probe(FILES, "another tokenizer", task(tokenizer_hash="0")),
+    Probe(TRAINING, "10^5 classes", task(label_names=tuple(map(str, range(10**5))))),
     Probe(FILES, "classes that the site's labels are not", task(label_names=("a", "b", "c"))),
     Probe(FILES, "rows of a site that cannot be read: no such column", asking(),
           node='[source]\ntext = "canarycolumn2"'),

@@ -172,6 +172,12 @@ def state_folder(run: str) -> Path:
     return cache_dir() / STATES / checked_run(run)
 
 
+def bytes_of_other_runs(run: str, client: int) -> int:
+    """Return the bytes of the states of a client in all runs but one."""
+    files = (cache_dir() / STATES).glob(f"*/client-{client:06}/*")
+    return sum(path.stat().st_size for path in files if path.parent.parent.name != run)
+
+
 def delete_old_runs() -> None:
     """Delete the states of runs for which nothing was written in a week.
 

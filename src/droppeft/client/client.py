@@ -18,7 +18,7 @@ from droppeft.client.client_state import (
     load_tensors,
     save_tensors,
 )
-from droppeft.client.kept_tensors import Kept, read_kept, save_kept
+from droppeft.client.kept_tensors import Kept, read_kept, remember_kept
 from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
 from droppeft.client.site_rules import SiteRules
@@ -137,9 +137,7 @@ class Client:
             )
         personal = _names_of(self.model.parameters, scored.personal if scored else ())
         tensors = _trained_and_shared(parameters, instruction, personal, outcome)
-        now_kept = kept.after(instruction, _all_names(parameters), personal)
-        if now_kept != kept:
-            save_kept(instruction.run, instruction.client, now_kept)
+        remember_kept(instruction, _all_names(parameters), personal)
         self._save_the_rest(parameters, instruction, personal)
         personal_outcome = self._train_personal_adapter(parameters, instruction, deadline)
         cost = _cost(outcome, cached, (before, after), scored, personal_outcome)

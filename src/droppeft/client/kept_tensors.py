@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from droppeft.client.client_state import client_folder
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private, write_atomically
@@ -113,26 +115,47 @@ def read_kept(run: str, client: int) -> Kept:
         ) from None
 
 
-def save_kept(run: str, client: int, kept: Kept) -> None:
-    """Write what a client must keep in a run.
+def remember_kept(
+    instruction: Instruction, trained: Collection[str], chosen: Collection[str]
+) -> None:
+    """Write what a client must keep after an instruction, before anything of it is sent.
+
+    Args:
+        instruction, trained, chosen: see :meth:`Kept.after`.
 
     Raises:
-        DroppeftError: the file cannot be written.
+        Refused: another instruction, which ran at the same time, told it to keep what would be
+            sent.
+        DroppeftError: the file cannot be read or written.
     """
+    run, client = instruction.run, instruction.client
+    if not run:
+        return
+    before = read_kept(run, client)
+    if before.after(instruction, trained, chosen) == before:
+        before.check(instruction, trained, (), ())
+        return
     path = _path(run, client)
-    tree = {
-        "always": sorted(kept.always),
-        "chosen": sorted(kept.chosen),
-        "fraction": kept.fraction,
-    }
     try:
         make_private(path.parent)
-        write_atomically(path, json.dumps(tree).encode(), private=True)
+        with FileLock(path.with_suffix(".lock"), mode=0o600):
+            before = read_kept(run, client)
+            before.check(instruction, trained, (), ())
+            _write(path, before.after(instruction, trained, chosen))
     except OSError as error:
         raise DroppeftError(
             f"{path} cannot be written ({error}); check the disk, or set DROPPEFT_STATE to another "
             "folder"
         ) from None
+
+
+def _write(path: Path, kept: Kept) -> None:
+    tree = {
+        "always": sorted(kept.always),
+        "chosen": sorted(kept.chosen),
+        "fraction": kept.fraction,
+    }
+    write_atomically(path, json.dumps(tree).encode(), private=True)
 
 
 def _path(run: str, client: int) -> Path:

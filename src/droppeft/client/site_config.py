@@ -9,8 +9,10 @@ from typing import Any
 
 from droppeft.client.node_file import NodeFile
 from droppeft.client.published_task import PublishedTask
+from droppeft.client.site_rules import check_method
 from droppeft.config import Config, as_tree, build_config, flat
 from droppeft.config.reading import PACKAGED
+from droppeft.errors import DroppeftError
 from droppeft.models.architectures import ARCHITECTURES
 from droppeft.refusals import Refused
 
@@ -22,6 +24,9 @@ PUBLISHED = (
 )
 """Settings of the server that a site uses, beside the task. Everything else that a client does
 follows from its instruction."""
+
+MOST_CLASSES = 10_000
+"""Most classes of a task, each of which takes memory in the head."""
 
 ANYWHERE = frozenset({*PACKAGED, *(f"config:{name}" for name in ARCHITECTURES)})
 """Models that name no file and nothing that is downloaded."""
@@ -58,10 +63,10 @@ def site_config(settings: Mapping[str, Any], task: PublishedTask, node: NodeFile
         "source": node.source.model_dump(exclude_none=True),
         **{name: value for name in ("threads", "accelerator") if (value := getattr(node, name))},
     }
+    if len(task.label_names) > MOST_CLASSES:
+        raise Refused("impossible") from DroppeftError(f"{len(task.label_names)} classes")
     config = build_config({**chosen, **own})
-    allowed = node.limits.methods
-    if allowed is not None and config.method not in allowed:
-        raise Refused("method")
+    check_method(node.limits, config.method)
     return config
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from droppeft.adapters.by_layer import Parameters
 from droppeft.adapters.settings import options_of_sites
+from droppeft.cached_layers.cached_layers import bytes_of_other_runs
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import bytes_of_client
 from droppeft.client.node_file import Limits, NodeFile, Sending
@@ -163,9 +164,21 @@ class SiteRules:
         most, cache = self.limits.disk_mb, instruction.cache
         if most is None or cache is None:
             return instruction
-        saved = bytes_of_client(instruction.client)
-        room = max(0, int(most * 1e6) - saved - 2 * _bytes_of(model, instruction.adapter))
+        used = bytes_of_client(instruction.client) + bytes_of_other_runs(
+            instruction.run, instruction.client
+        )
+        room = max(0, int(most * 1e6) - used - 2 * _bytes_of(model, instruction.adapter))
         return replace(instruction, cache=replace(cache, limit_bytes=min(cache.limit_bytes, room)))
+
+
+def check_method(limits: Limits, method: str) -> None:
+    """Check that a site runs a method.
+
+    Raises:
+        Refused: it does not.
+    """
+    if limits.methods is not None and method not in limits.methods:
+        raise Refused("method")
 
 
 def _bytes_of(model: ClientModel, spec: AdapterSpec) -> int:

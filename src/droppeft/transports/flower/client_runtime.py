@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from droppeft.cached_layers.cached_layers import delete_old_runs
 from droppeft.client.client import Client
 from droppeft.client.node_file import NodeFile, read_node_file
 from droppeft.client.published_task import PublishedTask
@@ -21,7 +22,7 @@ from droppeft.client.site_config import site_config
 from droppeft.config import resolve
 from droppeft.messages import Answer, Instruction
 from droppeft.refusals import ERROR, Refused
-from droppeft.transports.flower.node_log import log_failure
+from droppeft.transports.flower.node_log import in_node_log, log_failure
 from droppeft.transports.flower.wire_format import (
     Malformed,
     Packed,
@@ -43,13 +44,14 @@ def run_packed(packed: Packed, node_file: str) -> Packed:
         node_file: path of the site's file.
     """
     what = "an instruction"
-    try:
-        instruction, run_context = _unpacked(packed)
-        what = f"client {instruction.client}, round {instruction.round}"
-        return pack_reply(_run(instruction, run_context, node_file))
-    except Exception as error:
-        log_failure(what, error)
-        return pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
+    with in_node_log():
+        try:
+            instruction, run_context = _unpacked(packed)
+            what = f"client {instruction.client}, round {instruction.round}"
+            return pack_reply(_run(instruction, run_context, node_file))
+        except Exception as error:
+            log_failure(what, error)
+            return pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
 
 
 def _unpacked(packed: Packed) -> tuple[Instruction, RunContext]:
@@ -62,7 +64,7 @@ def _unpacked(packed: Packed) -> tuple[Instruction, RunContext]:
 def _run(instruction: Instruction, run_context: RunContext, node_file: str) -> Answer:
     if run_context.task is None:
         raise Refused("unreadable")
-    node = read_node_file(Path(node_file))
+    node = read_node_file(Path(node_file).expanduser())
     if instruction.client != node.client:
         raise Refused("other_client", node.client, instruction.client)
     return _client(_key(node, run_context.task, run_context)).run(instruction)
@@ -88,5 +90,6 @@ def _client(key: str) -> Client:
     task = PublishedTask(**{**of_task, "label_names": tuple(of_task["label_names"])})
     config = resolve(site_config(settings, task, node), cuda=torch.cuda.is_available())
     torch.set_num_threads(config.threads)
+    delete_old_runs()
     config, _, model = load_model(config, task.label_names, _log.info)
     return site_client(node, task, model, config)

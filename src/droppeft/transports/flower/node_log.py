@@ -1,13 +1,16 @@
-"""The log of a node, which says in full why its client did not run an instruction; ours.
+"""The log of a node, which says in full what leaves its machine only as a code; ours.
 
-Only codes of reasons leave a machine, so a site looks here. Loads no torch.
+It is the file ``node.log`` in the folder of client states. Loads no torch.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 
 from droppeft.client.client_state import state_dir
 from droppeft.errors import DroppeftError
+from droppeft.files import make_private
 from droppeft.transports.flower.wire_format import one_line
 
 NAME = "node.log"
@@ -15,6 +18,30 @@ NAME = "node.log"
 
 MOST_BYTES = 1_000_000
 """Size at which the log is renamed to ``node.log.1``, so that no server can fill the disk."""
+
+_log = logging.getLogger("droppeft")
+
+
+class _NodeLog(RotatingFileHandler):
+    """The open log."""
+
+
+@contextmanager
+def in_node_log() -> Iterator[None]:
+    """Write the warnings of droppeft to the node's log too.
+
+    If it cannot be written, they are on the process's error output alone.
+    """
+    handler = None if any(isinstance(one, _NodeLog) for one in _log.handlers) else _opened()
+    if handler is None:
+        yield
+        return
+    _log.addHandler(handler)
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        handler.close()
 
 
 def log_failure(what: str, error: Exception) -> None:
@@ -24,28 +51,19 @@ def log_failure(what: str, error: Exception) -> None:
         what: which instruction, such as ``"client 3, round 5"``.
         error: whose text, and that of its cause, may hold anything.
     """
-    logger = logging.getLogger("droppeft.node")
-    handler = _handler()
-    if handler is not None:
-        logger.addHandler(handler)
-    try:
-        expected = isinstance(error, DroppeftError)
-        reasons = [one_line(str(each)) for each in (error, error.__cause__) if each is not None]
-        logger.error("%s: %s", what, ": ".join(reasons), exc_info=None if expected else error)
-    finally:
-        if handler is not None:
-            logger.removeHandler(handler)
-            handler.close()
+    expected = isinstance(error, DroppeftError)
+    reasons = [one_line(str(each)) for each in (error, error.__cause__) if each is not None]
+    with in_node_log():
+        _log.error("%s: %s", what, ": ".join(reasons), exc_info=None if expected else error)
 
 
-def _handler() -> logging.Handler | None:
-    """Open the log; ``None`` if it cannot be written, which must not hide the reason itself."""
+def _opened() -> _NodeLog | None:
     try:
         folder = state_dir()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(folder)
         path = folder / NAME
         path.touch(mode=0o600)
-        handler = RotatingFileHandler(path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
+        handler = _NodeLog(path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
     except (OSError, DroppeftError):
         return None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
