@@ -243,6 +243,8 @@ PROBES = (
     Probe(FILES, "another model under the same name", task(model_hash="0")),
     Probe(FILES, "another tokenizer", task(tokenizer_hash="0")),
     Probe(TRAINING, "10^5 classes", task(label_names=tuple(map(str, range(10**5))))),
+    Probe(FILES, "to learn to write the site's texts instead of their labels",
+          task(task="causal_lm", label_names=()), node='task = "classification"'),
     Probe(FILES, "classes that the site's labels are not", task(label_names=("a", "b", "c"))),
     Probe(FILES, "rows of a site that cannot be read: no such column", asking(),
           node='[source]\ntext = "canarycolumn2"'),

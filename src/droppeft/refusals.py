@@ -30,6 +30,7 @@ REASONS = {
     "validate and test",
     "other_model": "its model has other weights than the server's",
     "other_tokenizer": "its model has another tokenizer than the server's",
+    "other_task": "its rows are for another task (task in its node file)",
     "method": "its node file does not allow the method of this run (limits.methods)",
     "impossible": "its instruction has a value that no run has; the log on its machine (node.log) "
     "names it",

@@ -188,7 +188,7 @@ def test_a_layer_that_never_ran_stays_shared_or_personal(
 def test_without_a_choice_no_forward_pass_is_run_for_scores(
     clients: Clients, first: Instruction
 ) -> None:
-    for fraction in (0.0, 1.0):
+    for fraction in (1.0, 0.0):
         reply = update_of(clients, with_rule(first, "leave_one_out", fraction=fraction))
         assert len(reply.shared or ()) == fraction * LAYERS
         assert reply.cost.scoring_tokens == 0

@@ -52,6 +52,9 @@ class NodeFile(Table):
 
     client: Whole = Field(ge=0, description="number of the client that this site is")
     data: str = Field(description="the site's file or folder of rows")
+    task: Literal["classification", "causal_lm"] | None = Field(
+        None, description="the task that its rows are for; any task if not given"
+    )
     model: str | None = Field(
         None,
         description="folder in which this machine has the server's model, or its name; needed "

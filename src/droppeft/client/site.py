@@ -10,7 +10,7 @@ from droppeft.client.client import Client
 from droppeft.client.client_model import ClientModel
 from droppeft.client.node_file import NodeFile, read_node_file
 from droppeft.client.published_task import PublishedTask, tokenizer_hash
-from droppeft.client.site_rules import SiteRules, check_method
+from droppeft.client.site_rules import SiteRules, check_run
 from droppeft.config import Config
 from droppeft.data.conversations import ConversationTable
 from droppeft.data.missing_values import row_numbers
@@ -124,7 +124,7 @@ def with_rows(node: NodeFile, found: SiteRows, model: ClientModel, config: Confi
         Refused: there are too few rows, or the site does not run the method.
         DroppeftError: they do not fit the model.
     """
-    check_method(node.limits, config.method)
+    check_run(node, config.task, config.method)
     _log_unknown(node, found)
     if reason := refusal_of(node, found):
         raise reason

@@ -9,7 +9,7 @@ from typing import Any
 
 from droppeft.client.node_file import NodeFile
 from droppeft.client.published_task import PublishedTask
-from droppeft.client.site_rules import check_method
+from droppeft.client.site_rules import check_run
 from droppeft.config import Config, as_tree, build_config, flat
 from droppeft.config.reading import PACKAGED
 from droppeft.errors import DroppeftError
@@ -66,7 +66,7 @@ def site_config(settings: Mapping[str, Any], task: PublishedTask, node: NodeFile
     if len(task.label_names) > MOST_CLASSES:
         raise Refused("impossible") from DroppeftError(f"{len(task.label_names)} classes")
     config = build_config({**chosen, **own})
-    check_method(node.limits, config.method)
+    check_run(node, config.task, config.method)
     return config
 
 

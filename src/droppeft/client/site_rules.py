@@ -171,13 +171,15 @@ class SiteRules:
         return replace(instruction, cache=replace(cache, limit_bytes=min(cache.limit_bytes, room)))
 
 
-def check_method(limits: Limits, method: str) -> None:
-    """Check that a site runs a method.
+def check_run(node: NodeFile, task: str, method: str) -> None:
+    """Check that a site takes part in runs of a task with a method.
 
     Raises:
         Refused: it does not.
     """
-    if limits.methods is not None and method not in limits.methods:
+    if node.task not in (None, task):
+        raise Refused("other_task")
+    if node.limits.methods is not None and method not in node.limits.methods:
         raise Refused("method")
 
 

@@ -192,16 +192,9 @@ def over_grid(
     """Make the transport of a run over a grid: of a SuperLink, or of a simulation.
 
     Raises:
-        DroppeftError: the clients' public keys cannot be read, or the grid is simulated; or the
-            clients of a SuperLink are to have rows of the server.
+        DroppeftError: the clients' public keys cannot be read, or the grid is simulated.
     """
     config, simulated = loaded.config, isinstance(grid, InMemoryGrid)
-    if not simulated and config.partition.kind != "sites":
-        raise DroppeftError(
-            f"partition.kind={config.partition.kind} distributes rows of one table, but the nodes "
-            "of a SuperLink have rows of their own; set partition.kind=sites, clients, and data to "
-            "test rows"
-        )
     messenger = Messenger(grid, simulated)
     run_context = (
         RunContext(as_tree(config), identity=identity(loaded))
