@@ -27,7 +27,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is
 
 
 def test_every_example_has_a_test() -> None:
-    """`flower_on_loopback.py` runs in transports/flower/test_three_places.py."""
+    """`flower_on_loopback.py` runs in transports/flower/test_sites_over_superlink.py."""
     assert EXAMPLES == [
         "ag_news.toml",
         "flower_on_loopback.py",

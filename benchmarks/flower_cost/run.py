@@ -16,6 +16,7 @@ Writes `study.json`. About 15 minutes on 2 cores, nothing else running.
 """
 
 import argparse
+import csv
 import functools
 import hashlib
 import json
@@ -30,7 +31,8 @@ from typing import Any
 
 from benchmarks.flower_cost import rebuilding_client
 from benchmarks.study import about, write_values
-from droppeft.config import load_config
+from droppeft.config import SourceConfig, load_config
+from droppeft.data.sources import load_text
 from droppeft.messages import Reply
 from droppeft.runs.ledger import RoundRow, read_rows
 from droppeft.server.run import start_run
@@ -55,7 +57,7 @@ CLIENT_ROUND = (
 PLACES = (f"rounds={ROUNDS['places']}", f"clients={NODES}", f"cohort_size={NODES}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from flower_on_loopback import Submit, loopback  # noqa: E402
+from flower_on_loopback import Federation, loopback  # noqa: E402
 
 Run = Callable[[Sequence[str], Path], None]
 
@@ -70,25 +72,49 @@ class Silent:
     def finished(self, result: Mapping[str, Any]) -> None: ...
 
 
-def here(words: Sequence[str], out: Path) -> None:
-    start_run(load_config(None, words), out, Silent())
+def here(sites: Sequence[Path], words: Sequence[str], out: Path) -> None:
+    start_run(load_config(None, [sites_of(sites, words), *words]), out, Silent())
 
 
-def simulated(words: Sequence[str], out: Path) -> None:
-    here([*words, "transport=flower"], out)
+def sites_of(sites: Sequence[Path], words: Sequence[str]) -> str:
+    """The setting that names the sites of a run's clients."""
+    count = 1 if "clients=1" in words else len(sites)
+    return f"sites={','.join(map(str, sites[:count]))}"
 
 
-def simulated_rebuilding(words: Sequence[str], out: Path) -> None:
+def simulated(sites: Sequence[Path], words: Sequence[str], out: Path) -> None:
+    here(sites, [*words, "transport=flower"], out)
+
+
+def simulated_rebuilding(sites: Sequence[Path], words: Sequence[str], out: Path) -> None:
     with clients_that_rebuild():
-        simulated(words, out)
+        simulated(sites, words, out)
 
 
-def deployed(submit: Submit, words: Sequence[str], out: Path) -> None:
-    submit(words, out)
+def deployed(federation: Federation, words: Sequence[str], out: Path) -> None:
+    federation.run(words, out)
 
 
-def deployed_rebuilding(submit: Submit, words: Sequence[str], out: Path) -> None:
-    submit([*words, "flower.model_server=false"], out)
+def deployed_rebuilding(federation: Federation, words: Sequence[str], out: Path) -> None:
+    federation.run([*words, "flower.model_server=false"], out)
+
+
+def make_sites(folder: Path) -> list[Path]:
+    """Give every third of the built-in training texts to a site; return the node files."""
+    data, nodes = load_text("builtin", SourceConfig()), []
+    for client in range(NODES):
+        site = folder / f"client-{client}"
+        site.mkdir(parents=True)
+        rows = range(client, len(data.train), NODES)
+        with (site / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("text", "label"))
+            for row in rows:
+                writer.writerow((data.train.texts[row], data.label_names[data.train.labels[row]]))
+        nodes.append(site / "node.toml")
+        text = f'client = {client}\ndata = "rows.csv"\nthreads = 1\n'
+        nodes[-1].write_text(text, encoding="utf-8")
+    return nodes
 
 
 @contextmanager
@@ -189,14 +215,20 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with loopback(folder / "flower", NODES) as submit:
-            superlink = functools.partial(deployed, submit)
-            in_three = {"in process": here, "simulation": simulated, "SuperLink": superlink}
+        sites = make_sites(folder / "sites")
+        with loopback(folder / "flower", sites) as federation:
+            in_three = {
+                "in process": functools.partial(here, sites),
+                "simulation": functools.partial(simulated, sites),
+                "SuperLink": functools.partial(deployed, federation),
+            }
             arms = {
                 **in_three,
-                "simulation, model built per message": simulated_rebuilding,
+                "simulation, model built per message": functools.partial(
+                    simulated_rebuilding, sites
+                ),
                 "SuperLink, model built per message": functools.partial(
-                    deployed_rebuilding, submit
+                    deployed_rebuilding, federation
                 ),
             }
             content = {

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from chats import chat_settings
 from droppeft.config import load_config
 from droppeft.server.run import start_run
 from flower_example import EXAMPLE, example
@@ -103,3 +104,30 @@ def test_sites_on_a_superlink_are_the_run_in_process_also_after_a_kill(
         [table] = site.parent.glob("*.csv")
         found = files_with(f"{CANARY}{client}", tmp_path, *logs.glob("droppeft-*"))
         assert found == {table}
+
+
+@pytest.mark.full
+def test_a_language_model_of_sites_on_a_superlink_is_the_run_in_process(tmp_path: Path) -> None:
+    """Each client's own model also writes texts, on its node."""
+    left_out = ("clients=", "partition.", "data=")
+    given = chat_settings(tmp_path)
+    model = next(word for word in given if word.startswith("model=")).partition("=")[2]
+    [train] = tmp_path.rglob("train.jsonl")
+    lines, sites = train.read_text().splitlines(keepends=True), []
+    for client in (0, 1):
+        folder = tmp_path / f"site {client}"
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text("".join(lines[client::2]))
+        sites.append(folder / "node.toml")
+        content = f'client = {client}\ndata = "rows.jsonl"\nmodel = "{model}"\nthreads = 1\n'
+        sites[-1].write_text(content)
+    words = [
+        *(word for word in given if not word.startswith(left_out)),
+        *(f"data={train.parent / 'test.jsonl'}", "evaluation.personalised_generated=1"),
+    ]
+    expected = in_process(words, sites, tmp_path / "here")
+    with example.loopback(tmp_path / "flower", sites) as federation:
+        federation.run(words, tmp_path / "there")
+    assert comparable(tmp_path / "there") == expected
+    generated = [(tmp_path / place / "generated.jsonl").read_bytes() for place in ("here", "there")]
+    assert generated[0] == generated[1]

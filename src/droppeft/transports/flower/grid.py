@@ -192,9 +192,15 @@ def over_grid(
     """Make the transport of a run over a grid: of a SuperLink, or of a simulation.
 
     Raises:
-        DroppeftError: the clients' public keys cannot be read, or the grid is simulated.
+        DroppeftError: the clients are no sites although the grid is a SuperLink's, there are public
+            keys although it is simulated, or they cannot be read.
     """
     config, simulated = loaded.config, isinstance(grid, InMemoryGrid)
+    if not simulated and config.partition.kind != "sites":
+        raise DroppeftError(
+            "on a SuperLink every client brings rows of its own: set partition.kind=sites and "
+            "clients=NUMBER"
+        )
     messenger = Messenger(grid, simulated)
     run_context = (
         RunContext(as_tree(config), identity=identity(loaded))

@@ -1,4 +1,4 @@
-"""The same result in this process, in Flower's simulation and on a SuperLink with SuperNodes."""
+"""The same result in this process and in Flower's simulation."""
 
 import json
 import time
@@ -10,15 +10,13 @@ import psutil
 import pytest
 import ray
 
-from chats import chat_settings
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.run import start_run
 from droppeft.transports.flower.simulation import ATTEMPTS, _processes, _start_ray
-from flower_example import example
 from refusals import refused
-from runs import Recorder, outcome, rows_of, stop_after_a_round
+from runs import Recorder, outcome, rows_of
 
 
 def comparable(out: Path) -> dict[str, Any]:
@@ -142,38 +140,6 @@ def test_closing_a_simulation_ends_local_trainings_that_are_not_finished(
         start_run(load_config(None, words), tmp_path / "run", Recorder())
     assert time.monotonic() - start < 120
     assert _processes() == []
-
-
-@pytest.mark.full  # minutes: Flower starts a process for every message
-def test_a_superlink_with_three_supernodes_is_the_run_in_process(
-    tiny_overrides: list[str],
-    whole_run: Path,
-    sharing_run: Path,
-    tmp_path: Path,
-) -> None:
-    """Real processes, four clients on three nodes: a new run, and one that was started in process.
-
-    The latter is resumed with the client state that was saved in process.
-    """
-    begun, out = tmp_path / "begun", tmp_path / "run"
-    stop_after_a_round([*tiny_overrides, *SHARING], begun)
-    with example.loopback(tmp_path / "flower") as run:
-        run(tiny_overrides, out)
-        run([], begun)
-    assert comparable(out) == comparable(whole_run)
-    assert comparable(begun) == comparable(sharing_run)
-
-
-@pytest.mark.full
-def test_a_language_model_on_a_superlink_is_the_run_in_process(tmp_path: Path) -> None:
-    """Each client's own model also writes texts, on its node."""
-    words = [*chat_settings(tmp_path), "evaluation.personalised_generated=1"]
-    here, there = tmp_path / "here", tmp_path / "there"
-    start_run(load_config(None, words), here, Recorder())
-    with example.loopback(tmp_path / "flower") as run:
-        run(words, there)
-    assert comparable(there) == comparable(here)
-    assert (there / "generated.jsonl").read_bytes() == (here / "generated.jsonl").read_bytes()
 
 
 @pytest.mark.full
