@@ -537,6 +537,24 @@ def superlink(context: typer.Context) -> None:
     run(context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def supernode(context: typer.Context) -> None:
+    """Run Flower's SuperNode, which runs droppeft's ClientApp and no other.
+
+    It takes the options of flower-supernode. An app with code of its own is not run, whoever sends
+    it, so that the rules of the site's node file hold.
+    """
+    from droppeft.extras import require
+
+    require("flower", "a SuperNode")
+    from droppeft.transports.flower.supernode import run
+
+    run(context.args)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -102,7 +102,7 @@ def node_command(
 ) -> str:
     """The command that starts a node in the folder of its site."""
     return _command(
-        f"flower-supernode --superlink {_url_host(host)}:{port} --root-certificates ca.crt",
+        f"droppeft supernode --superlink {_url_host(host)}:{port} --root-certificates ca.crt",
         f"--auth-supernode-private-key client-{client}.key",
         f"--node-config 'node-file=\"{node_file}\"'",
     )

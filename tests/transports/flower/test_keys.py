@@ -110,7 +110,7 @@ def test_the_command_prints_commands_that_name_files_which_exist(tmp_path: Path)
     folder = tmp_path / "keys"
     done = CliRunner().invoke(app, ["keys", str(folder), "--host", "::7", "--clients", "2"])
     assert done.exit_code == 0, done.output
-    assert "flower-supernode --superlink [::7]:8000 " in done.output
+    assert "droppeft supernode --superlink [::7]:8000 " in done.output
     words = {word.strip("'\":") for word in done.output.replace("=", " ").split()}
     named = {Path(word) for word in words if word.startswith(str(folder))}
     assert len(named) > 10
