@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 nice -n 10 python -m benchmarks.faults.run
 
-Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. In round
-2 of 3 a process comes to a phase and is stopped there (`sitecustomize.py`). Then one process
-gets SIGKILL: the run's own (ServerApp), the SuperLink, the SuperNode of a client, or the process
-that holds its model. Processes of Flower that end are started again after a second, as a supervisor
-does, and a run whose process was killed is submitted again. The result must have the bytes of the
-run in one process, and every client of every round must be accepted, failed, late or absent.
+Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. One run
+takes all kills, each in a round of its own, with a quiet round after it. A process comes to a phase
+of the round and is stopped there (`sitecustomize.py`). Then one process gets SIGKILL: the run's own
+(ServerApp), the SuperLink, the SuperNode of a client, or the process that holds its model.
+Processes of Flower that end are started again after a second, as a supervisor does, and a run whose
+process was killed is submitted again. Every round must be that of the run in one process, the
+adapter must have its bytes, and every client must be accepted, failed, late or absent.
 
-Writes `study.json` after each kill; the same command goes on where it was stopped.
+Writes `study.json` after each repeat; the same command goes on where it was stopped.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ FOLDER = Path(__file__).resolve().parent
 EXAMPLES = FOLDER.parents[1] / "examples"
 TARGETS = ("run", "SuperLink", "SuperNode", "client process")
 PHASES = ("send", "train", "upload", "merge", "save")
-ROUNDS, KILL_IN, CLIENTS = 3, 2, 3
-LONGEST_S = 400.0
+CELLS = [(target, phase) for target in TARGETS for phase in PHASES]
+ROUNDS, CLIENTS = 2 * len(CELLS) + 1, 3
+LONGEST_S = 600.0
 SETTINGS = (
     "method=droppeft",
     f"cohort_size={CLIENTS}",
@@ -58,25 +60,37 @@ sys.path.insert(0, str(EXAMPLES))
 from flower_on_loopback import Federation, loopback  # noqa: E402
 
 
-def main(repeats: int, most_minutes: float) -> None:
-    """Kill every target in every phase, as often as told or until the time is up."""
+def main(repeats: int) -> None:
+    """Kill every target in every phase, as often as told."""
     known = read_values(NAME) if was_measured(NAME) else {**about(NAME), "kills": []}
-    done = {(kill["target"], kill["phase"], kill["repeat"]) for kill in known["kills"]}
-    end = time.monotonic() + 60 * most_minutes
-    cells = [(target, phase, n) for n in range(repeats) for target in TARGETS for phase in PHASES]
+    done = {kill["repeat"] for kill in known["kills"]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sites, settings = make_sites(folder)
-        expected = in_process(folder / "expected", sites, settings)
-        with trapped_federation(folder / "flower", sites) as federation:
-            for cell in cells:
-                if cell in done or time.monotonic() > end:
-                    continue
-                kill = one_kill(federation, settings, folder, *cell)
-                kill["same_bytes"] = adapter_of(folder / out_name(*cell)) == expected
-                known["kills"].append(kill)
-                write_values(NAME, known)
-                print(kill, flush=True)
+        expected = folder / "expected"
+        in_process(expected, sites, settings)
+        for repeat in set(range(repeats)) - done:
+            flower = folder / f"flower-{repeat}"
+            with trapped_federation(flower, sites) as federation:
+                run = Run(federation, [*settings, ON_FLOWER], folder / f"run-{repeat}")
+                kills = [{"repeat": repeat, **run.kill(*cell)} for cell in CELLS]
+                run.finish()
+            known["kills"] += compared(run.out, expected, kills)
+            write_values(NAME, known)
+
+
+def compared(out: Path, expected: Path, kills: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare the round of each kill, and the adapter, with those of the run without kills."""
+    same_adapter = adapter_of(out) == adapter_of(expected)
+    rows, wanted = (read_rows(folder / "rounds.jsonl") for folder in (out, expected))
+    found = []
+    for kill in kills:
+        row, other = rows[kill["round"] - 1], wanted[kill["round"] - 1]
+        same = all(row[key] == other[key] for key in ("accepted", "train_loss", "global_loss"))
+        failures = [one["reason"] for one in row["failures"]]
+        result = {"same_round": same, "unaccounted": unaccounted(row), "failures": failures}
+        found.append({**kill, **result, "same_adapter": same_adapter})
+    return found
 
 
 def make_sites(folder: Path) -> tuple[list[Path], list[str]]:
@@ -90,11 +104,10 @@ def make_sites(folder: Path) -> tuple[list[Path], list[str]]:
     return nodes, [f"data={EXAMPLES / 'sites' / 'server'}", *SETTINGS]
 
 
-def in_process(out: Path, sites: Sequence[Path], settings: Sequence[str]) -> dict[str, bytes]:
-    """Run in one process, without a kill; return the files of the adapter."""
+def in_process(out: Path, sites: Sequence[Path], settings: Sequence[str]) -> None:
+    """Run in one process, without a kill."""
     names = f"sites={','.join(map(str, sites))}"
     start_run(load_config(None, [names, *settings]), out, Quiet())
-    return adapter_of(out)
 
 
 def adapter_of(out: Path) -> dict[str, bytes]:
@@ -130,54 +143,83 @@ def supervise(federation: Federation, stopping: threading.Event) -> None:
                     federation.start(name)
 
 
-def one_kill(
-    federation: Federation,
-    settings: Sequence[str],
-    folder: Path,
-    target: str,
-    phase: str,
-    repeat: int,
-) -> dict[str, Any]:
-    """Run once, kill once, and say what became of it."""
-    out, traps = folder / out_name(target, phase, repeat), federation.folder / "traps"
-    for left in traps.iterdir():
-        left.unlink()
-    start = time.monotonic()
-    command = federation.submit([*settings, ON_FLOWER], out)
-    wait_until(lambda: bool(list((out / "checkpoints").glob("*1.safetensors"))))
-    (traps / phase).touch()
-    wait_until((traps / "pid").exists)
-    time.sleep(0.1)
-    client = client_of(federation, int((traps / "pid").read_text()))
-    os.kill(victim(federation, target, client), signal.SIGKILL)
-    killed = time.monotonic()
-    (traps / "sprung").unlink(missing_ok=True)
-    submissions, without = 1, 0.0
-    while not (out / "result.json").exists() and time.monotonic() - killed < LONGEST_S:
-        time.sleep(0.5)
-        without = 0.0 if processes_of(federation, "flwr-serverapp") else without + 0.5
-        if without > (2.0 if target == "run" else 20.0):
-            command.kill()
-            command.wait()
-            command, submissions, without = (
-                federation.submit([*settings, ON_FLOWER], out),
-                submissions + 1,
-                -20.0,
-            )
-    command.kill()
-    command.wait()
-    rows = read_rows(out / "rounds.jsonl")
-    return {
-        "target": target,
-        "phase": phase,
-        "repeat": repeat,
-        "finished": (out / "result.json").exists(),
-        "submissions": submissions,
-        "before_s": round(killed - start, 1),
-        "after_s": round(time.monotonic() - killed, 1),
-        "unaccounted": sum(map(unaccounted, rows)),
-        "failures": [one["reason"] for row in rows for one in row["failures"]],
-    }
+class Run:
+    """A run over a federation, which is submitted again when its process is gone.
+
+    Attributes:
+        federation: that runs it.
+        settings: of the run.
+        out: its folder.
+        command: shows its log.
+        submissions: how often it was submitted.
+    """
+
+    def __init__(self, federation: Federation, settings: Sequence[str], out: Path) -> None:
+        """Submit the run, and wait for its first round."""
+        self.federation, self.settings, self.out = federation, settings, out
+        self.command = federation.submit(settings, out)
+        self.submissions = 1
+        self.wait(lambda: self.saved() >= 1)
+
+    def saved(self) -> int:
+        """The newest round that is saved."""
+        names = [path.stem for path in (self.out / "checkpoints").glob("*.safetensors")]
+        return max((int(re.sub(r"\D", "", name)) for name in names), default=0)
+
+    def kill(self, target: str, phase: str) -> dict[str, Any]:
+        """Kill a process in a phase, and wait for the end of the round and of the next one."""
+        traps = self.federation.folder / "traps"
+        for left in traps.iterdir():
+            left.unlink()
+        (traps / phase).touch()
+        self.wait((traps / "pid").exists)
+        round, start, before = self.saved() + 1, time.monotonic(), self.submissions
+        time.sleep(0.1)
+        client = client_of(self.federation, int((traps / "pid").read_text()))
+        os.kill(victim(self.federation, target, client), signal.SIGKILL)
+        (traps / "sprung").unlink(missing_ok=True)
+        if target == "run":
+            self.submit_again()
+        self.wait(lambda: self.saved() >= round)
+        kill = {
+            "target": target,
+            "phase": phase,
+            "round": round,
+            "seconds": int(10 * (time.monotonic() - start)) / 10,
+            "submissions": self.submissions - before,
+        }
+        print(kill, flush=True)
+        self.wait(lambda: self.saved() >= round + 1)
+        return kill
+
+    def finish(self) -> None:
+        """Wait for the result."""
+        self.wait((self.out / "result.json").exists)
+        self.command.kill()
+
+    def submit_again(self) -> None:
+        """Submit the run again, which resumes it."""
+        self.command.kill()
+        self.command.wait()
+        self.command = self.federation.submit(self.settings, self.out)
+        self.submissions += 1
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        """Wait until a function returns true; submit the run again when its process is gone.
+
+        Raises:
+            TimeoutError: it takes longer than :data:`LONGEST_S`.
+        """
+        end, seen = time.monotonic() + LONGEST_S, time.monotonic()
+        while not holds():
+            if processes_of(self.federation, "flwr-serverapp"):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > 60.0:
+                self.submit_again()
+                seen = time.monotonic()
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.out} does not go on")
+            time.sleep(0.05)
 
 
 def unaccounted(row: Mapping[str, Any]) -> int:
@@ -232,23 +274,7 @@ def command_of(process: psutil.Process) -> str:
     return ""
 
 
-def out_name(target: str, phase: str, repeat: int) -> str:
-    """Name of the folder of a run."""
-    return f"{target.replace(' ', '-')}-{phase}-{repeat}"
-
-
-def wait_until(holds: Any, most_s: float = 300.0) -> None:
-    """Wait until a function returns true."""
-    end = time.monotonic() + most_s
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError(str(holds))
-        time.sleep(0.05)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=40.0, help="start no kill after this time")
-    given = parser.parse_args()
-    main(given.repeats, given.minutes)
+    main(parser.parse_args().repeats)

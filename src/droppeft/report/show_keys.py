@@ -34,7 +34,7 @@ def about_federation(folder: Path, host: str, made: Made) -> str:
         "",
         "On each site, in its folder: write node.toml, check it, and start the node:",
         "",
-        *_indented("droppeft node check node.toml", node_command(host, "N")),
+        *_indented("droppeft node check node.toml --task task.json", node_command(host, "N")),
         "",
         "Start a run on the server:",
         "",
