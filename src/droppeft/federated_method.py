@@ -103,6 +103,9 @@ class Method:
         lora_options: of a method that computes with LoRA's A and B, the options of LoRA under which
             its arithmetic holds; ``None`` for a method that merges tensors, whatever they mean.
             :mod:`droppeft.methods.rules` refuses other types and options.
+        sent: names of the tensors that some client may send, with a configuration for which
+            :attr:`merge` takes the mean of each tensor and uses nothing else of a reply. ``None``
+            for a method that uses more, which cannot be differentially private.
         memory_type: class of ``ServerState.memory``: a frozen dataclass of numbers, strings,
             tuples, mappings and such dataclasses, which checkpoints store as JSON.
     """
@@ -119,6 +122,7 @@ class Method:
     has_global_model: Callable[[Config], bool] = lambda config: True
     note: Callable[[Setup, ServerState], Mapping[str, Any] | None] = lambda setup, state: None
     lora_options: frozenset[str] | None = None
+    sent: Callable[[ServerState], frozenset[str]] | None = None
     memory_type: type = NoMemory
 
 
@@ -211,6 +215,11 @@ def state_cache(config: Config) -> StateCache | None:
     if not config.frozen.cache:
         return None
     return StateCache(config.frozen.precision, int(config.frozen.limit_mb * 1e6))
+
+
+def all_tensors(state: ServerState) -> frozenset[str]:
+    """Return the names of all tensors of the global model, as a :attr:`Method.sent`."""
+    return frozenset(name for _, name, _ in flatten(state.model.tensors))
 
 
 def per_client(

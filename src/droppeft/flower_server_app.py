@@ -93,6 +93,10 @@ def _check_same(requested: Config, saved: Config, out: Path) -> None:
         requested = resolve_layers(
             requested, model_shape(requested.model, requested.task).num_layers
         )
+    if requested.privacy.noise_multiplier is None:  # it was found from privacy.epsilon
+        found = {"noise_multiplier": saved.privacy.noise_multiplier}
+        privacy = requested.privacy.model_copy(update=found)
+        requested = requested.model_copy(update={"privacy": privacy})
     if requested != saved.model_copy(update={"transport": requested.transport}):
         raise DroppeftError(
             f"{out} holds a run with another configuration: choose another folder, "
@@ -122,8 +126,9 @@ class Log:
         """Print quality, number of updates, seconds and failures of a round."""
         value = row.quality[self._metric.key("global")]
         quality = "" if value is None else f", {self._metric.label} {value:.3f}"
+        spent = "" if row.epsilon is None else f", epsilon {row.epsilon:.3f}"
         _say(
-            f"round {row.round}/{self._rounds}{quality}, {row.accepted} of "
+            f"round {row.round}/{self._rounds}{quality}{spent}, {row.accepted} of "
             f"{counted(len(row.cohort), 'client')}, {row.host_wall_s:.1f} s"
         )
         for failure in row.failures:

@@ -7,6 +7,7 @@ from droppeft.config.dropout import DropoutConfig
 from droppeft.config.evaluation import EvaluationConfig
 from droppeft.config.flower import FlowerConfig
 from droppeft.config.frozen import FrozenConfig
+from droppeft.config.privacy import PrivacyConfig
 from droppeft.config.reading import (
     as_tree,
     available_cores,
@@ -41,6 +42,7 @@ __all__ = [
     "FlowerConfig",
     "FrozenConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "ServerConfig",
     "SharingConfig",
     "SourceConfig",

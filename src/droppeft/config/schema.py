@@ -15,6 +15,7 @@ from droppeft.config.evaluation import EvaluationConfig
 from droppeft.config.exclusive import EXCLUSIVE
 from droppeft.config.flower import FlowerConfig
 from droppeft.config.frozen import HALF, FrozenConfig
+from droppeft.config.privacy import PrivacyConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 from droppeft.config.table import Real, Table, TextList, Whole
@@ -67,6 +68,15 @@ BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+PRIVACY_KEYS = ("epsilon", "noise_multiplier")
+"""Settings of the table ``privacy`` of which each turns it on."""
+
+# Defaults with differential privacy, by table: clients do not measure models on their rows.
+PRIVACY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "evaluation": {"validation_clients": 0, "personalised": False},
+}
+
+
 def _completed(table: str, given: object, defaults: Mapping[str, Any]) -> object:
     """A table with a method's defaults, except those that exclude what is given."""
     if not isinstance(given, Mapping):
@@ -99,6 +109,12 @@ def _with_kind_of_sites(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if not value.get("sites") or not isinstance(partition, Mapping):
         return value
     return {**value, "partition": {"kind": "sites", **partition}}
+
+
+def _defaults_with_privacy(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    privacy = given.get("privacy")
+    chosen = isinstance(privacy, Mapping) and any(privacy.get(key) for key in PRIVACY_KEYS)
+    return PRIVACY_DEFAULTS if chosen else {}
 
 
 def _with_sizes(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -305,6 +321,7 @@ class Config(Table):
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
     sharing: SharingConfig = Field(default_factory=SharingConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 
@@ -315,6 +332,7 @@ class Config(Table):
             return value
         value = _with_kind_of_sites(value)
         for defaults in (
+            _defaults_with_privacy(value),
             _defaults_of_the_task(value),
             METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {}),
         ):

@@ -20,6 +20,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
+    all_tensors,
     apply_mean,
     evaluation_only,
     full_instruction,
@@ -196,5 +197,6 @@ DROPPEFT = Method(
     evaluate_client=_evaluate_client,
     has_global_model=has_global_head,
     note=_note,
+    sent=all_tensors,
     memory_type=DropPEFTMemory,
 )

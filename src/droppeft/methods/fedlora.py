@@ -13,6 +13,7 @@ before round 1, ``instruct`` returns one instruction for each client of a round'
 from droppeft.federated_method import (
     Method,
     Setup,
+    all_tensors,
     average_by_targets,
     full_instruction,
     per_client,
@@ -34,4 +35,5 @@ FEDLORA = Method(
     init=_init,
     instruct=per_client(full_instruction),
     merge=average_by_targets,
+    sent=all_tensors,
 )

@@ -19,6 +19,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
+    all_tensors,
     average_by_targets,
     full_instruction,
     start_with,
@@ -80,5 +81,6 @@ FEDRA = Method(
     init=_init,
     instruct=_instruct,
     merge=average_by_targets,
+    sent=all_tensors,
     check=_check,
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from droppeft.federated_method import (
     Method,
     Setup,
+    all_tensors,
     average_by_targets,
     evaluating,
     full_instruction,
@@ -28,6 +29,10 @@ def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> In
     )
 
 
+def _sent(state: ServerState) -> frozenset[str]:
+    return frozenset(name for name in all_tensors(state) if A not in name)
+
+
 FFA_LORA = Method(
     name="ffa_lora",
     summary="LoRA with A frozen: B and the head are trained and shared (FFA-LoRA)",
@@ -36,5 +41,6 @@ FFA_LORA = Method(
     instruct=per_client(_for_client),
     merge=average_by_targets,
     lora_options=frozenset(),
+    sent=_sent,
     evaluate_client=evaluating(_for_client),
 )

@@ -19,6 +19,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
+    all_tensors,
     average_by_targets,
     full_instruction,
     per_client,
@@ -106,5 +107,6 @@ LEGEND = Method(
     init=_init,
     instruct=per_client(_last_layers),
     merge=average_by_targets,
+    sent=all_tensors,
     check=_check,
 )

@@ -27,6 +27,7 @@ def _with_type(name: str, summary: str) -> Method:
         instruct=FEDLORA.instruct,
         merge=average_by_targets,
         check=_check,
+        sent=FEDLORA.sent,
     )
 
 

@@ -20,6 +20,7 @@ from droppeft.config.schema import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
+from droppeft.methods.privacy_rules import check_privacy
 
 if TYPE_CHECKING:
     from droppeft.tasks.task import Task
@@ -135,6 +136,12 @@ NO_EFFECT = (
         reason="task={config.task} and partition.kind={config.partition.kind}",
     ),
     NoEffect(
+        keys=("privacy.",),
+        when=lambda config: not config.privacy.is_on,
+        reason="neither privacy.epsilon nor privacy.noise_multiplier",
+        instead="give one of the two",
+    ),
+    NoEffect(
         keys=("flower.",),
         when=lambda config: config.transport != "flower",
         reason="transport={config.transport}",
@@ -168,6 +175,7 @@ def check_settings(config: Config) -> None:
     check_on(config.adapter.type, config.adapter.options, config.quantization)
     check_offload(config)
     _check_frozen(config)
+    check_privacy(method, METHODS, config)
     _check_measured(method, config)
     _check_lora(method, config)
     check_target(config.target, config.task)

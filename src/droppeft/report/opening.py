@@ -40,6 +40,8 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
     yield "rounds", _rounds(about)
     if sharing := _shared(about["config"]["sharing"]):
         yield "sharing", sharing
+    if about["privacy"] is not None:
+        yield "privacy", _privacy(about["privacy"])
     yield "devices", about["no_clock_reason"] or f"{', '.join(about['profiles'])} (modelled)"
     yield "to beat", _to_beat(about)
     if folder is not None:
@@ -58,6 +60,14 @@ def _texts(about: Mapping[str, Any]) -> str:
     if about["config"]["partition"]["kind"] == "sites":
         return f"{counted(about['test_rows'], 'text')} to test"
     return f"{counted(about['train_rows'], 'text')} to train and {about['test_rows']:,} to test"
+
+
+def _privacy(found: Mapping[str, Any]) -> str:
+    return (
+        f"epsilon {found['epsilon']:.3g} and delta {found['delta']:g} for each client after all "
+        f"rounds; noise {found['noise_multiplier']:.3g} x {found['clip_norm']:g}, each client is "
+        f"drawn with probability {found['sampling_probability']:.3g}"
+    )
 
 
 def _name(name: str) -> str:

@@ -1,6 +1,5 @@
 """Listeners that print a run: for a terminal or a file, as one line, or as JSON."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from rich.padding import Padding
 from rich.progress import TaskID
 from rich.text import Text
 
+from droppeft.files import as_json
 from droppeft.quantities import about_minutes, counted, seconds_text
 from droppeft.report.closing import closing, layers_above_the_frozen
 from droppeft.report.opening import opening
@@ -157,7 +157,7 @@ class JsonLines(Quiet):
         self._print({"event": "result", **result})
 
     def _print(self, content: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps(content) + "\n")
+        sys.stdout.write(as_json(content) + "\n")
         sys.stdout.flush()
 
 
@@ -175,7 +175,8 @@ def quality_line(result: Mapping[str, Any]) -> str:
 def _round_head(about: Mapping[str, Any]) -> Text:
     """The headings of :func:`_round_line`."""
     indent = " " * len(_round_name(about["planned_rounds"], about))
-    columns = f"{'train loss':>12}{'depth':>10}{'measured':>12}{'modelled':>12}"
+    last = "modelled" if about["privacy"] is None else "epsilon"
+    columns = f"{'train loss':>12}{'depth':>10}{'measured':>12}{last:>12}"
     metric = primary_metric(about)
     return Text(f"{indent}{metric.label:<{_width(metric) + BAR_WIDTH}}{columns}", style="dim")
 
@@ -195,7 +196,8 @@ def _round_line(row: "RoundRow", about: Mapping[str, Any]) -> Text:
     loss = "–" if row.train_loss is None else f"{row.train_loss:.3f}"
     depth = "–" if row.mean_active_layers is None else f"{row.mean_active_layers:.2f}"
     line.append(f"{loss:>12}{depth + '/' + str(layers_above_the_frozen(about)):>10}")
-    line.append(f"{seconds_text(row.host_wall_s):>12}{seconds_text(row.round_modelled_s):>12}")
+    last = seconds_text(row.round_modelled_s) if row.epsilon is None else f"{row.epsilon:.3f}"
+    line.append(f"{seconds_text(row.host_wall_s):>12}{last:>12}")
     return line
 
 

@@ -58,6 +58,7 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend |
         _dropping(result, rows),
         _configurator(rows),
         _clients_models(result),
+        _privacy(result),
         _failures(rows),
         _cost(result),
     )
@@ -78,6 +79,16 @@ def _divergence(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | No
         f"Training diverged: the loss of the global model is not finite in round {found[0].round}. "
         f"Try a lower training.learning_rate, such as {_rate(result) / 3:.1g}, or "
         "training.precision=fp32."
+    )
+
+
+def _privacy(result: Mapping[str, Any]) -> str | None:
+    found = result["privacy"]
+    if found is None:
+        return None
+    return (
+        f"The model is differentially private for each client, with epsilon {found['epsilon']:.3g} "
+        f"and delta {found['delta']:g}."
     )
 
 

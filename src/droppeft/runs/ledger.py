@@ -8,7 +8,7 @@ on a real clock. ``modelled`` values are computed for the clients' device profil
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class RoundRow:
         importance: per layer, mean gradient norm over the merged updates in which it ran; 0 if it
             ran in none.
         notes: what the method reports about the round, such as the configurator's arms.
+        epsilon: what all rounds so far have spent; ``None`` without differential privacy.
     """
 
     round: int
@@ -98,6 +99,7 @@ class RoundRow:
     layer_steps: list[int]
     importance: list[float]
     notes: dict[str, Any] | None
+    epsilon: float | None = None
 
     def as_columns(self) -> dict[str, Any]:
         """Return the row as a flat mapping, with a column for each metric."""
@@ -172,7 +174,11 @@ class ClosedRound:
 
 
 def client_row(
-    instruction: Instruction, checked_reply: Reply, reply: Reply, modelled: ClientCost | None
+    instruction: Instruction,
+    checked_reply: Reply,
+    reply: Reply,
+    modelled: ClientCost | None,
+    private: bool = False,
 ) -> dict[str, Any]:
     """Describe one client's local training in a row of ``clients.jsonl``.
 
@@ -181,6 +187,7 @@ def client_row(
         checked_reply: its reply after validation.
         reply: its reply as it was merged; a failure has the reason why it was not.
         modelled: its cost on the modelled clock, if it sent an update.
+        private: whether values that follow from the client's rows are left out.
     """
     row: dict[str, Any] = {
         "round": instruction.round,
@@ -191,6 +198,8 @@ def client_row(
     }
     if isinstance(reply, Failure):
         row["reason"] = reply.reason
+    if private and isinstance(checked_reply, Update):
+        return row | {"upload_bytes": payload_bytes(checked_reply.tensors)}
     if isinstance(checked_reply, Update):
         row |= _training_columns(checked_reply)
     return row if modelled is None else {**row, **_modelled_columns(modelled)}
@@ -275,6 +284,24 @@ def round_row(
         layer_steps=[sum(layer) for layer in zip(*(u.active_steps for u in updates), strict=True)],
         importance=_importance(updates),
         notes=None if notes is None else dict(notes),
+    )
+
+
+def private_row(row: RoundRow, epsilon: float) -> RoundRow:
+    """Return a row without what follows from rows of clients, and with the epsilon spent so far.
+
+    Seconds, bytes and the clients that took part stay.
+    """
+    return replace(
+        row,
+        train_loss=None,
+        mean_active_layers=None,
+        round_modelled_s=None,
+        energy_modelled_j=None,
+        idle_modelled_share=None,
+        layer_steps=[],
+        importance=[],
+        epsilon=epsilon,
     )
 
 

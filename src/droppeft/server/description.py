@@ -8,6 +8,7 @@ from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
 from droppeft.runs.folder import SETTINGS, bound_settings
 from droppeft.server.prepare import Prepared, references
+from droppeft.server.privacy_releases import guarantee
 from droppeft.tasks.metrics import quality
 from droppeft.training.loop import Evaluation
 
@@ -54,6 +55,7 @@ def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         **quality("initial", prepared.loaded.task.metrics, facts["initial"]),
         **facts["references"],
         "sampled_test_rows": len(prepared.sample),
+        "privacy": guarantee(config, facts),
         "config": as_tree(config),
     }
 

@@ -12,10 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.config import Config
 from droppeft.messages import EvaluationReply, Failure, Instruction, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.server.private_merge import draw_privately, private_update
 from droppeft.server.round_cost import close_round, counting_wall_s
 from droppeft.server.validation import check_reply, why_refused
 from droppeft.tasks.registry import task_named
@@ -56,9 +58,11 @@ def run_round(
         _check(setup, instruction, arrivals.get(index))
         for index, instruction in enumerate(instructions)
     ]
-    replies, modelled = close_round(setup.clock, setup.config, instructions, checked_replies)
+    replies, modelled = close_round(
+        setup.clock, _accepting(setup.config, instructions), instructions, checked_replies
+    )
     replies = _apply_quorum(replies, setup.config.quorum)
-    state = _as_saved(method.merge(setup, state, instructions, replies))
+    state = _as_saved(_merge(setup, method, state, instructions, replies))
     merge_wall_s = time.perf_counter() - start
 
     # Counting operations for the modelled clock is no work of a real server.
@@ -76,8 +80,11 @@ def run_round(
 def draw_cohort(setup: Setup, round: int) -> Sequence[int]:
     """Draw the clients of a round, uniformly without replacement, from (seed, round) alone.
 
-    With over-selection, more than ``cohort_size`` clients are drawn.
+    With over-selection, more than ``cohort_size`` clients are drawn. With differential privacy,
+    each client is drawn independently, and from the operating system's randomness.
     """
+    if setup.config.privacy.is_on:
+        return draw_privately(setup.config)
     rng = seeds.numpy_generator(setup.config.seed, purpose="cohort", round=round)
     drawn = rng.choice(setup.config.clients, size=setup.config.drawn, replace=False)
     return [int(client) for client in np.sort(drawn)]
@@ -106,6 +113,28 @@ def _check(setup: Setup, instruction: Instruction, arrival: Arrival | None) -> R
         return why_refused(instruction, reply, layout, task_named(setup.config.task))
 
     return check_reply(instruction, arrival.reply if arrival else None, why_not)
+
+
+def _accepting(config: Config, instructions: Sequence[Instruction]) -> Config:
+    """With differential privacy, all clients that were drawn are merged, however many they are."""
+    if not config.privacy.is_on:
+        return config
+    return config.model_copy(update={"cohort_size": len(instructions)})
+
+
+def _merge(
+    setup: Setup,
+    method: Method,
+    state: ServerState,
+    instructions: Sequence[Instruction],
+    replies: Sequence[Reply],
+) -> ServerState:
+    """Merge the replies or, with differential privacy, one update in the place of all."""
+    if not setup.config.privacy.is_on:
+        return method.merge(setup, state, instructions, replies)
+    assert method.sent is not None
+    update = private_update(setup.config, state, method.sent(state), replies)
+    return method.merge(setup, state, (), (update,))
 
 
 def _apply_quorum(replies: list[Reply], quorum: int) -> list[Reply]:

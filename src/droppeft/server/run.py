@@ -53,6 +53,7 @@ from droppeft.runs.ledger import (
     RoundRow,
     append_rows,
     client_row,
+    private_row,
     read_ledger,
     round_row,
     summarise,
@@ -68,6 +69,8 @@ from droppeft.server.prepare import (
     Prepared,
     prepare,
 )
+from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
+from droppeft.server.privacy_releases import count_lost_releases, releases
 from droppeft.server.rounds import run_round
 from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import quality as quality_of
@@ -137,7 +140,7 @@ def _resolved(
         read = read_data(config, read)
         config = count_clients(config, read)
         check_settings(config)
-    return method_named(config.method).adjust(config), read
+    return with_noise_multiplier(method_named(config.method).adjust(config)), read
 
 
 def resume_run(
@@ -172,7 +175,7 @@ def resume_run(
     with locked(out):
         config = load_config(out / CONFIG)
         if rounds is not None:
-            config = with_more_rounds(config, rounds, out)
+            config = with_noise_multiplier(with_more_rounds(config, rounds, out))
         memory_type = method_named(config.method).memory_type
         remove_temporary_files(out)
         newest = checkpoints.load_newest(
@@ -190,6 +193,8 @@ def resume_run(
                 f"{out / 'checkpoints'}: the checkpoint of the last round is missing or damaged, "
                 f"so that the run cannot go on from there; begin a new run with: start_from={out}"
             )
+        if config.privacy.is_on:
+            newest = count_lost_releases(out, newest)
         rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
         if rounds is not None:
             newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
@@ -301,9 +306,12 @@ def _run_one_round(
         saving_wall_s,
         time.perf_counter() - start + saving_wall_s,
         prepared.method.note(prepared.setup, state),
-    ).as_saved()
+    )
+    privacy = prepared.config.privacy
+    if privacy.is_on:
+        row = private_row(row, epsilon_spent(prepared.config, releases(last.facts, round)))
     client_rows = [
-        client_row(*parts)
+        client_row(*parts, private=privacy.is_on)
         for parts in zip(
             closed.instructions,
             closed.checked_replies,
@@ -312,7 +320,7 @@ def _run_one_round(
             strict=True,
         )
     ]
-    return Checkpoint(round, state, last.facts), row, client_rows
+    return Checkpoint(round, state, last.facts), row.as_saved(), client_rows
 
 
 def _save(
