@@ -173,6 +173,11 @@ def check_report() -> Finding:
     return _extra("report", "pages and figures of runs and comparisons")
 
 
+def check_privacy() -> Finding:
+    """Check the packages of the extra ``privacy``."""
+    return _extra("privacy", "the epsilon of differentially private runs")
+
+
 def check_quantization() -> Finding:
     """Check the packages of the extra ``quantization``."""
     return _extra("quantization", "models in 8 and 4 bits")
@@ -206,6 +211,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Flower": check_flower,
     "extra llm": check_llm,
     "extra report": check_report,
+    "extra privacy": check_privacy,
     "extra quantization": check_quantization,
     "runs": check_runs_folder,
     "cache": check_cache_folder,

@@ -51,6 +51,10 @@ SHOWN_SETTINGS = {
     "sharing_fraction": "sharing.fraction",
     "policy": "configurator.policy",
     "reward": "configurator.reward",
+    "privacy_budget": "privacy.epsilon",
+    "delta": "privacy.delta",
+    "noise_multiplier": "privacy.noise_multiplier",
+    "privacy_clip_norm": "privacy.clip_norm",
 }
 """Columns of ``runs.parquet`` with settings that pages show, and the settings' keys."""
 
@@ -59,7 +63,7 @@ OF_A_ROUND = (
     *(metric.key("global") for metric in METRICS.values()),
     *("activation_bytes_peak", "upload_bytes", "download_bytes"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j"),
-    *("coverage", "layer_steps", "importance", "notes"),
+    *("coverage", "layer_steps", "importance", "notes", "epsilon"),
 )
 """Columns of ``rounds.parquet`` that ``rounds.jsonl`` has too; notes are stored as JSON."""
 
