@@ -87,6 +87,10 @@ IGNORED = [
         "evaluation.personalised_generated has no effect with evaluation.personalised=false; leave "
         "one of the two out",
     ),
+    (
+        "privacy.clip_norm=2",
+        "privacy.clip_norm has no effect with neither privacy.epsilon nor privacy.noise_multiplier",
+    ),
     ("flower.deadline_s=5", "flower.deadline_s has no effect with transport=in_process; leave"),
     (
         "sites=a.toml,b.toml partition.alpha=0.5",

@@ -33,6 +33,7 @@ RESULT: dict[str, Any] = {
     "upload_bytes": 5_000_000,
     "download_bytes": 6_000_000,
     "activation_bytes_peak": 45_100_000,
+    "privacy": None,
 }
 
 

@@ -139,7 +139,7 @@ NO_EFFECT = (
         keys=("privacy.",),
         when=lambda config: not config.privacy.is_on,
         reason="neither privacy.epsilon nor privacy.noise_multiplier",
-        instead="give one of the two",
+        instead="give one of these two, or leave it out",
     ),
     NoEffect(
         keys=("flower.",),
