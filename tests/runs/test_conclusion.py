@@ -85,7 +85,7 @@ def test_a_run_that_learnt_nothing_says_so() -> None:
 
 def test_a_run_of_few_rounds_is_to_be_longer() -> None:
     few = text(0.13, global_accuracy=0.13, rounds=2, delivered_round=2)
-    assert "2 rounds are few: try rounds=10 training.learning_rate=0.003." in few
+    assert "2 rounds are few; try rounds=10 training.learning_rate=0.003." in few
 
 
 def test_a_high_rate_is_to_be_lowered() -> None:

@@ -152,8 +152,8 @@ class Findings:
         if self.language:
             found.append(
                 f"the texts seem to be in {self.language}, whose words the model's tokenizer cuts "
-                f"into {self.pieces_per_word:.1f} tokens on average: choose a model of the "
-                "language, or a multilingual one, with model="
+                f"into {self.pieces_per_word:.1f} tokens on average; a multilingual model, or one "
+                "of that language, would learn more (model=NAME)"
             )
         if self.truncated >= TRUNCATED_SHARE:
             more = (

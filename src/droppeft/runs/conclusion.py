@@ -167,7 +167,7 @@ def _what_to_try(result: Mapping[str, Any]) -> str:
     other = 3 * rate if rate < HIGH_RATE else rate / 3
     if rounds < FEW_ROUNDS:
         higher = f" training.learning_rate={other:.1g}" if rate < HIGH_RATE else ""
-        return f"{counted(rounds, 'round')} are few: try rounds={2 * FEW_ROUNDS}{higher}"
+        return f"{counted(rounds, 'round')} are few; try rounds={2 * FEW_ROUNDS}{higher}"
     return f"try rounds={2 * rounds}, or training.learning_rate={other:.1g}"
 
 
