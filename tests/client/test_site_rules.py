@@ -1,6 +1,7 @@
 """What a client keeps in every transport, and what a site gives of its disk."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,9 +52,13 @@ def test_a_client_that_does_not_know_what_it_must_keep_sends_nothing(
 
 
 def test_the_cache_of_frozen_layers_has_the_room_that_the_site_gives(
-    prepared: Prepared, instructions: list[Instruction]
+    prepared: Prepared,
+    instructions: list[Instruction],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The update is the same without room."""
+    monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path))
     client, first = clients_of(prepared.loaded)[0], instructions[0]
     instruction = replace(
         first,

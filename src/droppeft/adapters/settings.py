@@ -46,7 +46,7 @@ RANK_PER_LAYER = (BOTTLENECK, "lora", "loha", "lokr", "delora")
 MOST_OPTION = 65_536
 """Largest absolute value of an option that a site takes from a server."""
 
-NAMES = {
+WORDS = {
     "act_fn": ("relu", "gelu", "silu", "tanh", "sigmoid"),
     "wavelet_family": ("db1", "sym2", "coif1"),
     "encoder_reparameterization_type": ("MLP", "LSTM"),
@@ -91,7 +91,7 @@ def checked_options(name: str, options: tuple[tuple[str, OptionValue], ...]) -> 
     return {option: _checked(name, kinds, option, value) for option, value in options}
 
 
-def options_of_sites(name: str, options: tuple[tuple[str, OptionValue], ...]) -> None:
+def check_options_of_server(name: str, options: tuple[tuple[str, OptionValue], ...]) -> None:
     """Check that options from a server are numbers of a usual size, or one of a few fixed words.
 
     Other texts could name files, modules or models on the machine of a site.
@@ -104,7 +104,7 @@ def options_of_sites(name: str, options: tuple[tuple[str, OptionValue], ...]) ->
     for option, value in options:
         if isinstance(value, bool):
             continue
-        words = {*_words(kinds.get(option)), *NAMES.get(option, ())}
+        words = {*_words(kinds.get(option)), *WORDS.get(option, ())}
         fits = (
             value in words
             if isinstance(value, str)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.adapters.settings import options_of_sites
+from droppeft.adapters.settings import check_options_of_server
 from droppeft.cached_layers.cached_layers import bytes_of_other_runs
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import bytes_of_client
@@ -283,7 +283,7 @@ def _check_adapter(spec: AdapterSpec, layers: int) -> None:
         if layer is not None:
             bounds.append(("adapter.rank", layer.rank, 1, MOST_RANK))
             bounds.append(("adapter.width", layer.width, 1, MOST_WIDTH))
-            options_of_sites(layer.type, spec.options)
+            check_options_of_server(layer.type, spec.options)
     for name, value, least, most in bounds:
         if value is not None and not least <= value <= most:
             raise DroppeftError(f"{name}={value} is not between {least} and {most}")

@@ -20,7 +20,7 @@ from runs import adapter_bytes, stop_after_a_round
 def no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run clients in this process: what is tested here needs no grid."""
 
-    def over(grid: object, loaded: Loaded) -> Transport:
+    def over(grid: object, loaded: Loaded, **_: object) -> Transport:
         with in_process(loaded) as transport:
             return transport
 
