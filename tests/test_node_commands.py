@@ -93,7 +93,10 @@ def test_a_site_is_checked_without_a_task(site: Path) -> None:
     assert "none.csv: no such file" in mistake("check", site)
 
 
-def test_what_runs_have_saved_is_listed_and_deleted(state: Path) -> None:
+def test_what_runs_have_saved_is_listed_and_deleted(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DROPPEFT_CACHE", str(tmp_path / "cache"))
     assert "no run has saved anything" in droppeft("state").output
     for run in ("aa11", "bb22"):
         save_tensors(client_folder(run, 3), 1, None, {0: {"a": np.ones(1000, np.float32)}})

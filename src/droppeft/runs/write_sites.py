@@ -82,15 +82,12 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             inside = Path(scratch) / out.name
             for client, one in enumerate(clients):
+                tables = {part: corpus.train.take(rows) for part, rows in vars(one).items()}
                 folder = inside / _folder_of(client, len(clients))
-                folder.mkdir(parents=True)
-                for part, indices in zip(("train", "validation", "test"), one.parts, strict=True):
-                    lines = _lines(corpus.train.take(indices), corpus.label_names)
-                    (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
-                _write_toml(folder / NODE, _about_node(client, config), _node(client, resolved))
-            (inside / TEST).mkdir()
-            lines = _lines(corpus.test, corpus.label_names)
-            (inside / TEST / "test.jsonl").write_text(lines, encoding="utf-8")
+                _write_rows(folder, tables, corpus.label_names)
+                about = f"Client {client} of {len(clients)}, written by droppeft node split."
+                _write_toml(folder / NODE, about, _node(client, config, resolved.model))
+            _write_rows(inside / TEST, {"test": corpus.test}, corpus.label_names)
             of_run, of_server = _settings(config, written, corpus.label_names)
             _write_toml(inside / RUN, f"All sites in one process: droppeft run {out / RUN}", of_run)
             _write_toml(inside / SERVER, "The server of sites on other machines.", of_server)
@@ -100,30 +97,37 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
     return written
 
 
+def _write_rows(
+    folder: Path,
+    tables: Mapping[str, TextTable | ConversationTable],
+    label_names: tuple[str, ...],
+) -> None:
+    """Write a file for each split into a new folder."""
+    folder.mkdir(parents=True)
+    for name, table in tables.items():
+        (folder / f"{name}.jsonl").write_text(_lines(table, label_names), encoding="utf-8")
+
+
 def _folder_of(client: int, clients: int) -> str:
     return f"client-{client:0{len(str(clients - 1))}}"
 
 
-def _about_node(client: int, config: Config) -> str:
-    return f"Client {client} of {config.clients}, written by droppeft node split."
-
-
-def _node(client: int, config: Config) -> dict[str, Any]:
+def _node(client: int, config: Config, model: str) -> dict[str, Any]:
     """The content of a node file: all rows are complete, and have the usual names of columns.
 
     Args:
         client: its number.
-        config: of the run, with absolute paths.
+        config: of the run.
+        model: its model, with an absolute path.
     """
-    strip = config.source.strip_labels
-    return {
-        "client": client,
-        "data": ".",
-        **({"model": config.model} if Path(config.model).exists() else {}),
-        "threads": config.threads,
-        **({} if strip else {"source": {"strip_labels": strip}}),
-        "split": {"min_rows": config.partition.min_rows},
-    }
+    tree: dict[str, Any] = {"client": client, "data": "."}
+    if Path(model).exists():
+        tree["model"] = model
+    if config.threads:
+        tree["threads"] = config.threads
+    if not config.source.strip_labels:
+        tree["source"] = {"strip_labels": False}
+    return {**tree, "split": {"min_rows": config.partition.min_rows}}
 
 
 def _settings(
