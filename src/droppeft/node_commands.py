@@ -126,8 +126,9 @@ def state(
     """List what runs have saved on this machine, or delete what one run has saved.
 
     A client saves the tensors that it does not send (in DROPPEFT_STATE), and during a run the
-    hidden states of frozen layers (in DROPPEFT_CACHE). Tensors are never deleted by a run: a client
-    without them continues from the global model.
+    hidden states of frozen layers (in DROPPEFT_CACHE). A run never deletes tensors. Delete them
+    when the run is over: without them a client begins again from the global model, and no longer
+    knows which tensors it must keep.
     """
     from rich.console import Console
 
@@ -138,7 +139,7 @@ def state(
         show_saved_runs.show(saved_runs(), Console())
         return
     if not yes and any(one.run == delete for one in saved_runs()):
-        typer.confirm(f"Delete all that run {delete} has saved on this machine?", abort=True)
+        typer.confirm(f"Is run {delete} over, and shall all it has saved be deleted?", abort=True)
     delete_run(delete)
     typer.echo(f"deleted what run {delete} had saved")
 

@@ -39,8 +39,8 @@ class SiteCheck:
 def check_site(node: NodeFile, published_task: PublishedTask | None) -> SiteCheck:
     """Read the rows of a site, and compare them and its model with a published task.
 
-    Without a task, its kind is that of the columns, and its classes are the labels of the rows. The
-    weights of the model are loaded only if there is a task to compare them with.
+    Without a published task, its kind is that of the node file or of the columns, and its classes
+    are the labels of the rows. The weights of the model are loaded only to compare them.
 
     Args:
         node: of the site.
@@ -51,9 +51,10 @@ def check_site(node: NodeFile, published_task: PublishedTask | None) -> SiteChec
     """
     source = node.source.model_dump(exclude_none=True, exclude_defaults=True)
     names = {"data": node.data, "source": source, "model": node.model or "builtin"}
-    task = published_task.task if published_task else detected_task(names)
+    task = published_task.task if published_task else node.task or detected_task(names)
     found = read_site(node, task, published_task.label_names if published_task else None)
-    refusal, lengths = refusal_of(node, found), None
+    other_task = Refused("other_task") if node.task not in (None, task) else None
+    refusal, lengths = other_task or refusal_of(node, found), None
     if node.model is not None:
         config = build_config({**names, "task": task})
         tokenizer = find_source(node.model).load_tokenizer()

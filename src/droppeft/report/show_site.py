@@ -9,6 +9,7 @@ from rich.text import Text
 
 from droppeft.client.node_file import NodeFile
 from droppeft.client.site_check import SiteCheck
+from droppeft.client.site_rules import MOST_STEPS
 from droppeft.data.missing_values import row_numbers
 from droppeft.quantities import counted
 from droppeft.report.opening import labelled
@@ -125,7 +126,7 @@ def _about_leaving(check: SiteCheck) -> Iterator[tuple[str, str]]:
 
 def _about_limits(node: NodeFile) -> Iterator[tuple[str, str]]:
     limits = node.limits
-    units = (("steps", limits.steps, "of a round"), ("seconds", limits.seconds, "of a round"))
-    for name, most, what in (*units, ("disk", limits.disk_mb, "MB")):
-        yield name, "no limit" if most is None else f"{most:,g} {what}"
+    yield "steps", f"at most {limits.steps or MOST_STEPS:,} of a local training"
+    for name, most, what in (("time", limits.seconds, "s"), ("disk", limits.disk_mb, "MB")):
+        yield name, "no limit" if most is None else f"at most {most:,g} {what}"
     yield "methods", "all" if limits.methods is None else ", ".join(limits.methods)
