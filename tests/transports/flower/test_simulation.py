@@ -13,6 +13,7 @@ import ray
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.runs.ledger import RoundRow
+from droppeft.runs.write_sites import write_sites
 from droppeft.server.run import start_run
 from droppeft.transports.flower.simulation import ATTEMPTS, _processes, _start_ray
 from refusals import refused
@@ -64,6 +65,18 @@ def test_a_simulation_is_the_run_in_process(
     start_run(load_config(None, words), out, listener)
     assert comparable(out) == comparable(sharing_run)
     assert listener.priorities == {psutil.Process().nice()}
+
+
+@pytest.mark.full
+def test_a_simulation_of_sites_is_the_run_in_process(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sites(load_config(None, [*tiny_overrides, *SHARING]), tmp_path / "sites")
+    for name, more in (("here", ()), ("simulated", ("transport=flower", SLOW))):
+        monkeypatch.setenv("DROPPEFT_STATE", str(tmp_path / f"state {name}"))
+        config = load_config(tmp_path / "sites" / "run.toml", more)
+        start_run(config, tmp_path / name, Recorder())
+    assert comparable(tmp_path / "simulated") == comparable(tmp_path / "here")
 
 
 @pytest.mark.parametrize("failures", [1, ATTEMPTS])
