@@ -98,7 +98,8 @@ def run(
             - a list of these, one for each client, or a mapping from clients' names to them.
 
             Rows in memory are also written to ``droppeft-data`` beside the run's folder, readable
-            by you alone, because a resumed run reads them again.
+            by you alone, because a resumed run reads them again. With the setting ``sites``, which
+            names node files of clients with rows of their own, it has only rows to test on.
         model: a name, an id of the Hub, a folder, or a loaded model of transformers, which is saved
             in ``droppeft-models`` beside the run's folder; by default the task's default model.
         tokenizer: of a loaded model.

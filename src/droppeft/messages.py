@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from droppeft.errors import DroppeftError
-from droppeft.refusals import STATE_LOST, Refused
+from droppeft.refusals import FOR_GOOD, STATE_LOST, Refused
 
 _RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
 
@@ -441,16 +441,19 @@ class Failure:
         reason: the reason, in one sentence.
         lost: whether the client no longer has its saved state. The next instruction must then
             bring all tensors.
+        for_good: whether the client would refuse the same measurement in every round.
     """
 
     client: int
     reason: str
     lost: bool = False
+    for_good: bool = False
 
     @classmethod
     def of(cls, client: int, refused: Refused) -> "Failure":
         """Return the failure of a client that refused its instruction."""
-        return cls(client, str(refused), lost=refused.code == STATE_LOST)
+        lost, for_good = refused.code == STATE_LOST, refused.code in FOR_GOOD
+        return cls(client, str(refused), lost=lost, for_good=for_good)
 
 
 Answer = Update | EvaluationReply

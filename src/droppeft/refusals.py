@@ -50,6 +50,14 @@ REASONS = {
 }
 """The sentence of each code, with places for its numbers."""
 
+FOR_GOOD = frozenset(
+    {
+        *("too_few_rows", "cannot_split", "other_model", "other_tokenizer", "other_task"),
+        *("model_needed", "method", "measurements", "few_measured"),
+    }
+)
+"""Codes of clients that refuse the same measurement in every round of a run."""
+
 MOST_NUMBER = 1e15
 """Largest absolute value of a number that is sent with a code."""
 

@@ -82,6 +82,8 @@ def test_sites_train_on_rows_of_their_own(
     assert {(one["client"], one["reason"]) for row in listener.rows for one in row.failures} == {
         (1, reason)
     }
+    # The other two clients choose the round that is delivered.
+    assert all(row.validation_loss is not None for row in listener.rows)
     # A text of a site is in no file of the run, of the states, or of the caches.
     for folder in (out, state):
         assert not [

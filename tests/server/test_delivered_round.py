@@ -14,6 +14,7 @@ import pytest
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.messages import EvaluationReply, Failure, Instruction, flatten
+from droppeft.refusals import Refused
 from droppeft.runs import export
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.delivered_round import delivered_round, validation_clients
@@ -143,6 +144,28 @@ def test_a_missing_client_leaves_a_round_without_a_loss(
     result, _ = run_with(tiny_overrides, tmp_path / "run", {1: 0.5, 2: None, 3: None})
     losses = [row["validation_loss"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
     assert losses == [pytest.approx(0.5), None, None]
+    assert result["delivered_round"] == 1
+
+
+def test_a_client_that_never_measures_does_not_count(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    class OneRefuses(Measures):
+        def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
+            for arrival in super().exchange(instructions):
+                one = instructions[arrival.index]
+                if one.validation_rows and one.client == self.asked[0].client:
+                    refused = Failure.of(one.client, Refused("too_few_rows", 3, 20))
+                    yield replace(arrival, reply=refused)
+                else:
+                    yield arrival
+
+    def connect(loaded: Loaded) -> Any:
+        return nullcontext(OneRefuses(loaded, {1: 0.5, 2: 0.9, 3: None}))
+
+    result = start_run(load_config(None, tiny_overrides), tmp_path / "run", Recorder(), connect)
+    losses = [row["validation_loss"] for row in rows_of(tmp_path / "run" / "rounds.jsonl")]
+    assert losses == [pytest.approx(0.5), pytest.approx(0.9), None]
     assert result["delivered_round"] == 1
 
 

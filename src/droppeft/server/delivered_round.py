@@ -14,7 +14,7 @@ import numpy as np
 from droppeft import seeds
 from droppeft.config import Config
 from droppeft.federated_method import evaluation_only, full_instruction
-from droppeft.messages import EvaluationReply, Instruction, ServerState, instruction_bytes
+from droppeft.messages import EvaluationReply, Failure, Instruction, ServerState, instruction_bytes
 from droppeft.methods import Setup
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.client_evaluation import exchange
@@ -30,7 +30,8 @@ class Validation:
 
     Attributes:
         loss: mean over these rows; ``None`` if nothing was measured, or if a client sent no valid
-            answer, since the losses of rounds are compared on the same rows only.
+            answer, since the losses of rounds are compared on the same rows only. A client that
+            never measures, such as a site with too few rows, does not count.
         download_bytes: bytes of the instructions.
         wall_s: seconds on this machine.
     """
@@ -56,9 +57,10 @@ def validate(setup: Setup, transport: Transport, state: ServerState, round: int)
     replies = exchange(setup, transport, instructions)
     measured = [reply for reply in replies if isinstance(reply, EvaluationReply)]
     total = sum(reply.rows for reply in measured)
-    complete = len(measured) == len(clients)
+    missing = [reply for reply in replies if isinstance(reply, Failure) and not reply.for_good]
+    known = bool(measured) and not missing
     return Validation(
-        sum(reply.metrics["loss"] * reply.rows for reply in measured) / total if complete else None,
+        sum(reply.metrics["loss"] * reply.rows for reply in measured) / total if known else None,
         sum(map(instruction_bytes, instructions)),
         time.perf_counter() - start,
     )

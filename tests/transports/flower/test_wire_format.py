@@ -143,9 +143,8 @@ def test_every_reply_comes_back(reply: Reply) -> None:
 
 def test_a_refusal_becomes_its_sentence() -> None:
     few = unpack_reply(pack_reply(Refused("too_few_rows", 3, 20)), ENOUGH)
-    assert few == Failure(
-        -1, "it has 3 rows of this task, and the fewest that it takes part with are 20"
-    )
+    too_few = "it has 3 rows of this task, and the fewest that it takes part with are 20"
+    assert few == Failure(-1, too_few, for_good=True)
     lost = unpack_reply(pack_reply(Refused("state_lost", 7)), ENOUGH)
     assert lost == Failure(
         -1, "the state that it saved in round 7 is missing or damaged", lost=True
