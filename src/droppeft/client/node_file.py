@@ -62,7 +62,6 @@ class NodeFile(Table):
     )
     threads: Whole | None = Field(None, ge=1, description="torch threads")
     accelerator: Literal["cpu", "cuda"] | None = Field(None, description="hardware for training")
-    key: str | None = Field(None, description="the private key with which the node is registered")
     source: SourceConfig = Field(default_factory=SourceConfig)
     labels: dict[str, str] = Field(
         default_factory=dict, description="the site's names of labels, and the task's names of them"
@@ -95,7 +94,7 @@ def read_node_file(path: Path) -> NodeFile:
     folder = path.absolute().parent
     paths = {
         name: os.path.normpath(path)
-        for name in ("data", "key", "model")
+        for name in ("data", "model")
         if (value := getattr(node, name)) is not None
         # The name of a model may also be that of a package or of the hub.
         and ((path := folder / Path(value).expanduser()).exists() or name != "model")

@@ -187,20 +187,14 @@ def over_grid(
     grid: Grid,
     loaded: Loaded,
     check: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = _log.warning,
+    say: Callable[[str], None] = _log.info,
 ) -> OverGrid:
     """Make the transport of a run over a grid: of a SuperLink, or of a simulation.
 
     Raises:
-        DroppeftError: the clients are no sites although the grid is a SuperLink's, there are public
-            keys although it is simulated, or they cannot be read.
+        DroppeftError: the clients' public keys cannot be read, or the grid is simulated.
     """
     config, simulated = loaded.config, isinstance(grid, InMemoryGrid)
-    if not simulated and config.partition.kind != "sites":
-        raise DroppeftError(
-            "on a SuperLink every client brings rows of its own: set partition.kind=sites and "
-            "clients=NUMBER"
-        )
     messenger = Messenger(grid, simulated)
     run_context = (
         RunContext(as_tree(config), identity=identity(loaded))

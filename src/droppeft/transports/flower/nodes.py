@@ -43,7 +43,7 @@ class Directory:
     messenger: Messenger
     clients: int
     keys: Mapping[bytes, int] | None = None
-    say: Callable[[str], None] = _log.warning
+    say: Callable[[str], None] = _log.info
     patience_s: float = 20.0
     _claims: dict[Node, int] = field(default_factory=dict)
     _refusals: dict[Node, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Directory:
                 return {
                     client: self._nodes[client].id for client in clients if client in self._nodes
                 }
-            if now - said > 2.0 and missing != named:
+            if wait_s and now - said > 2.0 and missing != named:
                 self.say(f"waiting at most {wait_s:.0f} s for nodes: {self.missing(missing)}")
                 named = missing
             time.sleep(0.1)
