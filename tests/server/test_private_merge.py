@@ -166,7 +166,7 @@ def test_epsilon_is_opacus_own_and_grows_with_rounds_and_falls_with_noise() -> N
     assert by_noise == sorted({*by_noise}, reverse=True)
 
 
-@pytest.mark.parametrize("budget", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("budget", [2.0, 100.0])
 def test_the_noise_is_the_least_that_keeps_to_the_budget(budget: float) -> None:
     words = ("clients=1000", "cohort_size=50", "rounds=30", "privacy.delta=1e-4")
     asked = load_config(None, ["method=fedlora", f"privacy.epsilon={budget}", *words])
@@ -174,7 +174,7 @@ def test_the_noise_is_the_least_that_keeps_to_the_budget(budget: float) -> None:
     assert epsilon_spent(found, 30) <= budget
     noise = found.privacy.noise_multiplier
     assert noise is not None
-    assert epsilon(noise - 1e-4, 0.05, 30, 1e-4) > budget
+    assert epsilon(noise - 1e-3, 0.05, 30, 1e-4) > budget
     assert with_noise_multiplier(found) == found
     with refused(r"rounds=60 with .* spend epsilon .*, which is more than privacy.epsilon="):
         with_noise_multiplier(found.model_copy(update={"rounds": 60}))
@@ -188,7 +188,11 @@ def test_the_noise_is_the_least_that_keeps_to_the_budget(budget: float) -> None:
     [
         ([*PRIVATE, "method=flora"], "method=flora uses more of what clients send .* fedlora, "),
         ([*PRIVATE, "method=ditto"], "method=ditto uses more of what clients send"),
-        ([*PRIVATE, "method=adaptive"], "configurator.policy=budgeted_thompson learns from"),
+        ([*PRIVATE, "method=adaptive"], "method=adaptive uses more of what clients send"),
+        (
+            [*PRIVATE, "method=droppeft", "configurator.policy=budgeted_thompson"],
+            "configurator.policy=budgeted_thompson learns from",
+        ),
         (
             [*PRIVATE, "method=droppeft", "sharing.fraction=0.5"],
             "sharing.fraction=0.5 lets clients send scores",
@@ -210,8 +214,8 @@ def test_what_noise_does_not_cover_is_refused(words: Sequence[str], why: str) ->
 def test_the_methods_that_can_be_private_are_those_whose_merge_is_a_mean() -> None:
     able = {name for name, method in METHODS.items() if method.sent is not None}
     others = {"fedia3", "fedbitfit", "fedprefix", "fedprompt", "fedptuning"}
-    assert able == {"fedlora", "ffa_lora", "fedra", "legend", "droppeft", "adaptive", *others}
-    for name in able - {"adaptive"}:
+    assert able == {"fedlora", "ffa_lora", "fedra", "legend", "droppeft", *others}
+    for name in able:
         check_settings(load_config(None, [*PRIVATE, f"method={name}"]))
 
 

@@ -38,4 +38,5 @@ ADAPTIVE = replace(
     tables=frozenset({"configurator", "frozen", "server"}),
     check=_check,
     has_global_model=lambda config: True,
+    sent=None,
 )

@@ -16,8 +16,11 @@ from droppeft.extras import require
 MOST_NOISE = 1e4
 """Largest noise multiplier that is tried."""
 
-STEP = 1e4
+STEPS = 1000
 """Noise multipliers are rounded up to one of so many values per unit."""
+
+FIRST = 250
+"""The noise multiplier that is tried first, in these steps."""
 
 
 def epsilon_spent(config: Config, releases: int) -> float:
@@ -76,10 +79,10 @@ def with_noise_multiplier(config: Config) -> Config:
     if privacy.noise_multiplier is not None:
         _check_budget(config, privacy.epsilon)
         return config
-    low, high = 0, 1
+    low, high = 0, FIRST
     while _spent_with(config, high) > privacy.epsilon:
         low, high = high, 2 * high
-        if high / STEP > MOST_NOISE:
+        if high / STEPS > MOST_NOISE:
             raise DroppeftError(
                 f"privacy.epsilon={privacy.epsilon:g} needs more noise than {MOST_NOISE:g} times "
                 "privacy.clip_norm; raise it"
@@ -107,5 +110,5 @@ def _spent_with(config: Config, number: int) -> float:
 
 
 def _with(config: Config, number: int) -> Config:
-    privacy = config.privacy.model_copy(update={"noise_multiplier": number / STEP})
+    privacy = config.privacy.model_copy(update={"noise_multiplier": number / STEPS})
     return config.model_copy(update={"privacy": privacy})

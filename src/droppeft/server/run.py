@@ -262,7 +262,9 @@ def _check_not_lost(rows: list[RoundRow], rounds: int, out: Path) -> None:
     """Raise if no update was merged in the last rounds, or in any round of a run that is over."""
     is_over = len(rows) == rounds
     recent = rows if is_over else rows[-MAX_LOST_ROUNDS:]
-    if any(row.accepted for row in recent) or len(recent) < min(MAX_LOST_ROUNDS, rounds):
+    # With differential privacy, a round may by chance have nobody.
+    fine = any(row.accepted or not (row.cohort or row.absent) for row in recent)
+    if fine or len(recent) < min(MAX_LOST_ROUNDS, rounds):
         return
     next_step = "start a new run" if is_over else f"resume {out}"
     raise DroppeftError(
