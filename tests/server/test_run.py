@@ -229,8 +229,12 @@ def test_a_round_with_an_incomplete_row_is_run_again(
     for name in ("rounds.jsonl", "clients.jsonl"):
         with (out / name).open("a") as file:
             file.write('{"round": 3, "coh')
+    left_behind = [out / ".rounds.jsonl.a1", out / "checkpoints" / ".round-00003.safetensors.a1"]
+    for path in left_behind:
+        path.touch()
     listener = Recorder()
     resume_run(out, listener)
+    assert not any(path.exists() for path in left_behind)
     assert outcome(out) == outcome(whole_run)
     assert [row.round for row in listener.earlier] == [1, 2]
     assert [row.round for row in listener.rows] == [3]
