@@ -123,15 +123,15 @@ def gaussian(shape: tuple[int, ...], deviation: float) -> Wide:
         shape: of the result.
         deviation: standard deviation.
     """
-    count = DRAWS * int(np.prod(shape))
-    first, second = _uniform(count), _uniform(count)
-    draws = np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)  # Box-Muller
-    scale = deviation / float(np.sqrt(DRAWS))
-    summed: Wide = draws.reshape(DRAWS, *shape).sum(axis=0) * scale
+    summed: Wide = np.zeros(shape)
+    for _ in range(DRAWS):
+        first, second = _uniform(shape), _uniform(shape)
+        summed += np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)  # Box-Muller
+    summed *= deviation / float(np.sqrt(DRAWS))
     return summed
 
 
-def _uniform(count: int) -> Wide:
+def _uniform(shape: tuple[int, ...]) -> Wide:
     """Return values in (0, 1)."""
-    bits = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(11)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    bits = np.frombuffer(os.urandom(8 * int(np.prod(shape))), np.uint64) >> np.uint64(11)
+    return ((bits.astype(np.float64) + 0.5) * 2.0**-53).reshape(shape)
