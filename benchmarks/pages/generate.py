@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.pages import (
+    attacks,
     comparisons,
     configurator,
     convergence,
@@ -31,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES: Tables = {
     function.__name__: function
     for function in (
+        attacks.attacks,
+        attacks.attacks_by_seed,
+        attacks.bounds_compared,
         comparisons.by_data,
         comparisons.by_seed,
         comparisons.comparison,

@@ -10,11 +10,12 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update, flatten
 from droppeft.methods import METHODS, Method, Setup, method_named
+from droppeft.methods.rules import check_settings
 from droppeft.runs.checkpoints import Checkpoint, load_newest, save
 from droppeft.server.prepare import prepare
-from droppeft.server.rounds import run_round
+from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.server.run import start_run
-from handmade import LAYERS, Scripted, assert_same, filled, setup_for, update_for
+from handmade import LAYERS, Scripted, assert_same, filled, setup_for, shaped, update_for
 from runs import Recorder
 
 # Settings with which each method is tested; a new method needs a row.
@@ -51,6 +52,12 @@ LEARNING = {
 WITH_BASE_DELTA = {"flora", "fedex_lora"}
 # Their memory changes without updates: an arm that was given to a client counts as tried.
 BANDITS = {"adaptive"}
+ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
+# Merge rules with which a method cannot work.
+REFUSED = {
+    *((method, rule) for method in ("local", "centralised", "fedadapter") for rule in ROBUST),
+    *((name, rule) for name in ("adaptive", "fedhetlora", "flexlora") for rule in ROBUST[:2]),
+}
 # With a backbone of random weights these adapters are too weak to learn the task.
 WEAK = {"fedprompt", "fedptuning", "fedprefix", "fedbitfit"}
 
@@ -138,6 +145,42 @@ def test_the_order_of_arrival_does_not_matter(method: Method) -> None:
 
     first, second = state_after(backwards=False), state_after(backwards=True)
     assert_same(first.model.tensors, second.model.tensors)
+
+
+@pytest.mark.parametrize("rule", ["mean", *ROBUST])
+def test_a_huge_update_is_bounded_under_every_rule_or_the_rule_is_refused(
+    method: Method, rule: str
+) -> None:
+    """In two rounds, four clients change their values by about 0.1, and one by a million."""
+    words = (f"method={method.name}", *ROWS[method.name], "cohort_size=5", f"server.merge={rule}")
+    setup = setup_for(*words)
+    if (method.name, rule) in REFUSED:
+        with pytest.raises(DroppeftError, match=r"server\.merge"):
+            check_settings(setup.config)
+        return
+    check_settings(setup.config)
+    if setup.config.adapter.rank or setup.config.adapter.width:
+        setup = shaped(*words)
+
+    def answer(instruction: Instruction) -> list[Update]:
+        attacks = instruction.client == max(draw_cohort(setup, instruction.round))
+        change = np.float32(1e6 if attacks else 0.1 + instruction.client / 1000)
+        update = update_for(instruction)
+        tensors = {
+            key: {name: instruction.tensors[key][name] + change for name in named}
+            for key, named in update.tensors.items()
+        }
+        return [replace(update, tensors=tensors)]
+
+    state = first = method.init(setup)
+    for round in (1, 2):
+        state, closed = run_round(setup, method, Scripted(answer), state, round, lambda reply: None)
+        assert closed.accepted
+    for key, name, value in flatten(state.model.tensors):
+        np.testing.assert_allclose(value, first.model.tensors[key][name], atol=5.0)
+    delta = state.model.base_delta
+    for value in delta.tensors.values() if delta else ():
+        np.testing.assert_allclose(value, 0.0, atol=20.0)
 
 
 def test_state_survives_a_checkpoint(method: Method, setup: Setup, tmp_path: Path) -> None:

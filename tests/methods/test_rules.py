@@ -75,6 +75,26 @@ IGNORED = [
         "server.step_size has no effect with server.optimizer=none; leave it out, or set another",
     ),
     (
+        "method=local server.merge=median",
+        "server.merge has no effect with method=local, which does not merge the updates of several",
+    ),
+    (
+        "method=centralised server.max_weight_multiple=0",
+        "server.max_weight_multiple has no effect with method=centralised",
+    ),
+    (
+        "privacy.epsilon=8 privacy.delta=1e-4 server.merge=median",
+        "server.merge has no effect with privacy.epsilon or privacy.noise_multiplier, which clip",
+    ),
+    (
+        "clients=2 server.clip_norm_multiple=5",
+        "server.clip_norm_multiple has no effect with cohort_size=2, because fewer than three",
+    ),
+    (
+        "server.merge=median server.malicious_fraction=0.3",
+        "server.malicious_fraction has no effect with server.merge=median; leave it out, or set",
+    ),
+    (
         "training.loss_on=all",
         "training.loss_on has no effect with task=classification; leave it out, or set task=",
     ),
@@ -99,6 +119,22 @@ IGNORED = [
     ("source.classes=a,b", "source.classes has no effect with task=classification and partition."),
 ]
 IMPOSSIBLE = [
+    (
+        "clients=2 server.merge=krum",
+        "server.merge=krum needs 3 updates in a round, but cohort_size=2; raise cohort_size, or",
+    ),
+    (
+        "method=adaptive server.merge=median",
+        "server.merge=median gives all clients the same values, from which configurator.reward=",
+    ),
+    (
+        "method=flexlora server.merge=trimmed_mean",
+        "server.merge=trimmed_mean is not possible with method=flexlora, whose clients have diff",
+    ),
+    (
+        "method=fedadapter server.merge=krum",
+        "server.merge=krum takes all clients for one group; leave server.merge out",
+    ),
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
     ("adapter.type=ia3 adapter.rank=4", "adapter.rank: type ia3 has no such setting; leave it out"),
     ("adapter.type=loha quantization=4bit", "adapter.type=loha does not work with 4-bit weights"),
@@ -246,6 +282,8 @@ def test_defaults_satisfy_the_rules_of_their_method(name: str) -> None:
         ["method=droppeft", HALF, "sharing.criterion=cka", "sharing.hysteresis=0"],
         ["server.optimizer=yogi", "server.step_size=0.5"],
         ["server.optimizer=momentum"],
+        ["method=flora", "server.merge=trimmed_mean", "server.malicious_fraction=0.3"],
+        ["method=fedhetlora", "server.merge=multi_krum", "server.clip_norm_multiple=1"],
         ["transport=flower", "flower.deadline_s=5"],
         ["sites=a.toml,b.toml", "source.classes=a,b"],
         ["partition.kind=sites", "clients=3", "task=causal_lm"],

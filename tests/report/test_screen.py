@@ -312,6 +312,15 @@ def test_clients_left_out_on_the_modelled_clock_are_named(
     assert "         on the modelled clock: absent 3; late 0, 7\n" in text
 
 
+def test_clients_whose_updates_were_bounded_are_named(
+    result: dict[str, Any], rows: list[RoundRow]
+) -> None:
+    text = shown(result, [replace(rows[0], clipped=[3], limited=[0, 7])])
+    assert "         changes clipped of client 3; weights limited of clients 0, 7\n" in text
+    text = shown(result, [replace(rows[0], set_aside=[0, 1])])
+    assert "         set aside by server.merge: clients 0, 1\n" in text
+
+
 def test_a_round_without_a_modelled_clock(result: dict[str, Any], rows: list[RoundRow]) -> None:
     unclocked = replace(rows[0], absent=None, round_modelled_s=None, energy_modelled_j=None)
     text = shown({**result, "round_modelled_s": None, "energy_modelled_j": None}, [unclocked])

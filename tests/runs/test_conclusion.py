@@ -47,6 +47,8 @@ def rows(*accuracies: float | None, failures: int = 0) -> list[Any]:
             failures=[],
             cohort=[1, 2],
             notes=None,
+            clipped=[],
+            limited=[],
             diverged=False,
         )
         for round, accuracy in enumerate(accuracies, start=1)
@@ -159,6 +161,8 @@ def of_losses(*values: float | None, **changes: Any) -> str:
             failures=[],
             cohort=[1],
             notes=None,
+            clipped=[],
+            limited=[],
             diverged=value is None,
         )
         for round, value in enumerate(values, start=1)
@@ -275,3 +279,13 @@ def test_failures_are_counted() -> None:
     expected = "2 of 6 updates could not be merged; the last one of client 7: fell asleep."
     assert expected in text(0.7, 0.7, 0.7, failures=2)
     assert "could not be merged" not in text(0.7)
+
+
+def test_bounded_updates_are_counted_and_who_was_bounded_most_often_is_named() -> None:
+    found = rows(0.7, 0.7, 0.7)
+    assert "were bounded" not in concluded(RESULT, found)
+    for row, clipped, limited in zip(found, ([1], [2], []), ([1], [], [2]), strict=True):
+        row.accepted, row.clipped, row.limited = 2, clipped, limited
+    expected = "3 of 6 updates changed or weighed more than the rest allows, and were bounded"
+    assert expected in concluded(RESULT, found)
+    assert "most often, in 2 rounds, those of client 2." in concluded(RESULT, found)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import HEAD, Failure, Instruction, ServerState
-from droppeft.methods import METHODS
+from droppeft.config import TrainingConfig
+from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update
+from droppeft.methods import METHODS, Setup
 from droppeft.runs.ledger import ClosedRound, RoundEvaluation, client_row, round_row
 from droppeft.server.rounds import draw_cohort, run_round
 from droppeft.transports.base import Arrival
@@ -79,6 +80,13 @@ def test_the_order_of_arrival_does_not_change_a_bit(order: list[int], seed: int)
 
 def head(state: ServerState) -> float:
     return float(state.model.tensors["head"]["head.W"][0])
+
+
+def in_epochs() -> Setup:
+    """A setup in which clients train an epoch."""
+    setup = setup_for("method=fedlora")
+    training = TrainingConfig(local_steps=None, local_epochs=1)
+    return replace(setup, config=setup.config.model_copy(update={"training": training}))
 
 
 def all_but(client: int, reply: Any) -> Scripted:
@@ -177,6 +185,79 @@ class TestRound:
         if not merged:
             reason = "set aside: 2 of the 3 updates that a round needs"
             assert closed.replies[2] == Failure(8, reason)
+
+    @pytest.mark.parametrize("factor", [-100.0, 1e30])
+    def test_an_update_of_any_size_moves_the_model_by_the_clients_share(
+        self, factor: float
+    ) -> None:
+        """The changes are 3, 4 and the attacker's, which is scaled to the median of 4."""
+        state, closed = run(all_but(8, lambda one: [update_for(one, 1 + 7 * factor)]))
+        attack = math.copysign(4, factor)
+        assert head(state) == pytest.approx(1 + (3 + 4 + attack) / 3)
+        row = row_of(closed)
+        assert (row.accepted, row.clipped, row.limited) == (3, [8], [])
+        assert closed.clipped[8] == pytest.approx(4 / abs(7 * factor))
+        assert closed.checked_replies[2] is not closed.replies[2]
+
+    def test_an_inflated_count_counts_twice(self) -> None:
+        setup = in_epochs()
+        many = 10**9
+        cost = {"rows": many, "tokens": many, "layer_tokens": (many,) * LAYERS}
+
+        def claims(instruction: Instruction) -> list[Any]:
+            update = update_for(instruction, 8.0, steps=many, examples=many)
+            layers = (many,) * LAYERS
+            return [replace(update, active_steps=layers, cost=replace(update.cost, **cost))]
+
+        state, closed = run_round(setup, METHOD, all_but(8, claims), METHOD.init(setup), 1, print)
+        assert head(state) == pytest.approx((4 + 5 + 2 * 8) / 4)
+        assert row_of(closed).limited == [8]
+
+    def test_updates_within_their_bounds_are_merged_as_they_are(self) -> None:
+        unbounded = setup_for(
+            "method=fedlora", "server.clip_norm_multiple=0", "server.max_weight_multiple=0"
+        )
+        seen: list[Any] = []
+        state, closed = run(Scripted(lambda one: [update_for(one, 2 + one.client / 10)]), seen)
+        assert all(reply is sent for reply, sent in zip(closed.replies, seen, strict=True))
+        transport = Scripted(lambda one: [update_for(one, 2 + one.client / 10)])
+        other, _ = run_round(unbounded, METHOD, transport, METHOD.init(unbounded), 1, print)
+        assert_same(state.model.tensors, other.model.tensors)
+
+    def test_a_merge_that_is_not_finite_is_refused(self) -> None:
+        def merge(setup: Any, state: Any, instructions: Any, replies: Any) -> ServerState:
+            merged = METHOD.merge(setup, state, instructions, replies)
+            tensors = {
+                key: {n: v * np.float32(3e38) for n, v in named.items()}
+                for key, named in merged.model.tensors.items()
+            }
+            if not any(isinstance(reply, Update) for reply in replies):
+                return merged
+            return replace(merged, model=replace(merged.model, tensors=tensors))
+
+        before = METHOD.init(SETUP)
+        transport = Scripted(lambda one: [update_for(one, 5.0)])
+        state, closed = run_round(SETUP, replace(METHOD, merge=merge), transport, before, 1, print)
+        assert_same(state.model.tensors, before.model.tensors)
+        row = row_of(closed)
+        reason = "set aside: the round was refused, because its merged values are not finite"
+        assert (row.accepted, row.failures[0]) == (0, {"client": 4, "reason": reason})
+
+    @pytest.mark.parametrize(("rule", "kept"), [("krum", [4]), ("multi_krum", [4, 5])])
+    def test_updates_that_krum_sets_aside_are_in_the_row(self, rule: str, kept: list[int]) -> None:
+        setup = setup_for("method=fedlora", f"server.merge={rule}", "server.clip_norm_multiple=0")
+        transport = Scripted(lambda one: [update_for(one, float(one.client))])
+        _, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        row = row_of(closed)
+        assert [update.client for update in closed.accepted] == kept
+        assert row.set_aside == [client for client in COHORT if client not in kept]
+        assert row.failures == []
+
+    def test_a_robust_rule_needs_three_updates(self) -> None:
+        setup = setup_for("method=fedlora", "server.merge=median")
+        transport = all_but(5, lambda instruction: [])
+        state, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        assert (head(state), closed.accepted) == (1.0, ())
 
     def test_no_client_replies(self) -> None:
         state, closed = run(Scripted(lambda instruction: []))

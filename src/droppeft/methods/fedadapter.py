@@ -86,6 +86,12 @@ def _check(config: Config) -> None:
             "method=fedadapter gives its groups equal time by their number of steps; set "
             "training.local_steps instead of training.local_epochs"
         )
+    if config.server.merge != "mean":
+        raise DroppeftError(
+            "method=fedadapter compares groups of clients with different adapters, and "
+            f"server.merge={config.server.merge} takes all clients for one group; leave "
+            "server.merge out"
+        )
     if 0 < config.cohort_size < 3:
         raise DroppeftError(
             "method=fedadapter splits the cohort into three groups, but "

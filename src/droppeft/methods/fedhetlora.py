@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.config import Config
+from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -42,6 +44,7 @@ from droppeft.messages import (
 )
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import A, B, pairs_of
+from droppeft.sharing.merge_rules import COORDINATE_RULES
 
 LEAST_PART = 1 / 4
 """The smallest rank, as a part of the full rank."""
@@ -129,6 +132,19 @@ def _speeds(setup: Setup) -> list[float]:
     ]
 
 
+def check_rule(config: Config) -> None:
+    """Refuse merge rules that compare value by value what has another rank in each client.
+
+    Raises:
+        DroppeftError: for ``server.merge=median`` and ``trimmed_mean``.
+    """
+    if config.server.merge in COORDINATE_RULES:
+        raise DroppeftError(
+            f"server.merge={config.server.merge} is not possible with method={config.method}, "
+            "whose clients have different ranks; set server.merge=krum or multi_krum"
+        )
+
+
 def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
     return replace(state, memory=first_ranks(setup, setup.config.adapter.rank or 0))
@@ -211,6 +227,7 @@ FEDHETLORA = Method(
     init=_init,
     instruct=per_client(_with_penalty),
     merge=_merge,
+    check=check_rule,
     lora_options=frozenset(),
     evaluate_client=evaluating(at_rank),
     memory_type=Ranks,

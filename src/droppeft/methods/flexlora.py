@@ -18,7 +18,7 @@ from droppeft.federated_method import (
     uniform_adapter,
 )
 from droppeft.messages import Instruction, Reply, ServerState, Update
-from droppeft.methods.fedhetlora import Ranks, at_rank, first_ranks, resized
+from droppeft.methods.fedhetlora import Ranks, at_rank, check_rule, first_ranks, resized
 from droppeft.sharing.aggregation import by_targets
 from droppeft.sharing.factors import average_products
 
@@ -49,6 +49,7 @@ FLEXLORA = Method(
     init=_init,
     instruct=per_client(at_rank),
     merge=_merge,
+    check=check_rule,
     lora_options=frozenset(),
     evaluate_client=evaluating(at_rank),
     memory_type=Ranks,

@@ -21,6 +21,8 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
 from droppeft.methods.privacy_rules import check_privacy
+from droppeft.sharing.bounding import FEWEST
+from droppeft.sharing.merge_rules import COORDINATE_RULES
 
 if TYPE_CHECKING:
     from droppeft.tasks.task import Task
@@ -61,6 +63,12 @@ class NoEffect:
         return reads and self.when(config)
 
 
+BOUNDS = ("server.clip_norm_multiple", "server.max_weight_multiple", "server.merge")
+"""Settings of the table ``server`` that concern every method that merges, with the next one."""
+
+OPTIMIZER = ("server.optimizer", "server.step_size")
+"""Settings of the table ``server`` that only methods have which list it in their ``tables``."""
+
 NO_EFFECT = (
     NoEffect(
         keys=("configurator.",),
@@ -91,8 +99,30 @@ NO_EFFECT = (
         reason="sharing.criterion=position, whose scores never change",
     ),
     NoEffect(
-        keys=("server.",),
-        except_keys=("server.optimizer",),
+        keys=BOUNDS,
+        when=lambda config: config.method in ("local", "centralised"),
+        reason="method={config.method}, which does not merge the updates of several clients",
+    ),
+    NoEffect(
+        keys=BOUNDS,
+        when=lambda config: config.privacy.is_on,
+        reason="privacy.epsilon or privacy.noise_multiplier, which clip each change to "
+        "privacy.clip_norm and give no update a weight",
+    ),
+    NoEffect(
+        keys=("server.clip_norm_multiple",),
+        when=lambda config: 0 < config.cohort_size < FEWEST,
+        reason="cohort_size={config.cohort_size}, because fewer than three updates are not clipped",
+        instead="leave it out, or raise cohort_size",
+    ),
+    NoEffect(
+        keys=("server.malicious_fraction",),
+        when=lambda config: config.server.merge in ("mean", "median"),
+        reason="server.merge={config.server.merge}",
+        instead="leave it out, or set server.merge=trimmed_mean, krum or multi_krum",
+    ),
+    NoEffect(
+        keys=("server.step_size",),
         only_if_table_read="server",
         when=lambda config: config.server.optimizer == "none",
         reason="server.optimizer={config.server.optimizer}",
@@ -178,6 +208,7 @@ def check_settings(config: Config) -> None:
     check_privacy(method, METHODS, config)
     _check_measured(method, config)
     _check_lora(method, config)
+    _check_merge(method, config)
     check_target(config.target, config.task)
     method.check(config)
 
@@ -219,6 +250,25 @@ def check_offload(config: Config) -> None:
         raise DroppeftError(
             "training.offload=true saves no memory when every step may run other layers; set "
             "dropout.every=round, or frozen.layers with frozen.cache=true"
+        )
+
+
+def _check_merge(method: Method, config: Config) -> None:
+    """Refuse a merge rule that needs more updates, or whose result the method would misread."""
+    rule = config.server.merge
+    if rule == "mean":
+        return
+    if 0 < config.cohort_size < FEWEST:
+        raise DroppeftError(
+            f"server.merge={rule} needs {FEWEST} updates in a round, but cohort_size="
+            f"{config.cohort_size}; raise cohort_size, or leave server.merge out"
+        )
+    learns = "configurator" in method.tables and config.configurator.policy != "fixed"
+    if rule in COORDINATE_RULES and learns and config.configurator.reward == "agreement":
+        raise DroppeftError(
+            f"server.merge={rule} gives all clients the same values, from which "
+            "configurator.reward=agreement learns nothing; set configurator.reward=loss, or "
+            "server.merge=multi_krum"
         )
 
 
@@ -326,7 +376,7 @@ def _unread(config: Config) -> list[NoEffect]:
     users = {table: name for name in reversed(METHODS) for table in METHODS[name].tables}
     return [
         NoEffect(
-            keys=(f"{table}.",),
+            keys=OPTIMIZER if table == "server" else (f"{table}.",),
             when=lambda config: True,
             reason="method={config.method}",
             instead=f"leave it out, or set method={users[table]}",

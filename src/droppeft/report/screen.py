@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -213,20 +213,32 @@ def _part(value: float, metric: Metric, about: Mapping[str, Any]) -> float:
 
 
 def _left_out(row: "RoundRow") -> Iterator[Text]:
-    """Lines about clients whose update was not merged in a round and why, and about divergence."""
+    """Lines about clients whose update was not merged, or not as it was, and about divergence."""
     indent = " " * 9
     for failure in row.failures:
         yield Text(f"{indent}client {failure['client']}: {failure['reason']}", style="red")
     if row.diverged:
         yield Text(
-            f"{indent}the loss of the global model is not finite: training has diverged; stop the "
-            "run and lower training.learning_rate",
+            f"{indent}the loss of the merged model is not finite, and it was not kept; if this "
+            "happens again, stop the run and lower training.learning_rate",
             style="red",
         )
+    bounds = {
+        "changes clipped of": row.clipped,
+        "weights limited of": row.limited,
+        "set aside by server.merge:": row.set_aside,
+    }
+    found = [f"{what} {_clients(who)}" for what, who in bounds.items() if who]
+    if found:
+        yield Text(f"{indent}{'; '.join(found)}", style="yellow" if row.clipped else "dim")
     groups = {"absent": row.absent, "late": row.late, "surplus": row.surplus}
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:
         yield Text(f"{indent}on the modelled clock: {'; '.join(named)}", style="dim")
+
+
+def _clients(numbers: Sequence[int]) -> str:
+    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _arms(row: "RoundRow", about: Mapping[str, Any]) -> Text:

@@ -118,6 +118,13 @@ def load_round(
     return _with_decoded_memory(path, checkpoint, memory_type)
 
 
+def remove_after(folder: Path, round: int) -> None:
+    """Delete the checkpoints of later rounds, to which a run shall not return."""
+    for path in _newest_first(folder):
+        if path > _path(folder, round):
+            path.unlink()
+
+
 def _path(folder: Path, round: int) -> Path:
     return folder / f"round-{round:05d}.safetensors"
 

@@ -1,6 +1,7 @@
 """What a finished run has shown, in sentences for screen, ``result.json`` and page. Ours."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -60,6 +61,7 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend |
         _clients_models(result),
         _privacy(result),
         _failures(rows),
+        _bounded(rows),
         _cost(result),
     )
     return [sentence for sentence in parts if sentence]
@@ -335,6 +337,20 @@ def _failures(rows: Sequence[RoundRow]) -> str | None:
     return (
         f"{len(failures)} of {asked} updates could not be merged; the last one of client "
         f"{last['client']}: {last['reason']}."
+    )
+
+
+def _bounded(rows: Sequence[RoundRow]) -> str | None:
+    """How many updates were bounded before they were merged, and whose most often."""
+    clients = Counter(client for row in rows for client in {*row.clipped, *row.limited})
+    if not clients:
+        return None
+    merged = sum(row.accepted for row in rows)
+    most, times = min(clients.items(), key=lambda pair: (-pair[1], pair[0]))
+    return (
+        f"{clients.total()} of {merged} updates changed or weighed more than the rest allows, and "
+        "were bounded (server.clip_norm_multiple, server.max_weight_multiple); most often, in "
+        f"{counted(times, 'round')}, those of client {most}."
     )
 
 

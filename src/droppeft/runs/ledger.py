@@ -8,7 +8,7 @@ on a real clock. ``modelled`` values are computed for the clients' device profil
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from droppeft.files import as_json, sync, write_atomically
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
 from droppeft.tasks.metrics import Metric
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 ROUNDING = 1e-9
 """Tolerance of comparing a mean of evaluations with a target."""
 
@@ -59,6 +59,9 @@ class RoundRow:
         absent: clients that were drawn but not available, by their device profile.
         late: clients that missed the deadline on the modelled clock.
         surplus: clients that were in time, but after ``cohort_size`` others.
+        set_aside: clients whose updates ``server.merge`` did not choose.
+        clipped: clients whose change was scaled down, by ``server.clip_norm_multiple``.
+        limited: clients whose weight was limited, by ``server.max_weight_multiple``.
         round_modelled_s: seconds on the modelled clock until the last accepted update arrived, or
             until the deadline if the round lasted until then; ``None`` without a modelled clock.
         energy_modelled_j: energy of all clients that trained; ``None`` without a modelled clock.
@@ -92,6 +95,9 @@ class RoundRow:
     absent: list[int]
     late: list[int]
     surplus: list[int]
+    set_aside: list[int]
+    clipped: list[int]
+    limited: list[int]
     round_modelled_s: float | None
     energy_modelled_j: float | None
     idle_modelled_share: float | None
@@ -158,6 +164,9 @@ class ClosedRound:
             the quorum are failures too.
         modelled: cost of the round on the modelled clock.
         server_wall_s: seconds of writing instructions, validation and merging on the server.
+        clipped: by client whose change was scaled down, the smallest factor of any layer.
+        limited: clients whose weight was limited.
+        set_aside: clients whose updates the merge rule did not choose.
     """
 
     round: int
@@ -166,6 +175,9 @@ class ClosedRound:
     replies: tuple[Reply, ...]
     modelled: RoundCost
     server_wall_s: float
+    clipped: Mapping[int, float] = field(default_factory=dict)
+    limited: tuple[int, ...] = ()
+    set_aside: tuple[int, ...] = ()
 
     @property
     def accepted(self) -> tuple[Update, ...]:
@@ -179,6 +191,7 @@ def client_row(
     reply: Reply,
     modelled: ClientCost | None,
     private: bool = False,
+    clip_factor: float | None = None,
 ) -> dict[str, Any]:
     """Describe one client's local training in a row of ``clients.jsonl``.
 
@@ -188,6 +201,7 @@ def client_row(
         reply: its reply as it was merged; a failure has the reason why it was not.
         modelled: its cost on the modelled clock, if it sent an update.
         private: whether values that follow from the client's rows are left out.
+        clip_factor: the smallest factor by which its change was scaled down, if it was.
     """
     row: dict[str, Any] = {
         "round": instruction.round,
@@ -198,6 +212,8 @@ def client_row(
     }
     if isinstance(reply, Failure):
         row["reason"] = reply.reason
+    if clip_factor is not None and not private:
+        row["clip_factor"] = clip_factor
     if private and isinstance(checked_reply, Update):
         return row | {"upload_bytes": payload_bytes(checked_reply.tensors)}
     if isinstance(checked_reply, Update):
@@ -277,6 +293,9 @@ def round_row(
         absent=list(modelled.absent),
         late=list(modelled.late),
         surplus=list(modelled.surplus),
+        set_aside=list(closed.set_aside),
+        clipped=list(closed.clipped),
+        limited=list(closed.limited),
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, closed.replies),
@@ -306,8 +325,8 @@ def private_row(row: RoundRow, epsilon: float) -> RoundRow:
 
 
 def _failures(closed: ClosedRound) -> list[dict[str, Any]]:
-    """Client and reason of each failure, without late and surplus clients."""
-    explained = (*closed.modelled.late, *closed.modelled.surplus)
+    """Client and reason of each failure, without late, surplus and set aside clients."""
+    explained = (*closed.modelled.late, *closed.modelled.surplus, *closed.set_aside)
     return [
         {"client": reply.client, "reason": reply.reason}
         for reply in closed.replies

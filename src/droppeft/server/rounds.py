@@ -1,4 +1,4 @@
-"""One federated round: draw a cohort, instruct it, collect replies, check them, merge them.
+"""One federated round: draw a cohort, instruct it, collect, check, bound and merge its replies.
 
 The loop does not know which method it runs. Merging starts after the last reply and takes the
 replies in the order of the instructions, so the result depends neither on the order of arrival nor
@@ -12,14 +12,17 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.config import Config
+from droppeft.config import Config, ServerConfig
 from droppeft.messages import EvaluationReply, Failure, Instruction, Reply, ServerState, Update
 from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.server.finite_models import is_finite
 from droppeft.server.private_merge import draw_privately, private_update
 from droppeft.server.round_cost import close_round, counting_wall_s
 from droppeft.server.validation import check_reply, why_refused
+from droppeft.sharing.bounding import bounded
+from droppeft.sharing.merge_rules import clients_set_aside, combined, fewest_updates
 from droppeft.tasks.registry import task_named
 from droppeft.transports.base import Arrival, Transport
 
@@ -35,6 +38,8 @@ def run_round(
     on_reply: OnReply,
 ) -> tuple[ServerState, ClosedRound]:
     """Run one round; if fewer updates than the quorum can be merged, none is.
+
+    Nor is one if the merged values are not finite: the state then stays as it was.
 
     Args:
         round: 1 for the first.
@@ -61,8 +66,12 @@ def run_round(
     replies, modelled = close_round(
         setup.clock, _accepting(setup.config, instructions), instructions, checked_replies
     )
-    replies = _apply_quorum(replies, setup.config.quorum)
-    state = _as_saved(_merge(setup, method, state, instructions, replies))
+    settings, model = _server_settings(setup.config), state.model
+    replies = _apply_quorum(replies, max(setup.config.quorum, fewest_updates(settings)))
+    set_aside = clients_set_aside(settings, model, instructions, replies)
+    replies, bounds = bounded(settings, model, instructions, replies)
+    replies = combined(settings, replies, set_aside)
+    state, replies = _merge(setup, method, state, instructions, replies)
     merge_wall_s = time.perf_counter() - start
 
     # Counting operations for the modelled clock is no work of a real server.
@@ -73,6 +82,9 @@ def run_round(
         checked_replies=tuple(checked_replies),
         replies=tuple(replies),
         modelled=replace(modelled, absent=absent),
+        clipped=bounds.clipped,
+        limited=bounds.limited,
+        set_aside=set_aside,
         server_wall_s=instruct_wall_s + merge_wall_s - counted_s,
     )
 
@@ -122,7 +134,54 @@ def _accepting(config: Config, instructions: Sequence[Instruction]) -> Config:
     return config.model_copy(update={"cohort_size": len(instructions)})
 
 
+def _server_settings(config: Config) -> ServerConfig:
+    """The settings of the server table that bound updates and combine them.
+
+    With differential privacy a change is clipped to a norm that does not depend on other clients,
+    and no update has a weight.
+    """
+    if not config.privacy.is_on:
+        return config.server
+    none = {"clip_norm_multiple": 0.0, "max_weight_multiple": 0.0, "merge": "mean"}
+    return config.server.model_copy(update=none)
+
+
+def _apply_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
+    """Replace all updates by failures if there are fewer of them than the quorum."""
+    updates = sum(isinstance(reply, Update) for reply in replies)
+    if updates >= quorum:
+        return replies
+    return _all_set_aside(replies, f"{updates} of the {quorum} updates that a round needs")
+
+
+def _all_set_aside(replies: Sequence[Reply], reason: str) -> list[Reply]:
+    """Replace all updates by failures with a reason."""
+    return [
+        Failure(reply.client, f"set aside: {reason}") if isinstance(reply, Update) else reply
+        for reply in replies
+    ]
+
+
 def _merge(
+    setup: Setup,
+    method: Method,
+    state: ServerState,
+    instructions: Sequence[Instruction],
+    replies: list[Reply],
+) -> tuple[ServerState, list[Reply]]:
+    """Merge the replies, or none of them if that gives values that are not finite.
+
+    Returns:
+        The state after the round, and the replies as they were merged.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        merged = _merged(setup, method, state, instructions, replies)
+    if not is_finite(merged):
+        return refuse_round(setup, method, state, instructions, replies, "its merged values")
+    return _as_saved(merged), replies
+
+
+def _merged(
     setup: Setup,
     method: Method,
     state: ServerState,
@@ -137,15 +196,24 @@ def _merge(
     return method.merge(setup, state, (), (update,))
 
 
-def _apply_quorum(replies: list[Reply], quorum: int) -> list[Reply]:
-    """Replace all updates by failures if there are fewer of them than the quorum."""
-    updates = sum(isinstance(reply, Update) for reply in replies)
-    if updates >= quorum:
-        return replies
-    reason = f"set aside: {updates} of the {quorum} updates that a round needs"
-    return [
-        Failure(reply.client, reason) if isinstance(reply, Update) else reply for reply in replies
-    ]
+def refuse_round(
+    setup: Setup,
+    method: Method,
+    state: ServerState,
+    instructions: Sequence[Instruction],
+    replies: Sequence[Reply],
+    what: str,
+) -> tuple[ServerState, list[Reply]]:
+    """Return the state after a round of which nothing is merged, and its replies as failures.
+
+    Args:
+        state: the state before the round.
+        instructions: of the round.
+        replies: in the same order.
+        what: is not finite.
+    """
+    refused = _all_set_aside(replies, f"the round was refused, because {what} are not finite")
+    return _as_saved(method.merge(setup, state, instructions, refused)), refused
 
 
 def _as_saved(state: ServerState) -> ServerState:

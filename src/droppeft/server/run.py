@@ -8,6 +8,7 @@ import math
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -49,6 +50,7 @@ from droppeft.runs.folder import (
 )
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
+    ClosedRound,
     RoundEvaluation,
     RoundRow,
     append_rows,
@@ -64,6 +66,7 @@ from droppeft.server.delivered_round import best_round, validate
 from droppeft.server.description import describe, initial_facts
 from droppeft.server.expected_time import estimate_wall_s
 from droppeft.server.final_evaluation import evaluate_final_models
+from droppeft.server.finite_models import evaluated_round, evaluated_state, last_finite
 from droppeft.server.global_evaluation import evaluate_global
 from droppeft.server.prepare import (
     Prepared,
@@ -71,7 +74,7 @@ from droppeft.server.prepare import (
 )
 from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
 from droppeft.server.privacy_releases import count_lost_releases, releases
-from droppeft.server.rounds import run_round
+from droppeft.server.rounds import refuse_round, run_round
 from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import quality as quality_of
 from droppeft.transports.base import Connect, Transport
@@ -148,6 +151,9 @@ def resume_run(
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the content of its ``result.json``.
 
+    If the model of that checkpoint, or its loss, is not finite, the run returns to the last round
+    that was evaluated and finite.
+
     If the run is finished and gets no further rounds, its result is reported and nothing is
     changed. A run that is extended ends as if it had had all its rounds from the beginning if
     nothing in it depends on their number: the schedules of learning rate and drop rates are
@@ -195,6 +201,8 @@ def resume_run(
             )
         if config.privacy.is_on:
             newest = count_lost_releases(out, newest)
+        rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
+        newest = last_finite(prepared, newest, rows, out, listener.preparing)
         rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
         if rounds is not None:
             newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
@@ -244,7 +252,7 @@ def _run_rounds(
             listener.started({**about, "expected_wall_s": expected_wall_s}, list(rows))
             for _ in range(last.round, prepared.config.rounds):
                 checkpoint, row, client_rows = _run_one_round(
-                    prepared, transport, last, saving_wall_s, listener
+                    prepared, transport, last, saving_wall_s, listener, rows, out
                 )
                 rows.append(row)
                 saving_wall_s = _save(out, checkpoint, rows, client_rows)
@@ -289,12 +297,19 @@ def _run_one_round(
     last: Checkpoint,
     saving_wall_s: float,
     listener: Listener,
+    rows: Sequence[RoundRow],
+    out: Path,
 ) -> tuple[Checkpoint, RoundRow, list[dict[str, Any]]]:
     """Run and evaluate one round; return its checkpoint, its row and its clients' rows.
+
+    If the loss of the merged model is not finite, the round is refused, and the state is that of
+    the last evaluated round.
 
     Args:
         last: the checkpoint of the round before.
         saving_wall_s: seconds that saving the round before took.
+        rows: of the rounds before.
+        out: folder of the run.
     """
     start = time.perf_counter()
     round = last.round + 1
@@ -302,6 +317,8 @@ def _run_one_round(
         prepared.setup, prepared.method, transport, last.state, round, listener.replied
     )
     evaluation = _evaluate_round(prepared, transport, state, round)
+    if evaluation.diverged:
+        state, closed = _refused(prepared, evaluated_state(prepared, last, rows, out), closed)
     row = round_row(
         closed,
         evaluation,
@@ -313,7 +330,7 @@ def _run_one_round(
     if privacy.is_on:
         row = private_row(row, epsilon_spent(prepared.config, releases(last.facts, round)))
     client_rows = [
-        client_row(*parts, private=privacy.is_on)
+        client_row(*parts, privacy.is_on, closed.clipped.get(parts[0].client))
         for parts in zip(
             closed.instructions,
             closed.checked_replies,
@@ -323,6 +340,26 @@ def _run_one_round(
         )
     ]
     return Checkpoint(round, state, last.facts), row.as_saved(), client_rows
+
+
+def _refused(
+    prepared: Prepared, state: ServerState, closed: ClosedRound
+) -> tuple[ServerState, ClosedRound]:
+    """Return the state after a round of which nothing is merged, and that round.
+
+    Args:
+        state: the state to which the run returns.
+        closed: the round.
+    """
+    state, replies = refuse_round(
+        prepared.setup,
+        prepared.method,
+        state,
+        closed.instructions,
+        closed.replies,
+        "the losses of its model",
+    )
+    return state, replace(closed, replies=tuple(replies))
 
 
 def _save(
@@ -340,7 +377,8 @@ def _save(
     append_rows(out / ROUNDS, [rows[-1].as_columns()])
     best = best_round(rows)
     # Round 0 has values that no seed gives if the run began with those of another adapter.
-    checkpoints.save(out / "checkpoints", checkpoint, {0, best.round if best else 0})
+    kept = {0, best.round if best else 0, evaluated_round(rows)}
+    checkpoints.save(out / "checkpoints", checkpoint, kept)
     return time.perf_counter() - start
 
 
