@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,23 +63,21 @@ def last_finite(
 ) -> Checkpoint:
     """Return the newest checkpoint, or that of the last evaluated round if it is not finite.
 
-    In the second case, later checkpoints are deleted.
-
     Args:
         prepared: the server.
         newest: the newest checkpoint.
-        rows: up to its round.
+        rows: up to its round; if some are missing, the newest checkpoint is returned.
         out: folder of the run.
         say: called with the round to which the run returns.
     """
     evaluated = evaluated_round(rows)
+    if len(rows) < newest.round:
+        return newest
     known = newest.round == evaluated or rows[-1].diverged
     if is_finite(newest.state) and (known or _has_finite_loss(prepared, newest)):
         return newest
     say(f"the model of round {newest.round} is not finite; returning to round {evaluated}")
-    found = _checkpoint(prepared, evaluated, out)
-    checkpoints.remove_after(out / "checkpoints", evaluated)
-    return found
+    return replace(_checkpoint(prepared, evaluated, out), facts=newest.facts)
 
 
 def _has_finite_loss(prepared: Prepared, checkpoint: Checkpoint) -> bool:

@@ -57,6 +57,7 @@ from droppeft.runs.ledger import (
     client_row,
     private_row,
     read_ledger,
+    read_rounds,
     round_row,
     summarise,
 )
@@ -199,10 +200,12 @@ def resume_run(
                 f"{out / 'checkpoints'}: the checkpoint of the last round is missing or damaged, "
                 f"so that the run cannot go on from there; begin a new run with: start_from={out}"
             )
+        known = read_rounds(out / ROUNDS)[: newest.round]
+        newest = last_finite(prepared, newest, known, out, listener.preparing)
         if config.privacy.is_on:
             newest = count_lost_releases(out, newest)
-        rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
-        newest = last_finite(prepared, newest, rows, out, listener.preparing)
+        if newest.round < len(known):
+            checkpoints.remove_after(out / "checkpoints", newest.round)
         rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
         if rounds is not None:
             newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
