@@ -237,47 +237,57 @@ def trained(instructions: Sequence[Instruction], clients: Sequence[Data]) -> lis
         list(batches_of(instruction, data, settings.batch_size))
         for instruction, data in zip(instructions, clients, strict=True)
     ]
+    losses = []
     left = 1 - (instructions[0].round - 1) / settings.rounds  # of the linear schedule
-    losses: list[list[float]] = [[] for _ in clients]
     for step in range(max(map(len, batches))):
-        busy = [client for client, own in enumerate(batches) if step < len(own)]
-        texts = torch.zeros(len(clients), settings.batch_size, WIDTH)
-        labels = torch.full((len(clients), settings.batch_size), IGNORED)
-        for client in busy:
-            rows = batches[client][step]
-            texts[client, : len(rows)] = torch.from_numpy(clients[client].texts[rows])
-            labels[client, : len(rows)] = torch.from_numpy(clients[client].labels[rows])
+        texts, labels = batch_of_all(clients, batches, step, settings.batch_size)
         for value in values.values():
             value.requires_grad_(True)
-        each = [
-            functional.cross_entropy(one[client], labels[client], ignore_index=IGNORED)
-            for one in [logits(values, texts)]
-            for client in busy
-        ]
-        gradients = torch.autograd.grad(torch.stack(each).sum(), list(values.values()))
-        for client, loss in zip(busy, each, strict=True):
-            losses[client].append(loss.item())
+        each = functional.cross_entropy(
+            logits(values, texts).flatten(0, 1),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        ).view_as(labels)
+        counts = (labels != IGNORED).sum(1)
+        loss = each.sum(1) / counts.clamp(min=1)
+        gradients = torch.autograd.grad(loss.sum(), list(values.values()))
+        losses.append(loss.detach())
+        busy = (counts > 0).float()
         with torch.no_grad():
             for (name, value), gradient in zip(list(values.items()), gradients, strict=True):
-                rate = settings.learning_rate
-                if name.startswith("head"):
-                    rate = settings.head_learning_rate
+                head = name.startswith("head")
+                rate = left * (settings.head_learning_rate if head else settings.learning_rate)
                 first, second = moments[name]
                 first.lerp_(gradient, 0.1)
                 second.lerp_(gradient.square(), 0.001)
                 change = first / (1 - 0.9 ** (step + 1))
                 change /= (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-                new = value.detach().clone()
-                new[busy] -= left * rate * (change + settings.weight_decay * value)[busy]
-                values[name] = new
+                change += settings.weight_decay * value
+                rates = (rate * busy).view(-1, *[1] * (value.dim() - 1))
+                values[name] = value.detach() - rates * change
     return [
         honest_update(
-            instruction, {name: value[index] for name, value in values.items()}, data, own
+            instruction,
+            {name: value[index] for name, value in values.items()},
+            data,
+            [float(loss[index]) for loss in losses[: len(batches[index])]],
         )
-        for index, (instruction, data, own) in enumerate(
-            zip(instructions, clients, losses, strict=True)
-        )
+        for index, (instruction, data) in enumerate(zip(instructions, clients, strict=True))
     ]
+
+
+def batch_of_all(
+    clients: Sequence[Data], batches: Sequence[Sequence[Labels]], step: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The texts and labels of a step for every client; labels are `IGNORED` where it has no row."""
+    texts = np.zeros((len(clients), size, WIDTH), np.float32)
+    labels = np.full((len(clients), size), IGNORED)
+    for index, (data, own) in enumerate(zip(clients, batches, strict=True)):
+        if step < len(own):
+            texts[index, : len(own[step])] = data.texts[own[step]]
+            labels[index, : len(own[step])] = data.labels[own[step]]
+    return torch.from_numpy(texts), torch.from_numpy(labels)
 
 
 def batches_of(instruction: Instruction, data: Data, size: int) -> Iterator[Labels]:

@@ -48,10 +48,7 @@ class Bounds:
     """
 
     clipped: Mapping[int, float]
-    limited: tuple[int, ...] = ()
-
-
-NOTHING = Bounds({})
+    limited: tuple[int, ...]
 
 
 def bounded(
