@@ -303,7 +303,7 @@ def test_a_variant_that_fails_does_not_stop_the_others(
 def test_any_error_becomes_the_variant_s_failure(
     tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **options: Any) -> Any:
         raise ValueError("a\nb")
 
     monkeypatch.setattr("droppeft.comparison.runner.start_run", broken)
@@ -314,7 +314,7 @@ def test_any_error_becomes_the_variant_s_failure(
 def test_an_interruption_stops_the_comparison(
     tiny: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*arguments: Any) -> Any:
+    def stopped(*arguments: Any, **options: Any) -> Any:
         raise Interrupted(tmp_path, 0)
 
     monkeypatch.setattr("droppeft.comparison.runner.start_run", stopped)
