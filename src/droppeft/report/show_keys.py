@@ -20,7 +20,7 @@ def about_federation(folder: Path, host: str, made: Made) -> str:
         _ends(made),
         "Each folder has private keys. Hand it over where nobody can read along.",
         "",
-        "On the server, two processes that a supervisor should restart when they end:",
+        "On the server, two processes that systemd or a container should restart when they end:",
         "",
         *_indented(superlink_command(server), superexec_command(server)),
         "",

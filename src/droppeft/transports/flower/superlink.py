@@ -14,13 +14,15 @@ from fastapi import FastAPI
 from flwr.superlink import main
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, flower_superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 
 OPEN = "/v1/fleet/"
 """Path of the API that other machines may use."""
 
 HERE = ("127.0.0.1", "::1")
 """Addresses from which all APIs may be used."""
+
+REFUSED = "This SuperLink serves flwr on its own machine alone, at the address 127.0.0.1."
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -39,7 +41,7 @@ class FleetOnly:
         if scope["type"] == "lifespan" or _may(scope["path"], (scope.get("client") or ("",))[0]):
             await self._app(scope, receive, send)
         else:
-            await PlainTextResponse("for this machine only", 403)(scope, receive, send)
+            await JSONResponse({"detail": REFUSED}, 403)(scope, receive, send)
 
 
 def run(arguments: Sequence[str]) -> None:
