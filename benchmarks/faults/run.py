@@ -3,17 +3,18 @@
     OMP_NUM_THREADS=1 nice -n 10 python -m benchmarks.faults.run
 
 Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. One run
-takes all kills, each in a round of its own, with a quiet round after it. A process comes to a phase
+takes all kills of a process, each in a round of its own, with a quiet round after it. A process comes to a phase
 of the round and is stopped there (`sitecustomize.py`). Then one process gets SIGKILL: the run's own
 (ServerApp), the SuperLink, the SuperNode of a client, or the process that holds its model.
 Processes of Flower that end are started again after a second, as a supervisor does, and a run whose
 process was killed is submitted again. Every round must be that of the run in one process, the
 adapter must have its bytes, and every client must be accepted, failed, late or absent.
 
-Writes `study.json` after each repeat; the same command goes on where it was stopped.
+Writes `study.json` after each run; the same command goes on where it was stopped.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -40,8 +41,7 @@ FOLDER = Path(__file__).resolve().parent
 EXAMPLES = FOLDER.parents[1] / "examples"
 TARGETS = ("run", "SuperLink", "SuperNode", "client process")
 PHASES = ("send", "train", "upload", "merge", "save")
-CELLS = [(target, phase) for target in TARGETS for phase in PHASES]
-ROUNDS, CLIENTS = 2 * len(CELLS) + 1, 3
+ROUNDS, CLIENTS = 2 * len(PHASES) + 1, 3
 LONGEST_S = 600.0
 SETTINGS = (
     "method=droppeft",
@@ -63,17 +63,19 @@ from flower_on_loopback import Federation, loopback  # noqa: E402
 def main(repeats: int) -> None:
     """Kill every target in every phase, as often as told."""
     known = read_values(NAME) if was_measured(NAME) else {**about(NAME), "kills": []}
-    done = {kill["repeat"] for kill in known["kills"]}
+    done = {(kill["repeat"], kill["target"]) for kill in known["kills"]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sites, settings = make_sites(folder)
         expected = folder / "expected"
         in_process(expected, sites, settings)
-        for repeat in set(range(repeats)) - done:
-            flower = folder / f"flower-{repeat}"
-            with trapped_federation(flower, sites) as federation:
-                run = Run(federation, [*settings, ON_FLOWER], folder / f"run-{repeat}")
-                kills = [{"repeat": repeat, **run.kill(*cell)} for cell in CELLS]
+        for repeat, target in itertools.product(range(repeats), TARGETS):
+            if (repeat, target) in done:
+                continue
+            name = f"{repeat}-{target.replace(' ', '-')}"
+            with trapped_federation(folder / f"flower-{name}", sites) as federation:
+                run = Run(federation, [*settings, ON_FLOWER], folder / f"run-{name}")
+                kills = [{"repeat": repeat, **run.kill(target, phase)} for phase in PHASES]
                 run.finish()
             known["kills"] += compared(run.out, expected, kills)
             write_values(NAME, known)

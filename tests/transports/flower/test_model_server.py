@@ -121,17 +121,31 @@ def test_after_one_has_died_another_is_started(
 
 
 @pytest.mark.full
-def test_a_crash_while_it_works_is_a_failure(
-    ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_instruction_is_run_again_if_its_process_is_killed_but_once(
+    ask: Ask, folder: Path, watched: subprocess.Popen[bytes], times: int
 ) -> None:
     ask()
-    [process] = model_servers(folder)
-    process.suspend()
-    killer = threading.Timer(1.0, process.kill)
+    killed: set[int] = set()
+
+    def kill() -> None:
+        while len(killed) < times:
+            for process in model_servers(folder):
+                if process.pid not in killed:
+                    process.suspend()
+                    time.sleep(1.0)
+                    process.kill()
+                    killed.add(process.pid)
+
+    killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(Refused, match="keeps its model ended") as error:
-        ask()
-    assert str(folder) in str(error.value.__cause__)
+    if times == 1:
+        assert isinstance(ask(), Update)
+    else:
+        with pytest.raises(Refused, match="keeps its model ended") as error:
+            ask()
+        assert str(folder) in str(error.value.__cause__)
+    killer.join()
 
 
 def test_a_model_server_that_cannot_start_is_a_failure(

@@ -34,6 +34,12 @@ IDLE_S = 600.0
 START_S = 60.0
 """Seconds within which a new model server must accept connections."""
 
+DYING_S = 1.0
+"""Seconds for which the socket of a killed process may still accept connections."""
+
+KILLED = (EOFError, ConnectionResetError, BrokenPipeError)
+"""Errors of a connection to a process that is killed."""
+
 LONGEST_FOLDER = 80
 """Largest length of the folder's path: the path of a Unix socket has at most 107 bytes."""
 
@@ -56,8 +62,9 @@ def ask(packed: Packed, node_id: int, node_file: str) -> Packed:
     key = f"{node_id} {node_file}"
     place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.sock"
     try:
-        with suppress(EOFError, ConnectionResetError):  # it was killed: start another one, once
+        with suppress(*KILLED):
             return _answer(place, packed, node_file)
+        time.sleep(DYING_S)
         return _answer(place, packed, node_file)
     except (EOFError, OSError) as error:
         detail = f"{type(error).__name__} {error}".strip()
