@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 nice -n 10 python -m benchmarks.faults.run
 
 Three sites with the built-in model, on a SuperLink and three SuperNodes with TLS and keys. One run
-takes all kills of a process, each in a round of its own, with a quiet round after it. A process comes to a phase
-of the round and is stopped there (`sitecustomize.py`). Then one process gets SIGKILL: the run's own
-(ServerApp), the SuperLink, the SuperNode of a client, or the process that holds its model.
-Processes of Flower that end are started again after a second, as a supervisor does, and a run whose
-process was killed is submitted again. Every round must be that of the run in one process, the
-adapter must have its bytes, and every client must be accepted, failed, late or absent.
+takes all kills of a process, each in a round of its own, with a quiet round after it. A process
+comes to a phase of the round and is stopped there (`sitecustomize.py`). Then one process gets
+SIGKILL: the run's own (ServerApp), the SuperLink, the SuperNode of a client, or the process that
+holds its model. Processes of Flower that end are started again after a second, as a supervisor
+does, and a run whose process was killed is submitted again. Every round must be that of the run in
+one process, the adapter must have its bytes, and every client must be accepted, failed, late or
+absent.
 
 Writes `study.json` after each run; the same command goes on where it was stopped.
 """
