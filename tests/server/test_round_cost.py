@@ -193,7 +193,7 @@ def head(state: ServerState) -> float:
 
 
 def test_a_round_draws_more_than_it_merges() -> None:
-    setup = setup_with("clock.over_selection=2.0")
+    setup = setup_with("clock.over_selection=2.0", "server.clip_norm_multiple=0")
     state, closed = run(setup)
     assert len(closed.instructions) == len(draw_cohort(setup, 1)) == 6
     fastest = sorted(
