@@ -434,6 +434,9 @@ def cells() -> Iterator[tuple[int, str, str, float, str]]:
         for rule in ("default", "multi-Krum"):
             for attack in first:
                 yield seed, kind, attack, 0.2, rule
+    for attack in first:
+        for rule in MAIN:
+            yield 0, "iid", attack, 0.2, rule
     for share in (0.2, 0.3, 0.1):
         for attack in (*first, *others):
             for rule in MAIN:
@@ -454,10 +457,9 @@ def main() -> None:
     known = read_table(NAME, "cells") if (FOLDER / NAME / "cells.csv.gz").exists() else []
     done = {tuple(row[name] for name in KEY) for row in known}
     left = [cell for cell in dict.fromkeys(cells()) if cell not in done]
-    if not left:
-        return
-    texts = projected(embedded(data, "train"), embedded(data, "test"))
+    texts = projected(embedded(data, "train"), embedded(data, "test")) if left else None
     for cell in left:
+        assert texts is not None
         row = run_cell(texts, *cell)
         append_rows(NAME, "cells", [row])
         print(*row.values(), sep=" | ", flush=True)
