@@ -71,6 +71,7 @@ class Settings(TypedDict, total=False):
     configurator: Table
     sharing: Table
     server: Table
+    privacy: Table
     clock: Table
     flower: Table
 
