@@ -275,6 +275,8 @@ PROBES = (
     Probe(TRAINING, "an infinite learning rate", training(learning_rate=float("inf"))),
     Probe(TRAINING, "a round below 1", asking(round=-1)),
     Probe(ROWS, "a measurement on one row", measuring(validation_rows=1)),
+    Probe(ROWS, "scores of a text generated for one row",
+          measuring(generation=TextGeneration(1, 128, 64))),
     Probe(ROWS, "a reward on one row", asking(reward_rows=1)),
     Probe(ROWS, "an update of one row",
           lambda ask: training(batch_size=1)(asking(budget=Budget(steps=1))(ask))),

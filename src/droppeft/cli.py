@@ -508,6 +508,8 @@ def keys(
     require("flower", "a federation of sites")
     from droppeft.transports.flower.keys import add_clients, make_federation, renew_server
 
+    if renew and clients:
+        raise DroppeftError("--renew and --clients are two steps; give one after the other")
     if renew:
         typer.echo(report.about_renewed(folder, renew_server(folder, host or ())))
     elif host:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import ServerConfig
-from droppeft.messages import HEAD, AdapterSpec, Budget, Failure, GlobalModel, LayerKey, Update
+from droppeft.messages import HEAD, AdapterSpec, Failure, GlobalModel, LayerKey, Update
 from droppeft.sharing.bounding import bounded, change_of
 from handmade import LAYERS, filled, instruction_for, update_for
 
@@ -134,14 +134,3 @@ def test_a_weight_is_at_most_twice_the_median(weights: list[int], multiple: floa
         assert isinstance(after, Update)
         assert after.targets == min(before.targets, most)
         assert (after is not before) == (after.client in bounds.limited) == (before.targets > most)
-
-
-def test_rows_that_a_site_did_not_declare_do_not_count() -> None:
-    """Client 1 declared 4 rows; it trained on 16 in two epochs, and claims three targets a row."""
-    updates = [replace(sending(client, {0: 1.0}), examples=16, targets=48) for client in range(3)]
-    in_epochs = [replace(instruction_for(c), budget=Budget(epochs=2)) for c in range(3)]
-    result, bounds = bounded(settings(), MODEL, in_epochs, updates, {0: 8, 1: 4})
-    assert [reply.targets for reply in result if isinstance(reply, Update)] == [48, 24, 48]
-    assert bounds.limited == (1,)
-    in_steps = [instruction_for(client) for client in range(3)]
-    assert bounded(settings(), MODEL, in_steps, updates, {0: 8, 1: 4})[0] == updates

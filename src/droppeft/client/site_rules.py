@@ -78,7 +78,7 @@ class SiteRules:
             Refused: the site does not run it; the cause says which value is impossible.
         """
         _check_possible(instruction, model.num_layers)
-        self._check_measured(instruction, len(rows.validation))
+        self._check_measured(instruction, rows)
         self._check_backbone(instruction)
         longest = int(lengths.max())
         training = instruction.training
@@ -126,9 +126,9 @@ class SiteRules:
         seconds = self.limits.seconds
         return None if seconds is None else Deadline(start, seconds)
 
-    def _check_measured(self, instruction: Instruction, validation: int) -> None:
+    def _check_measured(self, instruction: Instruction, rows: ClientRows) -> None:
         """Check what would be measured on the site's validation and test rows."""
-        rule = instruction.sharing
+        rule, generation = instruction.sharing, instruction.generation
         measures = (
             instruction.evaluate_only
             or instruction.reward_rows > 0
@@ -136,8 +136,12 @@ class SiteRules:
         )
         if measures and not self.send.measurements:
             raise Refused("measurements")
-        for asked in (instruction.validation_rows, instruction.reward_rows):
-            if 0 < asked < min(LEAST_ROWS, validation):
+        for asked, most in (
+            (instruction.validation_rows, len(rows.validation)),
+            (instruction.reward_rows, len(rows.validation)),
+            (generation.rows if generation else 0, len(rows.test)),
+        ):
+            if 0 < asked < min(LEAST_ROWS, most):
                 raise Refused("few_measured", asked, LEAST_ROWS)
 
     def _check_budget(self, instruction: Instruction, rows: int) -> None:

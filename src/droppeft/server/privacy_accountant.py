@@ -77,7 +77,7 @@ def with_noise_multiplier(config: Config) -> Config:
     if privacy.epsilon is None:
         return config
     if privacy.noise_multiplier is not None:
-        _check_budget(config, privacy.epsilon)
+        check_budget(config, config.rounds)
         return config
     low, high = 0, FIRST
     while _spent_with(config, high) > privacy.epsilon:
@@ -95,14 +95,27 @@ def with_noise_multiplier(config: Config) -> Config:
     return _with(config, high)
 
 
-def _check_budget(config: Config, budget: float) -> None:
-    spent = epsilon_spent(config, config.rounds)
-    if spent > budget:
-        raise DroppeftError(
-            f"rounds={config.rounds} with privacy.noise_multiplier="
-            f"{config.privacy.noise_multiplier:g} spend epsilon {spent:.3g}, which is more than "
-            f"privacy.epsilon={budget:g}; run fewer rounds, or begin a new run"
-        )
+def check_budget(config: Config, releases: int) -> None:
+    """Check that a run stays within its budget, if it has one.
+
+    Args:
+        config: with a noise multiplier.
+        releases: number of models that all its rounds release.
+
+    Raises:
+        DroppeftError: it would spend more than ``privacy.epsilon``, or the package opacus is
+            missing.
+    """
+    budget, spent = config.privacy.epsilon, epsilon_spent(config, releases)
+    if budget is None or spent <= budget:
+        return
+    lost = releases - config.rounds
+    repeated = f" and {lost} that had to be repeated" if lost else ""
+    raise DroppeftError(
+        f"rounds={config.rounds}{repeated} with privacy.noise_multiplier="
+        f"{config.privacy.noise_multiplier:g} spend epsilon {spent:.3g}, which is more than "
+        f"privacy.epsilon={budget:g}; run fewer rounds, or begin a new run"
+    )
 
 
 def _spent_with(config: Config, number: int) -> float:

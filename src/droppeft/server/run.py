@@ -73,7 +73,11 @@ from droppeft.server.prepare import (
     Prepared,
     prepare,
 )
-from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
+from droppeft.server.privacy_accountant import (
+    check_budget,
+    epsilon_spent,
+    with_noise_multiplier,
+)
 from droppeft.server.privacy_releases import count_lost_releases, releases
 from droppeft.server.rounds import refuse_round, run_round
 from droppeft.server.start_values import check_start, with_start_values
@@ -204,6 +208,8 @@ def resume_run(
         newest = last_finite(prepared, newest, known, out, listener.preparing)
         if config.privacy.is_on:
             newest = count_lost_releases(out, newest)
+            if rounds is not None:
+                check_budget(config, releases(newest.facts, rounds))
         if newest.round < len(known):
             checkpoints.remove_after(out / "checkpoints", newest.round)
         rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)

@@ -56,7 +56,6 @@ def bounded(
     model: GlobalModel,
     instructions: Sequence[Instruction],
     replies: Sequence[Reply],
-    declared_rows: Mapping[int, int] | None = None,
 ) -> tuple[list[Reply], Bounds]:
     """Return the replies of a round with bounded updates, and what was bounded.
 
@@ -68,16 +67,13 @@ def bounded(
       times the root of the layer's size. A change of more than ``clip_norm_multiple`` times the
       typical norm is scaled to the typical norm. With fewer than three updates nothing is clipped.
     - **Weights.** ``targets`` is at most ``max_weight_multiple`` times the lower median of the
-      round's targets, which with two updates is the smaller one. With ``declared_rows`` and an
-      instruction in epochs, rows beyond the declared ones times the epochs do not count either.
+      round's targets, which with two updates is the smaller one.
 
     Args:
         settings: the limits.
         model: the server's model, whose values count where an instruction brought none.
         instructions: of the round.
         replies: in the same order; failures are returned as they are.
-        declared_rows: number of training rows that a client's site declared, by client; a client
-            that is missing is bounded by its cohort alone.
     """
     received = [
         (instruction, reply)
@@ -85,8 +81,7 @@ def bounded(
         if isinstance(reply, Update)
     ]
     updates, clipped = _clipped(received, model, settings.clip_norm_multiple)
-    with_instructions = [(one, update) for (one, _), update in zip(received, updates, strict=True)]
-    weights = _weights(with_instructions, settings.max_weight_multiple, declared_rows or {})
+    weights = _weights(updates, settings.max_weight_multiple)
     limited = tuple(u.client for u, weight in zip(updates, weights, strict=True) if weight)
     changed = iter(
         replace(update, targets=weight) if weight else update
@@ -205,21 +200,10 @@ def _scaled(
     }
 
 
-def _weights(
-    received: Received, multiple: float, declared_rows: Mapping[int, int]
-) -> list[int | None]:
+def _weights(updates: Sequence[Update], multiple: float) -> list[int | None]:
     """The limited weight of each update, ``None`` for those that keep their own."""
-    own = [update.targets for _, update in received]
-    allowed = [_declared(*pair, declared_rows) for pair in received]
-    if multiple and len(allowed) > 1:
-        most = max(1, math.floor(multiple * median_low(allowed)))
-        allowed = [min(weight, most) for weight in allowed]
-    return [new if new < old else None for old, new in zip(own, allowed, strict=True)]
-
-
-def _declared(instruction: Instruction, update: Update, declared_rows: Mapping[int, int]) -> int:
-    """The update's targets, as far as its site's declared rows allow; at least 1."""
-    rows, epochs = declared_rows.get(update.client), instruction.budget.epochs
-    if rows is None or epochs is None or update.examples <= rows * epochs:
-        return update.targets
-    return max(1, update.targets * rows * epochs // update.examples)
+    own = [update.targets for update in updates]
+    if not multiple or len(own) < 2:
+        return [None] * len(own)
+    most = max(1, math.floor(multiple * median_low(own)))
+    return [most if weight > most else None for weight in own]

@@ -87,6 +87,8 @@ def test_nothing_is_overwritten_or_left_half_made(federation: Path, tmp_path: Pa
         make_federation(tmp_path / "other", ["https://server.example.org"], 2)
     with refused("holds no keys of a federation"):
         renew_server(tmp_path, ())
+    done = CliRunner().invoke(app, ["keys", str(federation), "--renew", "--clients", "3"])
+    assert "--renew and --clients are two steps" in str(done.exception)
     assert list(tmp_path.iterdir()) == [federation]
 
 

@@ -90,6 +90,15 @@ def test_a_stranger_with_the_public_certificate_is_kept_out(federation: tuple[Pa
         assert control._client.get(f"{control._base_url}{path}").status_code in (403, 404)
 
 
+def test_what_a_proxy_on_the_own_machine_hands_on_is_from_elsewhere(
+    federation: tuple[Path, int],
+) -> None:
+    control = connected(ControlHttpClient, federation, HERE)
+    for header in ({"X-Forwarded-For": HERE}, {"Forwarded": f"for={HERE}"}):
+        control._client.headers = header
+        assert status_of(control.ListNodes, ListNodesRequest()) == 403
+
+
 def test_the_own_machine_registers_a_node_which_connects_from_elsewhere(
     federation: tuple[Path, int],
 ) -> None:

@@ -1,11 +1,15 @@
 """Which apps a SuperNode of droppeft runs."""
 
+import hashlib
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.fab import Fab
+from flwr.supercore.run import Run
 
 from droppeft.transports.flower.supernode import CLIENT_APP, is_ours
 from flower_example import EXAMPLE, example
@@ -44,19 +48,63 @@ def app_with(folder: Path, client_app: str = CLIENT_APP, **files: str) -> Path:
     return folder
 
 
+def app_of(content: bytes) -> tuple[Fab, Run]:
+    """An app, and a run of it, as an honest server describes them."""
+    hash = hashlib.sha256(content).hexdigest()
+    run = replace(Run.create_empty(1), fab_id="droppeft/droppeft-app", fab_version="0.1.0")
+    return Fab(hash, content, {}), replace(run, fab_hash=hash)
+
+
+def accepted(content: bytes) -> bool:
+    return is_ours(*app_of(content))
+
+
 def test_only_an_app_without_code_that_names_our_client_app_is_run(tmp_path: Path) -> None:
     ours = build_fab_from_disk(APP)
-    assert is_ours(ours)
-    assert not is_ours(build_fab_from_disk(app_with(tmp_path / "code", droppeft="print('hi')")))
+    assert accepted(ours)
+    assert not accepted(build_fab_from_disk(app_with(tmp_path / "code", droppeft="print('hi')")))
     other = app_with(tmp_path / "other", "os:system", os="system = print")
-    assert not is_ours(build_fab_from_disk(other))
-    assert not is_ours(ours[:-30])
-    assert not is_ours(b"")
+    assert not accepted(build_fab_from_disk(other))
+    assert not accepted(ours[:-30])
+    assert not accepted(b"")
     for name in ("../hostile.py", "droppeft.py"):
         packed = io.BytesIO(ours)
         with zipfile.ZipFile(packed, "a") as file:
             file.writestr(name, "print('hi')")
-        assert not is_ours(packed.getvalue())
+        assert not accepted(packed.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("pyproject.toml", "clientapp = ", 'agentapp = "os:system"\nclientapp = '),
+        ("pyproject.toml", 'version = "0.1.0"', 'version = "0.1.0/../../other"'),
+        (".info/CONTENT", "pyproject.toml,", "/etc/passwd,"),
+    ],
+)
+def test_an_app_without_code_names_no_other_module_and_no_file(
+    file: str, old: str, new: str
+) -> None:
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(APP))) as app:
+        files = {name: app.read(name).decode() for name in app.namelist()}
+    assert old in files[file]
+    files[file] = files[file].replace(old, new)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as changed:
+        for name, text in files.items():
+            changed.writestr(name, text)
+    fab, run = app_of(packed.getvalue())
+    named = replace(run, fab_version=new.split('"')[1] if "version" in old else run.fab_version)
+    assert not is_ours(fab, named)
+
+
+def test_a_server_cannot_have_another_installed_app_loaded() -> None:
+    fab, run = app_of(build_fab_from_disk(APP))
+    assert not is_ours(fab, replace(run, fab_id="acme/other"))
+    assert not is_ours(fab, replace(run, fab_version="0.1.0/../../other"))
+    other = hashlib.sha256(b"of another app").hexdigest()
+    assert not is_ours(replace(fab, hash_str=other), replace(run, fab_hash=other))
+    assert not is_ours(fab, replace(run, fab_hash=other))
 
 
 @pytest.mark.full

@@ -16,11 +16,16 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, flower_superl
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from starlette.responses import JSONResponse
 
+from droppeft.transports.flower.known_flower import check_flower
+
 OPEN = "/v1/fleet/"
 """Path of the API that other machines may use."""
 
 HERE = ("127.0.0.1", "::1")
 """Addresses from which all APIs may be used."""
+
+FORWARDED = frozenset({b"forwarded", b"x-forwarded-for"})
+"""Headers of requests that a proxy hands on, whose senders are elsewhere; anyone can send them."""
 
 REFUSED = "This SuperLink serves flwr on its own machine alone, at the address 127.0.0.1."
 
@@ -38,7 +43,7 @@ class FleetOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve or refuse one connection, as ASGI defines it."""
-        if scope["type"] == "lifespan" or _may(scope["path"], (scope.get("client") or ("",))[0]):
+        if scope["type"] == "lifespan" or _may(scope):
             await self._app(scope, receive, send)
         else:
             await JSONResponse({"detail": REFUSED}, 403)(scope, receive, send)
@@ -49,7 +54,11 @@ def run(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: those of ``flower-superlink``.
+
+    Raises:
+        DroppeftError: another version of Flower is installed.
     """
+    check_flower()
     create = main.create_app
 
     def create_guarded(
@@ -65,5 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     flower_superlink()
 
 
-def _may(path: str, host: str) -> bool:
-    return host in HERE or path.startswith(OPEN)
+def _may(scope: Scope) -> bool:
+    host, _ = scope.get("client") or ("", 0)
+    forwarded = any(name.lower() in FORWARDED for name, _ in scope["headers"])
+    return scope["path"].startswith(OPEN) or (host in HERE and not forwarded)
