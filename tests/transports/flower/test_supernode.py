@@ -3,16 +3,20 @@
 import hashlib
 import io
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 
+from droppeft.transports.flower import known_flower, superlink, supernode
 from droppeft.transports.flower.supernode import CLIENT_APP, is_ours
 from flower_example import EXAMPLE, example
+from refusals import refused
 
 APP = EXAMPLE.parent / "flower_app"
 
@@ -105,6 +109,16 @@ def test_a_server_cannot_have_another_installed_app_loaded() -> None:
     other = hashlib.sha256(b"of another app").hexdigest()
     assert not is_ours(replace(fab, hash_str=other), replace(run, fab_hash=other))
     assert not is_ours(fab, replace(run, fab_hash=other))
+    assert not is_ours(fab, replace(run, primary_task_type=TaskType.AGENT_APP))
+
+
+@pytest.mark.parametrize("start", [superlink.run, supernode.run])
+def test_the_guards_start_only_with_the_flower_that_they_know(
+    start: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_flower, "version", lambda package: "1.42.0")
+    with refused("Flower 1.42.0 is installed"):
+        start([])
 
 
 @pytest.mark.full

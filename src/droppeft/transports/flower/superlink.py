@@ -6,11 +6,13 @@ process takes its work; in Flower 1.41 both serve whoever reaches the port. Here
 connections from the same machine.
 """
 
+import os
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from flwr.common.constant import FLWR_INTERNAL_GRPC_CONTROL_API
 from flwr.superlink import main
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, flower_superlink
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -70,6 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         return app
 
     main.create_app = create_guarded
+    os.environ.pop(FLWR_INTERNAL_GRPC_CONTROL_API, None)  # a second port, without this guard
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as internal
@@ -97,6 +98,8 @@ def is_ours(fab: Fab, run: Run) -> bool:
     if len(fab.content) > MOST_BYTES:
         return False
     if not hashlib.sha256(fab.content).hexdigest() == fab.hash_str == run.fab_hash:
+        return False
+    if run.primary_task_type == TaskType.AGENT_APP:  # in its runs no ClientApp is loaded
         return False
     try:
         with zipfile.ZipFile(io.BytesIO(fab.content)) as app:
