@@ -4,16 +4,19 @@ import csv
 import logging
 import random
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from droppeft.client.node_file import read_node_file
 from droppeft.client.run_inputs import clients_of
 from droppeft.client.site import RefusingSite, read_site, refusal_of
 from droppeft.config import load_config
 from droppeft.methods.rules import check_settings
+from droppeft.report.closing import closing
 from droppeft.server.run import resume_run, start_run
 from refusals import refused
 from runs import TOPICS, Recorder, outcome, prepared_run, stop_after_a_round
@@ -99,6 +102,22 @@ def test_sites_train_on_rows_of_their_own(
         file.write("new bread,food\n")
     with refused("cannot be resumed: the split differs"):
         resume_run(tmp_path / "changed", Recorder())
+
+
+def test_a_run_of_sites_that_send_no_measurements_ends(
+    three_sites: list[str], tmp_path: Path
+) -> None:
+    for path in (tmp_path / "sites").glob("*/node.toml"):
+        with path.open("a") as file:
+            file.write("\n[send]\nmeasurements = false\n")
+    words = [*three_sites, "rounds=1"]
+    result = start_run(load_config(None, words), tmp_path / "run", Recorder())
+    assert result["personalised_clients"] == 0
+    assert len(result["personalised_failures"]) == 3
+    console = Console(record=True, width=200, file=StringIO())
+    console.print(closing(result, None))
+    assert "no client was evaluated (client 0: it sends no measurements" in console.export_text()
+    assert result["global_accuracy"] is not None
 
 
 def test_the_server_takes_its_classes_from_a_setting(three_sites: list[str]) -> None:

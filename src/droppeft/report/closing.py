@@ -239,13 +239,14 @@ def _note(metric: Metric, result: Mapping[str, Any]) -> str:
 
 def _personalised_lines(result: Mapping[str, Any], metric: Metric) -> list[tuple[str, str, str]]:
     """Quality of clients' own models; no lines if the run did not evaluate them."""
+    failed = result["personalised_failures"]
     if result[metric.key("personalised")] is None:
-        return []
+        notes = [f"client {one['client']}: {one['reason']}" for one in failed[:1]]
+        return [("personalised", "none", f"no client was evaluated ({note})") for note in notes]
     clients, rows = result["personalised_clients"], result["personalised_rows"]
     whose = "its" if clients == 1 else "their"
     note = f"{_mean_of(clients)} on {whose} own {counted(rows, 'test text')}"
     of_them = f"of them: {counted(max(1, -(-clients // 10)), 'client')}"
-    failed = result["personalised_failures"]
     if failed:
         note += f"; {len(failed)} could not be evaluated ({failed[0]['reason']})"
     if lost := result["personalised_lost"]:
