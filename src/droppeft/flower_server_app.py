@@ -51,6 +51,11 @@ def main(grid: Grid, context: Context) -> None:
         saved = load_config(out / CONFIG) if (out / CONFIG).is_file() else None
         if not isinstance(grid, InMemoryGrid):
             _check_sites(saved or requested)
+            if (saved or requested).flower.client_keys is None:
+                _say(
+                    "flower.client_keys is not set, so that nodes are taken at their word for "
+                    "which client they are"
+                )
         if saved is not None:
             if given["config"] or given["settings"]:
                 _check_same(requested, saved, out)

@@ -96,6 +96,17 @@ def test_a_superlink_takes_sites_of_other_machines_only(
         run(tmp_path / "run")
 
 
+def test_a_superlink_without_keys_of_clients_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flower_server_app, "InMemoryGrid", type(...))
+    settings = f"partition.kind=sites clients=3 data={tmp_path}/none.csv"
+    for keys, said in (("", True), (f" flower.client_keys={tmp_path}", False)):
+        with refused("none.csv"):
+            run(tmp_path / "run", settings + keys)
+        assert ("nodes are taken at their word" in capsys.readouterr().out) is said
+
+
 def test_a_run_whose_clients_were_counted_is_resumed(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:

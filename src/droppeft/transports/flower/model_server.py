@@ -182,7 +182,7 @@ def _folder() -> Path:
     if len(str(folder)) > LONGEST_FOLDER:
         folder = Path("/tmp") / folder.name
     folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.stat()
+    status = folder.lstat()  # another user could have made a link
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise DroppeftError(f"{folder} can be entered by other users; remove it")
     return folder
