@@ -329,6 +329,8 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}: cannot be read" in refusal(path=tmp_path)
     broken = file(tmp_path, "rounds = \n")
     assert f"{broken}: not valid TOML" in refusal(path=broken)
+    broken.write_text('Orthopädie = "orthopaedics"\n', encoding="utf-8")
+    assert "letters such as ä needs quotes" in refusal(path=broken)
     broken.write_bytes(b"model = '\xff'")
     assert f"{broken}: cannot be read" in refusal(path=broken)
 

@@ -205,6 +205,10 @@ def test_a_site_that_cannot_take_part_says_so(tmp_path: Path) -> None:
         read_site(read_node_file(write_site(tmp_path, 0)), *TASK)
     with refused("labels: a stands for b, which is no class of the task"):
         read_site(read_node_file(write_site(tmp_path, 0, '[labels]\na = "b"\n')), *TASK)
+    write_rows(path, 12, CLASSES, "Befund", "Abteilung")
+    path.write_text("".join(f"{row},{line}" for row, line in enumerate(path.open())))
+    with refused(r'write text = "Befund" and label = "Abteilung" in \[source\] of the node'):
+        read_site(read_node_file(write_site(tmp_path, 0)), *TASK)
 
 
 def test_sites_are_checked_before_a_run(three_sites: list[str], tmp_path: Path) -> None:

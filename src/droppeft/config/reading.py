@@ -24,6 +24,12 @@ from droppeft.errors import DroppeftError
 PACKAGED = ("builtin", "mpnet", "smollm2")
 """Models and data that packages carry; a folder of the same name is given as ``./NAME``."""
 
+TOML_HINTS = {
+    "Invalid value": "; a text needs quotes",
+    "Expected '=' after a key": "; a name with spaces or with letters such as ä needs quotes",
+}
+"""What is usually wrong, by the beginning of the parser's message."""
+
 
 def load_config(
     path: Path | None, overrides: Sequence[str] = (), method: str = DEFAULT_METHOD
@@ -74,7 +80,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DroppeftError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
-        raise DroppeftError(f"{path}: not valid TOML: {error}") from None
+        hint = next((TOML_HINTS[one] for one in TOML_HINTS if str(error).startswith(one)), "")
+        raise DroppeftError(f"{path}: not valid TOML: {error}{hint}") from None
 
 
 def key_of(override: str) -> str:

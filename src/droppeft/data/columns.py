@@ -1,7 +1,8 @@
 """Find the columns of texts and labels in a table, by their names or by what they hold. Ours."""
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,12 +93,17 @@ class _Content(NamedTuple):
         return self.distinct > len(self.values) / 2 and several > len(self.values) / 2
 
 
-def find_columns(split: Split, source: SourceConfig) -> TextColumns:
+def find_columns(split: Split, source: SourceConfig, in_node_file: bool = False) -> TextColumns:
     """Return the columns that are named by the settings, or else found.
 
     They are found by the names in ``TEXT_COLUMNS`` and ``LABEL_COLUMNS``, in any case. If that
     fails, and besides ``INDEX_COLUMNS`` there are only two, what they hold decides: the values of
     one must be classes, and those of the other texts.
+
+    Args:
+        split: the rows.
+        source: the settings.
+        in_node_file: whether the settings are those of a node file, which an error then names.
 
     Raises:
         DroppeftError: a column is not found; the message names the one that is most likely meant.
@@ -109,7 +115,7 @@ def find_columns(split: Split, source: SourceConfig) -> TextColumns:
     [label] = (source.label,) if source.label is not None else _label(names) or (None,)
     if text is not None and label is not None:
         return TextColumns(tuple(text), label, by_content=False)
-    return _by_content(split, text, label)
+    return _by_content(split, text, label, in_node_file)
 
 
 def _label(names: Sequence[str]) -> tuple[str, ...] | None:
@@ -123,7 +129,9 @@ def named_columns(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...
     return None if None in found else tuple(filter(None, found))
 
 
-def _by_content(split: Split, text: Sequence[str] | None, label: str | None) -> TextColumns:
+def _by_content(
+    split: Split, text: Sequence[str] | None, label: str | None, in_node_file: bool
+) -> TextColumns:
     names = split.table.column_names
     given = {*(text or ()), *filter(None, [label])}
     contents = [
@@ -141,7 +149,7 @@ def _by_content(split: Split, text: Sequence[str] | None, label: str | None) -> 
             label if label is not None else classes[0].name,
             by_content=True,
         )
-    raise _not_found(split, contents, text, label)
+    raise _not_found(split, contents, text, label, in_node_file)
 
 
 def _content(table: pa.Table, name: str) -> _Content:
@@ -163,34 +171,53 @@ def _check_header(split: Split, columns: Sequence[_Content]) -> None:
 
 
 def _not_found(
-    split: Split, contents: Sequence[_Content], text: Sequence[str] | None, label: str | None
+    split: Split,
+    contents: Sequence[_Content],
+    text: Sequence[str] | None,
+    label: str | None,
+    in_node_file: bool,
 ) -> DroppeftError:
-    """The error, with the settings that are likely meant: longest texts, fewest labels.
+    """The error, with the columns that are likely meant: longest texts, fewest labels.
 
     Raises:
         DroppeftError: the first line has no names of columns.
     """
     _check_header(split, contents)
     filled = [one for one in contents if one.values]
-    likely = []
+    likely: dict[str, str] = {}
     if text is None and filled:
         longest = max(filled, key=lambda one: one.mean_length)
         filled.remove(longest)
-        likely.append(f"source.text={shlex.quote(longest.name)}")
+        likely["text"] = longest.name
     several = [one for one in filled if one.could_be_labels]
     if label is None and several:
-        fewest = min(several, key=lambda one: one.distinct)
-        likely.append(f"source.label={shlex.quote(fewest.name)}")
-    what = " and no ".join(
-        name for name, found in (("text", text), ("label", label)) if found is None
-    )
-    missing, setting = what.count("no ") + 1, what.replace(" and no ", " and source.")
-    advice = (
-        f"add {' '.join(likely)} if that is meant"
-        if len(likely) == missing
-        else f"name {'them' if missing == 2 else 'it'} with source.{setting}"
-    )
+        likely["label"] = min(several, key=lambda one: one.distinct).name
+    missing = [name for name, found in (("text", text), ("label", label)) if found is None]
+    advice = (_in_node_file if in_node_file else _in_settings)(missing, likely)
     return DroppeftError(
-        f"{split.where}: no {what} column found among {', '.join(split.table.column_names)}; "
-        f"{advice}, or task=causal_lm to learn to write texts"
+        f"{split.where}: no {' and no '.join(missing)} column found among "
+        f"{', '.join(split.table.column_names)}; {advice}"
     )
+
+
+def _in_settings(missing: Sequence[str], likely: Mapping[str, str]) -> str:
+    advice = (
+        f"add {' '.join(f'source.{key}={shlex.quote(likely[key])}' for key in missing)} "
+        "if that is meant"
+        if len(likely) == len(missing)
+        else f"name {_them(missing)} with {' and '.join(f'source.{key}' for key in missing)}"
+    )
+    return f"{advice}, or task=causal_lm to learn to write texts"
+
+
+def _in_node_file(missing: Sequence[str], likely: Mapping[str, str]) -> str:
+    if len(likely) < len(missing):
+        return f"name {_them(missing)} with {' and '.join(missing)} in [source] of the node file"
+    lines = " and ".join(
+        f"{key} = {json.dumps(likely[key], ensure_ascii=False)}" for key in missing
+    )
+    return f"write {lines} in [source] of the node file if that is meant"
+
+
+def _them(missing: Sequence[str]) -> str:
+    return "it" if len(missing) == 1 else "them"

@@ -113,7 +113,7 @@ def read_site_texts(site: SiteSource, classes: Sequence[str] | None) -> SiteRows
     if classes is not None:
         _check_names(site.labels, classes)
     splits = read_parts(site.data, site.source)
-    columns = find_columns(splits["train"], site.source)
+    columns = find_columns(splits["train"], site.source, in_node_file=True)
     cells = [
         _renamed(read_cells(split, columns, site.source), site.labels) for split in splits.values()
     ]

@@ -32,6 +32,10 @@ def about_federation(folder: Path, host: str, made: Made) -> str:
         "",
         *_indented(*(register_command(server, client) for client in made.clients)),
         "",
+        "Write what the sites check their rows against, from your test rows, and send it to them:",
+        "",
+        *_indented(task_command(len(made.clients))),
+        "",
         "On each site, in its folder: write node.toml, check it, and start the node:",
         "",
         *_indented("droppeft node check node.toml --task task.json", node_command(host, "N")),
@@ -108,9 +112,20 @@ def node_command(
     )
 
 
+def task_command(clients: int) -> str:
+    """The command that writes what the sites check their rows against."""
+    return (
+        f"droppeft node task data=/data/test.csv partition.kind=sites clients={clients} "
+        "--out task.json"
+    )
+
+
 def run_command(server: Path, clients: int) -> str:
     """The command that starts a run."""
-    settings = f"partition.kind=sites clients={clients} flower.client_keys={server / 'clients'}"
+    settings = (
+        f"partition.kind=sites clients={clients} data=/data/test.csv "
+        f"flower.client_keys={server / 'clients'}"
+    )
     return _command(
         "flwr run examples/flower_app federation --stream --run-config",
         f"""'settings="{settings}" out="/data/run"'""",

@@ -121,6 +121,15 @@ def test_the_guards_start_only_with_the_flower_that_they_know(
         start([])
 
 
+def test_a_private_key_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    absent = tmp_path / "client-7.key"
+    for given in ([str(absent)], [f"{absent}", "--port", "9095"]):
+        with refused("client-7.key: no such file"):
+            supernode.run(["--auth-supernode-private-key", *given])
+    with refused("client-7.key: no such file"):
+        supernode.run([f"--auth-supernode-private-key={absent}"])
+
+
 @pytest.mark.full
 def test_a_node_does_not_run_the_code_of_another_app(tmp_path: Path) -> None:
     trace, answer = tmp_path / "trace", tmp_path / "answer"

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.supercore.constant import TaskType
@@ -24,6 +25,7 @@ from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as internal
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from droppeft.errors import DroppeftError
 from droppeft.transports.flower.known_flower import check_flower
 
 FILES = [".info/CONTENT", "pyproject.toml"]
@@ -48,9 +50,13 @@ def run(arguments: Sequence[str]) -> None:
         arguments: those of ``flower-supernode``.
 
     Raises:
-        DroppeftError: another version of Flower is installed.
+        DroppeftError: another version of Flower is installed, the private key does not exist, or
+            the SuperNode's own port is taken.
     """
     check_flower()
+    key = _value_of("--auth-supernode-private-key", arguments)
+    if key is not None and not Path(key).expanduser().is_file():
+        raise DroppeftError(f"--auth-supernode-private-key {key}: no such file")
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     start = internal.start_client_internal
 
@@ -82,7 +88,25 @@ def run(arguments: Sequence[str]) -> None:
     setattr(internal, "_verify_fab", lambda fab, trusted: bool(fab.verifications))  # noqa: B010
     setattr(command, "start_client_internal", start_verifying)  # noqa: B010
     sys.argv = ["flower-supernode", *arguments]
-    command.flower_supernode()
+    try:
+        command.flower_supernode()
+    except RuntimeError as error:
+        if "HTTP API failed to start" not in str(error):
+            raise
+        raise DroppeftError(
+            "the SuperNode cannot use its own port on this machine (the error above says why); if "
+            "another SuperNode uses it, choose another one, such as --port 9095"
+        ) from None
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option, which is given as ``--option value`` or ``--option=value``."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def is_ours(fab: Fab, run: Run) -> bool:
