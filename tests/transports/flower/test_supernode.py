@@ -130,6 +130,15 @@ def test_a_private_key_that_does_not_exist_is_named(tmp_path: Path) -> None:
         supernode.run([f"--auth-supernode-private-key={absent}"])
 
 
+def test_a_node_file_is_read_before_the_node_connects(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    with refused("node.toml: no such configuration file"):
+        supernode.run(["--node-config", f'node-file="{path}"'])
+    path.write_text('client = 0\ndata = "rows.csv"\nlabel = "topic"\n')
+    with refused("label"):
+        supernode.run(["--node-config", f'node-file="{path}"'])
+
+
 @pytest.mark.full
 def test_a_node_does_not_run_the_code_of_another_app(tmp_path: Path) -> None:
     trace, answer = tmp_path / "trace", tmp_path / "answer"

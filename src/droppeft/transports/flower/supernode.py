@@ -19,13 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flwr.common.config import parse_config_args
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as internal
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from droppeft.client.node_file import read_node_file
 from droppeft.errors import DroppeftError
+from droppeft.transports.flower.client_app import NODE_FILE
 from droppeft.transports.flower.known_flower import check_flower
 
 FILES = [".info/CONTENT", "pyproject.toml"]
@@ -50,13 +53,17 @@ def run(arguments: Sequence[str]) -> None:
         arguments: those of ``flower-supernode``.
 
     Raises:
-        DroppeftError: another version of Flower is installed, the private key does not exist, or
-            the SuperNode's own port is taken.
+        DroppeftError: another version of Flower is installed, the private key does not exist, the
+            node file cannot be used, or the SuperNode's own port is taken.
     """
     check_flower()
     key = _value_of("--auth-supernode-private-key", arguments)
     if key is not None and not Path(key).expanduser().is_file():
         raise DroppeftError(f"--auth-supernode-private-key {key}: no such file")
+    node_config = _value_of("--node-config", arguments)
+    node_file = parse_config_args([node_config]).get(NODE_FILE) if node_config else None
+    if node_file is not None:
+        read_node_file(Path(str(node_file)).expanduser())
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     start = internal.start_client_internal
 
