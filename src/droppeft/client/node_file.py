@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from droppeft.config.reading import first_error, read_toml
+from droppeft.config.reading import first_error, known_keys, read_toml
 from droppeft.config.schema import SourceConfig
 from droppeft.config.table import Real, Table, TextList, Whole
 from droppeft.errors import DroppeftError
@@ -90,7 +91,9 @@ def read_node_file(path: Path) -> NodeFile:
     try:
         node = NodeFile.model_validate(tree)
     except ValidationError as error:
-        raise DroppeftError(first_error(error, f" in {path}")) from None
+        raise DroppeftError(
+            _unknown_key(error, path) or first_error(error, f" in {path}")
+        ) from None
     folder = path.absolute().parent
     paths = {
         name: os.path.normpath(path)
@@ -100,3 +103,18 @@ def read_node_file(path: Path) -> NodeFile:
         and ((path := folder / Path(value).expanduser()).exists() or name != "model")
     }
     return node.model_copy(update=paths)
+
+
+def _unknown_key(error: ValidationError, path: Path) -> str | None:
+    """The first key that does not exist, as one sentence; ``None`` if all keys exist."""
+    unknown = [
+        ".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"
+    ]
+    if not unknown:
+        return None
+    known = [key for key, _ in known_keys(NodeFile)]
+    leaf = unknown[0].rpartition(".")[2]
+    near = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = near or get_close_matches(unknown[0], known, 1)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown key {unknown[0]} in {path}{hint}"
