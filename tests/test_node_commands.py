@@ -79,7 +79,7 @@ def test_a_site_is_checked_against_a_published_task(
     site.write_text(site.read_text().replace("36", "37"))
     refused = droppeft("check", site, "--task", task)
     assert refused.exit_code == 1
-    assert "no: it has 36 rows of this task" in " ".join(refused.output.split())
+    assert "no: it has fewer rows of this task than" in " ".join(refused.output.split())
     assert "is no published task" in mistake("check", site, "--task", site)
 
 

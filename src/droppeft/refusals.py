@@ -1,7 +1,8 @@
 """Why a client does not run an instruction, as codes with numbers. Ours.
 
 An error message can hold texts, paths and values of cells, so clients send none. They send the code
-of a reason and its numbers, from which the server writes the sentence.
+of a reason and its numbers, from which the server writes the sentence. The numbers do not say how
+many rows a client has: a server could ask for any classes, and count their rows.
 """
 
 import math
@@ -26,8 +27,8 @@ REASONS = {
     "other_client": "its node file says that it is client {0:.0f}, not {1:.0f}",
     "model_needed": "the server's model is no packaged one, so its node file must say where it has "
     "the model (model = ...)",
-    "cannot_split": "its {0:.0f} rows of this task have too few different texts for rows to train, "
-    "validate and test",
+    "cannot_split": "its rows of this task have too few different texts to train, validate and "
+    "test",
     "other_model": "its model has other weights than the server's",
     "other_tokenizer": "its model has another tokenizer than the server's",
     "other_task": "its rows are for another task (task in its node file)",
@@ -45,8 +46,7 @@ REASONS = {
     "backbone": "its node file allows no method that changes the backbone (limits.methods)",
     "kept": "{0:.0f} of the tensors that it is asked for were kept earlier in this run",
     "sharing_grew": "it shared a fraction {0:g} of its layers in this run, and is asked for {1:g}",
-    "too_few_rows": "it has {0:.0f} rows of this task, and the fewest that it takes part with are "
-    "{1:.0f}",
+    "too_few_rows": "it has fewer rows of this task than the {0:.0f} that it takes part with",
 }
 """The sentence of each code, with places for its numbers."""
 

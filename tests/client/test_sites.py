@@ -81,7 +81,7 @@ def test_sites_train_on_rows_of_their_own(
     assert (result["task"], result["classes"]) == ("classification", 3)
     assert "majority_accuracy" not in result
     assert {one["client"]: one["rows"] for one in result["personalised"]} == {0: 4, 2: 6}
-    reason = "it has 9 rows of this task, and the fewest that it takes part with are 20"
+    reason = "it has fewer rows of this task than the 20 that it takes part with"
     assert {(one["client"], one["reason"]) for row in listener.rows for one in row.failures} == {
         (1, reason)
     }
@@ -199,7 +199,9 @@ def test_a_site_that_cannot_take_part_says_so(tmp_path: Path) -> None:
         refusal_of(read_node_file(write_site(tmp_path, 0)), found)
     )
     more = "[split]\nmin_rows = 25\n"
-    assert "has 24 rows" in str(refusal_of(read_node_file(write_site(tmp_path, 0, more)), found))
+    assert "than the 25 that" in str(
+        refusal_of(read_node_file(write_site(tmp_path, 0, more)), found)
+    )
     with refused("rows.csv: text is missing in row 25"):
         path.write_text(path.read_text() + ",food\n")
         read_site(read_node_file(write_site(tmp_path, 0)), *TASK)

@@ -155,7 +155,7 @@ def test_a_client_that_never_measures_does_not_count(
             for arrival in super().exchange(instructions):
                 one = instructions[arrival.index]
                 if one.validation_rows and one.client == self.asked[0].client:
-                    refused = Failure.of(one.client, Refused("too_few_rows", 3, 20))
+                    refused = Failure.of(one.client, Refused("too_few_rows", 20))
                     yield replace(arrival, reply=refused)
                 else:
                     yield arrival

@@ -84,9 +84,9 @@ def _log_unknown(node: NodeFile, found: SiteRows) -> None:
 def refusal_of(node: NodeFile, found: SiteRows) -> Refused | None:
     """Return why a site takes no part with its rows; ``None`` if it does."""
     if len(found) < node.split.min_rows:
-        return Refused("too_few_rows", len(found), node.split.min_rows)
+        return Refused("too_few_rows", node.split.min_rows)
     if not all(len(part) for part in found.rows.parts):
-        return Refused("cannot_split", len(found))
+        return Refused("cannot_split")
     return None
 
 
@@ -127,6 +127,7 @@ def with_rows(node: NodeFile, found: SiteRows, model: ClientModel, config: Confi
     check_run(node, config.task, config.method)
     _log_unknown(node, found)
     if reason := refusal_of(node, found):
+        _log.warning("client %d: %d rows are of this task", node.client, len(found))
         raise reason
     rows = task_named(config.task).encode(found.table, model.tokenizer, config)
     check_tokens(model.model, int(rows.columns["input_ids"].max()))

@@ -198,10 +198,10 @@ def test_content_that_is_no_reply_is_refused(content: RecordDict) -> None:
 
 def test_a_failure_that_a_client_reports_is_passed_on() -> None:
     def failing(node: int, instruction: Instruction) -> RecordDict:
-        return record_of(pack_reply(Refused("too_few_rows", 3, 20)))
+        return record_of(pack_reply(Refused("too_few_rows", 20)))
 
     [arrival] = exchange(over(Nodes(one_each(2), failing)), 1).values()
-    assert reason(arrival).startswith("it has 3 rows of this task")
+    assert reason(arrival).startswith("it has fewer rows of this task")
     assert arrival.reply.client == 1
 
 

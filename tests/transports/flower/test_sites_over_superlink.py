@@ -21,7 +21,7 @@ from runs import Recorder, outcome
 CANARY = "qwertzuiop"
 """First word of every text of a site, with the number of its client."""
 
-TOO_SMALL = "it has 8 rows of this task, and the fewest that it takes part with are 20"
+TOO_SMALL = "it has fewer rows of this task than the 20 that it takes part with"
 
 
 def copied_sites(folder: Path) -> list[Path]:

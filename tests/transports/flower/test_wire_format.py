@@ -142,8 +142,8 @@ def test_every_reply_comes_back(reply: Reply) -> None:
 
 
 def test_a_refusal_becomes_its_sentence() -> None:
-    few = unpack_reply(pack_reply(Refused("too_few_rows", 3, 20)), ENOUGH)
-    too_few = "it has 3 rows of this task, and the fewest that it takes part with are 20"
+    few = unpack_reply(pack_reply(Refused("too_few_rows", 20)), ENOUGH)
+    too_few = "it has fewer rows of this task than the 20 that it takes part with"
     assert few == Failure(-1, too_few, for_good=True)
     lost = unpack_reply(pack_reply(Refused("state_lost", 7)), ENOUGH)
     assert lost == Failure(
@@ -161,7 +161,7 @@ def test_only_a_simulation_sends_texts() -> None:
     [
         {"code": "new", "numbers": []},
         {"code": "{0.__class__}", "numbers": [1.0]},
-        {"code": "too_few_rows", "numbers": [1.0]},
+        {"code": "too_few_rows", "numbers": []},
         {"code": "too_few_rows", "numbers": [1.0, 2.0, 3.0]},
         {"code": "error", "numbers": [1.0]},
         {"code": "state_lost", "numbers": [1e16]},
