@@ -1,8 +1,8 @@
 """Why a client does not run an instruction, as codes with numbers. Ours.
 
 An error message can hold texts, paths and values of cells, so clients send none. They send the code
-of a reason and its numbers, from which the server writes the sentence. The numbers do not say how
-many rows a client has: a server could ask for any classes, and count their rows.
+of a reason and its numbers, from which the server writes the sentence. None says how many
+rows have the task's classes: a server could publish any classes, and count their rows.
 """
 
 import math
