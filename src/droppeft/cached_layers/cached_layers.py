@@ -174,8 +174,11 @@ def state_folder(run: str) -> Path:
 
 def bytes_of_other_runs(run: str, client: int) -> int:
     """Return the bytes of the states of a client in all runs but one."""
-    files = (cache_dir() / STATES).glob(f"*/client-{client:06}/*")
-    return sum(path.stat().st_size for path in files if path.parent.parent.name != run)
+    total = 0
+    for path in (cache_dir() / STATES).glob(f"*/client-{client:06}/*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
+            total += path.stat().st_size if path.parent.parent.name != run else 0
+    return total
 
 
 def delete_old_runs() -> None:

@@ -11,8 +11,9 @@ class PrivacyConfig(Table):
     epsilon: Real | None = Field(
         None,
         gt=0,
-        description="largest epsilon of the whole run; turns differential privacy on, with the "
-        "noise that it takes",
+        description="largest epsilon of all rounds; turns differential privacy on, with the "
+        "noise that it takes. A round that a crash has lost counts too, and can exceed it: "
+        "`result.json` has what was spent",
     )
     noise_multiplier: Real | None = Field(
         None,

@@ -117,7 +117,7 @@ def start_run(
     config, read = _resolved(config, listener, read)
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8), read))
     with _connect(prepared, connect, listener) as transport:
-        listener.preparing("measuring the references")
+        listener.preparing("measuring the model before training")
         evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
         if not math.isfinite(evaluation.loss):
             raise DroppeftError(

@@ -18,7 +18,7 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction, Reply, Update
 from droppeft.refusals import Refused
 from droppeft.server.prepare import Prepared
-from droppeft.transports.flower import client_app, client_runtime, simulated_clients
+from droppeft.transports.flower import client_app, client_runtime, node_log, simulated_clients
 from droppeft.transports.flower.client_runtime import run_packed
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.simulated_clients import run_simulated
@@ -180,6 +180,16 @@ def test_an_unexpected_error_stays_in_the_log(
     packed = run_packed(pack_instruction(instruction, for_sites), str(node_file()))
     assert "canary" not in packed.head
     assert "Traceback" in (state / "node.log").read_text()
+
+
+def test_the_log_is_private_also_after_it_was_renamed(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_log, "MOST_BYTES", 60)
+    for _ in range(3):
+        node_log.log_failure("client 0, round 1", DroppeftError("a reason of some length"))
+    logs = [state / "node.log", state / "node.log.1"]
+    assert [path.stat().st_mode & 0o077 for path in logs] == [0, 0]
 
 
 def test_a_log_that_cannot_be_written_hides_no_reason(

@@ -6,7 +6,9 @@ It is the file ``node.log`` in the folder of client states. Loads no torch.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 from droppeft.client.client_state import state_dir
 from droppeft.errors import DroppeftError
@@ -23,7 +25,11 @@ _log = logging.getLogger("droppeft")
 
 
 class _NodeLog(RotatingFileHandler):
-    """The open log."""
+    """The open log, which only its owner can read, also after it was renamed."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).touch(mode=0o600)
+        return super()._open()
 
 
 @contextmanager
@@ -61,9 +67,7 @@ def _opened() -> _NodeLog | None:
     try:
         folder = state_dir()
         make_private(folder)
-        path = folder / NAME
-        path.touch(mode=0o600)
-        handler = _NodeLog(path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
+        handler = _NodeLog(folder / NAME, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
     except (OSError, DroppeftError):
         return None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
