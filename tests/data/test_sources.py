@@ -281,7 +281,7 @@ def test_other_file_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("text")
     with pytest.raises(DroppeftError, match=r"has no \.csv, \.tsv, .* file"):
         load(tmp_path)
-    with pytest.raises(DroppeftError, match=r"train\.txt is not one of \.csv"):
+    with pytest.raises(DroppeftError, match=r"train\.txt is not one of \.csv.* rename it"):
         load(tmp_path / "train.txt")
 
 

@@ -298,6 +298,9 @@ def test_settings_that_have_an_effect_pass(overrides: list[str]) -> None:
 def test_a_setting_with_its_default_value_does_not_count_as_given() -> None:
     check_settings(load_config(None, ["method=fedlora", "dropout.protect_first=1"]))
     check_settings(load_config(None, ["method=fedadapter", "adapter.type=bottleneck"]))
+    natural = load_config(None, ["partition.kind=natural", "partition.key=package"])
+    assert given(natural).keys() >= {"partition.kind", "partition.key"}
+    assert "partition.small" not in given(natural)
 
 
 def test_the_configuration_of_a_finished_run_passes(whole_run: Path) -> None:

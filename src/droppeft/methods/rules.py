@@ -318,6 +318,8 @@ def given(config: Config) -> Mapping[str, Any]:
     if config.partition.kind == "sites":
         named |= {"partition": {"kind": "sites"}, "clients": config.clients}
     defaults = {**flat(as_tree(build_config(named))), "data": build_config({}).data}
+    if config.partition.kind == "natural":
+        defaults["partition.small"] = "leave_out"  # the default of this kind
     return {
         key: value
         for key, value in flat(as_tree(config)).items()

@@ -72,9 +72,10 @@ def read_table(path: Path) -> TableFile:
     if kind is None:
         if path.suffix.lower() in SPREADSHEETS:
             raise DroppeftError(f"{path} is a spreadsheet; save it as CSV")
+        hint = "; if it is a table, rename it to .csv or .tsv" if path.suffix == ".txt" else ""
         raise DroppeftError(
             f"{path} is not one of {', '.join(TEXT_FORMATS)} (each also with .gz), "
-            f"{', '.join(BINARY_FORMATS)}"
+            f"{', '.join(BINARY_FORMATS)}{hint}"
         )
     check_no_pointer(path)
     try:
