@@ -1,12 +1,12 @@
 """What a server publishes about a task, so that sites can check their rows against it. Ours."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from droppeft.data.texts import hash_of
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
 
@@ -44,7 +44,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     for set_by_calls in ("truncation", "padding"):
         parts.pop(set_by_calls, None)
     content = json.dumps([parts, tokenizer.chat_template], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return hash_of([content.encode()])
 
 
 def write_task(task: PublishedTask, path: Path) -> None:

@@ -91,7 +91,7 @@ def load_test_conversations(data: str, source: SourceConfig) -> ConversationData
         whole, shape = replace(builtin.test, keys=None), builtin.shape
         findings = Findings(rows_read=len(whole))
     else:
-        tables, shape, findings = read_conversations([read_test_split(data, source)], source)
+        tables, shape, _, findings = read_conversations([read_test_split(data, source)], source)
         [whole] = tables
     test = at_most(whole, source.max_test_rows)
     found = replace(findings, test_rows=len(test), beyond_limit=len(whole) - len(test))
@@ -100,37 +100,54 @@ def load_test_conversations(data: str, source: SourceConfig) -> ConversationData
 
 
 def read_conversations(
-    splits: Sequence[Split], source: SourceConfig
-) -> tuple[list[ConversationTable], str, Findings]:
-    """Read conversations or documents of splits, without categories and owners.
+    splits: Sequence[Split],
+    source: SourceConfig,
+    label: str | None = None,
+    key: str | None = None,
+) -> tuple[list[ConversationTable], str, tuple[str, ...], Findings]:
+    """Read conversations or documents of splits.
+
+    Args:
+        splits: the training split first.
+        source: columns, and what to do about rows that lack a value.
+        label: column of categories; ``None`` reads none.
+        key: column with the owner of each training row.
 
     Returns:
-        The rows of each split, the name of their shape, and what was found.
+        The rows of each split, the name of their shape, the names of the categories, and what was
+        found.
 
     Raises:
         DroppeftError: no shape fits the columns, or a row cannot be used.
     """
     if source.prompt is None and source.text is None:
         splits = [_in_lower_case(split) for split in splits]
-    shape = _shape(splits[0], source)
+    train = splits[0]
+    shape = _shape(train, source)
+    categories = [
+        read_labels(split, label, strip=source.strip_labels) if label else None for split in splits
+    ]
+    keys = owners(train, key) if key else None
     examples = [_examples(split, shape, source.missing) for split in splits]
     lacking = [
-        _lacking(split, rows, None, None, None, None)
-        for split, rows in zip(splits, examples, strict=True)
+        _lacking(split, rows, category, label, keys if split is train else None, key)
+        for split, rows, category in zip(splits, examples, categories, strict=True)
     ]
     kept, missing = kept_rows(lacking, source.missing)
+    labels, names = _labels(categories, kept)
     tables = [
-        ConversationTable(
-            tuple(one for row in rows if (one := of_split[row])), np.zeros(len(rows), np.int64)
-        )
-        for of_split, rows in zip(examples, kept, strict=True)
+        ConversationTable(tuple(one for row in rows if (one := of_split[row])), values)
+        for of_split, rows, values in zip(examples, kept, labels, strict=True)
     ]
+    if keys is not None:
+        tables[0] = replace(tables[0], keys=tuple(keys[row] for row in kept[0]))
     findings = Findings(
         remarks=tuple(dict.fromkeys(text for split in splits for text in split.remarks)),
-        columns=_roles(shape, None, None),
+        columns=_roles(shape, label, key),
         rows_read=sum(split.table.num_rows for split in splits),
+        stripped_labels=sum(one.stripped for one in categories if one),
     )
-    return tables, shape.name, dropped(findings, missing)
+    return tables, shape.name, names, dropped(findings, missing)
 
 
 def _builtin(source: SourceConfig, key: str | None) -> ConversationData:
@@ -143,40 +160,12 @@ def _builtin(source: SourceConfig, key: str | None) -> ConversationData:
 
 def _from_splits(data: str, source: SourceConfig, key: str | None) -> ConversationData:
     train, test = read_splits(data, source)
-    if source.prompt is None and source.text is None:
-        train, test = _in_lower_case(train), test and _in_lower_case(test)
-    shape = _shape(train, source)
     splits = (train,) if test is None else (train, test)
-    categories = [
-        read_labels(split, source.label, strip=source.strip_labels) if source.label else None
-        for split in splits
-    ]
-    keys = owners(train, key) if key else None
-    examples = [_examples(split, shape, source.missing) for split in splits]
-    lacking = [
-        _lacking(split, rows, category, source.label, keys if split is train else None, key)
-        for split, rows, category in zip(splits, examples, categories, strict=True)
-    ]
-    kept, missing = kept_rows(lacking, source.missing)
-    labels, names = _labels(categories, kept)
-    tables = [
-        ConversationTable(tuple(one for row in rows if (one := of_split[row])), values)
-        for of_split, rows, values in zip(examples, kept, labels, strict=True)
-    ]
-    if keys is not None:
-        tables[0] = replace(tables[0], keys=tuple(keys[row] for row in kept[0]))
-    remarks = dict.fromkeys(text for split in splits for text in split.remarks)
+    tables, shape, names, findings = read_conversations(splits, source, source.label, key)
     if test is None:
         tables = list(_split(tables[0], train.where))
-        remarks[SPLIT_BY_US] = None
-    findings = Findings(
-        remarks=tuple(remarks),
-        columns=_roles(shape, source.label, key),
-        rows_read=sum(split.table.num_rows for split in splits),
-        stripped_labels=sum(one.stripped for one in categories if one),
-    )
-    findings = dropped(findings, missing)
-    return ConversationData(data, shape.name, tables[0], tables[1], names, findings)
+        findings = replace(findings, remarks=(*findings.remarks, SPLIT_BY_US))
+    return ConversationData(data, shape, tables[0], tables[1], names, findings)
 
 
 def _roles(shape: Shape, label: str | None, key: str | None) -> dict[str, str]:

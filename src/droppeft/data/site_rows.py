@@ -158,7 +158,7 @@ def read_site_conversations(site: SiteSource) -> SiteRows:
     if site.labels:
         raise DroppeftError("labels has no effect with a task that has no classes; leave it out")
     splits = read_parts(site.data, site.source)
-    read, shape, findings = read_conversations(tuple(splits.values()), site.source)
+    read, shape, _, findings = read_conversations(tuple(splits.values()), site.source)
     tables = _limited(dict(zip(splits, read, strict=True)), site.source)
     train = tables["train"]
     findings = replace(findings, beyond_limit=sum(map(len, read)) - _rows(tables))

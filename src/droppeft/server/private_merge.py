@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from droppeft.config import Config
 from droppeft.messages import (
@@ -28,8 +27,7 @@ from droppeft.messages import (
     Update,
     flatten,
 )
-
-Wide = npt.NDArray[np.float64]
+from droppeft.sharing.aggregation import Wide
 
 DRAWS = 4
 """Draws whose sum is one value of noise, so that it cannot be read off how floating-point numbers

@@ -75,11 +75,7 @@ def bounded(
         instructions: of the round.
         replies: in the same order; failures are returned as they are.
     """
-    received = [
-        (instruction, reply)
-        for instruction, reply in zip(instructions, replies, strict=True)
-        if isinstance(reply, Update)
-    ]
+    received = received_updates(instructions, replies)
     updates, clipped = _clipped(received, model, settings.clip_norm_multiple)
     weights = _weights(updates, settings.max_weight_multiple)
     limited = tuple(u.client for u, weight in zip(updates, weights, strict=True) if weight)
@@ -89,6 +85,15 @@ def bounded(
     )
     result = [next(changed) if isinstance(reply, Update) else reply for reply in replies]
     return result, Bounds(clipped, limited)
+
+
+def received_updates(instructions: Sequence[Instruction], replies: Sequence[Reply]) -> Received:
+    """Return the updates among the replies of a round, each with its instruction."""
+    return [
+        (instruction, reply)
+        for instruction, reply in zip(instructions, replies, strict=True)
+        if isinstance(reply, Update)
+    ]
 
 
 def begin_of(

@@ -25,7 +25,7 @@ from droppeft.messages import (
     flatten,
 )
 from droppeft.sharing.aggregation import Wide
-from droppeft.sharing.bounding import FEWEST, Received, change_of
+from droppeft.sharing.bounding import FEWEST, Received, change_of, received_updates
 
 COORDINATE_RULES = ("median", "trimmed_mean")
 """Rules that combine values."""
@@ -54,11 +54,7 @@ def clients_set_aside(
         replies: in the same order, as they were received: a huge change is easier to tell from
             others before it is clipped.
     """
-    received = [
-        (instruction, reply)
-        for instruction, reply in zip(instructions, replies, strict=True)
-        if isinstance(reply, Update)
-    ]
+    received = received_updates(instructions, replies)
     if settings.merge not in CHOOSING_RULES or len(received) < FEWEST:
         return ()
     chosen = _chosen(settings, received, model)

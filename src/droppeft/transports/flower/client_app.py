@@ -13,14 +13,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from droppeft.client.node_file import read_node_file
-from droppeft.refusals import ERROR, Refused
+from droppeft.refusals import Refused
 from droppeft.transports.flower.model_server import ask
-from droppeft.transports.flower.node_log import log_failure
+from droppeft.transports.flower.node_log import log_failure, refused_reply
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.wire_format import (
     Malformed,
     Packed,
-    pack_reply,
     unpack_instruction,
 )
 
@@ -55,8 +54,7 @@ def train(message: Message, context: Context) -> Message:
     try:
         reply = _reply(packed_of(message.content), context.node_id, context.node_config)
     except Exception as error:
-        log_failure("a message", error)
-        reply = pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
+        reply = refused_reply("a message", error)
     return Message(record_of(reply), reply_to=message)
 
 

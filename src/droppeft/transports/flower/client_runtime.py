@@ -21,8 +21,8 @@ from droppeft.client.site import site_client
 from droppeft.client.site_config import site_config
 from droppeft.config import resolve
 from droppeft.messages import Answer, Instruction
-from droppeft.refusals import ERROR, Refused
-from droppeft.transports.flower.node_log import in_node_log, log_failure
+from droppeft.refusals import Refused
+from droppeft.transports.flower.node_log import in_node_log, refused_reply
 from droppeft.transports.flower.wire_format import (
     Malformed,
     Packed,
@@ -50,8 +50,7 @@ def run_packed(packed: Packed, node_file: str) -> Packed:
             what = f"client {instruction.client}, round {instruction.round}"
             return pack_reply(_run(instruction, run_context, node_file))
         except Exception as error:
-            log_failure(what, error)
-            return pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
+            return refused_reply(what, error)
 
 
 def _unpacked(packed: Packed) -> tuple[Instruction, RunContext]:

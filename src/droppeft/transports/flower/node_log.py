@@ -13,7 +13,8 @@ from pathlib import Path
 from droppeft.client.client_state import state_dir
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private
-from droppeft.transports.flower.wire_format import one_line
+from droppeft.refusals import ERROR, Refused
+from droppeft.transports.flower.wire_format import Packed, one_line, pack_reply
 
 NAME = "node.log"
 """Name of the log in the folder of client states."""
@@ -61,6 +62,16 @@ def log_failure(what: str, error: Exception) -> None:
     reasons = [one_line(str(each)) for each in (error, error.__cause__) if each is not None]
     with in_node_log():
         _log.error("%s: %s", what, ": ".join(reasons), exc_info=None if expected else error)
+
+
+def refused_reply(what: str, error: Exception) -> Packed:
+    """Log why an instruction was not run, and return the packed code of the reason.
+
+    Args:
+        what, error: see :func:`log_failure`.
+    """
+    log_failure(what, error)
+    return pack_reply(error if isinstance(error, Refused) else Refused(ERROR))
 
 
 def _opened() -> _NodeLog | None:
