@@ -31,10 +31,10 @@ LEVELS = (
     {"resources", "runs"},
     {"server"},
     {"comparison", "flower_server_app"},
-    {"command_line_settings", "command_line_words", "report"},
+    {"command_line_exit", "command_line_settings", "command_line_words", "report"},
     {"results"},
     {"api"},
-    {"node_commands"},
+    {"cost_commands", "federation_commands", "model_commands", "node_commands"},
     {"cli"},
     {"__main__"},
 )

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from droppeft import cli
+from droppeft.command_line_exit import FAILED, USER_ERROR
 from droppeft.comparison.grid import (
     Comparison,
     cells,
@@ -737,7 +738,7 @@ def test_seeds_of_a_file_may_be_run_by_separate_calls(
     code, shown, _ = command("compare", str(file), "--out", str(out))
     assert (code, shown.count("done before")) == (0, 2)
     code, _, errors = command("compare", str(file), "--seeds", "5,7", "--out", str(out))
-    assert code == cli.USER_ERROR
+    assert code == USER_ERROR
     assert f"--seeds 5,7: {file} has only the seeds 5,6" in errors
 
 
@@ -748,7 +749,7 @@ def test_a_comparison_whose_runs_all_failed_writes_the_reasons(
     code, shown, _ = command(
         "compare", "fedadapter", "training.max_length=9999", "--seeds", "0", "--out", str(out)
     )
-    assert code == cli.FAILED
+    assert code == FAILED
     assert "fedadapter failed: " in shown
     assert "training.max_length=9999 is more than" in shown
     assert "fedadapter failed" in (out / MARKDOWN).read_text()
@@ -781,7 +782,7 @@ def test_a_mistake_in_compare_is_one_sentence(
     command: Command, arguments: list[str], sentence: str, tmp_path: Path
 ) -> None:
     code, _, errors = command("compare", *arguments, "--out", str(tmp_path / "out"))
-    assert code == cli.USER_ERROR
+    assert code == USER_ERROR
     assert sentence in errors
     assert not (tmp_path / "out").exists()
 

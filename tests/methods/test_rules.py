@@ -8,6 +8,7 @@ import pytest
 import tomli_w
 
 from droppeft import cli, methods
+from droppeft.command_line_exit import USER_ERROR
 from droppeft.comparison.grid import Comparison, cells, named_on_the_command_line
 from droppeft.config import Config, build_config, load_config, parse_override
 from droppeft.errors import DroppeftError
@@ -201,7 +202,7 @@ def message_of(
         before = {*tmp_path.iterdir()}
         with pytest.raises(SystemExit) as left:
             cli.main()
-        assert left.value.code == cli.USER_ERROR
+        assert left.value.code == USER_ERROR
         assert {*tmp_path.iterdir()} == before
         return capfd.readouterr().err
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from droppeft import cli
+from droppeft.command_line_exit import FAILED, USER_ERROR
 from droppeft.config import Config, build_config, load_config
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.step_memory import Memory
@@ -355,7 +356,7 @@ def test_estimate_in_json(command: Command, tiny: str) -> None:
 def test_estimate_names_the_nearest_option(command: Command, tiny: str) -> None:
     """The process alone takes more than the limit; the smallest option is named."""
     code, out, _ = command("estimate", "--memory", "100MB", tiny, *ONE, "dropout.mean=0,0.5")
-    assert code == cli.FAILED
+    assert code == FAILED
     assert "None of 8 combinations fits 100.0 MB" in out
     assert "The nearest one needs 50" in out
     assert "dropout.mean=0.5" in out
@@ -396,7 +397,7 @@ def test_estimate_of_a_large_architecture_loads_nothing(command: Command) -> Non
 )
 def test_a_mistake_is_one_sentence(command: Command, arguments: list[str], sentence: str) -> None:
     code, out, err = command("estimate", *arguments)
-    assert code == cli.USER_ERROR
+    assert code == USER_ERROR
     assert out == ""
     assert sentence in err
     assert len(err.splitlines()) == 1

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from chats import save_chat_model
 from droppeft import cli
+from droppeft.command_line_exit import USER_ERROR
 from droppeft.config import Config, load_config, resolve
 from droppeft.errors import DroppeftError
 from droppeft.models.loading import load_backbone
@@ -190,7 +191,7 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(profiling, "in_fresh_process", None)
-    assert run(monkeypatch, f"model={folder}", *overrides) == cli.USER_ERROR
+    assert run(monkeypatch, f"model={folder}", *overrides) == USER_ERROR
     shown = capsys.readouterr()
     assert sentence in shown.err
     assert len(shown.err.splitlines()) == 1

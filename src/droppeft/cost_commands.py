@@ -1,0 +1,104 @@
+"""The commands that measure a training step, and estimate what fits a device. Ours."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from droppeft.command_line_exit import FAILED, STOPPED, leave
+from droppeft.command_line_settings import Overrides, setting_keys
+from droppeft.command_line_words import config_to_measure, drop_rates, file_and_settings
+
+
+def profile(
+    overrides: Overrides = None,
+    rates: Annotated[str, typer.Option(help="Mean drop rates.")] = "0,0.25,0.5,0.75",
+    repeats: Annotated[int, typer.Option(min=1, help="Profile runs per rate.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per profile run.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON and a figure.", show_default="nowhere")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what a training step takes on this machine, at several drop rates.
+
+    Settings are those of a run, such as model=config:bert-large
+    training.batch_size=4. The input is random tokens. Each profile run has its own
+    process, and the runs of different rates alternate.
+    """
+    from rich.console import Console
+
+    from droppeft.extras import require
+    from droppeft.report import show_profile as report
+
+    if out is not None:
+        require("report", "the figure in --out")
+    config = config_to_measure(
+        overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"]
+    )
+    console = Console(stderr=True) if as_json else Console()
+    try:
+        result = report.run_profile(config, drop_rates(rates), repeats, steps, console)
+    except KeyboardInterrupt:
+        leave("stopped; nothing was written", STOPPED)
+    if out is not None:
+        report.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        report.show(result, console)
+
+
+def estimate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.toml KEY=VALUE,VALUE ...",
+            show_default=False,
+            autocompletion=setting_keys,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, as 8GB.", show_default="the profile's")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile", help="Device profile that step times are modelled on.", show_default="none"
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Longest step on --profile, in seconds.", show_default="any"),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show all that fits.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Estimate which settings fit a device, from the model's configuration alone.
+
+    Settings are those of a run that change the cost of a training step. The
+    following may have several values: model, adapter.type, training.batch_size,
+    training.max_length, training.precision, training.checkpointing,
+    training.offload, dropout.mean, frozen.layers (also half), quantization.
+    Those that save memory are varied when they are not given. Of the combinations
+    that fit, those that need the fewest memory-saving options are shown. The exit
+    code is 1 if nothing fits.
+    """
+    from rich.console import Console
+
+    from droppeft.report import show_estimate as report
+    from droppeft.report.screen import Screen
+    from droppeft.resources.estimate import combinations, limits
+
+    console = Console(stderr=True) if as_json else Console()
+    with Screen(console) as screen:
+        words = file_and_settings(overrides or [])
+        configs = list(combinations(*words, screen.preparing))
+    device = limits(memory, seconds, profile, configs[0].clock.custom)
+    answer = report.consider(configs, device, profile, console)
+    if as_json:
+        typer.echo(report.as_json(answer))
+    else:
+        report.show(answer, console, everything=everything)
+    raise typer.Exit(0 if answer.fitting else FAILED)
