@@ -34,7 +34,7 @@ import psutil
 from benchmarks.study import about, read_values, was_measured, write_values
 from droppeft.config import load_config
 from droppeft.report.screen import Quiet
-from droppeft.runs.ledger import read_rows
+from droppeft.runs.read_ledger import read_rows
 from droppeft.server.run import start_run
 
 NAME = "faults"

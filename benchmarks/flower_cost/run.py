@@ -34,7 +34,8 @@ from benchmarks.study import about, write_values
 from droppeft.config import SourceConfig, load_config
 from droppeft.data.sources import load_text
 from droppeft.messages import Reply
-from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.runs.ledger import RoundRow
+from droppeft.runs.read_ledger import read_rows
 from droppeft.server.run import start_run
 from droppeft.transports.flower import client_app
 

@@ -226,7 +226,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed run does not drop the rows of later rounds",
-        "runs/ledger.py",
+        "runs/read_ledger.py",
         'if row["round"] <= last_round]',
         "]",
         ("runs/test_ledger.py", "server/test_run.py"),

@@ -20,8 +20,9 @@ from droppeft.report.result_html import result_html
 from droppeft.runs.answering import Answering, loaded_model
 from droppeft.runs.export import export_run
 from droppeft.runs.folder import ROUNDS, read_result
-from droppeft.runs.ledger import RoundRow, read_rounds, read_rows
+from droppeft.runs.ledger import RoundRow
 from droppeft.runs.predicting import Predictor, load_predictor
+from droppeft.runs.read_ledger import read_rounds, read_rows
 from droppeft.runs.trained_columns import trained_columns
 from droppeft.tasks.generation import GenerationSettings
 from droppeft.tasks.metrics import metrics_in, primary_metric

@@ -17,13 +17,10 @@ from droppeft.runs.ledger import (
     RoundRow,
     append_rows,
     client_row,
-    read_ledger,
-    read_rounds,
-    read_rows,
     round_row,
-    summarise,
-    target_round,
 )
+from droppeft.runs.read_ledger import read_ledger, read_rounds, read_rows
+from droppeft.runs.summary import summarise, target_round
 from droppeft.tasks.metrics import ACCURACY, LOSS
 from handmade import COST, instruction_for, update_for
 from refusals import refused

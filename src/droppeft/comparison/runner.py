@@ -19,8 +19,8 @@ from droppeft.comparison.study_files import (
 from droppeft.config import as_tree, resolve
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
-from droppeft.runs.ledger import read_rows
 from droppeft.runs.listener import Listener
+from droppeft.runs.read_ledger import read_rows
 from droppeft.server.run import resume_run, start_run
 
 

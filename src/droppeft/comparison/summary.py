@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from droppeft.comparison.study_files import RunRecord, Study, Target
-from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, target_round
+from droppeft.runs.summary import SMOOTHED_EVALUATIONS, target_round
 from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric, primary_metric
 
 

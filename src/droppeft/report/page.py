@@ -48,7 +48,7 @@ from droppeft.report.figures import (
 )
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
-from droppeft.runs.ledger import read_rows
+from droppeft.runs.read_ledger import read_rows
 from droppeft.tasks.metrics import TEXT_METRICS
 
 PAGE, FIGURES = "report.html", "figures"

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from droppeft.quantities import bytes_text, counted, percent
-from droppeft.runs.ledger import SMOOTHED_EVALUATIONS, RoundRow
+from droppeft.runs.ledger import RoundRow
+from droppeft.runs.summary import SMOOTHED_EVALUATIONS
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
 
 MARGIN = 0.01

@@ -25,9 +25,9 @@ from droppeft.refusals import Refused
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import RESULT, ROUNDS, check_same_settings, read_result, saved_config
-from droppeft.runs.ledger import read_rows
 from droppeft.runs.model_cards import Source, adapter_lines, merged_lines
 from droppeft.runs.model_files import check_alone, save_adapter, save_merged
+from droppeft.runs.read_ledger import read_rows
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.registry import task_named
 

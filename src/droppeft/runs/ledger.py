@@ -1,4 +1,4 @@
-"""The ledger of a run: one row per round, one row per client and round, and their summary.
+"""The ledger of a run: one row per round, and one row per client and round.
 
 Names of values tell their meaning. ``host`` values are measured in this process, ``measured`` ones
 on a real clock. ``modelled`` values are computed for the clients' device profiles
@@ -7,25 +7,16 @@ on a real clock. ``modelled`` values are computed for the clients' device profil
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
-from droppeft.errors import DroppeftError
-from droppeft.files import as_json, sync, write_atomically
+from droppeft.files import as_json, sync
 from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
-from droppeft.tasks.metrics import Metric
 
 SCHEMA_VERSION = 7
-ROUNDING = 1e-9
-"""Tolerance of comparing a mean of evaluations with a target."""
-
-SMOOTHED_EVALUATIONS = 3
-"""A target is reached when the mean of this many consecutive evaluations reaches it."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +119,6 @@ class RoundRow:
         stopped.
         """
         return self.from_columns(json.loads(as_json(self.as_columns())))
-
-
-_ROUND_ROW = TypeAdapter(RoundRow)
 
 
 @dataclass(frozen=True)
@@ -278,7 +266,7 @@ def round_row(
         quality=evaluation.quality,
         diverged=evaluation.diverged,
         validation_loss=evaluation.validation_loss,
-        train_loss=_mean([update.train_loss for update in updates]),
+        train_loss=mean_or_none([update.train_loss for update in updates]),
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
         else None,
@@ -341,7 +329,7 @@ def _coverage(instructions: Sequence[Instruction], updates: Sequence[Update]) ->
 
 def _importance(updates: Sequence[Update]) -> list[float]:
     by_layer = zip(*(update.importance for update in updates), strict=True)
-    return [_mean([norm for norm in norms if norm > 0]) or 0.0 for norms in by_layer]
+    return [mean_or_none([norm for norm in norms if norm > 0]) or 0.0 for norms in by_layer]
 
 
 def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
@@ -350,87 +338,6 @@ def _idle_share(modelled: RoundCost, replies: Sequence[Reply]) -> float | None:
     if not seconds or max(seconds) <= 0:
         return None
     return 1 - sum(seconds) / (len(seconds) * max(seconds))
-
-
-def summarise(
-    rows: Sequence[RoundRow], initial: Mapping[str, float], metric: Metric, target: float | None
-) -> dict[str, Any]:
-    """Summarise all rounds: totals, best values and the time until the target is reached.
-
-    Args:
-        rows: of all rounds.
-        initial: value of each metric before round 1.
-        metric: the task's primary metric.
-        target: its value that is to be reached, or ``None``.
-    """
-    evaluations = [(row.round, row.quality[metric.key("global")]) for row in rows]
-    measured = [(value, round) for round, value in evaluations if value is not None]
-    best, best_round = metric.best(measured)
-    reached = target_round(evaluations, initial[metric.name], target, metric)
-    until = [row for row in rows if reached is not None and row.round <= reached]
-    depth = [row.mean_active_layers for row in rows if row.mean_active_layers is not None]
-    return {
-        "rounds": len(rows),
-        metric.key("first"): measured[0][0] if measured else None,
-        "first_round": measured[0][1] if measured else None,
-        metric.key("best"): best,
-        "best_round": best_round,
-        "train_loss": rows[-1].train_loss if rows else None,
-        "mean_active_layers": _mean(depth),
-        "activation_bytes_peak": max((row.activation_bytes_peak for row in rows), default=0),
-        "upload_bytes": sum(row.upload_bytes for row in rows),
-        "download_bytes": sum(row.download_bytes for row in rows),
-        "round_measured_s": sum(row.round_measured_s for row in rows),
-        "round_modelled_s": _sum_if_all_known([row.round_modelled_s for row in rows]),
-        "energy_modelled_j": _sum_if_all_known([row.energy_modelled_j for row in rows]),
-        "idle_modelled_share": _mean(
-            [row.idle_modelled_share for row in rows if row.idle_modelled_share is not None]
-        ),
-        "train_wall_s": sum(row.train_wall_s for row in rows),
-        "evaluation_wall_s": sum(row.evaluation_wall_s for row in rows),
-        "host_wall_s": sum(row.host_wall_s for row in rows),
-        "target": target,
-        "target_round": reached,
-        "time_to_target_measured_s": sum(row.round_measured_s for row in until)
-        if reached
-        else None,
-        "time_to_target_modelled_s": _sum_if_all_known([row.round_modelled_s for row in until])
-        if reached
-        else None,
-        "time_to_target_host_s": sum(row.host_wall_s - row.evaluation_wall_s for row in until)
-        if reached
-        else None,
-    }
-
-
-def target_round(
-    evaluations: Iterable[tuple[int, float | None]],
-    initial: float,
-    target: float | None,
-    metric: Metric,
-) -> int | None:
-    """Return the first round at which the mean of the last three evaluations reaches the target.
-
-    Args:
-        evaluations: pairs of round and value; the value is ``None`` without an evaluation.
-        initial: value before round 1; it counts as an evaluation.
-        target: value to be reached, or ``None``.
-        metric: what is evaluated.
-
-    Returns:
-        ``None`` if the target is not reached or there is none.
-    """
-    if target is None:
-        return None
-    recent = [initial]
-    for round, value in evaluations:
-        if value is None:
-            continue
-        recent = [*recent, value][-SMOOTHED_EVALUATIONS:]
-        mean = sum(recent) / len(recent)
-        if len(recent) == SMOOTHED_EVALUATIONS and metric.gain(mean, target) >= -ROUNDING:
-            return round
-    return None
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -444,118 +351,6 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         sync(path.parent)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a ledger, in which each row has a round; a missing file has no rows.
-
-    A last line without its end, left by a crash, is ignored.
-
-    Raises:
-        DroppeftError: the file cannot be read, or another line is no row.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DroppeftError(f"{path}: cannot be read ({error}); put the file back") from None
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            row = json.loads(line, parse_constant=_refuse)
-            is_row = isinstance(row, dict) and type(row.get("round")) is int
-        except ValueError:
-            is_row = False
-        if not is_row:
-            raise DroppeftError(
-                f"{path}: line {number} is damaged; put the file back, or start a new run"
-            )
-        rows.append(row)
-    return rows
-
-
-def read_rounds(path: Path) -> list[RoundRow]:
-    """Read ``rounds.jsonl``.
-
-    Raises:
-        DroppeftError: as :func:`read_rows`, or a row lacks a value or has one of another type.
-    """
-    return [_round_row(path, columns) for columns in read_rows(path)]
-
-
-def read_ledger(rounds: Path, clients: Path, last_round: int) -> list[RoundRow]:
-    """Read the rounds that are saved, and remove rows whose checkpoint was never written.
-
-    Args:
-        rounds, clients: the two files; nothing is written unless both are complete.
-        last_round: of the checkpoint.
-
-    Raises:
-        DroppeftError: as :func:`read_rounds`, or a row of a round or of a client is missing.
-    """
-    kept, client_rows = (
-        [row for row in read_rows(path) if row["round"] <= last_round] for path in (rounds, clients)
-    )
-    rows = [_round_row(rounds, columns) for columns in kept]
-    if [row.round for row in rows] != [*range(1, last_round + 1)]:
-        raise DroppeftError(
-            f"{rounds} has {len(rows)} of the {last_round} rounds that are saved; put the file "
-            "back, or start a new run"
-        )
-    _check_complete(rounds, clients, rows, client_rows)
-    for path, content in ((rounds, kept), (clients, client_rows)):
-        write_atomically(path, "".join(as_json(row) + "\n" for row in content).encode())
-    return rows
-
-
-def _check_complete(
-    rounds: Path, clients: Path, rows: Sequence[RoundRow], client_rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """Check that both files have the same clients in the same rounds."""
-    found: dict[int, list[Any]] = {}
-    for columns in client_rows:
-        is_whole = isinstance(columns.get("accepted"), bool)
-        client = columns.get("client") if is_whole else None
-        found.setdefault(columns["round"], []).append(client)
-    for row in rows:
-        if found.get(row.round, []) != row.cohort:
-            raise DroppeftError(
-                f"{clients}: its rows of round {row.round} are not those of the clients that "
-                f"{rounds.name} names ({_first_difference(found.get(row.round, []), row.cohort)}); "
-                "put the file back, or start a new run"
-            )
-
-
-def _first_difference(found: Sequence[Any], expected: Sequence[int]) -> str:
-    missing = [client for client in expected if client not in found]
-    return f"client {missing[0]} is missing" if missing else f"it has {len(found)} rows"
-
-
-def _round_row(path: Path, columns: Mapping[str, Any]) -> RoundRow:
-    try:
-        row = RoundRow.from_columns(columns)
-        _ROUND_ROW.validate_json(json.dumps(vars(row)), strict=True)
-    except KeyError as error:
-        reason = f"lacks {error.args[0]}"
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"has a wrong {first['loc'][0]} ({first['msg'].lower()})"
-    else:
-        return row
-    raise DroppeftError(
-        f"{path}: the row of round {columns['round']} {reason}; put the file back, or start a new "
-        "run"
-    )
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not valid JSON")
-
-
-def _mean(values: Sequence[float]) -> float | None:
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Return the mean, or ``None`` of no values."""
     return sum(values) / len(values) if values else None
-
-
-def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
-    """The sum, or ``None`` if a value is ``None``."""
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None

@@ -11,9 +11,10 @@ from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import CLIENTS, GENERATED
-from droppeft.runs.ledger import RoundRow, read_rows
+from droppeft.runs.ledger import RoundRow
 from droppeft.runs.listener import Listener
 from droppeft.runs.model_files import write_adapter
+from droppeft.runs.read_ledger import read_rows
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.delivered_round import delivered_round
 from droppeft.server.expected_time import final_rows

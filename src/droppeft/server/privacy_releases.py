@@ -13,7 +13,7 @@ from droppeft.config import Config
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import ROUNDS
-from droppeft.runs.ledger import read_rows
+from droppeft.runs.read_ledger import read_rows
 from droppeft.server.privacy_accountant import epsilon_spent
 
 LOST = "lost_releases"

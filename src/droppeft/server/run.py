@@ -56,12 +56,11 @@ from droppeft.runs.ledger import (
     append_rows,
     client_row,
     private_row,
-    read_ledger,
-    read_rounds,
     round_row,
-    summarise,
 )
 from droppeft.runs.listener import Listener
+from droppeft.runs.read_ledger import read_ledger, read_rounds
+from droppeft.runs.summary import summarise
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.delivered_round import best_round, validate
 from droppeft.server.description import describe, initial_facts
