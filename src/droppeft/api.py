@@ -21,14 +21,10 @@ from droppeft.models.in_memory import save_model
 from droppeft.report.screen import Screen
 from droppeft.results import Model, Result, one_at_a_time
 from droppeft.runs.callbacks import Callbacks
-from droppeft.runs.folder import (
-    CONFIG,
-    RESULT,
-    check_free,
-    new_folder,
-)
+from droppeft.runs.folder import CONFIG, RESULT, check_free, new_folder
 from droppeft.runs.listener import Listener
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 
 __all__ = ["Model", "Result", "Settings", "load", "register", "resume", "run"]
 

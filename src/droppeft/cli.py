@@ -107,7 +107,7 @@ def resume(
 
     def work(listener: "Listener") -> None:
         from droppeft.runs.folder import RESULT
-        from droppeft.server.run import resume_run
+        from droppeft.server.resume import resume_run
 
         if (folder / RESULT).is_file() and rounds is None and not (quiet or as_json):
             typer.echo(f"droppeft: {folder} is finished already; its result:", err=True)

@@ -24,7 +24,8 @@ from droppeft.quantities import counted
 from droppeft.resources.model_shape import model_shape
 from droppeft.runs.folder import CONFIG
 from droppeft.runs.ledger import RoundRow
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.tasks.metrics import primary_metric
 from droppeft.transports.base import Transport
 from droppeft.transports.flower.grid import over_grid

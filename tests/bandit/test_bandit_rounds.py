@@ -25,9 +25,10 @@ from droppeft.messages import (
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
 from droppeft.runs.method_memory import decode_memory, encode_memory
+from droppeft.server.resume import resume_run
 from droppeft.server.round_cost import make_clock
 from droppeft.server.rounds import run_round
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.run import start_run
 from droppeft.sharing.expected_costs import typical_bytes
 from handmade import (
     ARITHMETIC,

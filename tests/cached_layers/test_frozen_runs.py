@@ -18,7 +18,8 @@ from droppeft.cached_layers import cached_layers
 from droppeft.cached_layers.cached_layers import CachedLayers, state_folder
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from runs import Recorder, adapter_bytes, outcome, rows_of
 
 FROZEN = ("frozen.layers=2", "frozen.precision=fp32", "dropout.mean=0")

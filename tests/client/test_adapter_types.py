@@ -17,7 +17,8 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import HEAD, OTHER
 from droppeft.server.prepare import Prepared
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.transports.flower.wire_format import RunContext, pack_instruction, unpack_instruction
 from runs import Recorder, adapter_bytes, delivered_model, rows_of
 from tiny import save_tiny_model

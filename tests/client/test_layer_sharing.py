@@ -35,7 +35,8 @@ from droppeft.messages import (
 from droppeft.methods import METHODS
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import Prepared, prepare
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.sharing.criteria import CRITERIA, typical_norms
 from droppeft.training.loop import evaluate
 from droppeft.transports.in_process import InProcess

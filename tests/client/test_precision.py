@@ -18,7 +18,8 @@ from droppeft.federated_method import local_training
 from droppeft.messages import Instruction, Update, flatten
 from droppeft.models import precision
 from droppeft.server.prepare import Prepared
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.server.validation import why_refused
 from droppeft.tasks.registry import task_named
 from runs import Recorder, adapter_bytes, rows_of

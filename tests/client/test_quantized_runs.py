@@ -16,7 +16,8 @@ from droppeft.errors import DroppeftError
 from droppeft.models.quantization import is_quantised, quantization_of
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import prepare
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from runs import Recorder, delivered_model, outcome, rows_of
 
 TEXTS = ["bread apple cheese soup", "planet star", "violin song drum"]

@@ -17,7 +17,8 @@ from droppeft.client.site import RefusingSite, read_site, refusal_of
 from droppeft.config import load_config
 from droppeft.methods.rules import check_settings
 from droppeft.report.closing import closing
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from refusals import refused
 from runs import TOPICS, Recorder, outcome, prepared_run, stop_after_a_round
 

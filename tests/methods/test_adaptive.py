@@ -12,7 +12,8 @@ from droppeft.flower_server_app import _check_same
 from droppeft.messages import first_trained_layer
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from handmade import setup_for
 from runs import Recorder, adapter_bytes, outcome, rows_of, stop_after_a_round
 from tiny import save_tiny_model

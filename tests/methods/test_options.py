@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 
 from droppeft.client.run_inputs import clients_of
-from droppeft.config import (
-    AdapterConfig,
-    ServerConfig,
-    as_tree,
-    build_config,
-    load_config,
-    to_toml,
-)
+from droppeft.config import AdapterConfig, ServerConfig, as_tree, build_config, load_config, to_toml
 from droppeft.messages import Failure, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.other_types import OTHER_TYPES
 from droppeft.server.prepare import prepare
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.sharing import server_optimizer
 from droppeft.sharing.server_optimizer import step
 from handmade import setup_for, shaped, update_for

@@ -13,7 +13,8 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.messages import HEAD, EvaluationReply, Instruction, flatten
 from droppeft.server.prepare import Prepared, prepare
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from runs import Recorder, outcome, rows_of, stop_after_a_round, update_of
 
 pytestmark = pytest.mark.usefixtures("state")

@@ -14,7 +14,8 @@ from droppeft.errors import DroppeftError
 from droppeft.runs import trackers
 from droppeft.runs.trackers import FOLDER
 from droppeft.server import run
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from runs import Recorder, adapter_bytes, rows_of, stop_after_a_round
 
 TRACKER = "tracker=tensorboard"

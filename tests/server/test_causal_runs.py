@@ -17,7 +17,8 @@ from droppeft.client.run_inputs import clients_of, tokens_of
 from droppeft.config import load_config
 from droppeft.messages import Update, flatten
 from droppeft.methods import METHODS
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.transports.flower.wire_format import (
     RunContext,
     pack_instruction,

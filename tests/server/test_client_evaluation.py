@@ -20,13 +20,10 @@ from droppeft.federated_method import evaluation_only
 from droppeft.messages import EvaluationReply, Failure, Instruction, Update, flatten, layer_key
 from droppeft.report.screen import quality_line
 from droppeft.runs.export import export_run
-from droppeft.server.client_evaluation import (
-    ClientEvaluation,
-    evaluate_clients,
-    summarise_clients,
-)
+from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.prepare import Prepared
-from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import Interrupted, start_run
 from droppeft.tasks.metrics import ACCURACY, LOSS
 from droppeft.training.loop import evaluate
 from droppeft.transports.base import Arrival

@@ -13,7 +13,8 @@ from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction, Reply, Update
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from droppeft.transports.base import Arrival, Transport
 from droppeft.transports.in_process import InProcess
 from handmade import assert_same

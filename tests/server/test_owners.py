@@ -7,7 +7,8 @@ import pytest
 
 from droppeft.config import as_tree, build_config, load_config
 from droppeft.data.sources import load_text
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from refusals import refused
 from runs import TOPICS, Recorder, outcome, stop_after_a_round
 

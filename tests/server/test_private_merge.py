@@ -17,13 +17,9 @@ from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.server import private_merge
 from droppeft.server.privacy_accountant import epsilon, epsilon_spent, with_noise_multiplier
-from droppeft.server.private_merge import (
-    clipped_change,
-    draw_privately,
-    gaussian,
-    private_update,
-)
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.private_merge import clipped_change, draw_privately, gaussian, private_update
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from handmade import filled, instruction_for, update_for
 from refusals import refused
 from runs import Recorder, checkpoint_of, rows_of, stop_after_a_round

@@ -18,9 +18,10 @@ from droppeft.methods import METHODS, Setup
 from droppeft.models.loading import load_backbone
 from droppeft.runs.ledger import ClosedRound
 from droppeft.server import round_cost
+from droppeft.server.resume import resume_run
 from droppeft.server.round_cost import close_round, count_rows, make_clock
 from droppeft.server.rounds import draw_cohort, run_round
-from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.server.run import Interrupted, start_run
 from droppeft.transports.flower.wire_format import pack_reply, unpack_reply
 from handmade import ARITHMETIC, COST, REST, Scripted, instruction_for, setup_for, update_for
 from runs import Recorder, outcome, rows_of

@@ -23,7 +23,8 @@ from droppeft.errors import DroppeftError
 from droppeft.messages import Failure, Instruction
 from droppeft.runs.export import saved_model
 from droppeft.runs.folder import LOCK, check_free, locked
-from droppeft.server.run import Interrupted, resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import Interrupted, start_run
 from droppeft.training.loop import Evaluation, evaluate
 from droppeft.transports.base import Arrival
 from droppeft.transports.in_process import InProcess

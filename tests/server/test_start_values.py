@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from droppeft.config import load_config
 from droppeft.messages import Tensors, flatten
 from droppeft.runs.export import saved_model
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 from refusals import refused
 from runs import Recorder, checkpoint_of, outcome, stop_after_a_round
 

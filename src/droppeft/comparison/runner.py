@@ -21,7 +21,8 @@ from droppeft.errors import DroppeftError, Interrupted
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.listener import Listener
 from droppeft.runs.read_ledger import read_rows
-from droppeft.server.run import resume_run, start_run
+from droppeft.server.resume import resume_run
+from droppeft.server.run import start_run
 
 
 class ProgressListener(Protocol):

@@ -1,4 +1,4 @@
-"""A whole run: start or resume it in a folder, run its rounds, and write its result.
+"""A whole run: start it in a folder, run its rounds, and write its result.
 
 At every moment, the folder holds a configuration, complete checkpoints and complete rows. A run
 that is resumed from a checkpoint after a crash therefore ends as it would have without the crash.
@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
-from droppeft.client.run_inputs import ReadData, count_clients, difference, identity, read_data
-from droppeft.config import Config, load_config, resolve
+from droppeft.client.run_inputs import ReadData, count_clients, read_data
+from droppeft.config import Config, resolve
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import as_json, write_atomically
 from droppeft.messages import ServerState
@@ -31,23 +30,7 @@ from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.conclusion import conclude, trend_of
 from droppeft.runs.environment import machine, versions
-from droppeft.runs.folder import (
-    CLIENTS,
-    CONFIG,
-    RESULT,
-    ROUNDS,
-    SETTINGS,
-    begin,
-    bound_settings,
-    check_free,
-    check_holds_run,
-    check_same_settings,
-    locked,
-    read_result,
-    remove_temporary_files,
-    save_extended,
-    with_more_rounds,
-)
+from droppeft.runs.folder import CLIENTS, RESULT, ROUNDS, begin, check_free, locked
 from droppeft.runs.ledger import (
     SCHEMA_VERSION,
     ClosedRound,
@@ -59,25 +42,17 @@ from droppeft.runs.ledger import (
     round_row,
 )
 from droppeft.runs.listener import Listener
-from droppeft.runs.read_ledger import read_ledger, read_rounds
 from droppeft.runs.summary import summarise
 from droppeft.runs.trackers import check_tracker, tracked
 from droppeft.server.delivered_round import best_round, validate
 from droppeft.server.description import describe, initial_facts
 from droppeft.server.expected_time import estimate_wall_s
 from droppeft.server.final_evaluation import evaluate_final_models
-from droppeft.server.finite_models import evaluated_round, evaluated_state, last_finite
+from droppeft.server.finite_models import evaluated_round, evaluated_state
 from droppeft.server.global_evaluation import evaluate_global
-from droppeft.server.prepare import (
-    Prepared,
-    prepare,
-)
-from droppeft.server.privacy_accountant import (
-    check_budget,
-    epsilon_spent,
-    with_noise_multiplier,
-)
-from droppeft.server.privacy_releases import count_lost_releases, releases
+from droppeft.server.prepare import Prepared, prepare
+from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
+from droppeft.server.privacy_releases import releases
 from droppeft.server.rounds import refuse_round, run_round
 from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import quality as quality_of
@@ -115,7 +90,7 @@ def start_run(
     out = out.resolve()
     config, read = _resolved(config, listener, read)
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8), read))
-    with _connect(prepared, connect, listener) as transport:
+    with reach_clients(prepared, connect, listener) as transport:
         listener.preparing("measuring the model before training")
         evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
         if not math.isfinite(evaluation.loss):
@@ -128,7 +103,7 @@ def start_run(
         again = evaluate_global(prepared, prepared.state.model, prepared.sample[::4])
         expected = estimate_wall_s(prepared, evaluation, again)
         with locked(out):
-            return _run_rounds(prepared, transport, first, [], out, listener, expected)
+            return run_rounds(prepared, transport, first, [], out, listener, expected)
 
 
 def _resolved(
@@ -150,75 +125,6 @@ def _resolved(
     return with_noise_multiplier(method_named(config.method).adjust(config)), read
 
 
-def resume_run(
-    out: Path, listener: Listener, connect: Connect | None = None, rounds: int | None = None
-) -> dict[str, Any]:
-    """Continue a run from its newest checkpoint and return the content of its ``result.json``.
-
-    If the model of that checkpoint, or its loss, is not finite, the run returns to the last round
-    that was evaluated and finite.
-
-    If the run is finished and gets no further rounds, its result is reported and nothing is
-    changed. A run that is extended ends as if it had had all its rounds from the beginning if
-    nothing in it depends on their number: the schedules of learning rate and drop rates are
-    constant, there is no warm-up, and its last round was one to evaluate. Otherwise, the learning
-    rate rises again to where the schedule of all rounds is by then.
-
-    Args:
-        out: folder of the run.
-        listener: is told about the progress of the run.
-        connect: opens the transport; by default the one that the configuration names.
-        rounds: new number of rounds of the whole run; ``None`` leaves it.
-
-    Raises:
-        DroppeftError: the folder holds no run, another process works in it, ``rounds`` is not more
-            than the run has, a file of the run is damaged, or settings, data, split or model are
-            not those with which the run was started.
-        Interrupted: on Ctrl-C.
-    """
-    out = out.resolve()
-    check_holds_run(out)
-    if (out / RESULT).exists() and rounds is None:
-        result = read_result(out)
-        listener.finished(result)
-        return result
-    with locked(out):
-        config = load_config(out / CONFIG)
-        if rounds is not None:
-            config = with_noise_multiplier(with_more_rounds(config, rounds, out))
-        memory_type = method_named(config.method).memory_type
-        remove_temporary_files(out)
-        newest = checkpoints.load_newest(
-            out / "checkpoints", memory_type, partial(check_same_settings, out, config)
-        )
-        check_settings(config)
-        config = resolve(config, cuda=torch.cuda.is_available())
-        prepared = prepare(config, listener.preparing, newest.facts["run"])
-        _check_same_inputs(prepared, newest, out)
-        if config.start_from is not None:
-            first = checkpoints.load_round(out / "checkpoints", 0, memory_type)
-            prepared = replace(prepared, state=first.state)
-        if (out / RESULT).exists() and newest.round < read_result(out)["rounds"]:
-            raise DroppeftError(
-                f"{out / 'checkpoints'}: the checkpoint of the last round is missing or damaged, "
-                f"so that the run cannot go on from there; begin a new run with: start_from={out}"
-            )
-        known = read_rounds(out / ROUNDS)[: newest.round]
-        newest = last_finite(prepared, newest, known, out, listener.preparing)
-        if config.privacy.is_on:
-            newest = count_lost_releases(out, newest)
-            if rounds is not None:
-                check_budget(config, releases(newest.facts, rounds))
-        if newest.round < len(known):
-            checkpoints.remove_after(out / "checkpoints", newest.round)
-        rows = read_ledger(out / ROUNDS, out / CLIENTS, newest.round)
-        if rounds is not None:
-            newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
-            save_extended(out, config)
-        with _connect(prepared, connect, listener) as transport:
-            return _run_rounds(prepared, transport, newest, rows, out, listener)
-
-
 def _started(prepared: Prepared) -> Prepared:
     """Return the server with the values that ``start_from`` names, if it names any."""
     folder, setup = prepared.config.start_from, prepared.setup
@@ -228,7 +134,7 @@ def _started(prepared: Prepared) -> Prepared:
     return replace(prepared, state=state)
 
 
-def _connect(
+def reach_clients(
     prepared: Prepared, connect: Connect | None, listener: Listener
 ) -> AbstractContextManager[Transport]:
     """Open the transport, with ``connect`` if it is given."""
@@ -237,7 +143,7 @@ def _connect(
     return (connect or transport_named(prepared.config.transport))(prepared.loaded)
 
 
-def _run_rounds(
+def run_rounds(
     prepared: Prepared,
     transport: Transport,
     last: Checkpoint,
@@ -437,11 +343,3 @@ def _finish(
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
     listener.finished(result)
     return result
-
-
-def _check_same_inputs(prepared: Prepared, checkpoint: Checkpoint, out: Path) -> None:
-    """Refuse to resume a run with other data, another split or another backbone."""
-    now = identity(prepared.loaded)
-    changed = difference({name: checkpoint.facts[name] for name in now}, now)
-    if changed:
-        raise DroppeftError(f"{out}: cannot be resumed: {changed}; restore it, or start a new run")
