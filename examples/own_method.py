@@ -11,7 +11,10 @@ import numpy as np
 
 import droppeft
 from droppeft.federated_method import Method, Setup
-from droppeft.messages import Instruction, Reply, ServerState, Update, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.methods.fedlora import FEDLORA
 
 

@@ -28,7 +28,8 @@ from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerKey, flatten
+from droppeft.messages.instruction import AdapterSpec
+from droppeft.messages.tensors import HEAD, OTHER, LayerKey, flatten
 from droppeft.models.loading import HEAD_MODULES
 from droppeft.models.quantization import copy_dequantised_values, patch_quantised_layers, quantised
 from droppeft.models.quiet import quiet

@@ -21,12 +21,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -39,7 +34,7 @@ from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import ARCHITECTURES, Gates, find_blocks, find_stacks, gated
-from droppeft.messages import HEAD
+from droppeft.messages.tensors import HEAD
 from droppeft.models.loading import load_backbone
 from droppeft.models.packaged import builtin_model_folder
 

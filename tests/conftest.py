@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from droppeft.messages import Instruction
+    from droppeft.messages.instruction import Instruction
     from droppeft.server.prepare import Prepared
     from runs import Clients
 

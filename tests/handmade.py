@@ -10,21 +10,9 @@ from droppeft.config import load_config, resolve, resolve_layers
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.messages import (
-    HEAD,
-    AdapterSpec,
-    Array,
-    Budget,
-    Instruction,
-    Layout,
-    LocalTraining,
-    MeasuredCost,
-    Objective,
-    Tensors,
-    Update,
-    flatten,
-    restrict,
-)
+from droppeft.messages.instruction import AdapterSpec, Budget, Instruction, LocalTraining, Objective
+from droppeft.messages.reply import MeasuredCost, Update
+from droppeft.messages.tensors import HEAD, Array, Layout, Tensors, flatten, restrict
 from droppeft.methods import Setup
 from droppeft.server.round_cost import make_clock
 from droppeft.sharing.selection import count_of

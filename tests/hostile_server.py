@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.client.site_config import published_settings
-from droppeft.messages import (
+from droppeft.messages.instruction import (
     BaseDelta,
     Budget,
-    Failure,
     Instruction,
     LayerAdapter,
     SharingRule,
     TextGeneration,
-    flatten,
 )
+from droppeft.messages.reply import Failure
+from droppeft.messages.tensors import flatten
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower.client_runtime import run_packed
 from droppeft.transports.flower.wire_format import (

@@ -15,7 +15,9 @@ from droppeft.client.client_state import client_folder
 from droppeft.client.published_task import PublishedTask, published
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config, resolve
-from droppeft.messages import GlobalModel, Instruction, Reply, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel
 from droppeft.methods import METHODS
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round
 from droppeft.runs.export import saved_model

@@ -266,7 +266,7 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
             "from droppeft.sharing import selection\nfrom droppeft.training.loop import train",
         ),
         ("training", "import torch\nfrom droppeft.layer_dropout.gates import gate"),
-        ("adapters", "from peft import LoraConfig\nfrom droppeft.messages import Tensors"),
+        ("adapters", "from peft import LoraConfig\nfrom droppeft.messages.tensors import Tensors"),
         ("layer_dropout", "import random\nfrom torch import nn\nimport droppeft.errors"),
         ("cli", "from droppeft import __version__"),
         ("config", "from droppeft.errors import DroppeftError"),

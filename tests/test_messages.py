@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import HEAD, OTHER, Failure, Tensors, flatten, payload_bytes, restrict
+from droppeft.messages.reply import Failure
+from droppeft.messages.tensors import HEAD, OTHER, Tensors, flatten, payload_bytes, restrict
 
 NAMES = ["lora_A", "lora_B", "weight", "bias"]
 arrays = st.builds(

@@ -38,18 +38,9 @@ from droppeft import seeds
 from droppeft.config import Config, PartitionConfig, ServerConfig, SourceConfig, load_config
 from droppeft.data.partition import partition_rows
 from droppeft.data.sources import load_text
-from droppeft.messages import (
-    HEAD,
-    AdapterSpec,
-    Array,
-    Instruction,
-    LayerKey,
-    Layout,
-    MeasuredCost,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import MeasuredCost, Update
+from droppeft.messages.tensors import HEAD, Array, LayerKey, Layout, Tensors, flatten
 from droppeft.methods import METHODS, Setup
 from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.rounds import run_round

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.study import about, write_table, write_values
 from droppeft.config import Config, as_tree, load_config, resolve
-from droppeft.messages import Update
+from droppeft.messages.reply import Update
 from droppeft.server.prepare import prepare
 from droppeft.server.rounds import run_round
 from droppeft.transports.in_process import in_process

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.study import about, read_table, write_table, write_values
 from droppeft.config import load_config
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.read_ledger import read_rows
 from droppeft.server.run import start_run

@@ -33,7 +33,7 @@ from benchmarks.flower_cost import rebuilding_client
 from benchmarks.study import about, write_values
 from droppeft.config import SourceConfig, load_config
 from droppeft.data.sources import load_text
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.read_ledger import read_rows
 from droppeft.server.run import start_run

@@ -34,7 +34,8 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import sample_active
-from droppeft.messages import AdapterSpec, CachedLayersCost, LayerAdapter, StateCache
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter, StateCache
+from droppeft.messages.reply import CachedLayersCost
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.registry import task_named
 from droppeft.training.loop import Step, train

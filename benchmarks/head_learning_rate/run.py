@@ -25,7 +25,7 @@ from droppeft.data.texts import TextData
 from droppeft.data.tokens import tokenise
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import AdapterSpec, Budget, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
 from droppeft.training.loop import Step, Trainable, evaluate, train, training_batches

@@ -19,7 +19,8 @@ from benchmarks.study import about, write_table, write_values
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import Config, load_config, resolve
 from droppeft.federated_method import all_tensors
-from droppeft.messages import HEAD, Tensors, Update
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.privacy_accountant import with_noise_multiplier
 from droppeft.server.private_merge import private_update

@@ -17,7 +17,7 @@ from torch import nn
 from droppeft import seeds
 from droppeft.adapters.attach import attach
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
 from droppeft.models.architectures import ARCHITECTURES
 from droppeft.models.loading import load_backbone
 from droppeft.models.precision import autocast

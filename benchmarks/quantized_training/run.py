@@ -49,7 +49,9 @@ from droppeft.client.run_inputs import clients_of, load, tokens_of
 from droppeft.config import Config, load_config, resolve
 from droppeft.costs.quantized_stubs import quantized_bytes
 from droppeft.federated_method import Setup
-from droppeft.messages import ServerState, Update, flatten
+from droppeft.messages.reply import Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.methods import method_named
 from droppeft.models.bf16_products import Fp32ProductLinear
 from droppeft.models.quantization import is_quantised, quantization_of

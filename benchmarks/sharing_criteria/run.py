@@ -15,7 +15,9 @@ from dataclasses import replace
 from benchmarks.study import about, write_table, write_values
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import as_tree, load_config, resolve
-from droppeft.messages import Instruction, SharingRule, Update, payload_bytes
+from droppeft.messages.instruction import Instruction, SharingRule
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import payload_bytes
 from droppeft.server.prepare import prepare
 from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from droppeft.messages import Array
+from droppeft.messages.tensors import Array
 
 DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 """Exceptions that reading a damaged file may raise."""

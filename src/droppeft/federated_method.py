@@ -17,24 +17,19 @@ from droppeft.config import AdapterConfig, Config
 from droppeft.costs.modelled_clock import Clock
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
+from droppeft.messages.instruction import (
     AdapterSpec,
     Budget,
-    GlobalModel,
     Instruction,
     LayerAdapter,
     LayerDropout,
-    Layout,
     LocalTraining,
-    NoMemory,
     Objective,
-    Reply,
-    ServerState,
     StateCache,
-    Tensors,
-    Update,
-    flatten,
 )
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel, NoMemory, ServerState
+from droppeft.messages.tensors import Layout, Tensors, flatten
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.server_optimizer import MOMENTS, step
 

@@ -18,7 +18,7 @@ from droppeft.client.run_inputs import Loaded
 from droppeft.config import Config, load_config, resolve, resolve_clients, resolve_layers
 from droppeft.config.frozen import HALF
 from droppeft.errors import DroppeftError
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.methods import method_named
 from droppeft.quantities import counted
 from droppeft.resources.model_shape import model_shape

@@ -16,7 +16,8 @@ from droppeft.adapters.attach import attach, detach, export_adapter
 from droppeft.adapters.by_layer import trainable_by_layer
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import HEAD, AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
+from droppeft.messages.tensors import HEAD
 from tiny import FAMILIES, save_tiny_model, tiny_model
 
 PATH = "bert.encoder.layer"
@@ -28,7 +29,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from droppeft.adapters.attach import attach, export_adapter
-from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
 
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 layers = tuple(LayerAdapter("lora", rank) for rank in (2, 4, 8, 2))

@@ -19,7 +19,7 @@ from droppeft.adapters.attach import attach, detach, export_adapter, loading_of,
 from droppeft.adapters.bottleneck import CONFIG, PLACES, TENSORS, Bottleneck, load_bottleneck
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
 from tiny import FAMILIES, tiny_model
 
 CASE = contract.case("bottleneck", "bert")

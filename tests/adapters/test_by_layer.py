@@ -14,7 +14,8 @@ from droppeft.adapters.by_layer import (
 from droppeft.adapters.tensor_names import layer_of
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import HEAD, OTHER, AdapterSpec, LayerAdapter, flatten
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
+from droppeft.messages.tensors import HEAD, OTHER, flatten
 from tiny import FAMILIES, tiny_model
 
 SPEC = AdapterSpec((LayerAdapter("lora", 2),) * 4, alpha=16.0)

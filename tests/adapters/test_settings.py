@@ -9,7 +9,7 @@ from droppeft.adapters.types import TYPES
 from droppeft.config import AdapterConfig, load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
 
 USABLE = [name for name, kind in TYPES.items() if kind.kind != "refused"]
 

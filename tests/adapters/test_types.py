@@ -21,7 +21,7 @@ from droppeft.adapters.settings import config_class
 from droppeft.adapters.types import BOTTLENECK, NOT_ON, TYPES, AdapterType, adapter_type
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import AdapterSpec, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter
 from tiny import FAMILIES, tiny_model
 
 MAIN = (BOTTLENECK, "lora", "ia3", "prefix_tuning", "prompt_tuning")

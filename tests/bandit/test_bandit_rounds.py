@@ -12,16 +12,10 @@ from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.config import DeviceProfile, load_config, resolve
 from droppeft.costs.device_profiles import PROFILES, make_fleet, seconds_per_byte
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    HEAD,
-    Failure,
-    Instruction,
-    ServerState,
-    Update,
-    first_trained_layer,
-    flatten,
-    payload_bytes,
-)
+from droppeft.messages.instruction import Instruction, first_trained_layer
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import HEAD, flatten, payload_bytes
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.droppeft import DropPEFTMemory, configured_rates
 from droppeft.runs.method_memory import decode_memory, encode_memory

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from droppeft.bandit.rewards import agreements, rewards_of
-from droppeft.messages import HEAD, Failure, Instruction, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.tensors import HEAD
 from droppeft.methods import METHODS
 from handmade import filled, instruction_for, setup_for, update_for
 

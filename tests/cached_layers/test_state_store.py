@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from droppeft.cached_layers.state_store import SEGMENT_BYTES, StateStore, digest_of
-from droppeft.messages import StateCache
+from droppeft.messages.instruction import StateCache
 
 
 def states(value: float, tokens: int = 4) -> torch.Tensor:

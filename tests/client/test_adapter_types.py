@@ -15,7 +15,7 @@ from torch.nn import functional
 from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, OTHER
+from droppeft.messages.tensors import HEAD, OTHER
 from droppeft.server.prepare import Prepared
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run

@@ -14,15 +14,9 @@ from droppeft.adapters.by_layer import set_tensors
 from droppeft.client.local_training import _gates
 from droppeft.client.run_inputs import clients_of
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    BaseDelta,
-    Budget,
-    Instruction,
-    LayerDropout,
-    Update,
-    flatten,
-    restrict,
-)
+from droppeft.messages.instruction import BaseDelta, Budget, Instruction, LayerDropout
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import flatten, restrict
 from droppeft.seeds import seed_for
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import evaluate

@@ -11,7 +11,7 @@ import pytest
 
 from droppeft.client.client_state import client_folder, load_tensors, save_tensors
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, Tensors, flatten
+from droppeft.messages.tensors import HEAD, Tensors, flatten
 from droppeft.refusals import Refused
 
 RUN = "0123456789abcdef"

@@ -21,17 +21,14 @@ from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    HEAD,
-    Failure,
+from droppeft.messages.instruction import (
     Instruction,
     LayerDropout,
     SharingRule,
-    Update,
     first_trained_layer,
-    flatten,
-    payload_bytes,
 )
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.tensors import HEAD, flatten, payload_bytes
 from droppeft.methods import METHODS
 from droppeft.runs.export import export_run
 from droppeft.server.prepare import Prepared, prepare

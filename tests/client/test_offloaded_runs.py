@@ -12,7 +12,7 @@ import torch
 from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import AdapterSpec, BaseDelta, LayerAdapter
+from droppeft.messages.instruction import AdapterSpec, BaseDelta, LayerAdapter
 from droppeft.models.offloading import OffloadedWeights
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import start_run

@@ -15,7 +15,9 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import local_training
-from droppeft.messages import Instruction, Update, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import flatten
 from droppeft.models import precision
 from droppeft.server.prepare import Prepared
 from droppeft.server.resume import resume_run

@@ -11,7 +11,8 @@ from droppeft.client.client_state import bytes_of_client, client_folder
 from droppeft.client.node_file import Limits, Sending
 from droppeft.client.run_inputs import clients_of
 from droppeft.client.site_rules import CHANGES_BACKBONE, SiteRules
-from droppeft.messages import Failure, Instruction, StateCache, Update
+from droppeft.messages.instruction import Instruction, StateCache
+from droppeft.messages.reply import Failure, Update
 from droppeft.methods import METHODS
 from droppeft.server.prepare import Prepared
 from droppeft.transports.in_process import InProcess

@@ -20,7 +20,7 @@ from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.messages import AdapterSpec
+from droppeft.messages.instruction import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import DTYPES, autocast
 from droppeft.models.quantization import patch_quantised_layers, quantised

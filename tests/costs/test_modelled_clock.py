@@ -20,12 +20,9 @@ from droppeft.costs.modelled_clock import (
     reward_flops,
     training_flops,
 )
-from droppeft.costs.step_counts import (
-    BlockCounts,
-    StepCounts,
-)
+from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
-from droppeft.messages import CachedLayersCost, MeasuredCost
+from droppeft.messages.reply import CachedLayersCost, MeasuredCost
 from handmade import ARITHMETIC, BACKWARD, COST, FORWARD, LAYERS, REST, instruction_for, update_for
 
 PROFILE = DeviceProfile(

@@ -17,7 +17,7 @@ from adapter_contract import DROPPED, EVERY, LAYERS, Attached
 from architecture_contract import calls_inside
 from droppeft.adapters.types import TYPES
 from droppeft.layer_dropout import layer_dropout
-from droppeft.messages import LayerKey
+from droppeft.messages.tensors import LayerKey
 
 WITHOUT = tuple(layer != DROPPED for layer in range(LAYERS))
 RATES = [0.0 if runs else 0.5 for runs in WITHOUT]

@@ -9,7 +9,7 @@ import pytest
 from droppeft.config import build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.flower_server_app import _check_same
-from droppeft.messages import first_trained_layer
+from droppeft.messages.instruction import first_trained_layer
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.server.resume import resume_run

@@ -12,7 +12,10 @@ from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import base_delta_applied
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import GlobalModel, Instruction, Update, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Update
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import flatten
 from droppeft.methods import METHODS
 from droppeft.methods.plain_lora import with_added
 from droppeft.server.prepare import Prepared, prepare

@@ -8,7 +8,10 @@ import pytest
 
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import HEAD, flatten
 from droppeft.methods import METHODS, Method, Setup, method_named
 from droppeft.methods.rules import check_settings
 from droppeft.runs.checkpoints import Checkpoint, load_newest, save

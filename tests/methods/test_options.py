@@ -8,7 +8,8 @@ import pytest
 
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import AdapterConfig, ServerConfig, as_tree, build_config, load_config, to_toml
-from droppeft.messages import Failure, flatten
+from droppeft.messages.reply import Failure
+from droppeft.messages.tensors import flatten
 from droppeft.methods import METHODS
 from droppeft.methods.other_types import OTHER_TYPES
 from droppeft.server.prepare import prepare

@@ -11,7 +11,9 @@ import pytest
 from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
-from droppeft.messages import HEAD, EvaluationReply, Instruction, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import EvaluationReply
+from droppeft.messages.tensors import HEAD, flatten
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run

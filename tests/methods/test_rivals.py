@@ -11,15 +11,9 @@ from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.data.partition import partition_rows
-from droppeft.messages import (
-    HEAD,
-    AdapterSpec,
-    Failure,
-    Instruction,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.tensors import HEAD, Tensors, flatten
 from droppeft.methods import METHODS, Setup
 from droppeft.methods.fedadapter import DEEPER, SAME, TRIAL_ROUNDS, WIDER
 from droppeft.methods.fedhetlora import Ranks, product_norm, resized, tail_norm

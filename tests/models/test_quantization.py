@@ -18,7 +18,7 @@ from droppeft.config import AdapterConfig, Config, build_config, load_config, to
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.messages import BaseDelta
+from droppeft.messages.instruction import BaseDelta
 from droppeft.models.architectures import ARCHITECTURES
 from droppeft.models.loading import HEAD_MODULES, Backbone, load_backbone, load_dequantised
 from droppeft.models.precision import autocast

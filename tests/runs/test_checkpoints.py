@@ -12,14 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    AdapterSpec,
-    BaseDelta,
-    GlobalModel,
-    LayerAdapter,
-    ServerState,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, BaseDelta, LayerAdapter
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.runs.checkpoints import Checkpoint, load_newest, load_round, save
 from handmade import filled
 

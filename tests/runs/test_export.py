@@ -22,15 +22,9 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    AdapterSpec,
-    BaseDelta,
-    GlobalModel,
-    Instruction,
-    LayerAdapter,
-    Tensors,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, BaseDelta, Instruction, LayerAdapter
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import Tensors, flatten
 from droppeft.models.loading import load_backbone
 from droppeft.models.sources import ModelSource
 from droppeft.runs import checkpoints, export, model_files

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
-from droppeft.messages import BaseDelta, Failure, LayerDropout, Reply
+from droppeft.messages.instruction import BaseDelta, LayerDropout
+from droppeft.messages.reply import Failure, Reply
 from droppeft.runs.ledger import (
     ClosedRound,
     RoundEvaluation,

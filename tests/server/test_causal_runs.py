@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from chats import LAYERS, chat_settings, save_chat_model, write_lines
 from droppeft.client.run_inputs import clients_of, tokens_of
 from droppeft.config import load_config
-from droppeft.messages import Update, flatten
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import flatten
 from droppeft.methods import METHODS
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run

@@ -17,7 +17,9 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import evaluation_only
-from droppeft.messages import EvaluationReply, Failure, Instruction, Update, flatten, layer_key
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import EvaluationReply, Failure, Update
+from droppeft.messages.tensors import flatten, layer_key
 from droppeft.report.screen import quality_line
 from droppeft.runs.export import export_run
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients

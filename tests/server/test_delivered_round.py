@@ -13,7 +13,9 @@ import pytest
 
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
-from droppeft.messages import EvaluationReply, Failure, Instruction, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import EvaluationReply, Failure
+from droppeft.messages.tensors import flatten
 from droppeft.refusals import Refused
 from droppeft.runs import export
 from droppeft.runs.ledger import RoundRow

@@ -12,7 +12,8 @@ from droppeft import seeds
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction, Reply, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Reply, Update
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run
 from droppeft.transports.base import Arrival, Transport

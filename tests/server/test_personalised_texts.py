@@ -16,13 +16,10 @@ from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
-from droppeft.messages import EvaluationReply, Instruction, TextGeneration
+from droppeft.messages.instruction import Instruction, TextGeneration
+from droppeft.messages.reply import EvaluationReply
 from droppeft.runs.answering import loaded_model
-from droppeft.server.client_evaluation import (
-    ClientEvaluation,
-    evaluate_clients,
-    summarise_clients,
-)
+from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.prepare import Prepared
 from droppeft.server.run import start_run
 from droppeft.tasks.generation import GenerationSettings, complete_prompts, generate_texts

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import Config, load_config
-from droppeft.messages import Failure, GlobalModel, ServerState, Tensors, flatten
+from droppeft.messages.reply import Failure
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import Tensors, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.server import private_merge

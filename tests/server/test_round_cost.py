@@ -13,7 +13,9 @@ from droppeft.config import load_config
 from droppeft.costs.device_profiles import PROFILES, Fleet
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.messages import AdapterSpec, Failure, Instruction, Reply, ServerState, Update
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Failure, Reply, Update
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import METHODS, Setup
 from droppeft.models.loading import load_backbone
 from droppeft.runs.ledger import ClosedRound

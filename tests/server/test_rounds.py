@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import TrainingConfig
-from droppeft.messages import HEAD, Failure, Instruction, ServerState, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import HEAD
 from droppeft.methods import METHODS, Setup
 from droppeft.runs.ledger import ClosedRound, RoundEvaluation, client_row, round_row
 from droppeft.server.rounds import draw_cohort, run_round

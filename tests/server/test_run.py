@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure
 from droppeft.runs.export import saved_model
 from droppeft.runs.folder import LOCK, check_free, locked
 from droppeft.server.resume import resume_run

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from droppeft.config import load_config
-from droppeft.messages import Tensors, flatten
+from droppeft.messages.tensors import Tensors, flatten
 from droppeft.runs.export import saved_model
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.messages import Failure, SharingRule
+from droppeft.messages.instruction import SharingRule
+from droppeft.messages.reply import Failure
 from droppeft.server.validation import check_reply, why_refused
 from droppeft.tasks.classification import ClassificationTask
 from handmade import COST, filled, instruction_for, layout, update_for

@@ -7,12 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import HEAD, Array, LayerKey, MeasuredCost, Tensors, Update, flatten
-from droppeft.sharing.aggregation import (
-    Weight,
-    average_over_senders,
-    by_targets,
-)
+from droppeft.messages.reply import MeasuredCost, Update
+from droppeft.messages.tensors import HEAD, Array, LayerKey, Tensors, flatten
+from droppeft.sharing.aggregation import Weight, average_over_senders, by_targets
 
 SHAPES: dict[LayerKey, dict[str, tuple[int, ...]]] = {
     0: {"0.A": (2, 3), "0.B": (3, 2)},

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import ServerConfig
-from droppeft.messages import HEAD, AdapterSpec, Failure, GlobalModel, LayerKey, Update
+from droppeft.messages.instruction import AdapterSpec
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import HEAD, LayerKey
 from droppeft.sharing.bounding import bounded, change_of
 from handmade import LAYERS, filled, instruction_for, update_for
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from droppeft.messages import HEAD, MeasuredCost, Tensors, Update
+from droppeft.messages.reply import MeasuredCost, Update
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import average_products
 

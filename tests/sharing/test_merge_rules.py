@@ -8,18 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppeft.config import ServerConfig
-from droppeft.messages import (
-    HEAD,
-    AdapterSpec,
-    Array,
-    Failure,
-    GlobalModel,
-    Instruction,
-    LayerKey,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Failure, Update
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import HEAD, Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.merge_rules import clients_set_aside, combined, distances
 from handmade import LAYERS, filled, instruction_for, update_for

@@ -15,7 +15,7 @@ from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
-from droppeft.messages import flatten
+from droppeft.messages.tensors import flatten
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run

@@ -17,8 +17,7 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_lay
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.messages import (
-    HEAD,
+from droppeft.messages.instruction import (
     TASK_ALONE,
     AdapterSpec,
     Budget,
@@ -26,8 +25,8 @@ from droppeft.messages import (
     LocalTraining,
     Objective,
     RankPenalty,
-    Tensors,
 )
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models import precision
 from droppeft.tasks.classification import Batch, Classification
 from droppeft.training import loop

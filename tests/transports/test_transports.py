@@ -8,7 +8,9 @@ import pytest
 
 from droppeft.config import load_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.messages import Instruction, LayerAdapter, Update, flatten
+from droppeft.messages.instruction import Instruction, LayerAdapter
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import flatten
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.transports.base import Transport
 from droppeft.transports.registry import TRANSPORTS, transport_named

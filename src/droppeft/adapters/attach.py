@@ -32,7 +32,8 @@ from droppeft.adapters.targets import layer_fields
 from droppeft.adapters.types import BOTTLENECK, TYPES, check_on
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import OTHER, AdapterSpec, LayerKey
+from droppeft.messages.instruction import AdapterSpec
+from droppeft.messages.tensors import OTHER, LayerKey
 from droppeft.models.quantization import quantization_of
 
 HEADS = ("classifier", "score")

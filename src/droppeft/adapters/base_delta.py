@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from droppeft.adapters.tensor_names import backbone_name
 from droppeft.errors import DroppeftError
-from droppeft.messages import BaseDelta
+from droppeft.messages.instruction import BaseDelta
 from droppeft.models.quantization import is_quantised
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from droppeft.adapters.tensor_names import layer_of
 from droppeft.errors import DroppeftError
-from droppeft.messages import OTHER, LayerKey, Tensors, flatten
+from droppeft.messages.tensors import OTHER, LayerKey, Tensors, flatten
 
 Parameters = Mapping[LayerKey, Mapping[str, nn.Parameter]]
 """Trainable parameters by layer, then by parameter name."""

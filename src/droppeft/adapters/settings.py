@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from droppeft.adapters.types import BOTTLENECK, TYPES, AdapterType, adapter_type
 from droppeft.errors import DroppeftError
-from droppeft.messages import AdapterSpec, LayerAdapter, OptionValue
+from droppeft.messages.instruction import AdapterSpec, LayerAdapter, OptionValue
 
 CLOSED = frozenset(
     {

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from droppeft.adapters.settings import config_class
 from droppeft.adapters.types import TYPES
 from droppeft.errors import DroppeftError
-from droppeft.messages import AdapterSpec
+from droppeft.messages.instruction import AdapterSpec
 
 _SAME_MODULES = {"xlm-roberta": "roberta"}
 

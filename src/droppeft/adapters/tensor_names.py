@@ -1,6 +1,6 @@
 """Names of tensors: to which layer one belongs, and what it was called before peft. Ours."""
 
-from droppeft.messages import HEAD, OTHER, LayerKey
+from droppeft.messages.tensors import HEAD, OTHER, LayerKey
 
 PREFIX = "prompt_encoder.default.layer."
 """Start of the names of a prefix's parameters; the index of the layer follows."""

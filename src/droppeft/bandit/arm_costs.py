@@ -14,7 +14,7 @@ from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Setup
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.sharing.expected_costs import scored_rows, typical_bytes
 
 REWARD_ROWS = 16

@@ -29,7 +29,9 @@ from droppeft.bandit.arm_costs import (
 from droppeft.bandit.bandit_memory import BanditMemory, begin, with_round
 from droppeft.bandit.rewards import rewards_of
 from droppeft.federated_method import Setup
-from droppeft.messages import GlobalModel, Instruction, Reply, Update, first_trained_layer
+from droppeft.messages.instruction import Instruction, first_trained_layer
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from droppeft.federated_method import Setup
-from droppeft.messages import HEAD, Instruction, LayerKey, Reply, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.tensors import HEAD, LayerKey
 
 Matrix = npt.NDArray[np.float64]
 Changes = Mapping[tuple[LayerKey, str], Matrix]

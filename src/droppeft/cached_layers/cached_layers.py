@@ -25,7 +25,8 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates
-from droppeft.messages import CachedLayersCost, checked_run
+from droppeft.messages.instruction import checked_run
+from droppeft.messages.reply import CachedLayersCost
 from droppeft.tasks.task import Batch, BoundTask, model_inputs
 
 STATES = "cached-layers"

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from droppeft.data.cache import store
-from droppeft.messages import StateCache
+from droppeft.messages.instruction import StateCache
 
 SEGMENT_BYTES = 16 << 20
 """Bytes of states that are collected in memory before they are written."""

@@ -27,22 +27,9 @@ from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    AdapterSpec,
-    Answer,
-    CachedLayersCost,
-    EvaluationReply,
-    Instruction,
-    LayerKey,
-    LocalTraining,
-    MeasuredCost,
-    Objective,
-    Tensors,
-    Update,
-    flatten,
-    payload_bytes,
-    restrict,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction, LocalTraining, Objective
+from droppeft.messages.reply import Answer, CachedLayersCost, EvaluationReply, MeasuredCost, Update
+from droppeft.messages.tensors import LayerKey, Tensors, flatten, payload_bytes, restrict
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores

@@ -11,7 +11,8 @@ from droppeft.adapters.attach import attach, detach
 from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
 from droppeft.data.cache import cache_dir
 from droppeft.layer_dropout import find_blocks
-from droppeft.messages import AdapterSpec, Layout, Tensors, flatten
+from droppeft.messages.instruction import AdapterSpec
+from droppeft.messages.tensors import Layout, Tensors, flatten
 from droppeft.models.loading import Backbone
 from droppeft.models.offloading import OffloadedWeights
 from droppeft.models.quantization import on_device

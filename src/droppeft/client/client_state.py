@@ -20,7 +20,8 @@ from platformdirs import user_state_path
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private, remove_left_behind, sync, write_atomically
-from droppeft.messages import Array, LayerKey, Tensors, checked_run, flatten, layer_key
+from droppeft.messages.instruction import checked_run
+from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten, layer_key
 from droppeft.refusals import STATE_LOST, Refused
 
 MERGED_FILES = 2

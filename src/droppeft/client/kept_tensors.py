@@ -19,7 +19,7 @@ from filelock import FileLock
 from droppeft.client.client_state import client_folder
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private, write_atomically
-from droppeft.messages import Instruction
+from droppeft.messages.instruction import Instruction
 from droppeft.refusals import Refused
 
 

@@ -14,7 +14,8 @@ from droppeft import seeds
 from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors
 from droppeft.client.client_model import ClientModel
 from droppeft.layer_dropout.architectures import hidden_of
-from droppeft.messages import Instruction, Tensors
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.tensors import Tensors
 from droppeft.sharing.criteria import SCORE_ROWS, BlockStates, LocalResult, scores_of
 from droppeft.sharing.selection import count_of, select_shared, unchanged_shared
 from droppeft.training.loop import Evaluation, TrainOutcome

@@ -18,7 +18,9 @@ from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.layer_dropout import sample_active
-from droppeft.messages import HEAD, CachedLayersCost, Instruction, Tensors
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import CachedLayersCost
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models.precision import autocast
 from droppeft.training.deadline import Deadline
 from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches

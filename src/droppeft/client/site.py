@@ -16,7 +16,7 @@ from droppeft.data.conversations import ConversationTable
 from droppeft.data.missing_values import row_numbers
 from droppeft.data.site_rows import SiteRows, SiteSource
 from droppeft.errors import DroppeftError
-from droppeft.messages import Instruction
+from droppeft.messages.instruction import Instruction
 from droppeft.models.loading import check_tokens
 from droppeft.refusals import Refused
 from droppeft.tasks.registry import task_named

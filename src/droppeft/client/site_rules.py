@@ -18,7 +18,8 @@ from droppeft.client.node_file import Limits, NodeFile, Sending
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
-from droppeft.messages import HEAD, AdapterSpec, Instruction, LocalTraining, checked_run
+from droppeft.messages.instruction import AdapterSpec, Instruction, LocalTraining, checked_run
+from droppeft.messages.tensors import HEAD
 from droppeft.refusals import Refused
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.training.deadline import Deadline

@@ -25,7 +25,7 @@ from droppeft.costs.quantized_stubs import QuantizedStub, quantized_bytes, repla
 from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
-from droppeft.messages import AdapterSpec
+from droppeft.messages.instruction import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import token_inputs
 from droppeft.models.precision import DTYPES, autocast

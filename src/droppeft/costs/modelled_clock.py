@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.messages import (
+from droppeft.messages.instruction import (
     AdapterSpec,
     Instruction,
-    MeasuredCost,
-    Update,
     first_trained_layer,
     instruction_bytes,
-    payload_bytes,
 )
+from droppeft.messages.reply import MeasuredCost, Update
+from droppeft.messages.tensors import payload_bytes
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ from droppeft.federated_method import (
 )
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
 from droppeft.layer_dropout.schedules import PART
-from droppeft.messages import Instruction, LayerDropout, Reply, ServerState, Update, flatten
+from droppeft.messages.instruction import Instruction, LayerDropout
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.methods.personal_layers import (
     check_fraction,
     check_sharing,
@@ -44,7 +47,7 @@ from droppeft.sharing.participation import ParticipationMemory, with_participati
 
 @dataclass(frozen=True)
 class DropPEFTMemory(ParticipationMemory):
-    """The method's memory in :class:`~droppeft.messages.ServerState`.
+    """The method's memory in :class:`~droppeft.messages.server_state.ServerState`.
 
     Attributes:
         bandit: what the bandit has learnt; ``None`` with fixed rates.

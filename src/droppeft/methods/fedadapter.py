@@ -19,23 +19,11 @@ import numpy as np
 from droppeft.config import Config
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.errors import DroppeftError
-from droppeft.federated_method import (
-    Method,
-    Setup,
-    adapter_spec,
-    full_instruction,
-    start_with,
-)
-from droppeft.messages import (
-    AdapterSpec,
-    Array,
-    GlobalModel,
-    Instruction,
-    Reply,
-    ServerState,
-    Tensors,
-    Update,
-)
+from droppeft.federated_method import Method, Setup, adapter_spec, full_instruction, start_with
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import Array, Tensors
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 
 FIRST_DEPTH, FIRST_WIDTH, WIDER_BY, MOST_DEPTH = 2, 8, 8, 12
@@ -45,7 +33,7 @@ SAME, DEEPER, WIDER = "same", "deeper", "wider"
 
 @dataclass(frozen=True)
 class Trial:
-    """The current trial; the method's memory in :class:`~droppeft.messages.ServerState`.
+    """The current trial, which is the method's memory.
 
     Attributes:
         depth, width: of the adapters from which all groups began.

@@ -11,7 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft.federated_method import Method, Setup
-from droppeft.messages import GlobalModel, Instruction, Reply, ServerState, Update, flatten
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_unquantised, scale_of, with_added
 from droppeft.sharing.aggregation import Wide, average_over_senders, by_targets

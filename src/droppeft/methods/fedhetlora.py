@@ -30,18 +30,10 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import (
-    AdapterSpec,
-    Array,
-    GlobalModel,
-    Instruction,
-    LayerKey,
-    RankPenalty,
-    Reply,
-    ServerState,
-    Tensors,
-    Update,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction, RankPenalty
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import Array, LayerKey, Tensors
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import A, B, pairs_of
 from droppeft.sharing.merge_rules import COORDINATE_RULES
@@ -56,7 +48,7 @@ tunes them between 1e-6 and 1e-3, and between 0.85 and 1."""
 
 @dataclass(frozen=True)
 class Ranks:
-    """The method's memory in :class:`~droppeft.messages.ServerState`.
+    """The method's memory in :class:`~droppeft.messages.server_state.ServerState`.
 
     Attributes:
         ranks: the current rank of each client.

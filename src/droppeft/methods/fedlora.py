@@ -20,7 +20,7 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import ServerState
+from droppeft.messages.server_state import ServerState
 
 
 def _init(setup: Setup) -> ServerState:

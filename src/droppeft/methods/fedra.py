@@ -26,7 +26,9 @@ from droppeft.federated_method import (
     uniform_adapter,
 )
 from droppeft.layer_dropout import sample_active
-from droppeft.messages import Instruction, LayerDropout, ServerState, flatten, restrict
+from droppeft.messages.instruction import Instruction, LayerDropout
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten, restrict
 from droppeft.methods.droppeft import rates_of_round
 
 

@@ -17,7 +17,10 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import Instruction, Reply, ServerState, flatten, restrict
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten, restrict
 from droppeft.sharing.factors import B
 from droppeft.sharing.participation import (
     ParticipationMemory,

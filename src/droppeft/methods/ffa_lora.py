@@ -15,7 +15,9 @@ from droppeft.federated_method import (
     full_instruction,
     per_client,
 )
-from droppeft.messages import Instruction, ServerState, flatten, restrict
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.sharing.factors import A
 

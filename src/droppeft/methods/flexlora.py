@@ -17,7 +17,9 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import Instruction, Reply, ServerState, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import ServerState
 from droppeft.methods.fedhetlora import Ranks, at_rank, check_rule, first_ranks, resized
 from droppeft.sharing.aggregation import by_targets
 from droppeft.sharing.factors import average_products

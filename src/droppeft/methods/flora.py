@@ -14,16 +14,10 @@ import numpy as np
 
 from droppeft import seeds
 from droppeft.federated_method import Method, Setup
-from droppeft.messages import (
-    Array,
-    GlobalModel,
-    Instruction,
-    LayerKey,
-    Reply,
-    ServerState,
-    Tensors,
-    Update,
-)
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import Array, LayerKey, Tensors
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_unquantised, scale_of, with_added
 from droppeft.sharing.aggregation import average_over_senders, by_targets

@@ -26,7 +26,9 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import AdapterSpec, Instruction, ServerState, restrict
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import restrict
 
 LEAST_PART = 1 / 4
 """The smallest part of the layers that a client trains."""

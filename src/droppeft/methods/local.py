@@ -16,7 +16,9 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.messages import Instruction, Reply, ServerState
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply
+from droppeft.messages.server_state import ServerState
 from droppeft.sharing.participation import (
     ParticipationMemory,
     last_participation,

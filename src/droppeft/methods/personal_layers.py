@@ -12,15 +12,9 @@ from droppeft.adapters.types import TYPES
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Setup
-from droppeft.messages import (
-    HEAD,
-    AdapterSpec,
-    Instruction,
-    LayerKey,
-    ServerState,
-    SharingRule,
-    flatten,
-)
+from droppeft.messages.instruction import AdapterSpec, Instruction, SharingRule
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import HEAD, LayerKey, flatten
 from droppeft.sharing.criteria import CRITERIA, typical_norms
 from droppeft.sharing.participation import Participation, last_participation, norms_of_clients
 from droppeft.sharing.selection import count_of

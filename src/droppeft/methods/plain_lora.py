@@ -8,7 +8,8 @@ import numpy as np
 from droppeft.adapters.tensor_names import backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.messages import Array, BaseDelta
+from droppeft.messages.instruction import BaseDelta
+from droppeft.messages.tensors import Array
 from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.factors import A
 

@@ -21,7 +21,7 @@ from droppeft.report.progress import bar
 from droppeft.tasks.metrics import Metric, primary_metric
 
 if TYPE_CHECKING:
-    from droppeft.messages import Reply
+    from droppeft.messages.reply import Reply
     from droppeft.runs.ledger import RoundRow
 
 BAR_WIDTH = 18

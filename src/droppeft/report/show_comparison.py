@@ -23,7 +23,7 @@ from droppeft.comparison.writers import (
     known_columns,
     notes,
 )
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.quantities import counted
 from droppeft.report.progress import bar
 from droppeft.report.screen import quality_line

@@ -23,7 +23,8 @@ from droppeft.config import Config
 from droppeft.data.partition import ClientRows
 from droppeft.data.tokens import TokenRows
 from droppeft.federated_method import Setup
-from droppeft.messages import Budget, Update
+from droppeft.messages.instruction import Budget
+from droppeft.messages.reply import Update
 from droppeft.methods.droppeft import DROPPEFT
 from droppeft.models.loading import Backbone
 from droppeft.models.sources import find_source

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.runs.ledger import RoundRow
 
 EVENTS = ("preparing", "started", "replied", "round_done", "finished")

@@ -15,16 +15,9 @@ from pydantic import TypeAdapter
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.messages import (
-    AdapterSpec,
-    Array,
-    BaseDelta,
-    GlobalModel,
-    LayerKey,
-    ServerState,
-    flatten,
-    layer_key,
-)
+from droppeft.messages.instruction import AdapterSpec, BaseDelta
+from droppeft.messages.server_state import GlobalModel, ServerState
+from droppeft.messages.tensors import Array, LayerKey, flatten, layer_key
 from droppeft.runs.method_memory import decode_memory, encode_memory
 
 KEPT = 2

@@ -18,7 +18,8 @@ from droppeft.client.client_state import client_folder, load_tensors
 from droppeft.client.run_inputs import Say
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
-from droppeft.messages import GlobalModel, Tensors
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import Tensors
 from droppeft.methods import Setup, method_named
 from droppeft.models.sources import find_source
 from droppeft.refusals import Refused

@@ -14,7 +14,9 @@ from typing import Any
 
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.files import as_json, sync
-from droppeft.messages import Failure, Instruction, Reply, Update, instruction_bytes, payload_bytes
+from droppeft.messages.instruction import Instruction, instruction_bytes
+from droppeft.messages.reply import Failure, Reply, Update
+from droppeft.messages.tensors import payload_bytes
 
 SCHEMA_VERSION = 7
 

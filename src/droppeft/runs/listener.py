@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from droppeft.messages import Reply
+from droppeft.messages.reply import Reply
 from droppeft.runs.ledger import RoundRow
 
 

@@ -12,7 +12,7 @@ from droppeft.adapters.attach import loading_of
 from droppeft.adapters.by_layer import count_parameters
 from droppeft.client.client_model import ClientModel
 from droppeft.config import Config
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.models.loading import Backbone
 from droppeft.models.packaged import ON_THE_HUB
 from droppeft.models.quantization import settings

@@ -26,7 +26,7 @@ from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.models.quiet import quiet
 from droppeft.runs.model_cards import CLASSES, Source, adapter_card, merged_card
 from droppeft.tasks.task import Task

@@ -13,15 +13,9 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from droppeft.config import Config
-from droppeft.messages import (
-    EvaluationReply,
-    Failure,
-    Instruction,
-    Reply,
-    ServerState,
-    TextGeneration,
-    Update,
-)
+from droppeft.messages.instruction import Instruction, TextGeneration
+from droppeft.messages.reply import EvaluationReply, Failure, Reply, Update
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import Method, Setup
 from droppeft.server.validation import check_reply, why_not_its_own
 from droppeft.sharing.participation import with_participations

@@ -14,7 +14,9 @@ import numpy as np
 from droppeft import seeds
 from droppeft.config import Config
 from droppeft.federated_method import evaluation_only, full_instruction
-from droppeft.messages import EvaluationReply, Failure, Instruction, ServerState, instruction_bytes
+from droppeft.messages.instruction import Instruction, instruction_bytes
+from droppeft.messages.reply import EvaluationReply, Failure
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import Setup
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.client_evaluation import exchange

@@ -6,7 +6,7 @@ from typing import Any
 
 from droppeft.errors import DroppeftError
 from droppeft.files import write_atomically
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from droppeft.client.run_inputs import Say
-from droppeft.messages import ServerState, flatten
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import flatten
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.ledger import RoundRow

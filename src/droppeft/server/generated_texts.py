@@ -10,7 +10,7 @@ from typing import Any
 
 from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
 from droppeft.files import as_json
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.server.global_evaluation import attached
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.tasks.generation import GenerationSettings, complete_prompts

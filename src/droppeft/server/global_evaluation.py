@@ -8,7 +8,7 @@ from torch import nn
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import set_tensors
 from droppeft.data.texts import Rows
-from droppeft.messages import GlobalModel
+from droppeft.messages.server_state import GlobalModel
 from droppeft.server.prepare import Prepared
 from droppeft.training.loop import Evaluation, evaluate
 

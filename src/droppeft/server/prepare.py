@@ -21,7 +21,7 @@ from droppeft.data.texts import Rows, TextTable
 from droppeft.data.tokens import TokenRows
 from droppeft.extras import require
 from droppeft.federated_method import local_training
-from droppeft.messages import ServerState
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
 from droppeft.server.round_cost import clock_for, longest_step

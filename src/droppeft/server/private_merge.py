@@ -17,16 +17,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from droppeft.config import Config
-from droppeft.messages import (
-    Array,
-    LayerKey,
-    MeasuredCost,
-    Reply,
-    ServerState,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.reply import MeasuredCost, Reply, Update
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Wide
 
 DRAWS = 4

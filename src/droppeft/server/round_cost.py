@@ -16,7 +16,8 @@ from droppeft.costs.modelled_clock import Arithmetic, Clock, RoundCost
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.messages import AdapterSpec, Failure, Instruction, Reply, Update
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Failure, Reply, Update
 from droppeft.models.loading import Backbone
 
 _COUNTED: dict[object, Arithmetic] = {}

@@ -13,7 +13,9 @@ import numpy as np
 
 from droppeft import seeds
 from droppeft.config import Config, ServerConfig
-from droppeft.messages import EvaluationReply, Failure, Instruction, Reply, ServerState, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import EvaluationReply, Failure, Reply, Update
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import Method, Setup
 from droppeft.runs.ledger import ClosedRound
 from droppeft.runs.method_memory import decode_memory, encode_memory

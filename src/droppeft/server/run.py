@@ -22,7 +22,7 @@ from droppeft.client.run_inputs import ReadData, count_clients, read_data
 from droppeft.config import Config, resolve
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import as_json, write_atomically
-from droppeft.messages import ServerState
+from droppeft.messages.server_state import ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
 from droppeft.quantities import counted

@@ -11,7 +11,9 @@ from droppeft.adapters.peft_values import load_peft_values
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
-from droppeft.messages import AdapterSpec, ServerState, Tensors, flatten
+from droppeft.messages.instruction import AdapterSpec
+from droppeft.messages.server_state import ServerState
+from droppeft.messages.tensors import Tensors, flatten
 from droppeft.methods import Method, Setup
 from droppeft.models.model_folders import PEFT_CONFIG
 from droppeft.runs.export import saved_model

@@ -6,17 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.messages import (
-    HEAD,
-    OTHER,
-    EvaluationReply,
-    Failure,
-    Instruction,
-    Layout,
-    Reply,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import EvaluationReply, Failure, Reply, Update
+from droppeft.messages.tensors import HEAD, OTHER, Layout, flatten
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.sharing.selection import count_of, unchanged_shared
 from droppeft.tasks.task import Task

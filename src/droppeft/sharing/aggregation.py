@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from droppeft.messages import Array, LayerKey, Tensors, Update
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import Array, LayerKey, Tensors
 
 Wide = npt.NDArray[np.float64]
 """Arrays in double precision, in which sums are computed."""

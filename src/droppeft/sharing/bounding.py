@@ -18,17 +18,10 @@ from statistics import median_low
 import numpy as np
 
 from droppeft.config import ServerConfig
-from droppeft.messages import (
-    HEAD,
-    Array,
-    GlobalModel,
-    Instruction,
-    LayerKey,
-    Reply,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import HEAD, Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Wide
 
 FEWEST = 3

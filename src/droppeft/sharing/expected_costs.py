@@ -2,7 +2,7 @@
 
 from droppeft.config import Config
 from droppeft.config.sharing import SharingConfig
-from droppeft.messages import HEAD, Tensors, payload_bytes
+from droppeft.messages.tensors import HEAD, Tensors, payload_bytes
 from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 from droppeft.sharing.selection import count_of
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from droppeft.messages import Array, LayerKey, Tensors, Update, flatten
+from droppeft.messages.reply import Update
+from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
 A, B = ".lora_A.", ".lora_B."

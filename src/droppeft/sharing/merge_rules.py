@@ -14,16 +14,10 @@ from dataclasses import replace
 import numpy as np
 
 from droppeft.config import ServerConfig
-from droppeft.messages import (
-    Array,
-    Failure,
-    GlobalModel,
-    Instruction,
-    LayerKey,
-    Reply,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Reply, Update
+from droppeft.messages.server_state import GlobalModel
+from droppeft.messages.tensors import Array, LayerKey, flatten
 from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.bounding import FEWEST, Received, change_of, received_updates
 

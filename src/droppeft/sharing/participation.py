@@ -7,7 +7,9 @@ The layers that it shared then are the ones that the next instruction brings. Ou
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from droppeft.messages import Failure, Instruction, Reply, ServerState, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Reply, Update
+from droppeft.messages.server_state import ServerState
 from droppeft.sharing.criteria import CRITERIA
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from droppeft.config import ServerConfig
-from droppeft.messages import Array, LayerKey, Tensors
+from droppeft.messages.tensors import Array, LayerKey, Tensors
 from droppeft.sharing.aggregation import Wide
 
 MOMENTUM, SECOND_MOMENTUM = 0.9, 0.99

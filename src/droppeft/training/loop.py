@@ -23,7 +23,8 @@ from droppeft.data.tokens import TokenRows, grouped_batches, ordered_batches
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
 from droppeft.layer_dropout.module_attributes import own_layerdrop_off
-from droppeft.messages import HEAD, TASK_ALONE, Budget, LocalTraining, Objective, Tensors
+from droppeft.messages.instruction import TASK_ALONE, Budget, LocalTraining, Objective
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
 from droppeft.tasks.task import Batch, BoundTask, rows_of

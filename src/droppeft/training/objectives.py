@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.messages import Objective, Tensors
+from droppeft.messages.instruction import Objective
+from droppeft.messages.tensors import Tensors
 
 
 class Terms:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.messages import Instruction, Reply
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply
 
 
 @dataclass(frozen=True)

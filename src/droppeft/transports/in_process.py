@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.client.site import RefusingSite
-from droppeft.messages import Failure, Instruction, Reply
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Reply
 from droppeft.refusals import Refused
 from droppeft.transports.base import Arrival, Transport
 

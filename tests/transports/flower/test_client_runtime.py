@@ -15,7 +15,8 @@ from droppeft.client.run_inputs import identity
 from droppeft.client.site_config import published_settings
 from droppeft.config import as_tree
 from droppeft.errors import DroppeftError
-from droppeft.messages import Failure, Instruction, Reply, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Reply, Update
 from droppeft.refusals import Refused
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import client_app, client_runtime, node_log, simulated_clients

@@ -18,7 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from droppeft.client.published_task import PublishedTask
 from droppeft.config import FlowerConfig
-from droppeft.messages import Failure, Instruction, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Failure, Update
 from droppeft.refusals import Refused
 from droppeft.transports.base import Arrival
 from droppeft.transports.flower import client_app, grid

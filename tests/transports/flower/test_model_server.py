@@ -14,7 +14,8 @@ import pytest
 
 from droppeft.client.site_config import published_settings
 from droppeft.errors import DroppeftError
-from droppeft.messages import Instruction, Reply, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Reply, Update
 from droppeft.refusals import Refused
 from droppeft.server.prepare import Prepared
 from droppeft.transports.flower import model_server

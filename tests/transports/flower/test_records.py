@@ -4,15 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
@@ -20,13 +12,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droppeft.messages import Update
-from droppeft.transports.flower.records import (
-    MOST_REASON,
-    error_reason,
-    packed_of,
-    record_of,
-)
+from droppeft.messages.reply import Update
+from droppeft.transports.flower.records import MOST_REASON, error_reason, packed_of, record_of
 from droppeft.transports.flower.wire_format import Malformed, Packed, pack_reply, unpack_reply
 from handmade import instruction_for, update_for
 

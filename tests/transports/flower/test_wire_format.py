@@ -19,16 +19,9 @@ from hypothesis import strategies as st
 from droppeft.client.published_task import PublishedTask
 from droppeft.config import as_tree, load_config
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    AdapterSpec,
-    BaseDelta,
-    EvaluationReply,
-    Failure,
-    Instruction,
-    Reply,
-    Update,
-    payload_bytes,
-)
+from droppeft.messages.instruction import AdapterSpec, BaseDelta, Instruction
+from droppeft.messages.reply import EvaluationReply, Failure, Reply, Update
+from droppeft.messages.tensors import payload_bytes
 from droppeft.refusals import Refused
 from droppeft.transports.flower.wire_format import (
     MOST_HEAD,

@@ -20,7 +20,8 @@ from droppeft.client.run_inputs import load_model
 from droppeft.client.site import site_client
 from droppeft.client.site_config import site_config
 from droppeft.config import resolve
-from droppeft.messages import Answer, Instruction
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Answer
 from droppeft.refusals import Refused
 from droppeft.transports.flower.node_log import in_node_log, refused_reply
 from droppeft.transports.flower.wire_format import (

@@ -22,7 +22,9 @@ from droppeft.client.run_inputs import Loaded, identity
 from droppeft.client.site_config import published_settings
 from droppeft.config import Config, FlowerConfig, as_tree
 from droppeft.errors import DroppeftError
-from droppeft.messages import AdapterSpec, Failure, Instruction, Layout, Reply
+from droppeft.messages.instruction import AdapterSpec, Instruction
+from droppeft.messages.reply import Failure, Reply
+from droppeft.messages.tensors import Layout
 from droppeft.transports.base import Arrival
 from droppeft.transports.flower.keys import read_public_keys
 from droppeft.transports.flower.messenger import DeliveryError, Messenger, NotSent

@@ -19,7 +19,8 @@ from droppeft.client.run_inputs import clients_of, difference, identity, load
 from droppeft.client.site import RefusingSite
 from droppeft.config import build_config, resolve
 from droppeft.errors import DroppeftError
-from droppeft.messages import Answer, Failure, Instruction
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Answer, Failure
 from droppeft.refusals import Refused
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.wire_format import (

@@ -18,18 +18,9 @@ from safetensors import SafetensorError
 
 from droppeft.client.published_task import PublishedTask
 from droppeft.errors import DroppeftError
-from droppeft.messages import (
-    Answer,
-    Array,
-    EvaluationReply,
-    Failure,
-    Instruction,
-    LayerKey,
-    Reply,
-    Tensors,
-    Update,
-    flatten,
-)
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Answer, EvaluationReply, Failure, Reply, Update
+from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.refusals import Refused
 
 MOST_HEAD = 1_000_000
