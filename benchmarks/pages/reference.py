@@ -18,8 +18,8 @@ from droppeft.adapters.types import TYPES
 from droppeft.cli import app
 from droppeft.client.node_file import NodeFile
 from droppeft.config import Bandwidth, Config, flat
+from droppeft.config.defaults import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.config.describing import Setting, all_settings, plain, settings_of
-from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.layer_dropout import REFUSED

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from droppeft.config import build_config, config_with_task
+from droppeft.config.defaults import DEFAULT_METHOD
 from droppeft.config.other_words import KEYS
-from droppeft.config.schema import DEFAULT_METHOD
 from droppeft.data.in_memory import in_words_of_python, is_in_memory, number_of_clients, write_data
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.federated_method import Method

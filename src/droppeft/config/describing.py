@@ -9,8 +9,9 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from droppeft.config.defaults import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
 from droppeft.config.reading import build_config, flat, known_keys
-from droppeft.config.schema import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS, Config
+from droppeft.config.schema import Config
 from droppeft.config.table import Table
 
 _TYPES: dict[object, str] = {

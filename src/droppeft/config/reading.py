@@ -13,10 +13,11 @@ from typing import Any, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from droppeft.config.defaults import DEFAULT_COHORT_SIZE, DEFAULT_METHOD
 from droppeft.config.exclusive import EXCLUSIVE
 from droppeft.config.frozen import HALF
 from droppeft.config.other_words import meant_key
-from droppeft.config.schema import DEFAULT_COHORT_SIZE, DEFAULT_METHOD, Config
+from droppeft.config.schema import Config
 from droppeft.config.table import Table
 from droppeft.config.task_detection import detected_task
 from droppeft.errors import DroppeftError

@@ -3,7 +3,7 @@
 To add a method, write a module that defines a :class:`~droppeft.federated_method.Method`
 (``fedlora.py`` is the shortest one), list it in :data:`METHODS`, and add a row to ``ROWS`` in
 ``tests/methods/test_methods.py``, which runs the tests that every method must pass. If the method
-needs other defaults, they are added to ``METHOD_DEFAULTS`` in ``droppeft/config/schema.py``.
+needs other defaults, they are added to ``METHOD_DEFAULTS`` in ``droppeft/config/defaults.py``.
 """
 
 import difflib

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from droppeft.config import Config
-from droppeft.config.schema import METHOD_DEFAULTS
+from droppeft.config.defaults import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, average_by_targets
 from droppeft.methods.fedlora import FEDLORA

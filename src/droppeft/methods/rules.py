@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import TYPES, check_on
 from droppeft.config import Config, DropoutConfig, as_tree, build_config, flat
-from droppeft.config.schema import METHOD_DEFAULTS
+from droppeft.config.defaults import METHOD_DEFAULTS
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
