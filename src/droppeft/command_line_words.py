@@ -98,7 +98,7 @@ def config_to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config"
     import torch
 
     from droppeft.config import load_config, resolve
-    from droppeft.methods.rules import STEP_METHOD, check_step_settings, step_of
+    from droppeft.methods.step_settings import STEP_METHOD, check_step_settings, step_of
 
     path, settings = file_and_settings(words)
     check_step_settings(settings)

@@ -9,14 +9,13 @@ A setting counts as given only if it differs from its default, even if it is wri
 ``config.toml`` of a run lists every setting, and it must be possible to repeat the run with it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from droppeft.adapters.settings import check
 from droppeft.adapters.types import TYPES, check_on
-from droppeft.config import Config, DropoutConfig, as_tree, build_config, flat
-from droppeft.config.defaults import METHOD_DEFAULTS
+from droppeft.config import Config, as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
@@ -179,17 +178,6 @@ NO_EFFECT = (
 )
 """If several rules hold for a setting, the first is reported."""
 
-STEP_SETTINGS = (
-    *("task", "model", "quantization", "dtype", "accelerator", "threads", "seed"),
-    *("adapter.", "dropout.", "frozen.", "clock.custom."),
-    *("training.batch_size", "training.max_length", "training.precision"),
-    *("training.checkpointing", "training.offload"),
-)
-"""Keys, or beginnings of keys, that change what a step costs or where it is measured."""
-
-STEP_METHOD = "droppeft"
-"""The method of a configuration of which a step is estimated or profiled."""
-
 
 def check_settings(config: Config) -> None:
     """Refuse settings that cannot work or would be ignored.
@@ -325,46 +313,6 @@ def given(config: Config) -> Mapping[str, Any]:
         for key, value in flat(as_tree(config)).items()
         if key not in defaults or defaults[key] != value
     }
-
-
-def check_step_settings(overrides: Sequence[str]) -> None:
-    """Refuse overrides that do not change what a step costs.
-
-    Settings in a file are not checked, since it may be the configuration of a whole run.
-
-    Args:
-        overrides: ``key=value``.
-
-    Raises:
-        DroppeftError: if an override has no effect; the message names the setting.
-    """
-    methods = [name for name, defaults in METHOD_DEFAULTS.items() if "adapter" in defaults]
-    for override in overrides:
-        key, _, value = (part.strip() for part in override.partition("="))
-        if key == "method" and value not in methods:
-            raise DroppeftError(
-                f"method={value} has no effect on what a step of the configured adapter costs; "
-                "leave it out, and set adapter.*"
-            )
-        if key != "method" and not key.startswith(STEP_SETTINGS):
-            raise DroppeftError(f"{key} has no effect on what a step costs; leave it out")
-
-
-def step_of(config: Config) -> Config:
-    """The configuration of which a step is estimated or profiled, whatever its method.
-
-    It has the model, adapter, drop rates and training settings of a run, and :data:`STEP_METHOD`,
-    which uses just these. A method that drops no layers has a step at full depth.
-    """
-    plain = build_config({"method": STEP_METHOD})
-    used: dict[str, Any] = {
-        "method": plain.method,
-        "configurator": plain.configurator,
-        "sharing": plain.sharing,
-    }
-    if "dropout" not in method_named(config.method).tables:
-        used["dropout"] = DropoutConfig(mean=0.0)
-    return config.model_copy(update=used)
 
 
 def _task(name: str) -> "Task":

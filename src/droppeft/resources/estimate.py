@@ -37,7 +37,8 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import STEP_METHOD, check_step_settings, given, step_of
+from droppeft.methods.rules import given
+from droppeft.methods.step_settings import STEP_METHOD, check_step_settings, step_of
 from droppeft.models.sources import find_source
 from droppeft.resources.model_shape import check_runnable, model_shape
 
