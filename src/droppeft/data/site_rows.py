@@ -15,20 +15,11 @@ from droppeft.data.columns import find_columns
 from droppeft.data.conversation_sources import hashes_of_prompts, read_conversations
 from droppeft.data.conversations import ConversationTable
 from droppeft.data.findings import Findings
+from droppeft.data.labelled_cells import Cells, findings_of, lacking_of, read_cells, table_of
 from droppeft.data.labels import LabelColumn, indices_of, ordered
 from droppeft.data.missing_values import kept_rows
 from droppeft.data.partition import ClientRows
-from droppeft.data.sources import (
-    Cells,
-    Table,
-    at_most,
-    contents_of,
-    findings_of,
-    hashes_of,
-    lacking_of,
-    read_cells,
-    table_of,
-)
+from droppeft.data.sources import Table, at_most, contents_of, hashes_of
 from droppeft.data.splits import Part, read_parts
 from droppeft.data.texts import Rows, TextTable
 from droppeft.errors import DroppeftError
