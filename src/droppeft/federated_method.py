@@ -184,6 +184,7 @@ def full_instruction(
         frozen=setup.config.frozen.count,
         run=setup.run,
         cache=state_cache(setup.config),
+        encoding=setup.config.traffic.encoding,
     )
 
 

@@ -21,15 +21,25 @@ from droppeft.client.client_state import (
 from droppeft.client.kept_tensors import Kept, read_kept, remember_kept
 from droppeft.client.layer_scoring import LayerChoice, score_layers
 from droppeft.client.local_training import train_locally
+from droppeft.client.rounding_errors import encoded_update, load_errors, save_errors
 from droppeft.client.site_rules import SiteRules
 from droppeft.data.conversations import ConversationTable, prompts_and_references
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
+from droppeft.messages.encoding import decode_tensors
 from droppeft.messages.instruction import AdapterSpec, Instruction, LocalTraining, Objective
 from droppeft.messages.reply import Answer, CachedLayersCost, EvaluationReply, MeasuredCost, Update
-from droppeft.messages.tensors import LayerKey, Tensors, flatten, payload_bytes, restrict
+from droppeft.messages.tensors import (
+    OTHER,
+    LayerKey,
+    Tensors,
+    flatten,
+    payload_bytes,
+    restrict,
+)
+from droppeft.refusals import Refused
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
@@ -68,6 +78,7 @@ class Client:
         """
         if self.rules is not None:
             instruction = self.rules.allowed(instruction, self.model, self.rows, self.table.lengths)
+        instruction = self._decoded(instruction)
         return self.measure(instruction) if instruction.evaluate_only else self.train(instruction)
 
     def measure(self, instruction: Instruction) -> EvaluationReply:
@@ -123,7 +134,8 @@ class Client:
                 self.model, parameters, instruction, outcome, start_values, measure
             )
         personal = _names_of(self.model.parameters, scored.personal if scored else ())
-        tensors = _trained_and_shared(parameters, instruction, personal, outcome)
+        trained = _trained_and_shared(parameters, instruction, personal, outcome)
+        tensors = self._encoded(instruction, trained)
         remember_kept(instruction, _all_names(parameters), personal)
         self._save_the_rest(parameters, instruction, personal)
         personal_outcome = self._train_personal_adapter(parameters, instruction, deadline)
@@ -144,6 +156,30 @@ class Client:
             shared=scored.shared if scored else None,
             scores=scored.scores if scored else None,
         )
+
+    def _decoded(self, instruction: Instruction) -> Instruction:
+        """Return the instruction with fp32 values.
+
+        Raises:
+            Refused: its tensors are not encoded as it says.
+        """
+        layout = {} if instruction.encoding == "fp32" else self.model.layout(instruction.adapter)
+        try:
+            tensors = decode_tensors(instruction.tensors, instruction.encoding, layout)
+        except ValueError as error:
+            raise Refused("impossible") from error
+        return replace(instruction, tensors=tensors)
+
+    def _encoded(self, instruction: Instruction, trained: Tensors) -> Tensors:
+        """Encode the tensors to be sent, and save what rounding them loses."""
+        if instruction.encoding == "fp32":
+            return trained
+        run, client, round = instruction.run, instruction.client, instruction.round
+        tensors, errors = encoded_update(instruction, trained, load_errors(run, client, round))
+        if self.rules is not None:
+            self.rules.check_room(client, payload_bytes({OTHER: errors}))
+        save_errors(run, client, round, errors)
+        return tensors
 
     def _load(self, instruction: Instruction, kept: Kept) -> Parameters:
         """Set the values that training begins with, and return the parameters that are trained.

@@ -25,6 +25,7 @@ from droppeft.config.privacy import PrivacyConfig
 from droppeft.config.server import ServerConfig
 from droppeft.config.sharing import SharingConfig
 from droppeft.config.table import Real, Table, TextList, Whole
+from droppeft.config.traffic import TrafficConfig
 from droppeft.config.training import TrainingConfig
 
 Kind = Literal["iid", "dirichlet", "dirichlet_by_client", "pathological", "natural", "sites"]
@@ -219,6 +220,7 @@ class Config(Table):
     configurator: ConfiguratorConfig = Field(default_factory=ConfiguratorConfig)
     sharing: SharingConfig = Field(default_factory=SharingConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
+    traffic: TrafficConfig = Field(default_factory=TrafficConfig)
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     clock: ClockConfig = Field(default_factory=ClockConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.step_counts import BlockCounts, StepCounts
+from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import (
     AdapterSpec,
     Instruction,
@@ -17,7 +18,6 @@ from droppeft.messages.instruction import (
     instruction_bytes,
 )
 from droppeft.messages.reply import MeasuredCost, Update
-from droppeft.messages.tensors import payload_bytes
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class Clock:
             arithmetic, update.cost, instruction.frozen, first_trained_layer(instruction)
         )
         down = instruction_bytes(instruction) / self.fleet.download_bytes_per_s(round, client)
-        up = payload_bytes(update.tensors) / self.fleet.upload_bytes_per_s(round, client)
+        sent = tensor_bytes(update.tensors, instruction.encoding)
+        up = sent / self.fleet.upload_bytes_per_s(round, client)
         work += personal_adapter_flops(arithmetic, update.cost)
         train = compute_seconds(profile, work, update.steps + update.cost.personal_steps)
         measuring = compute_seconds(profile, reward_flops(arithmetic, update.cost))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from droppeft.errors import DroppeftError
-from droppeft.messages.tensors import OTHER, Array, Tensors, flatten, payload_bytes
+from droppeft.messages.encoding import Encoding, tensor_bytes
+from droppeft.messages.tensors import OTHER, Array, Tensors, flatten
 
 _RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
 
@@ -257,6 +258,8 @@ class Instruction:
         generation: the texts that a client generates which only evaluates; ``None`` for no texts.
         validation_rows: most validation rows on which a client measures that only evaluates; 0
             for all of its test rows.
+        encoding: how tensors travel, in both directions. The server's own copy of an instruction
+            has fp32 values; on the way they are encoded.
     """
 
     round: int
@@ -284,6 +287,7 @@ class Instruction:
     personal_adapter: float | None = None
     generation: TextGeneration | None = None
     validation_rows: int = 0
+    encoding: Encoding = "fp32"
 
 
 def checked_run(run: str) -> str:
@@ -315,6 +319,10 @@ def first_trained_layer(instruction: Instruction) -> int:
 
 
 def instruction_bytes(instruction: Instruction) -> int:
-    """Return the bytes of an instruction's tensors and base delta, without transport overhead."""
+    """Return the bytes of an instruction's tensors, as they travel, and of its base delta.
+
+    The overhead of a transport is not counted.
+    """
     delta = instruction.base_delta.tensors.values() if instruction.base_delta else ()
-    return payload_bytes(instruction.tensors) + sum(array.nbytes for array in delta)
+    sent = tensor_bytes(instruction.tensors, instruction.encoding)
+    return sent + sum(array.nbytes for array in delta)

@@ -14,9 +14,9 @@ from typing import Any
 
 from droppeft.costs.modelled_clock import ClientCost, RoundCost
 from droppeft.files import as_json, sync
+from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import Instruction, instruction_bytes
 from droppeft.messages.reply import Failure, Reply, Update
-from droppeft.messages.tensors import payload_bytes
 
 SCHEMA_VERSION = 7
 
@@ -205,15 +205,15 @@ def client_row(
     if clip_factor is not None and not private:
         row["clip_factor"] = clip_factor
     if private and isinstance(checked_reply, Update):
-        return row | {"upload_bytes": payload_bytes(checked_reply.tensors)}
+        return row | {"upload_bytes": tensor_bytes(checked_reply.tensors, instruction.encoding)}
     if isinstance(checked_reply, Update):
-        row |= _training_columns(checked_reply)
+        row |= _training_columns(instruction, checked_reply)
     return row if modelled is None else {**row, **_modelled_columns(modelled)}
 
 
-def _training_columns(update: Update) -> dict[str, Any]:
+def _training_columns(instruction: Instruction, update: Update) -> dict[str, Any]:
     return {
-        "upload_bytes": payload_bytes(update.tensors),
+        "upload_bytes": tensor_bytes(update.tensors, instruction.encoding),
         "examples": update.examples,
         "targets": update.targets,
         "steps": update.steps,
@@ -273,7 +273,7 @@ def round_row(
         if steps
         else None,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in received), default=0),
-        upload_bytes=sum(payload_bytes(update.tensors) for update in received),
+        upload_bytes=_upload_bytes(closed),
         download_bytes=sum(map(instruction_bytes, closed.instructions)) + evaluation.download_bytes,
         round_measured_s=slowest_s + closed.server_wall_s,
         train_wall_s=sum(update.cost.train_wall_s for update in received),
@@ -311,6 +311,15 @@ def private_row(row: RoundRow, epsilon: float) -> RoundRow:
         layer_steps=[],
         importance=[],
         epsilon=epsilon,
+    )
+
+
+def _upload_bytes(closed: ClosedRound) -> int:
+    """Bytes of all updates that arrived, merged or not."""
+    return sum(
+        tensor_bytes(reply.tensors, instruction.encoding)
+        for instruction, reply in zip(closed.instructions, closed.checked_replies, strict=True)
+        if isinstance(reply, Update)
     )
 
 

@@ -8,8 +8,8 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from droppeft.server.rounds import refuse_round, run_round
 from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import quality as quality_of
 from droppeft.transports.base import Connect, Transport
+from droppeft.transports.encoding import EncodingTransport
 from droppeft.transports.registry import transport_named
 
 MAX_LOST_ROUNDS = 3
@@ -134,13 +135,16 @@ def _started(prepared: Prepared) -> Prepared:
     return replace(prepared, state=state)
 
 
+@contextmanager
 def reach_clients(
     prepared: Prepared, connect: Connect | None, listener: Listener
-) -> AbstractContextManager[Transport]:
+) -> Iterator[Transport]:
     """Open the transport, with ``connect`` if it is given."""
     check_tracker(prepared.config.tracker)
     listener.preparing("reaching the clients")
-    return (connect or transport_named(prepared.config.transport))(prepared.loaded)
+    opened = (connect or transport_named(prepared.config.transport))(prepared.loaded)
+    with opened as transport:
+        yield EncodingTransport(transport, prepared.setup.layout)
 
 
 def run_rounds(

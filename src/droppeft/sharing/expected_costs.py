@@ -2,7 +2,8 @@
 
 from droppeft.config import Config
 from droppeft.config.sharing import SharingConfig
-from droppeft.messages.tensors import HEAD, Tensors, payload_bytes
+from droppeft.messages.encoding import tensor_bytes
+from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.sharing.criteria import CRITERIA, SCORE_ROWS
 from droppeft.sharing.selection import count_of
 
@@ -22,7 +23,7 @@ def typical_bytes(config: Config, values: Tensors, lower: int = 0) -> float:
     shared_part = count_of(config.sharing.fraction, len(layers)) / max(len(layers), 1)
     total = 0.0
     for key, named in values.items():
-        size = payload_bytes({key: named})
+        size = tensor_bytes({key: named}, config.traffic.encoding)
         if isinstance(key, int):
             total += shared_part * size if key >= lower else 0
         elif key != HEAD or config.sharing.head == "shared":

@@ -34,7 +34,13 @@ def comparable(out: Path) -> dict[str, Any]:
     return {**result, "config": [line for line in lines if not line.startswith(other)]}
 
 
-SHARING = ("sharing.fraction=0.5", "sharing.criterion=cka", "clients=3", "rounds=4")
+SHARING = (
+    "sharing.fraction=0.5",
+    "sharing.criterion=cka",
+    "traffic.encoding=int8",
+    "clients=3",
+    "rounds=4",
+)
 """Client state is saved by the processes that run the clients."""
 
 SLOW = "flower.nodes_timeout_s=1800"

@@ -1,0 +1,114 @@
+"""What rounding a client's updates has lost, which it adds to its next update. Ours.
+
+Error feedback is from Seide et al. (Interspeech 2014) and Karimireddy et al. (arXiv:1901.09847).
+There is one file for each local training, so that a round that is repeated after a crash begins
+with the same errors.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
+from droppeft.client.client_state import client_folder
+from droppeft.errors import DroppeftError
+from droppeft.files import make_private, remove_left_behind, write_atomically
+from droppeft.messages.encoding import Floats, decode, encode
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
+
+RETAINED_FILES = 3
+"""Files that are retained, so that the server can resume from an older checkpoint."""
+
+_NAME = re.compile(r"rounding-(\d{6})\.safetensors")
+_log = logging.getLogger("droppeft")
+
+Errors = Mapping[str, Floats]
+"""Rounding errors by the name of the tensor, float32."""
+
+
+def encoded_update(
+    instruction: Instruction, trained: Tensors, errors: Errors
+) -> tuple[Tensors, Errors]:
+    """Encode the tensors of an update as the instruction says.
+
+    A tensor that the instruction brought travels as its change; the server adds it to its own
+    value, which is not rounded. Any other tensor travels as its value, without error feedback.
+
+    Args:
+        instruction: as the client received it, decoded.
+        trained: the values to send.
+        errors: of the client's last update.
+
+    Returns:
+        The encoded tensors, and the errors of this update.
+    """
+    received = {name: _floats(array) for _, name, array in flatten(instruction.tensors)}
+    encoded: dict[LayerKey, dict[str, Array]] = {}
+    lost: dict[str, Floats] = {}
+    for key, name, array in flatten(trained):
+        change = _floats(array)
+        if name in received:
+            change = change - received[name]
+            if name in errors and errors[name].shape == change.shape:
+                change = change + errors[name]
+        sent = encode(change, instruction.encoding)
+        encoded.setdefault(key, {})[name] = sent
+        if name in received:
+            lost[name] = change - decode(sent, instruction.encoding, change.shape)
+    return encoded, lost
+
+
+def load_errors(run: str, client: int, round: int) -> Errors:
+    """Load the errors of a client's last update before a round; empty if there are none."""
+    folder = client_folder(run, client)
+    earlier = [other for other in _rounds(folder) if other < round]
+    if not earlier:
+        return {}
+    path = _path(folder, max(earlier))
+    try:
+        arrays, _ = decode_checked(path)
+        return {name: _floats(array) for name, array in arrays.items()}
+    except DAMAGES as error:
+        _log.warning("%s cannot be read (%s); rounding begins without it", path, error)
+        return {}
+
+
+def save_errors(run: str, client: int, round: int, errors: Errors) -> None:
+    """Save the errors of an update, and delete those that are no longer needed.
+
+    Raises:
+        DroppeftError: the file cannot be written.
+    """
+    folder = client_folder(run, client)
+    try:
+        make_private(folder)
+        remove_left_behind(folder, "rounding-*")
+        write_atomically(_path(folder, round), encode_checked(errors, {}), private=True)
+        for other in sorted(_rounds(folder))[:-RETAINED_FILES]:
+            if other < round:
+                _path(folder, other).unlink(missing_ok=True)
+    except OSError as error:
+        raise DroppeftError(
+            f"{folder}: the rounding errors of an update cannot be saved ({error}); check the "
+            "disk, set DROPPEFT_STATE to another folder, or traffic.encoding=fp32"
+        ) from None
+
+
+def _floats(array: Array) -> Floats:
+    return np.asarray(array, dtype=np.float32)
+
+
+def _path(folder: Path, round: int) -> Path:
+    return folder / f"rounding-{round:06}.safetensors"
+
+
+def _rounds(folder: Path) -> Iterator[int]:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                yield int(match[1])
