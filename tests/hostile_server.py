@@ -306,6 +306,7 @@ PROBES = (
           before=[keeps_all]),
     Probe(KEPT, "a run named `../../home`", asking(run="../../home", share=frozenset())),
     Probe(MESSAGES, "to trust the server, as clients of a simulation do", simulating),
+    Probe(MESSAGES, "tensors in another encoding than it says", asking(encoding="int8")),
     Probe(MESSAGES, "something that is no instruction",
           lambda ask: Packed('{"canarytext": 1}', b"")),
     Probe(MESSAGES, "tensors of other shapes", wrong_shapes),
