@@ -330,8 +330,40 @@ def test_a_late_introduction_counts_when_it_comes() -> None:
 
 def test_a_node_that_failed_to_introduce_itself_is_asked_again() -> None:
     nodes = LateNodes(Error(8, ""))
-    assert isinstance(exchange(over(nodes), 0)[0].reply, Update)
+    transport = over(nodes)
+    transport.directory.patience_s = 100.0
+    assert reason(exchange(transport, 0)[0]).startswith("it has no node")
+    assert nodes.introduced == [900]  # at once it would fail again
+    transport.directory.patience_s = 0.0
+    assert isinstance(exchange(transport, 0)[0].reply, Update)
     assert nodes.introduced == [900, 900]
+
+
+def test_a_node_that_is_silent_delays_no_other_and_only_one_round() -> None:
+    nodes = LateNodes(None)
+    nodes.clients[893] = 1  # which is asked first
+    transport = over(nodes, deadline_s=20.0)
+    transport.directory.patience_s = 1.0
+    arrivals = transport.exchange([instruction_for(1), instruction_for(0)])
+    assert isinstance(next(arrivals).reply, Update)
+    assert "has not said which client it is" in reason(next(arrivals))
+    assert not transport.directory.expects(1)
+    assert reason(exchange(transport, 1)[1]).startswith("it has no node")
+
+
+def test_a_node_that_introduces_itself_during_a_round_takes_part_in_it() -> None:
+    nodes = LateNodes(None)
+    nodes.clients[950] = 1
+
+    def answer(node: int, instruction: Instruction) -> RecordDict:
+        nodes._replies["message 1"] = Message(introduction(0), reply_to=nodes.questions[0])
+        return good(node, instruction)
+
+    nodes.answer = answer
+    transport = over(nodes, deadline_s=20.0)
+    transport.directory.patience_s = 20.0
+    assert isinstance(exchange(transport, 0, 1)[0].reply, Update)
+    assert [message.metadata.dst_node_id for message in nodes.sent] == [950, 900]
 
 
 def test_a_node_that_never_introduces_itself_is_the_reason(

@@ -1,5 +1,7 @@
 """Keys of a federation: Flower reads them, only their owner can, and nothing is overwritten."""
 
+import itertools
+import ssl
 import stat
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from typer.testing import CliRunner
 
 from droppeft.cli import app
+from droppeft.transports.flower import keys
 from droppeft.transports.flower.keys import (
     add_clients,
     make_federation,
@@ -34,8 +37,12 @@ def certificate(folder: Path) -> x509.Certificate:
 
 
 def test_flower_reads_the_keys_and_each_belongs_to_its_client(federation: Path) -> None:
+    check_keys(federation, 2)
+
+
+def check_keys(federation: Path, clients: int) -> None:
     known = read_public_keys(federation / "server" / "clients")
-    for client in (0, 1):
+    for client in range(clients):
         private = load_ssh_private_key(
             (federation / f"client-{client}" / f"client-{client}.key").read_bytes(), None
         )
@@ -90,6 +97,35 @@ def test_nothing_is_overwritten_or_left_half_made(federation: Path, tmp_path: Pa
     done = CliRunner().invoke(app, ["keys", str(federation), "--renew", "--clients", "3"])
     assert "--renew and --clients are two steps" in str(done.exception)
     assert list(tmp_path.iterdir()) == [federation]
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_the_same_call_completes_one_that_was_interrupted(
+    federation: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each file that an added client (4 files) and a renewal (2) write."""
+    write, count = keys.write_atomically, itertools.count()
+
+    def killed(path: Path, content: bytes, *, private: bool) -> None:
+        if next(count) == written:
+            raise KeyboardInterrupt
+        write(path, content, private=private)
+
+    monkeypatch.setattr(keys, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add_clients(federation, 3)
+        renew_server(federation, ())
+    monkeypatch.undo()
+    if written < 4:
+        assert add_clients(federation, 3).clients == (2,)
+    renew_server(federation, ())
+    check_keys(federation, 3)
+    loaded = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server = federation / "server"
+    loaded.load_cert_chain(server / "server.crt", server / "server.key")  # raises if no pair
+    assert {path.name for path in federation.iterdir()} == {
+        *("authority", "server", "client-0", "client-1", "client-2")
+    }
 
 
 @pytest.mark.parametrize("wrong", ["damaged", "twice", "none"])

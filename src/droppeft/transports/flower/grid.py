@@ -74,66 +74,71 @@ class OverGrid:
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
         """Send instructions; yield replies as they arrive, then failures for missing ones."""
         if not self._started:
-            self.directory.find(range(self.clients), self.settings.nodes_timeout_s, self.check)
+            self.directory.wait_for(range(self.clients), self.settings.nodes_timeout_s, self.check)
             self._started = True
-        nodes = self.directory.find(
-            [instruction.client for instruction in instructions], 0.0, self.check
-        )
+        nodes = self.directory.find([instruction.client for instruction in instructions])
         if missing := self.directory.missing(range(self.clients)):
             self.directory.say(f"without a node: {missing}")
         waiting: dict[str, int] = {}
+        lost = _WithoutNode()
         for index, instruction in enumerate(instructions):
+            client = instruction.client
+            if client not in nodes and self.directory.expects(client):
+                lost.add(index, self._no_node(client), self.directory.patience_s)
+                continue
             try:
                 name = self._send(instruction, nodes.get(instruction.client))
             except NotSent as error:
                 yield Arrival(index, Failure(instruction.client, str(error)))
             else:
                 waiting[name] = index
-        yield from self._replies(instructions, waiting)
+        yield from self._replies(instructions, waiting, lost)
 
     def _send(self, instruction: Instruction, node: int | None) -> str:
         """Send one instruction; return the name of its reply."""
         if node is None:
-            raise NotSent(f"it has no node ({self.directory.reason(instruction.client)})")
+            raise NotSent(self._no_node(instruction.client))
         record = record_of(pack_instruction(instruction, self.run_context))
         return self.messenger.send(
             record, node, "train", str(instruction.round), self.settings.deadline_s
         )
 
+    def _no_node(self, client: int) -> str:
+        return f"it has no node ({self.directory.reason(client)})"
+
     def _replies(
-        self, instructions: Sequence[Instruction], waiting: dict[str, int]
+        self, instructions: Sequence[Instruction], waiting: dict[str, int], lost: "_WithoutNode"
     ) -> Iterator[Arrival]:
         """Yield one arrival for each reply in ``waiting``, an index by the reply's name."""
         start = time.monotonic()
-        interrupted = _Interrupted()
-        while (waiting or interrupted) and time.monotonic() - start < self.settings.deadline_s:
+        while (waiting or lost) and time.monotonic() - start < self.settings.deadline_s:
             self.check()
             for name, message in self.messenger.fetch(waiting):
                 index = waiting.pop(name)
-                if isinstance(message, DeliveryError) and interrupted.takes(index, message):
+                if isinstance(message, DeliveryError) and lost.takes(index, message):
                     continue
                 yield Arrival(index, self._reply(instructions[index], message))
-            for index, reason in interrupted.ended():
+            for index, reason in lost.ended():
                 yield Arrival(index, Failure(instructions[index].client, reason))
-            waiting |= self._sent_again(instructions, interrupted)
-            if waiting or interrupted:
+            waiting |= self._sent_again(instructions, lost)
+            if waiting or lost:
                 time.sleep(_pause_s(time.monotonic() - start))
-        for index in (*waiting.values(), *interrupted.waiting):
+        for index in (*waiting.values(), *lost.waiting):
             reason = f"no reply within {self.settings.deadline_s:g} s"
             yield Arrival(index, Failure(instructions[index].client, reason))
 
     def _sent_again(
-        self, instructions: Sequence[Instruction], interrupted: "_Interrupted"
+        self, instructions: Sequence[Instruction], lost: "_WithoutNode"
     ) -> dict[str, int]:
-        """Send instructions again whose clients have a node again."""
-        if not interrupted:
+        """Send instructions whose clients have a node now."""
+        if not lost:
             return {}
-        clients = {instructions[index].client: index for index in interrupted.waiting}
+        clients = {instructions[index].client: index for index in lost.waiting}
         sent = {}
-        for client, node in self.directory.find(clients, 0.0, self.check).items():
+        for client, node in self.directory.find(clients).items():
             with suppress(NotSent):  # otherwise it is tried again
                 sent[self._send(instructions[clients[client]], node)] = clients[client]
-                del interrupted.waiting[clients[client]]
+                del lost.waiting[clients[client]]
         return sent
 
     def _reply(self, instruction: Instruction, message: Message | DeliveryError) -> Reply:
@@ -152,13 +157,15 @@ class OverGrid:
         return reply
 
 
-class _Interrupted:
-    """Clients whose node or process ended while they worked: they are asked once more.
+class _WithoutNode:
+    """Instructions whose clients may have a node soon.
 
-    An instruction has the same result whenever it is run, so the run is as it would have been.
+    The node has not yet said which client it is, or it was lost, or its process ended, while it
+    worked. In the latter cases the client is asked once more. An instruction has the same result
+    whenever it is run, so the run is as it would have been.
 
     Attributes:
-        waiting: for each instruction that is not yet sent again, the time and the reason.
+        waiting: for each instruction, when the round stops waiting for a node, and the reason.
     """
 
     def __init__(self) -> None:
@@ -168,18 +175,22 @@ class _Interrupted:
     def __bool__(self) -> bool:
         return bool(self.waiting)
 
+    def add(self, index: int, reason: str, wait_s: float) -> None:
+        """Note an instruction that waits some seconds for a node."""
+        self.waiting[index] = (time.monotonic() + wait_s, reason)
+
     def takes(self, index: int, error: DeliveryError) -> bool:
         """Note an error if the client may be asked again; return whether it may."""
         if not error.interrupted or index in self._again:
             return False
         self._again.add(index)
-        self.waiting[index] = (time.monotonic(), error.reason)
+        self.add(index, error.reason, RECONNECT_S)
         return True
 
     def ended(self) -> list[tuple[int, str]]:
         """Remove and return those whose clients have had no node for too long, with the reason."""
-        end = time.monotonic() - RECONNECT_S
-        late = [(index, reason) for index, (since, reason) in self.waiting.items() if since < end]
+        now = time.monotonic()
+        late = [(index, reason) for index, (end, reason) in self.waiting.items() if end < now]
         for index, _ in late:
             del self.waiting[index]
         return late

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from droppeft.errors import DroppeftError
-from droppeft.files import write_atomically
+from droppeft.files import sync, write_atomically
 
 AUTHORITY, SERVER, PUBLIC_KEYS = "authority", "server", "clients"
 """Folders: of the certificate authority, of the server, and in it of the clients' public keys."""
@@ -85,6 +85,8 @@ def make_federation(folder: Path, hosts: Sequence[str], clients: int) -> Made:
 def add_clients(folder: Path, clients: int) -> Made:
     """Make the keys of further clients of a federation, so that it has ``clients`` of them.
 
+    A call that was interrupted is completed by the same call.
+
     Raises:
         DroppeftError: the folder holds no federation, or as many clients already.
     """
@@ -102,6 +104,8 @@ def add_clients(folder: Path, clients: int) -> Made:
 
 def renew_server(folder: Path, hosts: Sequence[str]) -> Made:
     """Replace the server's certificate and key; clients need no new files.
+
+    A call that was interrupted is completed by the same call.
 
     Args:
         hosts: as for :func:`make_federation`; without any, those of the old certificate remain.
@@ -153,22 +157,31 @@ def _check_federation(folder: Path) -> None:
 
 
 def _add_client(federation: Path, client: int) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
+    """Make the keys of a client; the public key of one whose folder is there is made from it."""
+    folder = federation / f"client-{client}"
+    private = f"client-{client}.key"
+    if not folder.exists():
+        with _made_at_once(folder) as new:
+            _write(
+                new / private,
+                ec.generate_private_key(ec.SECP384R1()).private_bytes(
+                    serialization.Encoding.PEM,
+                    serialization.PrivateFormat.OpenSSH,
+                    serialization.NoEncryption(),
+                ),
+            )
+            _write(new / CA_CERTIFICATE, (federation / AUTHORITY / CA_CERTIFICATE).read_bytes())
+            _write(new / "node.toml", _node_file(client).encode())
+    try:
+        key = serialization.load_ssh_private_key((folder / private).read_bytes(), None)
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise DroppeftError(
+            f"{folder} exists already, but its {private} cannot be read ({error}); move the folder "
+            "away"
+        ) from None
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    with _made_at_once(federation / f"client-{client}") as folder:
-        _write(
-            folder / f"client-{client}.key",
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.OpenSSH,
-                serialization.NoEncryption(),
-            ),
-        )
-        authority = federation / AUTHORITY / CA_CERTIFICATE
-        _write(folder / CA_CERTIFICATE, authority.read_bytes())
-        _write(folder / "node.toml", _node_file(client).encode())
     keys = federation / SERVER / PUBLIC_KEYS
     _write(keys / f"client-{client}.pub", public + f" client-{client}\n".encode())
 
@@ -303,6 +316,7 @@ def _made_at_once(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(folder)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

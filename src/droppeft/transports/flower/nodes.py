@@ -36,8 +36,8 @@ class Directory:
         keys: the client of each public key, in the form in which Flower hands it on; ``None``
             takes the nodes' word for which client they are.
         say: tells the operator of the server a sentence.
-        patience_s: seconds that :meth:`find` waits at least while a connected node has not yet said
-            which client it is.
+        patience_s: seconds for which a node that was asked is expected to say which client it is,
+            and after which one that failed is asked again.
     """
 
     messenger: Messenger
@@ -49,43 +49,55 @@ class Directory:
     _refusals: dict[Node, str] = field(default_factory=dict)
     _failures: dict[Node, str] = field(default_factory=dict)
     _asked: dict[str, Node] = field(default_factory=dict)
+    _asked_at: dict[Node, float] = field(default_factory=dict)
     _nodes: dict[int, Node] = field(default_factory=dict)
     _left: dict[int, str] = field(default_factory=dict)
 
-    def find(
+    def wait_for(
         self, clients: Collection[int], wait_s: float, check: Callable[[], None]
-    ) -> Mapping[int, int]:
-        """Find a connected node for each client.
+    ) -> None:
+        """Wait until each client has a connected node.
 
         Args:
-            clients: whose nodes to find.
-            wait_s: seconds to wait for clients that have no node yet.
+            clients: whose nodes to wait for.
+            wait_s: seconds to wait at most.
             check: called while waiting; may raise an error.
+        """
+        start = said = time.monotonic()
+        named: Sequence[int] = ()
+        while True:
+            check()
+            missing = sorted({*clients} - self.find(clients).keys())
+            now = time.monotonic()
+            if not missing or now - start >= wait_s:
+                return
+            if now - said > 2.0 and missing != named:
+                self.say(f"waiting at most {wait_s:.0f} s for nodes: {self.missing(missing)}")
+                named = missing
+            time.sleep(0.1)
+
+    def find(self, clients: Collection[int]) -> Mapping[int, int]:
+        """Find a connected node for each client, without waiting.
 
         Returns:
             Node id by client, without clients that have no node.
         """
-        start = said = time.monotonic()
-        failed: set[Node] = set()
-        named: Sequence[int] = ()
-        while True:
-            check()
-            connected = self.messenger.nodes()
-            self._forget(connected)
-            known = {*self._claims, *self._refusals, *self._asked.values(), *failed}
-            self._ask(connected - known)
-            failed |= self._receive()
-            self._assign(connected)
-            missing = sorted({*clients} - self._nodes.keys())
-            now = time.monotonic()
-            if not missing or now - start >= max(wait_s, self.patience_s if self._asked else 0.0):
-                return {
-                    client: self._nodes[client].id for client in clients if client in self._nodes
-                }
-            if wait_s and now - said > 2.0 and missing != named:
-                self.say(f"waiting at most {wait_s:.0f} s for nodes: {self.missing(missing)}")
-                named = missing
-            time.sleep(0.1)
+        connected = self.messenger.nodes()
+        self._forget(connected)
+        failed_of_late = {node for node in self._failures if self._was_asked_of_late(node)}
+        self._ask(
+            connected - {*self._claims, *self._refusals, *self._asked.values(), *failed_of_late}
+        )
+        self._receive()
+        self._assign(connected)
+        return {client: self._nodes[client].id for client in clients if client in self._nodes}
+
+    def expects(self, client: int) -> bool:
+        """Whether a node that was asked a short time ago may be the client's."""
+        return any(
+            self._client_of(node) in (client, None) and self._was_asked_of_late(node)
+            for node in self._asked.values()
+        )
 
     def missing(self, clients: Collection[int]) -> str:
         """Name the clients that have no node, with the reasons; empty if all have one."""
@@ -98,7 +110,8 @@ class Directory:
     def reason(self, client: int) -> str:
         """Say why a client has no node, and since when."""
         since = f"its node left at {self._left[client]}" if client in self._left else ""
-        problems = {**self._failures, **self._refusals}
+        silent = dict.fromkeys(self._asked.values(), "has not said which client it is")
+        problems = {**silent, **self._failures, **self._refusals}
         others = [
             f"{node} {problems[node]}"
             for possible in (client, None)  # None: nobody knows which client that node is
@@ -106,6 +119,9 @@ class Directory:
             if self._client_of(node) == possible
         ]
         return "; ".join(part for part in (since, *others[:1]) if part) or "none has connected"
+
+    def _was_asked_of_late(self, node: Node) -> bool:
+        return time.monotonic() - self._asked_at[node] < self.patience_s
 
     def _client_of(self, node: Node) -> int | None:
         """The client that a node is by its key, or that it says it is."""
@@ -117,7 +133,7 @@ class Directory:
             if node not in connected:
                 del self._nodes[client]
                 self._left[client] = time.strftime("%H:%M:%S")
-        for known in (self._claims, self._refusals, self._failures):
+        for known in (self._claims, self._refusals, self._failures, self._asked_at):
             for node in known.keys() - connected:
                 del known[node]
         self._asked = {name: node for name, node in self._asked.items() if node in connected}
@@ -136,14 +152,13 @@ class Directory:
                 _log.warning("%s: %s", node, error)
             else:
                 self._asked[name] = node
+                self._asked_at[node] = time.monotonic()
 
-    def _receive(self) -> set[Node]:
-        """Read the replies of nodes; return the nodes that failed, which may be asked again."""
-        failed = set()
+    def _receive(self) -> None:
+        """Read the replies of nodes."""
         for name, message in self.messenger.fetch(self._asked):
             node = self._asked.pop(name)
             if isinstance(message, DeliveryError):
-                failed.add(node)
                 self._failures[node] = f"did not say which client it is: {message.reason}"
                 self.say(f"{node} {self._failures[node]}")
                 continue
@@ -165,7 +180,6 @@ class Directory:
                 )
             else:
                 self._claims[node] = client
-        return failed
 
     def _assign(self, connected: Collection[Node]) -> None:
         """Give every client without a node the first node that says that it is this client."""
