@@ -3,6 +3,7 @@
 The grid may be simulated or deployed.
 """
 
+import logging
 import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     (overrides as for ``droppeft run``) and ``out`` (folder of the run; if it holds a run, that run
     is resumed).
     """
+    logging.getLogger("flwr").addFilter(_is_not_said)
     given = {key: str(context.run_config[key]) for key in ("config", "settings", "out")}
     out = Path(given["out"]).expanduser()
 
@@ -67,6 +69,11 @@ def main(grid: Grid, context: Context) -> None:
     except DroppeftError as error:
         _say(str(error))
         raise
+
+
+def _is_not_said(record: logging.LogRecord) -> bool:
+    """Whether a record of Flower's log is no traceback of an error whose sentence was printed."""
+    return not (record.exc_info and isinstance(record.exc_info[1], DroppeftError))
 
 
 def _requested_config(file: str, settings: str) -> Config:

@@ -79,6 +79,7 @@ def lacking_of(
     key: str | None = None,
     *,
     known: Collection[str] = (),
+    test: Split | None = None,
 ) -> list[Lacking]:
     """Return which rows of each split lack what; labels that stand for no class are missing too.
 
@@ -87,28 +88,29 @@ def lacking_of(
         columns: from which they were read.
         key: column of the owners, if they were asked for.
         known: labels that stand for a class.
+        test: the split instead of which another one may be named, if there is such.
     """
     every = {value for one in cells for value in one.labels.values}
     words, hidden = without_class({*every, *known})
     classless = (words - {*known}, hidden - {*known})
-    return [_lacking(one, columns.text, columns.label, key, classless) for one in cells]
+    return [_lacking(one, columns, key, classless, one.split is test) for one in cells]
 
 
 def _lacking(
     cells: Cells,
-    text: Sequence[str],
-    label: str,
+    columns: TextColumns,
     key: str | None,
     classless: tuple[frozenset[str], frozenset[str]],
+    is_test: bool,
 ) -> Lacking:
     """Which rows lack what."""
-    words, hidden = classless
+    label, (words, hidden) = columns.label, classless
     blank = np.zeros(cells.split.table.num_rows, bool)
     for column in cells.texts:
         blank |= _mask([not value or value.isspace() for value in column])
     labels = cells.labels.values
     rows = {
-        "text": (f"{' or '.join(text)} is missing", blank),
+        "text": (f"{' or '.join(columns.text)} is missing", blank),
         "label": (
             f"{label} is missing",
             _mask([not one or one.isspace() or one in words for one in labels]),
@@ -120,10 +122,9 @@ def _lacking(
         rows["label"] = (f"{label} is {also}-1, a hidden label,", rows["label"][1] | secret)
     if cells.owners is not None and key:
         rows["owner"] = (f"{key} is missing", _mask([not owner for owner in cells.owners]))
-    advice = (
-        "use a split with labels, such as source.test=validation (if -1 is a class, write text)"
-    )
-    return Lacking(cells.split, rows, advice if secret.any() else "")
+    advice = "write labels (text if -1 is a class)"
+    another = ", name a split that has them with source.test" if is_test else ""
+    return Lacking(cells.split, rows, f"{advice}{another}" if secret.any() else "")
 
 
 def _mask(values: list[bool]) -> Mask:

@@ -108,7 +108,8 @@ def read_site_texts(site: SiteSource, classes: Sequence[str] | None) -> SiteRows
     cells = [
         _renamed(read_cells(split, columns, site.source), site.labels) for split in splits.values()
     ]
-    kept, missing = kept_rows(lacking_of(cells, columns, known=classes or ()), site.source.missing)
+    lacking = lacking_of(cells, columns, known=classes or (), test=splits.get("test"))
+    kept, missing = kept_rows(lacking, site.source.missing)
     if classes is None:
         pairs = zip(cells, kept, strict=True)
         classes = ordered(one.labels.values[row] for one, rows in pairs for row in rows)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -181,7 +182,7 @@ def _from_data(name: str, source: SourceConfig, key: str | None) -> TextData:
     cells = [read_cells(split, columns, source) for split in ((train, test) if test else (train,))]
     if key:
         cells[0] = replace(cells[0], owners=owners(train, key))
-    kept, missing = kept_rows(lacking_of(cells, columns, key), source.missing)
+    kept, missing = kept_rows(lacking_of(cells, columns, key, test=test), source.missing)
     classes, indices = _classes(cells, kept, columns.label)
     tables = [table_of(*of_split) for of_split in zip(cells, kept, indices, strict=True)]
     findings = findings_of(cells, columns, key, missing)
@@ -195,7 +196,8 @@ def _test_of_data(name: str, source: SourceConfig) -> TextData:
     split = read_test_split(name, source)
     columns = find_columns(split, source)
     cells = read_cells(split, columns, source)
-    lacking = lacking_of([cells], columns, known=source.classes or ())
+    others = None if Path(name).expanduser().is_file() else split
+    lacking = lacking_of([cells], columns, known=source.classes or (), test=others)
     kept, missing = kept_rows(lacking, source.missing)
     if source.classes is None:
         classes, [labels] = _classes([cells], kept, columns.label)

@@ -166,7 +166,7 @@ def read_parts(data: str, source: SourceConfig) -> dict[Part, Split]:
     train, test = source.train or "train", source.test or _first_of(("test",), found)
     parts: dict[Part, Split] = {"train": found.read(train, "source.train")}
     if validation := _first_of(VALIDATION_SPLITS, found, train, test):
-        parts["validation"] = found.read(validation, "source.test")
+        parts["validation"] = found.readers[validation]()
     if test is not None:
         parts["test"] = found.read(test, "source.test")
     return parts

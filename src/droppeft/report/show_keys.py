@@ -72,7 +72,7 @@ def superlink_command(server: Path, host: str = "0.0.0.0", port: int = PORT) -> 
         f"--ssl-ca-certfile {_in(server, 'ca.crt')}",
         f"--ssl-certfile {_in(server, 'server.crt')}",
         f"--ssl-keyfile {_in(server, 'server.key')}",
-        f"--enable-supernode-auth --database {_in(server, 'superlink.db')}",
+        f"--database {_in(server, 'superlink.db')}",
         f"--isolation process --superexec-auth-secret-file {_in(server, 'superexec.secret')}",
         "--disable-runtime-dependency-installation",
     )

@@ -1,10 +1,12 @@
 """The ServerApp: it starts runs, resumes them, and refuses to resume one of other settings."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
+from flwr.supercore import log
 
 from droppeft import flower_server_app
 from droppeft.client.run_inputs import Loaded
@@ -67,13 +69,24 @@ def test_a_run_is_resumed(
 
 
 def test_a_run_with_another_configuration_is_not_resumed(
-    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The reason is printed once, without the traceback that Flower prints of a bug."""
     out = tmp_path / "run"
     stop_after_a_round(tiny_overrides, out)
-    with pytest.raises(DroppeftError, match="holds a run with another configuration"):
+    with pytest.raises(DroppeftError, match="holds a run with another configuration") as caught:
         run(out, " ".join([*tiny_overrides, "seed=5"]))
     assert "droppeft: " + str(out) in capsys.readouterr().out
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    monkeypatch.setattr(logging.getLogger("flwr"), "handlers", [handler])
+    for error in (caught.value, KeyError("a bug")):
+        log(logging.ERROR, "ServerApp raised an exception", exc_info=error)
+    assert [record.exc_info[0] for record in said if record.exc_info] == [KeyError]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
     make_federation(folder, [HERE], 1)
     [port] = example.free_ports(1)
     command = superlink_command(folder / "server", "0.0.0.0", port)
+    assert "--enable-supernode-auth" not in command  # it is so anyway
     words = [sys.executable, "-m", *example.words(command)]
     quiet = example.environment(folder)
     with (

@@ -53,9 +53,7 @@ class Directory:
     _nodes: dict[int, Node] = field(default_factory=dict)
     _left: dict[int, str] = field(default_factory=dict)
 
-    def wait_for(
-        self, clients: Collection[int], wait_s: float, check: Callable[[], None]
-    ) -> None:
+    def wait_for(self, clients: Collection[int], wait_s: float, check: Callable[[], None]) -> None:
         """Wait until each client has a connected node.
 
         Args:

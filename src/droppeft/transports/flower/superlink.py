@@ -26,6 +26,9 @@ OPEN = "/v1/fleet/"
 HERE = ("127.0.0.1", "::1")
 """Addresses from which all APIs may be used."""
 
+NODES_PROVE = "--enable-supernode-auth"
+"""Option with which a node must have a registered key; Flower has it for encrypted ones only."""
+
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for"})
 """Headers of requests that a proxy hands on, whose senders are elsewhere; anyone can send them."""
 
@@ -52,7 +55,7 @@ class FleetOnly:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a SuperLink until it is stopped.
+    """Run a SuperLink until it is stopped; if it is encrypted, nodes must be registered.
 
     Args:
         arguments: those of ``flower-superlink``.
@@ -74,6 +77,8 @@ def run(arguments: Sequence[str]) -> None:
     main.create_app = create_guarded
     os.environ.pop(FLWR_INTERNAL_GRPC_CONTROL_API, None)  # a second port, without this guard
     sys.argv = ["flower-superlink", *arguments]
+    if "--insecure" not in arguments:
+        sys.argv.append(NODES_PROVE)  # Flower lets any node in that does not have to
     flower_superlink()
 
 

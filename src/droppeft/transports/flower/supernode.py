@@ -39,6 +39,12 @@ CLIENT_APP = "droppeft.transports.flower.client_app:app"
 COMPONENTS = frozenset({"serverapp", "clientapp"})
 """Components that an app may name: a SuperNode would import others, such as an AgentApp, too."""
 
+REFUSED = (
+    "droppeft: the app of this run is not run here, because it is not examples/flower_app of "
+    "droppeft as it is, without code of its own"
+)
+"""Printed before Flower says that the app could not be verified."""
+
 MOST_BYTES = 100_000
 """Size above which an app is refused unread."""
 
@@ -79,8 +85,10 @@ def run(arguments: Sequence[str]) -> None:
             def get_app(fab_hash: str, run_id: int) -> Fab:
                 # Flower refuses an app without a licence, and verifies one only if it has one.
                 fab = get_fab(fab_hash, run_id)
-                licence = {"valid_license": "none needed"} if is_ours(fab, runs[run_id]) else {}
-                return replace(fab, verifications=licence)
+                ours = is_ours(fab, runs[run_id])
+                if not ours:
+                    print(REFUSED, file=sys.stderr, flush=True)
+                return replace(fab, verifications={"valid_license": "none needed"} if ours else {})
 
             yield (node_id, receive, send, get_known_run, get_app, *others)
 
