@@ -131,6 +131,23 @@ IMPOSSIBLE = [
         "method=fedadapter server.merge=krum",
         "server.merge=krum takes all clients for one group; leave server.merge out",
     ),
+    *(
+        (f"sites=a.toml,b.toml {settings}", f"{sentence}, and a site refuses fewer than 4; raise")
+        for settings, sentence in (
+            (
+                "task=causal_lm evaluation.personalised_generated=3",
+                "evaluation.personalised_generated=3 asks each site to use 3 rows",
+            ),
+            (
+                "evaluation.rows=6",
+                "evaluation.rows=6 for 2 validation clients asks each site to use 3 rows",
+            ),
+            (
+                "training.local_steps=1 training.batch_size=1",
+                "training.local_steps=1 with training.batch_size=1 asks each site to use 1 row",
+            ),
+        )
+    ),
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
     ("adapter.type=ia3 adapter.rank=4", "adapter.rank: type ia3 has no such setting; leave it out"),
     ("adapter.type=loha quantization=4bit", "adapter.type=loha does not work with 4-bit weights"),

@@ -15,11 +15,13 @@ from droppeft.cached_layers.cached_layers import bytes_of_other_runs
 from droppeft.client.client_model import ClientModel
 from droppeft.client.client_state import bytes_of_client
 from droppeft.client.node_file import Limits, NodeFile, Sending
+from droppeft.config import Config
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.errors import DroppeftError
 from droppeft.messages.instruction import AdapterSpec, Instruction, LocalTraining, checked_run
 from droppeft.messages.tensors import HEAD
+from droppeft.quantities import counted
 from droppeft.refusals import Refused
 from droppeft.sharing.criteria import CRITERIA
 from droppeft.training.deadline import Deadline
@@ -186,6 +188,34 @@ def check_run(node: NodeFile, task: str, method: str) -> None:
         raise Refused("other_task")
     if node.limits.methods is not None and method not in node.limits.methods:
         raise Refused("method")
+
+
+def check_least_rows(config: Config) -> None:
+    """Refuse settings of a run of sites with which every site would refuse some instruction.
+
+    Args:
+        config: of the server.
+
+    Raises:
+        DroppeftError: sites would be asked for a measurement or a training on too few rows.
+    """
+    asked, training = config.evaluation, config.training
+    rows = {
+        f"evaluation.personalised_generated={asked.personalised_generated}": (
+            asked.personalised_generated
+        ),
+        f"training.local_steps={training.local_steps} with training.batch_size="
+        f"{training.batch_size}": (training.local_steps or 0) * training.batch_size,
+    }
+    if clients := min(asked.validation_clients, config.clients):
+        each = math.ceil(asked.rows / clients)
+        rows[f"evaluation.rows={asked.rows} for {counted(clients, 'validation client')}"] = each
+    for setting, count in rows.items():
+        if 0 < count < LEAST_ROWS:
+            raise DroppeftError(
+                f"{setting} asks each site to use {counted(count, 'row')}, and a site refuses "
+                f"fewer than {LEAST_ROWS}; raise it"
+            )
 
 
 def _bytes_of(model: ClientModel, spec: AdapterSpec) -> int:

@@ -198,6 +198,10 @@ def check_settings(config: Config) -> None:
     _check_lora(method, config)
     _check_merge(method, config)
     check_target(config.target, config.task)
+    if config.partition.kind == "sites":
+        from droppeft.client.site_rules import check_least_rows  # imports PyTorch
+
+        check_least_rows(config)
     method.check(config)
 
 
