@@ -17,6 +17,7 @@ from droppeft.messages.server_state import GlobalModel, ServerState
 from droppeft.messages.tensors import Tensors, flatten
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
+from droppeft.runs.export import export_run
 from droppeft.server import private_merge
 from droppeft.server.privacy_accountant import epsilon, epsilon_spent, with_noise_multiplier
 from droppeft.server.private_merge import clipped_change, draw_privately, gaussian, private_update
@@ -265,6 +266,20 @@ def test_rounds_that_are_repeated_are_counted_again(words: list[str], tmp_path: 
     with refused("rounds=4 and 1 that had to be repeated with privacy.noise_multiplier=1 spend"):
         resume_run(out, Recorder(), rounds=4)
     assert json.loads((out / "result.json").read_text())["privacy"]["releases"] == 4
+
+
+def test_a_run_that_repeated_a_round_stops_before_it_exceeds_its_budget(
+    words: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stop_after_a_round(words, out)
+    newest = out / "checkpoints" / "round-00001.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    for _ in range(2):
+        with refused("round 3 would spend epsilon .* because 1 round had to be repeated; the run"):
+            resume_run(out, Recorder())
+        assert [row["epsilon"] <= 30 for row in rows_of(out / "rounds.jsonl")] == [True, True]
+    assert export_run(out).round == 2
 
 
 def test_a_run_without_privacy_says_nothing_of_it(whole_run: Path) -> None:

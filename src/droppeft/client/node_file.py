@@ -36,7 +36,11 @@ class Limits(Table):
     disk_mb: Real | None = Field(
         None, ge=0, description="most megabytes for hidden states and for tensors that stay here"
     )
-    methods: TextList | None = Field(None, description="federated methods that may be run")
+    methods: TextList | None = Field(
+        None,
+        description="federated methods that may be run; a list without `flora` and `fedex_lora` "
+        "also refuses changes of the backbone",
+    )
 
 
 class Sending(Table):

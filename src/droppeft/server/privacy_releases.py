@@ -13,6 +13,8 @@ from droppeft.config import Config
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import ROUNDS
+from droppeft.errors import DroppeftError
+from droppeft.quantities import counted
 from droppeft.runs.read_ledger import read_rows
 from droppeft.server.privacy_accountant import epsilon_spent
 
@@ -29,6 +31,32 @@ def releases(facts: Mapping[str, Any], round: int) -> int:
     """
     lost: int = facts.get(LOST, 0)
     return round + lost
+
+
+def check_next_round(config: Config, facts: Mapping[str, Any], round: int, out: Path) -> None:
+    """Check that one more round keeps a run within its budget, if it has one.
+
+    It does not if rounds were repeated, for which the noise was not chosen.
+
+    Args:
+        config: of the run.
+        facts: of its newest checkpoint.
+        round: the one that comes next.
+        out: folder of the run.
+
+    Raises:
+        DroppeftError: the round would spend more than ``privacy.epsilon``.
+    """
+    budget = config.privacy.epsilon
+    if budget is None or not facts.get(LOST):
+        return
+    spent = epsilon_spent(config, releases(facts, round))
+    if spent > budget:
+        raise DroppeftError(
+            f"round {round} would spend epsilon {spent:.3g}, which is more than privacy.epsilon="
+            f"{budget:g}, because {counted(facts[LOST], 'round')} had to be repeated; the run ends "
+            f"with round {round - 1}, whose model is written by: droppeft export {out}"
+        )
 
 
 def guarantee(config: Config, facts: Mapping[str, Any]) -> dict[str, Any] | None:

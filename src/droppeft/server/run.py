@@ -52,7 +52,7 @@ from droppeft.server.finite_models import evaluated_round, evaluated_state
 from droppeft.server.global_evaluation import evaluate_global
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
-from droppeft.server.privacy_releases import releases
+from droppeft.server.privacy_releases import check_next_round, releases
 from droppeft.server.rounds import refuse_round, run_round
 from droppeft.server.start_values import check_start, with_start_values
 from droppeft.tasks.metrics import quality as quality_of
@@ -169,6 +169,7 @@ def run_rounds(
             about = describe(prepared, last.facts)
             listener.started({**about, "expected_wall_s": expected_wall_s}, list(rows))
             for _ in range(last.round, prepared.config.rounds):
+                check_next_round(prepared.config, last.facts, last.round + 1, out)
                 checkpoint, row, client_rows = _run_one_round(
                     prepared, transport, last, saving_wall_s, listener, rows, out
                 )

@@ -32,7 +32,7 @@ from handmade import instruction_for, layout, update_for
 
 SUPERLINK = 1
 RUN_CONTEXT = RunContext({"seed": 0}, PublishedTask("classification", (), "m", "t"))
-QUICK = FlowerConfig(deadline_s=1.0, nodes_timeout_s=0.2)
+QUICK = FlowerConfig(deadline_s=1.0)
 
 
 class Nodes:
@@ -99,7 +99,7 @@ def good(node: int, instruction: Instruction) -> RecordDict:
 def over(
     nodes: Any, clients: int = 0, keys: dict[bytes, int] | None = None, **settings: float
 ) -> OverGrid:
-    """A transport that waits at its start for this many clients."""
+    """A transport of a run of this many clients."""
     messenger = Messenger(nodes)
     chosen = QUICK.model_copy(update=settings)
     directory = Directory(messenger, 9, keys, lambda text: said.append(text), patience_s=0.3)
@@ -267,16 +267,15 @@ def test_an_instruction_that_could_not_be_sent_fails_at_once(answer: Any) -> Non
         assert reason(arrival).startswith("could not be sent: ")
 
 
-def test_only_the_first_exchange_waits_for_the_nodes_of_all_clients() -> None:
+def test_a_run_waits_for_the_nodes_of_all_clients_and_a_round_does_not() -> None:
     nodes = Nodes({5: 0}, good)
-    transport = over(nodes, clients=2, nodes_timeout_s=0.5)
+    transport = over(nodes)
     start = time.monotonic()
-    arrivals = exchange(transport, 0, 1)
+    transport.directory.wait_for(range(2), 0.5, lambda: None)
     assert time.monotonic() - start > 0.5
+    arrivals = exchange(transport, 0, 1)
     assert reason(arrivals[1]) == "it has no node (none has connected)"
     assert isinstance(arrivals[0].reply, Update)
-    transport.settings = QUICK.model_copy(update={"nodes_timeout_s": 1000.0})
-    assert reason(exchange(transport, 1)[1]).startswith("it has no node")
 
 
 def test_nodes_are_asked_once_and_new_ones_when_they_appear() -> None:

@@ -54,7 +54,7 @@ class OverGrid:
         messenger: sends and fetches messages.
         directory: knows which node serves which client.
         run_context: what a client needs beside its instruction.
-        clients: number of clients of the run; the first exchange waits until each has a node.
+        clients: number of clients of the run; those without a node are named in each exchange.
         settings: deadlines.
         layout: the tensors of an instruction's adapter, which bound the size of a reply.
         check: called while waiting; raises an error if no reply can arrive any more.
@@ -69,13 +69,9 @@ class OverGrid:
     layout: Callable[[AdapterSpec], Layout]
     check: Callable[[], None] = lambda: None
     simulated: bool = False
-    _started: bool = False
 
     def exchange(self, instructions: Sequence[Instruction]) -> Iterator[Arrival]:
         """Send instructions; yield replies as they arrive, then failures for missing ones."""
-        if not self._started:
-            self.directory.wait_for(range(self.clients), self.settings.nodes_timeout_s, self.check)
-            self._started = True
         nodes = self.directory.find([instruction.client for instruction in instructions])
         if missing := self.directory.missing(range(self.clients)):
             self.directory.say(f"without a node: {missing}")
@@ -204,6 +200,8 @@ def over_grid(
 ) -> OverGrid:
     """Make the transport of a run over a grid: of a SuperLink, or of a simulation.
 
+    Waits ``flower.nodes_timeout_s`` at most until each client has a node.
+
     Raises:
         DroppeftError: the clients' public keys cannot be read, or the grid is simulated.
     """
@@ -218,9 +216,11 @@ def over_grid(
             model_server=config.flower.model_server,
         )
     )
+    directory = Directory(messenger, config.clients, _client_keys(config, simulated), say)
+    directory.wait_for(range(config.clients), config.flower.nodes_timeout_s, check)
     return OverGrid(
         messenger=messenger,
-        directory=Directory(messenger, config.clients, _client_keys(config, simulated), say),
+        directory=directory,
         run_context=run_context,
         clients=config.clients,
         settings=config.flower,
