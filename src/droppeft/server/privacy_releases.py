@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.config import Config
+from droppeft.errors import DroppeftError
+from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import ROUNDS
-from droppeft.errors import DroppeftError
-from droppeft.quantities import counted
 from droppeft.runs.read_ledger import read_rows
 from droppeft.server.privacy_accountant import epsilon_spent
 
