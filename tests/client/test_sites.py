@@ -28,8 +28,8 @@ TASK = ("classification", CLASSES)
 
 
 def write_rows(path: Path, rows: int, labels: Sequence[str], *columns: str) -> Path:
-    """Write a CSV whose texts begin with a word that is nowhere else."""
-    draw = random.Random(path.as_posix())
+    """Write a CSV of different texts, which begin with a word that is nowhere else."""
+    draw = random.Random("".join(path.parts[-2:]))
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -37,7 +37,7 @@ def write_rows(path: Path, rows: int, labels: Sequence[str], *columns: str) -> P
         for row in range(rows):
             label = labels[row % len(labels)]
             words = draw.choices(TOPICS[label.lower()], k=6)
-            writer.writerow((" ".join((CANARY, *words)), label))
+            writer.writerow((" ".join((CANARY, *words, str(row))), label))
     return path
 
 

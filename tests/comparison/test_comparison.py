@@ -518,7 +518,7 @@ def test_deviation_between_clients_and_clients_that_are_not_evaluated() -> None:
     assert full.between_clients is not None
     assert full.between_clients.mean == pytest.approx(0.2)
     assert dropped.between_clients is None
-    expected = "full: 2 clients could not be evaluated and are in no mean"
+    expected = "full: 2 clients of all runs could not be evaluated and are in no mean"
     assert failures(part) == [expected]
     assert expected in as_markdown([part])
     assert [row["between_clients"] for row in csv.DictReader(as_csv([part]).splitlines())] == [
