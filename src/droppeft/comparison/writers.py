@@ -201,8 +201,8 @@ def untimed(part: Part) -> list[str]:
 def failures(part: Part) -> list[str]:
     """A line per failure, and per variant with clients that could not be evaluated."""
     unmeasured = [
-        f"{row.variant}: {counted(row.unmeasured, 'client')} of all runs could not be evaluated and "
-        f"{'is' if row.unmeasured == 1 else 'are'} in no mean"
+        f"{row.variant}: {counted(row.unmeasured, 'client')} of all runs could not be evaluated "
+        f"and {'is' if row.unmeasured == 1 else 'are'} in no mean"
         for row in part.rows
         if row.unmeasured
     ]
