@@ -2,19 +2,21 @@
 
     python -m benchmarks.attacks.run FOLDER_OF_DATA
 
-Twenty clients learn the topics of texts of AG News (Dirichlet 1, or evenly), an epoch in each of 15
-rounds. So that some hundred runs fit into minutes, the built-in model is frozen as a whole and
-embeds each text once; what is trained are LoRA matrices in two dense layers above it, and a head.
-The server is that of droppeft: method `fedlora`, its checks, bounds, merge rules and rounds.
-Attackers are the same clients in every round. They do what they are asked to do, except that they
+Twenty clients learn the topics of texts of AG News, an epoch in each of 15 rounds. So that some
+hundred runs fit into minutes, the built-in model is frozen as a whole and embeds each text once;
+what is trained are LoRA matrices in two dense layers above it, and a head. The server is that of
+droppeft: method `fedlora`, its checks, bounds, merge rules and rounds. Attackers are the same
+clients in every round. They do what they are asked to do, except that they
 
 - send the negative of their change, 1, 1.9, 10 or 100 times as large ("sign flip");
 - send noise of 10 times the norm of their change, in each tensor ("noise x 10");
-- train on labels in reversed order ("label flip"); or
-- send the negative of their change and claim 10^9 rows ("sign flip, 10^9 rows").
+- train on labels in reversed order ("label flip");
+- send the negative of their change and claim 10^9 rows ("sign flip, 10^9 rows"); or
+- are honest for five rounds before they send 1.9 times the negative of their change ("late").
 
 A cell is one run. Its row in the table `cells` has the accuracy of the last model on the test
-texts, and how often updates were clipped or limited. Cells that have a row are not run again.
+texts, and how often updates were clipped, limited or left out. Cells that have a row are not run
+again.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.study import FOLDER, about, append_rows, read_table, write_values
 from droppeft import seeds
-from droppeft.config import Config, PartitionConfig, ServerConfig, SourceConfig, load_config
+from droppeft.config import Config, ServerConfig, SourceConfig, load_config
 from droppeft.data.partition import partition_rows
 from droppeft.data.sources import load_text
 from droppeft.messages.instruction import AdapterSpec, Instruction
@@ -43,8 +45,11 @@ from droppeft.messages.reply import MeasuredCost, Update
 from droppeft.messages.tensors import HEAD, Array, LayerKey, Layout, Tensors, flatten
 from droppeft.methods import METHODS, Setup
 from droppeft.models.packaged import builtin_model_folder
+from droppeft.server import rounds
 from droppeft.server.rounds import run_round
-from droppeft.sharing import bounding
+from droppeft.sharing import bounding, direction_check
+from droppeft.sharing.direction_check import FEWEST_DIRECTIONS as FEWEST
+from droppeft.sharing.direction_check import Directions, compare_directions
 from droppeft.transports.base import Arrival
 
 NAME = "attacks"
@@ -57,24 +62,38 @@ SETTINGS = [
     *("method=fedlora", f"clients={CLIENTS}", f"cohort_size={CLIENTS}", "rounds=15"),
     *("training.local_epochs=1", "threads=1", f"adapter.rank={RANK}"),
 ]
-OFF = {"clip_norm_multiple": 0.0, "max_weight_multiple": 0.0}
-ROBUST = {"malicious_fraction": 0.3}
-WHOLE = "whole update"
+BOUNDS: Mapping[str, Any] = {"direction_check": False}
+ROBUST = {**BOUNDS, "malicious_fraction": 0.3}
+WHOLE, EACH_ROUND, OF_TEN = "whole update", "each round alone", "check of ten"
 RULES: Mapping[str, Mapping[str, Any]] = {
-    "mean, no bounds": OFF,
+    "mean, no bounds": {**BOUNDS, "clip_norm_multiple": 0.0, "max_weight_multiple": 0.0},
+    "bounds": BOUNDS,
     "default": {},
-    "median": {"merge": "median"},
-    "trimmed mean": {"merge": "trimmed_mean", **ROBUST},
-    "Krum": {"merge": "krum", **ROBUST},
-    "multi-Krum": {"merge": "multi_krum", **ROBUST},
-    "multiple 1": {"clip_norm_multiple": 1.0},
-    "multiple 1.5": {"clip_norm_multiple": 1.5},
-    WHOLE: {},
+    "median": {**BOUNDS, "merge": "median"},
+    "trimmed mean": {**ROBUST, "merge": "trimmed_mean"},
+    "Krum": {**ROBUST, "merge": "krum"},
+    "multi-Krum": {**ROBUST, "merge": "multi_krum"},
+    "multiple 1": {**BOUNDS, "clip_norm_multiple": 1.0},
+    "multiple 1.5": {**BOUNDS, "clip_norm_multiple": 1.5},
+    WHOLE: BOUNDS,
+    EACH_ROUND: {},
+    OF_TEN: {},
 }
-"""Settings of the table `server`; the last ones are to choose the default."""
+"""Settings of the table `server`; the last ones are to choose the default.
 
-MAIN = tuple(RULES)[:6]
-NORMS = bounding._norms
+`check of ten` compares the directions of ten updates, too, and `each round alone` has no memory."""
+
+MAIN = tuple(RULES)[:7]
+NORMS, COMPARE = bounding._norms, compare_directions
+
+DIRICHLET, IID, UNLIKE, TEN = "dirichlet", "iid", "dirichlet 0.1", "ten clients, dirichlet 0.1"
+PARTITIONS: Mapping[str, Sequence[str]] = {
+    DIRICHLET: (),
+    IID: ("partition.kind=iid",),
+    UNLIKE: ("partition.alpha=0.1",),
+    TEN: ("clients=10", "cohort_size=10", "partition.alpha=0.1"),
+}
+"""Further settings by how the texts are distributed over the clients."""
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -101,11 +120,13 @@ class Attack:
         tamper: changes the values that it sends, if it does.
         flips_labels: whether it trains on labels in reversed order.
         claims: the number of rows that it claims, if not its own.
+        since: the first round in which it attacks.
     """
 
     tamper: Tamper | None = None
     flips_labels: bool = False
     claims: int | None = None
+    since: int = 1
 
 
 NO_ATTACK = "none"
@@ -118,6 +139,7 @@ ATTACKS = {
     "noise x 10": Attack(noise),
     "label flip": Attack(flips_labels=True),
     "sign flip, 10^9 rows": Attack(flipped(1), claims=CLAIMED),
+    "sign flip x 1.9, late": Attack(flipped(1.9), since=6),
 }
 
 
@@ -347,7 +369,7 @@ class Attacked:
         """Train all clients, and change the replies of attackers."""
         replies = trained(instructions, [self.data_of(one.client) for one in instructions])
         for index, (instruction, reply) in enumerate(zip(instructions, replies, strict=True)):
-            if instruction.client in self.attackers:
+            if instruction.client in self.attackers and instruction.round >= self.attack.since:
                 reply = tampered(self.attack, instruction, reply)
             yield Arrival(index, reply)
 
@@ -365,9 +387,9 @@ def attackers_of(seed: int, share: float) -> set[int]:
     return {int(client) for client in order[: round(share * CLIENTS)]}
 
 
-def clients_of(train: Data, seed: int, kind: Any) -> list[Data]:
+def clients_of(train: Data, config: Config) -> list[Data]:
     """Each client's rows."""
-    parts = partition_rows(train.labels, None, CLIENTS, PartitionConfig(kind=kind), seed)
+    parts = partition_rows(train.labels, None, config.clients, config.partition, config.seed)
     return [Data(train.texts[part.train], train.labels[part.train]) for part in parts]
 
 
@@ -376,19 +398,25 @@ def run_cell(
 ) -> dict[str, Any]:
     """Run all rounds of a cell on training and test texts, and return its row."""
     train, test = data
-    plain = load_config(None, [*SETTINGS, f"seed={seed}"])
+    plain = load_config(None, [*SETTINGS, f"seed={seed}", *PARTITIONS[kind]])
     server = ServerConfig.model_validate(RULES[rule])
     config: Config = plain.model_copy(update={"server": server})
     setup = Setup(config, LAYERS, fresh, layout, clock=None)
     method = METHODS["fedlora"]
     attackers = attackers_of(seed, share)
-    transport = Attacked(clients_of(train, seed, kind), ATTACKS[attack], attackers)
-    state, clipped, limited, merged = method.init(setup), [], [], 0
+    transport = Attacked(clients_of(train, config), ATTACKS[attack], attackers)
+    state, clipped, limited, opposed, merged = method.init(setup), [], [], [], 0
+    compare = each_round_alone if rule == EACH_ROUND else COMPARE
     for round in range(1, config.rounds + 1):
-        with patch.object(bounding, "_norms", whole_norms if rule == WHOLE else NORMS):
+        with (
+            patch.object(bounding, "_norms", whole_norms if rule == WHOLE else NORMS),
+            patch.object(rounds, "compare_directions", compare),
+            patch.object(direction_check, "FEWEST_DIRECTIONS", 10 if rule == OF_TEN else FEWEST),
+        ):
             state, closed = run_round(setup, method, transport, state, round, lambda reply: None)
         clipped += closed.clipped
         limited += closed.limited
+        opposed += closed.opposed
         merged += bool(closed.accepted)
     with torch.no_grad():
         values = parameters_of([state.model.tensors])
@@ -406,6 +434,8 @@ def run_cell(
         "clipped_honest": sum(client not in attackers for client in clipped),
         "limited": len(limited),
         "limited_honest": sum(client not in attackers for client in limited),
+        "opposed": len(opposed),
+        "opposed_honest": sum(client not in attackers for client in opposed),
     }
 
 
@@ -415,28 +445,50 @@ def whole_norms(*received: Any) -> dict[LayerKey, float]:
     return dict.fromkeys(norms, math.hypot(*norms.values()))
 
 
+def each_round_alone(*compared: Any) -> Directions:
+    """The check without what it knows of earlier rounds."""
+    return COMPARE(*compared[:-1], {})
+
+
 def cells() -> Iterator[tuple[int, str, str, float, str]]:
     """Seed, partition, attack, share of attackers and rule of each cell, as they are run."""
     first = ("sign flip", "sign flip x 10", "sign flip x 100")
     others = [attack for attack in ATTACKS if attack not in (NO_ATTACK, *first)]
-    for kind, seed in (("dirichlet", 0), ("iid", 0), *(("dirichlet", seed) for seed in (1, 2))):
-        for rule in MAIN:
-            yield seed, kind, NO_ATTACK, 0.0, rule
-        for rule in ("default", "multi-Krum"):
+    tried = ("sign flip", "sign flip x 1.9", "sign flip x 10")
+    plain = MAIN[0]
+    for seed in (1, 2, 3, 0):
+        yield seed, DIRICHLET, NO_ATTACK, 0.0, plain
+        for rule in ("default", "bounds"):
+            yield seed, DIRICHLET, NO_ATTACK, 0.0, rule
             for attack in first:
-                yield seed, kind, attack, 0.2, rule
+                yield seed, DIRICHLET, attack, 0.2, rule
+    for kind in (UNLIKE, IID):
+        for seed in (0, 1, 2):
+            for rule in (plain, "bounds", "default"):
+                yield seed, kind, NO_ATTACK, 0.0, rule
+    for seed in (0, 1, 2):
+        for rule in (plain, "bounds", OF_TEN):
+            yield seed, TEN, NO_ATTACK, 0.0, rule
+    for attack in (*first, *others):
+        for rule in MAIN:
+            yield 0, DIRICHLET, attack, 0.2, rule
     for attack in first:
         for rule in MAIN:
-            yield 0, "iid", attack, 0.2, rule
-    for share in (0.2, 0.3, 0.1):
-        for attack in (*first, *others):
+            yield 0, IID, attack, 0.2, rule
+    for attack, share in ((NO_ATTACK, 0.0), *((attack, 0.2) for attack in first)):
+        yield 0, DIRICHLET, attack, share, EACH_ROUND
+    for share in (0.3, 0.1):
+        for attack in (*first, *others[:-1]):
             for rule in MAIN:
-                yield 0, "dirichlet", attack, share, rule
-        if share == 0.2:
-            for rule in RULES:
-                yield 0, "dirichlet", NO_ATTACK, 0.0, rule
-                for attack in ("sign flip", "sign flip x 1.9", "sign flip x 10"):
-                    yield 0, "dirichlet", attack, 0.2, rule
+                yield 0, DIRICHLET, attack, share, rule
+    for kind, seed in ((DIRICHLET, 0), (IID, 0), *((DIRICHLET, seed) for seed in (1, 2, 3))):
+        for rule in MAIN:
+            yield seed, kind, NO_ATTACK, 0.0, rule
+        for attack in first:
+            yield seed, kind, attack, 0.2, "multi-Krum"
+    for attack, share in ((NO_ATTACK, 0.0), *((attack, 0.2) for attack in tried)):
+        for rule in ("multiple 1", "multiple 1.5", WHOLE):
+            yield 0, DIRICHLET, attack, share, rule
 
 
 def main() -> None:

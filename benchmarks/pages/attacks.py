@@ -1,16 +1,20 @@
 """Tables of what malicious clients do, by attack, number of attackers and merge rule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from benchmarks.pages.markdown import bare, markdown_table
 from benchmarks.study import read_table
 
-RULES = ("mean, no bounds", "default", "median", "trimmed mean", "Krum", "multi-Krum")
-CHOICES = ("multiple 1", "multiple 1.5", "default", "whole update")
+PLAIN = "mean, no bounds"
+RULES = (PLAIN, "bounds", "default", "median", "trimmed mean", "Krum", "multi-Krum")
+CHOICES = ("multiple 1", "multiple 1.5", "bounds", "whole update")
+CHECKS = ("default", "each round alone", "check of ten")
 FIRST = ("sign flip", "sign flip x 10", "sign flip x 100")
 NONE = "none"
+
+Key = tuple[str, float, str]
 
 
 def attacks(share: float = 0.2, partition: str = "dirichlet") -> str:
@@ -25,21 +29,36 @@ def attacks(share: float = 0.2, partition: str = "dirichlet") -> str:
 
 def attacks_by_seed() -> str:
     """Points lost against honest clients with the plain mean, for every seed."""
-    tables = [_accuracies("dirichlet", seed) for seed in (0, 1, 2)]
     cells = [(NONE, 0.0, rule) for rule in RULES] + [
-        (attack, 0.2, rule) for rule in ("default", "multi-Krum") for attack in FIRST
+        (attack, 0.2, rule) for rule in ("default", "bounds", "multi-Krum") for attack in FIRST
     ]
-    rows = []
+    head = ("attack", "rule", "points lost, by seed", "mean", "honest updates left out")
+    return markdown_table(head, list(_points_lost("dirichlet", (0, 1, 2, 3), cells)))
+
+
+def attacks_elsewhere(partition: str) -> str:
+    """The same for other clients, and for the other checks that were tried."""
+    cells = [
+        (attack, share, rule)
+        for attack, share in ((NONE, 0.0), *((attack, 0.2) for attack in FIRST))
+        for rule in ("bounds", *CHECKS)
+    ]
+    head = ("attack", "rule", "points lost, by seed", "mean", "honest updates left out")
+    return markdown_table(head, list(_points_lost(partition, (0, 1, 2), cells)))
+
+
+def _points_lost(partition: str, seeds: Sequence[int], cells: Sequence[Key]) -> Iterator[list[str]]:
+    """For each cell, the points lost against honest clients with the plain mean."""
+    tables = [_rows(partition, seed) for seed in seeds]
     for attack, share, rule in cells:
-        lost = [
-            100 * (found[NONE, 0.0, RULES[0]] - found[attack, share, rule])
-            for found in tables
-            if (attack, share, rule) in found
-        ]
+        key = (attack, share, rule)
+        held = [found for found in tables if key in found]
+        lost = [100 * (f[NONE, 0.0, PLAIN]["accuracy"] - f[key]["accuracy"]) for f in held]
         if lost:
             each = ", ".join(f"{points:.1f}" for points in lost)
-            rows.append([attack, rule, each, f"{fmean(lost):.1f}"])
-    return markdown_table(("attack", "rule", "points lost, by seed", "mean"), rows)
+            left_out = ", ".join(f"{found[key]['opposed_honest']}" for found in held)
+            mean = f"{fmean(lost):.1f}"
+            yield [attack, rule, each, mean, left_out if rule in CHECKS else "–"]
 
 
 def bounds_compared() -> str:
@@ -57,9 +76,6 @@ def bounds_compared() -> str:
     ]
     head = ("bound", "honest", *(attack for attack, _ in cells[1:]))
     return markdown_table((*head, "honest updates clipped", "limited"), rows)
-
-
-Key = tuple[str, float, str]
 
 
 def _rows(partition: str, seed: int) -> dict[Key, dict[str, Any]]:

@@ -34,6 +34,7 @@ TABLES: Tables = {
     for function in (
         attacks.attacks,
         attacks.attacks_by_seed,
+        attacks.attacks_elsewhere,
         attacks.bounds_compared,
         comparisons.by_data,
         comparisons.by_seed,

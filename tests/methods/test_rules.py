@@ -87,6 +87,10 @@ IGNORED = [
         "server.clip_norm_multiple has no effect with cohort_size=2, because fewer than three",
     ),
     (
+        "clients=20 cohort_size=19 server.direction_check=false",
+        "server.direction_check has no effect with cohort_size=19, because the directions of fewer",
+    ),
+    (
         "server.merge=median server.malicious_fraction=0.3",
         "server.malicious_fraction has no effect with server.merge=median; leave it out, or set",
     ),

@@ -319,6 +319,8 @@ def test_clients_whose_updates_were_bounded_are_named(
     assert "         changes clipped of client 3; weights limited of clients 0, 7\n" in text
     text = shown(result, [replace(rows[0], set_aside=[0, 1])])
     assert "         set aside by server.merge: clients 0, 1\n" in text
+    text = shown(result, [replace(rows[0], opposed=[4])])
+    assert "         left out by server.direction_check: client 4\n" in text
 
 
 def test_a_round_without_a_modelled_clock(result: dict[str, Any], rows: list[RoundRow]) -> None:

@@ -90,6 +90,7 @@ states = st.builds(
         tried=st.frozensets(st.integers(0, 99)),
         last=st.none() | st.builds(Seen, st.integers(0, 99)),
     ),
+    agreement=st.dictionaries(st.integers(0, 99), st.floats(allow_nan=False, allow_infinity=False)),
 )
 
 
@@ -120,6 +121,7 @@ def test_any_state_comes_back(
     save(tmp_path, Checkpoint(round, state, facts))
     loaded = load_newest(tmp_path, Noted)
     assert (loaded.round, loaded.facts, loaded.state.memory) == (round, facts, state.memory)
+    assert loaded.state.agreement == state.agreement
     assert_same(loaded.state.model, state.model)
     assert list(loaded.state.alternatives) == list(state.alternatives)
     for name, model in state.alternatives.items():

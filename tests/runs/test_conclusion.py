@@ -49,6 +49,7 @@ def rows(*accuracies: float | None, failures: int = 0) -> list[Any]:
             notes=None,
             clipped=[],
             limited=[],
+            opposed=[],
             diverged=False,
         )
         for round, accuracy in enumerate(accuracies, start=1)
@@ -163,6 +164,7 @@ def of_losses(*values: float | None, **changes: Any) -> str:
             notes=None,
             clipped=[],
             limited=[],
+            opposed=[],
             diverged=value is None,
         )
         for round, value in enumerate(values, start=1)
@@ -289,3 +291,14 @@ def test_bounded_updates_are_counted_and_who_was_bounded_most_often_is_named() -
     expected = "3 of 6 updates changed or weighed more than the rest allows, and were bounded"
     assert expected in concluded(RESULT, found)
     assert "most often, in 2 rounds, those of client 2." in concluded(RESULT, found)
+
+
+def test_clients_left_out_for_their_direction_are_named() -> None:
+    found = rows(0.7, 0.7, 0.7)
+    assert "against those of the others" not in concluded(RESULT, found)
+    for row, opposed in zip(found, ([], [1, 2], [2]), strict=True):
+        row.opposed = opposed
+    assert (
+        "3 updates of 2 clients had changes that point against those of the others, and were left "
+        "out (server.direction_check); most often, in 2 rounds, those of client 2."
+    ) in concluded(RESULT, found)

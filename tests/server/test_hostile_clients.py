@@ -158,7 +158,14 @@ def test_every_drawn_client_is_accounted_for(
         accepted = [
             one["client"] for one in clients if one["round"] == row["round"] and one["accepted"]
         ]
-        found = [*accepted, *failed, *row["late"], *row["surplus"], *row["set_aside"]]
+        found = [
+            *accepted,
+            *failed,
+            *row["late"],
+            *row["surplus"],
+            *row["set_aside"],
+            *row["opposed"],
+        ]
         assert sorted(found) == row["cohort"]
         assert len(accepted) == row["accepted"]
         assert len(row["cohort"]) + len(row["absent"]) == 5

@@ -256,6 +256,24 @@ class TestRound:
         assert row.set_aside == [client for client in COHORT if client not in kept]
         assert row.failures == []
 
+    @pytest.mark.parametrize("rule", ["mean", "median", "multi_krum"])
+    def test_who_points_against_the_others_is_left_out_and_stays_out(
+        self, rule: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In round 3 client 9 agrees, which does not outweigh two rounds in which it did not."""
+        monkeypatch.setattr("droppeft.server.rounds.draw_cohort", lambda *_: range(20))
+        setup = setup_for("method=fedlora", "clients=20", "cohort_size=20", f"server.merge={rule}")
+        state = METHOD.init(setup)
+        for value, of_client_9 in ((5.0, -3.0), (6.0, -3.0), (7.0, 7.0)):
+            sent = {**dict.fromkeys(range(20), value), 9: of_client_9}
+            transport = Scripted(lambda one, sent=sent: [update_for(one, sent[one.client])])
+            state, closed = run_round(setup, METHOD, transport, state, 1, print)
+            row = row_of(closed)
+            assert (row.opposed, row.failures) == ([9], [])
+            assert 9 not in [update.client for update in closed.accepted]
+            assert head(state) == value
+        assert state.agreement[9] < 0 < state.agreement[8]
+
     def test_a_robust_rule_needs_three_updates(self) -> None:
         setup = setup_for("method=fedlora", "server.merge=median")
         transport = all_but(5, lambda instruction: [])

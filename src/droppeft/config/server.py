@@ -24,6 +24,11 @@ class ServerConfig(Table):
         description="an update counts in a mean for at most this multiple of the round's median "
         "weight (rows or tokens); 1 or more, or 0: no limit",
     )
+    direction_check: bool = Field(
+        True,
+        description="leave out the updates of clients whose changes, over the run so far, point "
+        "against those of the others; needs 20 updates in a round",
+    )
     merge: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = Field(
         "mean",
         description="`mean`: the method's own merge; `median`, `trimmed_mean`: each value is that "

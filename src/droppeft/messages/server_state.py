@@ -39,8 +39,11 @@ class ServerState:
             It is an instance of the method's ``Method.memory_type``, a frozen dataclass. After each
             merge the round loop converts it to JSON and back, so that a resumed run sees the same
             values as an uninterrupted one.
+        agreement: by client that took part, how far its changes agreed with those of the others,
+            summed over its rounds. The round loop keeps it, and no method needs it.
     """
 
     model: GlobalModel
     alternatives: Mapping[str, GlobalModel] = field(default_factory=dict)
     memory: Any = NoMemory()
+    agreement: Mapping[int, float] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
 from droppeft.methods.privacy_rules import check_privacy
 from droppeft.sharing.bounding import FEWEST
+from droppeft.sharing.direction_check import FEWEST_DIRECTIONS
 from droppeft.sharing.merge_rules import COORDINATE_RULES
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ class NoEffect:
         return reads and self.when(config)
 
 
-BOUNDS = ("server.clip_norm_multiple", "server.max_weight_multiple", "server.merge")
+BOUNDS = (
+    *("server.clip_norm_multiple", "server.max_weight_multiple"),
+    *("server.direction_check", "server.merge"),
+)
 """Settings of the table ``server`` that concern every method that merges, with the next one."""
 
 OPTIMIZER = ("server.optimizer", "server.step_size")
@@ -112,6 +116,13 @@ NO_EFFECT = (
         keys=("server.clip_norm_multiple",),
         when=lambda config: 0 < config.cohort_size < FEWEST,
         reason="cohort_size={config.cohort_size}, because fewer than three updates are not clipped",
+        instead="leave it out, or raise cohort_size",
+    ),
+    NoEffect(
+        keys=("server.direction_check",),
+        when=lambda config: 0 < config.cohort_size < FEWEST_DIRECTIONS,
+        reason="cohort_size={config.cohort_size}, because the directions of fewer than 20 "
+        "updates are not compared",
         instead="leave it out, or raise cohort_size",
     ),
     NoEffect(

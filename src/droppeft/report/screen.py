@@ -226,11 +226,14 @@ def _left_out(row: "RoundRow") -> Iterator[Text]:
     bounds = {
         "changes clipped of": row.clipped,
         "weights limited of": row.limited,
+        "left out by server.direction_check:": row.opposed,
         "set aside by server.merge:": row.set_aside,
     }
     found = [f"{what} {_clients(who)}" for what, who in bounds.items() if who]
     if found:
-        yield Text(f"{indent}{'; '.join(found)}", style="yellow" if row.clipped else "dim")
+        yield Text(
+            f"{indent}{'; '.join(found)}", style="yellow" if row.clipped or row.opposed else "dim"
+        )
     groups = {"absent": row.absent, "late": row.late, "surplus": row.surplus}
     named = [f"{name} {', '.join(map(str, who))}" for name, who in groups.items() if who]
     if named:

@@ -136,6 +136,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         "round": checkpoint.round,
         "facts": checkpoint.facts,
         "memory": encode_memory(state.memory),
+        "agreement": {str(client): value for client, value in state.agreement.items()},
         "models": {name: _describe(model) for name, model in models.items()},
     }
     return encode_checked(arrays, head)
@@ -147,7 +148,8 @@ def _decode(path: Path) -> Checkpoint:
     models = {
         name: _assemble(name, description, arrays) for name, description in head["models"].items()
     }
-    state = ServerState(models.pop(""), models, head["memory"])
+    agreement = {int(client): value for client, value in head["agreement"].items()}
+    state = ServerState(models.pop(""), models, head["memory"], agreement)
     return Checkpoint(head["round"], state, head["facts"])
 
 

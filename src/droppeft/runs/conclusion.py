@@ -63,6 +63,7 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend |
         _privacy(result),
         _failures(rows),
         _bounded(rows),
+        _opposed(rows),
         _cost(result),
     )
     return [sentence for sentence in parts if sentence]
@@ -352,6 +353,19 @@ def _bounded(rows: Sequence[RoundRow]) -> str | None:
         f"{clients.total()} of {merged} updates changed or weighed more than the rest allows, and "
         "were bounded (server.clip_norm_multiple, server.max_weight_multiple); most often, in "
         f"{counted(times, 'round')}, those of client {most}."
+    )
+
+
+def _opposed(rows: Sequence[RoundRow]) -> str | None:
+    """Which clients were left out for the direction of their changes, and how often."""
+    clients = Counter(client for row in rows for client in row.opposed)
+    if not clients:
+        return None
+    most, times = min(clients.items(), key=lambda pair: (-pair[1], pair[0]))
+    return (
+        f"{counted(clients.total(), 'update')} of {counted(len(clients), 'client')} had changes "
+        "that point against those of the others, and were left out (server.direction_check); most "
+        f"often, in {counted(times, 'round')}, those of client {most}."
     )
 
 

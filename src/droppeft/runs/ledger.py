@@ -18,7 +18,7 @@ from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import Instruction, instruction_bytes
 from droppeft.messages.reply import Failure, Reply, Update
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class RoundRow:
         set_aside: clients whose updates ``server.merge`` did not choose.
         clipped: clients whose change was scaled down, by ``server.clip_norm_multiple``.
         limited: clients whose weight was limited, by ``server.max_weight_multiple``.
+        opposed: clients whose updates ``server.direction_check`` left out.
         round_modelled_s: seconds on the modelled clock until the last accepted update arrived, or
             until the deadline if the round lasted until then; ``None`` without a modelled clock.
         energy_modelled_j: energy of all clients that trained; ``None`` without a modelled clock.
@@ -91,6 +92,7 @@ class RoundRow:
     set_aside: list[int]
     clipped: list[int]
     limited: list[int]
+    opposed: list[int]
     round_modelled_s: float | None
     energy_modelled_j: float | None
     idle_modelled_share: float | None
@@ -156,6 +158,8 @@ class ClosedRound:
         server_wall_s: seconds of writing instructions, validation and merging on the server.
         clipped: by client whose change was scaled down, the smallest factor of any layer.
         limited: clients whose weight was limited.
+        opposed: clients whose updates were left out for the direction of their changes.
+        agreement: by client, how far its changes agreed with those of the others so far.
         set_aside: clients whose updates the merge rule did not choose.
     """
 
@@ -167,6 +171,8 @@ class ClosedRound:
     server_wall_s: float
     clipped: Mapping[int, float] = field(default_factory=dict)
     limited: tuple[int, ...] = ()
+    opposed: tuple[int, ...] = ()
+    agreement: Mapping[int, float] = field(default_factory=dict)
     set_aside: tuple[int, ...] = ()
 
     @property
@@ -182,6 +188,7 @@ def client_row(
     modelled: ClientCost | None,
     private: bool = False,
     clip_factor: float | None = None,
+    agreement: float | None = None,
 ) -> dict[str, Any]:
     """Describe one client's local training in a row of ``clients.jsonl``.
 
@@ -192,6 +199,7 @@ def client_row(
         modelled: its cost on the modelled clock, if it sent an update.
         private: whether values that follow from the client's rows are left out.
         clip_factor: the smallest factor by which its change was scaled down, if it was.
+        agreement: how far its changes agreed with those of the others so far, if it is known.
     """
     row: dict[str, Any] = {
         "round": instruction.round,
@@ -204,6 +212,8 @@ def client_row(
         row["reason"] = reply.reason
     if clip_factor is not None and not private:
         row["clip_factor"] = clip_factor
+    if agreement is not None:
+        row["agreement"] = agreement
     if private and isinstance(checked_reply, Update):
         return row | {"upload_bytes": tensor_bytes(checked_reply.tensors, instruction.encoding)}
     if isinstance(checked_reply, Update):
@@ -286,6 +296,7 @@ def round_row(
         set_aside=list(closed.set_aside),
         clipped=list(closed.clipped),
         limited=list(closed.limited),
+        opposed=list(closed.opposed),
         round_modelled_s=modelled.round_s,
         energy_modelled_j=modelled.energy_j,
         idle_modelled_share=_idle_share(modelled, closed.replies),
@@ -324,8 +335,9 @@ def _upload_bytes(closed: ClosedRound) -> int:
 
 
 def _failures(closed: ClosedRound) -> list[dict[str, Any]]:
-    """Client and reason of each failure, without late, surplus and set aside clients."""
-    explained = (*closed.modelled.late, *closed.modelled.surplus, *closed.set_aside)
+    """Client and reason of each failure, without late, surplus, set aside and opposed clients."""
+    modelled, set_aside = closed.modelled, (*closed.set_aside, *closed.opposed)
+    explained = (*modelled.late, *modelled.surplus, *set_aside)
     return [
         {"client": reply.client, "reason": reply.reason}
         for reply in closed.replies

@@ -24,6 +24,7 @@ from droppeft.server.private_merge import draw_privately, private_update
 from droppeft.server.round_cost import close_round, counting_wall_s
 from droppeft.server.validation import check_reply, why_refused
 from droppeft.sharing.bounding import bounded
+from droppeft.sharing.direction_check import compare_directions, without_opposed
 from droppeft.sharing.merge_rules import clients_set_aside, combined, fewest_updates
 from droppeft.tasks.registry import task_named
 from droppeft.transports.base import Arrival, Transport
@@ -72,8 +73,10 @@ def run_round(
     replies = _apply_quorum(replies, max(setup.config.quorum, fewest_updates(settings)))
     set_aside = clients_set_aside(settings, model, instructions, replies)
     replies, bounds = bounded(settings, model, instructions, replies)
-    replies = combined(settings, replies, set_aside)
+    directions = compare_directions(settings, model, instructions, replies, state.agreement)
+    replies = combined(settings, without_opposed(replies, directions), set_aside)
     state, replies = _merge(setup, method, state, instructions, replies)
+    state = replace(state, agreement=directions.agreement)
     merge_wall_s = time.perf_counter() - start
 
     # Counting operations for the modelled clock is no work of a real server.
@@ -86,6 +89,8 @@ def run_round(
         modelled=replace(modelled, absent=absent),
         clipped=bounds.clipped,
         limited=bounds.limited,
+        opposed=directions.opposed,
+        agreement=directions.agreement,
         set_aside=set_aside,
         server_wall_s=instruct_wall_s + merge_wall_s - counted_s,
     )
@@ -145,7 +150,7 @@ def _server_settings(config: Config) -> ServerConfig:
     if not config.privacy.is_on:
         return config.server
     none = {"clip_norm_multiple": 0.0, "max_weight_multiple": 0.0, "merge": "mean"}
-    return config.server.model_copy(update=none)
+    return config.server.model_copy(update={**none, "direction_check": False})
 
 
 def _apply_quorum(replies: list[Reply], quorum: int) -> list[Reply]:

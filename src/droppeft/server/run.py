@@ -249,7 +249,12 @@ def _run_one_round(
     if privacy.is_on:
         row = private_row(row, epsilon_spent(prepared.config, releases(last.facts, round)))
     client_rows = [
-        client_row(*parts, privacy.is_on, closed.clipped.get(parts[0].client))
+        client_row(
+            *parts,
+            privacy.is_on,
+            closed.clipped.get(parts[0].client),
+            closed.agreement.get(parts[0].client),
+        )
         for parts in zip(
             closed.instructions,
             closed.checked_replies,
