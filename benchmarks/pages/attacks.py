@@ -55,9 +55,9 @@ def _points_lost(partition: str, seeds: Sequence[int], cells: Sequence[Key]) -> 
         held = [found for found in tables if key in found]
         lost = [100 * (f[NONE, 0.0, PLAIN]["accuracy"] - f[key]["accuracy"]) for f in held]
         if lost:
-            each = ", ".join(f"{points:.1f}" for points in lost)
+            each = ", ".join(_points(points) for points in lost)
             left_out = ", ".join(f"{found[key]['opposed_honest']}" for found in held)
-            mean = f"{fmean(lost):.1f}"
+            mean = _points(fmean(lost))
             yield [attack, rule, each, mean, left_out if rule in CHECKS else "–"]
 
 
@@ -98,6 +98,11 @@ def _attacks(found: Mapping[Key, Any], share: float) -> list[tuple[str, float]]:
             (a, part) for a, part, _ in sorted(found, key=_order(found)) if part in (0.0, share)
         )
     )
+
+
+def _points(lost: float) -> str:
+    """One digit, and no sign of a zero."""
+    return f"{round(lost, 1) + 0.0:.1f}"
 
 
 def _order(found: Mapping[Key, Any]) -> Callable[[Key], tuple[bool, int]]:
