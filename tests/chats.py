@@ -25,6 +25,7 @@ SETTINGS = (
     "training.max_length=48",
     "partition.min_rows=6",
     "threads=1",
+    "workers=1",
     "accelerator=cpu",
     "evaluation.rows=8",
     "evaluation.final_rows=10",

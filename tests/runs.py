@@ -41,6 +41,7 @@ SETTINGS = (
     "training.batch_size=4",
     "partition.min_rows=6",
     "threads=1",
+    "workers=1",
     "accelerator=cpu",
     "evaluation.rows=20",
     "dropout.mean=0.25",

@@ -1,6 +1,5 @@
 """Configuration: accepted and refused values, error messages, and written files."""
 
-import os
 import re
 from pathlib import Path
 
@@ -405,9 +404,9 @@ def test_every_known_key_may_be_given_as_its_default(key: str) -> None:
 # What depends on the machine
 
 
-def test_resolve_fills_in_threads_and_accelerator() -> None:
+def test_resolve_fills_in_the_accelerator_and_leaves_workers_to_the_machine() -> None:
     resolved = resolve(Config(), cuda=False)
-    assert resolved.threads == len(os.sched_getaffinity(0))
+    assert (resolved.threads, resolved.workers) == (1, 0)
     assert resolved.accelerator == "cpu"
     assert resolve(Config(), cuda=True).accelerator == "cuda"
 

@@ -65,7 +65,7 @@ class NodeFile(Table):
         description="folder in which this machine has the server's model, or its name; needed "
         "unless it is a packaged one, such as `builtin`",
     )
-    threads: Whole | None = Field(None, ge=1, description="torch threads")
+    threads: Whole | None = Field(None, ge=1, description="torch threads (1 if not given)")
     accelerator: Literal["cpu", "cuda"] | None = Field(None, description="hardware for training")
     source: SourceConfig = Field(default_factory=SourceConfig)
     labels: dict[str, str] = Field(

@@ -7,6 +7,7 @@ and :func:`clients_of` what only clients need, such as the rows of sites.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class Loaded:
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
         sites: clients on this machine with rows of their own, by number; empty if there are none.
+        workers: how many clients are trained at a time, each in a process of its own; 1 trains them
+            in this process.
     """
 
     config: Config
@@ -59,6 +62,16 @@ class Loaded:
     backbone: Backbone
     model: ClientModel
     sites: tuple[Site, ...] = ()
+    workers: int = 1
+
+    @cached_property
+    def test(self) -> TokenRows:
+        """The tokenised test rows.
+
+        Raises:
+            DroppeftError: as :func:`tokens_of`.
+        """
+        return tokens_of(self, self.data.test)
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,8 @@ def count_clients(config: Config, data: ReadData) -> Config:
 def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
     """Load data and model.
 
-    Sets torch's number of threads first, before any tensor is created.
+    Sets torch to one thread first, before any tensor is created: a process that has used several
+    cannot be forked. Who trains afterwards sets ``config.threads``.
 
     Args:
         config: the resolved configuration, with the number of clients.
@@ -115,7 +129,7 @@ def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
     Raises:
         DroppeftError: something that the configuration names does not exist or does not fit.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)
     say("reading data")
     task = task_named(config.task)
     data = read_data(config, read).corpus

@@ -31,7 +31,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "source.text": ("text_column", "dataset_text_field"),
     "source.label": ("labels", "label_column", "target_column"),
     "accelerator": ("device", "gpu", "cuda", "use_cpu"),
-    "threads": ("num_workers",),
+    "workers": ("num_workers", "num_processes", "n_jobs"),
     "seed": ("random_seed", "random_state"),
     "tracker": ("report_to", "logger"),
     "--out FOLDER": ("out", "output", "output_dir"),

@@ -153,13 +153,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolve(config: Config, *, cuda: bool) -> Config:
     """Replace settings that depend on the machine or folder by their values.
 
-    These are the number of threads, the accelerator, and relative paths.
+    These are the accelerator and relative paths.
 
     Raises:
         DroppeftError: CUDA is asked for and not available, or a path has an unknown variable.
     """
     updates = {
-        "threads": config.threads or available_cores(),
         "accelerator": ("cuda" if cuda else "cpu")
         if config.accelerator == "auto"
         else config.accelerator,

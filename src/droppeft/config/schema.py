@@ -190,10 +190,18 @@ class Config(Table):
     quorum: Whole = Field(
         1, ge=1, description="fewest updates for a round to be merged; with fewer nothing changes"
     )
-    threads: Whole = Field(
+    workers: Whole = Field(
         0,
         ge=0,
-        description="torch threads; 0: one per core (the run's config.toml has the number)",
+        description="clients that train at a time in this machine's processes, which share the "
+        "frozen weights; 0: as many as cores, clients of a round and memory allow; no result "
+        "depends on it",
+    )
+    threads: Whole = Field(
+        1,
+        ge=1,
+        description="torch threads of each client; with another number, the last digits of a "
+        "result are others",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="hardware for training and evaluation"

@@ -38,6 +38,8 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
     partition = _partition(about["config"]["partition"])
     yield "clients", f"{counted(about['clients'], 'client')}; {partition}"
     yield "rounds", _rounds(about)
+    if about["why_fewer_workers"] is not None:
+        yield "", about["why_fewer_workers"]
     if sharing := _shared(about["config"]["sharing"]):
         yield "sharing", sharing
     if about["privacy"] is not None:
@@ -124,13 +126,14 @@ def _partition(settings: Mapping[str, Any]) -> str:
 
 def _rounds(about: Mapping[str, Any]) -> str:
     training, drawn, cohort = about["config"]["training"], about["drawn_size"], about["cohort_size"]
-    epochs = training.get("local_epochs")
+    epochs, workers = training.get("local_epochs"), about["workers"]
     work = counted(training["local_steps"], "step") if epochs is None else counted(epochs, "epoch")
     first = f" (the first {cohort} {'is' if cohort == 1 else 'are'} merged)"
     return (
         f"{about['planned_rounds']}; in each, {counted(drawn, 'client')}"
         f"{first if drawn > cohort else ''} {'trains' if drawn == 1 else 'train'} for {work} of "
         f"{counted(training['batch_size'], 'text')}"
+        f"{f', {workers} at a time' if workers > 1 else ''}"
     )
 
 

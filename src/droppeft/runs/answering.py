@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.client.global_model import attach_model
 from droppeft.client.run_inputs import Say
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
 from droppeft.runs.export import load_source, saved_model
-from droppeft.runs.model_files import attach_model
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.registry import task_named
 

@@ -26,7 +26,7 @@ CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl"
 GENERATED = "generated.jsonl"
 LOCK = ".lock"
 
-FREE_SETTINGS = ("data", "model", "start_from", "tracker", "transport", "flower.")
+FREE_SETTINGS = ("data", "model", "start_from", "tracker", "transport", "workers", "flower.")
 """Settings that may change before a run is resumed, since they cannot change its result: texts and
 weights are compared by their hashes, wherever they are. A table ends with a point."""
 

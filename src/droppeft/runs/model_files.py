@@ -21,8 +21,7 @@ from transformers import AutoTokenizer
 
 from droppeft.adapters.attach import export_adapter, merged
 from droppeft.adapters.base_delta import base_delta_applied
-from droppeft.adapters.by_layer import set_tensors
-from droppeft.client.client_model import ClientModel
+from droppeft.client.global_model import attach_model
 from droppeft.client.run_inputs import Loaded
 from droppeft.errors import DroppeftError
 from droppeft.files import sync
@@ -146,12 +145,6 @@ def _save_tokenizer(source: Source, folder: Path) -> None:
     if not source.task.generates:
         tokenizer.model_max_length = source.config.training.max_length
     tokenizer.save_pretrained(folder)
-
-
-def attach_model(client_model: ClientModel, model: GlobalModel) -> None:
-    """Attach the adapter of a global model, with its values, to the backbone."""
-    client_model.attach(model.adapter)
-    set_tensors(client_model.parameters, model.tensors)
 
 
 def _check_logits(task: Task, folder: Path, expected: torch.Tensor) -> None:

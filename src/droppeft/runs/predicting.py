@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from droppeft.adapters.base_delta import base_delta_applied
+from droppeft.client.global_model import attach_model
 from droppeft.client.run_inputs import Say
 from droppeft.config import Config
 from droppeft.data.new_texts import as_table
@@ -23,7 +24,6 @@ from droppeft.models.loading import check_tokens
 from droppeft.models.precision import autocast
 from droppeft.runs.export import load_source, saved_model
 from droppeft.runs.model_cards import Source
-from droppeft.runs.model_files import attach_model
 from droppeft.tasks.classification import Classification
 from droppeft.tasks.registry import task_named
 

@@ -123,7 +123,7 @@ def _node(client: int, config: Config, model: str) -> dict[str, Any]:
     tree: dict[str, Any] = {"client": client, "data": "."}
     if Path(model).exists():
         tree["model"] = model
-    if config.threads:
+    if config.threads > 1:
         tree["threads"] = config.threads
     if not config.source.strip_labels:
         tree["source"] = {"strip_labels": False}

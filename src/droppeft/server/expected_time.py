@@ -30,8 +30,12 @@ def estimate_wall_s(prepared: Prepared, measured: Evaluation, repeated: Evaluati
     if config.transport != "in_process":
         return None
     per_row = repeated.wall_s / repeated.tokens * measured.tokens / measured.rows
+    workers = prepared.loaded.workers
+    # A measured row took a share of a worker's time, and the last clients of a round wait for none.
+    at_a_time = config.drawn / math.ceil(config.drawn / workers)
     trained = 1 - config.frozen.count / prepared.setup.num_layers
-    training = config.rounds * _rows_per_round(prepared) * per_row * (1 + BACKWARD * trained)
+    alone = per_row * workers / at_a_time
+    training = config.rounds * _rows_per_round(prepared) * alone * (1 + BACKWARD * trained)
     return training + _evaluated_rows(prepared, measured.rows) * per_row
 
 

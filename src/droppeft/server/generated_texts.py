@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from droppeft.client.global_model import attached
 from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
 from droppeft.files import as_json
 from droppeft.messages.server_state import GlobalModel
-from droppeft.server.global_evaluation import attached
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
@@ -40,10 +40,8 @@ def written_before_and_after(
     if not prompts:
         return {}, []
     start = time.perf_counter()
-    texts = {}
-    for name, one in (("before", prepared.state.model), ("after", model)):
-        with attached(prepared, one) as whole:
-            texts[name] = _written(prepared, whole, prompts)
+    both = _written(prepared, (prepared.state.model, model), prompts)
+    texts = dict(zip(("before", "after"), both, strict=True))
     samples = [
         {"prompt": prompt[-1].content, "reference": reference, "before": before, "after": after}
         for prompt, reference, before, after in zip(
@@ -66,9 +64,19 @@ def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
     return "".join(as_json(sample) + "\n" for sample in samples).encode()
 
 
-def _written(prepared: Prepared, model: Any, prompts: Sequence[Sequence[Message]]) -> list[str]:
+def _written(
+    prepared: Prepared, models: Sequence[GlobalModel], prompts: Sequence[Sequence[Message]]
+) -> list[list[str]]:
+    """The answers of each model, which the run's workers write at the same time if it has any."""
     config, tokenizer = prepared.config, prepared.model.tokenizer
     settings = GenerationSettings(
         max_new_tokens=config.evaluation.max_new_tokens, batch_size=config.evaluation.batch_size
     )
-    return complete_prompts(model, tokenizer, prompts, config.training.max_length, settings)
+    if prepared.workers is not None:
+        return prepared.workers.complete(models, prompts, settings)
+    texts = []
+    for model in models:
+        with attached(prepared.model, model) as whole:
+            longest = config.training.max_length
+            texts.append(complete_prompts(whole, tokenizer, prompts, longest, settings))
+    return texts

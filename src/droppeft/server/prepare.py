@@ -4,14 +4,14 @@ Nothing is written except caches.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from droppeft import seeds
 from droppeft.client.client import try_one_step
 from droppeft.client.client_model import ClientModel
-from droppeft.client.run_inputs import Loaded, ReadData, Say, load, tokens_of
+from droppeft.client.run_inputs import Loaded, ReadData, Say, load
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.checks import measured
@@ -25,9 +25,12 @@ from droppeft.messages.server_state import ServerState
 from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
 from droppeft.server.round_cost import clock_for, longest_step
+from droppeft.server.worker_count import count_workers
 from droppeft.tasks.metrics import Metric
 from droppeft.tasks.registry import task_named
+from droppeft.transports.base import Transport
 from droppeft.transports.registry import transport_named
+from droppeft.transports.workers import Workers
 
 LENGTH_SAMPLE = 1000
 """Training rows whose lengths are measured before the first round."""
@@ -42,22 +45,29 @@ class Prepared:
         method: the run's federated method.
         setup: what the method's functions may read.
         state: the server's state before round 1.
-        test: the tokenised test rows.
         findings: what was found in the data, with the lengths of training rows.
         sample: indices of the test rows on which every round is evaluated.
         no_clock_reason: why there is no modelled clock; ``None`` if there is one.
         prepare_wall_s: seconds that the preparation took.
+        why_fewer_workers: why fewer clients train at a time than was asked for; ``None`` if not.
+        workers: the processes that evaluate the global model; ``None`` if this process does it.
     """
 
     loaded: Loaded
     method: Method
     setup: Setup
     state: ServerState
-    test: TokenRows
     findings: Findings
     sample: Rows
     no_clock_reason: str | None
     prepare_wall_s: float
+    why_fewer_workers: str | None = None
+    workers: Workers | None = None
+
+    @property
+    def test(self) -> TokenRows:
+        """The tokenised test rows."""
+        return self.loaded.test
 
     @property
     def config(self) -> Config:
@@ -103,6 +113,8 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
     loaded = load(config, say, read)
     config, model = loaded.config, loaded.model
     clock, no_clock_reason = clock_for(config, fleet, loaded.backbone)
+    count = count_workers(config, clock, model.num_layers)
+    loaded = replace(loaded, workers=count.number)
     setup = Setup(
         config,
         model.num_layers,
@@ -114,19 +126,23 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
     )
     state = method.init(setup)
     say("tokenising")
-    test = tokens_of(loaded, loaded.data.test)
-    try_one_step(model, test, local_training(config), state.model.adapter)
+    try_one_step(model, loaded.test, local_training(config), state.model.adapter)
     return Prepared(
         loaded=loaded,
         method=method,
         setup=setup,
         state=state,
-        test=test,
         findings=_with_lengths(loaded),
-        sample=evaluation_sample(len(test), config.evaluation.rows),
+        sample=evaluation_sample(len(loaded.test), config.evaluation.rows),
         no_clock_reason=no_clock_reason,
         prepare_wall_s=time.perf_counter() - start,
+        why_fewer_workers=count.why_fewer,
     )
+
+
+def with_workers(prepared: Prepared, transport: Transport) -> Prepared:
+    """Return the server with the processes of its transport, if it has some, for evaluations."""
+    return replace(prepared, workers=transport if isinstance(transport, Workers) else None)
 
 
 def _with_lengths(loaded: Loaded) -> Findings:

@@ -50,7 +50,7 @@ from droppeft.server.expected_time import estimate_wall_s
 from droppeft.server.final_evaluation import evaluate_final_models
 from droppeft.server.finite_models import evaluated_round, evaluated_state
 from droppeft.server.global_evaluation import evaluate_global
-from droppeft.server.prepare import Prepared, prepare
+from droppeft.server.prepare import Prepared, prepare, with_workers
 from droppeft.server.privacy_accountant import epsilon_spent, with_noise_multiplier
 from droppeft.server.privacy_releases import check_next_round, releases
 from droppeft.server.rounds import refuse_round, run_round
@@ -92,6 +92,7 @@ def start_run(
     config, read = _resolved(config, listener, read)
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8), read))
     with reach_clients(prepared, connect, listener) as transport:
+        prepared = with_workers(prepared, transport)
         listener.preparing("measuring the model before training")
         evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
         if not math.isfinite(evaluation.loss):

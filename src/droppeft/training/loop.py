@@ -27,7 +27,7 @@ from droppeft.messages.instruction import TASK_ALONE, Budget, LocalTraining, Obj
 from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
-from droppeft.tasks.task import Batch, BoundTask, rows_of
+from droppeft.tasks.task import Batch, BatchResult, BoundTask, rows_of
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
 from droppeft.training.deadline import Deadline
@@ -229,16 +229,29 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model with all layers on rows of a table; leaves it in evaluation mode."""
     start = time.perf_counter()
+    batches = ordered_batches(rows, table.lengths, batch_size)
+    results, tokens = evaluate_batches(model, table, batches, task, precision)
+    metrics = task.metrics(results)
+    return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens)
+
+
+def evaluate_batches(
+    model: nn.Module,
+    table: TokenRows,
+    batches: Sequence[Rows],
+    task: BoundTask,
+    precision: str,
+) -> tuple[list[BatchResult], int]:
+    """Evaluate batches of rows; return their results, and the tokens computed with padding."""
     model.eval()
     tokens, results = 0, []
     with torch.inference_mode():
-        for chosen in ordered_batches(rows, table.lengths, batch_size):
+        for chosen in batches:
             batch = task.collate(table, chosen)
             with autocast(precision, task.device):
                 results.append(task.evaluate(model, batch))
             tokens += batch["input_ids"].numel()
-    metrics = task.metrics(results)
-    return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens)
+    return results, tokens
 
 
 def training_batches(

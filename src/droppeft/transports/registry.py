@@ -1,17 +1,38 @@
 """The transports by name. A new one needs a module and an entry in :data:`TRANSPORTS`."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
-from droppeft.client.run_inputs import Loaded
+import torch
+
+from droppeft.client.run_inputs import Loaded, clients_of
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.transports.base import Connect, Transport
-from droppeft.transports.in_process import in_process
+from droppeft.transports.in_process import InProcess
+from droppeft.transports.workers import Workers
+
+
+@contextmanager
+def in_process(loaded: Loaded) -> Iterator[Transport]:
+    """Open the transport on this machine alone; one worker is this process."""
+    inner = InProcess(clients_of(loaded))
+    if loaded.workers == 1:
+        torch.set_num_threads(loaded.config.threads)
+        yield inner
+        return
+    workers = Workers(loaded, inner, loaded.workers)
+    try:
+        torch.set_num_threads(loaded.config.threads)
+        yield workers
+    finally:
+        workers.close()
 
 
 def flower(loaded: Loaded) -> AbstractContextManager[Transport]:
     """Open Flower's simulation engine, which runs clients in processes of its own."""
+    torch.set_num_threads(loaded.config.threads)
     for name, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Importing Flower takes seconds, for which other transports should not wait.

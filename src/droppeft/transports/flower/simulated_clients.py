@@ -83,6 +83,7 @@ def _clients(key: str) -> tuple[Client | RefusingSite, ...]:
     tree, expected = json.loads(key)
     config = resolve(build_config(tree), cuda=torch.cuda.is_available())
     loaded = load(config, _log.info)
+    torch.set_num_threads(config.threads)
     changed = difference(expected, identity(loaded))
     if changed is not None:
         raise DroppeftError(f"{changed}: the files changed while the run was going on")
