@@ -288,6 +288,9 @@ app.add_typer(node, name="node")
 def main() -> None:
     """Entry point: a user's mistake is reported in one sentence with exit code 2; Ctrl-C is 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Threads that wait for each other sleep. By default they spin, which beside other busy
+    # processes takes many times as long. OpenMP reads this when PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except DroppeftError as error:

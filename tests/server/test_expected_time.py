@@ -17,21 +17,20 @@ def evaluation(rows: int, tokens: int, wall_s: float) -> Evaluation:
     return Evaluation({"loss": 1.0, "accuracy": 0.5}, rows, wall_s, tokens)
 
 
-FIRST = evaluation(rows=100, tokens=3000, wall_s=60.0)
-AGAIN = evaluation(rows=25, tokens=1000, wall_s=2.0)
-"""A row of 30 tokens takes 60 ms."""
+MEASURED = evaluation(rows=100, tokens=3000, wall_s=6.0)
+"""A row takes 60 ms."""
 
 
-def expected(*overrides: str, has_global_model: bool = True) -> float | None:
+def expected(*overrides: str, has_global_model: bool = True, workers: int = 1) -> float | None:
     config = load_config(None, ["rounds=10", "frozen.layers=3", *overrides])
     prepared: Any = SimpleNamespace(
         config=config,
         setup=SimpleNamespace(num_layers=6),
-        loaded=SimpleNamespace(clients=CLIENTS),
+        loaded=SimpleNamespace(clients=CLIENTS, workers=workers),
         test=range(1000),
         method=SimpleNamespace(has_global_model=lambda config: has_global_model),
     )
-    return estimate_wall_s(prepared, FIRST, AGAIN)
+    return estimate_wall_s(prepared, MEASURED)
 
 
 TRAINING = 10 * 5 * 10 * 16 * 2
@@ -62,6 +61,12 @@ def test_the_time_follows_from_the_rows(overrides: list[str], forward_rows: floa
 
 def test_without_a_global_model_only_clients_are_evaluated() -> None:
     assert expected(has_global_model=False) == pytest.approx((TRAINING + 200) * 0.06)
+
+
+def test_five_clients_take_three_turns_of_two_workers() -> None:
+    # A row of the evaluation takes 60 ms because two workers share them.
+    evaluated = 10 * (100 + VALIDATION) + 1000 + 200
+    assert expected(workers=2) == pytest.approx((TRAINING * 2 * 3 / 5 + evaluated) * 0.06)
 
 
 def test_clients_elsewhere_take_an_unknown_time() -> None:

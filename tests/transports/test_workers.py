@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from chats import chat_settings
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.server.run import start_run
@@ -61,6 +62,22 @@ def test_the_number_of_workers_changes_no_byte(
         config = load_config(None, [*words, *KINDS[kind], f"workers={workers}"])
         start_run(config, tmp_path / str(workers), Recorder())
     assert same(tmp_path / "1") == same(tmp_path / "2") == same(tmp_path / "8")
+
+
+@pytest.mark.full
+def test_texts_of_a_language_model_do_not_depend_on_workers(
+    tmp_path: Path,
+) -> None:
+    words = [
+        *chat_settings(tmp_path),
+        "evaluation.personalised_generated=2",
+        "evaluation.generated=4",
+    ]
+    for workers in (1, 3):
+        start_run(
+            load_config(None, [*words, f"workers={workers}"]), tmp_path / str(workers), Recorder()
+        )
+    assert same(tmp_path / "1") == same(tmp_path / "3")
 
 
 @pytest.fixture

@@ -11,17 +11,15 @@ BACKWARD = 2.0
 """Time of a trained layer's backward pass, in times of its forward pass."""
 
 
-def estimate_wall_s(prepared: Prepared, measured: Evaluation, repeated: Evaluation) -> float | None:
+def estimate_wall_s(prepared: Prepared, measured: Evaluation) -> float | None:
     """Estimate the seconds of all rounds and of the final evaluations.
 
     Texts of training and evaluation are taken to be equally long, and every layer that is not
     frozen to be trained in every step.
 
     Args:
-        prepared: the server before round 1, whose clients run in this process.
-        measured: the evaluation of the model before training. It is the first work of the process
-            and takes longer than the same work later, so that its time is not used.
-        repeated: a second evaluation, which may be on fewer rows.
+        prepared: the server before round 1, whose clients run on this machine.
+        measured: the evaluation of the model before training, by as many workers as the run has.
 
     Returns:
         ``None`` if the clients run elsewhere.
@@ -29,9 +27,8 @@ def estimate_wall_s(prepared: Prepared, measured: Evaluation, repeated: Evaluati
     config = prepared.config
     if config.transport != "in_process":
         return None
-    per_row = repeated.wall_s / repeated.tokens * measured.tokens / measured.rows
-    workers = prepared.loaded.workers
-    # A measured row took a share of a worker's time, and the last clients of a round wait for none.
+    per_row, workers = measured.wall_s / measured.rows, prepared.loaded.workers
+    # At the end of a round, workers for which no client is left have nothing to do.
     at_a_time = config.drawn / math.ceil(config.drawn / workers)
     trained = 1 - config.frozen.count / prepared.setup.num_layers
     alone = per_row * workers / at_a_time

@@ -6,7 +6,7 @@ It is therefore the same on every transport and in a resumed run.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from droppeft.config import Config, TrainingConfig
@@ -14,6 +14,7 @@ from droppeft.costs.device_profiles import Fleet
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import Arithmetic, Clock, RoundCost
 from droppeft.costs.step_counts import StepCounts
+from droppeft.costs.stored_counts import stored_counts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.messages.instruction import AdapterSpec, Instruction
@@ -90,25 +91,32 @@ def count_rows(
     step = (training.batch_size, training.max_length, training.checkpointing)
     key = (task, type(config), repr(vars(config)), spec, tuple(backbone.new_modules), step)
     if key not in _COUNTED:
-        model = FakeModel(config, task, spec, backbone.new_modules)
-        _COUNTED[key] = _count(model, training)
-    return _COUNTED[key]
+        model = cache(lambda: FakeModel(config, task, spec, backbone.new_modules))
 
+        def count(length: int) -> StepCounts:
+            checkpointing = training.checkpointing
+            return count_step(model(), training.batch_size, length, checkpointing=checkpointing)
 
-def _count(model: FakeModel, training: TrainingConfig) -> Arithmetic:
-    longest = training.max_length
-    return Arithmetic(
-        tuple(
-            count_step(model, training.batch_size, length, checkpointing=training.checkpointing)
-            for length in (longest // 4, longest // 2, longest)
+        longest = training.max_length
+        _COUNTED[key] = Arithmetic(
+            tuple(
+                stored_counts((key, length), partial(count, length))
+                for length in (longest // 4, longest // 2, longest)
+            )
         )
-    )
+    return _COUNTED[key]
 
 
 def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], StepCounts]:
     """Return a function that counts a step of rows of the maximum length, once per adapter."""
 
     @cache
+    def stored(spec: AdapterSpec) -> StepCounts:
+        of: Any = backbone.model.config
+        key = (type(of), repr(vars(of)), tuple(backbone.new_modules), spec, config.task)
+        settings = (config.quantization, config.dtype, config.training)
+        return stored_counts((key, settings), partial(count, spec))
+
     def count(spec: AdapterSpec) -> StepCounts:
         training = config.training
         model = FakeModel(
@@ -127,7 +135,7 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
             training.checkpointing,
         )
 
-    return count
+    return stored
 
 
 def close_round(

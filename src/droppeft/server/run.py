@@ -102,8 +102,7 @@ def start_run(
             )
         first = Checkpoint(0, prepared.state, initial_facts(prepared, evaluation))
         begin(out, prepared.config, first)
-        again = evaluate_global(prepared, prepared.state.model, prepared.sample[::4])
-        expected = estimate_wall_s(prepared, evaluation, again)
+        expected = estimate_wall_s(prepared, evaluation)
         with locked(out):
             return run_rounds(prepared, transport, first, [], out, listener, expected)
 
