@@ -52,6 +52,7 @@ class Settings(TypedDict, total=False):
     quorum: int
     sites: Sequence[str | Path]
     start_from: str | Path | Result
+    workers: int
     threads: int
     accelerator: str
     tracker: str

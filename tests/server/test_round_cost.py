@@ -391,7 +391,7 @@ def uncountable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise DroppeftError("the costs of this model cannot be counted")
 
-    monkeypatch.setattr(round_cost, "count_step", refuse)
+    monkeypatch.setattr(round_cost, "stored_counts", refuse)
     monkeypatch.setattr(round_cost, "_COUNTED", {})
 
 

@@ -109,7 +109,7 @@ def test_rounds_between_evaluations_have_no_accuracy(
 def test_a_run_that_diverges_says_so_in_that_round_and_writes_valid_json(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = iter((1.1, 1.1, 1.1, math.nan, math.inf, 1.1))
+    calls = iter((1.1, 1.1, math.nan, math.inf, 1.1))
 
     def evaluated(*args: Any) -> Evaluation:
         found = evaluate(*args)

@@ -183,7 +183,7 @@ NO_EFFECT = (
     ),
     NoEffect(
         keys=("workers",),
-        when=lambda config: config.transport != "in_process",
+        when=lambda config: config.transport == "flower",
         reason="transport={config.transport}, which runs clients in processes of its own",
     ),
     NoEffect(

@@ -303,7 +303,7 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             seconds_text(result["host_wall_s"]),
             f"{counted(result['rounds'], 'round')} on this machine (measured)",
         ),
-        ("training time", seconds_text(result["train_wall_s"]), "all clients one after another"),
+        ("training time", seconds_text(result["train_wall_s"]), "all clients added up"),
         (
             "modelled time",
             seconds_text(result["round_modelled_s"]),

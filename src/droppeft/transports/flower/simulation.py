@@ -115,7 +115,9 @@ class _Engine:
 
     def _run(self, server: ServerApp, config: Config) -> None:
         try:
-            _start_ray(max(available_cores(), config.threads))
+            # As many clients at once as cores allow; another process would have nothing to do.
+            most = min(available_cores(), config.drawn * config.threads)
+            _start_ray(max(most, config.threads))
             resources: dict[str, Any] = {"client_resources": _client_resources(config)}
             run_simulation(
                 server, simulated_app(introduce), config.clients, backend_config=resources
