@@ -107,7 +107,7 @@ class Workers:
             memory = ", perhaps because memory ran out" if "SIGKILL" in lost.how else ""
             raise DroppeftError(
                 f"the process of {names[lost.call]} was {lost.how}{memory}; complete rounds are "
-                "saved: free memory or set a smaller workers in the run's config.toml, and resume the run"
+                "saved: free memory or set fewer workers in the run's config.toml, and resume it"
             ) from None
 
     def _rows_to_run(self, instruction: Instruction) -> float:
