@@ -112,7 +112,6 @@ IGNORED = [
         "privacy.clip_norm has no effect with neither privacy.epsilon nor privacy.noise_multiplier",
     ),
     ("flower.deadline_s=5", "flower.deadline_s has no effect with transport=in_process; leave"),
-    ("workers=2 transport=flower", "workers has no effect with transport=flower, which runs"),
     (
         "sites=a.toml,b.toml partition.alpha=0.5",
         "partition.alpha has no effect with partition.kind=sites, where the rows to train on are",

@@ -35,9 +35,6 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-OF_THE_MACHINE = ("workers", "config")
-
-
 def same(out: Path) -> dict[str, Any]:
     """What must not depend on the number of workers."""
     result = timeless(json.loads((out / "result.json").read_text()))
@@ -46,7 +43,7 @@ def same(out: Path) -> dict[str, Any]:
         "adapter": adapter_bytes(out) if result["adapter_sha256"] else None,
         "rounds": timeless(rows_of(out / "rounds.jsonl")),
         "clients": timeless(rows_of(out / "clients.jsonl")),
-        "result": {name: value for name, value in result.items() if name not in OF_THE_MACHINE},
+        "result": {name: value for name, value in result.items() if name != "config"},
     }
 
 

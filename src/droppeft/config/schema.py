@@ -193,9 +193,8 @@ class Config(Table):
     workers: Whole = Field(
         0,
         ge=0,
-        description="clients that train at a time in this machine's processes, which share the "
-        "frozen weights; 0: as many as cores, clients of a round and memory allow; no result "
-        "depends on it",
+        description="clients that train at a time on this machine, each in a process; 0: as many "
+        "as cores, clients of a round and memory allow; no result depends on it",
     )
     threads: Whole = Field(
         1,

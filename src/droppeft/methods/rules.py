@@ -182,11 +182,6 @@ NO_EFFECT = (
         instead="give one of these two, or leave it out",
     ),
     NoEffect(
-        keys=("workers",),
-        when=lambda config: config.transport == "flower",
-        reason="transport={config.transport}, which runs clients in processes of its own",
-    ),
-    NoEffect(
         keys=("flower.",),
         when=lambda config: config.transport != "flower",
         reason="transport={config.transport}",

@@ -41,8 +41,6 @@ def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "clients": config.clients,
         "cohort_size": config.cohort_size,
         "drawn_size": config.drawn,
-        "workers": prepared.loaded.workers,
-        "why_fewer_workers": prepared.why_fewer_workers,
         "profiles": list(config.clock.profiles),
         "no_clock_reason": prepared.no_clock_reason,
         "planned_rounds": config.rounds,

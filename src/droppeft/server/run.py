@@ -167,7 +167,12 @@ def run_rounds(
     with tracked(listener, prepared.config, out) as listener:
         try:
             about = describe(prepared, last.facts)
-            listener.started({**about, "expected_wall_s": expected_wall_s}, list(rows))
+            here = {
+                "expected_wall_s": expected_wall_s,
+                "workers": prepared.loaded.workers,
+                "why_fewer_workers": prepared.why_fewer_workers,
+            }
+            listener.started({**about, **here}, list(rows))
             for _ in range(last.round, prepared.config.rounds):
                 check_next_round(prepared.config, last.facts, last.round + 1, out)
                 checkpoint, row, client_rows = _run_one_round(

@@ -40,10 +40,9 @@ def count_workers(config: Config, clock: Clock | None, num_layers: int) -> Worke
         clock: has counted a step; without it, the memory of a step is not known.
         num_layers: number L of the backbone's layers.
     """
-    if config.transport != "in_process":
-        return WorkerCount(1)
-    asked = config.workers
-    reason = _why_one(config)
+    if config.partition.kind == "sites" and not config.sites:
+        return WorkerCount(1)  # clients are on other machines
+    asked, reason = config.workers, _why_one(config)
     if reason is not None:
         sentence = f"workers={asked}: clients train one after another, because {reason}"
         return WorkerCount(1, sentence if asked > 1 else None)
@@ -57,6 +56,8 @@ def count_workers(config: Config, clock: Clock | None, num_layers: int) -> Worke
 
 def _why_one(config: Config) -> str | None:
     """Why only the server's own process can train; ``None`` if others can."""
+    if config.transport == "flower":
+        return None  # its processes share nothing
     if not can_fork():
         return "this system cannot share a model among processes"
     if config.accelerator != "cpu":
@@ -78,5 +79,5 @@ def _that_fit(config: Config, clock: Clock | None, num_layers: int) -> int:
     memory = step_memory(
         longest, num_layers - frozen, frozen, process=OWN_BYTES, cached=config.frozen.cache
     )
-    own = memory.total - memory.weights
-    return int(USABLE * psutil.virtual_memory().available) // own
+    shared = memory.weights if config.transport == "in_process" else 0
+    return int(USABLE * psutil.virtual_memory().available) // (memory.total - shared)

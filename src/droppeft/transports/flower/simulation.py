@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import Config, available_cores
+from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
 from droppeft.transports.flower.client_app import introduce
@@ -51,7 +51,7 @@ def simulated(loaded: Loaded) -> Iterator[Transport]:
     Raises:
         DroppeftError: the engine could not be started or has stopped.
     """
-    engine = _Engine(loaded.config)
+    engine = _Engine(loaded.config, loaded.workers)
     try:
         yield over_grid(engine.grid(), loaded, engine.check)
     finally:
@@ -61,7 +61,7 @@ def simulated(loaded: Loaded) -> Iterator[Transport]:
 class _Engine:
     """Flower's simulation engine in a thread; its ServerApp only hands over the grid."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, workers: int) -> None:
         self._grids: queue.Queue[Grid] = queue.Queue()
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -70,7 +70,9 @@ class _Engine:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         server = ServerApp()
         server.main()(self._hand_over)
-        self._thread = threading.Thread(target=self._run, args=(server, config), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(server, config, workers), daemon=True
+        )
         self._thread.start()
 
     def grid(self) -> Grid:
@@ -113,11 +115,9 @@ class _Engine:
         self._grids.put(grid)
         self._done.wait()
 
-    def _run(self, server: ServerApp, config: Config) -> None:
+    def _run(self, server: ServerApp, config: Config, workers: int) -> None:
         try:
-            # As many clients at once as cores allow; another process would have nothing to do.
-            most = min(available_cores(), config.drawn * config.threads)
-            _start_ray(max(most, config.threads))
+            _start_ray(workers * config.threads)
             resources: dict[str, Any] = {"client_resources": _client_resources(config)}
             run_simulation(
                 server, simulated_app(introduce), config.clients, backend_config=resources
@@ -154,7 +154,7 @@ def _start_ray(cores: int) -> None:
 
 
 def _client_resources(config: Config) -> dict[str, float]:
-    """Resources with which as many clients run at once as there are cores for their threads.
+    """Resources of a client, so that as many run at once as Ray was told to have cores for.
 
     Flower passes them on to Ray. With ``max_restarts`` Ray restarts a process that died. Without
     it, Flower's pool would keep the dead process, and every instruction given to it would be lost.
