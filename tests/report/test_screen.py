@@ -27,6 +27,10 @@ def rows(whole_run: Path) -> list[RoundRow]:
     return [RoundRow.from_columns(row) for row in rows_of(whole_run / "rounds.jsonl")]
 
 
+HERE = {"expected_wall_s": 1.0, "workers": 2, "why_fewer_workers": None}
+"""What a run knows of this machine before round 1."""
+
+
 def shown(
     about: dict[str, Any], rows: list[RoundRow], earlier: int = 0, expected_s: float | None = None
 ) -> str:
@@ -34,7 +38,7 @@ def shown(
     console = Console(width=WIDTH, file=io.StringIO(), record=True)
     with Screen(console, Path("runs/mine")) as screen:
         screen.preparing("reading data")
-        screen.started({**about, "expected_wall_s": expected_s}, rows[:earlier])
+        screen.started({**about, **HERE, "expected_wall_s": expected_s}, rows[:earlier])
         for row in rows[earlier:]:
             for _ in row.cohort:
                 screen.replied(None)
@@ -136,7 +140,7 @@ def test_without_a_terminal_there_are_no_control_characters(
     file = io.StringIO()
     with Screen(Console(width=WIDTH, file=file), Path("runs/mine")) as screen:
         screen.preparing("reading data")
-        screen.started({**result, "expected_wall_s": 1.0}, [])
+        screen.started({**result, **HERE}, [])
         for row in rows:
             screen.replied(None)
             screen.round_done(row)

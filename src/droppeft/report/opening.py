@@ -18,7 +18,8 @@ def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
     """The sentences about method, model, data, clients, rounds, references, time and folder.
 
     Args:
-        about: what identifies the run, and ``expected_wall_s``.
+        about: what identifies the run, and ``expected_wall_s``, ``workers`` and
+            ``why_fewer_workers``.
         folder: of the run, or ``None``.
     """
     grid = Table.grid(padding=(0, 2))
