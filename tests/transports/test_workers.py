@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import pytest
@@ -17,17 +17,15 @@ from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.server.run import start_run
 from droppeft.transports.forked_processes import ForkedProcesses, ProcessLost
+from droppeft.transports.workers import Workers
 from runs import Recorder, adapter_bytes, rows_of, timeless
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
 KINDS: dict[str, list[str]] = {
     "personal layers and cached states": [
         *("frozen.layers=1", "frozen.cache=true", "sharing.fraction=0.5", "training.local_steps=3"),
-        *("dropout.every=round", "cohort_size=4"),
+        *("dropout.every=round", "cohort_size=4", "traffic.encoding=int8"),
     ],
     "ditto": ["method=ditto"],
     "base delta": ["method=fedex_lora"],
@@ -50,8 +48,13 @@ def same(out: Path) -> dict[str, Any]:
 @pytest.mark.sample("personal layers*")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_workers_changes_no_byte(
-    kind: str, tiny_overrides: list[str], tmp_path: Path
+    kind: str, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    evaluations: list[int] = []
+    evaluate = Workers.evaluate
+    monkeypatch.setattr(
+        Workers, "evaluate", lambda *given: evaluations.append(1) or evaluate(*given)
+    )
     words = list(tiny_overrides)
     if any(word.startswith("method=") for word in KINDS[kind]):
         words.remove("dropout.mean=0.25")
@@ -59,6 +62,7 @@ def test_the_number_of_workers_changes_no_byte(
         config = load_config(None, [*words, *KINDS[kind], f"workers={workers}"])
         start_run(config, tmp_path / str(workers), Recorder())
     assert same(tmp_path / "1") == same(tmp_path / "2") == same(tmp_path / "8")
+    assert evaluations
 
 
 @pytest.mark.full

@@ -32,7 +32,7 @@ from droppeft.runs.folder import (
 from droppeft.runs.listener import Listener
 from droppeft.runs.read_ledger import read_ledger, read_rounds
 from droppeft.server.finite_models import last_finite
-from droppeft.server.prepare import Prepared, prepare, with_workers
+from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.privacy_accountant import check_budget, with_noise_multiplier
 from droppeft.server.privacy_releases import count_lost_releases, releases
 from droppeft.server.run import reach_clients, run_rounds
@@ -104,8 +104,7 @@ def resume_run(
         if rounds is not None:
             newest = replace(newest, facts={**newest.facts, SETTINGS: bound_settings(config)})
             save_extended(out, config)
-        with reach_clients(prepared, connect, listener) as transport:
-            prepared = with_workers(prepared, transport)
+        with reach_clients(prepared, connect, listener) as (prepared, transport):
             return run_rounds(prepared, transport, newest, rows, out, listener)
 
 

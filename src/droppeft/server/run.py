@@ -91,8 +91,7 @@ def start_run(
     out = out.resolve()
     config, read = _resolved(config, listener, read)
     prepared = _started(prepare(config, listener.preparing, secrets.token_hex(8), read))
-    with reach_clients(prepared, connect, listener) as transport:
-        prepared = with_workers(prepared, transport)
+    with reach_clients(prepared, connect, listener) as (prepared, transport):
         listener.preparing("measuring the model before training")
         evaluation = evaluate_global(prepared, prepared.state.model, prepared.sample)
         if not math.isfinite(evaluation.loss):
@@ -138,13 +137,14 @@ def _started(prepared: Prepared) -> Prepared:
 @contextmanager
 def reach_clients(
     prepared: Prepared, connect: Connect | None, listener: Listener
-) -> Iterator[Transport]:
-    """Open the transport, with ``connect`` if it is given."""
+) -> Iterator[tuple[Prepared, Transport]]:
+    """Open the transport, with ``connect`` if it is given, and let its workers evaluate too."""
     check_tracker(prepared.config.tracker)
     listener.preparing("reaching the clients")
     opened = (connect or transport_named(prepared.config.transport))(prepared.loaded)
     with opened as transport:
-        yield EncodingTransport(transport, prepared.setup.layout)
+        prepared = with_workers(prepared, transport)
+        yield prepared, EncodingTransport(transport, prepared.setup.layout)
 
 
 def run_rounds(
