@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,13 @@ def test_a_process_that_is_killed_is_no_lost_reply(
     pool = processes(work=work)
     with pytest.raises(ProcessLost, match="call 2: killed by SIGKILL"):
         list(pool.run([("work", (number,)) for number in range(4)]))
+    assert len(pool) == 0
+
+
+def test_a_call_that_hangs_is_ended(processes: Callable[..., ForkedProcesses]) -> None:
+    pool = processes(sleep=lambda: time.sleep(600))
+    with pytest.raises(TimeoutError):
+        list(pool.run([("sleep", ())], 0.2))
     assert len(pool) == 0
 
 

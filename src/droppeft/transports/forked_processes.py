@@ -67,12 +67,19 @@ class ForkedProcesses:
     def __len__(self) -> int:
         return len(self._processes)
 
-    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self, calls: Sequence[Call], timeout_s: float | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield the index and the result of each call, as they finish.
 
         Calls begin in their order, each in the process that is free first.
 
+        Args:
+            calls: to be made.
+            timeout_s: most seconds until the next call has finished; ``None`` for no limit.
+
         Raises:
+            TimeoutError: no call has finished in time; no call can be made any more.
             ProcessLost: a process has ended; no call can be made any more.
             BaseException: what a call raised; no call can be made any more.
         """
@@ -89,7 +96,10 @@ class ForkedProcesses:
             for connection in self._processes:
                 give(connection)
             while busy:
-                for ready in wait(list(busy)):
+                finished = wait(list(busy), timeout_s)
+                if not finished:
+                    raise TimeoutError
+                for ready in finished:
                     assert isinstance(ready, Connection)
                     result = self._result(ready, busy[ready])
                     index = busy.pop(ready)

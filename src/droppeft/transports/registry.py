@@ -24,8 +24,7 @@ def in_process(loaded: Loaded) -> Iterator[Transport]:
         return
     workers = Workers(loaded, inner, loaded.workers)
     try:
-        torch.set_num_threads(loaded.config.threads)
-        yield workers
+        yield workers  # this process stays at one thread, so that a later run can fork it too
     finally:
         workers.close()
 

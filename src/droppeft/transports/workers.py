@@ -27,6 +27,9 @@ from droppeft.transports.base import Arrival
 from droppeft.transports.forked_processes import Call, ForkedProcesses, ProcessLost
 from droppeft.transports.in_process import InProcess
 
+THREADS_S = 20.0
+"""Seconds in which a process must have used its threads once; it takes milliseconds."""
+
 
 class Workers:
     """Processes that run clients, and share the work of evaluating a global model.
@@ -46,6 +49,7 @@ class Workers:
             "client": inner.reply,
             "evaluate": self._evaluate_here,
             "complete": self._complete_here,
+            "threads": _use_threads,
         }
         assert len(loaded.test)  # tokenised here once, and not in every process
         try:
@@ -53,6 +57,22 @@ class Workers:
         except OSError as error:
             raise DroppeftError(
                 f"{count} workers could not be started ({error.strerror}); set workers=1"
+            ) from None
+        if loaded.config.threads > 1:
+            self._check_threads(count)
+
+    def _check_threads(self, count: int) -> None:
+        """Check that the processes can use several threads.
+
+        They cannot if this process has used several before, as a Python program may have: they then
+        wait for threads that only this process has.
+        """
+        try:
+            list(self._processes.run([("threads", ())] * count, THREADS_S))
+        except TimeoutError:
+            raise DroppeftError(
+                f"threads={self._loaded.config.threads} does not work in several workers, because "
+                "torch has used several threads in this process before; set threads=1 or workers=1"
             ) from None
 
     def close(self) -> None:
@@ -150,3 +170,7 @@ class Workers:
         longest = self._loaded.config.training.max_length
         with attached(self._loaded.model, model) as whole:
             return complete_prompts(whole, self._loaded.model.tokenizer, prompts, longest, settings)
+
+
+def _use_threads() -> None:
+    torch.ones(1 << 20).add_(1.0)
