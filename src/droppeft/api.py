@@ -68,6 +68,7 @@ class Settings(TypedDict, total=False):
     configurator: Table
     sharing: Table
     server: Table
+    traffic: Table
     privacy: Table
     clock: Table
     flower: Table
