@@ -30,6 +30,7 @@ SETTINGS = [
     "cohort_size=6",
     "training.batch_size=8",
     "configurator.reward=loss",
+    *("training.precision=fp32", "training.backbone_dropout=true"),  # the defaults when it ran
 ]
 POLICIES = ("fixed", "budgeted_thompson")
 

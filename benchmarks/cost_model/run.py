@@ -39,6 +39,7 @@ NAME = "cost_model"
 STEPS = 3
 SETTINGS = (
     *("method=droppeft", "accelerator=cpu", "threads=1"),
+    *("training.precision=fp32", "training.backbone_dropout=true"),  # the defaults when it ran
     *("dropout.protect_first=0", "dropout.protect_last=0"),
 )
 MODELS = {

@@ -50,6 +50,7 @@ SETTINGS = (
     f"rounds={ROUNDS}",
     "training.local_steps=2",
     "training.batch_size=4",
+    *("training.precision=fp32", "training.backbone_dropout=true"),  # the defaults when it ran
     "threads=1",
     "accelerator=cpu",
     "evaluation.personalised=false",

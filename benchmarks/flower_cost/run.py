@@ -46,6 +46,7 @@ SETTINGS = (
     "threads=1",
     "accelerator=cpu",
     "evaluation.rows=200",
+    *("training.precision=fp32", "training.backbone_dropout=true"),  # the defaults when it ran
     "evaluation.personalised=false",  # a client that rebuilds its model only trains
 )
 ROUNDS = {"places": 4, "client_round": 6}

@@ -33,6 +33,7 @@ SETTINGS = (
     *("partition.alpha=0.1", "partition.min_rows=20", "frozen.layers=5", "frozen.cache=false"),
     *("training.local_steps=10", "training.max_length=32", "threads=1", "accelerator=cpu"),
     *("evaluation.personalised=false", "evaluation.validation_clients=0"),
+    *("training.precision=fp32", "training.backbone_dropout=true"),  # the defaults when it ran
 )
 
 

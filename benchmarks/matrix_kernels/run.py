@@ -34,7 +34,14 @@ from droppeft.server.prepare import prepare
 NAME = "matrix_kernels"
 SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 SHAPES = ((256, 384, 384), (256, 384, 1536), (1024, 768, 3072), (1024, 1024, 4096))
-WORDS = ("method=fedlora", "threads=1", "training.batch_size=8", "training.max_length=32")
+WORDS = (
+    "method=fedlora",
+    "threads=1",
+    "training.batch_size=8",
+    "training.max_length=32",
+    "training.precision=fp32",
+    "training.backbone_dropout=true",
+)
 
 
 def main() -> None:

@@ -70,10 +70,10 @@ FOLDER = Path(__file__).parent
 STATES = Path("build") / NAME
 
 WEIGHTS = {
-    "fp32": (),
-    "bf16": ("dtype=bf16",),
-    "8 bits": ("quantization=8bit",),
-    "4 bits": ("quantization=4bit",),
+    "fp32": ("training.precision=fp32",),
+    "bf16": ("training.precision=bf16",),
+    "8 bits": ("training.precision=fp32", "quantization=8bit"),
+    "4 bits": ("training.precision=fp32", "quantization=4bit"),
 }
 RATES = (0.0, 0.25, 0.5)
 TEST_ROWS = 16
