@@ -79,9 +79,8 @@ def layout(spec: AdapterSpec) -> Layout:
 
 def setup_for(*overrides: str) -> Setup:
     """Setup of a method (droppeft): four layers, and cohorts of three of ten clients."""
-    config = load_config(
-        None, ["clients=10", "cohort_size=3", "training.local_steps=2", *overrides], "droppeft"
-    )
+    settings = ("clients=10", "cohort_size=3", "training.local_steps=2", "training.precision=fp32")
+    config = load_config(None, [*settings, *overrides], "droppeft")
     config = resolve_layers(config, LAYERS)
     fleet = make_fleet(config.clock, config.clients, config.seed)
     return Setup(config, LAYERS, fresh, layout, make_clock(fleet, lambda spec: ARITHMETIC))
@@ -106,6 +105,7 @@ TRAINING = LocalTraining(
     weight_decay=0.01,
     clip_norm=1.0,
     precision="fp32",
+    backbone_dropout=False,
     checkpointing=False,
     evaluation_batch_size=64,
 )

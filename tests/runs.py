@@ -39,6 +39,7 @@ SETTINGS = (
     "rounds=3",
     "training.local_steps=2",
     "training.batch_size=4",
+    "training.precision=fp32",  # the same on machines with and without bf16
     "partition.min_rows=6",
     "threads=1",
     "workers=1",

@@ -411,8 +411,27 @@ def test_resolve_fills_in_the_accelerator_and_leaves_workers_to_the_machine() ->
     assert resolve(Config(), cuda=True).accelerator == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("settings", "cuda", "bf16", "expected"),
+    [
+        ((), False, (), "fp32"),
+        ((), False, ("cpu",), "bf16"),
+        ((), True, ("cpu",), "fp32"),
+        ((), True, ("cuda",), "bf16"),
+        (("accelerator=cpu",), True, ("cuda",), "fp32"),
+        (("training.precision=fp32",), False, ("cpu",), "fp32"),
+        (("method=flora",), False, ("cpu",), "fp32"),
+    ],
+)
+def test_resolve_takes_the_precision_that_the_hardware_does_well(
+    settings: tuple[str, ...], cuda: bool, bf16: tuple[str, ...], expected: str
+) -> None:
+    config = resolve(load_config(None, settings), cuda=cuda, bf16=bf16)
+    assert config.training.computed_in == expected
+
+
 def test_resolve_keeps_what_was_chosen() -> None:
-    config = load_config(None, ["threads=3", "accelerator=cpu"])
+    config = load_config(None, ["threads=3", "accelerator=cpu", "training.precision=fp16"])
     assert resolve(config, cuda=True) == config
 
 

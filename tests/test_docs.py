@@ -27,6 +27,8 @@ def test_the_pages_are_up_to_date() -> None:
 def test_pages_need_no_setting_of_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If settings are renamed or removed, results that were made with them give the same tables."""
     for study in sorted(generate.ROOT.glob("benchmarks/*/study.toml")):
+        if not study.with_suffix(".json").exists():
+            continue  # not run yet
         folder = tmp_path / study.parent.name
         shutil.copytree(study.parent, folder)
         text = (folder / "study.json").read_text(encoding="utf-8")

@@ -100,7 +100,7 @@ def test_a_broken_torch(
 def test_a_cuda_device_that_torch_does_not_find(
     monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], driver: bool, status: str
 ) -> None:
-    text = json.dumps({"version": "2.13.0", **facts})
+    text = json.dumps({"version": "2.13.0", "precision": "fp32", **facts})
     done = SimpleNamespace(returncode=0, stdout=f"{text}\n", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)

@@ -44,7 +44,6 @@ class Settings(TypedDict, total=False):
     task: str
     transport: str
     quantization: str
-    dtype: str
     seed: int
     rounds: int
     clients: int

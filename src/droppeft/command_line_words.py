@@ -95,15 +95,14 @@ def config_to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config"
     Raises:
         DroppeftError: a setting is wrong, or does not change the cost of a step.
     """
-    import torch
-
-    from droppeft.config import load_config, resolve
+    from droppeft.config import load_config
     from droppeft.methods.step_settings import STEP_METHOD, check_step_settings, step_of
+    from droppeft.models.hardware import resolve_here
 
     path, settings = file_and_settings(words)
     check_step_settings(settings)
     config = step_of(load_config(path, [*defaults, *settings], STEP_METHOD))
-    return resolve(config, cuda=torch.cuda.is_available())
+    return resolve_here(config)
 
 
 def drop_rates(text: str) -> list[float]:

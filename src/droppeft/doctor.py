@@ -33,11 +33,15 @@ MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 TORCH_FACTS = """
 import json, torch
+from droppeft.config import load_config
+from droppeft.models.hardware import precision_reason, resolve_here
 device = None
 if torch.cuda.is_available():
     device = torch.cuda.get_device_name()
     torch.ones(1, device="cuda").sum().item()
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "device": device}))
+reason = precision_reason(resolve_here(load_config(None, [])))
+facts = {"version": torch.__version__, "cuda": torch.version.cuda, "device": device}
+print(json.dumps({**facts, "precision": reason}))
 """
 """Run in a process of its own, which a torch that was built for another processor can end."""
 
@@ -105,7 +109,7 @@ def check_torch() -> Finding:
     found = f"{facts['version']}, {facts['device'] or 'CPU only'}"
     if not facts["device"] and (facts["cuda"] or shutil.which("nvidia-smi")):
         return Finding("note", f"{found}: torch finds no CUDA device", "nvidia-smi")
-    return Finding("ok", found)
+    return Finding("ok", f"{found}; runs compute in {facts['precision']}")
 
 
 def check_memory() -> Finding:

@@ -200,7 +200,8 @@ def local_training(config: Config) -> LocalTraining:
         rounds=config.rounds,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
-        precision=settings.precision,
+        precision=settings.computed_in,
+        backbone_dropout=settings.backbone_dropout,
         checkpointing=settings.checkpointing,
         evaluation_batch_size=config.evaluation.batch_size,
     )

@@ -10,17 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from droppeft.client.run_inputs import Loaded
-from droppeft.config import Config, load_config, resolve, resolve_clients, resolve_layers
+from droppeft.config import Config, load_config, resolve_clients, resolve_layers
 from droppeft.config.frozen import HALF
 from droppeft.errors import DroppeftError
 from droppeft.messages.reply import Reply
 from droppeft.methods import method_named
+from droppeft.models.hardware import resolve_here
 from droppeft.quantities import counted
 from droppeft.resources.model_shape import model_shape
 from droppeft.runs.folder import CONFIG
@@ -99,7 +99,12 @@ def _check_sites(config: Config) -> None:
 
 def _check_same(requested: Config, saved: Config, out: Path) -> None:
     """Refuse to resume a run whose configuration is not the requested one."""
-    requested = resolve(requested, cuda=torch.cuda.is_available())
+    if requested.training.precision == "auto":  # goes on in that of the machine where it began
+        training = {"precision": saved.training.precision}
+        requested = requested.model_copy(
+            update={"training": requested.training.model_copy(update=training)}
+        )
+    requested = resolve_here(requested)
     requested = resolve_clients(requested, saved.clients)
     requested = method_named(requested.method).adjust(requested)
     if requested.frozen.layers == HALF:

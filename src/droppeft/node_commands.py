@@ -26,13 +26,12 @@ def task(
     names of the classes in their order, and hashes of the model and its tokenizer. Nothing in it
     depends on a row.
     """
-    import torch
-
     from droppeft.client.published_task import published, write_task
     from droppeft.client.run_inputs import load_model, read_data
     from droppeft.command_line_words import file_and_settings
-    from droppeft.config import load_config, resolve
+    from droppeft.config import load_config
     from droppeft.methods.rules import check_settings
+    from droppeft.models.hardware import resolve_here
     from droppeft.report.screen import Screen
 
     _check_new(out)
@@ -42,7 +41,7 @@ def task(
         raise DroppeftError(
             "only the server of sites publishes a task; set partition.kind=sites and clients"
         )
-    config = resolve(config, cuda=torch.cuda.is_available())
+    config = resolve_here(config)
     with Screen() as screen:
         screen.preparing("reading the test rows")
         names = read_data(config).corpus.label_names

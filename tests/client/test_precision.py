@@ -1,13 +1,14 @@
 """Runs in half precision and with gradient checkpointing."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from droppeft.adapters.by_layer import get_tensors, set_tensors
 from droppeft.client.client import try_one_step
@@ -19,13 +20,14 @@ from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Update
 from droppeft.messages.tensors import flatten
 from droppeft.models import precision
+from droppeft.models.precision import DTYPES
 from droppeft.server.prepare import Prepared
 from droppeft.server.resume import resume_run
 from droppeft.server.run import start_run
 from droppeft.server.validation import why_refused
 from droppeft.tasks.registry import task_named
+from droppeft.training.loop import Step, train
 from runs import Recorder, adapter_bytes, rows_of
-from tiny import save_tiny_model
 
 FP16 = ("training.precision=fp16", "training.checkpointing=true")
 
@@ -93,23 +95,104 @@ def test_some_skipped_steps_are_no_failure(
     assert why_refused(instruction, update, layout, task_named("classification")) is None
 
 
+# What a step computes with
+
+
+class CastsOf(TorchDispatchMode):
+    """Counts the casts of some tensors."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {value.untyped_storage().data_ptr() for value in tensors}
+        self.casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.casts += args[0].untyped_storage().data_ptr() in self.known
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_frozen_weights_are_held_once_and_never_cast(
+    prepare_with: Callable[..., Prepared], precision: str
+) -> None:
+    """Only what is trained is in fp32, and what it replaces; autocast casts none of the rest."""
+    prepared = prepare_with(f"training.precision={precision}", "dropout.mean=0")
+    model = prepared.model
+    trained = {id(value) for named in model.parameters.values() for value in named.values()}
+    frozen = {
+        name: value
+        for name, value in model.model.named_parameters()
+        if id(value) not in trained and ".original_module." not in name
+    }
+    assert {value.dtype for value in frozen.values()} == {DTYPES[precision]}
+    assert {value.dtype for value in model.model.parameters() if id(value) in trained} == {
+        torch.float32
+    }
+    clients = clients_of(prepared.loaded)
+    [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
+    with CastsOf(frozen.values()) as counted:
+        clients[0].train(instruction)
+    assert counted.casts == 0
+
+
+def test_the_hash_of_a_model_does_not_depend_on_the_precision(
+    prepare_with: Callable[..., Prepared],
+) -> None:
+    found = {
+        prepare_with(f"training.precision={one}").loaded.backbone.weights_hash
+        for one in ("fp32", "bf16", "fp16")
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_adapters_and_head_are_in_training_mode(
+    prepare_with: Callable[..., Prepared], checkpointing: bool
+) -> None:
+    """The tiny model drops a tenth of its values where its backbone is in training mode."""
+
+    def losses(*overrides: str) -> set[float]:
+        prepared = prepare_with("dropout.mean=0", *overrides)
+        model, settings = prepared.model, local_training(prepared.config)
+        model.attach(prepared.state.model.adapter)
+        for name, value in model.model.named_parameters():
+            if ".lora_B." in name:
+                value.data.fill_(0.1)  # at 0, dropout in front of A would change nothing
+        head_dropout: Any = model.model.get_submodule("base_model.model.dropout")
+        head_dropout.p = 0.0
+        batch = model.task.collate(prepared.test, np.arange(4))
+        step, found = Step(batch, (True,) * model.num_layers, rate_factor=0.0), set()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            found.add(train(model.trainable(model.parameters), [step], settings).loss)
+        return found
+
+    recomputing = f"training.checkpointing={str(checkpointing).lower()}"
+    assert len(losses(recomputing)) == 1
+    assert len(losses(recomputing, "adapter.dropout=0.3")) == 2
+    assert len(losses(recomputing, "training.backbone_dropout=true")) == 2
+
+
 # Rehearsals: what a model and an adapter cannot be trained with is found before the run
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_an_adapter_that_fails_under_autocast_is_refused_before_anything_is_written(
-    tiny_overrides: list[str], tmp_path: Path, precision: str
+    tiny_overrides: list[str], tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save_tiny_model(tmp_path / "model", 2, "deberta-v2")
-    overrides = ["dropout.mean=0", "adapter.type=vera", "adapter.rank=4"]
-    config = [*tiny_overrides, f"model={model}", *overrides, f"training.precision={precision}"]
+    def fail(*_: object) -> None:
+        raise RuntimeError("value cannot be converted")
+
+    monkeypatch.setattr("droppeft.client.client.train", fail)
+    config = [*tiny_overrides, "adapter.type=vera", f"training.precision={precision}"]
     with pytest.raises(DroppeftError) as caught:
         start_run(load_config(None, config), tmp_path / "run", Recorder())
     assert str(caught.value).startswith(
         f"adapter.type=vera on this model cannot be trained with training.precision={precision} "
-        "and training.checkpointing=false (value cannot be converted"
+        "and training.checkpointing=false (value cannot be converted)"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("overrides", [FP16, ("training.precision=bf16",)])

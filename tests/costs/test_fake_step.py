@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from transformers import AutoConfig
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
+from droppeft.adapters.training_mode import set_training_mode
 from droppeft.config import AdapterConfig
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.operation_counter import OperationCounter
@@ -22,15 +27,26 @@ from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages.instruction import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.precision import DTYPES, autocast
+from droppeft.models.loading import LAST_MODULES
+from droppeft.models.precision import DTYPES, autocast, hold_in
 from droppeft.models.quantization import patch_quantised_layers, quantised
 from droppeft.tasks.registry import task_named
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import Call, checkpointed
+from droppeft.training.loop import computing_in
 from handmade import step_flops, step_stored_bytes
 from tiny import FAMILIES
 
 LAYERS, ROWS, LENGTH = 4, 3, 9
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: (
+        sdpa_flop_count(*shapes[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+        sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
+"""torch's formulas for attention, of which it has none on CPUs."""
 MORE: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": LAYERS},
     "electra": {"embedding_size": 32},
@@ -65,15 +81,18 @@ def real(
     spec: AdapterSpec,
     quantization: str = "none",
     task: str = "classification",
-    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
 ) -> nn.Module:
     kind = task_named(task)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        plain: Any = kind.auto_class.from_config(config, dtype=dtype)
-    plain = quantised(plain, quantization, kind.heads, dtype)
+        plain: Any = kind.auto_class.from_config(config)
+    plain = quantised(plain, quantization, kind.heads)
     patch_quantised_layers(plain)
-    return attach(plain, spec, find_blocks(plain)[0], 0, task_type=kind.adapter_task).train()
+    hold_in(plain, DTYPES[precision], () if kind.generates else LAST_MODULES)
+    model = attach(plain, spec, find_blocks(plain)[0], 0, task_type=kind.adapter_task)
+    set_training_mode(model, backbone_dropout=False)
+    return model
 
 
 def batch(fake: FakeModel, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
@@ -97,10 +116,13 @@ def patterns(layers: int = LAYERS, frozen: int = 0) -> Iterator[tuple[bool, ...]
 
 
 @contextmanager
-def stepping(model: nn.Module, active: Sequence[bool], checkpointing: Any = None) -> Iterator[None]:
+def stepping(
+    model: nn.Module, active: Sequence[bool], precision: str = "fp32", checkpointing: Any = None
+) -> Iterator[None]:
     _, blocks = find_blocks(model)
     recomputing = checkpointed(model, blocks, checkpointing) if checkpointing else nullcontext()
-    with without_cache(model), recomputing, gated(blocks) as gates:
+    half = computing_in(precision, model, torch.device("cpu"))
+    with without_cache(model), half, recomputing, gated(blocks) as gates:
         gates.active = active
         yield
     model.zero_grad()
@@ -110,8 +132,8 @@ def measured(
     fake: FakeModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
 ) -> tuple[int, int]:
     """FLOPs and stored bytes of a real step."""
-    meter, flops = ActivationMeter(model), FlopCounterMode(display=False)
-    with stepping(model, active), flops:
+    meter, flops = ActivationMeter(model), FlopCounterMode(display=False, custom_mapping=ON_CPU)
+    with stepping(model, active, precision), flops:
         with autocast(precision, torch.device("cpu")), meter.measuring():
             loss = fake.task.loss(model, batch(fake))
         loss.backward()
@@ -142,8 +164,9 @@ def test_a_real_step_has_the_counted_costs(
     family: str, adapter: dict[str, Any], precision: str, frozen: int
 ) -> None:
     config, spec = config_of(family), spec_of(frozen=frozen, **adapter)
-    fake, model = FakeModel(config, TASK, spec), real(config, spec)
-    counts = count_step(fake, ROWS, LENGTH, precision)
+    fake = FakeModel(config, TASK, spec, precision=precision)
+    model = real(config, spec, precision=precision)
+    counts = count_step(fake, ROWS, LENGTH)
     for active in patterns(frozen=frozen):
         if family == "gemma3_text" and active not in SOME_OF_BOTH_KINDS:
             continue
@@ -154,26 +177,26 @@ def test_a_real_step_has_the_counted_costs(
 
 
 CAUSAL = [
-    ("llama", "fp32", "none", "fp32"),
-    ("llama", "bf16", "4bit", "fp32"),
-    ("llama", "fp32", "8bit", "fp32"),
-    ("llama", "bf16", "none", "bf16"),
-    ("gpt2", "fp32", "none", "fp32"),
-    ("qwen2", "bf16", "none", "fp32"),
-    ("gemma3_text", "fp32", "none", "fp32"),
+    ("llama", "fp32", "none"),
+    ("llama", "bf16", "4bit"),
+    ("llama", "fp32", "8bit"),
+    ("llama", "bf16", "none"),
+    ("gpt2", "fp32", "none"),
+    ("qwen2", "bf16", "none"),
+    ("gemma3_text", "fp32", "none"),
 ]
 
 
-@pytest.mark.sample("llama-*-4bit-*", "llama-*-none-bf16")
-@pytest.mark.parametrize(("family", "precision", "quantization", "dtype"), CAUSAL)
+@pytest.mark.sample("llama-*-4bit", "llama-bf16-none")
+@pytest.mark.parametrize(("family", "precision", "quantization"), CAUSAL)
 def test_a_real_step_of_a_language_model_has_the_counted_costs(
-    family: str, precision: str, quantization: str, dtype: str
+    family: str, precision: str, quantization: str
 ) -> None:
     """FLOPs of quantised weights are not compared, since torch does not count those of a kernel."""
     config, spec = config_of(family), spec_of()
-    fake = FakeModel(config, "causal_lm", spec, (), quantization, dtype=dtype)
-    model = real(config, spec, quantization, "causal_lm", DTYPES[dtype])
-    counts = count_step(fake, ROWS, LENGTH, precision)
+    fake = FakeModel(config, "causal_lm", spec, (), quantization, precision=precision)
+    model = real(config, spec, quantization, "causal_lm", precision)
+    counts = count_step(fake, ROWS, LENGTH)
     assert all_weights(counts) == sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
     for active in SOME_OF_BOTH_KINDS:
         flops, stored = measured(fake, model, active, precision)
@@ -191,7 +214,7 @@ def test_flops_of_a_bert_by_hand() -> None:
     attention multiplies queries with keys and weights with values, S² H each per row.
 
     In the backward a frozen map has one product, for its input, and a trained one has two. Each
-    product of attention has two (with dropout on attention weights, as here, torch stores them)."""
+    product of attention has two, and one is repeated, since torch does not store the weights."""
     config = config_of("bert")
     counts = count_step(FakeModel(config, TASK, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
@@ -199,17 +222,17 @@ def test_flops_of_a_bert_by_hand() -> None:
     lora = 2 * tokens * 2 * 2 * 8 * h
     for block in counts.blocks:
         assert block.forward_flops == maps + attention + lora
-        assert block.backward_flops == maps + 2 * attention + 2 * lora
+        assert block.backward_flops == maps + 2.5 * attention + 2 * lora
     assert counts.rest.forward_flops == 2 * ROWS * (h * h + h * 2)  # pooler and classifier
 
 
 def test_what_the_lowest_layer_saves_is_subtracted_from_the_rest() -> None:
     """Nothing below it is trained. So there is no gradient for the input of query, key and value
-    (three frozen maps of H x H and two of LoRA's H x 8), and none for the keys, which no trained
-    map computes (one product of attention). In the rest, classifier and pooler have a backward."""
+    (three frozen maps of H x H and two of LoRA's H x 8). In the rest, classifier and pooler have a
+    backward."""
     counts = count_step(FakeModel(config_of("bert"), TASK, spec_of()), ROWS, LENGTH)
     tokens, h = ROWS * LENGTH, 32
-    saved = 2 * tokens * (3 * h * h + 2 * 8 * h) + 2 * ROWS * LENGTH**2 * h
+    saved = 2 * tokens * (3 * h * h + 2 * 8 * h)
     assert counts.rest.backward_flops == 2 * ROWS * (h * h + 2 * h * 2) - saved
 
 
@@ -219,16 +242,17 @@ def test_what_the_lowest_layer_saves_is_subtracted_from_the_rest() -> None:
 def test_quantised_models_have_the_counted_bytes(family: str, quantization: str) -> None:
     """FLOPs are not compared, since torch does not count those of a 4-bit kernel."""
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, TASK, spec, (), quantization), real(config, spec, quantization)
-    weights = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
-    assert all_weights(count_step(fake, ROWS, LENGTH)) == weights
     for precision in ("fp32", "bf16"):
-        counts = count_step(fake, ROWS, LENGTH, precision)
+        fake = FakeModel(config, TASK, spec, (), quantization, precision=precision)
+        model = real(config, spec, quantization, precision=precision)
+        counts = count_step(fake, ROWS, LENGTH)
+        weights = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
+        assert all_weights(counts) == weights
         for active in patterns():
             _, stored = measured(fake, model, active, precision)
             assert stored == step_stored_bytes(counts, active), active
     plain = count_step(FakeModel(config, TASK, spec), ROWS, LENGTH)
-    quantised_flops = count_step(fake, ROWS, LENGTH)
+    quantised_flops = count_step(FakeModel(config, TASK, spec, (), quantization), ROWS, LENGTH)
     assert step_flops(quantised_flops, (True,) * LAYERS) == step_flops(plain, (True,) * LAYERS)
 
 
@@ -275,8 +299,9 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
     family: str, precision: str
 ) -> None:
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, TASK, spec), real(config, spec)
-    counts = count_step(fake, ROWS, LENGTH, precision, checkpointing=True)
+    fake = FakeModel(config, TASK, spec, precision=precision)
+    model = real(config, spec, precision=precision)
+    counts = count_step(fake, ROWS, LENGTH, checkpointing=True)
     for active in patterns():
         counter = OperationCounter(model)
 
@@ -284,7 +309,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
             for tensor in call.tensors:
                 counter.store(tensor, 0)
 
-        with stepping(model, active, note), counter:
+        with stepping(model, active, precision, note), counter:
             with autocast(precision, torch.device("cpu")), counter.storing():
                 loss = fake.task.loss(model, batch(fake))
             stored = counter.stored_bytes
@@ -292,23 +317,24 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
         assert sum(counter.flops.values()) == step_flops(counts, active)
         assert stored == step_stored_bytes(counts, active)
         hidden_state = 4 * ROWS * LENGTH * 32  # gradients that are not needed with other gates
-        assert 0 <= stored + counts.passing_bytes - counter.peak_bytes <= 2 * hidden_state
+        assert abs(stored + counts.passing_bytes - counter.peak_bytes) <= 2 * hidden_state
 
 
 @pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("llama", "bf16")])
 def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precision: str) -> None:
-    """For all gates, within 2 %, which are due to the adapters' gradients."""
+    """For all gates, within 3 %, which are due to the adapters' gradients."""
     config, spec = config_of(family), spec_of()
-    fake, model = FakeModel(config, TASK, spec), real(config, spec)
-    counts = count_step(fake, ROWS, 33, precision)
+    fake = FakeModel(config, TASK, spec, precision=precision)
+    model = real(config, spec, precision=precision)
+    counts = count_step(fake, ROWS, 33)
     for active in patterns():
         counter = OperationCounter(model)
-        with stepping(model, active), counter:
+        with stepping(model, active, precision), counter:
             with autocast(precision, torch.device("cpu")):
                 loss = fake.task.loss(model, batch(fake, ROWS, 33))
             loss.backward()
         expected = step_stored_bytes(counts, active) + counts.passing_bytes
-        assert counter.peak_bytes == pytest.approx(expected, rel=0.02), active
+        assert counter.peak_bytes == pytest.approx(expected, rel=0.03), active
 
 
 def test_frozen_layers_do_not_change_the_others() -> None:
@@ -324,8 +350,8 @@ def test_frozen_layers_do_not_change_the_others() -> None:
 
 def test_costs_are_linear_in_the_batch_size() -> None:
     """From two rows on. Temporary bytes are only nearly linear, so they are always counted."""
-    fake = FakeModel(config_of("bert"), TASK, spec_of())
-    two, three, nine = (count_step(fake, rows, LENGTH, "bf16") for rows in (2, 3, 9))
+    fake = FakeModel(config_of("bert"), TASK, spec_of(), precision="bf16")
+    two, three, nine = (count_step(fake, rows, LENGTH) for rows in (2, 3, 9))
     for active in patterns():
         for cost in (step_flops, step_stored_bytes):
             slope = cost(three, active) - cost(two, active)

@@ -154,6 +154,9 @@ def test_half_of_the_layers_equals_their_number(overrides: list[str], tmp_path: 
 def test_a_run_on_flower_is_continued_with_the_same_settings(tmp_path: Path) -> None:
     wanted = load_config(None, ["method=adaptive", "threads=1", "accelerator=cpu"])
     frozen = wanted.frozen.model_copy(update={"layers": 3})
-    _check_same(wanted, wanted.model_copy(update={"frozen": frozen}), tmp_path)
+    for precision in ("fp32", "bf16"):  # of the machine where it began
+        training = wanted.training.model_copy(update={"precision": precision})
+        saved = wanted.model_copy(update={"frozen": frozen, "training": training})
+        _check_same(wanted, saved, tmp_path)
     with pytest.raises(DroppeftError, match="holds a run with another configuration"):
         _check_same(wanted, wanted.model_copy(update={"frozen": frozen, "seed": 1}), tmp_path)

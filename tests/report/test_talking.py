@@ -51,7 +51,12 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def bf16(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bf16") / "run"
-    more = ("dtype=bf16", "rounds=1", "evaluation.generated=0", "evaluation.personalised=false")
+    more = (
+        "training.precision=bf16",
+        "rounds=1",
+        "evaluation.generated=0",
+        "evaluation.personalised=false",
+    )
     start_run(load_config(None, [*overrides, *TRAINING, *more]), out, Recorder())
     return out
 

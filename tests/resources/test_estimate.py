@@ -250,7 +250,11 @@ def test_weights_in_memory_are_those_of_layers_that_local_training_runs(tiny: st
 
 
 def made_up(memory: int, **settings: Any) -> Option:
-    tree: dict[str, Any] = {"method": "droppeft", "dropout": {"mean": 0}}
+    tree: dict[str, Any] = {
+        "method": "droppeft",
+        "dropout": {"mean": 0},
+        "training": {"precision": "fp32"},
+    }
     for key, value in settings.items():
         *tables, name = key.split("__")
         node = tree
@@ -364,7 +368,7 @@ def test_estimate_names_the_nearest_option(command: Command, tiny: str) -> None:
 
 
 def test_estimate_of_a_large_architecture_loads_nothing(command: Command) -> None:
-    """13 billion weights in 4 bits, and 160 million of embeddings in 32 bits."""
+    """13 billion weights in 4 bits, and 160 million of embeddings in 16 bits."""
     code, out, _ = command(
         *("estimate", "--memory", "12GB", "--json", "model=config:llama-13b"),
         *("training.batch_size=1", "quantization=4bit", "frozen.layers=0"),
@@ -374,7 +378,7 @@ def test_estimate_of_a_large_architecture_loads_nothing(command: Command) -> Non
     [row] = json.loads(out)["combinations"]
     weights = row["memory_bytes"]["weights"]
     linear = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
-    assert weights == pytest.approx(linear / 2 * (1 + 1 / 32) + 4 * 32000 * 5120, rel=0.005)
+    assert weights == pytest.approx(linear / 2 * (1 + 1 / 32) + 2 * 32000 * 5120, rel=0.005)
     assert row["fits"]
 
 
@@ -452,10 +456,10 @@ def test_a_language_model_is_estimated(command: Command) -> None:
 
 def test_weights_in_bf16_take_half(tiny: str) -> None:
     named = ("model=config:llama-1b", "task=causal_lm", *ONE, "dropout.mean=0")
-    fixed = ("training.precision=bf16", "training.checkpointing=false")
+    fixed = (*named, "training.checkpointing=false")
     full, half = (
-        option(next(iter(combinations(None, [*named, *fixed, f"dtype={dtype}"]))), None).memory
-        for dtype in ("fp32", "bf16")
+        option(next(iter(combinations(None, [*fixed, f"training.precision={one}"]))), None).memory
+        for one in ("fp32", "bf16")
     )
     assert half.weights == pytest.approx(full.weights / 2, rel=0.01)
     assert half.trained == full.trained

@@ -26,7 +26,10 @@ from droppeft.resources.profiling import RateProfile, at_rate, in_fresh_process,
 from handmade import step_stored_bytes
 from tiny import save_tiny_model
 
-SETTINGS = ("training.batch_size=4", "training.max_length=16", "accelerator=cpu", "threads=1")
+SETTINGS = (
+    *("training.batch_size=4", "training.max_length=16", "training.precision=fp32"),
+    *("accelerator=cpu", "threads=1"),
+)
 LAYERS = 4
 
 
@@ -115,7 +118,8 @@ def test_memory_in_use_is_what_is_estimated() -> None:
         "training.max_length=64",
         "dropout.mean=0.33333333333333331",
     )
-    config = load_config(None, ["accelerator=cpu", "threads=1", *overrides], "droppeft")
+    machine = ("accelerator=cpu", "threads=1", "training.precision=fp32")
+    config = load_config(None, [*machine, *overrides], "droppeft")
     measured = in_fresh_process(config, 1, release_memory=True)
     assert measured.peak_bytes - measured.process_bytes == pytest.approx(
         option(config, None).memory.model, rel=0.1
@@ -230,7 +234,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
 
 
 def rows_of(*found: RateProfile) -> dict[str, object]:
-    config = load_config(None, ["accelerator=cpu"], "droppeft")
+    config = load_config(None, ["accelerator=cpu", "training.precision=fp32"], "droppeft")
     return report.content(config, found, steps=3)
 
 

@@ -231,7 +231,7 @@ def test_every_method_trains_a_language_model(
 @pytest.mark.parametrize(
     "more",
     [
-        ("dtype=bf16", "training.checkpointing=true", "training.loss_on=all"),
+        ("training.precision=bf16", "training.checkpointing=true", "training.loss_on=all"),
         ("sharing.fraction=0.5", "training.precision=bf16"),
     ],
     ids=",".join,
@@ -335,7 +335,7 @@ def test_models_that_do_not_generate_are_refused(overrides: list[str], tmp_path:
 
 
 def test_settings_of_the_other_task_are_refused(overrides: list[str], tmp_path: Path) -> None:
-    for setting in ("dtype=bf16", "training.loss_on=all", "evaluation.generated=0"):
+    for setting in ("training.loss_on=all", "evaluation.generated=0"):
         refused_run([], tmp_path / "run", "has no effect with task=classification", setting)
 
 

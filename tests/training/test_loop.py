@@ -176,9 +176,11 @@ def same(one: Tensors, other: Tensors) -> bool:
 def test_at_full_depth_training_is_the_plain_loop_bit_for_bit(
     dropout: tuple[float, float], clip_norm: float
 ) -> None:
+    """Of a model in training mode as a whole, which is that of ``backbone_dropout``."""
     ours, plain = small_model(*dropout), small_model(*dropout)
-    outcome = run(ours, settings(clip_norm=clip_norm))
-    losses, norms = plain_loop(plain, settings(clip_norm=clip_norm))
+    chosen = settings(clip_norm=clip_norm, backbone_dropout=any(dropout))
+    outcome = run(ours, chosen)
+    losses, norms = plain_loop(plain, chosen)
     assert same(get_tensors(ours.parameters), get_tensors(plain.parameters))
     assert not same(get_tensors(ours.parameters), get_tensors(small_model().parameters))
     assert outcome.loss == pytest.approx(np.mean(losses))

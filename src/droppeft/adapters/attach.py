@@ -82,6 +82,8 @@ def attach(
 ) -> nn.Module:
     """Wrap ``model`` so that only the adapters that ``spec`` describes and the head are trainable.
 
+    What is trained is in fp32, in whichever type frozen weights are held.
+
     The head of a causal language model is not trained.
 
     Args:
@@ -105,6 +107,9 @@ def attach(
             torch.manual_seed(seed)
             wrapped = _wrapped(model, name, spec, blocks_path, new_modules, task_type)
             _check_addresses(wrapped, name, spec)
+            for value in wrapped.parameters():
+                if value.requires_grad:  # copies of frozen weights have their data type
+                    value.data = value.data.float()
     except DroppeftError:
         _strip(model)
         raise

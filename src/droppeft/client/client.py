@@ -306,9 +306,8 @@ def try_one_step(
 ) -> None:
     """Try one training step with learning rate 0, to find out early whether the settings work.
 
-    Not every model and adapter can be trained in half precision or with checkpointing. With some
-    adapters, for example, a layer's output is fp32 where DeBERTa-v2 requires autocast's precision.
-    With the default settings no step is taken.
+    Not every model and adapter can be trained in half precision or with checkpointing. In fp32
+    without checkpointing no step is taken.
 
     Args:
         model: keeps the values that it has.

@@ -13,6 +13,8 @@ from droppeft.data.cache import cache_dir
 from droppeft.layer_dropout import find_blocks
 from droppeft.messages.instruction import AdapterSpec
 from droppeft.messages.tensors import Layout, Tensors, flatten
+from droppeft.models.bf16_products import use_fp32_products
+from droppeft.models.hardware import bf16_instructions
 from droppeft.models.loading import Backbone
 from droppeft.models.offloading import OffloadedWeights
 from droppeft.models.quantization import on_device
@@ -124,7 +126,13 @@ class ClientModel:
             model = model.to(self.device)
         else:
             self._offloaded.move_rest(model)
+        if self.device.type == "cpu" and bf16_instructions() is None and _holds_bf16(model):
+            use_fp32_products(model)
         path, self.blocks = find_blocks(model)
         self.parameters = trainable_by_layer(model, path)
         self.model, self._spec = model, spec
         self._fresh[spec] = get_tensors(self.parameters)
+
+
+def _holds_bf16(model: nn.Module) -> bool:
+    return any(value.dtype == torch.bfloat16 for value in model.parameters())

@@ -17,7 +17,7 @@ from droppeft.models.architectures import ARCHITECTURES
 from droppeft.refusals import Refused
 
 PUBLISHED = (
-    *("method", "seed", "model", "quantization", "dtype"),
+    *("method", "seed", "model", "quantization", "training.precision"),
     *("training.max_length", "training.loss_on", "training.checkpointing", "training.offload"),
     *("adapter.type", "adapter.tokens"),
     *("evaluation.personalised_generated", "evaluation.max_new_tokens"),

@@ -29,6 +29,9 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fedptuning": {"adapter": {"type": "p_tuning"}},
     "fedprefix": {"adapter": {"type": "prefix_tuning"}},
     "fedia3": {"adapter": {"type": "ia3"}},
+    # Their updates change frozen weights, by less than bf16 resolves.
+    "flora": {"training": {"precision": "fp32"}},
+    "fedex_lora": {"training": {"precision": "fp32"}},
     "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
 

@@ -21,9 +21,11 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "training.warmup_fraction": ("warmup", "warmup_ratio", "warmup_steps"),
     "training.clip_norm": ("max_grad_norm", "grad_clip"),
     "training.checkpointing": ("gradient_checkpointing",),
-    "training.precision": ("fp16", "bf16", "amp", "mixed_precision", "precision"),
+    "training.precision": (
+        *("fp16", "bf16", "amp", "mixed_precision", "precision"),
+        *("dtype", "torch_dtype"),
+    ),
     "server.optimizer (clients use AdamW)": ("optim", "optimizer"),
-    "dtype": ("torch_dtype",),
     "quantization=8bit": ("load_in_8bit",),
     "quantization=4bit": ("load_in_4bit", "qlora"),
     "model": ("model_name", "model_name_or_path", "base_model"),

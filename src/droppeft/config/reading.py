@@ -6,7 +6,7 @@ Keys inside a table are written with a dot: ``dropout.mean=0.5``.
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -150,15 +150,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def resolve(config: Config, *, cuda: bool) -> Config:
+def resolve(config: Config, *, cuda: bool, bf16: Collection[str] = ()) -> Config:
     """Replace settings that depend on the machine or folder by their values.
 
-    These are the accelerator and relative paths.
+    These are the accelerator, the precision, and relative paths.
+
+    Args:
+        config: of a run.
+        cuda: whether torch finds a CUDA device.
+        bf16: accelerators that multiply fast in bf16.
 
     Raises:
         DroppeftError: CUDA is asked for and not available, or a path has an unknown variable.
     """
-    updates = {
+    updates: dict[str, Any] = {
         "accelerator": ("cuda" if cuda else "cpu")
         if config.accelerator == "auto"
         else config.accelerator,
@@ -169,6 +174,9 @@ def resolve(config: Config, *, cuda: bool) -> Config:
     }
     if updates["accelerator"] == "cuda" and not cuda:
         raise DroppeftError("accelerator=cuda, but torch finds no CUDA device; use cpu")
+    if config.training.precision == "auto":
+        precision = "bf16" if updates["accelerator"] in bf16 else "fp32"
+        updates["training"] = config.training.model_copy(update={"precision": precision})
     return config.model_copy(update=updates)
 
 

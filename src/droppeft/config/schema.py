@@ -148,12 +148,7 @@ class Config(Table):
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
         description="quantization of the backbone's linear layers, by bitsandbytes "
-        "(`pip install 'droppeft[quantization]'`); head, adapters and embeddings stay fp32",
-    )
-    dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="data type of the frozen weights that are not quantised, for `causal_lm`; "
-        "adapters stay fp32",
+        "(`pip install 'droppeft[quantization]'`); head and adapters stay fp32",
     )
     data: str = Field(
         "builtin", description="`builtin`, a Hub id, a folder, or a file; `$VARIABLES` are expanded"

@@ -8,6 +8,8 @@ from droppeft.config.exclusive import EXCLUSIVE, with_default
 from droppeft.config.table import Real, Table, Whole
 
 DEFAULT_LOCAL_STEPS = 10
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Number formats of frozen weights and products."""
 
 
 class TrainingConfig(Table):
@@ -39,10 +41,17 @@ class TrainingConfig(Table):
         ge=0,
         description="FedProx: weight mu of (mu/2)·‖trained − received‖² in a client's loss",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32",
-        description="`bf16` and `fp16` use autocast in the forward pass, `fp16` with a scaled "
-        "loss; adapters stay fp32",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="number format of frozen weights and of products; adapters, the trained head, "
+        "loss and optimizer stay fp32, and `fp16` scales the loss. `auto`: `bf16` where the server "
+        "has fast products in it (GPUs, processors with AVX512-BF16 or AMX), else `fp32`; the "
+        "run's config.toml has the choice",
+    )
+    backbone_dropout: bool = Field(
+        False,
+        description="whether dropout modules of the frozen backbone drop values in training, with "
+        "the probabilities of its configuration; those of adapters and head always do",
     )
     checkpointing: bool = Field(
         False,
@@ -72,3 +81,10 @@ class TrainingConfig(Table):
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("give only one of training.local_steps and training.local_epochs")
         return self
+
+    @property
+    def computed_in(self) -> Precision:
+        """The precision, once ``auto`` has been replaced by :func:`droppeft.config.resolve`."""
+        if self.precision == "auto":
+            raise ValueError("training.precision=auto has not been resolved")
+        return self.precision

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from droppeft.adapters.attach import attach
 from droppeft.adapters.by_layer import Parameters, trainable_by_layer
+from droppeft.adapters.training_mode import set_training_mode
 from droppeft.costs.operation_counter import OperationCounter, Region, watched
 from droppeft.costs.quantized_stubs import QuantizedStub, quantized_bytes, replace_linear_maps
 from droppeft.costs.step_counts import BlockCounts, StepCounts
@@ -27,12 +28,13 @@ from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
 from droppeft.messages.instruction import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
-from droppeft.models.loading import token_inputs
-from droppeft.models.precision import DTYPES, autocast
+from droppeft.models.loading import LAST_MODULES, token_inputs
+from droppeft.models.precision import DTYPES, autocast, hold_in
 from droppeft.models.quiet import quiet
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Batch
 from droppeft.training.checkpointing import Call, checkpointed
+from droppeft.training.loop import computing_in
 
 NEEDS_VALUES = frozenset({"adamss"})
 """Adapter types whose shapes depend on the values of the weights. They are attached to random
@@ -61,7 +63,8 @@ class FakeModel:
         new_modules: parts of the head that are trained besides the classifier.
         quantization: of all linear maps but the head's.
         device: device of the fake tensors: ``cpu``, or ``cuda`` where torch supports it.
-        dtype: of the frozen weights that are not quantised, as the setting ``dtype``.
+        precision: of the step, and of frozen weights that are not quantised.
+        backbone_dropout: as the setting.
 
     Raises:
         DroppeftError: the adapter does not fit the model.
@@ -75,17 +78,21 @@ class FakeModel:
         new_modules: Sequence[str] = (),
         quantization: str = "none",
         device: str = "cpu",
-        dtype: str = "fp32",
+        precision: str = "fp32",
+        *,
+        backbone_dropout: bool = False,
     ) -> None:
-        plain = empty_model(config, task, dtype)
+        self.precision = precision
+        plain = empty_model(config, task)
         kind = task_named(task)
         self.task = kind.on(token_inputs(plain), 0, torch.device(device))
         replace_linear_maps(plain, quantization, kind.heads)
         if NEEDS_VALUES & {layer.type for layer in spec.layers if layer}:
             plain = _with_random_values(plain)
-        self.model = attach(
-            plain, spec, find_blocks(plain)[0], 0, new_modules, kind.adapter_task
-        ).train()
+        trained = () if kind.generates else (*LAST_MODULES, *new_modules)
+        hold_in(plain, DTYPES[precision], trained)
+        self.model = attach(plain, spec, find_blocks(plain)[0], 0, new_modules, kind.adapter_task)
+        set_training_mode(self.model, backbone_dropout=backbone_dropout)
         _disable_module_dropout(self.model)
         path, self.blocks = find_blocks(self.model)
         parameters = trainable_by_layer(self.model, path)
@@ -100,12 +107,12 @@ class FakeModel:
         return self.task.sample_batch(rows, length)
 
 
-def empty_model(config: Any, task: str, dtype: str = "fp32") -> nn.Module:
+def empty_model(config: Any, task: str) -> nn.Module:
     """A task's model on the meta device, which takes no memory."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"), quiet():
-        model: nn.Module = task_named(task).auto_class.from_config(config, dtype=DTYPES[dtype])
+        model: nn.Module = task_named(task).auto_class.from_config(config, dtype=torch.float32)
     return model
 
 
@@ -128,7 +135,6 @@ def count_step(
     fake_model: FakeModel,
     batch: int,
     length: int,
-    precision: str = "fp32",
     checkpointing: bool = False,
 ) -> StepCounts:
     """Count a step so that the counts of its active blocks and of the rest add up to the step's.
@@ -144,7 +150,6 @@ def count_step(
         batch: B. A single row is counted as if it were padded, for which torch stores slightly
             more.
         length: S.
-        precision: as ``training.precision``.
         checkpointing: if true, ``stored_bytes`` are the blocks' inputs, ``backward_flops`` include
             the second forward, and ``passing_bytes`` include what one block stores.
 
@@ -154,7 +159,7 @@ def count_step(
     kinds = _kinds(fake_model.blocks, fake_model.lowest)
     # Also the last block: temporary tensors peak where the backward begins, above another block.
     chosen = sorted({*kinds, len(kinds) - 1})
-    settings = (batch, length, precision, checkpointing)
+    settings = (batch, length, checkpointing)
     whole = _executed(fake_model, chosen, *settings, cut=True)
     least = _executed(fake_model, [fake_model.lowest], *settings, cut=False)
     blocks = tuple(
@@ -182,13 +187,13 @@ def _executed(
     chosen: Sequence[int],
     rows: int,
     length: int,
-    precision: str,
     checkpointing: bool,
     *,
     cut: bool,
 ) -> OperationCounter:
     """Run one step in which only the chosen blocks are active."""
     counter = OperationCounter(fake_model.model)
+    precision, device = fake_model.precision, fake_model.task.device
     blocks = {index: fake_model.blocks[index] for index in chosen}
 
     def note(call: Call) -> None:
@@ -204,6 +209,7 @@ def _executed(
             fake_model.fake_mode,
             _ExpertsInFp32(),  # type: ignore[no-untyped-call]
             without_cache(fake_model.model),
+            computing_in(precision, fake_model.model, device),
             recomputing,
             gated(fake_model.blocks) as gates,
             counter,
@@ -211,7 +217,7 @@ def _executed(
         ):
             gates.active = tuple(index in blocks for index in range(len(fake_model.blocks)))
             batch = fake_model.batch(rows, length)
-            with autocast(precision, fake_model.task.device), counter.storing():
+            with autocast(precision, device), counter.storing():
                 loss = fake_model.task.loss(fake_model.model, batch)
             counter.phase, counter.region = "backward", None
             loss.backward()  # type: ignore[no-untyped-call]

@@ -29,9 +29,17 @@ def _experts_flops(tokens: torch.Tensor, weights: torch.Tensor, *_: Any, **__: A
     return 2 * tokens.numel() * int(weights.shape[-1])
 
 
+_attention_flops = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]
+_attention_backward_flops = flop_registry[
+    torch.ops.aten._scaled_dot_product_flash_attention_backward
+]
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._grouped_mm: _experts_flops,  # torch has no formula for it
+    # torch has no formulas for these.
+    torch.ops.aten._grouped_mm: _experts_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 """Formulas of FLOPs by operation."""
 

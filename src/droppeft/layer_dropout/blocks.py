@@ -167,7 +167,8 @@ class Gates:
         self._active = (True,) * num_layers
         self._executed = [0] * num_layers
         self.replacements: dict[int, torch.Tensor] = {}
-        """By block index, the hidden states that a dropped block returns instead of its input."""
+        """By block index, the hidden states that a dropped block returns instead of its input, in
+        the input's data type."""
         self.always_open: Callable[[nn.Module], bool] | None = None
         """Called with a block before its forward; if it returns True, the block runs anyway."""
         self._arity: dict[type[nn.Module], int | None] = {}
@@ -241,7 +242,7 @@ class _Gate:
             self.incomplete_cache = weakref.ref(cache)
         replacement = self.gates.replacements.get(self.index)
         if replacement is not None:
-            call = with_hidden(call, replacement)
+            call = with_hidden(call, replacement.to(hidden_of(call).dtype))
         if self.dropped_output is not None:
             return self.dropped_output(self.block, call)
         kind, hidden = type(self.block), hidden_of(call)

@@ -158,7 +158,9 @@ class LocalTraining:
         rounds: number of rounds of the run, over which the schedule extends.
         weight_decay: AdamW's decoupled weight decay.
         clip_norm: gradients are clipped to this global norm.
-        precision: precision of the forward pass. Adapters, gradients and optimizer stay in fp32.
+        precision: precision of frozen weights and of the forward pass. Adapters, gradients and
+            optimizer stay in fp32.
+        backbone_dropout: whether dropout modules of the frozen backbone drop values.
         checkpointing: whether the backward pass recomputes the activations inside the layers.
         evaluation_batch_size: rows per forward pass of an evaluation.
     """
@@ -172,6 +174,7 @@ class LocalTraining:
     weight_decay: float
     clip_norm: float
     precision: Literal["fp32", "bf16", "fp16"]
+    backbone_dropout: bool
     checkpointing: bool
     evaluation_batch_size: int
 

@@ -19,7 +19,7 @@ from droppeft.messages.reply import Reply, Update
 from droppeft.messages.server_state import GlobalModel, ServerState
 from droppeft.messages.tensors import Array, LayerKey, Tensors
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.methods.plain_lora import check_unquantised, scale_of, with_added
+from droppeft.methods.plain_lora import check_exact_weights, scale_of, with_added
 from droppeft.sharing.aggregation import average_over_senders, by_targets
 from droppeft.sharing.factors import mean_products, pairs_of
 
@@ -60,6 +60,6 @@ FLORA = Method(
     init=FEDLORA.init,
     instruct=FEDLORA.instruct,
     merge=_merge,
-    check=check_unquantised,
+    check=check_exact_weights,
     lora_options=frozenset(),
 )

@@ -14,12 +14,20 @@ from droppeft.sharing.aggregation import Wide
 from droppeft.sharing.factors import A
 
 
-def check_unquantised(config: Config) -> None:
-    """Refuse quantised weights, to which products B·A cannot be added.
+def check_exact_weights(config: Config) -> None:
+    """Refuse weights to which products B·A cannot be added: quantised ones, and bf16 or fp16.
+
+    Half precision would round most of a product away: it resolves 1/256 of a weight.
 
     Raises:
-        DroppeftError: if the weights are quantised.
+        DroppeftError: if the weights are quantised or not in fp32.
     """
+    precision = config.training.precision
+    if precision != "fp32":
+        raise DroppeftError(
+            f"method={config.method} adds to the frozen weights less than {precision} resolves; "
+            "set training.precision=fp32"
+        )
     if config.quantization != "none":
         raise DroppeftError(
             f"method={config.method} adds to the frozen weights, which is not possible with "

@@ -140,7 +140,7 @@ NO_EFFECT = (
     ),
     NoEffect(
         keys=(
-            *("dtype", "training.loss_on", "source.prompt", "source.completion"),
+            *("training.loss_on", "source.prompt", "source.completion"),
             *("evaluation.generated", "evaluation.personalised_generated"),
             "evaluation.max_new_tokens",
         ),

@@ -9,10 +9,10 @@ from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 
 STEP_SETTINGS = (
-    *("task", "model", "quantization", "dtype", "accelerator", "threads", "seed"),
+    *("task", "model", "quantization", "accelerator", "threads", "seed"),
     *("adapter.", "dropout.", "frozen.", "clock.custom."),
     *("training.batch_size", "training.max_length", "training.precision"),
-    *("training.checkpointing", "training.offload"),
+    *("training.checkpointing", "training.offload", "training.backbone_dropout"),
 )
 """Keys, or beginnings of keys, that change what a step costs or where it is measured."""
 

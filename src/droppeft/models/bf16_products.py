@@ -1,4 +1,4 @@
-"""Fast products of bf16 weights on CPUs that have no instructions for bf16. Ours.
+"""Fast products in bf16 on CPUs that have no instructions for bf16. Ours.
 
 Without such instructions torch multiplies bf16 matrices one number at a time: a training step of
 SmolLM2 takes about twenty times as long as in fp32. Here, the products are computed in fp32 from
@@ -16,14 +16,8 @@ VALUES_AT_ONCE = 2**21
 a small model is less."""
 
 
-def cpu_is_slow_in_bf16() -> bool:
-    """Whether torch has no fast products of bf16 matrices on this CPU."""
-    has_products: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return not (has_products and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def use_fp32_products(model: nn.Module) -> None:
-    """Let the linear maps of a model with frozen bf16 weights compute in fp32 on the CPU.
+    """Let the linear maps of a model compute in fp32 on the CPU where they would in bf16.
 
     Args:
         model: changed in place: its linear maps become :class:`Fp32ProductLinear`.
@@ -34,19 +28,25 @@ def use_fp32_products(model: nn.Module) -> None:
 
 
 class Fp32ProductLinear(nn.Linear):
-    """A linear map that multiplies a frozen bf16 weight in fp32 on the CPU.
+    """A linear map that multiplies in fp32 on the CPU where ``nn.Linear`` would in bf16.
 
-    For other weights, inputs and devices it is ``nn.Linear``.
+    Its output is bf16, as that of ``nn.Linear``.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        weight = self.weight
-        inside = input.device.type == "cpu" and input.dtype == weight.dtype == torch.bfloat16
-        if not inside or (weight.requires_grad and torch.is_grad_enabled()):
+        weight, half = self.weight, torch.bfloat16
+        casting = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == half
+        if input.device.type != "cpu" or not (casting or input.dtype == weight.dtype == half):
             return super().forward(input)
-        product: torch.Tensor = _Product.apply(input, weight)  # type: ignore[no-untyped-call]
-        return product if self.bias is None else product + self.bias
+        if weight.dtype != half or (weight.requires_grad and torch.is_grad_enabled()):
+            bias = None if self.bias is None else self.bias.float()
+            with torch.autocast("cpu", enabled=False):
+                return functional.linear(input.float(), weight.float(), bias).to(half)
+        product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input.to(half), weight
+        )
+        return product if self.bias is None else product + self.bias.to(half)
 
 
 class _Product(torch.autograd.Function):

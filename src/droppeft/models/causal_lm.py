@@ -10,8 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import ARCHITECTURES
 from droppeft.models.architectures import architecture
-from droppeft.models.bf16_products import cpu_is_slow_in_bf16, use_fp32_products
 from droppeft.models.loading import Backbone
+from droppeft.models.precision import hold_in
 from droppeft.models.quantization import check_installed, quantised
 from droppeft.models.quiet import quiet
 from droppeft.models.sources import ModelSource, find_source
@@ -37,10 +37,8 @@ def load_causal_lm(
         quantization: ``"8bit"`` or ``"4bit"`` for all linear maps but the head, which may share its
             weight with the embeddings. The model stays on the CPU until
             :func:`~droppeft.models.quantization.on_device` moves it.
-        dtype: of all weights that are not quantised. With ``torch.bfloat16`` they take half the
-            memory, and products are faster where the processor has bf16. On a CPU that has not,
-            they are computed in float32, as in :mod:`droppeft.models.bf16_products`. peft keeps
-            adapters in float32.
+        dtype: in which weights that are not quantised are held. ``weights_hash`` does not depend
+            on it. peft keeps adapters in float32.
 
     Raises:
         DroppeftError: the model is unknown, unreadable, unsupported or not a causal language model,
@@ -51,16 +49,19 @@ def load_causal_lm(
         torch.manual_seed(seed)
         if name.startswith("config:"):
             source = ModelSource(name)
-            model, tokenizer = _from_architecture(name, quantization, dtype)
+            model, tokenizer = _from_architecture(name, quantization)
         else:
             source = find_source(name)
             check_causal(name, source.load(AutoConfig.from_pretrained))
-            model, report = source.load_model(AutoModelForCausalLM, quantization, HEADS, dtype)
+            # Codes follow from fp32 values, and files in another type from its rounding.
+            exact = quantization == "none" and source.is_stored_in(dtype)
+            loaded = dtype if exact else torch.float32
+            model, report = source.load_model(AutoModelForCausalLM, quantization, HEADS, loaded)
             _check_complete(name, report)
             tokenizer = source.load_tokenizer()
-    if dtype == torch.bfloat16 and cpu_is_slow_in_bf16():
-        use_fp32_products(model)
-    return Backbone.of(model, tokenizer, source)
+    backbone = Backbone.of(model, tokenizer, source)
+    hold_in(model, dtype)
+    return backbone
 
 
 def load_causal_lm_config(name: str) -> Any:
@@ -107,12 +108,12 @@ def check_causal(name: str, config: Any) -> None:
     )
 
 
-def _from_architecture(name: str, quantization: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _from_architecture(name: str, quantization: str) -> tuple[nn.Module, Any]:
     config = load_causal_lm_config(name)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tokenizer = find_source("builtin").load_tokenizer()
     tokenizer.eos_token = tokenizer.sep_token
-    return quantised(model, quantization, HEADS, dtype), tokenizer
+    return quantised(model, quantization, HEADS), tokenizer
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

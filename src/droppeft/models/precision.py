@@ -4,10 +4,13 @@ Source: Micikevicius et al. (arXiv:1710.03740), as implemented in torch's ``auto
 ``GradScaler``. The constants for short local trainings are ours.
 """
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+
+from droppeft.models.quantization import is_quantised
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32, **HALF}
@@ -21,6 +24,27 @@ for 1."""
 BACKOFF = 1 / 16
 """Factor of the scale after a step that overflowed. With torch's default of 1/2, a local training
 of 10 steps might end before the scale is small enough."""
+
+
+def hold_in(model: Any, dtype: torch.dtype, trained: Collection[str] = ()) -> None:
+    """Hold the frozen weights of a model in a data type, so that no step casts them.
+
+    Quantised weights, buffers, and what transformers always holds in fp32 keep their types.
+
+    Args:
+        model: of transformers, without an adapter; changed in place.
+        dtype: the type.
+        trained: names of modules that are trained, and therefore stay in fp32.
+    """
+    if dtype == torch.float32:
+        return
+    kept = {*trained, *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    for name, value in model.named_parameters():
+        inside = any(f".{part}." in f".{name}." for part in kept)
+        if value.is_floating_point() and not is_quantised(value) and not inside:
+            value.data = value.data.to(dtype)
 
 
 def autocast(precision: str, device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
@@ -32,6 +33,9 @@ PACKAGED: dict[str, Callable[[], Path]] = {
     "smollm2": smollm2_file,
 }
 """By name of the setting ``model``, where the package's folder or GGUF file is."""
+
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Data types by their names in safetensors files."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
 
@@ -136,6 +140,14 @@ class ModelSource:
         blocks_path, blocks = find_blocks(model)
         check_depth(self.name, report["unexpected_keys"], blocks_path, len(blocks))
         return model, report
+
+    def is_stored_in(self, dtype: torch.dtype) -> bool:
+        """Whether all weights in the files, as far as they are on this machine, have a type."""
+        kinds: set[str] = set()
+        for path in sorted(Path(self.readable).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                kinds |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        return kinds == {_STORED.get(dtype)}
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer, with its chat template if it has one.

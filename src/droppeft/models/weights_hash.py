@@ -19,9 +19,10 @@ _HASH = re.compile(r"[0-9a-f]{16}")
 def hash_weights(model: nn.Module, heads: Collection[str]) -> str:
     """Hash names, shapes and all values of a model's weights: 16 hexadecimal digits.
 
-    The same weights have the same hash on every machine. Other data types or another quantisation
-    give another hash. Of quantised weights the codes are hashed and the scales are not, because
-    processors round the mean of the scales differently.
+    The same weights have the same hash on every machine, and in every data type that holds them
+    exactly: the values are hashed in fp32. Another quantisation gives another hash. Of quantised
+    weights the codes are hashed and the scales are not, because processors round the mean of the
+    scales differently.
 
     It takes about a second per gigabyte.
 
@@ -31,9 +32,10 @@ def hash_weights(model: nn.Module, heads: Collection[str]) -> str:
     """
     digest = hashlib.sha256()
     for name, value in _weights(model, heads):
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        exact = value.detach().float() if value.is_floating_point() else value.detach()
+        content = exact.cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(content.numpy().data)  # as bytes, since numpy has no bfloat16
+        digest.update(content.numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -51,7 +53,10 @@ def cached_hash(model: nn.Module, heads: Collection[str], path: str) -> str:
     files = _files(path)
     if not files:
         return hash_weights(model, heads)
-    layout = [(name, list(value.shape), str(value.dtype)) for name, value in _weights(model, heads)]
+    layout = [
+        (name, list(value.shape), "" if value.is_floating_point() else str(value.dtype))
+        for name, value in _weights(model, heads)
+    ]
     key = json.dumps([version("torch"), version("transformers"), files, layout])
     entry = cache_dir() / "weights" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:

@@ -34,6 +34,7 @@ def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
 def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
     yield "method", about["method_summary"]
     yield "model", _model(about)
+    yield "compute", about["precision"]
     yield "data", f"{_name(about['data'])}: {_texts(about)}{_classes(about)}"
     yield from labelled(about["data_findings"]["sentences"])
     partition = _partition(about["config"]["partition"])

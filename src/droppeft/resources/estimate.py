@@ -192,6 +192,11 @@ def combinations(
         named = dict(zip(choices, chosen, strict=True))
         varied = [f"{key}={value}" for key, value in named.items()]
         config = step_of(load_config(path, [*fixed, *varied], STEP_METHOD))
+        if config.training.precision == "auto":
+            raise DroppeftError(
+                "training.precision=auto depends on the machine of the run; give fp32 or bf16, or "
+                "leave it out to see both"
+            )
         find_source(config.model).convert(say)
         config = resolve_layers(config, model_shape(config.model, config.task).num_layers)
         if config.model_dump_json() not in known:
@@ -292,11 +297,11 @@ def counts_of(config: Config) -> StepCounts:
             adapter,
             config.quantization,
             counted_on(config),
-            config.dtype,
+            training.precision,
+            training.backbone_dropout,
         ),
         training.batch_size,
         training.max_length,
-        training.precision,
         training.checkpointing,
     )
 
@@ -351,24 +356,37 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-FakeModelKey = tuple[str, str, str, str, str, str]
-"""Model, task, adapter as JSON, quantization, device and dtype."""
+FakeModelKey = tuple[str, str, str, str, str, str, bool]
+"""Model, task, adapter as JSON, quantization, device, precision and backbone dropout."""
 
 
 @lru_cache(maxsize=8)
 def _fake_model(
-    model: str, task: str, adapter: str, quantization: str, device: str, dtype: str
+    model: str,
+    task: str,
+    adapter: str,
+    quantization: str,
+    device: str,
+    precision: str,
+    dropout: bool,
 ) -> FakeModel:
     shape = model_shape(model, task)
     spec = adapter_spec(AdapterConfig.model_validate_json(adapter), shape.num_layers)
-    return FakeModel(shape.config, task, spec, shape.new_modules, quantization, device, dtype)
+    return FakeModel(
+        shape.config,
+        task,
+        spec,
+        shape.new_modules,
+        quantization,
+        device,
+        precision,
+        backbone_dropout=dropout,
+    )
 
 
 @cache
-def _counts(
-    of: FakeModelKey, batch: int, length: int, precision: str, checkpointing: bool
-) -> StepCounts:
-    return count_step(_fake_model(*of), batch, length, precision, checkpointing)
+def _counts(of: FakeModelKey, batch: int, length: int, checkpointing: bool) -> StepCounts:
+    return count_step(_fake_model(*of), batch, length, checkpointing)
 
 
 def _text(value: object) -> str:

@@ -179,7 +179,7 @@ def _source(
     find_source(config.model).convert(say)
     say("loading model")
     seed = seeds.seed_for(config.seed, purpose="head")
-    exact = merge and (config.quantization, config.dtype) != ("none", "fp32")
+    exact = merge and (config.quantization, config.training.precision) != ("none", "fp32")
     task = task_named(config.task)
     backbone = task.load_backbone(config, names, seed, dequantised=exact)
     if backbone.weights_hash != facts["model_hash"]:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 
 from droppeft.client.run_inputs import count_clients, read_data
-from droppeft.config import Config, as_tree, build_config, resolve
+from droppeft.config import Config, as_tree, build_config
 from droppeft.data.conversations import ConversationTable, Document
 from droppeft.data.partition import partition_rows
 from droppeft.data.texts import TextTable
 from droppeft.errors import DroppeftError
 from droppeft.methods.rules import check_settings, given
+from droppeft.models.hardware import resolve_here
 
 RUN, SERVER, NODE, TEST = "run.toml", "server.toml", "node.toml", "test"
 
@@ -67,7 +67,7 @@ def write_sites(config: Config, out: Path) -> WrittenSites:
     for key, value in (("partition.kind", config.partition.kind), ("method", config.method)):
         if value in ("sites", "centralised"):
             raise DroppeftError(f"{key}={value} distributes no rows over clients; leave it out")
-    resolved = resolve(config, cuda=torch.cuda.is_available())
+    resolved = resolve_here(config)
     read = read_data(resolved)
     if not config.clients:
         config = count_clients(config, read)

@@ -6,6 +6,7 @@ from typing import Any
 from droppeft.adapters.by_layer import count_parameters
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
+from droppeft.models.hardware import precision_reason
 from droppeft.runs.folder import SETTINGS, bound_settings
 from droppeft.server.prepare import Prepared, references
 from droppeft.server.privacy_releases import guarantee
@@ -43,6 +44,7 @@ def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         "drawn_size": config.drawn,
         "profiles": list(config.clock.profiles),
         "no_clock_reason": prepared.no_clock_reason,
+        "precision": precision_reason(config),
         "planned_rounds": config.rounds,
         "num_layers": prepared.setup.num_layers,
         "parameters": prepared.loaded.backbone.parameters,

@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from droppeft.client.run_inputs import difference, identity
-from droppeft.config import load_config, resolve
+from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
+from droppeft.models.hardware import resolve_here
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.folder import (
@@ -81,7 +80,7 @@ def resume_run(
             out / "checkpoints", memory_type, partial(check_same_settings, out, config)
         )
         check_settings(config)
-        config = resolve(config, cuda=torch.cuda.is_available())
+        config = resolve_here(config)
         prepared = prepare(config, listener.preparing, newest.facts["run"])
         _check_same_inputs(prepared, newest, out)
         if config.start_from is not None:

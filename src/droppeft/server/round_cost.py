@@ -88,10 +88,13 @@ def count_rows(
         DroppeftError: the model cannot be run on fake tensors.
     """
     config: Any = backbone.model.config
-    step = (training.batch_size, training.max_length, training.checkpointing)
+    dropout = training.backbone_dropout
+    step = (training.batch_size, training.max_length, training.checkpointing, dropout)
     key = (task, type(config), repr(vars(config)), spec, tuple(backbone.new_modules), step)
     if key not in _COUNTED:
-        model = cache(lambda: FakeModel(config, task, spec, backbone.new_modules))
+        model = cache(
+            lambda: FakeModel(config, task, spec, backbone.new_modules, backbone_dropout=dropout)
+        )
 
         def count(length: int) -> StepCounts:
             checkpointing = training.checkpointing
@@ -114,7 +117,7 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
     def stored(spec: AdapterSpec) -> StepCounts:
         of: Any = backbone.model.config
         key = (type(of), repr(vars(of)), tuple(backbone.new_modules), spec, config.task)
-        settings = (config.quantization, config.dtype, config.training)
+        settings = (config.quantization, config.training)
         return stored_counts((key, settings), partial(count, spec))
 
     def count(spec: AdapterSpec) -> StepCounts:
@@ -125,15 +128,10 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
             spec,
             backbone.new_modules,
             config.quantization,
-            dtype=config.dtype,
+            precision=training.precision,
+            backbone_dropout=training.backbone_dropout,
         )
-        return count_step(
-            model,
-            training.batch_size,
-            training.max_length,
-            training.precision,
-            training.checkpointing,
-        )
+        return count_step(model, training.batch_size, training.max_length, training.checkpointing)
 
     return stored
 

@@ -14,17 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
 from droppeft.client.run_inputs import ReadData, count_clients, read_data
-from droppeft.config import Config, resolve
+from droppeft.config import Config
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.files import as_json, write_atomically
 from droppeft.messages.server_state import ServerState
 from droppeft.methods import method_named
 from droppeft.methods.rules import check_settings
+from droppeft.models.hardware import resolve_here
 from droppeft.quantities import counted
 from droppeft.runs import checkpoints
 from droppeft.runs.checkpoints import Checkpoint
@@ -114,7 +113,7 @@ def _resolved(
     Returns:
         The configuration, and the data if they have been read.
     """
-    config = resolve(config, cuda=torch.cuda.is_available())
+    config = resolve_here(config)
     if config.start_from is not None:
         check_start(config.start_from)
     if not config.clients:

@@ -147,13 +147,13 @@ class CausalLMTask:
         dequantised: bool = False,
     ) -> Backbone:
         """Load a causal language model, which has no new head."""
-        backbone = load_causal_lm(config.model, seed, config.quantization, DTYPES[config.dtype])
         if not dequantised:
-            return backbone
-        if config.quantization == "none":
-            backbone.model.float()
-            return backbone
+            dtype = DTYPES[config.training.computed_in]
+            return load_causal_lm(config.model, seed, config.quantization, dtype)
         plain = load_causal_lm(config.model, seed)
+        if config.quantization == "none":
+            return plain
+        backbone = load_causal_lm(config.model, seed, config.quantization)
         copy_dequantised_values(backbone.model, plain.model)
         return replace(plain, weights_hash=backbone.weights_hash)
 

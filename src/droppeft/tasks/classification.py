@@ -19,12 +19,14 @@ from droppeft.data.texts import Rows, TextData, TextTable
 from droppeft.data.tokens import UNTRUNCATED, TokenRows, TokenTable, pad_batch, tokenise
 from droppeft.models.loading import (
     HEAD_MODULES,
+    LAST_MODULES,
     Backbone,
     BackboneConfig,
     load_backbone,
     load_backbone_config,
     load_dequantised,
 )
+from droppeft.models.precision import DTYPES, hold_in
 from droppeft.tasks.metrics import ACCURACY, F1, LOSS, Metric
 from droppeft.tasks.task import Batch, BatchResult, model_inputs, rows_of
 
@@ -120,8 +122,13 @@ class ClassificationTask:
         dequantised: bool = False,
     ) -> Backbone:
         """Load a model with a head for these classes."""
-        load = load_dequantised if dequantised else load_backbone
-        return load(config.model, label_names, seed, config.quantization)
+        if dequantised and config.quantization != "none":
+            return load_dequantised(config.model, label_names, seed, config.quantization)
+        backbone = load_backbone(config.model, label_names, seed, config.quantization)
+        if not dequantised:
+            trained = (*LAST_MODULES, *backbone.new_modules)
+            hold_in(backbone.model, DTYPES[config.training.computed_in], trained)
+        return backbone
 
     def load_backbone_config(self, name: str, label_names: Sequence[str]) -> BackboneConfig:
         """Load the configuration of a model with a head for these classes."""

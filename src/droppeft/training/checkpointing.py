@@ -65,8 +65,8 @@ def checkpointed(
     """Store only the inputs of each block inside the context, and recompute the rest.
 
     Values and gradients are bit for bit the same as without checkpointing (on the CPU), also with
-    module dropout. Only blocks in training mode are affected, and dropped blocks do not run. Every
-    block that ran is run a second time. Blocks cannot fill a key-value cache inside, so
+    module dropout. Dropped blocks do not run. Every block that ran is run a second time. Blocks
+    cannot fill a key-value cache inside, so
     :func:`droppeft.models.key_value_cache.without_cache` must be active. When the context is left,
     model and blocks are restored.
 
@@ -85,16 +85,30 @@ def checkpointed(
         for block in blocks:
             undo.enter_context(set_temporarily(block, "gradient_checkpointing", True))
             undo.enter_context(set_temporarily(block, "_can_checkpoint_with_cache", reads_cache))
-            run = partial(_checkpoint, block, note)
+            run = partial(_checkpoint, block, block.training, note)
             undo.enter_context(set_temporarily(block, "_gradient_checkpointing_func", run))
+            # transformers checkpoints blocks in training mode alone.
+            undo.enter_context(set_temporarily(block, "training", True))
         yield
 
 
 def _checkpoint(
-    block: nn.Module, note: Callable[[Call], None], function: partial[Any], *inputs: Any
+    block: nn.Module,
+    mode: bool,
+    note: Callable[[Call], None],
+    function: partial[Any],
+    *inputs: Any,
 ) -> Any:
-    note(Call(block, function, inputs))
-    return checkpoint(function, *inputs, use_reentrant=False)
+    own = partial(_run_in_mode, block, mode, function.func, *function.args, **function.keywords)
+    note(Call(block, own, inputs))
+    return checkpoint(own, *inputs, use_reentrant=False)
+
+
+def _run_in_mode(
+    block: nn.Module, mode: bool, function: Callable[..., Any], *inputs: Any, **others: Any
+) -> Any:
+    with set_temporarily(block, "training", mode):
+        return function(*inputs, **others)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

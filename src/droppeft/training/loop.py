@@ -6,8 +6,8 @@ Evaluation runs all layers. The loops are ours.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
+from droppeft.adapters.training_mode import inputs_as_they_are, set_training_mode
 from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows, grouped_batches, ordered_batches
@@ -25,6 +26,7 @@ from droppeft.layer_dropout import gated
 from droppeft.layer_dropout.module_attributes import own_layerdrop_off
 from droppeft.messages.instruction import TASK_ALONE, Budget, LocalTraining, Objective
 from droppeft.messages.tensors import HEAD, Tensors
+from droppeft.models.half_attention import fast_half_attention
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
 from droppeft.tasks.task import Batch, BatchResult, BoundTask, rows_of
@@ -164,9 +166,10 @@ def train(
         Refused: the time is over.
     """
     loop = _Loop(on, settings, Terms(objective, on.parameters, anchors))
-    on.model.train()
+    set_training_mode(on.model, backbone_dropout=settings.backbone_dropout)
     start = time.perf_counter()
     with (
+        computing_in(settings.precision, on.model, on.task.device),
         without_cache(on.model),
         own_layerdrop_off(on.model),
         loop.checkpointing(),
@@ -182,6 +185,13 @@ def train(
     if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time includes the work that is still queued
     return loop.totals.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
+
+
+@contextmanager
+def computing_in(precision: str, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Prepare a model for steps in a precision: no casts that autocast undoes, fast attention."""
+    with inputs_as_they_are(model, precision), fast_half_attention(precision, device):
+        yield
 
 
 class _Loop:
@@ -245,7 +255,7 @@ def evaluate_batches(
     """Evaluate batches of rows; return their results, and the tokens computed with padding."""
     model.eval()
     tokens, results = 0, []
-    with torch.inference_mode():
+    with torch.inference_mode(), inputs_as_they_are(model, precision):
         for chosen in batches:
             batch = task.collate(table, chosen)
             with autocast(precision, task.device):

@@ -19,9 +19,9 @@ from droppeft.client.published_task import PublishedTask
 from droppeft.client.run_inputs import load_model
 from droppeft.client.site import site_client
 from droppeft.client.site_config import site_config
-from droppeft.config import resolve
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Answer
+from droppeft.models.hardware import resolve_here
 from droppeft.refusals import Refused
 from droppeft.transports.flower.node_log import in_node_log, refused_reply
 from droppeft.transports.flower.wire_format import (
@@ -88,7 +88,7 @@ def _client(key: str) -> Client:
     of_node, of_task, settings = json.loads(key)
     node = NodeFile.model_validate(of_node)
     task = PublishedTask(**{**of_task, "label_names": tuple(of_task["label_names"])})
-    config = resolve(site_config(settings, task, node), cuda=torch.cuda.is_available())
+    config = resolve_here(site_config(settings, task, node))
     torch.set_num_threads(config.threads)
     delete_old_runs()
     config, _, model = load_model(config, task.label_names, _log.info)

@@ -17,10 +17,11 @@ from flwr.clientapp import ClientApp
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import clients_of, difference, identity, load
 from droppeft.client.site import RefusingSite
-from droppeft.config import build_config, resolve
+from droppeft.config import build_config
 from droppeft.errors import DroppeftError
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Answer, Failure
+from droppeft.models.hardware import resolve_here
 from droppeft.refusals import Refused
 from droppeft.transports.flower.records import packed_of, record_of
 from droppeft.transports.flower.wire_format import (
@@ -81,7 +82,7 @@ def _clients(key: str) -> tuple[Client | RefusingSite, ...]:
         DroppeftError: data, split or model are not those of the server.
     """
     tree, expected = json.loads(key)
-    config = resolve(build_config(tree), cuda=torch.cuda.is_available())
+    config = resolve_here(build_config(tree))
     loaded = load(config, _log.info)
     torch.set_num_threads(config.threads)
     changed = difference(expected, identity(loaded))
