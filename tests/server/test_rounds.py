@@ -88,7 +88,7 @@ def head(state: ServerState) -> float:
 def in_epochs() -> Setup:
     """A setup in which clients train an epoch."""
     setup = setup_for("method=fedlora")
-    training = TrainingConfig(local_steps=None, local_epochs=1)
+    training = TrainingConfig(local_steps=None, local_epochs=1, precision="fp32")
     return replace(setup, config=setup.config.model_copy(update={"training": training}))
 
 

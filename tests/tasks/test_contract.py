@@ -69,7 +69,9 @@ def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     case, task = CASES[request.param], TASKS[request.param]
     data = case.write_data(tmp_path_factory.mktemp("data"))
     model = case.save_model(tmp_path_factory.mktemp("model"))
-    config = load_config(None, [f"task={task.name}", f"data={data}", f"model={model}"])
+    config = load_config(
+        None, [f"task={task.name}", f"data={data}", f"model={model}", "training.precision=fp32"]
+    )
     corpus = task.read(config)
     backbone = task.load_backbone(config, corpus.label_names, seed=0)
     model: Any = backbone.model

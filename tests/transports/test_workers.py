@@ -139,9 +139,10 @@ def test_a_call_that_hangs_is_ended(processes: Callable[..., ForkedProcesses]) -
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from droppeft.transports.forked_processes import ForkedProcesses
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 pool = ForkedProcesses(2, {"sleep": lambda: time.sleep(600)}, lambda: None)
 print(*(process.pid for process in pool._processes.values()), flush=True)
 list(pool.run([("sleep", ())] * 2))

@@ -56,7 +56,8 @@ def check_site(node: NodeFile, published_task: PublishedTask | None) -> SiteChec
     other_task = Refused("other_task") if node.task not in (None, task) else None
     refusal, lengths = other_task or refusal_of(node, found), None
     if node.model is not None:
-        config = build_config({**names, "task": task})
+        # The hash of a model does not depend on the precision.
+        config = build_config({**names, "task": task, "training": {"precision": "fp32"}})
         tokenizer = find_source(node.model).load_tokenizer()
         lengths = task_named(task).full_lengths(found.table, tokenizer, config)
         if published_task is not None:

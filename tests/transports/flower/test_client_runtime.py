@@ -29,7 +29,7 @@ from droppeft.transports.flower.wire_format import (
     pack_instruction,
     unpack_reply,
 )
-from droppeft.transports.in_process import in_process
+from droppeft.transports.registry import in_process
 from runs import published_for
 
 MOST = 10**8

@@ -13,7 +13,7 @@ from droppeft.client.run_inputs import Loaded
 from droppeft.config import load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.transports.base import Transport
-from droppeft.transports.in_process import in_process
+from droppeft.transports.registry import in_process
 from refusals import refused
 from runs import adapter_bytes, stop_after_a_round
 
