@@ -30,16 +30,19 @@ SCHEMA_VERSION = 1
 Row = Mapping[str, Any]
 
 
-def about(name: str, *, accelerator: str = "cpu", data: Path | None = None) -> dict[str, Any]:
+def about(
+    name: str, *, script: str = "run", accelerator: str = "cpu", data: Path | None = None
+) -> dict[str, Any]:
     """What every `study.json` says about its origin.
 
     Args:
+        script: the module in the folder of the study that was run.
         data: the folder that the command line names; `$DROPPEFT_DATA` stands in its place.
     """
     arguments = ["$DROPPEFT_DATA" if word == str(data) else word for word in sys.argv[1:]]
     return {
         "schema_version": SCHEMA_VERSION,
-        "command": " ".join([f"python -m benchmarks.{name}.run", *arguments]),
+        "command": " ".join([f"python -m benchmarks.{name}.{script}", *arguments]),
         "versions": versions(),
         "machine": machine(accelerator),
     }
