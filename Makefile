@@ -1,6 +1,7 @@
 # `make run`, `make llm` (a language model) and `make test` prepare whatever they need. `make test-full` also runs the tests that
 # `make test` leaves out. `make install-llm` installs what language models need, without a run.
 # `make docs` builds the documentation site into build/site; once its packages are installed, without network.
+# `make bench` compares speeds on this machine, in less than ten minutes (docs/benchmarks/speed.md).
 # `make results` writes the figures and tables of docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
@@ -18,7 +19,7 @@ DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 LLM := $(VENV)/.installed-llm
 
-.PHONY: run llm test test-full lint install install-llm docs results constraints clean
+.PHONY: run llm test test-full lint install install-llm docs bench results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -74,6 +75,11 @@ $(LLM): $(RUNTIME)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
+
+bench: export OMP_NUM_THREADS := 1
+bench: export TOKENIZERS_PARALLELISM := false
+bench: $(DEV)
+	$(BIN)/python -m benchmarks.speed.bench
 
 results: $(DEV)
 	$(BIN)/python -m benchmarks.pages.figures

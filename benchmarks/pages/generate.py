@@ -23,6 +23,7 @@ from benchmarks.pages import (
     privacy,
     reference,
     resources,
+    speed,
     studies,
 )
 from benchmarks.pages.markers import START, Tables, fill
@@ -99,6 +100,14 @@ TABLES: Tables = {
         reference.refused_adapter_types,
         reference.refused_architectures,
         reference.settings,
+        speed.flower_llm_example,
+        speed.float32_precision,
+        speed.make_run_times,
+        speed.start_up_times,
+        speed.step_limits,
+        speed.trainers,
+        speed.waiting_threads,
+        speed.worker_throughput,
         studies.runs_table,
     )
 }

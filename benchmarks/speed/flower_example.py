@@ -73,15 +73,13 @@ def prepare(folder: Path, clients: int) -> tuple[Path, Path]:
     shutil.copytree(find_source("smollm2").readable, model)
     (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     data.mkdir()
-    for split in ("train", "test"):
-        rows = pq.read_table(Path(data_file("dolly15k")) / f"{split}.parquet").to_pylist()
-        chosen = [
-            row
-            for client in range(clients)
-            for row in [one for one in rows if one["client"] == client][:ROWS_OF_A_CLIENT]
-        ]
-        lines = [json.dumps({**row, "input": ""}) for row in (chosen if split == "train" else rows)]
-        (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = Path(data_file("dolly15k"))
+    columns = ["instruction", "output", "client"]
+    train = pq.read_table(source / "train.parquet", columns=columns).to_pandas()
+    train = train[train["client"] < clients].groupby("client").head(ROWS_OF_A_CLIENT)
+    test = pq.read_table(source / "test.parquet", columns=columns[:2]).to_pandas()
+    for name, table in (("train", train), ("test", test)):
+        table.to_json(data / f"{name}.jsonl", orient="records", lines=True)
     return model, data
 
 

@@ -25,6 +25,7 @@ from droppeft.config import PartitionConfig
 from droppeft.data.partition import partition_rows
 
 PART = "start_up"
+HELP, FIRST = "droppeft --help", "droppeft run, until its first training step"
 ROWS, CLIENTS, CLASSES = 100_000, 10_000, 10
 RUN = ("rounds=1", "clients=20", "cohort_size=2", "training.local_steps=1", "evaluation.rows=16")
 
@@ -50,8 +51,8 @@ def measure(repeats: int) -> Rows:
     """Rows of all arms."""
     _first_step()  # fills the caches
     arms: dict[str, Arm] = {
-        "droppeft --help": _command(droppeft("--help")),
-        "droppeft run, to its first step": _first_step,
+        HELP: _command(droppeft("--help")),
+        FIRST: _first_step,
         "import torch": _command((sys.executable, "-c", "import torch")),
         "import transformers": _command(
             (sys.executable, "-c", "from transformers import AutoModelForSequenceClassification")

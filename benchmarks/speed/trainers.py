@@ -59,7 +59,7 @@ class TrainerTraining:
         config = ours.prepared.config
         self._task, self._tokenizer = config.task, ours.client.model.tokenizer
         self.model: Any = _model(ours, settings)
-        self.precision = "bf16" if settings.bf16 else "fp32"
+        self.precision = "bf16" if settings.bf16 or settings.frozen == "bf16" else "fp32"
         self._start = {
             name: value.detach().clone()
             for name, value in self.model.named_parameters()
