@@ -9,7 +9,8 @@ from torch import nn
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import clients_of
 from droppeft.config import load_config, resolve
-from droppeft.messages import Instruction, Update
+from droppeft.messages.instruction import Instruction
+from droppeft.messages.reply import Update
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.training.loop import evaluate
 
