@@ -78,7 +78,7 @@ def worker_throughput() -> str:
                 f"{1 / _middle(found, 'row_s'):.0f}",
                 _ratio(one, found, "row_s"),
                 fair_now,
-                f"{_middle(found, 'command_wall_s'):.0f} s",
+                f"{_middle(found, 'wall_s'):.0f} s",
                 *(
                     f"{100 * _middle(found, f'{share}_share'):.1f} %"
                     for share in ("evaluation", "merging", "saving")

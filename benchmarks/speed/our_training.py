@@ -8,16 +8,17 @@ from torch import nn
 
 from droppeft.client.client import Client
 from droppeft.client.run_inputs import clients_of
-from droppeft.config import load_config, resolve
+from droppeft.config import load_config
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Update
+from droppeft.models.hardware import resolve_here
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.training.loop import evaluate
 
 ONE_CLIENT = (
     *("method=fedlora", "clients=1", "cohort_size=1", "partition.kind=iid", "rounds=1"),
     "partition.min_rows=3",
-    *("threads=1", "training.warmup_fraction=0", "training.weight_decay=0"),
+    *("threads=1", "accelerator=cpu", "training.warmup_fraction=0", "training.weight_decay=0"),
     *("training.learning_rate=0.001", "training.head_learning_rate=0.001"),
 )
 """LoRA in all layers, with the schedule, weight decay and single learning rate of a Trainer."""
@@ -71,7 +72,7 @@ def our_training(words: Sequence[str], steps: int, batch_size: int) -> OurTraini
         *(f"training.local_steps={steps}", f"training.batch_size={batch_size}"),
         *(f"source.max_train_rows={rows}", "source.max_test_rows=128", "evaluation.rows=128"),
     )
-    config = resolve(load_config(None, [*ONE_CLIENT, *sizes, *words]), cuda=False)
+    config = resolve_here(load_config(None, [*ONE_CLIENT, *sizes, *words]))
     prepared = prepare(config, lambda what: None, f"{os.getpid():08x}")
     [instruction] = prepared.method.instruct(prepared.setup, prepared.state, 1, [0])
     [client] = clients_of(prepared.loaded)

@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear"))
-ATTENTION = "_scaled_dot_product_"
-"""Beginning of the names of fused attentions, forward and backward."""
+ATTENTION = ("_scaled_dot_product_", "_softmax")
+"""Beginnings of the names of fused attentions, and of what others have beside their products: the
+softmax and its backward."""
 
 Place = tuple[int, torch.dtype]
 

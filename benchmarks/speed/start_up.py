@@ -65,7 +65,7 @@ def measure(repeats: int) -> Rows:
 def _command(words: tuple[str, ...]) -> Arm:
     def run() -> dict[str, Any]:
         took = run_command(words)
-        return {"seconds": took.wall_s, "command_cpu_s": took.cpu_s}
+        return {"seconds": took.wall_s, "cpu_s": took.cpu_s}
 
     return run
 
@@ -77,7 +77,7 @@ def _first_step() -> dict[str, Any]:
         start = time.time()
         took = run_command(words, environment=EVERY_CORE)
         first = float(place.read_text(encoding="utf-8").split()[0])
-    return {"seconds": first - start, "command_cpu_s": took.cpu_s}
+    return {"seconds": first - start, "cpu_s": took.cpu_s}
 
 
 def _partition() -> dict[str, Any]:

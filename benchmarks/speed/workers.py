@@ -69,8 +69,8 @@ def _run(folder: str, sizes: tuple[str, ...], workers: int, busy: int = 0) -> Ar
         ]
         return {
             "row_s": seconds / trained,
-            "command_wall_s": took.wall_s,
-            "command_cpu_s": took.cpu_s,
+            "wall_s": took.wall_s,
+            "cpu_s": took.cpu_s,
             "evaluation_share": sum(row["evaluation_wall_s"] for row in later) / seconds,
             "saving_share": sum(row["saving_wall_s"] for row in later) / seconds,
             "merging_share": sum(merging) / seconds,
