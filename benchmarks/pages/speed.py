@@ -105,11 +105,14 @@ def flower_llm_example() -> str:
     """Flower's example of a language model and the same federation in droppeft."""
     arms, lines = _by(_rows("flower_example"), "variant"), []
     ours = arms.get("droppeft", [])
+    sizes = read_values(NAME)["flower_example"]["settings"] if arms else {}
     for arm, found in arms.items():
         measured = found[0]["wall_s"] is not None
         lines.append(
             (
-                arm,
+                f"{arm}, {sizes['clients']} clients, {_counted(sizes['rounds'])}"
+                if measured
+                else arm,
                 *(
                     (
                         f"{_middle(found, 'wall_s'):.0f} s",
@@ -174,6 +177,10 @@ def waiting_threads() -> str:
                 )
             )
     return _table(("", "where", "iterations per second", "of one thread's"), lines)
+
+
+def _counted(rounds: int) -> str:
+    return f"{rounds} round{'s' * (rounds > 1)}"
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -90,7 +90,7 @@ def example(port: Path, folder: Path, settings: Mapping[str, Any]) -> tuple[dict
     asked = {**settings, "data": f"{settings['data']}/train.jsonl", "out": str(out)}
     (folder / "settings.json").write_text(json.dumps(asked), encoding="utf-8")
     words = [sys.executable, str(port / "run.py"), str(folder / "settings.json")]
-    took = run_command(words, folder=port, environment=EVERY_CORE, memory=True)
+    took = run_command(words, folder=port, environment=EVERY_CORE)
     row = {"wall_s": took.wall_s, "cpu_s": took.cpu_s, "peak_bytes": took.peak_bytes}
     return row, out / f"peft_{settings['rounds']}"
 
@@ -113,7 +113,7 @@ def ours(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Pat
         ),
         *("evaluation.generated=0", "evaluation.personalised=false", "workers=2"),
     )
-    took = run_droppeft(words, out, memory=True)
+    took = run_droppeft(words, out)
     rounds = sum(row["host_wall_s"] for row in rows_of(out, "rounds"))
     row = {"wall_s": took.wall_s, "cpu_s": took.cpu_s, "peak_bytes": took.peak_bytes}
     return {**row, "rounds_wall_s": rounds}, out / "adapter"

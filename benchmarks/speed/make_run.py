@@ -43,7 +43,7 @@ def runs_in(root: Path, words: list[str]) -> Arm:
             out = Path(folder) / "run"
             command = [sys.executable, "-m", "droppeft", "run", *words, "--out", str(out)]
             variables = {**EVERY_CORE, "PYTHONPATH": str(root / "src")}
-            took = run_command(command, environment=variables, folder=Path(folder), memory=True)
+            took = run_command(command, environment=variables, folder=Path(folder))
             result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         return {
             "wall_s": took.wall_s,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-SAMPLE_EVERY_S = 0.25
+SAMPLE_EVERY_S = 0.5
 
 EVERY_CORE: dict[str, str | None] = {"OMP_NUM_THREADS": None}
 """Takes away the limit of threads that the script itself has."""
@@ -31,8 +31,8 @@ class Finished(NamedTuple):
 
     Attributes:
         wall_s: seconds on the clock.
-        cpu_s: processor seconds of the command and of the processes that it waited for.
-        peak_bytes: largest sampled memory of all its processes together; 0 if not asked for.
+        cpu_s: processor seconds of all its processes.
+        peak_bytes: largest sampled memory of all its processes together.
         output: what it printed.
     """
 
@@ -47,7 +47,6 @@ def run_command(
     *,
     folder: Path | None = None,
     environment: Mapping[str, str | None] | None = None,
-    memory: bool = False,
 ) -> Finished:
     """Run a command to its end.
 
@@ -55,7 +54,6 @@ def run_command(
         words: the command.
         folder: in which it runs.
         environment: variables that it gets, or with `None` does not get, beside those of this one.
-        memory: whether memory is sampled.
 
     Raises:
         SystemExit: it failed; the end of its output is shown.
@@ -70,16 +68,18 @@ def run_command(
             stdout=output,
             stderr=output,
         )
-        peak = _Peak(process.pid) if memory else None
+        sampled = _Samples(process.pid)
         _, status, used = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        peak_bytes = peak.stop() if peak else 0
+        sampled.stop()
         output.seek(0)
         text = output.read().decode(errors="replace")
     if process.returncode:
         raise SystemExit(f"{shlex.join(words)} failed with {process.returncode}:\n{text[-2000:]}")
-    return Finished(wall_s, used.ru_utime + used.ru_stime, peak_bytes, text)
+    # What the command waited for is known exactly. Ray's processes are not waited for.
+    cpu_s = max(used.ru_utime + used.ru_stime, sampled.cpu_s)
+    return Finished(wall_s, cpu_s, sampled.peak_bytes, text)
 
 
 def droppeft(*words: str) -> tuple[str, ...]:
@@ -87,11 +87,9 @@ def droppeft(*words: str) -> tuple[str, ...]:
     return sys.executable, "-m", "droppeft", *words
 
 
-def run_droppeft(words: Sequence[str], out: Path, **options: Any) -> Finished:
+def run_droppeft(words: Sequence[str], out: Path) -> Finished:
     """`droppeft run` into a folder, as many clients at a time and as many threads as it chooses."""
-    return run_command(
-        droppeft("run", *words, "--out", str(out)), environment=EVERY_CORE, **options
-    )
+    return run_command(droppeft("run", *words, "--out", str(out)), environment=EVERY_CORE)
 
 
 def rows_of(out: Path, table: str) -> list[dict[str, Any]]:
@@ -113,29 +111,36 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-class _Peak:
-    """Samples the memory of a process and its descendants until it is stopped."""
+class _Samples:
+    """Samples memory and processor time of a process and its descendants until it is stopped."""
 
     def __init__(self, pid: int) -> None:
-        self._root, self._peak = psutil.Process(pid), 0
+        self.peak_bytes = 0
+        self._root, self._cpu_s = psutil.Process(pid), dict[int, float]()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def stop(self) -> int:
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of all processes that were seen, up to the last time."""
+        return sum(self._cpu_s.values())
+
+    def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
-        return self._peak
 
     def _sample(self) -> None:
         while not self._stopped.wait(SAMPLE_EVERY_S):
             with suppress(psutil.Error):
                 family = [self._root, *self._root.children(recursive=True)]
-                self._peak = max(self._peak, sum(map(_memory, family)))
+                self.peak_bytes = max(self.peak_bytes, sum(map(self._look_at, family)))
 
-
-def _memory(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:
-        return 0
+    def _look_at(self, process: psutil.Process) -> int:
+        """Note the processor time of a process; return its memory."""
+        try:
+            times = process.cpu_times()
+            self._cpu_s[process.pid] = times.user + times.system
+            return int(process.memory_full_info().pss)
+        except psutil.Error:
+            return 0
