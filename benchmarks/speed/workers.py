@@ -6,10 +6,11 @@
 round, evaluation, merging and saving included (`host_wall_s`); the first round is left out. There
 are eight clients in a round, all equal (LoRA in all layers), so that they can be divided by two.
 
-In each turn the run with two workers is repeated beside three processes that keep cores busy. Its fair share follows from the number of processes that want a core: w workers and three
-others on c cores take (w + 3) / c times as long as w workers alone, if w is at most c.
+In each turn the run with two workers is repeated beside three processes that keep cores busy. Its
+fair share follows from the number of processes that want a core: w workers and three others on c
+cores take (w + 3) / c times as long as w workers alone, if w is at most c.
 
-Writes the table `workers`. About twelve minutes on two cores, nothing else running.
+Writes the table `workers`. About six minutes on two cores, nothing else running.
 """
 
 import tempfile
