@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 CHATS = ("task=causal_lm", "training.learning_rate=0.001")
 MODELS = {
     "MiniLM": Measured(("model=builtin",), "ag_news", 8, 16, compiled=True),
-    "MPNet": Measured(("model=mpnet",), "ag_news", 3, 16),
+    "MPNet": Measured(("model=mpnet", "adapter.targets=q,v"), "ag_news", 3, 16),
     "SmolLM2": Measured(("model=smollm2", *CHATS), "dolly15k", 3, 8),
     "Llama 1B": Measured(
         ("model=config:llama-1b", "training.max_length=128", *CHATS), "dolly15k", 1, 4

@@ -31,7 +31,7 @@ POLICIES: dict[str, dict[str, str | None]] = {
     "2 threads": {"OMP_NUM_THREADS": "2"},
     "2 threads, OMP_WAIT_POLICY=passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
 }
-CHILD_S = 3.0
+CHILD_S = 2.0
 
 
 @contextmanager

@@ -56,7 +56,7 @@ COMPARISONS = {
     "MiniLM": Comparison(
         ("model=builtin",),
         "ag_news",
-        16,
+        12,
         16,
         {
             "Trainer": TrainerSettings(),
@@ -80,8 +80,14 @@ COMPARISONS = {
 }
 
 
-def measure(comparison: Comparison, repeats: int, **columns: Any) -> Rows:
+def measure(comparison: Comparison, repeats: int, *, plain: bool = True, **columns: Any) -> Rows:
     """Rows of a comparison.
+
+    Args:
+        comparison: what is compared.
+        repeats: number of turns.
+        plain: whether droppeft also does the work of a Trainer.
+        columns: further columns of all rows.
 
     Raises:
         DroppeftError: the model is not installed.
@@ -92,15 +98,16 @@ def measure(comparison: Comparison, repeats: int, **columns: Any) -> Rows:
         return our_training((*comparison.words, *words), comparison.steps, comparison.batch_size)
 
     default = ours()
-    plain = ours("training.precision=fp32", "training.backbone_dropout=true")
     arms = {
         **{
             name: _theirs(default, TrainerTraining(default, settings))
             for name, settings in comparison.trainers.items()
         },
-        OURS_PLAIN: _ours(plain),
         OURS: _ours(default),
     }
+    if plain:
+        words = ("training.precision=fp32", "training.backbone_dropout=true")
+        arms[OURS_PLAIN] = _ours(ours(*words))
     evaluate = {name: arm[1] for name, arm in arms.items()}
     rows = alternate({name: arm[0] for name, arm in arms.items()}, repeats, **columns)
     losses = {name: run() for name, run in evaluate.items()}
