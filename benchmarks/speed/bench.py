@@ -68,7 +68,7 @@ def trainer_lines(name: str) -> tuple[list[Line], Rows]:
 
 def worker_lines() -> tuple[list[Line], Rows]:
     """What a second worker brings."""
-    rows = workers.measure(REPEATS, ("rounds=2", "training.local_steps=8"), busy=False)
+    rows = workers.measure(REPEATS, ("rounds=2", "training.local_steps=4"), busy=False)
     found = ratios(rows, workers.ONE, workers.TWO, "row_s")
     return [Line("rows per second with two workers, of one worker's", found)], rows
 

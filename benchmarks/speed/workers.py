@@ -10,7 +10,7 @@ In each turn the run with two workers is repeated beside three processes that ke
 fair share follows from the number of processes that want a core: w workers and three others on c
 cores take (w + 3) / c times as long as w workers alone, if w is at most c.
 
-Writes the table `workers`. About six minutes on two cores, nothing else running.
+Writes the table `workers`. About nine minutes on two cores, nothing else running.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ SETTINGS = (
     *("method=fedlora", "clients=20", "cohort_size=8", "partition.kind=iid"),
     *("evaluation.personalised=false", "evaluation.final_rows=64"),
 )
-SIZES = ("rounds=3", "training.local_steps=8")
+SIZES = ("rounds=3", "training.local_steps=4")
 
 
 def measure(repeats: int, sizes: tuple[str, ...] = SIZES, busy: bool = True) -> Rows:
