@@ -43,7 +43,7 @@ def step_lines(name: str) -> tuple[list[Line], Rows]:
     sizes = model._replace(words=(*model.words, BUILTIN), steps=steps, compiled=False)
     rows = step_limit.measure(name, sizes, REPEATS)
     found = ratios(rows, step_limit.OURS, step_limit.LIMIT, "wall_s")
-    return [Line(f"{name}: time of a step, of its products and attention alone", found)], rows
+    return [Line(f"{name}: time of a step / its products and attention", found)], rows
 
 
 def trainer_lines(name: str) -> tuple[list[Line], Rows]:
@@ -58,9 +58,9 @@ def trainer_lines(name: str) -> tuple[list[Line], Rows]:
     short = comparison._replace(words=words, steps=STEPS[name], trainers=chosen)
     rows = trainer.measure(short, REPEATS, plain=False, model=name)
     first, second = chosen
-    named = {f"{first} as it comes": first, f"{first} in bf16 with batches by length": second}
+    named = {first: first, f"{first}, bf16, batches by length": second}
     lines = [
-        Line(f"{name}: {what}, of droppeft's time", ratios(rows, arm, trainer.OURS, "wall_s"))
+        Line(f"{name}: time of {what} / droppeft", ratios(rows, arm, trainer.OURS, "wall_s"))
         for what, arm in named.items()
     ]
     return lines, rows
@@ -70,7 +70,7 @@ def worker_lines() -> tuple[list[Line], Rows]:
     """What a second worker brings."""
     rows = workers.measure(REPEATS, ("rounds=2", "training.local_steps=4"), busy=False)
     found = ratios(rows, workers.ONE, workers.TWO, "row_s")
-    return [Line("rows per second with two workers, of one worker's", found)], rows
+    return [Line("rows per second: two workers / one worker", found)], rows
 
 
 def start_lines() -> tuple[list[Line], Rows]:

@@ -27,7 +27,10 @@ from droppeft.data.partition import partition_rows
 PART = "start_up"
 HELP, FIRST = "droppeft --help", "droppeft run, until its first training step"
 ROWS, CLIENTS, CLASSES = 100_000, 10_000, 10
-RUN = ("rounds=1", "clients=20", "cohort_size=2", "training.local_steps=1", "evaluation.rows=16")
+RUN = (
+    *("rounds=1", "training.local_steps=1", "evaluation.rows=16", "evaluation.final_rows=16"),
+    "evaluation.personalised=false",
+)
 
 FIRST_STEP = """
 import sys, time
