@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from droppeft.adapters.by_layer import get_tensors, set_tensors
-from droppeft.client.client import try_one_step
 from droppeft.client.run_inputs import clients_of
+from droppeft.client.trial_step import try_one_step
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import local_training

@@ -4,8 +4,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import torch
 from torch import nn
 
 from droppeft.adapters.base_delta import base_delta_applied
@@ -29,7 +27,7 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.messages.encoding import decode_tensors
-from droppeft.messages.instruction import AdapterSpec, Instruction, LocalTraining, Objective
+from droppeft.messages.instruction import Instruction, LocalTraining, Objective
 from droppeft.messages.reply import Answer, CachedLayersCost, EvaluationReply, MeasuredCost, Update
 from droppeft.messages.tensors import (
     OTHER,
@@ -44,7 +42,7 @@ from droppeft.sharing.criteria import CRITERIA
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.text_metrics import text_scores
 from droppeft.training.deadline import Deadline
-from droppeft.training.loop import Evaluation, Step, TrainOutcome, evaluate, train
+from droppeft.training.loop import Evaluation, TrainOutcome, evaluate
 
 
 @dataclass(frozen=True)
@@ -299,40 +297,6 @@ class Client:
             settings.evaluation_batch_size,
             settings.precision,
         )
-
-
-def try_one_step(
-    model: ClientModel, table: TokenRows, settings: LocalTraining, spec: AdapterSpec
-) -> None:
-    """Try one training step with learning rate 0, to find out early whether the settings work.
-
-    Not every model and adapter can be trained in half precision or with checkpointing. In fp32
-    without checkpointing no step is taken.
-
-    Args:
-        model: keeps the values that it has.
-        table: the step uses its first rows.
-
-    Raises:
-        DroppeftError: the step failed.
-    """
-    if settings.precision == "fp32" and not settings.checkpointing:
-        return
-    model.attach(spec)
-    model.load_layers()
-    batch = model.task.collate(table, np.arange(min(2, len(table))))
-    step = Step(batch, (True,) * model.num_layers, rate_factor=0.0)
-    try:
-        with torch.random.fork_rng():
-            train(model.trainable(model.parameters), [step], settings)
-    except RuntimeError as error:
-        kind = next(layer.type for layer in spec.layers if layer)
-        checkpointing = str(settings.checkpointing).lower()
-        raise DroppeftError(
-            f"adapter.type={kind} on this model cannot be trained with "
-            f"training.precision={settings.precision} and training.checkpointing={checkpointing} "
-            f"({str(error).strip().partition(chr(10))[0]}); use fp32 and false, or another type"
-        ) from None
 
 
 def _trained_parameters(parameters: Parameters, instruction: Instruction) -> Parameters:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
-from droppeft.client.client import try_one_step
 from droppeft.client.client_model import ClientModel
 from droppeft.client.run_inputs import Loaded, ReadData, Say, load
+from droppeft.client.trial_step import try_one_step
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.data.checks import measured
