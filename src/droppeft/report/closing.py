@@ -97,7 +97,11 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
     source = result["config"].get("source", {}) if "data" in named else {}
     if result["task"] != detected_task({**named, "source": source}):
         named = {"task": result["task"], **named}
-    named |= {key: item for key, item in _given(result) if key.startswith(COMPARED)}
+    named |= {
+        key: item
+        for key, item in _given(result)
+        if key.startswith(COMPARED) and key != "training.precision"  # the hardware chooses it again
+    }
     return [shlex.quote(f"{key}={_as_word(value)}") for key, value in named.items()]
 
 
