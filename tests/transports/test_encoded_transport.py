@@ -101,6 +101,15 @@ def test_what_rounding_loses_is_in_later_updates() -> None:
     assert np.abs(alone - 50 * change).max() > 0.05
 
 
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_errors_outlive_a_training_that_diverged_and_one_without_the_tensor(encoding: str) -> None:
+    instruction = instruction_with(encoding)
+    diverged = {0: {"a": np.full((8, 40), np.inf, np.float32)}}
+    earlier = {"b": np.full(3, 0.5, np.float32)}
+    _, errors = encoded_update(instruction, diverged, earlier)
+    assert errors == earlier
+
+
 def test_another_encoding_is_refused() -> None:
     instruction = instruction_with("int8")
     layout = layout_of(instruction.tensors)

@@ -37,6 +37,7 @@ def encoded_update(
 
     A tensor that the instruction brought travels as its change; the server adds it to its own
     value, which is not rounded. Any other tensor travels as its value, without error feedback.
+    Errors that are not finite, of a training that diverged, are forgotten.
 
     Args:
         instruction: as the client received it, decoded.
@@ -44,11 +45,12 @@ def encoded_update(
         errors: of the client's last update.
 
     Returns:
-        The encoded tensors, and the errors of this update.
+        The encoded tensors, and the errors for the next update, also those of tensors that are
+        not in this one.
     """
     received = {name: _floats(array) for _, name, array in flatten(instruction.tensors)}
     encoded: dict[LayerKey, dict[str, Array]] = {}
-    lost: dict[str, Floats] = {}
+    lost = dict(errors)
     for key, name, array in flatten(trained):
         change = _floats(array)
         if name in received:
@@ -58,8 +60,9 @@ def encoded_update(
         sent = encode(change, instruction.encoding)
         encoded.setdefault(key, {})[name] = sent
         if name in received:
-            lost[name] = change - decode(sent, instruction.encoding, change.shape)
-    return encoded, lost
+            with np.errstate(over="ignore", invalid="ignore"):
+                lost[name] = change - decode(sent, instruction.encoding, change.shape)
+    return encoded, {name: error for name, error in lost.items() if np.isfinite(error).all()}
 
 
 def load_errors(run: str, client: int, round: int) -> Errors:
