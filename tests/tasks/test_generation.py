@@ -12,6 +12,7 @@ from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
 from droppeft.models.packaged import builtin_model_folder
+from droppeft.models.precision import hold_in
 from droppeft.tasks.generation import GenerationSettings, generate_texts, stop_tokens
 
 TEMPLATE = (
@@ -97,6 +98,13 @@ def test_virtual_tokens_stand_before_every_prompt(kind: str, tokenizer: Any) -> 
             ids.append(int(logits[0, -1].argmax()))
     expected = tokenizer.decode(ids[len(prompt) :])
     assert generate_texts(model, tokenizer, [prompt, prompt], SHORT) == [expected, expected]
+
+
+@pytest.mark.parametrize("kind", ["ln_tuning", "prefix_tuning"])
+def test_adapters_in_fp32_fit_to_weights_in_bf16(kind: str, tokenizer: Any) -> None:
+    model = model_of()
+    hold_in(model, torch.bfloat16)
+    assert all(generate_texts(adapted(model, type=kind), tokenizer, PROMPTS, SHORT))
 
 
 def test_an_answer_ends_before_a_stop_token(tokenizer: Any) -> None:

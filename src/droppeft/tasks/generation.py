@@ -14,6 +14,7 @@ from droppeft.errors import DroppeftError
 from droppeft.models.evaluation_mode import evaluating
 from droppeft.models.key_value_cache import set_temporarily
 from droppeft.models.loading import check_tokens, most_tokens
+from droppeft.models.precision import HALF, autocast
 
 _ANSWER = "droppeft"
 
@@ -98,6 +99,7 @@ def generate_texts(
     with (
         evaluating(model),
         set_temporarily(causal, "generation_config", config),
+        autocast(_precision(model), device),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.no_grad(),
     ):
@@ -110,6 +112,12 @@ def generate_texts(
             for index, answer in zip(chosen, answers, strict=True):
                 texts[index] = tokenizer.decode(_cut(answer, config), skip_special_tokens=True)
     return texts
+
+
+def _precision(model: nn.Module) -> str:
+    """The precision in which a model's weights are held, so that adapters in fp32 fit to them."""
+    held = {value.dtype for value in model.parameters()}
+    return next((name for name, dtype in HALF.items() if dtype in held), "fp32")
 
 
 def stop_tokens(tokenizer: Any, of_model: Any = None) -> tuple[int, ...]:
