@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -143,8 +143,11 @@ class ModelSource:
 
     def is_stored_in(self, dtype: torch.dtype) -> bool:
         """Whether all weights in the files, as far as they are on this machine, have a type."""
-        kinds: set[str] = set()
-        for path in sorted(Path(self.readable).glob("*.safetensors")):
+        folder, kinds = Path(self.readable), set[str]()
+        if not folder.is_dir():
+            on_hub = try_to_load_from_cache(self.readable, "config.json")
+            folder = Path(on_hub).parent if isinstance(on_hub, str) else folder
+        for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 kinds |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
         return kinds == {_STORED.get(dtype)}
