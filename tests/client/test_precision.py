@@ -54,6 +54,20 @@ def test_checkpointing_sends_the_same_update_from_less_memory(
     assert lean.cost.activation_bytes_peak < 0.6 * plain.cost.activation_bytes_peak
 
 
+def test_a_model_is_merged_with_the_values_that_were_trained_on(
+    prepare_with: Callable[..., Prepared],
+) -> None:
+    """Adapters whose frozen parts come from an SVD of the weights fit to no others."""
+    config = prepare_with("training.precision=bf16").config
+    held, merged = (
+        task_named(config.task).load_backbone(config, ("a", "b"), 0, dequantised=exact).model
+        for exact in (False, True)
+    )
+    for one, other in zip(held.parameters(), merged.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        assert torch.equal(one.float(), other)
+
+
 def test_a_resumed_run_in_fp16_leaves_the_same_adapter(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:

@@ -170,8 +170,8 @@ def _source(
 ) -> Source:
     """Load the run's backbone.
 
-    For merging, weights that are quantised or in bf16 get their values in fp32: the adapter was
-    trained on these values, and adding it to the codes would be inexact.
+    For merging, weights that are quantised or in half precision get their values in fp32: the
+    adapter was trained on these values, and adding it to the codes would be inexact.
     """
     facts = checkpoint.facts
     names = tuple(facts["label_names"])

@@ -147,10 +147,11 @@ class CausalLMTask:
         dequantised: bool = False,
     ) -> Backbone:
         """Load a causal language model, which has no new head."""
+        dtype = DTYPES[config.training.computed_in]
         if not dequantised:
-            dtype = DTYPES[config.training.computed_in]
             return load_causal_lm(config.model, seed, config.quantization, dtype)
-        plain = load_causal_lm(config.model, seed)
+        plain = load_causal_lm(config.model, seed, dtype=dtype)
+        plain.model.float()
         if config.quantization == "none":
             return plain
         backbone = load_causal_lm(config.model, seed, config.quantization)

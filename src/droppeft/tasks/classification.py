@@ -125,9 +125,10 @@ class ClassificationTask:
         if dequantised and config.quantization != "none":
             return load_dequantised(config.model, label_names, seed, config.quantization)
         backbone = load_backbone(config.model, label_names, seed, config.quantization)
-        if not dequantised:
-            trained = (*LAST_MODULES, *backbone.new_modules)
-            hold_in(backbone.model, DTYPES[config.training.computed_in], trained)
+        trained = (*LAST_MODULES, *backbone.new_modules)
+        hold_in(backbone.model, DTYPES[config.training.computed_in], trained)
+        if dequantised:
+            backbone.model.float()
         return backbone
 
     def load_backbone_config(self, name: str, label_names: Sequence[str]) -> BackboneConfig:

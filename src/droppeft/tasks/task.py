@@ -166,8 +166,8 @@ class Task(Protocol):
             config: of the run.
             label_names: of the data.
             seed: of initial values.
-            dequantised: whether weights that are quantised, or in bf16, are replaced by their
-                values in fp32.
+            dequantised: whether weights that are quantised, or in half precision, are replaced
+                by their values in fp32.
 
         Raises:
             DroppeftError: the model is unknown, unreadable or unsupported.
