@@ -29,11 +29,17 @@ SETTINGS: dict[str, Callable[[Option], str]] = {
     "rate": lambda one: "–" if one.config.dropout.mean is None else f"{one.config.dropout.mean:g}",
     "frozen": lambda one: str(one.config.frozen.layers),
     "precision": lambda one: one.config.training.precision,
-    "bits": lambda one: one.config.quantization.removesuffix("bit").replace("none", "32"),
+    "bits": lambda one: _bits(one.config),
     "ckpt": lambda one: "yes" if one.config.training.checkpointing else "no",
     "offload": lambda one: "yes" if one.config.training.offload else "no",
 }
 """Columns of the table, and how a cell is written."""
+
+
+def _bits(config: Config) -> str:
+    """In how many bits a frozen weight of a linear layer is held."""
+    plain = "32" if config.training.precision == "fp32" else "16"
+    return config.quantization.removesuffix("bit").replace("none", plain)
 
 
 @dataclass(frozen=True)
