@@ -274,6 +274,21 @@ class TestRound:
             assert head(state) == value
         assert state.agreement[9] < 0 < state.agreement[8]
 
+    def test_krum_chooses_among_those_who_are_not_left_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nine colluders are nearest to each other, and point against the eleven others."""
+        monkeypatch.setattr("droppeft.server.rounds.draw_cohort", lambda *_: range(20))
+        krum = ("server.merge=krum", "server.malicious_fraction=0.4")
+        setup = setup_for("method=fedlora", "clients=20", "cohort_size=20", *krum)
+        transport = Scripted(
+            lambda one: [update_for(one, -3.0 if one.client > 10 else 4.0 + 3 * one.client)]
+        )
+        state, closed = run_round(setup, METHOD, transport, METHOD.init(setup), 1, print)
+        assert row_of(closed).opposed == list(range(11, 20))
+        assert [update.client <= 10 for update in closed.accepted] == [True]
+        assert head(state) > 1.0
+
     def test_a_robust_rule_needs_three_updates(self) -> None:
         setup = setup_for("method=fedlora", "server.merge=median")
         transport = all_but(5, lambda instruction: [])

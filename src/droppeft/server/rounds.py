@@ -70,10 +70,12 @@ def run_round(
         setup.clock, _accepting(setup.config, instructions), instructions, checked_replies
     )
     settings, model = _server_settings(setup.config), state.model
-    replies = _apply_quorum(replies, max(setup.config.quorum, fewest_updates(settings)))
-    set_aside = clients_set_aside(settings, model, instructions, replies)
-    replies, bounds = bounded(settings, model, instructions, replies)
+    received = _apply_quorum(replies, max(setup.config.quorum, fewest_updates(settings)))
+    replies, bounds = bounded(settings, model, instructions, received)
     directions = compare_directions(settings, model, instructions, replies, state.agreement)
+    # Krum chooses among the others, since its only choice may be one that is left out.
+    not_opposed = without_opposed(received, directions)
+    set_aside = clients_set_aside(settings, model, instructions, not_opposed)
     replies = combined(settings, without_opposed(replies, directions), set_aside)
     state, replies = _merge(setup, method, state, instructions, replies)
     state = replace(state, agreement=directions.agreement)
