@@ -60,6 +60,7 @@ def _attention(
         and dropout == 0.0
         and length == key.shape[2] <= LONGEST
         and query.requires_grad
+        and not (attention_mask is not None and attention_mask.requires_grad)
         and all(other is None or other is False for other in map(others.get, _SPECIAL))
     )
     if not usual:
