@@ -807,7 +807,6 @@ def test_the_studies_can_be_read(
         "contest_length": {7},
         "default_run_development": {7, 8},
         "own_data": {7},
-        "precision_quality_lm": {0},
         "ia3": {7, 8},
         "rates": {7},
     }
