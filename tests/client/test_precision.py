@@ -198,7 +198,7 @@ def test_an_adapter_that_fails_under_autocast_is_refused_before_anything_is_writ
     def fail(*_: object) -> None:
         raise RuntimeError("value cannot be converted")
 
-    monkeypatch.setattr("droppeft.client.client.train", fail)
+    monkeypatch.setattr("droppeft.client.trial_step.train", fail)
     config = [*tiny_overrides, "adapter.type=vera", f"training.precision={precision}"]
     with pytest.raises(DroppeftError) as caught:
         start_run(load_config(None, config), tmp_path / "run", Recorder())
@@ -241,6 +241,6 @@ def test_settings_that_every_model_supports_are_not_rehearsed(
     steps: int,
 ) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr("droppeft.client.client.train", lambda *args: taken.append(args))
+    monkeypatch.setattr("droppeft.client.trial_step.train", lambda *args: taken.append(args))
     prepare_with(*overrides)
     assert len(taken) == steps

@@ -165,7 +165,7 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
         "report runs/mine",
         "export runs/mine --merge",
         "compare droppeft fedlora rounds=3 clients=4 cohort_size=2 partition.min_rows=6 "
-        "training.local_steps=2 training.batch_size=4 training.precision=fp32 evaluation.rows=20",
+        "training.local_steps=2 training.batch_size=4 evaluation.rows=20",
         "run data=FILE.csv",
     ]
     assert "--merge" not in shown({**built_in, "global_accuracy": None}, rows)
