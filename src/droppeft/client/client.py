@@ -161,7 +161,9 @@ class Client:
         Raises:
             Refused: its tensors are not encoded as it says.
         """
-        layout = {} if instruction.encoding == "fp32" else self.model.layout(instruction.adapter)
+        if instruction.encoding == "fp32":
+            return instruction
+        layout = self.model.layout(instruction.adapter)
         try:
             tensors = decode_tensors(instruction.tensors, instruction.encoding, layout)
         except ValueError as error:

@@ -28,7 +28,9 @@ MERGED_FILES = 2
 """How many files of merged local trainings are retained, so that the server can resume from its
 older checkpoint."""
 
-_NAME = re.compile(r"round-(\d{6})\.safetensors")
+ROUND = "round"
+"""Kind of the files with what a local training saved."""
+
 _log = logging.getLogger("droppeft")
 
 
@@ -93,12 +95,14 @@ def save_tensors(
     try:
         _make(folder)
         head = {"round": round, "of": _owner(folder), "chosen": sorted(chosen)}
-        write_atomically(_path(folder, round), encode_checked(arrays, head), private=True)
-        saved = sorted(_rounds(folder))
+        write_atomically(
+            round_file(folder, ROUND, round), encode_checked(arrays, head), private=True
+        )
+        saved = sorted(saved_rounds(folder, ROUND))
         merged = [other for other in saved if before is not None and other <= before]
         # Files of later rounds stay, because this local training may be the one that is late.
         for other in {other for other in saved if other < round} - {*merged[-MERGED_FILES:]}:
-            _path(folder, other).unlink(missing_ok=True)
+            round_file(folder, ROUND, other).unlink(missing_ok=True)
     except OSError as error:
         raise DroppeftError(
             f"{folder}: this client's tensors cannot be saved ({error}); "
@@ -119,7 +123,7 @@ def load_saved(folder: Path, round: int) -> Saved:
             round, client or run.
         DroppeftError: the file exists but cannot be read at the moment.
     """
-    path = _path(folder, round)
+    path = round_file(folder, ROUND, round)
     try:
         arrays, head = decode_checked(path)
         if (head["round"], head["of"]) != (round, _owner(folder)):
@@ -159,12 +163,15 @@ def _owner(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
 
 
-def _path(folder: Path, round: int) -> Path:
-    return folder / f"round-{round:06}.safetensors"
+def round_file(folder: Path, kind: str, round: int) -> Path:
+    """Return a client's file of a kind for a round."""
+    return folder / f"{kind}-{round:06}.safetensors"
 
 
-def _rounds(folder: Path) -> Iterator[int]:
-    for path in folder.iterdir():
-        match = _NAME.fullmatch(path.name)
+def saved_rounds(folder: Path, kind: str) -> Iterator[int]:
+    """Yield the rounds for which a client's folder has a file of a kind; none without a folder."""
+    name = re.compile(rf"{kind}-(\d{{6}})\.safetensors")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = name.fullmatch(path.name)
         if match:
             yield int(match[1])

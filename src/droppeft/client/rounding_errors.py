@@ -6,14 +6,12 @@ with the same errors.
 """
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
-from droppeft.client.client_state import client_folder
+from droppeft.client.client_state import client_folder, round_file, saved_rounds
 from droppeft.errors import DroppeftError
 from droppeft.files import make_private, remove_left_behind, write_atomically
 from droppeft.messages.encoding import Floats, decode, encode
@@ -23,7 +21,7 @@ from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 RETAINED_FILES = 3
 """Files that are retained, so that the server can resume from an older checkpoint."""
 
-_NAME = re.compile(r"rounding-(\d{6})\.safetensors")
+_ROUNDING = "rounding"
 _log = logging.getLogger("droppeft")
 
 Errors = Mapping[str, Floats]
@@ -68,10 +66,10 @@ def encoded_update(
 def load_errors(run: str, client: int, round: int) -> Errors:
     """Load the errors of a client's last update before a round; empty if there are none."""
     folder = client_folder(run, client)
-    earlier = [other for other in _rounds(folder) if other < round]
+    earlier = [other for other in saved_rounds(folder, _ROUNDING) if other < round]
     if not earlier:
         return {}
-    path = _path(folder, max(earlier))
+    path = round_file(folder, _ROUNDING, max(earlier))
     try:
         arrays, _ = decode_checked(path)
         return {name: _floats(array) for name, array in arrays.items()}
@@ -89,11 +87,13 @@ def save_errors(run: str, client: int, round: int, errors: Errors) -> None:
     folder = client_folder(run, client)
     try:
         make_private(folder)
-        remove_left_behind(folder, "rounding-*")
-        write_atomically(_path(folder, round), encode_checked(errors, {}), private=True)
-        for other in sorted(_rounds(folder))[:-RETAINED_FILES]:
+        remove_left_behind(folder, f"{_ROUNDING}-*")
+        write_atomically(
+            round_file(folder, _ROUNDING, round), encode_checked(errors, {}), private=True
+        )
+        for other in sorted(saved_rounds(folder, _ROUNDING))[:-RETAINED_FILES]:
             if other < round:
-                _path(folder, other).unlink(missing_ok=True)
+                round_file(folder, _ROUNDING, other).unlink(missing_ok=True)
     except OSError as error:
         raise DroppeftError(
             f"{folder}: the rounding errors of an update cannot be saved ({error}); check the "
@@ -103,15 +103,3 @@ def save_errors(run: str, client: int, round: int, errors: Errors) -> None:
 
 def _floats(array: Array) -> Floats:
     return np.asarray(array, dtype=np.float32)
-
-
-def _path(folder: Path, round: int) -> Path:
-    return folder / f"rounding-{round:06}.safetensors"
-
-
-def _rounds(folder: Path) -> Iterator[int]:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match:
-                yield int(match[1])

@@ -1,6 +1,5 @@
 """Counts of steps in the cache folder: counting takes seconds, and runs need the same. Ours."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import droppeft
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.data.cache import cache_dir, store
+from droppeft.data.cache import remembered
 
 PACKAGES = ("torch", "transformers", "peft")
 """Packages on whose code a count depends."""
@@ -27,18 +26,12 @@ def stored_counts(of: object, count: Callable[[], StepCounts]) -> StepCounts:
     Raises:
         DroppeftError: as ``count``.
     """
-    key = hashlib.sha256(f"{of!r}{_code()}".encode()).hexdigest()[:32]
-    entry = cache_dir() / "step-counts" / f"{key}.json"
-    try:
-        return _read(entry)
-    except (OSError, ValueError, LookupError, TypeError):
-        counts = count()
-        store(entry, json.dumps(asdict(counts)).encode())
-        return counts
+    key = f"{of!r}{_code()}"
+    return remembered("step-counts", key, count, lambda counts: json.dumps(asdict(counts)), _read)
 
 
-def _read(entry: Path) -> StepCounts:
-    tree = json.loads(entry.read_text(encoding="ascii"))
+def _read(text: str) -> StepCounts:
+    tree = json.loads(text)
     blocks = tuple(BlockCounts(**block) for block in tree.pop("blocks"))
     return StepCounts(**{**tree, "blocks": blocks, "rest": BlockCounts(**tree["rest"])})
 

@@ -7,12 +7,17 @@ and is left as it is if it exists.
 """
 
 import contextlib
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from platformdirs import user_cache_path
 
 from droppeft.files import make_private, remove_left_behind, write_atomically
+
+Value = TypeVar("Value")
 
 
 def cache_dir() -> Path:
@@ -34,3 +39,28 @@ def store(path: Path, content: bytes) -> None:
         make_private(path.parent)
         remove_left_behind(path.parent, "*")
         write_atomically(path, content, private=True)
+
+
+def remembered(
+    kind: str,
+    key: str,
+    compute: Callable[[], Value],
+    to_text: Callable[[Value], str],
+    from_text: Callable[[str], Value],
+) -> Value:
+    """Return a value from the cache folder if it is known there; else compute and store it.
+
+    Args:
+        kind: folder of such values.
+        key: everything that the value depends on.
+        compute: computes it.
+        to_text: writes a value as ASCII.
+        from_text: reads it; raises ValueError, LookupError or TypeError for a damaged text.
+    """
+    entry = cache_dir() / kind / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        return from_text(entry.read_text(encoding="ascii"))
+    except (OSError, ValueError, LookupError, TypeError):
+        value = compute()
+        store(entry, to_text(value).encode())
+        return value

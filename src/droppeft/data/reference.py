@@ -3,7 +3,6 @@
 Ours. They show how good an accuracy is compared with a bag-of-words model or a constant prediction.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from droppeft.data.cache import cache_dir, store
+from droppeft.data.cache import remembered
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows, TextData, TextTable
 
@@ -34,14 +33,15 @@ def tfidf_accuracy(data: TextData) -> float | None:
 def _stored_accuracy(data: TextData) -> float | None:
     """The accuracy from the cache folder if it is known there, since fitting takes long."""
     key = f"{data.content_hash} {version('scikit-learn')}"
-    entry = cache_dir() / "references" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    try:
-        known = json.loads(entry.read_text(encoding="ascii"))
+
+    def read(text: str) -> float | None:
+        known = json.loads(text)
         return None if known is None else float(known)
-    except (OSError, ValueError, TypeError):
-        found = _fitted_accuracy(data)
-        store(entry, json.dumps(found).encode())
-        return found
+
+    found: float | None = remembered(
+        "references", key, lambda: _fitted_accuracy(data), json.dumps, read
+    )
+    return found
 
 
 def _fitted_accuracy(data: TextData) -> float | None:

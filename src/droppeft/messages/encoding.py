@@ -73,8 +73,7 @@ def decode_tensors(tensors: Tensors, encoding: Encoding, layout: Layout) -> Tens
     """
     decoded: dict[LayerKey, dict[str, Array]] = {}
     for key, name, array in flatten(tensors):
-        known = name in layout and encoding != "fp32"
-        value = decode(array, encoding, layout[name][1]) if known else array
+        value = decode(array, encoding, layout[name][1]) if name in layout else array
         decoded.setdefault(key, {})[name] = value
     return decoded
 

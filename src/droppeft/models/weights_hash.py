@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from droppeft.data.cache import cache_dir, store
+from droppeft.data.cache import remembered
 
 _HASH = re.compile(r"[0-9a-f]{16}")
 
@@ -58,15 +58,13 @@ def cached_hash(model: nn.Module, heads: Collection[str], path: str) -> str:
         for name, value in _weights(model, heads)
     ]
     key = json.dumps([version("torch"), version("transformers"), files, layout])
-    entry = cache_dir() / "weights" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    try:
-        known = entry.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        known = ""
-    if not _HASH.fullmatch(known):
-        known = hash_weights(model, heads)
-        store(entry, known.encode())
-    return known
+    return remembered("weights", key, lambda: hash_weights(model, heads), str, _checked_hash)
+
+
+def _checked_hash(text: str) -> str:
+    if not _HASH.fullmatch(text):
+        raise ValueError(f"{text!r} is no hash")
+    return text
 
 
 def _weights(model: nn.Module, heads: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
