@@ -99,6 +99,7 @@ TRAINING = LocalTraining(
     batch_size=16,
     learning_rate=1e-3,
     head_learning_rate=1e-2,
+    loraplus_lr_ratio=1.0,
     schedule="linear",
     warmup_fraction=0.05,
     rounds=15,

@@ -112,8 +112,8 @@ MUTATIONS = (
     Mutation(
         "the head has the learning rate of the adapter",
         "training/loop.py",
-        "(head, settings.head_learning_rate)",
-        "(head, settings.learning_rate)",
+        "return settings.head_learning_rate",
+        "return settings.learning_rate",
         ("training/test_loop.py",),
     ),
     Mutation(

@@ -195,6 +195,7 @@ def local_training(config: Config) -> LocalTraining:
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         head_learning_rate=settings.head_learning_rate,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
         schedule=settings.schedule,
         warmup_fraction=settings.warmup_fraction,
         rounds=config.rounds,

@@ -80,6 +80,11 @@ def as_saved(state: ServerState) -> ServerState:
     return replace(state, memory=decode_memory(values, DropPEFTMemory))
 
 
+def untrained(arm: Arm) -> float:
+    """The share of layers that no step of an arm trains."""
+    return 1 - max(arm.depths)
+
+
 # Instructions
 
 
@@ -104,7 +109,7 @@ def test_an_instruction_drops_and_trains_what_its_arm_says() -> None:
         for instruction, arm in zip(
             instructions, arms_of(run_setup, state, round, cohort), strict=True
         ):
-            lower = 2 if arm.untrained else 0
+            lower = 2 if untrained(arm) else 0
             seen.add(arm)
             assert instruction.dropout is not None
             assert sum(instruction.dropout.rates[lower:]) == pytest.approx(
@@ -187,7 +192,7 @@ def test_a_round_of_failures_teaches_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "sharing", [(), ("sharing.fraction=0.5", "configurator.untrained=[0, 0.25, 0.75]")]
+    "sharing", [(), ("sharing.fraction=0.5", "configurator.depths=[[1],[0.75],[0.25]]")]
 )
 def test_expected_seconds_are_those_of_the_modelled_clock(sharing: tuple[str, ...]) -> None:
     """Ten steps of 16 rows; rows and gates of the expected local training are the mean ones.
@@ -290,7 +295,7 @@ def test_an_arm_that_does_not_fit_is_never_given() -> None:
         )
         for round in range(1, 15):
             for arm in arms_of(other, state, round, small):
-                lower = 2 if arm.untrained else 0
+                lower = 2 if untrained(arm) else 0
                 assert (LAYERS - lower) * (1 - arm.mean) <= 2
 
 
@@ -310,7 +315,7 @@ def test_slower_clients_get_cheaper_arms() -> None:
         instructions = DROPPEFT.instruct(run_setup, state, round, list(range(10)))
         arms = arms_of(run_setup, state, round, list(range(10)))
         replies = [
-            update_for(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * arm.untrained)
+            update_for(instruction, reward=1.0 - 0.2 * arm.mean - 0.1 * untrained(arm))
             for instruction, arm in zip(instructions, arms, strict=True)
         ]
         state = as_saved(DROPPEFT.merge(run_setup, state, instructions, replies))
@@ -331,7 +336,7 @@ def test_without_a_clock_there_is_no_bandit() -> None:
 
 def test_impossible_arms_are_an_error() -> None:
     with pytest.raises(DroppeftError, match="no arm of the configurator is possible"):
-        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.untrained=[0]"))
+        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0.9]", "configurator.depths=[[1]]"))
 
 
 def test_an_arm_that_misses_the_deadline_is_not_given() -> None:
@@ -363,7 +368,7 @@ def test_prompts_have_no_untrained_layers() -> None:
     """They are inputs of the first layer, so that all layers need a backward pass."""
     run_setup = setup("adapter.type=prompt_tuning")
     arms = memory_of(DROPPEFT.init(run_setup)).arms.values()
-    assert {arm.untrained for arm in arms} == {0.0}
+    assert {untrained(arm) for arm in arms} == {0.0}
     instruction = instruction_for(0, train=frozenset({"prompt"}))
     prompt = {**instruction.tensors, "other": {"prompt": np.zeros(1, np.float32)}}
     assert first_trained_layer(replace(instruction, tensors=prompt)) == 0
@@ -373,7 +378,7 @@ def test_arms_that_fit_no_client_are_no_candidates() -> None:
     run_setup = with_memory_limits(PROCESS + 2.5e6)
     state = DROPPEFT.init(run_setup)
     for arm in memory_of(state).arms.values():
-        assert (LAYERS - 2 * bool(arm.untrained)) * (1 - arm.mean) <= 2
+        assert (LAYERS - 2 * bool(untrained(arm))) * (1 - arm.mean) <= 2
 
 
 def test_a_round_without_clients_leaves_no_note() -> None:
@@ -396,10 +401,10 @@ def test_a_bandwidth_that_varies_takes_longer_than_its_mean() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["configurator.untrained=[-0.5]", "configurator.means=[0, 50]", "configurator.means=[]"],
+    ["configurator.depths=[[0]]", "configurator.means=[0, 50]", "configurator.means=[]"],
 )
 def test_shares_outside_their_range_are_refused(override: str) -> None:
-    with pytest.raises(DroppeftError, match=r"configurator\.(means|untrained)"):
+    with pytest.raises(DroppeftError, match=r"configurator\.(means|depths)"):
         load_config(None, [override])
 
 

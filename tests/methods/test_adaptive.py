@@ -1,15 +1,16 @@
-"""Adaptive: DropPEFT's bandit over untrained layers only; and defaults of methods."""
+"""Adaptive: depths and steps by what layers are worth; and defaults of methods."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from droppeft.bandit.layer_values import LayerValues
 from droppeft.config import build_config, load_config, to_toml
 from droppeft.errors import DroppeftError
 from droppeft.flower_server_app import _check_same
-from droppeft.messages.instruction import first_trained_layer
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
 from droppeft.server.resume import resume_run
@@ -23,12 +24,10 @@ pytestmark = pytest.mark.usefixtures("state")
 ADAPTIVE = METHODS["adaptive"]
 SPELT_OUT = (
     "method=droppeft",
-    "adapter.rank=16",
-    "frozen.layers=3",
-    "frozen.cache=false",
-    "configurator.policy=budgeted_thompson",
+    "configurator.policy=layer_values",
     "configurator.means=[0]",
-    "configurator.untrained=[0, 0.34]",
+    "configurator.depths=[[1], [1, 0.67, 0.33, 0.33], [0.5], [0.33]]",
+    "configurator.steps=[1, 0.5, 0.25]",
 )
 
 
@@ -57,27 +56,40 @@ def test_it_is_droppeft_with_these_settings(
     assert result["adapter_sha256"] == expected["adapter_sha256"]
     short, long = [rows_of(run / "rounds.jsonl") for run in (adaptive_run, tmp_path / "long")]
     assert [row["notes"] for row in short] == [row["notes"] for row in long]
-    assert {arm for row in short for arm in row["notes"]["chosen"].values()} == {0, 1}
+    values = [row["notes"]["layer_values"] for row in short]
+    assert all(sum(row) == pytest.approx(6) for row in values)
+    assert values[0] != values[1] != values[2]
 
 
-def test_the_run_folder_has_half_of_the_layers_as_a_number(
+def test_a_resumed_run_goes_on_with_the_values_of_layers(
     overrides: list[str], adaptive_run: Path, tmp_path: Path
 ) -> None:
-    assert load_config(adaptive_run / "config.toml").frozen.layers == 3
     stop_after_a_round([*overrides, "method=adaptive"], tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
     assert outcome(tmp_path / "run") == outcome(adaptive_run)
 
 
-def test_clients_train_the_upper_half_or_less_and_drop_nothing() -> None:
-    setup = setup_for("method=adaptive")
+def test_slow_clients_train_less_and_two_clients_train_every_layer() -> None:
+    """Of four layers, upper ones are worth more; a round must not wait for the slow clients."""
+    setup = setup_for(
+        "method=adaptive",
+        "clock.profiles=jetson_tx2,jetson_agx_xavier",
+        "training.local_steps=100",
+    )
     state = ADAPTIVE.init(setup)
-    instructions = ADAPTIVE.instruct(setup, state, 1, list(range(10)))
-    assert {first_trained_layer(instruction) for instruction in instructions} == {2, 3}
-    assert {instruction.dropout.rates for instruction in instructions if instruction.dropout} == {
-        (0.0,) * 4
-    }
-    assert {instruction.sharing for instruction in instructions} == {None}
+    values = LayerValues((0.4, 0.8, 1.2, 1.6), (3, 3, 3, 3))
+    memory = replace(state.memory, bandit=replace(state.memory.bandit, layers=values))
+    cohort = list(range(10))
+    instructions = ADAPTIVE.instruct(setup, replace(state, memory=memory), 1, cohort)
+    assert {rate for each in instructions if each.dropout for rate in each.dropout.rates} == {0.0}
+    assert setup.clock is not None
+    names = [setup.clock.fleet.names[client] for client in cohort]
+    steps: dict[str, list[int]] = {name: [] for name in names}
+    for name, instruction in zip(names, instructions, strict=True):
+        steps[name].append(instruction.budget.steps or 0)
+    assert max(steps["jetson_tx2"]) < min(steps["jetson_agx_xavier"]) == 100
+    complete = [name for name, each in zip(names, instructions, strict=True) if 0 in each.starts]
+    assert complete.count("jetson_agx_xavier") >= 2
 
 
 @pytest.mark.parametrize(
@@ -105,21 +117,11 @@ def test_settings_that_make_it_another_method_are_refused(override: str, message
 
 def test_defaults_of_a_method_apply_if_a_setting_is_not_given() -> None:
     default = load_config(None, ["method=adaptive"])
-    assert (default.frozen.layers, default.frozen.cache, default.dropout.mean) == (
-        "half",
-        False,
-        0.0,
-    )
     chosen = default.configurator
-    assert (chosen.policy, chosen.means, chosen.untrained) == (
-        "budgeted_thompson",
-        (0.0,),
-        (0.0, 0.34),
-    )
-    given = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.untrained=[0]"])
-    assert (given.frozen.layers, given.frozen.cache) == (1, False)
-    assert given.configurator.untrained == (0.0,)
-    assert given.configurator.policy == "budgeted_thompson"
+    assert (default.dropout.mean, chosen.policy, chosen.means) == (0.0, "layer_values", (0.0,))
+    given = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.depths=[[1]]"])
+    assert (given.frozen.layers, given.configurator.depths) == (1, ((1.0,),))
+    assert given.configurator.policy == "layer_values"
     assert load_config(None, ["method=fedlora"]).frozen.layers == 0
 
 

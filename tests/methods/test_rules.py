@@ -36,6 +36,7 @@ IGNORED = [
         "task=causal_lm training.head_learning_rate=0.5",
         "has no effect with task=causal_lm, whose head is not trained",
     ),
+    ("method=fedia3 training.loraplus_lr_ratio=4", "has no effect with adapter.type=ia3"),
     ("method=fedra ditto.pull=2", "leave it out, or set method=ditto"),
     ("method=fedra ditto.pull=1", "ditto.pull has no effect with method=fedra; leave it out"),
     (f"method=fedra {THOMPSON}", "configurator.policy has no effect with method=fedra"),

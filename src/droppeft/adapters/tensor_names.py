@@ -5,6 +5,9 @@ from droppeft.messages.tensors import HEAD, OTHER, LayerKey
 PREFIX = "prompt_encoder.default.layer."
 """Start of the names of a prefix's parameters; the index of the layer follows."""
 
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+"""Parts of the names of LoRA's factors A (r, in) and B (out, r)."""
+
 
 def layer_of(name: str, blocks_path: str) -> LayerKey:
     """Return the group of a parameter: its layer's index, ``"head"`` or ``"other"``."""

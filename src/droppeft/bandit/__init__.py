@@ -1,4 +1,4 @@
-"""A multi-armed bandit that chooses drop rates and untrained layers for clients during a run.
+"""A multi-armed bandit that chooses what clients drop, train, and in how many steps, in a run.
 
 Source: DropPEFT (arXiv:2503.10217) chooses drop rates by a multi-armed bandit. Ours: the arms, the
 rewards, the choice for a whole cohort, and the policies (``policies.py`` names what they follow).

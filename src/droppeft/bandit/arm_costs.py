@@ -5,9 +5,9 @@ from statistics import fmean
 from typing import Any
 
 from droppeft.bandit import Arm, arm_rates, first_trained
-from droppeft.bandit.arms import Depth
+from droppeft.bandit.arms import Depth, steps_of_arm, trained_shares
 from droppeft.bandit.bandit_memory import BanditMemory
-from droppeft.bandit.policies import RANDOM
+from droppeft.bandit.policies import LAYER_VALUES, RANDOM
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
@@ -91,9 +91,9 @@ def local_training_seconds(
     """Expected seconds of a local training, with recent row lengths and mean transfer times."""
     config = setup.config
     arithmetic = clock_of(setup).arithmetic(model.adapter)
-    steps = config.training.local_steps or TYPICAL_STEPS
+    steps = steps_of_arm(arm, config.training.local_steps or TYPICAL_STEPS)
     lower = first_trained(arm, depth_of_run(setup))
-    row = _row_flops(setup, arithmetic, row_length, rates_of_arm(setup, arm), lower)
+    row = _row_flops(setup, arithmetic, row_length, arm)
     forward, rest = arithmetic.forward(row_length)
     scored = scored_rows(config.sharing, setup.num_layers - lower)
     measuring = (2 * reward_rows(setup) + scored) * (sum(forward) + rest)
@@ -105,20 +105,22 @@ def local_training_seconds(
     )
 
 
-def _row_flops(
-    setup: Setup, arithmetic: Arithmetic, length: float, rates: Sequence[float], lower: int
-) -> float:
-    frozen, cached = setup.config.frozen.count, setup.config.frozen.cache
+def _row_flops(setup: Setup, arithmetic: Arithmetic, length: float, arm: Arm) -> float:
+    """FLOPs of a row in a mean step; cached layers do not run."""
+    first = setup.config.frozen.count if setup.config.frozen.cache else 0
     both, rest = arithmetic.training(length)
     forward, _ = arithmetic.forward(length)
-    trained = sum((1 - rates[layer]) * both[layer] for layer in range(lower, setup.num_layers))
-    return trained + sum(forward[frozen if cached else 0 : lower]) + rest
+    rates, trained = rates_of_arm(setup, arm), trained_shares(arm, depth_of_run(setup))
+    return rest + sum(
+        trained[layer] * both[layer] + (1 - rates[layer] - trained[layer]) * forward[layer]
+        for layer in range(first, setup.num_layers)
+    )
 
 
 def reward_rows(setup: Setup) -> int:
     """How many validation rows a client measures its reward on; 0 if the reward is not used."""
     settings = setup.config.configurator
-    unused = settings.policy in ("fixed", RANDOM) or settings.reward != "loss"
+    unused = settings.policy in ("fixed", RANDOM, LAYER_VALUES) or settings.reward != "loss"
     return 0 if unused else REWARD_ROWS
 
 
@@ -137,7 +139,7 @@ def bytes_of_arm(setup: Setup, model: GlobalModel, arm: Arm) -> int:
     """
     rates = rates_of_arm(setup, arm)
     lower = first_trained(arm, depth_of_run(setup))
-    steps = setup.config.training.local_steps or TYPICAL_STEPS
+    steps = steps_of_arm(arm, setup.config.training.local_steps or TYPICAL_STEPS)
     active = most_active(rates[lower:], setup.config.dropout.sampling, steps)
     adapter = model.adapter
     counts = setup.longest_step(adapter) if setup.longest_step else None
@@ -161,7 +163,7 @@ def arms_that_fit(setup: Setup, model: GlobalModel, arms: Sequence[Arm]) -> list
                 f"no arm of the configurator fits the memory of {name}: the smallest needs "
                 f"{min(needed.values()) / 1e9:.2f} GB of {profile.memory_bytes / 1e9:.2f} GB; "
                 "lower training.batch_size or training.max_length, or add larger values to "
-                "configurator.means or configurator.untrained"
+                "configurator.means, or smaller ones to configurator.depths"
             )
     largest = max(profile.memory_bytes for profile in profiles.values())
     return [arm for arm in arms if needed[arm] <= largest]

@@ -1,4 +1,4 @@
-"""Arms: drop rates and untrained layers that a client may be given. Ours."""
+"""Arms: what a client drops and trains in one local training, and how many steps it takes. Ours."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,26 +6,46 @@ from dataclasses import dataclass
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import layer_rates, protected_ends
+from droppeft.layer_dropout.modes import starts_of
+
+Depths = tuple[float, ...]
+"""Fractions of the layers above the frozen ones that a step trains, one drawn for each step."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a client drops and trains in one local training.
+    """What a client does in one local training.
 
     Attributes:
         mean: mean drop rate over the trained layers; protected layers count with 0.
-        untrained: share of the layers above the frozen ones, from the lowest, that run and are not
-            trained.
+        depths: how many of the layers above the frozen ones a step trains, as fractions counted
+            from the last layer; each step draws one of them. The layers below run forward only.
+        steps: the share of the configured local steps that are taken.
     """
 
-    mean: float
-    untrained: float
+    mean: float = 0.0
+    depths: Depths = (1.0,)
+    steps: float = 1.0
 
     @property
     def label(self) -> str:
-        """Which layers are trained and how many of them are dropped, in words."""
-        trained = f"upper {1 - self.untrained:.0%} of the" if self.untrained else "all"
-        return f"{trained} layers" + (f", {self.mean:.0%} of them dropped" if self.mean else "")
+        """Which layers are trained, how many of them are dropped, and in how many steps."""
+        return ", ".join(
+            (
+                _trained(self.depths),
+                *([f"{self.mean:.0%} of them dropped"] if self.mean else []),
+                *([f"{self.steps:.0%} of the steps"] if self.steps < 1 else []),
+            )
+        )
+
+
+def _trained(depths: Depths) -> str:
+    if set(depths) == {1.0}:
+        return "all layers"
+    percents = [f"{depth:.0%}" for depth in sorted(depths, reverse=True)]
+    if len(set(percents)) == 1:
+        return f"upper {percents[0]} of the layers"
+    return f"upper {', '.join(percents[:-1])} or {percents[-1]} of the layers"
 
 
 @dataclass(frozen=True)
@@ -47,15 +67,17 @@ class Depth:
     shape: str = "uniform"
 
 
-def candidates(means: Sequence[float], untrained: Sequence[float], depth: Depth) -> tuple[Arm, ...]:
+def candidates(
+    means: Sequence[float], depths: Sequence[Depths], steps: Sequence[float], depth: Depth
+) -> tuple[Arm, ...]:
     """All combinations that are possible with the protected layers, without duplicates.
 
     Raises:
         DroppeftError: if no combination is possible.
     """
     combinations = (
-        _whole_layers(Arm(mean, share), depth)
-        for share, mean in itertools.product(untrained, means)
+        _whole_layers(Arm(mean, each, share), depth)
+        for share, each, mean in itertools.product(steps, depths, means)
     )
     arms = tuple(dict.fromkeys(arm for arm in combinations if _is_possible(arm, depth)))
     if not arms:
@@ -68,13 +90,14 @@ def candidates(means: Sequence[float], untrained: Sequence[float], depth: Depth)
 
 
 def _whole_layers(arm: Arm, depth: Depth) -> Arm:
-    """The arm with ``untrained`` as a share of whole layers, the same for arms that are alike."""
-    untrained = first_trained(arm, depth) - depth.frozen
-    return Arm(arm.mean, untrained / (depth.layers - depth.frozen))
+    """The arm with depths as shares of whole layers, the same for arms that are alike."""
+    above = depth.layers - depth.frozen
+    depths = [(depth.layers - start) / above for start in starts_of_arm(arm, depth)]
+    return Arm(arm.mean, tuple(sorted(depths, reverse=True)), arm.steps)
 
 
 def _is_possible(arm: Arm, depth: Depth) -> bool:
-    """Whether an arm trains a layer, and enough layers are unprotected to reach its mean rate."""
+    """Whether enough layers are unprotected to reach an arm's mean rate."""
     try:
         arm_rates(arm, depth)
     except DroppeftError:
@@ -82,22 +105,38 @@ def _is_possible(arm: Arm, depth: Depth) -> bool:
     return True
 
 
+def starts_of_arm(arm: Arm, depth: Depth) -> tuple[int, ...]:
+    """Candidates for the lowest layer that a step trains, one drawn for each step."""
+    return starts_of(arm.depths, depth.layers, depth.frozen)
+
+
 def first_trained(arm: Arm, depth: Depth) -> int:
-    """Index of the first layer that is trained."""
-    return depth.frozen + round(arm.untrained * (depth.layers - depth.frozen))
+    """Index of the first layer that any step trains."""
+    return min(starts_of_arm(arm, depth))
 
 
 def arm_rates(arm: Arm, depth: Depth) -> tuple[float, ...]:
     """Drop rate of each of the L layers; 0 below the first trained layer.
 
     Raises:
-        DroppeftError: if the mean is impossible, or if no layer is trained.
+        DroppeftError: if the mean is impossible.
     """
     lower = first_trained(arm, depth)
     trained = depth.layers - lower
-    if trained < 1:
-        raise DroppeftError(
-            "an arm of the configurator trains no layer; lower configurator.untrained"
-        )
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
     return (0.0,) * lower + layer_rates(arm.mean, depth.shape, trained, protected=protected)
+
+
+def steps_of_arm(arm: Arm, local_steps: int) -> int:
+    """How many of the configured local steps an arm takes, at least one."""
+    return max(1, round(arm.steps * local_steps))
+
+
+def trained_shares(arm: Arm, depth: Depth) -> tuple[float, ...]:
+    """For each of the L layers, in which share of an arm's steps it is trained."""
+    starts = starts_of_arm(arm, depth)
+    rates = arm_rates(arm, depth)
+    return tuple(
+        (1 - rates[layer]) * sum(start <= layer for start in starts) / len(starts)
+        for layer in range(depth.layers)
+    )

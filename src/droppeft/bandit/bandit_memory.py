@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from droppeft.bandit.arms import Arm
+from droppeft.bandit.layer_values import LayerValues
 from droppeft.bandit.learning import WINDOW, Estimate, Observation, estimate
 
 
@@ -16,12 +17,14 @@ class BanditMemory:
         observations: observations of the rounds in the window.
         row_length: mean tokens per row in the last round with updates, padding included.
         tried: numbers of all arms that were ever given to a client, whether merged or not.
+        layers: what training each layer is worth.
     """
 
     arms: Mapping[int, Arm]
     observations: tuple[Observation, ...]
     row_length: float
     tried: frozenset[int]
+    layers: LayerValues
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -34,9 +37,10 @@ class BanditMemory:
         return estimate(self.observations, self.numbers, last, window)
 
 
-def begin(arms: Sequence[Arm], row_length: float) -> BanditMemory:
+def begin(arms: Sequence[Arm], row_length: float, num_layers: int) -> BanditMemory:
     """The memory before the first round: the candidates, and no observations."""
-    return BanditMemory(dict(enumerate(arms)), (), row_length, frozenset())
+    layers = LayerValues.unknown(num_layers)
+    return BanditMemory(dict(enumerate(arms)), (), row_length, frozenset(), layers)
 
 
 def with_round(

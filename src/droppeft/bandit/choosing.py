@@ -58,7 +58,7 @@ def _allowed(scores: Matrix, fits: npt.NDArray[np.bool_]) -> Matrix:
     if not fits.any(axis=1).all():
         raise DroppeftError(
             "no arm of the configurator fits the memory of some client; add larger values to "
-            "configurator.means or configurator.untrained"
+            "configurator.means, or smaller ones to configurator.depths"
         )
     return np.where(fits, scores, -np.inf)
 

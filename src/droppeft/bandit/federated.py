@@ -1,7 +1,7 @@
 """The bandit in the rounds of a run: choose arms for a cohort, and learn from rewards. Ours."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -13,8 +13,10 @@ from droppeft.adapters.types import TYPES
 from droppeft.bandit import (
     Observation,
     PolicyInputs,
+    ScoredArms,
     candidates,
     choose_together,
+    first_trained,
     per_second,
     score,
 )
@@ -26,12 +28,17 @@ from droppeft.bandit.arm_costs import (
     mean_seconds,
     seconds_of,
 )
+from droppeft.bandit.arms import Depths, trained_shares
 from droppeft.bandit.bandit_memory import BanditMemory, begin, with_round
-from droppeft.bandit.rewards import rewards_of
+from droppeft.bandit.policies import LAYER_VALUES
+from droppeft.bandit.rewards import rewards_of, values_of_layers
 from droppeft.federated_method import Setup
 from droppeft.messages.instruction import Instruction, first_trained_layer
 from droppeft.messages.reply import Reply, Update
 from droppeft.messages.server_state import GlobalModel
+
+TEACHERS = 2
+"""Clients of a round that train all layers. Fewer than two could not be compared."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,16 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
         DroppeftError: if no candidate is possible, if none fits some client, or if there is no
             modelled clock.
     """
-    means = setup.config.configurator.means
-    arms = candidates(means, _untrained_shares(setup), depth_of_run(setup))
-    return begin(arms_that_fit(setup, model, arms), setup.config.training.max_length / 2)
+    settings = setup.config.configurator
+    arms = candidates(settings.means, _depths(setup), settings.steps, depth_of_run(setup))
+    row_length = setup.config.training.max_length / 2
+    return begin(arms_that_fit(setup, model, arms), row_length, setup.num_layers)
 
 
-def _untrained_shares(setup: Setup) -> Sequence[float]:
-    """Configured shares of untrained layers; 0 for prompts, which need a backward in all layers."""
+def _depths(setup: Setup) -> Sequence[Depths]:
+    """Configured depths of arms; all layers for prompts, which need a backward through them."""
     layered = TYPES[setup.config.adapter.type].kind == "layered"
-    return setup.config.configurator.untrained if layered else (0.0,)
+    return setup.config.configurator.depths if layered else ((1.0,),)
 
 
 def arms_of_round(
@@ -94,10 +102,44 @@ def arms_of_round(
     )
     fits = _in_time(fits, seconds, setup.config.clock.deadline_s)
     numbers = memory.numbers
+    if setup.config.configurator.policy == LAYER_VALUES:
+        worth = _worth(setup, memory)
+        scored = ScoredArms(np.tile(worth, (len(cohort), 1)), worth)
+        chosen = choose_together(scored, seconds, _teaching_all(setup, memory, seconds, fits))
+        return [numbers[index] for index in chosen]
     untried = np.array([number not in memory.tried for number in numbers])
     inputs = PolicyInputs(seconds, fits, untried, rng)
     scored = score(setup.config.configurator.policy, memory.known(), inputs)
     return [numbers[index] for index in choose_together(scored, seconds, fits)]
+
+
+def _worth(setup: Setup, memory: BanditMemory) -> npt.NDArray[np.float64]:
+    """(A,) what a local training with each arm is worth, relative to all layers in all steps."""
+    depth = depth_of_run(setup)
+    values = [
+        arm.steps * memory.layers.of(trained_shares(arm, depth)) for arm in memory.arms.values()
+    ]
+    return np.array(values)
+
+
+def _teaching_all(
+    setup: Setup,
+    memory: BanditMemory,
+    seconds: npt.NDArray[np.float64],
+    fits: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.bool_]:
+    """``fits`` without the arms with which the fastest clients would leave layers untrained.
+
+    Every layer is trained by :data:`TEACHERS` clients of a round, as far as their memory allows: no
+    layer is left as it is, and the values of all layers stay known.
+    """
+    depth = depth_of_run(setup)
+    complete = np.array([first_trained(arm, depth) == depth.frozen for arm in memory.arms.values()])
+    able = [client for client in range(len(fits)) if (fits[client] & complete).any()]
+    fits = fits.copy()
+    for client in sorted(able, key=lambda client: float(seconds[client].sum()))[:TEACHERS]:
+        fits[client] &= complete
+    return fits
 
 
 def _in_time(
@@ -134,9 +176,12 @@ def learned(
         for reward, number in zip(rewards, given, strict=True)
         if reward is not None
     ]
+    layers = memory.layers
+    if setup.config.configurator.policy == LAYER_VALUES:
+        layers = layers.after(values_of_layers(instructions, replies))
     lengths = [r.cost.tokens / r.cost.rows for r in replies if isinstance(r, Update)]
     memory = with_round(
-        memory,
+        replace(memory, layers=layers),
         observations,
         round,
         fmean(lengths) if lengths else None,
@@ -185,13 +230,17 @@ def note(
     - ``present``: numbers of the current arms, in the order of the following lists;
     - ``quality``, ``deviation``: expected reward and its uncertainty, in units of the typical
       reward;
+    - ``layer_values``: what training each layer is worth, mean 1;
     - ``trials``: number of observations in the window;
     - ``seconds``: modelled seconds of a local training, mean over the device profiles;
     - ``best``: number of the arm with the largest reward per second.
     """
     known = memory.known()
+    quality, deviation = known.quality, known.deviation
+    if setup.config.configurator.policy == LAYER_VALUES:
+        quality, deviation = _worth(setup, memory), np.zeros(len(memory.arms))
     seconds = mean_seconds(setup, model, memory)
-    worth = per_second(known.quality, np.array(seconds)).tolist()
+    worth = per_second(quality, np.array(seconds)).tolist()
     numbers = memory.numbers
     labels = {**last.labels, **{number: arm.label for number, arm in memory.arms.items()}}
     return {
@@ -202,8 +251,9 @@ def note(
         "rates": list(last.rates),
         "trained": list(last.trained),
         "present": list(numbers),
-        "quality": [float(value) for value in known.quality],
-        "deviation": [float(value) for value in known.deviation],
+        "quality": [float(value) for value in quality],
+        "deviation": [float(value) for value in deviation],
+        "layer_values": list(memory.layers.values),
         "trials": [int(value) for value in known.count],
         "seconds": list(seconds),
         "best": numbers[worth.index(max(worth))],

@@ -28,6 +28,10 @@ BONUS = 1.0
 RANDOM = "uniform_random"
 """The policy that learns nothing."""
 
+LAYER_VALUES = "layer_values"
+"""The policy that chooses by what layers are worth, without trying arms; see
+:mod:`droppeft.bandit.layer_values`."""
+
 FORCED = 1e6
 """A score above any reward: the client is forced to take this arm."""
 
@@ -145,4 +149,4 @@ POLICIES: dict[str, Policy] = {
     "sliding_window_ucb": _ucb,
     "budgeted_thompson": _thompson,
 }
-"""All policies but ``fixed``, which has no bandit."""
+"""All policies that estimate arms."""

@@ -9,18 +9,18 @@ independent part, the product of a change with the mean change of the others is,
 decrease of the common loss. Clients measure nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from droppeft.bandit.layer_values import Changes, observed_values
 from droppeft.federated_method import Setup
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Reply, Update
 from droppeft.messages.tensors import HEAD, LayerKey
 
 Matrix = npt.NDArray[np.float64]
-Changes = Mapping[tuple[LayerKey, str], Matrix]
 
 
 def rewards_of(
@@ -34,14 +34,29 @@ def rewards_of(
     """
     if setup.config.configurator.reward == "loss":
         return [reply.reward if isinstance(reply, Update) else None for reply in replies]
-    merged = [
-        (instruction, reply)
-        for instruction, reply in zip(instructions, replies, strict=True)
-        if isinstance(reply, Update)
-    ]
+    merged = _merged(instructions, replies)
     changes = [_changes(instruction, update) for instruction, update in merged]
     rewards = iter(agreements(changes, [float(update.targets) for _, update in merged]))
     return [next(rewards) if isinstance(reply, Update) else None for reply in replies]
+
+
+def values_of_layers(
+    instructions: Sequence[Instruction], replies: Sequence[Reply]
+) -> dict[int, float]:
+    """What training each layer was worth in a round; see :mod:`droppeft.bandit.layer_values`."""
+    merged = _merged(instructions, replies)
+    return observed_values(
+        [_changes(instruction, update) for instruction, update in merged],
+        [update.importance for _, update in merged],
+        [float(update.targets) for _, update in merged],
+    )
+
+
+def _merged(
+    instructions: Sequence[Instruction], replies: Sequence[Reply]
+) -> list[tuple[Instruction, Update]]:
+    pairs = zip(instructions, replies, strict=True)
+    return [(instruction, reply) for instruction, reply in pairs if isinstance(reply, Update)]
 
 
 def agreements(changes: Sequence[Changes], weights: Sequence[float]) -> list[float | None]:

@@ -269,6 +269,7 @@ def _bounds_of_training(training: LocalTraining) -> Iterator[_Bounds]:
     yield "rounds", training.rounds, 1, 10**9
     yield "learning_rate", training.learning_rate, 0, 1e3
     yield "head_learning_rate", training.head_learning_rate, 0, 1e3
+    yield "loraplus_lr_ratio", training.loraplus_lr_ratio, 0, 1e3
     yield "warmup_fraction", training.warmup_fraction, 0, 1
     yield "weight_decay", training.weight_decay, 0, 1e3
     yield "clip_norm", training.clip_norm, 0, 1e12

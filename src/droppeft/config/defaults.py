@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from droppeft.config.exclusive import EXCLUSIVE
-from droppeft.config.frozen import HALF
 
 DEFAULT_METHOD = "adaptive"
 DEFAULT_TASK: Literal["classification"] = "classification"
@@ -14,14 +13,12 @@ DEFAULT_COHORT_SIZE = 5
 # Defaults of a method that differ from the general ones, by table.
 METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "adaptive": {
-        # As many parameters in half of the layers as rank 8 has in all of them.
-        "adapter": {"type": "lora", "rank": 16},
         "dropout": {"mean": 0.0, "protect_first": 0, "protect_last": 0},
-        "frozen": {"layers": HALF, "cache": False},
         "configurator": {
-            "policy": "budgeted_thompson",
+            "policy": "layer_values",
             "means": (0.0,),
-            "untrained": (0.0, 0.34),
+            "depths": ((1.0,), (1.0, 0.67, 0.33, 0.33), (0.5,), (0.33,)),
+            "steps": (1.0, 0.5, 0.25),
         },
     },
     "fedadapter": {"adapter": {"type": "bottleneck"}},

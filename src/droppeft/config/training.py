@@ -28,6 +28,12 @@ class TrainingConfig(Table):
     head_learning_rate: Real = Field(
         1e-2, gt=0, description="the same for the head's last linear map, which is not pretrained"
     )
+    loraplus_lr_ratio: Real = Field(
+        1.0,
+        gt=0,
+        description="LoRA+: the learning rate of LoRA's B, as a multiple of `learning_rate`, which "
+        "A keeps",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="schedule of both learning rates over the whole run"
     )

@@ -153,6 +153,8 @@ class LocalTraining:
         batch_size: rows per optimizer step.
         learning_rate: AdamW's peak learning rate for the adapters.
         head_learning_rate: the same for the last linear layer of the head.
+        loraplus_lr_ratio: the learning rate of LoRA's B, as a multiple of ``learning_rate`` (LoRA+,
+            arXiv:2402.12354).
         schedule: how both learning rates change over the run, after the warm-up.
         warmup_fraction: fraction of the run in which the learning rates rise linearly from 0.
         rounds: number of rounds of the run, over which the schedule extends.
@@ -168,6 +170,7 @@ class LocalTraining:
     batch_size: int
     learning_rate: float
     head_learning_rate: float
+    loraplus_lr_ratio: float
     schedule: Literal["constant", "linear", "cosine"]
     warmup_fraction: float
     rounds: int

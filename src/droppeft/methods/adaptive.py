@@ -1,9 +1,14 @@
-"""Adaptive: the bandit finds how many layers the clients of each device profile train. Ours.
+"""Adaptive: each client trains the layers, in as many steps, as help the model most in its time. Ours.
 
-By default the lower half of the layers is frozen on all clients, and a client trains all or only
-the last of the upper layers. No layer is dropped, and all trained layers are shared. The method is
-what remained of `droppeft` after its parts had been removed one by one
-(docs/benchmarks/ablation.md).
+No layer is dropped and all layers are shared. What differs between clients is how deep the backward
+pass of their steps reaches (always the whole depth, a depth that changes from step to step, or the
+upper layers alone), and how many of the local steps they take. In every round, the server gives
+each client the combination with which the cohort gains most per second of the round, which lasts as
+long as its slowest client; a client never gets what its memory cannot hold.
+
+What a combination is worth is the sum of what its layers are worth, and the updates of every round
+tell that (:mod:`droppeft.bandit.layer_values`). At first all layers are worth the same. At least
+two clients of a round train all layers, so that none is left as it is.
 """
 
 from dataclasses import replace
@@ -34,7 +39,7 @@ def _check(config: Config) -> None:
 ADAPTIVE = replace(
     DROPPEFT,
     name="adaptive",
-    summary="the upper half of the layers, as many as a bandit finds best for each kind of device",
+    summary="layers and steps by what they are worth and by the speed of each client",
     tables=frozenset({"configurator", "frozen", "server"}),
     check=_check,
     has_global_model=lambda config: True,

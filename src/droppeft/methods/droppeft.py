@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from droppeft.bandit import federated as bandit
-from droppeft.bandit import first_trained
 from droppeft.bandit.arm_costs import depth_of_run, rates_of_arm, reward_rows
+from droppeft.bandit.arms import starts_of_arm, steps_of_arm
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.federated import ArmsOfRound
 from droppeft.config import DropoutConfig
@@ -29,7 +29,7 @@ from droppeft.federated_method import (
 )
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
 from droppeft.layer_dropout.schedules import PART
-from droppeft.messages.instruction import Instruction, LayerDropout
+from droppeft.messages.instruction import Budget, Instruction, LayerDropout
 from droppeft.messages.reply import Reply, Update
 from droppeft.messages.server_state import ServerState
 from droppeft.messages.tensors import flatten
@@ -147,15 +147,19 @@ def _gates(setup: Setup, rates: tuple[float, ...]) -> LayerDropout:
 def _with_arm(
     instruction: Instruction, setup: Setup, memory: BanditMemory, number: int
 ) -> Instruction:
-    """The instruction with an arm's drop rates and untrained layers.
+    """The instruction with an arm's drop rates, depths and number of steps.
 
     The client gets the tensors of all layers and sends back those of the layers that it trains.
     """
-    arm = memory.arms[number]
+    arm, local_steps = memory.arms[number], setup.config.training.local_steps
     gates = _gates(setup, rates_of_arm(setup, arm))
-    rewards = reward_rows(setup)
-    instruction = replace(instruction, dropout=gates, reward_rows=rewards, arm=number)
-    lower = first_trained(arm, depth_of_run(setup))
+    starts = starts_of_arm(arm, depth_of_run(setup))
+    instruction = replace(
+        instruction, dropout=gates, starts=starts, reward_rows=reward_rows(setup), arm=number
+    )
+    if local_steps is not None:
+        instruction = replace(instruction, budget=Budget(steps=steps_of_arm(arm, local_steps)))
+    lower = min(starts)
     if lower == setup.config.frozen.count:
         return instruction
     names = frozenset(
@@ -163,7 +167,7 @@ def _with_arm(
         for key, name, _ in flatten(instruction.tensors)
         if not isinstance(key, int) or key >= lower
     )
-    return replace(instruction, train=names, share=names, untrained=lower)
+    return replace(instruction, train=names, share=names)
 
 
 def _merge(

@@ -82,10 +82,19 @@ NO_EFFECT = (
         instead="leave it out, or set another policy",
     ),
     NoEffect(
-        keys=("dropout.mean", "dropout.count", "dropout.rates", "dropout.schedule"),
+        keys=("configurator.reward",),
+        only_if_table_read="configurator",
+        when=lambda config: config.configurator.policy == "layer_values",
+        reason="configurator.policy=layer_values, which needs no rewards of arms",
+    ),
+    NoEffect(
+        keys=(
+            *("dropout.mean", "dropout.count", "dropout.rates", "dropout.schedule"),
+            "backward.depths",
+        ),
         only_if_table_read="configurator",
         when=lambda config: config.configurator.policy != "fixed",
-        reason="configurator.policy={config.configurator.policy}, whose arms set the rates",
+        reason="configurator.policy={config.configurator.policy}, whose arms set it",
         instead="leave it out, or set configurator.policy=fixed",
     ),
     NoEffect(
@@ -155,6 +164,11 @@ NO_EFFECT = (
         instead="leave one of the two out",
     ),
     NoEffect(
+        keys=("training.loraplus_lr_ratio",),
+        when=lambda config: config.adapter.type != "lora",
+        reason="adapter.type={config.adapter.type}, which has no B",
+    ),
+    NoEffect(
         keys=("training.head_learning_rate",),
         when=lambda config: config.task == "causal_lm",
         reason="task=causal_lm, whose head is not trained",
@@ -206,6 +220,7 @@ def check_settings(config: Config) -> None:
     _check_frozen(config)
     check_privacy(method, METHODS, config)
     _check_measured(method, config)
+    _check_configurator(method, config)
     _check_lora(method, config)
     _check_merge(method, config)
     check_target(config.target, config.task)
@@ -214,6 +229,23 @@ def check_settings(config: Config) -> None:
 
         check_least_rows(config)
     method.check(config)
+
+
+def _check_configurator(method: Method, config: Config) -> None:
+    """Refuse arms that a policy cannot judge, or that have no steps to share."""
+    settings = config.configurator
+    if "configurator" not in method.tables or settings.policy == "fixed":
+        return
+    if settings.policy == "layer_values" and any(settings.means):
+        raise DroppeftError(
+            "configurator.policy=layer_values cannot tell what dropping layers is worth; leave "
+            "configurator.means out or set it to [0], or set another policy"
+        )
+    if config.training.local_steps is None and any(share != 1 for share in settings.steps):
+        raise DroppeftError(
+            "configurator.steps are shares of training.local_steps, but training.local_epochs is "
+            "given; leave one of the two out"
+        )
 
 
 def _check_lora(method: Method, config: Config) -> None:
@@ -266,7 +298,10 @@ def _check_merge(method: Method, config: Config) -> None:
             f"server.merge={rule} needs {FEWEST} updates in a round, but cohort_size="
             f"{config.cohort_size}; raise cohort_size, or leave server.merge out"
         )
-    learns = "configurator" in method.tables and config.configurator.policy != "fixed"
+    learns = "configurator" in method.tables and config.configurator.policy not in (
+        "fixed",
+        "layer_values",
+    )
     if rule in COORDINATE_RULES and learns and config.configurator.reward == "agreement":
         raise DroppeftError(
             f"server.merge={rule} gives all clients the same values, from which "

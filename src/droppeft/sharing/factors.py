@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from droppeft.adapters.tensor_names import LORA_A as A
+from droppeft.adapters.tensor_names import LORA_B as B
 from droppeft.messages.reply import Update
 from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
-A, B = ".lora_A.", ".lora_B."
 
 
 def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
+from droppeft.adapters.tensor_names import LORA_B
 from droppeft.adapters.training_mode import inputs_as_they_are, set_training_mode
 from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
@@ -363,16 +364,23 @@ class _Totals:
 
 
 def _groups(parameters: Parameters, settings: LocalTraining) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: the head's last linear layer, and the rest.
+    """Return AdamW's parameter groups, one for each learning rate.
 
-    The last layer has a learning rate of its own, because it starts from random values.
+    The head's last linear layer has a rate of its own, because it starts from random values. So has
+    LoRA's B (LoRA+, arXiv:2402.12354), unless its rate is that of A.
     """
     output = _output_names(parameters)
-    named = [pair for values in parameters.values() for pair in values.items()]
-    rest = [value for name, value in named if name not in output]
-    head = [value for name, value in named if name in output]
-    groups = ((rest, settings.learning_rate), (head, settings.head_learning_rate))
-    return [{"params": values, "lr": peak, "peak": peak} for values, peak in groups if values]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for values in parameters.values():
+        for name, value in values.items():
+            groups.setdefault(_peak_rate(name, output, settings), []).append(value)
+    return [{"params": values, "lr": peak, "peak": peak} for peak, values in groups.items()]
+
+
+def _peak_rate(name: str, output: set[str], settings: LocalTraining) -> float:
+    if name in output:
+        return settings.head_learning_rate
+    return settings.learning_rate * (settings.loraplus_lr_ratio if LORA_B in name else 1.0)
 
 
 def _output_names(parameters: Parameters) -> set[str]:

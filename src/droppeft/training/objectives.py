@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from droppeft.adapters.by_layer import Parameters
+from droppeft.adapters.tensor_names import LORA_A, LORA_B
 from droppeft.messages.instruction import Objective
 from droppeft.messages.tensors import Tensors
 
@@ -67,6 +68,6 @@ def _pairs(parameters: Parameters) -> Iterator[tuple[nn.Parameter, nn.Parameter]
     """Yield the A (r, in) and B (out, r) of each LoRA of which both are trained."""
     for named in parameters.values():
         for name, value in named.items():
-            other = name.replace(".lora_A.", ".lora_B.")
+            other = name.replace(LORA_A, LORA_B)
             if other != name and other in named:
                 yield value, named[other]
