@@ -28,6 +28,7 @@ from droppeft.config import AdapterConfig
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout import find_blocks
+from droppeft.layer_dropout.modes import skipping
 from droppeft.messages.instruction import AdapterSpec
 from droppeft.messages.tensors import HEAD, OTHER, LayerKey, flatten
 from droppeft.models.loading import HEAD_MODULES
@@ -113,7 +114,7 @@ class Attached:
         task = Classification(("input_ids",), 0, torch.device("cpu"))
         train(
             Trainable(self.model, self.blocks, trained, task),
-            [Step(texts(), active, 1.0) for active in gates],
+            [Step(texts(), skipping(active), 1.0) for active in gates],
             replace(TRAINING, **rates),
         )
 

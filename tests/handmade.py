@@ -41,6 +41,7 @@ COST = MeasuredCost(
     tokens=64,
     rows=8,
     layer_tokens=(64, 32, 32, 64),
+    forward_tokens=(0, 0, 0, 0),
     reward_tokens=0,
 )
 FORWARD, BACKWARD, REST = 10**9, 2 * 10**9, 10**10

@@ -34,6 +34,7 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenTable
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import sample_active
+from droppeft.layer_dropout.modes import skipping
 from droppeft.messages.instruction import AdapterSpec, LayerAdapter, StateCache
 from droppeft.messages.reply import CachedLayersCost
 from droppeft.models.loading import load_backbone
@@ -135,7 +136,7 @@ class Stand:
         behind = self.depth - arm.frozen
         rates = (0.0,) * arm.frozen + (arm.dropped / behind,) * behind
         active = sample_active(rates, "exact", draw)
-        step = Step(self.model.task.collate(self.table, self.rows), active, 1.0)
+        step = Step(self.model.task.collate(self.table, self.rows), skipping(active), 1.0)
         trainable = self.model.trainable(self.model.parameters)
         outcome = train(trainable, [step], local_training(Config()), cached=cached)
         if cached:

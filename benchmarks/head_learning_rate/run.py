@@ -25,6 +25,7 @@ from droppeft.data.texts import TextData
 from droppeft.data.tokens import tokenise
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks
+from droppeft.layer_dropout.modes import Mode
 from droppeft.messages.instruction import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
@@ -64,7 +65,7 @@ def accuracies(data: TextData, seed: int, rates: tuple[float, float], pooler: bo
     torch.manual_seed(seed)
     found = []
     for start, stop in zip((0, *STEPS), STEPS, strict=False):
-        every = (True,) * len(blocks)
+        every = (Mode.TRAIN,) * len(blocks)
         steps = [Step(task.collate(train_table, chosen), every, 1.0) for chosen in rows[start:stop]]
         train(Trainable(model, blocks, parameters, task), steps, settings)
         everything = np.arange(len(test_table))

@@ -39,7 +39,8 @@ from droppeft.data.texts import TextData, TextTable
 from droppeft.data.tokens import tokenise
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks, layer_rates, protected_ends
-from droppeft.layer_dropout.dropout import GateOptions, gates_of_step
+from droppeft.layer_dropout.dropout import GateOptions, modes_of_step
+from droppeft.layer_dropout.modes import Mode
 from droppeft.messages.instruction import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification
@@ -179,7 +180,7 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
         "schedule": settings["schedule"],
         "total_steps": total,
     }
-    gates = [gates_of_step(step, rates, options) for step in range(total)]
+    gates = [modes_of_step(step, rates, options) for step in range(total)]
     found: dict[str, Any] = {}
     cpu_s = work = 0.0
     peak = 0
@@ -205,8 +206,8 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
             ),
         )
         cpu_s += time.process_time() - before
-        for batch, active in zip(batches, gates[start:stop], strict=True):
-            work += batch["input_ids"].numel() * sum(active) / depth
+        for batch, modes in zip(batches, gates[start:stop], strict=True):
+            work += batch["input_ids"].numel() * modes.count(Mode.TRAIN) / depth
         peak = max(peak, outcome.activation_bytes_peak)
         reached = [name for name, at in stops.items() if at == stop]
         if reached:
@@ -220,7 +221,7 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
                 "full_depth_tokens": work,
                 "train_cpu_s": cpu_s,
                 "activation_bytes_peak": peak,
-                "most_active_layers": max(map(sum, gates[:stop])),
+                "most_active_layers": max(modes.count(Mode.TRAIN) for modes in gates[:stop]),
             }
             found |= dict.fromkeys(reached, here)
     return found

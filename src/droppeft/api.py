@@ -59,6 +59,7 @@ class Settings(TypedDict, total=False):
     source: Table
     partition: Table
     adapter: Table
+    backward: Table
     dropout: Table
     training: Table
     ditto: Table

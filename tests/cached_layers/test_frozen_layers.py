@@ -12,6 +12,7 @@ import architecture_contract as contract
 from architecture_contract import CASES, Case
 from droppeft.cached_layers import FrozenLayers
 from droppeft.layer_dropout import find_blocks, gated
+from droppeft.layer_dropout.modes import Mode, skipping
 
 RECORD = json.loads(contract.FILE.read_text(encoding="utf-8"))
 TWO_STACKS = {row["model_type"] for row in RECORD["cases"] if len(row["blocks"]) == 2}
@@ -48,7 +49,7 @@ def test_states_replace_the_frozen_layers_in_every_architecture(case: Case) -> N
             frozen.open(gates)
             states = frozen.states(columns)
             gates.reset_executed()
-            frozen.skip(gates, (True,) * len(blocks), states)
+            frozen.skip(gates, (Mode.TRAIN,) * len(blocks), states)
             found = contract.hidden(model(**columns))
             assert torch.equal(found, expected), depth
             assert gates.executed == (0,) * depth + (1,) * (len(blocks) - depth)
@@ -86,7 +87,7 @@ def test_frozen_layers_have_no_gradient_and_later_layers_can_be_dropped() -> Non
     with gated(blocks) as gates:
         states = frozen.states(token_batch())
         assert not states.requires_grad
-        frozen.skip(gates, (True, False, True), states)
+        frozen.skip(gates, skipping((True, False, True)), states)
         assert gates.active == (False, False, True)
         contract.hidden(model(**token_batch())).sum().backward()
         assert gates.executed == (1, 0, 1)

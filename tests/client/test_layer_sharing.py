@@ -347,7 +347,7 @@ def test_untrained_layers_of_an_arm_are_not_chosen_among(
     Of the two layers that are trained, one is shared.
     """
     names = frozenset(name for key, name, _ in flatten(first.tensors) if key not in (0, 1))
-    instruction = replace(first, train=names, share=names, untrained=2)
+    instruction = replace(first, train=names, share=names, starts=(2,))
     new = update_of(clients, with_rule(instruction))
     assert {0, 1} < set(new.shared or ())
     assert len(set(new.tensors) & {2, 3}) == 1
@@ -359,7 +359,7 @@ def test_untrained_layers_of_an_arm_are_not_chosen_among(
 def test_a_personal_layer_can_be_the_first_trained_layer() -> None:
     """Otherwise the modelled clock would not count the backward pass of a personal layer."""
     overrides = ("configurator.policy=uniform_random", "configurator.means=[0]")
-    setup = setup_for(*overrides, "configurator.untrained=[0.25]", "sharing.fraction=0.25")
+    setup = setup_for(*overrides, "configurator.depths=[[0.75]]", "sharing.fraction=0.25")
     method = METHODS["droppeft"]
     state = method.init(setup)
     [instruction] = method.instruct(setup, state, 1, [0])

@@ -16,6 +16,7 @@ from droppeft.client.trial_step import try_one_step
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import local_training
+from droppeft.layer_dropout.modes import Mode
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Update
 from droppeft.messages.tensors import flatten
@@ -176,7 +177,7 @@ def test_only_adapters_and_head_are_in_training_mode(
         head_dropout: Any = model.model.get_submodule("base_model.model.dropout")
         head_dropout.p = 0.0
         batch = model.task.collate(prepared.test, np.arange(4))
-        step, found = Step(batch, (True,) * model.num_layers, rate_factor=0.0), set()
+        step, found = Step(batch, (Mode.TRAIN,) * model.num_layers, rate_factor=0.0), set()
         for seed in range(2):
             torch.manual_seed(seed)
             found.add(train(model.trainable(model.parameters), [step], settings).loss)

@@ -21,6 +21,7 @@ from transformers import (
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated, layer_dropout
+from droppeft.layer_dropout.modes import Mode
 from refusals import refused
 
 Batch = dict[str, torch.Tensor]
@@ -79,6 +80,47 @@ def test_all_active_is_the_plain_model(model: PreTrainedModel, batch: Batch) -> 
         assert_same(step(model, batch), plain)
         assert gates.executed == (1,) * LAYERS
     assert torch.equal(torch.get_rng_state(), after_plain)
+
+
+def test_blocks_that_run_forward_only_change_nothing_above_them(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    model.train()
+    _, blocks = find_blocks(model)
+    logits, gradients = step(model, batch)
+    with gated(blocks) as gates:
+        gates.modes = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
+        found, below = step(model, batch)
+        assert gates.executed == (1,) * LAYERS
+        assert gates.active == (True,) * LAYERS
+    assert torch.equal(found, logits)
+    lower = {value for block in blocks[:2] for value in block.parameters()}
+    upper = {value for block in blocks[2:] for value in block.parameters()}
+    for value, full, now in zip(model.parameters(), gradients, below, strict=True):
+        if value in upper:
+            assert torch.equal(now, full) if full is not None else now is None
+        assert value not in lower or now is None
+
+
+def test_forward_only_blocks_store_nothing(model: PreTrainedModel, batch: Batch) -> None:
+    """Also if they are checkpointed; and a changed mode does not affect a backward."""
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, blocks = find_blocks(model)
+    logits, gradients = step(model, batch)
+    with gated(blocks) as gates:
+        gates.modes = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
+        torch.manual_seed(3)
+        model.zero_grad()
+        output = model(**batch)
+        gates.modes = (Mode.TRAIN,) * LAYERS
+        output.loss.backward()
+        assert gates.executed == (1,) * LAYERS
+    assert torch.equal(output.logits.detach(), logits)
+    upper = {value for block in blocks[2:] for value in block.parameters()}
+    for value, full in zip(model.parameters(), gradients, strict=True):
+        if value in upper and full is not None:
+            assert torch.equal(value.grad, full)
 
 
 def test_dropping_blocks_equals_a_model_without_them(

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import droppeft
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import DrawnGates, find_blocks, gated, layer_dropout, layer_rates
-from droppeft.layer_dropout.dropout import gates_of_step
+from droppeft.layer_dropout.dropout import modes_of_step
+from droppeft.layer_dropout.modes import Mode
 from refusals import refused
 from tiny import tiny_model
 
@@ -343,6 +344,10 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+def active_in_step(step: int, rates: Sequence[float], options: Any) -> tuple[bool, ...]:
+    return tuple(mode is Mode.TRAIN for mode in modes_of_step(step, rates, options))
+
+
 @given(
     settings=SETTINGS,
     step=st.integers(0, 300),
@@ -354,10 +359,10 @@ def test_gates_depend_on_seed_and_step_and_are_held_for_every_steps(
 ) -> None:
     rates = layer_rates(mean, "incremental", 10, protected={0, 9})
     options: Any = {"sampling": sampling, **settings}
-    active = gates_of_step(step, rates, options)
-    assert active == gates_of_step(step, rates, options)
+    active = active_in_step(step, rates, options)
+    assert active == active_in_step(step, rates, options)
     first = step - step % settings["every"]
-    assert active == gates_of_step(first, rates, options)
+    assert active == active_in_step(first, rates, options)
     assert active[0]
     assert active[9]
 
@@ -365,8 +370,8 @@ def test_gates_depend_on_seed_and_step_and_are_held_for_every_steps(
 def test_consecutive_steps_and_seeds_give_independent_gates() -> None:
     """Layers are dropped at their rates, whatever was dropped for the previous step or seed."""
     rates = (0.1, 0.3, 0.5, 0.5, 0.7, 0.9)
-    steps = [gates_of_step(step, rates, {"seed": 0}) for step in range(4000)]
-    seeds = [gates_of_step(0, rates, {"seed": seed}) for seed in range(4000)]
+    steps = [active_in_step(step, rates, {"seed": 0}) for step in range(4000)]
+    seeds = [active_in_step(0, rates, {"seed": seed}) for seed in range(4000)]
     for draws in (steps, seeds):
         for layer, rate in enumerate(rates):
             pairs = [(then[layer], now[layer]) for then, now in pairwise(draws)]
@@ -403,7 +408,7 @@ def test_a_schedule_changes_the_depth_of_steps() -> None:
 def test_steps_beyond_the_end_are_like_the_last() -> None:
     rates = (0.5,) * 4
     settings: dict[str, Any] = {"seed": 0, "schedule": "recovery", "total_steps": 10}
-    assert gates_of_step(11, rates, settings) == (True,) * 4
+    assert active_in_step(11, rates, settings) == (True,) * 4
 
 
 @pytest.mark.parametrize(("task_type", "trains_a_head"), [("SEQ_CLS", True), (None, False)])

@@ -1,6 +1,7 @@
 """Schedules: factors of the rates, how often layers are dropped, and error messages."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,11 +16,16 @@ from droppeft.layer_dropout import (
     layer_rates,
     scheduled_rates,
 )
-from droppeft.layer_dropout.dropout import gates_of_step
+from droppeft.layer_dropout.dropout import modes_of_step
+from droppeft.layer_dropout.modes import Mode
 
 RATES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 SHARES = st.floats(0, 1)
 PARTS = st.floats(0.001, 1)
+
+
+def active_in_step(step: int, rates: Sequence[float], options: Any) -> tuple[bool, ...]:
+    return tuple(mode is Mode.TRAIN for mode in modes_of_step(step, rates, options))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -87,7 +93,7 @@ def test_marginals_at_a_step_are_the_scheduled_rates(
     rates = layer_rates(0.5, "incremental", 8, protected={0, 7})
     run: Any = {"schedule": schedule, "schedule_part": 0.4, "total_steps": 100}
     run |= {"sampling": sampling, "every": every}
-    draws = (gates_of_step(step, rates, {**run, "seed": n}) for n in range(DRAWS))
+    draws = (active_in_step(step, rates, {**run, "seed": n}) for n in range(DRAWS))
     assert_marginals(draws, [factor * rate for rate in rates])
 
 
@@ -97,8 +103,8 @@ def test_marginals_over_a_run_are_the_rates(sampling: str, every: int) -> None:
     rates = layer_rates(0.5, "normal", 8)
     steps = range(0, every * DRAWS, every)
     options: Any = {"sampling": sampling, "every": every}
-    draws = [gates_of_step(step, rates, options) for step in steps]
-    held = [gates_of_step(step + every - 1, rates, options) for step in steps]
+    draws = [active_in_step(step, rates, options) for step in steps]
+    held = [active_in_step(step + every - 1, rates, options) for step in steps]
     assert held == draws
     assert_marginals(draws, rates)
 
@@ -108,7 +114,7 @@ def test_marginals_are_conditioned_on_the_scheduled_rates() -> None:
     rates, needed = (0.9, 0.8, 0.6), (0, 1)
     run: Any = {"schedule": "warm_up", "schedule_part": 0.4, "total_steps": 100}
     run |= {"sampling": "bernoulli"}
-    draws = [gates_of_step(30, rates, {**run, "seed": n}, needed) for n in range(DRAWS)]
+    draws = [active_in_step(30, rates, {**run, "seed": n}, needed) for n in range(DRAWS)]
     now = [0.75 * rate for rate in rates]
     assert_marginals(draws, conditioned(now, needed))
 

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapter_contract import Attached, case, texts
 from droppeft.costs.operation_counter import OperationCounter
+from droppeft.layer_dropout.modes import skipping
 from droppeft.tasks.classification import Classification
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
@@ -203,7 +204,7 @@ def peak(gates: Sequence[bool], checkpointing: bool, **settings: Any) -> int:
     on = Attached(case("lora", "bert"))
     config = replace(TRAINING, checkpointing=checkpointing, **settings)
     trainable = Trainable(on.model, on.blocks, on.groups, TASK)
-    return train(trainable, [Step(texts(), gates, 1.0)], config).activation_bytes_peak
+    return train(trainable, [Step(texts(), skipping(gates), 1.0)], config).activation_bytes_peak
 
 
 HIDDEN = 8 * 7 * 32 * FLOAT

@@ -15,6 +15,7 @@ from droppeft.adapters.types import BOTTLENECK
 from droppeft.config import load_config
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
+from droppeft.layer_dropout.modes import skipping
 from droppeft.messages.tensors import flatten
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.packaged import builtin_model_folder
@@ -54,7 +55,7 @@ def train_once(
     torch.manual_seed(11)
     outcome = train(
         Trainable(on.model, on.blocks, on.groups, TASK),
-        [Step(texts(), gates, 1.0) for gates in GATES],
+        [Step(texts(), skipping(gates), 1.0) for gates in GATES],
         replace(TRAINING, **rates, **settings),
     )
     values = {name: array.tobytes() for _, name, array in flatten(get_tensors(on.groups))}

@@ -17,6 +17,7 @@ from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_lay
 from droppeft.data.tokens import TokenTable
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks, gated
+from droppeft.layer_dropout.modes import Mode, skipping
 from droppeft.messages.instruction import (
     TASK_ALONE,
     AdapterSpec,
@@ -112,7 +113,10 @@ def run(
 ) -> TrainOutcome:
     """Train one step per entry of ``gates``."""
     torch.manual_seed(2)
-    steps = [Step(*each) for each in zip(BATCHES, gates, factors, strict=False)]
+    steps = [
+        Step(batch, skipping(active), factor)
+        for batch, active, factor in zip(BATCHES, gates, factors, strict=False)
+    ]
     return train(on.trainable, steps, config, objective)
 
 
@@ -247,6 +251,25 @@ SOME: Gates = [
     (True, True, True, True),
     (False, False, False, True),
 ]
+
+
+def test_a_layer_that_runs_forward_only_is_not_changed_whatever_its_momentum() -> None:
+    """The layers above it get the gradients of a model in which all layers are trained."""
+    on, full = small_model(), small_model()
+    first = Step(BATCHES[0], skipping(ALL), 1.0)
+    lower = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
+    outcome = train(on.trainable, [first, Step(BATCHES[1], lower, 1.0)], settings(clip_norm=1e6))
+    train(full.trainable, [first, Step(BATCHES[1], skipping(ALL), 1.0)], settings(clip_norm=1e6))
+    alone = small_model()
+    train(alone.trainable, [first], settings(clip_norm=1e6))
+    found, whole = get_tensors(on.parameters), get_tensors(full.parameters)
+    before = get_tensors(alone.parameters)
+    for layer, expected in enumerate((before, before, whole, whole)):
+        assert same({layer: found[layer]}, {layer: expected[layer]})
+    tokens = [batch["input_ids"].numel() for batch in BATCHES[:2]]
+    assert outcome.layer_tokens == (tokens[0], tokens[0], sum(tokens), sum(tokens))
+    assert outcome.forward_tokens == (tokens[1], tokens[1], 0, 0)
+    assert outcome.active_steps == (1, 1, 2, 2)
 
 
 def test_importance_is_the_mean_over_the_steps_in_which_a_layer_ran() -> None:
@@ -471,7 +494,7 @@ def test_the_initial_loss_scale_leaves_room_for_large_gradients() -> None:
                 value.copy_(torch.tensor([50.0, -50.0]))
     batch = {name: column[:1] for name, column in BATCHES[0].items()}
     batch["labels"] = torch.tensor([1])
-    outcome = train(on.trainable, [Step(batch, ALL, 1.0)], settings(precision="fp16"))
+    outcome = train(on.trainable, [Step(batch, skipping(ALL), 1.0)], settings(precision="fp16"))
     assert outcome.loss > 90
     assert outcome.examples == 1
 
@@ -479,7 +502,7 @@ def test_the_initial_loss_scale_leaves_room_for_large_gradients() -> None:
 def test_every_dropped_layer_saves_the_same_memory() -> None:
     def peak(*gates: Sequence[bool]) -> int:
         on = small_model()
-        steps = [Step(BATCHES[0], active, 1.0) for active in gates]
+        steps = [Step(BATCHES[0], skipping(active), 1.0) for active in gates]
         return train(on.trainable, steps, settings()).activation_bytes_peak
 
     four, three, two = (

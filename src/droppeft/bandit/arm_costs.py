@@ -11,7 +11,7 @@ from droppeft.bandit.policies import LAYER_VALUES, RANDOM
 from droppeft.config import DeviceProfile
 from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
-from droppeft.costs.step_memory import VALUE_BYTES, most_active, step_memory
+from droppeft.costs.step_memory import most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Setup
 from droppeft.messages.server_state import GlobalModel
@@ -144,8 +144,7 @@ def bytes_of_arm(setup: Setup, model: GlobalModel, arm: Arm) -> int:
     adapter = model.adapter
     counts = setup.longest_step(adapter) if setup.longest_step else None
     counts = counts or clock_of(setup).arithmetic(adapter).counts[-1]
-    untrained = sum(block.trainable_parameters for block in counts.blocks[:lower])
-    return step_memory(counts, active, lower).total + VALUE_BYTES * untrained
+    return step_memory(counts, active, setup.config.frozen.count, start=lower).total
 
 
 def arms_that_fit(setup: Setup, model: GlobalModel, arms: Sequence[Arm]) -> list[Arm]:

@@ -96,9 +96,9 @@ class CachedLayers:
 
     def skip(self, gates: Gates, step: int, batch: Batch) -> None:
         """Let a step start after the frozen layers; the other layers' gates stay unchanged."""
-        active = gates.active
+        modes = gates.modes
         self._frozen_layers.open(gates)
-        self._frozen_layers.skip(gates, active, self._states(self._steps[step], batch))
+        self._frozen_layers.skip(gates, modes, self._states(self._steps[step], batch))
 
     def _states(self, rows: Rows, batch: Batch) -> torch.Tensor:
         """Return the states (B, S, H) of a batch in fp32, with zeros where it is padded."""

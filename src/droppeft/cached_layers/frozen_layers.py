@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from droppeft.layer_dropout.blocks import Gates
+from droppeft.layer_dropout.modes import Mode
 from droppeft.models.evaluation_mode import evaluating
 from droppeft.models.key_value_cache import without_cache
 
@@ -53,17 +54,17 @@ class FrozenLayers:
 
     def open(self, gates: Gates) -> None:
         """Open all gates, as :meth:`states` requires."""
-        gates.active, gates.replacements = (True,) * len(gates.active), {}
+        gates.modes, gates.replacements = (Mode.TRAIN,) * len(gates.modes), {}
 
-    def skip(self, gates: Gates, active: Sequence[bool], states: torch.Tensor) -> None:
+    def skip(self, gates: Gates, modes: Sequence[Mode], states: torch.Tensor) -> None:
         """Set the gates of a step in which ``states`` replace the frozen layers.
 
         Args:
             gates: the gates to set.
-            active: L gates of the step; those of the frozen layers are ignored and closed.
+            modes: L modes of the step; those of the frozen layers are ignored.
             states: (B, S, H), as :meth:`states` returned them.
         """
-        gates.active = (False,) * self.depth + tuple(active[self.depth :])
+        gates.modes = (Mode.CACHED,) * self.depth + tuple(modes[self.depth :])
         gates.replacements = {self.depth - 1: states}
 
 

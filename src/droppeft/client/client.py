@@ -363,6 +363,7 @@ def _cost(
         tokens=outcome.tokens,
         rows=outcome.rows,
         layer_tokens=outcome.layer_tokens,
+        forward_tokens=outcome.forward_tokens,
         reward_tokens=sum(evaluation.tokens for evaluation in evaluations),
         cached_layers=cached,
         scoring_tokens=scored.tokens if scored else 0,

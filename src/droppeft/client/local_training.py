@@ -1,4 +1,4 @@
-"""Local training of a client: its batches, gates and cached layers. Ours."""
+"""Local training of a client: its batches, modes of layers and cached layers. Ours."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,13 @@ from droppeft.client.client_model import ClientModel
 from droppeft.data.partition import ClientRows
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
-from droppeft.layer_dropout import sample_active
-from droppeft.messages.instruction import Instruction
+from droppeft.layer_dropout.modes import Mode, Modes
+from droppeft.messages.instruction import Instruction, modes_of
 from droppeft.messages.reply import CachedLayersCost
 from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models.precision import autocast
 from droppeft.training.deadline import Deadline
 from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches
-
-Gates = tuple[bool, ...]
-"""Which layers run in a step."""
-
 
 def train_locally(
     model: ClientModel,
@@ -40,7 +36,7 @@ def train_locally(
 ) -> tuple[TrainOutcome, CachedLayersCost]:
     """Take the optimizer steps of an instruction.
 
-    Batches, gates and module dropout follow from (seed, round, client).
+    Batches, modes of layers and module dropout follow from (seed, round, client).
 
     Args:
         parameters: the parameters that are trained, by layer.
@@ -57,8 +53,12 @@ def train_locally(
     batches = training_batches(
         rows.train, table, instruction.training.batch_size, instruction.budget, rng
     )
-    gates = [_gates(model, parameters, instruction, step) for step in range(len(batches))]
-    needed = {layer for layer, active in enumerate(zip(*gates, strict=True)) if any(active)}
+    modes = [_modes(parameters, instruction, step) for step in range(len(batches))]
+    needed = {
+        layer
+        for layer, in_steps in enumerate(zip(*modes, strict=True))
+        if any(mode is not Mode.SKIP for mode in in_steps)
+    }
     start = time.perf_counter()
     cached = (
         _cached_layers(model, table, batches, instruction, needed) if instruction.frozen else None
@@ -77,7 +77,7 @@ def train_locally(
         )
         outcome = train(
             model.trainable(parameters),
-            _steps(model, table, batches, gates, instruction),
+            _steps(model, table, batches, modes, instruction),
             instruction.training,
             instruction.objective,
             cached,
@@ -95,20 +95,20 @@ def _steps(
     model: ClientModel,
     table: TokenRows,
     batches: Sequence[Rows],
-    gates: Sequence[Gates],
+    modes: Sequence[Modes],
     instruction: Instruction,
 ) -> list[Step]:
-    """Return batch, gates and learning rate factor of every step."""
+    """Return batch, modes of layers and learning rate factor of every step."""
     return [
         Step(
             model.task.collate(table, rows),
-            active,
+            of_step,
             rate_factor(
                 instruction.training,
                 (instruction.round - 1 + (step + 0.5) / len(batches)) / instruction.training.rounds,
             ),
         )
-        for step, (rows, active) in enumerate(zip(batches, gates, strict=True))
+        for step, (rows, of_step) in enumerate(zip(batches, modes, strict=True))
     ]
 
 
@@ -169,21 +169,19 @@ def _store(model: ClientModel, instruction: Instruction) -> StateStore | None:
     return StateStore(folder, content, instruction.round, instruction.cache)
 
 
-def _gates(
-    model: ClientModel, parameters: Parameters, instruction: Instruction, step: int
-) -> Gates:
-    """Return which layers run in a step; it depends on (seed, round, client, step) alone."""
-    dropout = instruction.dropout
-    if dropout is None:
-        return (True,) * model.num_layers
-    layers = [key for key in parameters if isinstance(key, int)]
-    drawn_at = 0 if dropout.every is None else step - step % dropout.every
-    rng = seeds.python_generator(
-        instruction.seed,
-        purpose="gates",
-        round=instruction.round,
-        client=instruction.client,
-        step=drawn_at,
+def _modes(parameters: Parameters, instruction: Instruction, step: int) -> Modes:
+    """Return the modes of a step; they depend on (seed, round, client, step) alone."""
+    modes = modes_of(instruction)
+    drawn_at = 0 if modes.every is None else step - step % modes.every
+    start_rng, skip_rng = (
+        seeds.python_generator(
+            instruction.seed,
+            purpose=purpose,
+            round=instruction.round,
+            client=instruction.client,
+            step=drawn_at,
+        )
+        for purpose in ("starts", "gates")
     )
-    needed = () if HEAD in parameters else layers
-    return sample_active(dropout.rates, dropout.sampling, rng, need_one_of=needed)
+    layers = [key for key in parameters if isinstance(key, int)]
+    return modes.draw(start_rng, skip_rng, need_one_of=() if HEAD in parameters else layers)

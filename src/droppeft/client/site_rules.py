@@ -252,7 +252,8 @@ def _bounds(instruction: Instruction, layers: int) -> Iterator[_Bounds]:
     yield "round", instruction.round, 1, many
     yield "state_round", instruction.state_round, 0, many
     yield "frozen", instruction.frozen, 0, layers
-    yield "untrained", instruction.untrained, 0, layers
+    for start in instruction.starts:
+        yield "starts", start, 0, layers
     yield "reward_rows", instruction.reward_rows, 0, many
     yield "validation_rows", instruction.validation_rows, 0, many
     yield "budget.steps", instruction.budget.steps, 0 if instruction.evaluate_only else 1, 10**12

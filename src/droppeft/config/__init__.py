@@ -3,6 +3,7 @@
 from droppeft.config.adapter import AdapterConfig
 from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.configurator import ConfiguratorConfig
+from droppeft.config.backward import BackwardConfig
 from droppeft.config.dropout import DropoutConfig
 from droppeft.config.evaluation import EvaluationConfig
 from droppeft.config.flower import FlowerConfig
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "ConfiguratorConfig",
     "DeviceProfile",
+    "BackwardConfig",
     "DropoutConfig",
     "EvaluationConfig",
     "FlowerConfig",

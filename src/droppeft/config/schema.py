@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from droppeft.config.adapter import AdapterConfig
+from droppeft.config.backward import BackwardConfig
 from droppeft.config.clock import ClockConfig
 from droppeft.config.configurator import ConfiguratorConfig
 from droppeft.config.defaults import (
@@ -214,6 +215,7 @@ class Config(Table):
     source: SourceConfig = Field(default_factory=SourceConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
+    backward: BackwardConfig = Field(default_factory=BackwardConfig)
     dropout: DropoutConfig = Field(default_factory=lambda: DropoutConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     ditto: DittoConfig = Field(default_factory=DittoConfig)

@@ -14,7 +14,6 @@ from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import (
     AdapterSpec,
     Instruction,
-    first_trained_layer,
     instruction_bytes,
 )
 from droppeft.messages.reply import MeasuredCost, Update
@@ -128,9 +127,7 @@ class Clock:
         round, client = instruction.round, instruction.client
         profile = self.fleet.profile(client)
         arithmetic = self.arithmetic(instruction.adapter)
-        work = training_flops(
-            arithmetic, update.cost, instruction.frozen, first_trained_layer(instruction)
-        )
+        work = training_flops(arithmetic, update.cost, instruction.frozen)
         down = instruction_bytes(instruction) / self.fleet.download_bytes_per_s(round, client)
         sent = tensor_bytes(update.tensors, instruction.encoding)
         up = sent / self.fleet.upload_bytes_per_s(round, client)
@@ -147,26 +144,21 @@ class Clock:
         )
 
 
-def training_flops(
-    arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0, untrained: int = 0
-) -> float:
+def training_flops(arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0) -> float:
     """FLOPs of a local training: each layer counts for the tokens that it computed.
 
     Args:
         arithmetic: of the model with the adapter.
         cost: what the client reports to have computed.
-        frozen: number of first layers that run without a backward, and only for the rows whose
-            hidden states were not cached on the client yet.
-        untrained: number of first layers without a backward; those of them that are not frozen
-            run forward in every step.
+        frozen: number of first layers without an adapter. They run without a backward, and if they
+            are cached, only for the rows whose hidden states were not stored on the client yet.
     """
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
     forward, _ = arithmetic.forward(row_length)
-    rows = [tokens / row_length for tokens in cost.layer_tokens]
-    lower = max(frozen, untrained)
-    total = _dot(rows[frozen:lower], forward[frozen:lower])
-    total += _dot(rows[lower:], layers[lower:]) + cost.rows * rest
+    total = _dot(cost.layer_tokens[frozen:], layers[frozen:]) / row_length
+    total += _dot(cost.forward_tokens[frozen:], forward[frozen:]) / row_length
+    total += cost.rows * rest
     if cost.cached_layers.built:
         layers, _ = arithmetic.forward(cost.cached_layers.built_tokens / cost.cached_layers.built)
         total += cost.cached_layers.built * sum(layers[:frozen])

@@ -73,8 +73,9 @@ def step_memory(
     process: int = PROCESS_BYTES,
     loaded: int | None = None,
     cached: bool = True,
+    start: int = 0,
 ) -> Memory:
-    """Memory of a step with a number of active blocks, taken to be the largest ones.
+    """Memory of a step that trains a number of blocks, taken to be the largest ones.
 
     With offloading there are two phases: the training step, and before it the computation of the
     cached hidden states, which needs the frozen layers' weights and no others. The phase that takes
@@ -82,21 +83,23 @@ def step_memory(
 
     Args:
         counts: of the model with an adapter in every layer, at the wanted batch size and length.
-        active: number of blocks that run.
+        active: number of blocks that are trained.
         frozen: number of first layers without an adapter.
         process: memory of everything but the model.
         loaded: with offloading, the number of blocks after the frozen ones whose weights are in
             memory during local training, taken to be the largest; ``None`` for all blocks.
         cached: whether the frozen layers' hidden states are cached. If not, frozen layers run in
             every step, and their weights stay in memory.
+        start: the lowest layer that any step trains; the adapters below it are not trained.
 
     Raises:
-        DroppeftError: more active blocks than there are after the frozen ones.
+        DroppeftError: more active blocks than there are from the lowest trained one on.
     """
     adapted = counts.blocks[frozen:]
-    if not 0 <= active <= len(adapted):
-        raise DroppeftError(f"{active} of {len(adapted)} layers cannot be active")
-    running = sorted(adapted, key=lambda block: block.stored_bytes)[len(adapted) - active :]
+    reached = counts.blocks[max(frozen, start) :]
+    if not 0 <= active <= len(reached):
+        raise DroppeftError(f"{active} of {len(reached)} layers cannot be active")
+    running = sorted(reached, key=lambda block: block.stored_bytes)[len(reached) - active :]
     trained = VALUE_BYTES * _trained((*adapted, counts.rest))
     first = () if cached else counts.blocks[:frozen]
     in_memory = counts.blocks if loaded is None else (*first, *_heaviest(adapted, loaded))
@@ -104,7 +107,7 @@ def step_memory(
         weights=_frozen_bytes((*in_memory, counts.rest)),
         trained=trained,
         gradients=VALUE_BYTES * _trained((*running, counts.rest)),
-        optimizer=2 * trained,
+        optimizer=2 * VALUE_BYTES * _trained((*reached, counts.rest)),
         stored=sum(block.stored_bytes for block in running) + counts.rest.stored_bytes,
         passing=counts.passing_bytes,
         process=process,

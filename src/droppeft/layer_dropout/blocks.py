@@ -7,7 +7,7 @@ of architectures that look up settings by position in the list.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -29,6 +29,7 @@ from droppeft.layer_dropout.architectures import (
 )
 from droppeft.layer_dropout.attentions import add_missing_attentions
 from droppeft.layer_dropout.decisions import Decisions
+from droppeft.layer_dropout.modes import Mode, Modes, skipping
 from droppeft.layer_dropout.module_attributes import attributes_set
 
 
@@ -161,34 +162,48 @@ def _paths(architecture: Architecture) -> str:
 
 
 class Gates:
-    """The gates of L blocks inside :func:`gated`. At first all are open: every block runs."""
+    """The gates of L blocks inside :func:`gated`. At first every block is trained."""
 
     def __init__(self, num_layers: int) -> None:
-        self._active = (True,) * num_layers
+        self._modes: Modes = (Mode.TRAIN,) * num_layers
         self._executed = [0] * num_layers
         self.replacements: dict[int, torch.Tensor] = {}
-        """By block index, the hidden states that a dropped block returns instead of its input, in
-        the input's data type."""
+        """By block index, the hidden states that a block which does not run returns instead of its
+        input, in the input's data type."""
         self.always_open: Callable[[nn.Module], bool] | None = None
-        """Called with a block before its forward; if it returns True, the block runs anyway."""
+        """Called with a block before its forward; if it returns True, the block runs as in a model
+        without gates."""
         self._arity: dict[type[nn.Module], int | None] = {}
 
     @property
-    def active(self) -> tuple[bool, ...]:
-        """L gates; True for a block that runs in the next forward. Assign L values to change them.
+    def modes(self) -> Modes:
+        """The modes of the L blocks in the next forward. Assign L values to change them.
 
-        The backward is not affected: checkpointed blocks are recomputed if their forward ran them.
+        A block in mode ``FORWARD`` runs without gradients, so no block below it is trained. The
+        backward is not affected: checkpointed blocks are recomputed as their forward ran them.
         """
-        return self._active
+        return self._modes
 
-    @active.setter
-    def active(self, active: Iterable[bool]) -> None:
-        chosen = tuple(active)
+    @modes.setter
+    def modes(self, modes: Iterable[Mode]) -> None:
+        chosen = tuple(modes)
         if len(chosen) != len(self._executed):
             raise DroppeftError(
                 f"{len(chosen)} gates were set for {len(self._executed)} blocks; set one per block"
             )
-        self._active = chosen
+        self._modes = chosen
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """L gates; True for a block that runs in the next forward.
+
+        Assign L truth values to train the blocks that are True and skip the others.
+        """
+        return tuple(mode in _RUNNING for mode in self._modes)
+
+    @active.setter
+    def active(self, active: Iterable[bool]) -> None:
+        self.modes = skipping(active)
 
     @property
     def executed(self) -> tuple[int, ...]:
@@ -199,10 +214,15 @@ class Gates:
         """Set all counts in :attr:`executed` to 0."""
         self._executed[:] = [0] * len(self._executed)
 
-    def is_open(self, index: int, block: nn.Module) -> bool:
-        """Return whether a block runs if a forward reaches it now."""
-        always_open = self.always_open is not None and self.always_open(block)
-        return always_open or self._active[index]
+    def mode_of(self, index: int, block: nn.Module) -> Mode:
+        """Return the mode of a block if a forward reaches it now."""
+        if self.always_open is not None and self.always_open(block):
+            return Mode.TRAIN
+        return self._modes[index]
+
+
+_RUNNING = (Mode.TRAIN, Mode.FORWARD)
+"""Modes in which a block runs."""
 
 
 class _Gate:
@@ -227,9 +247,11 @@ class _Gate:
         gates = self.gates
         if self.incomplete_cache is not None:
             self._check_cache(cache_of((args, kwargs)))
-        if self.decide(partial(gates.is_open, self.index, self.block)):
+        mode = self.decide(partial(gates.mode_of, self.index, self.block))
+        if mode in _RUNNING:
             gates._executed[self.index] += 1
-            output = self.forward(*args, **kwargs)
+            with torch.no_grad() if mode is Mode.FORWARD else nullcontext():
+                output = self.forward(*args, **kwargs)
             if self.dropped_output is None:
                 gates._arity[type(self.block)] = _arity(output)
             return output

@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from droppeft.errors import DroppeftError
+from droppeft.layer_dropout.modes import Mode
 
 # Not part of torch's stubs.
 _next_node: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
@@ -31,7 +32,7 @@ class _Period:
 
     first: int
     last: int
-    decision: bool
+    decision: Mode
 
 
 class Decisions:
@@ -41,7 +42,7 @@ class Decisions:
         self._periods: deque[_Period] = deque(maxlen=KEPT)
         self._thread = threading.get_ident()
 
-    def decide(self, choose: Callable[[], bool]) -> bool:
+    def decide(self, choose: Callable[[], Mode]) -> Mode:
         """Return the decision of the forward that is recomputed, or choose one for a new forward.
 
         A forward that a hook starts during the backward counts as a recomputation. This is right
@@ -61,7 +62,7 @@ class Decisions:
             self._note(decision)
         return decision
 
-    def _note(self, decision: bool) -> None:
+    def _note(self, decision: Mode) -> None:
         number: int = _next_node()
         latest = self._periods[-1] if self._periods else None
         if latest is not None and latest.decision == decision:
@@ -69,7 +70,7 @@ class Decisions:
         else:
             self._periods.append(_Period(number, number, decision))
 
-    def _find(self, node: Any) -> bool | None:
+    def _find(self, node: Any) -> Mode | None:
         """Return the decision of the forward to which a node belongs; ``None`` if not known."""
         number = node._sequence_nr()
         if "Checkpoint" in type(node).__name__:

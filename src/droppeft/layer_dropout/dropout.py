@@ -16,7 +16,7 @@ from torch import nn
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.blocks import Gates, find_stacks, gated
-from droppeft.layer_dropout.gates import sample_active
+from droppeft.layer_dropout.modes import LayerModes, Mode, Modes, starts_of
 from droppeft.layer_dropout.module_attributes import attributes_set, own_layerdrop_off
 from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
 from droppeft.layer_dropout.schedules import PART, check_schedule, scheduled_rates
@@ -28,6 +28,7 @@ class GateOptions(TypedDict, total=False):
     """Options of :func:`layer_dropout`, which documents each of them."""
 
     rates: Sequence[float] | None
+    backward_depths: Sequence[float]
     shape: str
     sampling: str
     protect_first: int
@@ -41,6 +42,7 @@ class GateOptions(TypedDict, total=False):
 
 DEFAULTS = GateOptions(
     rates=None,
+    backward_depths=(1.0,),
     shape="uniform",
     sampling="exact",
     protect_first=1,
@@ -85,7 +87,7 @@ class DrawnGates:
     """The state of layer dropout on a model, as :func:`layer_dropout` yields it."""
 
     def __init__(
-        self, gates: Gates, draw: Callable[[int], tuple[bool, ...]], blocks: Blocks
+        self, gates: Gates, draw: Callable[[int], Modes], blocks: Blocks
     ) -> None:
         self._gates = gates
         self._draw = draw
@@ -110,8 +112,8 @@ class DrawnGates:
         number = whole_number("the step", step)
         if number < 0:
             raise DroppeftError(f"the step is {number}; it must be 0 or more")
-        active = self._draw(number)
-        self._step, self._gates.active = number, active
+        modes = self._draw(number)
+        self._step, self._gates.modes = number, modes
         self.ran_without_gradients = False
 
     @property
@@ -120,30 +122,36 @@ class DrawnGates:
         return self._gates.active
 
     @property
+    def modes(self) -> Modes:
+        """The modes of the L layers in the training forwards of this step."""
+        return self._gates.modes
+
+    @property
     def executed(self) -> tuple[int, ...]:
         """Number of forwards that each of the L blocks has run so far, including evaluation."""
         return self._gates.executed
 
     def check_gradients(self) -> None:
-        """Check that the layers that this step drops have no gradients.
+        """Check that the layers that this step does not train have no gradients.
 
         The optimizer passed to :func:`layer_dropout` calls this before each of its steps, and
         :class:`~droppeft.layer_dropout.trainer.LayerDropoutCallback` before those of a Trainer.
 
         Raises:
-            DroppeftError: a dropped layer has a gradient, with which the optimizer would change it.
+            DroppeftError: such a layer has a gradient, with which the optimizer would change it.
         """
-        for layer, (runs, trained) in enumerate(zip(self.active, self._trained, strict=True)):
-            if runs or all(parameter.grad is None for parameter in trained):
+        for layer, (mode, trained) in enumerate(zip(self.modes, self._trained, strict=True)):
+            if mode is Mode.TRAIN or all(parameter.grad is None for parameter in trained):
                 continue
+            what = "dropped" if mode is Mode.SKIP else "run forward only"
             if any(map(_filled_with_zeros, trained)):
                 raise DroppeftError(
-                    f"layer {layer} was dropped, but its gradients are zeros instead of None, so "
+                    f"layer {layer} was {what}, but its gradients are zeros instead of None, so "
                     "the optimizer would still change it; call zero_grad with set_to_none=True, "
                     "torch's default"
                 )
             raise DroppeftError(
-                f"layer {layer} is dropped in step {self.step}, but has a gradient; either the "
+                f"layer {layer} is {what} in step {self.step}, but has a gradient; either the "
                 "gradients of another step were not cleared (zero_grad), or the loss depends on "
                 "its weights or on a forward that ran it, such as one in evaluation mode (eval)"
             )
@@ -233,6 +241,10 @@ def layer_dropout(
             this mean, this shape and these protected layers.
         rates: drop rate of each of the L layers, instead of ``mean``, ``shape``, ``protect_first``
             and ``protect_last``. Default: ``None``.
+        backward_depths: fractions of the layers, counted from the last, that a step trains; each
+            step draws one of them, each with the same probability. The layers below run forward
+            only: nothing is stored for them, and they have no gradients. Default: ``(1.0,)``, all
+            layers in every step.
         shape: distribution of the mean over depth, a key of :data:`SHAPES`. Default:
             ``"uniform"``.
         sampling: how gates are drawn from the rates, a key of :data:`SAMPLINGS`. Default:
@@ -260,8 +272,9 @@ def layer_dropout(
     chosen = with_defaults(options)
     stacks = find_stacks(model).values()
     blocks = [block for stack in stacks for block in stack]
+    _check_depths(model, chosen["backward_depths"], len(stacks))
     draw = partial(
-        gates_of_step,
+        modes_of_step,
         rates=_rates(mean, chosen, [len(stack) for stack in stacks]),
         options=chosen,
         need_one_of=_needed(model, blocks),
@@ -279,23 +292,20 @@ def layer_dropout(
         yield dropout
 
 
-def gates_of_step(
+def modes_of_step(
     step: int,
     rates: Sequence[float],
     options: GateOptions,
     need_one_of: Sequence[int] = (),
-) -> tuple[bool, ...]:
-    """Draw the gates of a step. They depend only on the arguments.
+) -> Modes:
+    """Draw the modes of a step. They depend only on the arguments.
 
     Args:
         step: number of the step, from 0. Steps after ``total_steps`` count as the end of the run.
         rates: L drop rates, before the schedule is applied.
-        options: options of :func:`layer_dropout`. Only ``sampling``, ``every``, ``schedule``,
-            ``schedule_part``, ``total_steps`` and ``seed`` are used.
-        need_one_of: layers of which at least one must run; see :func:`sample_active`.
-
-    Returns:
-        L gates; True for a layer that runs.
+        options: options of :func:`layer_dropout`. Only ``backward_depths``, ``sampling``,
+            ``every``, ``schedule``, ``schedule_part``, ``total_steps`` and ``seed`` are used.
+        need_one_of: layers of which at least one must be trained; see :func:`sample_active`.
 
     Raises:
         DroppeftError: if an option has an impossible value; see :func:`layer_dropout`.
@@ -309,15 +319,37 @@ def gates_of_step(
     check_schedule(schedule, part)
     draw = step // every
     progress = _progress(draw * every, schedule, chosen["total_steps"])
-    now = scheduled_rates(rates, schedule, progress, part)
-    # Random hashes a string, so that consecutive steps and seeds give independent gates.
-    rng = random.Random(f"{seed}|{draw}")
-    return sample_active(now, chosen["sampling"], rng, need_one_of=need_one_of)
+    modes = LayerModes(
+        layers=len(rates),
+        starts=starts_of(chosen["backward_depths"], len(rates)),
+        rates=scheduled_rates(rates, schedule, progress, part),
+        sampling=chosen["sampling"],
+    )
+    # Random hashes a string, so that consecutive steps and seeds give independent draws.
+    return modes.draw(
+        random.Random(f"starts|{seed}|{draw}"),
+        random.Random(f"{seed}|{draw}"),
+        need_one_of=need_one_of,
+    )
+
+
+def _check_depths(model: nn.Module, depths: Sequence[float], stacks: int) -> None:
+    """Refuse a backward pass that ends at a depth where something below must be trained."""
+    starts_of(depths, 1)
+    if all(depth == 1 for depth in depths):
+        return
+    if stacks > 1:
+        raise DroppeftError(
+            f"backward_depths needs a model with one list of blocks, but {type(model).__name__} "
+            f"has {stacks}; leave it out"
+        )
 
 
 def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> tuple[float, ...]:
     """Return the rate of every layer: as given, or the mean distributed over each stack."""
     given = options["rates"]
+    if mean is None and given is None and any(depth < 1 for depth in options["backward_depths"]):
+        mean = 0.0
     if (mean is None) == (given is None):
         raise DroppeftError(
             "layer dropout needs either a mean rate or the rates of all layers, not both; give one"

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.dropout import DrawnGates, GateOptions, layer_dropout, with_defaults
+from droppeft.layer_dropout.modes import Mode
 
 
 class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
@@ -19,8 +20,8 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     New gates are drawn for each optimizer step (``state.global_step``) and hold for all batches
     that are accumulated for it, and for all forwards of the loss. Evaluation, prediction and
     generation run every layer. A run that is resumed from a checkpoint draws the same gates as an
-    uninterrupted run. The mean number of layers that ran is logged as ``active_layers`` together
-    with the training loss.
+    uninterrupted run. The mean numbers of layers that ran and that were trained are logged as
+    ``active_layers`` and ``trained_layers``, together with the training loss.
 
     It also works in the trainers of TRL and sentence-transformers; the documentation has a table.
     In DPO and GRPO, the reference must be the trained model without its adapter, so that both run
@@ -124,9 +125,10 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record how many layers the step ran."""
+        """Record how many layers the step ran and trained."""
         if self._dropout is not None:
             self._ran += sum(self._dropout.active)
+            self._trained += sum(mode is Mode.TRAIN for mode in self._dropout.modes)
             self._steps += 1
 
     def on_log(
@@ -137,11 +139,15 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Add the mean number of layers that ran per step since the last log."""
+        """Add how many layers ran and were trained per step since the last log."""
         if "loss" in logs and self._steps:
-            logs["active_layers"] = self._ran / self._steps
+            means = {
+                "active_layers": self._ran / self._steps,
+                "trained_layers": self._trained / self._steps,
+            }
+            logs |= means
             # The Trainer has copied `logs` into its history already.
-            state.log_history[-1]["active_layers"] = logs["active_layers"]
+            state.log_history[-1] |= means
             self._reset_counts()
 
     def on_train_end(
@@ -151,7 +157,7 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         self.remove()
 
     def _reset_counts(self) -> None:
-        self._ran = self._steps = 0
+        self._ran = self._trained = self._steps = 0
 
 
 def _check_devices(args: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from droppeft.errors import DroppeftError
+from droppeft.layer_dropout.modes import LayerModes
 from droppeft.messages.encoding import Encoding, tensor_bytes
 from droppeft.messages.tensors import OTHER, Array, Tensors, flatten
 
@@ -252,7 +253,8 @@ class Instruction:
             ``tensors`` lacks, or its personal adapter; ``None`` if it needs no saved tensors.
         evaluate_only: whether the client only evaluates its model. It then replies with an
             :class:`EvaluationReply` and saves no tensors.
-        untrained: number of first layers that run but are not trained.
+        starts: candidates for the lowest trained layer; each step draws one of them. Layers below
+            it run forward only.
         sharing: how the client chooses the layers that it shares; ``None`` if :attr:`share` alone
             decides.
         cache: how the output of the frozen layers is stored; ``None`` computes it in every step.
@@ -286,7 +288,7 @@ class Instruction:
     run: str = ""
     state_round: int | None = None
     evaluate_only: bool = False
-    untrained: int = 0
+    starts: tuple[int, ...] = (0,)
     sharing: SharingRule | None = None
     cache: StateCache | None = None
     arm: int | None = None
@@ -311,12 +313,37 @@ def checked_run(run: str) -> str:
 
 
 def first_trained_layer(instruction: Instruction) -> int:
-    """Return the index of the first trained layer, below which no backward pass is needed.
+    """Return the index of the first layer that any step may train; L if no layer is trained."""
+    return min(modes_of(instruction).starts)
+
+
+def modes_of(instruction: Instruction) -> LayerModes:
+    """Return the distribution over the modes of layers that an instruction asks for.
+
+    Raises:
+        DroppeftError: a start or a rate is impossible.
+    """
+    dropout, frozen = instruction.dropout, instruction.frozen
+    # Layers below all starts have no tensors to train, and those above may be on the client alone.
+    lowest = frozen if min(instruction.starts) > frozen else _first_with_trained(instruction)
+    return LayerModes(
+        layers=len(instruction.adapter.layers),
+        frozen=frozen,
+        cached=instruction.cache is not None,
+        starts=tuple(max(start, lowest) for start in instruction.starts),
+        rates=dropout.rates if dropout else None,
+        sampling=dropout.sampling if dropout else "exact",
+        every=dropout.every if dropout else 1,
+    )
+
+
+def _first_with_trained(instruction: Instruction) -> int:
+    """Return the first layer that has trained tensors.
 
     Trained tensors that are not part of a layer, such as a soft prompt, come before all layers.
     """
-    if instruction.train is None or instruction.untrained > instruction.frozen:
-        return max(instruction.frozen, instruction.untrained)
+    if instruction.train is None:
+        return instruction.frozen
     trained = {key for key, name, _ in flatten(instruction.tensors) if name in instruction.train}
     if OTHER in trained:
         return instruction.frozen

@@ -39,7 +39,9 @@ class MeasuredCost:
             counts once, parameters do not count.
         tokens: tokens trained on, padding and skipped steps included.
         rows: rows that contain these tokens.
-        layer_tokens: per layer, how many of these tokens it computed.
+        layer_tokens: per layer, how many of these tokens it was trained on.
+        forward_tokens: per layer, how many of these tokens it computed forward only. Frozen layers
+            are in ``cached_layers``.
         reward_tokens: tokens that all layers computed to measure the reward, padding included.
         cached_layers: cost of the frozen layers.
         scoring_tokens: tokens that all layers computed to score layers, padding included.
@@ -54,6 +56,7 @@ class MeasuredCost:
     tokens: int
     rows: int
     layer_tokens: tuple[int, ...]
+    forward_tokens: tuple[int, ...]
     reward_tokens: int
     cached_layers: CachedLayersCost = CachedLayersCost()
     scoring_tokens: int = 0
@@ -70,14 +73,14 @@ class Update:
     Attributes:
         round, client, nonce: copied from the instruction.
         tensors: trained values by layer, as far as the instruction lets them be sent and the
-            client shares them. Layers that ran in no step are left out, as they did not change.
+            client shares them. Layers that no step trained are left out, as they did not change.
         examples: rows trained on, repetitions counted.
         targets: predictions trained on: the same rows, or the tokens of completions. It is the
             update's weight in a mean.
         steps: optimizer steps taken.
-        active_steps: per layer, the number of steps in which it ran.
+        active_steps: per layer, the number of steps in which it was trained.
         importance: per layer, the gradient norm of its adapter, mean over its active steps; 0 for
-            a layer that never ran.
+            a layer that no step trained.
         train_loss: mean loss over the steps.
         reward: decrease of the loss on the client's validation rows; ``None`` if not asked for.
         cost: measured cost.

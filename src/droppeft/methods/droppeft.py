@@ -28,6 +28,7 @@ from droppeft.federated_method import (
     uniform_adapter,
 )
 from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
+from droppeft.layer_dropout.modes import starts_of
 from droppeft.layer_dropout.schedules import PART
 from droppeft.messages.instruction import Budget, Instruction, LayerDropout
 from droppeft.messages.reply import Reply, Update
@@ -95,6 +96,12 @@ def _shaped_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
     return layer_rates(config.count / num_layers, config.shape, num_layers, protected=protected)
 
 
+def configured_starts(setup: Setup) -> tuple[int, ...]:
+    """Candidates for the lowest layer that a step trains, of which it draws one."""
+    frozen = setup.config.frozen.count
+    return starts_of(setup.config.backward.depths, setup.num_layers, frozen)
+
+
 def _init(setup: Setup) -> ServerState:
     check_fraction(setup)
     state = start_with(setup, uniform_adapter(setup))
@@ -120,8 +127,11 @@ def _instruct(
 ) -> list[Instruction]:
     memory: DropPEFTMemory = state.memory
     if memory.bandit is None:
-        gates = _gates(setup, rates_of_round(setup, round))
-        instructions = [full_instruction(setup, state, round, client, gates) for client in cohort]
+        gates, starts = _gates(setup, rates_of_round(setup, round)), configured_starts(setup)
+        instructions = [
+            replace(full_instruction(setup, state, round, client, gates), starts=starts)
+            for client in cohort
+        ]
     else:
         arms = bandit.arms_of_round(setup, state.model, memory.bandit, round, cohort)
         instructions = [
@@ -196,7 +206,7 @@ def _note(setup: Setup, state: ServerState) -> Mapping[str, Any] | None:
 DROPPEFT = Method(
     name="droppeft",
     summary="layer dropout per mini-batch, sharing by layer (DropPEFT)",
-    tables=frozenset({"dropout", "configurator", "sharing", "frozen", "server"}),
+    tables=frozenset({"backward", "dropout", "configurator", "sharing", "frozen", "server"}),
     init=_init,
     instruct=_instruct,
     merge=_merge,

@@ -10,7 +10,7 @@ from droppeft.methods import method_named
 
 STEP_SETTINGS = (
     *("task", "model", "quantization", "accelerator", "threads", "seed"),
-    *("adapter.", "dropout.", "frozen.", "clock.custom."),
+    *("adapter.", "backward.", "dropout.", "frozen.", "clock.custom."),
     *("training.batch_size", "training.max_length", "training.precision"),
     *("training.checkpointing", "training.offload", "training.backbone_dropout"),
 )
@@ -57,4 +57,6 @@ def step_of(config: Config) -> Config:
     }
     if "dropout" not in method_named(config.method).tables:
         used["dropout"] = DropoutConfig(mean=0.0)
+    if "backward" not in method_named(config.method).tables:
+        used["backward"] = plain.backward
     return config.model_copy(update=used)

@@ -35,6 +35,7 @@ from droppeft.costs.step_counts import StepCounts
 from droppeft.costs.step_memory import Memory, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
+from droppeft.layer_dropout.modes import LayerModes, Mode, starts_of
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import given
@@ -242,7 +243,8 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
     """
     check_runnable(config)
     layers, frozen = model_shape(config.model, config.task).num_layers, config.frozen.count
-    rates = _rates(config, layers)[frozen:]
+    start = min(starts_of(config.backward.depths, layers, frozen))
+    rates = _rates(config, layers)[start:]
     if config.dropout.schedule != "constant":
         rates = (0.0,) * len(rates)  # some rounds run at full depth
     active = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
@@ -257,22 +259,32 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
             frozen,
             loaded=loaded if config.training.offload else None,
             cached=config.frozen.cache,
+            start=start,
         ),
         step_s=compute_seconds(profile, mean_flops(config), 1) if profile else None,
     )
 
 
 def mean_flops(config: Config) -> float:
-    """FLOPs of a mean step at the configured rates.
+    """FLOPs of a mean step: of each layer, by its modes.
 
     Cached layers do not run; frozen layers without a cache run forward in every step.
     """
-    counts, frozen = counts_of(config), config.frozen.count
-    rates = _rates(config, len(counts.blocks))
-    adapted = list(zip(counts.blocks, rates, strict=True))[frozen:]
-    first = () if config.frozen.cache else counts.blocks[:frozen]
-    forward = sum(block.forward_flops for block in first)
-    return counts.rest.flops + forward + sum(block.flops * (1 - rate) for block, rate in adapted)
+    counts = counts_of(config)
+    layers = len(counts.blocks)
+    shares = LayerModes(
+        layers=layers,
+        frozen=config.frozen.count,
+        cached=config.frozen.cache,
+        starts=starts_of(config.backward.depths, layers, config.frozen.count),
+        rates=_rates(config, layers),
+    ).shares()
+    return counts.rest.flops + sum(
+        trained * block.flops + forward * block.forward_flops
+        for block, trained, forward in zip(
+            counts.blocks, shares[Mode.TRAIN], shares[Mode.FORWARD], strict=True
+        )
+    )
 
 
 def _rates(config: Config, layers: int) -> tuple[float, ...]:

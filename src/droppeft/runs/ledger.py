@@ -235,6 +235,7 @@ def _training_columns(instruction: Instruction, update: Update) -> dict[str, Any
         "reward": update.reward,
         **asdict(update.cost),
         "layer_tokens": list(update.cost.layer_tokens),
+        "forward_tokens": list(update.cost.forward_tokens),
     }
 
 

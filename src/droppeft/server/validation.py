@@ -130,12 +130,13 @@ def _wrong_cost(instruction: Instruction, update: Update) -> str | None:
     expected = (update.steps, cost.tokens) if instruction.personal_adapter is not None else (0, 0)
     if (cost.personal_steps, cost.personal_tokens) != expected:
         return f"claims {cost.personal_steps} steps with a personal adapter, not {expected[0]}"
-    if len(cost.layer_tokens) != layers:
-        return f"has tokens for {len(cost.layer_tokens)} layers, the model has {layers}"
+    for tokens_by_layer in (cost.layer_tokens, cost.forward_tokens):
+        if len(tokens_by_layer) != layers:
+            return f"has tokens for {len(tokens_by_layer)} layers, the model has {layers}"
     for layer in range(instruction.frozen, layers):
         active, tokens = update.active_steps[layer], cost.layer_tokens[layer]
         least = cost.tokens if active == update.steps else min(active, 1)
-        if not least <= tokens <= cost.tokens:
+        if not least <= tokens <= cost.tokens - cost.forward_tokens[layer]:
             return (
                 f"claims {tokens} of {cost.tokens} tokens in layer {layer}, "
                 f"which was active in {active} steps"

@@ -24,6 +24,7 @@ from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows, grouped_batches, ordered_batches
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import gated
+from droppeft.layer_dropout.modes import Mode
 from droppeft.layer_dropout.module_attributes import own_layerdrop_off
 from droppeft.messages.instruction import TASK_ALONE, Budget, LocalTraining, Objective
 from droppeft.messages.tensors import HEAD, Tensors
@@ -43,8 +44,8 @@ class TrainOutcome:
     """What a local training did.
 
     A step that is skipped because fp16 overflowed changes nothing but has a cost. It counts in
-    ``steps``, ``rows``, ``tokens``, ``layer_tokens``, ``activation_bytes_peak`` and ``wall_s``, and
-    nowhere else.
+    ``steps``, ``rows``, ``tokens``, ``layer_tokens``, ``forward_tokens``, ``activation_bytes_peak``
+    and ``wall_s``, and nowhere else.
 
     Attributes:
         steps: number of batches; each is one optimizer step unless it is skipped.
@@ -52,9 +53,10 @@ class TrainOutcome:
         targets: predictions trained on: the same rows, or the tokens that they learn.
         tokens: tokens computed, padding included.
         rows: rows computed.
-        layer_tokens: per layer, how many of the tokens it computed.
+        layer_tokens: per layer, how many of the tokens it was trained on.
+        forward_tokens: per layer, how many of the tokens it computed forward only.
         loss: mean loss over the steps; NaN if all were skipped.
-        active_steps: per layer, the number of steps in which it ran.
+        active_steps: per layer, the number of steps in which it was trained.
         gradients: moments of the gradients of the task's loss, by layer.
         activation_bytes_peak: see :class:`~droppeft.training.activation_memory.ActivationMeter`.
         wall_s: seconds of the steps alone.
@@ -66,6 +68,7 @@ class TrainOutcome:
     tokens: int
     rows: int
     layer_tokens: tuple[int, ...]
+    forward_tokens: tuple[int, ...]
     loss: float
     active_steps: tuple[int, ...]
     gradients: GradientMoments
@@ -128,12 +131,12 @@ class Step:
 
     Attributes:
         batch: the batch.
-        active: L gates: which layers run.
+        modes: what each of the L layers does.
         rate_factor: factor of the peak learning rates.
     """
 
     batch: Batch
-    active: Sequence[bool]
+    modes: Sequence[Mode]
     rate_factor: float
 
 
@@ -146,10 +149,10 @@ def train(
     anchors: Tensors | None = None,
     deadline: Deadline | None = None,
 ) -> TrainOutcome:
-    """Take one AdamW step per batch; a step does not change the layers that it drops.
+    """Take one AdamW step per batch; a step does not change the layers that it does not train.
 
-    A dropped layer has no gradient in that step, not a gradient of 0, so that AdamW applies neither
-    momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created anew for
+    A layer that a step does not train has no gradient, not a gradient of 0, so that AdamW applies
+    neither momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created anew for
     each call, so that only the adapter carries over to the next local training. If fp16 overflows,
     the step is skipped: it changes neither parameters nor momentum, but its batch, its gates and
     its place in the schedule are used up.
@@ -179,10 +182,10 @@ def train(
         for index, step in enumerate(steps):
             if deadline is not None:
                 deadline.check()
-            gates.active = tuple(step.active)
+            gates.modes = step.modes
             if cached is not None:
                 cached.skip(gates, index, step.batch)
-            loop.take(step, gates.active)
+            loop.take(step, gates.modes)
     if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time includes the work that is still queued
     return loop.totals.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
@@ -214,7 +217,7 @@ class _Loop:
             return nullcontext()
         return checkpointed(self.on.model, self.on.blocks, self.meter.note)
 
-    def take(self, step: Step, active: Sequence[bool]) -> None:
+    def take(self, step: Step, modes: Sequence[Mode]) -> None:
         """Run forward, backward, the method's added terms, clipping, and the optimizer step."""
         on, trained = self.on, self.on.values
         with autocast(self.settings.precision, on.task.device), self.meter.measuring():
@@ -227,7 +230,7 @@ class _Loop:
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
         stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals.note(step.batch, on.task.targets(step.batch), loss, active, norms, stepped)
+        self.totals.note(step.batch, on.task.targets(step.batch), loss, modes, norms, stepped)
 
 
 def evaluate(
@@ -323,6 +326,7 @@ class _Totals:
         self.gradients = gradients
         self.active = np.zeros(num_layers, dtype=np.int64)
         self.layer_tokens = np.zeros(num_layers, dtype=np.int64)
+        self.forward_tokens = np.zeros(num_layers, dtype=np.int64)
         self.steps = self.examples = self.targets = self.rows = self.tokens = 0
 
     def note(
@@ -330,19 +334,21 @@ class _Totals:
         batch: Batch,
         targets: int,
         loss: torch.Tensor,
-        active: Sequence[bool],
+        modes: Sequence[Mode],
         norms: torch.Tensor,
         stepped: bool,
     ) -> None:
-        ran = np.asarray(active, dtype=np.int64)
+        trained = np.array([mode is Mode.TRAIN for mode in modes], dtype=np.int64)
+        forward = np.array([mode is Mode.FORWARD for mode in modes], dtype=np.int64)
         self.steps += 1
         self.rows += rows_of(batch)
         self.tokens += batch["input_ids"].numel()
-        self.layer_tokens += batch["input_ids"].numel() * ran
+        self.layer_tokens += batch["input_ids"].numel() * trained
+        self.forward_tokens += batch["input_ids"].numel() * forward
         if stepped:
             self.losses.append(loss.detach())
             self.gradients.note(norms)
-            self.active += ran
+            self.active += trained
             self.examples += rows_of(batch)
             self.targets += targets
 
@@ -355,6 +361,7 @@ class _Totals:
             tokens=self.tokens,
             rows=self.rows,
             layer_tokens=tuple(int(count) for count in self.layer_tokens),
+            forward_tokens=tuple(int(count) for count in self.forward_tokens),
             loss=float(losses.mean()),
             active_steps=tuple(int(count) for count in self.active),
             gradients=self.gradients.moments(self.active.tolist()),

@@ -8,6 +8,7 @@ number of processes.
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from droppeft.data.conversations import Message
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import ordered_batches
 from droppeft.errors import DroppeftError
-from droppeft.messages.instruction import Instruction
+from droppeft.layer_dropout.modes import Mode
+from droppeft.messages.instruction import Instruction, modes_of
 from droppeft.messages.server_state import GlobalModel
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
 from droppeft.tasks.task import BatchResult
@@ -142,10 +144,8 @@ class Workers:
             each = float(instruction.budget.epochs * len(rows.train))
         else:
             each = float((instruction.budget.steps or 0) * instruction.training.batch_size)
-        layers = self._loaded.backbone.num_layers
-        trained = layers - instruction.frozen - instruction.untrained
-        run = 1 - sum(instruction.dropout.rates) / layers if instruction.dropout else 1.0
-        return each * run * (1 + 2 * trained / layers)
+        shares = modes_of(instruction).shares()
+        return each * (3 * fmean(shares[Mode.TRAIN]) + fmean(shares[Mode.FORWARD]))
 
     # In the forked processes.
 
